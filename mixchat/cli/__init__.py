@@ -1,0 +1,1 @@
+"""What a shell sees: the Typer app, a file per command."""

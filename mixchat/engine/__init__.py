@@ -1,0 +1,1 @@
+"""The model: prefill, decode, sampling, and the loader that builds it."""

@@ -1,0 +1,71 @@
+"""The tree of errors: each knows its exit code and, where there is one, what to do about it.
+
+Everything a person can cause or cure is a `MixchatError`; the command line catches that class in
+one place and prints `error: <message>` and the hint. Anything else that escapes is our bug.
+
+| exit code | meaning                                                          |
+| --------- | ---------------------------------------------------------------- |
+| 0         | done                                                             |
+| 1         | an error of mixchat itself (please report it)                    |
+| 2         | wrong use: an unknown flag, a value that cannot be read          |
+| 3         | the prompt cannot be used: empty, not text, longer than context  |
+| 4         | there is no such model, or it is not on this machine             |
+| 5         | the hub cannot be reached, or refuses                            |
+| 6         | a checkpoint or a kept model is damaged, or is not a Mixtral     |
+| 7         | not enough disk or memory                                        |
+| 8         | something else has to be installed first                         |
+| 130       | interrupted (Ctrl-C)                                             |
+| 141       | the reader of our output went away (closed pipe)                 |
+"""
+
+
+class MixchatError(Exception):
+    """Base of every error with a message for a person. `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(MixchatError):
+    """A value on the command line or in the environment cannot be used."""
+
+    exit_code = 2
+
+
+class PromptError(MixchatError):
+    """The prompt is empty, is not text, or is longer than the context."""
+
+    exit_code = 3
+
+
+class ModelNotFoundError(MixchatError):
+    """No model of that name exists, here or on the hub."""
+
+    exit_code = 4
+
+
+class HubError(MixchatError):
+    """The hub cannot be reached, or refuses."""
+
+    exit_code = 5
+
+
+class CheckpointError(MixchatError):
+    """A checkpoint or a kept model is damaged, incomplete, or of a kind that is not supported."""
+
+    exit_code = 6
+
+
+class ResourceError(MixchatError):
+    """There is not enough disk or memory; the message gives what is needed and what there is."""
+
+    exit_code = 7
+
+
+class MissingDependencyError(MixchatError):
+    """An optional package, or a tool such as pip, is not installed."""
+
+    exit_code = 8

@@ -1,0 +1,60 @@
+"""Where things are kept, and how sizes are read and written: one place for both."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixchat.errors import UsageError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", re.IGNORECASE)
+
+
+def data_dir() -> Path:
+    """The directory that holds everything mixchat keeps: `MIXCHAT_HOME`, else the system's own."""
+    if home := os.environ.get("MIXCHAT_HOME"):
+        return Path(home).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("mixchat", appauthor=False))
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """An amount of memory: `300MB` is `size` bytes, `50%` is `fraction` of some whole."""
+
+    size: int | None = None
+    fraction: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MemoryBudget:
+        """Read `300MB`, `1.5 GiB`, `2000000` or `50%`. Raises `UsageError` on anything else."""
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"cannot read {text!r} as an amount of memory",
+                hint="Write it like 300MB, 1.5GiB or 50%.",
+            )
+        number, percent, unit = float(match[1]), match[2], (match[3] or "").upper()
+        if percent:
+            if not 0 < number <= 100:
+                raise UsageError(f"{text!r} is not between 0% and 100%")
+            return cls(fraction=number / 100)
+        return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
+
+    def of(self, whole: int) -> int:
+        """The budget in bytes, where a fraction is taken of `whole` bytes."""
+        return int(self.fraction * whole) if self.fraction is not None else self.size or 0
+
+
+def format_size(size: int) -> str:
+    """`93405585408` bytes as `93.4 GB`: three digits, decimal units."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{size} bytes"
