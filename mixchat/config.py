@@ -25,7 +25,7 @@ _POSITIVE_INTS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `MixtralForCausalLM`. Build it with `from_dict` or `from_file`, which check it."""
+    """The shape of a `MixtralForCausalLM`; `from_dict` and `from_file` build and check it."""
 
     vocab_size: int
     hidden_size: int
@@ -59,7 +59,9 @@ class ModelConfig:
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
         values = {key: raw.get(key) for key in _POSITIVE_INTS}
-        values["num_key_value_heads"] = values["num_key_value_heads"] or raw.get("num_attention_heads")
+        values["num_key_value_heads"] = (
+            values["num_key_value_heads"] or values["num_attention_heads"]
+        )
         values["num_local_experts"] = values["num_local_experts"] or 8
         values["num_experts_per_tok"] = values["num_experts_per_tok"] or 2
         if values["head_dim"] is None and raw.get("num_attention_heads"):
@@ -104,6 +106,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: head_dim {self.head_dim} is odd")
+        if self.hidden_size % 2:
+            raise CheckpointError(f"config.json: hidden_size {self.hidden_size} is odd")
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
                 f"config.json: {self.num_experts_per_tok} experts per token of only "

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from mixchat.config import ModelConfig
-from mixchat.engine.sampling import SamplingOptions
+import torch
+
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.model import Model
+from mixchat.engine.sampling import Sampler, SamplingOptions
+from mixchat.errors import PromptError
+from mixchat.experts.stats import ExpertStats
+
+PREFILL_CHUNK = 512  # tokens
 
 
 @dataclass
@@ -21,9 +29,30 @@ class GenerationStats:
 
 
 class Engine:
-    config: ModelConfig
-    context_size: int
-    stats: GenerationStats
+    """A model with its KV cache, which is kept from call to call.
+
+    A prompt that begins as the last one did (a chat that goes on) is prefilled only from where the
+    two part. `stats` describes the last call, `expert_stats` counts from the start.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        expert_stats: ExpertStats,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self.config = model.config
+        self.expert_stats = expert_stats
+        self.stats = GenerationStats()
+        self._model, self._cache, self._chunk = model, cache, prefill_chunk
+        self._ids: list[int] = []  # the tokens whose keys and values the cache holds
+
+    @property
+    def context_size(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._cache.capacity
 
     def generate(
         self,
@@ -33,4 +62,65 @@ class Engine:
         stop_ids: Set[int],
         max_tokens: int | None = None,
     ) -> Iterator[int]:
-        raise NotImplementedError
+        """Yield the answer's tokens as they are decided.
+
+        Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
+        the context is full. The iterator may be dropped at any point. Raises `PromptError` at once
+        where the prompt is empty or leaves no room for an answer.
+        """
+        ids = list(prompt_ids)
+        if not ids:
+            raise PromptError("the prompt is empty")
+        if len(ids) >= self.context_size:
+            raise PromptError(
+                f"the prompt is too long: {len(ids)} tokens, the context holds "
+                f"{self.context_size} and the answer needs room in it",
+                hint=f"--ctx-size can be up to {self.config.max_position_embeddings}.",
+            )
+        room = self.context_size - len(ids)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        return self._generate(ids, Sampler(sampling), stop_ids, limit)
+
+    def _generate(
+        self, ids: list[int], sampler: Sampler, stop_ids: Set[int], limit: int
+    ) -> Iterator[int]:
+        start = time.perf_counter()
+        reused = self._rewind(ids)
+        self.stats = stats = GenerationStats(prompt_tokens=len(ids), reused_tokens=reused)
+        logits = self._prefill(ids[reused:])
+        stats.prefill_seconds = time.perf_counter() - start
+        while True:
+            token = sampler.sample(logits[0], ids)
+            ids.append(token)
+            stats.generated_tokens += 1
+            yield token
+            if token in stop_ids or stats.generated_tokens >= limit:
+                return
+            start = time.perf_counter()
+            logits = self._forward([token])
+            stats.decode_seconds += time.perf_counter() - start
+
+    def _rewind(self, ids: list[int]) -> int:
+        """Cut the cache back to what it shares with `ids`; the length that is left.
+
+        At least one token has to be computed, since its logits are not kept.
+        """
+        shared = 0
+        for old, new in zip(self._ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        del self._ids[shared:]
+        self._cache.length = shared
+        return shared
+
+    def _prefill(self, ids: list[int]) -> torch.Tensor:
+        for start in range(0, len(ids), self._chunk):
+            logits = self._forward(ids[start : start + self._chunk])
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        logits = self._model.forward(torch.tensor(ids, device=self._model.device), self._cache)
+        self._ids += ids
+        return logits

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+
+REPEAT_WINDOW = 64  # tokens that `repeat_penalty` looks back on, as llama.cpp and ollama do
 
 
 @dataclass(frozen=True)
@@ -16,3 +21,54 @@ class SamplingOptions:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int | None = None
+
+
+class Sampler:
+    """Draws tokens; with a seed the same logits give the same tokens, on every device."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options = options
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+
+    def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+        """The next token after `history`. logits: [V], any float type, on any device."""
+        options = self._options
+        logits = logits.float().cpu()
+        if options.repeat_penalty != 1:
+            logits = penalize(logits, history[-REPEAT_WINDOW:], options.repeat_penalty)
+        if options.temperature == 0:
+            return int(logits.argmax())
+        probabilities = filtered_probabilities(logits, options)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def penalize(logits: torch.Tensor, recent: Sequence[int], penalty: float) -> torch.Tensor:
+    """Divide the positive logits of `recent` tokens by `penalty`, multiply the negative ones."""
+    ids = torch.tensor(sorted(set(recent)), dtype=torch.long)
+    chosen = logits[ids]
+    return logits.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """Probabilities [V] after temperature, then top-k, top-p and min-p, in that order.
+
+    Each filter sees the distribution that the one before it left. The best token always stays.
+    """
+    order = (logits / options.temperature).sort(descending=True, stable=True)
+    kept = order.values
+    if 0 < options.top_k < len(kept):
+        kept = kept[: options.top_k]
+    if options.top_p < 1:
+        probabilities = kept.softmax(0)
+        before = probabilities.cumsum(0) - probabilities  # mass of the better ones
+        kept = kept[before < options.top_p]
+    if options.min_p > 0:
+        probabilities = kept.softmax(0)
+        kept = kept[probabilities >= options.min_p * probabilities[0]]
+    result = torch.zeros_like(logits)
+    result[order.indices[: len(kept)]] = kept.softmax(0)
+    return result

@@ -1,34 +1,85 @@
-"""From a checkpoint in bf16 to a kept model in 4 bits, one tensor at a time."""
+"""From a checkpoint in bf16 to a kept model in 4 bits, one tensor at a time.
+
+Never more than one expert is in memory, about 0.7 GB at Mixtral's size, whatever the model's size.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mixchat.config import ModelConfig
+from mixchat.errors import ResourceError
 from mixchat.progress import Progress
+from mixchat.weights import nf4
+from mixchat.weights.blueprint import (
+    EMBEDDING,
+    HEAD,
+    SHARED_FILE,
+    Blueprint,
+    Quantization,
+    experts_file,
+    layer_prefix,
+)
+from mixchat.weights.linear import Layout, LinearSpec, QuantType
+from mixchat.weights.manifest import FileRecord, Manifest, Source, write_file, write_manifest
+from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.source import SourceCheckpoint, expert_tensor
+
+# Small files that travel with the weights, where the checkpoint has them.
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What becomes 4 bits. `quant_type` is the experts': "nf4", or "none" to keep them as they are."""
+    """What becomes 4 bits. `quant_type` is the experts': "nf4", or "none" to keep them as they are.
 
-    quant_type: str = "nf4"
+    `layout` None takes what this machine runs best.
+    """
+
+    quant_type: QuantType = "nf4"
     attention: bool = False
     head: bool = False
+    layout: Layout | None = None
+
+    def quantization(self, source_dtype: torch.dtype) -> Quantization:
+        """The full description, for weights that come as `source_dtype`."""
+        exact = self.quant_type == "none" and source_dtype == torch.float32
+        return Quantization(
+            quant_type=self.quant_type,
+            layout=self.layout or best_layout(),
+            attention=self.attention,
+            head=self.head,
+            dtype=torch.float32 if exact else torch.bfloat16,
+        )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a kept model came from; goes into its manifest."""
-
-    repo: str
-    commit: str | None = None
+def best_layout() -> Layout:
+    """The layout this machine computes with: a GPU reads bitsandbytes' own."""
+    if torch.cuda.is_available() or not nf4.has_packed_kernel():
+        return "bitsandbytes"
+    return "cpu-packed"
 
 
 def kept_size(config: ModelConfig, options: QuantizeOptions) -> int:
-    """Bytes that the kept model of this shape takes on disk."""
-    raise NotImplementedError
+    """Bytes that the kept model of this shape takes on disk, for a bf16 checkpoint."""
+    blueprint = Blueprint(config, options.quantization(torch.bfloat16))
+    return blueprint.shared_size + blueprint.expert_count * blueprint.expert.stride
 
 
 def quantize_checkpoint(
@@ -39,4 +90,122 @@ def quantize_checkpoint(
     source: Source,
     progress: Progress,
 ) -> None:
-    raise NotImplementedError
+    """Write the kept model of the Hugging Face checkpoint in `checkpoint` into `target`.
+
+    The manifest comes last: until then `target` is an unfinished model that nothing trusts. Raises
+    `CheckpointError` where the checkpoint is not a whole, finite Mixtral, and `ResourceError` where
+    the disk fills up.
+    """
+    weights = SourceCheckpoint(checkpoint)
+    try:
+        blueprint = Blueprint(weights.config, options.quantization(weights.dtype))
+        target.mkdir(parents=True, exist_ok=True)
+        with _full_disk_explained(target):
+            _Quantizer(weights, target, blueprint, progress).run(source)
+    finally:
+        weights.close()
+
+
+class _Quantizer:
+    """Walks through one checkpoint, file by file of the kept model."""
+
+    def __init__(
+        self, weights: SourceCheckpoint, target: Path, blueprint: Blueprint, progress: Progress
+    ) -> None:
+        self._weights, self._target = weights, target
+        self._blueprint, self._progress = blueprint, progress
+        self._files: dict[str, FileRecord] = {}
+
+    def run(self, source: Source) -> None:
+        self._progress.begin("quantizing", self._weights.nbytes)
+        self._copy_companions()
+        config = self._blueprint.config
+        with self._writer(SHARED_FILE, self._blueprint.shared_tensors()) as writer:
+            self._write_shared(writer)
+        for layer in range(config.num_hidden_layers):
+            with self._writer(experts_file(layer), self._blueprint.expert_tensors()) as writer:
+                for expert in range(config.num_local_experts):
+                    self._write_expert(writer, layer, expert)
+        how = self._blueprint.quantization
+        quantization = {
+            "quant_type": how.quant_type,
+            "blocksize": nf4.BLOCKSIZE,
+            "layout": how.layout,
+            "attention": how.attention,
+            "head": how.head,
+            "dtype": str(how.dtype).removeprefix("torch."),
+        }
+        write_manifest(self._target, Manifest(source, quantization, self._files))
+        self._progress.end()
+
+    def _copy_companions(self) -> None:
+        for name in COMPANION_FILES:
+            path = self._weights.directory / name
+            if path.is_file():
+                data = path.read_bytes()
+                write_file(self._target / name, data)
+                self._files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+    @contextmanager
+    def _writer(self, name: str, specs: Iterator[TensorSpec]) -> Iterator[SafetensorsWriter]:
+        writer = SafetensorsWriter(self._target / name, specs)
+        try:
+            yield writer
+            self._files[name] = FileRecord(*writer.finish())
+        except BaseException:
+            writer.abort()
+            raise
+
+    def _write_shared(self, writer: SafetensorsWriter) -> None:
+        self._write_plain(writer, EMBEDDING)
+        for layer in range(self._blueprint.config.num_hidden_layers):
+            prefix = layer_prefix(layer)
+            self._write_plain(writer, f"{prefix}input_layernorm.weight")
+            self._write_plain(writer, f"{prefix}post_attention_layernorm.weight")
+            qkv = [self._read(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
+            self._write_linear(writer, self._blueprint.qkv(layer), torch.cat(qkv))
+            o = self._read(f"{prefix}self_attn.o_proj.weight")
+            self._write_linear(writer, self._blueprint.o(layer), o)
+            self._write_plain(writer, f"{prefix}block_sparse_moe.gate.weight")
+        self._write_plain(writer, self._blueprint.norm.name)
+        if self._blueprint.head is not None:
+            tied = self._blueprint.config.tie_word_embeddings
+            head = self._weights.read(EMBEDDING) if tied else self._read(f"{HEAD}.weight")
+            self._write_linear(writer, self._blueprint.head, head)
+
+    def _write_expert(self, writer: SafetensorsWriter, layer: int, expert: int) -> None:
+        layout = self._blueprint.expert
+        w13 = [self._read(expert_tensor(layer, expert, name)) for name in ("w1", "w3")]
+        tensors = layout.w13.encode(torch.cat(w13))
+        del w13
+        tensors += layout.w2.encode(self._read(expert_tensor(layer, expert, "w2")))
+        if padding := layout.stride - layout.nbytes:
+            tensors.append(torch.zeros(padding, dtype=torch.uint8))
+        for spec, tensor in zip(layout.tensors(expert), tensors, strict=True):
+            writer.write(spec.name, tensor)
+
+    def _write_linear(
+        self, writer: SafetensorsWriter, spec: LinearSpec, weight: torch.Tensor
+    ) -> None:
+        for tensor_spec, tensor in zip(spec.tensors, spec.encode(weight), strict=True):
+            writer.write(tensor_spec.name, tensor)
+
+    def _write_plain(self, writer: SafetensorsWriter, name: str) -> None:
+        writer.write(name, self._read(name).to(self._blueprint.quantization.dtype))
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._weights.read(name)
+        self._progress.advance(tensor.nbytes)
+        return tensor
+
+
+@contextmanager
+def _full_disk_explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"{target}: the disk is full", hint="Make room and run the same command again."
+        ) from None

@@ -1,0 +1,125 @@
+"""The Mixtral transformer: from token ids to logits. It never asks where an expert lives.
+
+T = tokens of this call, P = tokens before them (in the cache), D = hidden_size, V = vocab_size,
+H = num_attention_heads, G = num_key_value_heads, h = head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from mixchat.config import ModelConfig
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.moe import SparseMoE
+from mixchat.engine.rope import RotaryEmbedding
+from mixchat.weights.linear import Linear
+
+
+class RMSNorm:
+    """x / rms(x) * weight, the mean taken in fp32."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight, self._eps = weight, eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+class Attention:
+    """Causal grouped-query attention of one layer, over the cache and the new tokens."""
+
+    def __init__(
+        self,
+        layer: int,
+        config: ModelConfig,
+        qkv_proj: Linear,
+        o_proj: Linear,
+        rope: RotaryEmbedding,
+    ) -> None:
+        self._layer, self._config = layer, config
+        self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
+
+    def __call__(self, x: torch.Tensor, cache: KVCache, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [T, D] to [T, D]; mask [T, P + T] is True where a token may look, None for anywhere."""
+        config, tokens = self._config, x.shape[0]
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        qkv = self._qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)
+        rotated = self._rope(qkv[:, : heads + groups], cache.length)
+        queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
+        all_keys, all_values = cache.store(self._layer, keys, qkv[:, heads + groups :])
+        attended = functional.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],  # [1, H, T, h]
+            all_keys[None],  # [1, G, P + T, h]
+            all_values[None],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        return self._o_proj(attended[0].transpose(0, 1).reshape(tokens, heads * config.head_dim))
+
+
+class Block:
+    """One layer: attention, then the experts, each on the normed stream and added to it."""
+
+    def __init__(
+        self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
+    ) -> None:
+        self._attention_norm, self._attention = attention_norm, attention
+        self._moe_norm, self._moe = moe_norm, moe
+
+    def __call__(self, x: torch.Tensor, cache: KVCache, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self._attention(self._attention_norm(x), cache, mask)
+        return x + self._moe(self._moe_norm(x))
+
+
+class Model:
+    """Embedding, blocks, norm and head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: torch.Tensor,
+        blocks: Sequence[Block],
+        norm: RMSNorm,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self._embedding, self._blocks, self._norm, self._head = embedding, blocks, norm, head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids are expected and the logits come out."""
+        return self._embedding.device
+
+    def forward(
+        self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False
+    ) -> torch.Tensor:
+        """Logits [1, V] of the last token, or [T, V] of all; the cache then holds the ids [T] too.
+
+        The cache must have room for them: P + T <= capacity.
+        """
+        x = functional.embedding(ids, self._embedding)  # [T, D]
+        mask = attention_mask(cache.length, ids.shape[0], self.config.sliding_window, self.device)
+        for block in self._blocks:
+            x = block(x, cache, mask)
+        cache.length += ids.shape[0]
+        return self._head(self._norm(x if all_logits else x[-1:]))
+
+
+def attention_mask(
+    past: int, tokens: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which of P + T positions each of T tokens may look at; None where all may see everything.
+
+    A token sees itself and what came before, with a sliding window W only the last W of these:
+    past 1, tokens 2, window 2 gives [[1, 1, 0], [0, 1, 1]].
+    """
+    sees_all = window is None or past + tokens <= window
+    if tokens == 1 and sees_all:
+        return None
+    position = torch.arange(past, past + tokens, device=device)[:, None]
+    other = torch.arange(past + tokens, device=device)[None]
+    mask = other <= position
+    return mask if window is None else mask & (other > position - window)

@@ -1,0 +1,21 @@
+"""Counts of what the expert cache did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ExpertStats:
+    """Cumulative counts: uses of an expert found in its slot or not, and bytes moved into slots."""
+
+    slots: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_moved: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all uses, 0 to 1; 0 before the first use."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else 0.0

@@ -1,0 +1,145 @@
+"""NF4: 4-bit codes with one scale (`absmax`) for each block of 64 weights, and their matmul.
+
+Two orders of the same codes, called `layout`:
+
+- "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
+  one value a block, in the same order. What `quantize_4bit` gives and every device can read.
+- "cpu-packed": what bitsandbytes' AVX512-BF16 kernel reads. Rows are taken 32 at a time; for a pair
+  of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line, whose first
+  half fills the low nibbles of 32 bytes and whose second half the high ones. `absmax` is
+  transposed: [columns / 64, rows].
+
+Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
+`absmax` is kept in bf16: the largest weight of a block of bf16 weights is a bf16 number.
+
+NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314); the kernels are bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any
+
+import torch
+
+BLOCKSIZE = 64
+_ROWS = 32  # rows that the packed layout interleaves
+_QUANTIZE_CHUNK = 2**23  # weights; bounds quantize_4bit's temporary tensors to about 150 MB
+
+
+@functools.cache
+def _package() -> Any:
+    """The package bitsandbytes; imported late, because that takes two seconds."""
+    # It warns that the optional package `kernels`, which would ask the hub, is not there.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return importlib.import_module("bitsandbytes")
+
+
+def _functional() -> Any:
+    return _package().functional
+
+
+@functools.cache
+def has_packed_kernel() -> bool:
+    """Whether this CPU runs the packed layout: it needs AVX512-BF16.
+
+    `ATEN_CPU_CAPABILITY=avx2` in the environment switches it off, as it does for torch's kernels.
+    """
+    return bool(
+        _functional().has_avx512bf16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def can_pack(rows: int, columns: int) -> bool:
+    """Whether a matrix of this shape has a packed layout."""
+    return rows % _ROWS == 0 and columns % BLOCKSIZE == 0
+
+
+def codes_size(rows: int, columns: int) -> int:
+    """Bytes of the codes of a matrix."""
+    return (rows * columns + 1) // 2
+
+
+def absmax_size(rows: int, columns: int) -> int:
+    """Count of the scales of a matrix."""
+    return -(-rows * columns // BLOCKSIZE)
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) and absmax (bf16) of a matrix, in the "bitsandbytes" layout.
+
+    weight: [rows, columns], any float type; it is rounded to bf16 first, which makes absmax exact.
+    """
+    flat = weight.to(torch.bfloat16).reshape(-1)
+    pieces = [
+        _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="nf4")
+        for piece in torch.split(flat, _QUANTIZE_CHUNK)
+    ]
+    codes = torch.cat([piece.reshape(-1) for piece, _ in pieces])
+    absmax = torch.cat([state.absmax for _, state in pieces])
+    return codes, absmax.to(torch.bfloat16)
+
+
+def pack(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the "bitsandbytes" layout to "cpu-packed"; new tensors on the same device."""
+    nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [rows * columns / 2, 2]
+    bands = nibbles.view(rows // _ROWS, _ROWS, columns // 2, 2).transpose(1, 2)
+    lines = bands.reshape(-1, 2, _ROWS)
+    packed = lines[:, 0] | (lines[:, 1] << 4)  # [rows * columns / 64, 32]
+    scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
+    return packed.reshape(-1), scales.view(-1)
+
+
+def unpack(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the "cpu-packed" layout to "bitsandbytes"; the inverse of `pack`."""
+    packed = codes.view(-1, _ROWS)
+    lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [rows * columns / 64, 2, 32]
+    nibbles = lines.view(rows // _ROWS, columns // 2, _ROWS, 2).transpose(1, 2)
+    flat = nibbles.reshape(-1, 2)  # [rows * columns / 2, 2]
+    scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
+    return (flat[:, 0] << 4) | flat[:, 1], scales.view(-1)
+
+
+def quant_state(
+    absmax: torch.Tensor, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """bitsandbytes' description of a matrix, for `matmul` and `matmul_packed`."""
+    functional = _functional()
+    return functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size((rows, columns)),
+        code=_code(absmax.device),
+        blocksize=BLOCKSIZE,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+
+
+@functools.cache
+def _code(device: torch.device) -> torch.Tensor:
+    code: torch.Tensor = _functional().get_4bit_type("nf4", device=device, blocksize=BLOCKSIZE)
+    return code
+
+
+def dequantize(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """The weights [rows, columns] that the codes stand for ("bitsandbytes" layout, fp32 absmax)."""
+    weight: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
+    return weight
+
+
+def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """x [..., columns] times the transposed matrix: [..., rows]. Layout "bitsandbytes"."""
+    result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
+    return result
+
+
+def matmul_packed(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """As `matmul`, for the layout "cpu-packed", where `has_packed_kernel()`."""
+    result: torch.Tensor = _functional().gemv_4bit(x, codes, state=state)
+    return result
