@@ -69,18 +69,19 @@ class ModelConfig:
                 raw, "num_attention_heads"
             )
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
+        rope_type = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
+        if rope_type not in (None, "default"):
             raise CheckpointError(f"config.json: rope type {rope_type!r} is not supported")
         eos = raw.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         config = cls(
             **{key: _positive_int(values, key) for key in _POSITIVE_INTS},
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 1e6),
+            rms_norm_eps=_positive_number(raw, "rms_norm_eps", 1e-5),
+            rope_theta=_positive_number({**raw, **rope}, "rope_theta", 1e6),
             sliding_window=_optional_int(raw, "sliding_window"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             bos_token_id=_optional_int(raw, "bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=tuple(_whole_number("eos_token_id", token) for token in eos_ids),
         )
         config._check()
         return config
@@ -122,10 +123,19 @@ def _positive_int(values: dict[str, Any], key: str) -> int:
     return value
 
 
+def _positive_number(values: dict[str, Any], key: str, default: float) -> float:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number")
+    return float(value)
+
+
 def _optional_int(values: dict[str, Any], key: str) -> int | None:
     value = values.get(key)
-    if value is None:
-        return None
+    return None if value is None else _whole_number(key, value)
+
+
+def _whole_number(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise CheckpointError(f"config.json: {key} is {value!r}, not a whole number")
     return value

@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """One bar at a time: `begin` starts it, `advance` moves it, `end` or the next `begin` closes it."""
+    """One bar at a time: `begin` starts it, `end` or the next `begin` closes it."""
 
     def begin(self, what: str, total: int) -> None:
         """Start a bar named `what` that is full at `total` bytes."""

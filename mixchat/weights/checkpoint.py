@@ -29,11 +29,11 @@ class KeptModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest = read_manifest(directory)
+        self._check_sizes()
         self.config = ModelConfig.from_file(directory / "config.json")
         self.blueprint = Blueprint(self.config, quantization_of(self.manifest))
         self._files: list[SafetensorsFile] = []
         try:
-            self._check_sizes()
             self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
             self._experts = [
                 self._open(experts_file(layer), self.blueprint.expert_tensors())

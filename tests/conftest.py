@@ -1,0 +1,84 @@
+"""Tiny models: random Mixtrals as transformers writes them, and the kept models made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a random Mixtral with `TINY`'s config, changed as asked, and return its directory."""
+
+    def make(*, seed: int = 0, std: float = 0.2, **changes: Any) -> Path:
+        import torch
+        from transformers import MixtralConfig, MixtralForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        torch.manual_seed(seed)
+        # A large spread makes the router's choices and the attention sharp, so that mistakes show.
+        config = MixtralConfig(**{**TINY, "initializer_range": std, **changes})
+        directory = tmp_path_factory.mktemp("checkpoint")
+        MixtralForCausalLM(config).save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """A random Mixtral of `TINY`'s shape. Do not write into it."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a kept model of a checkpoint, with `QuantizeOptions` as asked."""
+
+    def keep(checkpoint: Path, **options: Any) -> Path:
+        from mixchat.progress import NoProgress
+        from mixchat.weights.manifest import Source
+        from mixchat.weights.quantize import QuantizeOptions, quantize_checkpoint
+
+        target = tmp_path_factory.mktemp("kept") / "model"
+        quantize_checkpoint(
+            checkpoint,
+            target,
+            QuantizeOptions(**options),
+            source=Source("test"),
+            progress=NoProgress(),
+        )
+        return target
+
+    return keep
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path, keep: Callable[..., Path]) -> Path:
+    """The kept model, in NF4, of `tiny_checkpoint`. Do not write into it."""
+    return keep(tiny_checkpoint)

@@ -1,0 +1,166 @@
+"""The model against transformers, on random tiny configs: logits, routing, and with NF4 experts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixchat.engine.loader import LoadOptions, load_engine
+from mixchat.engine.model import attention_mask
+from mixchat.experts.runner import CachedExpertRunner
+from mixchat.settings import MemoryBudget
+
+CPU = LoadOptions(device="cpu")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wide heads": {"head_dim": 32, "num_attention_heads": 4},
+    "narrow heads": {"head_dim": 4, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "one kv head": {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 10},
+    "odd vocabulary": {"vocab_size": 131},
+    "16 experts, top 3": {"num_local_experts": 16, "num_experts_per_tok": 3},
+    "5 experts, top 1": {"num_local_experts": 5, "num_experts_per_tok": 1},
+    "tied head": {"tie_word_embeddings": True},
+    "short rope": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+    "sliding window": {"sliding_window": 7},
+    "odd sizes": {"hidden_size": 30, "intermediate_size": 17, "num_hidden_layers": 3},
+    "large eps": {"rms_norm_eps": 1e-2, "num_hidden_layers": 1},
+}
+TOKENS = 40
+
+
+def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def prompt(vocab_size: int) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(7))
+
+
+@torch.inference_mode()
+def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
+    engine._cache.length = 0
+    parts = [
+        engine._model.forward(part, engine._cache, all_logits=True) for part in ids.split(chunk)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_and_routing_equal_transformers_in_fp32(
+    changes: dict[str, Any],
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = make_checkpoint(**changes)
+    model = oracle(checkpoint)
+    ids = prompt(model.config.vocab_size)
+    with torch.inference_mode():
+        expected = model(ids[None], output_router_logits=True)
+    engine = load_engine(keep(checkpoint, quant_type="none"), CPU)
+
+    routed: list[torch.Tensor] = []
+    run = CachedExpertRunner.run
+
+    def recording(self: Any, layer: int, hidden: Any, selected: Any, weights: Any) -> torch.Tensor:
+        routed.append(selected.sort(dim=-1).values)
+        return run(self, layer, hidden, selected, weights)
+
+    monkeypatch.setattr(CachedExpertRunner, "run", recording)
+    for chunk in (TOKENS, 16, 1):  # prefill, chunked prefill, decode step by step
+        difference = (logits(engine, ids, chunk) - expected.logits[0]).abs().max()
+        assert difference < 1e-4
+    per_token = model.config.num_experts_per_tok
+    for ours, theirs in zip(routed, expected.router_logits, strict=False):  # the prefill's
+        assert torch.equal(ours, theirs.topk(per_token, dim=-1).indices.sort(dim=-1).values)
+
+
+def dequantize_experts(checkpoint: Path, target: Path) -> Path:
+    """The checkpoint with each expert matrix taken to NF4 and back by bitsandbytes itself."""
+    shutil.copytree(checkpoint, target)
+    tensors = load_file(target / "model.safetensors")
+    for name, weight in tensors.items():
+        if ".experts." in name:
+            rounded = weight.to(torch.bfloat16)
+            codes, state = bnb.quantize_4bit(rounded, blocksize=64, quant_type="nf4")
+            tensors[name] = bnb.dequantize_4bit(codes, state).float()
+        else:
+            tensors[name] = weight.to(torch.bfloat16).float()
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
+@pytest.mark.parametrize("changes", [{}, {"num_local_experts": 8}, {"intermediate_size": 128}])
+def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
+    changes: dict[str, Any],
+    layout: str,
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """bf16 rounding is what transformers itself loses when it runs the reference in bf16.
+
+    The spread of the weights is small enough that rounding does not flip the router's choices.
+    """
+    checkpoint = make_checkpoint(std=0.05, **changes)
+    reference = dequantize_experts(checkpoint, tmp_path / "reference")
+    ids = prompt(97)
+    with torch.inference_mode():
+        exact = oracle(reference)(ids[None]).logits[0]
+        rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
+    engine = load_engine(keep(checkpoint, layout=layout), CPU)
+    ours = logits(engine, ids, TOKENS).float()
+    noise = (rounded - exact).norm()
+    assert 0 < (ours - exact).norm() < 1.5 * noise
+    assert noise < 0.02 * exact.norm()  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize("quantized", [{"attention": True}, {"head": True}])
+def test_attention_and_head_in_4_bits_stay_close(
+    quantized: dict[str, bool], tiny_checkpoint: Path, keep: Callable[..., Path]
+) -> None:
+    engine = load_engine(keep(tiny_checkpoint, **quantized), CPU)
+    plain = load_engine(keep(tiny_checkpoint), CPU)
+    ids = prompt(97)
+    ours, theirs = logits(engine, ids, TOKENS).float(), logits(plain, ids, TOKENS).float()
+    assert 0 < (ours - theirs).norm() < 0.7 * theirs.norm()
+
+
+def test_the_answer_is_the_same_for_every_size_of_the_cache(
+    tiny_checkpoint: Path, keep: Callable[..., Path]
+) -> None:
+    kept = keep(tiny_checkpoint)
+    ids = prompt(97)
+    every = [
+        logits(load_engine(kept, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8)
+        for n in (2, 3, 5, 8)
+    ]
+    assert all(torch.equal(every[0], other) for other in every[1:])
+
+
+@pytest.mark.parametrize(
+    ("past", "tokens", "window", "expected"),
+    [
+        (5, 1, None, None),
+        (0, 2, None, [[1, 0], [1, 1]]),
+        (1, 2, None, [[1, 1, 0], [1, 1, 1]]),
+        (1, 2, 2, [[1, 1, 0], [0, 1, 1]]),
+        (1, 1, 2, None),
+        (3, 1, 2, [[0, 0, 1, 1]]),
+    ],
+)
+def test_the_mask(past: int, tokens: int, window: int | None, expected: list[list[int]]) -> None:
+    mask = attention_mask(past, tokens, window, torch.device("cpu"))
+    assert (None if mask is None else mask.int().tolist()) == expected

@@ -1,0 +1,221 @@
+"""A hub on this machine: as much of the protocol as huggingface_hub's client uses, and its faults.
+
+Two servers on 127.0.0.1: the hub itself, and the store of large files on another port, as the real
+hub has one on another host. One repo at one commit. Every request is written down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "abcd"
+REPO = "org/tiny-mixtral"
+
+
+@dataclass
+class Request:
+    """One request as it came: `where` is "hub" or "store"."""
+
+    where: str
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class Fault:
+    """What the next `times` requests get whose path matches: an error, or a connection cut off."""
+
+    path: str
+    times: float = float("inf")
+    status: int = 0
+    code: str | None = None
+    body: bytes = b"{}"
+    cut_after: int | None = None
+
+
+@dataclass
+class FakeHub:
+    """Use as a context manager; then `url` is its address.
+
+    `files` maps names to content; those larger than `lfs_limit` bytes live in the store and have a
+    SHA-256. `serve` replaces the content that is sent (not the one listed), `listing` edits the
+    answer to a look-up.
+    """
+
+    files: dict[str, bytes]
+    repo: str = REPO
+    commit: str = COMMIT
+    lfs_limit: int = 2_000
+    serve: dict[str, bytes] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    faults: list[Fault] = field(default_factory=list)
+    omit_headers: set[str] = field(default_factory=set)
+    listing: Callable[[dict[str, Any]], Any] = lambda answer: answer
+    ranges: bool = True
+    delay: float = 0.0
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> FakeHub:
+        self._servers = [self._start("hub"), self._start("store")]
+        self.url, self.store_url = (
+            f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
+        )
+        self.closing = threading.Event()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def fail(self, path: str, **how: Any) -> None:
+        """Add a `Fault` for requests whose path matches the regular expression `path`."""
+        self.faults.append(Fault(path, **how))
+
+    def got(self, where: str = "hub|store", method: str = "GET|HEAD") -> list[str]:
+        """The paths asked for so far."""
+        return [
+            request.path
+            for request in self.requests
+            if re.fullmatch(where, request.where) and re.fullmatch(method, request.method)
+        ]
+
+    def is_lfs(self, name: str) -> bool:
+        return len(self.files[name]) > self.lfs_limit
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A file as the hub lists it."""
+        data = self.files[name]
+        entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
+        if self.is_lfs(name):
+            sha256 = hashlib.sha256(data).hexdigest()
+            entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+        return entry
+
+    def take_fault(self, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.path, path):
+                fault.times -= 1
+                return fault
+        return None
+
+    def _start(self, where: str) -> ThreadingHTTPServer:
+        hub = self
+
+        class Bound(_Handler):
+            pass
+
+        Bound.hub, Bound.where = hub, where
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        server.daemon_threads = True
+        # A short poll, so that a test does not wait half a second for the end.
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    where: str
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: without it each answer takes 40 ms
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        headers = self.headers
+        self.hub.requests.append(
+            Request(self.where, self.command, path, headers["Range"], headers["Authorization"])
+        )
+        fault = self.hub.take_fault(path)
+        if fault is not None and fault.status:
+            code = {"X-Error-Code": fault.code} if fault.code else {}
+            self.answer(fault.status, fault.body, **code)
+        elif self.where == "store":
+            self.send_file(path.rsplit("/", 1)[-1], fault)
+        elif path.startswith("/api/"):
+            self.look_up(path)
+        else:
+            self.resolve(path, fault)
+
+    def look_up(self, path: str) -> None:
+        match = re.fullmatch(rf"/api/models/{self.hub.repo}(?:/revision/(.+))?", path)
+        if match is None:
+            # What the real hub says to a stranger, so as not to betray which private repos exist.
+            self.answer(401, b"{}", **{"X-Error-Code": "RepoNotFound"})
+        elif match[1] not in (None, "main", self.hub.commit):
+            self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+        else:
+            siblings = [self.hub.describe(name) for name in sorted(self.hub.files)]
+            answer = {"id": self.hub.repo, "sha": self.hub.commit, "siblings": siblings}
+            body = self.hub.listing(answer)
+            if not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+            self.answer(200, body, **{"Content-Type": "application/json"})
+
+    def resolve(self, path: str, fault: Fault | None) -> None:
+        match = re.fullmatch(rf"/{self.hub.repo}/resolve/(?:main|{self.hub.commit})/(.+)", path)
+        commit = {"X-Repo-Commit": self.hub.commit}
+        if match is None:
+            self.answer(404, **{"X-Error-Code": "RepoNotFound"})
+        elif match[1] not in self.hub.files or match[1] in self.hub.gone:
+            self.answer(404, **{"X-Error-Code": "EntryNotFound"}, **commit)
+        elif self.hub.is_lfs(match[1]):
+            lfs = self.hub.describe(match[1])["lfs"]
+            self.answer(
+                302,
+                **commit,
+                **{"X-Linked-Size": str(lfs["size"]), "X-Linked-Etag": f'"{lfs["sha256"]}"'},
+                Location=f"{self.hub.store_url}/{match[1]}",
+            )
+        else:
+            self.send_file(match[1], fault, **commit)
+
+    def send_file(self, name: str, fault: Fault | None, **headers: str) -> None:
+        data = self.hub.serve.get(name, self.hub.files[name])
+        start, status = 0, 200
+        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")):
+            start, status = int(match[1]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        headers["ETag"] = f'"{git_hash(self.hub.files[name])}"'
+        cut = fault.cut_after if fault is not None else None
+        self.answer(status, data[start:], cut, **headers)
+
+    def answer(
+        self, status: int, body: bytes = b"", cut: int | None = None, **headers: str
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            if name not in self.hub.omit_headers:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for begin in range(0, len(body[:cut]), 1000):
+            self.wfile.write(body[:cut][begin : begin + 1000])
+            if self.hub.delay and self.where == "store":
+                self.wfile.flush()
+                if self.hub.closing.wait(self.hub.delay):
+                    break
+        if cut is not None:
+            self.close_connection = True
+
+
+def git_hash(data: bytes) -> str:
+    """Git's name for a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,223 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixchat.errors import CheckpointError
+from mixchat.progress import NoProgress
+from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.manifest import MANIFEST_FILE, Source, read_manifest
+from mixchat.weights.quantize import QuantizeOptions, kept_size, quantize_checkpoint
+from mixchat.weights.source import SourceCheckpoint
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def quantize(checkpoint: Path, target: Path, options: QuantizeOptions | None = None) -> None:
+    quantize_checkpoint(
+        checkpoint,
+        target,
+        options or QuantizeOptions(),
+        source=Source("org/repo", "c0ffee"),
+        progress=NoProgress(),
+    )
+
+
+def shard(checkpoint: Path, count: int) -> None:
+    """Spread the tensors over shards so that every expert spans several."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    weight_map = {name: names[n % count] for n, name in enumerate(sorted(tensors))}
+    for file in names:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(part, checkpoint / file)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_manifest_says_where_it_came_from_and_what_was_done(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    manifest = read_manifest(tmp_path / "kept")
+    assert manifest.source == Source("org/repo", "c0ffee")
+    assert manifest.quantization["quant_type"] == "nf4"
+    assert set(manifest.files) | {MANIFEST_FILE} == set(contents(tmp_path / "kept"))
+    assert KeptModel(tmp_path / "kept").config.hidden_size == 64
+
+
+def test_the_result_depends_on_the_weights_alone_not_on_their_shards(
+    tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    shard(checkpoint, 5)
+    quantize(tiny_checkpoint, tmp_path / "one")
+    quantize(checkpoint, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_size_is_known_beforehand(
+    tiny_checkpoint: Path, tmp_path: Path, attention: bool, head: bool
+) -> None:
+    options = QuantizeOptions(attention=attention, head=head)
+    quantize(tiny_checkpoint, tmp_path / "kept", options)
+    with KeptModel(tmp_path / "kept") as kept:
+        files = kept.manifest.files
+        weights = sum(record.size for name, record in files.items() if "safetensors" in name)
+        assert 0 <= weights - kept_size(kept.config, options) < 4096 * 2 * len(files)
+
+
+def test_the_gate_and_the_attention_keep_their_values(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    with KeptModel(tmp_path / "kept") as kept:
+        gate = kept.tensor(kept.blueprint.gate(1))
+        name = "model.layers.1.block_sparse_moe.gate.weight"
+        assert torch.equal(gate, source[name].to(torch.bfloat16))
+        qkv = kept.tensor(kept.blueprint.qkv(0).tensors[0])
+        parts = [source[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]
+        assert torch.equal(qkv, torch.cat(parts).to(torch.bfloat16))
+
+
+def test_an_expert_is_its_three_matrices_one_behind_the_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept", QuantizeOptions(quant_type="none"))
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    with KeptModel(tmp_path / "kept") as kept:
+        layout = kept.blueprint.expert
+        block = torch.empty(layout.stride, dtype=torch.uint8)
+        kept.read_expert(1, 3, block)
+        prefix = "model.layers.1.block_sparse_moe.experts.3."
+        parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3", "w2")]
+        assert torch.equal(block[: layout.nbytes].view(torch.float32), torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
+            r"experts\.2\.w3\.weight is missing",
+        ),
+        (lambda t: t.update(extra=torch.ones(1)), "extra is not a tensor of a Mixtral"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+            r"model\.norm\.weight has the shape \[63\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+            "only bf16, fp16 and fp32",
+        ),
+        (
+            lambda t: t["model.layers.0.block_sparse_moe.experts.1.w2.weight"][3].fill_(
+                float("nan")
+            ),
+            r"layers\.0.*experts\.1\.w2\.weight holds NaN",
+        ),
+        (lambda t: t["lm_head.weight"][0].fill_(float("-inf")), "lm_head.weight holds infinity"),
+    ],
+)
+def test_a_checkpoint_that_is_wrong_is_refused_and_not_trusted_later(
+    checkpoint: Path,
+    tmp_path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    change(checkpoint, edit)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        quantize(checkpoint, tmp_path / "kept")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="not a finished model"):
+        KeptModel(tmp_path / "kept")
+
+
+def test_pickles_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no safetensors") as caught:
+        quantize(checkpoint, tmp_path / "kept")
+    assert caught.value.hint is not None
+
+
+def test_buffers_of_old_transformers_are_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(checkpoint, lambda tensors: tensors.update({name: torch.ones(8)}))
+    quantize(checkpoint, tmp_path / "kept")
+    assert KeptModel(tmp_path / "kept").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", "", "x\0.safetensors",
+     "x.safetensors\n", "..", "C:x.safetensors", "a\\b.safetensors", None, 3],
+)  # fmt: skip
+def test_an_index_that_leaves_the_directory_is_refused(checkpoint: Path, name: object) -> None:
+    index = {"weight_map": {"lm_head.weight": name}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not the name of a safetensors file"):
+        SourceCheckpoint(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
+def test_an_index_that_is_none_is_refused(checkpoint: Path, text: str) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        SourceCheckpoint(checkpoint)
+
+
+def test_a_missing_shard_is_named(checkpoint: Path) -> None:
+    shard(checkpoint, 3)
+    (checkpoint / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors: the file is miss"):
+        SourceCheckpoint(checkpoint)
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_model(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two models of the same layer, 2 and 12 layers: the peaks differ by less than two experts."""
+    peaks = []
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from mixchat.weights.quantize import *; from mixchat.progress import NoProgress\n"
+        "quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeOptions(), "
+        "source=Source('x'), progress=NoProgress())\n"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+    for layers in (2, 12):
+        large = make_checkpoint(hidden_size=512, intermediate_size=1024, num_hidden_layers=layers)
+        out = subprocess.run(
+            [sys.executable, "-c", code, str(large), str(tmp_path / str(layers))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(out.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 2 * 3 * 512 * 1024 * 4
+    assert peaks[1] < 1.5e9
