@@ -128,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     where: str
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are two writes: without it each answer takes 40 ms
+    disable_nagle_algorithm = (
+        True  # head and body are two writes: without it each answer takes 40 ms
+    )
 
     def log_message(self, *_: object) -> None:
         pass
@@ -189,7 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, name: str, fault: Fault | None, **headers: str) -> None:
         data = self.hub.serve.get(name, self.hub.files[name])
         start, status = 0, 200
-        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")):
+        if self.hub.ranges and (
+            match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        ):
             start, status = int(match[1]), 206
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         headers["ETag"] = f'"{git_hash(self.hub.files[name])}"'

@@ -1,0 +1,63 @@
+"""The tokenizer inside a GGUF file, written as Hugging Face's tokenizer.json and its companion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError
+
+_CONTROL = 3  # gguf.TokenType.CONTROL
+
+
+def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json (with the chat template) into `target`.
+
+    `metadata` has the GGUF file's keys, `context` is the longest input in tokens. Only the kind of
+    tokenizer that the demo model has is known. Raises `CheckpointError` on any other.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise CheckpointError(f"the GGUF file's tokenizer {kind} is not known")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError("the GGUF file's vocabulary holds a token twice")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    )
+    # What llama.cpp calls "smollm": each digit by itself, then GPT-2's pattern.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ == _CONTROL
+        ]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,165 @@
+"""What goes wrong with the hub, told in one line each, and huggingface_hub's own voice off."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from mixchat.errors import HubError, MixchatError, ModelNotFoundError, ResourceError, UsageError
+
+_LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
+
+
+def endpoint() -> str:
+    """The hub's address: `HF_ENDPOINT`, else its usual one. Raises `UsageError` where it is none.
+
+    Read at each call and handed to huggingface_hub, which by itself reads it once, at import.
+    """
+    from huggingface_hub import constants
+
+    url = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
+        _ = parts.port
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UsageError(
+            f"HF_ENDPOINT is {url!r:.80}, which is not an address",
+            hint="Write it like https://hub.example.org, or unset it.",
+        )
+    return url
+
+
+@contextmanager
+def plain_errors(repo_id: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises inside into one of our errors, and keep it quiet.
+
+    Without this it warns on stderr and shows bars of its own, between or instead of ours.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from huggingface_hub import errors
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+        # The base of refusals and of failed connections; httpx's in 1.x, httpx2's in 2.x.
+        http_error: type[Exception] = vars(errors)["HTTPError"]
+        try:
+            yield
+        except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
+            raise _translate(error, repo_id) from error
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed in a while: a lost connection, a busy server."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in (408, 429) or _status(error) >= 500
+    return True
+
+
+def _translate(error: BaseException, repo_id: str) -> MixchatError:
+    """The one line for `error`. The classes are nested: the narrow ones come first."""
+    from huggingface_hub import errors
+
+    host = urlsplit(endpoint()).netloc.rpartition("@")[2]
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubError(
+            "the hub is switched off by HF_HUB_OFFLINE",
+            hint="Unset it, or name a directory that holds the checkpoint.",
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            f"{repo_id} is open only to people who accepted its conditions",
+            hint=f"Accept them on {endpoint()}/{repo_id}, then {_LOGIN}",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"there is no model {repo_id} on {host}",
+            hint=f"Check the spelling. If it is private, {_LOGIN}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFoundError(f"{repo_id} has no such revision on {host}")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return HubError(f"{host} lists a file of {repo_id} that it does not have")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(_status(error), repo_id, host)
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _behind(error.__cause__, repo_id, host)
+    if isinstance(error, OSError):
+        return _failed_here(error, repo_id)
+    return _no_answer(error, host)
+
+
+def _behind(cause: BaseException | None, repo_id: str, host: str) -> MixchatError:
+    """huggingface_hub wraps a failed look-up of one file, whatever failed."""
+    from huggingface_hub import errors
+
+    if isinstance(cause, errors.FileMetadataError):
+        return HubError(
+            f"{host} does not answer like a hub",
+            hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
+        )
+    return _no_answer(cause, host) if cause is None else _translate(cause, repo_id)
+
+
+def _refused(status: int, repo_id: str, host: str) -> MixchatError:
+    if status == 401:
+        return HubError(f"{host} does not accept the token (401)", hint=f"To log in, {_LOGIN}")
+    if status == 403:
+        return HubError(f"{host} refuses access to {repo_id} (403)", hint=f"To log in, {_LOGIN}")
+    if status == 404:
+        return ModelNotFoundError(f"there is no model {repo_id} on {host}")
+    if status == 429:
+        return HubError(
+            f"{host} answers no more for now: too many requests (429)",
+            hint="Wait some minutes and run the same command again; it goes on where it stopped.",
+        )
+    if status >= 500:
+        return HubError(
+            f"{host} has a fault of its own ({status})",
+            hint="Run the same command again later; it goes on where it stopped.",
+        )
+    return HubError(f"{host} refuses the request for {repo_id} ({status})")
+
+
+def _failed_here(error: OSError, repo_id: str) -> MixchatError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"the disk is full while fetching {repo_id}",
+            hint="Free some space, or set HF_HOME to a directory on a larger disk.",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UsageError(
+            f"the hub's cache cannot be written: {error.filename}",
+            hint="Set HF_HOME to a directory that can.",
+        )
+    reason = error.strerror or "the data did not come whole"
+    return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
+
+
+def _no_answer(error: BaseException | None, host: str) -> HubError:
+    # By name, since the classes are those of a client library that differs between releases.
+    if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
+        return HubError(
+            f"the connection to the hub at {host} broke off",
+            hint="Run the same command again; it goes on where it stopped.",
+        )
+    return HubError(
+        f"cannot reach the hub at {host}",
+        hint="Check the network (and proxies), or name a directory that holds the checkpoint.",
+    )
+
+
+def _status(error: Any) -> int:
+    return int(error.response.status_code)

@@ -1,0 +1,74 @@
+"""Which files of a repo are fetched: safetensors and the small files beside them, no pickles."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+
+from mixchat.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+SIDE_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# The small files are read whole: a listing that gives one of them more bytes than this is refused.
+MAX_SIDE_FILE = 100_000_000
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+
+
+def weight_files(names: Collection[str], index: bytes | None, *, where: str) -> tuple[str, ...]:
+    """The safetensors files to read out of a checkpoint whose top level holds `names`.
+
+    `index` is the content of `model.safetensors.index.json` where there is one; it decides, so that
+    copies (`consolidated.*`) and adapters lying beside the shards are left alone. `where` names the
+    checkpoint in messages. Raises `CheckpointError` where there is nothing that can be read.
+    """
+    if index is not None:
+        shards = _shards(index, where)
+        if missing := [shard for shard in shards if shard not in names]:
+            raise CheckpointError(
+                f"{where}: {INDEX} names {missing[0]}, which is not there"
+                + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
+            )
+        return shards
+    if SINGLE in names:
+        return (SINGLE,)
+    if any(name.endswith(_PICKLES) for name in names):
+        raise CheckpointError(
+            f"{where}: there are only pickled weights, which mixchat never opens",
+            hint="A pickle can run any program when it is read. Use a checkpoint in safetensors.",
+        )
+    raise CheckpointError(
+        f"{where}: there are no weights (neither {INDEX} nor {SINGLE})",
+        hint="mixchat reads checkpoints in Hugging Face's layout.",
+    )
+
+
+def _shards(index: bytes, where: str) -> tuple[str, ...]:
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{where}: {INDEX} cannot be read") from None
+    for shard in shards:
+        if (
+            not isinstance(shard, str)
+            or not _PLAIN_NAME.fullmatch(shard)
+            or not shard.endswith(".safetensors")
+            or shard.startswith("consolidated")
+        ):
+            raise CheckpointError(f"{where}: {INDEX} names what is no shard: {shard!r:.80}")
+    if not shards:
+        raise CheckpointError(f"{where}: {INDEX} names no files")
+    return tuple(shards)

@@ -1,0 +1,195 @@
+"""The models on this machine: what a name means, where a model is kept, which ones there are."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.settings import data_dir
+from mixchat.weights.manifest import MANIFEST_FILE, read_manifest
+
+ALIASES = {
+    "instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "base": "mistralai/Mixtral-8x7B-v0.1",
+}
+DEMO = "demo"
+
+# The hub's own rules (huggingface_hub.utils.validate_repo_id), written out so that nothing has to
+# be imported: letters, digits, "-", "_", "."; no "--" and no ".."; 96 characters each at most.
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_PART}/{_PART}")
+_KEY = re.compile(rf"(?=.{{1,200}}\Z){_PART}")
+_NAMES_HINT = (
+    f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME, a directory with a "
+    "checkpoint, or one that `mixchat list` shows."
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """What a name means. `key` is the directory that keeps the model, below `models_dir()`.
+
+    One of three is set: `repo` (on the hub), `path` (a directory, absolute), or `demo`; none of
+    them for a model that is already kept under a key of its own.
+    """
+
+    name: str
+    key: str
+    repo: str | None = None
+    path: Path | None = None
+    demo: bool = False
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """A model in the data directory; `problem` is None where it is finished and can be read."""
+
+    key: str
+    path: Path
+    bytes: int
+    source: str
+    quantization: str
+    problem: str | None = None
+
+
+def models_dir() -> Path:
+    """The directory below which each model has one of its own."""
+    return data_dir() / "models"
+
+
+def resolve(name: str, *, key: str | None = None) -> ModelRef:
+    """What `name` means: an alias, `demo`, a kept model's key, ORG/NAME on the hub, a directory.
+
+    ORG/NAME always means the hub; write ./ORG/NAME for a directory. `key` keeps the model under
+    another name than its own. Raises `ModelNotFoundError` where it means nothing, `UsageError`
+    where the key cannot be a directory's name. Touches no network.
+    """
+    if key is not None and not _is_own_key(key):
+        raise UsageError(
+            f"a model cannot be kept under the name {_shown(key)}",
+            hint="Use letters, digits, '_', single '-' and '.' between, no name of mixchat's.",
+        )
+    if name == DEMO:
+        return ModelRef(name, key or DEMO, demo=True)
+    if repo := ALIASES.get(name):
+        return ModelRef(name, key or _repo_key(repo), repo=repo)
+    if _is_repo_id(name):
+        return ModelRef(name, key or _repo_key(name), repo=name)
+    if _is_key(name) and (models_dir() / name).is_dir():
+        repo = name.replace("--", "/", 1)
+        return ModelRef(name, key or name, repo=repo if _is_repo_id(repo) else None)
+    if _is_clean(name) and os.path.isdir(name):
+        path = Path(os.path.abspath(name))
+        return ModelRef(name, key or _directory_key(path), path=path)
+    raise ModelNotFoundError(f"there is no model {_shown(name)}", hint=_NAMES_HINT)
+
+
+def model_dir(ref: ModelRef) -> Path:
+    """Where the model of `ref` is kept, or will be."""
+    assert _is_key(ref.key), ref  # every ref comes out of resolve, which checked it
+    return models_dir() / ref.key
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the directory holds a whole kept model: its manifest is written last."""
+    return (directory / MANIFEST_FILE).is_file()
+
+
+def find(name: str) -> Path:
+    """The directory of a kept, finished model. Raises `ModelNotFoundError` where there is none.
+
+    A directory that is itself a kept model (it holds a manifest) may be named too.
+    """
+    ref = resolve(name)
+    if ref.path is not None and is_finished(ref.path):
+        return ref.path
+    directory = model_dir(ref)
+    if is_finished(directory):
+        return directory
+    hint = f"Fetch it first: mixchat download {name}"
+    if directory.is_dir():
+        raise ModelNotFoundError(
+            f"the model {_shown(name)} is unfinished: its download was interrupted", hint=hint
+        )
+    raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
+
+
+def list_models() -> list[KeptModel]:
+    """Every model below `models_dir()`, by key; damaged and unfinished ones say so in `problem`."""
+    try:
+        entries = sorted(models_dir().iterdir())
+    except OSError:
+        return []
+    return [_describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
+
+
+def _describe(directory: Path) -> KeptModel:
+    source = quantization = ""
+    problem = None
+    try:
+        if is_finished(directory):
+            manifest = read_manifest(directory)
+            source, quantization = manifest.source.repo, manifest.quantization["quant_type"]
+        else:
+            problem = "unfinished"
+    except CheckpointError:
+        problem = "damaged"
+    return KeptModel(directory.name, directory, _size(directory), source, quantization, problem)
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the files directly in `directory`; what cannot be read counts as nothing."""
+    total = 0
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    total += entry.stat().st_size
+    except OSError:
+        pass
+    return total
+
+
+def _directory_key(path: Path) -> str:
+    key = path.name
+    if not _is_own_key(key):
+        raise UsageError(
+            f"the directory's name {_shown(key)} cannot be a model's name",
+            hint="Give the model a name of its own with --name.",
+        )
+    return key
+
+
+def _repo_key(repo: str) -> str:
+    return repo.replace("/", "--")
+
+
+def _is_repo_id(name: str) -> bool:
+    return (
+        _REPO_ID.fullmatch(name) is not None
+        and "--" not in name
+        and ".." not in name
+        and not name.endswith(".git")
+    )
+
+
+def _is_key(name: str) -> bool:
+    return _KEY.fullmatch(name) is not None and ".." not in name
+
+
+def _is_own_key(key: str) -> bool:
+    """Whether a person may choose the key: not one that an alias, the demo or a repo would have."""
+    return _is_key(key) and "--" not in key and key not in ALIASES and key != DEMO
+
+
+def _is_clean(name: str) -> bool:
+    """Whether the name can be shown and looked up: no control characters, not absurdly long."""
+    return 0 < len(name) < 4096 and name.isprintable()
+
+
+def _shown(name: str) -> str:
+    """The name on one line, short, with everything unprintable escaped."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")

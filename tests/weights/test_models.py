@@ -1,0 +1,243 @@
+"""Names of models, and the models that are kept on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixchat.errors import MixchatError, ModelNotFoundError, UsageError
+from mixchat.weights import models
+from mixchat.weights.manifest import FileRecord, Manifest, Source, write_manifest
+
+QUANTIZATION = {
+    "quant_type": "nf4",
+    "blocksize": 64,
+    "layout": "bitsandbytes",
+    "attention": False,
+    "head": False,
+    "dtype": "bfloat16",
+}
+HOSTILE = [
+    "",
+    " ",
+    "../x",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../b",
+    "a/b/c",
+    "./../x/y",
+    "org/..",
+    "../name",
+    "org/name/../..",
+    "org/na--me",
+    "org/na..me",
+    "org/.name",
+    "org/name.",
+    "org/-name",
+    "-org/name",
+    "org/name.git",
+    "org/name\n",
+    "org/na\0me",
+    "org/\u202ename",
+    "org/name\x1b[31m",
+    "\0",
+    "a\0b",
+    "org\\name",
+    "C:\\models\\x",
+    "org/n\u00e4me",
+    "org/" + "n" * 97,
+    "o" * 97 + "/name",
+    "n" * 100_000,
+    "\ud800",
+    "org/\udc80",
+    "//",
+    "/",
+    "~/x",
+    "con/",
+    "https://hub/org/name",
+    "models--org--name",
+]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data directory, and an empty current directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
+    directory = models.models_dir() / key
+    directory.mkdir(parents=True)
+    (directory / "shared.safetensors").write_bytes(b"x" * 1000)
+    if finished:
+        files = {"shared.safetensors": FileRecord(1000, "0" * 64)}
+        write_manifest(directory, Manifest(Source(source, "c" * 40), QUANTIZATION, files))
+    return directory
+
+
+class TestResolve:
+    @pytest.mark.parametrize("alias", sorted(models.ALIASES))
+    def test_an_alias_is_kept_where_its_repo_is(self, alias: str) -> None:
+        ref = models.resolve(alias)
+        assert ref.repo == models.ALIASES[alias]
+        assert ref.key == models.resolve(ref.repo).key == ref.repo.replace("/", "--")
+
+    def test_the_demo(self) -> None:
+        assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)
+
+    @pytest.mark.parametrize(
+        "name", ["org/name", "a/b", "O_r-g1/n.a-m_e", "x" * 96 + "/" + "y" * 96]
+    )
+    def test_a_hub_id(self, name: str, home: Path) -> None:
+        ref = models.resolve(name)
+        assert (ref.repo, ref.path) == (name, None)
+        assert models.model_dir(ref).parent == home / "models"
+
+    @pytest.mark.parametrize("name", HOSTILE)
+    def test_a_hostile_name_means_nothing(self, name: str) -> None:
+        before = set(Path.cwd().parent.rglob("*"))
+        with pytest.raises(MixchatError) as caught:
+            models.resolve(name)
+        assert isinstance(caught.value, (ModelNotFoundError, UsageError))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+        assert caught.value.hint
+        assert set(Path.cwd().parent.rglob("*")) == before
+
+    def test_what_can_be_named_is_in_the_hint(self) -> None:
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.resolve("nonsense")
+        assert all(word in caught.value.hint for word in ("instruct", "base", "demo", "ORG/NAME"))
+
+    @given(st.text(max_size=30) | st.text("abc-./_\n\0 é", max_size=12))
+    def test_no_name_leads_out_of_the_data_directory(self, name: str) -> None:
+        try:
+            ref = models.resolve(name)
+        except (ModelNotFoundError, UsageError) as error:
+            shown = str(error)
+        else:
+            shown = ""
+            place = models.model_dir(ref)
+            assert place.parent == models.models_dir()
+            assert os.path.normpath(place) == str(place)
+        assert shown == "" or shown.isprintable()
+
+    @given(st.from_regex(r"[\w.-]{1,12}/[\w.-]{1,12}", fullmatch=True))
+    def test_a_name_taken_for_a_hub_id_is_one_by_the_hub_s_own_rules(self, name: str) -> None:
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            repo = models.resolve(name).repo
+        except ModelNotFoundError:
+            return
+        assert repo == name
+        validate_repo_id(repo)
+
+    def test_a_directory(self) -> None:
+        Path("my-model").mkdir()
+        for name in ("my-model", "./my-model", str(Path("my-model").absolute())):
+            ref = models.resolve(name)
+            assert ref.path == Path("my-model").absolute()
+            assert ref.key == "my-model"
+
+    def test_org_and_name_are_the_hub_s_even_if_there_is_such_a_directory(self) -> None:
+        Path("org/name").mkdir(parents=True)
+        assert models.resolve("org/name").repo == "org/name"
+        assert models.resolve("./org/name").path == Path("org/name").absolute()
+
+    @pytest.mark.parametrize("name", [".", "./", "../here", "sub/.."])
+    def test_a_directory_by_a_relative_path_is_kept_under_its_own_name(self, name: str) -> None:
+        Path("sub").mkdir()
+        assert models.resolve(name).path == Path.cwd()
+        assert models.resolve(name).key == "here"
+
+    @pytest.mark.parametrize("name", ["my model", ".hidden", "demo", "instruct", "org--name", "ä"])
+    def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name: str) -> None:
+        Path(name).mkdir()
+        with pytest.raises(UsageError, match="cannot be a model's name") as caught:
+            models.resolve(f"./{name}")
+        assert "--name" in caught.value.hint
+        assert models.resolve(f"./{name}", key="mine").key == "mine"
+
+    @pytest.mark.parametrize("key", ["", "..", "a/b", "/x", "a--b", "demo", "base", ".x", "x\n"])
+    def test_a_key_that_cannot_be(self, key: str) -> None:
+        with pytest.raises(UsageError):
+            models.resolve("org/name", key=key)
+
+    def test_the_keys_that_list_shows_are_names(self) -> None:
+        keep("org--name")
+        keep("mine")
+        assert models.resolve("org--name").repo == "org/name"
+        assert models.resolve("mine") == models.ModelRef("mine", "mine")
+
+
+class TestFind:
+    def test_a_kept_model(self) -> None:
+        directory = keep("org--name")
+        assert models.find("org/name") == models.find("org--name") == directory
+
+    def test_one_that_is_not_here(self) -> None:
+        with pytest.raises(ModelNotFoundError, match="not on this machine") as caught:
+            models.find("demo")
+        assert "mixchat download demo" in caught.value.hint
+
+    def test_an_unfinished_one_says_so(self) -> None:
+        keep("org--name", finished=False)
+        with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
+            models.find("org/name")
+        assert "mixchat download org/name" in caught.value.hint
+
+    def test_a_directory_that_is_a_kept_model(self) -> None:
+        place = keep("elsewhere").rename(Path.cwd() / "moved")
+        assert models.find("./moved") == place
+
+
+class TestList:
+    def test_nothing_yet(self, home: Path) -> None:
+        assert models.list_models() == []
+        assert not home.exists()
+
+    def test_the_kept_ones_by_key(self) -> None:
+        path = keep("org--name")
+        keep("demo", source="demo")
+        demo, other = models.list_models()
+        assert (demo.key, demo.source) == ("demo", "demo")
+        size = 1000 + (path / "mixchat.json").stat().st_size
+        assert other == models.KeptModel("org--name", path, size, "org/name", "nf4")
+
+    @pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+    def test_one_damaged_manifest_does_not_hide_the_others(self, manifest: bytes) -> None:
+        keep("good")
+        (keep("bad") / "mixchat.json").write_bytes(manifest)
+        keep("half", finished=False)
+        kept = {model.key: model.problem for model in models.list_models()}
+        assert kept == {"bad": "damaged", "good": None, "half": "unfinished"}
+
+    def test_what_is_no_model_is_left_out(self) -> None:
+        keep("good")
+        (models.models_dir() / "a file").write_text("")
+        (models.models_dir() / ".good.lock").write_text("")
+        (models.models_dir() / "a space").mkdir()
+        (models.models_dir() / "dangling").symlink_to("nowhere")
+        assert [model.key for model in models.list_models()] == ["good"]
+
+
+def test_importing_does_no_work() -> None:
+    program = (
+        "import sys, json\n"
+        "from mixchat.weights import models, hub, download, demo, resume, hub_errors\n"
+        "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
+        "print(json.dumps(sorted(heavy & set(sys.modules))))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+    assert json.loads(out) == []
