@@ -12,8 +12,14 @@ from typing import Any
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError
 from mixchat.progress import Progress
+from mixchat.weights.checkpoint_files import (
+    COMPANION_FILES,
+    CONFIG,
+    INDEX,
+    MAX_COMPANION_FILE,
+    weight_files,
+)
 from mixchat.weights.hub_errors import endpoint, plain_errors
-from mixchat.weights.hub_files import CONFIG, INDEX, MAX_SIDE_FILE, SIDE_FILES, weight_files
 from mixchat.weights.resume import fetch_blob, verify_file
 
 _LISTING_TIMEOUT = 30.0  # seconds
@@ -62,7 +68,7 @@ def plan(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         if INDEX in listing:
             index = _fetch_small(repo_id, commit, listing[INDEX]).read_bytes()
         weights = weight_files(listing, index, where=repo_id)
-    small = [name for name in (*SIDE_FILES, INDEX) if name in listing]
+    small = [name for name in (*COMPANION_FILES, INDEX) if name in listing]
     files = tuple(listing[name] for name in (*small, *weights))
     for name in small:
         _check_small(repo_id, listing[name])
@@ -181,7 +187,7 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
 
 
 def _check_small(repo_id: str, file: RemoteFile) -> None:
-    if file.path in (*SIDE_FILES, INDEX) and file.size > MAX_SIDE_FILE:
+    if file.path in (*COMPANION_FILES, INDEX) and file.size > MAX_COMPANION_FILE:
         raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")
 
 

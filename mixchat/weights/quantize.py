@@ -1,11 +1,11 @@
 """From a checkpoint in bf16 to a kept model in 4 bits, one tensor at a time.
 
-Never more than one expert is in memory, and the whole process stays near 1 GB at Mixtral's size, whatever the model's size.
+Never more than one expert is in memory: the process stays near 1 GB at Mixtral's size, whatever the
+count of layers.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.errors import ResourceError
 from mixchat.progress import Progress
 from mixchat.weights import nf4
 from mixchat.weights.blueprint import (
@@ -27,22 +26,11 @@ from mixchat.weights.blueprint import (
     experts_file,
     layer_prefix,
 )
+from mixchat.weights.checkpoint_files import COMPANION_FILES
 from mixchat.weights.linear import Layout, LinearSpec, QuantType
 from mixchat.weights.manifest import FileRecord, Manifest, Source, write_file, write_manifest
 from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.source import SourceCheckpoint, expert_tensor
-
-# Small files that travel with the weights, where the checkpoint has them.
-COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -93,15 +81,13 @@ def quantize_checkpoint(
     """Write the kept model of the Hugging Face checkpoint in `checkpoint` into `target`.
 
     The manifest comes last: until then `target` is an unfinished model that nothing trusts. Raises
-    `CheckpointError` where the checkpoint is not a whole, finite Mixtral, and `ResourceError` where
-    the disk fills up.
+    `CheckpointError` where the checkpoint is not a whole, finite Mixtral.
     """
     weights = SourceCheckpoint(checkpoint)
     try:
         blueprint = Blueprint(weights.config, options.quantization(weights.dtype))
         target.mkdir(parents=True, exist_ok=True)
-        with _full_disk_explained(target):
-            _Quantizer(weights, target, blueprint, progress).run(source)
+        _Quantizer(weights, target, blueprint, progress).run(source)
     finally:
         weights.close()
 
@@ -198,15 +184,3 @@ class _Quantizer:
         tensor = self._weights.read(name)
         self._progress.advance(tensor.nbytes)
         return tensor
-
-
-@contextmanager
-def _full_disk_explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"{target}: the disk is full", hint="Make room and run the same command again."
-        ) from None

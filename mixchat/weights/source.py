@@ -5,16 +5,16 @@ Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import torch
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
+from mixchat.weights.checkpoint_files import INDEX, read_weight_map, weight_files
 from mixchat.weights.safetensors import SafetensorsFile
 
-INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -64,32 +64,21 @@ class SourceCheckpoint:
             file.close()
 
     def _open_shards(self) -> None:
-        index = self.directory / INDEX_FILE
-        if index.is_file():
-            self._open_indexed(index)
+        where = str(self.directory)
+        try:
+            names = os.listdir(self.directory)
+            index = (self.directory / INDEX).read_bytes() if INDEX in names else None
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
+        for name in weight_files(names, index, where=where):
+            self._files[name] = SafetensorsFile(self.directory / name)
+        if index is None:
+            (file,) = self._files.values()
+            self._where = {spec.name: file for spec in file.specs}
             return
-        names = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not names:
-            raise CheckpointError(
-                f"{self.directory}: there are no safetensors files",
-                hint="Pickle files (.bin, .pt) can run code and are never opened; "
-                "convert them to safetensors first.",
-            )
-        for name in names:
-            for spec in self._open(name).specs:
-                if spec.name in self._where:
-                    raise CheckpointError(f"{self.directory}: two files hold {spec.name!r}")
-                self._where[spec.name] = self._files[name]
-
-    def _open_indexed(self, index: Path) -> None:
-        for tensor, name in read_weight_map(index).items():
-            file = self._files.get(name) or self._open(name)
-            file.spec(tensor)
-            self._where[tensor] = file
-
-    def _open(self, name: str) -> SafetensorsFile:
-        self._files[name] = SafetensorsFile(self.directory / name)
-        return self._files[name]
+        for tensor, name in read_weight_map(index, where=where).items():
+            self._files[name].spec(tensor)
+            self._where[tensor] = self._files[name]
 
     def _check_tensors(self) -> None:
         expected = expected_shapes(self.config)
@@ -111,25 +100,6 @@ class SourceCheckpoint:
             tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
             if name not in expected and not tied_head and not name.endswith(_IGNORED):
                 raise CheckpointError(f"{self.directory}: {name} is not a tensor of a Mixtral")
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """The index's map from tensor to file name; a name that leaves the directory is refused."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        pairs = list(weight_map.items())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: not an index of safetensors files") from None
-    for _, name in pairs:
-        if not isinstance(name, str) or not is_plain_name(name, ".safetensors"):
-            raise CheckpointError(f"{index}: {name!r} is not the name of a safetensors file")
-    return dict(pairs)
-
-
-def is_plain_name(name: str, ending: str = "") -> bool:
-    """Whether this is the name of a file in the directory itself, and printable ASCII."""
-    plain = name.isascii() and name.isprintable() and not set(name) & set('/\\:*?"<>|')
-    return plain and not name.startswith(".") and name.endswith(ending) and name == name.strip()
 
 
 def expert_tensor(layer: int, expert: int, matrix: str) -> str:

@@ -20,9 +20,10 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.progress import Progress
+from mixchat.weights.checkpoint_files import INDEX
 from mixchat.weights.gguf_tokenizer import write_tokenizer
 from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.weights.source import INDEX_FILE, expected_shapes
+from mixchat.weights.source import expected_shapes
 
 SEED = 0
 ROUTER_STD = 0.02
@@ -152,7 +153,7 @@ def _write_shards(
     finally:
         progress.end()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(target / INDEX_FILE, index)
+    _write_json(target / INDEX, index)
 
 
 def _shards(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:

@@ -183,7 +183,7 @@ class TestPlan:
             ({hub.INDEX: an_index("consolidated.safetensors")}, "no shard"),
             ({hub.INDEX: an_index("pytorch_model.bin")}, "no shard"),
             ({hub.INDEX: an_index(7)}, "no shard"),
-            ({hub.INDEX: an_index(None, "x")}, "cannot be read"),
+            ({hub.INDEX: an_index(None, "x")}, "names what is no shard"),
         ],
     )
     def test_refuses_what_is_no_checkpoint(

@@ -1,4 +1,4 @@
-"""Which files of a repo are fetched: safetensors and the small files beside them, no pickles."""
+"""Which files make up a checkpoint: safetensors and the small files beside them, no pickles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixchat.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-SIDE_FILES = (
+COMPANION_FILES = (
     CONFIG,
     "generation_config.json",
     "tokenizer.model",
@@ -21,8 +21,8 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# The small files are read whole: a listing that gives one of them more bytes than this is refused.
-MAX_SIDE_FILE = 100_000_000
+# The companions are read whole: a listing that gives one of them more bytes than this is refused.
+MAX_COMPANION_FILE = 100_000_000
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 
@@ -35,7 +35,7 @@ def weight_files(names: Collection[str], index: bytes | None, *, where: str) -> 
     checkpoint in messages. Raises `CheckpointError` where there is nothing that can be read.
     """
     if index is not None:
-        shards = _shards(index, where)
+        shards = tuple(sorted(set(read_weight_map(index, where=where).values())))
         if missing := [shard for shard in shards if shard not in names]:
             raise CheckpointError(
                 f"{where}: {INDEX} names {missing[0]}, which is not there"
@@ -55,13 +55,16 @@ def weight_files(names: Collection[str], index: bytes | None, *, where: str) -> 
     )
 
 
-def _shards(index: bytes, where: str) -> tuple[str, ...]:
+def read_weight_map(index: bytes, *, where: str) -> dict[str, str]:
+    """The index's map from tensor to file; a file that is not a shard in the directory is refused.
+
+    Raises `CheckpointError`.
+    """
     try:
-        weight_map = json.loads(index)["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        weight_map = dict(json.loads(index)["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{where}: {INDEX} cannot be read") from None
-    for shard in shards:
+    for shard in weight_map.values():
         if (
             not isinstance(shard, str)
             or not _PLAIN_NAME.fullmatch(shard)
@@ -69,6 +72,6 @@ def _shards(index: bytes, where: str) -> tuple[str, ...]:
             or shard.startswith("consolidated")
         ):
             raise CheckpointError(f"{where}: {INDEX} names what is no shard: {shard!r:.80}")
-    if not shards:
+    if not weight_map:
         raise CheckpointError(f"{where}: {INDEX} names no files")
-    return tuple(shards)
+    return weight_map

@@ -1,0 +1,82 @@
+"""Writes a kept model with Mixtral's real layer shapes and random weights: for speed, not for sense.
+
+    python tests/benchmarks/synthetic.py DIRECTORY LAYERS        (0.83 GB a layer)
+
+It goes directly into mixchat's format, so that no checkpoint in bf16 is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from mixchat.config import ModelConfig
+from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
+from mixchat.weights.manifest import FileRecord, Manifest, Source, write_file, write_manifest
+from mixchat.weights.quantize import best_layout
+from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_synthetic(directory: Path, layers: int) -> None:
+    """Experts, attention and head in NF4; 4 layers of 32 take 3.6 GB."""
+    config = {**MIXTRAL, "num_hidden_layers": layers}
+    quantization = Quantization(layout=best_layout(), attention=True, head=True)
+    blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
+    directory.mkdir(parents=True)
+    write_file(directory / "config.json", json.dumps(config).encode())
+    files = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
+    for layer in range(layers):
+        name = experts_file(layer)
+        files[name] = _write(directory / name, blueprint.expert_tensors(), layer + 1)
+    described = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "layout": quantization.layout,
+        "attention": True,
+        "head": True,
+        "dtype": "bfloat16",
+    }
+    write_manifest(directory, Manifest(Source("synthetic"), described, files))
+
+
+def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> FileRecord:
+    generator = torch.Generator().manual_seed(seed)
+    specs = list(specs)
+    writer = SafetensorsWriter(path, specs)
+    for spec in specs:
+        writer.write(spec.name, _random(spec, generator))
+    return FileRecord(*writer.finish())
+
+
+def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    if spec.name.endswith(".codes"):
+        return torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
+    if spec.name.endswith(".absmax"):
+        return (0.05 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
+    if spec.name.endswith("norm.weight"):
+        return torch.ones(spec.shape, dtype=spec.dtype)
+    return (0.02 * torch.randn(spec.shape, generator=generator)).to(spec.dtype)
+
+
+if __name__ == "__main__":
+    write_synthetic(Path(sys.argv[1]), int(sys.argv[2]))
