@@ -195,7 +195,7 @@ class TestLocal:
         (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
         with pytest.raises(CheckpointError, match="only pickled weights") as caught:
             get(str(source))
-        assert "Pickle" in caught.value.hint
+        assert "pickle" in caught.value.hint
         assert left_in(home) == ["models"]
 
     def test_no_checkpoint_at_all(self, tmp_path: Path) -> None:
