@@ -1,0 +1,73 @@
+"""From a model's name and flags to a session that can be asked: all that is heavy begins here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.cli.options import Sampling
+from mixchat.cli.progress import show_progress, status
+from mixchat.errors import ModelNotFoundError
+from mixchat.settings import MemoryBudget
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What `mixchat run` was asked for."""
+
+    model: str
+    system: str | None
+    sampling: Sampling
+    max_tokens: int | None
+    stop: Sequence[str]
+    context_size: int | None
+    expert_memory: MemoryBudget | None
+    device: str | None
+
+    def open(self) -> ChatSession:
+        """Find the model, load it, and begin a session."""
+        directory = find_or_build(self.model)
+        with status(f"loading {self.model}"):
+            return self._load(directory)
+
+    def _load(self, directory: Path) -> ChatSession:
+        from mixchat.chat.session import ChatSession
+        from mixchat.engine.loader import LoadOptions, load_engine
+        from mixchat.text.template import load_template
+        from mixchat.text.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(directory)
+        options = LoadOptions(self.expert_memory, self.context_size, self.device)
+        engine = load_engine(directory, options)
+        eos_token_ids = engine.config.eos_token_ids
+        return ChatSession(
+            engine,
+            tokenizer,
+            load_template(directory, tokenizer, eos_token_ids=eos_token_ids),
+            system=self.system,
+            sampling=self.sampling.options(),
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+        )
+
+
+def find_or_build(name: str) -> Path:
+    """Where the model is kept. Only the demo model is built if it is missing."""
+    from mixchat.weights import models
+
+    try:
+        return models.find(name)
+    except ModelNotFoundError:
+        ref = models.resolve(name)
+        if not ref.demo:
+            raise
+    from mixchat.weights.download import download
+    from mixchat.weights.quantize import QuantizeOptions
+
+    with show_progress() as progress:
+        return download(ref, QuantizeOptions(), progress=progress)

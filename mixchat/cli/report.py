@@ -1,0 +1,53 @@
+"""What goes to standard error when something fails, and the exit code that says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from contextlib import suppress
+
+from mixchat.chat.sanitize import sanitize
+from mixchat.errors import MixchatError, ResourceError, UsageError
+
+
+def report(error: Exception) -> int:
+    """Print one line for `error`, and a second one if there is a hint. Returns the exit code."""
+    known = _as_ours(error)
+    if known is None:
+        known = MixchatError(
+            f"internal error: {type(error).__name__}: {error}",
+            hint="Run it again with MIXCHAT_DEBUG=1 to see the traceback.",
+        )
+    if os.environ.get("MIXCHAT_DEBUG"):
+        traceback.print_exception(error)
+    _print_line(f"error: {known}")
+    if known.hint:
+        _print_line(f"hint: {known.hint}")
+    return known.exit_code
+
+
+def _as_ours(error: Exception) -> MixchatError | None:
+    if isinstance(error, MixchatError):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
+    # By name, because torch's class of that name is not worth importing torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "Try a smaller --expert-memory or --ctx-size."
+        return ResourceError("there is not enough memory", hint=hint)
+    # Typer's own errors have this method; their class has no public name in every release.
+    if format_message := getattr(error, "format_message", None):
+        ctx = getattr(error, "ctx", None)
+        command = ctx.command_path if ctx else "mixchat"
+        return UsageError(format_message(), hint=f"'{command} --help' shows what can be given.")
+    return None
+
+
+def _print_line(text: str) -> None:
+    """One line, whatever is in the text: a file's name may hold a newline or an escape."""
+    with suppress(OSError):
+        print(sanitize(" ".join(text.split())), file=sys.stderr)

@@ -1,0 +1,275 @@
+"""The tokenizer in a tokenizer.json file, through the package tokenizers."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.errors import CheckpointError
+from mixchat.text.files import (
+    AddedToken,
+    added_token,
+    added_tokens,
+    one_line,
+    read_json_object,
+    read_optional_json,
+    require_unicode,
+    special_tokens,
+)
+from mixchat.text.markup import finder
+from mixchat.text.tokenizer import Insert
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has a use for them
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class JsonTokenizer:
+    """A `Tokenizer` over tokenizer.json, in which control tokens go by secret names.
+
+    The package finds an added token in whatever text spells it. So before it sees the file, each
+    control token is renamed to a mark that nobody can type (it holds a random number): `<|im_end|>`
+    is then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Names
+    aside nothing changes, so ordinary text is encoded exactly as by the original.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
+        directory = file.parent
+        spec = read_json_object(file)
+        names = special_tokens(directory)
+        added = _all_added(spec, file, names.values())
+        controls = [t for t in added if t.is_control or t.content in names.values()]
+
+        secret = secrets.token_hex(8)
+        self._marks = {t.content: f"{_OPEN}{secret}.{n}{_CLOSE}" for n, t in enumerate(controls)}
+        self._names = {mark: content for content, mark in self._marks.items()}
+        self._splice = f"{_OPEN}{secret}{_CLOSE}"
+        self._tokenizer = _build(_renamed(spec, added, self._marks), file)
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.control_tokens: Mapping[str, int] = dict(self._ids_of(self._marks))
+        self._splice_id = _add_splice(self._tokenizer, self._splice)
+
+        special = {t.content for t in controls if t.special or t.content in names.values()}
+        self._hidden = {i for t, i in self.control_tokens.items() if t in special}
+        self._hidden.add(self._splice_id)
+        words = [t.content for t in controls if t.single_word]
+        self._controls = finder(self._marks, whole_words=words)
+        self._mark = finder(self._names)
+        self._bytes = self._byte_ids() if "ByteFallback" in json.dumps(spec.get("decoder")) else {}
+        self._byte_of = {token_id: byte for byte, token_id in self._bytes.items()}
+
+        # What a new line becomes after an insert: where that is two tokens, text after any token
+        # gets a leading space, which is wrong for text that goes on.
+        self._newline = self._ids(self._splice + "\n")[1:]
+        first = self._tokenizer.id_to_token(self._newline[0]) if self._newline else None
+        self._leads_with_space = bool(first and first.startswith("\u2581"))
+
+        self.bos_id = self._first_id(names.get("bos_token"), "<s>")
+        self.eos_id = self._first_id(names.get("eos_token"), "</s>")
+        settings = read_optional_json(directory / "tokenizer_config.json")
+        self.adds_bos = self._adds_bos(settings.get("add_bos_token"))
+
+    def encode(self, text: str) -> list[int]:
+        require_unicode(text)
+        return self._ids(text)
+
+    def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
+        inserts = inserts or {}
+        plain = str.maketrans({key: v for key, v in inserts.items() if isinstance(v, str)})
+        ready = {key: v for key, v in inserts.items() if not isinstance(v, str)}
+        text = self._controls.sub(lambda match: self._marks[match.group()], text)
+        found = finder(ready)
+        answers = [ready[key] for key in found.findall(text)]
+        parts = [part.translate(plain) for part in found.split(text)]
+        for part in parts:
+            require_unicode(part)
+        ids = self._spliced(parts, answers, continued=self._leads_with_space)
+        return ids if ids is not None else self._spliced(parts, answers, continued=False) or []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [i for i in ids if i not in self._hidden]
+        if self._bytes:
+            known = (i for i in kept if self._tokenizer.id_to_token(i) is not None)
+            kept = list(self._whole_characters(known))
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return self._mark.sub(lambda match: self._names[match.group()], text)
+
+    def token_id(self, token: str) -> int | None:
+        return self.control_tokens.get(token)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _spliced(
+        self, parts: list[str], answers: list[tuple[int, ...]], *, continued: bool
+    ) -> list[int] | None:
+        """Encode `parts` as one text with `answers` between them.
+
+        With `continued` a part after an answer is encoded behind a new line, which is dropped
+        again, so that it gets no leading space; None where the new line cannot be told apart.
+        """
+        lines = [continued and part != "" and not part.startswith(_OPEN) for part in parts]
+        text = parts[0] + "".join(
+            self._splice + "\n" * line + part
+            for part, line in zip(parts[1:], lines[1:], strict=True)
+        )
+        runs = _split_at(self._ids(text), self._splice_id)
+        ids = next(runs)
+        for answer, run, line in zip(answers, runs, lines[1:], strict=True):
+            head = len(self._newline) if line else 0
+            if line and run[:head] != self._newline:
+                return None
+            ids += [*answer, *run[head:]]
+        return ids
+
+    def _whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
+        """Replace the ids of bytes that are no UTF-8 by those of U+FFFD.
+
+        The package gives up on a whole run of bytes for one wrong byte, so what was shown would
+        change when the next one arrives.
+        """
+        run = bytearray()
+        for token_id in ids:
+            if token_id in self._byte_of:
+                run.append(self._byte_of[token_id])
+                continue
+            yield from self._valid(run)
+            run.clear()
+            yield token_id
+        yield from self._valid(run)
+
+    def _valid(self, run: bytearray) -> Iterator[int]:
+        return (self._bytes[byte] for byte in run.decode("utf-8", "replace").encode("utf-8"))
+
+    def _ids_of(self, marks: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+        for content, mark in marks.items():
+            token_id = self._tokenizer.token_to_id(mark)
+            assert token_id is not None, content
+            yield content, token_id
+
+    def _byte_ids(self) -> dict[int, int]:
+        """The id of each byte's token; empty unless all 256 are there."""
+        ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        return (
+            {byte: i for byte, i in ids.items() if i is not None}
+            if None not in ids.values()
+            else {}
+        )
+
+    def _first_id(self, *tokens: str | None) -> int | None:
+        return next((i for t in tokens if t and (i := self.token_id(t)) is not None), None)
+
+    def _adds_bos(self, setting: object) -> bool:
+        if self.bos_id is None or isinstance(setting, bool):
+            return self.bos_id is not None and bool(setting)
+        return self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+
+def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[AddedToken]:
+    """The added tokens of tokenizer.json, and those that only the files beside it name."""
+    entries = spec.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{file}: added_tokens is not a list")
+    added = {}
+    for entry in entries:
+        token_id = entry.get("id") if isinstance(entry, dict) else None
+        token = added_token(token_id if isinstance(token_id, int) else -1, entry, file)
+        added[token.content] = token
+    for token in added_tokens(file.parent):
+        added.setdefault(token.content, token)
+    for content in names:
+        next_id = max((token.id for token in added.values()), default=-1) + 1
+        added.setdefault(content, AddedToken(next_id, content, special=True))
+    return list(added.values())
+
+
+def _renamed(
+    spec: dict[str, Any], added: Iterable[AddedToken], marks: Mapping[str, str]
+) -> dict[str, Any]:
+    """The file's content with the tokens in `marks` renamed, in the vocabulary too.
+
+    A model that takes whole words from its vocabulary could otherwise still yield one of them.
+    """
+    model = dict(spec["model"]) if isinstance(spec.get("model"), dict) else {}
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {marks.get(piece, piece): i for piece, i in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [_renamed_entry(entry, marks) for entry in vocab]
+    if isinstance(model.get("merges"), list):
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [m for m in model["merges"] if not _touches(m, prefix, marks)]
+    unknown = model.get("unk_token")
+    if isinstance(unknown, str):
+        model["unk_token"] = marks.get(unknown, unknown)
+    tokens = [
+        {
+            "id": token.id,
+            "content": marks.get(token.content, token.content),
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.normalized,
+            "special": token.special,
+        }
+        for token in added
+    ]
+    return {**spec, "model": model, "added_tokens": tokens, "truncation": None, "padding": None}
+
+
+def _renamed_entry(entry: Any, marks: Mapping[str, str]) -> Any:
+    if isinstance(entry, list) and entry and isinstance(entry[0], str):
+        return [marks.get(entry[0], entry[0]), *entry[1:]]
+    return entry
+
+
+def _touches(merge: Any, prefix: str, marks: Mapping[str, str]) -> bool:
+    """Whether a merge (`"a b"` or `["a", "b"]`) makes or uses a renamed token."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+        return False
+    left, right = pair
+    return left in marks or right in marks or left + right.removeprefix(prefix) in marks
+
+
+def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(spec))
+    except BaseException as error:
+        # A panic inside the package is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{file}: not a tokenizer that can be used ({one_line(error)})"
+        ) from None
+
+
+def _add_splice(tokenizer: tokenizers.Tokenizer, text: str) -> int:
+    """Add the token that stands where ids are put in, and return its id."""
+    from tokenizers import AddedToken as Added
+
+    tokenizer.add_special_tokens([Added(text, normalized=False, special=True)])
+    token_id = tokenizer.token_to_id(text)
+    assert token_id is not None
+    return token_id
+
+
+def _split_at(ids: Iterable[int], separator: int) -> Iterator[list[int]]:
+    run: list[int] = []
+    for token_id in ids:
+        if token_id == separator:
+            yield run
+            run = []
+        else:
+            run.append(token_id)
+    yield run

@@ -1,0 +1,39 @@
+"""Knows control markup when it sees it: in a token, in a text, in a chat template's source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# <...>, <|...|>, [...]: one word with a letter or digit in it, so that prose and code are not.
+_TOKEN = re.compile(r"<[^\s<>]*\w[^\s<>]*>|\[[^\s\[\]]*\w[^\s\[\]]*\]")
+# The same inside a template, where square brackets are mostly Jinja's own: capitals only.
+_TEMPLATE = re.compile(r"<<\w+>>|<[^\s<>{}]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
+_MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
+
+
+def looks_like_markup(token: str) -> bool:
+    """Whether a token is written like a command to the model: `<tool>`, `<|im_end|>`, `[INST]`."""
+    return _TOKEN.fullmatch(token.strip().strip("\u2581")) is not None
+
+
+def is_mistral_v1(source: str) -> bool:
+    """Whether a chat template is Mistral's own, of the first generation.
+
+    There `[INST]` and `[/INST]` are ordinary text and nothing else is marked up.
+    """
+    found = set(_TEMPLATE.findall(source))
+    return "[INST]" in found and found <= _MISTRAL_V1
+
+
+def finder(tokens: Iterable[str], *, whole_words: Iterable[str] = ()) -> re.Pattern[str]:
+    """A pattern that finds any of `tokens`, the longest first; without tokens it finds nothing.
+
+    Those in `whole_words` count only where no word character touches them.
+    """
+    bounded = frozenset(whole_words)
+    choices = [
+        rf"(?<!\w){re.escape(token)}(?!\w)" if token in bounded else re.escape(token)
+        for token in sorted(tokens, key=len, reverse=True)
+    ]
+    return re.compile("|".join(choices) or r"(?!)")

@@ -1,0 +1,205 @@
+"""The tokenizer in a SentencePiece file, tokenizer.model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError
+from mixchat.text.files import (
+    added_tokens,
+    one_line,
+    read_bytes,
+    read_optional_json,
+    require_unicode,
+    special_tokens,
+)
+from mixchat.text.markup import finder, looks_like_markup
+from mixchat.text.tokenizer import Insert
+
+
+class SentencePieceTokenizer:
+    """A `Tokenizer` over a SentencePiece model and the tokens that a fine-tune added to it."""
+
+    def __init__(self, file: Path) -> None:
+        """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
+        directory = file.parent
+        data = read_bytes(file)
+        model = _load(data, file)
+        size = model.vocab_size()
+        pieces = model.id_to_piece(list(range(size)))
+        added = {token.content: token.id for token in added_tokens(directory)}
+
+        own = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
+        unknown = model.unk_id()
+        fixed = {unknown, *own.values(), *(i for i in range(size) if model.is_byte(i))}
+        suspects = {i for i, piece in enumerate(pieces) if looks_like_markup(piece)} - fixed
+        declared = {i for i in added.values() if i < size} - fixed
+        if suspects or declared:
+            # SentencePiece finds user-defined pieces in any text, control pieces in none.
+            typeable = {i for i, kind in _piece_types(data) if kind == _USER_DEFINED} & suspects
+            if typeable | declared:
+                model = _load(_make_control(data, typeable | declared), file)
+                own |= {pieces[i]: i for i in typeable}
+
+        self._model = model
+        self._size = size
+        self.control_tokens: Mapping[str, int] = {pieces[unknown]: unknown, **own, **added}
+        self._hidden: Set[int] = set(self.control_tokens.values()) - {unknown}
+        self._controls = finder(self.control_tokens)
+        self._newline: list[int] = model.encode("\n")
+
+        settings = read_optional_json(directory / "tokenizer_config.json")
+        # The older of two habits of transformers, and its default as long as these files were
+        # read by it: text after a control token gets a leading space, as text at the start does.
+        self._space_after_control = settings.get("legacy") is not False
+        names = special_tokens(directory)
+        self.vocab_size = max([size, *(i + 1 for i in added.values())])
+        self.bos_id = self._special(names.get("bos_token"), model.bos_id())
+        self.eos_id = self._special(names.get("eos_token"), model.eos_id())
+        self.adds_bos = self.bos_id is not None and settings.get("add_bos_token") is not False
+
+    def encode(self, text: str) -> list[int]:
+        require_unicode(text)
+        ids: list[int] = self._model.encode(text)
+        return ids
+
+    def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
+        require_unicode(text)
+        inserts = inserts or {}
+        plain = str.maketrans({key: v for key, v in inserts.items() if isinstance(v, str)})
+        ready = {key: v for key, v in inserts.items() if not isinstance(v, str)}
+        ids: list[int] = []
+        leading_space = True
+        for part, is_token in _split(text, self._controls, finder(ready)):
+            if part in ready:
+                ids.extend(ready[part])
+                leading_space = False
+            elif is_token:
+                ids.append(self.control_tokens[part])
+                leading_space = self._space_after_control
+            else:
+                part = part.translate(plain)
+                ids.extend(self.encode(part) if leading_space else self._encode_on(part))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [i for i in ids if 0 <= i < self._size and i not in self._hidden]
+        text: str = self._model.decode(known)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        return self.control_tokens.get(token)
+
+    def _encode_on(self, text: str) -> list[int]:
+        """Encode text that goes on after other tokens, without the leading space."""
+        # SentencePiece only leaves the space out behind other text, so give it a line to drop.
+        ids = self.encode("\n" + text)
+        head = len(self._newline)
+        return ids[head:] if ids[:head] == self._newline else self.encode(text)
+
+    def _special(self, token: str | None, default: int) -> int | None:
+        found = None if token is None else self.token_id(token)
+        return found if found is not None else default if default >= 0 else None
+
+
+def _load(data: bytes, file: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(data)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a SentencePiece model ({one_line(error)})",
+            hint="Fetch the model again; the file may be an error page or a Git LFS pointer.",
+        ) from None
+    return model
+
+
+def _split(
+    text: str, controls: re.Pattern[str], ready: re.Pattern[str]
+) -> Iterator[tuple[str, bool]]:
+    """The parts of `text` that are no token, and between them the tokens and ready characters."""
+    either = re.compile(f"{controls.pattern}|{ready.pattern}")
+    start = 0
+    for match in either.finditer(text):
+        if match.start() > start:
+            yield text[start : match.start()], False
+        yield match.group(), True
+        start = match.end()
+    if start < len(text):
+        yield text[start:], False
+
+
+# The file is one protocol buffer, sentencepiece_model.proto: field 1, repeated, is a piece, and a
+# piece's field 3 is its type. The last value of a field counts, so to change one is to append one.
+_USER_DEFINED = 4
+_CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
+
+
+def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each piece's id and type."""
+    for index, (_, start, end) in enumerate(_pieces(data)):
+        kind = 1  # NORMAL
+        for number, _, value, value_end in _fields(data, start, end):
+            if number == 3:
+                kind = data[value] if value_end - value == 1 else kind
+        yield index, kind
+
+
+def _make_control(data: bytes, ids: Set[int]) -> bytes:
+    """The same model with the pieces of `ids` as control pieces."""
+    out = bytearray()
+    copied = 0
+    for index, (outer, start, end) in enumerate(_pieces(data)):
+        if index in ids:
+            piece = data[start:end] + _CONTROL
+            out += data[copied:outer] + b"\x0a" + _varint(len(piece)) + piece
+            copied = end
+    return bytes(out + data[copied:])
+
+
+def _pieces(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Where each piece's field begins, and where its bytes begin and end."""
+    for number, outer, start, end in _fields(data, 0, len(data)):
+        if number == 1:
+            yield outer, start, end
+
+
+def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message: number, where the field begins, where its value begins and ends."""
+    while position < end:
+        outer = position
+        key, position = _read_varint(data, position)
+        kind = key & 7
+        start = position
+        if kind == 0:
+            _, position = _read_varint(data, position)
+        elif kind == 2:
+            length, start = _read_varint(data, position)
+            position = start + length
+        else:
+            position += 8 if kind == 1 else 4
+        yield key >> 3, outer, start, position
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

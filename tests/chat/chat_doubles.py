@@ -1,0 +1,114 @@
+"""Doubles for a chat: an engine that says what a script tells it, one token a character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+STOP = 0
+
+
+@dataclass
+class Stats:
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class ExpertStats:
+    hits: int = 0
+    misses: int = 0
+    bytes_moved: int = 0
+    slots: int = 16
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """As in mixchat.engine.sampling, which takes two seconds to import (torch)."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass
+class Config:
+    eos_token_ids: tuple[int, ...] = (STOP,)
+    vocab_size: int = 0x110000
+
+
+class ScriptedEngine:
+    """Gives the answers of `script` one after the other, each followed by the stop token.
+
+    Where a script holds an exception in place of a character, it is raised there.
+    """
+
+    def __init__(self, *script: str | Sequence[Any], context_size: int = 1000) -> None:
+        self.script = list(script)
+        self.context_size = context_size
+        self.config = Config()
+        self.stats = Stats()
+        self.expert_stats = ExpertStats()
+        self.prompts: list[list[int]] = []
+        self.samplings: list[Any] = []
+        self.closed = 0
+
+    def generate(
+        self, prompt_ids: Any, *, sampling: Any, stop_ids: Any, max_tokens: int | None = None
+    ) -> Iterator[int]:
+        self.prompts.append(list(prompt_ids))
+        self.samplings.append(sampling)
+        self.stats = Stats(prompt_tokens=len(prompt_ids), prefill_seconds=0.5, decode_seconds=0.25)
+        room = self.context_size - len(prompt_ids)
+        try:
+            for item in [*self.script.pop(0), chr(STOP)]:
+                if isinstance(item, BaseException):
+                    raise item
+                if self.stats.generated_tokens in (room, max_tokens):
+                    return
+                self.stats.generated_tokens += 1
+                self.expert_stats.hits += 3
+                self.expert_stats.misses += 1
+                self.expert_stats.bytes_moved += 1000
+                yield ord(item)
+        finally:
+            self.closed += 1
+
+
+class CharacterTokenizer:
+    """A token is a character's code point; 0 is the control token that ends an answer."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(token) for token in ids if token != STOP)
+
+
+@dataclass
+class PlainTemplate:
+    """`[user]Hi[assistant]Hello[user]...`, with the ids of an answer where they were kept."""
+
+    continues_prompt: bool = False
+    stop_ids: frozenset[int] = field(default=frozenset({STOP}))
+
+    def encode(self, messages: Sequence[Any]) -> list[int]:
+        ids: list[int] = []
+        for message in messages:
+            own = [ord(c) for c in message.content] if message.ids is None else list(message.ids)
+            ids += [ord(c) for c in f"[{message.role}]"] + own
+        return ids
+
+
+def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
+    """A `ChatSession` with a scripted engine; it is `session.engine`."""
+    from mixchat.chat.session import ChatSession
+
+    engine = ScriptedEngine(*script, context_size=options.pop("context_size", 1000))
+    template = PlainTemplate(continues_prompt=options.pop("continues_prompt", False))
+    options.setdefault("sampling", SamplingOptions())
+    return ChatSession(engine, CharacterTokenizer(), template, **options)

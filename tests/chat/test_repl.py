@@ -1,0 +1,175 @@
+"""The chat loop, with keys from a pipe in place of a keyboard."""
+
+import io
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from mixchat.chat.repl import Repl
+from mixchat.errors import PromptError
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+class Chat:
+    """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
+
+    def __init__(self, session, keys, after_turn=None):
+        self.session, self.errors, self.turns = session, [], []
+        with create_pipe_input() as source, create_app_session(source, DummyOutput()):
+            source.send_text(keys)
+            out = io.StringIO()
+            Repl(
+                session,
+                report=self.errors.append,
+                after_turn=after_turn or self.turns.append,
+                prompt=PromptSession(history=InMemoryHistory()),
+                out=out,
+            ).run()
+            self.text = out.getvalue()
+
+
+def prompts_of(session):
+    return ["".join(map(chr, ids)) for ids in session.engine.prompts]
+
+
+@pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, CTRL_C * 2])
+def test_it_answers_turn_after_turn_until_somebody_leaves(session_of, leave):
+    session = session_of("Hello", "Fine")
+    chat = Chat(session, "Hi\rHow are you?\r" + leave)
+    assert chat.text.startswith("Hello\n\nFine\n\n")
+    assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]How are you?"
+    assert [turn.reason for turn in chat.turns] == ["stop", "stop"]
+
+
+def test_an_empty_line_asks_nothing(session_of):
+    session = session_of()
+    Chat(session, "\r   \r" + CTRL_D)
+    assert session.engine.prompts == []
+
+
+def test_ctrl_c_clears_the_line(session_of):
+    session = session_of("Hello")
+    Chat(session, "forget this" + CTRL_C + "Hi\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]Hi"]
+
+
+def test_ctrl_c_after_typing_again_does_not_leave(session_of):
+    session = session_of("Hello")
+    Chat(session, "one" + CTRL_C + "two" + CTRL_C + "Hi\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]Hi"]
+
+
+def test_ctrl_c_twice_with_a_question_in_between_does_not_leave(session_of):
+    session = session_of("Hello", "Fine")
+    Chat(session, CTRL_C + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
+    assert len(session.engine.prompts) == 2
+
+
+def test_clear_forgets_the_conversation(session_of):
+    session = session_of("Hello", "Fine", system="Be brief")
+    Chat(session, "Hi\r/clear\rAnd?\r" + CTRL_D)
+    assert prompts_of(session)[1] == "[system]Be brief[user]And?"
+
+
+def test_help_names_the_commands_and_an_unknown_one_is_not_sent(session_of):
+    session = session_of()
+    chat = Chat(session, "/help\r/?\r/nonsense\r" + CTRL_D)
+    assert chat.text.count("/clear   forget") == 2
+    assert "/nonsense is no command" in chat.text
+    assert session.engine.prompts == []
+
+
+def test_a_path_is_no_command(session_of):
+    session = session_of("So it is")
+    Chat(session, "/etc/hosts is empty\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]/etc/hosts is empty"]
+
+
+@pytest.mark.parametrize("error", [PromptError("too long"), RuntimeError("broken")])
+def test_a_failing_turn_is_reported_and_the_chat_goes_on(session_of, error):
+    session = session_of([*"Hal", error], "Fine")
+    chat = Chat(session, "Hi\rAgain\r" + CTRL_D)
+    assert chat.errors == [error]
+    assert chat.text == "Hal\nFine\n\n"
+    assert prompts_of(session)[1] == "[user]Again"
+
+
+def test_control_characters_do_not_reach_the_terminal_and_brackets_do(session_of):
+    chat = Chat(session_of("[/INST] [red]\x1b[31m\x9b2J\u202e"), "Hi\r" + CTRL_D)
+    assert chat.text == "[/INST] [red][31m2J\n\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"max_tokens": 2}, "(cut off at --max-tokens)"),
+        ({"context_size": 10}, "the context is full"),
+    ],
+)
+def test_an_answer_that_was_cut_off_says_so(session_of, options, note):
+    assert note in Chat(session_of("Hello", **options), "Hi\r" + CTRL_D).text
+
+
+@contextmanager
+def ctrl_c_after(session, tokens):
+    """Sends the signal of Ctrl-C when the engine has given so many tokens of an answer."""
+    generate = session.engine.generate
+
+    def interrupted(*args, **options):
+        if tokens == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        for count, token in enumerate(generate(*args, **options), 1):
+            yield token
+            if count == tokens:
+                session.engine.generate = generate
+                os.kill(os.getpid(), signal.SIGINT)
+
+    session.engine.generate = interrupted
+    yield
+    session.engine.generate = generate
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
+    session = session_of("Hello world", "Fine")
+    with ctrl_c_after(session, 3):
+        chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
+    assert "(stopped)\n\nFine" in chat.text
+    said = chat.text.split("\n")[0]
+    assert said == "Hell"  # the token that was under way when it was pressed
+    assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
+
+
+def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
+    session = session_of("never seen")
+    with ctrl_c_after(session, 0):
+        chat = Chat(session, "Hi\r" + CTRL_D)
+    assert chat.text == "\n(stopped)\n\n"
+    assert session.engine.prompts == []
+    assert session.messages == []
+
+
+def test_ctrl_c_is_given_back_after_an_answer(session_of):
+    before = signal.getsignal(signal.SIGINT)
+    Chat(session_of("Hello"), "Hi\r" + CTRL_D)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_between_answer_and_prompt_does_not_leave(session_of):
+    session = session_of("Hello", "Fine")
+    pressed = []
+
+    def press_once(finished):
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    chat = Chat(session, "Hi\rAgain\r" + CTRL_D, after_turn=press_once)
+    assert "Fine" in chat.text

@@ -1,0 +1,64 @@
+"""Runs the command line: inside the test, or as a process of its own as a shell does."""
+
+import io
+import os
+import subprocess
+import sys
+
+import fake_mixchat
+import pytest
+from command_line import FAKE, Done
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """The environment of a process: no settings of this machine, a data directory of its own."""
+    # Without buffers nothing would show that each piece of an answer is flushed.
+    dropped = ("MIXCHAT_", "PYTHONUNBUFFERED")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    return kept | {"MIXCHAT_HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def process(environment):
+    """Runs `mixchat ARGS` with a scripted engine as a process; `shell` is put behind it."""
+
+    def run(*arguments, shell="", stdin=b"", stdout=subprocess.PIPE, **variables):
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *FAKE, *arguments]
+        done = subprocess.run(
+            command,
+            input=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=environment | variables,
+            timeout=60,
+            check=False,
+        )
+        return Done(done.stdout, done.stderr, done.returncode)
+
+    return run
+
+
+@pytest.fixture
+def mixchat(environment, monkeypatch, capsysbinary):
+    """Runs `mixchat ARGS` inside the test, with a scripted engine (`fake=False`: without)."""
+    from mixchat.cli.app import run as run_app
+    from mixchat.cli.opening import Opening
+
+    def run(*arguments, stdin=b"", fake=True, **variables):
+        with monkeypatch.context() as patch:
+            for key in [key for key in os.environ if key.startswith("MIXCHAT_")]:
+                patch.delenv(key)
+            for key in variables | {"MIXCHAT_HOME": ""}:
+                patch.setenv(key, str((environment | variables)[key]))
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            if fake:
+                light = fake_mixchat.LIGHT_SAMPLING
+                patch.setitem(sys.modules, "mixchat.engine.sampling", light)
+                patch.setattr(Opening, "open", fake_mixchat.open_fake)
+            with pytest.raises(SystemExit) as ending:
+                run_app([os.fsdecode(argument) for argument in arguments])
+        said = capsysbinary.readouterr()
+        return Done(said.out, said.err, ending.value.code)
+
+    return run

@@ -1,0 +1,89 @@
+"""The chat as a person meets it: a process in a pseudo-terminal."""
+
+from command_line import FAKE
+from terminal import Terminal
+
+ENTER, CTRL_C, CTRL_D, UP = "\r", "\x03", "\x04", "\x1b[A"
+
+
+def test_a_chat_from_hello_to_goodbye(environment, tmp_path):
+    variables = environment | {
+        "SCRIPT": '["Hello", "Fine", "Twice"]',
+        "PROMPTS": str(tmp_path / "p"),
+    }
+    with Terminal([*FAKE, "run", "--verbose"], variables) as terminal:
+        terminal.wait_for("/help")
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("Hello")
+        terminal.wait_for("(75.0%)")
+        terminal.wait_for(">>>")
+        terminal.type("How are you?" + ENTER)
+        terminal.wait_for("Fine")
+        terminal.wait_for(">>>")
+        terminal.type(UP)
+        terminal.wait_for("How are you?")
+        terminal.type(ENTER)
+        terminal.wait_for("Twice")
+        terminal.wait_for(">>>")
+        terminal.type(CTRL_D)
+        assert terminal.wait_for_end() == 0
+    prompts = (tmp_path / "p").read_text().split("\n---\n")
+    assert prompts[2].count("[user]How are you?") == 2
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(environment, tmp_path):
+    answer = "x" * 500
+    variables = environment | {
+        "SCRIPT": f'["{answer}", "Fine"]',
+        "DELAY": "0.05",
+        "PROMPTS": str(tmp_path / "p"),
+    }
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("xxx")
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped)")
+        terminal.wait_for(">>>")
+        terminal.type("Well?" + ENTER)
+        terminal.wait_for("Fine")
+        terminal.wait_for(">>>")
+        terminal.type(CTRL_C)
+        terminal.wait_for("Ctrl-C again")
+        terminal.wait_for(">>>")
+        terminal.type(CTRL_C)
+        assert terminal.wait_for_end() == 0
+    said = (tmp_path / "p").read_text().split("\n---\n")[1]
+    said = said.removeprefix("[user]Hi[assistant]").removesuffix("[user]Well?")
+    assert 3 <= len(said) < 500
+    assert set(said) == {"x"}
+
+
+def test_an_error_in_a_turn_is_one_line_and_the_chat_goes_on(environment):
+    variables = environment | {
+        "SCRIPT": '[[{"raise": "PromptError", "with": "too long"}], "Fine"]',
+    }
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("error: too long")
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("Fine")
+        terminal.wait_for(">>>")
+        terminal.type("/bye" + ENTER)
+        assert terminal.wait_for_end() == 0
+
+
+def test_a_prompt_at_a_terminal_does_not_wait_for_stdin(environment):
+    with Terminal([*FAKE, "run", "Hi"], environment) as terminal:
+        assert terminal.wait_for_end() == 0
+    assert terminal.screen == b"Hello\r\n"
+
+
+def test_an_answer_on_a_terminal_has_no_control_characters(environment):
+    variables = environment | {"SCRIPT": '["a\\u001b[2Jb\\u009bc\\u202ed"]'}
+    with Terminal([*FAKE, "run", "Hi"], variables) as terminal:
+        assert terminal.wait_for_end() == 0
+    assert terminal.screen == b"a[2Jbcd\r\n"

@@ -1,0 +1,165 @@
+"""Bad input: one line on stderr, nothing on stdout, and the exit code of errors.py."""
+
+import os
+import pty
+import subprocess
+
+import pytest
+from command_line import FAKE
+
+
+def lines_of(done):
+    assert done.stdout == b""
+    return done.stderr.decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temp", "-1"], "--temp has to be 0 or more, not -1.0"),
+        (["--temp", "nan"], "--temp has to be 0 or more, not nan"),
+        (["--temperature", "inf"], "--temp has to be 0 or more, not inf"),
+        (["--top-p", "0"], "--top-p has to be above 0 and at most 1, not 0.0"),
+        (["--top-p", "1.5"], "--top-p has to be above 0 and at most 1, not 1.5"),
+        (["--top-k", "-1"], "--top-k has to be 0 or more, not -1"),
+        (["--min-p", "1"], "--min-p has to be at least 0 and below 1, not 1.0"),
+        (["--min-p", "-0.1"], "--min-p has to be at least 0 and below 1, not -0.1"),
+        (["--repeat-penalty", "0"], "--repeat-penalty has to be a number above 0, not 0.0"),
+        (["--repeat-penalty", "inf"], "--repeat-penalty has to be a number above 0, not inf"),
+        (["--seed", "-1"], "--seed has to be between 0 and 9223372036854775807, not -1"),
+        (
+            ["--seed", str(2**63)],
+            f"--seed has to be between 0 and 9223372036854775807, not {2**63}",
+        ),
+        (["-n", "0"], "--max-tokens has to be 1 or more, not 0"),
+        (["--ctx-size", "0"], "--ctx-size has to be 1 or more, not 0"),
+        (["--stop", ""], "--stop is empty"),
+        (["--expert-memory", "lots"], "cannot read 'lots' as an amount of memory"),
+        (["--expert-memory", ""], "cannot read '' as an amount of memory"),
+    ],
+)
+def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
+    done = mixchat("run", "Hi", *arguments)
+    assert (lines_of(done)[0], done.returncode) == (f"error: {message}", 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["run", "--nonsense"],
+        ["run", "--temp", "hot"],
+        ["run", "--temp"],
+        ["run", "Hi", "there"],
+        ["download"],
+        ["download", "base", "--quant-type", "q4_0"],
+        ["show"],
+    ],
+)
+def test_wrong_use_is_one_line_and_a_hint(mixchat, arguments):
+    done = mixchat(*arguments)
+    lines = lines_of(done)
+    assert done.returncode == 2
+    assert lines[0].startswith("error: ")
+    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        ([], b"", "standard input is empty"),
+        ([], b" \n\t\n", "standard input is empty"),
+        ([], "\ufeff".encode(), "standard input is empty"),
+        ([""], b"", "the prompt is empty"),
+        (["  "], b"\n", "the prompt is empty"),
+        ([], b"caf\xe9 noir", "standard input is not UTF-8: the byte 0xe9 at offset 3"),
+        (["Hi"], b"ok \xf0\x9f", "standard input is not UTF-8: the byte 0xf0 at offset 3"),
+        ([], b"\x7fELF\x00\x01", "standard input is not text: it has a NUL byte at offset 4"),
+        ([b"caf\xe9"], b"", "the prompt is not UTF-8: the byte 0xe9 at offset 3"),
+        (["h\u00e9".encode() + b"\xff"], b"", "the prompt is not UTF-8: the byte 0xff at offset 3"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used(mixchat, arguments, stdin, message):
+    done = mixchat("run", *arguments, stdin=stdin)
+    assert (lines_of(done)[0], done.returncode) == (f"error: {message}", 3)
+
+
+@pytest.mark.parametrize("flag", ["-m", "-s", "--stop"])
+def test_a_flag_that_is_not_text(mixchat, flag):
+    done = mixchat("run", "Hi", flag, b"caf\xe9")
+    assert done.returncode == 2
+    assert "is not UTF-8" in lines_of(done)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("UsageError", 2),
+        ("PromptError", 3),
+        ("ModelNotFoundError", 4),
+        ("HubError", 5),
+        ("CheckpointError", 6),
+        ("ResourceError", 7),
+        ("MissingDependencyError", 8),
+    ],
+)
+def test_each_error_has_its_exit_code(mixchat, kind, code):
+    done = mixchat("run", "Hi", SCRIPT=f'[[{{"raise": "{kind}", "with": "[red]so[/] it is"}}]]')
+    assert (lines_of(done), done.returncode) == (["error: [red]so[/] it is"], code)
+
+
+@pytest.mark.parametrize("base", [MemoryError, RuntimeError])
+def test_memory_that_runs_out_says_what_to_try(capsys, base):
+    from mixchat.cli.report import report
+
+    error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
+    assert report(error) == 7
+    assert capsys.readouterr().err.startswith("error: there is not enough memory\nhint: ")
+
+
+def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat):
+    script = '[[{"raise": "ZeroDivisionError", "with": "two\\nlines \\u001b[2J"}]]'
+    done = mixchat("run", "Hi", SCRIPT=script)
+    assert lines_of(done) == [
+        "error: internal error: ZeroDivisionError: two lines [2J",
+        "hint: Run it again with MIXCHAT_DEBUG=1 to see the traceback.",
+    ]
+    assert done.returncode == 1
+    again = mixchat("run", "Hi", SCRIPT=script, MIXCHAT_DEBUG=1)
+    assert again.returncode == 1
+    assert "Traceback" in again.stderr.decode()
+
+
+@pytest.mark.parametrize("model", ["nonsense", "instruct", "../escape", "[red]x[/]", "a\nb\x1b[2J"])
+@pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["show"]])
+def test_a_model_that_is_not_there(mixchat, command, model):
+    done = mixchat(*command, model, fake=False)
+    lines = lines_of(done)
+    assert done.returncode == 4
+    assert len(lines) == 2
+    assert "\x1b" not in lines[0]
+    assert "download instruct" in lines[1] if model == "instruct" else True
+
+
+def test_the_model_can_come_from_the_environment(mixchat):
+    done = mixchat("run", "Hi", fake=False, MIXCHAT_MODEL="nonsense")
+    assert "'nonsense'" in lines_of(done)[0]
+
+
+def test_values_are_checked_before_stdin_and_the_model(mixchat):
+    assert (
+        mixchat("run", "-m", "nonsense", "--temp", "-1", stdin=b"\xff", fake=False).returncode == 2
+    )
+
+
+def test_a_chat_needs_a_terminal_on_both_sides(environment):
+    """With a terminal to read from and a file to write to there is nobody to show a prompt to."""
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        [*FAKE, "run"], stdin=slave, capture_output=True, env=environment, timeout=60, check=False
+    )
+    os.close(master)
+    os.close(slave)
+    assert done.returncode == 2
+    assert lines_of(done)[0] == "error: a chat needs a terminal to write to"

@@ -1,0 +1,172 @@
+"""`mixchat run` with a prompt or a pipe: the answer on stdout, and nothing else there."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from command_line import FAKE, Done
+from fake_mixchat import make_session
+
+from mixchat.cli.verbose import VerboseReport
+
+
+def prompts_in(path):
+    return path.read_text(encoding="utf-8").removesuffix("\n---\n").split("\n---\n")
+
+
+@pytest.mark.parametrize("answer", ["Hello", "Hello\n", "", "[bold] vector<T> \x1b[31m é 日本"])
+def test_the_answer_and_a_newline_are_all_there_is_on_stdout(mixchat, answer):
+    done = mixchat("run", "Hi", SCRIPT=json.dumps([answer]))
+    assert done.stdout.decode() == answer.removesuffix("\n") + "\n"
+    assert (done.stderr, done.returncode) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "prompt"),
+    [
+        (["Hi"], b"", "Hi"),
+        (["Hi"], b"\n", "Hi"),
+        ([], b"Hi\n", "Hi"),
+        ([], b"Hi\r\n", "Hi"),
+        ([], "\ufeffHällo".encode(), "Hällo"),
+        (["Sum it up"], b"some notes\n\n", "some notes\n\nSum it up"),
+        ([""], b"Hi", "Hi"),
+        (["-n", "3", "--", "-5 + 3?"], b"", "-5 + 3?"),
+        ([], b"two\nlines\n", "two\nlines"),
+    ],
+)
+def test_the_prompt_is_stdin_and_then_the_argument(mixchat, tmp_path, arguments, stdin, prompt):
+    done = mixchat("run", *arguments, stdin=stdin, PROMPTS=tmp_path / "prompts")
+    assert done.returncode == 0
+    assert prompts_in(tmp_path / "prompts") == [f"[user]{prompt}"]
+
+
+def test_a_closed_stdin_is_an_empty_one(process):
+    assert process("run", "Hi", shell="<&-") == Done(b"Hello\n", b"", 0)
+
+
+def test_a_closed_stdout_does_no_harm(process):
+    assert process("run", "Hi", shell=">&-") == Done(b"", b"", 0)
+
+
+def test_the_flags_reach_the_session(mixchat, tmp_path):
+    done = mixchat(
+        *("run", "Hi", "-s", "Be brief", "--stop", "wo", "--stop", "zz", "-n", "8"),
+        SCRIPT='["Hello world"]',
+        PROMPTS=tmp_path / "prompts",
+    )
+    assert done.stdout == b"Hello \n"
+    assert prompts_in(tmp_path / "prompts") == ["[system]Be brief[user]Hi"]
+
+
+def test_max_tokens_is_kept(mixchat):
+    assert mixchat("run", "Hi", "--max-tokens", "2").stdout == b"He\n"
+
+
+def test_a_full_context_is_said_on_stderr(mixchat):
+    done = mixchat("run", "Hi", "--ctx-size", "10")
+    assert (done.stdout, done.returncode) == (b"He\n", 0)
+    assert done.stderr == b"note: cut off, the context of 10 tokens is full\n"
+
+
+def test_verbose_prints_figures_on_stderr(mixchat):
+    done = mixchat("run", "Hi", "--verbose", "--seed", "7")
+    assert done.stdout == b"Hello\n"
+    assert done.stderr.decode().splitlines() == [
+        "prompt   8 tokens, 0 of them from the cache",
+        "prefill  8 tokens, 16.0 tok/s",
+        "decode   6 tokens, 20.0 tok/s",
+        "experts  18 hits, 6 misses (75.0%), 6 kB moved, 16 slots",
+        "seed     7",
+        "ended    stop",
+    ]
+
+
+def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
+    session = make_session("Hello", "Fine")
+    report = VerboseReport(session.engine)
+    for question in ("Hi", "And?"):
+        *_, finished = session.ask(question)
+        report(finished)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[3] == "experts  18 hits, 6 misses (75.0%), 6 kB moved, 16 slots"
+    assert lines[9] == "experts  15 hits, 5 misses (75.0%), 5 kB moved, 16 slots"
+
+
+def test_a_seed_is_drawn_where_none_is_given(mixchat):
+    def seed():
+        lines = mixchat("run", "Hi", "--verbose").stderr.decode().splitlines()
+        return int(lines[4].split()[1])
+
+    assert seed() != seed()
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_no_encoding_breaks_the_answer(process, variables):
+    done = process("run", "Hi", SCRIPT='["a é b"]', **variables)
+    assert (done.stderr, done.returncode) == (b"", 0)
+    assert done.stdout in (b"a ? b\n", "a é b\n".encode())
+
+
+def start(environment, **variables):
+    return subprocess.Popen(
+        [*FAKE, "run", "Hi"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment | variables,
+    )
+
+
+def test_each_token_is_written_as_it_comes(environment):
+    with start(environment, DELAY="0.3", SCRIPT='["abcdefgh"]') as process:
+        assert process.stdout.read(2) == b"ab"
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_closed_pipe_ends_it_silently_within_a_token(environment):
+    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 300}"]') as process:
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        began = time.monotonic()
+        assert process.wait(timeout=20) == 141
+        assert time.monotonic() - began < 10  # the whole answer takes 30 seconds
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["run", "Hi"], ["list", "--json"]]
+)
+def test_a_pipe_that_nobody_reads_ends_any_command_silently(process, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as pipe:
+        done = process(*arguments, stdout=pipe)
+    assert (done.stderr, done.returncode) == (b"", 141)
+
+
+def test_stderr_may_be_the_closed_pipe(process):
+    """`mixchat ... 2>&1 | true` has nobody left to complain to."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as pipe:
+        assert process("run", "--temp", "-1", shell="2>&1", stdout=pipe).returncode == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line(process):
+    done = process("run", "Hi", shell=">/dev/full")
+    assert done == Done(b"", b"error: No space left on device\n", 7)
+
+
+def test_ctrl_c_ends_it_silently(environment):
+    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 300}"]') as process:
+        assert process.stdout.read(1) == b"x"
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+    assert (errors, process.returncode) == (b"", 130)
+    assert set(output) <= set(b"x\n")

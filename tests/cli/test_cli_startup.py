@@ -1,0 +1,78 @@
+"""`--help` and `--version` answer at once, because nothing heavy is imported for them."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = {
+    "bitsandbytes",
+    "huggingface_hub",
+    "jinja2",
+    "numpy",
+    "prompt_toolkit",
+    "rich",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+    "transformers",
+}
+PRINT_MODULES = """
+import sys
+from mixchat.cli.app import run
+try:
+    run(sys.argv[1:])
+finally:
+    print(*(name for name in sys.modules if "." not in name), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["download", "-h"], []]
+)
+def test_help_imports_nothing_heavy(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_MODULES, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert done.stdout
+    assert not HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["run", "Hi", "-m", "nonsense"], ["show", "x"]])
+def test_what_needs_no_model_does_not_wait_for_torch(arguments, environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_MODULES, *arguments],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert not {"torch", "bitsandbytes", "huggingface_hub"} & set(done.stderr.split())
+
+
+def test_help_takes_less_than_a_fifth_of_a_second():
+    def seconds():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mixchat", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - began
+
+    # The best of several, because other processes share the machine.
+    assert min(seconds() for _ in range(7)) < 0.2
+
+
+def test_python_m_mixchat_is_mixchat():
+    command = [sys.executable, "-m", "mixchat", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("mixchat ")
+
+
+def test_help_names_every_command(mixchat):
+    said = mixchat().stdout.decode()
+    assert said.startswith("Usage: mixchat ")
+    assert all(f"  {name} " in said for name in ("run", "download", "list", "show"))

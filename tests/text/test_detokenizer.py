@@ -1,0 +1,109 @@
+"""The streaming detokenizer: all of the text, in order, and never half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_strategies import anything
+
+from mixchat.text.detokenizer import Detokenizer
+
+many = settings(deadline=None, max_examples=100)
+
+
+def streamed(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    return [*(detokenizer.add(i) for i in ids), detokenizer.flush()]
+
+
+@st.composite
+def id_lists(draw: st.DrawFn, size: int) -> list[int]:
+    """Any ids, with a taste for the first ones: control tokens and bytes."""
+    ids = st.integers(0, size + 3) | st.integers(0, 300) | st.integers(120, 258)
+    runs = st.lists(ids, max_size=60) | st.builds(lambda i, n: [i] * n, ids, st.integers(1, 60))
+    return [i for run in draw(st.lists(runs, max_size=3)) for i in run]
+
+
+@many
+@given(data=st.data())
+def test_the_pieces_are_the_text(data: st.DataObject, tokenizer: Any) -> None:
+    ids = data.draw(id_lists(tokenizer.vocab_size))
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@many
+@given(text=anything, data=st.data())
+def test_after_a_prompt_the_pieces_are_the_rest(
+    text: str, data: st.DataObject, tokenizer: Any
+) -> None:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = [*bos, *tokenizer.encode(text)]
+    ids = data.draw(id_lists(tokenizer.vocab_size))
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+    assert whole.startswith(before)
+    assert "".join(streamed(tokenizer, ids, prompt)) == whole[len(before) :]
+
+
+@many
+@given(text=anything.filter(lambda text: "\ufffd" not in text), cut=st.integers(0, 200))
+def test_whole_characters_only_and_no_later_than_they_are_whole(
+    text: str, cut: int, tokenizer: Any
+) -> None:
+    ids = tokenizer.encode(text)
+    if "\ufffd" in tokenizer.decode(ids):
+        return
+    shown = ""
+    detokenizer = Detokenizer(tokenizer)
+    for count, token_id in enumerate(ids, start=1):
+        shown += detokenizer.add(token_id)
+        assert "\ufffd" not in shown
+        # All that is there, but for the character that is not complete.
+        assert shown == tokenizer.decode(ids[:count]).rstrip("\ufffd")
+
+
+def test_an_unfinished_character_is_replaced_at_the_end(v1: Any) -> None:
+    euro = [3 + byte for byte in "€".encode()]
+    assert streamed(v1, euro) == ["", "", "€", ""]
+    assert streamed(v1, euro[:2]) == ["", "", v1.decode(euro[:2])]
+    assert streamed(v1, [*euro[:2], 22557]) == ["", "", "\ufffd\ufffd Hello", ""]
+
+
+def test_a_word_keeps_its_space_only_after_a_prompt(v1: Any) -> None:
+    assert streamed(v1, [22557]) == ["Hello", ""]
+    assert streamed(v1, [22557], [1, *v1.encode("Say")]) == [" Hello", ""]
+    assert streamed(v1, [22557], [1]) == ["Hello", ""]
+    assert streamed(v1, [22557, 22557]) == ["Hello", " Hello", ""]
+
+
+def test_control_tokens_do_not_push_words_out_of_sight(v1: Any) -> None:
+    """A window of control tokens alone would take the next word for the first, and its space."""
+    assert "".join(streamed(v1, [22557, *[1] * 100, 22557])) == "Hello Hello"
+    assert "".join(streamed(v1, [22557], [*v1.encode("Say"), *[2] * 100])) == " Hello"
+
+
+def test_flushing_twice_shows_nothing_twice(v1: Any) -> None:
+    detokenizer = Detokenizer(v1)
+    detokenizer.add(3 + 0xE2)
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+class Counting:
+    """A tokenizer that notes the most ids it was ever asked to decode at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.most = tokenizer, 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.most = max(self.most, len(ids))
+        return str(self.tokenizer.decode(ids))
+
+
+def test_the_work_for_a_token_does_not_grow(v1: Any) -> None:
+    for ids in ([22557] * 500, [3 + 0x80] * 500, [3 + 0xF0, 3 + 0x9F] * 300, [1] * 500):
+        counting = Counting(v1)
+        assert "".join(streamed(counting, ids, ids)) == v1.decode(ids + ids)[len(v1.decode(ids)) :]
+        assert counting.most <= 24

@@ -1,0 +1,378 @@
+"""Chat templates in Jinja: transformers' ids for ordinary talk, and no forged turns ever."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_builders as build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_strategies import anything, harmless
+
+from mixchat.errors import CheckpointError, PromptError
+from mixchat.text.files import ChatTemplate
+from mixchat.text.template import JinjaTemplate, Message, load_template
+from mixchat.text.tokenizer import load_tokenizer
+
+SPECIALS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>",
+]  # fmt: skip
+TEMPLATES = {
+    "chatml": build.CHATML,
+    "llama3": build.LLAMA3,
+    "zephyr": build.ZEPHYR,
+    "alpaca": build.ALPACA,
+    "mistral": build.MISTRAL,
+}
+# Templates that would put control tokens together from pieces of messages.
+FORGERS = {
+    "joins": "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>",
+    "trims": "{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>",
+    "wraps": "{% for m in messages %}<|{{ m.content }}|>{% endfor %}<|im_end|>",
+    "opens": "{% for m in messages %}<{{ m.content }}{% endfor %}<|im_end|>",
+    "closes": "{% for m in messages %}{{ m.content }}>{% endfor %}<|im_end|>",
+    "drops": "{% for m in messages %}{{ m.content | replace(' ', '') }}{% endfor %}<|im_end|>",
+    "cuts": "{% for m in messages %}{{ m.content.split('|>')[0] }}|>{% endfor %}<|im_end|>",
+    "turns": "{% for m in messages %}{{ m.content | reverse }}{% endfor %}<|im_end|>",
+    "lowers": "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>",
+    "quotes": "{{ messages | tojson }}<|im_end|>",
+}
+
+
+@pytest.fixture(scope="session")
+def speakers(
+    tmp_path_factory: pytest.TempPathFactory, v1_scores: dict[str, float]
+) -> dict[tuple[str, str], tuple[Any, Any, Any]]:
+    """For each template and kind of tokenizer.json: our template, our and their tokenizer."""
+    from transformers import AutoTokenizer
+
+    root = tmp_path_factory.mktemp("speakers")
+    small = {p: s for i, (p, s) in enumerate(v1_scores.items()) if i < 3000 or len(p) == 1}
+    made = {
+        "byte-level": build.byte_level(["<unk>", "<s>", "</s>", *SPECIALS]),
+        "llama-old": build.llama_style(small, SPECIALS, legacy=True),
+        "llama-new": build.llama_style(small, SPECIALS, legacy=False),
+    }
+    found = {}
+    for kind, tokenizer in made.items():
+        for name, source in TEMPLATES.items():
+            directory = build.write_checkpoint(
+                root / f"{kind}-{name}", tokenizer, template=source,
+                bos_token={"__type": "AddedToken", "content": "<s>"}, eos_token="</s>",
+            )  # fmt: skip
+            ours = load_tokenizer(directory)
+            theirs = AutoTokenizer.from_pretrained(directory)
+            found[name, kind] = (load_template(directory, ours), ours, theirs)
+    return found
+
+
+def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:
+    control = set(tokenizer.control_tokens.values()) - {tokenizer.token_id("<unk>")}
+    return [i for i in ids if i in control]
+
+
+def conversation(questions: list[str], answers: list[str]) -> list[Message]:
+    messages = []
+    for question, answer in zip(questions, answers, strict=False):
+        messages += [Message("user", question), Message("assistant", answer)]
+    return [*messages[: 2 * len(questions) - 2], Message("user", questions[-1])]
+
+
+def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def talk(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[Message]]:
+    return st.builds(
+        conversation,
+        st.lists(texts, min_size=1, max_size=3),
+        st.lists(texts, min_size=3, max_size=3),
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama-old", "llama-new"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=30)
+@given(messages=talk(harmless))
+def test_ordinary_talk_gets_transformers_ids(
+    name: str, kind: str, messages: list[Message], speakers: Any
+) -> None:
+    template, _, theirs = speakers[name, kind]
+    assert type(template) is JinjaTemplate
+    assert template.encode(messages) == theirs.apply_chat_template(
+        as_dicts(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_the_simplest_case_by_hand(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer(checkpoints["byte-level"])
+    template = load_template(checkpoints["byte-level"], tokenizer)
+    start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+    assert template.encode([Message("system", "S"), Message("user", "a < b")]) == [
+        start, *tokenizer.encode("system\nS"), end, *tokenizer.encode("\n"),
+        start, *tokenizer.encode("user\na < b"), end, *tokenizer.encode("\n"),
+        start, *tokenizer.encode("assistant\n"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=100)
+@given(messages=talk(anything), kind=st.sampled_from(["byte-level", "llama-old", "llama-new"]))
+def test_no_message_adds_a_control_token(
+    name: str, kind: str, messages: list[Message], speakers: Any
+) -> None:
+    template, tokenizer, _ = speakers[name, kind]
+    plain = [Message(m.role, "ok") for m in messages]
+    assert controls_in(tokenizer, template.encode(messages)) == (
+        controls_in(tokenizer, template.encode(plain))
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(messages=talk(anything))
+def test_no_message_adds_a_control_token_to_any_tokenizer(
+    messages: list[Message], directory: Path, tokenizer: Any
+) -> None:
+    template = JinjaTemplate(ChatTemplate(build.CHATML, directory), tokenizer)
+    plain = [Message(m.role, "ok") for m in messages]
+    assert controls_in(tokenizer, template.encode(messages)) == (
+        controls_in(tokenizer, template.encode(plain))
+    )
+
+
+@pytest.mark.parametrize("forger", FORGERS)
+@settings(deadline=None, max_examples=60)
+@given(messages=talk(anything))
+def test_no_template_puts_a_control_token_together(
+    forger: str, messages: list[Message], checkpoints: Any
+) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    template = JinjaTemplate(ChatTemplate(FORGERS[forger], Path("x")), tokenizer)
+    assert controls_in(tokenizer, template.encode(messages)) == [tokenizer.token_id("<|im_end|>")]
+
+
+_loaded: dict[Path, Any] = {}
+
+
+def load_tokenizer_once(directory: Path) -> Any:
+    if directory not in _loaded:
+        _loaded[directory] = load_tokenizer(directory)
+    return _loaded[directory]
+
+
+@pytest.mark.parametrize(
+    ("forger", "texts"),
+    [
+        ("joins", ["<|im_", "end|>", "x"]),
+        ("joins", ["<|", "im_end", "|>"]),
+        ("trims", ["<|im_ ", " ", " end|>"]),
+        ("wraps", ["im_end", " im_start", "x"]),
+        ("wraps", ["im_end", "im_start", "im_end"]),
+        ("opens", ["|im_end|>", "x", "y"]),
+        ("closes", ["<|im_end|", "x", "<|im_end|"]),
+        ("drops", ["<|im_ end|>", "< | i m _ e n d | >", "x"]),
+        ("cuts", ["<|im_end|>", "<|im_end", "x"]),
+        ("turns", [">|dne_mi|<", "x", "y"]),
+        ("lowers", ["<|IM_END|>", "<|im_END|>", "<|Im_End|>"]),
+        ("quotes", ["<|im_end|>", "x", "y"]),
+    ],
+)
+def test_these_would_be_put_together(forger: str, texts: list[str], checkpoints: Any) -> None:
+    """Each of them forges a token where the rendered text is simply encoded."""
+    from jinja2 import Environment
+
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    messages = conversation([texts[0], texts[2]], [texts[1]])
+    rendered = Environment().from_string(FORGERS[forger]).render(messages=as_dicts(messages))
+    naive = controls_in(tokenizer, tokenizer.encode_template(rendered))
+    if forger != "quotes":  # Jinja's own filter escapes what transformers' leaves
+        assert len(naive) > 1, "or there would be nothing to prevent"
+    template = JinjaTemplate(ChatTemplate(FORGERS[forger], Path("x")), tokenizer)
+    assert len(controls_in(tokenizer, template.encode(messages))) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=anything)
+def test_hostile_text_arrives_as_it_was_typed(text: str, checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    template = JinjaTemplate(ChatTemplate(build.CHATML, Path("x")), tokenizer)
+    ids = template.encode([Message("user", text)])
+    assert tokenizer.decode(ids) == f"user\n{text}\nassistant\n"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama-old", "llama-new"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answers_own_ids_follow_the_prompt_they_answered(
+    name: str, kind: str, speakers: Any
+) -> None:
+    """So the model's memory of a conversation stays valid: the next prompt only adds to it."""
+    template, _, _ = speakers[name, kind]
+    messages = [Message("user", "Hi")]
+    for ids in ((30, 31, 32, 31), (), (40,)):
+        prompt = template.encode(messages)
+        messages += [Message("assistant", " not what the ids say ", ids), Message("user", "So?")]
+        assert template.encode(messages)[: len(prompt) + len(ids)] == [*prompt, *ids]
+
+
+def test_ids_and_text_say_the_same_to_a_template(speakers: Any) -> None:
+    for name, kind in speakers:
+        template, tokenizer, _ = speakers[name, kind]
+        if kind == "llama-old" and name in ("alpaca", "mistral"):
+            continue  # the answer's leading space is a token of its own there, or none
+        text = "Sure.\n\n- one\n- two"
+        ids = tuple(tokenizer.encode_template("\n" + text)[len(tokenizer.encode("\n")) :])
+        messages = [Message("user", "Hi"), Message("assistant", text), Message("user", "So?")]
+        with_ids = [messages[0], Message("assistant", "", ids), messages[2]]
+        decode = tokenizer.decode
+        assert decode(template.encode(with_ids)) == decode(template.encode(messages))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        build.ALPACA,
+        build.MISTRAL,
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% if messages[0].role == 'system' %}{{ messages[0].nothing.at.all }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    ],
+    ids=["refuses", "refuses-too", "leaves-out", "fails"],
+)
+def test_without_a_system_role_its_text_goes_to_the_first_question(
+    source: str, checkpoints: Any
+) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    variables = {"bos_token": "", "eos_token": "<|endoftext|>"}
+    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer, variables=variables)
+    rest = [Message("assistant", "b"), Message("user", "c")]
+    assert template.encode([Message("system", "S</s>"), Message("user", "a"), *rest]) == (
+        template.encode([Message("user", "S</s>\n\na"), *rest])
+    )
+
+
+def test_a_system_role_is_used_where_there_is_one(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    template = load_template(checkpoints["byte-level"], tokenizer)
+    text = tokenizer.decode(template.encode([Message("system", "S"), Message("user", "a")]))
+    assert text == "system\nS\nuser\na\nassistant\n"
+
+
+def rendered(source: str, tokenizer: Any, **variables: str) -> str:
+    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer, variables=variables)
+    return str(tokenizer.decode(template.encode([Message("user", "Hi")])))
+
+
+def test_the_helpers_that_transformers_gives(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    for source, expected in {
+        "{{ {'a': '<é>'} | tojson }}": '{"a": "<é>"}',
+        "{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}": '{\n "a": 2,\n "b": 1\n}',
+        "{{ strftime_now('%Y') }}": str(datetime.now().year),
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+        "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}": "013",
+        "{% if tools is not none or documents %}no{% endif %}{{ nothing }}.": ".",
+        "{% set n = namespace(x=1) %}{% for m in messages %}{% set n.x = 2 %}{% endfor %}{{ n.x }}":
+            "2",
+        "  {%- if add_generation_prompt %}\n    {% if true %}\n  a\n    {% endif %}\n{% endif %}":
+            "  a\n",
+        "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}": "Hi",
+        "{{ 'ab' * 3 }}{{ 3 * [1] }}{{ 2 ** 10 }}{{ 6 * 7 }}": "ababab[1, 1, 1]102442",
+    }.items():  # fmt: skip
+        assert rendered(source, tokenizer) == expected
+
+
+def test_the_special_tokens_by_name(tmp_path: Path) -> None:
+    source = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}"
+    build.write_checkpoint(
+        tmp_path, build.byte_level(), template=source,
+        bos_token={"content": "one"}, eos_token="two", pad_token=None,
+    )  # fmt: skip
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "three", "unk_token": {"content": "four", "lstrip": False}})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    ids = load_template(tmp_path, tokenizer).encode([Message("user", "Hi")])
+    names = {i: token for token, i in tokenizer.control_tokens.items()}
+    text = "".join(names.get(i) or tokenizer.decode([i]) for i in ids)
+    assert text == "one|two||four"
+
+
+def test_sentencepieces_own_tokens_have_their_names(tmp_path: Path) -> None:
+    source = "{{ bos_token }}### {{ messages[0].content }}{{ eos_token }}"
+    build.write_checkpoint(tmp_path, model_file=build.V1_FILE, template=source)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = load_template(tmp_path, tokenizer).encode([Message("user", "<s>")])
+    assert ids == [1, *tokenizer.encode("### <s>"), 2]
+
+
+def test_a_refusal_is_about_the_prompt_and_one_line(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    source = "{% if messages | length > 1 %}{{ raise_exception('Only\n  one') }}{% endif %}"
+    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer)
+    messages = conversation(["a", "b"], ["c"])
+    with pytest.raises(PromptError, match=r"refuses the conversation: Only one$"):
+        template.encode(messages)
+
+
+def test_a_template_that_always_refuses_can_be_loaded(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    template = JinjaTemplate(ChatTemplate("{{ raise_exception('No') }}", Path("x")), tokenizer)
+    with pytest.raises(PromptError, match=r"No$"):
+        template.encode([Message("user", "Hi")])
+
+
+BROKEN = {
+    "syntax": "{% for %}",
+    "unclosed": "{% if messages %}",
+    "unknown-filter": "{{ messages | nothing }}",
+    "unknown-tag": "{% include 'x' %}",
+    "undefined": "{{ messages[0].a.b }}",
+    "types": "{{ messages + 1 }}",
+    "zero": "{{ 1 / 0 }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['json'] }}",
+    "cycler": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "attr": "{{ (messages | attr('__class__')).__mro__ }}",
+    "changes": "{{ messages.append(1) }}",
+    "range": "{% for i in range(10**9) %}x{% endfor %}",
+    "huge-range": "{% for i in range(10**30) %}x{% endfor %}",
+    "nested-ranges": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "product": "{{ 'x' * 10**10 }}",
+    "product-too": "{{ 10**10 * [messages] }}",
+    "power": "{{ 10 ** 1000000000 }}",
+    "powers": "{{ 10 ** 64 ** 64 ** 64 ** 64 ** 64 }}",
+    "lipsum": "{{ lipsum(n=10**8) }}",
+}  # fmt: skip
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_or_hostile_template_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path, build.byte_level(), template=BROKEN[name])
+    with pytest.raises(CheckpointError) as caught:
+        load_template(tmp_path, load_tokenizer(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer_config.json'}: the chat template ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_fails_later_is_named_too(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    source = "{% if messages | length > 1 %}{{ messages[0].a.b }}{% endif %}"
+    template = JinjaTemplate(ChatTemplate(source, Path("there")), tokenizer)
+    template.encode([Message("user", "a")])
+    with pytest.raises(CheckpointError, match=r"^there: the chat template fails: "):
+        template.encode(conversation(["a", "b"], ["c"]))
+
+
+def test_half_a_surrogate_pair_is_no_text(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer_once(checkpoints["byte-level"])
+    template = load_template(checkpoints["byte-level"], tokenizer)
+    with pytest.raises(PromptError, match="lone surrogate"):
+        template.encode([Message("user", "a\udc80")])

@@ -1,0 +1,77 @@
+"""Stop strings: found over any cut, never shown, and text is held back no longer than needed."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixchat.text.stop import StopStrings
+
+abc = st.text("ab\n", max_size=12)
+
+
+def shown(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
+    stop = StopStrings(stops)
+    text, stopped = "", False
+    for chunk in chunks:
+        piece, stopped = stop.add(chunk)
+        text += piece
+        if stopped:
+            break
+    return text + stop.flush(), stopped
+
+
+def reference(stops: list[str], text: str) -> tuple[str, bool]:
+    """Cut before the stop string that ends first, the longest of those that end there."""
+    for end in range(1, len(text) + 1):
+        found = [s for s in stops if s and text[:end].endswith(s)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+@settings(deadline=None, max_examples=500)
+@given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
+def test_the_cut_of_the_stream_makes_no_difference(stops: list[str], chunks: list[str]) -> None:
+    assert shown(stops, chunks) == reference(stops, "".join(chunks))
+
+
+@settings(deadline=None, max_examples=300)
+@given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
+def test_only_what_may_begin_a_stop_string_is_held_back(
+    stops: list[str], chunks: list[str]
+) -> None:
+    stop = StopStrings(stops)
+    came, out = "", ""
+    for chunk in chunks:
+        piece, stopped = stop.add(chunk)
+        came, out = came + chunk, out + piece
+        if stopped:
+            return
+        held = came[len(out) :]
+        assert came == out + held
+        assert held == "" or any(s.startswith(held) and s != held for s in stops)
+
+
+def test_an_example() -> None:
+    stop = StopStrings(["END"])
+    assert stop.add("the E") == ("the ", False)
+    assert stop.add("N") == ("", False)
+    assert stop.add("Dx") == ("", True)
+    assert stop.add("more") == ("", True)
+    assert stop.flush() == ""
+
+
+def test_what_turns_out_to_be_no_stop_string_is_shown() -> None:
+    stop = StopStrings(["\nUser:"])
+    assert stop.add("a\nUs") == ("a", False)
+    assert stop.add("a") == ("\nUsa", False)
+    assert stop.add("\n") == ("", False)
+    assert stop.flush() == "\n"
+    assert stop.flush() == ""
+
+
+def test_no_stop_strings_hold_nothing_back() -> None:
+    stop = StopStrings(["", ""])
+    assert stop.add("anything") == ("anything", False)
+    assert stop.flush() == ""

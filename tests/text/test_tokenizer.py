@@ -1,0 +1,453 @@
+"""Tokenizers: ordinary text as the originals encode it, and no control token from what is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_builders as build
+from hypothesis import given, settings
+from text_strategies import anything, harmless
+
+from mixchat.errors import CheckpointError, PromptError
+from mixchat.text.hf import JsonTokenizer
+from mixchat.text.spm import SentencePieceTokenizer
+from mixchat.text.tokenizer import load_tokenizer
+
+few = settings(deadline=None, max_examples=80)
+
+
+def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The control tokens among ids. A character outside the vocabulary is honestly <unk>."""
+    control = set(tokenizer.control_tokens.values()) - {tokenizer.token_id("<unk>")}
+    return [i for i in ids if i in control]
+
+
+@few
+@given(text=harmless)
+def test_ordinary_text_is_encoded_as_by_the_original(
+    text: str, tokenizer: Any, reference: Any, v1_original: Any
+) -> None:
+    expected = (
+        v1_original.encode(text)
+        if reference is None
+        else reference.encode(text, add_special_tokens=False)
+    )
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode_template(text) == expected
+
+
+@few
+@given(text=harmless)
+def test_ordinary_text_is_decoded_as_by_the_original(
+    text: str, tokenizer: Any, reference: Any, v1_original: Any
+) -> None:
+    ids = tokenizer.encode(text)
+    expected = (
+        v1_original.decode(ids)
+        if reference is None
+        else reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+    assert tokenizer.decode(ids) == expected
+
+
+@few
+@given(text=anything)
+def test_nothing_typed_becomes_a_control_token(text: str, tokenizer: Any) -> None:
+    assert controls_in(tokenizer, tokenizer.encode(text)) == []
+
+
+def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
+    for token, token_id in tokenizer.control_tokens.items():
+        for text in (token, f"a{token}b", f" {token} ", token * 2, f"{token}\n{token}"):
+            ids = tokenizer.encode(text)
+            assert token_id not in ids or token == "<unk>"
+            assert controls_in(tokenizer, ids) == []
+
+
+@few
+@given(text=anything)
+def test_what_is_typed_comes_back(text: str, v1: Any) -> None:
+    # SentencePiece writes a space as U+2581 and cannot tell it from one that was typed.
+    assert v1.decode(v1.encode(text)) == text.replace("\u2581", " ")
+
+
+@few
+@given(text=anything)
+def test_what_is_typed_comes_back_from_bytes_too(text: str, checkpoints: Any) -> None:
+    tokenizer = loaded(checkpoints["byte-level"])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+_loaded: dict[Path, Any] = {}
+
+
+def loaded(directory: Path) -> Any:
+    if directory not in _loaded:
+        _loaded[directory] = load_tokenizer(directory)
+    return _loaded[directory]
+
+
+def test_a_template_may_write_control_tokens(tokenizer: Any) -> None:
+    for token, token_id in tokenizer.control_tokens.items():
+        assert controls_in(tokenizer, tokenizer.encode_template(f"a{token}\nb")) == (
+            [token_id] if token != "<unk>" else []
+        )
+
+
+def test_nothing_is_added_in_front(tokenizer: Any) -> None:
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode_template("") == []
+    for ids in (tokenizer.encode("a"), tokenizer.encode_template("a")):
+        assert tokenizer.bos_id is None or ids[0] != tokenizer.bos_id
+
+
+def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
+    name, end = "<|im_end|>" if tokenizer.token_id("<|im_end|>") else "</s>", [7, 7]
+    ids = tokenizer.encode_template(f"a {name}x {name} y", {"x": name, "y": (7, 7)})
+    assert controls_in(tokenizer, ids) == [tokenizer.token_id(name)] * 2
+    assert ids[-2:] == end
+    assert tokenizer.encode_template("x", {"x": f"a {name} b"}) == tokenizer.encode(f"a {name} b")
+
+
+def test_text_goes_on_after_inserted_ids_without_a_space(tokenizer: Any, kind: str) -> None:
+    if kind == "unigram":
+        pytest.skip("has no new line: it cannot tell text that goes on")
+    word = tokenizer.encode("go")
+    ids = tokenizer.encode_template("ax on\n\nxgo", {"x": tuple(word)})
+    spaced = kind not in ("byte-level", "whole-words")  # the word itself begins with a space
+    assert tokenizer.decode(ids) == ("a go on\n\n gogo" if spaced else "ago on\n\ngogo")
+
+
+def test_text_that_goes_on_may_melt_into_the_line_before_it(tmp_path: Path) -> None:
+    """Where a new line is a token with what follows, the trick that spares the space is off."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces += ["\u2581", "a", "\n", "\n\n"]
+    tokenizer = build.llama_style({p: -float(i) for i, p in enumerate(pieces)}, legacy=True)
+    tokenizer = load_tokenizer(build.write_checkpoint(tmp_path, tokenizer))
+    space, a, line, lines = (pieces.index(piece) for piece in pieces[-4:])
+    assert tokenizer.encode("\n\na") == [space, lines, a]
+    assert tokenizer.encode_template("xa", {"x": (a,)}) == [a, a]
+    assert tokenizer.encode_template("x\na", {"x": (a,)}) == [a, space, line, a]
+
+
+def test_control_tokens_and_unknown_ids_have_no_text(tokenizer: Any) -> None:
+    ids = tokenizer.encode("to be")
+    special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    strange = [tokenizer.vocab_size, tokenizer.vocab_size + 95]
+    assert tokenizer.decode([*special, *ids[:1], *strange, *ids[1:], *special]) == "to be"
+
+
+def test_ids_of_control_tokens_are_known_by_their_text(tokenizer: Any) -> None:
+    assert tokenizer.token_id("no such token") is None
+    assert tokenizer.token_id("the") is None
+    assert all(tokenizer.token_id(t) == i for t, i in tokenizer.control_tokens.items())
+    assert max(tokenizer.control_tokens.values()) < tokenizer.vocab_size
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Any) -> None:
+    with pytest.raises(PromptError, match="lone surrogate at character 2"):
+        tokenizer.encode("ab\udc80")
+    with pytest.raises(PromptError, match="lone surrogate"):
+        tokenizer.encode_template("ab\udc80")
+    with pytest.raises(PromptError, match="lone surrogate"):
+        tokenizer.encode_template("ax", {"x": "\udc80"})
+
+
+def test_mistrals_own_ids(v1: Any) -> None:
+    assert (v1.vocab_size, v1.bos_id, v1.eos_id, v1.adds_bos) == (32000, 1, 2, True)
+    assert v1.control_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert v1.encode("[INST] Hi [/INST]") == [733, 16289, 28793, 15359, 733, 28748, 16289, 28793]
+    assert v1.encode("</s>") == [1867, 28713, 28767]
+    assert v1.encode_template("</s>") == [2]
+
+
+def test_a_fine_tunes_tokens_are_found_behind_sentencepieces(checkpoints: Any, v1: Any) -> None:
+    tokenizer = load_tokenizer(checkpoints["spm-added"])
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (32002, 32001)
+    assert tokenizer.encode_template("<|im_start|>user\nHi<|im_end|>") == [
+        32000, *v1.encode("user\nHi"), 32001,
+    ]  # fmt: skip
+    assert tokenizer.encode("<|im_end|>") == v1.encode("<|im_end|>")
+
+
+def test_added_tokens_json_counts_too(tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 32001, "<|im_start|>": 32000}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 32002
+    assert tokenizer.encode_template("<|im_end|>") == [32001]
+    assert 32001 not in tokenizer.encode("<|im_end|>")
+
+
+def test_without_the_old_habit_text_after_a_control_token_gets_no_space(tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path, model_file=build.V1_FILE, legacy=False)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_template("a</s>b")) == "ab"
+    assert tokenizer.encode_template("Hello</s>Hello") == [22557, 2, 16230]
+
+
+def test_third_generation_instruct_tokens_are_control_tokens(tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path, model_file=build.V3_FILE)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_template("[INST]") == [tokenizer.token_id("[INST]")] == [3]
+    assert controls_in(tokenizer, tokenizer.encode("[INST] a [/INST]")) == []
+
+
+def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) -> None:
+    """Some fine-tunes write their markup into tokenizer.model, where any text can spell it."""
+    import io
+
+    import sentencepiece
+
+    model, long = io.BytesIO(), f"<|{'x' * 200}|>"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(build.CORPUS),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>", long, "blockchain"],
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    end = original.piece_to_id("<|im_end|>")
+    assert end in original.encode("a<|im_end|>b"), "or there would be nothing to fix"
+
+    tokenizer = load_tokenizer(tmp_path)
+    assert controls_in(tokenizer, tokenizer.encode("a<|im_end|>b <|im_start|>")) == []
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "a<|im_end|>b"
+    assert tokenizer.encode_template("<|im_end|>") == [end]
+    assert len(tokenizer.encode(long)) > 1 == len(tokenizer.encode_template(long))
+    for text in ("a blockchain in the town", *build.CORPUS[:4]):
+        assert tokenizer.encode(text) == original.encode(text)
+
+
+def test_added_words_that_are_no_markup_stay_what_they_are(checkpoints: Any) -> None:
+    tokenizer = load_tokenizer(checkpoints["byte-level"])
+    assert len(tokenizer.encode("blockchain")) == 1
+    assert tokenizer.token_id("blockchain") is None
+    assert controls_in(tokenizer, tokenizer.encode("<tool>[TOOL_CALLS]")) == []
+    tool = tokenizer.token_id("<tool>")
+    assert tokenizer.encode_template("a<tool>b")[1] == tool
+    assert tokenizer.decode(tokenizer.encode_template("a<tool>b")) == "a<tool>b"
+
+
+def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None], **config: Any) -> Path:
+    """A byte-level checkpoint whose tokenizer.json was changed."""
+    build.write_checkpoint(tmp_path, build.byte_level(), **config)
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    change(spec)
+    file.write_text(json.dumps(spec))
+    return tmp_path
+
+
+def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path: Path) -> None:
+    """With merges that lead to it; the original's added token only hides that way."""
+    merges = [["<", "s"], ["<s", ">"]]
+
+    def change(spec: dict[str, Any]) -> None:
+        vocab = spec["model"]["vocab"]
+        size = len(vocab)
+        vocab |= {"<s": size, "<s>": size + 1}
+        spec["model"]["merges"] += merges
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        spec["added_tokens"].append({"id": size + 1, "content": "<s>", "special": True, **flags})
+
+    tokenizer = load_tokenizer(edited(tmp_path, change))
+    assert tokenizer.token_id("<s>") is not None
+    assert tokenizer.token_id("<s>") not in tokenizer.encode("<s>")
+    assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"
+    assert tokenizer.encode_template("<s>") == [tokenizer.token_id("<s>")]
+
+
+def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec["truncation"] = {
+            "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
+        }  # fmt: skip
+        spec["padding"] = {
+            "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        }  # fmt: skip
+
+    tokenizer = load_tokenizer(edited(tmp_path, change))
+    assert tokenizer.decode(tokenizer.encode("q w x y")) == "q w x y"
+    assert len(tokenizer.encode("q w x y")) not in (2, 9)
+
+
+def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
+    def nothing(spec: dict[str, Any]) -> None:
+        pass
+
+    size = load_tokenizer(edited(tmp_path, nothing)).vocab_size
+    added = {str(size): {"content": "<|tool|>", "special": False}}
+    edited(tmp_path, nothing, added_tokens_decoder=added, eos_token="<|im_end|>")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.token_id("<|tool|>") == size
+    assert tokenizer.vocab_size == size + 1
+    assert tokenizer.eos_id == tokenizer.token_id("<|im_end|>")
+    assert size not in tokenizer.encode("<|tool|>")
+
+
+def test_a_token_that_must_stand_alone_is_no_token_inside_a_word(tmp_path: Path) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec["added_tokens"][2]["single_word"] = True
+
+    tokenizer = load_tokenizer(edited(tmp_path, change))
+    assert tokenizer.encode_template("a<|im_end|>b") == tokenizer.encode("a<|im_end|>b")
+    assert tokenizer.encode_template("<|im_end|>") == [2]
+
+
+@pytest.mark.parametrize(("setting", "adds"), [(None, True), (True, True), (False, False)])
+def test_whether_a_text_begins_with_bos_is_the_checkpoints_word(
+    setting: bool | None, adds: bool, checkpoints: Any, tmp_path: Path
+) -> None:
+    config = {} if setting is None else {"add_bos_token": setting}
+    for name, source in (("tokenizer.model", build.V1_FILE), ("tokenizer.json", None)):
+        directory = tmp_path / name
+        build.write_checkpoint(directory, bos_token="<s>", **config)
+        source = source or checkpoints["llama-old"] / "tokenizer.json"
+        shutil.copy(source, directory / name)
+        assert load_tokenizer(directory).adds_bos is adds
+    assert not load_tokenizer(checkpoints["byte-level"]).adds_bos
+
+
+def test_broken_bytes_spoil_only_themselves(tokenizer: Any, kind: str) -> None:
+    """The package tokenizers gives up on a whole run of byte tokens for one that is wrong."""
+    if not kind.startswith(("llama", "spm")):
+        pytest.skip("has no byte tokens")
+    first = 3  # the id of <0x00>
+
+    def decode(data: bytes) -> str:
+        return str(tokenizer.decode([first + byte for byte in data]))
+
+    assert decode("é€🙂".encode()) == "é€🙂"
+    assert decode("é".encode() + b"\xff" + "€".encode()) == "é\ufffd€"
+    assert decode("é".encode() + b"\xe2").startswith("é\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        (None, SentencePieceTokenizer),
+        (build.MISTRAL, SentencePieceTokenizer),
+        (build.CHATML, JsonTokenizer),
+        (build.LLAMA2, JsonTokenizer),
+        (build.ALPACA, JsonTokenizer),
+        (
+            [{"name": n, "template": t} for n, t in
+             (("rag", build.MISTRAL), ("default", build.CHATML))],
+            JsonTokenizer,
+        ),
+    ],
+)  # fmt: skip
+def test_which_file_counts_when_there_are_both(template: Any, kind: type, tmp_path: Path) -> None:
+    build.write_checkpoint(
+        tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
+    )
+    assert type(load_tokenizer(tmp_path)) is kind
+
+
+def test_one_file_is_enough(tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path / "a", model_file=build.V1_FILE, template=build.CHATML)
+    build.write_checkpoint(tmp_path / "b", build.byte_level(), template=build.MISTRAL)
+    assert type(load_tokenizer(tmp_path / "a")) is SentencePieceTokenizer
+    assert type(load_tokenizer(tmp_path / "b")) is JsonTokenizer
+
+
+def assert_names_the_file(error: CheckpointError, file: Path) -> None:
+    message = str(error)
+    assert str(file) in message
+    assert "\n" not in message
+    assert len(message) < len(str(file)) + 300
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{}", b"[]", b"null", b'"text"', b"{", b"\x00" * 64, b"\xff\xfe\xfa", b"[" * 100_000,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 493443\n",
+        b"<!DOCTYPE html>\n<html><body>Not found</body></html>", b'{"model": 5}',
+        b'{"model": {"type": "BPE"}}', b'{"model": {"vocab": [1]}, "added_tokens": 3}',
+        b'{"version": "1.0", "added_tokens": [{"id": 0}], "model": {"type": "BPE"}}',
+        b'{"version": "1.0", "added_tokens": [7], "model": {"type": "BPE"}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
+    ],
+    ids=range(17),
+)  # fmt: skip
+def test_damaged_files_are_named_in_one_line(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path)
+    assert_names_the_file(caught.value, tmp_path / name)
+
+
+def test_a_file_cut_short_is_damaged(checkpoints: Any, tmp_path: Path) -> None:
+    for source in (build.V1_FILE, checkpoints["byte-level"] / "tokenizer.json"):
+        data = source.read_bytes()
+        name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
+        for size in (1, len(data) // 2, len(data) - 1):
+            (tmp_path / name).write_bytes(data[:size])
+            with pytest.raises(CheckpointError) as caught:
+                load_tokenizer(tmp_path)
+            assert_names_the_file(caught.value, tmp_path / name)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_directory_is_no_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_tokenizer(tmp_path)
+    assert_names_the_file(caught.value, tmp_path / name)
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.model and no tokenizer\.json"):
+            load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": "x"}]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<a>"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "<a>"}}'),
+        ("added_tokens.json", '{"<a>": "7"}'),
+        ("added_tokens.json", '{"<a>": true}'),
+        ("special_tokens_map.json", "null"),
+    ],
+)
+def test_damaged_settings_are_named_in_one_line(name: str, content: str, tmp_path: Path) -> None:
+    build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path)
+    assert_names_the_file(caught.value, tmp_path / name)
+
+
+def test_importing_the_room_loads_no_library() -> None:
+    code = (
+        "import sys, mixchat.text.template, mixchat.text.detokenizer, mixchat.text.stop, "
+        "mixchat.text.hf, mixchat.text.spm\n"
+        "heavy = {'torch', 'tokenizers', 'sentencepiece', 'jinja2', 'transformers', 'numpy'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
