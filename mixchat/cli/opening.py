@@ -36,6 +36,9 @@ class Opening:
             return self._load(directory)
 
     def _load(self, directory: Path) -> ChatSession:
+        from mixchat.engine.threads import prepare_environment
+
+        prepare_environment()
         from mixchat.chat.session import ChatSession
         from mixchat.engine.loader import LoadOptions, load_engine
         from mixchat.text.template import load_template

@@ -25,6 +25,9 @@ from mixchat.weights.checkpoint import KeptModel
 from mixchat.weights.linear import DenseLinear, Linear
 
 DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
+# Bytes. Matrices of such experts take some 50 microseconds: two threads then spend more time waiting
+# for each other than computing, and ten times more where another program wants a core too.
+SMALL_EXPERT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
         experts=stored.expert_count,
         budget=options.expert_memory,
     )
+    if stored.expert.nbytes < SMALL_EXPERT:
+        torch.set_num_threads(1)
     store = ExpertStore(
         _source(kept, device),
         placement.slots,

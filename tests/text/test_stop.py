@@ -62,6 +62,11 @@ def test_an_example() -> None:
     assert stop.flush() == ""
 
 
+def test_the_one_that_ends_first_counts_even_in_one_chunk() -> None:
+    assert shown(["b", "abc"], ["abc"]) == shown(["b", "abc"], ["a", "b", "c"]) == ("a", True)
+    assert shown(["b", "ab"], ["ab"]) == shown(["b", "ab"], ["a", "b"]) == ("", True)
+
+
 def test_what_turns_out_to_be_no_stop_string_is_shown() -> None:
     stop = StopStrings(["\nUser:"])
     assert stop.add("a\nUs") == ("a", False)

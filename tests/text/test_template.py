@@ -116,6 +116,10 @@ def test_the_system_text_goes_in_front_of_the_first_question(instruct: InstructT
     assert instruct.encode([Message("system", "S"), Message("user", "a"), *rest]) == (
         instruct.encode([Message("user", "S\n\na"), *rest])
     )
+    both = [Message("system", ""), Message("system", "S"), Message("system", "T")]
+    assert instruct.encode([*both, Message("user", "a")]) == (
+        instruct.encode([Message("user", "S\n\nT\n\na")])
+    )
     assert instruct.encode([Message("system", ""), Message("user", "a")]) == (
         instruct.encode([Message("user", "a")])
     )
@@ -221,6 +225,13 @@ def test_what_ends_an_answer_is_gathered_from_everywhere(tmp_path: Path) -> None
         file.write_text(json.dumps({"eos_token_id": value}))
         assert chosen(tmp_path).stop_ids == {0, 2} | ids
         assert chosen(tmp_path, kind="instruct").stop_ids == {0} | ids
+
+
+def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path: Path) -> None:
+    build.write_checkpoint(
+        tmp_path, build.byte_level(), template=build.ALPACA, eos_token="<|endoftext|>"
+    )
+    assert chosen(tmp_path).stop_ids == {0}
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [true]}', "[", ""])

@@ -336,6 +336,14 @@ def test_broken_bytes_spoil_only_themselves(tokenizer: Any, kind: str) -> None:
     assert decode("é".encode() + b"\xe2").startswith("é\ufffd")
 
 
+def test_a_character_may_have_a_control_token_inside(tokenizer: Any, kind: str) -> None:
+    """They have no text, so they do not break what they stand in; nor does an unknown id."""
+    if not kind.startswith(("llama", "spm")):
+        pytest.skip("has no byte tokens")
+    one, two, three = (3 + byte for byte in "€".encode())
+    assert tokenizer.decode([one, 1, two, tokenizer.vocab_size + 5, three]) == "€"
+
+
 @pytest.mark.parametrize(
     ("template", "kind"),
     [
