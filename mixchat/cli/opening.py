@@ -36,7 +36,7 @@ class Opening:
             return self._load(directory)
 
     def _load(self, directory: Path) -> ChatSession:
-        from mixchat.engine.threads import prepare_environment
+        from mixchat.engine.environment import prepare_environment
 
         prepare_environment()
         from mixchat.chat.session import ChatSession

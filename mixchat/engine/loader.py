@@ -25,8 +25,8 @@ from mixchat.weights.checkpoint import KeptModel
 from mixchat.weights.linear import DenseLinear, Linear
 
 DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
-# Bytes. Matrices of such experts take some 50 microseconds: two threads then spend more time waiting
-# for each other than computing, and ten times more where another program wants a core too.
+# Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
+# and lose ten times as much in waiting for each other where another program wants a core too.
 SMALL_EXPERT = 4_000_000
 
 

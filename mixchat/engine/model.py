@@ -50,14 +50,18 @@ class Attention:
         rotated = self._rope(qkv[:, : heads + groups], cache.length)
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         all_keys, all_values = cache.store(self._layer, keys, qkv[:, heads + groups :])
+        # The R = H / G heads that share a key are put one behind the other, as if they were R times
+        # as many tokens: each key is then read once, not R times (`enable_gqa` would, on a CPU).
+        shared = heads // groups
+        grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         attended = functional.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],  # [1, H, T, h]
+            grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
             all_keys[None],  # [1, G, P + T, h]
             all_values[None],
-            attn_mask=mask,
-            enable_gqa=True,
+            attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
         )
-        return self._o_proj(attended[0].transpose(0, 1).reshape(tokens, heads * config.head_dim))
+        merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
+        return self._o_proj(merged.reshape(tokens, -1))
 
 
 class Block:

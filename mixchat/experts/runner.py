@@ -57,6 +57,9 @@ class CachedExpertRunner:
         outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])
         for expert, places in self._hits_first(layer, selected_experts):
             module = self._fetch(ExpertKey(layer, expert))
+            if tokens == 1:  # decode: nothing to gather
+                outputs[places[0]] = compute(module, hidden_states)[0]
+                continue
             index = torch.tensor(places, device=outputs.device)  # [n], into T * K
             outputs[index] = compute(module, hidden_states[index // choices])
         weighted = outputs.view(tokens, choices, -1).float() * routing_weights.unsqueeze(-1)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mixchat.engine.threads import prepare_environment
+from mixchat.engine.environment import prepare_environment
 
 prepare_environment()
 

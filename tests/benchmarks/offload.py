@@ -1,6 +1,6 @@
 """A cache smaller than the model, on Mixtral's real layer shapes: same ids, hit rate, bytes read.
 
-    python tests/benchmarks/offload.py [LAYERS] [SLOTS]          (2 layers = 16 experts, 4 slots)
+python tests/benchmarks/offload.py [LAYERS] [SLOTS]          (2 layers = 16 experts, 4 slots)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a kept model with Mixtral's real layer shapes and random weights: for speed, not for sense.
+"""Writes a kept model with Mixtral's real layer shapes and random weights: for speed, not sense.
 
     python tests/benchmarks/synthetic.py DIRECTORY LAYERS        (0.83 GB a layer)
 
