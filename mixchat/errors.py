@@ -6,7 +6,7 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | exit code | meaning                                                          |
 | --------- | ---------------------------------------------------------------- |
 | 0         | done                                                             |
-| 1         | an error of mixchat itself (please report it)                    |
+| 1         | a fault of mixchat's own, or of the system beneath it            |
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model, or it is not on this machine             |
@@ -15,7 +15,7 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | 7         | not enough disk or memory                                        |
 | 8         | something else has to be installed first                         |
 | 130       | interrupted (Ctrl-C)                                             |
-| 141       | the reader of our output went away (closed pipe)                 |
+| 141       | the reader of the output went away (closed pipe)                 |
 """
 
 

@@ -52,7 +52,7 @@ ExpertMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Fast memory for experts: 300MB, 8GiB, or 50% of what is free.",
+        help="Fast memory for experts: 300MB, 8GiB, or 50% of all of them.",
         show_default="what fits",
     ),
 ]
