@@ -82,7 +82,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(
-            "the demo model needs the package gguf", hint='Run: pip install "mixchat[demo]"'
+            "the demo model needs the package gguf", hint='Run: pip install "gguf>=0.17,<1"'
         )
 
 

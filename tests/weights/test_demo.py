@@ -347,7 +347,7 @@ class TestFetching:
         calls = pip()
         with pytest.raises(MissingDependencyError, match="gguf") as caught:
             demo.build_checkpoint(tmp_path / "built", NoProgress())
-        assert 'pip install "mixchat[demo]"' in caught.value.hint
+        assert 'pip install "gguf>=0.17,<1"' in caught.value.hint
         assert calls == []
 
     @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""The main job as a person meets it: one command builds the demo model and answers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data directory in which `mixchat run -m demo` was the first command ever."""
+    home = tmp_path_factory.mktemp("home")
+    first = mixchat(home, "run", "-m", "demo", "--temp", "0", QUESTION)
+    assert "The capital of France is Paris" in first.stdout
+    assert "quantizing" in first.stderr
+    yield home
+    for path in (home / "models" / "demo").iterdir():  # 0.5 GB, which pytest would keep
+        path.unlink()
+
+
+def mixchat(home: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mixchat", *arguments],
+        env={**os.environ, "MIXCHAT_HOME": str(home)},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) -> None:
+    """Two experts of 240 are the least: 1.41 MB each, in whole pages."""
+    story = ("run", "-m", "demo", "--seed", "7", "-n", "48", "Tell me a story about a lighthouse.")
+    answers = {
+        size: mixchat(home, *story, "--expert-memory", size, "--verbose")
+        for size in ("2.83MB", "20MB", "30%", "100%")
+    }
+    assert len({answer.stdout for answer in answers.values()}) == 1
+    assert "2 slots" in answers["2.83MB"].stderr
+    assert "240 slots" in answers["100%"].stderr
+
+
+def test_standard_input_goes_before_the_prompt(home: Path) -> None:
+    answer = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", QUESTION)
+    piped = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", stdin=QUESTION)
+    assert piped.stdout == answer.stdout
+    both = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", "capital?", stdin="Paris")
+    joined = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", "Paris\n\ncapital?")
+    assert both.stdout == joined.stdout
+
+
+def test_it_is_listed_and_says_plainly_what_it_is(home: Path) -> None:
+    (model,) = json.loads(mixchat(home, "list", "--json").stdout)
+    assert (model["name"], model["quantization"], model["problem"]) == ("demo", "nf4", None)
+    shown = mixchat(home, "show", "demo").stdout
+    assert "small dense model in a mixture's clothes" in shown
+    assert "SmolLM2-135M-Instruct" in shown
+
+
+def test_chat_turns_prefill_only_what_is_new(home: Path) -> None:
+    from mixchat.chat.session import ChatSession
+    from mixchat.engine.loader import LoadOptions, load_engine
+    from mixchat.engine.sampling import SamplingOptions
+    from mixchat.text.template import load_template
+    from mixchat.text.tokenizer import load_tokenizer
+
+    directory = home / "models" / "demo"
+    tokenizer = load_tokenizer(directory)
+    session = ChatSession(
+        load_engine(directory, LoadOptions(device="cpu")),
+        tokenizer,
+        load_template(directory, tokenizer),
+        sampling=SamplingOptions(temperature=0),
+        max_tokens=24,
+    )
+    list(session.ask("My name is Ada. What is the capital of France?"))
+    before = session.engine.stats
+    list(session.ask("And of Italy?"))
+    after = session.engine.stats
+    seen = before.prompt_tokens + before.generated_tokens
+    assert after.reused_tokens >= seen - 2  # the last token, and an end token the template adds
+    assert after.prompt_tokens - after.reused_tokens < 25
