@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
+from mixchat.files import read_json_object
 
 _POSITIVE_INTS = (
     "vocab_size",
@@ -21,6 +21,8 @@ _POSITIVE_INTS = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
+# What transformers' MixtralConfig takes where a config.json says nothing.
+_DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ class ModelConfig:
     rope_theta: float
     sliding_window: int | None
     tie_word_embeddings: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -58,29 +59,23 @@ class ModelConfig:
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
-        values = {key: raw.get(key) for key in _POSITIVE_INTS}
+        values = {**_DEFAULTS, "num_key_value_heads": raw.get("num_attention_heads")}
+        values |= {key: raw[key] for key in _POSITIVE_INTS if raw.get(key) is not None}
         values["num_key_value_heads"] = (
             values["num_key_value_heads"] or values["num_attention_heads"]
         )
-        values["num_local_experts"] = values["num_local_experts"] or 8
-        values["num_experts_per_tok"] = values["num_experts_per_tok"] or 2
-        if values["head_dim"] is None and raw.get("num_attention_heads"):
-            values["head_dim"] = _positive_int(raw, "hidden_size") // _positive_int(
-                raw, "num_attention_heads"
-            )
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if rope_type not in (None, "default"):
-            raise CheckpointError(f"config.json: rope type {rope_type!r} is not supported")
-        eos = raw.get("eos_token_id")
+        if "head_dim" not in values:
+            hidden, heads = _positive_int(values, "hidden_size"), "num_attention_heads"
+            values["head_dim"] = hidden // _positive_int(values, heads)
+        rope = {**_rope(raw, "rope_scaling"), **_rope(raw, "rope_parameters")}
+        window, eos = raw.get("sliding_window"), raw.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         config = cls(
             **{key: _positive_int(values, key) for key in _POSITIVE_INTS},
             rms_norm_eps=_positive_number(raw, "rms_norm_eps", 1e-5),
             rope_theta=_positive_number({**raw, **rope}, "rope_theta", 1e6),
-            sliding_window=_optional_int(raw, "sliding_window"),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            bos_token_id=_optional_int(raw, "bos_token_id"),
+            sliding_window=None if window is None else _positive_int(raw, "sliding_window"),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             eos_token_ids=tuple(_whole_number("eos_token_id", token) for token in eos_ids),
         )
         config._check()
@@ -88,16 +83,8 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        """Read a config.json. Raises `CheckpointError` where it is missing, not JSON, or wrong."""
-        try:
-            raw = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path.parent}: there is no config.json") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: not a JSON object")
-        return cls.from_dict(raw)
+        """Read a config.json. Raises `CheckpointError` where it cannot be read, or is wrong."""
+        return cls.from_dict(read_json_object(path))
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -130,9 +117,22 @@ def _positive_number(values: dict[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _optional_int(values: dict[str, Any], key: str) -> int | None:
-    value = values.get(key)
-    return None if value is None else _whole_number(key, value)
+def _flag(values: dict[str, Any], key: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
+    return value
+
+
+def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """One of two places for the rotary embedding's settings; only the plain kind is known."""
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or "factor" in rope:
+        raise CheckpointError(f"config.json: rope type {kind!r} with scaling is not supported")
+    return rope
 
 
 def _whole_number(key: str, value: Any) -> int:

@@ -40,6 +40,8 @@ class MemoryBudget:
                 hint="Write it like 300MB, 1.5GiB or 50%.",
             )
         number, percent, unit = float(match[1]), match[2], (match[3] or "").upper()
+        if number > 1e18:
+            raise UsageError(f"{text[:20]}... is more memory than there can be")
         if percent:
             if not 0 < number <= 100:
                 raise UsageError(f"{text!r} is not between 0% and 100%")
@@ -49,6 +51,15 @@ class MemoryBudget:
     def of(self, whole: int) -> int:
         """The budget in bytes, where a fraction is taken of `whole` bytes."""
         return int(self.fraction * whole) if self.fraction is not None else self.size or 0
+
+
+def format_least(size: int) -> str:
+    """A number of bytes that is needed, rounded up: whoever gives what is written gives enough."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            tenths = -(-size * 10 // factor)
+            return f"{tenths // 10}.{tenths % 10} {unit}"
+    return f"{size} bytes"
 
 
 def format_size(size: int) -> str:

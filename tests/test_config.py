@@ -67,9 +67,19 @@ def test_eos_may_be_a_list() -> None:
         ({"num_experts_per_tok": 9}, "experts per token"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": [1]}, "rope"),
+        ({"rope_scaling": {"factor": 4}}, "rope"),
+        ({"rope_parameters": "default"}, "rope_parameters"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}},
+            "rope type 'linear'",
+        ),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"rms_norm_eps": []}, "rms_norm_eps"),
         ({"sliding_window": -5}, "sliding_window"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"num_local_experts": 0}, "num_local_experts"),
+        ({"num_experts_per_tok": False}, "num_experts_per_tok"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )
@@ -87,7 +97,7 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
         ModelConfig.from_file(tmp_path / "config.json")
 
 
@@ -95,3 +105,9 @@ def test_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MIXTRAL))
     assert ModelConfig.from_file(path) == ModelConfig.from_dict(MIXTRAL)
+
+
+def test_a_directory_in_its_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        ModelConfig.from_file(tmp_path / "config.json")

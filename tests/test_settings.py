@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mixchat.errors import UsageError
-from mixchat.settings import MemoryBudget, data_dir, format_size
+from mixchat.settings import MemoryBudget, data_dir, format_least, format_size
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,8 @@ def test_a_budget_as_a_share() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "-3MB", "3 apples", "1e3", "300MiBB", "0%", "101%", "5%%", "٣MB", "inf"]
+    "text",
+    ["", "9" * 400, "MB", "-3MB", "3 apples", "1e3", "300MiBB", "0%", "101%", "5%%", "٣MB", "inf"],
 )
 def test_what_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
@@ -57,3 +58,9 @@ def test_the_environment_chooses_the_data_directory(
     assert data_dir() == tmp_path
     monkeypatch.delenv("MIXCHAT_HOME")
     assert data_dir().name == "mixchat"
+
+
+@pytest.mark.parametrize("size", [1, 999, 1001, 24_576, 187_170_816, 10**9, 4_199_999_999])
+def test_the_least_that_is_shown_is_enough(size: int) -> None:
+    shown = MemoryBudget.parse(format_least(size).replace("bytes", "")).of(0)
+    assert size <= shown <= 1.1 * size

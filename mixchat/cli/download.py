@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from mixchat.cli.arguments import checked
+from mixchat.engine.environment import prepare_environment
+from mixchat.errors import UsageError
 
 
 def download(
@@ -39,11 +42,24 @@ def download(
     from mixchat.weights import models
 
     ref = models.resolve(checked(model, "the model's name"), key=name)
+    if quant_type == "none" and (quantize_attention or quantize_head):
+        raise UsageError("--quant-type none keeps the attention and the head as they are, too")
     from mixchat.cli.progress import show_progress
     from mixchat.weights.download import download as download_model
     from mixchat.weights.quantize import QuantizeOptions
 
+    prepare_environment()
     options = QuantizeOptions(quant_type, attention=quantize_attention, head=quantize_head)
     with show_progress() as progress:
-        directory = download_model(ref, options, progress=progress, revision=revision)
+        directory = download_model(
+            ref, options, progress=progress, revision=revision, check=check_text
+        )
     print(f"{ref.key} is ready in {directory}", file=sys.stderr)
+
+
+def check_text(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose tokenizer or template cannot be used, before its weights come."""
+    from mixchat.text.template import load_template
+    from mixchat.text.tokenizer import load_tokenizer
+
+    load_template(checkpoint, load_tokenizer(checkpoint))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
+from mixchat.engine.environment import prepare_environment
 from mixchat.errors import ModelNotFoundError
 from mixchat.settings import MemoryBudget
 
@@ -31,14 +32,12 @@ class Opening:
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""
+        prepare_environment()
         directory = find_or_build(self.model)
         with status(f"loading {self.model}"):
             return self._load(directory)
 
     def _load(self, directory: Path) -> ChatSession:
-        from mixchat.engine.environment import prepare_environment
-
-        prepare_environment()
         from mixchat.chat.session import ChatSession
         from mixchat.engine.loader import LoadOptions, load_engine
         from mixchat.text.template import load_template

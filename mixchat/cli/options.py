@@ -80,7 +80,7 @@ class Sampling:
         _require("--top-k", self.top_k, self.top_k >= 0, "0 or more")
         _require("--min-p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1")
         penalty = self.repeat_penalty
-        _require("--repeat-penalty", penalty, 0 < penalty < math.inf, "a number above 0")
+        _require("--repeat-penalty", penalty, 0.01 <= penalty <= 100, "between 0.01 and 100")
         fits = self.seed is None or 0 <= self.seed < 2**63
         _require("--seed", self.seed, fits, "between 0 and 9223372036854775807")
 

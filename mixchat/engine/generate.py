@@ -11,7 +11,7 @@ import torch
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler, SamplingOptions
-from mixchat.errors import PromptError
+from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.stats import ExpertStats
 
 PREFILL_CHUNK = 512  # tokens
@@ -66,11 +66,17 @@ class Engine:
 
         Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
         the context is full. The iterator may be dropped at any point. Raises `PromptError` at once
-        where the prompt is empty or leaves no room for an answer.
+        where the prompt is empty or leaves no room for an answer, `CheckpointError` where it has
+        tokens that the model does not know.
         """
         ids = list(prompt_ids)
         if not ids:
             raise PromptError("the prompt is empty")
+        if max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer is not this model's: it gives the token {max(ids)}, "
+                f"the model has {self.config.vocab_size}"
+            )
         if len(ids) >= self.context_size:
             raise PromptError(
                 f"the prompt is too long: {len(ids)} tokens, the context holds "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.errors import UsageError
 from mixchat.experts.cache import LRUCache
+from mixchat.experts.memory import free_memory, page_lock
 from mixchat.experts.placement import place
 from mixchat.experts.runner import CachedExpertRunner, ExpertRunner
 from mixchat.experts.store import DiskSource, ExpertSource, ExpertStore, HostSource
@@ -40,7 +40,10 @@ class LoadOptions:
 
 
 def load_engine(directory: Path, options: LoadOptions) -> Engine:
-    """Build the engine of a kept model. The experts stay where they are until they are used.
+    """Build the engine of a kept model.
+
+    On a CPU the experts stay in their files until they are used; for a GPU they are first read into
+    RAM, where they fit.
 
     Raises `CheckpointError` where the model is damaged, `UsageError` where an option cannot be,
     `ResourceError` where it does not fit.
@@ -76,7 +79,7 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
     dtype = stored.quantization.dtype
     context = _context_size(options.context_size, config.max_position_embeddings)
     placement = place(
-        free=_free_memory(device),
+        free=free_memory(device),
         shared=stored.shared_size,
         context=KVCache.nbytes(config, context, dtype),
         expert=stored.expert.stride,
@@ -108,24 +111,11 @@ def _context_size(wanted: int | None, largest: int) -> int:
 def _source(kept: KeptModel, device: torch.device) -> ExpertSource:
     """RAM over the file for a GPU, where all experts fit it; else the file itself."""
     if device.type == "cpu":
-        return DiskSource(kept, device, pin=False)
+        return DiskSource(kept)
     experts = kept.blueprint.expert_count * kept.blueprint.expert.stride
-    if experts < 0.9 * _free_memory(torch.device("cpu")):
-        return HostSource(kept, pin=True)
-    return DiskSource(kept, device, pin=True)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be taken on the device without pushing anything out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        # macOS says only how much there is in all; half of that is a cautious guess.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if experts < 0.9 * free_memory(torch.device("cpu")):
+        return HostSource(kept, page_lock)
+    return DiskSource(kept, page_lock)
 
 
 def _build_model(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+GREEDY_BELOW = 1e-5  # temperatures that leave no doubt, and would only overflow
 REPEAT_WINDOW = 64  # tokens that `repeat_penalty` looks back on, as llama.cpp and ollama do
 
 
@@ -40,7 +41,7 @@ class Sampler:
         logits = logits.float().cpu()
         if options.repeat_penalty != 1:
             logits = penalize(logits, history[-REPEAT_WINDOW:], options.repeat_penalty)
-        if options.temperature == 0:
+        if options.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits, options)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

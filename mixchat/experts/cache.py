@@ -27,8 +27,8 @@ class LRUCache:
 
     def __init__(self, slots: int) -> None:
         assert slots > 0
+        self._count = slots
         self._slots: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
-        self._free = list(range(slots))[::-1]
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -46,10 +46,15 @@ class LRUCache:
     def admit(self, key: ExpertKey) -> int:
         """A slot for an expert that has none, as its most recent use; evicts where none is free."""
         assert key not in self._slots
-        slot = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+        # Which slots are free is not kept but derived: Ctrl-C between any two lines then neither
+        # loses a slot nor gives it to two experts.
+        if len(self._slots) < self._count:
+            slot = min(set(range(self._count)) - set(self._slots.values()))
+        else:
+            _, slot = self._slots.popitem(last=False)
         self._slots[key] = slot
         return slot
 
     def discard(self, key: ExpertKey) -> None:
         """Free the expert's slot: its bytes did not arrive."""
-        self._free.append(self._slots.pop(key))
+        del self._slots[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.settings import MemoryBudget, format_size
+from mixchat.settings import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
 # Left to the rest of the machine and to temporary tensors when nobody says how much to take.
@@ -40,9 +40,9 @@ def place(
     least = shared + context + MIN_SLOTS * expert
     if free < least:
         raise ResourceError(
-            f"not enough memory: the model needs at least {format_size(least)} "
+            f"not enough memory: the model needs at least {format_least(least)} "
             f"(a full context of {format_size(context)} in it), {format_size(free)} are free",
-            hint="A smaller --ctx-size needs less.",
+            hint="A smaller --ctx-size needs less; on a GPU, --device cpu takes the RAM instead.",
         )
     room = (free - shared - context) // expert
     if budget is None:
@@ -53,7 +53,7 @@ def place(
     if wanted < MIN_SLOTS:
         raise UsageError(
             f"--expert-memory {format_size(budget.of(experts * expert))} is too small: two experts "
-            f"take {format_size(MIN_SLOTS * expert)}"
+            f"take {format_least(MIN_SLOTS * expert)}"
         )
     slots = min(wanted, experts)
     if slots > room:

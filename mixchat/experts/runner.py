@@ -80,12 +80,13 @@ class CachedExpertRunner:
             self.stats.hits += 1
             return self._store.expert(slot)
         self.stats.misses += 1
-        slot = self._cache.admit(key)
         try:
+            slot = self._cache.admit(key)
             self.stats.bytes_moved += self._store.load(key, slot)
         except BaseException:
             # Also for Ctrl-C: a slot with half an expert must not be found later.
-            self._cache.discard(key)
+            if key in self._cache:
+                self._cache.discard(key)
             raise
         return self._store.expert(slot)
 

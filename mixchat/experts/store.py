@@ -6,6 +6,7 @@ where it is, so evicting an expert moves nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from mixchat.experts.cache import ExpertKey
 from mixchat.weights.blueprint import Expert, ExpertLayout
 from mixchat.weights.checkpoint import KeptModel
+
+Lock = Callable[[torch.Tensor], None]  # makes a buffer in RAM fit for fast copies to the device
 
 
 class ExpertSource(Protocol):
@@ -25,14 +28,12 @@ class ExpertSource(Protocol):
 class DiskSource:
     """The master copy is the file: one `pread` an expert.
 
-    A slot in RAM is filled directly; one on a GPU by way of a page-locked buffer.
+    A slot in RAM is filled directly, one on a GPU by way of a buffer that `lock` makes fit for it.
     """
 
-    def __init__(self, model: KeptModel, device: torch.device, *, pin: bool) -> None:
+    def __init__(self, model: KeptModel, lock: Lock | None = None) -> None:
         self._model = model
-        self._staging: torch.Tensor | None = None
-        if device.type != "cpu":
-            self._staging = _host_buffer(1, model.blueprint.expert.stride, pin)[0]
+        self._staging = None if lock is None else _host_buffer(1, model, lock)[0]
 
     def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
         if self._staging is None:
@@ -43,13 +44,11 @@ class DiskSource:
 
 
 class HostSource:
-    """The master copy is in RAM, page-locked where there is a GPU to copy to."""
+    """The master copy is in RAM; `lock` makes it fit for copies to a GPU."""
 
-    def __init__(self, model: KeptModel, *, pin: bool) -> None:
+    def __init__(self, model: KeptModel, lock: Lock) -> None:
         self._experts = model.config.num_local_experts
-        self._blocks = _host_buffer(
-            model.blueprint.expert_count, model.blueprint.expert.stride, pin
-        )
+        self._blocks = _host_buffer(model.blueprint.expert_count, model, lock)
         for index in range(model.blueprint.expert_count):
             model.read_expert(*divmod(index, self._experts), self._blocks[index])
 
@@ -96,5 +95,7 @@ class ExpertStore:
         return self._experts[slot]
 
 
-def _host_buffer(count: int, stride: int, pin: bool) -> torch.Tensor:
-    return torch.empty((count, stride), dtype=torch.uint8, pin_memory=pin)
+def _host_buffer(count: int, model: KeptModel, lock: Lock) -> torch.Tensor:
+    buffer = torch.empty((count, model.blueprint.expert.stride), dtype=torch.uint8)
+    lock(buffer)
+    return buffer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError, PromptError
+from mixchat.files import read_bytes, read_json_object
 from mixchat.text.markup import looks_like_markup
 
 
@@ -58,34 +58,12 @@ def require_unicode(text: str) -> None:
         ) from None
 
 
-def read_bytes(file: Path) -> bytes:
-    """The bytes of a file. Raises `CheckpointError` where it cannot be read, or is empty."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
-    if not data:
-        raise CheckpointError(f"{file}: the file is empty")
-    return data
-
-
 def read_text(file: Path) -> str:
     """The text of a file. Raises `CheckpointError` where it is not UTF-8."""
     try:
         return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` where it is not JSON, or no object."""
-    try:
-        value = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return value
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
@@ -105,7 +83,7 @@ def chat_template(directory: Path) -> ChatTemplate | None:
     file = directory / "tokenizer_config.json"
     value = read_optional_json(file).get("chat_template")
     if isinstance(value, list):
-        named = [entry for entry in value if isinstance(entry, dict)]
+        named = [e for e in value if isinstance(e, dict) and isinstance(e.get("name"), str)]
         value = {entry.get("name"): entry.get("template") for entry in named}
     if isinstance(value, dict):
         if "default" not in value:
@@ -149,7 +127,7 @@ def added_tokens(directory: Path) -> list[AddedToken]:
     if not isinstance(decoder, dict):
         raise CheckpointError(f"{file}: added_tokens_decoder is not an object")
     for key, entry in decoder.items():
-        if not (key.isascii() and key.isdecimal()):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise CheckpointError(f"{file}: added_tokens_decoder has the id {one_line(key)!r}")
         found[int(key)] = added_token(int(key), entry, file)
     return [found[token_id] for token_id in sorted(found)]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixchat.errors import CheckpointError
+from mixchat.files import read_json_object
 from mixchat.text.files import (
     AddedToken,
     added_token,
     added_tokens,
     one_line,
-    read_json_object,
     read_optional_json,
     require_unicode,
     special_tokens,
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has a use for them
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class JsonTokenizer:

@@ -35,7 +35,7 @@ class JinjaTemplate:
         """Compile `template` and try it once.
 
         `variables` are the special tokens by name (`bos_token`). Raises `CheckpointError` where the
-        template has an error, tries to leave its sandbox, or runs away.
+        template has an error, tries to leave its sandbox, or asks for more than its limits.
         """
         self._file = template.file
         self._tokenizer = tokenizer

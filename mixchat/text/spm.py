@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
+from mixchat.files import read_bytes
 from mixchat.text.files import (
     added_tokens,
     one_line,
-    read_bytes,
     read_optional_json,
     require_unicode,
     special_tokens,

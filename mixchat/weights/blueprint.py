@@ -15,13 +15,15 @@ it begins on a page boundary on disk and in memory. For Mixtral 8x7B in NF4:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from mixchat.config import ModelConfig
 from mixchat.weights.linear import Layout, Linear, LinearSpec, QuantType
+from mixchat.weights.nf4 import BLOCKSIZE
 from mixchat.weights.safetensors import ALIGNMENT, TensorSpec
 
 SHARED_FILE = "shared.safetensors"
@@ -44,6 +46,17 @@ class Quantization:
     attention: bool = False
     head: bool = False
     dtype: torch.dtype = torch.bfloat16
+
+    def description(self) -> dict[str, Any]:
+        """The same as the manifest has it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
+
+    @classmethod
+    def described(cls, description: dict[str, Any]) -> Quantization:
+        """Read a manifest's description, which has been checked."""
+        values = {key: value for key, value in description.items() if key != "blocksize"}
+        return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.linear import Linear, LinearSpec
-from mixchat.weights.manifest import Manifest, read_manifest
+from mixchat.weights.manifest import DOWNLOAD_AGAIN, check_files, read_manifest
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class KeptModel:
@@ -29,9 +27,9 @@ class KeptModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest = read_manifest(directory)
-        self._check_sizes()
+        check_files(directory, self.manifest)
         self.config = ModelConfig.from_file(directory / "config.json")
-        self.blueprint = Blueprint(self.config, quantization_of(self.manifest))
+        self.blueprint = Blueprint(self.config, Quantization.described(self.manifest.quantization))
         self._files: list[SafetensorsFile] = []
         try:
             self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
@@ -76,17 +74,6 @@ class KeptModel:
     ) -> None:
         self.close()
 
-    def _check_sizes(self) -> None:
-        for name, record in self.manifest.files.items():
-            path = self.directory / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: the file is missing", hint=_DOWNLOAD_AGAIN)
-            if (size := path.stat().st_size) != record.size:
-                raise CheckpointError(
-                    f"{path}: {size} bytes, but the manifest says {record.size}",
-                    hint=_DOWNLOAD_AGAIN,
-                )
-
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.directory}: the manifest does not list {name}")
@@ -94,15 +81,6 @@ class KeptModel:
         self._files.append(file)
         if file.specs != list(expected):
             raise CheckpointError(
-                f"{file.path}: its tensors are not those of this model", hint=_DOWNLOAD_AGAIN
+                f"{file.path}: its tensors are not those of this model", hint=DOWNLOAD_AGAIN
             )
         return file
-
-
-_DOWNLOAD_AGAIN = "Remove the directory and download the model again."
-
-
-def quantization_of(manifest: Manifest) -> Quantization:
-    """The manifest's quantization, typed."""
-    values = {key: value for key, value in manifest.quantization.items() if key != "blocksize"}
-    return Quantization(**{**values, "dtype": DTYPES[values["dtype"]]})

@@ -6,8 +6,9 @@ import errno
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,124 +17,154 @@ from mixchat.errors import ModelNotFoundError, ResourceError, UsageError
 from mixchat.progress import Progress
 from mixchat.settings import data_dir, format_size
 from mixchat.weights import demo, hub, models
-from mixchat.weights.manifest import Source, read_manifest
+from mixchat.weights.manifest import MANIFEST_FILE, Source, check_files, read_manifest
 from mixchat.weights.models import ModelRef
 
 if TYPE_CHECKING:
     from mixchat.weights.quantize import QuantizeOptions
+
+Check = Callable[[Path], None]
 
 _BUILD_PREFIX = ".demo-"
 _STALE = 24 * 3600.0  # seconds after which a build directory belongs to a process that was killed
 
 
 def download(
-    ref: ModelRef, options: QuantizeOptions, *, progress: Progress, revision: str | None = None
+    ref: ModelRef,
+    options: QuantizeOptions,
+    *,
+    progress: Progress,
+    revision: str | None = None,
+    check: Check = lambda checkpoint: None,
 ) -> Path:
     """Make the model of `ref` a kept one and return its directory; at once if it is one already.
 
-    The disk is checked before the first weight is fetched. Whatever goes wrong, Ctrl-C included,
+    `check` is shown the checkpoint's directory when its small files are there, before any weight is
+    fetched, and may raise. The disk is looked at before that. Whatever goes wrong, Ctrl-C included,
     the unfinished directory is removed; what came from the hub stays in huggingface_hub's cache.
-    Raises `ResourceError` where the disk is too small, and what fetching and quantizing raise.
+    Raises `ResourceError` where the disk is too small, `UsageError` where another model, or this
+    one made otherwise, is kept under the name, and what fetching and quantizing raise.
     """
+    if revision is not None and ref.repo is None:
+        raise UsageError("--revision goes with a model on the hub", hint="Leave it out.")
     if ref.path is not None and models.is_finished(ref.path):
         return ref.path
     target = models.model_dir(ref)
     with _local_errors(), _only_one(target):
         if models.is_finished(target):
-            _check_same(ref, target, revision)
+            _check_same(ref, options, target, revision)
             return target
-        if target.exists():
-            shutil.rmtree(target)
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise UsageError(f"{target} is in the way", hint="Move or remove it.")
+        _remove(target)
         try:
-            _make(ref, target, options, progress, revision)
+            _Job(ref, target, options, progress, revision, check).run()
         except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             raise
     return target
 
 
-def _make(
-    ref: ModelRef, target: Path, options: QuantizeOptions, progress: Progress, revision: str | None
-) -> None:
-    if ref.demo:
-        _make_demo(target, options, progress)
-    elif ref.path is not None:
-        _make_local(ref.path, target, options, progress)
-    elif ref.repo is not None:
-        _make_from_hub(ref.repo, target, options, progress, revision)
-    else:
-        raise ModelNotFoundError(
-            f"the model {ref.key!r} is unfinished",
-            hint="Download it again from the directory that it came from.",
+@dataclass(frozen=True)
+class _Job:
+    """One model on its way into `target`."""
+
+    ref: ModelRef
+    target: Path
+    options: QuantizeOptions
+    progress: Progress
+    revision: str | None
+    check: Check
+
+    def run(self) -> None:
+        if self.ref.demo:
+            self._demo()
+        elif self.ref.path is not None:
+            self._local(self.ref.path)
+        elif self.ref.repo is not None:
+            self._hub(self.ref.repo)
+        else:
+            raise ModelNotFoundError(
+                f"the model {self.ref.key!r} is unfinished",
+                hint="Download it again from the directory that it came from.",
+            )
+
+    def _demo(self) -> None:
+        kept = self._kept_size(ModelConfig.from_dict(demo.CONFIG), demo.BUILD_BYTES)
+        _require_disk({data_dir(): kept + demo.BUILD_BYTES})
+        _sweep()
+        with tempfile.TemporaryDirectory(prefix=_BUILD_PREFIX, dir=data_dir()) as temporary:
+            checkpoint = Path(temporary) / "checkpoint"
+            demo.build_checkpoint(checkpoint, self.progress)
+            self._quantize(checkpoint, Source(models.DEMO))
+
+    def _local(self, checkpoint: Path) -> None:
+        config = ModelConfig.from_file(checkpoint / "config.json")
+        weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        _require_disk({data_dir(): self._kept_size(config, weights)})
+        self.check(checkpoint)
+        # Looks at every header before it writes, and opens nothing but safetensors.
+        self._quantize(checkpoint, Source(str(checkpoint)))
+
+    def _hub(self, repo: str) -> None:
+        remote = hub.plan(repo, self.revision)
+        _require_disk(
+            {
+                data_dir(): self._kept_size(remote.config, remote.total),
+                hub.cache_dir(): hub.missing_bytes(remote),
+            }
+        )
+        checkpoint = hub.fetch(remote, progress=self.progress, check=self.check)
+        self._quantize(checkpoint, Source(repo, remote.commit, self.revision))
+
+    def _kept_size(self, config: ModelConfig, checkpoint_bytes: int) -> int:
+        from mixchat.weights import quantize  # imports torch
+
+        kept = quantize.kept_size(config, self.options)
+        # Experts that are kept as they are may be fp32, which only the checkpoint's size tells.
+        return kept if self.options.quant_type == "nf4" else max(kept, checkpoint_bytes)
+
+    def _quantize(self, checkpoint: Path, source: Source) -> None:
+        from mixchat.weights import quantize
+
+        quantize.quantize_checkpoint(
+            checkpoint, self.target, self.options, source=source, progress=self.progress
         )
 
 
-def _make_demo(target: Path, options: QuantizeOptions, progress: Progress) -> None:
-    config = ModelConfig.from_dict(demo.CONFIG)
-    _require_disk({data_dir(): _kept_size(config, options) + demo.BUILD_BYTES})
-    _sweep()
-    with tempfile.TemporaryDirectory(prefix=_BUILD_PREFIX, dir=data_dir()) as temporary:
-        checkpoint = Path(temporary) / "checkpoint"
-        demo.build_checkpoint(checkpoint, progress)
-        _quantize(checkpoint, target, options, models.DEMO, None, progress)
+def _remove(target: Path) -> None:
+    """Remove an unfinished model; first of all what would make it look finished."""
+    (target / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
 
 
-def _make_local(
-    checkpoint: Path, target: Path, options: QuantizeOptions, progress: Progress
+def _check_same(
+    ref: ModelRef, options: QuantizeOptions, target: Path, revision: str | None
 ) -> None:
-    # quantize_checkpoint looks at every header before it writes, and opens nothing but safetensors.
-    config = ModelConfig.from_file(checkpoint / "config.json")
-    _require_disk({data_dir(): _kept_size(config, options)})
-    _quantize(checkpoint, target, options, str(checkpoint), None, progress)
-
-
-def _make_from_hub(
-    repo: str, target: Path, options: QuantizeOptions, progress: Progress, revision: str | None
-) -> None:
-    remote = hub.plan(repo, revision)
-    _require_disk(
-        {
-            data_dir(): _kept_size(remote.config, options),
-            hub.cache_dir(): hub.missing_bytes(remote),
-        }
-    )
-    checkpoint = hub.fetch(remote, progress=progress)
-    _quantize(checkpoint, target, options, repo, remote.commit, progress)
-
-
-def _kept_size(config: ModelConfig, options: QuantizeOptions) -> int:
-    from mixchat.weights import quantize  # imports torch
-
-    return quantize.kept_size(config, options)
-
-
-def _quantize(
-    checkpoint: Path,
-    target: Path,
-    options: QuantizeOptions,
-    repo: str,
-    commit: str | None,
-    progress: Progress,
-) -> None:
-    from mixchat.weights import quantize
-
-    source = Source(repo, commit)
-    quantize.quantize_checkpoint(checkpoint, target, options, source=source, progress=progress)
-
-
-def _check_same(ref: ModelRef, target: Path, revision: str | None) -> None:
-    """Refuse to pass off one model as another that would be kept under the same name."""
-    source = read_manifest(target).source
+    """Refuse to pass off one model as another, or a damaged one as whole."""
+    manifest = read_manifest(target)
+    check_files(target, manifest)
+    source, how = manifest.source, manifest.quantization
     wanted = models.DEMO if ref.demo else ref.repo or (str(ref.path) if ref.path else source.repo)
+    otherwise = "Remove it first, or keep this one under another name with --name."
     if source.repo != wanted:
         raise UsageError(
-            f"a model named {ref.key!r} is already kept; it came from {source.repo}",
-            hint="Give this one another name with --name, or remove that one first.",
+            f"a model named {ref.key!r} is already kept; it came from {source.repo}", hint=otherwise
         )
-    if revision is not None and not (source.commit or "").startswith(revision):
+    if revision not in (None, source.revision) and not (source.commit or "").startswith(
+        revision or ""
+    ):
         raise UsageError(
             f"the model {ref.key!r} is already kept, from revision {source.commit or 'unknown'}",
-            hint="Remove it first, or keep this one under another name with --name.",
+            hint=otherwise,
+        )
+    if (options.quant_type, options.attention, options.head) != (
+        how["quant_type"],
+        how["attention"],
+        how["head"],
+    ):
+        raise UsageError(
+            f"the model {ref.key!r} is already kept, quantized otherwise", hint=otherwise
         )
 
 

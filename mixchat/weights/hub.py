@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,30 @@ def missing_bytes(remote: RemoteCheckpoint) -> int:
     return sum(_missing(remote, file) for file in remote.files)
 
 
-def fetch(remote: RemoteCheckpoint, *, progress: Progress) -> Path:
+def fetch(
+    remote: RemoteCheckpoint,
+    *,
+    progress: Progress,
+    check: Callable[[Path], None] = lambda checkpoint: None,
+) -> Path:
     """Bring every file of `remote` into the cache and return the directory that holds them.
 
     Files are fetched one after the other in this thread, so that Ctrl-C stops at once; a file cut
-    off goes on where it stopped the next time. Files that the hub lists with a SHA-256 are hashed,
+    off goes on where it stopped the next time. `check` is called with the directory once the small
+    files are in it, and may raise. Files that the hub lists with a SHA-256 are hashed,
     also those that were in the cache already. Raises `HubError`; `CheckpointError` where a hash
     differs; `ResourceError` where the disk is full.
     """
     progress.begin(f"fetching {remote.repo_id}", remote.total)
     try:
         with plain_errors(remote.repo_id):
-            for file in remote.files:
+            small = [file for file in remote.files if not file.path.endswith(".safetensors")]
+            for file in small:
                 _fetch(remote, file, progress)
+            check(_snapshot(remote))
+            for file in remote.files:
+                if file not in small:
+                    _fetch(remote, file, progress)
     finally:
         progress.end()
     return _snapshot(remote)

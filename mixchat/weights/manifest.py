@@ -1,7 +1,7 @@
 """The manifest of a kept model, `mixchat.json`: written last, so that its presence means "whole".
 
 {"format": 1,
- "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "..."},
+ "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
  "quantization": {"quant_type": "nf4", "blocksize": 64, "layout": "cpu-packed",
                   "attention": false, "head": false, "dtype": "bfloat16"},
  "files": {"shared.safetensors": {"size": 123, "sha256": "..."}, ...}}
@@ -10,15 +10,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
+from mixchat.files import read_json_object, write_file
 
 MANIFEST_FILE = "mixchat.json"
 FORMAT = 1
+DOWNLOAD_AGAIN = "Remove the directory and download the model again."
 _QUANTIZATION = {
     "quant_type": ("nf4", "none"),
     "blocksize": (64,),
@@ -31,10 +32,14 @@ _QUANTIZATION = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a kept model came from: a hub id with its commit, a directory's path, or "demo"."""
+    """Where a kept model came from: a hub id with its commit, a directory's path, or "demo".
+
+    `revision` is the branch, tag or commit that was asked for.
+    """
 
     repo: str
     commit: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,10 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
     path = directory / MANIFEST_FILE
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})") from None
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{path}: cannot be read as JSON") from None
-    version = raw.get("format") if isinstance(raw, dict) else None
+    if not path.exists():
+        raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
+    raw = read_json_object(path)
+    version = raw.get("format")
     if version != FORMAT:
         raise CheckpointError(
             f"{path}: format {version!r} is not known; this mixchat reads format {FORMAT}",
@@ -92,25 +94,16 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_file(directory / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` durable."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing", hint=DOWNLOAD_AGAIN)
+        if (size := path.stat().st_size) != record.size:
+            raise CheckpointError(
+                f"{path}: {size} bytes, but the manifest says {record.size}", hint=DOWNLOAD_AGAIN
+            )
 
 
 def _check(path: Path, manifest: Manifest) -> None:
@@ -118,6 +111,12 @@ def _check(path: Path, manifest: Manifest) -> None:
         value = manifest.quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise CheckpointError(f"{path}: {key} {value!r} is not known to this mixchat")
+    source = manifest.source
+    if not all(
+        isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")
+    ):
+        raise CheckpointError(f"{path}: the source is malformed")
     for name, record in manifest.files.items():
-        if not name or Path(name).name != name or type(record.size) is not int:
+        plain = bool(name) and Path(name).name == name
+        if not plain or type(record.size) is not int or not isinstance(record.sha256, str):
             raise CheckpointError(f"{path}: a file record is malformed: {name!r}")

@@ -44,7 +44,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
-class KeptModel:
+class ModelEntry:
     """A model in the data directory; `problem` is None where it is finished and can be read."""
 
     key: str
@@ -117,7 +117,7 @@ def find(name: str) -> Path:
     raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
 
 
-def list_models() -> list[KeptModel]:
+def list_models() -> list[ModelEntry]:
     """Every model below `models_dir()`, by key; damaged and unfinished ones say so in `problem`."""
     try:
         entries = sorted(models_dir().iterdir())
@@ -126,7 +126,7 @@ def list_models() -> list[KeptModel]:
     return [_describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
 
 
-def _describe(directory: Path) -> KeptModel:
+def _describe(directory: Path) -> ModelEntry:
     source = quantization = ""
     problem = None
     try:
@@ -137,7 +137,7 @@ def _describe(directory: Path) -> KeptModel:
             problem = "unfinished"
     except CheckpointError:
         problem = "damaged"
-    return KeptModel(directory.name, directory, _size(directory), source, quantization, problem)
+    return ModelEntry(directory.name, directory, _size(directory), source, quantization, problem)
 
 
 def _size(directory: Path) -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ import torch
 BLOCKSIZE = 64
 _ROWS = 32  # rows that the packed layout interleaves
 _QUANTIZE_CHUNK = 2**23  # weights; bounds quantize_4bit's temporary tensors to about 150 MB
+_BAND = 2**23  # weights
 
 
 @functools.cache
@@ -86,24 +88,37 @@ def pack(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the "bitsandbytes" layout to "cpu-packed"; new tensors on the same device."""
-    nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [rows * columns / 2, 2]
-    bands = nibbles.view(rows // _ROWS, _ROWS, columns // 2, 2).transpose(1, 2)
-    lines = bands.reshape(-1, 2, _ROWS)
-    packed = lines[:, 0] | (lines[:, 1] << 4)  # [rows * columns / 64, 32]
+    packed = torch.empty_like(codes)
+    for old, new in _bands(codes, packed, columns):
+        nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
+        bands = nibbles.view(-1, _ROWS, columns // 2, 2).transpose(1, 2)
+        lines = bands.reshape(-1, 2, _ROWS)  # [n * columns / 64, 2, 32]
+        new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
     scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
-    return packed.reshape(-1), scales.view(-1)
+    return packed, scales.view(-1)
 
 
 def unpack(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the "cpu-packed" layout to "bitsandbytes"; the inverse of `pack`."""
-    packed = codes.view(-1, _ROWS)
-    lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [rows * columns / 64, 2, 32]
-    nibbles = lines.view(rows // _ROWS, columns // 2, _ROWS, 2).transpose(1, 2)
-    flat = nibbles.reshape(-1, 2)  # [rows * columns / 2, 2]
+    flat = torch.empty_like(codes)
+    for old, new in _bands(codes, flat, columns):
+        packed = old.view(-1, _ROWS)
+        lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
+        nibbles = lines.view(-1, columns // 2, _ROWS, 2).transpose(1, 2).reshape(-1, 2)
+        new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
     scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
-    return (flat[:, 0] << 4) | flat[:, 1], scales.view(-1)
+    return flat, scales.view(-1)
+
+
+def _bands(
+    old: torch.Tensor, new: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both in pieces of some rows, a multiple of 32: bounds the temporary tensors to 16 MB."""
+    rows = max(_ROWS, _BAND // columns // _ROWS * _ROWS)
+    size = rows * columns // 2
+    return zip(torch.split(old, size), torch.split(new, size), strict=True)
 
 
 def quant_state(
@@ -125,12 +140,6 @@ def quant_state(
 def _code(device: torch.device) -> torch.Tensor:
     code: torch.Tensor = _functional().get_4bit_type("nf4", device=device, blocksize=BLOCKSIZE)
     return code
-
-
-def dequantize(codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """The weights [rows, columns] that the codes stand for ("bitsandbytes" layout, fp32 absmax)."""
-    weight: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
-    return weight
 
 
 def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mixchat.errors import CheckpointError
-from mixchat.weights.manifest import sync_directory
+from mixchat.files import give_name, temporary_name
 
 ALIGNMENT = 4096
 _MAX_HEADER = 100_000_000  # the reference implementation's own limit, in bytes
@@ -76,8 +76,11 @@ class SafetensorsFile:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
             self._entries = self._read_header()
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     @property
@@ -197,7 +200,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         self.path = path
         self._todo = list(specs)[::-1]
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = temporary_name(path)
         self._hash = hashlib.sha256()
         self._size = 0
         # A fresh file: a link planted under the temporary name is not written through.
@@ -219,8 +222,7 @@ class SafetensorsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self.path)
-        sync_directory(self.path.parent)
+        give_name(self._temporary, self.path)
         return self._size, self._hash.hexdigest()
 
     def abort(self) -> None:

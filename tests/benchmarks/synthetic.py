@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from mixchat.config import ModelConfig
+from mixchat.files import write_file
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
-from mixchat.weights.manifest import FileRecord, Manifest, Source, write_file, write_manifest
+from mixchat.weights.manifest import FileRecord, Manifest, Source, write_manifest
 from mixchat.weights.quantize import best_layout
 from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
 
@@ -48,15 +49,7 @@ def write_synthetic(directory: Path, layers: int) -> None:
     for layer in range(layers):
         name = experts_file(layer)
         files[name] = _write(directory / name, blueprint.expert_tensors(), layer + 1)
-    described = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "layout": quantization.layout,
-        "attention": True,
-        "head": True,
-        "dtype": "bfloat16",
-    }
-    write_manifest(directory, Manifest(Source("synthetic"), described, files))
+    write_manifest(directory, Manifest(Source("synthetic"), quantization.description(), files))
 
 
 def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> FileRecord:

@@ -24,8 +24,8 @@ def lines_of(done):
         (["--top-k", "-1"], "--top-k has to be 0 or more, not -1"),
         (["--min-p", "1"], "--min-p has to be at least 0 and below 1, not 1.0"),
         (["--min-p", "-0.1"], "--min-p has to be at least 0 and below 1, not -0.1"),
-        (["--repeat-penalty", "0"], "--repeat-penalty has to be a number above 0, not 0.0"),
-        (["--repeat-penalty", "inf"], "--repeat-penalty has to be a number above 0, not inf"),
+        (["--repeat-penalty", "0"], "--repeat-penalty has to be between 0.01 and 100, not 0.0"),
+        (["--repeat-penalty", "inf"], "--repeat-penalty has to be between 0.01 and 100, not inf"),
         (["--seed", "-1"], "--seed has to be between 0 and 9223372036854775807, not -1"),
         (
             ["--seed", str(2**63)],

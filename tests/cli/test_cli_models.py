@@ -1,6 +1,8 @@
 """`list`, `show`, `download`, and which models `run` builds by itself."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -102,7 +104,7 @@ def calls(monkeypatch):
     """Stands in for the download: notes what it was called with, and reports progress."""
     made = []
 
-    def download(ref, options, *, progress, revision=None):
+    def download(ref, options, *, progress, revision=None, check=None):
         made.append((ref, options, revision))
         progress.begin("quantizing", 1000)
         progress.advance(1000)
@@ -114,11 +116,11 @@ def calls(monkeypatch):
 
 def test_download_passes_its_flags_on(mixchat, calls):
     flags = ("--name", "mine", "--revision", "abc", "--quantize-attention", "--quantize-head")
-    done = mixchat("download", "org/name", *flags, "--quant-type", "none")
+    done = mixchat("download", "org/name", *flags)
     assert (done.stdout, done.returncode) == (b"", 0)
     ((ref, options, revision),) = calls
     assert (ref.repo, ref.key, revision) == ("org/name", "mine", "abc")
-    assert (options.quant_type, options.attention, options.head) == ("none", True, True)
+    assert (options.quant_type, options.attention, options.head) == ("nf4", True, True)
     lines = done.stderr.decode().splitlines()
     assert lines[:2] == ["quantizing: 1 kB", "quantizing: 1 kB in 0 s"]
     assert lines[2].startswith("mine is ready in ")
@@ -131,7 +133,7 @@ def test_download_quantizes_the_experts_alone_unless_told_otherwise(mixchat, cal
 
 
 def test_an_error_in_a_download_comes_after_its_bar_is_closed(mixchat, monkeypatch):
-    def download(ref, options, *, progress, revision=None):
+    def download(ref, options, *, progress, revision=None, check=None):
         progress.begin("fetching", 1000)
         raise HubError("no network")
 
@@ -160,3 +162,24 @@ def test_run_takes_a_kept_model_as_it_is(calls, keep, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
     assert find_or_build("demo") == kept
     assert calls == []
+
+
+@pytest.mark.parametrize("flag", ["--quantize-attention", "--quantize-head"])
+def test_4_bits_for_a_part_of_what_is_kept_as_it_is_are_refused(mixchat, calls, flag):
+    done = mixchat("download", "org/name", "--quant-type", "none", flag)
+    assert (done.returncode, calls) == (2, [])
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"a": 1}'])
+def test_a_checkpoint_with_a_bad_tokenizer_is_refused_before_it_is_quantized(
+    mixchat, environment, tiny_checkpoint, tmp_path, content
+):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    if content is not None:
+        (checkpoint / "tokenizer.json").write_bytes(content)
+    done = mixchat("download", str(checkpoint))
+    assert (done.stdout, done.returncode) == (b"", 6)
+    assert b"tokenizer" in done.stderr
+    assert b"quantizing" not in done.stderr
+    assert not (Path(environment["MIXCHAT_HOME"]) / "models" / "checkpoint").exists()

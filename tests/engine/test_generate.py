@@ -6,7 +6,7 @@ import pytest
 from mixchat.engine.generate import Engine
 from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.sampling import SamplingOptions
-from mixchat.errors import PromptError
+from mixchat.errors import CheckpointError, PromptError
 
 GREEDY = SamplingOptions(temperature=0)
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
@@ -132,3 +132,8 @@ def test_a_refused_prompt_does_not_disturb_the_cache(engine: Engine) -> None:
         answer(engine, [5] * 500)
     assert answer(engine, PROMPT) == first
     assert engine.stats.reused_tokens == len(PROMPT) - 1
+
+
+def test_a_tokenizer_of_another_model_is_named(engine: Engine) -> None:
+    with pytest.raises(CheckpointError, match="gives the token 97, the model has 97"):
+        answer(engine, [5, 97])

@@ -8,6 +8,7 @@ import torch
 from mixchat.engine.loader import LoadOptions, choose_device, load_engine
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import ResourceError, UsageError
+from mixchat.experts.memory import free_memory
 from mixchat.settings import MemoryBudget
 
 
@@ -34,7 +35,7 @@ def test_too_small_a_budget_is_refused(tiny_model: Path) -> None:
 def test_a_machine_without_room_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.engine.loader._free_memory", lambda device: 1000)
+    monkeypatch.setattr("mixchat.engine.loader.free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match="1 kB are free"):
         load_engine(tiny_model, LoadOptions(device="cpu"))
 
@@ -70,13 +71,34 @@ def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_what_the_cpu_gives(tiny_checkpoint: Path, keep: Callable[..., Path]) -> None:
-    kept = keep(tiny_checkpoint, quant_type="none")
-    texts = []
-    for device in ("cpu", "cuda"):
-        engine = load_engine(kept, LoadOptions(MemoryBudget(fraction=0.5), device=device))
-        ids = engine.generate(
-            [5, 17, 42], sampling=SamplingOptions(temperature=0), stop_ids=set(), max_tokens=20
+@pytest.mark.parametrize("host", [True, False], ids=["over RAM", "over the file"])
+@pytest.mark.parametrize(
+    "options",
+    [{"quant_type": "none"}, {"layout": "bitsandbytes"}, {"layout": "cpu-packed"}],
+    ids=["fp32", "nf4", "nf4, reordered"],
+)
+def test_a_gpu_gives_what_the_cpu_gives(
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    host: bool,
+) -> None:
+    kept = keep(make_checkpoint(std=0.05), **options)
+    real = free_memory
+    if not host:
+        monkeypatch.setattr(
+            "mixchat.engine.loader.free_memory",
+            lambda device: real(device) if device.type == "cuda" else 0,
         )
-        texts.append(list(ids))
-    assert texts[0] == texts[1]
+    results = []
+    for device in ("cuda", "cpu"):
+        if device == "cpu":
+            monkeypatch.undo()
+        engine = load_engine(kept, LoadOptions(MemoryBudget(fraction=0.5), device=device))
+        ids = torch.arange(5, 45, device=device)
+        with torch.inference_mode():
+            result = engine._model.forward(ids, engine._cache, all_logits=True)
+        results.append(result.float().cpu())
+    tolerance = 1e-4 if options == {"quant_type": "none"} else 0.03
+    assert (results[0] - results[1]).norm() < tolerance * results[1].norm()

@@ -32,7 +32,7 @@ def test_a_budget_is_bytes_of_experts_or_a_share_of_them() -> None:
 
 
 def test_too_small_a_budget_names_the_least() -> None:
-    with pytest.raises(UsageError, match=r"199 MB is too small: two experts take 200 MB"):
+    with pytest.raises(UsageError, match=r"199 MB is too small: two experts take 200.0 MB"):
         place(free=64 * GB, budget=budget("199MB"), **MIXTRAL)
     assert place(free=64 * GB, budget=budget("200MB"), **MIXTRAL).slots == 2
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def runner(kept: KeptModel, slots: int, source: ExpertSource | None = None) -> CachedExpertRunner:
     layout = "cpu-packed" if nf4.has_packed_kernel() else "bitsandbytes"
     store = ExpertStore(
-        source or DiskSource(kept, CPU, pin=False),
+        source or DiskSource(kept),
         slots,
         stored=kept.blueprint.expert,
         used=kept.blueprint.in_layout(layout).expert,
@@ -87,16 +87,19 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(kept: KeptModel)
     assert small.stats.bytes_moved == 6 * kept.blueprint.expert.nbytes
 
 
-def test_ram_over_the_file_gives_the_same_bytes(kept: KeptModel) -> None:
+def test_ram_over_the_file_and_a_staging_buffer_give_the_same_bytes(kept: KeptModel) -> None:
     inputs = routing(9)
-    from_host = runner(kept, 2, HostSource(kept, pin=False)).run(1, *inputs)
-    assert torch.equal(from_host, runner(kept, 2).run(1, *inputs))
+    locked: list[torch.Tensor] = []
+    for source in (HostSource(kept, locked.append), DiskSource(kept, locked.append)):
+        result = runner(kept, 2, source).run(1, *inputs)
+        assert torch.equal(result, runner(kept, 2).run(1, *inputs))
+    assert [len(buffer) for buffer in locked] == [8, 1]
 
 
 def test_a_load_that_is_broken_off_leaves_no_half_expert_behind(kept: KeptModel) -> None:
     class Interrupting:
         def __init__(self) -> None:
-            self.source, self.interrupt = DiskSource(kept, CPU, pin=False), True
+            self.source, self.interrupt = DiskSource(kept), True
 
         def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
             if self.interrupt:

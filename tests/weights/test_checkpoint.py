@@ -82,12 +82,15 @@ def test_another_format_says_what_to_do(kept: Path) -> None:
     [
         {"source": None},
         {"source": {"repo": "x", "surprise": 1}},
+        {"source": {"repo": 5}},
+        {"source": {"repo": "x", "commit": 5}},
         {"quantization": {}},
         {"files": []},
         {"files": {"a": 1}},
         {"files": {"../a": {"size": 1, "sha256": ""}}},
         {"files": {"a/b": {"size": 1, "sha256": ""}}},
         {"files": {"a": {"size": "1", "sha256": ""}}},
+        {"files": {"a": {"size": 1, "sha256": None}}},
     ],
 )
 def test_a_malformed_manifest_is_refused(kept: Path, changes: dict[str, Any]) -> None:

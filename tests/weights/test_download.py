@@ -200,7 +200,7 @@ class TestLocal:
 
     def test_no_checkpoint_at_all(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        with pytest.raises(CheckpointError, match=r"no config\.json"):
+        with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
             get(str(tmp_path / "empty"))
 
     def test_an_unfinished_key_has_to_name_its_directory(self, home: Path) -> None:
@@ -298,3 +298,59 @@ def test_two_programs_do_not_make_the_same_model(
     with pytest.raises(MixchatError, match="enough"):
         get(str(tiny_checkpoint), key="tiny")
     assert len(seen) == 1
+
+
+class TestAlreadyKept:
+    def test_with_other_quantization_it_is_not_passed_off_as_what_was_asked_for(
+        self, tiny_checkpoint: Path
+    ) -> None:
+        ref = resolve(str(tiny_checkpoint), key="mine")
+        kept = download(ref, QuantizeOptions(), progress=NoProgress())
+        assert download(ref, QuantizeOptions(), progress=NoProgress()) == kept
+        for other in (QuantizeOptions(attention=True), QuantizeOptions(quant_type="none")):
+            with pytest.raises(UsageError, match="quantized otherwise"):
+                download(ref, other, progress=NoProgress())
+
+    def test_damaged_it_is_not_called_ready(self, tiny_checkpoint: Path) -> None:
+        kept = get(str(tiny_checkpoint), key="mine")
+        (kept / "experts-001.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"experts-001\.safetensors: the file is missing"):
+            get(str(tiny_checkpoint), key="mine")
+
+    def test_the_same_revision_may_be_asked_for_again(self, fake: FakeHub) -> None:
+        kept = get(REPO, revision="main")
+        assert read_manifest(kept).source.revision == "main"
+        assert get(REPO, revision="main") == kept
+        assert get(REPO, revision=COMMIT[:8]) == kept
+        assert get(REPO) == kept
+        with pytest.raises(UsageError, match="already kept, from revision"):
+            get(REPO, revision="other")
+
+    @pytest.mark.parametrize("name", ["demo", "."])
+    def test_a_revision_goes_with_the_hub_alone(self, name: str, home: Path) -> None:
+        with pytest.raises(UsageError, match="--revision"):
+            get(name, key="mine", revision="main")
+        assert not home.exists()
+
+    def test_what_is_in_the_way_is_not_removed(self, tiny_checkpoint: Path, home: Path) -> None:
+        elsewhere = home / "elsewhere"
+        elsewhere.mkdir(parents=True)
+        (home / "models").mkdir()
+        (home / "models" / "link").symlink_to(elsewhere)
+        (home / "models" / "file").write_text("mine")
+        for key in ("link", "file"):
+            with pytest.raises(UsageError, match="in the way"):
+                get(str(tiny_checkpoint), key=key)
+        assert elsewhere.is_dir()
+        assert (home / "models" / "file").read_text() == "mine"
+
+
+class TestCheck:
+    def test_it_sees_the_small_files_before_any_weight_is_fetched(self, fake: FakeHub) -> None:
+        def refuse(checkpoint: Path) -> None:
+            assert (checkpoint / "config.json").exists()
+            raise CheckpointError("no tokenizer")
+
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            download(resolve(REPO), QuantizeOptions(), progress=NoProgress(), check=refuse)
+        assert not any("safetensors" in request.path for request in fake.requests)

@@ -214,7 +214,7 @@ class TestList:
         demo, other = models.list_models()
         assert (demo.key, demo.source) == ("demo", "demo")
         size = 1000 + (path / "mixchat.json").stat().st_size
-        assert other == models.KeptModel("org--name", path, size, "org/name", "nf4")
+        assert other == models.ModelEntry("org--name", path, size, "org/name", "nf4")
 
     @pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
     def test_one_damaged_manifest_does_not_hide_the_others(self, manifest: bytes) -> None:

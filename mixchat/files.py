@@ -1,0 +1,58 @@
+"""Small files: read whole with one clear line for every fault, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises `CheckpointError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` where there is none."""
+    try:
+        value = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not JSON ({reason})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens meanwhile."""
+    temporary = temporary_name(path)
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    give_name(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file lies until it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
+def give_name(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole and synced, and make the renaming durable."""
+    os.replace(temporary, path)
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,46 @@
+"""Every flag of `mixchat run` arrives where it belongs."""
+
+from pathlib import Path
+
+from mixchat.settings import MemoryBudget
+
+
+def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model):
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    class Config:
+        eos_token_ids = (2,)
+
+    class Engine:
+        config = Config()
+
+    def load_engine(directory, options):
+        seen["directory"], seen["load"] = directory, options
+        return Engine()
+
+    def session(*arguments, **options):
+        seen["session"] = options
+        raise Stop
+
+    monkeypatch.setattr("mixchat.engine.loader.load_engine", load_engine)
+    monkeypatch.setattr("mixchat.text.tokenizer.load_tokenizer", lambda directory: None)
+    monkeypatch.setattr("mixchat.text.template.load_template", lambda *a, **k: None)
+    monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
+    flags = (
+        *("--ctx-size", "77", "--expert-memory", "50%", "--device", "cpu", "-s", "Be brief."),
+        *("--temp", "0.3", "--top-p", "0.4", "--top-k", "5", "--min-p", "0.06"),
+        *("--repeat-penalty", "1.7", "--seed", "8", "-n", "9", "--stop", "x", "--stop", "y"),
+    )
+    mixchat("run", "-m", str(tiny_model), "Hi", *flags, fake=False)
+    load, options = seen["load"], seen["session"]
+    assert Path(seen["directory"]) == tiny_model
+    assert (load.context_size, load.device) == (77, "cpu")
+    assert load.expert_memory == MemoryBudget(fraction=0.5)
+    sampling = options["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 5)
+    assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)
+    assert (options["system"], options["max_tokens"]) == ("Be brief.", 9)
+    assert options["stop"] == ["x", "y"]
