@@ -117,11 +117,16 @@ class FakeHub:
             pass
 
         Bound.hub, Bound.where = hub, where
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        server = _Server(("127.0.0.1", 0), Bound)
         server.daemon_threads = True
         # A short poll, so that a test does not wait half a second for the end.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return server
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Say nothing of clients that hang up: some tests are about just that."""
 
 
 class _Handler(BaseHTTPRequestHandler):
