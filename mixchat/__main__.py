@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run the command line."""
-    from mixchat.cli.app import run
-
+    try:
+        from mixchat.cli.app import run
+    except KeyboardInterrupt:  # run() answers for all that comes later
+        sys.exit(130)
     run()
 
 

@@ -103,6 +103,23 @@ class ModelConfig:
             )
 
 
+def advised_sampling(directory: Path) -> dict[str, float]:
+    """What the model's makers advise in generation_config.json, by the names of our own flags.
+
+    Empty where they advise nothing. Raises `CheckpointError` where the file is not JSON.
+    """
+    path = directory / "generation_config.json"
+    raw = read_json_object(path) if path.exists() else {}
+    values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    values["repeat_penalty"] = raw.get("repetition_penalty")
+    kinds = {name: (int,) if name == "top_k" else (int, float) for name in values}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and type(value) in kinds[name]
+    }
+
+
 def _positive_int(values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:

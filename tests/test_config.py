@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mixchat.config import ModelConfig
+from mixchat.config import ModelConfig, advised_sampling
 from mixchat.errors import CheckpointError
 
 MIXTRAL = {
@@ -111,3 +111,12 @@ def test_a_directory_in_its_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         ModelConfig.from_file(tmp_path / "config.json")
+
+
+def test_advice_on_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None:
+    assert advised_sampling(tmp_path) == {}
+    advice = {"temperature": 0.2, "top_p": "0.9", "top_k": 5, "min_p": True}
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({**advice, "repetition_penalty": 1.1, "eos_token_id": 2})
+    )
+    assert advised_sampling(tmp_path) == {"temperature": 0.2, "top_k": 5, "repeat_penalty": 1.1}

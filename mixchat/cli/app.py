@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -56,7 +58,14 @@ def _mixchat(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
     _prepare_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Go as Ctrl-C would make us go, so that what is half-built is removed on the way out."""
+    sys.exit(128 + number)
 
 
 def _exit_code(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
+from mixchat.config import advised_sampling
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import ModelNotFoundError
 from mixchat.settings import MemoryBudget
@@ -52,7 +53,7 @@ class Opening:
             tokenizer,
             load_template(directory, tokenizer, eos_token_ids=eos_token_ids),
             system=self.system,
-            sampling=self.sampling.options(),
+            sampling=self.sampling.options(advised_sampling(directory)),
             max_tokens=self.max_tokens,
             stop=self.stop,
         )

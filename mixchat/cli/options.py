@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,21 +16,48 @@ from mixchat.errors import UsageError
 if TYPE_CHECKING:
     from mixchat.engine.sampling import SamplingOptions
 
+# Where a flag is not given, the model's generation_config.json decides, then the engine.
 Temperature = Annotated[
-    float,
-    typer.Option("--temp", "--temperature", metavar="X", help="How freely to choose; 0 is greedy."),
+    float | None,
+    typer.Option(
+        "--temp",
+        "--temperature",
+        metavar="X",
+        help="How freely to choose; 0 is greedy.",
+        show_default="the model's, else 0.7",
+    ),
 ]
 TopP = Annotated[
-    float, typer.Option(metavar="X", help="Choose among the likeliest tokens of this total chance.")
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Choose among the likeliest tokens of this total chance.",
+        show_default="the model's, else 1",
+    ),
 ]
 TopK = Annotated[
-    int, typer.Option(metavar="N", help="Choose among the N likeliest tokens; 0: among all.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Choose among the N likeliest tokens; 0: among all.",
+        show_default="the model's, else 0",
+    ),
 ]
 MinP = Annotated[
-    float, typer.Option(metavar="X", help="Leave out what is below this part of the best chance.")
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Leave out what is below this part of the best chance.",
+        show_default="the model's, else 0",
+    ),
 ]
 RepeatPenalty = Annotated[
-    float, typer.Option(metavar="X", help="Above 1: avoid tokens that were there already.")
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Above 1: avoid tokens that were there already.",
+        show_default="the model's, else 1",
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -64,32 +93,46 @@ Device = Annotated[
 
 @dataclass(frozen=True)
 class Sampling:
-    """`SamplingOptions` as the command line gives them: checked before anything heavy is loaded."""
+    """`SamplingOptions` as the command line gives them: checked before anything heavy is loaded.
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repeat_penalty: float
-    seed: int | None
+    None is what was not given.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
 
     def check(self) -> None:
         """Raise `UsageError` for the first value outside its limits; NaN is outside of all."""
-        _require("--temp", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
-        _require("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("--top-k", self.top_k, self.top_k >= 0, "0 or more")
-        _require("--min-p", self.min_p, 0 <= self.min_p < 1, "at least 0 and below 1")
-        penalty = self.repeat_penalty
-        _require("--repeat-penalty", penalty, 0.01 <= penalty <= 100, "between 0.01 and 100")
-        fits = self.seed is None or 0 <= self.seed < 2**63
-        _require("--seed", self.seed, fits, "between 0 and 9223372036854775807")
+        for name, (flag, fits, limits) in _LIMITS.items():
+            value = getattr(self, name)
+            _require(flag, value, value is None or fits(value), limits)
 
-    def options(self) -> SamplingOptions:
-        """The same for the engine. A seed is drawn here, so that it can be shown and repeated."""
+    def options(self, own: Mapping[str, Any] = MappingProxyType({})) -> SamplingOptions:
+        """The same for the engine, `own` being what the model's makers advise.
+
+        What they advise beyond the limits is left out. A seed is drawn here, so that it can be
+        shown and repeated.
+        """
         from mixchat.engine.sampling import SamplingOptions
 
-        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
-        return SamplingOptions(**asdict(replace(self, seed=seed)))
+        advised = {k: v for k, v in own.items() if _LIMITS[k][1](v)}
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        return SamplingOptions(**{"seed": secrets.randbelow(2**32), **advised, **given})
+
+
+_Fits = Callable[[Any], bool]
+_LIMITS: dict[str, tuple[str, _Fits, str]] = {
+    "temperature": ("--temp", lambda x: 0 <= x < math.inf, "0 or more"),
+    "top_p": ("--top-p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "top_k": ("--top-k", lambda x: x >= 0, "0 or more"),
+    "min_p": ("--min-p", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "repeat_penalty": ("--repeat-penalty", lambda x: 0.01 <= x <= 100, "between 0.01 and 100"),
+    "seed": ("--seed", lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"),
+}
 
 
 def check_lengths(max_tokens: int | None, context_size: int | None) -> None:

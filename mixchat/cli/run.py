@@ -39,11 +39,11 @@ def run(
     system: Annotated[
         str | None, typer.Option("-s", "--system", metavar="TEXT", help="The system prompt.")
     ] = None,
-    temperature: options.Temperature = 0.7,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repeat_penalty: options.RepeatPenalty = 1.0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,

