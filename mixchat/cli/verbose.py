@@ -49,10 +49,12 @@ def generation_lines(stats: GenerationStats) -> list[str]:
 
 def expert_lines(before: ExpertStats, now: ExpertStats) -> list[str]:
     """What the cache of experts did between two counts."""
-    hits, misses = now.hits - before.hits, now.misses - before.misses
-    rate = f"{hits / (hits + misses):.1%}" if hits + misses else "none asked for"
-    moved = format_size(now.bytes_moved - before.bytes_moved)
-    return [f"experts  {hits} hits, {misses} misses ({rate}), {moved} moved, {now.slots} slots"]
+    did = now.since(before)
+    rate = f"{did.hit_rate:.1%}" if did.hits + did.misses else "none asked for"
+    return [
+        f"experts  {did.hits} hits, {did.misses} misses ({rate}), "
+        f"{format_size(did.bytes_moved)} moved, {did.slots} slots"
+    ]
 
 
 def _rate(tokens: int, seconds: float) -> str:

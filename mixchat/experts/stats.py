@@ -19,3 +19,12 @@ class ExpertStats:
         """Hits among all uses, 0 to 1; 0 before the first use."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else 0.0
+
+    def since(self, before: ExpertStats) -> ExpertStats:
+        """What came between an earlier count and this one."""
+        return ExpertStats(
+            self.slots,
+            self.hits - before.hits,
+            self.misses - before.misses,
+            self.bytes_moved - before.bytes_moved,
+        )

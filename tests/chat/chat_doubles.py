@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixchat.experts.stats import ExpertStats
+
 STOP = 0
 
 
@@ -16,14 +18,6 @@ class Stats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-
-
-@dataclass
-class ExpertStats:
-    hits: int = 0
-    misses: int = 0
-    bytes_moved: int = 0
-    slots: int = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class ScriptedEngine:
         self.context_size = context_size
         self.config = Config()
         self.stats = Stats()
-        self.expert_stats = ExpertStats()
+        self.expert_stats = ExpertStats(slots=16)
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
         self.closed = 0
