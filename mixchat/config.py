@@ -22,6 +22,7 @@ _POSITIVE_INTS = (
     "max_position_embeddings",
 )
 # What transformers' MixtralConfig takes where a config.json says nothing.
+_MAX_EXPERTS = 100_000  # in all layers: beyond any model, and still quick to list
 _DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -91,6 +92,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "
                 f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.num_hidden_layers * self.num_local_experts > _MAX_EXPERTS:
+            raise CheckpointError(
+                f"config.json: {self.num_hidden_layers} layers of {self.num_local_experts} experts "
+                "are more than any model has"
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: head_dim {self.head_dim} is odd")

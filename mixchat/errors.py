@@ -10,13 +10,15 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model, or it is not on this machine             |
-| 5         | the hub cannot be reached, or refuses                            |
+| 5         | the hub cannot be reached, refuses, or sends something wrong     |
 | 6         | a checkpoint or a kept model is damaged, or is not a Mixtral     |
 | 7         | not enough disk or memory                                        |
 | 8         | something else has to be installed first                         |
 | 130       | interrupted (Ctrl-C)                                             |
 | 141       | the reader of the output went away (closed pipe)                 |
 """
+
+_LONGEST = 380  # characters
 
 
 class MixchatError(Exception):
@@ -25,7 +27,8 @@ class MixchatError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        # What a file from elsewhere says can be of any length; what is wrong is said at its start.
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
         self.hint = hint
 
 
@@ -48,7 +51,7 @@ class ModelNotFoundError(MixchatError):
 
 
 class HubError(MixchatError):
-    """The hub cannot be reached, or refuses."""
+    """The hub cannot be reached, refuses, or sends something wrong."""
 
     exit_code = 5
 

@@ -51,7 +51,12 @@ def temporary_name(path: Path) -> Path:
 def give_name(temporary: Path, path: Path) -> None:
     """Rename a file that is whole and synced, and make the renaming durable."""
     os.replace(temporary, path)
-    fd = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make durable which files a directory has."""
+    fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -69,3 +69,11 @@ def format_size(size: int) -> str:
             value = size / factor
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{size} bytes"
+
+
+def format_time(seconds: float) -> str:
+    """`95` as `2 min`: seconds below a minute, minutes below two hours, hours and minutes above."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,18 +63,14 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a kept model of a checkpoint, with `QuantizeOptions` as asked."""
 
     def keep(checkpoint: Path, **options: Any) -> Path:
-        from mixchat.progress import NoProgress
+        from mixchat.weights.build import build
         from mixchat.weights.manifest import Source
-        from mixchat.weights.quantize import QuantizeOptions, quantize_checkpoint
+        from mixchat.weights.origin import LocalOrigin
+        from mixchat.weights.quantize import QuantizeOptions, blueprint_of
 
         target = tmp_path_factory.mktemp("kept") / "model"
-        quantize_checkpoint(
-            checkpoint,
-            target,
-            QuantizeOptions(**options),
-            source=Source("test"),
-            progress=NoProgress(),
-        )
+        origin = LocalOrigin(checkpoint, Source("test"))
+        build(origin, target, blueprint_of(origin.index, QuantizeOptions(**options)))
         return target
 
     return keep
@@ -82,3 +80,24 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_model(tiny_checkpoint: Path, keep: Callable[..., Path]) -> Path:
     """The kept model, in NF4, of `tiny_checkpoint`. Do not write into it."""
     return keep(tiny_checkpoint)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of huggingface_hub's, no token, and no patience between attempts."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from mixchat.weights import transfer
+
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(transfer, "_WAITS", (0.0,) * 5)
+    # The client's own patience, with which it fetches the small files.
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(_http, "time", impatient)
+    return tmp_path / "cache"

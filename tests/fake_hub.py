@@ -55,6 +55,7 @@ class FakeHub:
     files: dict[str, bytes]
     repo: str = REPO
     commit: str = COMMIT
+    history: set[str] = field(default_factory=set)  # earlier commits, with the same files
     lfs_limit: int = 2_000
     serve: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -62,8 +63,10 @@ class FakeHub:
     omit_headers: set[str] = field(default_factory=set)
     listing: Callable[[dict[str, Any]], Any] = lambda answer: answer
     ranges: bool = True
-    delay: float = 0.0
+    delay: float = 0.0  # seconds between two pieces of `step` bytes from the store
+    step: int = 1000
     requests: list[Request] = field(default_factory=list)
+    _hashes: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> FakeHub:
         self._servers = [self._start("hub"), self._start("store")]
@@ -97,11 +100,18 @@ class FakeHub:
     def describe(self, name: str) -> dict[str, Any]:
         """A file as the hub lists it."""
         data = self.files[name]
-        entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
+        git_sha1, sha256 = self.hashes(name)
+        entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_sha1}
         if self.is_lfs(name):
-            sha256 = hashlib.sha256(data).hexdigest()
             entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
         return entry
+
+    def hashes(self, name: str) -> tuple[str, str]:
+        """Git's SHA-1 and the SHA-256 of a file, computed once: it may have gigabytes."""
+        data = self.files[name]
+        if self._hashes.get(name, (None,))[0] is not data:
+            self._hashes[name] = (data, git_hash(data), hashlib.sha256(data).hexdigest())
+        return self._hashes[name][1:]
 
     def take_fault(self, path: str) -> Fault | None:
         for fault in self.faults:
@@ -165,45 +175,48 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             # What the real hub says to a stranger, so as not to betray which private repos exist.
             self.answer(401, b"{}", **{"X-Error-Code": "RepoNotFound"})
-        elif match[1] not in (None, "main", self.hub.commit):
+        elif match[1] not in (None, "main", self.hub.commit, *self.hub.history):
             self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         else:
             siblings = [self.hub.describe(name) for name in sorted(self.hub.files)]
-            answer = {"id": self.hub.repo, "sha": self.hub.commit, "siblings": siblings}
+            commit = match[1] if match[1] in self.hub.history else self.hub.commit
+            answer = {"id": self.hub.repo, "sha": commit, "siblings": siblings}
             body = self.hub.listing(answer)
             if not isinstance(body, bytes):
                 body = json.dumps(body).encode()
             self.answer(200, body, **{"Content-Type": "application/json"})
 
     def resolve(self, path: str, fault: Fault | None) -> None:
-        match = re.fullmatch(rf"/{self.hub.repo}/resolve/(?:main|{self.hub.commit})/(.+)", path)
-        commit = {"X-Repo-Commit": self.hub.commit}
-        if match is None:
+        match = re.fullmatch(rf"/{self.hub.repo}/resolve/([^/]+)/(.+)", path)
+        asked = match[1] if match else ""
+        commit = {"X-Repo-Commit": asked if asked in self.hub.history else self.hub.commit}
+        if match is None or asked not in ("main", self.hub.commit, *self.hub.history):
             self.answer(404, **{"X-Error-Code": "RepoNotFound"})
-        elif match[1] not in self.hub.files or match[1] in self.hub.gone:
+        elif match[2] not in self.hub.files or match[2] in self.hub.gone:
             self.answer(404, **{"X-Error-Code": "EntryNotFound"}, **commit)
-        elif self.hub.is_lfs(match[1]):
-            lfs = self.hub.describe(match[1])["lfs"]
+        elif self.hub.is_lfs(match[2]):
+            lfs = self.hub.describe(match[2])["lfs"]
             self.answer(
                 302,
                 **commit,
                 **{"X-Linked-Size": str(lfs["size"]), "X-Linked-Etag": f'"{lfs["sha256"]}"'},
-                Location=f"{self.hub.store_url}/{match[1]}",
+                Location=f"{self.hub.store_url}/{match[2]}",
             )
         else:
-            self.send_file(match[1], fault, **commit)
+            self.send_file(match[2], fault, **commit)
 
     def send_file(self, name: str, fault: Fault | None, **headers: str) -> None:
         data = self.hub.serve.get(name, self.hub.files[name])
-        start, status = 0, 200
+        start, end, status = 0, len(data), 200
         if self.hub.ranges and (
-            match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+            match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         ):
             start, status = int(match[1]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        headers["ETag"] = f'"{git_hash(self.hub.files[name])}"'
+            end = min(int(match[2]) + 1, len(data)) if match[2] else len(data)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        headers["ETag"] = f'"{self.hub.hashes(name)[0]}"'
         cut = fault.cut_after if fault is not None else None
-        self.answer(status, data[start:], cut, **headers)
+        self.answer(status, data[start:end], cut, **headers)
 
     def answer(
         self, status: int, body: bytes = b"", cut: int | None = None, **headers: str
@@ -215,8 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        for begin in range(0, len(body[:cut]), 1000):
-            self.wfile.write(body[:cut][begin : begin + 1000])
+        body = memoryview(body)[:cut]
+        step = self.hub.step
+        for begin in range(0, len(body), step):
+            self.wfile.write(body[begin : begin + step])
             if self.hub.delay and self.where == "store":
                 self.wfile.flush()
                 if self.hub.closing.wait(self.hub.delay):
@@ -227,4 +242,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def git_hash(data: bytes) -> str:
     """Git's name for a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % len(data))
+    digest.update(data)
+    return digest.hexdigest()

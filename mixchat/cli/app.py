@@ -17,6 +17,7 @@ from mixchat.cli.download import download
 from mixchat.cli.models import list_models, show
 from mixchat.cli.report import report
 from mixchat.cli.run import run as run_model
+from mixchat.cli.upkeep import gc, repair, rm, verify
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -33,6 +34,10 @@ app.command("run")(run_model)
 app.command("download")(download)
 app.command("list")(list_models)
 app.command("show")(show)
+app.command("verify")(verify)
+app.command("repair")(repair)
+app.command("rm")(rm)
+app.command("gc")(gc)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mixchat.cli.arguments import checked
+from mixchat.cli.models import aligned
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
+from mixchat.settings import format_least, format_size, format_time
+
+if TYPE_CHECKING:
+    from mixchat.progress import Progress
+    from mixchat.weights.download import Request
+    from mixchat.weights.plan import Need, Plan
 
 
 def download(
@@ -37,24 +44,39 @@ def download(
     quantize_head: Annotated[
         bool, typer.Option("--quantize-head", help="The output head in 4 bits, too.")
     ] = False,
+    scales: Annotated[
+        Literal["search", "absmax"],
+        typer.Option(help="Choose each block's scale for least error, or as bitsandbytes does."),
+    ] = "absmax",
+    keep_source: Annotated[
+        bool,
+        typer.Option("--keep-source", help="Leave what is fetched in Hugging Face's cache."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
+    ] = False,
 ) -> None:
-    """Fetch a model and keep it in 4 bits, ready to run."""
+    """Fetch a model and keep it in 4 bits, ready to run; or go on with an unfinished one."""
     from mixchat.weights import models
 
     ref = models.resolve(checked(model, "the model's name"), key=name)
     if quant_type == "none" and (quantize_attention or quantize_head):
         raise UsageError("--quant-type none keeps the attention and the head as they are, too")
+    prepare_environment()
     from mixchat.cli.progress import show_progress
-    from mixchat.weights.download import download as download_model
+    from mixchat.weights.download import Request
     from mixchat.weights.quantize import QuantizeOptions
 
-    prepare_environment()
-    options = QuantizeOptions(quant_type, attention=quantize_attention, head=quantize_head)
+    options = QuantizeOptions(quant_type, quantize_attention, quantize_head, scales)
+    request = Request(ref, options, revision, keep_source, check=check_text)
     with show_progress() as progress:
-        directory = download_model(
-            ref, options, progress=progress, revision=revision, check=check_text
-        )
-    print(f"{ref.key} is ready in {directory}", file=sys.stderr)
+        if dry_run:
+            _only_plan(request, progress, as_json)
+        else:
+            _download(request, progress, as_json)
 
 
 def check_text(checkpoint: Path) -> None:
@@ -63,3 +85,80 @@ def check_text(checkpoint: Path) -> None:
     from mixchat.text.tokenizer import load_tokenizer
 
     load_template(checkpoint, load_tokenizer(checkpoint))
+
+
+def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
+    from mixchat.weights import models
+    from mixchat.weights.download import plan
+
+    made = plan(request, progress)
+    if as_json:
+        finished = {"name": request.ref.key, "path": str(models.model_dir(request.ref))}
+        print(json.dumps(finished if made is None else as_dict(made), indent=2))
+    else:
+        print(f"{request.ref.key} is kept already" if made is None else as_text(made))
+    if made is not None:
+        made.check()
+
+
+def _download(request: Request, progress: Progress, as_json: bool) -> None:
+    from mixchat.weights.download import download as download_model
+
+    announced: dict[str, Any] = {}
+
+    def announce(plan: Plan) -> None:
+        announced.update(as_dict(plan))
+        progress.note(as_text(plan))
+
+    try:
+        directory = download_model(request, progress, announce=announce)
+    except KeyboardInterrupt:
+        progress.note("interrupted; what is done is kept, and the same command goes on with it")
+        raise
+    if as_json:
+        print(json.dumps({**announced, "name": request.ref.key, "path": str(directory)}, indent=2))
+    progress.note(f"{request.ref.key} is ready in {directory}")
+
+
+def as_text(plan: Plan) -> str:
+    """A plan as lines for a person."""
+    commit = f" at {plan.commit[:12]}" if plan.commit else ""
+    fetch = format_size(plan.fetch)
+    if plan.fetch < plan.checkpoint:
+        fetch += f" of {format_size(plan.checkpoint)}, the rest is here" if plan.commit else ""
+    rows = [
+        ("from", plan.source + commit),
+        ("fetch", fetch),
+        ("keep", f"{format_size(plan.kept)} in {plan.target}"),
+        *(("disk", f"{_need(need)} in {need.place}") for need in plan.disk),
+        ("memory", _need(plan.memory)),
+    ]
+    if plan.seconds is not None:
+        rate = f", at {format_size(int(plan.rate))}/s as now" if plan.rate else ""
+        rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
+    return aligned(rows)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON has it: sizes in bytes."""
+    return {
+        "name": plan.name,
+        "path": str(plan.target),
+        "source": plan.source,
+        "commit": plan.commit,
+        "quantization": dict(plan.quantization),
+        "checkpoint_bytes": plan.checkpoint,
+        "fetch_bytes": plan.fetch,
+        "kept_bytes": plan.kept,
+        "disk": [
+            {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
+            for need in plan.disk
+        ],
+        "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
+        "bytes_per_second": plan.rate,
+        "seconds": plan.seconds,
+    }
+
+
+def _need(need: Need) -> str:
+    return f"{format_least(need.needed)} at most, {format_size(need.free)} free"

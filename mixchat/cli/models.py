@@ -23,18 +23,19 @@ def list_models(
 
     kept = models.list_models()
     if as_json:
-        keys = ("bytes", "quantization", "source", "problem")
+        keys = ("bytes", "quantization", "context", "source", "commit", "problem")
         rows = [
             {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
             for model in kept
         ]
         print(json.dumps(rows, indent=2))
     elif kept:
-        table = [("NAME", "SIZE", "QUANTIZATION", "SOURCE")]
+        table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
         for model in kept:
-            quantization = model.problem or model.quantization
-            table.append((model.key, format_size(model.bytes), quantization, model.source))
-        print(_aligned(table))
+            quantization, context = model.problem or model.quantization, str(model.context or "-")
+            size, commit = format_size(model.bytes), (model.commit or "-")[:12]
+            table.append((model.key, size, quantization, context, commit, model.source or "-"))
+        print(aligned(table))
     else:
         print(f"There are no models in {models.models_dir()} yet.", file=sys.stderr)
         print("'mixchat download demo' builds a small one, to try the tool.", file=sys.stderr)
@@ -60,7 +61,7 @@ def show(
             raise
         print("It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' does it.")
     else:
-        print(_aligned(describe(directory)))
+        print(aligned(describe(directory)))
 
 
 def describe(directory: Path) -> list[tuple[str, str]]:
@@ -75,8 +76,11 @@ def describe(directory: Path) -> list[tuple[str, str]]:
         ("path", str(directory)),
         ("source", manifest.source.repo),
         ("commit", manifest.source.commit or "none"),
+        ("revision", manifest.source.revision or "none asked for"),
         ("size", format_size(manifest.size)),
         ("experts", str(how["quant_type"])),
+        ("scales", str(how["scales"])),
+        ("layout", str(how["layout"])),
         ("attention", str(how["quant_type"] if how["attention"] else how["dtype"])),
         ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
         ("layers", str(config.num_hidden_layers)),
@@ -86,7 +90,7 @@ def describe(directory: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Columns of equal width, two spaces apart."""
     cells = [[sanitize(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

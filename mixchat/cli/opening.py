@@ -69,8 +69,8 @@ def find_or_build(name: str) -> Path:
         ref = models.resolve(name)
         if not ref.demo:
             raise
-    from mixchat.weights.download import download
+    from mixchat.weights.download import Request, download
     from mixchat.weights.quantize import QuantizeOptions
 
     with show_progress() as progress:
-        return download(ref, QuantizeOptions(), progress=progress)
+        return download(Request(ref, QuantizeOptions()), progress)

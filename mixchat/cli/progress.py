@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from mixchat.settings import format_size
+from mixchat.settings import format_size, format_time
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
-    from mixchat.progress import Progress
+    from mixchat.progress import Progress, Task
 
 SECONDS_BETWEEN_LINES = 60.0
 
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """A `Progress` for this stream (standard error); its last bar is closed at the end."""
+    """A `Progress` for this stream (standard error); its bars are closed at the end."""
     stream = stream or sys.stderr
     progress = Bars(stream) if stream.isatty() else Lines(stream)
     try:
         yield progress
     finally:
-        progress.end()
+        progress.close()
 
 
 @contextmanager
@@ -44,67 +46,127 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[None]:
 
 
 class Bars:
-    """A bar on a terminal, with bytes, rate and the time that is left."""
+    """Bars on a terminal, with bytes, rate and the time that is left."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._bar: RichProgress | None = None
+        self._bars: RichProgress | None = None
 
-    def begin(self, what: str, total: int) -> None:
-        from rich import progress
+    def task(self, what: str, total: int, done: int = 0) -> Task:
+        bars = self._started()
+        return _Bar(bars, bars.add_task(what, total=total, completed=done))
 
-        self.end()
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-            console=_console(self._stream),
-        )
-        self._bar.add_task(what, total=total)
-        self._bar.start()
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        console = self._bars.console if self._bars is not None else _console(self._stream)
+        console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _started(self) -> RichProgress:
+        if self._bars is None:
+            from rich import progress
+
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+                console=_console(self._stream),
+                speed_estimate_period=20,
+            )
+            self._bars.start()
+        return self._bars
+
+
+class _Bar:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
 
     def advance(self, amount: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0], amount)
+        self._bars.advance(self._task, amount)
 
-    def end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def close(self) -> None:
+        self._bars.stop_task(self._task)
 
 
 class Lines:
-    """A line when a phase begins and ends, and at most one a minute in between."""
+    """A line when something begins and ends, and one a minute for each thing in between."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
-        self._clock = clock
-        self._what: str | None = None
-        self._total = self._done = 0
-        self._began = self._said = 0.0
+        self._stream, self._clock = stream, clock
+        self._lock = threading.RLock()
+        self._tasks: list[_Line] = []
+        self._said = clock()
 
-    def begin(self, what: str, total: int) -> None:
-        self.end()
-        self._what, self._total, self._done = what, total, 0
-        self._began = self._clock()
-        self._say(f"{what}: {format_size(total)}")
+    def task(self, what: str, total: int, done: int = 0) -> Task:
+        with self._lock:
+            task = _Line(self, what, total, done, self._clock())
+            self._tasks.append(task)
+            here = f", {format_size(done)} of it done before" if done else ""
+            self.note(f"{what}: {format_size(total)}{here}")
+        return task
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Say how far each thing came."""
+        for task in list(self._tasks):
+            task.close()
+
+    def moved(self) -> None:
+        """Say how far things are, if a minute has gone by."""
+        with self._lock:
+            now = self._clock()
+            if not self._tasks or now - self._said < SECONDS_BETWEEN_LINES:
+                return
+            self._said = now
+            self.note("; ".join(task.state(now) for task in self._tasks))
+
+    def ended(self, task: _Line) -> None:
+        """Say how long it took."""
+        with self._lock:
+            if task in self._tasks:
+                self._tasks.remove(task)
+                self.note(task.outcome(self._clock()))
+
+
+class _Line:
+    """How far one thing is. The rate is that since the last line."""
+
+    def __init__(self, lines: Lines, what: str, total: int, done: int, now: float) -> None:
+        self._lines, self._what = lines, what
+        self._total, self._done, self._first = total, done, done
+        self._began = self._last = now
+        self._last_done = done
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        if self._what is not None and self._clock() - self._said >= SECONDS_BETWEEN_LINES:
-            self._say(f"{self._what}: {format_size(self._done)} of {format_size(self._total)}")
+        self._lines.moved()
 
-    def end(self) -> None:
-        if self._what is not None:
-            seconds = self._clock() - self._began
-            self._say(f"{self._what}: {format_size(self._done)} in {seconds:.0f} s")
-            self._what = None
+    def close(self) -> None:
+        self._lines.ended(self)
 
-    def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-        self._said = self._clock()
+    def state(self, now: float) -> str:
+        text = f"{self._what}: {format_size(self._done)} of {format_size(self._total)}"
+        seconds, came = now - self._last, self._done - self._last_done
+        self._last, self._last_done = now, self._done
+        if seconds <= 0 or came <= 0:
+            return text
+        left = (self._total - self._done) * seconds / came
+        return f"{text}, {format_size(int(came / seconds))}/s, {format_time(left)} left"
+
+    def outcome(self, now: float) -> str:
+        came = format_size(self._done - self._first)
+        return f"{self._what}: {came} in {format_time(now - self._began)}"
 
 
 def _console(stream: TextIO) -> Console:

@@ -29,7 +29,7 @@ class SentencePieceTokenizer:
         data = read_bytes(file)
         model = _load(data, file)
         size = model.vocab_size()
-        pieces = model.id_to_piece(list(range(size)))
+        pieces = _vocabulary(model, file)
         added = {token.content: token.id for token in added_tokens(directory)}
 
         own = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
@@ -117,6 +117,14 @@ def _load(data: bytes, file: Path) -> Any:
             hint="Fetch the model again; the file may be an error page or a Git LFS pointer.",
         ) from None
     return model
+
+
+def _vocabulary(model: Any, file: Path) -> list[str]:
+    try:
+        pieces: list[str] = model.id_to_piece(list(range(model.vocab_size())))
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{file}: a piece of its vocabulary is not UTF-8") from None
+    return pieces
 
 
 def _split(

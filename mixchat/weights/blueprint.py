@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.weights.linear import Layout, Linear, LinearSpec, QuantType
+from mixchat.weights.linear import Layout, Linear, LinearSpec, QuantType, Scales
 from mixchat.weights.nf4 import BLOCKSIZE
 from mixchat.weights.safetensors import ALIGNMENT, TensorSpec
 
@@ -46,6 +46,7 @@ class Quantization:
     attention: bool = False
     head: bool = False
     dtype: torch.dtype = torch.bfloat16
+    scales: Scales = "absmax"
 
     def description(self) -> dict[str, Any]:
         """The same as the manifest has it."""
@@ -194,6 +195,14 @@ class Blueprint:
         for expert in range(self.config.num_local_experts):
             yield from self.expert.tensors(expert)
 
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """The files of weights by name, each with its tensors in their order."""
+        experts = list(self.expert_tensors())
+        layers = range(self.config.num_hidden_layers)
+        return {SHARED_FILE: list(self.shared_tensors())} | {
+            experts_file(layer): experts for layer in layers
+        }
+
     @property
     def shared_size(self) -> int:
         """Bytes of all shared tensors."""
@@ -211,7 +220,7 @@ class Blueprint:
     def _linear(self, name: str, rows: int, columns: int, quantized: bool) -> LinearSpec:
         how = self.quantization
         quant_type: QuantType = how.quant_type if quantized else "none"
-        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype)
+        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype, scales=how.scales)
 
 
 def layer_prefix(layer: int) -> str:

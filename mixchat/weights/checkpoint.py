@@ -12,7 +12,7 @@ from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.linear import Linear, LinearSpec
-from mixchat.weights.manifest import DOWNLOAD_AGAIN, check_files, read_manifest
+from mixchat.weights.manifest import REPAIR, check_files, read_manifest
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec
 
 
@@ -38,7 +38,7 @@ class KeptModel:
                 for layer in range(self.config.num_hidden_layers)
             ]
             first = next(self.blueprint.expert_tensors()).name
-            self._expert_base = [file.start(first) for file in self._experts]
+            self._expert_base = [file.header.start(first) for file in self._experts]
         except BaseException:
             self.close()
             raise
@@ -75,12 +75,12 @@ class KeptModel:
         self.close()
 
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
-        if name not in self.manifest.files:
+        if name not in self.manifest.weights:
             raise CheckpointError(f"{self.directory}: the manifest does not list {name}")
         file = SafetensorsFile(self.directory / name)
         self._files.append(file)
-        if file.specs != list(expected):
+        if file.header.specs != list(expected):
             raise CheckpointError(
-                f"{file.path}: its tensors are not those of this model", hint=DOWNLOAD_AGAIN
+                f"{file.path}: its tensors are not those of this model", hint=REPAIR
             )
         return file

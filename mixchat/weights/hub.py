@@ -1,60 +1,71 @@
-"""Fetches a checkpoint from the hub into huggingface_hub's own cache: listed, resumable, hashed."""
+"""What the hub has of a checkpoint: its files at one commit, and the headers of its shards."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+from mixchat.background import in_background
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError
-from mixchat.progress import Progress
 from mixchat.weights.checkpoint_files import (
     COMPANION_FILES,
     CONFIG,
     INDEX,
     MAX_COMPANION_FILE,
+    read_weight_map,
     weight_files,
 )
 from mixchat.weights.hub_errors import endpoint, plain_errors
-from mixchat.weights.resume import fetch_blob, verify_file
+from mixchat.weights.safetensors import Header, header_length
+from mixchat.weights.source import SourceIndex
+from mixchat.weights.transfer import read_range
 
 _LISTING_TIMEOUT = 30.0  # seconds
-# The hub does not serve larger files over plain HTTP; huggingface_hub itself then uses Xet.
-_MAX_PLAIN_HTTP = 50_000_000_000
+# Larger files are not served over plain HTTP.
+_MAX_SHARD = 50_000_000_000
+_FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
+_AT_ONCE = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub: its name, its size in bytes, its SHA-256 where the hub lists one."""
+    """A file on the hub: its name, its size in bytes, its SHA-256 if it is a large one (LFS).
+
+    `git_sha1` is what git calls a small one.
+    """
 
     path: str
     size: int
     sha256: str | None
+    git_sha1: str | None
 
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """The files of one commit that make up a checkpoint, and the shape its config.json gives."""
+    """The files of one commit that make up a checkpoint, and its tensors."""
 
     repo_id: str
     commit: str
-    files: tuple[RemoteFile, ...]
-    config: ModelConfig
+    small: tuple[RemoteFile, ...]
+    shards: dict[str, RemoteFile]
+    index: SourceIndex
 
-    @property
-    def total(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
+    def url(self, name: str) -> str:
+        """Where a file is served."""
+        return _url(self.repo_id, name, self.commit)
 
 
 def plan(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
-    """Look up what has to be fetched; only config.json and the index of the shards are.
+    """Look up what a checkpoint consists of: its config and index are fetched, and all headers.
 
     Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
     Mixtral in safetensors, `HubError` where the hub cannot be reached or refuses.
@@ -63,50 +74,38 @@ def plan(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         commit, listing = _listing(repo_id, revision)
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
-        config = ModelConfig.from_file(_fetch_small(repo_id, commit, listing[CONFIG]))
+        config = ModelConfig.from_file(fetch_small(repo_id, commit, listing[CONFIG]))
         index = None
         if INDEX in listing:
-            index = _fetch_small(repo_id, commit, listing[INDEX]).read_bytes()
-        weights = weight_files(listing, index, where=repo_id)
-    small = [name for name in (*COMPANION_FILES, INDEX) if name in listing]
-    files = tuple(listing[name] for name in (*small, *weights))
-    for name in small:
-        _check_small(repo_id, listing[name])
-    return RemoteCheckpoint(repo_id, commit, files, config)
+            index = fetch_small(repo_id, commit, listing[INDEX]).read_bytes()
+        names = weight_files(listing, index, where=repo_id)
+        shards = {name: _shard(repo_id, listing[name]) for name in names}
+        small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
+        for file in small:
+            _check_small(repo_id, file)
+        headers = _headers(repo_id, commit, shards)
+    weight_map = None if index is None else read_weight_map(index, where=repo_id)
+    source_index = SourceIndex(config, headers, weight_map, repo_id)
+    return RemoteCheckpoint(repo_id, commit, small, shards, source_index)
 
 
-def missing_bytes(remote: RemoteCheckpoint) -> int:
-    """Bytes of `remote` that are not yet in the cache."""
-    return sum(_missing(remote, file) for file in remote.files)
+def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
+    """A small file, in huggingface_hub's cache, checked. Raises `HubError` where it differs."""
+    from huggingface_hub import hf_hub_download
 
-
-def fetch(
-    remote: RemoteCheckpoint,
-    *,
-    progress: Progress,
-    check: Callable[[Path], None] = lambda checkpoint: None,
-) -> Path:
-    """Bring every file of `remote` into the cache and return the directory that holds them.
-
-    Files are fetched one after the other in this thread, so that Ctrl-C stops at once; a file cut
-    off goes on where it stopped the next time. `check` is called with the directory once the small
-    files are in it, and may raise. Files that the hub lists with a SHA-256 are hashed,
-    also those that were in the cache already. Raises `HubError`; `CheckpointError` where a hash
-    differs; `ResourceError` where the disk is full.
-    """
-    progress.begin(f"fetching {remote.repo_id}", remote.total)
-    try:
-        with plain_errors(remote.repo_id):
-            small = [file for file in remote.files if not file.path.endswith(".safetensors")]
-            for file in small:
-                _fetch(remote, file, progress)
-            check(_snapshot(remote))
-            for file in remote.files:
-                if file not in small:
-                    _fetch(remote, file, progress)
-    finally:
-        progress.end()
-    return _snapshot(remote)
+    _check_small(repo_id, file)
+    path = Path(
+        hf_hub_download(
+            repo_id, file.path, revision=commit, endpoint=endpoint(), cache_dir=cache_dir()
+        )
+    )
+    if not _is_whole(path, file):
+        discard(path)
+        raise HubError(
+            f"{repo_id}: {file.path} is not the file that the hub lists; it was removed",
+            hint="Run the same command again.",
+        )
+    return path
 
 
 def cache_dir() -> Path:
@@ -116,54 +115,86 @@ def cache_dir() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _fetch(remote: RemoteCheckpoint, file: RemoteFile, progress: Progress) -> None:
-    pointer, blob = _snapshot(remote) / file.path, _blob(remote, file)
-    if blob is None or file.sha256 is None:
-        _fetch_small(remote.repo_id, remote.commit, file)
-        progress.advance(file.size)
-        return
-    if pointer.exists():
-        verify_file(pointer, file.size, file.sha256, progress)
-        return
-    if blob.exists():
-        verify_file(blob, file.size, file.sha256, progress)
-    elif file.size > _MAX_PLAIN_HTTP:
-        path = _download(remote.repo_id, remote.commit, file)
-        verify_file(path, file.size, file.sha256, progress)
-        return
-    else:
-        from huggingface_hub import hf_hub_url
-
-        url = hf_hub_url(remote.repo_id, file.path, revision=remote.commit, endpoint=endpoint())
-        lock = cache_dir() / ".locks" / _repo_dir(remote).name / f"{file.sha256}.lock"
-        fetch_blob(url, blob, file.size, file.sha256, lock=lock, progress=progress)
-    # The cache's documented layout: snapshots/<commit>/<name> links to blobs/<hash>.
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+def snapshot_dir(repo_id: str, commit: str) -> Path:
+    """Where that cache has the files of one commit."""
+    return repo_dir(repo_id) / "snapshots" / commit
 
 
-def _fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
-    _check_small(repo_id, file)
-    path = _download(repo_id, commit, file)
-    if path.stat().st_size != file.size:
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
+def repo_dir(repo_id: str) -> Path:
+    """Where that cache has all of a repo."""
+    return cache_dir() / ("models--" + repo_id.replace("/", "--"))
+
+
+def discard(path: Path) -> None:
+    """Remove a file of the cache, and what it links to where that is the cache's own."""
+    real = path.resolve()
+    path.unlink()
+    if cache_dir().resolve() in real.parents:
+        real.unlink(missing_ok=True)
+
+
+@contextmanager
+def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
+    """huggingface_hub's own lock for a blob of the cache; other tools wait for it, as we for them.
+
+    `repo` is the name of its directory. Raises `TimeoutError` after so many seconds.
+    """
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    path = cache_dir() / ".locks" / repo / f"{sha256}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(path, timeout=timeout):
+        yield
+
+
+def _is_whole(path: Path, file: RemoteFile) -> bool:
+    data = path.read_bytes()
+    if file.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == file.sha256
+    if file.git_sha1 is not None:
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == file.git_sha1
+    return len(data) == file.size
+
+
+def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[str, Header]:
+    """The headers of all shards, by a request or two for each, some at once."""
+    stop = Event()
+
+    def read(names: list[str]) -> dict[str, Header]:
+        return {name: _header(repo_id, commit, shards[name], stop) for name in names}
+
+    names = list(shards)
+    try:
+        futures = [in_background(read, names[n::_AT_ONCE]) for n in range(_AT_ONCE)]
+        return {name: header for future in futures for name, header in future.result().items()}
+    finally:
+        stop.set()
+
+
+def _header(repo_id: str, commit: str, file: RemoteFile, stop: Event) -> Header:
+    url, where = _url(repo_id, file.path, commit), f"{repo_id}: {file.path}"
+    first = read_range(url, 0, min(_FIRST_READ, file.size), stop)
+    end = 8 + header_length(first, file.size, where)
+    if end > len(first):
+        first += read_range(url, len(first), end - len(first), stop)
+    return Header(first[8:end], file.size, where)
+
+
+def _url(repo_id: str, name: str, commit: str) -> str:
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint())
+
+
+def _shard(repo_id: str, file: RemoteFile) -> RemoteFile:
+    if file.sha256 is None:
+        raise CheckpointError(f"{repo_id}: the hub lists no SHA-256 for {file.path}")
+    if file.size > _MAX_SHARD:
         raise CheckpointError(
-            f"{repo_id}: {file.path} is not the size that the hub lists; it was removed",
-            hint="Run the same command again.",
+            f"{repo_id}: {file.path} is too large to be fetched over HTTP",
+            hint="Fetch it with `hf download`, and name the directory that it is in.",
         )
-    return path
-
-
-def _download(repo_id: str, commit: str, file: RemoteFile) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(
-        hf_hub_download(
-            repo_id, file.path, revision=commit, endpoint=endpoint(), cache_dir=cache_dir()
-        )
-    )
+    return file
 
 
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
@@ -191,31 +222,12 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
         name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
         if "/" in name:
             continue
-        sha256 = lfs["sha256"] if lfs else None
+        sha256, sha1 = lfs["sha256"] if lfs else None, sibling.blob_id
         if type(size) is not int or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
             raise ValueError(name)
-        yield RemoteFile(name, size, sha256)
+        yield RemoteFile(name, size, sha256, sha1 if sha256 is None else None)
 
 
 def _check_small(repo_id: str, file: RemoteFile) -> None:
-    if file.path in (*COMPANION_FILES, INDEX) and file.size > MAX_COMPANION_FILE:
+    if file.size > MAX_COMPANION_FILE:
         raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")
-
-
-def _missing(remote: RemoteCheckpoint, file: RemoteFile) -> int:
-    blob = _blob(remote, file)
-    if (_snapshot(remote) / file.path).exists() or (blob is not None and blob.exists()):
-        return 0
-    return file.size
-
-
-def _blob(remote: RemoteCheckpoint, file: RemoteFile) -> Path | None:
-    return _repo_dir(remote) / "blobs" / file.sha256 if file.sha256 else None
-
-
-def _snapshot(remote: RemoteCheckpoint) -> Path:
-    return _repo_dir(remote) / "snapshots" / remote.commit
-
-
-def _repo_dir(remote: RemoteCheckpoint) -> Path:
-    return cache_dir() / ("models--" + remote.repo_id.replace("/", "--"))

@@ -39,24 +39,31 @@ def endpoint() -> str:
 
 
 @contextmanager
-def plain_errors(repo_id: str) -> Iterator[None]:
+def plain_errors(repo_id: str, home: str = "HF_HOME") -> Iterator[None]:
     """Turn whatever huggingface_hub raises inside into one of our errors, and keep it quiet.
 
-    Without this it warns on stderr and shows bars of its own, between or instead of ours.
+    `home` is the variable that says where the disk is that is written to.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from huggingface_hub import errors
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    _hush()
+    from huggingface_hub import errors
 
-        disable_progress_bars()
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-        # The base of refusals and of failed connections; httpx's in 1.x, httpx2's in 2.x.
-        http_error: type[Exception] = vars(errors)["HTTPError"]
-        try:
-            yield
-        except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
-            raise _translate(error, repo_id) from error
+    # The base of refusals and of failed connections; httpx's in 1.x, httpx2's in 2.x.
+    http_error: type[Exception] = vars(errors)["HTTPError"]
+    try:
+        yield
+    except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
+        raise _translate(error, repo_id, home) from error
+
+
+def _hush() -> None:
+    """No warnings and no bars of huggingface_hub's between ours."""
+    # What it warns of is laid at its own door or, by stacklevel, at that of its caller.
+    for module in ("huggingface_hub", r"mixchat\.weights"):
+        warnings.filterwarnings("ignore", module=module)
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def is_transient(error: Exception) -> bool:
@@ -68,7 +75,7 @@ def is_transient(error: Exception) -> bool:
     return True
 
 
-def _translate(error: BaseException, repo_id: str) -> MixchatError:
+def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     """The one line for `error`. The classes are nested: the narrow ones come first."""
     from huggingface_hub import errors
 
@@ -95,13 +102,13 @@ def _translate(error: BaseException, repo_id: str) -> MixchatError:
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(_status(error), repo_id, host)
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return _behind(error.__cause__, repo_id, host)
+        return _behind(error.__cause__, repo_id, host, home)
     if isinstance(error, OSError):
-        return _failed_here(error, repo_id)
+        return _failed_here(error, repo_id, home)
     return _no_answer(error, host)
 
 
-def _behind(cause: BaseException | None, repo_id: str, host: str) -> MixchatError:
+def _behind(cause: BaseException | None, repo_id: str, host: str, home: str) -> MixchatError:
     """huggingface_hub wraps a failed look-up of one file, whatever failed."""
     from huggingface_hub import errors
 
@@ -110,7 +117,7 @@ def _behind(cause: BaseException | None, repo_id: str, host: str) -> MixchatErro
             f"{host} does not answer like a hub",
             hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
         )
-    return _no_answer(cause, host) if cause is None else _translate(cause, repo_id)
+    return _no_answer(cause, host) if cause is None else _translate(cause, repo_id, home)
 
 
 def _refused(status: int, repo_id: str, host: str) -> MixchatError:
@@ -133,16 +140,17 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
     return HubError(f"{host} refuses the request for {repo_id} ({status})")
 
 
-def _failed_here(error: OSError, repo_id: str) -> MixchatError:
+def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             f"the disk is full while fetching {repo_id}",
-            hint="Free some space, or set HF_HOME to a directory on a larger disk.",
+            hint=f"Free some space, or set {home} to a directory on a larger disk. "
+            "What has come is kept; the same command goes on there.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UsageError(
-            f"the hub's cache cannot be written: {error.filename}",
-            hint="Set HF_HOME to a directory that can.",
+            f"cannot write {error.filename}: {error.strerror}",
+            hint=f"Set {home} to a directory that can be written.",
         )
     reason = error.strerror or "the data did not come whole"
     return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")

@@ -1,4 +1,4 @@
-"""A linear map y = x W^T whose matrix is dense or NF4: how it is stored, and how it is computed.
+"""A linear map y = x W^T whose matrix is dense or 4-bit: how it is stored, and how it is computed.
 
 R = rows (out features), C = columns (in features).
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn import functional
 
+from mixchat.errors import CheckpointError
 from mixchat.weights import nf4
+from mixchat.weights.bnb_format import Quantized4bit
+from mixchat.weights.quantizer import quantize
 from mixchat.weights.safetensors import TensorSpec
 
-QuantType = Literal["nf4", "none"]
+QuantType = Literal["nf4", "fp4", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
+Scales = Literal["absmax", "search", "given"]
 
 
 class Linear(Protocol):
@@ -35,25 +39,25 @@ class DenseLinear:
         return functional.linear(x, self._weight)
 
 
-class NF4Linear:
-    """NF4 in bitsandbytes' own layout: right on every device, slow on a CPU."""
+class FourBitLinear:
+    """4-bit codes in bitsandbytes' own layout: right on every device, slow on a CPU."""
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int) -> None:
-        self._codes, self._absmax, self._shape = codes, absmax, (rows, columns)
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
+        self._codes, self._absmax, self._spec = codes, absmax, spec
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The bytes under `absmax` change when another expert moves into the slot: widen them now.
-        state = nf4.quant_state(self._absmax.float(), *self._shape, dtype=x.dtype)
+        state = self._spec.quant_state(self._absmax.float(), x.dtype)
         return nf4.matmul(x, self._codes, state)
 
 
-class PackedNF4Linear:
-    """NF4 in the layout of the AVX512-BF16 kernel: as fast as memory can be read."""
+class PackedFourBitLinear:
+    """4-bit codes in the layout of the AVX512-BF16 kernel: as fast as memory can be read."""
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int) -> None:
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         self._codes = codes
-        scales = absmax.view(columns // nf4.BLOCKSIZE, rows)
-        self._state = nf4.quant_state(scales, rows, columns)
+        scales = absmax.view(spec.columns // nf4.BLOCKSIZE, spec.rows)
+        self._state = spec.quant_state(scales, torch.bfloat16)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return nf4.matmul_packed(x, self._codes, self._state)
@@ -61,7 +65,7 @@ class PackedNF4Linear:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """How a matrix is stored. `dtype` is that of a dense one; `layout` the wish for an NF4 one."""
+    """How a matrix is stored. `dtype` is that of a dense one; `layout` the wish for a 4-bit one."""
 
     name: str
     rows: int
@@ -69,11 +73,12 @@ class LinearSpec:
     quant_type: QuantType
     layout: Layout
     dtype: torch.dtype
+    scales: Scales = "absmax"
 
     @property
     def packed(self) -> bool:
         """Whether the codes are in the packed layout: wished for, and the shape allows it."""
-        wished = self.quant_type == "nf4" and self.layout == "cpu-packed"
+        wished = self.quant_type != "none" and self.layout == "cpu-packed"
         return wished and nf4.can_pack(self.rows, self.columns)
 
     @property
@@ -92,18 +97,48 @@ class LinearSpec:
         """The tensors that hold `weight` [R, C]."""
         if self.quant_type == "none":
             return [weight.to(self.dtype)]
-        codes, absmax = nf4.quantize(weight)
+        if self.quant_type == "fp4":
+            return self._arranged(*nf4.quantize_fp4(weight))
+        return self._arranged(*quantize(weight, search=self.scales == "search"))
+
+    def take_over(self, parts: Sequence[Quantized4bit]) -> list[torch.Tensor]:
+        """The tensors that hold these 4-bit matrices, one above the other; no code changes.
+
+        Their rows add up to R, each has C columns. Only absmax is rounded, to bf16. Raises
+        `CheckpointError` where a part is of another type than this, or where the blocks of a part
+        would not begin where the one above it ends.
+        """
+        assert sum(part.rows for part in parts) == self.rows
+        assert all(part.columns == self.columns for part in parts)
+        for part in parts:
+            if part.quant_type != self.quant_type:
+                raise CheckpointError(
+                    f"{self.name}: a part of it is {part.quant_type}, not {self.quant_type}"
+                )
+        if any(part.rows * part.columns % nf4.BLOCKSIZE for part in parts[:-1]):
+            raise CheckpointError(
+                f"{self.name}: a part of it does not end with a whole block of 64 weights"
+            )
+        absmax = nf4.round_absmax(torch.cat([part.absmax for part in parts]))
+        return self._arranged(torch.cat([part.codes for part in parts]), absmax)
+
+    def _arranged(self, codes: torch.Tensor, absmax: torch.Tensor) -> list[torch.Tensor]:
         if self.packed:
             codes, absmax = nf4.pack(codes, absmax, self.rows, self.columns)
         return [absmax, codes]
+
+    def quant_state(self, absmax: torch.Tensor, dtype: torch.dtype) -> Any:
+        """bitsandbytes' description of a 4-bit matrix; `dtype` is what it becomes in a product."""
+        assert self.quant_type != "none"
+        return nf4.quant_state(absmax, self.rows, self.columns, dtype, self.quant_type)
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """The map over these tensors, which are used in place."""
         if self.quant_type == "none":
             return DenseLinear(tensors[0])
-        kind = PackedNF4Linear if self.packed else NF4Linear
+        kind = PackedFourBitLinear if self.packed else FourBitLinear
         absmax, codes = tensors
-        return kind(codes, absmax, self.rows, self.columns)
+        return kind(codes, absmax, self)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
         """Rewrite these tensors in place from this layout to that of `to`; nothing is lost."""

@@ -1,15 +1,23 @@
 """The manifest of a kept model, `mixchat.json`: written last, so that its presence means "whole".
 
-{"format": 1,
+{"format": 2,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
- "quantization": {"quant_type": "nf4", "blocksize": 64, "layout": "cpu-packed",
+ "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed",
                   "attention": false, "head": false, "dtype": "bfloat16"},
- "files": {"shared.safetensors": {"size": 123, "sha256": "..."}, ...}}
+ "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
+ "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},
+ "sha256": "..."}
+
+Weights have a SHA-256 for each tensor, so that a damaged one can be named and made again alone.
+The last one is that of all the rest, as `_digest` writes it down. The same bytes are kept once more
+as `mixchat.copy.json`: nothing else could tell what the manifest was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +26,14 @@ from mixchat.errors import CheckpointError
 from mixchat.files import read_json_object, write_file
 
 MANIFEST_FILE = "mixchat.json"
-FORMAT = 1
-DOWNLOAD_AGAIN = "Remove the directory and download the model again."
+MANIFEST_COPY = "mixchat.copy.json"
+FORMAT = 2
+REPAIR = "Run: mixchat repair MODEL (it fetches only what is damaged)."
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION = {
-    "quant_type": ("nf4", "none"),
+    "quant_type": ("nf4", "fp4", "none"),
     "blocksize": (64,),
+    "scales": ("absmax", "search", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
     "attention": (False, True),
     "head": (False, True),
@@ -44,10 +55,18 @@ class Source:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size in bytes and its SHA-256 in hex."""
+    """A small file's size in bytes and its SHA-256 in hex."""
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """The size in bytes of a file of weights, and the SHA-256 of each of its tensors by name."""
+
+    size: int
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,30 +76,45 @@ class Manifest:
     source: Source
     quantization: dict[str, Any]
     files: dict[str, FileRecord]
+    weights: dict[str, WeightsRecord]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name."""
+        return {name: record.size for name, record in (self.files | self.weights).items()}
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(record.size for record in self.files.values())
+        return sum(self.sizes.values())
+
+    def serialized(self) -> bytes:
+        """The bytes of `mixchat.json`."""
+        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        document["quantization"] = {key: self.quantization[key] for key in _QUANTIZATION}
+        return (json.dumps({**document, "sha256": _digest(document)}, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
-    path = directory / MANIFEST_FILE
+    path = directory / name
     if not path.exists():
-        raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
+        raise CheckpointError(f"{directory}: not a finished model (no {name})")
     raw = read_json_object(path)
     version = raw.get("format")
     if version != FORMAT:
         raise CheckpointError(
-            f"{path}: format {version!r} is not known; this mixchat reads format {FORMAT}",
-            hint="Update mixchat, or download the model again.",
+            f"{path}: format {version!r:.40} is not known; this mixchat reads format {FORMAT}",
+            hint="Update mixchat, or remove the model (mixchat rm) and download it again.",
         )
+    if raw.pop("sha256", None) != _digest(raw):
+        raise CheckpointError(f"{path}: damaged (its SHA-256 differs)", hint=REPAIR)
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
             quantization={key: raw["quantization"][key] for key in _QUANTIZATION},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
+            weights={name: WeightsRecord(**record) for name, record in raw["weights"].items()},
         )
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: a part is missing or malformed") from None
@@ -89,34 +123,46 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `mixchat.json`, durably and at once."""
-    document = {"format": FORMAT, **asdict(manifest)}
-    write_file(directory / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode())
+    """Write the copy, then `mixchat.json`, durably and each at once."""
+    for name in (MANIFEST_COPY, MANIFEST_FILE):
+        write_file(directory / name, manifest.serialized())
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
     """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
-    for name, record in manifest.files.items():
+    for name, expected in manifest.sizes.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing", hint=DOWNLOAD_AGAIN)
-        if (size := path.stat().st_size) != record.size:
+            raise CheckpointError(f"{path}: the file is missing", hint=REPAIR)
+        if (size := path.stat().st_size) != expected:
             raise CheckpointError(
-                f"{path}: {size} bytes, but the manifest says {record.size}", hint=DOWNLOAD_AGAIN
+                f"{path}: {size} bytes, but the manifest says {expected}", hint=REPAIR
             )
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of a document's canonical form: keys sorted, no spaces."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check(path: Path, manifest: Manifest) -> None:
     for key, allowed in _QUANTIZATION.items():
         value = manifest.quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):
-            raise CheckpointError(f"{path}: {key} {value!r} is not known to this mixchat")
+            raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
     source = manifest.source
     if not all(
         isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")
     ):
         raise CheckpointError(f"{path}: the source is malformed")
-    for name, record in manifest.files.items():
-        plain = bool(name) and Path(name).name == name
-        if not plain or type(record.size) is not int or not isinstance(record.sha256, str):
-            raise CheckpointError(f"{path}: a file record is malformed: {name!r}")
+    hashes = [record.sha256 for record in manifest.files.values()]
+    for record in manifest.weights.values():
+        if not isinstance(record.sha256, dict):
+            raise CheckpointError(f"{path}: a record of weights is malformed")
+        hashes += record.sha256.values()
+    if not all(isinstance(text, str) for text in hashes):
+        raise CheckpointError(f"{path}: a SHA-256 is malformed")
+    for name, size in manifest.sizes.items():
+        if not _NAME.fullmatch(name) or type(size) is not int or size < 0:
+            raise CheckpointError(f"{path}: a file record is malformed: {name!r:.80}")

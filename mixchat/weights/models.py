@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.machine import disk_usage
 from mixchat.settings import data_dir
-from mixchat.weights.manifest import MANIFEST_FILE, read_manifest
+from mixchat.weights.manifest import MANIFEST_FILE, check_files, read_manifest
 
 ALIASES = {
     "instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
@@ -45,13 +47,18 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model in the data directory; `problem` is None where it is finished and can be read."""
+    """A model in the data directory; `problem` is None where it is finished and can be read.
+
+    `bytes` is what it takes on disk; `context` the longest conversation in tokens.
+    """
 
     key: str
     path: Path
     bytes: int
-    source: str
-    quantization: str
+    source: str = ""
+    commit: str | None = None
+    quantization: str = ""
+    context: int | None = None
     problem: str | None = None
 
 
@@ -109,14 +116,33 @@ def find(name: str) -> Path:
     directory = model_dir(ref)
     if is_finished(directory):
         return directory
-    hint = f"Fetch it first: mixchat download {name}"
-    if not (ref.repo or ref.path or ref.demo):
-        hint = "Download it again from the directory that it came from."
     if directory.is_dir():
         raise ModelNotFoundError(
-            f"the model {_shown(name)} is unfinished: its download was interrupted", hint=hint
+            f"the model {_shown(name)} is unfinished: its download was interrupted",
+            hint=f"To go on with it: mixchat download {name}",
         )
-    raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
+    raise ModelNotFoundError(
+        f"the model {_shown(name)} is not on this machine",
+        hint=f"Fetch it first: mixchat download {name}",
+    )
+
+
+def locate(name: str, *, anywhere: bool = False) -> Path:
+    """The directory of a model in the data directory, whatever its state.
+
+    With `anywhere`, also a directory elsewhere that is a kept model. Raises `ModelNotFoundError`
+    where there is none.
+    """
+    ref = resolve(name)
+    if anywhere and ref.path is not None and is_finished(ref.path):
+        return ref.path
+    directory = model_dir(ref)
+    if ref.path is not None or not directory.is_dir():
+        raise ModelNotFoundError(
+            f"the model {_shown(name)} is not on this machine",
+            hint="See: mixchat list",
+        )
+    return directory
 
 
 def list_models() -> list[ModelEntry]:
@@ -129,30 +155,22 @@ def list_models() -> list[ModelEntry]:
 
 
 def _describe(directory: Path) -> ModelEntry:
-    source = quantization = ""
-    problem = None
+    entry = ModelEntry(directory.name, directory, disk_usage(directory))
+    if not is_finished(directory):
+        return replace(entry, problem="unfinished")
     try:
-        if is_finished(directory):
-            manifest = read_manifest(directory)
-            source, quantization = manifest.source.repo, manifest.quantization["quant_type"]
-        else:
-            problem = "unfinished"
+        manifest = read_manifest(directory)
+        check_files(directory, manifest)
+        config = ModelConfig.from_file(directory / "config.json")
     except CheckpointError:
-        problem = "damaged"
-    return ModelEntry(directory.name, directory, _size(directory), source, quantization, problem)
-
-
-def _size(directory: Path) -> int:
-    """Bytes of the files directly in `directory`; what cannot be read counts as nothing."""
-    total = 0
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.is_file():
-                    total += entry.stat().st_size
-    except OSError:
-        pass
-    return total
+        return replace(entry, problem="damaged")
+    return replace(
+        entry,
+        source=manifest.source.repo,
+        commit=manifest.source.commit,
+        quantization=manifest.quantization["quant_type"],
+        context=config.max_position_embeddings,
+    )
 
 
 def _directory_key(path: Path) -> str:

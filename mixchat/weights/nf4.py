@@ -1,4 +1,8 @@
-"""NF4: 4-bit codes with one scale (`absmax`) for each block of 64 weights, and their matmul.
+"""4-bit codes with one scale (`absmax`) for each block of 64 weights, and their matmul.
+
+A code is a place in a table of 16 numbers from -1 to 1: NF4's, or FP4's (three bits of a float and
+a sign), which only checkpoints quantized elsewhere bring along. A weight is its number times the
+scale of its block.
 
 Two orders of the same codes, called `layout`:
 
@@ -10,7 +14,8 @@ Two orders of the same codes, called `layout`:
   transposed: [columns / 64, rows].
 
 Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
-`absmax` is kept in bf16: the largest weight of a block of bf16 weights is a bf16 number.
+`absmax` is kept in bf16: the largest weight of a block of bf16 weights is a bf16 number. Scales
+from elsewhere are rounded by `round_absmax`.
 
 NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314); the kernels are bitsandbytes'.
 """
@@ -21,10 +26,11 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+FourBit = Literal["nf4", "fp4"]
 BLOCKSIZE = 64
 _ROWS = 32  # rows that the packed layout interleaves
 _QUANTIZE_CHUNK = 2**23  # weights; bounds quantize_4bit's temporary tensors to about 150 MB
@@ -69,19 +75,19 @@ def absmax_size(rows: int, columns: int) -> int:
     return -(-rows * columns // BLOCKSIZE)
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8) and absmax (bf16) of a matrix, in the "bitsandbytes" layout.
+def quantize_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) and absmax (bf16) of a matrix in FP4, in the "bitsandbytes" layout.
 
-    weight: [rows, columns], any float type; it is rounded to bf16 first, which makes absmax exact.
+    weight: [rows, columns], any float type. For the dense parts of a checkpoint whose other parts
+    are FP4; NF4 is made by `quantizer`.
     """
     flat = weight.to(torch.bfloat16).reshape(-1)
     pieces = [
-        _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="nf4")
+        _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
         for piece in torch.split(flat, _QUANTIZE_CHUNK)
     ]
-    codes = torch.cat([piece.reshape(-1) for piece, _ in pieces])
-    absmax = torch.cat([state.absmax for _, state in pieces])
-    return codes, absmax.to(torch.bfloat16)
+    codes = torch.cat([piece.view(-1) for piece, _ in pieces])
+    return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
 
 
 def pack(
@@ -121,29 +127,49 @@ def _bands(
     return zip(torch.split(old, size), torch.split(new, size), strict=True)
 
 
+def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
+    """Scales as they are kept: rounded to bf16, which changes one by 1 part in 256 at most.
+
+    The only place where taking over a quantized checkpoint loses anything. The packed kernel reads
+    bf16, and bitsandbytes itself rounds so on CPUs that have it. Scales that were taken from bf16
+    weights and not quantized once more (no "double quantization") are bf16 numbers: they stay.
+    """
+    return absmax.to(torch.bfloat16)
+
+
 def quant_state(
-    absmax: torch.Tensor, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
+    absmax: torch.Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.bfloat16,
+    quant_type: FourBit = "nf4",
 ) -> Any:
     """bitsandbytes' description of a matrix, for `matmul` and `matmul_packed`."""
     functional = _functional()
     return functional.QuantState(
         absmax=absmax,
         shape=torch.Size((rows, columns)),
-        code=_code(absmax.device),
+        code=table(quant_type, absmax.device),
         blocksize=BLOCKSIZE,
-        quant_type="nf4",
+        quant_type=quant_type,
         dtype=dtype,
     )
 
 
 @functools.cache
-def _code(device: torch.device) -> torch.Tensor:
-    code: torch.Tensor = _functional().get_4bit_type("nf4", device=device, blocksize=BLOCKSIZE)
-    return code
+def table(quant_type: FourBit, device: torch.device) -> torch.Tensor:
+    """The 16 numbers that the codes stand for: fp32 [16]. Not to be changed."""
+    numbers: torch.Tensor = _functional().get_4bit_type(quant_type, device=device)
+    return numbers
 
 
 def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
     """x [..., columns] times the transposed matrix: [..., rows]. Layout "bitsandbytes"."""
+    rows, columns = state.shape
+    if x.device.type == "cpu" and columns % BLOCKSIZE:
+        # bitsandbytes' AVX512 kernel is wrong here: it lets a block begin with each row.
+        weight = dequantize(codes, state.absmax, (rows, columns), x.dtype, state.quant_type)
+        return torch.nn.functional.linear(x, weight)
     result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
     return result
 
@@ -152,3 +178,18 @@ def matmul_packed(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Ten
     """As `matmul`, for the layout "cpu-packed", where `has_packed_kernel()`."""
     result: torch.Tensor = _functional().gemv_4bit(x, codes, state=state)
     return result
+
+
+def dequantize(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    quant_type: FourBit = "nf4",
+) -> torch.Tensor:
+    """The matrix of this shape as `dtype`; absmax fp32. Layout "bitsandbytes"."""
+    # As one long row: on a CPU, bitsandbytes reads the blocks of others wrongly where the columns
+    # are 16, 32, 48, 80, ... and compiles a kernel first where their count is odd.
+    state = quant_state(absmax, 1, 2 * codes.numel(), dtype, quant_type)
+    flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
+    return flat.view(-1)[: shape[0] * shape[1]].view(shape)

@@ -7,10 +7,9 @@ endian; the header, JSON; the tensors' bytes, one behind the other without holes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +22,9 @@ from mixchat.errors import CheckpointError
 from mixchat.files import give_name, temporary_name
 
 ALIGNMENT = 4096
-_MAX_HEADER = 100_000_000  # the reference implementation's own limit, in bytes
+# Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
+_MAX_HEADER = 10_000_000
+_MAX_DIMENSIONS = 8
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,11 +60,56 @@ class _Entry:
     start: int  # from the beginning of the file
 
 
-class SafetensorsFile:
-    """An open safetensors file whose header has been read and checked.
+class Header:
+    """What a safetensors file's header says: the tensors, in the order of their bytes.
 
-    `specs` lists the tensors in the order of their bytes. Raises `CheckpointError` where the file
-    is missing, cut short, or not what the format allows.
+    `size` is the whole file's, in bytes. Raises `CheckpointError`, which names the file as `where`,
+    where the header is not what the format allows, or does not account for every byte.
+    """
+
+    def __init__(self, text: bytes | bytearray, size: int, where: str) -> None:
+        self.where, self.size = where, size
+        try:
+            raw = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{where}: not a safetensors file (bad header)") from None
+        self._entries = _check_header(where, raw, 8 + len(text), size)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors, in the order of their bytes in the file."""
+        return [entry.spec for entry in self._entries.values()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def spec(self, name: str) -> TensorSpec:
+        """The tensor of this name. Raises `CheckpointError` where there is none."""
+        return self._entry(name).spec
+
+    def start(self, name: str) -> int:
+        """Where the tensor's bytes begin, counted from the beginning of the file."""
+        return self._entry(name).start
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.where}: there is no tensor {name!r}") from None
+
+
+def header_length(first: bytes | bytearray, size: int, where: str) -> int:
+    """Bytes of the header's text, out of a file's first eight. Raises `CheckpointError`."""
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or length > min(_MAX_HEADER, size - 8):
+        raise CheckpointError(f"{where}: not a safetensors file, or cut short")
+    return length
+
+
+class SafetensorsFile:
+    """An open safetensors file, whose `header` has been read and checked.
+
+    Raises `CheckpointError` where the file is missing, cut short, or not what the format allows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +121,7 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
-            self._entries = self._read_header()
+            self.header = self._read_header()
         except OSError as error:
             self.close()
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -83,25 +129,12 @@ class SafetensorsFile:
             self.close()
             raise
 
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """The tensors, in the order of their bytes in the file."""
-        return [entry.spec for entry in self._entries.values()]
-
-    def spec(self, name: str) -> TensorSpec:
-        """The tensor of this name. Raises `CheckpointError` where there is none."""
-        return self._entry(name).spec
-
-    def start(self, name: str) -> int:
-        """Where the tensor's bytes begin, counted from the beginning of the file."""
-        return self._entry(name).start
-
     def read(self, name: str) -> torch.Tensor:
         """A new tensor with the bytes of `name`. Raises `CheckpointError` where they are short."""
-        entry = self._entry(name)
-        block = torch.empty(entry.spec.nbytes, dtype=torch.uint8)
-        self.read_into(block, entry.start)
-        return block.view(entry.spec.dtype).view(entry.spec.shape)
+        spec = self.header.spec(name)
+        block = torch.empty(spec.nbytes, dtype=torch.uint8)
+        self.read_into(block, self.header.start(name))
+        return block.view(spec.dtype).view(spec.shape)
 
     def read_into(self, block: torch.Tensor, start: int) -> None:
         """Fill `block` (uint8, contiguous, on the CPU) from byte `start` of the file on."""
@@ -135,78 +168,65 @@ class SafetensorsFile:
     ) -> None:
         self.close()
 
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path}: there is no tensor {name!r}") from None
-
-    def _read_header(self) -> dict[str, _Entry]:
+    def _read_header(self) -> Header:
         size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{self.path}: not a safetensors file, or cut short")
-        try:
-            header = json.loads(os.pread(self._fd, length, 8).decode("utf-8"))
-        except (ValueError, RecursionError):
-            raise CheckpointError(f"{self.path}: not a safetensors file (bad header)") from None
-        return _check_header(self.path, header, 8 + length, size)
+        length = header_length(os.pread(self._fd, 8, 0), size, str(self.path))
+        return Header(os.pread(self._fd, length, 8), size, str(self.path))
 
 
-def _check_header(path: Path, header: Any, base: int, size: int) -> dict[str, _Entry]:
+def _check_header(where: str, header: Any, base: int, size: int) -> dict[str, _Entry]:
     """The header's entries in the order of their bytes; every byte of the file is accounted for."""
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file (bad header)")
+        raise CheckpointError(f"{where}: not a safetensors file (bad header)")
     header.pop("__metadata__", None)
-    entries = [_parse_entry(path, name, raw, base) for name, raw in header.items()]
+    entries = [_parse_entry(where, name, raw, base) for name, raw in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.spec.nbytes))
     end = base
     for entry in entries:
         if entry.start != end:
-            raise CheckpointError(f"{path}: the bytes of {entry.spec.name!r} are misplaced")
+            raise CheckpointError(f"{where}: the bytes of {entry.spec.name!r} are misplaced")
         end += entry.spec.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path}: cut short or overlong: its header describes {end} bytes, it has {size}"
+            f"{where}: cut short or overlong: its header describes {end} bytes, it has {size}"
         )
     return {entry.spec.name: entry for entry in entries}
 
 
-def _parse_entry(path: Path, name: str, raw: Any, base: int) -> _Entry:
+def _parse_entry(where: str, name: str, raw: Any, base: int) -> _Entry:
     try:
         dtype, shape, (start, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed") from None
+        raise CheckpointError(f"{where}: the header's entry for {name!r} is malformed") from None
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has the unsupported type {dtype!r}")
-    numbers = [*shape, start, end] if isinstance(shape, list) else [None]
+        raise CheckpointError(f"{where}: {name!r} has the unsupported type {dtype!r}")
+    known = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+    numbers = [*shape, start, end] if known else [None]
     if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
-        raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed")
+        raise CheckpointError(f"{where}: the header's entry for {name!r} is malformed")
     spec = TensorSpec(name, _DTYPES[dtype], tuple(shape))
     if end - start != spec.nbytes:
         raise CheckpointError(
-            f"{path}: {name!r} should take {spec.nbytes} bytes, its header gives it {end - start}"
+            f"{where}: {name!r} should take {spec.nbytes} bytes, its header gives it {end - start}"
         )
     return _Entry(spec, base + start)
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors are known beforehand, in their order, hashing as it goes.
+    """Writes one file whose tensors are known beforehand, in their order: a context manager.
 
-    The bytes go to `<name>.tmp`; `finish` syncs it, gives it its name and syncs the directory, so
-    that a file under its own name is always whole. The data begins on a 4096-byte boundary.
+    The bytes go to `<name>.tmp`, which at the end is synced and given its name, so that a file
+    under its own name is always whole; it is removed where something goes wrong.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         self.path = path
         self._todo = list(specs)[::-1]
         self._temporary = temporary_name(path)
-        self._hash = hashlib.sha256()
-        self._size = 0
         # A fresh file: a link planted under the temporary name is not written through.
         self._temporary.unlink(missing_ok=True)
-        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed in finish or abort
-        self._write(_header(self._todo[::-1]))
+        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed in __exit__
+        self._file.write(header_bytes(self._todo[::-1]))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, which must be `name` with the type and shape announced."""
@@ -214,29 +234,39 @@ class SafetensorsWriter:
         assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape)), (
             f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}"
         )
-        self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(tensor_bytes(tensor))
 
-    def finish(self) -> tuple[int, str]:
-        """Make the file durable under its name; its size in bytes and its SHA-256 in hex."""
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
         assert not self._todo, f"{self._todo[-1].name} was not written"
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         give_name(self._temporary, self.path)
-        return self._size, self._hash.hexdigest()
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._size += len(data)
 
 
-def _header(specs: list[TensorSpec]) -> bytes:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, in place where it is contiguous."""
+    view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
+    """What a file with these tensors begins with; their data starts on a 4096-byte boundary."""
     entries, end = {}, 0
     for spec in specs:
         entries[spec.name] = {

@@ -1,111 +1,141 @@
-"""A checkpoint as Hugging Face keeps it: finds its tensors, checks them, reads them one by one.
+"""A checkpoint as Hugging Face keeps it: which tensor lies in which shard, all of them checked.
 
 Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never touched.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
-from mixchat.weights.checkpoint_files import INDEX, read_weight_map, weight_files
-from mixchat.weights.safetensors import SafetensorsFile
+from mixchat.weights import bnb_format
+from mixchat.weights.bnb_format import Quantized4bit
+from mixchat.weights.nf4 import FourBit
+from mixchat.weights.safetensors import Header
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
+_EMBEDDING = "model.embed_tokens.weight"
+
+Read = Callable[[str], torch.Tensor]
 
 
-class SourceCheckpoint:
-    """The weights of a `MixtralForCausalLM` in a directory.
+class SourceIndex:
+    """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
 
-    Opening reads every shard's header and checks that all tensors are there, with the shapes of
-    config.json, and no others. Raises `CheckpointError` with one line that names the first fault.
+    `weight_map` is the index file's, None for a checkpoint of one file; `where` names it in
+    messages. Raises `CheckpointError`, with one line that names the first fault, unless all tensors
+    are there, with the shapes of the config, and no others.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.config = ModelConfig.from_file(directory / "config.json")
-        self._files: dict[str, SafetensorsFile] = {}
-        self._where: dict[str, SafetensorsFile] = {}
-        try:
-            self._open_shards()
-            self._check_tensors()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(
+        self,
+        config: ModelConfig,
+        headers: Mapping[str, Header],
+        weight_map: Mapping[str, str] | None,
+        where: str,
+    ) -> None:
+        self.config, self.where = config, where
+        self._headers = dict(headers)
+        if weight_map is None:
+            (file,) = headers
+            weight_map = {spec.name: file for spec in headers[file].specs}
+        self._weight_map = dict(weight_map)
+        self._shapes = expected_shapes(config)
+        self._check_tensors()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that will be read."""
-        return sum(self._where[name].spec(name).nbytes for name in expected_shapes(self.config))
+    def shards(self) -> list[str]:
+        """The names of the files, in their order."""
+        return sorted(self._headers)
+
+    def header(self, shard: str) -> Header:
+        """The header of a file."""
+        return self._headers[shard]
+
+    def shard_of(self, tensor: str) -> str:
+        """The file with this tensor."""
+        return self._weight_map[tensor]
+
+    def nbytes(self, tensors: Iterable[str]) -> int:
+        """Bytes of these tensors together."""
+        return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
+
+    def components(self, matrix: str) -> tuple[str, ...]:
+        """The tensors that make up a matrix: itself, and bitsandbytes' own if it quantized it."""
+        return bnb_format.component_names(matrix, self._weight_map)
+
+    def quant_type(self, matrix: str) -> FourBit | None:
+        """What bitsandbytes quantized a matrix to; None where it is dense."""
+        return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding, which stands for the whole."""
-        name = "model.embed_tokens.weight"
-        return self._where[name].spec(name).dtype
+        return self._headers[self._weight_map[_EMBEDDING]].spec(_EMBEDDING).dtype
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU. Raises `CheckpointError` where it holds NaN or infinity."""
-        tensor = self._where[name].read(name)
+    def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
+        """A matrix or vector in floats. Raises `CheckpointError` where it holds NaN or infinity."""
+        if self.quant_type(matrix) is None:
+            tensor = read(matrix)
+        else:
+            tensor = bnb_format.dequantize(self.read_4bit(matrix, read), torch.bfloat16)
         least, most = tensor.aminmax()  # NaN wins; unlike isfinite() it needs no second tensor
         if not (torch.isfinite(least) and torch.isfinite(most)):
             kind = "NaN" if torch.isnan(least) else "infinity"
-            raise CheckpointError(f"{self._where[name].path}: {name} holds {kind}")
-        return tensor
+            raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {kind}")
+        return tensor.view(self._shapes[matrix])
 
-    def close(self) -> None:
-        """Close all files."""
-        for file in self._files.values():
-            file.close()
+    def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
+        """A matrix that bitsandbytes quantized. Raises `CheckpointError` where it is malformed."""
+        rows, columns = self._shapes[matrix]
+        return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
-    def _open_shards(self) -> None:
-        where = str(self.directory)
-        try:
-            names = os.listdir(self.directory)
-            index = (self.directory / INDEX).read_bytes() if INDEX in names else None
-        except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
-        for name in weight_files(names, index, where=where):
-            self._files[name] = SafetensorsFile(self.directory / name)
-        if index is None:
-            (file,) = self._files.values()
-            self._where = {spec.name: file for spec in file.specs}
-            return
-        for tensor, name in read_weight_map(index, where=where).items():
-            self._files[name].spec(tensor)
-            self._where[tensor] = self._files[name]
+    def _place(self, tensor: str) -> str:
+        return self._headers[self._weight_map[tensor]].where
 
     def _check_tensors(self) -> None:
-        expected = expected_shapes(self.config)
-        for name, shape in expected.items():
-            if name not in self._where:
-                raise CheckpointError(f"{self.directory}: the tensor {name} is missing")
-            spec = self._where[name].spec(name)
-            if spec.shape != shape:
-                raise CheckpointError(
-                    f"{self._where[name].path}: {name} has the shape {list(spec.shape)}, "
-                    f"config.json asks for {list(shape)}"
-                )
-            if spec.dtype not in _FLOATS:
-                raise CheckpointError(
-                    f"{self._where[name].path}: {name} is {spec.dtype}: "
-                    "only bf16, fp16 and fp32 weights can be quantized"
-                )
-        for name in self._where:
+        known: set[str] = set()
+        for name, shape in self._shapes.items():
+            if name not in self._weight_map:
+                raise CheckpointError(f"{self.where}: the tensor {name} is missing")
+            if self.quant_type(name) is None:
+                self._check_dense(name, shape)
+            elif len(shape) != 2:
+                raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
+            known.update(self.components(name))
+        for name, shard in self._weight_map.items():
+            self._headers[shard].spec(name)
             tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-            if name not in expected and not tied_head and not name.endswith(_IGNORED):
-                raise CheckpointError(f"{self.directory}: {name} is not a tensor of a Mixtral")
+            if name not in known and not tied_head and not name.endswith(_IGNORED):
+                raise CheckpointError(f"{self.where}: {name!r:.120} is not a tensor of a Mixtral")
+
+    def _check_dense(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = self._headers[self._weight_map[name]].spec(name)
+        if spec.shape != shape:
+            raise CheckpointError(
+                f"{self._place(name)}: {name} has the shape {list(spec.shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+        if spec.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self._place(name)}: {name} is {spec.dtype}: "
+                "only bf16, fp16 and fp32 weights can be quantized"
+            )
 
 
 def expert_tensor(layer: int, expert: int, matrix: str) -> str:
     """Name of `w1`, `w2` or `w3` of an expert."""
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+
+
+def attention_tensors(layer: int) -> tuple[str, ...]:
+    """Names of a layer's four attention matrices."""
+    return tuple(f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

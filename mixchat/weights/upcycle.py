@@ -19,7 +19,7 @@ import torch
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
-from mixchat.progress import Progress
+from mixchat.progress import Progress, running
 from mixchat.weights.checkpoint_files import INDEX
 from mixchat.weights.gguf_tokenizer import write_tokenizer
 from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
@@ -140,24 +140,16 @@ def _write_shards(
     total = sum(spec.nbytes for spec in specs)
     shards = list(_shards(specs))
     weight_map = {}
-    progress.begin("building the demo model", total)
-    try:
+    with running(progress, "building the demo model", total) as task:
         for number, shard in enumerate(shards, 1):
             path = target / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            writer = SafetensorsWriter(path, shard)
-            try:
+            with SafetensorsWriter(path, shard) as writer:
                 for spec in shard:
                     name, tensor = next(tensors)
                     _check(spec, name, tensor)
                     writer.write(name, tensor)
-                    progress.advance(spec.nbytes)
+                    task.advance(spec.nbytes)
                     weight_map[name] = path.name
-                writer.finish()
-            except BaseException:
-                writer.abort()
-                raise
-    finally:
-        progress.end()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(target / INDEX, index)
 

@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.progress import NoProgress
 from mixchat.text.tokenizer import load_tokenizer
+from mixchat.weights.build import build
 from mixchat.weights.demo import build_checkpoint
 from mixchat.weights.manifest import Source
-from mixchat.weights.quantize import QuantizeOptions, quantize_checkpoint
+from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.quantize import QuantizeOptions, blueprint_of
 
 WINDOW = 512
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -83,9 +85,8 @@ def main(text: Path, tokens: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, kept = Path(temporary) / "checkpoint", Path(temporary) / "kept"
         build_checkpoint(checkpoint, NoProgress())
-        quantize_checkpoint(
-            checkpoint, kept, QuantizeOptions(), source=Source("demo"), progress=NoProgress()
-        )
+        origin = LocalOrigin(checkpoint, Source("demo"))
+        build(origin, kept, blueprint_of(origin.index, QuantizeOptions()))
         ids = load_tokenizer(kept).encode(text.read_text(encoding="utf-8"))[:tokens]
         if len(ids) < tokens:
             raise SystemExit(f"the text has only {len(ids)} tokens")

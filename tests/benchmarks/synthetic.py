@@ -7,6 +7,7 @@ It goes directly into mixchat's format, so that no checkpoint in bf16 is needed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
@@ -17,9 +18,15 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.files import write_file
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
-from mixchat.weights.manifest import FileRecord, Manifest, Source, write_manifest
+from mixchat.weights.manifest import (
+    FileRecord,
+    Manifest,
+    Source,
+    WeightsRecord,
+    write_manifest,
+)
 from mixchat.weights.quantize import best_layout
-from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec, tensor_bytes
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -44,21 +51,26 @@ def write_synthetic(directory: Path, layers: int) -> None:
     quantization = Quantization(layout=best_layout(), attention=True, head=True)
     blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
     directory.mkdir(parents=True)
-    write_file(directory / "config.json", json.dumps(config).encode())
-    files = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
+    text = json.dumps(config).encode()
+    write_file(directory / "config.json", text)
+    files = {"config.json": FileRecord(len(text), hashlib.sha256(text).hexdigest())}
+    weights = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
     for layer in range(layers):
         name = experts_file(layer)
-        files[name] = _write(directory / name, blueprint.expert_tensors(), layer + 1)
-    write_manifest(directory, Manifest(Source("synthetic"), quantization.description(), files))
+        weights[name] = _write(directory / name, blueprint.expert_tensors(), layer + 1)
+    how = quantization.description()
+    write_manifest(directory, Manifest(Source("synthetic"), how, files, weights))
 
 
-def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> FileRecord:
+def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:
     generator = torch.Generator().manual_seed(seed)
-    specs = list(specs)
-    writer = SafetensorsWriter(path, specs)
-    for spec in specs:
-        writer.write(spec.name, _random(spec, generator))
-    return FileRecord(*writer.finish())
+    specs, digests = list(specs), {}
+    with SafetensorsWriter(path, specs) as writer:
+        for spec in specs:
+            tensor = _random(spec, generator)
+            writer.write(spec.name, tensor)
+            digests[spec.name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return WeightsRecord(path.stat().st_size, digests)
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:

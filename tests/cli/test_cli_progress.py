@@ -1,8 +1,12 @@
 """Progress: bars on a terminal, a line now and then elsewhere."""
 
 import io
+import threading
+
+import pytest
 
 from mixchat.cli.progress import Bars, Lines, show_progress, status
+from mixchat.progress import NoProgress, running
 
 
 class Screen(io.StringIO):
@@ -20,46 +24,179 @@ class Clock:
 def test_lines_say_the_beginning_the_end_and_at_most_one_a_minute():
     out, clock = io.StringIO(), Clock()
     lines = Lines(out, clock)
-    lines.begin("fetching [a/b]", 1000)
+    task = lines.task("fetching [a/b]", 1000)
     for _ in range(150):
         clock.now += 1
-        lines.advance(1)
-    lines.begin("quantizing", 2000)
+        task.advance(1)
+    task.close()
+    task.close()
+    task = lines.task("quantizing", 2000)
     clock.now += 5
-    lines.advance(2000)
-    lines.end()
-    lines.end()
+    task.advance(2000)
+    lines.close()
+    lines.close()
     assert out.getvalue().splitlines() == [
         "fetching [a/b]: 1 kB",
-        "fetching [a/b]: 60 bytes of 1 kB",
-        "fetching [a/b]: 120 bytes of 1 kB",
-        "fetching [a/b]: 150 bytes in 150 s",
+        "fetching [a/b]: 60 bytes of 1 kB, 1 bytes/s, 16 min left",
+        "fetching [a/b]: 120 bytes of 1 kB, 1 bytes/s, 15 min left",
+        "fetching [a/b]: 150 bytes in 2 min",
         "quantizing: 2 kB",
         "quantizing: 2 kB in 5 s",
     ]
 
 
+def test_lines_tell_of_several_things_in_one():
+    out, clock = io.StringIO(), Clock()
+    lines = Lines(out, clock)
+    fetching, quantizing = lines.task("fetching", 10_000), lines.task("quantizing", 5_000)
+    clock.now = 30
+    fetching.advance(6_000)
+    clock.now = 61
+    quantizing.advance(100)
+    fetching.close()
+    clock.now = 130
+    quantizing.advance(100)
+    quantizing.close()
+    assert out.getvalue().splitlines() == [
+        "fetching: 10 kB",
+        "quantizing: 5 kB",
+        "fetching: 6 kB of 10 kB, 98 bytes/s, 41 s left; "
+        "quantizing: 100 bytes of 5 kB, 1 bytes/s, 50 min left",
+        "fetching: 6 kB in 1 min",
+        "quantizing: 200 bytes of 5 kB, 1 bytes/s, 55 min left",
+        "quantizing: 200 bytes in 2 min",
+    ]
+
+
+def test_lines_say_what_was_done_before_and_do_not_count_it_as_speed():
+    out, clock = io.StringIO(), Clock()
+    lines = Lines(out, clock)
+    task = lines.task("fetching", 10_000, 4_000)
+    clock.now = 60
+    task.advance(600)
+    task.close()
+    assert out.getvalue().splitlines() == [
+        "fetching: 10 kB, 4 kB of it done before",
+        "fetching: 4.6 kB of 10 kB, 10 bytes/s, 9 min left",
+        "fetching: 600 bytes in 1 min",
+    ]
+
+
+def test_lines_promise_nothing_while_nothing_comes_or_it_goes_back():
+    out, clock = io.StringIO(), Clock()
+    task = Lines(out, clock).task("fetching", 10_000)
+    clock.now = 60
+    task.advance(0)
+    clock.now = 120
+    task.advance(-500)
+    assert "left" not in out.getvalue()
+
+
+def test_a_thread_that_still_moves_a_closed_bar_says_nothing():
+    """The one that fetches may hear only later that the work was called off."""
+    out, clock = io.StringIO(), Clock()
+    lines = Lines(out, clock)
+    task = lines.task("fetching", 1000)
+    task.close()
+    before = out.getvalue()
+    clock.now = 100
+    task.advance(10)
+    assert out.getvalue() == before
+
+
+def test_lines_of_several_threads_stay_whole():
+    out = io.StringIO()
+    clock = Clock()
+    lines = Lines(out, clock)
+
+    def work(name):
+        with running(lines, name, 100) as task:
+            for _ in range(100):
+                clock.now += 1
+                task.advance(1)
+
+    threads = [threading.Thread(target=work, args=(f"work{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = out.getvalue().splitlines()
+    assert sum(line.endswith(": 100 bytes") for line in said) == 8
+    assert sum(": 100 bytes in " in line for line in said) == 8
+    assert all(line.startswith("work") for line in said)
+
+
+def test_a_note_is_a_line_of_its_own_and_no_markup():
+    for stream in (Screen(), io.StringIO()):
+        with show_progress(stream) as progress:
+            progress.note("before [red]a[/red]")
+            with running(progress, "fetching", 10):
+                progress.note("between " + "x" * 200)
+        assert "before [red]a[/red]\n" in stream.getvalue()
+        assert "between " + "x" * 200 + "\n" in stream.getvalue()
+
+
 def test_a_bar_shows_its_name_as_it_is_and_how_far_it_came():
     screen = Screen()
     bars = Bars(screen)
-    bars.begin("fetching [red]a[/red]", 2_000_000)
-    bars.advance(1_000_000)
-    bars.end()
+    bars.task("fetching [red]a[/red]", 2_000_000).advance(1_000_000)
+    bars.close()
     assert "fetching [red]a[/red]" in screen.getvalue()
     assert "1.0/2.0 MB" in screen.getvalue()
 
 
-def test_the_next_bar_closes_the_last_one_and_the_end_closes_it_even_after_an_error():
+def test_several_bars_are_shown_at_once_each_with_what_was_done_before():
     screen = Screen()
-    try:
+    bars = Bars(screen)
+    one, two = bars.task("fetching", 2_000_000, 500_000), bars.task("quantizing", 4_000_000)
+    one.advance(500_000)
+    two.advance(3_000_000)
+    one.close()
+    bars.close()
+    shown = screen.getvalue()
+    last = shown[shown.rindex("fetching") :]
+    assert "1.0/2.0 MB" in last
+    assert "3.0/4.0 MB" in last
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_end_closes_the_bars_once_even_after_an_error(closed):
+    screen = Screen()
+
+    def work():
         with show_progress(screen) as progress:
-            progress.begin("one", 10)
-            progress.begin("two", 10)
+            for task in [progress.task(name, 10) for name in ("one", "two")]:
+                if closed:
+                    task.close()
+                    task.close()
             raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     hide, show = screen.getvalue().count("\x1b[?25l"), screen.getvalue().count("\x1b[?25h")
-    assert hide == show == 2
+    assert hide == show == 1
+
+
+def test_a_screen_without_bars_is_left_alone():
+    screen = Screen()
+    with show_progress(screen):
+        pass
+    assert screen.getvalue() == ""
+
+
+def test_a_bar_is_closed_by_an_error_in_its_block():
+    out = io.StringIO()
+    lines = Lines(out, Clock())
+    with pytest.raises(KeyboardInterrupt), running(lines, "fetching", 10):
+        raise KeyboardInterrupt
+    assert out.getvalue().splitlines()[-1] == "fetching: 0 bytes in 0 s"
+
+
+def test_no_progress_takes_everything():
+    with running(NoProgress(), "x", 1) as task:
+        task.advance(1)
+        task.close()
+    NoProgress().note("x")
 
 
 def test_a_status_is_for_terminals_only_and_its_text_is_no_markup():

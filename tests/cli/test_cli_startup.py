@@ -30,7 +30,18 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["run", "--help"], ["download", "-h"], []]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["download", "-h"],
+        ["rm", "-h"],
+        ["verify", "-h"],
+        ["repair", "-h"],
+        ["gc", "-h"],
+        [],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     done = subprocess.run(

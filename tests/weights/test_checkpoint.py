@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mixchat.errors import CheckpointError
+from mixchat.weights import manifest
 from mixchat.weights.checkpoint import KeptModel
 from mixchat.weights.manifest import MANIFEST_FILE, read_manifest
 
@@ -18,8 +19,11 @@ def kept(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def edit_manifest(kept: Path, **changes: Any) -> None:
+    """Change the manifest, and its own SHA-256 with it."""
     path = kept / MANIFEST_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    document = {**json.loads(path.read_text()), **changes}
+    del document["sha256"]
+    path.write_text(json.dumps({**document, "sha256": manifest._digest(document)}))
 
 
 def refusal(kept: Path) -> str:
@@ -64,10 +68,16 @@ def test_files_of_another_layer_count_are_refused(kept: Path) -> None:
 def test_a_file_of_another_model_is_refused(kept: Path) -> None:
     shared, experts = kept / "shared.safetensors", kept / "experts-000.safetensors"
     shutil.copy(experts, shared)
-    files = json.loads((kept / MANIFEST_FILE).read_text())["files"]
-    files["shared.safetensors"] = files["experts-000.safetensors"]
-    edit_manifest(kept, files=files)
+    weights = json.loads((kept / MANIFEST_FILE).read_text())["weights"]
+    weights["shared.safetensors"] = weights["experts-000.safetensors"]
+    edit_manifest(kept, weights=weights)
     assert "its tensors are not those of this model" in refusal(kept)
+
+
+def test_a_changed_manifest_is_found_by_its_own_hash(kept: Path) -> None:
+    path = kept / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"nf4"', '"fp4"'))
+    assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(kept)
 
 
 def test_another_format_says_what_to_do(kept: Path) -> None:
@@ -91,6 +101,12 @@ def test_another_format_says_what_to_do(kept: Path) -> None:
         {"files": {"a/b": {"size": 1, "sha256": ""}}},
         {"files": {"a": {"size": "1", "sha256": ""}}},
         {"files": {"a": {"size": 1, "sha256": None}}},
+        {"weights": None},
+        {"weights": {"a": 1}},
+        {"weights": {"a": {"size": 1, "sha256": ""}}},
+        {"weights": {"a": {"size": 1, "sha256": {"x": 1}}}},
+        {"weights": {"../a": {"size": 1, "sha256": {}}}},
+        {"weights": {"a": {"size": True, "sha256": {}}}},
     ],
 )
 def test_a_malformed_manifest_is_refused(kept: Path, changes: dict[str, Any]) -> None:
@@ -105,6 +121,14 @@ def test_an_unknown_quantization_is_refused(kept: Path, key: str, value: object)
     quantization = json.loads((kept / MANIFEST_FILE).read_text())["quantization"]
     edit_manifest(kept, quantization={**quantization, key: value})
     assert key in refusal(kept)
+
+
+def test_a_model_in_fp4_opens(kept: Path) -> None:
+    quantization = json.loads((kept / MANIFEST_FILE).read_text())["quantization"]
+    edit_manifest(kept, quantization={**quantization, "quant_type": "fp4"})
+    with KeptModel(kept) as model:
+        assert model.blueprint.expert.w13.quant_type == "fp4"
+        assert model.blueprint.gate(0).dtype == model.blueprint.quantization.dtype
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", "null"])

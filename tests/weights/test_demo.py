@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_tokenizer import TEMPLATE, metadata
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
@@ -43,33 +44,6 @@ DENSE = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def metadata() -> dict[str, Any]:
-    """A GGUF file's tokenizer: three control tokens, GPT-2's 256 bytes, and three merges."""
-    from tokenizers import pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = ["he", "ll", "hell"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": [
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<|im_end|>",
-            *alphabet,
-            *merged,
-        ],
-        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 259,
-        "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.chat_template": TEMPLATE,
-    }
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -191,16 +165,30 @@ class TestUpcycling:
         self, stub_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from mixchat.weights import upcycle
-        from mixchat.weights.source import SourceCheckpoint, expected_shapes
+        from mixchat.weights.manifest import Source
+        from mixchat.weights.origin import LocalOrigin, Readers
+        from mixchat.weights.source import expected_shapes
 
         stub_wheel()
         monkeypatch.setattr(upcycle, "_SHARD_BYTES", 100_000)
         demo.build_checkpoint(tmp_path / "built", NoProgress())
         assert len(list((tmp_path / "built").glob("*.safetensors"))) > 3
-        source = SourceCheckpoint(tmp_path / "built")
-        for name in expected_shapes(source.config):
-            source.read(name)
-        source.close()
+        source = LocalOrigin(tmp_path / "built", Source("demo"))
+        with Readers(source) as readers:
+            for name, shape in expected_shapes(source.index.config).items():
+                assert readers.read(name).shape == shape
+
+    def test_the_tensors_are_known_before_it_is_built(
+        self, stub_wheel: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        from mixchat.weights.manifest import Source
+        from mixchat.weights.origin import LocalOrigin
+
+        stub_wheel()
+        demo.build_checkpoint(tmp_path / "built", NoProgress())
+        built = LocalOrigin(tmp_path / "built", Source("demo")).index
+        (shard,) = built.shards
+        assert demo.expected_index().header("demo").specs == built.header(shard).specs
 
     def test_a_dense_model_of_another_shape_is_refused(
         self, stub_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,16 +13,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.errors import MixchatError, ModelNotFoundError, UsageError
+from mixchat.machine import disk_usage
 from mixchat.weights import models
-from mixchat.weights.manifest import FileRecord, Manifest, Source, write_manifest
+from mixchat.weights.manifest import (
+    FileRecord,
+    Manifest,
+    Source,
+    WeightsRecord,
+    write_manifest,
+)
 
 QUANTIZATION = {
     "quant_type": "nf4",
     "blocksize": 64,
+    "scales": "absmax",
     "layout": "bitsandbytes",
     "attention": False,
     "head": False,
     "dtype": "bfloat16",
+}
+CONFIG = {
+    "model_type": "mixtral",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
 }
 HOSTILE = [
     "",
@@ -80,8 +100,11 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
     directory.mkdir(parents=True)
     (directory / "shared.safetensors").write_bytes(b"x" * 1000)
     if finished:
-        files = {"shared.safetensors": FileRecord(1000, "0" * 64)}
-        write_manifest(directory, Manifest(Source(source, "c" * 40), QUANTIZATION, files))
+        config = json.dumps(CONFIG).encode()
+        (directory / "config.json").write_bytes(config)
+        files = {"config.json": FileRecord(len(config), "0" * 64)}
+        weights = {"shared.safetensors": WeightsRecord(1000, {"x": "0" * 64})}
+        write_manifest(directory, Manifest(Source(source, "c" * 40), QUANTIZATION, files, weights))
     return directory
 
 
@@ -203,6 +226,30 @@ class TestFind:
         assert models.find("./moved") == place
 
 
+class TestLocate:
+    def test_finds_what_is_there_whatever_its_state(self) -> None:
+        for key, finished in (("org--name", True), ("half", False)):
+            directory = keep(key, finished=finished)
+            assert models.locate(key) == directory
+        assert models.locate("org/name") == models.models_dir() / "org--name"
+
+    def test_one_that_is_not_here(self) -> None:
+        for name in ("org/name", "demo", "instruct"):
+            with pytest.raises(ModelNotFoundError, match="not on this machine"):
+                models.locate(name)
+
+    def test_a_kept_model_elsewhere_only_where_it_is_asked_for(self) -> None:
+        place = keep("elsewhere").rename(Path.cwd() / "moved")
+        assert models.locate("./moved", anywhere=True) == place
+        with pytest.raises(ModelNotFoundError):
+            models.locate("./moved")
+
+    def test_a_link_to_a_directory_is_the_link(self, tmp_path: Path) -> None:
+        keep("good")
+        (models.models_dir() / "link").symlink_to(models.models_dir() / "good")
+        assert models.locate("link") == models.models_dir() / "link"
+
+
 class TestList:
     def test_nothing_yet(self, home: Path) -> None:
         assert models.list_models() == []
@@ -213,8 +260,21 @@ class TestList:
         keep("demo", source="demo")
         demo, other = models.list_models()
         assert (demo.key, demo.source) == ("demo", "demo")
-        size = 1000 + (path / "mixchat.json").stat().st_size
-        assert other == models.ModelEntry("org--name", path, size, "org/name", "nf4")
+        size = disk_usage(path)
+        assert size > 1000
+        commit = "c" * 40
+        assert other == models.ModelEntry(
+            "org--name", path, size, "org/name", commit, "nf4", context=128
+        )
+
+    @pytest.mark.parametrize("config", [b"", b"{}", b'{"model_type": "llama"}'])
+    def test_a_damaged_config_is_a_damaged_model(self, config: bytes) -> None:
+        (keep("bad") / "config.json").write_bytes(config)
+        assert [model.problem for model in models.list_models()] == ["damaged"]
+
+    def test_a_file_of_another_size_is_a_damaged_model(self) -> None:
+        (keep("bad") / "shared.safetensors").write_bytes(b"short")
+        assert [model.problem for model in models.list_models()] == ["damaged"]
 
     @pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
     def test_one_damaged_manifest_does_not_hide_the_others(self, manifest: bytes) -> None:
@@ -236,7 +296,7 @@ class TestList:
 def test_importing_does_no_work() -> None:
     program = (
         "import sys, json\n"
-        "from mixchat.weights import models, hub, download, demo, resume, hub_errors\n"
+        "from mixchat.weights import models, demo, hub_errors, lock, journal, manifest\n"
         "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )

@@ -4,12 +4,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixchat.errors import CheckpointError
 from mixchat.weights import nf4
-from mixchat.weights.linear import LinearSpec
+from mixchat.weights.bnb_format import Quantized4bit
+from mixchat.weights.linear import Layout, LinearSpec, QuantType
+from mixchat.weights.quantizer import quantize
 
 needs_kernel = pytest.mark.skipif(
     not nf4.has_packed_kernel(), reason="the packed kernel needs a CPU with AVX512-BF16"
 )
+
+each_type = pytest.mark.parametrize("kind", ["nf4", "fp4"])
+QUANTIZE = {"nf4": quantize, "fp4": nf4.quantize_fp4}
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -17,40 +23,42 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
 
 
-def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """The oracle: bitsandbytes there and back, in fp32."""
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+def dequantized(weight: torch.Tensor, kind: str = "nf4") -> torch.Tensor:
+    """The oracle: bitsandbytes there and back, in fp32; as one row, which it always reads right."""
+    codes, state = bnb.quantize_4bit(weight.view(1, -1), blocksize=64, quant_type=kind)
     state.dtype = torch.float32
-    return bnb.dequantize_4bit(codes, state)
+    return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
-def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
+@each_type
+def test_codes_and_scales_are_those_of_bitsandbytes(kind: str) -> None:
     weight = random_weight(96, 128)
-    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    codes, absmax = nf4.quantize(weight)
+    expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    codes, absmax = QUANTIZE[kind](weight)
     assert torch.equal(codes, expected.view(-1))
     # Exactly, not nearly: the largest of 64 bf16 numbers is a bf16 number.
     assert torch.equal(absmax.float(), state.absmax)
 
 
+@each_type
 def test_large_matrices_are_quantized_in_pieces_without_a_seam(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     weight = random_weight(64, 192)
-    whole = nf4.quantize(weight)
+    whole = QUANTIZE[kind](weight)
     monkeypatch.setattr(nf4, "_QUANTIZE_CHUNK", 64 * 7)
-    for one, other in zip(whole, nf4.quantize(weight), strict=True):
+    for one, other in zip(whole, QUANTIZE[kind](weight), strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(5, 6), (3, 66), (1, 2), (7, 130)])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 6), (3, 66), (1, 2), (7, 130), (5, 16), (8, 96)])
 def test_odd_shapes_are_handled_as_bitsandbytes_does(rows: int, columns: int) -> None:
     weight = random_weight(rows, columns)
-    codes, absmax = nf4.quantize(weight)
+    codes, absmax = quantize(weight)
     assert codes.shape == (nf4.codes_size(rows, columns),)
     assert absmax.shape == (nf4.absmax_size(rows, columns),)
-    state = nf4.quant_state(absmax.float(), rows, columns, dtype=torch.float32)
-    assert torch.equal(bnb.dequantize_4bit(codes.view(-1, 1), state), dequantized(weight))
+    result = nf4.dequantize(codes, absmax.float(), (rows, columns), torch.float32)
+    assert torch.equal(result, dequantized(weight))
 
 
 @needs_kernel
@@ -60,7 +68,7 @@ def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> N
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     weight = random_weight(rows, columns)
-    packed, scales = nf4.pack(*nf4.quantize(weight), rows, columns)
+    packed, scales = nf4.pack(*quantize(weight), rows, columns)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     expected, state = _convert_weight_packed_for_cpu(codes, state)
     assert torch.equal(packed, expected.view(-1))
@@ -71,7 +79,7 @@ def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> N
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_packing_loses_nothing(bands: int, blocks: int, seed: int) -> None:
     rows, columns = 32 * bands, 64 * blocks
-    codes, absmax = nf4.quantize(random_weight(rows, columns, seed))
+    codes, absmax = quantize(random_weight(rows, columns, seed))
     again = nf4.unpack(*nf4.pack(codes, absmax, rows, columns), rows, columns)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], absmax)
@@ -88,44 +96,125 @@ def test_a_code_lies_where_the_layout_says() -> None:
 
 
 @needs_kernel
+@each_type
 @pytest.mark.parametrize("tokens", [1, 2, 5, 33])
-def test_the_packed_matmul_equals_the_dequantized_one_to_bf16_rounding(tokens: int) -> None:
+def test_the_packed_matmul_equals_the_dequantized_one_to_bf16_rounding(
+    tokens: int, kind: nf4.FourBit
+) -> None:
     weight, x = random_weight(96, 192), random_weight(tokens, 192, seed=1)
-    packed, absmax = nf4.pack(*nf4.quantize(weight), 96, 192)
-    result = nf4.matmul_packed(x, packed, nf4.quant_state(absmax.view(3, 96), 96, 192))
-    exact = x.double() @ dequantized(weight).double().T
-    scale = x.double().abs() @ dequantized(weight).double().abs().T
+    packed, absmax = nf4.pack(*QUANTIZE[kind](weight), 96, 192)
+    state = nf4.quant_state(absmax.view(3, 96), 96, 192, quant_type=kind)
+    result = nf4.matmul_packed(x, packed, state)
+    exact = x.double() @ dequantized(weight, kind).double().T
+    scale = x.double().abs() @ dequantized(weight, kind).double().abs().T
     assert ((result.double() - exact).abs() <= 2**-8 * scale.clamp(min=1)).all()
 
 
-def test_the_portable_matmul_is_exact_in_fp32() -> None:
-    weight, x = random_weight(40, 192), random_weight(5, 192, seed=1).float()
-    codes, absmax = nf4.quantize(weight)
-    result = nf4.matmul(x, codes, nf4.quant_state(absmax.float(), 40, 192, dtype=torch.float32))
-    torch.testing.assert_close(result, x @ dequantized(weight).T, rtol=1e-5, atol=1e-4)
+@each_type
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("columns", [192, 16, 96, 66, 7])
+def test_the_portable_matmul_is_exact_in_fp32(tokens: int, columns: int, kind: nf4.FourBit) -> None:
+    weight, x = random_weight(40, columns), random_weight(tokens, columns, seed=1).float()
+    codes, absmax = QUANTIZE[kind](weight)
+    state = nf4.quant_state(absmax.float(), 40, columns, torch.float32, kind)
+    result = nf4.matmul(x, codes, state)
+    torch.testing.assert_close(result, x @ dequantized(weight, kind).T, rtol=1e-5, atol=1e-4)
 
 
-def spec(layout: str, rows: int = 64, columns: int = 128) -> LinearSpec:
-    return LinearSpec("w", rows, columns, "nf4", layout, torch.bfloat16)  # type: ignore[arg-type]
+@each_type
+@pytest.mark.parametrize("columns", [128, 96, 66])
+def test_dequantizing_is_that_of_bitsandbytes(kind: nf4.FourBit, columns: int) -> None:
+    weight = random_weight(40, columns)
+    codes, absmax = QUANTIZE[kind](weight)
+    result = nf4.dequantize(codes, absmax.float(), (40, columns), torch.float32, kind)
+    assert torch.equal(result, dequantized(weight, kind))
+
+
+def test_rounding_a_scale_changes_it_by_one_part_in_256_at_most() -> None:
+    scales = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 3 + 1e-3
+    change = (nf4.round_absmax(scales).float() - scales).abs()
+    assert (change <= scales / 256).all()
+    assert torch.equal(nf4.round_absmax(scales.bfloat16().float()), scales.bfloat16())
+
+
+def spec(layout: Layout, rows: int = 64, columns: int = 128, kind: QuantType = "nf4") -> LinearSpec:
+    return LinearSpec("w", rows, columns, kind, layout, torch.bfloat16)
 
 
 @needs_kernel
-def test_both_layouts_of_a_linear_map_give_the_same_result_to_rounding() -> None:
+@each_type
+def test_both_layouts_of_a_linear_map_give_the_same_result_to_rounding(kind: QuantType) -> None:
     weight, x = random_weight(64, 128), random_weight(3, 128, seed=1)
-    portable, packed = (
-        spec(layout).build(spec(layout).encode(weight)) for layout in ("bitsandbytes", "cpu-packed")
-    )
+    specs = [spec("bitsandbytes", kind=kind), spec("cpu-packed", kind=kind)]
+    portable, packed = (one.build(one.encode(weight)) for one in specs)
     torch.testing.assert_close(portable(x), packed(x), rtol=0.02, atol=0.1)
+    expected = x.float() @ dequantized(weight, kind).T
+    torch.testing.assert_close(portable(x).float(), expected, rtol=0.02, atol=0.1)
+
+
+def part(weight: torch.Tensor, kind: nf4.FourBit = "nf4", *, nested: bool = False) -> Quantized4bit:
+    """A matrix as bitsandbytes has quantized it."""
+    codes, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    absmax = state.absmax
+    if nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    return Quantized4bit(kind, *weight.shape, codes.view(-1), absmax)
+
+
+@each_type
+@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
+def test_taking_over_matrices_gives_what_encoding_the_whole_gives(
+    kind: nf4.FourBit, layout: Layout
+) -> None:
+    weight = random_weight(96, 128)
+    linear = spec(layout, rows=96, kind=kind)
+    parts = [part(rows, kind) for rows in weight.split([32, 48, 16])]
+    taken = linear.take_over(parts)
+    assert [tensor.dtype for tensor in taken] == [torch.bfloat16, torch.uint8]
+    for one, other in zip(taken, linear.encode(weight), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_type
+def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind: nf4.FourBit) -> None:
+    weight = random_weight(64, 128)
+    one = part(weight, kind, nested=True)
+    linear = spec("bitsandbytes", kind=kind)
+    absmax, codes = linear.take_over([one])
+    assert torch.equal(codes, one.codes)
+    assert torch.equal(absmax, one.absmax.bfloat16())
+    x = random_weight(5, 128, seed=1).float()
+    expected = x @ nf4.dequantize(codes, absmax.float(), (64, 128), torch.float32, kind).T
+    torch.testing.assert_close(linear.build([absmax, codes])(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_part_must_end_with_a_whole_block_where_another_follows() -> None:
+    whole, broken = part(random_weight(2, 96)), part(random_weight(1, 96))
+    linear = spec("bitsandbytes", rows=3, columns=96)
+    absmax, codes = linear.take_over([whole, broken])
+    assert (absmax.shape, codes.shape) == ((5,), (144,))
+    with pytest.raises(CheckpointError, match=r"^w: a part of it does not end with a whole block"):
+        linear.take_over([broken, whole])
+
+
+def test_a_part_of_another_type_is_refused() -> None:
+    parts = [part(random_weight(32, 128)), part(random_weight(32, 128), "fp4")]
+    with pytest.raises(CheckpointError, match=r"^w: a part of it is fp4, not nf4$"):
+        spec("bitsandbytes").take_over(parts)
 
 
 @pytest.mark.parametrize(
     "layouts", [("bitsandbytes", "cpu-packed"), ("cpu-packed", "bitsandbytes")]
 )
-def test_converting_in_place_gives_what_encoding_gives(layouts: tuple[str, str]) -> None:
+@each_type
+def test_converting_in_place_gives_what_encoding_gives(
+    layouts: tuple[Layout, Layout], kind: QuantType
+) -> None:
     weight = random_weight(64, 128)
-    tensors = spec(layouts[0]).encode(weight)
-    spec(layouts[0]).convert(tensors, spec(layouts[1]))
-    for one, other in zip(tensors, spec(layouts[1]).encode(weight), strict=True):
+    old, new = (spec(layout, kind=kind) for layout in layouts)
+    tensors = old.encode(weight)
+    old.convert(tensors, new)
+    for one, other in zip(tensors, new.encode(weight), strict=True):
         assert torch.equal(one, other)
 
 

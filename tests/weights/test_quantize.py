@@ -1,3 +1,6 @@
+"""A checkpoint becomes a kept model: what is taken over as it is, and what is refused."""
+
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weight_tools import files_of, quantize, shard
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
-from mixchat.progress import NoProgress
 from mixchat.weights.checkpoint import KeptModel
-from mixchat.weights.manifest import MANIFEST_FILE, Source, read_manifest
-from mixchat.weights.quantize import QuantizeOptions, kept_size, quantize_checkpoint
-from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.weights.source import SourceCheckpoint, expected_shapes
+from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, Source, read_manifest
+from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.plan import memory_need
+from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter, TensorSpec
+from mixchat.weights.source import expected_shapes
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -42,32 +47,6 @@ def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None]) ->
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def quantize(checkpoint: Path, target: Path, options: QuantizeOptions | None = None) -> None:
-    quantize_checkpoint(
-        checkpoint,
-        target,
-        options or QuantizeOptions(),
-        source=Source("org/repo", "c0ffee"),
-        progress=NoProgress(),
-    )
-
-
-def shard(checkpoint: Path, count: int) -> None:
-    """Spread the tensors over shards so that every expert spans several."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-    weight_map = {name: names[n % count] for n, name in enumerate(sorted(tensors))}
-    for file in names:
-        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        save_file(part, checkpoint / file)
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_the_manifest_says_where_it_came_from_and_what_was_done(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -75,30 +54,23 @@ def test_the_manifest_says_where_it_came_from_and_what_was_done(
     manifest = read_manifest(tmp_path / "kept")
     assert manifest.source == Source("org/repo", "c0ffee")
     assert manifest.quantization["quant_type"] == "nf4"
-    assert set(manifest.files) | {MANIFEST_FILE} == set(contents(tmp_path / "kept"))
+    names = set(manifest.files) | set(manifest.weights) | {MANIFEST_FILE, MANIFEST_COPY}
+    assert names == set(files_of(tmp_path / "kept"))
     assert KeptModel(tmp_path / "kept").config.hidden_size == 64
 
 
-def test_the_result_depends_on_the_weights_alone_not_on_their_shards(
-    tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    shard(checkpoint, 5)
-    quantize(tiny_checkpoint, tmp_path / "one")
-    quantize(checkpoint, tmp_path / "two")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("attention", [False, True])
-def test_the_size_is_known_beforehand(
-    tiny_checkpoint: Path, tmp_path: Path, attention: bool, head: bool
-) -> None:
-    options = QuantizeOptions(attention=attention, head=head)
-    quantize(tiny_checkpoint, tmp_path / "kept", options)
-    with KeptModel(tmp_path / "kept") as kept:
-        files = kept.manifest.files
-        weights = sum(record.size for name, record in files.items() if "safetensors" in name)
-        assert 0 <= weights - kept_size(kept.config, options) < 4096 * 2 * len(files)
+def test_the_manifest_has_the_hash_of_every_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    for name, record in read_manifest(tmp_path / "kept").weights.items():
+        data = (tmp_path / "kept" / name).read_bytes()
+        with SafetensorsFile(tmp_path / "kept" / name) as file:
+            header = file.header
+        assert record.size == len(data)
+        assert list(record.sha256) == [spec.name for spec in header.specs]
+        for spec in header.specs:
+            start = header.start(spec.name)
+            digest = hashlib.sha256(data[start : start + spec.nbytes]).hexdigest()
+            assert record.sha256[spec.name] == digest
 
 
 def test_the_gate_and_the_attention_keep_their_values(
@@ -137,7 +109,7 @@ def test_an_expert_is_its_three_matrices_one_behind_the_other(
             lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
             r"experts\.2\.w3\.weight is missing",
         ),
-        (lambda t: t.update(extra=torch.ones(1)), "extra is not a tensor of a Mixtral"),
+        (lambda t: t.update(extra=torch.ones(1)), "'extra' is not a tensor of a Mixtral"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(63)}),
             r"model\.norm\.weight has the shape \[63\]",
@@ -192,29 +164,39 @@ def test_an_index_that_leaves_the_directory_is_refused(checkpoint: Path, name: o
     index = {"weight_map": {"lm_head.weight": name}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="names what is no shard"):
-        SourceCheckpoint(checkpoint)
+        LocalOrigin(checkpoint, Source("x"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_an_index_that_is_none_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        SourceCheckpoint(checkpoint)
+        LocalOrigin(checkpoint, Source("x"))
 
 
-def test_a_missing_shard_is_named(checkpoint: Path) -> None:
-    shard(checkpoint, 3)
+def test_a_missing_shard_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shard(tiny_checkpoint, tmp_path / "shards", 3)
     (checkpoint / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00003\.safetensors, which"):
-        SourceCheckpoint(checkpoint)
+        LocalOrigin(checkpoint, Source("x"))
+
+
+def test_a_checkpoint_that_changed_is_told_by_its_fingerprint(checkpoint: Path) -> None:
+    before = LocalOrigin(checkpoint, Source("x")).fingerprint
+    assert LocalOrigin(checkpoint, Source("x")).fingerprint == before
+    change(checkpoint, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert LocalOrigin(checkpoint, Source("x")).fingerprint != before
 
 
 PEAK = """
 import sys
 from pathlib import Path
+from mixchat.weights.build import build
 from mixchat.weights.manifest import Source
-from mixchat.weights.quantize import QuantizeOptions, quantize_checkpoint
-quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeOptions(), source=Source("x"))
+from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+origin = LocalOrigin(Path(sys.argv[1]), Source("x"))
+build(origin, Path(sys.argv[2]), blueprint_of(origin.index, QuantizeOptions()))
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
@@ -253,11 +235,14 @@ def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: to
     (checkpoint / "config.json").write_text(json.dumps(config))
     shapes = expected_shapes(ModelConfig.from_dict(config))
     specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
-    writer = SafetensorsWriter(checkpoint / "model.safetensors", specs)
-    for spec in specs:
-        writer.write(spec.name, torch.full(spec.shape, 0.01, dtype=dtype))
-    writer.finish()
+    with SafetensorsWriter(checkpoint / "model.safetensors", specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, torch.full(spec.shape, 0.01, dtype=dtype))
+    index = LocalOrigin(checkpoint, Source("x")).index
+    need = memory_need(index, blueprint_of(index, QuantizeOptions()))
     try:
-        assert peak_memory(checkpoint, tmp_path / "kept") < 1.5e9
+        peak = peak_memory(checkpoint, tmp_path / "kept")
+        assert peak < 1.5e9
+        assert peak < need.needed
     finally:
         shutil.rmtree(checkpoint)  # up to 3 GB, which pytest would keep

@@ -11,7 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mixchat.errors import CheckpointError
-from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter, TensorSpec
+from mixchat.weights.safetensors import (
+    Header,
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorSpec,
+    header_bytes,
+    header_length,
+)
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.bfloat16).view(3, 4),
@@ -23,10 +30,9 @@ TENSORS = {
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    writer = SafetensorsWriter(path, specs)
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
+    with SafetensorsWriter(path, specs) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
 
 
 def raw_file(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -47,30 +53,41 @@ def test_the_reference_reads_what_we_write(tmp_path: Path) -> None:
 def test_we_read_what_the_reference_writes(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
-        assert {spec.name for spec in file.specs} == set(TENSORS)
+        assert {spec.name for spec in file.header.specs} == set(TENSORS)
         for name, tensor in TENSORS.items():
             read = file.read(name)
             assert read.dtype == tensor.dtype
             assert torch.equal(read, tensor)
 
 
-def test_data_begins_on_a_page_and_the_hash_is_the_files(tmp_path: Path) -> None:
-    import hashlib
-
-    writer = SafetensorsWriter(tmp_path / "x", [TensorSpec("d", torch.uint8, (7,))])
-    writer.write("d", TENSORS["d"])
-    size, sha256 = writer.finish()
-    data = (tmp_path / "x").read_bytes()
-    assert (size, sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert data[4096:] == bytes(range(7))
+def test_data_begins_on_a_page(tmp_path: Path) -> None:
+    write(tmp_path / "x", {"d": TENSORS["d"]})
+    assert (tmp_path / "x").read_bytes()[4096:] == bytes(range(7))
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path / "x", [TensorSpec("d", torch.uint8, (7,))])
-    writer.write("d", TENSORS["d"])
-    assert not (tmp_path / "x").exists()
-    writer.abort()
+    def interrupted() -> None:
+        with SafetensorsWriter(tmp_path / "x", [TensorSpec("d", torch.uint8, (7,))]) as writer:
+            writer.write("d", TENSORS["d"])
+            assert not (tmp_path / "x").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_alone_tells_where_each_tensor_lies(tmp_path: Path) -> None:
+    write(tmp_path / "x", TENSORS)
+    data = (tmp_path / "x").read_bytes()
+    length = header_length(data[:8], len(data), "x")
+    header = Header(data[8 : 8 + length], len(data), "x")
+    assert [spec.name for spec in header.specs] == list(TENSORS)
+    assert "a" in header
+    assert "z" not in header
+    start = header.start("d")
+    assert data[start : start + header.spec("d").nbytes] == bytes(range(7))
+    assert data[: 8 + length] == header_bytes(header.specs)
 
 
 def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
@@ -152,5 +169,5 @@ def test_a_changed_byte_in_the_header_never_crashes(tmp_path: Path, data: st.Dat
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with contextlib.suppress(CheckpointError), SafetensorsFile(path) as file:
-        for spec in file.specs:
+        for spec in file.header.specs:
             assert file.read(spec.name).shape == spec.shape

@@ -1,0 +1,119 @@
+"""`mixchat rm`, `verify`, `repair` and `gc`: what is kept, looked after."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixchat.cli.arguments import checked, stdin_is_terminal
+from mixchat.engine.environment import prepare_environment
+from mixchat.errors import CheckpointError, UsageError
+from mixchat.settings import format_size
+
+if TYPE_CHECKING:
+    from mixchat.weights.verify import Damage
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name, as 'mixchat list' has it.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+_SHOWN = 20
+
+
+def rm(model: Model, yes: Yes = False) -> None:
+    """Remove a model from this machine."""
+    from mixchat.machine import disk_usage
+    from mixchat.weights import models
+
+    target = models.locate(checked(model, "the model's name"))
+    size = disk_usage(target)
+    if not yes:
+        _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
+    prepare_environment()
+    from mixchat.weights import housekeeping
+    from mixchat.weights.download import local_errors
+
+    with local_errors():
+        housekeeping.remove(target)
+    print(f"removed {target.name}: {format_size(size)}", file=sys.stderr)
+
+
+def verify(model: Model) -> None:
+    """Compare every byte of a model with its manifest; name what is damaged."""
+    from mixchat.cli.progress import show_progress
+    from mixchat.weights import models
+
+    directory = models.locate(checked(model, "the model's name"), anywhere=True)
+    prepare_environment()
+    from mixchat.weights.verify import verify as verify_model
+
+    with show_progress() as progress:
+        damages = verify_model(directory, progress)
+    _show(damages)
+    if damages:
+        raise CheckpointError(
+            f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
+            hint=f"To fetch and rewrite only these: mixchat repair {model}",
+        )
+    print(f"{model} is whole", file=sys.stderr)
+
+
+def repair(model: Model) -> None:
+    """Fetch and rewrite what is damaged of a model, and nothing else."""
+    from mixchat.cli.progress import show_progress
+    from mixchat.weights import models
+
+    directory = models.locate(checked(model, "the model's name"))
+    prepare_environment()
+    from mixchat.weights.download import local_errors
+    from mixchat.weights.housekeeping import not_in_use
+    from mixchat.weights.origins import origin_of
+    from mixchat.weights.verify import MANIFESTS, read_either_manifest, restore_manifests, verify
+    from mixchat.weights.verify import repair as repair_model
+
+    with local_errors(), not_in_use(directory), show_progress() as progress:
+        source = read_either_manifest(directory).source
+        damages = verify(directory, progress)
+        _show(damages)
+        restore_manifests(directory)
+        if not {damage.file for damage in damages} <= set(MANIFESTS):
+            with origin_of(source, directory, progress) as origin:
+                repair_model(directory, damages, origin, progress)
+    print(f"{model} is whole{' again' if damages else ''}", file=sys.stderr)
+
+
+def gc(
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Unfinished downloads, too: they start anew then.")
+    ] = False,
+) -> None:
+    """Remove what interrupted commands left behind."""
+    prepare_environment()
+    from mixchat.weights import housekeeping
+    from mixchat.weights.download import local_errors
+
+    freed = 0
+    with local_errors():
+        for leftover in housekeeping.sweep(unfinished=unfinished):
+            what = f"{leftover.path} ({format_size(leftover.bytes)})"
+            if leftover.removed:
+                freed += leftover.bytes
+                print(f"removed: {what}", file=sys.stderr)
+            else:
+                print(f"left: {what}, which a download can go on with", file=sys.stderr)
+    print(f"freed {format_size(freed)}", file=sys.stderr)
+
+
+def _ask(question: str) -> None:
+    """Go on only if somebody says yes. Raises `UsageError` where nobody can be asked."""
+    if not stdin_is_terminal():
+        raise UsageError("nobody is there to be asked", hint="Say --yes to do it without asking.")
+    if not typer.confirm(question, err=True):
+        raise typer.Abort
+
+
+def _show(damages: list[Damage]) -> None:
+    for damage in damages[:_SHOWN]:
+        print(f"damaged: {damage}")
+    if len(damages) > _SHOWN:
+        print(f"and {len(damages) - _SHOWN} more")

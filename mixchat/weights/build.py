@@ -1,0 +1,268 @@
+"""Builds a kept model out of shards as they come, and goes on where it was cut off.
+
+While one shard is quantized, a thread fetches the next; a shard is let go as soon as all of its
+tensors have been taken. What an unfinished part needs of it, since the rest lies in a later shard,
+is put aside in a small file. The journal says what is done: at most a few seconds of quantizing
+are lost, whatever happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixchat.background import in_background
+from mixchat.errors import CheckpointError, HubError
+from mixchat.files import read_bytes, write_file
+from mixchat.progress import NoProgress, Progress, Task, running
+from mixchat.weights.blueprint import Blueprint
+from mixchat.weights.checkpoint_files import COMPANION_FILES
+from mixchat.weights.journal import JOURNAL_FILE, Journal, read_journal
+from mixchat.weights.kept_files import KeptFiles, layouts
+from mixchat.weights.manifest import (
+    FORMAT,
+    FileRecord,
+    Manifest,
+    WeightsRecord,
+    write_manifest,
+)
+from mixchat.weights.origin import Origin
+from mixchat.weights.parts import Part, parts
+from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter
+
+ASIDE_PREFIX = "aside-"
+_SECONDS_BETWEEN_SAVES = 2.0
+_SECONDS_TO_STOP = 0.3
+NO_PROGRESS = NoProgress()
+
+
+def build(
+    origin: Origin,
+    target: Path,
+    blueprint: Blueprint,
+    progress: Progress = NO_PROGRESS,
+    *,
+    ahead: bool = True,
+) -> None:
+    """Make the kept model of `origin` in the directory `target`, or go on making it.
+
+    `ahead`: fetch the next shard while one is quantized, which takes the disk of both.
+    The manifest comes last: until then nothing trusts `target`. Raises `CheckpointError` where the
+    checkpoint is not what its headers said, or not finite, and what fetching raises.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    _Build(origin, target, blueprint, progress, ahead).run()
+
+
+def head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
+    """The first line of the journal: work that another line began is not gone on with."""
+    return {
+        "format": FORMAT,
+        "source": vars(origin.source),
+        "quantization": blueprint.quantization.description(),
+        "fingerprint": origin.fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is still to be made of a model, and the shards that are needed for it, in order."""
+
+    parts: list[Part]
+    shards: list[str]
+
+
+def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
+    """What `build` will do in `target`. Changes nothing there."""
+    made = _made(target, origin, blueprint)
+    todo = [
+        part
+        for part in parts(blueprint)
+        if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
+    ]
+    names = {name for part in todo for name in part.components(origin.index)}
+    names -= _Aside(target).names if made else set()
+    return Remaining(todo, sorted({origin.index.shard_of(name) for name in names}))
+
+
+def _made(target: Path, origin: Origin, blueprint: Blueprint) -> dict[str, dict[str, str]]:
+    """What the journal says of files that are there as it left them."""
+    made, _ = read_journal(target, head(origin, blueprint))
+    sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
+    return {
+        name: digests
+        for name, digests in made.items()
+        if _size(target / name) == sizes.get(name, -1)
+    }
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+class _Build:
+    """One model on its way into `target`."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        target: Path,
+        blueprint: Blueprint,
+        progress: Progress,
+        ahead: bool,
+    ) -> None:
+        self._origin, self._index, self._target = origin, origin.index, target
+        self._blueprint, self._progress, self._ahead = blueprint, progress, ahead
+        left = remaining(origin, target, blueprint)
+        self._todo, self._shards = left.parts, left.shards
+        self._aside = _Aside(target)
+        self._journal = Journal(target, head(origin, blueprint))
+
+    def run(self) -> None:
+        with closing(KeptFiles(self._target, self._blueprint)) as files:
+            self._make_all(files)
+            self._finish(files)
+
+    def _make_all(self, files: KeptFiles) -> None:
+        for shard in self._index.shards:
+            if shard not in self._shards:
+                self._origin.release(shard)
+        left = sum(self._nbytes(part) for part in self._todo)
+        whole = sum(self._nbytes(part) for part in parts(self._blueprint))
+        with (
+            closing(_fetched(self._origin, self._shards, self._progress, self._ahead)) as fetched,
+            running(self._progress, "quantizing", whole, whole - left) as task,
+        ):
+            for shard, path in fetched:
+                self._take(shard, path, files, task)
+                self._origin.release(shard)
+
+    def _take(self, shard: str, path: Path, files: KeptFiles, task: Task) -> None:
+        """Make the parts that can be made now, and put aside what the others need of this shard."""
+        with SafetensorsFile(path) as file:
+            if file.header.specs != self._index.header(shard).specs:
+                raise HubError(f"{path}: not the tensors that were found there at first")
+            here = {spec.name for spec in file.header.specs} & self._of_shard(shard)
+            saved = time.monotonic()
+            later = []
+            for part in self._todo:
+                if not set(part.components(self._index)) <= here | self._aside.names:
+                    later.append(part)
+                    continue
+                self._make(part, file, files, task)
+                if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                    self._save(files)
+                    saved = time.monotonic()
+            wanted = {name for part in later for name in part.components(self._index)}
+            self._aside.put(shard, file, sorted(wanted & here - self._aside.names))
+        self._save(files)
+        self._todo = later
+        self._aside.drop_all_but(wanted)
+
+    def _of_shard(self, shard: str) -> set[str]:
+        names = (name for part in self._todo for name in part.components(self._index))
+        return {name for name in names if self._index.shard_of(name) == shard}
+
+    def _make(self, part: Part, file: SafetensorsFile, files: KeptFiles, task: Task) -> None:
+        def read(name: str) -> torch.Tensor:
+            return self._aside.read(name) if name in self._aside.names else file.read(name)
+
+        digests = files.write(part, part.make(self._index, read))
+        self._journal.add(part.file, digests)
+        task.advance(self._nbytes(part))
+
+    def _save(self, files: KeptFiles) -> None:
+        files.sync()
+        self._journal.save()
+
+    def _nbytes(self, part: Part) -> int:
+        return self._index.nbytes(part.components(self._index))
+
+    def _finish(self, files: KeptFiles) -> None:
+        records = {}
+        companions = self._origin.companions()
+        for name in COMPANION_FILES:
+            path = companions / name
+            if path.exists():
+                data = read_bytes(path)
+                write_file(self._target / name, data)
+                records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        weights = {}
+        for name, size in files.finish().items():
+            made = self._journal.made[name]
+            order = (spec.name for spec in self._blueprint.files()[name])
+            weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
+        description = self._blueprint.quantization.description()
+        write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
+        self._aside.drop_all_but(set())
+        (self._target / JOURNAL_FILE).unlink()
+
+
+class _Aside:
+    """Tensors put aside until a later shard comes, in files of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, set[str]] = {}
+        for path in directory.glob(ASIDE_PREFIX + "*"):
+            # A file of this name is whole, unless the disk went wrong: then it is as if not there.
+            with suppress(CheckpointError), SafetensorsFile(path) as file:
+                self._files[path.name] = {spec.name for spec in file.header.specs}
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors that are here."""
+        return set().union(*self._files.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One of them."""
+        holder = next(file for file, names in self._files.items() if name in names)
+        with SafetensorsFile(self._directory / holder) as file:
+            return file.read(name)
+
+    def put(self, shard: str, file: SafetensorsFile, names: list[str]) -> None:
+        """Copy these tensors of `file`."""
+        if names:
+            path = self._directory / f"{ASIDE_PREFIX}{shard}"
+            with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
+                for name in names:
+                    writer.write(name, file.read(name))
+            self._files[path.name] = set(names)
+
+    def drop_all_but(self, names: set[str]) -> None:
+        """Remove the files with nothing of `names` in them."""
+        for holder in [file for file, held in self._files.items() if not held & names]:
+            (self._directory / holder).unlink()
+            del self._files[holder]
+
+
+def _fetched(
+    origin: Origin, shards: list[str], progress: Progress, ahead: bool
+) -> Generator[tuple[str, Path], None, None]:
+    """Each shard's name and path; `ahead`: while a thread fetches the next one."""
+    missing = sum(origin.missing(shard) for shard in shards)
+    whole = sum(origin.index.header(shard).size for shard in origin.index.shards)
+    where = progress if missing else NO_PROGRESS
+    stop = threading.Event()
+    with running(where, f"fetching {origin.source.repo}", whole, whole - missing) as task:
+        coming: Future[Path] | None = None
+        try:
+            for number, shard in enumerate(shards):
+                coming = coming or in_background(origin.fetch, shard, task, stop)
+                path = coming.result()
+                following = shards[number + 1 : number + 2] if ahead else []
+                coming = in_background(origin.fetch, *following, task, stop) if following else None
+                yield shard, path
+        finally:
+            stop.set()
+            if coming is not None:
+                with suppress(Exception):
+                    coming.result(_SECONDS_TO_STOP)

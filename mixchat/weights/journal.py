@@ -1,0 +1,74 @@
+"""What has been made so far of an unfinished model, written down so that it is not made twice.
+
+`journal.jsonl` begins with a line that says what is being made of what. Each further line names the
+tensors that are written and synced, with their SHA-256. A line cut off by a power cut counts for
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mixchat.files import write_file
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+class Journal:
+    """The journal in `directory`, which must be about `head`; `made` maps a file to its tensors."""
+
+    def __init__(self, directory: Path, head: dict[str, Any]) -> None:
+        self._path = directory / JOURNAL_FILE
+        self.made, whole = read_journal(directory, head)
+        self._unsaved: list[tuple[str, dict[str, str]]] = []
+        if whole:
+            os.truncate(self._path, whole)
+        else:
+            write_file(self._path, json.dumps(head).encode() + b"\n")
+
+    def add(self, file: str, digests: dict[str, str]) -> None:
+        """Note tensors of `file` that are written, not yet durably."""
+        self._unsaved.append((file, digests))
+
+    def save(self) -> None:
+        """Make durable what was added; the tensors themselves must be so already."""
+        lines = [json.dumps({"file": file, "sha256": made}) + "\n" for file, made in self._unsaved]
+        with open(self._path, "ab") as journal:
+            journal.write("".join(lines).encode())
+            journal.flush()
+            os.fsync(journal.fileno())
+        for file, made in self._unsaved:
+            self.made.setdefault(file, {}).update(made)
+        self._unsaved.clear()
+
+
+def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[str, str]], int]:
+    """What is made, by file, and how many bytes of the journal say so: 0 if it has another head."""
+    if read_head(directory) != head:
+        return {}, 0
+    made: dict[str, dict[str, str]] = {}
+    whole = 0
+    lines = (directory / JOURNAL_FILE).read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        try:
+            record: Any = json.loads(line) if line.endswith(b"\n") else None
+            if number:
+                made.setdefault(record["file"], {}).update(record["sha256"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            break
+        whole += len(line)
+    return made, whole
+
+
+def read_head(directory: Path) -> dict[str, Any] | None:
+    """The first line of a directory's journal; None where there is none that can be read."""
+    try:
+        with open(directory / JOURNAL_FILE, "rb") as journal:
+            line = journal.readline(1 << 20)
+        head = json.loads(line) if line.endswith(b"\n") else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return head if isinstance(head, dict) else None

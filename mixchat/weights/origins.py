@@ -1,0 +1,110 @@
+"""From what a manifest or a person calls a source to the checkpoint itself, opened."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixchat.errors import ModelNotFoundError
+from mixchat.progress import Progress
+from mixchat.weights import demo, hub, models
+from mixchat.weights.hub_origin import HubOrigin
+from mixchat.weights.journal import read_head
+from mixchat.weights.manifest import Source
+from mixchat.weights.origin import LocalOrigin, Origin
+
+BUILD_DIR = "build"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def source_of(ref: models.ModelRef, target: Path, revision: str | None) -> Source:
+    """Where the model of `ref` comes from, its commit where it was begun from one.
+
+    Raises `ModelNotFoundError` where nothing says what an unfinished model was made of.
+    """
+    begun = _begun(target)
+    if ref.demo:
+        return Source(models.DEMO)
+    if ref.path is not None:
+        return Source(str(ref.path))
+    if ref.repo is not None:
+        same = begun is not None and (begun.repo, begun.revision) == (ref.repo, revision)
+        return begun if same and begun is not None else Source(ref.repo, None, revision)
+    if begun is None:
+        raise ModelNotFoundError(
+            f"nothing says what the unfinished model {ref.key!r} was made of",
+            hint=f"Remove it (mixchat rm {ref.key}) and download it again.",
+        )
+    return begun
+
+
+@contextmanager
+def origin_of(
+    source: Source, target: Path, progress: Progress, *, keep_source: bool = False
+) -> Iterator[Origin]:
+    """The checkpoint of `source`, for a model in `target`; the demo's is built for the while.
+
+    Raises what opening a directory, asking the hub or building the demo model raise.
+    """
+    if source.repo == models.DEMO:
+        with _built_demo(target / BUILD_DIR, progress) as checkpoint:
+            yield LocalOrigin(checkpoint, source, fingerprint=demo.WHEEL_SHA256)
+    elif Path(source.repo).is_absolute():
+        yield LocalOrigin(Path(source.repo), source)
+    elif cached := _offline_copy(source):
+        commit = Source(source.repo, cached.name, source.revision)
+        yield LocalOrigin(cached, commit, fingerprint=cached.name)
+    else:
+        remote = _look_up(source)
+        resolved = Source(source.repo, remote.commit, source.revision)
+        yield HubOrigin(remote, resolved, target, keep_source=keep_source)
+
+
+@contextmanager
+def _built_demo(directory: Path, progress: Progress) -> Iterator[Path]:
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        demo.build_checkpoint(directory / "checkpoint", progress)
+        yield directory / "checkpoint"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _begun(target: Path) -> Source | None:
+    """The source of the work that lies unfinished in `target`."""
+    head = read_head(target) or {}
+    try:
+        source = Source(**head["source"])
+    except (KeyError, TypeError):
+        return None
+    texts = (source.repo, source.commit or "", source.revision or "")
+    return source if all(isinstance(text, str) for text in texts) else None
+
+
+def _look_up(source: Source) -> hub.RemoteCheckpoint:
+    """What the hub has: the commit that was begun, else what the revision stands for now."""
+    if source.commit is not None:
+        try:
+            return hub.plan(source.repo, source.commit)
+        except ModelNotFoundError:  # the repo's history was rewritten
+            pass
+    return hub.plan(source.repo, source.revision)
+
+
+def _offline_copy(source: Source) -> Path | None:
+    """The snapshot in huggingface_hub's cache, where `HF_HUB_OFFLINE` forbids to ask the hub."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    repo = hub.repo_dir(source.repo)
+    revision = source.commit or source.revision or constants.DEFAULT_REVISION
+    try:
+        commit = (repo / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        commit = revision
+    snapshot = repo / "snapshots" / commit
+    return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None

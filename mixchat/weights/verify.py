@@ -1,0 +1,188 @@
+"""Every byte of a kept model against its manifest, and what is damaged made again, alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from mixchat.config import ModelConfig
+from mixchat.errors import CheckpointError
+from mixchat.files import read_bytes, write_file
+from mixchat.progress import Progress, Task, running
+from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.weights.checkpoint_files import CONFIG
+from mixchat.weights.kept_files import FileLayout, KeptFiles, layouts
+from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, Manifest, read_manifest
+from mixchat.weights.origin import Origin, Readers
+from mixchat.weights.parts import Part, parts
+from mixchat.weights.safetensors import tensor_bytes
+
+MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
+HEADER, SIZE, MISSING = "its header", "its size", "it is missing"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as the manifest says; `what` is a tensor's name, or one of the above."""
+
+    file: str
+    what: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}" if self.what else self.file
+
+
+def verify(directory: Path, progress: Progress) -> list[Damage]:
+    """Read every byte of a kept model; whatever is not as its manifest says.
+
+    Raises `CheckpointError` where neither the manifest nor its copy can be read: then nothing can
+    be said.
+    """
+    manifest = read_either_manifest(directory)
+    with running(progress, f"verifying {directory.name}", manifest.size) as task:
+        found = [Damage(name) for name in MANIFESTS if not _is_manifest(directory / name)]
+        found += _damaged_files(directory, manifest, task)
+        # The config says where tensors lie: where it is damaged, nothing is known of them.
+        if Damage(CONFIG) not in found:
+            found += _damaged_weights(directory, manifest, task)
+    return found
+
+
+def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress: Progress) -> None:
+    """Make again what is damaged, from the checkpoint that the model was made of.
+
+    Only the tensors needed for it are read. Raises `CheckpointError` where the origin no longer
+    gives the same bytes, and what reading it raises. May be repeated after a failure.
+    """
+    manifest = read_either_manifest(directory)
+    for name in sorted({damage.file for damage in damages} & set(manifest.files)):
+        data = read_bytes(origin.companions() / name)
+        _must_be(manifest.files[name].sha256, data, name)
+        write_file(directory / name, data)
+    if Damage(CONFIG) in damages:
+        damages = verify(directory, progress)
+    _remake(directory, manifest, damages, origin, progress)
+
+
+def restore_manifests(directory: Path) -> None:
+    """Write the one of the two manifests that is whole over the other; needs no origin."""
+    manifest = read_either_manifest(directory)
+    for name in MANIFESTS:
+        if not _is_manifest(directory / name):
+            write_file(directory / name, manifest.serialized())
+
+
+def read_either_manifest(directory: Path) -> Manifest:
+    """The manifest, or its copy where only that is whole. Raises `CheckpointError` for neither."""
+    try:
+        return read_manifest(directory)
+    except CheckpointError:
+        if not _is_manifest(directory / MANIFEST_COPY):
+            raise
+        return read_manifest(directory, MANIFEST_COPY)
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether the file is, to the byte, the manifest that it says it is."""
+    try:
+        return path.read_bytes() == read_manifest(path.parent, path.name).serialized()
+    except (CheckpointError, OSError):
+        return False
+
+
+def _blueprint(directory: Path, manifest: Manifest) -> Blueprint:
+    config = ModelConfig.from_file(directory / CONFIG)
+    blueprint = Blueprint(config, Quantization.described(manifest.quantization))
+    for name, specs in blueprint.files().items():
+        record = manifest.weights.get(name)
+        if record is None or {spec.name for spec in specs} != set(record.sha256):
+            raise CheckpointError(f"{directory}: the manifest does not list the tensors of {name}")
+    return blueprint
+
+
+def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
+    for name, record in manifest.files.items():
+        try:
+            data = (directory / name).read_bytes()
+        except OSError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            yield Damage(name)
+        task.advance(record.size)
+
+
+def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
+    for name, layout in layouts(_blueprint(directory, manifest)).items():
+        try:
+            with open(directory / name, "rb", buffering=0) as file:
+                yield from _damaged_tensors(file, name, layout, manifest, task)
+        except OSError:
+            yield Damage(name, MISSING)
+
+
+def _damaged_tensors(
+    file: FileIO, name: str, layout: FileLayout, manifest: Manifest, task: Task
+) -> Iterator[Damage]:
+    if os.fstat(file.fileno()).st_size != layout.size:
+        yield Damage(name, SIZE)
+    if _read(file, len(layout.start)) != layout.start:
+        yield Damage(name, HEADER)
+    task.advance(len(layout.start))
+    for spec in layout.header.specs:
+        data = _read(file, spec.nbytes)
+        if hashlib.sha256(data).hexdigest() != manifest.weights[name].sha256[spec.name]:
+            yield Damage(name, spec.name)
+        task.advance(spec.nbytes)
+
+
+def _read(file: FileIO, size: int) -> memoryview:
+    """The next `size` bytes, fewer where the file ends before."""
+    data, done = memoryview(bytearray(size)), 0
+    while done < size and (count := file.readinto(data[done:])):
+        done += count
+    return data[:done]
+
+
+def _remake(
+    directory: Path,
+    manifest: Manifest,
+    damages: Sequence[Damage],
+    origin: Origin,
+    progress: Progress,
+) -> None:
+    """Make the parts with damaged tensors; opening a file mends its header and its size."""
+    blueprint, index = _blueprint(directory, manifest), origin.index
+    damaged = [part for part in parts(blueprint) if _is_damaged(part, damages)]
+    whole = sum(index.nbytes(part.components(index)) for part in damaged)
+    with (
+        closing(KeptFiles(directory, blueprint)) as files,
+        Readers(origin) as readers,
+        running(progress, f"repairing {directory.name}", whole) as task,
+    ):
+        for part in damaged:
+            tensors = part.make(index, readers.read)
+            for spec, tensor in zip(part.tensors, tensors, strict=True):
+                expected = manifest.weights[part.file].sha256[spec.name]
+                _must_be(expected, tensor_bytes(tensor), spec.name)
+            files.write(part, tensors)
+            task.advance(index.nbytes(part.components(index)))
+        files.finish()
+
+
+def _is_damaged(part: Part, damages: Sequence[Damage]) -> bool:
+    return Damage(part.file, MISSING) in damages or any(
+        Damage(part.file, spec.name) in damages for spec in part.tensors
+    )
+
+
+def _must_be(sha256: str, data: bytes | memoryview, name: str) -> None:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{name}: its source no longer gives the bytes that were kept",
+            hint="Remove the model (mixchat rm) and download it again.",
+        )

@@ -1,0 +1,118 @@
+"""A fake hub in a process of its own, which counts the bytes that it sends."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+class Hub:
+    """A hub in another process, serving the files of a directory and counting what it sends."""
+
+    def __init__(self, directory: Path, step: int = 1 << 16, delay: float = 0.0) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.url = self.tell(step=step, delay=delay)["url"]
+        os.environ["HF_ENDPOINT"] = self.url
+
+    def tell(self, **what: Any) -> dict[str, Any]:
+        """Set `step`, `delay`, `session`, `directory` (of the files), `siblings` (more of them in
+        the listing), `listing` (what else it says); the log comes back if asked."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def log(self) -> list[dict[str, Any]]:
+        """Requests since this was last asked: where, name, first, last, sent, session."""
+        entries: list[dict[str, Any]] = self.tell(log=True)["log"]
+        return entries
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve(directory: Path) -> None:
+    import fake_hub
+
+    log: list[dict[str, Any]] = []
+    session = [0]
+    fake_hub.git_hash = functools.lru_cache(fake_hub.git_hash)
+
+    class Handler(fake_hub._Handler):
+        def setup(self) -> None:
+            # Few bytes under way, so that what is sent is nearly what arrives.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            super().setup()
+
+        def do_GET(self) -> None:
+            first, _, last = (self.headers["Range"] or "bytes=0-")[6:].partition("-")
+            name = self.path.partition("?")[0].rsplit("/", 1)[-1]
+            entry = {"where": self.where, "name": name, "method": self.command, "sent": 0}
+            entry |= {"first": int(first), "last": last and int(last), "session": session[0]}
+            log.append(entry)
+            write = self.wfile.write
+            self.wfile.write = lambda data: self._count(entry, write, data)  # type: ignore
+            try:
+                super().do_GET()
+            finally:
+                self.wfile.write = write  # type: ignore[method-assign]
+
+        do_HEAD = do_GET
+
+        def _count(self, entry: Any, write: Callable[[Any], int], data: Any) -> int:
+            # A body's pieces are memoryviews, the headers are bytes.
+            done = write(data)
+            entry["sent"] += len(data) if isinstance(data, memoryview) else 0
+            return done
+
+    fake_hub._Handler = Handler  # type: ignore[misc]
+
+    class Cached(fake_hub.FakeHub):
+        @functools.lru_cache  # noqa: B019 - it lives as long as the process
+        def describe(self, name: str) -> dict[str, Any]:
+            return super().describe(name)
+
+        __hash__ = object.__hash__
+
+    def files(directory: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+    with Cached(files(directory)) as hub:
+        for line in sys.stdin:
+            what = json.loads(line)
+            hub.step, hub.delay = what.get("step", hub.step), what.get("delay", hub.delay)
+            session[0] = what.get("session", session[0])
+            if "directory" in what:
+                Cached.describe.cache_clear()
+                hub.files = files(Path(what["directory"]))
+            if "listing" in what or "siblings" in what:
+                extra, more = what.get("listing", {}), what.get("siblings", [])
+                hub.listing = lambda answer, extra=extra, more=more: {
+                    **answer,
+                    "siblings": answer["siblings"] + more,
+                    **extra,
+                }
+            print(json.dumps({"url": hub.url, "log": log if what.get("log") else []}), flush=True)
+            if what.get("log"):
+                log.clear()
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

@@ -1,0 +1,186 @@
+"""Fills a small disk at forty moments of a download, and goes on when there is room again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rig
+from counted_hub import Hub
+from filling import Filling
+
+DISK = 48_000_000
+FULL = 7
+
+
+def main() -> int:
+    """Run the campaign; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance, failures, at = random.Random(options.seed), [], Counter[str]()
+    began = time.monotonic()
+    with rig.workplace() as work:
+        disk = work / "home"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "mixchat-campaign", str(disk)]
+        subprocess.run(mount, check=True)
+        rig.warm_up()
+        hub = Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL))
+        try:
+            reference, most = _reference(work, disk)
+            failures += _beforehand(work, disk)
+            struck = 0
+            for number in range(options.rounds):
+                # Room for nothing up to all that is ever taken; or hardly any, but later on.
+                share = (number // 2 * 2 + 2 * chance.random()) / options.rounds
+                late = number % 2 == 1
+                room = chance.randrange(20_000) if late else int(most * share)
+                keep = ["--keep-source"] * (number % 5 == 4)
+                found, place = _round(work, disk, room, share * late, keep, reference)
+                failures += [f"room {room:,}: {text}" for text in found]
+                at[place] += 1
+                struck += place != "there was room"
+        finally:
+            hub.close()
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+    rig.table(
+        f"full disk: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
+        {
+            "most that was taken while there was room": f"{most:,}",
+            "rounds in which the disk was full": struck,
+            **{f"  {place}": count for place, count in at.most_common()},
+            "failures": len(failures),
+        },
+    )
+    for failure in failures:
+        print("FAILED", failure)
+    return 1 if failures else 0
+
+
+def _download(
+    disk: Path, room: int | None, when: float = 0, keep: bool = False
+) -> Callable[[], object]:
+    """The real download; once its plan is announced, or later, the disk is filled."""
+
+    def work() -> int:
+        from mixchat.cli import progress
+        from mixchat.weights import download, models
+        from mixchat.weights.quantize import QuantizeOptions
+
+        ref = models.resolve(rig.REPO)
+        request = download.Request(ref, QuantizeOptions(), keep_source=keep)
+        with progress.show_progress() as shown:
+            filling = Filling(shown, disk, room, when)
+
+            def announce(plan: Any) -> None:
+                if not when:
+                    filling.fill()
+                # What was announced held at the time: someone else fills the disk afterwards.
+                type(plan).check = lambda self: None
+
+            download.download(request, filling, announce=announce)
+        return 0
+
+    return work
+
+
+def _reference(work: Path, disk: Path) -> tuple[dict[str, str], int]:
+    """The undisturbed model, and the most bytes of disk that it took."""
+    pid = rig.fork(_download(disk, None), work / "out")
+    most = 0
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        most = max(most, shutil.disk_usage(disk).used)
+        time.sleep(0.001)
+    assert done[1] == 0, (work / "out").read_text()
+    reference = rig.digests(disk / "models" / rig.KEY)
+    _clear(work, disk)
+    return reference, most
+
+
+def _round(
+    work: Path,
+    disk: Path,
+    room: int,
+    when: float,
+    keep: list[str],
+    reference: dict[str, str],
+) -> tuple[list[str], str]:
+    """One disk that fills up; what went wrong, and what the download was at."""
+    failures = []
+    code = rig.wait(rig.fork(_download(disk, room, when, bool(keep)), work / "out"))
+    text = (work / "out").read_text()
+    target = disk / "models" / rig.KEY
+    place = "there was room" if code == 0 else _place(target)
+    if code not in (0, FULL):
+        failures.append(f"exit code {code}: {text[-300:]}")
+    if code:
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        if len(errors) != 1 or "disk is full" not in errors[0] or "Traceback" in text:
+            failures.append(f"not one clear line: {text[-600:]}")
+        if rig.wait(rig.fork(_find, work / "out")) != 4:
+            failures.append("models.find takes it for a model")
+        if rig.wait(rig.fork(rig.mixchat("verify", rig.REPO), work / "out")) not in (4, 6):
+            failures.append(f"verify: {(work / 'out').read_text()[-300:]}")
+    (disk / "filling").unlink(missing_ok=True)
+    code = rig.wait(rig.fork(rig.mixchat("download", rig.REPO, *keep), work / "out"))
+    if code or rig.digests(target) != reference:
+        failures.append(f"afterwards: exit {code}: {(work / 'out').read_text()[-300:]}")
+    if left := [str(p) for p in disk.rglob("*") if p.is_file() and p.parent != target]:
+        failures.append(f"left: {left}")
+    _clear(work, disk)
+    return failures, place
+
+
+def _find() -> object:
+    from mixchat.weights import models
+
+    return models.find(rig.REPO) and 0
+
+
+def _place(target: Path) -> str:
+    """What the download was at, by what lies there."""
+    names = [path.name for path in target.iterdir()] if target.is_dir() else []
+    if "journal.jsonl" not in names:
+        return "before the journal"
+    if "mixchat.copy.json" in names or "config.json" in names:
+        return "at the small files at the end"
+    made = (target / "journal.jsonl").read_bytes().count(b"\n") - 1
+    parts = any((target / "source").glob("*.part"))
+    return f"{'some' if made else 'nothing'} made{', in the midst of a shard' * parts}"
+
+
+def _beforehand(work: Path, disk: Path) -> list[str]:
+    """The real command refuses, with both numbers, before it fetches a shard."""
+    failures = []
+    for room, said in ((10_000_000, "10 MB free"), (8192, "8.19 kB free"), (0, "0 bytes free")):
+        with open(disk / "filling", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
+        command = [str(Path(sys.executable).with_name("mixchat")), "download", rig.REPO]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        _clear(work, disk)
+        print("beforehand:", done.returncode, *errors)
+        if done.returncode != FULL or len(errors) != 1 or said not in errors[0]:
+            failures.append(f"beforehand, {said}: {done.stderr}")
+    return failures
+
+
+def _clear(work: Path, disk: Path) -> None:
+    for path in disk.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work / "hf/hub", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What the campaigns share: a workplace, a checkpoint, children forked warm, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+REPO = "org/tiny-mixtral"
+KEY = "org--tiny-mixtral"
+SMALL = {"vocab_size": 32000, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
+TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+CONFIG = {
+    "model_type": "mixtral",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+}
+
+
+@contextlib.contextmanager
+def workplace(**more: str) -> Iterator[Path]:
+    """A directory for everything, with the environment pointing into it; removed at the end."""
+    work = Path(tempfile.mkdtemp(prefix="mixchat-campaign-"))
+    os.environ.update(
+        HF_HOME=str(work / "hf"),
+        MIXCHAT_HOME=str(work / "home"),
+        NO_PROXY="*",
+        PYTHONPATH=str(HERE.parent.parent),
+        **more,
+    )
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def warm_up() -> None:
+    """Import once all that children need. Nothing here may start a thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    import mixchat.cli.app
+    import mixchat.cli.progress
+    import mixchat.text.template
+    import mixchat.text.tokenizer
+    import mixchat.weights.download
+    import mixchat.weights.housekeeping
+    import mixchat.weights.verify  # noqa: F401
+
+
+def make_checkpoint(directory: Path, seed: int = 0, shard: int = 2_500_000, **shape: int) -> Path:
+    """A random Mixtral whose shards cut experts apart; in the last layers w1 and w3 lie far off."""
+    import mistral_common
+    import torch
+    from safetensors.torch import save_file
+
+    from mixchat.config import ModelConfig
+    from mixchat.weights.source import expected_shapes
+
+    directory.mkdir(parents=True)
+    config = CONFIG | shape
+    (directory / "config.json").write_text(json.dumps(config))
+    source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
+    shutil.copy(source, directory / "tokenizer.model")
+    shapes = expected_shapes(ModelConfig.from_dict(config))
+
+    def place(name: str) -> tuple[int, str]:
+        parts = name.split(".")
+        layer = int(parts[2]) if parts[1] == "layers" else -1
+        far = layer >= config["num_hidden_layers"] // 2 and "experts" in name
+        return layer, parts[-2] + name if far else "a" + name
+
+    generator = torch.Generator().manual_seed(seed)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name in sorted(shapes, key=place):
+        if sum(t.nbytes for t in shards[-1].values()) > shard:
+            shards.append({})
+        shards[-1][name] = torch.randn(shapes[name], generator=generator).to(torch.bfloat16)
+    weight_map = {}
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index)
+    return directory
+
+
+def fork(work: Callable[[], object], output: Path | None = None) -> int:
+    """Run `work` in a child, its output in a file; the child's id. Exits as `mixchat` would."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        fd = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        code = int(work() or 0)  # type: ignore[call-overload]
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    except Exception as error:
+        from mixchat.cli.report import MixchatError, report
+
+        if not isinstance(error, MixchatError):
+            os.environ["MIXCHAT_DEBUG"] = "1"
+        code = report(error)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def mixchat(*arguments: str) -> Callable[[], object]:
+    """The command line, for `fork`."""
+    from mixchat.cli.app import run
+
+    return lambda: run(arguments)
+
+
+def wait(pid: int, seconds: float = 120.0) -> int | None:
+    """The exit code, negative for a signal; None, after killing it, where it takes too long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below, by its path."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def table(title: str, rows: dict[str, object]) -> None:
+    """Print what was found."""
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print(f"  {name:<58} {value}")

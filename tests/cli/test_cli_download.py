@@ -1,0 +1,193 @@
+"""`download`: what it asks for, what it says it will take, and what a program can read of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_hub import COMMIT, REPO, FakeHub
+from tiny_tokenizer import write_tokenizer
+
+from mixchat import machine
+from mixchat.errors import HubError
+from mixchat.progress import running
+from mixchat.weights import models
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for the download: notes what it was asked for, and reports progress."""
+    made = []
+
+    def download(request, progress, *, announce=None):
+        made.append(request)
+        with running(progress, "quantizing", 1000) as task:
+            task.advance(1000)
+        return models.model_dir(request.ref)
+
+    monkeypatch.setattr("mixchat.weights.download.download", download)
+    return made
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A whole checkpoint, with a tokenizer and a template."""
+    return write_tokenizer(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")))
+
+
+@pytest.fixture
+def fake(cache, checkpoint, monkeypatch):
+    """A hub with that checkpoint."""
+    with FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+def home_of(environment):
+    return Path(environment["MIXCHAT_HOME"])
+
+
+def test_its_flags_are_passed_on(mixchat, calls):
+    flags = ("--name", "mine", "--revision", "abc", "--quantize-attention", "--quantize-head")
+    done = mixchat("download", "org/name", *flags, "--keep-source", "--scales", "search")
+    assert (done.stdout, done.returncode) == (b"", 0)
+    (request,) = calls
+    ref, options = request.ref, request.options
+    assert (ref.repo, ref.key, request.revision) == ("org/name", "mine", "abc")
+    assert request.keep_source
+    assert (options.quant_type, options.attention, options.head) == ("nf4", True, True)
+    assert options.scales == "search"
+    lines = done.stderr.decode().splitlines()
+    assert lines[:2] == ["quantizing: 1 kB", "quantizing: 1 kB in 0 s"]
+    assert lines[2].startswith("mine is ready in ")
+
+
+def test_the_experts_alone_are_quantized_unless_told_otherwise(mixchat, calls):
+    mixchat("download", "demo")
+    (request,) = calls
+    options = request.options
+    assert (options.quant_type, options.attention, options.head) == ("nf4", False, False)
+    assert (options.scales, request.keep_source, request.revision) == ("absmax", False, None)
+
+
+def test_an_error_comes_after_its_bar_is_closed(mixchat, monkeypatch):
+    def download(request, progress, *, announce=None):
+        progress.task("fetching", 1000)
+        raise HubError("no network")
+
+    monkeypatch.setattr("mixchat.weights.download.download", download)
+    done = mixchat("download", "org/name")
+    assert done.returncode == 5
+    lines = done.stderr.decode().splitlines()
+    assert lines == ["fetching: 1 kB", "fetching: 0 bytes in 0 s", "error: no network"]
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(mixchat, monkeypatch):
+    def download(request, progress, *, announce=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixchat.weights.download.download", download)
+    done = mixchat("download", "org/name")
+    assert done.returncode == 130
+    assert b"the same command goes on with it" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--quantize-attention", "--quantize-head"])
+def test_4_bits_for_a_part_of_what_is_kept_as_it_is_are_refused(mixchat, calls, flag):
+    done = mixchat("download", "org/name", "--quant-type", "none", flag)
+    assert (done.returncode, calls) == (2, [])
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"a": 1}'])
+def test_a_checkpoint_with_a_bad_tokenizer_is_refused_before_it_is_quantized(
+    mixchat, environment, tiny_checkpoint, tmp_path, content
+):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    if content is not None:
+        (checkpoint / "tokenizer.json").write_bytes(content)
+    done = mixchat("download", str(checkpoint))
+    assert (done.stdout, done.returncode) == (b"", 6)
+    assert b"tokenizer" in done.stderr
+    assert b"quantizing" not in done.stderr
+    assert not (home_of(environment) / "models" / "checkpoint").exists()
+
+
+def test_what_it_takes_is_said_before_it_is_done(mixchat, environment, checkpoint):
+    done = mixchat("download", str(checkpoint))
+    lines = done.stderr.decode().splitlines()
+    said = [line.split()[0] for line in lines]
+    assert said[:5] == ["from", "fetch", "keep", "disk", "memory"]
+    assert said.index("memory") < said.index("quantizing:")
+    assert lines[-1] == f"checkpoint is ready in {home_of(environment) / 'models' / 'checkpoint'}"
+    assert (done.stdout, done.returncode) == (b"", 0)
+
+
+def test_as_json_it_tells_the_plan_and_the_place(mixchat, environment, checkpoint):
+    done = mixchat("download", str(checkpoint), "--json")
+    made = json.loads(done.stdout)
+    place = home_of(environment) / "models" / "checkpoint"
+    assert (made["name"], made["path"]) == ("checkpoint", str(place))
+    assert (made["source"], made["commit"], made["fetch_bytes"]) == (str(checkpoint), None, 0)
+    kept = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    assert made["kept_bytes"] == kept
+    again = json.loads(mixchat("download", str(checkpoint), "--json").stdout)
+    assert again == {"name": "checkpoint", "path": str(place)}
+
+
+def test_a_dry_run_from_the_hub_says_what_it_would_take_and_does_nothing(
+    mixchat, environment, fake
+):
+    done = mixchat("download", REPO, "--dry-run")
+    assert done.returncode == 0
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.decode().splitlines())
+    assert rows["from"] == f"{REPO} at {COMMIT[:12]}"
+    assert set(rows) == {"from", "fetch", "keep", "disk", "memory", "time"}
+    assert not home_of(environment).exists()
+
+
+def test_a_dry_run_as_json_has_bytes(mixchat, environment, fake):
+    done = mixchat("download", REPO, "--dry-run", "--json")
+    made = json.loads(done.stdout)
+    size = len(fake.files["model.safetensors"])
+    assert made["checkpoint_bytes"] == made["fetch_bytes"] == size
+    assert made["commit"] == COMMIT
+    assert made["quantization"]["quant_type"] == "nf4"
+    (disk,) = made["disk"]
+    assert 0 < disk["needed_bytes"] < disk["free_bytes"]
+    assert made["memory"]["needed_bytes"] > 0
+    assert made["bytes_per_second"] > 0
+    assert made["seconds"] > 0
+    assert not home_of(environment).exists()
+
+
+def test_a_dry_run_that_would_not_fit_says_so_and_by_how_much(
+    mixchat, environment, fake, monkeypatch
+):
+    monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
+    done = mixchat("download", REPO, "--dry-run", "--json")
+    assert done.returncode == 7
+    assert json.loads(done.stdout)["disk"][0]["free_bytes"] == 1000
+    assert b"needed, 1 kB free" in done.stderr
+
+
+def test_a_dry_run_of_what_is_kept_already_says_so(mixchat, checkpoint):
+    mixchat("download", str(checkpoint))
+    assert mixchat("download", "checkpoint", "--dry-run").stdout == b"checkpoint is kept already\n"
+    made = json.loads(mixchat("download", "checkpoint", "--dry-run", "--json").stdout)
+    assert made["name"] == "checkpoint"
+
+
+def test_a_dry_run_of_the_demo_builds_nothing(mixchat, environment, monkeypatch):
+    monkeypatch.setenv("MIXCHAT_DEMO_WHEEL", "/nowhere")
+    done = mixchat("download", "demo", "--dry-run")
+    assert done.returncode == 0
+    assert b"92.9 MB" in done.stdout
+    assert not home_of(environment).exists()
+
+
+def test_keep_source_is_counted_in_the_cache(mixchat, fake, cache, monkeypatch):
+    monkeypatch.setattr(machine, "same_disk", lambda one, other: False)
+    made = json.loads(mixchat("download", REPO, "--dry-run", "--json", "--keep-source").stdout)
+    assert [need["path"] for need in made["disk"]] == [made["path"], str(cache)]
+    assert made["disk"][1]["needed_bytes"] == made["fetch_bytes"]

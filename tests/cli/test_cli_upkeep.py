@@ -1,0 +1,224 @@
+"""`rm`, `verify`, `repair` and `gc`."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import FAKE
+from fake_hub import COMMIT, REPO, FakeHub
+from terminal import Terminal
+
+from mixchat.weights.build import build
+from mixchat.weights.lock import only_one
+from mixchat.weights.manifest import Source
+from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+
+
+@pytest.fixture
+def models(environment):
+    directory = Path(environment["MIXCHAT_HOME"]) / "models"
+    directory.mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def from_hub(tiny_checkpoint, tmp_path_factory):
+    target = tmp_path_factory.mktemp("from-hub") / "kept"
+    origin = LocalOrigin(tiny_checkpoint, Source(REPO, COMMIT))
+    build(origin, target, blueprint_of(origin.index, QuantizeOptions()))
+    return target
+
+
+@pytest.fixture
+def kept(from_hub, models):
+    return Path(shutil.copytree(from_hub, models / "mine"))
+
+
+@pytest.fixture
+def half(models):
+    (models / "half").mkdir()
+    (models / "half" / "journal.jsonl").write_bytes(b"{}\n")
+    return models / "half"
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def lines_of(done):
+    return done.stderr.decode().splitlines()
+
+
+class TestRm:
+    def test_with_yes_it_does_not_ask(self, mixchat, kept, models):
+        done = mixchat("rm", "mine", "--yes")
+        assert (done.stdout, done.returncode) == (b"", 0)
+        assert lines_of(done)[0].startswith("removed mine: ")
+        assert os.listdir(models) == []
+
+    def test_where_nobody_can_be_asked_it_does_nothing(self, mixchat, kept):
+        done = mixchat("rm", "mine", stdin=b"y\n")
+        assert done.returncode == 2
+        assert "--yes" in lines_of(done)[1]
+        assert (kept / "mixchat.json").exists()
+
+    @pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("n\n", False), ("\n", False)])
+    def test_on_a_terminal_it_asks_and_no_is_the_default(self, environment, kept, answer, gone):
+        with Terminal([*FAKE, "rm", "mine"], environment) as terminal:
+            question = terminal.wait_for("]:")
+            assert "Remove mine (" in question
+            terminal.type(answer)
+            code = terminal.wait_for_end()
+        assert kept.exists() != gone
+        assert (code == 0) == gone
+
+    def test_unfinished_work_is_removed_too(self, mixchat, half):
+        assert mixchat("rm", "half", "-y").returncode == 0
+        assert not half.exists()
+
+    def test_of_a_link_only_the_link_and_it_claims_no_more(self, mixchat, kept, models):
+        elsewhere = kept.rename(models.parent / "elsewhere")
+        (models / "link").symlink_to(elsewhere)
+        done = mixchat("rm", "link", "-y")
+        assert done.returncode == 0
+        assert lines_of(done) == ["removed link: 0 bytes"]
+        assert not (models / "link").is_symlink()
+        assert (elsewhere / "mixchat.json").exists()
+
+    def test_one_that_is_being_made_is_refused(self, mixchat, half):
+        with only_one(half):
+            done = mixchat("rm", "half", "-y")
+        assert done.returncode == 2
+        assert "another mixchat is making" in lines_of(done)[0]
+        assert half.exists()
+
+    @pytest.mark.parametrize("name", ["nothing", "org/name", "../escape", "instruct"])
+    def test_one_that_is_not_here(self, mixchat, kept, name):
+        assert mixchat("rm", name, "-y").returncode == 4
+        assert kept.exists()
+
+
+class TestVerify:
+    def test_a_whole_model(self, mixchat, kept):
+        done = mixchat("verify", "mine")
+        assert (done.stdout, done.returncode) == (b"", 0)
+        assert lines_of(done)[-1] == "mine is whole"
+
+    def test_what_is_damaged_is_named_on_stdout(self, mixchat, kept):
+        flip(kept / "experts-001.safetensors", -5000)
+        (kept / "generation_config.json").unlink()
+        done = mixchat("verify", "mine")
+        assert done.returncode == 6
+        assert done.stdout.decode().splitlines() == [
+            "damaged: generation_config.json",
+            "damaged: experts-001.safetensors: 3.w2.codes",
+        ]
+        error, hint = lines_of(done)[-2:]
+        assert error == "error: mine is damaged (2 places)"
+        assert "mixchat repair mine" in hint
+
+    def test_no_more_than_a_screenful_is_named(self, mixchat, kept):
+        for name in ("shared", "experts-000", "experts-001"):
+            os.truncate(kept / f"{name}.safetensors", 0)
+        lines = mixchat("verify", "mine").stdout.decode().splitlines()
+        assert len(lines) == 21
+        assert lines[-1].startswith("and ")
+
+    def test_a_model_elsewhere(self, mixchat, from_hub):
+        assert mixchat("verify", str(from_hub)).returncode == 0
+
+    def test_an_unfinished_model(self, mixchat, half):
+        assert mixchat("verify", "half").returncode == 6
+
+
+class TestRepair:
+    @pytest.fixture
+    def fake(self, cache, tiny_checkpoint, monkeypatch):
+        with FakeHub({path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.url)
+            yield hub
+
+    def test_what_is_damaged_comes_back(self, mixchat, kept, from_hub, fake):
+        flip(kept / "experts-001.safetensors", -5000)
+        (kept / "config.json").unlink()
+        done = mixchat("repair", "mine")
+        assert done.returncode == 0
+        assert b"damaged: config.json\n" in done.stdout
+        assert lines_of(done)[-1] == "mine is whole again"
+        for path in from_hub.iterdir():
+            assert (kept / path.name).read_bytes() == path.read_bytes()
+        assert mixchat("verify", "mine").returncode == 0
+
+    def test_one_made_of_a_directory_takes_it_from_there(
+        self, mixchat, models, tiny_checkpoint, fake
+    ):
+        origin = LocalOrigin(tiny_checkpoint, Source(str(tiny_checkpoint)))
+        build(origin, models / "local", blueprint_of(origin.index, QuantizeOptions()))
+        whole = (models / "local" / "shared.safetensors").read_bytes()
+        flip(models / "local" / "shared.safetensors", -1)
+        assert mixchat("repair", "local").returncode == 0
+        assert (models / "local" / "shared.safetensors").read_bytes() == whole
+        assert not fake.requests
+
+    def test_a_whole_model_asks_the_hub_nothing(self, mixchat, kept, fake):
+        done = mixchat("repair", "mine")
+        assert lines_of(done)[-1] == "mine is whole"
+        assert not fake.requests
+
+    def test_a_manifest_alone_needs_no_hub(self, mixchat, kept, from_hub, fake):
+        (kept / "mixchat.json").write_bytes(b"junk")
+        assert mixchat("repair", "mine").returncode == 0
+        assert not fake.requests
+        assert (kept / "mixchat.json").read_bytes() == (from_hub / "mixchat.json").read_bytes()
+
+    def test_one_in_use_is_refused(self, mixchat, kept, fake):
+        with only_one(kept):
+            assert mixchat("repair", "mine").returncode == 2
+
+    def test_an_unfinished_model_is_no_model_to_repair(self, mixchat, half):
+        assert mixchat("repair", "half").returncode == 6
+
+
+class TestGc:
+    @pytest.fixture(autouse=True)
+    def no_cache(self, cache):
+        """Not this machine's own."""
+
+    def test_nothing_to_do(self, mixchat, kept):
+        done = mixchat("gc")
+        assert (done.stdout, done.returncode) == (b"", 0)
+        assert lines_of(done) == ["freed 0 bytes"]
+
+    def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, kept, half, models):
+        (kept / "source").mkdir()
+        (kept / "source" / "model.safetensors").write_bytes(b"x" * 100_000)
+        (models / ".gone.lock").write_text("")
+        done = mixchat("gc")
+        lines = lines_of(done)
+        assert [line.split()[0] for line in lines] == ["left:", "removed:", "freed"]
+        assert "which a download can go on with" in lines[0]
+        assert not (kept / "source").exists()
+        assert (kept / "mixchat.json").exists()
+        assert half.exists()
+        assert not (models / ".gone.lock").exists()
+
+    def test_unfinished_work_goes_when_asked_for(self, mixchat, kept, half):
+        done = mixchat("gc", "--unfinished")
+        assert done.returncode == 0
+        assert not half.exists()
+        assert kept.exists()
+
+    def test_a_model_in_use_is_left_alone(self, mixchat, half):
+        with only_one(half):
+            done = mixchat("gc", "--unfinished")
+        assert lines_of(done) == ["freed 0 bytes"]
+        assert half.exists()
+
+
+@pytest.mark.parametrize("command", ["rm", "verify", "repair"])
+def test_a_name_is_needed(mixchat, command):
+    assert mixchat(command).returncode == 2

@@ -1,0 +1,147 @@
+"""Checkpoints that bitsandbytes has quantized: taken over, and computed as it would."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import CPU, TOKENS, logits, oracle, prompt
+
+from mixchat.engine.loader import load_engine
+from mixchat.weights import linear
+from mixchat.weights.checkpoint import KeptModel
+
+# bitsandbytes dequantizes whole blocks a row rightly, and only those.
+WHOLE_BLOCKS = {"intermediate_size": 128}
+LINEAR = re.compile(r".*(_proj|experts\.\d+\.w\d|block_sparse_moe\.gate)\.weight")
+
+
+def prequantize(
+    checkpoint: Path, target: Path, *, gates: bool = True, shards: int = 1, **how: Any
+) -> tuple[Path, Path]:
+    """The checkpoint as bitsandbytes serializes it, and what it stands for in fp32."""
+    tensors, stored, meant = load_file(checkpoint / "model.safetensors"), {}, {}
+    for name, weight in tensors.items():
+        if not LINEAR.fullmatch(name) or (not gates and ".gate." in name):
+            stored[name] = weight.to(torch.bfloat16)
+            meant[name] = stored[name].float()
+            continue
+        codes, state = bnb.quantize_4bit(weight.to(torch.bfloat16), blocksize=64, **how)
+        stored[name] = codes
+        stored |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        meant[name] = bnb.dequantize_4bit(codes, state).float()
+    for directory in (quantized := target / "quantized", reference := target / "reference"):
+        shutil.copytree(checkpoint, directory)
+    save_file(meant, reference / "model.safetensors")
+    save_sharded(stored, quantized, shards)
+    return quantized, reference
+
+
+def save_sharded(tensors: dict[str, torch.Tensor], directory: Path, count: int) -> None:
+    """Deal the tensors out, so that the parts of a matrix lie in different files."""
+    (directory / "model.safetensors").unlink()
+    files = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    weight_map = {name: files[n % count] for n, name in enumerate(sorted(tensors))}
+    for file in files:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(part, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("how", "shards"),
+    [
+        ({"quant_type": "nf4"}, 1),
+        ({"quant_type": "nf4", "compress_statistics": True}, 3),
+        ({"quant_type": "nf4", "quant_storage": torch.bfloat16}, 2),
+        ({"quant_type": "fp4", "compress_statistics": True}, 2),
+        ({"quant_type": "fp4", "quant_storage": torch.bfloat16}, 1),
+    ],
+)
+def test_the_logits_are_those_of_the_weights_that_it_stands_for(
+    how: dict[str, Any],
+    shards: int,
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint = make_checkpoint(std=0.03, **WHOLE_BLOCKS)
+    quantized, reference = prequantize(checkpoint, tmp_path, gates=False, shards=shards, **how)
+    ids = prompt(97)
+    with torch.inference_mode():
+        exact = oracle(reference)(ids[None]).logits[0]
+        rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
+    engine = load_engine(keep(quantized), CPU)
+    ours = logits(engine, ids, TOKENS).float()
+    noise = (rounded - exact).norm()
+    assert 0 < (ours - exact).norm() < 1.5 * noise
+    assert noise < 0.05 * exact.norm()  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_no_code_is_changed(
+    kind: str, make_checkpoint: Callable[..., Path], keep: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A second quantization would change few codes of weights that are exact, but some."""
+    checkpoint = make_checkpoint(**WHOLE_BLOCKS)
+    quantized, reference = prequantize(
+        checkpoint, tmp_path, quant_type=kind, compress_statistics=True
+    )
+    (shard,) = quantized.glob("*.safetensors")
+    source = load_file(shard)
+    with KeptModel(keep(quantized, layout="bitsandbytes")) as kept:
+        assert kept.manifest.quantization["quant_type"] == kind
+        assert kept.manifest.quantization["attention"]
+        layout = kept.blueprint.expert
+        block = torch.empty(layout.stride, dtype=torch.uint8)
+        kept.read_expert(1, 2, block)
+        w13, w2 = layout._views(block)
+        prefix = "model.layers.1.block_sparse_moe.experts.2."
+        parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3")]
+        assert torch.equal(w13[1], torch.cat(parts))
+        assert torch.equal(w2[1], source[f"{prefix}w2.weight"].flatten())
+        gate = kept.blueprint.gate(0)
+        expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
+        assert torch.equal(kept.tensor(gate), expected)
+
+
+def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
+    make_checkpoint: Callable[..., Path], keep: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(**WHOLE_BLOCKS)
+    quantized, reference = prequantize(checkpoint, tmp_path, quant_type="nf4")
+    (shard,) = quantized.glob("*.safetensors")
+    stored, meant = load_file(shard), load_file(reference / "model.safetensors")
+    moe = ".block_sparse_moe."
+    tensors = {name: tensor for name, tensor in stored.items() if moe not in name}
+    tensors |= {name: tensor.to(torch.bfloat16) for name, tensor in meant.items() if moe in name}
+    for path in quantized.glob("model*"):
+        path.unlink()
+    save_file(tensors, quantized / "model.safetensors")
+    with KeptModel(keep(quantized)) as kept:
+        assert not kept.manifest.quantization["attention"]
+        o = kept.tensor(kept.blueprint.o(0).tensors[0])
+        expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
+        assert torch.equal(o, expected)
+
+
+def test_nothing_of_it_is_searched_anew(
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantized, _ = prequantize(make_checkpoint(**WHOLE_BLOCKS), tmp_path, quant_type="nf4")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("quantized a second time")
+
+    monkeypatch.setattr(linear, "quantize", refuse)
+    with KeptModel(keep(quantized, scales="search")) as kept:
+        assert kept.manifest.quantization["scales"] == "given"

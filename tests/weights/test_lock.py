@@ -1,0 +1,152 @@
+"""One process at a time for each model, also when one of them is killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixchat.weights import lock
+from mixchat.weights.lock import Busy, only_one
+
+HOLD = """
+import sys
+from pathlib import Path
+from mixchat.weights.lock import only_one
+with only_one(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "models" / "tiny"
+
+
+@pytest.fixture
+def holder(target: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock until its input ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def lock_file(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
+def test_it_is_held_by_a_file_beside_the_model_which_is_gone_afterwards(target: Path) -> None:
+    with only_one(target):
+        assert lock_file(target).exists()
+        assert not target.exists()
+    assert list(target.parent.iterdir()) == []
+
+
+def test_it_is_given_back_after_an_error(target: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), only_one(target):
+        raise KeyboardInterrupt
+    with only_one(target):
+        pass
+
+
+def test_another_process_is_told_to_wait_its_turn(
+    target: Path, holder: subprocess.Popen[str]
+) -> None:
+    with pytest.raises(Busy), only_one(target):
+        pass
+    assert lock_file(target).exists()
+
+
+def test_other_models_are_not_concerned(target: Path, holder: subprocess.Popen[str]) -> None:
+    with only_one(target.with_name("other")):
+        pass
+
+
+def test_one_that_waits_says_so_once_and_goes_on_when_the_other_has_finished(
+    target: Path, holder: subprocess.Popen[str]
+) -> None:
+    said = []
+
+    def wait() -> None:
+        said.append(True)
+        assert holder.stdin
+        holder.stdin.close()
+
+    with only_one(target, wait=wait):
+        assert holder.wait(20) == 0
+        assert lock_file(target).exists()
+    assert said == [True]
+    assert not lock_file(target).exists()
+
+
+def test_one_that_waits_goes_on_when_the_other_is_killed(
+    target: Path, holder: subprocess.Popen[str]
+) -> None:
+    with only_one(target, wait=lambda: holder.send_signal(signal.SIGKILL)):
+        assert holder.wait(20) == -signal.SIGKILL
+    assert not lock_file(target).exists()
+
+
+def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
+    target.parent.mkdir(parents=True)
+    lock_file(target).write_text("")
+    with only_one(target):
+        pass
+    assert not lock_file(target).exists()
+
+
+def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before the holder removed it and locked after: two would have held "the" lock."""
+    import fcntl
+
+    target.parent.mkdir(parents=True)
+    flock, raced = fcntl.flock, []
+
+    def race(fd: int, how: int) -> None:
+        if not raced:
+            raced.append(True)
+            lock_file(target).unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", race)
+    assert lock._try(lock_file(target)) is None
+    with only_one(target), pytest.raises(Busy), only_one(target):
+        pass
+
+
+def test_only_one_of_many_is_inside(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_POLL", 0.001)
+    inside, most, done = [0], [0], []
+
+    def work() -> None:
+        for _ in range(5):
+            with only_one(target, wait=lambda: None):
+                inside[0] += 1
+                most.append(inside[0])
+                time.sleep(0.001)
+                inside[0] -= 1
+        done.append(True)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (len(done), max(most)) == (6, 1)
+    assert list(target.parent.iterdir()) == []
