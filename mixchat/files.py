@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A place cannot be written to: for want of rights, or because something else is there.
+NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,  # a link where a file of ours belongs
+)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,12 +72,17 @@ def download(
     from mixchat.weights.quantize import QuantizeOptions
 
     options = QuantizeOptions(quant_type, quantize_attention, quantize_head, scales)
+    if revision is not None:
+        checked(revision, "--revision")
     request = Request(ref, options, revision, keep_source, check=check_text)
     with show_progress() as progress:
         if dry_run:
             _only_plan(request, progress, as_json)
-        else:
-            _download(request, progress, as_json)
+            return
+        made = _download(request, progress)
+    if as_json:
+        print(json.dumps(made, indent=2))
+    print(f"{ref.key} is ready in {made['path']}", file=sys.stderr)
 
 
 def check_text(checkpoint: Path) -> None:
@@ -101,7 +107,8 @@ def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
         made.check()
 
 
-def _download(request: Request, progress: Progress, as_json: bool) -> None:
+def _download(request: Request, progress: Progress) -> dict[str, Any]:
+    """The plan as JSON has it, or as much of it as there was to do, once the model is there."""
     from mixchat.weights.download import download as download_model
 
     announced: dict[str, Any] = {}
@@ -113,11 +120,14 @@ def _download(request: Request, progress: Progress, as_json: bool) -> None:
     try:
         directory = download_model(request, progress, announce=announce)
     except KeyboardInterrupt:
-        progress.note("interrupted; what is done is kept, and the same command goes on with it")
+        kept = (
+            ""
+            if request.ref.demo
+            else "; what is done is kept, and the same command goes on with it"
+        )
+        progress.note(f"interrupted{kept}")
         raise
-    if as_json:
-        print(json.dumps({**announced, "name": request.ref.key, "path": str(directory)}, indent=2))
-    progress.note(f"{request.ref.key} is ready in {directory}")
+    return {**announced, "name": request.ref.key, "path": str(directory)}
 
 
 def as_text(plan: Plan) -> str:

@@ -33,8 +33,8 @@ class Opening:
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""
-        prepare_environment()
         directory = find_or_build(self.model)
+        prepare_environment()
         with status(f"loading {self.model}"):
             return self._load(directory)
 
@@ -43,7 +43,9 @@ class Opening:
         from mixchat.engine.loader import LoadOptions, load_engine
         from mixchat.text.template import load_template
         from mixchat.text.tokenizer import load_tokenizer
+        from mixchat.weights.manifest import check_files, read_manifest
 
+        check_files(directory, read_manifest(directory))  # which says `repair`, if need be
         tokenizer = load_tokenizer(directory)
         options = LoadOptions(self.expert_memory, self.context_size, self.device)
         engine = load_engine(directory, options)
@@ -69,6 +71,7 @@ def find_or_build(name: str) -> Path:
         ref = models.resolve(name)
         if not ref.demo:
             raise
+    prepare_environment()
     from mixchat.weights.download import Request, download
     from mixchat.weights.quantize import QuantizeOptions
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mixchat.progress import Progress, Task
 
 SECONDS_BETWEEN_LINES = 60.0
+_WIDE = 90  # columns
 
 
 @contextmanager
@@ -71,14 +72,19 @@ class Bars:
     def _started(self) -> RichProgress:
         if self._bars is None:
             from rich import progress
+            from rich.table import Column
 
+            console = _console(self._stream)
+            name = Column(no_wrap=True, overflow="ellipsis")
+            # A narrow terminal has room for the figures alone.
+            bar = [progress.BarColumn()] if console.width >= _WIDE else []
             self._bars = progress.Progress(
-                progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=_console(self._stream),
+                progress.TextColumn("{task.description}", markup=False, table_column=name),
+                *bar,
+                progress.DownloadColumn(table_column=Column(no_wrap=True)),
+                progress.TransferSpeedColumn(table_column=Column(no_wrap=True)),
+                progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                console=console,
                 speed_estimate_period=20,
             )
             self._bars.start()
@@ -150,6 +156,7 @@ class _Line:
 
     def advance(self, amount: int) -> None:
         self._done += amount
+        self._first = min(self._first, self._done)  # moved back: what was there before was wrong
         self._lines.moved()
 
     def close(self) -> None:

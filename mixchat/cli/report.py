@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -10,6 +9,7 @@ from contextlib import suppress
 
 from mixchat.chat.sanitize import sanitize
 from mixchat.errors import MixchatError, ResourceError, UsageError
+from mixchat.files import DISK_FULL
 
 
 def report(error: Exception) -> int:
@@ -33,7 +33,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
         return error
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DISK_FULL
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
     # By name, because torch's class of that name is not worth importing torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -43,7 +43,7 @@ def verify(model: Model) -> None:
     from mixchat.cli.progress import show_progress
     from mixchat.weights import models
 
-    directory = models.locate(checked(model, "the model's name"), anywhere=True)
+    directory = models.find(checked(model, "the model's name"))
     prepare_environment()
     from mixchat.weights.verify import verify as verify_model
 
@@ -63,13 +63,14 @@ def repair(model: Model) -> None:
     from mixchat.cli.progress import show_progress
     from mixchat.weights import models
 
-    directory = models.locate(checked(model, "the model's name"))
+    directory = models.find(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.download import local_errors
     from mixchat.weights.housekeeping import not_in_use
+    from mixchat.weights.manifest import MANIFESTS, read_either_manifest, restore_manifests
     from mixchat.weights.origins import origin_of
-    from mixchat.weights.verify import MANIFESTS, read_either_manifest, restore_manifests, verify
     from mixchat.weights.verify import repair as repair_model
+    from mixchat.weights.verify import verify
 
     with local_errors(), not_in_use(directory), show_progress() as progress:
         source = read_either_manifest(directory).source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -43,15 +44,21 @@ class LRUCache:
             self._slots.move_to_end(key)
         return slot
 
-    def admit(self, key: ExpertKey) -> int:
-        """A slot for an expert that has none, as its most recent use; evicts where none is free."""
+    def admit(self, key: ExpertKey, pinned: Collection[ExpertKey] = ()) -> int | None:
+        """A slot for an expert that has none, as its most recent use; evicts where none is free.
+
+        Experts in `pinned` are not evicted; None where no other is there.
+        """
         assert key not in self._slots
         # Which slots are free is not kept but derived: Ctrl-C between any two lines then neither
         # loses a slot nor gives it to two experts.
         if len(self._slots) < self._count:
             slot = min(set(range(self._count)) - set(self._slots.values()))
         else:
-            _, slot = self._slots.popitem(last=False)
+            victim = next((other for other in self._slots if other not in pinned), None)
+            if victim is None:
+                return None
+            slot = self._slots.pop(victim)
         self._slots[key] = slot
         return slot
 

@@ -5,15 +5,19 @@ T = tokens, D = hidden_size, I = intermediate_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from mixchat.experts.cache import ExpertKey, LRUCache
+from mixchat.experts.mover import Mover, Transfer
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.blueprint import Expert
+
+AHEAD = 2  # experts on their way while one is computed
 
 
 class ExpertRunner(Protocol):
@@ -38,12 +42,17 @@ class CachedExpertRunner:
 
     Every expert is touched once a call, with all of its tokens. Those in the cache go first: else a
     prefill that walks through more experts than there are slots would evict each just before its
-    turn. The order does not show in the result, because the K outputs of a token are kept apart
-    until all are there, and then summed in the order of its choices.
+    turn. While one is computed, the next ones are on their way. The order does not show in the
+    result, because the K outputs of a token are kept apart until all are there, and then summed in
+    the order of its choices.
     """
 
     def __init__(self, cache: LRUCache, store: ExpertStore) -> None:
         self._cache, self._store = cache, store
+        self._mover = Mover(store.load)
+        # What is in the cache, but perhaps not in its slot yet.
+        self._coming: dict[ExpertKey, Transfer] = {}
+        self._ahead = min(AHEAD, store.slots - 1)
         self.stats = ExpertStats(slots=store.slots)
 
     def run(
@@ -55,39 +64,67 @@ class CachedExpertRunner:
     ) -> torch.Tensor:
         tokens, choices = selected_experts.shape
         outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])
-        for expert, places in self._hits_first(layer, selected_experts):
-            module = self._fetch(ExpertKey(layer, expert))
+        groups = self._hits_first(layer, selected_experts)
+        for turn, (key, places) in enumerate(groups):
+            self._begin([other for other, _ in groups[turn : turn + 1 + self._ahead]])
+            module = self._ready(key)
             if tokens == 1:  # decode: nothing to gather
                 outputs[places[0]] = compute(module, hidden_states)[0]
                 continue
             index = torch.tensor(places, device=outputs.device)  # [n], into T * K
             outputs[index] = compute(module, hidden_states[index // choices])
+        self.stats.bytes_moved = self._store.bytes_moved
         weighted = outputs.view(tokens, choices, -1).float() * routing_weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
-    def _hits_first(self, layer: int, selected: torch.Tensor) -> list[tuple[int, list[int]]]:
+    def _hits_first(self, layer: int, selected: torch.Tensor) -> list[tuple[ExpertKey, list[int]]]:
         """Each chosen expert with the places, in the flattened `selected`, that chose it."""
-        groups: dict[int, list[int]] = {}
+        groups: dict[ExpertKey, list[int]] = {}
         for place, expert in enumerate(selected.flatten().tolist()):
-            groups.setdefault(expert, []).append(place)
-        return sorted(
-            groups.items(), key=lambda group: ExpertKey(layer, group[0]) not in self._cache
-        )
+            groups.setdefault(ExpertKey(layer, expert), []).append(place)
+        return sorted(groups.items(), key=lambda group: group[0] not in self._cache)
 
-    def _fetch(self, key: ExpertKey) -> Expert:
+    def _begin(self, window: list[ExpertKey]) -> None:
+        """See to it that these are in the cache or on their way, as far as there are slots."""
+        for key in window:
+            if key in self._cache:
+                if key not in self._coming or not self._coming[key].failed:
+                    continue
+                self._cache.discard(key)  # an earlier call ended before it heard of the failure
+            # First of all: whoever finds the key in the cache has to know that its bytes may not be
+            # there, also after a Ctrl-C between any two of these lines.
+            transfer = self._coming[key] = Transfer(key)
+            slot = self._cache.admit(key, pinned=window)
+            self._forget_evicted()
+            if slot is None:
+                return
+            self.stats.misses += 1
+            self._mover.begin(transfer, slot)
+
+    def _forget_evicted(self) -> None:
+        for key in [key for key in self._coming if key not in self._cache]:
+            self._coming.pop(key).cancelled = True
+
+    def _ready(self, key: ExpertKey) -> Expert:
+        """The expert, once it is in its slot."""
         slot = self._cache.lookup(key)
-        if slot is not None:
+        assert slot is not None, key
+        transfer = self._coming.get(key)
+        if transfer is None:
             self.stats.hits += 1
             return self._store.expert(slot)
-        self.stats.misses += 1
+        if not transfer.queued:
+            self._mover.begin(transfer, slot)
+        began = time.perf_counter()
         try:
-            slot = self._cache.admit(key)
-            self.stats.bytes_moved += self._store.load(key, slot)
+            transfer.wait()
         except BaseException:
-            # Also for Ctrl-C: a slot with half an expert must not be found later.
-            if key in self._cache:
+            if transfer.ended:  # it failed; if not, this is Ctrl-C, and it is still on its way
                 self._cache.discard(key)
+                del self._coming[key]
             raise
+        self.stats.stalled_seconds += time.perf_counter() - began
+        del self._coming[key]
         return self._store.expert(slot)
 
 

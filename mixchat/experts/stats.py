@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 @dataclass
 class ExpertStats:
-    """Cumulative counts: uses of an expert found in its slot or not, and bytes moved into slots."""
+    """Cumulative counts: uses of an expert found in its slot or not, bytes moved into slots, and
+    seconds spent waiting for them.
+    """
 
     slots: int = 0
     hits: int = 0
     misses: int = 0
     bytes_moved: int = 0
+    stalled_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -27,4 +30,5 @@ class ExpertStats:
             self.hits - before.hits,
             self.misses - before.misses,
             self.bytes_moved - before.bytes_moved,
+            self.stalled_seconds - before.stalled_seconds,
         )

@@ -14,6 +14,7 @@ import torch
 from mixchat.experts.cache import ExpertKey
 from mixchat.weights.blueprint import Expert, ExpertLayout
 from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.safetensors import ALIGNMENT
 
 Lock = Callable[[torch.Tensor], None]  # makes a buffer in RAM fit for fast copies to the device
 
@@ -62,6 +63,7 @@ class ExpertStore:
 
     stored: how the experts lie at the source; used: how this device wants them. Where the two
     differ a block is reordered after each load, which costs a GPU a millisecond and a CPU a second.
+    `bytes_moved` counts what came into slots.
     """
 
     def __init__(
@@ -74,28 +76,38 @@ class ExpertStore:
         device: torch.device,
     ) -> None:
         self._source, self._stored, self._used = source, stored, used
-        # On a CPU the system commits the pages as they are filled.
-        self._blocks = torch.empty((slots, used.stride), dtype=torch.uint8, device=device)
+        self._blocks = aligned_empty(slots, used.stride, device)
         self._experts = [used.build(block) for block in self._blocks]
+        self.bytes_moved = 0
 
     @property
     def slots(self) -> int:
         """Count of slots."""
         return len(self._experts)
 
-    def load(self, key: ExpertKey, slot: int) -> int:
-        """Bring an expert into a slot; the bytes moved."""
+    def load(self, key: ExpertKey, slot: int) -> None:
+        """Bring an expert into a slot."""
         block = self._blocks[slot]
         self._source.load(key, block)
         self._stored.convert(block, self._used)
-        return self._used.nbytes
+        self.bytes_moved += self._used.nbytes
 
     def expert(self, slot: int) -> Expert:
         """The expert in a slot; it reads the slot's bytes when it is called."""
         return self._experts[slot]
 
 
+def aligned_empty(count: int, stride: int, device: torch.device) -> torch.Tensor:
+    """Blocks [count, stride] of bytes that begin on a page, as reading past the page cache wants.
+
+    On a CPU the system commits the pages as they are filled.
+    """
+    whole = torch.empty(count * stride + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -whole.data_ptr() % ALIGNMENT
+    return whole[start : start + count * stride].view(count, stride)
+
+
 def _host_buffer(count: int, model: KeptModel, lock: Lock) -> torch.Tensor:
-    buffer = torch.empty((count, model.blueprint.expert.stride), dtype=torch.uint8)
+    buffer = aligned_empty(count, model.blueprint.expert.stride, torch.device("cpu"))
     lock(buffer)
     return buffer

@@ -25,13 +25,15 @@ from mixchat.files import read_bytes, write_file
 from mixchat.progress import NoProgress, Progress, Task, running
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint_files import COMPANION_FILES
-from mixchat.weights.journal import JOURNAL_FILE, Journal, read_journal
+from mixchat.weights.journal import JOURNAL_FILE, Journal, read_head, read_journal
 from mixchat.weights.kept_files import KeptFiles, layouts
 from mixchat.weights.manifest import (
     FORMAT,
     FileRecord,
     Manifest,
     WeightsRecord,
+    is_kept,
+    restore_manifests,
     write_manifest,
 )
 from mixchat.weights.origin import Origin
@@ -72,6 +74,18 @@ def head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
     }
 
 
+def finish_cut_short(target: Path) -> None:
+    """Take the last steps after a manifest has been written; another process may have been at it.
+
+    The journal goes last: with it, a model is not finished.
+    """
+    if not (target / JOURNAL_FILE).exists() or not is_kept(target):
+        return
+    restore_manifests(target)
+    _Aside(target).drop_all_but(set())
+    (target / JOURNAL_FILE).unlink()
+
+
 @dataclass(frozen=True)
 class Remaining:
     """What is still to be made of a model, and the shards that are needed for it, in order."""
@@ -89,7 +103,8 @@ def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
         if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
     ]
     names = {name for part in todo for name in part.components(origin.index)}
-    names -= _Aside(target).names if made else set()
+    if read_head(target) == head(origin, blueprint):
+        names -= _Aside(target).names
     return Remaining(todo, sorted({origin.index.shard_of(name) for name in names}))
 
 
@@ -202,8 +217,7 @@ class _Build:
             weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
         description = self._blueprint.quantization.description()
         write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
-        self._aside.drop_all_but(set())
-        (self._target / JOURNAL_FILE).unlink()
+        finish_cut_short(self._target)
 
 
 class _Aside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from mixchat import machine
-from mixchat.errors import CheckpointError, ResourceError, UsageError
+from mixchat.errors import ResourceError, UsageError
+from mixchat.files import DISK_FULL, NOT_WRITABLE
 from mixchat.progress import Progress
 from mixchat.settings import data_dir
 from mixchat.weights import demo, models
 from mixchat.weights.blueprint import Blueprint
-from mixchat.weights.build import build, head
+from mixchat.weights.build import build, finish_cut_short, head
 from mixchat.weights.hub import cache_dir
 from mixchat.weights.hub_origin import SOURCE_DIR
-from mixchat.weights.journal import read_head
+from mixchat.weights.journal import JOURNAL_FILE, read_head
 from mixchat.weights.lock import only_one
-from mixchat.weights.manifest import check_files, read_manifest
+from mixchat.weights.manifest import check_files, is_kept, read_manifest
 from mixchat.weights.models import ModelRef
 from mixchat.weights.origin import Origin
 from mixchat.weights.origins import BUILD_DIR, origin_of, source_of
@@ -29,16 +29,7 @@ from mixchat.weights.plan import Plan, kept_size, memory_need, needs, peak_disk,
 from mixchat.weights.quantize import QuantizeOptions, blueprint_of
 
 Check = Callable[[Path], None]
-
-_IN_THE_WAY = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,  # a link where a file of ours belongs
-)
+_SHORT_COMMIT = 7  # digits
 
 
 @dataclass(frozen=True)
@@ -63,9 +54,9 @@ def download(
 
     `announce` is told what it will take before anything is fetched. Where another process makes the
     same model, this one waits for it. What is unfinished stays, also after Ctrl-C, and the next
-    call goes on with it; where the checkpoint itself is at fault, it is removed. Raises
-    `ResourceError` where disk or memory do not suffice, `UsageError` where another model, or this
-    one made otherwise, is kept under the name, and what fetching and quantizing raise.
+    call goes on with it. Raises `ResourceError` where disk or memory do not suffice, `UsageError`
+    where another model, or this one made otherwise, is kept under the name, and what fetching and
+    quantizing raise.
     """
     if finished := _finished_already(request):
         return finished
@@ -75,8 +66,10 @@ def download(
         progress.note(f"another mixchat is making {request.ref.key}; waiting for it")
 
     with local_errors(), only_one(target, wait=wait):
+        finish_cut_short(target)
         if not _finished_already(request):
             _make(request, target, progress, announce)
+        shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
     return target
 
 
@@ -99,10 +92,15 @@ def _finished_already(request: Request) -> Path | None:
     ref = request.ref
     if request.revision is not None and ref.repo is None:
         raise UsageError("--revision goes with a model on the hub", hint="Leave it out.")
-    if ref.path is not None and models.is_finished(ref.path):
+    if ref.path is not None and is_kept(ref.path):
+        if ref.key != ref.path.name:
+            raise UsageError(
+                f"{ref.path} is a kept model already; it cannot be kept under another name",
+                hint=f"Run it where it is: mixchat run -m {ref.path}",
+            )
         return ref.path
     target = models.model_dir(ref)
-    if not models.is_finished(target):
+    if not is_kept(target) or (target / JOURNAL_FILE).exists():
         return None
     _check_same(request, target)
     return target
@@ -123,17 +121,14 @@ def _make(
         made = _plan(request, target, origin, blueprint)
         if made.fits:
             request.check(origin.companions())
+            if request.keep_source:  # shards go elsewhere now
+                shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
             _clear(target, origin, blueprint, progress)
             made = with_time(made, origin, blueprint, keep=True)
         if not request.ref.demo:
             announce(made)
         made.check()
-        try:
-            build(origin, target, blueprint, progress, ahead=made.ahead)
-        except CheckpointError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-    shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
+        build(origin, target, blueprint, progress, ahead=made.ahead)
 
 
 def _clear(target: Path, origin: Origin, blueprint: Blueprint, progress: Progress) -> None:
@@ -189,9 +184,7 @@ def _check_same(request: Request, target: Path) -> None:
         raise UsageError(
             f"a model named {ref.key!r} is already kept; it came from {source.repo}", hint=otherwise
         )
-    if revision not in (None, source.revision) and not (source.commit or "").startswith(
-        revision or ""
-    ):
+    if revision not in (None, source.revision) and not _begins(source.commit, revision):
         raise UsageError(
             f"the model {ref.key!r} is already kept, from revision {source.commit or 'unknown'}",
             hint=otherwise,
@@ -202,10 +195,15 @@ def _check_same(request: Request, target: Path) -> None:
         )
 
 
+def _begins(commit: str | None, revision: str | None) -> bool:
+    """Whether the revision is the commit, or its first digits: seven at least, as git has it."""
+    return len(revision or "") >= _SHORT_COMMIT and (commit or "").startswith(revision or "")
+
+
 def _made_as(options: QuantizeOptions, how: dict[str, Any]) -> bool:
-    """Whether a model is quantized as asked. Of one that came in 4 bits nothing can be asked."""
+    """Whether a model is quantized as asked. One that came in 4 bits has more of them at least."""
     if how["scales"] == "given" and how["quant_type"] != "none":
-        return True
+        return bool(how["attention"] >= options.attention and how["head"] >= options.head)
     same_scales = how["scales"] == "given" or how["scales"] == options.scales
     kinds = (options.quant_type, options.attention, options.head)
     return same_scales and kinds == (how["quant_type"], how["attention"], how["head"])
@@ -217,13 +215,13 @@ def local_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full: {data_dir()}",
                 hint="Free some space, or set MIXCHAT_HOME to a directory on a larger disk. "
                 "What is done is kept; the same command goes on there.",
             ) from error
-        if error.errno in _IN_THE_WAY:
+        if error.errno in NOT_WRITABLE:
             raise UsageError(
                 f"cannot write {error.filename or data_dir()}: {error.strerror}",
                 hint="Set MIXCHAT_HOME to a directory that can be written.",

@@ -16,7 +16,7 @@ from mixchat.weights.build import ASIDE_PREFIX
 from mixchat.weights.hub_origin import SOURCE_DIR
 from mixchat.weights.journal import JOURNAL_FILE, read_head
 from mixchat.weights.lock import Busy, only_one
-from mixchat.weights.manifest import MANIFEST_FILE
+from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, is_kept
 from mixchat.weights.origins import BUILD_DIR
 from mixchat.weights.transfer import PART_SUFFIX
 
@@ -43,7 +43,8 @@ def remove(target: Path) -> None:
             target.unlink()
             return
         # First what makes it look finished: whatever happens then, nothing trusts the rest.
-        (target / MANIFEST_FILE).unlink(missing_ok=True)
+        for name in (MANIFEST_COPY, MANIFEST_FILE):
+            (target / name).unlink(missing_ok=True)
         shutil.rmtree(target)
 
 
@@ -69,9 +70,23 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
         with suppress(Busy), only_one(target):
             for leftover in _left_in(target):
                 yield _cleared(leftover, unfinished)
+    for path, resumable in _left_in_cache():
+        blob = path.name.split(".")[0]
+        with suppress(TimeoutError), hub.blob_lock(path.parents[1].name, blob, timeout=1):
+            yield _cleared(Leftover(path, machine.disk_usage(path), resumable), unfinished)
+
+
+def _left_in_cache() -> Iterator[tuple[Path, bool]]:
+    """Parts of ours in huggingface_hub's cache, and of its own what it never goes on with.
+
+    The latter only of models that we have: what other tools have left is theirs to judge.
+    """
     for part in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
-        with suppress(TimeoutError), hub.blob_lock(part.parents[1].name, part.name[:64], timeout=1):
-            yield _cleared(Leftover(part, machine.disk_usage(part), resumable=True), unfinished)
+        yield part, True
+    kept = models.list_models()
+    for repo in sorted({model.source for model in kept} | {model.key for model in kept}):
+        for path in sorted(hub.repo_dir(repo).glob("blobs/*.incomplete")):
+            yield path, False
 
 
 def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
@@ -98,7 +113,7 @@ def _targets() -> list[Path]:
 def _left_in(target: Path) -> Iterator[Leftover]:
     if not target.is_dir() or target.is_symlink():
         return
-    if not models.is_finished(target):
+    if not is_kept(target):
         yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
         return
     names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{ASIDE_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")

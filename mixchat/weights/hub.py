@@ -32,7 +32,8 @@ _LISTING_TIMEOUT = 30.0  # seconds
 _MAX_SHARD = 50_000_000_000
 _FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
 _AT_ONCE = 8
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,7 +65,7 @@ class RemoteCheckpoint:
         return _url(self.repo_id, name, self.commit)
 
 
-def plan(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
+def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
     """Look up what a checkpoint consists of: its config and index are fetched, and all headers.
 
     Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
@@ -123,6 +124,17 @@ def snapshot_dir(repo_id: str, commit: str) -> Path:
 def repo_dir(repo_id: str) -> Path:
     """Where that cache has all of a repo."""
     return cache_dir() / ("models--" + repo_id.replace("/", "--"))
+
+
+def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
+    """Note in the cache what a branch or tag stands for, so that it can be found offline."""
+    from huggingface_hub import constants
+
+    name = revision or constants.DEFAULT_REVISION
+    if name != commit and _REVISION.fullmatch(name) and ".." not in name:
+        ref = repo_dir(repo_id) / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
 
 
 def discard(path: Path) -> None:
@@ -209,7 +221,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
         files = {file.path: file for file in _remote_files(info.siblings or ())}
     except (ValueError, KeyError, TypeError, AttributeError):
         commit, files = "", {}
-    if not _COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(commit):
         raise HubError(
             f"the answer for {repo_id} cannot be understood",
             hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mixchat.errors import HubError, MixchatError, ModelNotFoundError, ResourceError, UsageError
+from mixchat.files import DISK_FULL, NOT_WRITABLE
 
 _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 
@@ -141,13 +141,13 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
 
 
 def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return ResourceError(
             f"the disk is full while fetching {repo_id}",
             hint=f"Free some space, or set {home} to a directory on a larger disk. "
             "What has come is kept; the same command goes on there.",
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in NOT_WRITABLE:
         return UsageError(
             f"cannot write {error.filename}: {error.strerror}",
             hint=f"Set {home} to a directory that can be written.",

@@ -39,7 +39,7 @@ class HubOrigin:
 
     A shard is fetched to `source/` below `target` and removed when it is released; with
     `keep_source` it goes into huggingface_hub's cache, where other tools find it, and stays there.
-    One that this cache has already is used, and never removed.
+    One that this cache has already is used and stays, unless its bytes are wrong.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class HubOrigin:
             pass
         finally:
             timer.cancel()
-        return came.bytes / (time.monotonic() - began) if came.bytes else None
+        return came.bytes / (time.monotonic() - began) if came.bytes > 0 else None
 
     def _listen(self, shard: str, came: Task, stop: Event) -> None:
         # Whatever is wrong, this only asks how fast it is.
@@ -143,6 +143,7 @@ class HubOrigin:
             pointer.parent.mkdir(parents=True, exist_ok=True)
             pointer.unlink(missing_ok=True)
             pointer.symlink_to(os.path.relpath(self._blob(file), pointer.parent))
+        hub.name_commit(self._remote.repo_id, self.source.revision, self._remote.commit)
         return pointer
 
     @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.files import write_file
+from mixchat.weights.manifest import Source
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -72,3 +73,14 @@ def read_head(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return head if isinstance(head, dict) else None
+
+
+def begun_from(directory: Path) -> Source | None:
+    """The source of the unfinished work in a directory; None where nothing says it."""
+    head = read_head(directory) or {}
+    try:
+        source = Source(**head["source"])
+    except (KeyError, TypeError):
+        return None
+    texts = (source.repo, source.commit or "", source.revision or "")
+    return source if all(isinstance(text, str) for text in texts) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -41,11 +42,7 @@ def _try(path: Path) -> int | None:
     """The open lock file, locked; None where another process has it, now or by a hair's breadth."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        import fcntl
-
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not a POSIX system: no lock
-        return fd
     except BlockingIOError:
         os.close(fd)
         return None

@@ -27,6 +27,7 @@ from mixchat.files import read_json_object, write_file
 
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
+MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 FORMAT = 2
 REPAIR = "Run: mixchat repair MODEL (it fetches only what is damaged)."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
@@ -98,8 +99,10 @@ class Manifest:
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
     path = directory / name
+    if not is_kept(directory):
+        raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
     if not path.exists():
-        raise CheckpointError(f"{directory}: not a finished model (no {name})")
+        raise CheckpointError(f"{path}: the file is missing", hint=REPAIR)
     raw = read_json_object(path)
     version = raw.get("format")
     if version != FORMAT:
@@ -126,6 +129,37 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the copy, then `mixchat.json`, durably and each at once."""
     for name in (MANIFEST_COPY, MANIFEST_FILE):
         write_file(directory / name, manifest.serialized())
+
+
+def is_kept(directory: Path) -> bool:
+    """Whether a directory has a manifest, or its copy: they are written last."""
+    return any((directory / name).is_file() for name in MANIFESTS)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file is, to the byte, the manifest that it says it is."""
+    try:
+        return path.read_bytes() == read_manifest(path.parent, path.name).serialized()
+    except (CheckpointError, OSError):
+        return False
+
+
+def read_either_manifest(directory: Path) -> Manifest:
+    """The manifest, or its copy where only that is whole. Raises `CheckpointError` for neither."""
+    try:
+        return read_manifest(directory)
+    except CheckpointError:
+        if not is_manifest(directory / MANIFEST_COPY):
+            raise
+        return read_manifest(directory, MANIFEST_COPY)
+
+
+def restore_manifests(directory: Path) -> None:
+    """Write the one of the two that is whole over the other. Raises `CheckpointError` for none."""
+    manifest = read_either_manifest(directory)
+    for name in MANIFESTS:
+        if not is_manifest(directory / name):
+            write_file(directory / name, manifest.serialized())
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:

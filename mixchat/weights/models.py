@@ -11,7 +11,13 @@ from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
 from mixchat.settings import data_dir
-from mixchat.weights.manifest import MANIFEST_FILE, check_files, read_manifest
+from mixchat.weights.journal import begun_from
+from mixchat.weights.manifest import (
+    Source,
+    check_files,
+    is_kept,
+    read_manifest,
+)
 
 ALIASES = {
     "instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
@@ -100,21 +106,16 @@ def model_dir(ref: ModelRef) -> Path:
     return models_dir() / ref.key
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether the directory holds a whole kept model: its manifest is written last."""
-    return (directory / MANIFEST_FILE).is_file()
-
-
-def find(name: str) -> Path:
+def find(name: str, *, anywhere: bool = True) -> Path:
     """The directory of a kept, finished model. Raises `ModelNotFoundError` where there is none.
 
-    A directory that is itself a kept model (it holds a manifest) may be named too.
+    With `anywhere`, a directory elsewhere that is itself a kept model may be named too.
     """
     ref = resolve(name)
-    if ref.path is not None and is_finished(ref.path):
+    if anywhere and ref.path is not None and is_kept(ref.path):
         return ref.path
     directory = model_dir(ref)
-    if is_finished(directory):
+    if is_kept(directory):
         return directory
     if directory.is_dir():
         raise ModelNotFoundError(
@@ -127,20 +128,16 @@ def find(name: str) -> Path:
     )
 
 
-def locate(name: str, *, anywhere: bool = False) -> Path:
+def locate(name: str) -> Path:
     """The directory of a model in the data directory, whatever its state.
 
-    With `anywhere`, also a directory elsewhere that is a kept model. Raises `ModelNotFoundError`
-    where there is none.
+    Raises `ModelNotFoundError` where there is none.
     """
     ref = resolve(name)
-    if anywhere and ref.path is not None and is_finished(ref.path):
-        return ref.path
     directory = model_dir(ref)
     if ref.path is not None or not directory.is_dir():
         raise ModelNotFoundError(
-            f"the model {_shown(name)} is not on this machine",
-            hint="See: mixchat list",
+            f"the model {_shown(name)} is not on this machine", hint="See: mixchat list"
         )
     return directory
 
@@ -156,8 +153,9 @@ def list_models() -> list[ModelEntry]:
 
 def _describe(directory: Path) -> ModelEntry:
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
-    if not is_finished(directory):
-        return replace(entry, problem="unfinished")
+    if not is_kept(directory):
+        source = begun_from(directory) or Source("")
+        return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     try:
         manifest = read_manifest(directory)
         check_files(directory, manifest)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixchat.errors import ModelNotFoundError
+from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.progress import Progress
 from mixchat.weights import demo, hub, models
+from mixchat.weights.checkpoint_files import INDEX, weight_files
 from mixchat.weights.hub_origin import HubOrigin
-from mixchat.weights.journal import read_head
+from mixchat.weights.journal import begun_from
 from mixchat.weights.manifest import Source
 from mixchat.weights.origin import LocalOrigin, Origin
 
 BUILD_DIR = "build"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def source_of(ref: models.ModelRef, target: Path, revision: str | None) -> Source:
@@ -25,14 +24,15 @@ def source_of(ref: models.ModelRef, target: Path, revision: str | None) -> Sourc
 
     Raises `ModelNotFoundError` where nothing says what an unfinished model was made of.
     """
-    begun = _begun(target)
+    begun = begun_from(target)
     if ref.demo:
         return Source(models.DEMO)
     if ref.path is not None:
         return Source(str(ref.path))
     if ref.repo is not None:
-        same = begun is not None and (begun.repo, begun.revision) == (ref.repo, revision)
-        return begun if same and begun is not None else Source(ref.repo, None, revision)
+        if begun is not None and (begun.repo, begun.revision) == (ref.repo, revision):
+            return begun
+        return Source(ref.repo, None, revision)
     if begun is None:
         raise ModelNotFoundError(
             f"nothing says what the unfinished model {ref.key!r} was made of",
@@ -73,29 +73,21 @@ def _built_demo(directory: Path, progress: Progress) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _begun(target: Path) -> Source | None:
-    """The source of the work that lies unfinished in `target`."""
-    head = read_head(target) or {}
-    try:
-        source = Source(**head["source"])
-    except (KeyError, TypeError):
-        return None
-    texts = (source.repo, source.commit or "", source.revision or "")
-    return source if all(isinstance(text, str) for text in texts) else None
-
-
 def _look_up(source: Source) -> hub.RemoteCheckpoint:
     """What the hub has: the commit that was begun, else what the revision stands for now."""
     if source.commit is not None:
         try:
-            return hub.plan(source.repo, source.commit)
+            return hub.look_up(source.repo, source.commit)
         except ModelNotFoundError:  # the repo's history was rewritten
             pass
-    return hub.plan(source.repo, source.revision)
+    return hub.look_up(source.repo, source.revision)
 
 
 def _offline_copy(source: Source) -> Path | None:
-    """The snapshot in huggingface_hub's cache, where `HF_HUB_OFFLINE` forbids to ask the hub."""
+    """The snapshot in huggingface_hub's cache, where `HF_HUB_OFFLINE` forbids to ask the hub.
+
+    Raises `HubError` where it does, and the snapshot is not there or not whole.
+    """
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -107,4 +99,19 @@ def _offline_copy(source: Source) -> Path | None:
     except (OSError, ValueError):
         commit = revision
     snapshot = repo / "snapshots" / commit
-    return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
+    if hub.COMMIT.fullmatch(commit) and _is_whole(snapshot):
+        return snapshot
+    raise HubError(
+        f"{source.repo} is not whole in Hugging Face's cache, and HF_HUB_OFFLINE is set",
+        hint="Unset it, or name a directory that holds the checkpoint.",
+    )
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether the shards are there, too: the small files of a model come without them."""
+    try:
+        names = [path.name for path in snapshot.iterdir() if path.exists()]
+        index = (snapshot / INDEX).read_bytes() if INDEX in names else None
+        return bool(weight_files(names, index, where=str(snapshot)))
+    except (OSError, CheckpointError):
+        return False

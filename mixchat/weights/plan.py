@@ -111,11 +111,13 @@ def plan_of(
 
 def with_time(plan: Plan, origin: Origin, blueprint: Blueprint, *, keep: bool) -> Plan:
     """The plan with an estimate of its time; what is fetched for it is kept if `keep`."""
-    rate = origin.rate(remaining(origin, plan.target, blueprint).shards, keep=keep)
+    left = remaining(origin, plan.target, blueprint)
+    rate = origin.rate(left.shards, keep=keep)
     if rate is None and plan.fetch:
         return plan
     fetching = plan.fetch / rate if rate else 0
-    quantizing = _quantizing_seconds(origin.index, blueprint)
+    share = sum(part.nbytes for part in left.parts) / plan.kept
+    quantizing = share * _quantizing_seconds(origin.index, blueprint)
     seconds = max(fetching, quantizing) if plan.ahead else fetching + quantizing
     return replace(plan, rate=rate, seconds=seconds)
 

@@ -12,6 +12,7 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.weights import bnb_format
+from mixchat.weights.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.bnb_format import Quantized4bit
 from mixchat.weights.nf4 import FourBit
 from mixchat.weights.safetensors import Header
@@ -19,7 +20,6 @@ from mixchat.weights.safetensors import Header
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
-_EMBEDDING = "model.embed_tokens.weight"
 
 Read = Callable[[str], torch.Tensor]
 
@@ -76,7 +76,7 @@ class SourceIndex:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding, which stands for the whole."""
-        return self._headers[self._weight_map[_EMBEDDING]].spec(_EMBEDDING).dtype
+        return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
 
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
         """A matrix or vector in floats. Raises `CheckpointError` where it holds NaN or infinity."""
@@ -142,9 +142,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a Mixtral checkpoint, by name, with its shape."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
+        prefix = layer_prefix(layer)
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "self_attn.q_proj.weight"] = (heads, hidden)
         shapes[prefix + "self_attn.k_proj.weight"] = (kv * config.head_dim, hidden)

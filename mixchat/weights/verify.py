@@ -17,12 +17,11 @@ from mixchat.progress import Progress, Task, running
 from mixchat.weights.blueprint import Blueprint, Quantization
 from mixchat.weights.checkpoint_files import CONFIG
 from mixchat.weights.kept_files import FileLayout, KeptFiles, layouts
-from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, Manifest, read_manifest
+from mixchat.weights.manifest import MANIFESTS, Manifest, is_manifest, read_either_manifest
 from mixchat.weights.origin import Origin, Readers
 from mixchat.weights.parts import Part, parts
 from mixchat.weights.safetensors import tensor_bytes
 
-MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 HEADER, SIZE, MISSING = "its header", "its size", "it is missing"
 
 
@@ -45,7 +44,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     """
     manifest = read_either_manifest(directory)
     with running(progress, f"verifying {directory.name}", manifest.size) as task:
-        found = [Damage(name) for name in MANIFESTS if not _is_manifest(directory / name)]
+        found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
         found += _damaged_files(directory, manifest, task)
         # The config says where tensors lie: where it is damaged, nothing is known of them.
         if Damage(CONFIG) not in found:
@@ -67,32 +66,6 @@ def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress:
     if Damage(CONFIG) in damages:
         damages = verify(directory, progress)
     _remake(directory, manifest, damages, origin, progress)
-
-
-def restore_manifests(directory: Path) -> None:
-    """Write the one of the two manifests that is whole over the other; needs no origin."""
-    manifest = read_either_manifest(directory)
-    for name in MANIFESTS:
-        if not _is_manifest(directory / name):
-            write_file(directory / name, manifest.serialized())
-
-
-def read_either_manifest(directory: Path) -> Manifest:
-    """The manifest, or its copy where only that is whole. Raises `CheckpointError` for neither."""
-    try:
-        return read_manifest(directory)
-    except CheckpointError:
-        if not _is_manifest(directory / MANIFEST_COPY):
-            raise
-        return read_manifest(directory, MANIFEST_COPY)
-
-
-def _is_manifest(path: Path) -> bool:
-    """Whether the file is, to the byte, the manifest that it says it is."""
-    try:
-        return path.read_bytes() == read_manifest(path.parent, path.name).serialized()
-    except (CheckpointError, OSError):
-        return False
 
 
 def _blueprint(directory: Path, manifest: Manifest) -> Blueprint:

@@ -17,7 +17,7 @@ import torch
 
 from mixchat.config import ModelConfig
 from mixchat.files import write_file
-from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
+from mixchat.weights.blueprint import EMBEDDING, SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.manifest import (
     FileRecord,
     Manifest,
@@ -77,7 +77,10 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     if spec.name.endswith(".codes"):
         return torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
     if spec.name.endswith(".absmax"):
-        return (0.05 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
+        return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
+    # Layers that add little to a large embedding: else all tokens look alike to the routers.
+    if spec.name == EMBEDDING:
+        return torch.randn(spec.shape, generator=generator).to(spec.dtype)
     if spec.name.endswith("norm.weight"):
         return torch.ones(spec.shape, dtype=spec.dtype)
     return (0.02 * torch.randn(spec.shape, generator=generator)).to(spec.dtype)

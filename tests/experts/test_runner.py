@@ -1,9 +1,12 @@
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from mixchat.errors import CheckpointError
 from mixchat.experts.cache import ExpertKey, LRUCache
+from mixchat.experts.mover import Mover, Transfer
 from mixchat.experts.runner import CachedExpertRunner, compute
 from mixchat.experts.store import DiskSource, ExpertSource, ExpertStore, HostSource
 from mixchat.weights import nf4
@@ -40,7 +43,9 @@ def slow(kept: KeptModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
     for token in range(hidden.shape[0]):
         total = torch.zeros(64)
         for choice in range(selected.shape[1]):
-            expert = one._fetch(ExpertKey(layer, int(selected[token, choice])))
+            key = ExpertKey(layer, int(selected[token, choice]))
+            one._begin([key])
+            expert = one._ready(key)
             total += compute(expert, hidden[token : token + 1])[0].float() * weights[token, choice]
         rows.append(total)
     return torch.stack(rows).to(hidden.dtype)
@@ -96,21 +101,73 @@ def test_ram_over_the_file_and_a_staging_buffer_give_the_same_bytes(kept: KeptMo
     assert [len(buffer) for buffer in locked] == [8, 1]
 
 
-def test_a_load_that_is_broken_off_leaves_no_half_expert_behind(kept: KeptModel) -> None:
-    class Interrupting:
-        def __init__(self) -> None:
-            self.source, self.interrupt = DiskSource(kept), True
+class Failing:
+    """A source whose loads fail, after half of the bytes, until told otherwise."""
 
-        def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
-            if self.interrupt:
-                slot.fill_(255)
-                raise KeyboardInterrupt
-            self.source.load(key, slot)
+    def __init__(self, kept: KeptModel) -> None:
+        self.source, self.fail = DiskSource(kept), True
 
-    source = Interrupting()
-    interrupted = runner(kept, 3, source)
+    def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
+        if self.fail:
+            slot.fill_(255)
+            raise CheckpointError("cut short")
+        self.source.load(key, slot)
+
+
+def test_a_load_that_fails_leaves_no_half_expert_behind(kept: KeptModel) -> None:
+    source = Failing(kept)
+    failing = runner(kept, 3, source)
     inputs = routing(3)
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.run(0, *inputs)
-    source.interrupt = False
-    assert torch.equal(interrupted.run(0, *inputs), runner(kept, 8).run(0, *inputs))
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="cut short"):
+            failing.run(0, *inputs)
+    source.fail = False
+    assert torch.equal(failing.run(0, *inputs), runner(kept, 8).run(0, *inputs))
+
+
+def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
+    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [runner(kept, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
+    interrupted = runner(kept, 3)
+
+    def interrupt(transfer: Transfer) -> None:
+        raise KeyboardInterrupt
+
+    for seed in range(6):
+        with monkeypatch.context() as patch:
+            patch.setattr(Transfer, "wait", interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                interrupted.run(0, *routing(3, seed=seed))
+        assert torch.equal(interrupted.run(0, *routing(3, seed=seed)), expected[seed])
+
+
+def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
+    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache knows the expert then, and nobody is bringing it."""
+    interrupted = runner(kept, 3)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run(0, *routing(3))
+    assert torch.equal(interrupted.run(0, *routing(3)), runner(kept, 8).run(0, *routing(3)))
+
+
+def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: KeptModel) -> None:
+    begun: list[int] = []
+
+    class Noting(DiskSource):
+        def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
+            begun.append(key.expert)
+            super().load(key, slot)
+
+    noting = runner(kept, 4, Noting(kept))
+    noting._begin([ExpertKey(0, expert) for expert in (3, 0, 2)])
+    noting._ready(ExpertKey(0, 2))  # the last to come
+    assert begun == [3, 0, 2]
+    assert noting.stats.misses == 3

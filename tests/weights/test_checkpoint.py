@@ -9,7 +9,7 @@ import pytest
 from mixchat.errors import CheckpointError
 from mixchat.weights import manifest
 from mixchat.weights.checkpoint import KeptModel
-from mixchat.weights.manifest import MANIFEST_FILE, read_manifest
+from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, read_manifest
 
 
 @pytest.fixture
@@ -40,6 +40,8 @@ def test_a_whole_model_opens(kept: Path) -> None:
 
 def test_a_directory_without_a_manifest_is_unfinished(kept: Path) -> None:
     (kept / MANIFEST_FILE).unlink()
+    assert "mixchat.json: the file is missing" in refusal(kept)  # its copy says what it was
+    (kept / MANIFEST_COPY).unlink()
     assert "not a finished model" in refusal(kept)
 
 

@@ -12,10 +12,10 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Making, Meter, files_of, get, shard_names
 
-from mixchat.errors import HubError, ModelNotFoundError
-from mixchat.weights import build, hub, models
+from mixchat.errors import HubError, ModelNotFoundError, UsageError
+from mixchat.weights import build, hub
 from mixchat.weights.download import Request, plan
-from mixchat.weights.manifest import read_manifest
+from mixchat.weights.manifest import is_kept, read_manifest
 from mixchat.weights.models import resolve
 from mixchat.weights.parts import Part
 from mixchat.weights.quantize import QuantizeOptions
@@ -36,7 +36,7 @@ def test_a_failed_download_keeps_what_came_and_the_next_one_goes_on(
         get(REPO)
     target = home / "models" / "org--tiny-mixtral"
     assert (target / "journal.jsonl").exists()
-    assert not models.is_finished(target)
+    assert not is_kept(target)
     assert not (home / "models" / ".org--tiny-mixtral.lock").exists()
     done = list(making.names)
     fake.faults.clear()
@@ -131,7 +131,7 @@ def test_what_is_not_its_work_is_removed(fake: FakeHub, home: Path) -> None:
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"half")
     (stale.parent / "old").mkdir()
-    assert models.is_finished(get(REPO))
+    assert is_kept(get(REPO))
     assert not stale.exists()
     assert not (stale.parent / "old").exists()
 
@@ -183,3 +183,36 @@ def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
         return make(part, *arguments)
 
     return interrupted
+
+
+def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(
+    fake: FakeHub, made: Path, home: Path
+) -> None:
+    target = get(REPO)
+    (target / "mixchat.json").unlink()
+    (target / "journal.jsonl").write_text("{}\n")
+    fake.requests.clear()
+    assert files_of(get(REPO)) == files_of(made)
+    assert not fake.requests
+
+
+def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
+    """One that came quantized was taken as made in any way, whatever was asked of it."""
+    from mixchat.weights.download import _made_as
+
+    how = {"scales": "given", "quant_type": "nf4", "attention": True, "head": False}
+    assert _made_as(QuantizeOptions(), how)
+    assert _made_as(QuantizeOptions(attention=True), how)
+    assert not _made_as(QuantizeOptions(head=True), how)
+
+
+@pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])
+def test_a_commit_may_be_shortened_to_seven_digits(
+    fake: FakeHub, revision: str, same: bool
+) -> None:
+    path = get(REPO)
+    if same:
+        assert get(REPO, revision=revision) == path
+    else:  # it may be a branch's name
+        with pytest.raises(UsageError, match="already kept, from revision"):
+            get(REPO, revision=revision)

@@ -16,7 +16,7 @@ from mixchat.errors import CheckpointError, HubError, UsageError
 from mixchat.weights import demo, download, models
 from mixchat.weights.download import Request
 from mixchat.weights.lock import only_one
-from mixchat.weights.manifest import read_manifest
+from mixchat.weights.manifest import is_kept, read_manifest
 from mixchat.weights.models import resolve
 from mixchat.weights.quantize import QuantizeOptions
 
@@ -46,6 +46,11 @@ class TestLocal:
     def test_a_kept_model_needs_nothing(self, tiny_model: Path, home: Path) -> None:
         assert get(str(tiny_model)) == tiny_model
         assert not home.exists()
+
+    def test_a_kept_model_cannot_have_another_name(self, tiny_model: Path) -> None:
+        """It was said to be ready under the name, under which nothing was found afterwards."""
+        with pytest.raises(UsageError, match="kept model already"):
+            get(str(tiny_model), key="other")
 
     def test_only_pickles(self, tiny_checkpoint: Path, tmp_path: Path, home: Path) -> None:
         source = tmp_path / "pickled"
@@ -79,7 +84,7 @@ class TestLocal:
         with pytest.raises(error):
             get(str(tiny_checkpoint), key="tiny")
         assert left_in(home) == ["models", "models/tiny", "models/tiny/shared.safetensors"]
-        assert not models.is_finished(home / "models" / "tiny")
+        assert not is_kept(home / "models" / "tiny")
 
 
 class TestDemo:
@@ -135,7 +140,7 @@ class TestDemo:
         (stale / "half").write_bytes(b"half")
         (home / "models" / "demo" / "build" / ".demo-wheel-x").mkdir()
         path = get("demo")
-        assert models.is_finished(path)
+        assert is_kept(path)
         assert not (path / "build").exists()
 
     def test_goes_on_where_it_was_cut_off(
@@ -194,7 +199,7 @@ class TestTwoProcesses:
             )
             waiting.start()
         waiting.join(20)
-        assert models.is_finished(home / "models" / "tiny")
+        assert is_kept(home / "models" / "tiny")
 
 
 class TestAlreadyKept:

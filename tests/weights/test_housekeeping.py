@@ -13,6 +13,7 @@ from mixchat.machine import disk_usage
 from mixchat.weights import hub, models
 from mixchat.weights.housekeeping import Leftover, remove, sweep
 from mixchat.weights.lock import only_one
+from mixchat.weights.manifest import is_kept
 
 JUNK = {
     "journal.jsonl": b"{}\n",
@@ -113,7 +114,7 @@ class TestRemoving:
         monkeypatch.setattr(shutil, "rmtree", cut)
         with pytest.raises(KeyboardInterrupt):
             remove(finished)
-        assert not models.is_finished(finished)
+        assert not is_kept(finished)
 
 
 class TestLeftovers:
@@ -191,6 +192,20 @@ class TestLeftovers:
         assert leftover.resumable
         list(sweep(unfinished=True))
         assert sorted(path.name for path in blobs.iterdir()) == ["abc", "d.incomplete"]
+
+    def test_what_the_hubs_own_client_left_of_a_model_of_ours_goes(
+        self, finished: Path, cache: Path
+    ) -> None:
+        """Killed while it fetched a small file, it leaves one that it never goes on with."""
+        ours, other = hub.repo_dir("done") / "blobs", hub.repo_dir("org/other") / "blobs"
+        for blobs in (ours, other):
+            write(blobs, {"abc.1f2e.incomplete": b"half"})
+        with hub.blob_lock(ours.parent.name, "abc", timeout=1):
+            assert list(sweep()) == []
+        (leftover,) = sweep()
+        assert leftover.removed
+        assert not list(ours.iterdir())
+        assert list(other.iterdir())
 
     def test_a_part_that_is_being_fetched_stays(self, cache: Path) -> None:
         sha256 = "ab" * 32

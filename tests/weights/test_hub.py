@@ -57,7 +57,7 @@ def wanted(fake: FakeHub) -> set[str]:
 
 class TestPlan:
     def test_names_the_commit_and_only_the_files_that_are_wanted(self, fake: FakeHub) -> None:
-        remote = hub.plan(REPO)
+        remote = hub.look_up(REPO)
         assert remote.commit == COMMIT
         assert {file.path for file in remote.small} | set(remote.shards) == wanted(fake)
         assert list(remote.shards) == SHARDS
@@ -69,7 +69,7 @@ class TestPlan:
     def test_knows_every_tensor_from_the_headers_alone(
         self, fake: FakeHub, two_shards: Path
     ) -> None:
-        remote, local = hub.plan(REPO), LocalOrigin(two_shards, Source("x")).index
+        remote, local = hub.look_up(REPO), LocalOrigin(two_shards, Source("x")).index
         for shard in SHARDS:
             assert remote.index.header(shard).specs == local.header(shard).specs
         asked = [r for r in fake.requests if r.where == "store" and r.path[1:] in SHARDS]
@@ -79,39 +79,43 @@ class TestPlan:
     def test_reads_a_header_that_is_longer_than_the_first_range(
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = hub.plan(REPO)
+        whole = hub.look_up(REPO)
         monkeypatch.setattr(hub, "_FIRST_READ", 100)
-        assert hub.plan(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        assert (
+            hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        )
 
     def test_of_a_hub_without_ranges_is_the_same(self, fake: FakeHub) -> None:
-        whole = hub.plan(REPO)
+        whole = hub.look_up(REPO)
         fake.ranges = False
-        assert hub.plan(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        assert (
+            hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        )
 
     def test_survives_lost_connections_and_busy_stores(self, fake: FakeHub) -> None:
         fake.fail(f"^/{SHARDS[0]}", times=1, cut_after=50)
         fake.fail(f"^/{SHARDS[1]}", times=2, status=503)
-        assert set(hub.plan(REPO).shards) == set(SHARDS)
+        assert set(hub.look_up(REPO).shards) == set(SHARDS)
 
     def test_takes_a_single_file_without_an_index(
         self, fake: FakeHub, tiny_checkpoint: Path
     ) -> None:
         del fake.files[INDEX]
         fake.files |= files_of(tiny_checkpoint)
-        remote = hub.plan(REPO)
+        remote = hub.look_up(REPO)
         assert list(remote.shards) == ["model.safetensors"]
 
     def test_finds_a_wrong_shape_before_any_weights(self, fake: FakeHub) -> None:
         fake.files["config.json"] = with_config(fake, vocab_size=98)
         with pytest.raises(CheckpointError, match=r"has the shape .*config\.json asks for"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
     def test_finds_a_wrong_type_before_any_weights(self, fake: FakeHub, two_shards: Path) -> None:
         tensors = load_file(two_shards / SHARDS[0])
         name = min(tensors)
         fake.files[SHARDS[0]] = save(tensors | {name: tensors[name].byte()})
         with pytest.raises(CheckpointError, match="only bf16, fp16 and fp32"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
     def test_finds_a_missing_tensor_before_any_weights(
         self, fake: FakeHub, two_shards: Path
@@ -121,7 +125,7 @@ class TestPlan:
         del tensors[name]
         fake.files[SHARDS[0]] = save(tensors)
         with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: there is no tensor '{name}'"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
     @pytest.mark.parametrize(
         "start",
@@ -130,31 +134,31 @@ class TestPlan:
     def test_refuses_a_shard_that_is_no_safetensors_file(self, fake: FakeHub, start: bytes) -> None:
         fake.files[SHARDS[0]] = start + b" " * 5_000
         with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: not a safetensors") as caught:
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert "\n" not in str(caught.value)
 
     def test_refuses_a_shard_without_a_hash(self, fake: FakeHub) -> None:
         fake.files[SHARDS[0]] = b"small"
         with pytest.raises(CheckpointError, match="no SHA-256"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
     def test_refuses_a_shard_too_large_for_http(
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(hub, "_MAX_SHARD", 80_000)
         with pytest.raises(CheckpointError, match="too large") as caught:
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert "hf download" in (caught.value.hint or "")
 
     def test_asks_for_the_revision_that_is_named(self, fake: FakeHub) -> None:
-        assert hub.plan(REPO, COMMIT).commit == COMMIT
+        assert hub.look_up(REPO, COMMIT).commit == COMMIT
         with pytest.raises(ModelNotFoundError, match="no such revision"):
-            hub.plan(REPO, "no-such-branch")
+            hub.look_up(REPO, "no-such-branch")
 
     def test_refuses_another_architecture_before_any_weights(self, fake: FakeHub) -> None:
         fake.files["config.json"] = with_config(fake, model_type="llama")
         with pytest.raises(CheckpointError, match="not a Mixtral"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert not [path for path in fake.got() if path.endswith((".safetensors", ".index.json"))]
 
     @pytest.mark.parametrize(
@@ -190,14 +194,14 @@ class TestPlan:
             else:
                 fake.files[name] = data
         with pytest.raises(CheckpointError, match=message) as caught:
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert "\n" not in str(caught.value)
         assert not [path for path in fake.got() if path.endswith((".pt", ".bin", ".safetensors"))]
 
     def test_refuses_a_config_of_absurd_size_unread(self, fake: FakeHub) -> None:
         fake.listing = lambda answer: _resized(answer, "config.json", 10**10)
         with pytest.raises(CheckpointError, match="too large"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert len(fake.requests) == 1
 
     @pytest.mark.parametrize(
@@ -219,7 +223,7 @@ class TestPlan:
     def test_does_not_believe_a_malformed_answer(self, fake: FakeHub, edit: Any) -> None:
         fake.listing = edit
         with pytest.raises(HubError, match="cannot be understood"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
 
 def _resized(answer: dict[str, Any], name: str, size: int | None) -> dict[str, Any]:

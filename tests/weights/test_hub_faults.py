@@ -31,7 +31,7 @@ SHARDS = shard_names(2)
 
 
 def plan(place: Path) -> HubOrigin:
-    remote = hub.plan(REPO)
+    remote = hub.look_up(REPO)
     return HubOrigin(remote, Source(REPO, remote.commit), place / "target")
 
 
@@ -105,7 +105,7 @@ class TestFaults:
         with FakeHub({}) as gone:
             monkeypatch.setenv("HF_ENDPOINT", gone.url)
         with pytest.raises(HubError, match=r"cannot reach the hub at 127\.0\.0\.1:\d+$"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
 
     def test_the_store_is_not_there(self, fake: FakeHub, tmp_path: Path) -> None:
         origin = plan(tmp_path)
@@ -121,7 +121,7 @@ class TestFaults:
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert not fake.requests
 
     @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ class TestFaults:
     ) -> None:
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(UsageError, match="HF_ENDPOINT") as caught:
-            hub.plan(REPO)
+            hub.look_up(REPO)
         assert str(caught.value).isprintable()
 
     def test_a_full_disk(

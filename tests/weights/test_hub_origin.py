@@ -29,7 +29,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def origin_for(target: Path, **how: bool) -> HubOrigin:
-    remote = hub.plan(REPO)
+    remote = hub.look_up(REPO)
     return HubOrigin(remote, Source(REPO, remote.commit), target, **how)
 
 

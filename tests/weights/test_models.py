@@ -240,9 +240,24 @@ class TestLocate:
 
     def test_a_kept_model_elsewhere_only_where_it_is_asked_for(self) -> None:
         place = keep("elsewhere").rename(Path.cwd() / "moved")
-        assert models.locate("./moved", anywhere=True) == place
+        assert models.find("./moved") == place
         with pytest.raises(ModelNotFoundError):
-            models.locate("./moved")
+            models.find("./moved", anywhere=False)
+
+    def test_a_directory_is_not_the_model_that_has_its_name(self) -> None:
+        """`rm ./half` once meant the kept model `half`."""
+        keep("half")
+        (Path.cwd() / "half").mkdir()
+        with pytest.raises(ModelNotFoundError):
+            models.locate("./half")
+
+    def test_one_of_the_two_manifests_makes_it_a_kept_model(self) -> None:
+        """Without `mixchat.json` it was taken for unfinished: `gc` removed what `repair` mends."""
+        directory = keep("good")
+        (directory / "mixchat.json").rename(directory / "mixchat.copy.json")
+        assert models.find("good") == directory
+        (entry,) = models.list_models()
+        assert entry.problem == "damaged"
 
     def test_a_link_to_a_directory_is_the_link(self, tmp_path: Path) -> None:
         keep("good")

@@ -135,7 +135,7 @@ class TestMemory:
 
 class TestPlan:
     def made(self, fake: FakeHub, target: Path, cache: Path | None = None) -> plan.Plan:
-        remote = hub.plan(REPO)
+        remote = hub.look_up(REPO)
         keep = cache is not None
         origin = HubOrigin(remote, Source(REPO, remote.commit), target, keep_source=keep)
         blueprint = blueprint_of(origin.index, QuantizeOptions())

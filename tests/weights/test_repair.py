@@ -15,16 +15,17 @@ from weight_tools import Meter, files_of
 
 from mixchat.errors import CheckpointError, HubError
 from mixchat.progress import NoProgress
-from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, Source
+from mixchat.weights.manifest import (
+    MANIFEST_COPY,
+    MANIFEST_FILE,
+    Source,
+    read_either_manifest,
+    restore_manifests,
+)
 from mixchat.weights.origin import LocalOrigin
 from mixchat.weights.origins import origin_of
 from mixchat.weights.safetensors import SafetensorsFile
-from mixchat.weights.verify import (
-    Damage,
-    read_either_manifest,
-    repair,
-    restore_manifests,
-)
+from mixchat.weights.verify import Damage, repair
 from mixchat.weights.verify import verify as verify_model
 
 EXPERTS = "experts-000.safetensors"

@@ -15,16 +15,15 @@ from weight_tools import Meter, files_of
 
 from mixchat.errors import CheckpointError
 from mixchat.progress import NoProgress
-from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, read_manifest
-from mixchat.weights.safetensors import SafetensorsFile
-from mixchat.weights.verify import (
-    HEADER,
-    MISSING,
-    SIZE,
-    Damage,
+from mixchat.weights.manifest import (
+    MANIFEST_COPY,
+    MANIFEST_FILE,
     read_either_manifest,
+    read_manifest,
     restore_manifests,
 )
+from mixchat.weights.safetensors import SafetensorsFile
+from mixchat.weights.verify import HEADER, MISSING, SIZE, Damage
 from mixchat.weights.verify import verify as verify_model
 
 EXPERTS = "experts-000.safetensors"
