@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from mixchat import machine
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
@@ -87,8 +86,6 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
         experts=stored.expert_count,
         budget=options.expert_memory,
     )
-    if 2 * stored.expert_count * stored.expert.stride > machine.free_memory():
-        kept.bypass_page_cache()  # else the page cache has room for it, and the next start is fast
     if stored.expert.nbytes < SMALL_EXPERT:
         torch.set_num_threads(1)
     store = ExpertStore(

@@ -14,7 +14,6 @@ import torch
 from mixchat.experts.cache import ExpertKey
 from mixchat.weights.blueprint import Expert, ExpertLayout
 from mixchat.weights.checkpoint import KeptModel
-from mixchat.weights.safetensors import ALIGNMENT
 
 Lock = Callable[[torch.Tensor], None]  # makes a buffer in RAM fit for fast copies to the device
 
@@ -76,7 +75,8 @@ class ExpertStore:
         device: torch.device,
     ) -> None:
         self._source, self._stored, self._used = source, stored, used
-        self._blocks = aligned_empty(slots, used.stride, device)
+        # On a CPU the system commits the pages as they are filled.
+        self._blocks = torch.empty((slots, used.stride), dtype=torch.uint8, device=device)
         self._experts = [used.build(block) for block in self._blocks]
         self.bytes_moved = 0
 
@@ -97,17 +97,7 @@ class ExpertStore:
         return self._experts[slot]
 
 
-def aligned_empty(count: int, stride: int, device: torch.device) -> torch.Tensor:
-    """Blocks [count, stride] of bytes that begin on a page, as reading past the page cache wants.
-
-    On a CPU the system commits the pages as they are filled.
-    """
-    whole = torch.empty(count * stride + ALIGNMENT, dtype=torch.uint8, device=device)
-    start = -whole.data_ptr() % ALIGNMENT
-    return whole[start : start + count * stride].view(count, stride)
-
-
 def _host_buffer(count: int, model: KeptModel, lock: Lock) -> torch.Tensor:
-    buffer = aligned_empty(count, model.blueprint.expert.stride, torch.device("cpu"))
+    buffer = torch.empty((count, model.blueprint.expert.stride), dtype=torch.uint8)
     lock(buffer)
     return buffer

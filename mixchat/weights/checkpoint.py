@@ -58,11 +58,6 @@ class KeptModel:
         start = self._expert_base[layer] + expert * self.blueprint.expert.stride
         self._experts[layer].read_into(block, start)
 
-    def bypass_page_cache(self) -> None:
-        """Read experts past the page cache, for those who keep them in a cache of their own."""
-        for file in self._experts:
-            file.bypass_page_cache()
-
     def close(self) -> None:
         """Close all files."""
         for file in self._files:

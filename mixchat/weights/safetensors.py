@@ -8,10 +8,8 @@ endian; the header, JSON; the tensors' bytes, one behind the other without holes
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +25,6 @@ ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
 _MAX_HEADER = 10_000_000
 _MAX_DIMENSIONS = 8
-_DIRECT_CHUNK = 1 << 24  # bytes; between two the rest may turn out to be in the page cache
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -101,22 +98,6 @@ class Header:
             raise CheckpointError(f"{self.where}: there is no tensor {name!r}") from None
 
 
-def _open_direct(path: Path) -> int:
-    """A file descriptor that reads past the page cache; -1 where there is none."""
-    if not hasattr(os, "O_DIRECT") or not hasattr(os, "RWF_NOWAIT"):
-        return -1
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return -1
-    try:
-        os.preadv(fd, [mmap.mmap(-1, ALIGNMENT)], 0)
-    except OSError:  # some file systems refuse only now
-        os.close(fd)
-        return -1
-    return fd
-
-
 def header_length(first: bytes | bytearray, size: int, where: str) -> int:
     """Bytes of the header's text, out of a file's first eight. Raises `CheckpointError`."""
     length = int.from_bytes(first[:8], "little")
@@ -133,7 +114,6 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -159,10 +139,9 @@ class SafetensorsFile:
     def read_into(self, block: torch.Tensor, start: int) -> None:
         """Fill `block` (uint8, contiguous, on the CPU) from byte `start` of the file on."""
         view, done = block.numpy().data, 0
-        address = block.data_ptr()
         while done < len(view):
             try:
-                count = self._read_some(view[done:], address + done, start + done)
+                count = os.preadv(self._fd, [view[done:]], start + done)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
             if count == 0:
@@ -172,31 +151,11 @@ class SafetensorsFile:
                 )
             done += count
 
-    def _read_some(self, view: memoryview, address: int, start: int) -> int:
-        """Read at least a byte into `view`, which lies at `address`; how many were read."""
-        if self._direct_fd < 0 or (address | start | len(view)) % ALIGNMENT:
-            return os.preadv(self._fd, [view], start)
-        with suppress(OSError):  # above all BlockingIOError: not cached
-            cached = os.preadv(self._fd, [view], start, os.RWF_NOWAIT)
-            if cached == len(view) or cached >= ALIGNMENT:
-                return cached - cached % ALIGNMENT
-        return os.preadv(self._direct_fd, [view[:_DIRECT_CHUNK]], start)
-
-    def bypass_page_cache(self) -> None:
-        """Read what the page cache does not hold past it, whole pages at a time.
-
-        For those who fill a cache of their own: a second copy of it all would take its memory.
-        Changes nothing where the system or the file system cannot.
-        """
-        if self._direct_fd < 0:
-            self._direct_fd = _open_direct(self.path)
-
     def close(self) -> None:
         """Close the file; further reads fail."""
-        for fd in (self._fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct_fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> SafetensorsFile:
         return self

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from mixchat.errors import CheckpointError
 from mixchat.weights.safetensors import (
-    ALIGNMENT,
     Header,
     SafetensorsFile,
     SafetensorsWriter,
@@ -172,46 +171,3 @@ def test_a_changed_byte_in_the_header_never_crashes(tmp_path: Path, data: st.Dat
     with contextlib.suppress(CheckpointError), SafetensorsFile(path) as file:
         for spec in file.header.specs:
             assert file.read(spec.name).shape == spec.shape
-
-
-class TestPastThePageCache:
-    """The bytes are the same; whether they came past it depends on the system."""
-
-    @pytest.fixture
-    def path(self, tmp_path: Path) -> Path:
-        generator = torch.Generator().manual_seed(0)
-        data = torch.randint(0, 256, (5 * ALIGNMENT,), dtype=torch.uint8, generator=generator)
-        with SafetensorsWriter(tmp_path / "x", [TensorSpec("d", torch.uint8, data.shape)]) as out:
-            out.write("d", data)
-        return tmp_path / "x"
-
-    @pytest.mark.parametrize("cached", [False, True])
-    @pytest.mark.parametrize(
-        ("start", "size", "shift"),
-        [(0, 5, 0), (1, 3, 0), (1, 1, 0), (0, 5, 64), (0.5, 1, 0), (2, 0.25, 0)],
-    )
-    def test_any_part_is_read_right(
-        self, path: Path, start: float, size: float, shift: int, cached: bool
-    ) -> None:
-        whole = path.read_bytes()[ALIGNMENT:]
-        if not cached:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        first, count = int(start * ALIGNMENT), int(size * ALIGNMENT)
-        buffer = torch.zeros(8 * ALIGNMENT, dtype=torch.uint8)
-        begin = -buffer.data_ptr() % ALIGNMENT + shift
-        block = buffer[begin : begin + count]
-        with SafetensorsFile(path) as file:
-            file.bypass_page_cache()
-            file.read_into(block, ALIGNMENT + first)
-        assert bytes(block.numpy()) == whole[first : first + count]
-
-    def test_a_file_cut_short_is_named(self, path: Path) -> None:
-        buffer = torch.zeros(8 * ALIGNMENT, dtype=torch.uint8)
-        begin = -buffer.data_ptr() % ALIGNMENT
-        with SafetensorsFile(path) as file:
-            file.bypass_page_cache()
-            os.truncate(path, 3 * ALIGNMENT)
-            with pytest.raises(CheckpointError, match="x: cut short"):
-                file.read_into(buffer[begin : begin + 5 * ALIGNMENT], ALIGNMENT)
