@@ -135,7 +135,9 @@ def as_text(plan: Plan) -> str:
     commit = f" at {plan.commit[:12]}" if plan.commit else ""
     fetch = format_size(plan.fetch)
     if plan.fetch < plan.checkpoint:
-        fetch += f" of {format_size(plan.checkpoint)}, the rest is here" if plan.commit else ""
+        fetch += (
+            f" of {format_size(plan.checkpoint)}, the rest is done or here" if plan.commit else ""
+        )
     rows = [
         ("from", plan.source + commit),
         ("fetch", fetch),

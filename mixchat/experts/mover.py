@@ -1,4 +1,4 @@
-"""Moves experts in the background, one after the other: what is waited for first, guesses behind.
+"""Moves experts in the background, one after the other, in the order in which they were asked for.
 
 One disk and one bus gain nothing from several transfers at once, so there is one thread, which goes
 when it has had nothing to do for a while. It is no daemon: Python ends daemons in the midst of
@@ -57,28 +57,20 @@ class Mover:
 
     def __init__(self, load: Callable[[ExpertKey, int], None]) -> None:
         self._load = load
-        self._wanted: deque[Transfer] = deque()
-        self._guessed: deque[Transfer] = deque()
+        self._queue: deque[Transfer] = deque()
         self._changed = threading.Condition()
         self._works = False
 
-    def begin(self, transfer: Transfer, slot: int, *, guess: bool = False) -> None:
-        """Queue a transfer into `slot`, behind all that is wanted; a guess behind other guesses."""
+    def begin(self, transfer: Transfer, slot: int) -> None:
+        """Queue a transfer into `slot`."""
         transfer.slot = slot
         with self._changed:
-            (self._guessed if guess else self._wanted).append(transfer)
+            self._queue.append(transfer)
             transfer.queued = True
             if not self._works:
                 self._works = True
                 threading.Thread(target=self._work).start()
             self._changed.notify()
-
-    def hurry(self, transfer: Transfer) -> None:
-        """A guess has come true: if it has not begun, it goes before all other guesses."""
-        with self._changed:
-            if transfer in self._guessed:
-                self._guessed.remove(transfer)
-                self._wanted.append(transfer)
 
     def _work(self) -> None:
         while (transfer := self._next()) is not None:
@@ -94,8 +86,7 @@ class Mover:
     def _next(self) -> Transfer | None:
         """What to carry out now; None where nothing came for a while."""
         with self._changed:
-            if not self._wanted and not self._guessed:
+            if not self._queue:
                 self._changed.wait(_IDLE)
-            queue = self._wanted or self._guessed
-            self._works = bool(queue)
-            return queue.popleft() if queue else None
+            self._works = bool(self._queue)
+            return self._queue.popleft() if self._queue else None

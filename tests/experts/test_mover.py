@@ -33,33 +33,21 @@ def gate() -> Iterator[Gate]:
     gate.open.set()
 
 
-def begin(mover: Mover, expert: int, *, guess: bool = False) -> Transfer:
+def begin(mover: Mover, expert: int) -> Transfer:
     transfer = Transfer(KEYS[expert])
-    mover.begin(transfer, slot=expert + 10, guess=guess)
+    mover.begin(transfer, slot=expert + 10)
     return transfer
 
 
-def test_what_is_waited_for_goes_before_guesses(gate: Gate) -> None:
+def test_they_are_carried_out_in_order_and_in_the_background(gate: Gate) -> None:
     mover = Mover(gate.load)
-    first = begin(mover, 0)
+    transfers = [begin(mover, expert) for expert in (3, 0, 2)]
     assert gate.begun.wait(30)
-    transfers = [first, begin(mover, 1, guess=True), begin(mover, 2), begin(mover, 3, guess=True)]
     assert not any(transfer.ended for transfer in transfers)
     gate.open.set()
     for transfer in transfers:
         transfer.wait()
-    assert gate.loaded == [(0, 10), (2, 12), (1, 11), (3, 13)]
-
-
-def test_a_guess_that_comes_true_goes_before_other_guesses(gate: Gate) -> None:
-    mover = Mover(gate.load)
-    begin(mover, 0)
-    assert gate.begun.wait(30)
-    other, right = begin(mover, 1, guess=True), begin(mover, 2, guess=True)
-    mover.hurry(right)
-    gate.open.set()
-    other.wait()
-    assert [expert for expert, _ in gate.loaded] == [0, 2, 1]
+    assert gate.loaded == [(3, 13), (0, 10), (2, 12)]
 
 
 def test_one_that_is_cancelled_in_time_is_not_carried_out(gate: Gate) -> None:
