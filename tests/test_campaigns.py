@@ -1,0 +1,34 @@
+"""The campaigns, each for a few rounds: at full size a person runs them by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CAMPAIGNS = Path(__file__).parent / "campaigns"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["kill.py", "--rounds", "3"],
+        ["race.py", "--rounds", "1"],
+        ["flips.py", "--flips", "8", "--real", "1"],
+        ["hostile.py", "--parts", "mutations", "--mutations", "40"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_finds_no_fault(command: list[str], tmp_path: Path) -> None:
+    # conftest.py forbids the hub to this process; the campaigns have one of their own.
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, CAMPAIGNS / command[0], *command[1:]],
+        env={**environment, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
