@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 HELP = """\
 /help    show this
 /clear   forget the conversation
+/experts show which experts were used, and where they are
 /bye     leave (so does Ctrl-D)
 Ctrl-C   stop the answer; at the prompt, clear the line, and twice: leave"""
 
@@ -38,7 +39,10 @@ _ENDINGS = {
 
 
 class Repl:
-    """One chat. What fails in a turn is handed to `report`; a turn's end to `after_turn`."""
+    """One chat, with `model` as its name for the model.
+
+    What fails in a turn is handed to `report`; a turn's end to `after_turn`.
+    """
 
     def __init__(
         self,
@@ -48,8 +52,10 @@ class Repl:
         after_turn: Callable[[Finished], None] = lambda finished: None,
         prompt: PromptSession[str] | None = None,
         out: TextIO | None = None,
+        model: str = "",
     ) -> None:
         self.session = session
+        self._model = model
         self._report = report
         self._after_turn = after_turn
         self._prompt = prompt or PromptSession(history=InMemoryHistory())
@@ -92,11 +98,18 @@ class Repl:
         if command == "clear":
             self.session.clear()
             self._say("(a new conversation)")
+        elif command == "experts":
+            self._show_experts()
         elif command in ("help", "?"):
             self._say(HELP)
         else:
             self._say(f"/{command} is no command; /help shows them all")
         return True
+
+    def _show_experts(self) -> None:
+        from mixchat.chat.heatmap import drawn
+
+        self._say(drawn(self.session.engine.expert_report(self._model), self._out))
 
     def _answer(self, text: str) -> None:
         try:

@@ -1,23 +1,19 @@
-"""Which expert is in which slot: least-recently-used bookkeeping, without a tensor."""
+"""Which expert is in which slot: bookkeeping over a policy, without a tensor."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import LRU, Policy
 
 
-class ExpertKey(NamedTuple):
-    """Names one expert of one layer."""
+class ExpertCache:
+    """Maps experts to slots 0 .. slots-1; when all are taken, the policy says which one goes.
 
-    layer: int
-    expert: int
+    `limit` is how many of the slots are used; all of them, until `resize` says less.
 
-
-class LRUCache:
-    """Maps experts to slots 0 .. slots-1; when all are taken, the one unused for longest goes.
-
-    With two slots and A = (0, 0), B = (0, 1), C = (1, 0):
+    With two slots, the policy LRU, and A = (0, 0), B = (0, 1), C = (1, 0):
 
         lookup(A) -> None    admit(A) -> 0        order: A
         lookup(B) -> None    admit(B) -> 1        order: A B
@@ -26,10 +22,11 @@ class LRUCache:
         discard(C)                                order: A      (slot 1 is free again)
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, policy: Policy | None = None) -> None:
         assert slots > 0
-        self._count = slots
-        self._slots: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
+        self.slots = self.limit = slots
+        self._policy = LRU() if policy is None else policy
+        self._slots: dict[ExpertKey, int] = {}
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -37,31 +34,66 @@ class LRUCache:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(list(self._slots))
+
     def lookup(self, key: ExpertKey) -> int | None:
         """The expert's slot, which counts as a use; None where it has none."""
         slot = self._slots.get(key)
         if slot is not None:
-            self._slots.move_to_end(key)
+            self._policy.use(key)
         return slot
 
-    def admit(self, key: ExpertKey, pinned: Collection[ExpertKey] = ()) -> int | None:
+    def slot_of(self, key: ExpertKey) -> int | None:
+        """The expert's slot, without counting as a use."""
+        return self._slots.get(key)
+
+    def admit(
+        self, key: ExpertKey, pinned: Collection[ExpertKey] = (), preferred: Collection[int] = ()
+    ) -> int | None:
         """A slot for an expert that has none, as its most recent use; evicts where none is free.
 
-        Experts in `pinned` are not evicted; None where no other is there.
+        Of free slots one of `preferred` is taken, if there is one. Experts in `pinned` are not
+        evicted; None where no other is there.
         """
         assert key not in self._slots
         # Which slots are free is not kept but derived: Ctrl-C between any two lines then neither
         # loses a slot nor gives it to two experts.
-        if len(self._slots) < self._count:
-            slot = min(set(range(self._count)) - set(self._slots.values()))
-        else:
-            victim = next((other for other in self._slots if other not in pinned), None)
+        slot = None
+        while len(self._slots) >= self.limit:  # more than once where `resize` left pinned ones
+            victim = self._victim(pinned)
             if victim is None:
                 return None
-            slot = self._slots.pop(victim)
+            slot = self._slots[victim]
+            self.discard(victim)
+        if slot is None:
+            slot = min(self.free_slots(), key=lambda free: (free not in preferred, free))
         self._slots[key] = slot
+        self._policy.use(key)
         return slot
 
     def discard(self, key: ExpertKey) -> None:
-        """Free the expert's slot: its bytes did not arrive."""
-        del self._slots[key]
+        """Free the expert's slot, if it has one: it is evicted, or its bytes did not arrive."""
+        self._slots.pop(key, None)
+        self._policy.forget(key)
+
+    def resize(self, limit: int, pinned: Collection[ExpertKey] = ()) -> None:
+        """Use `limit` of the slots from now on, at least one; evicts what is too much.
+
+        Experts in `pinned` stay, also where that is more than `limit`.
+        """
+        self.limit = max(1, min(limit, self.slots))
+        while len(self._slots) > self.limit:
+            victim = self._victim(pinned)
+            if victim is None:
+                return
+            self.discard(victim)
+
+    def free_slots(self) -> set[int]:
+        """The slots without an expert, among them those beyond the limit."""
+        return set(range(self.slots)) - set(self._slots.values())
+
+    def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:
+        candidates = self._policy.victims()
+        # One that the policy alone knows was being discarded when Ctrl-C came.
+        return next((key for key in candidates if key in self._slots and key not in pinned), None)

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixchat.experts.stats import ExpertStats
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.stats import ExpertReport, ExpertStats
 
 STOP = 0
+KEY = ExpertKey(0, 0)
 
 
 @dataclass
@@ -18,6 +20,12 @@ class Stats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+
+@dataclass
+class Experts:
+    stats: ExpertStats = field(default_factory=ExpertStats)
+    slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,21 @@ class ScriptedEngine:
         self.context_size = context_size
         self.config = Config()
         self.stats = Stats()
-        self.expert_stats = ExpertStats(slots=16)
+        self.experts = Experts()
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
         self.closed = 0
+
+    def expected(self) -> float | None:
+        return 21.0
+
+    def expert_report(self, model: str) -> ExpertReport:
+        stats = self.experts.stats
+        hits, misses = [[stats.hits[KEY], 0]], [[stats.misses[KEY], 0]]
+        moved = stats.bytes_moved
+        return ExpertReport(
+            model, hits, misses, [["host", "disk"]], {"host": 16}, moved, 0.0, 0, 0, 1, 1.0
+        )
 
     def generate(
         self, prompt_ids: Any, *, sampling: Any, stop_ids: Any, max_tokens: int | None = None
@@ -68,9 +87,9 @@ class ScriptedEngine:
                 if self.stats.generated_tokens in (room, max_tokens):
                     return
                 self.stats.generated_tokens += 1
-                self.expert_stats.hits += 3
-                self.expert_stats.misses += 1
-                self.expert_stats.bytes_moved += 1000
+                self.experts.stats.hits[KEY] += 3
+                self.experts.stats.misses[KEY] += 1
+                self.experts.stats.bytes_moved += 1000
                 yield ord(item)
         finally:
             self.closed += 1

@@ -12,7 +12,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mixchat.chat.repl import Repl
+from mixchat.chat.repl import HELP, Repl
 from mixchat.errors import PromptError
 
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -85,6 +85,14 @@ def test_help_names_the_commands_and_an_unknown_one_is_not_sent(session_of):
     assert chat.text.count("/clear   forget") == 2
     assert "/nonsense is no command" in chat.text
     assert session.engine.prompts == []
+
+
+def test_experts_shows_what_became_of_them(session_of):
+    session = session_of("Hello")
+    chat = Chat(session, "Hi\r/experts\r" + CTRL_D)
+    assert "/experts show which" in HELP
+    assert "24, 75.0% hits" in chat.text
+    assert len(prompts_of(session)) == 1
 
 
 def test_a_path_is_no_command(session_of):

@@ -1,13 +1,27 @@
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.experts.cache import ExpertKey, LRUCache
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import LFU, LRU, POLICIES, Passes, Policy
 
-A, B, C = ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0)
+A, B, C, D = ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(1, 1)
+keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
+policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+
+
+def filled(*experts: ExpertKey, policy: Policy | None = None) -> ExpertCache:
+    cache = ExpertCache(len(experts), policy)
+    for key in experts:
+        cache.admit(key)
+    return cache
 
 
 def test_the_docstrings_example() -> None:
-    cache = LRUCache(2)
+    cache = ExpertCache(2)
     assert cache.lookup(A) is None
     assert cache.admit(A) == 0
     assert cache.lookup(B) is None
@@ -17,17 +31,15 @@ def test_the_docstrings_example() -> None:
     assert cache.admit(C) == 1
     assert B not in cache
     cache.discard(C)
+    assert cache.free_slots() == {1}
     assert cache.admit(B) == 1
     assert len(cache) == 2
-
-
-keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
 
 
 @given(st.integers(1, 6), st.lists(st.tuples(keys, st.integers(0, 9)), max_size=80))
 def test_it_does_what_a_naive_list_does(slots: int, uses: list[tuple[ExpertKey, int]]) -> None:
     """The naive model: a list of keys, most recent last, cut to the size of the cache."""
-    cache, recent, where = LRUCache(slots), [], {}
+    cache, recent, where = ExpertCache(slots), [], {}
     for key, luck in uses:
         slot = cache.lookup(key)
         assert (slot is not None) == (key in recent)
@@ -46,3 +58,111 @@ def test_it_does_what_a_naive_list_does(slots: int, uses: list[tuple[ExpertKey, 
         # No two experts in one slot.
         assert len({where[k] for k in recent}) == len(recent)
         assert 0 <= slot < slots
+
+
+operations = st.tuples(
+    st.sampled_from(["use", "use", "use", "discard", "resize"]),
+    keys,
+    st.sets(keys, max_size=4),
+    st.integers(0, 7),
+)
+
+
+@policies
+@given(events=st.lists(operations, max_size=60))
+def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(
+    make: Callable[[Passes], Policy], events: list[tuple[str, ExpertKey, set[ExpertKey], int]]
+) -> None:
+    passes = Passes(4)
+    cache = ExpertCache(5, make(passes))
+    for what, key, pinned, number in events:
+        passes.enter(key.layer)
+        before = {other: cache.slot_of(other) for other in cache}
+        if what == "resize":
+            cache.resize(number, pinned)
+            assert len(cache) <= max(cache.limit, len(pinned & set(before)))
+        elif what == "discard" and key in cache:
+            cache.discard(key)
+            pinned = pinned - {key}
+        elif what != "discard" and cache.lookup(key) is None:
+            slot = cache.admit(key, pinned)
+            assert slot == cache.slot_of(key)
+            assert slot is not None or set(cache) <= pinned
+            assert slot is None or len(cache) <= cache.limit
+        taken = {other: cache.slot_of(other) for other in cache}
+        assert len(set(taken.values())) == len(taken) == len(cache)
+        assert cache.free_slots() == set(range(5)) - set(taken.values())
+        for other in before:
+            assert other in cache or other not in pinned
+        for other in set(taken) & set(before):  # what stays is not moved
+            assert taken[other] == before[other]
+
+
+def test_of_free_slots_a_preferred_one_is_taken() -> None:
+    cache = ExpertCache(4)
+    assert cache.admit(A, preferred={2, 3}) == 2
+    assert cache.admit(B, preferred={2}) == 0
+    assert cache.admit(C, preferred={3}) == 3
+
+
+def test_lookup_is_a_use_and_slot_of_is_none() -> None:
+    cache = filled(A, B)
+    assert cache.slot_of(A) == 0
+    cache.admit(C)
+    assert set(cache) == {B, C}
+    cache.lookup(B)
+    cache.admit(A)
+    assert set(cache) == {A, B}
+    assert cache.slot_of(C) is None
+
+
+def test_the_policy_says_which_one_goes() -> None:
+    for policy, gone in ((LRU(), A), (LFU(), B)):
+        cache = filled(A, B, policy=policy)
+        for key in (A, A, B):
+            cache.lookup(key)
+        cache.admit(C)
+        assert gone not in cache
+
+
+def test_what_is_pinned_stays_and_where_all_is_there_is_no_slot() -> None:
+    cache = filled(A, B)
+    assert cache.admit(C, pinned=[A]) == 1
+    assert cache.admit(D, pinned=[A, C]) is None
+    assert set(cache) == {A, C}
+
+
+def test_a_smaller_limit_evicts_and_a_larger_one_lets_in_again() -> None:
+    cache = filled(A, B, C)
+    cache.resize(1)
+    assert set(cache) == {C}
+    assert cache.free_slots() == {0, 1}
+    assert cache.admit(A) == 2
+    assert set(cache) == {A}
+    cache.resize(3)
+    assert (cache.admit(B), cache.admit(C)) == (0, 1)
+    assert len(cache) == 3
+
+
+def test_a_limit_is_at_least_one_and_at_most_all_slots() -> None:
+    cache = filled(A, B)
+    cache.resize(0)
+    assert (cache.limit, set(cache)) == (1, {B})
+    cache.resize(9)
+    assert cache.limit == 2
+
+
+def test_what_is_pinned_may_exceed_a_limit_until_it_is_pinned_no_more() -> None:
+    cache = filled(A, B, C)
+    cache.resize(1, pinned=[A, B])
+    assert set(cache) == {A, B}
+    assert cache.admit(D, pinned=[A, B]) is None
+    cache.admit(D)
+    assert set(cache) == {D}
+
+
+def test_a_cache_may_change_while_it_is_gone_through() -> None:
+    cache = filled(A, B)
+    for key in cache:
+        cache.discard(key)
+    assert len(cache) == 0

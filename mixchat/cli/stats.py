@@ -1,0 +1,110 @@
+"""`mixchat stats`: what the last run of a model did with its experts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixchat.cli.arguments import checked
+from mixchat.errors import MissingDependencyError, ModelNotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from mixchat.experts.stats import ExpertReport
+
+_LARGEST = 40.0  # inches that a picture may have, at 100 dots an inch
+
+
+def stats(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", envvar="MIXCHAT_MODEL", help="A name, as for 'mixchat run -m'."
+        ),
+    ] = "instruct",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FILE", help="Draw it into FILE (needs matplotlib)."),
+    ] = None,
+) -> None:
+    """Show how the last run used the experts, and where they were at its end."""
+    report = _last_report(checked(model, "the model's name"))
+    if png is not None:
+        _write(png, _picture(report))
+        print(f"wrote {png}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    elif png is None:
+        from mixchat.chat.heatmap import drawn
+
+        print(drawn(report, sys.stdout), end="")
+
+
+def _last_report(name: str) -> ExpertReport:
+    from mixchat.cli.reports import load_report, report_path
+
+    path = report_path(name)
+    if not path.exists():
+        raise ModelNotFoundError(
+            f"no run of {name!r} has left a report yet", hint=f"mixchat run -m {name} makes one."
+        )
+    return load_report(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)  # in place: it may be a pipe or a device
+    except OSError as error:
+        raise UsageError(f"cannot write --png {path}: {error.strerror}") from None
+
+
+def _picture(report: ExpertReport) -> bytes:
+    """A PNG of two heatmaps: how often each expert was used, and where it is."""
+    try:
+        # By name, because mypy cannot find what need not be installed.
+        figures = import_module("matplotlib.figure")
+        canvases = import_module("matplotlib.backends.backend_agg")
+    except ImportError:
+        raise MissingDependencyError(
+            "--png needs matplotlib, which is not installed", hint="pip install matplotlib"
+        ) from None
+    layers, experts = len(report.tiers), len(report.tiers[0])
+    width, height = 4 + 0.5 * experts, 2 + 0.25 * layers
+    size = (min(max(width, 8.0), _LARGEST), min(max(height, 4.0), _LARGEST))
+    figure = figures.Figure(figsize=size, dpi=100, layout="constrained")
+    canvases.FigureCanvasAgg(figure)
+    title = ascii(" ".join(report.model.split()))[1:-1]  # no font has every character
+    figure.suptitle(f"{title}: {report.tokens:,} tokens", parse_math=False)
+    use, place = figure.subplots(1, 2, sharey=True)
+    _draw_use(figure, use, report)
+    _draw_places(figure, place, report)
+    for axis in (use.xaxis, use.yaxis, place.xaxis):
+        axis.get_major_locator().set_params(integer=True)  # there is no expert 0.5
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
+    from mixchat.chat.heatmap import relative_uses
+
+    image = axes.imshow(relative_uses(report), aspect="auto", cmap="viridis", vmin=0)
+    figure.colorbar(image, ax=axes)
+    axes.set(title="Use, to the layer's mean", xlabel="expert", ylabel="layer")
+
+
+def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:
+    from mixchat.experts.stats import TIERS
+
+    places = [[TIERS.index(tier) for tier in layer] for layer in report.tiers]
+    colours = import_module("matplotlib.colors").ListedColormap(["#2a788e", "#a5db36", "#e0e0e0"])
+    last = len(TIERS) - 1
+    image = axes.imshow(places, aspect="auto", cmap=colours, vmin=-0.5, vmax=last + 0.5)
+    figure.colorbar(image, ax=axes, ticks=range(len(TIERS))).ax.set_yticklabels(TIERS)
+    axes.set(title="Place at the end", xlabel="expert")

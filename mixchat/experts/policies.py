@@ -1,0 +1,160 @@
+"""Which expert goes when room is needed: policies, each knowing an order and nothing else."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from mixchat.experts.keys import ExpertKey
+
+
+class Policy(Protocol):
+    """Keeps the experts of a cache in the order in which it would give them up."""
+
+    def use(self, key: ExpertKey) -> None:
+        """The expert was used; if it is new, it has just come in."""
+
+    def forget(self, key: ExpertKey) -> None:
+        """The expert goes, if it is there."""
+
+    def victims(self) -> Iterable[ExpertKey]:
+        """All experts, the one to give up first before the others."""
+
+
+class Passes:
+    """How often a model has come to each of its layers, and where it is now."""
+
+    def __init__(self, layers: int) -> None:
+        self._counts = [0] * layers
+        self._at = 0
+
+    def enter(self, layer: int) -> None:
+        """The model has come to a layer."""
+        self._counts[layer] += 1
+        self._at = layer
+
+    def count(self, layer: int) -> int:
+        """How often it has come to the layer."""
+        return self._counts[layer]
+
+    def until(self, layer: int) -> int:
+        """How many other layers come before it is in this one again."""
+        return (layer - self._at - 1) % len(self._counts)
+
+
+class LayeredLRU:
+    """Least recently used first, counted in passes of an expert's own layer; of those that are
+    equal in that, first the one whose layer's turn comes last.
+
+    A model goes round its layers, so that by the clock what was used longest ago belongs to the
+    layer that comes next: LRU gives it up just before its turn. Of three layers with one expert of
+    each, A, B and C, used in this order, and the model in the first layer again but with another
+    expert, the order is A C B: A was of no use in this pass, and C's turn comes after B's. LRU's
+    order is A B C. So is a prefill's, which goes through all experts, as if it would never see
+    those again that are about to come.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        # By layer: in which pass an expert was used, the one used last at the end.
+        self._used: dict[int, OrderedDict[ExpertKey, int]] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        layer = self._used.setdefault(key.layer, OrderedDict())
+        layer[key] = self._passes.count(key.layer)
+        layer.move_to_end(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        if key.layer in self._used:
+            self._used[key.layer].pop(key, None)
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return heapq.merge(*self._used.values(), key=self._rank, reverse=True)
+
+    def _rank(self, key: ExpertKey) -> tuple[int, int]:
+        age = self._passes.count(key.layer) - self._used[key.layer][key]
+        return age, self._passes.until(key.layer)
+
+
+class LRU:
+    """Least recently used first: after the uses A B C A the order is B C A."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def use(self, key: ExpertKey) -> None:
+        self._order[key] = None
+        self._order.move_to_end(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        self._order.pop(key, None)
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return iter(self._order)
+
+
+class LFU:
+    """Least frequently used first, uses long ago counting less; equal ones by their last use.
+
+    Each use weighs more than the one before it, which is the same as all earlier ones fading; uses
+    are remembered also of experts that went. `half_life` is the count of uses, of any expert, after
+    which one counts half.
+    """
+
+    def __init__(self, half_life: int = 2000) -> None:
+        self._growth = 2.0 ** (1 / half_life)
+        self._weight = 1.0
+        self._scores: dict[ExpertKey, float] = {}
+        self._present: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def use(self, key: ExpertKey) -> None:
+        self._weight *= self._growth
+        self._scores[key] = self._scores.get(key, 0.0) + self._weight
+        self._present[key] = None
+        self._present.move_to_end(key)
+        if self._weight > 1e200:  # before a float overflows
+            self._scores = {key: score / self._weight for key, score in self._scores.items()}
+            self._weight = 1.0
+
+    def forget(self, key: ExpertKey) -> None:
+        self._present.pop(key, None)
+
+    def victims(self) -> list[ExpertKey]:
+        return sorted(self._present, key=self._scores.__getitem__)
+
+
+class Belady:
+    """The oracle: it knows all uses to come, and gives up what is used again last.
+
+    No policy can do better, and none can do this outside of a replay: it is what others are
+    compared with. `uses` are all uses, in order; a call of `use` is the next of them of its expert.
+    """
+
+    def __init__(self, uses: Iterable[ExpertKey]) -> None:
+        self._uses: dict[ExpertKey, list[int]] = {}
+        for time, key in enumerate(uses):
+            self._uses.setdefault(key, []).append(time)
+        for times in self._uses.values():
+            times.reverse()  # the next use is the last of the list
+        self._next: dict[ExpertKey, float] = {}  # of the experts that are there
+
+    def use(self, key: ExpertKey) -> None:
+        times = self._uses[key]
+        times.pop()
+        self._next[key] = times[-1] if times else float("inf")
+
+    def forget(self, key: ExpertKey) -> None:
+        self._next.pop(key, None)
+
+    def victims(self) -> list[ExpertKey]:
+        return sorted(self._next, key=self._next.__getitem__, reverse=True)
+
+
+POLICIES: dict[str, Callable[[Passes], Policy]] = {
+    "layered": LayeredLRU,
+    "lru": lambda passes: LRU(),
+    "lfu": lambda passes: LFU(),
+}
+DEFAULT_POLICY = "layered"

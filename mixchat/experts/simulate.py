@@ -1,0 +1,171 @@
+"""What a cache would have done with a trace: a replay, without a model and without a tensor."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import POLICIES, Belady, Passes, Policy
+from mixchat.experts.trace import Trace
+
+ORACLE = "belady"
+FRACTIONS = (0.25, 0.5, 0.75)
+# How often two tokens in a row share an expert, in three of 32 layers: the middle of what table 5
+# of the Mixtral paper (arXiv 2401.04088) gives for texts of many kinds. Chance would be 13/28.
+_SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
+
+
+def sharing(layer: int, layers: int) -> float:
+    """The chance that two tokens in a row have an expert in common, from 0 to 1."""
+    depth = layer * 31 / max(layers - 1, 1)
+    (low, first), (high, last) = _SHARING[:2] if depth <= _SHARING[1][0] else _SHARING[1:]
+    return first + (last - first) * (depth - low) / (high - low)
+
+
+def synthetic_trace(
+    layers: int = 32,
+    experts: int = 8,
+    experts_per_token: int = 2,
+    *,
+    tokens: int,
+    seed: int = 0,
+) -> Trace:
+    """A trace of `tokens` decode steps that repeat experts as often as Mixtral does.
+
+    Every expert is as likely as every other, and two tokens in a row share one or more with the
+    probability `sharing`; beyond that there is no memory, as there would be in a real text.
+    """
+    assert 2 * experts_per_token <= experts, "tokens could not but share experts"
+    generator = random.Random(seed)
+    columns = [
+        _chain(generator, sharing(layer, layers), experts, experts_per_token, tokens)
+        for layer in range(layers)
+    ]
+    forwards = [list(forward) for forward in zip(*columns, strict=True)]
+    return Trace("synthetic", layers, experts, experts_per_token, forwards)
+
+
+def _chain(
+    generator: random.Random, share: float, experts: int, choices: int, tokens: int
+) -> list[list[int]]:
+    """Sets of experts, each sharing with the one before with exactly the probability `share`.
+
+    Whether it shares is drawn first, then the set, uniformly among those that share or do not. As
+    "shares with" is symmetric, a step from a to b is as likely as one from b to a: the sets, and
+    with them the experts, stay uniformly distributed.
+    """
+    chain = [generator.sample(range(experts), choices)]
+    while len(chain) < tokens:
+        shares = generator.random() < share
+        chosen = generator.sample(range(experts), choices)
+        while shares == set(chosen).isdisjoint(chain[-1]):
+            chosen = generator.sample(range(experts), choices)
+        chain.append(chosen)
+    return chain[:tokens]
+
+
+@dataclass
+class Counts:
+    """Uses of experts that were in the cache, and of those that were not."""
+
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits among all uses, 0 to 1; None where there were no uses."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a cache did: in forward passes of several tokens, and in those of one."""
+
+    prefill: Counts = field(default_factory=Counts)
+    decode: Counts = field(default_factory=Counts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The hit rates of decode with so many slots, by policy; `capacity` is slots among experts."""
+
+    capacity: float
+    slots: int
+    hit_rates: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What one layer asks for in one forward pass: each expert once."""
+
+    experts: list[ExpertKey]
+    prefill: bool
+
+
+def replay(trace: Trace, slots: int, policy: str) -> Replay:
+    """Let a cache go through a trace; `policy` is a name of `POLICIES`, or `belady`.
+
+    As the runner does, each layer uses each of its experts once, those in the cache first.
+    """
+    visits = [
+        _Visit([ExpertKey(layer, expert) for expert in dict.fromkeys(selected)], tokens > 1)
+        for forward in trace.forwards
+        for tokens in [trace.tokens(forward)]
+        for layer, selected in enumerate(forward)
+    ]
+    if policy != ORACLE:
+        passes = Passes(trace.layers)
+        return _replay(visits, slots, POLICIES[policy](passes), passes)
+    visits = _farthest_first(visits)
+    oracle = Belady(key for visit in visits for key in visit.experts)
+    return _replay(visits, slots, oracle, Passes(trace.layers))
+
+
+def table(
+    trace: Trace, fractions: Sequence[float] = FRACTIONS, slots: Iterable[int] = ()
+) -> list[Row]:
+    """The policies side by side, with caches for `fractions` of all experts and of `slots`."""
+    total = trace.layers * trace.experts
+    counts = [*(max(1, int(fraction * total)) for fraction in fractions), *slots]
+    names = [*POLICIES, ORACLE]
+    return [
+        Row(count / total, count, {n: replay(trace, count, n).decode.hit_rate for n in names})
+        for count in counts
+    ]
+
+
+def _replay(visits: list[_Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
+    cache, result = ExpertCache(slots, policy), Replay()
+    for visit in visits:
+        passes.enter(visit.experts[0].layer)
+        counts = result.prefill if visit.prefill else result.decode
+        for key in sorted(visit.experts, key=lambda key: key not in cache):
+            if cache.lookup(key) is not None:
+                counts.hits += 1
+            else:
+                counts.misses += 1
+                cache.admit(key)
+    return result
+
+
+def _farthest_first(visits: list[_Visit]) -> list[_Visit]:
+    """Each layer's experts in the order of their next use, the farthest first.
+
+    Belady needs the uses in one order, but hits go first, so that the order depends on the cache.
+    Only two things hang on it, and this order is best for both. The last miss of a visit cannot but
+    stay: let that be the one that is used again first. And of two experts that the same visit uses
+    next, one is to go: the one that is used again sooner after that, for as a miss it then stays.
+    """
+    ordered, position = [], 0
+    next_use: dict[ExpertKey, int] = {}  # counted from the end, so that what is nearer is larger
+    for visit in reversed(visits):
+        experts = sorted(visit.experts, key=lambda key: next_use.get(key, 0))
+        for key in reversed(experts):
+            position += 1
+            next_use[key] = position
+        ordered.append(_Visit(experts, visit.prefill))
+    return ordered[::-1]

@@ -1,0 +1,194 @@
+"""Routing traces: which experts the tokens of a run went to, recorded, read back, or made up.
+
+A trace is JSON Lines. The first line is an object:
+
+    {"format": "mixchat-trace", "version": 1, "model": "instruct", "layers": 32, "experts": 8,
+     "experts_per_token": 2}
+
+Each other line is one forward pass of T tokens: a list of `layers` lists, each the chosen experts
+of all tokens one behind the other, T * experts_per_token numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mixchat.errors import ResourceError, UsageError
+from mixchat.files import DISK_FULL
+
+if TYPE_CHECKING:
+    import torch
+
+    from mixchat.experts.runner import ExpertRunner
+
+FORMAT, VERSION = "mixchat-trace", 1
+# What is beyond these is not a trace, and is not read into memory to find that out.
+_LONGEST_HEADER, _LONGEST_LINE = 2**16, 2**26  # bytes
+_MOST = 1024  # layers, experts
+_COUNTS = ("layers", "experts", "experts_per_token")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was routed where: `forwards[i][layer]` is the chosen experts of that pass's tokens."""
+
+    model: str
+    layers: int
+    experts: int
+    experts_per_token: int
+    forwards: list[list[list[int]]]
+
+    def tokens(self, forward: list[list[int]]) -> int:
+        """How many tokens went through the model in a forward pass: one is decode, more prefill."""
+        return len(forward[0]) // self.experts_per_token
+
+
+def read_trace(path: Path) -> Trace:
+    """The trace in a file; a last line that a crash cut short does not count.
+
+    Raises `UsageError` with the line and what is wrong with it where the file is not a trace.
+    """
+    try:
+        with open(path, "rb") as file:
+            trace = _read_header(path, file.readline(_LONGEST_HEADER))
+            number = 1
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                if (forward := _read_forward(trace, f"{path}: line {number}", line)) is not None:
+                    trace.forwards.append(forward)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    return trace
+
+
+def _read_header(path: Path, line: bytes) -> Trace:
+    where = f"{path}: line 1"
+    try:
+        raw: Any = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise _not_a_trace(where, "not the header of a routing trace")
+    if raw.get("version") != VERSION:
+        raise _not_a_trace(where, f"a trace of version {raw.get('version')!r}, not {VERSION}")
+    if not isinstance(raw.get("model"), str):
+        raise _not_a_trace(where, "'model' is not text")
+    for name in _COUNTS:
+        if type(raw.get(name)) is not int or not 1 <= raw[name] <= _MOST:
+            raise _not_a_trace(where, f"{name!r} is not a number from 1 to {_MOST}")
+    layers, experts, choices = (raw[name] for name in _COUNTS)
+    if choices > experts:
+        raise _not_a_trace(where, "more experts per token than there are")
+    return Trace(raw["model"], layers, experts, choices, forwards=[])
+
+
+def _read_forward(trace: Trace, where: str, line: bytes) -> list[list[int]] | None:
+    """None for a line that was cut short: it has no end, and no beginning of a list is a list."""
+    try:
+        forward: Any = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+            return None
+        raise _not_a_trace(where, "not JSON") from None
+    if not isinstance(forward, list) or len(forward) != trace.layers:
+        raise _not_a_trace(where, f"not a list of {trace.layers} layers")
+    for layer, selected in enumerate(forward):
+        if not isinstance(selected, list) or not selected:
+            raise _not_a_trace(where, f"layer {layer} is not a list of experts")
+        if len(selected) % trace.experts_per_token or len(selected) != len(forward[0]):
+            raise _not_a_trace(where, f"layer {layer} has a wrong count of experts")
+        for expert in selected:
+            if type(expert) is not int or not 0 <= expert < trace.experts:
+                what = f"layer {layer} has {str(expert)[:20]!r}, not an expert"
+                raise _not_a_trace(where, f"{what} from 0 to {trace.experts - 1}")
+    return forward
+
+
+def _not_a_trace(where: str, what: str) -> UsageError:
+    return UsageError(f"{where}: {what}", hint="'mixchat run --trace FILE' records a trace.")
+
+
+class TraceWriter:
+    """Writes a trace, a line for each forward pass as it ends; replaces a file that is there.
+
+    Raises `UsageError` where the file cannot be created, and once a `ResourceError` where it cannot
+    be written further: what comes after that is not recorded.
+    """
+
+    def __init__(
+        self, path: Path, model: str, layers: int, experts: int, experts_per_token: int
+    ) -> None:
+        self._path, self._layers = path, layers
+        self._forward: list[list[int]] = []
+        try:
+            # Unbuffered: what was written is there after a crash, and nothing is left to be
+            # written, and to fail again, at the end.
+            self._file: BinaryIO | None = open(path, "wb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            kind = ResourceError if error.errno in DISK_FULL else UsageError
+            raise kind(f"{path}: cannot be written ({error.strerror})") from None
+        counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
+        self._write({"format": FORMAT, "version": VERSION, "model": model} | counts)
+
+    def add(self, layer: int, selected: list[int]) -> None:
+        """Note the experts that a layer chose; layer 0 begins a forward pass.
+
+        A forward pass that was interrupted leaves no line.
+        """
+        if layer == 0:
+            self._forward = []
+        if layer == len(self._forward):
+            self._forward.append(selected)
+            if len(self._forward) == self._layers:
+                self._write(self._forward)
+
+    def close(self) -> None:
+        """Close the file; what `add` is told afterwards is not recorded."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _write(self, value: object) -> None:
+        if self._file is None:
+            return
+        rest = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.close()
+            raise ResourceError(f"{self._path}: cannot be written ({error.strerror})") from None
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class TracingRunner:
+    """An `ExpertRunner` that notes what was chosen, and leaves the work to another."""
+
+    def __init__(self, runner: ExpertRunner, writer: TraceWriter) -> None:
+        self._runner, self._writer = runner, writer
+
+    def run(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As the runner beneath; notes the choice when that is done, so that Ctrl-C is no pass."""
+        result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
+        self._writer.add(layer, selected_experts.flatten().tolist())
+        return result

@@ -1,0 +1,187 @@
+"""`mixchat stats`, and the reports that it reads."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mixchat.chat.heatmap import MARKS
+from mixchat.cli.reports import load_report, report_path, save_report
+from mixchat.errors import CheckpointError, MixchatError
+from mixchat.experts.stats import TIERS, ExpertReport
+
+REPORT = ExpertReport(
+    model="demo",
+    hits=[[3, 0], [1, 1]],
+    misses=[[1, 0], [2, 0]],
+    tiers=[["device", "disk"], ["host", "device"]],
+    slots={"device": 2, "host": 1},
+    bytes_moved=300,
+    stalled_seconds=0.5,
+    guesses=4,
+    right_guesses=3,
+    tokens=2,
+    seconds=1.5,
+)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The data directory, the same as the fixture `mixchat` gives its commands."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def kept(home):
+    """The file with the report of the demo model's last run."""
+    save_report(report_path("demo"), REPORT)
+    return home / "stats" / "demo.json"
+
+
+def test_a_model_has_one_report_whatever_it_is_called(home):
+    key = "mistralai--Mixtral-8x7B-Instruct-v0.1"
+    (home / "models" / key).mkdir(parents=True)
+    names = ["instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", key]
+    assert {report_path(name) for name in names} == {home / "stats" / f"{key}.json"}
+
+
+@pytest.mark.parametrize("name", ["nonsense", "../x", "/", "a/../b"])
+def test_a_name_cannot_lead_out_of_the_directory(home, name):
+    with pytest.raises(MixchatError):
+        report_path(name)
+
+
+def test_a_kept_report_comes_back_and_the_last_one_counts(kept):
+    assert load_report(kept) == REPORT
+    save_report(kept, replace(REPORT, tokens=9))
+    assert load_report(kept).tokens == 9
+    assert os.listdir(kept.parent) == ["demo.json"]
+
+
+def test_stats_draws_the_last_run(mixchat, kept, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    done = mixchat("stats", "demo")
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = done.stdout.decode().splitlines()
+    assert shown[1].split() == ["0", "100●", "-·", "75%"]
+    assert "2 tokens" in shown[-3]
+
+
+def test_stats_is_of_instruct_by_default(mixchat, home):
+    save_report(report_path("instruct"), replace(REPORT, model="the default"))
+    assert b"the default" in mixchat("stats").stdout
+
+
+def test_json_is_the_report(mixchat, kept):
+    assert json.loads(mixchat("stats", "demo", "--json").stdout) == REPORT.to_dict()
+
+
+def test_before_the_first_run_it_says_how_to_make_a_report(mixchat):
+    done = mixchat("stats", "some/model")
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert done.stderr.decode().splitlines() == [
+        "error: no run of 'some/model' has left a report yet",
+        "hint: mixchat run -m some/model makes one.",
+    ]
+
+
+BAD = {
+    "nothing": b"",
+    "half": json.dumps(REPORT.to_dict()).encode()[:100],
+    "not text": b"\xff\xfe",
+    "a list": b"[]",
+    "an empty object": b"{}",
+} | {
+    f"{key}={value!r}": json.dumps(REPORT.to_dict() | {key: value}).encode()
+    for key, values in {
+        "model": [None, 3],
+        "hits": [None, 5, [[1, 2]], ["ab", "cd"], [[1, -1], [1, 1]], [[1.5, 0], [0, 0]]],
+        "misses": [
+            {"ab": 1, "cd": 2},
+            [[None, 0], [0, 0]],
+            [[True, 0], [0, 0]],
+            [[10**400, 0]] * 2,
+        ],
+        "tiers": [
+            [],
+            [[], []],
+            [["moon", "disk"]] * 2,
+            [[[], "disk"]] * 2,
+            [["disk"], ["disk"] * 3],
+        ],
+        "slots": [None, [], {"device": "2"}],
+        "tokens": [-1, "2", 1.5, float("nan")],
+        "seconds": [float("nan"), float("inf"), -1, None, "x"],
+        "stalled_seconds": [float("nan"), [], 1e300],
+    }.items()
+    for value in values
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=[name[:40] for name in BAD])
+def test_a_damaged_report_is_one_clear_line(mixchat, kept, data):
+    kept.write_bytes(data)
+    done = mixchat("stats", "demo")
+    assert (done.returncode, done.stdout) == (6, b"")
+    error, hint = done.stderr.decode().splitlines()
+    assert error.startswith(f"error: {kept}: not ")
+    assert "mixchat run" in hint
+
+
+def test_a_report_without_experts_or_with_ragged_layers_is_none(kept):
+    for shape in ([], [[]], [[1], [1, 1]]):
+        tiers = [["disk"] * len(layer) for layer in shape]
+        save_report(kept, replace(REPORT, hits=shape, misses=shape, tiers=tiers))
+        with pytest.raises(CheckpointError, match="no experts, or not as many"):
+            load_report(kept)
+
+
+def test_a_directory_in_the_reports_place_is_one_clear_line(mixchat, home):
+    (home / "stats" / "demo.json").mkdir(parents=True)
+    done = mixchat("stats", "demo")
+    assert done.returncode == 6
+    assert b"cannot be read" in done.stderr
+
+
+def test_png_without_matplotlib_says_what_to_install(mixchat, kept, tmp_path, monkeypatch):
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
+    assert (done.returncode, done.stdout) == (8, b"")
+    assert done.stderr.decode().splitlines()[1] == "hint: pip install matplotlib"
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "$x^$ \\frac \u4e16\x1b[2J", "a\nb"])
+def test_png_draws_every_report(mixchat, home, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    idle = [[0, 0], [0, 0]]
+    for report in (REPORT, replace(REPORT, hits=idle, misses=idle, tokens=0)):
+        save_report(report_path("demo"), replace(report, model=name))
+        done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_png_leaves_pyplot_alone(mixchat, kept, tmp_path):
+    pytest.importorskip("matplotlib")
+    before = "matplotlib.pyplot" in sys.modules
+    mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+@pytest.mark.parametrize("place", ["", "missing/x.png"])
+def test_a_picture_that_cannot_be_written_is_one_clear_line(mixchat, kept, tmp_path, place):
+    pytest.importorskip("matplotlib")
+    done = mixchat("stats", "demo", "--png", str(tmp_path / place))
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"error: cannot write --png {tmp_path / place}: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_every_tier_has_a_mark():
+    assert set(TIERS) == set(MARKS)
