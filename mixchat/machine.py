@@ -1,12 +1,42 @@
-"""What this machine has to spare: memory and disk."""
+"""What this machine is, and what it has to spare: processor, memory and disk."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def cpu_name() -> str:
+    """The processor's own name, as far as the system knows it."""
+    try:
+        for line in _CPU_INFO.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Count of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def total_memory() -> int:
+    """Bytes of RAM, used or not; no more than a container may have."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(whole, int((_CGROUPS / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return whole
 
 
 def free_memory() -> int:

@@ -46,3 +46,45 @@ def test_the_disk_that_files_take_is_without_their_holes(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to("/proc/self/exe")
     assert 100_000 <= machine.disk_usage(tmp_path) < 200_000
     assert machine.disk_usage(tmp_path / "nowhere") == 0
+
+
+def test_the_processor_is_called_what_it_calls_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU: 9000 @ 3 GHz\nprocessor\t: 1\n")
+    monkeypatch.setattr(machine, "_CPU_INFO", info)
+    assert machine.cpu_name() == "Some CPU: 9000 @ 3 GHz"
+
+
+@pytest.mark.parametrize("text", [None, "", "model name\t:\n", "CPU part\t: 0xd0c\n"])
+def test_a_processor_without_a_name_is_called_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if text is not None:
+        info.write_text(text)
+    monkeypatch.setattr(machine, "_CPU_INFO", info)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert machine.cpu_name() == "aarch64"
+
+
+def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert machine.usable_cores() == 3
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    assert machine.usable_cores() == 5
+
+
+def test_memory_in_all_is_what_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    whole = machine.total_memory()
+    assert machine.free_memory() < whole
+    cgroup(tmp_path, "max")
+    assert machine.total_memory() == whole
+    cgroup(tmp_path, "1000")
+    assert machine.total_memory() == 1000

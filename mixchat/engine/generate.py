@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,13 @@ import torch
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler, SamplingOptions
-from mixchat.errors import CheckpointError, PromptError
-from mixchat.experts.stats import ExpertStats
+from mixchat.errors import CheckpointError, PromptError, ResourceError
+from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.stats import ExpertReport
 
-PREFILL_CHUNK = 512  # tokens
+# Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
+PREFILL_CHUNK = 2048
 
 
 @dataclass
@@ -32,27 +35,51 @@ class Engine:
     """A model with its KV cache, which is kept from call to call.
 
     A prompt that begins as the last one did (a chat that goes on) is prefilled only from where the
-    two part. `stats` describes the last call, `expert_stats` counts from the start.
+    two part. `stats` describes the last call, `experts.stats` counts from the start. `expected`
+    says how many tokens a second this machine should decode, where that is known; `note` gets what
+    a person should hear of.
     """
 
     def __init__(
         self,
         model: Model,
         cache: KVCache,
-        expert_stats: ExpertStats,
+        experts: Fetcher,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
+        expected: Callable[[], float | None] = lambda: None,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.config = model.config
-        self.expert_stats = expert_stats
+        self.experts, self.expected = experts, expected
         self.stats = GenerationStats()
-        self._model, self._cache, self._chunk = model, cache, prefill_chunk
+        self._tokens, self._seconds = 0, 0.0  # of all calls
+        self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
         self._ids: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
     def context_size(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self._cache.capacity
+
+    def expert_report(self, model: str) -> ExpertReport:
+        """What has become of the experts since the start; `model` is the name to put on it."""
+        layers = range(self.config.num_hidden_layers)
+        keys = [[ExpertKey(n, e) for e in range(self.config.num_local_experts)] for n in layers]
+        stats = self.experts.stats
+        return ExpertReport(
+            model=model,
+            hits=[[stats.hits[key] for key in layer] for layer in keys],
+            misses=[[stats.misses[key] for key in layer] for layer in keys],
+            tiers=[[self.experts.tier(key) for key in layer] for layer in keys],
+            slots=self.experts.slots_by_tier,
+            bytes_moved=stats.bytes_moved,
+            stalled_seconds=stats.stalled_seconds,
+            guesses=stats.guesses,
+            right_guesses=stats.right_guesses,
+            tokens=self._tokens,
+            seconds=self._seconds,
+        )
 
     def generate(
         self,
@@ -128,6 +155,24 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:
-        logits = self._model.forward(torch.tensor(ids, device=self._model.device), self._cache)
+        start = time.perf_counter()
+        logits = self._within_memory(torch.tensor(ids, device=self._model.device))
         self._ids += ids
+        self._tokens += len(ids)
+        self._seconds += time.perf_counter() - start
         return logits
+
+    def _within_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
+        while True:
+            try:
+                return self._model.forward(ids, self._cache)
+            except torch.OutOfMemoryError:
+                if not self.experts.halve():
+                    raise ResourceError(
+                        "the device ran out of memory, with two experts in it",
+                        hint="A smaller --ctx-size needs less; --device cpu takes the RAM instead.",
+                    ) from None
+                self._note(
+                    f"the device ran out of memory: it holds {self.experts.slots} experts now"
+                )

@@ -6,21 +6,24 @@ import torch
 
 from mixchat.config import ModelConfig
 
+_STEP = 512  # tokens
+
 
 class KVCache:
-    """Room for `capacity` tokens: keys and values [layers, kv_heads, capacity, head_dim].
+    """Room for `capacity` tokens: of each layer keys and values, [kv_heads, tokens, head_dim].
 
-    The room is taken at once but, on a CPU, committed by the system as it fills. `length` counts
-    the tokens that all layers have seen; a forward pass that was broken off leaves it as it was.
+    Memory is taken as the cache fills, `_STEP` tokens at a time, so that a short conversation
+    leaves it to the experts. `length` counts the tokens that all layers have seen; a forward pass
+    that was broken off leaves it as it was.
     """
 
     def __init__(
         self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, heads, capacity, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (config.num_key_value_heads, 0, config.head_dim)
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        self._keys = [empty] * config.num_hidden_layers
+        self._values = [empty] * config.num_hidden_layers
         self.capacity = capacity
         self.length = 0
 
@@ -36,6 +39,19 @@ class KVCache:
         """Put [T, kv_heads, head_dim] of one layer behind `length`; all of that layer's so far,
         as [kv_heads, length + T, head_dim]."""
         end = self.length + keys.shape[0]
-        self._keys[layer, :, self.length : end] = keys.transpose(0, 1)
-        self._values[layer, :, self.length : end] = values.transpose(0, 1)
-        return self._keys[layer, :, :end], self._values[layer, :, :end]
+        assert end <= self.capacity
+        # The values grow last: broken off in between, by Ctrl-C or for want of memory, both are
+        # grown again.
+        if end > self._values[layer].shape[1]:
+            self._keys[layer] = self._grown(self._keys[layer], end)
+            self._values[layer] = self._grown(self._values[layer], end)
+        self._keys[layer][:, self.length : end] = keys.transpose(0, 1)
+        self._values[layer][:, self.length : end] = values.transpose(0, 1)
+        return self._keys[layer][:, :end], self._values[layer][:, :end]
+
+    def _grown(self, old: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The same with room for `tokens` at least."""
+        room = min(-(-tokens // _STEP) * _STEP, self.capacity)
+        grown = old.new_empty(old.shape[0], room, old.shape[2])
+        grown[:, : self.length] = old[:, : self.length]
+        return grown

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from mixchat.engine.expectation import predicted
+from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place, settle_threads
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.tiers import build_experts
 from mixchat.errors import UsageError
-from mixchat.experts.cache import LRUCache
-from mixchat.experts.memory import free_memory, page_lock
-from mixchat.experts.placement import place
-from mixchat.experts.runner import CachedExpertRunner, ExpertRunner
-from mixchat.experts.store import DiskSource, ExpertSource, ExpertStore, HostSource
+from mixchat.experts.calibration import HOST
+from mixchat.experts.memory import free_memory
+from mixchat.experts.policies import DEFAULT_POLICY
+from mixchat.experts.runner import ExpertRunner
+from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.settings import MemoryBudget
-from mixchat.weights import nf4
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint import KeptModel
 from mixchat.weights.linear import DenseLinear, Linear
 
-DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
-# Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
-# and lose ten times as much in waiting for each other where another program wants a core too.
-SMALL_EXPERT = 4_000_000
-
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load. None chooses from what the machine has."""
+    """How to load. None chooses from what the machine has.
 
-    expert_memory: MemoryBudget | None = None
+    host_memory: RAM for experts; device_memory: all that may be taken on a GPU; cache_policy: one
+    of `policies.POLICIES`; trace: a file that gets the routing; note: gets what a person should
+    hear of.
+    """
+
+    host_memory: MemoryBudget | None = None
+    device_memory: MemoryBudget | None = None
     context_size: int | None = None
     device: str | None = None
+    cache_policy: str = DEFAULT_POLICY
+    trace: Path | None = None
+    note: Callable[[str], object] = lambda text: None
 
 
 def load_engine(directory: Path, options: LoadOptions) -> Engine:
     """Build the engine of a kept model.
 
-    On a CPU the experts stay in their files until they are used; for a GPU they are first read into
-    RAM, where they fit.
+    The experts stay in their files until they are used.
 
     Raises `CheckpointError` where the model is damaged, `UsageError` where an option cannot be,
     `ResourceError` where it does not fit.
@@ -69,53 +75,49 @@ def choose_device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and events are those of the current one
     return device
 
 
 def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> Engine:
     config, stored = kept.config, kept.blueprint
-    packed = device.type == "cpu" and nf4.has_packed_kernel()
-    used = stored.in_layout("cpu-packed" if packed else "bitsandbytes")
+    used = stored.computed_on(device)
     dtype = stored.quantization.dtype
-    context = _context_size(options.context_size, config.max_position_embeddings)
-    placement = place(
-        free=free_memory(device),
-        shared=stored.shared_size,
-        context=KVCache.nbytes(config, context, dtype),
-        expert=stored.expert.stride,
-        experts=stored.expert_count,
-        budget=options.expert_memory,
-    )
-    if stored.expert.nbytes < SMALL_EXPERT:
-        torch.set_num_threads(1)
-    store = ExpertStore(
-        _source(kept, device),
-        placement.slots,
-        stored=stored.expert,
-        used=used.expert,
-        device=device,
-    )
-    runner = CachedExpertRunner(LRUCache(placement.slots), store)
+    context = context_size(config, options.context_size)
+    demand = demand_of(stored, context)
+    placement = place(demand, _free(device), options.host_memory, options.device_memory)
+    settle_threads(stored)
+    runner: ExpertRunner
+    runner, fetcher = build_experts(kept, placement, device, options.cache_policy, options.note)
+    if options.trace is not None:
+        runner = TracingRunner(runner, _trace_writer(options.trace, kept))
     model = _build_model(kept, used, runner, context, device)
-    return Engine(model, KVCache(config, context, dtype, device), runner.stats)
+    return Engine(
+        model,
+        KVCache(config, context, dtype, device),
+        fetcher,
+        expected=lambda: predicted(
+            stored, kept.directory, device, replace(placement, slots=fetcher.slots)
+        ),
+        note=options.note,
+    )
 
 
-def _context_size(wanted: int | None, largest: int) -> int:
-    if wanted is None:
-        return min(DEFAULT_CONTEXT, largest)
-    if not 1 < wanted <= largest:
-        raise UsageError(f"--ctx-size {wanted}: this model can do 2 to {largest} tokens")
-    return wanted
+def _trace_writer(path: Path, kept: KeptModel) -> TraceWriter:
+    config = kept.config
+    return TraceWriter(
+        path,
+        kept.manifest.source.repo,
+        config.num_hidden_layers,
+        config.num_local_experts,
+        config.num_experts_per_tok,
+    )
 
 
-def _source(kept: KeptModel, device: torch.device) -> ExpertSource:
-    """RAM over the file for a GPU, where all experts fit it; else the file itself."""
-    if device.type == "cpu":
-        return DiskSource(kept)
-    experts = kept.blueprint.expert_count * kept.blueprint.expert.stride
-    if experts < 0.9 * free_memory(torch.device("cpu")):
-        return HostSource(kept, page_lock)
-    return DiskSource(kept, page_lock)
+def _free(device: torch.device) -> FreeMemory:
+    host = free_memory(HOST)
+    return FreeMemory(host, None if device == HOST else free_memory(device))
 
 
 def _build_model(

@@ -108,8 +108,9 @@ class Model:
         mask = attention_mask(cache.length, ids.shape[0], self.config.sliding_window, self.device)
         for block in self._blocks:
             x = block(x, cache, mask)
-        cache.length += ids.shape[0]
-        return self._head(self._norm(x if all_logits else x[-1:]))
+        logits = self._head(self._norm(x if all_logits else x[-1:]))
+        cache.length += ids.shape[0]  # last of all: what is broken off has not been
+        return logits
 
 
 def attention_mask(

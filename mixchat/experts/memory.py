@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mixchat import machine
+
+INTERVAL = 0.5  # seconds between two looks at the memory that is free
 
 
 def free_memory(device: torch.device) -> int:
@@ -24,3 +28,34 @@ def page_lock(block: torch.Tensor) -> None:
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+
+
+class MemoryWatch:
+    """Says how many experts may be held while the memory that is free goes up and down.
+
+    When less than half of `reserve` is free, as many go as make it whole again; experts that went
+    come back when there is room for two more. All sizes are bytes. With a reserve of 1 GB, experts
+    of 0.1 GB and 100 of them held:
+
+        free 1.0 GB -> 100      free 0.4 GB -> 94       then free 1.0 GB -> 94      1.3 GB -> 97
+    """
+
+    def __init__(
+        self, free: Callable[[], int], *, reserve: int, expert: int, slots: int, least: int
+    ) -> None:
+        self._free, self._reserve, self._expert = free, reserve, expert
+        self._slots, self._least, self._limit = slots, least, slots
+        self._looked = -INTERVAL
+
+    def limit(self, held: int) -> int:
+        """How many experts may be held from now on, where `held` are; looks twice a second."""
+        now = time.monotonic()
+        if now - self._looked < INTERVAL:
+            return self._limit
+        self._looked = now
+        free = self._free()
+        room = (free - self._reserve) // self._expert
+        target = held + (room if free < self._reserve // 2 else max(room, 0))
+        if not self._limit <= target <= self._limit + 1:
+            self._limit = min(max(target, self._least), self._slots)
+        return self._limit

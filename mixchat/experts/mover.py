@@ -1,4 +1,4 @@
-"""Moves experts in the background, one after the other, in the order in which they were asked for.
+"""Moves experts in the background: those that are wanted first, then those that may be.
 
 One disk and one bus gain nothing from several transfers at once, so there is one thread, which goes
 when it has had nothing to do for a while. It is no daemon: Python ends daemons in the midst of
@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 
-from mixchat.experts.cache import ExpertKey
+from mixchat.experts.keys import ExpertKey
 
-_IDLE = 1.0  # seconds
+_IDLE = 0.1  # seconds
+
+# Moving an expert, in steps of a few milliseconds; between two of them it can be put off or ended.
+Steps = Generator[None, None, None]
 
 
 class Transfer:
     """One expert on its way into a slot.
 
-    `cancelled` may be set at any time. A transfer that has begun ends nevertheless; its slot can be
-    given to another at once, since that one is carried out afterwards.
+    A `guess` is put off, in the midst of its way, as soon as something wanted comes. `cancelled`
+    may be set at any time. A step that has begun ends nevertheless; the slot can be given to
+    another transfer at once, since that one is carried out afterwards.
     """
 
-    def __init__(self, key: ExpertKey) -> None:
-        self.key = key
-        self.slot = -1
-        self.queued = self.cancelled = False
+    def __init__(self, key: ExpertKey, *, guess: bool = False) -> None:
+        self.key, self.guess = key, guess
+        self.steps: Steps | None = None  # from when it is queued
+        self.cancelled = False
         self._ended = threading.Event()
         self._error: BaseException | None = None
 
@@ -53,40 +58,75 @@ class Transfer:
 
 
 class Mover:
-    """Carries out transfers with `load`, which fills a slot with an expert, taking its time."""
+    """Carries out transfers. `inside` is what its thread is to be in meanwhile."""
 
-    def __init__(self, load: Callable[[ExpertKey, int], None]) -> None:
-        self._load = load
-        self._queue: deque[Transfer] = deque()
+    def __init__(self, inside: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._inside = inside
+        self._wanted: deque[Transfer] = deque()
+        self._guessed: list[Transfer] = []
         self._changed = threading.Condition()
         self._works = False
 
-    def begin(self, transfer: Transfer, slot: int) -> None:
-        """Queue a transfer into `slot`."""
-        transfer.slot = slot
+    def begin(self, transfer: Transfer, steps: Steps) -> None:
+        """Queue a transfer."""
         with self._changed:
-            self._queue.append(transfer)
-            transfer.queued = True
+            transfer.steps = steps
+            (self._guessed if transfer.guess else self._wanted).append(transfer)
             if not self._works:
                 self._works = True
                 threading.Thread(target=self._work).start()
             self._changed.notify()
 
+    def want(self, transfer: Transfer) -> None:
+        """A guess was right: its turn comes before that of all other guesses."""
+        with self._changed:
+            transfer.guess = False
+            if transfer in self._guessed:
+                self._guessed.remove(transfer)
+                self._wanted.append(transfer)
+
     def _work(self) -> None:
-        while (transfer := self._next()) is not None:
-            if transfer.cancelled:
-                continue
-            try:
-                self._load(transfer.key, transfer.slot)
-            except BaseException as error:
-                transfer.end(error)
-            else:
-                transfer.end()
+        with self._inside():
+            while (transfer := self._next()) is not None:
+                self._carry_out(transfer)
+
+    def _carry_out(self, transfer: Transfer) -> None:
+        assert transfer.steps is not None
+        try:
+            if transfer.cancelled:  # in the queue, perhaps in the midst of its way
+                return transfer.steps.close()
+            for _ in transfer.steps:
+                if transfer.cancelled or _ending():
+                    return transfer.steps.close()
+                if self._put_off(transfer):
+                    return None
+            transfer.end()
+        except BaseException as error:
+            transfer.end(error)
+        return None
+
+    def _put_off(self, transfer: Transfer) -> bool:
+        with self._changed:
+            if not (transfer.guess and self._wanted):
+                return False
+            self._guessed.insert(0, transfer)  # it goes on before others of its layer begin
+            return True
 
     def _next(self) -> Transfer | None:
         """What to carry out now; None where nothing came for a while."""
         with self._changed:
-            if not self._queue:
+            if not (self._wanted or self._guessed or _ending()):
                 self._changed.wait(_IDLE)
-            self._works = bool(self._queue)
-            return self._queue.popleft() if self._queue else None
+            self._works = bool(self._wanted or self._guessed) and not _ending()
+            if not self._works:
+                return None
+            if self._wanted:
+                return self._wanted.popleft()
+            nearest = min(self._guessed, key=lambda transfer: transfer.key.layer)
+            self._guessed.remove(nearest)
+            return nearest
+
+
+def _ending() -> bool:
+    """Whether the program is over: nobody waits for an expert any more."""
+    return not threading.main_thread().is_alive()

@@ -5,16 +5,16 @@ T = tokens, D = hidden_size, I = intermediate_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-from mixchat.experts.cache import ExpertKey, LRUCache
-from mixchat.experts.mover import Mover, Transfer
-from mixchat.experts.stats import ExpertStats
-from mixchat.experts.store import ExpertStore
+from mixchat.experts.fetcher import MISSING, Fetcher
+from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.prefetch import Prefetch
 from mixchat.weights.blueprint import Expert
 
 AHEAD = 2  # experts on their way while one is computed
@@ -38,22 +38,19 @@ class ExpertRunner(Protocol):
 
 
 class CachedExpertRunner:
-    """Runs experts out of an LRU cache over a store; two slots are enough.
+    """Runs experts out of slots that a `Fetcher` fills; two slots are enough.
 
-    Every expert is touched once a call, with all of its tokens. Those in the cache go first: else a
-    prefill that walks through more experts than there are slots would evict each just before its
-    turn. While one is computed, the next ones are on their way. The order does not show in the
-    result, because the K outputs of a token are kept apart until all are there, and then summed in
-    the order of its choices.
+    Every expert is touched once a call, with all of its tokens. Those in their slots go first: else
+    a prefill that walks through more experts than there are slots would evict each just before its
+    turn. While one is computed, the next ones are on their way, and after them those that
+    `prefetch` expects. The order does not show in the result, because the K outputs of a token are
+    kept apart until all are there, and then summed in the order of its choices.
     """
 
-    def __init__(self, cache: LRUCache, store: ExpertStore) -> None:
-        self._cache, self._store = cache, store
-        self._mover = Mover(store.load)
-        # What is in the cache, but perhaps not in its slot yet.
-        self._coming: dict[ExpertKey, Transfer] = {}
-        self._ahead = min(AHEAD, store.slots - 1)
-        self.stats = ExpertStats(slots=store.slots)
+    def __init__(
+        self, fetcher: Fetcher, prefetch: Prefetch | None = None, host: HostCompute | None = None
+    ) -> None:
+        self._fetcher, self._prefetch, self._host = fetcher, prefetch, host
 
     def run(
         self,
@@ -64,68 +61,60 @@ class CachedExpertRunner:
     ) -> torch.Tensor:
         tokens, choices = selected_experts.shape
         outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])
-        groups = self._hits_first(layer, selected_experts)
-        for turn, (key, places) in enumerate(groups):
-            self._begin([other for other, _ in groups[turn : turn + 1 + self._ahead]])
-            module = self._ready(key)
+        places = _places(layer, selected_experts)
+        self._fetcher.settle(layer, places)
+        here = self._computed_here(places)
+        by_state = sorted(places, key=self._fetcher.state)
+        # What is computed on the CPU comes second: a GPU then has its own work meanwhile.
+        order = sorted(by_state, key=lambda key: key not in here and not self._fetcher.holds(key))
+        for turn, key in enumerate(order):
+            self._send_for([other for other in order[turn:] if other not in here])
+            if turn == 0:
+                self._look_ahead(layer, hidden_states, order)
             if tokens == 1:  # decode: nothing to gather
-                outputs[places[0]] = compute(module, hidden_states)[0]
+                outputs[places[key][0]] = self._output(key, hidden_states, key in here)[0]
                 continue
-            index = torch.tensor(places, device=outputs.device)  # [n], into T * K
-            outputs[index] = compute(module, hidden_states[index // choices])
-        self.stats.bytes_moved = self._store.bytes_moved
+            index = torch.tensor(places[key], device=outputs.device)  # [n], into T * K
+            outputs[index] = self._output(key, hidden_states[index // choices], key in here)
         weighted = outputs.view(tokens, choices, -1).float() * routing_weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
-    def _hits_first(self, layer: int, selected: torch.Tensor) -> list[tuple[ExpertKey, list[int]]]:
-        """Each chosen expert with the places, in the flattened `selected`, that chose it."""
-        groups: dict[ExpertKey, list[int]] = {}
-        for place, expert in enumerate(selected.flatten().tolist()):
-            groups.setdefault(ExpertKey(layer, expert), []).append(place)
-        return sorted(groups.items(), key=lambda group: group[0] not in self._cache)
+    def _computed_here(self, places: Mapping[ExpertKey, Sequence[int]]) -> set[ExpertKey]:
+        """What of the experts that have no slot is to be computed on the CPU."""
+        if self._host is None:
+            return set()
+        missing = {
+            key: len(at) for key, at in places.items() if self._fetcher.state(key) == MISSING
+        }
+        return set(self._host.choose(missing))
 
-    def _begin(self, window: list[ExpertKey]) -> None:
-        """See to it that these are in the cache or on their way, as far as there are slots."""
-        for key in window:
-            if key in self._cache:
-                if key not in self._coming or not self._coming[key].failed:
-                    continue
-                self._cache.discard(key)  # an earlier call ended before it heard of the failure
-            # First of all: whoever finds the key in the cache has to know that its bytes may not be
-            # there, also after a Ctrl-C between any two of these lines.
-            transfer = self._coming[key] = Transfer(key)
-            slot = self._cache.admit(key, pinned=window)
-            self._forget_evicted()
-            if slot is None:
-                return
-            self.stats.misses += 1
-            self._mover.begin(transfer, slot)
+    def _send_for(self, keys: Sequence[ExpertKey]) -> None:
+        ahead = min(AHEAD, self._fetcher.slots - 1)
+        self._fetcher.want(keys[: 1 + ahead])
 
-    def _forget_evicted(self) -> None:
-        for key in [key for key in self._coming if key not in self._cache]:
-            self._coming.pop(key).cancelled = True
+    def _look_ahead(
+        self, layer: int, hidden_states: torch.Tensor, pinned: Sequence[ExpertKey]
+    ) -> None:
+        if self._prefetch is not None and not self._fetcher.holds_all:
+            guesses = self._prefetch.guess(layer, hidden_states)
+            self._fetcher.guess(guesses, pinned)
 
-    def _ready(self, key: ExpertKey) -> Expert:
-        """The expert, once it is in its slot."""
-        slot = self._cache.lookup(key)
-        assert slot is not None, key
-        transfer = self._coming.get(key)
-        if transfer is None:
-            self.stats.hits += 1
-            return self._store.expert(slot)
-        if not transfer.queued:
-            self._mover.begin(transfer, slot)
-        began = time.perf_counter()
-        try:
-            transfer.wait()
-        except BaseException:
-            if transfer.ended:  # it failed; if not, this is Ctrl-C, and it is still on its way
-                self._cache.discard(key)
-                del self._coming[key]
-            raise
-        self.stats.stalled_seconds += time.perf_counter() - began
-        del self._coming[key]
-        return self._store.expert(slot)
+    def _output(self, key: ExpertKey, x: torch.Tensor, here: bool) -> torch.Tensor:
+        if here and self._host is not None:
+            result = self._host.run(key, x.to("cpu"))
+            if result is not None:
+                self._fetcher.stats.misses[key] += 1
+                return result.to(x.device)
+            self._send_for([key])
+        return compute(self._fetcher.ready(key), x)
+
+
+def _places(layer: int, selected: torch.Tensor) -> dict[ExpertKey, list[int]]:
+    """Each chosen expert with the places, in the flattened `selected`, that chose it."""
+    places: dict[ExpertKey, list[int]] = {}
+    for place, expert in enumerate(selected.flatten().tolist()):
+        places.setdefault(ExpertKey(layer, expert), []).append(place)
+    return places
 
 
 def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:

@@ -1,60 +1,35 @@
 """Moves the bytes of experts: from where the master copy is, into slots in the fastest memory.
 
-It knows no policy: which expert goes into which slot is the cache's decision. The master copy stays
-where it is, so evicting an expert moves nothing.
+It knows no policy: which expert goes into which slot is the cache's decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from mixchat.experts.cache import ExpertKey
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.mover import Steps
 from mixchat.weights.blueprint import Expert, ExpertLayout
-from mixchat.weights.checkpoint import KeptModel
 
-Lock = Callable[[torch.Tensor], None]  # makes a buffer in RAM fit for fast copies to the device
+_ALIGNMENT = 4096  # bytes: what reading past the page cache wants of memory
 
 
 class ExpertSource(Protocol):
     """Holds the master copy of every expert."""
 
-    def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
-        """Fill `slot` (uint8, `stride` bytes, on any device) with the expert's bytes."""
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        """Fill `block` (uint8, `stride` bytes, on any device) with the expert's bytes.
 
+        `evicted` is the expert, if there is one, whose bytes are in the block before that.
+        """
 
-class DiskSource:
-    """The master copy is the file: one `pread` an expert.
-
-    A slot in RAM is filled directly, one on a GPU by way of a buffer that `lock` makes fit for it.
-    """
-
-    def __init__(self, model: KeptModel, lock: Lock | None = None) -> None:
-        self._model = model
-        self._staging = None if lock is None else _host_buffer(1, model, lock)[0]
-
-    def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
-        if self._staging is None:
-            self._model.read_expert(*key, slot)
-            return
-        self._model.read_expert(*key, self._staging)
-        slot.copy_(self._staging)  # blocking: the buffer is written again on the next call
-
-
-class HostSource:
-    """The master copy is in RAM; `lock` makes it fit for copies to a GPU."""
-
-    def __init__(self, model: KeptModel, lock: Lock) -> None:
-        self._experts = model.config.num_local_experts
-        self._blocks = _host_buffer(model.blueprint.expert_count, model, lock)
-        for index in range(model.blueprint.expert_count):
-            model.read_expert(*divmod(index, self._experts), self._blocks[index])
-
-    def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
-        # Ordered with the kernels that read the slot, because it runs on the same stream.
-        slot.copy_(self._blocks[key.layer * self._experts + key.expert], non_blocking=True)
+    def tier(self, key: ExpertKey) -> str:
+        """Where the expert is: `host` or `disk`."""
 
 
 class ExpertStore:
@@ -68,36 +43,88 @@ class ExpertStore:
     def __init__(
         self,
         source: ExpertSource,
-        slots: int,
         *,
         stored: ExpertLayout,
         used: ExpertLayout,
         device: torch.device,
     ) -> None:
-        self._source, self._stored, self._used = source, stored, used
-        # On a CPU the system commits the pages as they are filled.
-        self._blocks = torch.empty((slots, used.stride), dtype=torch.uint8, device=device)
-        self._experts = [used.build(block) for block in self._blocks]
+        self._source, self._stored, self._used, self._device = source, stored, used, device
+        self._streams: Any = torch.get_device_module(device)  # whose streams do nothing on a CPU
+        self._side = self._streams.Stream()
+        self._slots: dict[int, _Slot] = {}
         self.bytes_moved = 0
 
     @property
-    def slots(self) -> int:
-        """Count of slots."""
-        return len(self._experts)
+    def name(self) -> str:
+        """The tier of our slots: `host`, or `device` for a GPU's."""
+        return "host" if self._device == torch.device("cpu") else "device"
 
-    def load(self, key: ExpertKey, slot: int) -> None:
-        """Bring an expert into a slot."""
-        block = self._blocks[slot]
-        self._source.load(key, block)
-        self._stored.convert(block, self._used)
-        self.bytes_moved += self._used.nbytes
+    def stream(self) -> AbstractContextManager[object]:
+        """What whoever carries out loads has to be in, so that they run beside the computing."""
+        inside: AbstractContextManager[object] = self._streams.stream(self._side)
+        return inside
+
+    def load(self, key: ExpertKey, slot: int) -> Steps:
+        """The steps that bring an expert into a slot, which the device may read until now."""
+        before = self._streams.Event()
+        before.record()
+        return self._load(key, self._slot(slot), before)
 
     def expert(self, slot: int) -> Expert:
         """The expert in a slot; it reads the slot's bytes when it is called."""
-        return self._experts[slot]
+        return self._slots[slot].expert
+
+    def tier(self, key: ExpertKey, *, resident: bool) -> str:
+        """Where the expert is: in a slot of ours, if it is `resident`, or where the source says."""
+        if not resident:
+            return self._source.tier(key)
+        return self.name
+
+    def reserve(self, slots: int) -> None:
+        """Take the memory of slots 0 .. slots-1 now. Raises torch's own error for want of it."""
+        for slot in range(slots):
+            self._slot(slot)
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """The slots that have memory."""
+        return self._slots.keys()
+
+    def release(self, slot: int) -> None:
+        """Give back a slot's memory; a load that is on its way there ends in nothing."""
+        self._slots.pop(slot, None)
+
+    def _slot(self, number: int) -> _Slot:
+        if number not in self._slots:
+            block = new_block(self._used.stride, self._device)
+            self._slots[number] = _Slot(block, self._used.build(block))
+        return self._slots[number]
+
+    def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:
+        before.wait()
+        evicted, slot.holds = slot.holds, None
+        yield from self._source.load(key, slot.block, evicted)
+        self._stored.convert(slot.block, self._used)
+        arrived = self._streams.Event()
+        arrived.record()
+        arrived.synchronize()
+        slot.holds = key
+        self.bytes_moved += self._used.nbytes
 
 
-def _host_buffer(count: int, model: KeptModel, lock: Lock) -> torch.Tensor:
-    buffer = torch.empty((count, model.blueprint.expert.stride), dtype=torch.uint8)
-    lock(buffer)
-    return buffer
+@dataclass
+class _Slot:
+    """Memory for one expert. `holds` is whose bytes are in it, as far as loads have come."""
+
+    block: torch.Tensor
+    expert: Expert
+    holds: ExpertKey | None = None
+
+
+def new_block(size: int, device: torch.device) -> torch.Tensor:
+    """`size` bytes that begin with a page; on a CPU the system commits them as they are filled."""
+    # Slots are also made within inference mode, and filled by a thread that is not in it.
+    with torch.inference_mode(False):
+        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
+        start = -whole.data_ptr() % _ALIGNMENT
+        return whole[start : start + size]

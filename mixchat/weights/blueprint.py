@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.config import ModelConfig
+from mixchat.weights import nf4
 from mixchat.weights.linear import Layout, Linear, LinearSpec, QuantType, Scales
 from mixchat.weights.nf4 import BLOCKSIZE
 from mixchat.weights.safetensors import ALIGNMENT, TensorSpec
@@ -212,6 +213,11 @@ class Blueprint:
     def expert_count(self) -> int:
         """Experts in all layers together."""
         return self.config.num_hidden_layers * self.config.num_local_experts
+
+    def computed_on(self, device: torch.device) -> Blueprint:
+        """The same model with its codes in the order in which this device computes fastest."""
+        packed = device.type == "cpu" and nf4.has_packed_kernel()
+        return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:
         """The same model with its codes in another order."""

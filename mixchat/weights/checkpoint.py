@@ -53,10 +53,20 @@ class KeptModel:
         spec.convert(tensors, target)
         return target.build(tensors)
 
-    def read_expert(self, layer: int, expert: int, block: torch.Tensor) -> None:
-        """Fill `block` (uint8, `stride` bytes, on the CPU) with one expert, in one read."""
-        start = self._expert_base[layer] + expert * self.blueprint.expert.stride
-        self._experts[layer].read_into(block, start)
+    def open_direct(self) -> bool:
+        """Whether experts can be read past the system's page cache; from now on they can."""
+        return all(file.open_direct() for file in self._experts)
+
+    def read_expert(
+        self, layer: int, expert: int, block: torch.Tensor, begin: int = 0, *, direct: bool = False
+    ) -> None:
+        """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
+
+        The whole of it has `stride` bytes. With `direct`, the page cache has no part in it; then
+        `begin`, the block's address and its length have to be multiples of 4096.
+        """
+        start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin
+        self._experts[layer].read_into(block, start, direct=direct)
 
     def close(self) -> None:
         """Close all files."""

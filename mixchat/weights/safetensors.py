@@ -7,6 +7,8 @@ endian; the header, JSON; the tensors' bytes, one behind the other without holes
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -114,6 +116,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -136,13 +139,28 @@ class SafetensorsFile:
         self.read_into(block, self.header.start(name))
         return block.view(spec.dtype).view(spec.shape)
 
-    def read_into(self, block: torch.Tensor, start: int) -> None:
-        """Fill `block` (uint8, contiguous, on the CPU) from byte `start` of the file on."""
+    def open_direct(self) -> bool:
+        """Open the file a second time, past the page cache; False where that cannot be done."""
+        if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
+            with contextlib.suppress(OSError):
+                self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        return self._direct_fd >= 0
+
+    def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:
+        """Fill `block` (uint8, contiguous, on the CPU) from byte `start` of the file on.
+
+        `direct`, after `open_direct`, goes past the page cache: start, address and length then have
+        to be multiples of the disk's blocks.
+        """
+        descriptor = self._direct_fd if direct else self._fd
         view, done = block.numpy().data, 0
         while done < len(view):
             try:
-                count = os.preadv(self._fd, [view[done:]], start + done)
+                count = os.preadv(descriptor, [view[done:]], start + done)
             except OSError as error:
+                if error.errno == errno.EINVAL and descriptor == self._direct_fd:
+                    descriptor = self._fd  # a disk with larger blocks, or a file cut short
+                    continue
                 raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
             if count == 0:
                 raise CheckpointError(
@@ -153,9 +171,10 @@ class SafetensorsFile:
 
     def close(self) -> None:
         """Close the file; further reads fail."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for descriptor in (self._fd, self._direct_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._fd = self._direct_fd = -1
 
     def __enter__(self) -> SafetensorsFile:
         return self

@@ -24,7 +24,7 @@ def test_a_context_the_model_cannot_do_is_refused(tiny_model: Path, size: int) -
 
 def test_a_budget_sets_the_slots(tiny_model: Path) -> None:
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
-    assert engine.expert_stats.slots == 4
+    assert engine.experts.slots_by_tier == {"host": 4}
 
 
 def test_too_small_a_budget_is_refused(tiny_model: Path) -> None:

@@ -1,86 +1,330 @@
 """Transfers in the background: their order, and what becomes of those nobody wants any more."""
 
+import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from mixchat.experts.cache import ExpertKey
-from mixchat.experts.mover import Mover, Transfer
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.mover import Mover, Steps, Transfer
 
-KEYS = [ExpertKey(0, expert) for expert in range(8)]
+PATIENCE = 30  # seconds, after which a test fails instead of hanging
 
 
-class Gate:
-    """A load that waits until it is let through, and notes what it did."""
+class Stop:
+    """A point in the steps of a transfer where the mover's thread waits for the test."""
 
     def __init__(self) -> None:
-        self.loaded: list[tuple[int, int]] = []
-        self.begun, self.open = threading.Event(), threading.Event()
+        self._reached, self._passed = threading.Event(), threading.Event()
 
-    def load(self, key: ExpertKey, slot: int) -> None:
-        self.begun.set()
-        assert self.open.wait(30)
-        if key == KEYS[7]:
-            raise OSError("the disk says no")
-        self.loaded.append((key.expert, slot))
+    def reach(self) -> None:
+        self._reached.set()
+        assert self._passed.wait(PATIENCE)
+
+    def wait(self) -> None:
+        assert self._reached.wait(PATIENCE)
+
+    def go(self) -> None:
+        self._passed.set()
+
+
+class Work:
+    """Begins transfers on a mover, and notes each of their steps: `a0`, `a1`, `a there`."""
+
+    def __init__(self) -> None:
+        self.mover = Mover()
+        self.others = set(threading.enumerate())
+        self.log: list[str] = []
+        self.stops: list[Stop] = []
+
+    def begin(
+        self, name: str, steps: int = 1, *, layer: int = 0, guess: bool = False, stop: int = -1
+    ) -> Transfer:
+        """Queue a transfer of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
+        transfer = Transfer(ExpertKey(layer, ord(name[0])), guess=guess)
+        here = Stop()
+        if stop >= 0:
+            self.stops.append(here)
+        self.mover.begin(transfer, self._steps(name, steps, here, stop))
+        return transfer
+
+    def guess(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> Transfer:
+        return self.begin(name, steps, layer=layer, guess=True, stop=stop)
+
+    def hold(self) -> Stop:
+        """Keep the mover busy until the stop that is returned is let go."""
+        self.begin("-", stop=0)
+        self.stops[-1].wait()
+        return self.stops[-1]
+
+    def finish(self) -> list[str]:
+        """Let all go, and wait until there is nothing to do. The log, without the holds."""
+        for stop in self.stops:
+            stop.go()
+        for thread in set(threading.enumerate()) - self.others:
+            thread.join(PATIENCE)
+        return [entry for entry in self.log if not entry.startswith("-")]
+
+    def _steps(self, name: str, count: int, here: Stop, stop: int) -> Steps:
+        try:
+            for step in range(count):
+                self.log.append(f"{name}{step}")
+                if step == stop:
+                    here.reach()
+                yield
+        except GeneratorExit:
+            self.log.append(f"{name} closed")
+            raise
+        self.log.append(f"{name} there")
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open.set()
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
+    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    work = Work()
+    yield work
+    work.finish()
 
 
-def begin(mover: Mover, expert: int) -> Transfer:
-    transfer = Transfer(KEYS[expert])
-    mover.begin(transfer, slot=expert + 10)
-    return transfer
+def arrivals(log: list[str]) -> str:
+    return "".join(entry[0] for entry in log if entry.endswith("there"))
 
 
-def test_they_are_carried_out_in_order_and_in_the_background(gate: Gate) -> None:
-    mover = Mover(gate.load)
-    transfers = [begin(mover, expert) for expert in (3, 0, 2)]
-    assert gate.begun.wait(30)
+def test_they_are_carried_out_in_order_and_in_the_background(work: Work) -> None:
+    held = work.hold()
+    transfers = [work.begin(name, 2) for name in "dab"]
     assert not any(transfer.ended for transfer in transfers)
-    gate.open.set()
+    held.go()
     for transfer in transfers:
         transfer.wait()
-    assert gate.loaded == [(3, 13), (0, 10), (2, 12)]
+        assert transfer.ended
+        assert not transfer.failed
+    assert work.finish() == ["d0", "d1", "d there", "a0", "a1", "a there", "b0", "b1", "b there"]
 
 
-def test_one_that_is_cancelled_in_time_is_not_carried_out(gate: Gate) -> None:
-    mover = Mover(gate.load)
-    begin(mover, 0)
-    assert gate.begun.wait(30)
-    begin(mover, 1).cancelled = True
-    last = begin(mover, 2)
-    gate.open.set()
-    last.wait()
-    assert [expert for expert, _ in gate.loaded] == [0, 2]
-
-
-def test_a_failure_is_told_to_whoever_waits_and_the_next_is_carried_out(gate: Gate) -> None:
-    gate.open.set()
-    mover = Mover(gate.load)
-    failing, next_one = begin(mover, 7), begin(mover, 1)
-    with pytest.raises(OSError, match="says no"):
-        failing.wait()
-    assert failing.ended
-    next_one.wait()
-
-
-def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
+def test_what_is_wanted_comes_before_guesses_and_of_those_the_nearest_layer_first(
+    work: Work,
 ) -> None:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.01)
-    gate.open.set()
+    held = work.hold()
+    work.guess("c", layer=3)
+    work.guess("a", layer=1)
+    work.begin("x", layer=9)
+    work.guess("b", layer=1)
+    work.begin("y", layer=0)
+    held.go()
+    assert arrivals(work.finish()) == "xyabc"
+
+
+def test_a_guess_is_put_off_when_something_wanted_comes_and_goes_on_from_where_it_was(
+    work: Work,
+) -> None:
+    guess = work.guess("g", 4, stop=1)
+    work.stops[0].wait()
+    work.begin("w", 2)
+    work.stops[0].go()
+    guess.wait()
+    assert work.finish() == ["g0", "g1", "w0", "w1", "w there", "g2", "g3", "g there"]
+
+
+def test_a_guess_that_was_put_off_may_be_put_off_again(work: Work) -> None:
+    guess = work.guess("g", 3, stop=0)
+    work.stops[0].wait()
+    work.begin("w", stop=0)
+    work.stops[0].go()
+    work.stops[1].wait()
+    work.begin("v")
+    work.stops[1].go()
+    guess.wait()
+    assert work.finish() == ["g0", "w0", "w there", "v0", "v there", "g1", "g2", "g there"]
+
+
+def test_a_guess_that_was_put_off_goes_on_before_others_of_its_layer_begin(work: Work) -> None:
+    """Else each interruption would begin one more, and none would be there in time."""
+    work.guess("a", 2, stop=0)
+    work.stops[0].wait()
+    work.guess("b")
+    work.guess("c", layer=0)
+    work.begin("w")
+    work.stops[0].go()
+    assert arrivals(work.finish()) == "wcab"
+
+
+def test_what_is_wanted_is_not_put_off(work: Work) -> None:
+    work.begin("a", 3, stop=0)
+    work.stops[0].wait()
+    work.begin("b")
+    work.guess("g")
+    work.stops[0].go()
+    assert arrivals(work.finish()) == "abg"
+
+
+def test_another_guess_of_a_nearer_layer_does_not_put_one_off(work: Work) -> None:
+    work.guess("a", 3, layer=5, stop=0)
+    work.stops[0].wait()
+    work.guess("b", layer=1)
+    work.stops[0].go()
+    assert arrivals(work.finish()) == "ab"
+
+
+def test_a_guess_in_the_queue_that_is_wanted_comes_before_all_guesses(work: Work) -> None:
+    held = work.hold()
+    work.guess("a", layer=1)
+    right = work.guess("b", layer=4)
+    work.begin("w")
+    work.mover.want(right)
+    assert not right.guess
+    held.go()
+    assert arrivals(work.finish()) == "wba"
+
+
+def test_a_guess_in_hand_that_is_wanted_is_not_put_off(work: Work) -> None:
+    right = work.guess("g", 3, stop=0)
+    work.stops[0].wait()
+    work.mover.want(right)
+    work.begin("w")
+    work.stops[0].go()
+    assert arrivals(work.finish()) == "gw"
+
+
+def test_a_guess_that_was_put_off_and_is_wanted_goes_on_before_other_guesses(work: Work) -> None:
+    right = work.guess("g", 2, layer=5, stop=0)
+    work.stops[0].wait()
+    work.begin("w", stop=0)
+    work.stops[0].go()
+    work.stops[1].wait()
+    work.guess("a", layer=1)
+    work.mover.want(right)
+    work.begin("v")
+    work.stops[1].go()
+    right.wait()
+    log = work.finish()
+    assert log[:5] == ["g0", "w0", "w there", "g1", "g there"]
+    assert arrivals(log) == "wgva"
+
+
+def test_to_want_what_is_there_changes_nothing(work: Work) -> None:
+    guess = work.guess("g")
+    guess.wait()
+    work.mover.want(guess)
+    assert work.finish() == ["g0", "g there"]
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_one_that_is_cancelled_in_the_queue_is_not_begun(work: Work, guess: bool) -> None:
+    held = work.hold()
+    gone = work.begin("a", guess=guess)
+    work.begin("b", guess=guess)
+    gone.cancelled = True
+    held.go()
+    assert work.finish() == ["b0", "b there"]
+    assert not gone.ended
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, guess: bool) -> None:
+    gone = work.begin("a", 3, guess=guess, stop=1)
+    work.stops[0].wait()
+    work.begin("b", guess=guess)
+    gone.cancelled = True
+    work.stops[0].go()
+    assert work.finish() == ["a0", "a1", "a closed", "b0", "b there"]
+    assert not gone.ended
+
+
+def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work) -> None:
+    """What it holds has to be given back then, not when Python happens to notice."""
+    gone = work.guess("a", 3, stop=0)
+    work.stops[0].wait()
+    work.begin("w", stop=0)
+    work.stops[0].go()
+    work.stops[1].wait()
+    gone.cancelled = True
+    work.guess("b")
+    work.stops[1].go()
+    assert work.finish() == ["a0", "w0", "w there", "a closed", "b0", "b there"]
+    assert not gone.ended
+
+
+def test_a_failure_is_told_to_whoever_waits_and_the_next_is_carried_out(work: Work) -> None:
+    def steps() -> Steps:
+        yield
+        raise OSError("the disk says no")
+
+    failing = Transfer(ExpertKey(0, 0))
+    work.mover.begin(failing, steps())
+    after = work.begin("b")
+    for _ in range(2):  # however often it is asked
+        with pytest.raises(OSError, match="says no"):
+            failing.wait()
+    assert failing.ended
+    assert failing.failed
+    after.wait()
+    assert not after.failed
+
+
+def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work: Work) -> None:
     others = set(threading.enumerate())
-    mover = Mover(gate.load)
-    for expert in range(3):
-        begin(mover, expert).wait()
+    for name in "abc":
+        work.begin(name).wait()
         for thread in set(threading.enumerate()) - others:
-            thread.join(30)
+            assert not thread.daemon
+            thread.join(PATIENCE)
         assert set(threading.enumerate()) <= others
-    assert len(gate.loaded) == 3
+    assert arrivals(work.log) == "abc"
+
+
+def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    log: list[tuple[str, int]] = []
+
+    def note(what: str) -> None:
+        log.append((what, threading.get_ident()))
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        note("in")
+        yield
+        note("out")
+
+    def steps() -> Steps:
+        note("step")
+        yield
+        note("step")
+
+    others = set(threading.enumerate())
+    mover = Mover(inside)
+    assert log == []
+    transfer = Transfer(ExpertKey(0, 0))
+    mover.begin(transfer, steps())
+    transfer.wait()
+    for thread in set(threading.enumerate()) - others:
+        thread.join(PATIENCE)
+    assert [what for what, _ in log] == ["in", "step", "step", "out"]
+    assert {thread for _, thread in log}.isdisjoint({threading.get_ident()})
+    assert len({thread for _, thread in log}) == 1
+
+
+def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
+    luck = random.Random(0)
+    transfers: dict[str, Transfer] = {}
+    names = [chr(0x4E00 + number) for number in range(300)]
+    for name in names:
+        transfers[name] = work.begin(
+            name, luck.randint(1, 4), layer=luck.randint(0, 3), guess=luck.random() < 0.6
+        )
+        other = transfers[luck.choice(list(transfers))]
+        if luck.random() < 0.2:
+            other.cancelled = True
+        elif luck.random() < 0.2:
+            work.mover.want(other)
+    log = work.finish()
+    for name, transfer in transfers.items():
+        mine = [entry for entry in log if entry[0] == name]
+        steps = [entry for entry in mine if entry[1:].isdigit()]
+        assert steps == [f"{name}{step}" for step in range(len(steps))]
+        assert transfer.ended == (f"{name} there" in mine)
+        assert transfer.ended or transfer.cancelled
+        if steps and not transfer.ended:
+            assert mine[-1] == f"{name} closed"

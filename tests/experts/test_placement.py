@@ -1,47 +1,203 @@
+"""What fits where: slots from free bytes and budgets, and refusals that name both numbers."""
+
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.placement import Placement, place
+from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.settings import MemoryBudget
 
 GB = 10**9
-MIXTRAL = {"shared": 3 * GB, "context": GB, "expert": GB // 10, "experts": 256}
+MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256)
 
 
-def budget(text: str) -> MemoryBudget:
-    return MemoryBudget.parse(text)
+def budget(text: str | None) -> MemoryBudget | None:
+    return None if text is None else MemoryBudget.parse(text)
 
 
-def test_everything_fits_a_large_machine() -> None:
-    assert place(free=64 * GB, budget=None, **MIXTRAL) == Placement(slots=256, experts=256)
+def on_cpu(free: float, memory: str | None = None) -> Placement:
+    return place_on_cpu(MIXTRAL, int(free * GB), budget(memory))
 
 
-def test_a_tenth_of_the_memory_is_left_alone() -> None:
-    # 16 - 3 shared - 1 context - 1.6 reserve = 10.4 GB
-    assert place(free=16 * GB, budget=None, **MIXTRAL).slots == 104
+def on_gpu(
+    free: float, free_host: float = 64, device: str | None = None, host: str | None = None
+) -> Placement:
+    return place_on_gpu(MIXTRAL, int(free * GB), int(free_host * GB), budget(device), budget(host))
 
 
-def test_a_tight_machine_still_gets_two_slots() -> None:
-    assert place(free=4_250_000_000, budget=None, **MIXTRAL).slots == 2
+@pytest.mark.parametrize(
+    ("free", "slots"),
+    [
+        (64, 256),  # 58.4 GB for experts that take 25.6
+        (29.8, 256),  # 29.8 - 3 shared - 1.192, four hundredths: just enough
+        (29.7, 255),
+        (16, 120),  # below 25 GB the reserve is 1 GB
+        (4.35, 3),
+        (4.2, 2),  # the least
+    ],
+)
+def test_slots_on_a_cpu(free: float, slots: int) -> None:
+    placement = on_cpu(free)
+    assert (placement.slots, placement.host_slots, placement.experts) == (slots, 0, 256)
 
 
-def test_a_budget_is_bytes_of_experts_or_a_share_of_them() -> None:
-    assert place(free=64 * GB, budget=budget("1GB"), **MIXTRAL).slots == 10
-    assert place(free=64 * GB, budget=budget("50%"), **MIXTRAL).slots == 128
-    assert place(free=64 * GB, budget=budget("1TB"), **MIXTRAL).slots == 256
+@pytest.mark.parametrize(
+    ("free", "free_host", "slots", "host_slots"),
+    [
+        (40, 64, 256, 0),  # with all on the GPU, RAM has nothing to add
+        (24, 64, 190, 256),  # 24 - 4 - 1
+        (24, 16, 190, 150),  # 16 - 1
+        (8, 1.4, 30, 4),
+        (8, 1.399, 30, 0),  # three in RAM would help nothing
+        (8, 0.5, 30, 0),  # less than the reserve
+        (4.2, 16, 2, 150),
+    ],
+)
+def test_slots_on_a_gpu(free: float, free_host: float, slots: int, host_slots: int) -> None:
+    assert on_gpu(free, free_host) == Placement(slots, host_slots, 256)
 
 
-def test_too_small_a_budget_names_the_least() -> None:
-    with pytest.raises(UsageError, match=r"199 MB is too small: two experts take 200.0 MB"):
-        place(free=64 * GB, budget=budget("199MB"), **MIXTRAL)
-    assert place(free=64 * GB, budget=budget("200MB"), **MIXTRAL).slots == 2
+def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them() -> None:
+    assert on_cpu(64, "1GB").slots == 10
+    assert on_cpu(64, "1.09GB").slots == 10
+    assert on_cpu(64, "50%").slots == 128
+    assert on_cpu(64, "100%").slots == 256
+    assert on_cpu(64, "1TB").slots == 256  # no more than there are
+    assert on_cpu(64, "200MB").slots == 2
 
 
-def test_a_budget_beyond_the_machine_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ResourceError, match=r"asks for 8 GB, 6 GB are free"):
-        place(free=10 * GB, budget=budget("8GB"), **MIXTRAL)
+def test_a_budget_on_a_cpu_may_take_what_would_be_left_alone() -> None:
+    assert on_cpu(29).slots == 248  # 29 - 3 - 1.16
+    assert on_cpu(29, "25GB").slots == 250  # 29 - 3 - 1 of the context
+
+
+def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it() -> None:
+    assert on_gpu(24, device="10GB").slots == 60  # 10 - 3 - 1
+    assert on_gpu(24, device="50%").slots == 80  # of what is free: 12 - 4
+    assert on_gpu(24, device="100%").slots == 200
+    assert on_gpu(24, device="4.2GB").slots == 2
+    assert on_gpu(64, device="60GB").slots == 256
+
+
+def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them() -> None:
+    assert on_gpu(24, host="3GB").host_slots == 30
+    assert on_gpu(24, host="50%").host_slots == 128
+    assert on_gpu(24, host="1TB").host_slots == 256
+    assert on_gpu(24, 2, host="2GB").host_slots == 20  # the whole of it
+
+
+def test_a_budget_of_nothing_leaves_the_ram_behind_a_gpu_alone() -> None:
+    assert on_gpu(24, host="0").host_slots == 0
+    assert on_gpu(24, 0, host="0").host_slots == 0
+
+
+def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least() -> None:
+    assert on_gpu(24, host="400MB").host_slots == 4
+    said = r"--host-memory 399 MB is too small: four experts take 400\.0 MB$"
+    with pytest.raises(UsageError, match=said):
+        on_gpu(24, host="399MB")
+
+
+@pytest.mark.parametrize(
+    ("free", "memory", "reserve"),
+    [
+        (64, None, 2.56),  # four hundredths
+        (16, None, 1),
+        (64, "1GB", 2.56),
+        (14, "10GB", 1),  # the room of the context, which is empty
+        (29.0, "25GB", 1),
+    ],
+)
+def test_the_reserve_is_what_is_left_beside_the_experts(
+    free: float, memory: str | None, reserve: float
+) -> None:
+    assert on_cpu(free, memory).reserve == int(reserve * GB)
+
+
+def test_some_reserve_is_kept_an_eye_on_where_a_budget_leaves_nothing() -> None:
+    demand = replace(MIXTRAL, context=0)
+    assert place_on_cpu(demand, 13 * GB, budget("9.4GB")).reserve == int(0.6 * GB)
+    assert place_on_cpu(demand, 13 * GB, budget("10GB")).reserve == GB // 4
+
+
+def test_too_small_a_budget_on_a_cpu_names_the_least() -> None:
+    said = r"--host-memory 199 MB is too small: two experts take 200\.0 MB$"
+    with pytest.raises(UsageError, match=said):
+        on_cpu(64, "199MB")
+    with pytest.raises(UsageError, match=said):
+        on_cpu(64, "0.7774%")
+    with pytest.raises(UsageError, match="--host-memory 0 bytes is too small"):
+        on_cpu(64, "0")
+
+
+def test_too_small_a_budget_on_a_gpu_names_the_least() -> None:
+    said = r"--device-memory 4 GB is too small: the model needs at least 4\.2 GB \(a full context "
+    for device in ("4GB", "25%"):
+        with pytest.raises(UsageError, match=said + r"of 1 GB in it\)") as caught:
+            on_gpu(16, device=device)
+        assert caught.value.hint == "A smaller --ctx-size needs less."
+
+
+def test_a_budget_beyond_what_is_free_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ResourceError, match=r"--host-memory asks for 8 GB, 6 GB are free"):
+        on_cpu(10, "8GB")
+    with pytest.raises(ResourceError, match=r"--device-memory asks for 8 GB, 6 GB are free"):
+        on_gpu(6, device="8GB")
+    with pytest.raises(ResourceError, match=r"--host-memory asks for 8 GB, 6 GB are free"):
+        on_gpu(24, 6, host="8GB")
+    with pytest.raises(ResourceError, match=r"--host-memory asks for 25\.6 GB, 6 GB are free"):
+        on_gpu(24, 6, host="100%")
 
 
 def test_a_model_beyond_the_machine_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ResourceError, match=r"at least 4\.2 GB .* 4\.1 GB are free"):
-        place(free=4_100_000_000, budget=None, **MIXTRAL)
+    said = r"at least 4\.2 GB \(a full context of 1 GB in it\), 4\.1 GB are free"
+    for place in (on_cpu, on_gpu):
+        with pytest.raises(ResourceError, match=said) as caught:
+            place(4.1)
+        assert "--ctx-size" in str(caught.value.hint)
+    with pytest.raises(ResourceError, match=said):
+        on_cpu(4.1, "1GB")
+    with pytest.raises(ResourceError, match="0 bytes are free"):
+        on_cpu(0)
+
+
+budgets = (
+    st.none()
+    | st.builds(MemoryBudget, size=st.integers(0, 10**4))
+    | st.builds(MemoryBudget, fraction=st.floats(0.001, 1))
+)
+demands = st.builds(
+    Demand,
+    shared=st.integers(0, 500),
+    context=st.integers(0, 500),
+    expert=st.integers(1, 100),
+    experts=st.integers(2, 64),
+)
+
+
+@given(demands, st.integers(0, 10**4), st.integers(0, 10**4), budgets, budgets)
+def test_what_is_placed_fits_and_what_is_refused_says_why(
+    demand: Demand,
+    free: int,
+    free_host: int,
+    memory: MemoryBudget | None,
+    host_memory: MemoryBudget | None,
+) -> None:
+    for on_device in (False, True):
+        try:
+            placement = (
+                place_on_gpu(demand, free, free_host, memory, host_memory)
+                if on_device
+                else place_on_cpu(demand, free, memory)
+            )
+        except (ResourceError, UsageError):
+            continue
+        assert 2 <= placement.slots <= demand.experts
+        assert demand.shared + demand.context + placement.slots * demand.expert <= free
+        assert placement.host_slots == 0 or 4 <= placement.host_slots <= demand.experts
+        assert placement.host_slots * demand.expert <= free_host
+        assert placement.reserve > 0
+        assert on_device or placement.host_slots == 0

@@ -1,14 +1,20 @@
 import contextlib
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixchat.errors import CheckpointError
-from mixchat.experts.cache import ExpertKey, LRUCache
-from mixchat.experts.mover import Mover, Transfer
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.mover import Mover, Steps, Transfer
+from mixchat.experts.placement import Placement
+from mixchat.experts.policies import Passes
 from mixchat.experts.runner import CachedExpertRunner, compute
-from mixchat.experts.store import DiskSource, ExpertSource, ExpertStore, HostSource
+from mixchat.experts.sources import DiskSource
+from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.weights import nf4
 from mixchat.weights.checkpoint import KeptModel
 
@@ -18,13 +24,12 @@ CPU = torch.device("cpu")
 def runner(kept: KeptModel, slots: int, source: ExpertSource | None = None) -> CachedExpertRunner:
     layout = "cpu-packed" if nf4.has_packed_kernel() else "bitsandbytes"
     store = ExpertStore(
-        source or DiskSource(kept),
-        slots,
+        source or DiskSource(kept, choose=False),
         stored=kept.blueprint.expert,
         used=kept.blueprint.in_layout(layout).expert,
         device=CPU,
     )
-    return CachedExpertRunner(LRUCache(slots), store)
+    return CachedExpertRunner(Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2)))
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -44,8 +49,8 @@ def slow(kept: KeptModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(64)
         for choice in range(selected.shape[1]):
             key = ExpertKey(layer, int(selected[token, choice]))
-            one._begin([key])
-            expert = one._ready(key)
+            one._fetcher.want([key])
+            expert = one._fetcher.ready(key)
             total += compute(expert, hidden[token : token + 1])[0].float() * weights[token, choice]
         rows.append(total)
     return torch.stack(rows).to(hidden.dtype)
@@ -72,14 +77,36 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(kept: Kep
         inputs = routing(1 + seed % 5, seed=seed)
         results = [each.run(seed % 2, *inputs) for each in runners]
         assert all(torch.equal(results[0], other) for other in results[1:])
-    assert runners[0].stats.misses > runners[3].stats.misses == 8
+    assert runners[0]._fetcher.stats.misses.total() > runners[3]._fetcher.stats.misses.total() == 8
+
+
+def test_memory_that_was_given_back_is_not_taken_again_by_wrong_guesses(kept: KeptModel) -> None:
+    """A guess that was wrong frees its slot; the next expert took another one, and its memory."""
+    fetcher = runner(kept, 8)._fetcher
+    for layer, expert in product((0, 1), range(4)):
+        fetcher.want([ExpertKey(layer, expert)])
+        fetcher.ready(ExpertKey(layer, expert))
+    fetcher.resize(4)
+    assert len(fetcher._store.blocks) == 4
+    for _ in range(8):
+        missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in fetcher._cache]
+        with torch.inference_mode():
+            fetcher.guess(missing, [])
+            for transfer in list(fetcher._coming.values()):
+                fetcher._give_up(transfer.key)
+                transfer.cancelled = True
+            wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in fetcher._cache]
+            for key in wanted[:1]:
+                fetcher.want([key])
+                fetcher.ready(key)
+        assert len(fetcher._store.blocks) <= 4
 
 
 def test_each_expert_is_touched_once_a_call(kept: KeptModel) -> None:
     small = runner(kept, 2)
     small.run(0, *routing(64))
-    assert small.stats.misses == 4
-    assert small.stats.hits == 0
+    assert small._fetcher.stats.misses.total() == 4
+    assert small._fetcher.stats.hits.total() == 0
 
 
 def test_experts_in_the_cache_are_used_before_others_evict_them(kept: KeptModel) -> None:
@@ -88,30 +115,24 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(kept: KeptModel)
     inputs = routing(64)
     small.run(0, *inputs)
     small.run(0, *inputs)
-    assert small.stats.hits == 2
-    assert small.stats.bytes_moved == 6 * kept.blueprint.expert.nbytes
-
-
-def test_ram_over_the_file_and_a_staging_buffer_give_the_same_bytes(kept: KeptModel) -> None:
-    inputs = routing(9)
-    locked: list[torch.Tensor] = []
-    for source in (HostSource(kept, locked.append), DiskSource(kept, locked.append)):
-        result = runner(kept, 2, source).run(1, *inputs)
-        assert torch.equal(result, runner(kept, 2).run(1, *inputs))
-    assert [len(buffer) for buffer in locked] == [8, 1]
+    assert small._fetcher.stats.hits.total() == 2
+    assert small._fetcher.stats.bytes_moved == 6 * kept.blueprint.expert.nbytes
 
 
 class Failing:
     """A source whose loads fail, after half of the bytes, until told otherwise."""
 
     def __init__(self, kept: KeptModel) -> None:
-        self.source, self.fail = DiskSource(kept), True
+        self.source, self.fail = DiskSource(kept, choose=False), True
 
-    def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if self.fail:
-            slot.fill_(255)
+            block.fill_(255)
             raise CheckpointError("cut short")
-        self.source.load(key, slot)
+        yield from self.source.load(key, block, evicted)
+
+    def tier(self, key: ExpertKey) -> str:
+        return "disk"
 
 
 def test_a_load_that_fails_leaves_no_half_expert_behind(kept: KeptModel) -> None:
@@ -162,12 +183,12 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: KeptModel
     begun: list[int] = []
 
     class Noting(DiskSource):
-        def load(self, key: ExpertKey, slot: torch.Tensor) -> None:
+        def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
             begun.append(key.expert)
-            super().load(key, slot)
+            yield from super().load(key, block, evicted)
 
-    noting = runner(kept, 4, Noting(kept))
-    noting._begin([ExpertKey(0, expert) for expert in (3, 0, 2)])
-    noting._ready(ExpertKey(0, 2))  # the last to come
+    fetcher = runner(kept, 4, Noting(kept, choose=False))._fetcher
+    fetcher.want([ExpertKey(0, expert) for expert in (3, 0, 2)])
+    fetcher.ready(ExpertKey(0, 2))  # the last to come
     assert begun == [3, 0, 2]
-    assert noting.stats.misses == 3
+    assert fetcher.stats.misses.total() == 3

@@ -1,0 +1,67 @@
+"""What a model asks of memory, and where it goes: the same for planning and for loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mixchat.config import ModelConfig
+from mixchat.engine.kv_cache import KVCache
+from mixchat.errors import UsageError
+from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
+from mixchat.settings import MemoryBudget
+from mixchat.weights.blueprint import Blueprint
+
+DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
+# Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
+# and lose ten times as much in waiting for each other where another program wants a core too.
+SMALL_EXPERT = 4_000_000
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does."""
+
+    host: int
+    device: int | None = None
+
+
+def context_size(config: ModelConfig, wanted: int | None) -> int:
+    """Tokens of the context; None chooses. Raises `UsageError` for what the model cannot do."""
+    largest = config.max_position_embeddings
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, largest)
+    if not 1 < wanted <= largest:
+        raise UsageError(f"--ctx-size {wanted}: this model can do 2 to {largest} tokens")
+    return wanted
+
+
+def demand_of(blueprint: Blueprint, context: int) -> Demand:
+    """What the model asks for with a context of so many tokens."""
+    return Demand(
+        shared=blueprint.shared_size,
+        context=KVCache.nbytes(blueprint.config, context, blueprint.quantization.dtype),
+        expert=blueprint.expert.stride,
+        experts=blueprint.expert_count,
+    )
+
+
+def place(
+    demand: Demand,
+    free: FreeMemory,
+    host_memory: MemoryBudget | None,
+    device_memory: MemoryBudget | None,
+) -> Placement:
+    """Where the experts go. Raises `UsageError` and `ResourceError` as `experts/placement.py`."""
+    if free.device is not None:
+        return place_on_gpu(demand, free.device, free.host, device_memory, host_memory)
+    if device_memory is not None:
+        raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
+    return place_on_cpu(demand, free.host, host_memory)
+
+
+def settle_threads(blueprint: Blueprint) -> None:
+    """Let torch take as many threads as serve a model of this shape, from now on."""
+    if blueprint.expert.nbytes < SMALL_EXPERT:
+        torch.set_num_threads(1)

@@ -1,0 +1,194 @@
+"""Sees to it that experts are in their slots: those asked for, and those that may be asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.memory import MemoryWatch
+from mixchat.experts.mover import Mover, Transfer
+from mixchat.experts.placement import MIN_SLOTS, Placement
+from mixchat.experts.policies import Passes
+from mixchat.experts.stats import ExpertStats
+from mixchat.experts.store import ExpertStore
+from mixchat.weights.blueprint import Expert
+
+RESIDENT, COMING, MISSING = range(3)
+GUESSES_AT_ONCE = 4
+
+
+class Fetcher:
+    """Experts of a store, by a cache's decision where, brought by a mover.
+
+    An expert can be in the cache while its bytes are still on their way. What holds throughout,
+    also after Ctrl-C between any two lines: an expert in the cache that is not in `_coming` is
+    whole in its slot.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        store: ExpertStore,
+        placement: Placement,
+        passes: Passes,
+        watch: MemoryWatch | None = None,
+    ) -> None:
+        self._cache, self._store, self._placement = cache, store, placement
+        self._passes, self._watch = passes, watch
+        self._mover = Mover(store.stream)
+        self._coming: dict[ExpertKey, Transfer] = {}
+        self.stats = ExpertStats()
+
+    @property
+    def slots(self) -> int:
+        """How many experts may be held."""
+        return self._cache.limit
+
+    @property
+    def slots_by_tier(self) -> dict[str, int]:
+        """How many experts may be held in each of the faster tiers."""
+        behind = {"host": self._placement.host_slots} if self._placement.host_slots else {}
+        return {self._store.name: self.slots, **behind}
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is nothing left to fetch."""
+        return len(self._cache) == self._placement.experts and not self._coming
+
+    def tier(self, key: ExpertKey) -> str:
+        """Where the expert's fastest copy is: `device`, `host` or `disk`."""
+        return self._store.tier(key, resident=self.holds(key))
+
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether the expert is whole in its slot."""
+        return self.state(key) == RESIDENT
+
+    def state(self, key: ExpertKey) -> int:
+        """`RESIDENT`, `COMING` or `MISSING`."""
+        if key not in self._cache:
+            return MISSING
+        return COMING if key in self._coming else RESIDENT
+
+    def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
+        """The layer's routers have chosen: what was guessed otherwise is not wanted any more."""
+        self._passes.enter(layer)
+        if self._watch is not None:
+            self.resize(self._watch.limit(len(self._cache)))
+        for key, transfer in list(self._coming.items()):
+            if not transfer.guess or key.layer != layer:
+                continue
+            ended = transfer.ended
+            if key in chosen:
+                self.stats.right_guesses += 1
+                self._mover.want(transfer)
+                if not ended:
+                    self.stats.late_guesses += 1
+                    self.stats.misses[key] += 1
+            elif not ended:
+                transfer.cancelled = True
+            if transfer.cancelled or transfer.failed:
+                self._give_up(key)
+            elif ended:
+                del self._coming[key]
+
+    def want(self, window: Sequence[ExpertKey]) -> None:
+        """Send for these, as far as there are slots that none of them needs."""
+        for key in window:
+            if key not in self._cache or self._failed(key):
+                if not self._send(Transfer(key), window):
+                    return
+                self.stats.misses[key] += 1
+
+    def guess(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> None:
+        """Send for these, if they are not there, in place of what is neither pinned nor guessed."""
+        room = min(GUESSES_AT_ONCE, self.slots // 4) - sum(t.guess for t in self._coming.values())
+        for key in keys:
+            if key in self._cache:
+                continue
+            if room <= 0 or not self._send(Transfer(key, guess=True), pinned):
+                return
+            self.stats.guesses += 1
+            room -= 1
+
+    def ready(self, key: ExpertKey) -> Expert:
+        """The expert, once it is in its slot. Raises what bringing it raised."""
+        transfer = self._coming.get(key)
+        if transfer is not None:
+            self._await(key, transfer)
+        else:
+            self.stats.hits[key] += 1
+        slot = self._cache.lookup(key)
+        assert slot is not None, key
+        return self._store.expert(slot)
+
+    def resize(self, limit: int) -> None:
+        """Hold no more than `limit` experts; the memory of what is too much is given back."""
+        if limit == self._cache.limit:
+            return
+        self._cache.resize(limit, pinned=self._coming)
+        self._release_surplus()
+
+    def _release_surplus(self) -> None:
+        """Give back the memory of free slots beyond what may be held."""
+        free = sorted(self._cache.free_slots() & set(self._store.blocks))
+        surplus = len(self._store.blocks) - self._cache.limit
+        for slot in free[: max(surplus, 0)]:
+            self._store.release(slot)
+
+    def halve(self) -> bool:
+        """Hold half as many experts, for good; False where that would be too few."""
+        limit = self._cache.limit // 2
+        if limit < MIN_SLOTS:
+            return False
+        self.resize(limit)
+        return True
+
+    def _await(self, key: ExpertKey, transfer: Transfer) -> None:
+        slot = self._cache.slot_of(key)
+        assert slot is not None, key
+        if transfer.steps is None:  # Ctrl-C came before it was queued
+            self._mover.begin(transfer, self._store.load(key, slot))
+        began = time.perf_counter()
+        try:
+            transfer.wait()
+        except BaseException:
+            if transfer.ended:  # it failed; if not, this is Ctrl-C, and it is still on its way
+                self._give_up(key)
+            raise
+        self.stats.stalled_seconds += time.perf_counter() - began
+        self.stats.bytes_moved = self._store.bytes_moved
+        del self._coming[key]
+
+    def _failed(self, key: ExpertKey) -> bool:
+        """Whether an earlier call ended before it heard that the expert failed to arrive."""
+        if key in self._coming and self._coming[key].failed:
+            self._give_up(key)
+            return True
+        return False
+
+    def _send(self, transfer: Transfer, pinned: Collection[ExpertKey]) -> bool:
+        """Begin a transfer, if there is a slot for it."""
+        key = transfer.key
+        # First of all: whoever finds the key in the cache has to know that its bytes are not there.
+        if key in self._coming:  # Ctrl-C came before it was cleared away
+            self._coming[key].cancelled = True
+        self._coming[key] = transfer
+        guesses = [other for other, its in self._coming.items() if its.guess]
+        held = self._store.blocks
+        slot = self._cache.admit(key, {*pinned, *guesses}, held)
+        if slot is None and not transfer.guess:
+            slot = self._cache.admit(key, pinned, held)
+        for other in [other for other in self._coming if other not in self._cache]:
+            self._coming[other].cancelled = True
+            del self._coming[other]
+        if slot is None:
+            return False
+        self._release_surplus()
+        self._mover.begin(transfer, self._store.load(key, slot))
+        return True
+
+    def _give_up(self, key: ExpertKey) -> None:
+        self._cache.discard(key)
+        del self._coming[key]

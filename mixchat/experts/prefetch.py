@@ -1,0 +1,101 @@
+"""Guesses which experts the next layers will ask for, before their routers have been reached.
+
+T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.stats import ExpertStats
+from mixchat.experts.trial import Trial
+
+# How many layers ahead to guess in decoding; which of these pays is found by trying.
+DEPTHS = (3, 6, 0, 1)
+_ROUND = 8  # tokens until another depth may be tried
+
+
+class NextRouters:
+    """What the next layers' routers would choose if they saw this layer's hidden states.
+
+    Each layer adds little to the stream of hidden states, so the next router sees nearly what this
+    one does, but for the weights of the norms before them: those of this layer are taken out, those
+    of the next one put in.
+
+    gates: [E, D] of each layer; norms: [D] of each layer, of the norm before its router.
+    """
+
+    def __init__(
+        self, gates: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], experts_per_token: int
+    ) -> None:
+        weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
+        self._gates = torch.cat(weighted)  # [layers * E, D]
+        # Where a weight is all but zero, what was multiplied by it is lost, and counts as nothing.
+        self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
+        self._experts = gates[0].shape[0]
+        self.layers, self._experts_per_token = len(gates), experts_per_token
+
+    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> list[ExpertKey]:
+        """The experts that the `depth` layers after `layer` are likely to choose.
+
+        hidden_states: [T, D], as this layer's router sees them. The nearest layer comes first, and
+        in it the experts that most tokens choose.
+        """
+        first, last = layer + 1, min(layer + 1 + depth, self.layers)
+        if first >= last:
+            return []
+        gates = self._gates[first * self._experts : last * self._experts]
+        logits = functional.linear(hidden_states.float() * self._undo[layer], gates)
+        choices = logits.view(-1, last - first, self._experts).topk(self._experts_per_token).indices
+        keys: list[ExpertKey] = []
+        for ahead, chosen in enumerate(choices.transpose(0, 1).flatten(1).tolist()):  # [T * K] each
+            ranked = Counter(chosen).most_common()
+            keys += [ExpertKey(first + ahead, expert) for expert, _ in ranked]
+        return keys
+
+
+class Prefetch:
+    """Decides how far to look ahead: as far as it makes tokens come faster, or not at all.
+
+    In a prefill the next layer needs most of its experts, whatever the hidden states are: guessing
+    one layer ahead cannot lose. In decoding each depth is tried, and judged by the time that tokens
+    take: wrong guesses keep the disk from what is needed, and even right ones may keep the cores
+    from computing.
+    """
+
+    def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
+        self._routers, self._stats = routers, stats
+        self.trial = Trial(DEPTHS, length=_ROUND)
+        self._began: tuple[float, int] | None = None
+        self._tokens = self._needed = 0
+
+    def guess(self, layer: int, hidden_states: torch.Tensor) -> list[ExpertKey]:
+        """The experts to send for while `layer` is computed, the most urgent ones first."""
+        if hidden_states.shape[0] > 1:
+            self._began = None
+            return self._routers(layer, hidden_states, 1)
+        if layer == 0:
+            self._began = time.perf_counter(), self._stats.needed
+        elif layer == self._routers.layers - 1 and self._began is not None:
+            began, before = self._began
+            self._judge(time.perf_counter() - began, self._stats.needed - before)
+            self._began = None
+        return self._routers(layer, hidden_states, self.trial.way)
+
+    def _judge(self, seconds: float, needed: int) -> None:
+        """A token took so long, of whose experts `needed` were not there.
+
+        Tokens differ in that, which is not the doing of a depth. Where half of the time goes into
+        the experts that were not there, one with twice as many of them counts for 1.5.
+        """
+        self._tokens += 1
+        self._needed += needed
+        if self._needed:
+            mean = self._needed / self._tokens
+            self.trial.add(seconds, 0.5 + 0.5 * needed / mean)

@@ -1,0 +1,168 @@
+"""Where experts come from: their file on disk, or RAM in front of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.mover import Steps
+from mixchat.experts.placement import MIN_HOST_SLOTS
+from mixchat.experts.policies import Policy
+from mixchat.experts.store import ExpertSource, new_block
+from mixchat.experts.trial import Trial
+from mixchat.weights.blueprint import Expert, ExpertLayout
+from mixchat.weights.checkpoint import KeptModel
+
+CPU = torch.device("cpu")
+_STEP = 8 << 20  # bytes: 2 to 8 ms, after which something more urgent can go first
+_ROUND = 8  # experts that are read in one way before another is tried
+
+Lock = Callable[[torch.Tensor], None]  # makes a block in RAM fit for fast copies to a GPU
+
+
+class DiskSource:
+    """The master copy is the file: one contiguous read an expert, in steps.
+
+    With `choose`, reading past the page cache is tried beside reading through it, and the faster
+    way is kept to. Past it costs no core and no memory, and is faster on most disks; but what other
+    programs, or the machine's host, have cached only comes through it.
+    """
+
+    def __init__(self, model: KeptModel, *, choose: bool) -> None:
+        self._model = model
+        ways = [True, False] if choose and model.open_direct() else [False]
+        self._direct = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        self._staging: torch.Tensor | None = None
+
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        for start in range(0, len(block), _STEP):
+            piece = block[start : start + _STEP]
+            if block.device == CPU:
+                self._read(key, piece, start)
+            else:  # at once: another load, if this one is put off, uses the same staging
+                staged = self._stage()[: len(piece)]
+                self._read(key, staged, start)
+                piece.copy_(staged)
+            yield
+
+    def tier(self, key: ExpertKey) -> str:
+        return "disk"
+
+    def _read(self, key: ExpertKey, piece: torch.Tensor, start: int) -> None:
+        direct, began = self._direct.way, time.perf_counter()
+        self._model.read_expert(*key, piece, start, direct=direct)
+        self._direct.add(time.perf_counter() - began, len(piece))
+
+    def _stage(self) -> torch.Tensor:
+        if self._staging is None:
+            self._staging = new_block(_STEP, CPU)
+        return self._staging
+
+
+class HostTier:
+    """`slots` experts in RAM, in front of another source, behind the slots of a GPU.
+
+    Where it has room for all, evicting an expert from the GPU moves nothing. Where it has not, and
+    `swaps`, RAM holds other experts than the GPU does: one that goes up leaves its place to the one
+    that it drives out, so that both memories together hold as many as they can. With two places
+    each, and A B on the GPU, C in RAM, a load of C into the place of A goes
+
+        RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        slots: int,
+        layout: ExpertLayout,
+        policy: Policy,
+        *,
+        swaps: bool,
+        lock: Lock,
+    ) -> None:
+        assert slots >= MIN_HOST_SLOTS
+        self._source, self._layout, self._swaps, self._lock = source, layout, swaps, lock
+        self._cache = ExpertCache(slots, policy)
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._partial: set[ExpertKey] = set()  # their loads have begun, and were perhaps put off
+        self._borrowed: set[ExpertKey] = set()
+        # Loads are carried out by the mover's thread, borrowing is done by whoever computes.
+        self._access = threading.Lock()
+
+    def tier(self, key: ExpertKey) -> str:
+        with self._access:
+            return "host" if self._whole(key) else self._source.tier(key)
+
+    @contextmanager
+    def borrow(self, key: ExpertKey) -> Iterator[Expert | None]:
+        """The expert in RAM, which stays there until it is given back; None if it is not there."""
+        try:
+            with self._access:
+                slot = self._cache.lookup(key) if self._whole(key) else None
+                if slot is not None:
+                    self._borrowed.add(key)
+            yield None if slot is None else self._layout.build(self._blocks[slot])
+        finally:
+            self._borrowed.discard(key)
+
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        if key not in self._cache and len(self._partial) >= self._cache.slots - 3:
+            # Those that were put off leave three places: for one that goes up, for `evicted`, and
+            # for one that is borrowed.
+            yield from self._source.load(key, block, evicted)
+            return
+        yield from self._bring(key)
+        if self._swaps and evicted is not None and evicted not in self._cache:
+            with self._place(evicted, beside=key) as place:
+                place.copy_(block)
+        slot = self._cache.slot_of(key)
+        assert slot is not None
+        block.copy_(self._blocks[slot], non_blocking=True)
+        if self._swaps:
+            with self._access:
+                if key not in self._borrowed:
+                    self._cache.discard(key)
+
+    def _bring(self, key: ExpertKey) -> Steps:
+        if self._cache.lookup(key) is None or key in self._partial:
+            with self._place(key) as place:
+                yield from self._source.load(key, place, None)
+
+    @contextmanager
+    def _place(self, key: ExpertKey, beside: ExpertKey | None = None) -> Iterator[torch.Tensor]:
+        """A place to be filled with an expert, which does not count as being there until then."""
+        try:
+            yield self._block(self._admit(key, beside))
+        except BaseException:  # also where the transfer is cancelled
+            if key in self._partial:
+                with self._access:
+                    self._cache.discard(key)
+            raise
+        finally:
+            self._partial.discard(key)
+
+    def _admit(self, key: ExpertKey, beside: ExpertKey | None) -> int:
+        with self._access:
+            slot = self._cache.slot_of(key)  # an earlier load of it was put off
+            if slot is None:
+                taken = {*self._partial, *self._borrowed, *([] if beside is None else [beside])}
+                self._partial.add(key)
+                slot = self._cache.admit(key, taken)
+        assert slot is not None, "loads that were put off leave enough places"
+        return slot
+
+    def _block(self, slot: int) -> torch.Tensor:
+        if slot not in self._blocks:
+            block = new_block(self._layout.stride, CPU)
+            self._lock(block)
+            self._blocks[slot] = block
+        return self._blocks[slot]
+
+    def _whole(self, key: ExpertKey) -> bool:
+        return key in self._cache and key not in self._partial

@@ -1,0 +1,84 @@
+"""What a model will be once it is kept, known before anything of its weights is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixchat.config import ModelConfig
+from mixchat.errors import ModelNotFoundError
+from mixchat.progress import Progress
+from mixchat.weights import demo, models
+from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.weights.download import Request
+from mixchat.weights.download import plan as plan_download
+from mixchat.weights.manifest import check_files, read_manifest
+from mixchat.weights.origins import origin_of, source_of
+from mixchat.weights.plan import Plan, plan_of
+from mixchat.weights.quantize import QuantizeOptions, best_layout, blueprint_of
+
+# Both of `models.ALIASES`, as their config.json has it; no hub has to be asked.
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's tensors and the directory that keeps it, or will. `download`: what it takes to get
+    it there; None where it is there, or where only the hub knows.
+    """
+
+    name: str
+    blueprint: Blueprint
+    directory: Path
+    kept: bool
+    download: Plan | None = None
+
+
+def outline(name: str, progress: Progress) -> Outline:
+    """What `name` stands for, kept or not, made with the default options where not.
+
+    Asks the hub only for a model of it that is neither kept nor in `models.ALIASES`.
+    Raises what `models.find` and opening a checkpoint raise.
+    """
+    try:
+        directory = models.find(name)
+    except ModelNotFoundError:
+        return _to_come(models.resolve(name), progress)
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    config = ModelConfig.from_file(directory / "config.json")
+    how = Quantization.described(manifest.quantization)
+    return Outline(name, Blueprint(config, how), directory, kept=True)
+
+
+def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
+    target = models.model_dir(ref)
+    if ref.repo in models.ALIASES.values():
+        quantization = Quantization(layout=best_layout())
+        blueprint = Blueprint(ModelConfig.from_dict(MIXTRAL), quantization)
+        return Outline(ref.name, blueprint, target, kept=False)
+    options = QuantizeOptions()
+    if ref.demo:
+        blueprint = blueprint_of(demo.expected_index(), options)
+        download = plan_download(Request(ref, options), progress)
+        return Outline(ref.name, blueprint, target, kept=False, download=download)
+    with origin_of(source_of(ref, target, None), target, progress) as origin:
+        blueprint = blueprint_of(origin.index, options)
+        download = plan_of(ref.key, target, origin, blueprint, None)
+    return Outline(ref.name, blueprint, target, kept=False, download=download)

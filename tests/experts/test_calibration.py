@@ -1,0 +1,173 @@
+"""What was measured: read between the counts of rows, kept in a file, and read back from it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat import machine
+from mixchat.experts import calibration
+from mixchat.experts.calibration import Calibration, calibration_key, load, load_or_measure
+from mixchat.weights.blueprint import Blueprint
+from mixchat.weights.checkpoint import KeptModel
+
+CPU = torch.device("cpu")
+OTHER = torch.device("cpu:0")  # a device of its own to whoever compares names
+KNOWN = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+
+
+@pytest.fixture
+def blueprint(tiny_model: Path) -> Blueprint:
+    with KeptModel(tiny_model) as kept:
+        return kept.blueprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"), [(1, 2.0), (8, 9.0), (36, 23.0), (64, 37.0), (164, 87.0)]
+)
+def test_time_is_linear_between_what_was_measured_and_beyond(rows: int, seconds: float) -> None:
+    known = dataclasses.replace(KNOWN, expert_seconds={"cpu": {1: 2.0, 8: 9.0, 64: 37.0}})
+    assert known.expert_time("cpu", rows) == pytest.approx(seconds)
+
+
+def test_time_never_falls_beyond_what_was_measured() -> None:
+    known = dataclasses.replace(KNOWN, expert_seconds={"cuda": {64: 2.0, 512: 1.5}})
+    assert known.expert_time("cuda", 100_000) == 1.5
+    assert known.expert_time("cuda", 1) == 2.0
+
+
+def never() -> Calibration:
+    raise AssertionError("measured again")
+
+
+def test_a_machine_is_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "machine.json"
+    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+    assert load_or_measure(path, "here", CPU, never) == KNOWN
+
+
+def test_what_is_known_can_be_looked_up_without_measuring(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    assert load(path, "here", CPU) is None
+    load_or_measure(path, "here", CPU, lambda: KNOWN)
+    assert load(path, "here", CPU) == KNOWN
+    assert load(path, "there", CPU) is None
+    assert load(path, "here", OTHER) is None
+
+
+def test_figures_of_another_device_are_kept_too(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
+    known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
+    load_or_measure(path, "here", torch.device("cuda"), lambda: known)
+    assert load_or_measure(path, "here", torch.device("cuda"), never) == known
+
+
+def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    results = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + index) for index in range(40)]
+    for index, result in enumerate(results):
+        load_or_measure(path, str(index), CPU, lambda result=result: result)  # type: ignore[misc]
+    assert load_or_measure(path, "39", CPU, never) == results[39]
+    assert load_or_measure(path, "8", CPU, never) == results[8]
+    assert load_or_measure(path, "7", CPU, lambda: KNOWN) is KNOWN
+
+
+def entry(**changes: Any) -> str:
+    content = {"format": 1, "machines": {"here": {**dataclasses.asdict(KNOWN), **changes}}}
+    return json.dumps(content)
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "\0",
+    "[" * 100_000,
+    '{"format": 1}',
+    '{"format": 1, "machines": []}',
+    '{"format": 1, "machines": {"here": null}}',
+    '{"format": 1, "machines": {"here": [1]}}',
+    '{"format": 1, "machines": {"here": {}}}',
+    entry().replace('"format": 1', '"format": 0'),
+    entry(memory_bandwidth=0),
+    entry(disk_bandwidth=-1),
+    entry(disk_bandwidth=None),
+    entry(disk_bandwidth_idle="3e9"),
+    entry(memory_bandwidth=float("nan")),
+    entry(memory_bandwidth=float("inf")),
+    entry(memory_bandwidth=10**400),
+    entry(expert_seconds={}),
+    entry(expert_seconds=[]),
+    entry(expert_seconds={"cpu": []}),
+    entry(expert_seconds={"cpu": {}}),
+    entry(expert_seconds={"cpu": {"1": 1.0}}),
+    entry(expert_seconds={"cuda": {"1": 1.0, "8": 1.0}}),
+    entry(expert_seconds={"cpu": {"one": 1.0, "8": 1.0}}),
+    entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
+    entry(layer_seconds=None),
+    entry(layer_seconds=0),
+    entry().replace(', "layer_seconds": 0.001', ""),
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_or_old_file_is_measured_and_written_anew(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+    assert load_or_measure(path, "here", CPU, never) == KNOWN
+
+
+def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) -> None:
+    assert len(set(DAMAGED) | {entry()}) == len(DAMAGED) + 1
+    path = tmp_path / "machine.json"
+    path.write_text(entry())
+    assert load_or_measure(path, "here", CPU, never) == KNOWN
+
+
+def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    partly = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
+    assert load_or_measure(path, "here", CPU, lambda: partly) is partly
+    assert not path.exists()
+    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+
+
+def test_a_result_that_cannot_be_kept_is_given_nevertheless(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "machine.json"
+    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+
+
+def test_the_key_names_what_a_result_depends_on(
+    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = calibration_key(blueprint, tmp_path, CPU)
+    assert key == calibration_key(blueprint, tmp_path / "below", CPU)
+    larger = dataclasses.replace(
+        blueprint, config=dataclasses.replace(blueprint.config, hidden_size=128)
+    )
+    keys = {
+        key,
+        calibration_key(larger, tmp_path, CPU),
+        calibration_key(blueprint, Path("/proc"), CPU),
+        calibration_key(blueprint, tmp_path, OTHER),
+    }
+    for module, name, value in (
+        (machine, "cpu_name", "another"),
+        (machine, "usable_cores", 77),
+        (torch, "get_num_threads", 77),
+        (torch.backends.cpu, "get_cpu_capability", "none"),
+        (calibration, "version", "0.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_, value=value: value)
+            keys.add(calibration_key(blueprint, tmp_path, CPU))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.0")
+        keys.add(calibration_key(blueprint, tmp_path, CPU))
+    assert len(keys) == 10

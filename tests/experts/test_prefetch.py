@@ -1,0 +1,221 @@
+"""Guesses at the experts of the next layers: against a slow reference, and whether they pay.
+
+T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok, L = layers.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.experts import prefetch
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch
+from mixchat.experts.stats import ExpertStats
+
+L, E, D, K = 5, 8, 32, 2
+
+
+class Case:
+    """Random routers and norms, and a stream of hidden states as the layers see it."""
+
+    def __init__(self, seed: int, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.gates = [torch.randn(E, D, generator=generator).to(dtype) for _ in range(L)]
+        self.norms = [
+            (0.3 + torch.rand(D, generator=generator)).to(dtype)
+            * torch.where(torch.rand(D, generator=generator) < 0.3, -1, 1)
+            for _ in range(L)
+        ]
+        stream = torch.randn(tokens, D, generator=generator)
+        self.normed = stream / stream.pow(2).mean(-1, keepdim=True).sqrt()
+
+    def routers(self) -> NextRouters:
+        return NextRouters(self.gates, self.norms, K)
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        return self.normed.to(self.norms[layer].dtype) * self.norms[layer]
+
+    def slow(self, layer: int, depth: int) -> list[ExpertKey]:
+        """Each layer's router on the stream as it is now, token by token, counted by hand."""
+        keys = []
+        for ahead in range(layer + 1, min(layer + depth, L - 1) + 1):
+            counts: Counter[int] = Counter()
+            for token in self.normed.double():
+                logits = self.gates[ahead].double() @ (token * self.norms[ahead].double())
+                for expert in logits.argsort(descending=True)[:K].tolist():
+                    counts[expert] += 1
+            keys += [ExpertKey(ahead, expert) for expert, _ in counts.most_common()]
+        return keys
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
+def test_they_are_what_the_next_routers_would_choose_now(tokens: int, depth: int) -> None:
+    for seed in range(5):
+        case = Case(seed, tokens)
+        for layer in range(L):
+            guessed = case.routers()(layer, case.hidden(layer), depth)
+            assert guessed == case.slow(layer, depth)
+            assert {key.layer for key in guessed} == set(range(layer + 1, L)[:depth])
+
+
+def test_of_one_token_each_layer_has_k_experts_the_likeliest_first() -> None:
+    case = Case(0, tokens=1)
+    keys = case.routers()(0, case.hidden(0), 3)
+    assert [key.layer for key in keys] == [1, 1, 2, 2, 3, 3]
+    logits = (case.normed[0] * case.norms[1]) @ case.gates[1].T
+    assert keys[0].expert == int(logits.argmax())
+
+
+def test_of_many_tokens_the_experts_that_most_of_them_choose_come_first() -> None:
+    case = Case(1, tokens=40)
+    keys = case.routers()(0, case.hidden(0), 1)
+    chosen = ((case.normed * case.norms[1]) @ case.gates[1].T).topk(K).indices
+    counts = [int((chosen == key.expert).sum()) for key in keys]
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == 40 * K
+    assert len(set(keys)) == len(keys)
+
+
+def test_after_the_last_layer_there_is_nothing_to_guess() -> None:
+    case = Case(0, tokens=3)
+    for depth in (0, 1, 3):
+        assert case.routers()(L - 1, case.hidden(L - 1), depth) == []
+    assert {key.layer for key in case.routers()(L - 2, case.hidden(L - 2), 3)} == {L - 1}
+
+
+def test_in_half_precision_nearly_all_guesses_are_the_same() -> None:
+    same = 0
+    for seed in range(40):
+        case = Case(seed, tokens=1, dtype=torch.bfloat16)
+        guessed = case.routers()(0, case.hidden(0), 3)
+        same += len(set(guessed) & set(case.slow(0, 3)))
+    assert same >= 0.9 * 40 * 3 * K
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-5, -1e-5])
+def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny: float) -> None:
+    for seed in range(5):
+        case = Case(seed, tokens=4)
+        case.norms[1][3:9] = tiny
+        hidden = case.hidden(1)
+        guessed = case.routers()(1, hidden, 3)
+        case.normed[:, 3:9] = 0
+        assert guessed == case.slow(1, 3)
+
+
+def test_a_zero_in_the_next_norm_is_no_fault() -> None:
+    case = Case(2, tokens=4)
+    case.norms[2][5] = 0.0
+    assert case.routers()(1, case.hidden(1), 1) == case.slow(1, 1)
+
+
+class Routers:
+    """Notes how far ahead it was asked to look."""
+
+    layers = 4
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> list[ExpertKey]:
+        self.asked.append((layer, depth))
+        return [ExpertKey(layer + 1, 0)] * depth
+
+
+class Decoding:
+    """Decodes tokens that take as long as the test says, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self.stats, self.routers, self.now = ExpertStats(), Routers(), 1000.0
+        routers: Any = self.routers
+        self.prefetch = Prefetch(routers, self.stats)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def token(self, seconds: Mapping[int, float], needed: int = 6, right: int = 0) -> int:
+        """A token takes so long, by the depth. Of what it needs, `right` were guessed in time.
+
+        Returns how far ahead was looked.
+        """
+        self.prefetch.guess(0, torch.zeros(1, D))
+        _, depth = self.routers.asked[-1]
+        self.now += seconds[depth]
+        self.stats.misses[ExpertKey(0, 0)] += needed - (right if depth else 0)
+        self.stats.right_guesses += right if depth else 0
+        for layer in range(1, 4):
+            self.prefetch.guess(layer, torch.zeros(1, D))
+        return depth
+
+    def tokens(self, count: int, seconds: Mapping[int, float]) -> list[int]:
+        return [self.token(seconds) for _ in range(count)]
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> Decoding:
+    decoding = Decoding()
+    monkeypatch.setattr(prefetch, "time", decoding)
+    return decoding
+
+
+SAME = dict.fromkeys(DEPTHS, 1.0)
+
+
+@pytest.mark.parametrize("best", DEPTHS)
+def test_it_keeps_to_the_depth_with_which_tokens_come_fastest(
+    decoding: Decoding, best: int
+) -> None:
+    depths = decoding.tokens(1600, {depth: 1 + (depth != best) for depth in DEPTHS})
+    assert set(depths) == set(DEPTHS)
+    assert depths[800:].count(best) > 0.8 * 800
+
+
+def test_it_switches_itself_off_where_guesses_cost_more_and_on_again(decoding: Decoding) -> None:
+    others = sorted(set(DEPTHS) - {0})
+    off = decoding.tokens(1600, {0: 1.0} | {depth: 2.0 for depth in others})
+    assert off[-800:].count(0) > 0.8 * 800
+    on = decoding.tokens(6000, {0: 3.0} | {depth: 1.0 for depth in others})
+    assert on[-800:].count(0) < 0.2 * 800
+
+
+def test_a_token_that_needs_more_counts_for_more_whatever_was_guessed(decoding: Decoding) -> None:
+    """Where half of the time goes into what is needed, tokens of all kinds cost the same."""
+    for number in range(4800):
+        needed = 12 if number // 20 % 2 else 4  # 8 on average, but not in each round
+        decoding.token(dict.fromkeys(DEPTHS, 0.5 + 0.5 * needed / 8), needed, right=3)
+    assert decoding.prefetch.trial.costs == pytest.approx(SAME, rel=0.1)
+
+
+def test_what_was_before_the_first_token_does_not_count(decoding: Decoding) -> None:
+    decoding.now += 1000
+    decoding.tokens(800, SAME)
+    assert decoding.prefetch.trial.costs == pytest.approx(SAME)
+
+
+def test_time_between_tokens_does_not_count(decoding: Decoding) -> None:
+    for _ in range(800):
+        decoding.token(SAME)
+        decoding.now += 1000
+    assert decoding.prefetch.trial.costs == pytest.approx(SAME)
+
+
+def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding: Decoding) -> None:
+    for _ in range(300):
+        decoding.tokens(3, SAME)
+        decoding.prefetch.guess(0, torch.zeros(1, D))  # a token that was interrupted
+        decoding.routers.asked.clear()
+        for layer in range(4):
+            assert decoding.prefetch.guess(layer, torch.zeros(5, D)) == [ExpertKey(layer + 1, 0)]
+            decoding.stats.misses[ExpertKey(0, 0)] += 100
+            decoding.now += 70
+        assert decoding.routers.asked == [(layer, 1) for layer in range(4)]
+        decoding.prefetch.guess(3, torch.zeros(1, D))  # the end of nothing that was begun
+    assert decoding.prefetch.trial.costs == pytest.approx(SAME)
+
+
+def test_where_nothing_is_needed_nothing_changes(decoding: Decoding) -> None:
+    assert {decoding.token(SAME, needed=0) for _ in range(500)} == {DEPTHS[0]}

@@ -1,0 +1,594 @@
+"""Where experts come from: whatever is loaded, put off or cancelled, their bytes are right."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixchat.errors import CheckpointError
+from mixchat.experts import sources
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.mover import Steps
+from mixchat.experts.policies import LRU
+from mixchat.experts.sources import DiskSource, HostTier
+from mixchat.experts.store import ExpertSource, ExpertStore, new_block
+from mixchat.weights.checkpoint import KeptModel
+
+CPU = torch.device("cpu")
+LAYERS, EXPERTS = 4, 4
+KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+A, B, C, D = KEYS[0], KEYS[1], KEYS[2], KEYS[3]
+keys = st.sampled_from(KEYS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_STEP", 4096)
+        yield
+
+
+@pytest.fixture(scope="module")
+def directory(make_checkpoint: Callable[..., Path], keep: Callable[..., Path]) -> Path:
+    """A model of sixteen experts. Do not write into it."""
+    return keep(make_checkpoint(num_hidden_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def kept(directory: Path) -> Iterator[KeptModel]:
+    with KeptModel(directory) as kept:
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def truth(kept: KeptModel) -> dict[ExpertKey, str]:
+    """The digest of every expert's bytes, each read in one go."""
+    digests = {key: digest(whole(kept, key)) for key in KEYS}
+    assert len(set(digests.values())) == len(KEYS)
+    return digests
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks on the CPU pass for blocks elsewhere: they are on `cpu`, which is not `cpu:0`."""
+    monkeypatch.setattr(sources, "CPU", torch.device("cpu:0"))
+
+
+def whole(kept: KeptModel, key: ExpertKey) -> torch.Tensor:
+    block = new_block(kept.blueprint.expert.stride, CPU)
+    kept.read_expert(*key, block)
+    return block
+
+
+def digest(block: torch.Tensor) -> str:
+    return hashlib.sha256(block.numpy().tobytes()).hexdigest()[:16]
+
+
+class Bytes:
+    """Stands in for an `ExpertLayout`: an expert is the block of its bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.stride = self.nbytes = size
+
+    def build(self, block: torch.Tensor) -> torch.Tensor:
+        return block
+
+    def convert(self, block: torch.Tensor, to: Any) -> None:
+        pass
+
+
+class Disk(DiskSource):
+    """Notes what is read from it, and fails where `fails` says so."""
+
+    def __init__(self, kept: KeptModel) -> None:
+        super().__init__(kept, choose=False)
+        self.stride = kept.blueprint.expert.stride
+        self.reads: Counter[ExpertKey] = Counter()
+        self.fails = False
+
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        self.reads[key] += 1
+        for _ in super().load(key, block, evicted):
+            if self.fails:
+                raise CheckpointError("the disk says no")
+            yield
+
+
+class Device:
+    """The slots of a GPU, as a fetcher uses them: experts arrive, are put off, or cancelled."""
+
+    def __init__(self, source: ExpertSource, stride: int, slots: int) -> None:
+        layout: Any = Bytes(stride)
+        self.cache = ExpertCache(slots)
+        self.store = ExpertStore(source, stored=layout, used=layout, device=CPU)
+        self.put_off: dict[ExpertKey, Steps] = {}
+
+    def load(self, key: ExpertKey) -> None:
+        """Bring an expert that is wanted, however far it has come."""
+        if key not in self.put_off and self.cache.lookup(key) is None:
+            if self.cache.slots == len(self.put_off):
+                self.cancel(next(iter(self.put_off)))
+            self._begin(key)
+        for _ in self.put_off.pop(key, ()):
+            pass
+
+    def guess(self, key: ExpertKey, steps: int) -> None:
+        """Begin to bring an expert, and put it off after so many steps, if it is not there."""
+        if key in self.cache or len(self.put_off) == self.cache.slots - 1:
+            return
+        self._begin(key)
+        for _ in range(steps):
+            if next(self.put_off[key], "there") == "there":
+                del self.put_off[key]
+                return
+
+    def cancel(self, key: ExpertKey) -> None:
+        if key in self.put_off:
+            self.put_off.pop(key).close()
+            self.cache.discard(key)
+
+    def contents(self) -> dict[ExpertKey, str]:
+        """What is in the slots of all experts that count as being there."""
+        contents: dict[ExpertKey, str] = {}
+        for key in self.cache:
+            if key not in self.put_off:
+                slot = self.cache.slot_of(key)
+                assert slot is not None
+                block: Any = self.store.expert(slot)
+                contents[key] = digest(block)
+        return contents
+
+    def _begin(self, key: ExpertKey) -> None:
+        slot = self.cache.admit(key, pinned=self.put_off)
+        assert slot is not None
+        self.put_off[key] = self.store.load(key, slot)
+
+
+def tier_of(disk: Disk, slots: int, *, swaps: bool) -> HostTier:
+    return HostTier(disk, slots, layout_of(disk), LRU(), swaps=swaps, lock=lambda block: None)
+
+
+def layout_of(disk: Disk) -> Any:
+    return Bytes(disk.stride)
+
+
+def load(source: ExpertSource, key: ExpertKey, size: int) -> str:
+    block = new_block(size, CPU).fill_(0xEE)
+    for _ in source.load(key, block, None):
+        pass
+    return digest(block)
+
+
+def test_both_ways_from_disk_read_the_same_bytes(
+    directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: Counter[bool] = Counter()
+    read = KeptModel.read_expert
+
+    def noted(self: KeptModel, *args: Any, direct: bool = False) -> None:
+        ways[direct] += 1
+        read(self, *args, direct=direct)
+
+    monkeypatch.setattr(KeptModel, "read_expert", noted)
+    with KeptModel(directory) as kept:
+        source = DiskSource(kept, choose=True)
+        for _ in range(3):
+            for key in KEYS:
+                assert load(source, key, kept.blueprint.expert.stride) == truth[key]
+        assert ways[False] >= 8 * 2  # a round of eight experts, in steps
+        assert not kept.open_direct() or ways[True] >= 8 * 2
+        assert source.tier(A) == "disk"
+
+
+def test_without_a_choice_it_reads_through_the_page_cache(
+    kept: KeptModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
+) -> None:
+    monkeypatch.setattr(kept, "open_direct", lambda: pytest.fail("not asked for"))
+    source = DiskSource(kept, choose=False)
+    assert load(source, B, kept.blueprint.expert.stride) == truth[B]
+
+
+def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
+    directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refused(path: Any, flags: int, *args: Any) -> int:
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refused)
+    with KeptModel(directory) as kept:
+        source = DiskSource(kept, choose=True)
+        for key in KEYS:
+            assert load(source, key, kept.blueprint.expert.stride) == truth[key]
+
+
+def test_it_reads_in_steps(kept: KeptModel) -> None:
+    right = whole(kept, C)
+    block = torch.full_like(right, 0xEE)
+    steps = DiskSource(kept, choose=False).load(C, block, None)
+    assert len(block) >= 2 * 4096
+    for done in range(4096, len(block) + 1, 4096):
+        next(steps)
+        assert torch.equal(block[:done], right[:done])
+        assert bool((block[done:] == 0xEE).all())
+    assert next(steps, "there") == "there"
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    """The bytes pass through RAM, where the next load finds the same place."""
+    source = DiskSource(kept, choose=False)
+    blocks = [new_block(kept.blueprint.expert.stride, CPU) for _ in range(3)]
+    late, later = source.load(A, blocks[0], None), source.load(B, blocks[1], None)
+    next(late)
+    next(later)
+    for _ in source.load(C, blocks[2], D):
+        pass
+    for steps in (late, later):
+        for _ in steps:
+            pass
+    assert [digest(block) for block in blocks] == [truth[A], truth[B], truth[C]]
+
+
+@pytest.mark.parametrize("choose", [True, False])
+@pytest.mark.parametrize("missing", [1, 4096, 5000])
+def test_a_file_cut_short_after_it_was_opened_is_named(
+    directory: Path, tmp_path: Path, choose: bool, missing: int
+) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "kept"))
+    with KeptModel(copy) as kept:
+        source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
+        file = copy / "experts-002.safetensors"
+        os.truncate(file, file.stat().st_size - missing)
+        load(source, ExpertKey(2, EXPERTS - 2), size)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"experts-002\.safetensors: cut short"):
+                load(source, ExpertKey(2, EXPERTS - 1), size)
+        load(source, A, size)
+
+
+@pytest.mark.parametrize("choose", [True, False])
+def test_a_read_error_is_told_with_the_files_name(
+    directory: Path, choose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with KeptModel(directory) as kept:
+        source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
+        monkeypatch.setattr(os, "preadv", broken)
+        said = r"experts-001\.safetensors: cannot be read \(Input/output error\)"
+        with pytest.raises(CheckpointError, match=said):
+            load(source, ExpertKey(1, 0), size)
+        monkeypatch.undo()
+        load(source, ExpertKey(1, 0), size)
+
+
+@settings(deadline=None)
+@given(st.lists(keys, max_size=60))
+def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
+    kept: KeptModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, len(KEYS), swaps=False)
+    device = Device(tier, disk.stride, 2)
+    for key in wanted:
+        device.load(key)
+        assert device.contents().items() <= truth.items()
+    assert disk.reads == Counter(set(wanted))
+    assert {key for key in KEYS if tier.tier(key) == "host"} == set(wanted)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 5), st.integers(4, 9), st.lists(keys, max_size=80))
+def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
+    kept: KeptModel,
+    truth: dict[ExpertKey, str],
+    slots: int,
+    host_slots: int,
+    wanted: list[ExpertKey],
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, host_slots, swaps=True)
+    device = Device(tier, disk.stride, slots)
+    for number, key in enumerate(wanted, 1):
+        device.load(key)
+        there = device.contents()
+        assert there.items() <= truth.items()
+        held = set(there) | {key for key in KEYS if tier.tier(key) == "host"}
+        assert len(held) >= min(len(set(wanted[:number])), slots + host_slots - 1)
+
+
+def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=True)
+    device = Device(tier, disk.stride, 2)
+    for key in (A, B, C):  # A comes down
+        device.load(key)
+    assert [tier.tier(key) for key in (A, B, C)] == ["host", "disk", "disk"]
+    for key in (A, B, C, A, B, C):  # each is what the last one drove out
+        device.load(key)
+    assert disk.reads == Counter({A: 1, B: 1, C: 1})
+    assert device.contents() == {key: truth[key] for key in (B, C)}
+    assert [tier.tier(key) for key in (A, B, C)] == ["host", "disk", "disk"]
+
+
+operations = st.one_of(
+    st.tuples(st.just("load"), keys, st.just(0)),
+    st.tuples(st.just("guess"), keys, st.integers(0, 4)),
+    st.tuples(st.just("cancel"), keys, st.just(0)),
+)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@settings(deadline=None, max_examples=200)
+@given(st.integers(3, 7), st.integers(4, 9), st.lists(operations, max_size=60))
+def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
+    kept: KeptModel,
+    truth: dict[ExpertKey, str],
+    swaps: bool,
+    slots: int,
+    host_slots: int,
+    events: list[tuple[str, ExpertKey, int]],
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, host_slots, swaps=swaps)
+    device = Device(tier, disk.stride, slots)
+    for what, key, steps in [*events, *(("load", key, 0) for key in KEYS)]:
+        in_ram, reads = tier.tier(key) == "host", disk.reads[key]
+        if what == "load":
+            device.load(key)
+        elif what == "guess":
+            device.guess(key, steps)
+        else:
+            device.cancel(key)
+        assert device.contents().items() <= truth.items()
+        assert disk.reads[key] == reads or not in_ram
+    assert not (set(device.contents()) & set(device.put_off))
+
+
+def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    device = Device(tier_of(disk, 4, swaps=True), disk.stride, 8)
+    for key in KEYS[:6]:
+        device.guess(key, 1)
+    for key in (*KEYS[8:], *KEYS[:6]):
+        device.load(key)
+        assert device.contents().items() <= truth.items()
+    assert len(device.contents()) == 8
+
+
+def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    """The one that it drives out has to find a place beside it and beside all that are half."""
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=True)
+    device = Device(tier, disk.stride, 6)
+    for key in KEYS[:7]:
+        device.load(key)
+    assert tier.tier(KEYS[0]) == "host"
+    for key in KEYS[8:12]:
+        device.guess(key, 1)
+    device.load(KEYS[0])
+    assert disk.reads[KEYS[0]] == 1
+    for key in KEYS:
+        device.load(key)
+        assert device.contents().items() <= truth.items()
+
+
+def test_what_was_half_written_over_does_not_come_down(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=True)
+    device = Device(tier, disk.stride, 8)
+    for key in KEYS[:8]:
+        device.load(key)
+    for key in KEYS[8:12]:  # those that find no place in RAM go straight into their slots
+        device.guess(key, 1)
+    for key in KEYS[8:12]:
+        device.cancel(key)
+    for key in KEYS[12:]:  # into the same slots
+        device.load(key)
+    for key in reversed(KEYS[:4]):
+        device.load(key)
+    assert device.contents().items() <= truth.items()
+
+
+def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=True)
+    device = Device(tier, disk.stride, 3)
+    for key in (A, B, C, D):  # A comes down
+        device.load(key)
+    with tier.borrow(A) as lent:
+        block: Any = lent
+        for key in (*KEYS[4:12], A, *KEYS[4:12]):  # in their midst it goes up
+            device.load(key)
+            assert digest(block) == truth[A]
+            assert tier.tier(A) == "host"
+    assert disk.reads[A] == 1
+    device.load(A)
+    assert tier.tier(A) == "disk"  # it has gone up, and left its place
+    for key in KEYS[4:12]:
+        device.load(key)
+        assert device.contents().items() <= truth.items()
+
+
+def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_put_off(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=True)
+    device = Device(tier, disk.stride, 6)
+    for key in KEYS[:8]:
+        device.load(key)
+    with tier.borrow(A) as lent:
+        assert tier.tier(B) == "host"
+        for key in KEYS[8:12]:
+            device.guess(key, 1)
+        device.load(B)
+        block: Any = lent
+        assert digest(block) == truth[A]
+    assert disk.reads[B] == 1
+    for key in KEYS:
+        device.load(key)
+        assert device.contents().items() <= truth.items()
+
+
+def test_only_what_is_whole_in_ram_is_lent(kept: KeptModel, truth: dict[ExpertKey, str]) -> None:
+    tier = tier_of(Disk(kept), 4, swaps=False)
+    steps = tier.load(A, new_block(kept.blueprint.expert.stride, CPU), None)
+    for _ in range(2):
+        with tier.borrow(A) as lent:
+            assert lent is None
+        next(steps)
+    for _ in steps:
+        pass
+    with tier.borrow(A) as lent:
+        block: Any = lent
+        assert digest(block) == truth[A]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_what_is_being_copied_into_ram_is_not_lent(kept: KeptModel, swaps: bool) -> None:
+    """Whoever computes asks at any time: also while the place is being made for the bytes."""
+    seen: list[str] = []
+    disk = Disk(kept)
+    tier = HostTier(
+        disk,
+        4,
+        layout_of(disk),
+        LRU(),
+        swaps=swaps,
+        lock=lambda block: seen.extend(tier.tier(key) for key in (B, A)),
+    )
+    device = Device(tier, disk.stride, 2)
+    for key in (A, B, C):  # with swaps, A comes down into a new place
+        device.load(key)
+    assert seen[:2] == ["disk", "disk"]
+    assert seen[-2:] == (["disk", "disk"] if swaps else ["host", "host"])
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_load_that_was_cancelled_leaves_no_half_expert(
+    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=swaps)
+    block = new_block(disk.stride, CPU)
+    cancelled = tier.load(A, block, None)
+    for _ in range(steps):
+        next(cancelled)
+        assert tier.tier(A) == "disk"
+    cancelled.close()
+    assert tier.tier(A) == "disk"
+    assert load(tier, A, disk.stride) == truth[A]
+    assert disk.reads[A] == 2
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_one_that_was_put_off_may_be_loaded_anew_before_it_is_closed(
+    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=swaps)
+    old = tier.load(A, new_block(disk.stride, CPU), None)
+    next(old)
+    assert load(tier, A, disk.stride) == truth[A]
+    before = tier.tier(A)
+    old.close()
+    assert tier.tier(A) == before == ("disk" if swaps else "host")
+    assert load(tier, A, disk.stride) == truth[A]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_load_that_failed_leaves_no_half_expert(
+    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool
+) -> None:
+    disk = Disk(kept)
+    tier = tier_of(disk, 4, swaps=swaps)
+    disk.fails = True
+    with pytest.raises(CheckpointError, match="says no"):
+        load(tier, A, disk.stride)
+    disk.fails = False
+    assert tier.tier(A) == "disk"
+    assert load(tier, A, disk.stride) == truth[A]
+
+
+def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    refusals = [RuntimeError("no memory")]
+
+    def lock(block: torch.Tensor) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    disk = Disk(kept)
+    tier = HostTier(disk, 4, layout_of(disk), LRU(), swaps=False, lock=lock)
+    with pytest.raises(RuntimeError, match="no memory"):
+        load(tier, A, disk.stride)
+    assert tier.tier(A) == "disk"
+    assert load(tier, A, disk.stride) == truth[A]
+
+
+def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: KeptModel) -> None:
+    locked: list[torch.Tensor] = []
+    disk = Disk(kept)
+    device = Device(
+        HostTier(disk, 4, layout_of(disk), LRU(), swaps=True, lock=locked.append), disk.stride, 2
+    )
+    for key in KEYS * 2:
+        device.load(key)
+    assert len({block.data_ptr() for block in locked}) == len(locked) == 4
+    assert all(block.data_ptr() % 4096 == 0 and len(block) == disk.stride for block in locked)
+
+
+def test_a_store_counts_what_came_and_says_where_experts_are(kept: KeptModel) -> None:
+    disk = Disk(kept)
+    device = Device(disk, disk.stride, 2)
+    device.load(A)
+    device.guess(B, 1)
+    assert device.store.bytes_moved == disk.stride
+    device.load(B)
+    assert device.store.bytes_moved == 2 * disk.stride
+    assert device.store.tier(A, resident=True) == "host"
+    assert device.store.tier(A, resident=False) == "disk"
+
+
+def test_a_load_into_a_slot_that_was_given_back_ends_in_nothing(
+    kept: KeptModel, truth: dict[ExpertKey, str]
+) -> None:
+    disk = Disk(kept)
+    device = Device(disk, disk.stride, 2)
+    on_its_way = device.store.load(A, 0)
+    next(on_its_way)
+    device.store.release(0)
+    device.load(B)  # into the same slot, in new memory
+    for _ in on_its_way:
+        pass
+    assert device.contents() == {B: truth[B]}
