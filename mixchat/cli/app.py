@@ -15,8 +15,11 @@ import typer
 from mixchat import __version__
 from mixchat.cli.download import download
 from mixchat.cli.models import list_models, show
+from mixchat.cli.plan import plan
 from mixchat.cli.report import report
 from mixchat.cli.run import run as run_model
+from mixchat.cli.simulate import simulate
+from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import gc, repair, rm, verify
 
 INTERRUPTED = 130
@@ -32,12 +35,15 @@ app = typer.Typer(
 )
 app.command("run")(run_model)
 app.command("download")(download)
+app.command("plan")(plan)
 app.command("list")(list_models)
 app.command("show")(show)
 app.command("verify")(verify)
 app.command("repair")(repair)
 app.command("rm")(rm)
 app.command("gc")(gc)
+app.command("stats")(stats)
+app.command("simulate")(simulate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,11 @@ class Opening:
     max_tokens: int | None
     stop: Sequence[str]
     context_size: int | None
-    expert_memory: MemoryBudget | None
+    host_memory: MemoryBudget | None
+    device_memory: MemoryBudget | None
     device: str | None
+    cache_policy: str
+    trace: Path | None
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""
@@ -47,7 +51,15 @@ class Opening:
 
         check_files(directory, read_manifest(directory))  # which says `repair`, if need be
         tokenizer = load_tokenizer(directory)
-        options = LoadOptions(self.expert_memory, self.context_size, self.device)
+        options = LoadOptions(
+            host_memory=self.host_memory,
+            device_memory=self.device_memory,
+            context_size=self.context_size,
+            device=self.device,
+            cache_policy=self.cache_policy,
+            trace=self.trace,
+            note=_note,
+        )
         engine = load_engine(directory, options)
         eos_token_ids = engine.config.eos_token_ids
         return ChatSession(
@@ -59,6 +71,10 @@ class Opening:
             max_tokens=self.max_tokens,
             stop=self.stop,
         )
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def find_or_build(name: str) -> Path:

@@ -6,12 +6,14 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixchat.errors import UsageError
+from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import SamplingOptions
@@ -77,13 +79,34 @@ ContextSize = Annotated[
     int | None,
     typer.Option(metavar="N", help="Tokens of the conversation.", show_default="at most 8192"),
 ]
-ExpertMemory = Annotated[
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--host-memory",
+        "--expert-memory",
+        metavar="SIZE",
+        help="RAM for experts: 300MB, 8GiB, or 50% of all of them.",
+        show_default="what fits",
+    ),
+]
+DeviceMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Fast memory for experts: 300MB, 8GiB, or 50% of all of them.",
+        help="What may be taken of a GPU's memory: 8GB, or 50% of what is free.",
         show_default="what fits",
     ),
+]
+CachePolicy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Which experts stay: layered or lru (those used last), or lfu (most often).",
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write which experts each token went to, as JSON Lines."),
 ]
 Device = Annotated[
     str | None,
@@ -133,6 +156,20 @@ _LIMITS: dict[str, tuple[str, _Fits, str]] = {
     "repeat_penalty": ("--repeat-penalty", lambda x: 0.01 <= x <= 100, "between 0.01 and 100"),
     "seed": ("--seed", lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"),
 }
+
+
+def budget(text: str | None) -> MemoryBudget | None:
+    """An amount of memory, if one was given. Raises `UsageError`."""
+    return None if text is None else MemoryBudget.parse(text)
+
+
+def checked_policy(name: str) -> str:
+    """The name, if it is a cache policy's. Raises `UsageError`."""
+    from mixchat.experts.policies import POLICIES
+
+    if name not in POLICIES:
+        raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
+    return name
 
 
 def check_lengths(max_tokens: int | None, context_size: int | None) -> None:

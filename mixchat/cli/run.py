@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -15,7 +15,7 @@ from mixchat.cli.arguments import checked, read_prompt
 from mixchat.cli.opening import Opening
 from mixchat.cli.report import report
 from mixchat.errors import UsageError
-from mixchat.settings import MemoryBudget
+from mixchat.experts.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Event, Finished
@@ -48,8 +48,11 @@ def run(
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     ctx_size: options.ContextSize = None,
-    expert_memory: options.ExpertMemory = None,
+    host_memory: options.HostMemory = None,
+    device_memory: options.DeviceMemory = None,
     device: options.Device = None,
+    cache_policy: options.CachePolicy = DEFAULT_POLICY,
+    trace: options.Trace = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print rates and the experts' cache afterwards.")
     ] = False,
@@ -65,25 +68,39 @@ def run(
         sampling=sampling,
         max_tokens=max_tokens,
         context_size=ctx_size,
-        expert_memory=None if expert_memory is None else MemoryBudget.parse(expert_memory),
+        host_memory=options.budget(host_memory),
+        device_memory=options.budget(device_memory),
         device=device,
+        cache_policy=options.checked_policy(cache_policy),
+        trace=trace,
     )
     question = read_prompt(prompt)
     if question is None and not sys.stdout.isatty():
         raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
     session = opening.open()
     after_turn = _verbose_report(session) if verbose else _nothing
-    if question is None:
-        _chat(session, model, after_turn)
-    else:
-        after_turn(_answer(session, question))
+    try:
+        if question is None:
+            _chat(session, model, after_turn)
+        else:
+            after_turn(_answer(session, question))
+    finally:
+        _keep_report(session, model)
+
+
+def _keep_report(session: ChatSession, model: str) -> None:
+    """For `mixchat stats`. A full disk is no reason to complain about a good answer."""
+    from mixchat.cli.reports import report_path, save_report
+
+    with suppress(OSError):
+        save_report(report_path(model), session.engine.expert_report(model))
 
 
 def _chat(session: ChatSession, model: str, after_turn: Callable[[Finished], None]) -> None:
     from mixchat.chat.repl import Repl
 
     print(f"{sanitize(model)}; /help shows the commands, Ctrl-D leaves")
-    Repl(session, report=report, after_turn=after_turn).run()
+    Repl(session, report=report, after_turn=after_turn, model=model).run()
 
 
 def _answer(session: ChatSession, question: str) -> Finished:

@@ -22,6 +22,7 @@ _SHOWN = 20
 
 def rm(model: Model, yes: Yes = False) -> None:
     """Remove a model from this machine."""
+    from mixchat.cli.reports import path_of
     from mixchat.machine import disk_usage
     from mixchat.weights import models
 
@@ -35,6 +36,7 @@ def rm(model: Model, yes: Yes = False) -> None:
 
     with local_errors():
         housekeeping.remove(target)
+        path_of(target.name).unlink(missing_ok=True)
     print(f"removed {target.name}: {format_size(size)}", file=sys.stderr)
 
 

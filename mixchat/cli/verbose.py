@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.settings import format_size
@@ -20,14 +20,14 @@ class VerboseReport:
     def __init__(self, engine: Engine, stream: TextIO | None = None) -> None:
         self._engine = engine
         self._stream = stream or sys.stderr
-        self._before = dataclasses.replace(engine.expert_stats)
+        self._before = engine.experts.stats.copy()
 
     def __call__(self, finished: Finished) -> None:
         """Print the turn that has just ended."""
-        now = dataclasses.replace(self._engine.expert_stats)
+        now = self._engine.experts.stats.copy()
         lines = [
-            *generation_lines(finished.stats),
-            *expert_lines(self._before, now),
+            *generation_lines(finished.stats, self._engine.expected()),
+            *expert_lines(now.since(self._before), self._engine.experts.slots_by_tier),
             f"seed     {finished.seed}",
             f"ended    {finished.reason}",
         ]
@@ -35,26 +35,32 @@ class VerboseReport:
         print("\n".join(lines), file=self._stream, flush=True)
 
 
-def generation_lines(stats: GenerationStats) -> list[str]:
-    """Tokens and rates of prefill and decode."""
+def generation_lines(stats: GenerationStats, expected: float | None) -> list[str]:
+    """Tokens and rates of prefill and decode, beside the rate that was to be expected."""
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token falls out of the prefill.
     decoded = max(stats.generated_tokens - 1, 0)
+    beside = "" if expected is None else f" ({expected:.1f} expected)"
     return [
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
-        f"decode   {stats.generated_tokens} tokens, " + _rate(decoded, stats.decode_seconds),
+        f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}{beside}",
     ]
 
 
-def expert_lines(before: ExpertStats, now: ExpertStats) -> list[str]:
-    """What the cache of experts did between two counts."""
-    did = now.since(before)
-    rate = f"{did.hit_rate:.1%}" if did.hits + did.misses else "none asked for"
-    return [
-        f"experts  {did.hits} hits, {did.misses} misses ({rate}), "
-        f"{format_size(did.bytes_moved)} moved, {did.slots} slots"
+def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
+    """What the slots of experts were good for in a turn."""
+    hits, misses = did.hits.total(), did.misses.total()
+    rate = f"{did.hit_rate:.1%}" if hits + misses else "none asked for"
+    held = ", ".join(f"{count} {tier} slots" for tier, count in slots.items())
+    moved, waited = format_size(did.bytes_moved), did.stalled_seconds
+    lines = [
+        f"experts  {hits} hits, {misses} misses ({rate}), {held}",
+        f"moved    {moved}, waited {waited:.1f} s for them",
     ]
+    if did.guesses:
+        lines.append(f"guessed  {did.guesses} ahead, {did.right_guesses} of them right")
+    return lines
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -38,7 +38,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     load, options = seen["load"], seen["session"]
     assert Path(seen["directory"]) == tiny_model
     assert (load.context_size, load.device) == (77, "cpu")
-    assert load.expert_memory == MemoryBudget(fraction=0.5)
+    assert load.host_memory == MemoryBudget(fraction=0.5)
     sampling = options["sampling"]
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 5)
     assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)

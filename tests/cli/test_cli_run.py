@@ -78,8 +78,9 @@ def test_verbose_prints_figures_on_stderr(mixchat):
     assert done.stderr.decode().splitlines() == [
         "prompt   8 tokens, 0 of them from the cache",
         "prefill  8 tokens, 16.0 tok/s",
-        "decode   6 tokens, 20.0 tok/s",
-        "experts  18 hits, 6 misses (75.0%), 6 kB moved, 16 slots",
+        "decode   6 tokens, 20.0 tok/s (21.0 expected)",
+        "experts  18 hits, 6 misses (75.0%), 16 host slots",
+        "moved    6 kB, waited 0.0 s for them",
         "seed     7",
         "ended    stop",
     ]
@@ -92,14 +93,16 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
         *_, finished = session.ask(question)
         report(finished)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[3] == "experts  18 hits, 6 misses (75.0%), 6 kB moved, 16 slots"
-    assert lines[9] == "experts  15 hits, 5 misses (75.0%), 5 kB moved, 16 slots"
+    assert lines[3] == "experts  18 hits, 6 misses (75.0%), 16 host slots"
+    assert lines[4] == "moved    6 kB, waited 0.0 s for them"
+    assert lines[10] == "experts  15 hits, 5 misses (75.0%), 16 host slots"
+    assert lines[11] == "moved    5 kB, waited 0.0 s for them"
 
 
 def test_a_seed_is_drawn_where_none_is_given(mixchat):
     def seed():
         lines = mixchat("run", "Hi", "--verbose").stderr.decode().splitlines()
-        return int(lines[4].split()[1])
+        return int(lines[5].split()[1])
 
     assert seed() != seed()
 

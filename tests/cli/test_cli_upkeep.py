@@ -60,6 +60,13 @@ class TestRm:
         assert lines_of(done)[0].startswith("removed mine: ")
         assert os.listdir(models) == []
 
+    def test_what_was_counted_of_its_last_run_goes_with_it(self, mixchat, kept, models):
+        report = models.parent / "stats" / "mine.json"
+        report.parent.mkdir()
+        report.write_text("{}")
+        assert mixchat("rm", "mine", "--yes").returncode == 0
+        assert not report.exists()
+
     def test_where_nobody_can_be_asked_it_does_nothing(self, mixchat, kept):
         done = mixchat("rm", "mine", stdin=b"y\n")
         assert done.returncode == 2

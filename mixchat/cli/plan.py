@@ -1,0 +1,74 @@
+"""`mixchat plan`: what a model will do on this machine, and why, before it is downloaded."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixchat.cli.arguments import checked
+from mixchat.cli.options import (
+    ContextSize,
+    Device,
+    DeviceMemory,
+    HostMemory,
+    budget,
+    check_lengths,
+)
+from mixchat.cli.progress import show_progress, status
+from mixchat.engine.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from mixchat.engine.planning import MachinePlan, Wishes
+    from mixchat.weights.outline import Outline
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            envvar="MIXCHAT_MODEL",
+            help="base, instruct, demo, ORG/NAME on the hub, a directory, or one that is kept.",
+        ),
+    ] = "instruct",
+    ctx_size: ContextSize = None,
+    host_memory: HostMemory = None,
+    device_memory: DeviceMemory = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say how a model would run on this machine, downloaded or not: what goes where, how fast."""
+    checked(model, "the model's name")
+    check_lengths(None, ctx_size)
+    budgets = budget(host_memory), budget(device_memory)
+    from mixchat.weights import models
+
+    models.resolve(model)  # what means nothing need not wait for torch
+    prepare_environment()
+    from mixchat.cli.plan_text import as_dict, as_text
+    from mixchat.engine.planning import Wishes
+    from mixchat.weights.outline import outline
+
+    with show_progress() as progress:
+        found = outline(model, progress)
+    made = _plan(found, device, Wishes(*budgets, ctx_size))
+    print(json.dumps(as_dict(found, made), indent=2) if as_json else as_text(found, made))
+
+
+def _plan(found: Outline, device_name: str | None, wishes: Wishes) -> MachinePlan:
+    from mixchat.engine.fitting import settle_threads
+    from mixchat.engine.loader import choose_device
+    from mixchat.engine.planning import fit, look, plan
+    from mixchat.engine.speeds import known_speeds, speeds
+
+    device, blueprint = choose_device(device_name), found.blueprint
+    there = look(found.directory, device)
+    fit(blueprint, there.free, wishes)  # what cannot be is said before it is measured
+    settle_threads(blueprint)
+    measured = known_speeds(blueprint, found.directory, device)
+    if measured is None:
+        with status("measuring this machine (once, about 5 s)"):
+            measured = speeds(blueprint, found.directory, device)
+    return plan(blueprint, device, there, measured, wishes)
