@@ -1,0 +1,218 @@
+"""A Mixtral larger than memory: tokens a second, beside the disk's limit and beside llama.cpp.
+
+    python tests/benchmarks/beyond_memory.py WORK [--free GIB ...] [--host-memory SIZE ...]
+        [--layers 32] [--tokens 48] [--rounds 2] [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
+
+WORK gets a model with Mixtral's real layer shapes and random weights (0.83 GB a layer), which is
+deleted afterwards. For each count of GiB in --free another process holds what is free beyond that.
+Every figure comes from a process of its own, one after the other, in rounds, so that what else the
+machine does strikes all alike.
+
+The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
+bandwidth, measured right after, and of computing it at the speeds that the round's calibration
+found. The prediction is what `mixchat plan` makes of that calibration. --peer runs
+`peer_llama.py bench` with that Python.
+
+Random weights make routers that choose evenly, and hidden states that change little from layer to
+layer, so that guesses are right more often than with real weights: `--depth 0` goes without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from mixchat import machine
+from mixchat.engine.environment import prepare_environment
+
+GIB = 2**30
+PROMPT = 12  # tokens
+SKIPPED = 8  # of the answer: the cache settles
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--free", type=float, nargs="*", default=[])
+    parser.add_argument("--host-memory", nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("--peer", nargs=2)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.calibrate:
+        calibrate(given.calibrate)
+        return
+    if given.one:
+        print(json.dumps(answer(Path(given.one[0]), given.one[1], given.tokens, given.depth)))
+        return
+    os.environ["MIXCHAT_HOME"] = str(given.work)
+    model = given.work / "model"
+    if not model.exists():
+        script = str(Path(__file__).with_name("synthetic.py"))
+        run([sys.executable, script, str(model), str(given.layers)])
+    try:
+        for number in range(given.rounds):
+            for free in given.free or [None]:
+                with ballast(free):
+                    one_round(number, model, free, given)
+    finally:
+        if not given.keep:
+            shutil.rmtree(model)
+
+
+def one_round(number: int, model: Path, free: float | None, given: argparse.Namespace) -> None:
+    """Each budget once, and the peer once, with so many GiB free."""
+    where = f"round {number + 1}, {machine.free_memory() / GIB:.1f} GiB free"
+    more = ["--tokens", str(given.tokens)]
+    (given.work / "machine.json").unlink(missing_ok=True)
+    run([sys.executable, __file__, "-", "--calibrate", str(model)])
+    if given.depth is not None:
+        more += ["--depth", str(given.depth)]
+    for budget in given.host_memory or ["auto"]:
+        done = run([sys.executable, __file__, "-", "--one", str(model), budget, *more])
+        print(f"{where}, {budget}: {described(json.loads(done))}", flush=True)
+    if given.peer:
+        python, gguf = given.peer
+        script = str(Path(__file__).with_name("peer_llama.py"))
+        print(
+            f"{where}, {run([python, script, 'bench', gguf, str(PROMPT), str(given.tokens)])}",
+            end="",
+        )
+
+
+def described(figures: dict[str, float]) -> str:
+    """The figures of an answer as a line."""
+    reading = figures["bytes"] / figures["disk"]
+    limit = 1 / max(reading, figures["computing"])
+    parts = (
+        f"{figures['slots']} slots, {figures['rate']:.2f} tok/s (median {figures['median']:.2f})",
+        f"predicted {figures['predicted']:.2f}",
+        f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
+        f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
+        f"{figures['bytes'] / 1e9:.2f} GB at {figures['disk'] / 1e9:.2f} GB/s",
+        f"hits {figures['hit_rate']:.1%}, expected {figures['expected_hit_rate']:.1%}",
+        f"waited {figures['stalled']:.0%}",
+        f"guesses {figures['right']} of {figures['guesses']} right, depth {figures['depth']}",
+        f"first token after {figures['first']:.1f} s, {figures['first_bytes'] / 1e9:.1f} GB",
+    )
+    return "; ".join(parts)
+
+
+def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str, object]:
+    """Load the model and let it answer; what that took."""
+    began = time.time()  # beside the start of the interpreter and of this file's imports
+    prepare_environment()
+    import torch
+
+    from mixchat.engine.expectation import decode_cost, hit_rates
+    from mixchat.engine.loader import LoadOptions, load_engine
+    from mixchat.engine.sampling import SamplingOptions
+    from mixchat.engine.speeds import known_speeds
+    from mixchat.experts import prefetch
+    from mixchat.experts.calibration import HOST
+    from mixchat.experts.disk_speed import measure_disk
+    from mixchat.experts.placement import Placement
+    from mixchat.settings import MemoryBudget
+    from mixchat.weights.checkpoint import KeptModel
+
+    if depth is not None:
+        prefetch.DEPTHS = (depth,)
+    host_memory = None if budget == "auto" else MemoryBudget.parse(budget)
+    engine = load_engine(model, LoadOptions(host_memory=host_memory, device="cpu"))
+    prompt = torch.randint(5, 32000, (PROMPT,), generator=torch.Generator().manual_seed(0))
+    sampling = SamplingOptions(temperature=1, seed=0)
+    stats = engine.experts.stats
+    ids = engine.generate(prompt.tolist(), sampling=sampling, stop_ids=set(), max_tokens=tokens)
+    next(ids)
+    first, first_bytes = time.time() - began, stats.bytes_moved
+    for _ in range(SKIPPED):
+        next(ids)
+    before, start, seconds = stats.copy(), time.perf_counter(), []
+    for _ in ids:
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    did, total = stats.since(before), sum(seconds)
+    with KeptModel(model) as kept:
+        placement = Placement(engine.experts.slots, 0, kept.blueprint.expert_count)
+        speeds = known_speeds(kept.blueprint, model, HOST)
+        cost = decode_cost(kept.blueprint, HOST, speeds, placement)
+        hit_rate = hit_rates(kept.blueprint, HOST, placement)[0]
+    disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
+    return {
+        "slots": engine.experts.slots,
+        "rate": len(seconds) / total,
+        "median": 1 / median(seconds),
+        "bytes": did.bytes_moved / len(seconds),
+        "hit_rate": did.hit_rate,
+        "stalled": did.stalled_seconds / total,
+        "guesses": did.guesses,
+        "right": did.right_guesses,
+        "depth": engine._model._blocks[0]._moe._runner._prefetch.trial.way,
+        "first": first,
+        "first_bytes": first_bytes,
+        "disk": disk[1] if disk else 0.0,
+        "predicted": engine.expected(),
+        "computing": cost.computing,
+        "expected_hit_rate": hit_rate,
+    }
+
+
+def calibrate(model: Path) -> None:
+    """Measure the machine, as `mixchat plan` does."""
+    prepare_environment()
+    from mixchat.engine.fitting import settle_threads
+    from mixchat.engine.speeds import speeds
+    from mixchat.experts.calibration import HOST
+    from mixchat.weights.checkpoint import KeptModel
+
+    with KeptModel(model) as kept:
+        settle_threads(kept.blueprint)
+        speeds(kept.blueprint, model, HOST)
+
+
+@contextmanager
+def ballast(free: float | None) -> Iterator[None]:
+    """Hold memory until only `free` GiB are left."""
+    size = 0 if free is None else int(machine.free_memory() - free * GIB)
+    if size <= 0:
+        yield
+        return
+    held = f"b = bytearray({size}); b[::4096] = b'x' * len(b[::4096])"
+    code = f"import sys; {held}; print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        yield
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def run(command: list[str]) -> str:
+    """What a command prints; what it says beside that is shown only where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
