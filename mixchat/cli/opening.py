@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
+from mixchat.cli.report import note
 from mixchat.config import advised_sampling
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import ModelNotFoundError
@@ -58,7 +58,7 @@ class Opening:
             device=self.device,
             cache_policy=self.cache_policy,
             trace=self.trace,
-            note=_note,
+            note=note,
         )
         engine = load_engine(directory, options)
         eos_token_ids = engine.config.eos_token_ids
@@ -71,10 +71,6 @@ class Opening:
             max_tokens=self.max_tokens,
             stop=self.stop,
         )
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def find_or_build(name: str) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixchat.errors import UsageError
+from mixchat.experts.policies import POLICIES
 from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
@@ -165,8 +166,6 @@ def budget(text: str | None) -> MemoryBudget | None:
 
 def checked_policy(name: str) -> str:
     """The name, if it is a cache policy's. Raises `UsageError`."""
-    from mixchat.experts.policies import POLICIES
-
     if name not in POLICIES:
         raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
     return name

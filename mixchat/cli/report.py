@@ -12,6 +12,11 @@ from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
 
 
+def note(text: str) -> None:
+    """Print a line that a person should hear of, about something that did not fail."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def report(error: Exception) -> int:
     """Print one line for `error`, and a second one if there is a hint. Returns the exit code."""
     known = _as_ours(error)

@@ -13,7 +13,7 @@ from mixchat.chat.sanitize import sanitize
 from mixchat.cli import options
 from mixchat.cli.arguments import checked, read_prompt
 from mixchat.cli.opening import Opening
-from mixchat.cli.report import report
+from mixchat.cli.report import note, report
 from mixchat.errors import UsageError
 from mixchat.experts.policies import DEFAULT_POLICY
 
@@ -126,7 +126,7 @@ def _checked_ending(session: ChatSession, finished: Finished) -> Finished:
         raise KeyboardInterrupt
     if finished.reason == "context":
         size = session.engine.context_size
-        print(f"note: cut off, the context of {size} tokens is full", file=sys.stderr)
+        note(f"cut off, the context of {size} tokens is full")
     return finished
 
 

@@ -12,7 +12,7 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.engine.speeds import known_speeds
 from mixchat.experts.calibration import Calibration
-from mixchat.experts.cost import Shape, TokenCost, token_cost
+from mixchat.experts.cost import Shape, TokenCost, moving_cost, token_cost
 from mixchat.experts.placement import Placement
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.simulate import replay, synthetic_trace
@@ -49,7 +49,6 @@ def decode_cost(
         _shape(blueprint),
         speeds,
         str(device),
-        placement,
         hit_rate=hit_rate,
         host_hit_rate=host_hit_rate,
     )
@@ -69,9 +68,7 @@ def first_token(
     blueprint: Blueprint, device: torch.device, speeds: Calibration, prompt: int = PROMPT
 ) -> FirstToken | None:
     """What a prompt of so many tokens costs while nothing is in memory."""
-    if speeds.disk_bandwidth is None:
-        return None
-    config, expert, name = blueprint.config, blueprint.expert.stride, str(device)
+    config, name = blueprint.config, str(device)
     distinct = expected_distinct(config, prompt)
     layers = config.num_hidden_layers
     rows = math.ceil(prompt * config.num_experts_per_tok / distinct)
@@ -79,16 +76,11 @@ def first_token(
     # More rows slow the other matrices as much as those of experts.
     slower = speeds.expert_time(name, prompt) / one
     layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
-    computing = layers * layer + shape.head / expert * one
-    read = layers * distinct
-    copied = read if speeds.copy_bandwidth else 0.0
-    cost = TokenCost(
-        computing=computing,
-        copying=copied * expert / speeds.copy_bandwidth if speeds.copy_bandwidth else 0.0,
-        reading=read * expert / speeds.disk_bandwidth,
-        copied=copied,
-        read=read,
-    )
+    computing = layers * layer + shape.head / shape.expert * one
+    every = layers * distinct
+    cost = moving_cost(shape, speeds, computing, missing=every, read=every)
+    if cost is None or speeds.disk_bandwidth is None:
+        return None
     return FirstToken(blueprint.shared_size / speeds.disk_bandwidth, cost)
 
 

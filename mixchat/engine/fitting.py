@@ -9,6 +9,7 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.engine.kv_cache import KVCache
 from mixchat.errors import UsageError
+from mixchat.experts.memory import CPU, free_memory
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
@@ -25,6 +26,11 @@ class FreeMemory:
 
     host: int
     device: int | None = None
+
+    @classmethod
+    def now(cls, device: torch.device) -> FreeMemory:
+        """What can be taken on this machine, where `device` computes."""
+        return cls(free_memory(CPU), None if device == CPU else free_memory(device))
 
 
 def context_size(config: ModelConfig, wanted: int | None) -> int:

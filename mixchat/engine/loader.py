@@ -17,8 +17,6 @@ from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.tiers import build_experts
 from mixchat.errors import UsageError
-from mixchat.experts.calibration import HOST
-from mixchat.experts.memory import free_memory
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.runner import ExpertRunner
 from mixchat.experts.trace import TraceWriter, TracingRunner
@@ -86,7 +84,7 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
     dtype = stored.quantization.dtype
     context = context_size(config, options.context_size)
     demand = demand_of(stored, context)
-    placement = place(demand, _free(device), options.host_memory, options.device_memory)
+    placement = place(demand, FreeMemory.now(device), options.host_memory, options.device_memory)
     settle_threads(stored)
     runner: ExpertRunner
     runner, fetcher = build_experts(kept, placement, device, options.cache_policy, options.note)
@@ -113,11 +111,6 @@ def _trace_writer(path: Path, kept: KeptModel) -> TraceWriter:
         config.num_local_experts,
         config.num_experts_per_tok,
     )
-
-
-def _free(device: torch.device) -> FreeMemory:
-    host = free_memory(HOST)
-    return FreeMemory(host, None if device == HOST else free_memory(device))
 
 
 def _build_model(

@@ -17,9 +17,8 @@ from mixchat.engine.expectation import (
 )
 from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.engine.kv_cache import KVCache
-from mixchat.experts.calibration import HOST, Calibration
+from mixchat.experts.calibration import Calibration
 from mixchat.experts.cost import TokenCost
-from mixchat.experts.memory import free_memory
 from mixchat.experts.placement import MIN_SLOTS, Demand, Placement
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
@@ -102,7 +101,7 @@ def look(directory: Path, device: torch.device) -> Machine:
         cpu=machine.cpu_name(),
         cores=machine.usable_cores(),
         memory=machine.total_memory(),
-        free=FreeMemory(free_memory(HOST), None if device == HOST else free_memory(device)),
+        free=FreeMemory.now(device),
         disk_free=machine.free_disk(directory),
         gpu=None if cuda is None else cuda.name,
         gpu_memory=None if cuda is None else cuda.total_memory,

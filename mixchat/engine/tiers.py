@@ -12,12 +12,12 @@ from mixchat.errors import ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.memory import MemoryWatch, page_lock
+from mixchat.experts.memory import CPU, MemoryWatch, page_lock
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.runner import CachedExpertRunner, compute
-from mixchat.experts.sources import CPU, DiskSource, HostTier
+from mixchat.experts.sources import DiskSource, HostTier
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.checkpoint import KeptModel
 

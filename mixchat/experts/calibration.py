@@ -16,10 +16,10 @@ import torch
 
 from mixchat import machine
 from mixchat.errors import CheckpointError
+from mixchat.experts.memory import CPU
 from mixchat.files import read_json_object, write_file
 from mixchat.weights.blueprint import Blueprint
 
-HOST = torch.device("cpu")
 _FORMAT = 1  # of the file of results; one of another format is measured again
 _KEPT = 32  # results in that file: the numbers of some disks change with every start
 
@@ -66,7 +66,7 @@ def interpolate(seconds: dict[int, float], rows: int) -> float:
 
 def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """All that a calibration depends on, as a line."""
-    layout = blueprint.computed_on(HOST).expert
+    layout = blueprint.computed_on(CPU).expert
     w13 = layout.w13
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     return "; ".join(
@@ -84,7 +84,7 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
 
 def load(path: Path, key: str, device: torch.device) -> Calibration | None:
     """What `path` has kept under `key`; None where that is nothing, or damaged."""
-    return _parse(_read(path).get(key), {str(HOST), str(device)})
+    return _parse(_read(path).get(key), {str(CPU), str(device)})
 
 
 def load_or_measure(

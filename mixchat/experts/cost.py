@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixchat.experts.calibration import Calibration
-from mixchat.experts.placement import Placement
 
 # Of the shorter of computing and reading, the part that goes on beside the other. Measured with
 # `tests/benchmarks/beyond_memory.py`: reading ahead does not begin early enough for all of it.
@@ -51,7 +50,6 @@ def token_cost(
     shape: Shape,
     speeds: Calibration,
     device: str,
-    placement: Placement,
     *,
     hit_rate: float,
     host_hit_rate: float,
@@ -67,10 +65,24 @@ def token_cost(
         + uses * speeds.expert_time(device, 1)
         + shape.head / shape.expert * speeds.expert_time(device, 1)
     )
-    read = uses * (1 - host_hit_rate)
-    copied = uses * (1 - hit_rate) if speeds.copy_bandwidth else 0.0
+    return moving_cost(
+        shape,
+        speeds,
+        computing,
+        missing=uses * (1 - hit_rate),
+        read=uses * (1 - host_hit_rate),
+    )
+
+
+def moving_cost(
+    shape: Shape, speeds: Calibration, computing: float, *, missing: float, read: float
+) -> TokenCost | None:
+    """The cost of what takes `computing` seconds, misses so many experts, and reads so many of
+    these; None where the disk is needed and was not measured.
+    """
     if read and speeds.disk_bandwidth is None:
         return None
+    copied = missing if speeds.copy_bandwidth else 0.0
     return TokenCost(
         computing=computing,
         copying=copied * shape.expert / speeds.copy_bandwidth if speeds.copy_bandwidth else 0.0,

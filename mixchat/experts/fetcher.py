@@ -132,10 +132,11 @@ class Fetcher:
 
     def _release_surplus(self) -> None:
         """Give back the memory of free slots beyond what may be held."""
-        free = sorted(self._cache.free_slots() & set(self._store.blocks))
         surplus = len(self._store.blocks) - self._cache.limit
-        for slot in free[: max(surplus, 0)]:
-            self._store.release(slot)
+        if surplus > 0:
+            free = self._cache.free_slots() & set(self._store.blocks)
+            for slot in sorted(free)[:surplus]:
+                self._store.release(slot)
 
     def halve(self) -> bool:
         """Hold half as many experts, for good; False where that would be too few."""

@@ -10,7 +10,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.sources import HostTier
 from mixchat.weights.blueprint import Expert
 
-Compute = Callable[[Expert, torch.Tensor], torch.Tensor]
+Compute = Callable[[Expert, torch.Tensor], torch.Tensor]  # an expert and x [rows, D] to [rows, D]
 
 
 class HostCompute:

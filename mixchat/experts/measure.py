@@ -16,11 +16,12 @@ from statistics import median
 
 import torch
 
-from mixchat.experts.calibration import HOST, Calibration, interpolate
+from mixchat.experts.calibration import Calibration, interpolate
 from mixchat.experts.disk_speed import measure_disk
-from mixchat.weights.blueprint import Blueprint, Expert
+from mixchat.experts.host_compute import Compute
+from mixchat.experts.memory import CPU
+from mixchat.weights.blueprint import Blueprint
 
-Compute = Callable[[Expert, torch.Tensor], torch.Tensor]  # an expert and x [rows, D] to [rows, D]
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
 
 ROWS = (1, 8, 64, 512)
@@ -60,12 +61,12 @@ def measure(
     for a moment, which never has a name: it goes with the process, whatever ends that.
     """
     stride = blueprint.expert.stride
-    host = _Experts(blueprint, HOST, compute, effort)
-    seconds = {str(HOST): host.seconds()}
+    host = _Experts(blueprint, CPU, compute, effort)
+    seconds = {str(CPU): host.seconds()}
     size = max(4 * stride, effort.file_bytes)
     disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
     copy_bandwidth = None
-    if device == HOST:
+    if device == CPU:
         layer_seconds = host.median_of(layer)
     else:
         other = _Experts(blueprint, device, compute, effort)
@@ -76,7 +77,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or it would count as taken
     bandwidth, idle, direct = disk or (None, None, False)
-    memory = blueprint.expert.nbytes / seconds[str(HOST)][1]
+    memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
     return Calibration(bandwidth, idle, direct, memory, copy_bandwidth, seconds, layer_seconds)
 
 
@@ -110,7 +111,7 @@ class _Experts:
 
     def copy_bandwidth(self, copy: Copy) -> float:
         """Bytes a second from page-locked RAM."""
-        source = torch.full_like(self._blocks[0], _FILLING, device=HOST)
+        source = torch.full_like(self._blocks[0], _FILLING, device=CPU)
         if self._device.type == "cuda":
             source = source.pin_memory()
         targets = itertools.cycle(self._blocks)
@@ -122,7 +123,7 @@ class _Experts:
 
     def _seconds_for(self, x: torch.Tensor) -> float:
         # Other devices work while the next call is prepared, as they do in decoding.
-        calls = 1 if self._device == HOST else len(self._blocks)
+        calls = 1 if self._device == CPU else len(self._blocks)
 
         def run() -> None:
             for _ in range(calls):

@@ -10,6 +10,7 @@ import torch
 
 from mixchat import machine
 
+CPU = torch.device("cpu")
 INTERVAL = 0.5  # seconds between two looks at the memory that is free
 
 

@@ -11,6 +11,7 @@ import torch
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
+from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.experts.placement import MIN_HOST_SLOTS
 from mixchat.experts.policies import Policy
@@ -19,7 +20,6 @@ from mixchat.experts.trial import Trial
 from mixchat.weights.blueprint import Expert, ExpertLayout
 from mixchat.weights.checkpoint import KeptModel
 
-CPU = torch.device("cpu")
 _STEP = 8 << 20  # bytes: 2 to 8 ms, after which something more urgent can go first
 _ROUND = 8  # experts that are read in one way before another is tried
 

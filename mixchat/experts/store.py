@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mixchat.experts.keys import ExpertKey
+from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.weights.blueprint import Expert, ExpertLayout
 
@@ -57,7 +58,7 @@ class ExpertStore:
     @property
     def name(self) -> str:
         """The tier of our slots: `host`, or `device` for a GPU's."""
-        return "host" if self._device == torch.device("cpu") else "device"
+        return "host" if self._device == CPU else "device"
 
     def stream(self) -> AbstractContextManager[object]:
         """What whoever carries out loads has to be in, so that they run beside the computing."""

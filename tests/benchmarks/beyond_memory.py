@@ -123,8 +123,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.engine.sampling import SamplingOptions
     from mixchat.engine.speeds import known_speeds
     from mixchat.experts import prefetch
-    from mixchat.experts.calibration import HOST
     from mixchat.experts.disk_speed import measure_disk
+    from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
     from mixchat.settings import MemoryBudget
     from mixchat.weights.checkpoint import KeptModel
@@ -148,9 +148,9 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     did, total = stats.since(before), sum(seconds)
     with KeptModel(model) as kept:
         placement = Placement(engine.experts.slots, 0, kept.blueprint.expert_count)
-        speeds = known_speeds(kept.blueprint, model, HOST)
-        cost = decode_cost(kept.blueprint, HOST, speeds, placement)
-        hit_rate = hit_rates(kept.blueprint, HOST, placement)[0]
+        speeds = known_speeds(kept.blueprint, model, CPU)
+        cost = decode_cost(kept.blueprint, CPU, speeds, placement)
+        hit_rate = hit_rates(kept.blueprint, CPU, placement)[0]
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     return {
         "slots": engine.experts.slots,
@@ -176,12 +176,12 @@ def calibrate(model: Path) -> None:
     prepare_environment()
     from mixchat.engine.fitting import settle_threads
     from mixchat.engine.speeds import speeds
-    from mixchat.experts.calibration import HOST
+    from mixchat.experts.memory import CPU
     from mixchat.weights.checkpoint import KeptModel
 
     with KeptModel(model) as kept:
         settle_threads(kept.blueprint)
-        speeds(kept.blueprint, model, HOST)
+        speeds(kept.blueprint, model, CPU)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixchat import machine
-from mixchat.engine import fitting, planning, speeds
+from mixchat.engine import fitting, speeds
 from mixchat.experts.calibration import Calibration
 
 GB = 10**9
@@ -29,7 +29,7 @@ def measured(monkeypatch):
         return SPEEDS
 
     monkeypatch.setattr(speeds, "measure", measure)
-    monkeypatch.setattr(planning, "free_memory", lambda device: int(14.5 * GB))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: int(14.5 * GB))
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(fitting, "settle_threads", lambda blueprint: None)
     return calls
@@ -101,7 +101,7 @@ def test_where_experts_go_adds_up(run, measured):
 def test_a_context_that_needs_the_room_of_experts_is_said_to(
     run, measured, monkeypatch, free, grows
 ):
-    monkeypatch.setattr(planning, "free_memory", lambda device: int(free * GB))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: int(free * GB))
     places = sections(run())["What goes where"]
     assert ("a context that fills takes room from the experts" in places) == grows
     assert re.search(r"; [\d.]+ GB left free", places)
@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 
 def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, monkeypatch):
-    monkeypatch.setattr(planning, "free_memory", lambda device: GB)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
     done = run()
     assert done.returncode == 7
     assert b"the model needs at least 4.5 GB" in done.stderr

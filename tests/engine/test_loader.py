@@ -35,7 +35,7 @@ def test_too_small_a_budget_is_refused(tiny_model: Path) -> None:
 def test_a_machine_without_room_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.engine.loader.free_memory", lambda device: 1000)
+    monkeypatch.setattr("mixchat.engine.fitting.free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match="1 kB are free"):
         load_engine(tiny_model, LoadOptions(device="cpu"))
 
@@ -88,7 +88,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
     real = free_memory
     if not host:
         monkeypatch.setattr(
-            "mixchat.engine.loader.free_memory",
+            "mixchat.engine.fitting.free_memory",
             lambda device: real(device) if device.type == "cuda" else 0,
         )
     results = []

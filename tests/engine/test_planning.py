@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.engine import planning, speeds
+from mixchat.engine import fitting, speeds
 from mixchat.engine.expectation import predicted
 from mixchat.engine.fitting import FreeMemory
 from mixchat.engine.loader import LoadOptions, load_engine
@@ -177,7 +177,7 @@ def test_a_plan_places_what_loading_places(
     free = GB + 300_000  # so that all but some of the memory is the reserve
     with KeptModel(tiny_model) as kept:
         planned = fit(kept.blueprint, FreeMemory(free), Wishes(budget, None, context))
-    monkeypatch.setattr("mixchat.engine.loader.free_memory", lambda device: free)
+    monkeypatch.setattr("mixchat.engine.fitting.free_memory", lambda device: free)
     options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
     engine = load_engine(tiny_model, options)
     assert engine.context_size == planned.context
@@ -193,7 +193,7 @@ def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
 
 
 def test_looking_at_this_machine_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "free_memory", lambda device: 7 * GB if device == CPU else 3 * GB)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 7 * GB if device == CPU else 3 * GB)
     there = look(tmp_path / "not there yet", CPU)
     assert there.free == FreeMemory(7 * GB, None)
     assert there.gpu is None
