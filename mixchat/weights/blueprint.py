@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.weights import nf4
+from mixchat.kernels import four_bit
 from mixchat.weights.linear import Layout, Linear, LinearSpec, QuantType, Scales
 from mixchat.weights.nf4 import BLOCKSIZE
 from mixchat.weights.safetensors import ALIGNMENT, TensorSpec
@@ -216,7 +216,7 @@ class Blueprint:
 
     def computed_on(self, device: torch.device) -> Blueprint:
         """The same model with its codes in the order in which this device computes fastest."""
-        packed = device.type == "cpu" and nf4.has_packed_kernel()
+        packed = device.type == "cpu" and four_bit.available()
         return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:

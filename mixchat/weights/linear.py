@@ -5,7 +5,8 @@ R = rows (out features), C = columns (in features).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mixchat.errors import CheckpointError
+from mixchat.kernels import four_bit
 from mixchat.weights import nf4
 from mixchat.weights.bnb_format import Quantized4bit
 from mixchat.weights.quantizer import quantize
@@ -36,7 +38,22 @@ class DenseLinear:
         self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and x.shape[:-1].numel() == 1:
+            with _without_onednn():
+                return functional.linear(x, self._weight)
         return functional.linear(x, self._weight)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """For one token in bf16, torch's own product runs as fast as memory can be read, on CPUs with
+    AVX512-BF16 oneDNN's at half of that. `torch.backends.mkldnn.flags` warns about GPUs."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 class FourBitLinear:
@@ -52,15 +69,15 @@ class FourBitLinear:
 
 
 class PackedFourBitLinear:
-    """4-bit codes in the layout of the AVX512-BF16 kernel: as fast as memory can be read."""
+    """4-bit codes in the layout of the kernel for CPUs: as fast as memory can be read."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
-        self._codes = codes
-        scales = absmax.view(spec.columns // nf4.BLOCKSIZE, spec.rows)
-        self._state = spec.quant_state(scales, torch.bfloat16)
+        assert spec.quant_type != "none"
+        self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
+        self._levels = four_bit.whole_levels(nf4.LEVELS[spec.quant_type])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nf4.matmul_packed(x, self._codes, self._state)
+        return four_bit.matmul(x, self._codes, self._absmax, self._levels, self._shape)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ Two orders of the same codes, called `layout`:
 
 - "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
   one value a block, in the same order. What `quantize_4bit` gives and every device can read.
-- "cpu-packed": what bitsandbytes' AVX512-BF16 kernel reads. Rows are taken 32 at a time; for a pair
-  of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line, whose first
-  half fills the low nibbles of 32 bytes and whose second half the high ones. `absmax` is
-  transposed: [columns / 64, rows].
+- "cpu-packed": what the kernel for CPUs (`kernels/four_bit.py`) reads, and bitsandbytes' own for
+  AVX512-BF16. Rows are taken 32 at a time; for a pair of columns (2j, 2j+1) the 64 codes row0[2j],
+  row0[2j+1], row1[2j], ... are one line, whose first half fills the low nibbles of 32 bytes and
+  whose second half the high ones. `absmax` is transposed: [columns / 64, rows].
 
 Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
 `absmax` is kept in bf16: the largest weight of a block of bf16 weights is a bf16 number. Scales
 from elsewhere are rounded by `round_absmax`.
 
-NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314); the kernels are bitsandbytes'.
+NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -36,6 +36,23 @@ _ROWS = 32  # rows that the packed layout interleaves
 _QUANTIZE_CHUNK = 2**23  # weights; bounds quantize_4bit's temporary tensors to about 150 MB
 _BAND = 2**23  # weights
 
+# fmt: off
+LEVELS: dict[FourBit, torch.Tensor] = {  # as bitsandbytes has them, in the order of the codes
+    "nf4": torch.tensor([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]),
+    "fp4": torch.tensor([
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+        0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+        -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ]),
+}
+# fmt: on
+
 
 @functools.cache
 def _package() -> Any:
@@ -47,17 +64,6 @@ def _package() -> Any:
 
 def _functional() -> Any:
     return _package().functional
-
-
-@functools.cache
-def has_packed_kernel() -> bool:
-    """Whether this CPU runs the packed layout: it needs AVX512-BF16.
-
-    `ATEN_CPU_CAPABILITY=avx2` in the environment switches it off, as it does for torch's kernels.
-    """
-    return bool(
-        _functional().has_avx512bf16() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )
 
 
 def can_pack(rows: int, columns: int) -> bool:
@@ -144,12 +150,12 @@ def quant_state(
     dtype: torch.dtype = torch.bfloat16,
     quant_type: FourBit = "nf4",
 ) -> Any:
-    """bitsandbytes' description of a matrix, for `matmul` and `matmul_packed`."""
+    """bitsandbytes' description of a matrix, for `matmul`."""
     functional = _functional()
     return functional.QuantState(
         absmax=absmax,
         shape=torch.Size((rows, columns)),
-        code=table(quant_type, absmax.device),
+        code=_levels_on(quant_type, absmax.device),
         blocksize=BLOCKSIZE,
         quant_type=quant_type,
         dtype=dtype,
@@ -157,10 +163,8 @@ def quant_state(
 
 
 @functools.cache
-def table(quant_type: FourBit, device: torch.device) -> torch.Tensor:
-    """The 16 numbers that the codes stand for: fp32 [16]. Not to be changed."""
-    numbers: torch.Tensor = _functional().get_4bit_type(quant_type, device=device)
-    return numbers
+def _levels_on(quant_type: FourBit, device: torch.device) -> torch.Tensor:
+    return LEVELS[quant_type].to(device)
 
 
 def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
@@ -171,12 +175,6 @@ def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
         weight = dequantize(codes, state.absmax, (rows, columns), x.dtype, state.quant_type)
         return torch.nn.functional.linear(x, weight)
     result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
-    return result
-
-
-def matmul_packed(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """As `matmul`, for the layout "cpu-packed", where `has_packed_kernel()`."""
-    result: torch.Tensor = _functional().gemv_4bit(x, codes, state=state)
     return result
 
 

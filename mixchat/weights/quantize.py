@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat.weights import nf4
+from mixchat.kernels import four_bit
 from mixchat.weights.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.linear import Layout, QuantType, Scales
 from mixchat.weights.source import SourceIndex, attention_tensors, expert_tensor
@@ -29,7 +29,7 @@ class QuantizeOptions:
 
 def best_layout() -> Layout:
     """The layout this machine computes with: a GPU reads bitsandbytes' own."""
-    if torch.cuda.is_available() or not nf4.has_packed_kernel():
+    if torch.cuda.is_available() or not four_bit.available():
         return "bitsandbytes"
     return "cpu-packed"
 

@@ -22,17 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from mixchat.weights.nf4 import BLOCKSIZE
+from mixchat.weights.nf4 import BLOCKSIZE, LEVELS
 
-# fmt: off
-LEVELS = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])
-# fmt: on
-_BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
+_LEVELS = LEVELS["nf4"]
+_BOUNDARIES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
 _PIECE = 2**19  # weights: many in one pass, for between passes the threads wait for Python's lock
 _MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for that lock
@@ -152,10 +145,10 @@ def _error_table() -> torch.Tensor:
     """Squared error [S, F] of weight / absmax from -1 to 1, coded with a factor times absmax."""
     scaled = torch.linspace(-1, 1, 2 * _HALF + 1).unsqueeze(-1)
     codes = _nearest(scaled / _FACTORS)
-    return (scaled - _FACTORS * LEVELS[codes.int()]).square()
+    return (scaled - _FACTORS * _LEVELS[codes.int()]).square()
 
 
 def _squared_error(scaled: torch.Tensor, ratio: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Sum over a block of (scaled - ratio * level)^2: [B], of codes [B, 64] and a ratio [B]."""
-    levels = LEVELS.index_select(0, codes.view(-1).int()).view_as(scaled)
+    levels = _LEVELS.index_select(0, codes.view(-1).int()).view_as(scaled)
     return levels.mul_(ratio.unsqueeze(-1)).sub_(scaled).square_().sum(-1)

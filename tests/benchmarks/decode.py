@@ -26,8 +26,7 @@ from synthetic import write_synthetic  # noqa: E402
 from mixchat.engine.generate import Engine  # noqa: E402
 from mixchat.engine.loader import LoadOptions, load_engine  # noqa: E402
 from mixchat.engine.sampling import SamplingOptions  # noqa: E402
-from mixchat.experts.store import ExpertStore  # noqa: E402
-from mixchat.weights.blueprint import Blueprint, ExpertLayout  # noqa: E402
+from mixchat.weights.blueprint import Blueprint  # noqa: E402
 from mixchat.weights.checkpoint import KeptModel  # noqa: E402
 
 TOKENS = 48
@@ -42,17 +41,6 @@ def read_bandwidth(data: torch.Tensor) -> float:
         data.sum()
         best = min(best, time.perf_counter() - start)
     return data.nbytes / best
-
-
-def kernel_speed(store: ExpertStore, layout: ExpertLayout) -> float:
-    """Bytes a second of the 4-bit kernel over all slots, with nothing in between."""
-    x = torch.randn(1, layout.w13.columns).to(torch.bfloat16)
-    y = torch.randn(1, layout.w2.columns).to(torch.bfloat16)
-    start = time.perf_counter()
-    for slot in range(store.slots):
-        store.expert(slot).w13(x)
-        store.expert(slot).w2(y)
-    return store.slots * layout.nbytes / (time.perf_counter() - start)
 
 
 def bytes_per_token(blueprint: Blueprint) -> int:
@@ -77,7 +65,6 @@ def main(layers: int, rounds: int) -> None:
 
 def measure(engine: Engine, blueprint: Blueprint, rounds: int) -> None:
     per_token = bytes_per_token(blueprint)
-    store = engine._model._blocks[0]._moe._runner._store  # the benchmark's own way in
     prompt = torch.randint(5, 32000, (64,)).tolist()
     data = torch.ones(250_000_000)
 
@@ -91,12 +78,10 @@ def measure(engine: Engine, blueprint: Blueprint, rounds: int) -> None:
     print(f"{torch.get_num_threads()} threads, {per_token / 1e6:.0f} MB a token")
     for _ in range(rounds):
         limit = read_bandwidth(data)
-        kernel = kernel_speed(store, blueprint.expert)
         speed = decode()
         ratios.append(speed * per_token / limit)
         print(
             f"{speed:6.2f} tok/s  {speed * per_token / 1e9:5.1f} GB/s  "
-            f"kernel alone {kernel / 1e9:5.1f} GB/s  "
             f"limit {limit / 1e9:5.1f} GB/s  {ratios[-1]:.0%}"
         )
     print(f"median {statistics.median(ratios):.0%} of the limit")

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import bitsandbytes.functional as bnb
 import torch
 
-from mixchat.weights.quantizer import BLOCKSIZE, LEVELS, quantize
+from mixchat.weights import nf4
+from mixchat.weights.quantizer import BLOCKSIZE, quantize
 
 REPEATS = 5
 BITSANDBYTES_PIECE = 2**23  # weights; it takes some 18 bytes of temporary memory for each
@@ -44,7 +45,9 @@ def relative_error(weight: torch.Tensor, coded: Coded) -> float:
     """Over the first rows only, which are enough for three digits."""
     rows = weight[:512]
     codes = coded[0][: rows.numel() // 2]
-    levels = LEVELS[torch.stack((codes >> 4, codes & 0xF), dim=-1).int()].view(-1, BLOCKSIZE)
+    levels = nf4.LEVELS["nf4"][torch.stack((codes >> 4, codes & 0xF), dim=-1).int()].view(
+        -1, BLOCKSIZE
+    )
     decoded = levels * coded[1][: len(levels)].float().unsqueeze(-1)
     return ((decoded.view_as(rows) - rows.float()).norm() / rows.float().norm()).item()
 

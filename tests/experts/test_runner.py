@@ -15,14 +15,14 @@ from mixchat.experts.policies import Passes
 from mixchat.experts.runner import CachedExpertRunner, compute
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
-from mixchat.weights import nf4
+from mixchat.kernels import four_bit
 from mixchat.weights.checkpoint import KeptModel
 
 CPU = torch.device("cpu")
 
 
 def runner(kept: KeptModel, slots: int, source: ExpertSource | None = None) -> CachedExpertRunner:
-    layout = "cpu-packed" if nf4.has_packed_kernel() else "bitsandbytes"
+    layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(kept, choose=False),
         stored=kept.blueprint.expert,

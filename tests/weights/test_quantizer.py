@@ -5,12 +5,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.weights import quantizer
+from mixchat.weights import nf4, quantizer
 from mixchat.weights.nf4 import BLOCKSIZE
-from mixchat.weights.quantizer import LEVELS, quantize
+from mixchat.weights.quantizer import quantize
 
 each_way = pytest.mark.parametrize("search", [False, True])
 
+LEVELS = nf4.LEVELS["nf4"]
 BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
@@ -52,11 +53,6 @@ alike_bits = st.builds(
     any_bits,
     st.integers(0, 255),
 ).map(lambda bits: bits.astype(np.uint16))
-
-
-def test_the_levels_are_those_of_bitsandbytes() -> None:
-    expected = bnb.get_4bit_type("nf4", device="cpu", blocksize=BLOCKSIZE)
-    assert torch.equal(LEVELS, expected)
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,78 @@
+"""From LLVM's intermediate representation to functions of this CPU, run on all of its cores."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import llvmlite.binding as llvm
+import torch
+
+from mixchat.kernels.threads import NativeFunction
+
+InstructionSet = Literal["avx512", "avx2"]
+_NEEDED: dict[InstructionSet, tuple[str, ...]] = {
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx2": ("avx2", "fma"),
+}
+# LLVM would rather use half of the width on some CPUs, which splits what is written for the whole.
+_FULL_WIDTH = "-prefer-256-bit"
+
+
+@functools.cache
+def instruction_set() -> InstructionSet | None:
+    """The best of those that code is written for; None where the CPU has none of them.
+
+    As for torch's kernels, `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment asks for
+    less than there is.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX512", "AVX2"):
+        return None
+    features = llvm.get_host_cpu_features()
+    has = {
+        name: all(features.get(feature, False) for feature in needed)
+        for name, needed in _NEEDED.items()
+    }
+    if has["avx512"] and capability == "AVX512":
+        return "avx512"
+    return "avx2" if has["avx2"] else None
+
+
+class Compiled:
+    """The functions of one module. Each takes one pointer, to its arguments."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine  # owns the machine code
+        self._functions: dict[str, NativeFunction] = {}
+
+    def function(self, name: str) -> NativeFunction:
+        """The one of this name."""
+        if name not in self._functions:
+            self._functions[name] = NativeFunction(self._engine.get_function_address(name))
+        return self._functions[name]
+
+
+def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
+    """Machine code of a module for this CPU; no other instructions than these are used."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    if instructions == "avx2":
+        features.update({name: False for name in features if name.startswith("avx512")})
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=f"{features.flatten()},{_FULL_WIDTH}",
+        opt=3,
+        jit=True,
+    )
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    # The loops are unrolled and vectorized as they are written: LLVM's own ideas cost registers.
+    tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(parsed, passes)
+    engine = llvm.create_mcjit_compiler(parsed, machine)
+    engine.finalize_object()
+    return Compiled(engine)

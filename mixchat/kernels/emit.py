@@ -1,0 +1,256 @@
+"""A small language for writing vector code in Python: values with operators, pointers, loops.
+
+What is written here becomes a module of LLVM's intermediate representation, which `compile.py`
+turns into machine code. A vector of n numbers of 16 bits is `vector(i16, n)`. Python's numbers
+stand for constants, in a vector for the same number everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+f32 = ir.FloatType()
+_void = ir.VoidType()
+_byte_pointer = i8.as_pointer()
+
+
+def vector(element: Any, count: int) -> Any:
+    """The type of `count` numbers side by side."""
+    return ir.VectorType(element, count)
+
+
+class Value:
+    """A number, or a vector of them, in a function that is being written."""
+
+    def __init__(self, function: Function, raw: Any) -> None:
+        self._function, self._builder, self.raw = function, function.builder, raw
+
+    @property
+    def type(self) -> Any:
+        """LLVM's type."""
+        return self.raw.type
+
+    @property
+    def _is_float(self) -> bool:
+        return bool(getattr(self.type, "element", self.type) == f32)
+
+    def _binary(self, other: Value | float, whole: str, real: str | None = None) -> Value:
+        operation = real if self._is_float else whole
+        assert operation is not None
+        right = self._function.constant(self.type, other)
+        return self._wrap(getattr(self._builder, operation)(self.raw, right.raw))
+
+    def _wrap(self, raw: Any) -> Value:
+        return Value(self._function, raw)
+
+    def __add__(self, other: Value | float) -> Value:
+        return self._binary(other, "add", "fadd")
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._binary(other, "sub", "fsub")
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._binary(other, "mul", "fmul")
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary(other, "", "fdiv")
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        """Unsigned."""
+        return self._binary(other, "udiv")
+
+    def __mod__(self, other: Value | int) -> Value:
+        """Unsigned."""
+        return self._binary(other, "urem")
+
+    def __and__(self, other: Value | int) -> Value:
+        return self._binary(other, "and_")
+
+    def __or__(self, other: Value | int) -> Value:
+        return self._binary(other, "or_")
+
+    def __lshift__(self, other: int) -> Value:
+        return self._binary(other, "shl")
+
+    def __rshift__(self, other: int) -> Value:
+        """Zeros come in from the left."""
+        return self._binary(other, "lshr")
+
+    def compare(self, operator: str, other: Value | float) -> Value:
+        """A bit, or a vector of bits: `operator` is <, <=, ==, ...; numbers have a sign."""
+        right = self._function.constant(self.type, other).raw
+        if self._is_float:
+            return self._wrap(self._builder.fcmp_ordered(operator, self.raw, right))
+        return self._wrap(self._builder.icmp_signed(operator, self.raw, right))
+
+    def choose(self, yes: Value, no: Value | float) -> Value:
+        """`yes` where this bit is set, else `no`."""
+        other = self._function.constant(yes.type, no)
+        return self._wrap(self._builder.select(self.raw, yes.raw, other.raw))
+
+    def bits_as(self, kind: Any) -> Value:
+        """The same bits read as another type."""
+        return self._wrap(self._builder.bitcast(self.raw, kind))
+
+    def widened(self, kind: Any) -> Value:
+        """Whole numbers without a sign in more bits."""
+        return self._wrap(self._builder.zext(self.raw, kind))
+
+    def narrowed(self, kind: Any) -> Value:
+        """The lowest bits."""
+        return self._wrap(self._builder.trunc(self.raw, kind))
+
+    def as_float(self, kind: Any) -> Value:
+        """Whole numbers with a sign as floats."""
+        return self._wrap(self._builder.sitofp(self.raw, kind))
+
+    def as_whole(self, kind: Any) -> Value:
+        """Floats without what is behind the point."""
+        return self._wrap(self._builder.fptosi(self.raw, kind))
+
+    def spread(self, count: int) -> Value:
+        """A vector that has this number everywhere."""
+        kind = vector(self.type, count)
+        first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, i32(0))
+        return self._wrap(first).picked([0] * count)
+
+    def picked(self, places: Sequence[int], other: Value | None = None) -> Value:
+        """The elements at these places of this vector and, behind it, the other."""
+        second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
+        mask = ir.Constant(vector(i32, len(places)), list(places))
+        return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
+
+
+class Pointer:
+    """An address of a byte."""
+
+    def __init__(self, function: Function, raw: Any) -> None:
+        self._function, self._builder, self.raw = function, function.builder, raw
+
+    def plus(self, offset: Value | int) -> Pointer:
+        """So many bytes further."""
+        moved = self._builder.gep(self.raw, [self._function.constant(i64, offset).raw])
+        return Pointer(self._function, moved)
+
+    def load(self, kind: Any, offset: Value | int = 0) -> Value:
+        """What lies there; it need not be aligned."""
+        address = self._builder.bitcast(self.plus(offset).raw, kind.as_pointer())
+        return Value(self._function, self._builder.load(address, align=1))
+
+    def store(self, value: Value, offset: Value | int = 0) -> None:
+        """Put it there; it need not be aligned."""
+        address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
+        self._builder.store(value.raw, address, align=1)
+
+    def prefetch(self, offset: Value | int) -> None:
+        """Ask for the cache line; an address that does not exist does no harm."""
+        read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
+        self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
+
+    def take_next(self) -> Value:
+        """Add one to the number of 64 bits there, whoever else does so; what it was before."""
+        address = self._builder.bitcast(self.raw, i64.as_pointer())
+        return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
+
+
+class Function:
+    """A function that is being written: it takes a pointer and numbers of 64 bits."""
+
+    def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
+        kind = ir.FunctionType(_void, [_byte_pointer] + [i64] * numbers)
+        self.raw = ir.Function(module, kind, name)
+        self._module = module
+        self.builder = ir.IRBuilder(self.raw.append_basic_block())
+        pointer, *rest = self.raw.args
+        self.pointer = Pointer(self, pointer)
+        self.numbers = [Value(self, number) for number in rest]
+
+    def constant(self, kind: Any, number: Value | float | Sequence[int]) -> Value:
+        """The number as a constant of this type, or the value itself."""
+        if isinstance(number, Value):
+            return number
+        if not isinstance(kind, ir.VectorType):
+            return Value(self, kind(number))
+        numbers = number if isinstance(number, Sequence) else [number] * kind.count
+        return Value(self, ir.Constant(kind, [kind.element(one) for one in numbers]))
+
+    def address(self, number: Value) -> Pointer:
+        """A number of 64 bits as a pointer."""
+        return Pointer(self, self.builder.inttoptr(number.raw, _byte_pointer))
+
+    def call(self, name: str, returns: Any, *arguments: Value | Pointer) -> Value:
+        """Call one of LLVM's own functions, for instance an instruction of the CPU."""
+        raw = [argument.raw for argument in arguments]
+        function = self._module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(returns, [argument.type for argument in raw])
+            function = ir.Function(self._module, kind, name)
+        return Value(self, self.builder.call(function, raw))
+
+    def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
+        """Call a function of this module."""
+        self.builder.call(other.raw, [pointer.raw, *(number.raw for number in numbers)])
+
+    @contextmanager
+    def loop(
+        self, start: Value | int, end: Value | int, step: int, carried: Sequence[Value] = ()
+    ) -> Iterator[tuple[Value, list[Value]]]:
+        """Python's range(start, end, step) around what is written inside.
+
+        Yields the counter and a list of values that go from turn to turn: replace its elements.
+        Afterwards the list holds what the last turn left.
+        """
+        builder = self.builder
+        first, last = self.constant(i64, start).raw, self.constant(i64, end).raw
+        before = builder.block
+        head, body, after = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        counter = builder.phi(i64)
+        counter.add_incoming(first, before)
+        turning = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(turning, carried, strict=True):
+            phi.add_incoming(value.raw, before)
+        builder.cbranch(builder.icmp_signed("<", counter, last), body, after)
+        builder.position_at_end(body)
+        values = [Value(self, phi) for phi in turning]
+        yield Value(self, counter), values
+        counter.add_incoming(builder.add(counter, i64(step)), builder.block)
+        for phi, value in zip(turning, values, strict=True):
+            phi.add_incoming(value.raw, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        values[:] = [Value(self, phi) for phi in turning]
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        """What is written inside happens where the condition holds."""
+        with self.builder.if_then(condition.raw):
+            yield
+
+    @contextmanager
+    def each_item(self, counter: Pointer, count: Value) -> Iterator[Value]:
+        """What is written inside happens once for each number below `count`.
+
+        Threads that run this function together share the numbers: each takes the next one that
+        nobody has, so that a fast core does more of them than a slow one.
+        """
+        builder = self.builder
+        head, body, after = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        item = counter.take_next()
+        builder.cbranch(item.compare("<", count).raw, body, after)
+        builder.position_at_end(body)
+        yield item
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    def finish(self) -> None:
+        """The end of the function."""
+        self.builder.ret_void()

@@ -1,0 +1,61 @@
+"""Runs one native function on several cores at once, on the threads that torch uses too."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Arguments = ctypes.Array[ctypes.c_int64]
+
+
+class NativeFunction:
+    """A function at an address, which takes a pointer."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    def run(self, arguments: Arguments, threads: int) -> None:
+        """Call it from `threads` threads, of which this is one, and wait for all of them.
+
+        Each gets the address of `arguments`; how they share the work is the function's business.
+        """
+        where = ctypes.addressof(arguments)
+        if threads == 1:
+            self._call(where)
+            return
+        parallel = _openmp()
+        if parallel is not None:
+            parallel(self._address, where, threads, 0)
+            return
+        others = [_pool(threads - 1).submit(self._call, where) for _ in range(threads - 1)]
+        self._call(where)
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The entry of the OpenMP library that torch has loaded: a second one would have threads of
+    its own, in the way of torch's. None where it cannot be found."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    names = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
+    for name in sorted(names):
+        if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
+            entry = getattr(ctypes.CDLL(name), "GOMP_parallel", None)
+            if entry is not None:
+                entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                entry.restype = None
+                return entry
+    return None
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernel")

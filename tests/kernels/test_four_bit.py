@@ -1,0 +1,151 @@
+"""The kernel against the dequantized product in double precision, for each set of instructions."""
+
+import pytest
+import torch
+
+from mixchat.kernels import four_bit
+from mixchat.kernels.compile import InstructionSet, instruction_set
+from mixchat.weights import nf4
+from mixchat.weights.quantizer import quantize
+
+pytestmark = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
+
+QUANTIZE = {"nf4": quantize, "fp4": nf4.quantize_fp4}
+LEVELS = {kind: four_bit.whole_levels(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InstructionSet:
+    """Each set that this CPU has, instead of the best."""
+    if request.param == "avx512" and instruction_set() != "avx512":
+        pytest.skip("the CPU has no AVX-512")
+    monkeypatch.setattr(four_bit, "instruction_set", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> int:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator)
+
+
+class Matrix:
+    """A random matrix, packed, and what its codes stand for."""
+
+    def __init__(self, rows: int, columns: int, kind: nf4.FourBit = "nf4") -> None:
+        codes, absmax = QUANTIZE[kind](random(rows, columns).bfloat16())
+        shape = self.shape = (rows, columns)
+        self.kind = kind
+        self.exact = nf4.dequantize(codes, absmax.float(), shape, torch.float32, kind).double()
+        self.codes, self.absmax = nf4.pack(codes, absmax, rows, columns)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return four_bit.matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 13, 70])
+def test_the_product_is_that_of_the_dequantized_matrix(
+    instructions: InstructionSet,
+    threads: int,
+    kind: nf4.FourBit,
+    shape: tuple[int, int],
+    tokens: int,
+) -> None:
+    matrix, x = Matrix(*shape, kind), random(tokens, shape[1], seed=1)
+    expected = x.double() @ matrix.exact.T
+    assert error(matrix(x), expected) < 3e-4
+    # In bf16 it is the rounding of the result that counts.
+    half = x.bfloat16()
+    expected = half.double() @ matrix.exact.T
+    assert error(matrix(half), expected.bfloat16().double()) < 4e-4 + 1e-3
+    assert matrix(half).dtype == torch.bfloat16
+
+
+def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(instructions: InstructionSet) -> None:
+    """As bitsandbytes' kernel for AVX512-BF16 has them."""
+    matrix, x = Matrix(256, 1024), random(4, 1024, seed=1)
+    expected = x.double() @ matrix.exact.T
+    codes, absmax = nf4.unpack(matrix.codes, matrix.absmax, *matrix.shape)
+    levels = nf4.LEVELS["nf4"].bfloat16().double()
+    both = torch.stack((codes >> 4, codes & 15), dim=-1).view(256, 1024 // 64, 64).int()
+    rounded = levels[both] * absmax.double().view(256, -1, 1)
+    assert error(matrix(x), expected) < error(x.double() @ rounded.view(256, 1024).T, expected) / 4
+
+
+def test_a_token_alone_has_the_result_that_it_has_among_others(
+    instructions: InstructionSet,
+) -> None:
+    matrix, x = Matrix(160, 192), random(29, 192, seed=1)
+    alone = torch.cat([matrix(row) for row in x.split(1)])
+    assert torch.equal(matrix(x), alone)
+
+
+def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if instruction_set() != "avx512":
+        pytest.skip("the CPU has no AVX-512")
+    matrix, x = Matrix(96, 256), random(5, 256, seed=1)
+    wide = matrix(x)
+    monkeypatch.setattr(four_bit, "instruction_set", lambda: "avx2")
+    torch.testing.assert_close(matrix(x), wide, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_very_different_size_keep_their_precision(instructions: InstructionSet) -> None:
+    """One large number in x must not cost the others their digits: language models have such."""
+    matrix, x = Matrix(64, 256), random(2, 256, seed=1)
+    x[:, 64:128] *= 1e4
+    x[:, 128:192] *= 1e-4
+    expected = x.double() @ matrix.exact.T
+    assert error(matrix(x), expected) < 3e-4
+    x[:, 64:128] = 0
+    expected = x.double() @ matrix.exact.T
+    assert error(matrix(x), expected) < 3e-4
+
+
+def test_the_largest_possible_sum_does_not_overflow(instructions: InstructionSet) -> None:
+    codes = torch.full((32 * 64 // 2,), 0xFF, dtype=torch.uint8)  # the level 1 everywhere
+    absmax = torch.ones(32, dtype=torch.bfloat16)
+    for value in (1.0, -1.0):
+        x = torch.full((1, 64), value)
+        result = four_bit.matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
+        torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
+
+
+def test_zeros_give_zeros(instructions: InstructionSet) -> None:
+    assert torch.equal(Matrix(32, 128)(torch.zeros(2, 128)), torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_visible_and_to_its_token(
+    instructions: InstructionSet, bad: float, dtype: torch.dtype
+) -> None:
+    matrix, x = Matrix(32, 128), random(3, 128, seed=1).to(dtype)
+    good = matrix(x)
+    x[1, 77] = bad
+    result = matrix(x)
+    assert not result[1].isfinite().any()
+    assert torch.equal(result[::2], good[::2])
+
+
+def test_the_shape_of_x_is_kept(instructions: InstructionSet) -> None:
+    matrix = Matrix(32, 64)
+    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 32)
+    assert matrix(random(1, 64)[0]).shape == (32,)
+    assert matrix(random(0, 64)).shape == (0, 32)
+    assert matrix(random(6, 128)[:, ::2]).shape == (6, 32)
+    assert matrix(random(1, 64).half()).dtype == torch.float16

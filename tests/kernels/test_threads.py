@@ -1,0 +1,62 @@
+import ctypes
+import threading
+import time
+
+import pytest
+
+from mixchat.kernels import threads
+from mixchat.kernels.threads import NativeFunction
+
+pytest.importorskip("torch")  # brings OpenMP into the process
+
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Recorder:
+    """A function with an address that notes which threads call it."""
+
+    def __init__(self) -> None:
+        self.callers: list[int] = []
+        self._kept = CALLBACK(self._called)
+        self.function = NativeFunction(ctypes.cast(self._kept, ctypes.c_void_p).value or 0)
+
+    def _called(self, _: int) -> None:
+        time.sleep(0.05)  # long enough for all to be there
+        self.callers.append(threading.get_native_id())
+
+
+@pytest.fixture(params=["OpenMP", "a pool"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a pool":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("no OpenMP library is loaded")
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_as_many_threads_as_asked_for_call_it_and_this_is_one(count: int) -> None:
+    recorder = Recorder()
+    recorder.function.run((ctypes.c_int64 * 1)(0), count)
+    assert len(set(recorder.callers)) == len(recorder.callers) == count
+    assert threading.get_native_id() in recorder.callers
+
+
+def test_the_threads_are_those_of_torch() -> None:
+    """A second OpenMP library in the process would have its own, and both would spin."""
+    import torch
+
+    if threads._openmp() is None:
+        pytest.skip("no OpenMP library is loaded")
+    count = torch.get_num_threads()
+    torch.ones(10**6).sum()
+    before = {thread for thread in _native_threads()}
+    recorder = Recorder()
+    recorder.function.run((ctypes.c_int64 * 1)(0), count)
+    assert set(recorder.callers) <= before
+
+
+def _native_threads() -> set[int]:
+    import os
+
+    return {int(name) for name in os.listdir("/proc/self/task")}
