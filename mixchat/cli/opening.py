@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
@@ -29,6 +29,7 @@ class Opening:
     max_tokens: int | None
     stop: Sequence[str]
     context_size: int | None
+    kv_bits: Literal[8, 16] | None
     host_memory: MemoryBudget | None
     device_memory: MemoryBudget | None
     device: str | None
@@ -55,6 +56,7 @@ class Opening:
             host_memory=self.host_memory,
             device_memory=self.device_memory,
             context_size=self.context_size,
+            kv_bits=self.kv_bits,
             device=self.device,
             cache_policy=self.cache_policy,
             trace=self.trace,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -79,6 +79,15 @@ Stop = Annotated[
 ContextSize = Annotated[
     int | None,
     typer.Option(metavar="N", help="Tokens of the conversation.", show_default="at most 8192"),
+]
+KVBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        metavar="N",
+        help="Bits of a number in the KV cache; 8 takes half of the memory.",
+        show_default="16",
+    ),
 ]
 HostMemory = Annotated[
     str | None,
@@ -169,6 +178,13 @@ def checked_policy(name: str) -> str:
     if name not in POLICIES:
         raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
     return name
+
+
+def checked_bits(bits: int | None) -> Literal[8, 16] | None:
+    """The bits, if a KV cache can have them. Raises `UsageError`."""
+    if bits is None or bits == 8 or bits == 16:
+        return cast("Literal[8, 16] | None", bits)
+    raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
 
 
 def check_lengths(max_tokens: int | None, context_size: int | None) -> None:

@@ -13,8 +13,10 @@ from mixchat.cli.options import (
     Device,
     DeviceMemory,
     HostMemory,
+    KVBits,
     budget,
     check_lengths,
+    checked_bits,
 )
 from mixchat.cli.progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
@@ -34,6 +36,7 @@ def plan(
         ),
     ] = "instruct",
     ctx_size: ContextSize = None,
+    kv_bits: KVBits = None,
     host_memory: HostMemory = None,
     device_memory: DeviceMemory = None,
     device: Device = None,
@@ -42,7 +45,7 @@ def plan(
     """Say how a model would run on this machine, downloaded or not: what goes where, how fast."""
     checked(model, "the model's name")
     check_lengths(None, ctx_size)
-    budgets = budget(host_memory), budget(device_memory)
+    budgets, bits = (budget(host_memory), budget(device_memory)), checked_bits(kv_bits)
     from mixchat.weights import models
 
     models.resolve(model)  # what means nothing need not wait for torch
@@ -53,7 +56,7 @@ def plan(
 
     with show_progress() as progress:
         found = outline(model, progress)
-    made = _plan(found, device, Wishes(*budgets, ctx_size))
+    made = _plan(found, device, Wishes(*budgets, ctx_size, bits))
     print(json.dumps(as_dict(found, made), indent=2) if as_json else as_text(found, made))
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.kv_cache import cache_bytes
 from mixchat.errors import UsageError
 from mixchat.experts.memory import CPU, free_memory
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
+from mixchat.kernels.pages import Bits
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 
@@ -43,11 +44,11 @@ def context_size(config: ModelConfig, wanted: int | None) -> int:
     return wanted
 
 
-def demand_of(blueprint: Blueprint, context: int) -> Demand:
+def demand_of(blueprint: Blueprint, context: int, kv_bits: Bits | None = None) -> Demand:
     """What the model asks for with a context of so many tokens."""
     return Demand(
         shared=blueprint.shared_size,
-        context=KVCache.nbytes(blueprint.config, context, blueprint.quantization.dtype),
+        context=cache_bytes(blueprint.config, context, blueprint.quantization.dtype, kv_bits),
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
     )

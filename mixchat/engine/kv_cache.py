@@ -1,57 +1,198 @@
-"""The keys and values of the tokens seen so far."""
+"""The keys and values of the tokens seen so far, and what new tokens see of them.
+
+T = new tokens, P = tokens before them, H = num_attention_heads, G = num_key_value_heads,
+h = head_dim.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
+from torch.nn import functional
 
 from mixchat.config import ModelConfig
+from mixchat.kernels import attention, pages
+from mixchat.kernels.pages import PAGE, Bits, CacheShape
 
 _STEP = 512  # tokens
+_LARGEST = 127  # of 8 bits
 
 
-class KVCache:
-    """Room for `capacity` tokens: of each layer keys and values, [kv_heads, tokens, head_dim].
+class KVCache(ABC):
+    """Room for `capacity` tokens of each layer.
 
-    Memory is taken as the cache fills, `_STEP` tokens at a time, so that a short conversation
-    leaves it to the experts. `length` counts the tokens that all layers have seen; a forward pass
-    that was broken off leaves it as it was.
+    Memory is taken as the cache fills, so that a short conversation leaves it to the experts.
+    `length` counts the tokens that all layers have seen; a forward pass that was broken off leaves
+    it as it was, and what comes next is put over what it left.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
+        self.config, self.capacity, self.length = config, capacity, 0
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Put keys and values [T, G, h] of a layer behind `length`; what the queries [T, H, h] see.
+
+        Each token sees itself and what came before, with a sliding window W only the last W of
+        these. Returns [T, H, h].
+        """
+        assert self.length + keys.shape[0] <= self.capacity
+        self._store(layer, keys, values)
+        return self._seen(layer, queries)
+
+    @abstractmethod
+    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
+
+
+def new_cache(
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None = None,
+) -> KVCache:
+    """The kind of cache that the device computes fastest. `bits` None are those of `dtype`."""
+    if device.type == "cpu" and attention.available():
+        return PagedKVCache(config, capacity, bits or _bits(dtype))
+    return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
+
+
+def cache_bytes(
+    config: ModelConfig, capacity: int, dtype: torch.dtype, bits: Bits | None = None
+) -> int:
+    """Bytes that a cache of this capacity takes when it is full."""
+    bits = bits or _bits(dtype)
+    size = config.head_dim * bits // 8 + (4 if bits == 8 else 0)
+    return 2 * config.num_hidden_layers * capacity * config.num_key_value_heads * size
+
+
+def _bits(dtype: torch.dtype) -> Bits:
+    return 32 if dtype == torch.float32 else 16
+
+
+class PagedKVCache(KVCache):
+    """For the kernel for CPUs: pages of 512 tokens, which stay where they are as others come."""
+
+    def __init__(self, config: ModelConfig, capacity: int, bits: Bits) -> None:
+        super().__init__(config, capacity)
+        self._shape = CacheShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
+        )
+        layers = range(config.num_hidden_layers)
+        self._pages: list[list[torch.Tensor]] = [[] for _ in layers]
+        self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
+
+    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        mine = self._pages[layer]
+        while len(mine) * PAGE < self.length + keys.shape[0]:
+            mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
+        # Looked at each time, because Ctrl-C may have come between a page and its address.
+        if len(mine) != self._addresses[layer].numel():
+            self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
+        pages.store(self._shape, self._addresses[layer], self.length, keys, values)
+
+    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        window = self.config.sliding_window
+        return attention.attend(self._shape, self._addresses[layer], self.length, queries, window)
+
+
+class TensorKVCache(KVCache):
+    """For torch's attention, on any device: of each layer keys and values, [G, tokens, h].
+
+    `quantized` keeps 8 bits a number and a scale for each key and value, and widens a layer's
+    whenever they are looked at.
     """
 
     def __init__(
-        self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantized: bool = False,
     ) -> None:
+        super().__init__(config, capacity)
+        self._dtype, self._quantized = dtype, quantized
         shape = (config.num_key_value_heads, 0, config.head_dim)
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        self._keys = [empty] * config.num_hidden_layers
-        self._values = [empty] * config.num_hidden_layers
-        self.capacity = capacity
-        self.length = 0
+        empty = torch.empty(shape, dtype=torch.int8 if quantized else dtype, device=device)
+        scales = torch.empty((*shape[:2], 1), device=device)
+        layers = config.num_hidden_layers
+        self._kept = {"keys": [empty] * layers, "values": [empty] * layers}
+        self._scales = {"keys": [scales] * layers, "values": [scales] * layers}
+        self._mask: tuple[tuple[int, int], torch.Tensor | None] = ((0, 0), None)
 
-    @staticmethod
-    def nbytes(config: ModelConfig, capacity: int, dtype: torch.dtype) -> int:
-        """Bytes that a cache of this capacity takes when it is full."""
-        width = config.num_key_value_heads * config.head_dim * dtype.itemsize
-        return 2 * config.num_hidden_layers * capacity * width
-
-    def store(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put [T, kv_heads, head_dim] of one layer behind `length`; all of that layer's so far,
-        as [kv_heads, length + T, head_dim]."""
+    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         end = self.length + keys.shape[0]
-        assert end <= self.capacity
-        # The values grow last: broken off in between, by Ctrl-C or for want of memory, both are
-        # grown again.
-        if end > self._values[layer].shape[1]:
-            self._keys[layer] = self._grown(self._keys[layer], end)
-            self._values[layer] = self._grown(self._values[layer], end)
-        self._keys[layer][:, self.length : end] = keys.transpose(0, 1)
-        self._values[layer][:, self.length : end] = values.transpose(0, 1)
-        return self._keys[layer][:, :end], self._values[layer][:, :end]
+        for name, given in (("keys", keys), ("values", values)):
+            numbers = given.transpose(0, 1)  # [G, T, h]
+            if self._quantized:
+                scales = numbers.float().abs().amax(-1, keepdim=True) / _LARGEST
+                numbers = (numbers.float() / scales.clamp(min=1e-30)).round()
+                self._put(self._scales[name], layer, scales, end)
+            self._put(self._kept[name], layer, numbers, end)
 
-    def _grown(self, old: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The same with room for `tokens` at least."""
-        room = min(-(-tokens // _STEP) * _STEP, self.capacity)
-        grown = old.new_empty(old.shape[0], room, old.shape[2])
-        grown[:, : self.length] = old[:, : self.length]
-        return grown
+    def _put(self, kept: list[torch.Tensor], layer: int, new: torch.Tensor, end: int) -> None:
+        """Behind what is there. It grows by copying, some hundred tokens at a time."""
+        old = kept[layer]
+        if end > old.shape[1]:
+            room = min(-(-end // _STEP) * _STEP, self.capacity)
+            grown = old.new_empty(old.shape[0], room, old.shape[2])
+            grown[:, : self.length] = old[:, : self.length]
+            kept[layer] = grown
+        kept[layer][:, self.length : end] = new
+
+    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        tokens, heads, _ = queries.shape
+        groups = self.config.num_key_value_heads
+        shared, end = heads // groups, self.length + tokens
+        keys, values = (self._widened(name, layer, end) for name in ("keys", "values"))
+        mask = self._mask_of(tokens)
+        # The R = H / G heads that share a key are put one behind the other, as if they were R times
+        # as many tokens: each key is then read once, not R times (`enable_gqa` would, on a CPU).
+        grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
+        attended = functional.scaled_dot_product_attention(
+            grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
+            keys[None],  # [1, G, P + T, h]
+            values[None],
+            attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
+        )
+        merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
+        return merged.reshape(tokens, heads, -1)
+
+    def _widened(self, name: str, layer: int, end: int) -> torch.Tensor:
+        kept = self._kept[name][layer][:, :end]
+        if not self._quantized:
+            return kept
+        return (kept * self._scales[name][layer][:, :end]).to(self._dtype)
+
+    def _mask_of(self, tokens: int) -> torch.Tensor | None:
+        """The same for all layers of a pass."""
+        where = (self.length, tokens)
+        if self._mask[0] != where:
+            device = self._kept["keys"][0].device
+            mask = attention_mask(*where, self.config.sliding_window, device)
+            self._mask = (where, mask)
+        return self._mask[1]
+
+
+def attention_mask(
+    past: int, tokens: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which of P + T positions each of T tokens may look at; None where all may see everything.
+
+    A token sees itself and what came before, with a sliding window W only the last W of these:
+    past 1, tokens 2, window 2 gives [[1, 1, 0], [0, 1, 1]].
+    """
+    sees_all = window is None or past + tokens <= window
+    if tokens == 1 and sees_all:
+        return None
+    position = torch.arange(past, past + tokens, device=device)[:, None]
+    other = torch.arange(past + tokens, device=device)[None]
+    mask = other <= position
+    return mask if window is None else mask & (other > position - window)

@@ -11,7 +11,7 @@ import torch
 from mixchat.engine.expectation import predicted
 from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place, settle_threads
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
@@ -20,6 +20,7 @@ from mixchat.errors import UsageError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.runner import ExpertRunner
 from mixchat.experts.trace import TraceWriter, TracingRunner
+from mixchat.kernels.pages import Bits
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint import KeptModel
@@ -31,13 +32,14 @@ class LoadOptions:
     """How to load. None chooses from what the machine has.
 
     host_memory: RAM for experts; device_memory: all that may be taken on a GPU; cache_policy: one
-    of `policies.POLICIES`; trace: a file that gets the routing; note: gets what a person should
-    hear of.
+    of `policies.POLICIES`; kv_bits: those of a number in the KV cache, None for the model's own;
+    trace: a file that gets the routing; note: gets what a person should hear of.
     """
 
     host_memory: MemoryBudget | None = None
     device_memory: MemoryBudget | None = None
     context_size: int | None = None
+    kv_bits: Bits | None = None
     device: str | None = None
     cache_policy: str = DEFAULT_POLICY
     trace: Path | None = None
@@ -83,7 +85,7 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
     used = stored.computed_on(device)
     dtype = stored.quantization.dtype
     context = context_size(config, options.context_size)
-    demand = demand_of(stored, context)
+    demand = demand_of(stored, context, options.kv_bits)
     placement = place(demand, FreeMemory.now(device), options.host_memory, options.device_memory)
     settle_threads(stored)
     runner: ExpertRunner
@@ -93,7 +95,7 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
     model = _build_model(kept, used, runner, context, device)
     return Engine(
         model,
-        KVCache(config, context, dtype, device),
+        new_cache(config, context, dtype, device, options.kv_bits),
         fetcher,
         expected=lambda: predicted(
             stored, kept.directory, device, replace(placement, slots=fetcher.slots)

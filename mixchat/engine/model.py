@@ -42,26 +42,15 @@ class Attention:
         self._layer, self._config = layer, config
         self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
 
-    def __call__(self, x: torch.Tensor, cache: KVCache, mask: torch.Tensor | None) -> torch.Tensor:
-        """x [T, D] to [T, D]; mask [T, P + T] is True where a token may look, None for anywhere."""
+    def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = self._qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)
         rotated = self._rope(qkv[:, : heads + groups], cache.length)
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        all_keys, all_values = cache.store(self._layer, keys, qkv[:, heads + groups :])
-        # The R = H / G heads that share a key are put one behind the other, as if they were R times
-        # as many tokens: each key is then read once, not R times (`enable_gqa` would, on a CPU).
-        shared = heads // groups
-        grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
-        attended = functional.scaled_dot_product_attention(
-            grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
-            all_keys[None],  # [1, G, P + T, h]
-            all_values[None],
-            attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
-        )
-        merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
-        return self._o_proj(merged.reshape(tokens, -1))
+        attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])
+        return self._o_proj(attended.reshape(tokens, -1))
 
 
 class Block:
@@ -73,8 +62,8 @@ class Block:
         self._attention_norm, self._attention = attention_norm, attention
         self._moe_norm, self._moe = moe_norm, moe
 
-    def __call__(self, x: torch.Tensor, cache: KVCache, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self._attention(self._attention_norm(x), cache, mask)
+    def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        x = x + self._attention(self._attention_norm(x), cache)
         return x + self._moe(self._moe_norm(x))
 
 
@@ -105,26 +94,8 @@ class Model:
         The cache must have room for them: P + T <= capacity.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
-        mask = attention_mask(cache.length, ids.shape[0], self.config.sliding_window, self.device)
         for block in self._blocks:
-            x = block(x, cache, mask)
+            x = block(x, cache)
         logits = self._head(self._norm(x if all_logits else x[-1:]))
         cache.length += ids.shape[0]  # last of all: what is broken off has not been
         return logits
-
-
-def attention_mask(
-    past: int, tokens: int, window: int | None, device: torch.device
-) -> torch.Tensor | None:
-    """Which of P + T positions each of T tokens may look at; None where all may see everything.
-
-    A token sees itself and what came before, with a sliding window W only the last W of these:
-    past 1, tokens 2, window 2 gives [[1, 1, 0], [0, 1, 1]].
-    """
-    sees_all = window is None or past + tokens <= window
-    if tokens == 1 and sees_all:
-        return None
-    position = torch.arange(past, past + tokens, device=device)[:, None]
-    other = torch.arange(past + tokens, device=device)[None]
-    mask = other <= position
-    return mask if window is None else mask & (other > position - window)

@@ -16,10 +16,11 @@ from mixchat.engine.expectation import (
     hit_rates,
 )
 from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.kv_cache import cache_bytes
 from mixchat.experts.calibration import Calibration
 from mixchat.experts.cost import TokenCost
 from mixchat.experts.placement import MIN_SLOTS, Demand, Placement
+from mixchat.kernels.pages import Bits
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 
@@ -46,6 +47,7 @@ class Wishes:
     host_memory: MemoryBudget | None = None
     device_memory: MemoryBudget | None = None
     context_size: int | None = None
+    kv_bits: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def look(directory: Path, device: torch.device) -> Machine:
 def fit(blueprint: Blueprint, free: FreeMemory, wishes: Wishes) -> Fit:
     """Where the model goes, as loading it now would have it; raises the same."""
     context = context_size(blueprint.config, wishes.context_size)
-    demand = demand_of(blueprint, context)
+    demand = demand_of(blueprint, context, wishes.kv_bits)
     placement = place(demand, free, wishes.host_memory, wishes.device_memory)
     return Fit(context, _largest_context(blueprint, free, wishes, placement), demand, placement)
 
@@ -151,7 +153,7 @@ def _largest_context(
     else:
         room = wishes.device_memory.of(free.device) if wishes.device_memory else free.device
     room -= blueprint.shared_size + least * blueprint.expert.stride
-    token = KVCache.nbytes(config, 1, blueprint.quantization.dtype)
+    token = cache_bytes(config, 1, blueprint.quantization.dtype, wishes.kv_bits)
     return min(room // token, config.max_position_embeddings)
 
 

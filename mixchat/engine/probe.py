@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
@@ -46,15 +46,16 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
         return Block(norm, Attention(0, config, qkv, o, rope), norm, moe)
 
     turns = itertools.cycle([block() for _ in range(_COPIES)])
-    cache = KVCache(config, 2 * _CONTEXT, dtype, device)
+    cache = new_cache(config, 2 * _CONTEXT, dtype, device)
     earlier = torch.ones(_CONTEXT, config.num_key_value_heads, config.head_dim, dtype=dtype)
-    cache.store(0, earlier.to(device), earlier.to(device))
+    queries = torch.ones(_CONTEXT, config.num_attention_heads, config.head_dim, dtype=dtype)
+    cache.attend(0, queries.to(device), earlier.to(device), earlier.to(device))
     cache.length = _CONTEXT
     x = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def compute() -> None:
-        next(turns)(x, cache, None)
+        next(turns)(x, cache)
 
     return compute
 

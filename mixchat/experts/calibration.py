@@ -18,6 +18,7 @@ from mixchat import machine
 from mixchat.errors import CheckpointError
 from mixchat.experts.memory import CPU
 from mixchat.files import read_json_object, write_file
+from mixchat.kernels.compile import KERNELS
 from mixchat.weights.blueprint import Blueprint
 
 _FORMAT = 1  # of the file of results; one of another format is measured again
@@ -74,6 +75,7 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
             f"{machine.usable_cores()} cores, {torch.get_num_threads()} threads",
             f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}",
+            f"kernels {KERNELS}",
             f"{device}: {gpu}",
             f"disk {machine.existing(directory).stat().st_dev}",
             f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "

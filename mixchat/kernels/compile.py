@@ -10,6 +10,7 @@ import torch
 
 from mixchat.kernels.threads import NativeFunction
 
+KERNELS = 1  # counts up when kernels become faster or slower: what was measured before is void
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -43,13 +44,14 @@ class Compiled:
     """The functions of one module. Each takes one pointer, to its arguments."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine  # owns the machine code
+        self._engine = engine
         self._functions: dict[str, NativeFunction] = {}
 
     def function(self, name: str) -> NativeFunction:
         """The one of this name."""
         if name not in self._functions:
-            self._functions[name] = NativeFunction(self._engine.get_function_address(name))
+            address = self._engine.get_function_address(name)
+            self._functions[name] = NativeFunction(address, owner=self._engine)
         return self._functions[name]
 
 

@@ -81,6 +81,9 @@ class Value:
         """Zeros come in from the left."""
         return self._binary(other, "lshr")
 
+    def __neg__(self) -> Value:
+        return self * -1
+
     def compare(self, operator: str, other: Value | float) -> Value:
         """A bit, or a vector of bits: `operator` is <, <=, ==, ...; numbers have a sign."""
         right = self._function.constant(self.type, other).raw
@@ -113,6 +116,10 @@ class Value:
         """Floats without what is behind the point."""
         return self._wrap(self._builder.fptosi(self.raw, kind))
 
+    def sign_shifted(self, bits: int) -> Value:
+        """Shifted to the right; the sign comes in from the left."""
+        return self._binary(bits, "ashr")
+
     def spread(self, count: int) -> Value:
         """A vector that has this number everywhere."""
         kind = vector(self.type, count)
@@ -124,6 +131,11 @@ class Value:
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
         mask = ir.Constant(vector(i32, len(places)), list(places))
         return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
+
+
+def _suffix(kind: Any) -> str:
+    """What LLVM puts behind the name of a function for floats of this type."""
+    return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
 
 
 class Pointer:
@@ -149,7 +161,7 @@ class Pointer:
 
     def prefetch(self, offset: Value | int) -> None:
         """Ask for the cache line; an address that does not exist does no harm."""
-        read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
+        read, keep, data = (self._function.constant(i32, number) for number in (0, 2, 1))
         self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
@@ -191,6 +203,26 @@ class Function:
             kind = ir.FunctionType(returns, [argument.type for argument in raw])
             function = ir.Function(self._module, kind, name)
         return Value(self, self.builder.call(function, raw))
+
+    def maximum(self, one: Value, other: Value) -> Value:
+        """The larger of two floats, place by place."""
+        return one.compare(">", other).choose(one, other)
+
+    def multiply_add(self, one: Value, other: Value, third: Value) -> Value:
+        """one * other + third, rounded once."""
+        return self.call(f"llvm.fma.{_suffix(one.type)}", one.type, one, other, third)
+
+    def rounded(self, value: Value) -> Value:
+        """The nearest whole numbers, as floats."""
+        return self.call(f"llvm.rint.{_suffix(value.type)}", value.type, value)
+
+    def scratch(self, size: int) -> Pointer:
+        """So many bytes of the stack of the thread that runs this."""
+        kind = ir.ArrayType(i8, size)
+        with self.builder.goto_entry_block():
+            space = self.builder.alloca(kind)
+            space.align = 64
+        return Pointer(self, self.builder.bitcast(space, _byte_pointer))
 
     def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
         """Call a function of this module."""

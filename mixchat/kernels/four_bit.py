@@ -16,7 +16,6 @@ N = tokens, R = rows (out features), C = columns (in features), B = C / 64 block
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +23,10 @@ from typing import Any
 import torch
 from llvmlite import ir
 
+from mixchat.kernels.arithmetic import rounded_to_bf16
 from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
-from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, i64, vector
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
+from mixchat.kernels.signature import Signature
 
 BAND = 32  # rows
 BLOCK = 64  # columns
@@ -41,9 +42,7 @@ _LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}
 _UNROLLED: dict[InstructionSet, int] = {"avx512": 4, "avx2": 2}  # lines
 _DTYPES = (torch.float32, torch.bfloat16)
 
-# The arguments of both functions, 64 bits each. The first counts the items that are taken.
-_NAMES = (
-    "next",
+_SIGNATURE = Signature(
     "x",
     "whole_x",
     "x_scales",
@@ -56,7 +55,6 @@ _NAMES = (
     "tokens",
     "chunk",
 )
-_Numbers = ctypes.c_int64 * len(_NAMES)
 
 
 def available() -> bool:
@@ -89,14 +87,24 @@ def matmul(
     whole_x = torch.empty(tokens, columns, dtype=torch.int16)
     x_scales = torch.empty(tokens, columns // BLOCK)
     out = torch.empty(tokens, rows, dtype=dtype)
-    tensors = (flat, whole_x, x_scales, codes, absmax, levels, out)
-    chunk = max(8, _X_BYTES // (2 * columns))
-    arguments = _Numbers(0, *(t.data_ptr() for t in tensors), rows, columns, tokens, chunk)
+    numbers = _SIGNATURE.numbers(
+        x=flat.data_ptr(),
+        whole_x=whole_x.data_ptr(),
+        x_scales=x_scales.data_ptr(),
+        codes=codes.data_ptr(),
+        absmax=absmax.data_ptr(),
+        levels=levels.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+        chunk=max(8, _X_BYTES // (2 * columns)),
+    )
     compiled = _compiled(instruction_set(), dtype == torch.bfloat16)
     threads = torch.get_num_threads()
-    compiled.function("round_x").run(arguments, 1 if tokens == 1 else threads)
-    arguments[0] = 0
-    compiled.function("multiply").run(arguments, threads)
+    compiled.function("round_x").run(numbers, 1 if tokens == 1 else threads)
+    numbers[0] = 0
+    compiled.function("multiply").run(numbers, threads)
     return out.view(*x.shape[:-1], rows).to(x.dtype)
 
 
@@ -112,23 +120,10 @@ def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
     return compile_module(module, instructions)
 
 
-class _Arguments:
-    """The arguments, as the functions read them."""
-
-    def __init__(self, function: Function) -> None:
-        self._function = function
-
-    def number(self, name: str) -> Value:
-        return self._function.pointer.load(i64, 8 * _NAMES.index(name))
-
-    def pointer(self, name: str) -> Pointer:
-        return self._function.address(self.number(name))
-
-
 def _write_round_x(module: Any, lanes: int, half: bool) -> None:
     """x as whole numbers, and a scale for each block: a token is an item of work."""
     function = Function(module, "round_x")
-    given = _Arguments(function)
+    given = _SIGNATURE.read_by(function)
     x, whole_x, scales = (given.pointer(name) for name in ("x", "whole_x", "x_scales"))
     columns, tokens = given.number("columns"), given.number("tokens")
     blocks = columns // BLOCK
@@ -173,7 +168,7 @@ def _floats(pointer: Pointer, offset: Value, count: int, half: bool) -> Value:
 def _write_multiply(module: Any, wide: _Tile, tiles: Sequence[_Tile]) -> None:
     """The product: an item of work is `_BANDS` bands for one chunk of tokens."""
     function = Function(module, "multiply")
-    given = _Arguments(function)
+    given = _SIGNATURE.read_by(function)
     rows, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
     bands = rows // BAND
     groups = (bands + (_BANDS - 1)) // _BANDS
@@ -216,7 +211,7 @@ class _Tile:
         self.function = Function(module, f"tile_{bands}_{tokens}", numbers=2)
         self._lanes, self._half = _LANES[instructions], half
         self._unrolled = _UNROLLED[instructions]
-        given = _Arguments(self.function)
+        given = _SIGNATURE.read_by(self.function)
         self._lookup = _lookup(instructions, self.function, given.pointer("levels"))
         self._x, self._codes = given.pointer("whole_x"), given.pointer("codes")
         self._absmax, self._x_scales = given.pointer("absmax"), given.pointer("x_scales")
@@ -242,7 +237,7 @@ class _Tile:
             band, token, part = _split(place, self.tokens, parts)
             first = (self._token + token) * self._rows + self._row + band * BAND + part * lanes
             if self._half:
-                self._out.store(_rounded_to_bf16(total, lanes), first * 2)
+                self._out.store(rounded_to_bf16(total), first * 2)
             else:
                 self._out.store(total, first * 4)
         function.finish()
@@ -296,14 +291,6 @@ class _Tile:
 def _split(place: int, tokens: int, parts: int) -> tuple[int, int, int]:
     """Band, token and part of a place in the list of sums."""
     return place // (tokens * parts), place // parts % tokens, place % parts
-
-
-def _rounded_to_bf16(floats: Value, lanes: int) -> Value:
-    """To the nearest, to even where two are as near; NaN stays NaN."""
-    bits = floats.bits_as(vector(i32, lanes))
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
-    return (is_number.choose(rounded, 0x7FC00000) >> 16).narrowed(vector(i16, lanes))
 
 
 class _Avx512:

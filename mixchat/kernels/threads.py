@@ -8,17 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-Arguments = ctypes.Array[ctypes.c_int64]
-
 
 class NativeFunction:
-    """A function at an address, which takes a pointer."""
+    """A function at an address, which takes a pointer. `owner` keeps the code there."""
 
-    def __init__(self, address: int) -> None:
-        self._address = address
+    def __init__(self, address: int, owner: object) -> None:
+        self._address, self._owner = address, owner
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
-    def run(self, arguments: Arguments, threads: int) -> None:
+    def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads, of which this is one, and wait for all of them.
 
         Each gets the address of `arguments`; how they share the work is the function's business.

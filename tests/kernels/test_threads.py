@@ -18,7 +18,8 @@ class Recorder:
     def __init__(self) -> None:
         self.callers: list[int] = []
         self._kept = CALLBACK(self._called)
-        self.function = NativeFunction(ctypes.cast(self._kept, ctypes.c_void_p).value or 0)
+        address = ctypes.cast(self._kept, ctypes.c_void_p).value or 0
+        self.function = NativeFunction(address, owner=self._kept)
 
     def _called(self, _: int) -> None:
         time.sleep(0.05)  # long enough for all to be there

@@ -1,0 +1,42 @@
+"""Functions of floats, or vectors of them, that no single instruction computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.kernels.emit import Function, Value, i16, i32, vector
+
+_LOG2_E = 1.4426950408889634
+_LEAST = -126.0  # powers of two below this are no normal floats
+# 2^x for x from -1/2 to 1/2: the Taylor series, whose first term left out is 2e-8 of the result.
+_SERIES = (1.0, 0.6931471806, 0.2402265070, 0.0555041087, 0.0096181291, 0.0013333558, 0.0001540353)
+
+
+def exponential(function: Function, x: Value) -> Value:
+    """e^x for a float or a vector of them, x <= 0, to 3e-7 of the result; 0 below e^-87."""
+    whole_type = _as_many(i32, x)
+    power = x * _LOG2_E
+    is_seen = power.compare(">", _LEAST)
+    power = is_seen.choose(power, _LEAST)
+    whole = function.rounded(power)
+    rest = power - whole
+    result = function.constant(x.type, _SERIES[-1])
+    for factor in reversed(_SERIES[:-1]):
+        result = function.multiply_add(result, rest, function.constant(x.type, factor))
+    # A float times 2^n: n is added to its exponent, which begins at bit 23.
+    bits = result.bits_as(whole_type) + (whole.as_whole(whole_type) << 23)
+    return is_seen.choose(bits.bits_as(x.type), 0.0)
+
+
+def rounded_to_bf16(value: Value) -> Value:
+    """The upper half, to the nearest, to even where two are as near; NaN stays NaN."""
+    bits = value.bits_as(_as_many(i32, value))
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
+    return (is_number.choose(rounded, 0x7FC00000) >> 16).narrowed(_as_many(i16, value))
+
+
+def _as_many(element: Any, value: Value) -> Any:
+    """The type of as many of these as the value has."""
+    count = getattr(value.type, "count", None)
+    return element if count is None else vector(element, count)

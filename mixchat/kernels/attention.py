@@ -1,0 +1,349 @@
+"""Attention of new tokens over a cache in pages, at the speed at which memory can be read.
+
+All is computed in fp32. Softmax is done as the keys come by (Milakov & Gimelshein,
+arXiv:1805.02867), for 512 of them as one item of work, and then put together. A row is a pair of
+new token and head. Each row is computed by itself: its result does not depend on the others.
+
+T = new tokens, P = tokens before them, H = heads, G = groups (of R = H / G heads), h = head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from llvmlite import ir
+
+from mixchat.kernels.arithmetic import exponential, rounded_to_bf16
+from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
+from mixchat.kernels.pages import BLOCK, PAGE, CacheShape, group_part, number_at
+from mixchat.kernels.signature import Signature
+
+_KEYS = 64  # that are scored before their values are added
+_SPLIT = PAGE  # keys of one item of work
+_ROWS = 32  # of one item of work, or those of one token where it has more
+_TILE = 4  # rows that are computed together
+_VECTORS = 2  # of keys, or of a value's width, that are computed together
+_MASKED, _LOWEST = -3e38, -1e38  # scores; e^(masked - lowest) is 0
+_NO_WINDOW = 2**30  # tokens
+_LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}
+_SIGNATURE = Signature(
+    "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window"
+)
+
+
+def available() -> bool:
+    """Whether this CPU can run it: it takes AVX2."""
+    return instruction_set() is not None
+
+
+def attend(
+    shape: CacheShape, pages: torch.Tensor, past: int, queries: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """What the tokens of `queries` [T, H, h] see of the cache, which has their own keys too.
+
+    Each sees itself and all before it, with a sliding window the last `window` of these. Returns
+    [T, H, h] in the type of the queries, fp32 or bf16. `pages` as for `store`.
+    """
+    queries = queries.contiguous()
+    tokens = queries.shape[0]
+    splits = -(-(past + tokens) // _SPLIT)
+    parts = torch.empty(tokens * shape.heads * splits, shape.width + 2)
+    out = torch.empty_like(queries)
+    numbers = _SIGNATURE.numbers(
+        pages=pages.data_ptr(),
+        queries=queries.data_ptr(),
+        parts=parts.data_ptr(),
+        out=out.data_ptr(),
+        past=past,
+        tokens=tokens,
+        splits=splits,
+        per_item=_rows(shape) // shape.shared,
+        window=window or _NO_WINDOW,
+    )
+    compiled = _compiled(shape, instruction_set(), queries.dtype == torch.bfloat16)
+    threads = torch.get_num_threads()
+    compiled.function("attend").run(numbers, threads)
+    numbers[0] = 0
+    compiled.function("merge").run(numbers, threads)
+    return out
+
+
+def _rows(shape: CacheShape) -> int:
+    """Rows of one item of work, at most."""
+    return max(_ROWS, shape.shared)
+
+
+@functools.cache
+def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool) -> Compiled:
+    """The functions for new tokens in fp32, or bf16 (`half`)."""
+    assert instructions is not None
+    module = ir.Module("attention")
+    _Attend(module, shape, _LANES[instructions], half).write()
+    _write_merge(module, shape, _LANES[instructions], half)
+    return compile_module(module, instructions)
+
+
+class _Attend:
+    """Some rows of a group over up to `_SPLIT` keys: largest score, sum of weights, sum of values.
+
+    These three, width + 2 floats, are put down for each row and split, for `merge`.
+    """
+
+    def __init__(self, module: Any, shape: CacheShape, lanes: int, half: bool) -> None:
+        self.shape, self.lanes, self._half = shape, lanes, half
+        self.floats = vector(f32, lanes)
+        self.function = function = Function(module, "attend")
+        self._given = _SIGNATURE.read_by(function)
+        self._queries = function.scratch(_rows(shape) * shape.width * 4)
+        self._scores = function.scratch(_rows(shape) * _KEYS * 4)
+        self._sums = function.scratch(_rows(shape) * shape.width * 4)
+        self._state = function.scratch(
+            _rows(shape) * 8
+        )  # of each row the largest score, the weights
+
+    def write(self) -> None:
+        function, given, shape = self.function, self._given, self.shape
+        tokens, splits = given.number("tokens"), given.number("splits")
+        per_item, past = given.number("per_item"), given.number("past")
+        blocks = (tokens + per_item - 1) // per_item
+        with function.each_item(function.pointer, blocks * splits * shape.groups) as item:
+            split, rest = item % splits, item // splits
+            group, first = rest % shape.groups, rest // shape.groups * per_item
+            end = first + per_item
+            end = end.compare("<", tokens).choose(end, tokens)
+            rows = (end - first) * shape.shared
+            self._begin(first, group, rows)
+            # The window of the first token, and what the last one sees.
+            lowest = past + first + 1 - given.number("window")
+            start = split * _SPLIT
+            lowest = lowest // _KEYS * _KEYS
+            start_at = lowest.compare(">", start).choose(lowest, start)
+            limit, seen = start + _SPLIT, past + end
+            limit = limit.compare("<", seen).choose(limit, seen)
+            with function.loop(start_at, limit, _KEYS) as (key, _):
+                page = group_part(given, shape, key, group)
+                following = key + _KEYS
+                following = following.compare("<", limit).choose(following, key)
+                next_page = group_part(given, shape, following, group)
+                self._score(page, key % PAGE, rows)
+                self._weigh(page, key, first, rows)
+                self._add_values(page, key % PAGE, rows, next_page, following % PAGE)
+            self._end(first, group, rows, split, splits)
+        function.finish()
+
+    def _row(self, row: Value, first: Value, group: Value) -> Value:
+        """The number of a row of this item among all T * H."""
+        shared = self.shape.shared
+        return (first + row // shared) * self.shape.heads + group * shared + row % shared
+
+    def _begin(self, first: Value, group: Value, rows: Value) -> None:
+        """The queries as fp32, times 1 / sqrt(h); nothing seen yet."""
+        function, shape, lanes = self.function, self.shape, self.lanes
+        queries, half = self._given.pointer("queries"), self._half
+        zeros = function.constant(self.floats, 0.0)
+        with function.loop(0, rows, 1) as (row, _):
+            here = row * (shape.width * 4)
+            for start in range(0, shape.width, lanes):
+                self._queries.store(zeros, here + start * 4)
+                self._sums.store(zeros, here + start * 4)
+            source = self._row(row, first, group) * shape.head_dim
+            with function.loop(0, shape.head_dim, 1) as (number, _):
+                value = number_at(queries, source + number, half)
+                self._queries.store(value * shape.head_dim**-0.5, here + number * 4)
+            self._state.store(function.constant(f32, _LOWEST), row * 8)
+            self._state.store(function.constant(f32, 0.0), row * 8 + 4)
+
+    def _unpacked(self, words: Value) -> list[Value]:
+        """The numbers of the words, as floats: those in the low bits first."""
+        if self.shape.bits == 32:
+            return [words.bits_as(self.floats)]
+        if self.shape.bits == 16:
+            both = words << 16, words & 0xFFFF0000
+            return [half.bits_as(self.floats) for half in both]
+        return [
+            (words << (24 - 8 * number)).sign_shifted(24).as_float(self.floats)
+            for number in range(4)
+        ]
+
+    def _tiles(
+        self, rows: Value
+    ) -> Iterator[tuple[int, AbstractContextManager[tuple[Value, list[Value]]]]]:
+        """The rows in tiles: the rows of each, and a loop over the first of them."""
+        whole = rows // _TILE * _TILE
+        yield _TILE, self.function.loop(0, whole, _TILE)
+        yield 1, self.function.loop(whole, rows, 1)
+
+    def _score(self, page: Pointer, here: Value, rows: Value) -> None:
+        """Queries times keys."""
+        function, shape, lanes = self.function, self.shape, self.lanes
+        words, per_word = shape.width // shape.per_word, shape.per_word
+        zero = function.constant(self.floats, 0.0)
+        block_bytes = words * BLOCK * 4
+        # Both take as many bytes a token: what is read of the keys is fetched of the values too.
+        values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
+        for count, tiles in self._tiles(rows):
+            with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
+                places = [here + start + number * lanes for number in range(_VECTORS)]
+                blocks = [
+                    page.plus(place // BLOCK * block_bytes + place % BLOCK * 4) for place in places
+                ]
+                with function.loop(0, words, 1, [zero] * (count * _VECTORS)) as (word, sums):
+                    numbers = [
+                        self._unpacked(block.load(vector(i32, lanes), word * (BLOCK * 4)))
+                        for block in blocks
+                    ]
+                    for place in range(_VECTORS):
+                        line = (start // lanes + place) * (words * lanes * 4)
+                        values.prefetch(line + word * (lanes * 4))
+                    for tiled in range(count):
+                        query = (row + tiled) * shape.width + word * per_word
+                        for number in range(per_word):
+                            factor = self._queries.load(f32, (query + number) * 4).spread(lanes)
+                            for place in range(_VECTORS):
+                                at = tiled * _VECTORS + place
+                                sums[at] = function.multiply_add(
+                                    numbers[place][number], factor, sums[at]
+                                )
+                for place, key in enumerate(places):
+                    scale = None
+                    if shape.bits == 8:
+                        scale = page.load(self.floats, key * 4 + shape.scales_at)
+                    for tiled in range(count):
+                        score = sums[tiled * _VECTORS + place]
+                        where = (row + tiled) * _KEYS + start + place * lanes
+                        self._scores.store(score if scale is None else score * scale, where * 4)
+
+    def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
+        """From scores to weights e^(score - largest); what has been added up is scaled down."""
+        function, shape, lanes = self.function, self.shape, self.lanes
+        past = self._given.number("past")
+        window = self._given.number("window").narrowed(i32).spread(lanes)
+        count = _KEYS // lanes
+        places = vector(i32, lanes)
+        steps = function.constant(places, range(lanes))
+        with function.loop(0, rows, 1) as (row, _):
+            token = past + first + row // shape.shared
+            scores = []
+            for number in range(count):
+                # How many tokens back it lies: 0 is the token itself.
+                back = (token - key - number * lanes).narrowed(i32).spread(lanes) - steps
+                seen = back.compare(">=", 0) & back.compare("<", window)
+                score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
+                scores.append(seen.choose(score, _MASKED))
+            top = functools.reduce(function.maximum, scores)
+            largest = self._reduced("fmax", top)
+            before = self._state.load(f32, row * 8)
+            largest = function.maximum(largest, before)
+            total = function.constant(self.floats, 0.0)
+            for number, score in enumerate(scores):
+                weight = exponential(function, score - largest.spread(lanes))
+                total = total + weight
+                if shape.bits == 8:
+                    scale = (key % PAGE + number * lanes) * 4 + (shape.scales_at + PAGE * 4)
+                    weight = weight * page.load(self.floats, scale)
+                self._scores.store(weight, (row * _KEYS + number * lanes) * 4)
+            factor = exponential(function, before - largest)
+            weights = self._state.load(f32, row * 8 + 4) * factor + self._reduced("fadd", total)
+            self._state.store(largest, row * 8)
+            self._state.store(weights, row * 8 + 4)
+            with function.when(factor.compare("<", 1.0)):
+                for start in range(0, shape.width, lanes):
+                    at = (row * shape.width + start) * 4
+                    self._sums.store(self._sums.load(self.floats, at) * factor.spread(lanes), at)
+
+    def _reduced(self, how: str, value: Value) -> Value:
+        """The largest, or the sum, of a vector's numbers, halved again and again."""
+        count = self.lanes
+        while count > 1:
+            count //= 2
+            other = value.picked([*range(count, 2 * count)])
+            value = value.picked([*range(count)])
+            value = value + other if how == "fadd" else self.function.maximum(value, other)
+        return Value(self.function, self.function.builder.extract_element(value.raw, i32(0)))
+
+    def _add_values(
+        self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value
+    ) -> None:
+        """Weights times values, added to what is there."""
+        function, shape, lanes = self.function, self.shape, self.lanes
+        per_word = shape.per_word
+        values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
+        together = _VECTORS * lanes
+        next_keys = next_page.plus(next_here * (shape.width * shape.bits // 8))
+        for count, tiles in self._tiles(rows):
+            with tiles as (row, _), function.loop(0, shape.width, together) as (start, _):
+                targets = [
+                    ((row + tiled) * shape.width + start + part * lanes) * 4
+                    for tiled in range(count)
+                    for part in range(_VECTORS)
+                ]
+                before = [self._sums.load(self.floats, target) for target in targets]
+                with function.loop(0, _KEYS // per_word, 1, before) as (word, sums):
+                    at = (word * shape.width + start) * 4
+                    numbers = [
+                        self._unpacked(values.load(vector(i32, lanes), at + part * lanes * 4))
+                        for part in range(_VECTORS)
+                    ]
+                    for part in range(_VECTORS):
+                        next_keys.prefetch(at + part * lanes * 4)
+                    for tiled in range(count):
+                        weight = (row + tiled) * _KEYS + word * per_word
+                        for number in range(per_word):
+                            factor = self._scores.load(f32, (weight + number) * 4).spread(lanes)
+                            for part in range(_VECTORS):
+                                which = tiled * _VECTORS + part
+                                sums[which] = function.multiply_add(
+                                    numbers[part][number], factor, sums[which]
+                                )
+                for target, total in zip(targets, sums, strict=True):
+                    self._sums.store(total, target)
+
+    def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
+        function, shape, lanes = self.function, self.shape, self.lanes
+        parts, size = self._given.pointer("parts"), shape.width + 2
+        with function.loop(0, rows, 1) as (row, _):
+            target = (self._row(row, first, group) * splits + split) * (size * 4)
+            parts.store(self._state.load(vector(f32, 2), row * 8), target)
+            for start in range(0, shape.width, lanes):
+                total = self._sums.load(self.floats, (row * shape.width + start) * 4)
+                parts.store(total, target + (2 + start) * 4)
+
+
+def _write_merge(module: Any, shape: CacheShape, lanes: int, half: bool) -> None:
+    """The parts of a row put together: a row is an item of work."""
+    function = Function(module, "merge")
+    given = _SIGNATURE.read_by(function)
+    parts, out, splits = given.pointer("parts"), given.pointer("out"), given.number("splits")
+    floats, size = vector(f32, lanes), (shape.width + 2) * 4
+    vectors = shape.width // lanes
+    line = function.scratch(shape.width * 4)
+    with function.each_item(function.pointer, given.number("tokens") * shape.heads) as row:
+        zero = function.constant(f32, 0.0)
+        lowest = function.constant(f32, _LOWEST)
+        zeros = [function.constant(floats, 0.0)] * vectors
+        with function.loop(0, splits, 1, [lowest]) as (split, largest):
+            score = parts.load(f32, (row * splits + split) * size)
+            largest[0] = function.maximum(score, largest[0])
+        with function.loop(0, splits, 1, [zero, *zeros]) as (split, sums):
+            part = parts.plus((row * splits + split) * size)
+            factor = exponential(function, part.load(f32) - largest[0])
+            sums[0] = function.multiply_add(part.load(f32, 4), factor, sums[0])
+            for number in range(vectors):
+                values = part.load(floats, 8 + number * lanes * 4)
+                sums[1 + number] = function.multiply_add(
+                    values, factor.spread(lanes), sums[1 + number]
+                )
+        for number in range(vectors):
+            line.store(sums[1 + number] / sums[0].spread(lanes), number * lanes * 4)
+        with function.loop(0, shape.head_dim, 1) as (at, _):
+            value, place = line.load(f32, at * 4), row * shape.head_dim + at
+            if half:
+                out.store(rounded_to_bf16(value), place * 2)
+            else:
+                out.store(value, place * 4)
+    function.finish()

@@ -1,0 +1,178 @@
+"""Keys and values of the tokens seen so far, in pages, as the attention kernel reads them.
+
+A page holds 512 tokens of a layer. In it each group (the heads that share keys) has its keys, then
+its values, as words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits):
+
+- keys in blocks of 16 tokens: for each word of the head's width one vector, a token in each lane;
+- values: for each word of tokens (1, 2 or 4 of them) the width of the head, a number in each lane.
+
+So shifts unpack a word, and what belongs together lies in one lane. With 8 bits each key and each
+value has a scale of its own, behind the values.
+
+For instance bf16, h = 128, token 37 of a page: its key's numbers 6 and 7 are the word 3 of block 2,
+lane 5; its value's number 6 is the upper half of word 18, lane 6.
+
+T = new tokens, P = tokens before them, H = heads, G = groups, h = head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from llvmlite import ir
+
+from mixchat.kernels.arithmetic import rounded_to_bf16
+from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, i64
+from mixchat.kernels.signature import Arguments, Signature
+
+Bits = Literal[32, 16, 8]
+PAGE = 512  # tokens: 2 MB of Mixtral in bf16, which is a large page of memory
+BLOCK = 16  # tokens whose keys lie side by side
+_WIDTH = 32  # h is filled up to a multiple of this
+_LARGEST = 127  # of 8 bits
+_SIGNATURE = Signature("pages", "keys", "values", "past", "tokens")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How keys and values lie in a page. `bits` are those of a number in it."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    bits: Bits
+
+    @property
+    def shared(self) -> int:
+        """Heads that share a key."""
+        return self.heads // self.groups
+
+    @property
+    def width(self) -> int:
+        """Numbers of a key, with zeros behind."""
+        return -(-self.head_dim // _WIDTH) * _WIDTH
+
+    @property
+    def per_word(self) -> int:
+        """Numbers in 32 bits."""
+        return 32 // self.bits
+
+    @property
+    def values_at(self) -> int:
+        """Where in a group's part of a page the values begin: bytes."""
+        return PAGE * self.width * self.bits // 8
+
+    @property
+    def scales_at(self) -> int:
+        """Where the scales of keys begin; those of values are behind them."""
+        return 2 * self.values_at
+
+    @property
+    def group_bytes(self) -> int:
+        """A group's part of a page."""
+        return self.scales_at + (2 * PAGE * 4 if self.bits == 8 else 0)
+
+    @property
+    def page_bytes(self) -> int:
+        """A page of one layer."""
+        return self.groups * self.group_bytes
+
+
+def store(
+    shape: CacheShape, pages: torch.Tensor, past: int, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Put keys and values [T, G, h], fp32 or bf16, behind the first `past` tokens.
+
+    pages: int64, the addresses of a layer's pages, which are zero where nothing has been put.
+    """
+    keys, values = keys.contiguous(), values.contiguous()
+    tokens = keys.shape[0]
+    numbers = _SIGNATURE.numbers(
+        pages=pages.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        past=past,
+        tokens=tokens,
+    )
+    compiled = _compiled(shape, instruction_set(), keys.dtype == torch.bfloat16)
+    compiled.function("store").run(numbers, 1 if tokens == 1 else torch.get_num_threads())
+
+
+def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
+    """A group's part of the page that has this token."""
+    page = given.pointer("pages").load(i64, token // PAGE * 8)
+    return given.function.address(page + group * shape.group_bytes)
+
+
+def number_at(pointer: Pointer, place: Value, half: bool) -> Value:
+    """A number of a tensor in fp32, or bf16 (`half`), as fp32."""
+    if not half:
+        return pointer.load(f32, place * 4)
+    return (pointer.load(i16, place * 2).widened(i32) << 16).bits_as(f32)
+
+
+@functools.cache
+def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool) -> Compiled:
+    assert instructions is not None
+    module = ir.Module("pages")
+    _Store(module, shape, half).write()
+    return compile_module(module, instructions)
+
+
+class _Store:
+    """Number by number, for a token has few; a token is an item of work."""
+
+    def __init__(self, module: Any, shape: CacheShape, half: bool) -> None:
+        self.shape, self._half = shape, half
+        self.function = Function(module, "store")
+        self._given = _SIGNATURE.read_by(self.function)
+
+    def write(self) -> None:
+        function, given, shape = self.function, self._given, self.shape
+        size = shape.bits // 8
+        with function.each_item(function.pointer, given.number("tokens")) as token:
+            place = given.number("past") + token
+            here = place % PAGE
+            block = here // BLOCK * (BLOCK * shape.width * size) + here % BLOCK * 4
+            word = here // shape.per_word * (shape.width * 4) + here % shape.per_word * size
+            with function.loop(0, shape.groups, 1) as (group, _):
+                target = group_part(given, shape, place, group)
+                first = (token * shape.groups + group) * shape.head_dim
+                keys, values = given.pointer("keys"), given.pointer("values")
+                scale = target.plus(here * 4 + shape.scales_at)
+                with self._encoded(keys, first, scale) as (number, key):
+                    lane = number // shape.per_word * (BLOCK * 4) + number % shape.per_word * size
+                    target.store(key, block + lane)
+                with self._encoded(values, first, scale.plus(PAGE * 4)) as (number, value):
+                    target.store(value, word + number * 4 + shape.values_at)
+        function.finish()
+
+    @contextmanager
+    def _encoded(
+        self, source: Pointer, first: Value, scale: Pointer
+    ) -> Iterator[tuple[Value, Value]]:
+        """A loop over a head's numbers: the place of each, and what of it is kept."""
+        factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
+        with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
+            number = number_at(source, first + place, self._half)
+            if factor is not None:
+                kept = self.function.rounded(number * factor).as_whole(i32).narrowed(i8)
+            else:
+                kept = number if self.shape.bits == 32 else rounded_to_bf16(number)
+            yield place, kept
+
+    def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
+        """Put down the scale of a head's numbers; what they are multiplied with."""
+        function, zero = self.function, self.function.constant(f32, 0.0)
+        with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
+            number = number_at(source, first + place, self._half)
+            largest[0] = function.maximum(function.maximum(number, -number), largest[0])
+        scale.store(largest[0] * (1 / _LARGEST))
+        factor = function.constant(f32, _LARGEST) / largest[0]
+        return largest[0].compare(">", 1e-30).choose(factor, 0.0)

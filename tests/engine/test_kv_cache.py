@@ -1,0 +1,170 @@
+"""Both kinds of cache: pages for the CPU's kernel, tensors for torch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixchat.config import ModelConfig
+from mixchat.engine import kv_cache
+from mixchat.engine.kv_cache import (
+    KVCache,
+    PagedKVCache,
+    TensorKVCache,
+    attention_mask,
+    cache_bytes,
+    new_cache,
+)
+from mixchat.engine.loader import LoadOptions, load_engine
+from mixchat.engine.sampling import SamplingOptions
+from mixchat.kernels import attention
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "mixtral",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+)
+needs_kernel = pytest.mark.skipif(not attention.available(), reason="the kernel needs AVX2")
+
+
+def paged(bits: int) -> KVCache:
+    return PagedKVCache(CONFIG, 2000, bits)
+
+
+def of_tensors(bits: int) -> KVCache:
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    return TensorKVCache(CONFIG, 2000, dtype, CPU, quantized=bits == 8)
+
+
+KINDS = [pytest.param(paged, marks=needs_kernel), of_tensors]
+
+
+def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tensor:
+    """What the tokens of these turns see in both layers: [layers, T, H, h]."""
+    generator = torch.Generator().manual_seed(0)
+    seen: list[torch.Tensor] = []
+    for tokens in turns:
+        new = torch.randn(2, tokens, 8, 16, generator=generator).to(dtype)
+        layers = [cache.attend(n, x[:, :4], x[:, 4:6], x[:, 6:]) for n, x in enumerate(new)]
+        cache.length += tokens
+        seen.append(torch.stack(layers))
+    return torch.cat(seen, dim=1)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("bits", "dtype", "within"),
+    [(32, torch.float32, 1e-5), (16, torch.bfloat16, 6e-3), (8, torch.bfloat16, 3e-2)],
+)
+@pytest.mark.parametrize("turns", [(5, 1, 1, 700, 1), (600,), (1,) * 20])
+def test_both_kinds_see_the_same(
+    bits: int, dtype: torch.dtype, within: float, turns: tuple[int, ...]
+) -> None:
+    one, other = (conversation(kind(bits), dtype, *turns) for kind in (paged, of_tensors))
+    assert one.dtype == other.dtype == dtype
+    assert (one.float() - other.float()).norm() < within * other.float().norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_bits_are_near_to_sixteen(kind: type[KVCache]) -> None:
+    exact = conversation(of_tensors(32), torch.float32, 300, 1)
+    rounded = conversation(kind(8), torch.bfloat16, 300, 1)
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_was_cut_off_is_written_over(kind: type[KVCache], bits: int) -> None:
+    cache = kind(bits)
+    first = conversation(cache, torch.bfloat16, 700, 1)
+    cache.length = 0
+    assert torch.equal(conversation(cache, torch.bfloat16, 700, 1), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_cache_takes_no_memory(kind: type[KVCache], monkeypatch: object) -> None:
+    def held(cache: KVCache) -> int:
+        if isinstance(cache, PagedKVCache):
+            return sum(page.nbytes for pages in cache._pages for page in pages)
+        assert isinstance(cache, TensorKVCache)
+        return sum(layer.nbytes for layers in cache._kept.values() for layer in layers)
+
+    cache = kind(16)
+    assert held(cache) == 0
+    conversation(cache, torch.bfloat16, 10)
+    little = held(cache)
+    conversation(cache, torch.bfloat16, 1900)
+    assert 0 < 3 * little < held(cache)
+
+
+def test_the_bytes_of_a_full_cache() -> None:
+    assert cache_bytes(CONFIG, 1000, torch.bfloat16) == 2 * 2 * 1000 * 2 * 16 * 2
+    assert cache_bytes(CONFIG, 1000, torch.float32) == 2 * 2 * 1000 * 2 * 16 * 4
+    assert cache_bytes(CONFIG, 1000, torch.bfloat16, 8) == 2 * 2 * 1000 * 2 * (16 + 4)
+
+
+def test_the_device_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = PagedKVCache if attention.available() else TensorKVCache
+    assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is expected
+    assert type(new_cache(CONFIG, 10, torch.bfloat16, torch.device("meta"))) is TensorKVCache
+    monkeypatch.setattr(attention, "available", lambda: False)
+    assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is TensorKVCache
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
+def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
+) -> None:
+    """In a prefill, between the keys and the values, or a page and its address: each turn failed
+    from then on."""
+    monkeypatch.setattr(attention, "available", lambda: kernel)
+
+    def text() -> list[int]:
+        sampling = SamplingOptions(temperature=0)
+        prompt = list(range(5, 37))
+        return list(engine.generate(prompt, sampling=sampling, stop_ids=set(), max_tokens=20))
+
+    options = LoadOptions(device="cpu")
+    engine = load_engine(tiny_model, options)
+    expected = text()
+    engine = load_engine(tiny_model, options)
+    owner, name = (kv_cache.pages, "store") if kernel else (TensorKVCache, "_put")
+    real, calls = getattr(owner, name), iter(range(1000))
+
+    def broken_off(*arguments: object) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(owner, name, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        text()
+    assert text() == expected
+
+
+@pytest.mark.parametrize(
+    ("past", "tokens", "window", "expected"),
+    [
+        (5, 1, None, None),
+        (0, 2, None, [[1, 0], [1, 1]]),
+        (1, 2, None, [[1, 1, 0], [1, 1, 1]]),
+        (1, 2, 2, [[1, 1, 0], [0, 1, 1]]),
+        (1, 1, 2, None),
+        (3, 1, 2, [[0, 0, 1, 1]]),
+    ],
+)
+def test_the_mask(past: int, tokens: int, window: int | None, expected: list[list[int]]) -> None:
+    mask = attention_mask(past, tokens, window, torch.device("cpu"))
+    assert (None if mask is None else mask.int().tolist()) == expected
