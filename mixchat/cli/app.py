@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mixchat import __version__
+from mixchat.cli.bench import bench
 from mixchat.cli.download import download
 from mixchat.cli.models import list_models, show
 from mixchat.cli.plan import plan
@@ -20,7 +21,7 @@ from mixchat.cli.report import report
 from mixchat.cli.run import run as run_model
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
-from mixchat.cli.upkeep import gc, repair, rm, verify
+from mixchat.cli.upkeep import convert, gc, repair, rm, verify
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -40,10 +41,12 @@ app.command("list")(list_models)
 app.command("show")(show)
 app.command("verify")(verify)
 app.command("repair")(repair)
+app.command("convert")(convert)
 app.command("rm")(rm)
 app.command("gc")(gc)
 app.command("stats")(stats)
 app.command("simulate")(simulate)
+app.command("bench")(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -118,6 +118,12 @@ Trace = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Write which experts each token went to, as JSON Lines."),
 ]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Keep what the model has read in FILE; the next run goes on from it."
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", show_default="the best there is"),

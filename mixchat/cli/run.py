@@ -13,6 +13,7 @@ from mixchat.chat.sanitize import sanitize
 from mixchat.cli import options
 from mixchat.cli.arguments import checked, read_prompt
 from mixchat.cli.opening import Opening
+from mixchat.cli.prompt_cache import checked_place, keeping
 from mixchat.cli.report import note, report
 from mixchat.errors import UsageError
 from mixchat.experts.policies import DEFAULT_POLICY
@@ -53,6 +54,7 @@ def run(
     device_memory: options.DeviceMemory = None,
     device: options.Device = None,
     cache_policy: options.CachePolicy = DEFAULT_POLICY,
+    prompt_cache: options.PromptCache = None,
     trace: options.Trace = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print rates and the experts' cache afterwards.")
@@ -76,16 +78,18 @@ def run(
         cache_policy=options.checked_policy(cache_policy),
         trace=trace,
     )
+    cache_file = checked_place(prompt_cache)
     question = read_prompt(prompt)
     if question is None and not sys.stdout.isatty():
         raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
     session = opening.open()
     after_turn = _verbose_report(session) if verbose else _nothing
     try:
-        if question is None:
-            _chat(session, model, after_turn)
-        else:
-            after_turn(_answer(session, question))
+        with keeping(cache_file, session.engine):
+            if question is None:
+                _chat(session, model, after_turn)
+            else:
+                after_turn(_answer(session, question))
     finally:
         _keep_report(session, model)
 

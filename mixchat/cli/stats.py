@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from importlib import import_module
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixchat.cli.arguments import checked
-from mixchat.errors import MissingDependencyError, ModelNotFoundError, UsageError
+from mixchat.cli.png import new_figure, write_figure
+from mixchat.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     from mixchat.experts.stats import ExpertReport
-
-_LARGEST = 40.0  # inches that a picture may have, at 100 dots an inch
 
 
 def stats(
@@ -36,7 +34,7 @@ def stats(
     """Show how the last run used the experts, and where they were at its end."""
     report = _last_report(checked(model, "the model's name"))
     if png is not None:
-        _write(png, _picture(report))
+        write_figure(png, _picture(report))
         print(f"wrote {png}", file=sys.stderr)
     if as_json:
         print(json.dumps(report.to_dict()))
@@ -57,38 +55,17 @@ def _last_report(name: str) -> ExpertReport:
     return load_report(path)
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)  # in place: it may be a pipe or a device
-    except OSError as error:
-        raise UsageError(f"cannot write --png {path}: {error.strerror}") from None
-
-
-def _picture(report: ExpertReport) -> bytes:
-    """A PNG of two heatmaps: how often each expert was used, and where it is."""
-    try:
-        # By name, because mypy cannot find what need not be installed.
-        figures = import_module("matplotlib.figure")
-        canvases = import_module("matplotlib.backends.backend_agg")
-    except ImportError:
-        raise MissingDependencyError(
-            "--png needs matplotlib, which is not installed", hint="pip install matplotlib"
-        ) from None
+def _picture(report: ExpertReport) -> Any:
+    """Two heatmaps: how often each expert was used, and where it is."""
     layers, experts = len(report.tiers), len(report.tiers[0])
-    width, height = 4 + 0.5 * experts, 2 + 0.25 * layers
-    size = (min(max(width, 8.0), _LARGEST), min(max(height, 4.0), _LARGEST))
-    figure = figures.Figure(figsize=size, dpi=100, layout="constrained")
-    canvases.FigureCanvasAgg(figure)
-    title = ascii(" ".join(report.model.split()))[1:-1]  # no font has every character
-    figure.suptitle(f"{title}: {report.tokens:,} tokens", parse_math=False)
+    title = f"{report.model}: {report.tokens:,} tokens"
+    figure = new_figure(4 + 0.5 * experts, 2 + 0.25 * layers, title)
     use, place = figure.subplots(1, 2, sharey=True)
     _draw_use(figure, use, report)
     _draw_places(figure, place, report)
     for axis in (use.xaxis, use.yaxis, place.xaxis):
         axis.get_major_locator().set_params(integer=True)  # there is no expert 0.5
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return figure
 
 
 def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:

@@ -1,9 +1,10 @@
-"""`mixchat rm`, `verify`, `repair` and `gc`: what is kept, looked after."""
+"""`mixchat rm`, `verify`, `repair`, `convert` and `gc`: what is kept, looked after."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -57,7 +58,7 @@ def verify(model: Model) -> None:
             f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
             hint=f"To fetch and rewrite only these: mixchat repair {model}",
         )
-    print(f"{model} is whole", file=sys.stderr)
+    print(f"{model} is whole{_half_converted(directory)}", file=sys.stderr)
 
 
 def repair(model: Model) -> None:
@@ -82,7 +83,32 @@ def repair(model: Model) -> None:
         if not {damage.file for damage in damages} <= set(MANIFESTS):
             with origin_of(source, directory, progress) as origin:
                 repair_model(directory, damages, origin, progress)
-    print(f"{model} is whole{' again' if damages else ''}", file=sys.stderr)
+    again = " again" if damages else ""
+    print(f"{model} is whole{again}{_half_converted(directory)}", file=sys.stderr)
+
+
+def convert(
+    model: Model,
+    layout: Annotated[
+        Literal["cpu-packed", "bitsandbytes"] | None,
+        typer.Option(help="The layout; left out, the one that this machine computes fastest."),
+    ] = None,
+) -> None:
+    """Rewrite a model's 4-bit codes in their other layout; nothing is lost."""
+    from mixchat.cli.progress import show_progress
+    from mixchat.weights import models
+
+    directory = models.find(checked(model, "the model's name"), anywhere=False)
+    prepare_environment()
+    from mixchat.weights.convert import convert as convert_model
+    from mixchat.weights.convert import layout_to_take
+    from mixchat.weights.download import local_errors
+    from mixchat.weights.housekeeping import not_in_use
+
+    with local_errors(), not_in_use(directory), show_progress() as progress:
+        wanted = layout_to_take(directory, layout)
+        changed = convert_model(directory, wanted, progress)
+    print(f"{model} has the layout {wanted} {'now' if changed else 'already'}", file=sys.stderr)
 
 
 def gc(
@@ -113,6 +139,15 @@ def _ask(question: str) -> None:
         raise UsageError("nobody is there to be asked", hint="Say --yes to do it without asking.")
     if not typer.confirm(question, err=True):
         raise typer.Abort
+
+
+def _half_converted(directory: Path) -> str:
+    """What to add where a model, whole or not, cannot be loaded before a command is run again."""
+    from mixchat.weights.manifest import CONVERSION_DIR
+
+    if not (directory / CONVERSION_DIR).exists():
+        return ""
+    return f", but half converted; to finish that: mixchat convert {directory.name}"
 
 
 def _show(damages: list[Damage]) -> None:

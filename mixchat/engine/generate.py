@@ -37,7 +37,7 @@ class Engine:
     A prompt that begins as the last one did (a chat that goes on) is prefilled only from where the
     two part. `stats` describes the last call, `experts.stats` counts from the start. `expected`
     says how many tokens a second this machine should decode, where that is known; `note` gets what
-    a person should hear of.
+    a person should hear of. `identity` differs where the weights do.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         expected: Callable[[], float | None] = lambda: None,
         note: Callable[[str], object] = lambda text: None,
+        identity: str = "",
     ) -> None:
-        self.config = model.config
+        self.config, self.identity = model.config, identity
         self.experts, self.expected = experts, expected
         self.stats = GenerationStats()
         self._tokens, self._seconds = 0, 0.0  # of all calls
@@ -61,6 +62,38 @@ class Engine:
     def context_size(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self._cache.capacity
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._model.device
+
+    def pretend(self, tokens: int) -> None:
+        """Hold so many tokens, each the token 0, with keys and values made up: to measure what
+        comes behind them without the minutes that computing them takes."""
+        self._ids, self._cache.length = [], 0
+        config = self.config
+        heads = config.num_key_value_heads
+        shape = (min(tokens, self._chunk), 2 * heads, config.head_dim)
+        while tokens:
+            made_up = torch.randn(shape).to(self._model.dtype)[:tokens].to(self.device)
+            for layer in range(config.num_hidden_layers):
+                self._cache.store(layer, made_up[:, :heads], made_up[:, heads:])
+            self._cache.length += len(made_up)
+            tokens -= len(made_up)
+        self._ids = [0] * self._cache.length
+
+    def held(self) -> tuple[list[int], KVCache]:
+        """The tokens whose keys and values the cache holds, from its beginning on, and the cache.
+
+        Ctrl-C may have come between the two, so it may hold some more.
+        """
+        return self._ids[: self._cache.length], self._cache
+
+    def resume(self, ids: Sequence[int]) -> None:
+        """Go on from these tokens, whose keys and values have been restored to the cache."""
+        self._ids = list(ids)
+        self._cache.length = len(ids)
 
     def expert_report(self, model: str) -> ExpertReport:
         """What has become of the experts since the start; `model` is the name to put on it."""

@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional
 
 from mixchat.config import ModelConfig
+from mixchat.errors import CheckpointError
 from mixchat.kernels import attention, pages
-from mixchat.kernels.pages import PAGE, Bits, CacheShape
+from mixchat.kernels.pages import BLOCK, PAGE, Bits, CacheShape
+from mixchat.weights.safetensors import TensorSpec
 
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits
@@ -39,11 +41,45 @@ class KVCache(ABC):
         these. Returns [T, H, h].
         """
         assert self.length + keys.shape[0] <= self.capacity
-        self._store(layer, keys, values)
+        self.store(layer, keys, values)
         return self._seen(layer, queries)
 
+    def restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+        """Take in a layer's first `tokens`, as `content` hands them out, in place of what it has.
+
+        For an empty cache; `length` is left to the caller, who sets it behind the last layer.
+        Raises `CheckpointError` where the content is not what a cache of this form has.
+        """
+        assert self.length == 0
+        given = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
+        expected = {spec.name: (spec.dtype, spec.shape) for spec in self.specs(tokens)}
+        if given != expected or tokens > self.capacity:
+            raise CheckpointError(f"what was kept of layer {layer} does not fit this KV cache")
+        self._take(layer, content, tokens)
+
+    @property
     @abstractmethod
-    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None: ...
+    def form(self) -> str:
+        """A name for how it keeps numbers: its content fits into caches of the same form."""
+
+    @abstractmethod
+    def specs(self, tokens: int) -> list[TensorSpec]:
+        """The tensors that `content` hands out for so many tokens, each [G, tokens or more, n]."""
+
+    @abstractmethod
+    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        """What is kept of a layer's first `tokens`, copied, on the CPU."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Hold nothing, and give the memory back."""
+
+    @abstractmethod
+    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
+
+    @abstractmethod
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values [T, G, h] of a layer behind `length`."""
 
     @abstractmethod
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
@@ -83,11 +119,58 @@ class PagedKVCache(KVCache):
         self._shape = CacheShape(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
         )
-        layers = range(config.num_hidden_layers)
+        row, scales = self._shape.width * bits // 8, self._shape.scales_at
+        # Where in a group's part of a page each begins, and its bytes of one token.
+        self._parts = {"keys": (0, row), "values": (self._shape.values_at, row)}
+        if bits == 8:
+            self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
+        self.clear()
+
+    @property
+    def form(self) -> str:
+        return f"pages of {self._shape.bits} bits"
+
+    def specs(self, tokens: int) -> list[TensorSpec]:
+        """Bytes; of keys only whole blocks are in one piece, so tokens are filled up to these."""
+        filled = -(-tokens // BLOCK) * BLOCK
+        return [
+            TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
+            for name, (_, row) in self._parts.items()
+        ]
+
+    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        mine = self._pages[layer][: -(-tokens // PAGE)]
+
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([self._part(page, name) for page in mine], dim=1)
+
+        return {spec.name: joined(spec.name)[:, : spec.shape[1]] for spec in self.specs(tokens)}
+
+    def clear(self) -> None:
+        self.length = 0
+        layers = range(self.config.num_hidden_layers)
         self._pages: list[list[torch.Tensor]] = [[] for _ in layers]
         self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
-    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+        mine = []
+        for start in range(0, tokens, PAGE):
+            page = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
+            for name, tensor in content.items():
+                given = tensor[:, start : start + PAGE]
+                self._part(page, name)[:, : given.shape[1]] = given
+            mine.append(page)
+        # First, so that none of a page that is gone is left; `store` looks the new ones up.
+        self._addresses[layer] = torch.empty(0, dtype=torch.int64)
+        self._pages[layer] = mine
+
+    def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
+        """A view of a page's keys, values or scales: [G, PAGE, bytes]."""
+        start, row = self._parts[name]
+        groups = self._shape.groups
+        return page.view(groups, -1)[:, start : start + PAGE * row].view(groups, PAGE, row)
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         mine = self._pages[layer]
         while len(mine) * PAGE < self.length + keys.shape[0]:
             mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
@@ -118,16 +201,48 @@ class TensorKVCache(KVCache):
         quantized: bool = False,
     ) -> None:
         super().__init__(config, capacity)
-        self._dtype, self._quantized = dtype, quantized
-        shape = (config.num_key_value_heads, 0, config.head_dim)
-        empty = torch.empty(shape, dtype=torch.int8 if quantized else dtype, device=device)
-        scales = torch.empty((*shape[:2], 1), device=device)
-        layers = config.num_hidden_layers
+        self._dtype, self._device, self._quantized = dtype, device, quantized
+        self._mask: tuple[tuple[int, int], torch.Tensor | None] = ((0, 0), None)
+        self.clear()
+
+    @property
+    def form(self) -> str:
+        return f"{self._dtype} tensors{' in 8 bits' if self._quantized else ''}"
+
+    def specs(self, tokens: int) -> list[TensorSpec]:
+        """Keys and values [G, tokens, h]; in 8 bits also their scales [G, tokens, 1]."""
+        groups, width = self.config.num_key_value_heads, self.config.head_dim
+        dtype = torch.int8 if self._quantized else self._dtype
+        specs = [TensorSpec(name, dtype, (groups, tokens, width)) for name in ("keys", "values")]
+        if self._quantized:
+            scales = ("key_scales", "value_scales")
+            specs += [TensorSpec(name, torch.float32, (groups, tokens, 1)) for name in scales]
+        return specs
+
+    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        kept = self._named()
+        return {spec.name: kept[spec.name][layer][:, :tokens].cpu() for spec in self.specs(tokens)}
+
+    def clear(self) -> None:
+        self.length = 0
+        shape = (self.config.num_key_value_heads, 0, self.config.head_dim)
+        dtype = torch.int8 if self._quantized else self._dtype
+        empty = torch.empty(shape, dtype=dtype, device=self._device)
+        scales = torch.empty((*shape[:2], 1), dtype=torch.float32, device=self._device)
+        layers = self.config.num_hidden_layers
         self._kept = {"keys": [empty] * layers, "values": [empty] * layers}
         self._scales = {"keys": [scales] * layers, "values": [scales] * layers}
-        self._mask: tuple[tuple[int, int], torch.Tensor | None] = ((0, 0), None)
 
-    def _store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+        for name, tensor in content.items():
+            self._put(self._named()[name], layer, tensor, tokens)
+
+    def _named(self) -> dict[str, list[torch.Tensor]]:
+        """Of each layer what `content` has under these names."""
+        scales = {"key_scales": self._scales["keys"], "value_scales": self._scales["values"]}
+        return self._kept | scales
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         end = self.length + keys.shape[0]
         for name, given in (("keys", keys), ("values", values)):
             numbers = given.transpose(0, 1)  # [G, T, h]

@@ -14,6 +14,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
+from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.tiers import build_experts
 from mixchat.errors import UsageError
@@ -101,6 +102,7 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
             stored, kept.directory, device, replace(placement, slots=fetcher.slots)
         ),
         note=options.note,
+        identity=identity_of(kept.manifest),
     )
 
 

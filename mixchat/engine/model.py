@@ -86,6 +86,11 @@ class Model:
         """Where the ids are expected and the logits come out."""
         return self._embedding.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the hidden states."""
+        return self._embedding.dtype
+
     def forward(
         self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False
     ) -> torch.Tensor:

@@ -30,11 +30,7 @@ def instruction_set() -> InstructionSet | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX512", "AVX2"):
         return None
-    features = llvm.get_host_cpu_features()
-    has = {
-        name: all(features.get(feature, False) for feature in needed)
-        for name, needed in _NEEDED.items()
-    }
+    has = {name: all(map(has_feature, needed)) for name, needed in _NEEDED.items()}
     if has["avx512"] and capability == "AVX512":
         return "avx512"
     return "avx2" if has["avx2"] else None
@@ -53,6 +49,12 @@ class Compiled:
             address = self._engine.get_function_address(name)
             self._functions[name] = NativeFunction(address, owner=self._engine)
         return self._functions[name]
+
+
+@functools.cache
+def has_feature(name: str) -> bool:
+    """Whether the CPU has this feature, by LLVM's name."""
+    return bool(llvm.get_host_cpu_features().get(name, False))
 
 
 def compile_module(module: Any, instructions: InstructionSet) -> Compiled:

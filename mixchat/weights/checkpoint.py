@@ -12,8 +12,19 @@ from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.linear import Linear, LinearSpec
-from mixchat.weights.manifest import REPAIR, check_files, read_manifest
+from mixchat.weights.manifest import REPAIR, Manifest, check_files, read_manifest
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec
+
+
+def blueprint_of_kept(directory: Path, manifest: Manifest) -> Blueprint:
+    """The blueprint of a kept model. Raises `CheckpointError` where the manifest has another's."""
+    config = ModelConfig.from_file(directory / "config.json")
+    blueprint = Blueprint(config, Quantization.described(manifest.quantization))
+    for name, specs in blueprint.files().items():
+        record = manifest.weights.get(name)
+        if record is None or {spec.name for spec in specs} != set(record.sha256):
+            raise CheckpointError(f"{directory}: the manifest does not list the tensors of {name}")
+    return blueprint
 
 
 class KeptModel:

@@ -74,7 +74,7 @@ class PackedFourBitLinear:
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._levels = four_bit.whole_levels(nf4.LEVELS[spec.quant_type])
+        self._levels = four_bit.tables(nf4.LEVELS[spec.quant_type])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return four_bit.matmul(x, self._codes, self._absmax, self._levels, self._shape)

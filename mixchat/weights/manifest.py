@@ -28,6 +28,7 @@ from mixchat.files import read_json_object, write_file
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
+CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
 FORMAT = 2
 REPAIR = "Run: mixchat repair MODEL (it fetches only what is damaged)."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
@@ -163,6 +164,19 @@ def restore_manifests(directory: Path) -> None:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
+    """See that a model can be loaded: it is not half converted, and each file has its size.
+
+    Raises `CheckpointError` with the first fault.
+    """
+    if (directory / CONVERSION_DIR).exists():
+        raise CheckpointError(
+            f"{directory}: the conversion to another layout is under way, or was cut off",
+            hint=f"To finish it: mixchat convert {directory.name}",
+        )
+    check_sizes(directory, manifest)
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
     for name, expected in manifest.sizes.items():
         path = directory / name

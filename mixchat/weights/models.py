@@ -13,6 +13,7 @@ from mixchat.machine import disk_usage
 from mixchat.settings import data_dir
 from mixchat.weights.journal import begun_from
 from mixchat.weights.manifest import (
+    CONVERSION_DIR,
     Source,
     check_files,
     is_kept,
@@ -156,6 +157,8 @@ def _describe(directory: Path) -> ModelEntry:
     if not is_kept(directory):
         source = begun_from(directory) or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
+    if (directory / CONVERSION_DIR).exists():
+        return replace(entry, problem="half converted")
     try:
         manifest = read_manifest(directory)
         check_files(directory, manifest)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.files import read_bytes, write_file
 from mixchat.progress import Progress, Task, running
-from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.weights.checkpoint import blueprint_of_kept
 from mixchat.weights.checkpoint_files import CONFIG
+from mixchat.weights.convert import manifest_as_it_lies, parts_as_they_lie
 from mixchat.weights.kept_files import FileLayout, KeptFiles, layouts
 from mixchat.weights.manifest import MANIFESTS, Manifest, is_manifest, read_either_manifest
 from mixchat.weights.origin import Origin, Readers
-from mixchat.weights.parts import Part, parts
+from mixchat.weights.parts import Part
 from mixchat.weights.safetensors import tensor_bytes
 
 HEADER, SIZE, MISSING = "its header", "its size", "it is missing"
@@ -42,7 +42,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     Raises `CheckpointError` where neither the manifest nor its copy can be read: then nothing can
     be said.
     """
-    manifest = read_either_manifest(directory)
+    manifest = manifest_as_it_lies(directory, read_either_manifest(directory))
     with running(progress, f"verifying {directory.name}", manifest.size) as task:
         found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
         found += _damaged_files(directory, manifest, task)
@@ -58,7 +58,7 @@ def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress:
     Only the tensors needed for it are read. Raises `CheckpointError` where the origin no longer
     gives the same bytes, and what reading it raises. May be repeated after a failure.
     """
-    manifest = read_either_manifest(directory)
+    manifest = manifest_as_it_lies(directory, read_either_manifest(directory))
     for name in sorted({damage.file for damage in damages} & set(manifest.files)):
         data = read_bytes(origin.companions() / name)
         _must_be(manifest.files[name].sha256, data, name)
@@ -66,16 +66,6 @@ def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress:
     if Damage(CONFIG) in damages:
         damages = verify(directory, progress)
     _remake(directory, manifest, damages, origin, progress)
-
-
-def _blueprint(directory: Path, manifest: Manifest) -> Blueprint:
-    config = ModelConfig.from_file(directory / CONFIG)
-    blueprint = Blueprint(config, Quantization.described(manifest.quantization))
-    for name, specs in blueprint.files().items():
-        record = manifest.weights.get(name)
-        if record is None or {spec.name for spec in specs} != set(record.sha256):
-            raise CheckpointError(f"{directory}: the manifest does not list the tensors of {name}")
-    return blueprint
 
 
 def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
@@ -90,7 +80,7 @@ def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[
 
 
 def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
-    for name, layout in layouts(_blueprint(directory, manifest)).items():
+    for name, layout in layouts(blueprint_of_kept(directory, manifest)).items():
         try:
             with open(directory / name, "rb", buffering=0) as file:
                 yield from _damaged_tensors(file, name, layout, manifest, task)
@@ -129,8 +119,10 @@ def _remake(
     progress: Progress,
 ) -> None:
     """Make the parts with damaged tensors; opening a file mends its header and its size."""
-    blueprint, index = _blueprint(directory, manifest), origin.index
-    damaged = [part for part in parts(blueprint) if _is_damaged(part, damages)]
+    blueprint, index = blueprint_of_kept(directory, manifest), origin.index
+    damaged = [
+        part for part in parts_as_they_lie(directory, blueprint) if _is_damaged(part, damages)
+    ]
     whole = sum(index.nbytes(part.components(index)) for part in damaged)
     with (
         closing(KeptFiles(directory, blueprint)) as files,

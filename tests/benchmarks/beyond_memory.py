@@ -11,7 +11,7 @@ machine does strikes all alike.
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth, measured right after, and of computing it at the speeds that the round's calibration
 found. The prediction is what `mixchat plan` makes of that calibration. --peer runs
-`peer_llama.py bench` with that Python.
+`mixchat/bench/peer_child.py bench` with that Python.
 
 Random weights make routers that choose evenly, and hidden states that change little from layer to
 layer, so that guesses are right more often than with real weights: `--depth 0` goes without them.
@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import median
 
 from mixchat import machine
+from mixchat.bench import peer_child
 from mixchat.engine.environment import prepare_environment
 
 GIB = 2**30
@@ -62,8 +63,7 @@ def main() -> None:
     os.environ["MIXCHAT_HOME"] = str(given.work)
     model = given.work / "model"
     if not model.exists():
-        script = str(Path(__file__).with_name("synthetic.py"))
-        run([sys.executable, script, str(model), str(given.layers)])
+        run([sys.executable, "-m", "mixchat.bench.synthetic", str(model), str(given.layers)])
     try:
         for number in range(given.rounds):
             for free in given.free or [None]:
@@ -87,9 +87,9 @@ def one_round(number: int, model: Path, free: float | None, given: argparse.Name
         print(f"{where}, {budget}: {described(json.loads(done))}", flush=True)
     if given.peer:
         python, gguf = given.peer
-        script = str(Path(__file__).with_name("peer_llama.py"))
+        command = [python, peer_child.__file__, "bench", gguf, str(PROMPT), str(given.tokens)]
         print(
-            f"{where}, {run([python, script, 'bench', gguf, str(PROMPT), str(given.tokens)])}",
+            f"{where}, {run(command)}",
             end="",
         )
 

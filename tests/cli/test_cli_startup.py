@@ -42,6 +42,7 @@ finally:
         ["rm", "-h"],
         ["verify", "-h"],
         ["repair", "-h"],
+        ["convert", "-h"],
         ["gc", "-h"],
         [],
     ],

@@ -1,6 +1,6 @@
 """Writes a kept model with Mixtral's real layer shapes and random weights: for speed, not sense.
 
-    python tests/benchmarks/synthetic.py DIRECTORY LAYERS        (0.83 GB a layer)
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS        (0.83 GB a layer)
 
 It goes directly into mixchat's format, so that no checkpoint in bf16 is needed.
 """

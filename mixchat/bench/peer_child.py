@@ -1,12 +1,13 @@
-"""llama.cpp on Mixtral's real layer shapes, for `beyond_memory.py` to stand beside.
+"""llama.cpp on Mixtral's real layer shapes: a program of its own, for the Python that has it.
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf     (compiles a while)
-    python tests/benchmarks/peer_llama.py make FILE.gguf LAYERS       pure Q4_0, 0.8 GB a layer
-    python tests/benchmarks/peer_llama.py bench FILE.gguf PROMPT TOKENS
+    python peer_child.py make FILE.gguf LAYERS       pure Q4_0, 0.8 GB a layer
+    python peer_child.py bench FILE.gguf PROMPT TOKENS
+    python peer_child.py serve FILE.gguf CONTEXT
 
-The weights are random as those of `synthetic.py` are: a large embedding to which each layer adds
-little, so that tokens look different to the routers and go to experts evenly. `bench` leaves the
-weights in the mapped file, which is the only way for a file larger than memory.
+It imports nothing of mixchat. The weights are random as those of `synthetic.py` are: a large
+embedding to which each layer adds little, so that tokens look different to the routers and go to
+experts evenly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
 import numpy as np
@@ -90,38 +91,71 @@ def _q4_0(random: np.random.Generator, shape: tuple[int, ...], scale: float) -> 
     return blocks.reshape(*shape[:-1], shape[-1] // 32 * 18)
 
 
-def bench(path: str, prompt: int, tokens: int) -> None:
-    """Print the rates of a prompt and of the tokens after it, each another random token."""
-    import llama_cpp as llama
+class Llama:
+    """A model in llama.cpp, with a context that is begun anew for each measurement.
 
-    began = time.perf_counter()
-    llama.llama_backend_init()
-    options = llama.llama_model_default_params()
-    options.use_extra_bufts = False  # no second copy of the weights in another order
-    model = llama.llama_model_load_from_file(path.encode(), options)
-    params = llama.llama_context_default_params()
-    params.n_ctx = prompt + tokens + 8
-    params.n_threads = params.n_threads_batch = os.cpu_count() or 2
-    context = llama.llama_init_from_model(model, params)
-    random = np.random.default_rng(1)
+    `repack`: the weights are copied into the order that its kernels like best, which takes all of
+    them in memory; without, they stay in the mapped file, as they must where it is larger.
+    """
 
-    def run(count: int) -> float:
-        ids = (llama.llama_token * count)(*random.integers(5, VOCAB, count).tolist())
-        start = time.perf_counter()
-        if llama.llama_decode(context, llama.llama_batch_get_one(ids, count)):
-            raise SystemExit("llama_decode failed")
-        llama.llama_synchronize(context)
+    def __init__(self, path: str, context: int, repack: bool) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        options.use_extra_bufts = repack
+        model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
+        params.n_threads = params.n_threads_batch = os.cpu_count() or 2
+        self._context = llama_cpp.llama_init_from_model(model, params)
+        self._random = np.random.default_rng(1)
+
+    def begin(self) -> None:
+        """Forget all tokens."""
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+
+    def run(self, count: int) -> float:
+        """Seconds for so many random tokens behind those that are there."""
+        llama, start = self._llama, time.perf_counter()
+        while count:
+            step = min(count, 2048)
+            ids = (llama.llama_token * step)(*self._random.integers(5, VOCAB, step).tolist())
+            if llama.llama_decode(self._context, llama.llama_batch_get_one(ids, step)):
+                raise SystemExit("llama_decode failed")
+            count -= step
+        llama.llama_synchronize(self._context)
         # The outcome is looked at, or it might be computed later.
-        ctypes.cast(llama.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))[0]
+        ctypes.cast(llama.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))[0]
         return time.perf_counter() - start
 
-    run(prompt)
+
+def bench(path: str, prompt: int, tokens: int) -> None:
+    """Print the rates of a prompt and of the tokens after it, each another random token."""
+    began = time.perf_counter()
+    model = Llama(path, prompt + tokens + 8, repack=False)
+    model.run(prompt)
     first = time.perf_counter() - began
-    seconds = [run(1) for _ in range(tokens)][8:]
+    seconds = [model.run(1) for _ in range(tokens)][8:]
     rate, middle = len(seconds) / sum(seconds), 1 / sorted(seconds)[len(seconds) // 2]
     print(f"llama.cpp: {rate:.2f} tok/s (median {middle:.2f}), first token after {first:.1f} s")
 
 
+def serve(path: str, context: int) -> None:
+    """Measure what the lines of standard input ask for: "COUNT COUNT ..." are the tokens of one
+    pass each, from an empty context. Prints the seconds of each pass in a line."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # llama.cpp may print
+    model = Llama(path, context, repack=True)
+    print("ready", file=output)
+    for line in sys.stdin:
+        model.begin()
+        print(*(model.run(int(count)) for count in line.split()), file=output)
+
+
 if __name__ == "__main__":
     command, file, *numbers = sys.argv[1:]
-    {"make": make, "bench": bench}[command](file, *map(int, numbers))
+    commands: dict[str, Callable[..., None]] = {"make": make, "bench": bench, "serve": serve}
+    commands[command](file, *map(int, numbers))

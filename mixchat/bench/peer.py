@@ -1,0 +1,100 @@
+"""llama.cpp beside mixchat: its model in a process of its own, measured on request."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from mixchat.errors import MissingDependencyError, ResourceError
+
+_CHILD = Path(__file__).with_name("peer_child.py")
+_WARM = 2  # tokens whose time is not taken
+
+
+def write_model(python: str, path: Path, layers: int) -> None:
+    """A GGUF file with as many layers of Mixtral's shapes, in Q4_0."""
+    _checked(subprocess.run([python, str(_CHILD), "make", str(path), str(layers)], check=False))
+
+
+def require(python: str) -> None:
+    """Raise `MissingDependencyError` where this Python has no llama.cpp."""
+    program = "import llama_cpp, gguf"
+    if subprocess.run([python, "-c", program], capture_output=True, check=False).returncode:
+        raise MissingDependencyError(
+            f"--peer llama.cpp needs llama-cpp-python and gguf, which {python} does not have",
+            hint="CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf, "
+            "or name a Python that has them with --peer-python.",
+        )
+
+
+class Peer:
+    """llama.cpp with one model. Use it as a context manager."""
+
+    def __init__(self, python: str, model: Path, context: int) -> None:
+        command = [python, str(_CHILD), "serve", str(model), str(context)]
+        # It may say more than a pipe holds.
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, text=True
+        )
+        try:
+            self._answer()  # it has loaded
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._told.close()
+
+    def decode(self, context: int, tokens: int) -> float:
+        """Tokens a second behind `context` tokens, which are computed before."""
+        prompt = [context] if context else []
+        seconds = self._run([*prompt, *[1] * (tokens + _WARM)])
+        return tokens / sum(seconds[len(prompt) + _WARM :])
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens a second of a prompt of this length."""
+        return tokens / self._run([tokens])[0]
+
+    def _run(self, counts: Sequence[int]) -> list[float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ".join(map(str, counts)) + "\n")
+        self._process.stdin.flush()
+        return [float(number) for number in self._answer().split()]
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._told.seek(0)
+            told = self._told.read().decode(errors="replace").split("\n") or ["it said nothing"]
+            raise ResourceError(f"llama.cpp ended before its time: {' '.join(told[-3:]).strip()}")
+        return line
+
+
+def _checked(done: subprocess.CompletedProcess[bytes]) -> None:
+    if done.returncode:
+        raise ResourceError(f"llama.cpp's model could not be written (exit {done.returncode})")
+
+
+def this_python() -> str:
+    """The Python that runs mixchat."""
+    return sys.executable

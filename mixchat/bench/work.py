@@ -1,0 +1,36 @@
+"""What a token costs a model: the bytes that have to be read, and the operations."""
+
+from __future__ import annotations
+
+from mixchat.engine.kv_cache import cache_bytes
+from mixchat.kernels.pages import Bits
+from mixchat.weights.blueprint import Blueprint
+from mixchat.weights.linear import LinearSpec
+
+
+def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
+    """Bytes that decoding one token reads: attention, K experts a layer, the head, and the keys
+    and values of `context` tokens."""
+    config = blueprint.config
+    experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
+    head = [blueprint.head] if blueprint.head else []
+    matrices = sum(t.nbytes for spec in [*_attention(blueprint), *head] for t in spec.tensors)
+    tied = 0 if blueprint.head else blueprint.embedding.nbytes
+    cache = cache_bytes(config, context, blueprint.quantization.dtype, kv_bits)
+    return experts + matrices + tied + cache
+
+
+def operations_per_token(blueprint: Blueprint) -> int:
+    """Multiplications and additions of a token of a prompt in matrices with weights.
+
+    Without the head, which only the last token needs, and without attention's own products.
+    """
+    config, expert = blueprint.config, blueprint.expert
+    each = sum(spec.rows * spec.columns for spec in (expert.w13, expert.w2))
+    experts = config.num_hidden_layers * config.num_experts_per_tok * each
+    return 2 * (experts + sum(spec.rows * spec.columns for spec in _attention(blueprint)))
+
+
+def _attention(blueprint: Blueprint) -> list[LinearSpec]:
+    layers = range(blueprint.config.num_hidden_layers)
+    return [spec(layer) for layer in layers for spec in (blueprint.qkv, blueprint.o)]

@@ -1,0 +1,213 @@
+"""A file that keeps the KV cache from one run to the next, so that no text is prefilled twice.
+
+It is a safetensors file. Its tensors, in this order:
+
+    mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
+                           "tokens": 700}
+    ids                    the tokens whose keys and values it has
+    0.keys, 0.values, ...  of each layer what its cache hands out
+    sha256                 that of all the bytes before it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixchat.engine.generate import Engine
+from mixchat.engine.kv_cache import KVCache
+from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.files import DISK_FULL, NOT_WRITABLE, give_name
+from mixchat.weights.manifest import Manifest
+from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+
+FORMAT = 1
+_ABOUT, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
+_LONGEST_ABOUT = 4096  # bytes
+
+
+def identity_of(manifest: Manifest) -> str:
+    """A hash that differs where a model's weights or its config do."""
+    weights = {name: record.sha256 for name, record in manifest.weights.items()}
+    config = manifest.files.get("config.json")
+    known = [weights, config.sha256 if config else None]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+class PromptCache:
+    """What `path` keeps of the engine's KV cache."""
+
+    def __init__(self, path: Path, engine: Engine) -> None:
+        # A link stays one: what it names is replaced.
+        self.path, self._engine = path.resolve(), engine
+        self._kept: list[int] = []
+
+    def load(self) -> int:
+        """Put what the file has into an engine that is new; the count of tokens it goes on from.
+
+        Of a conversation longer than the context that is the beginning. Raises `CheckpointError`
+        where the file is damaged, or not of this model and this kind of cache: the engine is new
+        still.
+        """
+        _, cache = self._engine.held()
+        try:
+            with SafetensorsFile(self.path) as file:
+                kept = _read(file, cache, self._engine.identity)
+        except BaseException:
+            cache.clear()
+            raise
+        self._kept = kept
+        self._engine.resume(kept[: cache.capacity])
+        return min(len(kept), cache.capacity)
+
+    def save(self) -> bool:
+        """Write the file anew, whole or not at all; False where it has all that the engine holds.
+
+        Raises `ResourceError` where the disk is full, else another `MixchatError`.
+        """
+        ids, cache = self._engine.held()
+        if ids == self._kept[: len(ids)]:
+            return False
+        try:
+            _write(self.path, cache, ids, self._engine.identity)
+        except OSError as error:
+            raise _not_written(self.path, error) from None
+        self._kept = ids
+        return True
+
+
+def _not_written(path: Path, error: OSError) -> MixchatError:
+    kind = MixchatError
+    if error.errno in DISK_FULL:
+        kind = ResourceError
+    elif error.errno in NOT_WRITABLE:
+        kind = UsageError
+    return kind(f"{path}: the prompt cache cannot be written ({error.strerror})")
+
+
+def _about(cache: KVCache, identity: str, tokens: int) -> dict[str, Any]:
+    return {"format": FORMAT, "model": identity, "cache": cache.form, "tokens": tokens}
+
+
+def _specs(cache: KVCache, tokens: int, about: int) -> list[TensorSpec]:
+    """All tensors of a file that keeps so many tokens; `about` is the length of its JSON."""
+    layers = range(cache.config.num_hidden_layers)
+    kept = (_layer_specs(cache, layer, tokens) for layer in layers)
+    return [
+        TensorSpec(_ABOUT, torch.uint8, (about,)),
+        TensorSpec(_IDS, torch.int64, (tokens,)),
+        *chain.from_iterable(kept),
+        TensorSpec(_DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
+    ]
+
+
+def _layer_specs(cache: KVCache, layer: int, tokens: int) -> list[TensorSpec]:
+    specs = cache.specs(tokens)
+    return [TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape) for spec in specs]
+
+
+def _write(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> None:
+    about = json.dumps(_about(cache, identity, len(ids))).encode()
+    digest = hashlib.sha256()
+    with _in_place_of(path) as descriptor:
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            _write_all(descriptor, data)
+
+        put(header_bytes(_specs(cache, len(ids), len(about))))
+        put(about)
+        put(tensor_bytes(torch.tensor(ids, dtype=torch.int64)))
+        for layer in range(cache.config.num_hidden_layers):
+            content = cache.content(layer, len(ids))  # one at a time: all are gigabytes
+            for spec in cache.specs(len(ids)):
+                put(tensor_bytes(content[spec.name]))
+        put(digest.digest())
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[int]:
+    """A new file that takes the name `path` at the end; it holds a talk: only its owner reads it.
+
+    Its own name is drawn, so that two runs with one `path` do not write into each other's.
+    """
+    descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
+    try:
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        give_name(Path(name), path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _read(file: SafetensorsFile, cache: KVCache, identity: str) -> list[int]:
+    """Put what the file has into the cache, as far as it goes; the ids of all that it has."""
+    tokens = _tokens(file, cache, identity)
+    length = min(tokens, cache.capacity)
+    start = file.header.start(_ABOUT)
+    head = torch.empty(start + file.header.spec(_ABOUT).nbytes, dtype=torch.uint8)
+    file.read_into(head, 0)
+    digest = hashlib.sha256(tensor_bytes(head))
+
+    def take(name: str) -> torch.Tensor:
+        tensor = file.read(name)
+        digest.update(tensor_bytes(tensor))
+        return tensor
+
+    ids: list[int] = take(_IDS).tolist()
+    for layer in range(cache.config.num_hidden_layers):
+        given = {spec.name: take(f"{layer}.{spec.name}") for spec in cache.specs(tokens)}
+        fits = {spec.name: given[spec.name][:, : spec.shape[1]] for spec in cache.specs(length)}
+        cache.restore(layer, fits, length)
+    if bytes(tensor_bytes(file.read(_DIGEST))) != digest.digest():
+        raise CheckpointError(f"{file.path} is damaged (its SHA-256 differs)")
+    return ids
+
+
+def _tokens(file: SafetensorsFile, cache: KVCache, identity: str) -> int:
+    """How many tokens the file keeps, whose header is then what it should be. Raises."""
+    about = _read_about(file)
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{file.path} is of another version of mixchat")
+    if about.get("model") != identity:
+        raise CheckpointError(f"{file.path} is not of this model")
+    if about.get("cache") != cache.form:
+        raise CheckpointError(f"{file.path} is not of a KV cache of this kind ({cache.form})")
+    tokens = about.get("tokens")
+    length = file.header.spec(_ABOUT).nbytes
+    if type(tokens) is not int or not 0 < tokens < 2**31:
+        raise CheckpointError(f"{file.path} is damaged (it has no count of tokens)")
+    if file.header.specs != _specs(cache, tokens, length):
+        raise CheckpointError(f"{file.path} is damaged (its tensors are not those it should have)")
+    return tokens
+
+
+def _read_about(file: SafetensorsFile) -> dict[str, Any]:
+    """What the file says of itself. Raises `CheckpointError`."""
+    about = None
+    if _ABOUT in file.header and file.header.spec(_ABOUT).nbytes <= _LONGEST_ABOUT:
+        with suppress(ValueError, RecursionError):
+            about = json.loads(bytes(tensor_bytes(file.read(_ABOUT))))
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{file.path} is damaged (it does not say what it is of)")
+    return about

@@ -1,0 +1,142 @@
+"""The product of some rows of a 4-bit matrix with some tokens, in the CPU's registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.kernels.arithmetic import rounded_to_bf16
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
+from mixchat.kernels.signature import Signature
+from mixchat.kernels.units import LINE, Unit
+
+BAND = 32  # rows
+BLOCK = 64  # columns
+_AHEAD = 8  # blocks: how early their scales, which lie far apart, are asked for
+
+SIGNATURE = Signature(
+    "x",
+    "whole_x",
+    "x_scales",
+    "x_sums",
+    "codes",
+    "absmax",
+    "levels",
+    "out",
+    "rows",
+    "columns",
+    "tokens",
+    "chunk",
+)
+
+
+def floats_at(pointer: Pointer, place: Value, count: int, half: bool) -> Value:
+    """So many bf16 (`half`) or fp32 numbers, from the one at this place on, as fp32."""
+    if not half:
+        return pointer.load(vector(f32, count), place * 4)
+    bits = pointer.load(vector(i16, count), place * 2).widened(vector(i32, count)) << 16
+    return bits.bits_as(vector(f32, count))
+
+
+class Tile:
+    """The product of `bands` bands with `tokens` tokens: as much as the registers hold the sums of.
+
+    For each block the products are added up as whole numbers, then once as floats.
+    """
+
+    def __init__(self, module: Any, unit: type[Unit], half: bool, bands: int, tokens: int) -> None:
+        self.bands, self.tokens = bands, tokens
+        self.function = Function(module, f"tile_{bands}_{tokens}", numbers=2)
+        given = SIGNATURE.read_by(self.function)
+        self._unit, self._half = unit(self.function, given.pointer("levels")), half
+        self._x, self._codes = given.pointer("whole_x"), given.pointer("codes")
+        self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
+        self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
+        self._rows, self._columns = given.number("rows"), given.number("columns")
+        band, self._token = self.function.numbers
+        self._row = band * BAND
+        self._blocks = self._columns // BLOCK
+        self._bands = [
+            self._codes.plus((band + number) * self._columns * (BAND // 2))
+            for number in range(bands)
+        ]
+        self._parts = BAND // unit.lanes  # vectors that hold a number for each row of a band
+        self._write()
+
+    def _write(self) -> None:
+        function, lanes, parts = self.function, self._unit.lanes, self._parts
+        zeros = [function.constant(vector(f32, lanes), 0.0)] * (self.bands * self.tokens * parts)
+        with function.loop(0, self._blocks, 1, zeros) as (block, totals):
+            self._add(block, self._sums(block), totals)
+        for place, total in enumerate(totals):
+            band, token, part = self._split(place)
+            first = (self._token + token) * self._rows + self._row + band * BAND + part * lanes
+            if self._half:
+                self._out.store(rounded_to_bf16(total), first * 2)
+            else:
+                self._out.store(total, first * 4)
+        function.finish()
+
+    def _split(self, place: int) -> tuple[int, int, int]:
+        """Band, token and part of a place in the list of sums."""
+        tokens, parts = self.tokens, self._parts
+        return place // (tokens * parts), place // parts % tokens, place % parts
+
+    def _sums(self, block: Value) -> list[Value]:
+        """The sums of one block's products, in the unit's order of the rows."""
+        unit, parts = self._unit, self._parts
+        starts = self._starts(block)
+        steps = BLOCK // 2 // unit.lines
+        with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
+            for unrolled in range(unit.unrolled):
+                line = block * (BLOCK // 2) + (first_step + unrolled) * unit.lines
+                numbers = [self._x_at(token, line * 2) for token in range(self.tokens)]
+                for band, codes in enumerate(self._bands):
+                    kind = vector(i8, unit.lines * LINE)
+                    for part, levels in enumerate(unit.levels(codes.load(kind, line * LINE))):
+                        for token, x in enumerate(numbers):
+                            place = (band * self.tokens + token) * parts + part
+                            sums[place] = unit.add_products(sums[place], levels, x)
+        return sums
+
+    def _starts(self, block: Value) -> list[Value]:
+        """Where the sums begin: at what the unit's offset adds to them, taken off."""
+        unit, whole = self._unit, vector(i32, self._unit.lanes)
+        if not unit.offset:
+            count = self.bands * self.tokens * self._parts
+            return [self.function.constant(whole, 0)] * count
+        offsets = [
+            self._x_sums.load(i32, self._block_of(token, block)).spread(unit.lanes)
+            for token in range(self.tokens)
+        ]
+        return [one for one in offsets for _ in range(self._parts)] * self.bands
+
+    def _x_at(self, token: int, column: Value) -> Value:
+        """32 bits of x."""
+        place = (self._token + token) * self._columns + column
+        return self._x.load(i32, place * (self._unit.x_type.width // 8))
+
+    def _block_of(self, token: int, block: Value) -> Value:
+        """Where a block's scale and sum lie, of x."""
+        return ((self._token + token) * self._blocks + block) * 4
+
+    def _add(self, block: Value, sums: list[Value], totals: list[Value]) -> None:
+        function, unit, parts = self.function, self._unit, self._parts
+        floats = vector(f32, unit.lanes)
+        x_scales = [
+            self._x_scales.load(f32, self._block_of(token, block)).spread(unit.lanes)
+            for token in range(self.tokens)
+        ]
+        for band in range(self.bands):
+            here = block * self._rows + self._row + band * BAND
+            self._absmax.prefetch((here + self._rows * _AHEAD) * 2)
+            scales = [
+                floats_at(self._absmax, here + part * unit.lanes, unit.lanes, half=True)
+                for part in range(parts)
+            ]
+            for token in range(self.tokens):
+                place = (band * self.tokens + token) * parts
+                in_order = unit.in_order(sums[place : place + parts])
+                for part, whole in enumerate(in_order):
+                    totals[place + part] = function.multiply_add(
+                        whole.as_float(floats), scales[part] * x_scales[token], totals[place + part]
+                    )

@@ -1,0 +1,54 @@
+"""llama.cpp's process, played by a program that says how long it took."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixchat.bench import peer
+from mixchat.bench.peer import Peer
+from mixchat.errors import MissingDependencyError, ResourceError
+
+
+def python_that_runs(directory: Path, program: str) -> str:
+    """A "Python" that runs this program whatever it is told to run."""
+    path = directory / "python"
+    path.write_text(f"#!{sys.executable}\n{program}")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+ECHO = """
+import sys
+print("ready", flush=True)
+for line in sys.stdin:
+    print(*(0.5 * int(count) for count in line.split()), flush=True)
+"""
+
+
+def test_rates_come_from_the_seconds_of_each_pass(tmp_path: Path) -> None:
+    with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
+        assert running.prefill(64) == pytest.approx(2.0)
+        assert running.decode(0, 10) == pytest.approx(2.0)
+        assert running.decode(50, 10) == pytest.approx(2.0)  # without the context's 25 seconds
+
+
+def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
+    program = "import sys; sys.exit('no such model')"
+    with pytest.raises(ResourceError, match=r"^llama\.cpp ended before its time: .*no such model"):
+        Peer(python_that_runs(tmp_path, program), tmp_path / "model.gguf", 100)
+
+
+def test_a_python_without_llama_cpp_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="needs llama-cpp-python"):
+        peer.require(python_that_runs(tmp_path, "import no_such_module"))
+    peer.require(python_that_runs(tmp_path, ""))
+
+
+def test_nothing_of_it_is_left_afterwards(tmp_path: Path) -> None:
+    with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
+        process = running._process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)

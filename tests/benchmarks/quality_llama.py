@@ -1,0 +1,106 @@
+"""Quality of llama.cpp's formats beside their size: the part of `quality.py` that runs llama.cpp.
+
+    pip install llama-cpp-python==0.3.36 gguf                      (its own Python)
+    python quality_llama.py MODEL.gguf IDS.json WORK
+
+IDS.json has the windows: lists of token ids. MODEL.gguf is taken to F16, and from there to Q4_0 (all
+matrices) and Q4_K_M. Prints a list of [name, bits a weight, bits of the feed-forward blocks',
+perplexity, KL divergence to F16] as JSON. It imports nothing of mixchat.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+FORMATS = {  # the file type, whether all matrices become of it
+    "F16": (llama_cpp.LLAMA_FTYPE_MOSTLY_F16, False),
+    "Q4_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True),
+    "Q4_K_M": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, False),
+}
+
+
+def requantize(source: Path, target: Path, name: str) -> None:
+    """Write the model of `source` to `target` in another format."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.pure = FORMATS[name]
+    params.allow_requantize = True
+    files = str(source).encode(), str(target).encode()
+    if llama_cpp.llama_model_quantize(*files, ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp cannot quantize {source} to {name}")
+
+
+def bits(path: Path, pattern: str) -> float:
+    """Bits a weight of the tensors whose names have `pattern` in them."""
+    tensors = [one for one in gguf.GGUFReader(path).tensors if re.search(pattern, one.name)]
+    return (
+        8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+    )
+
+
+class Llama:
+    """A model with a context for one window of tokens."""
+
+    def __init__(self, path: Path, window: int) -> None:
+        options = llama_cpp.llama_model_default_params()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = window
+        params.n_threads = params.n_threads_batch = os.cpu_count() or 2
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        self._batch = llama_cpp.llama_batch_init(window, 0, 1)
+
+    def log_probabilities(self, ids: list[int]) -> np.ndarray:
+        """Of each next token [N, V], after each token but the last."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        batch: Any = self._batch
+        batch.n_tokens = len(ids)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, place, True
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        if llama_cpp.llama_decode(self._context, batch):
+            raise SystemExit("llama_decode failed")
+        logits = llama_cpp.llama_get_logits(self._context)
+        scores = np.ctypeslib.as_array(logits, (len(ids), self._vocab))[:-1].copy()
+        scores -= scores.max(axis=-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
+
+def main(source: Path, windows: list[list[int]], work: Path) -> None:
+    models, losses, divergences = {}, dict.fromkeys(FORMATS, 0.0), dict.fromkeys(FORMATS, 0.0)
+    for name in FORMATS:
+        requantize(source if name == "F16" else work / "F16.gguf", work / f"{name}.gguf", name)
+        models[name] = Llama(work / f"{name}.gguf", len(windows[0]))
+    for ids in windows:
+        scores = {name: model.log_probabilities(ids) for name, model in models.items()}
+        expected = np.exp(scores["F16"])
+        for name, mine in scores.items():
+            losses[name] -= float(mine[np.arange(len(mine)), ids[1:]].sum(dtype=np.float64))
+            divergences[name] += float((expected * (scores["F16"] - mine)).sum(dtype=np.float64))
+    count = sum(len(ids) - 1 for ids in windows)
+    rows = [
+        [
+            name,
+            bits(work / f"{name}.gguf", ""),
+            bits(work / f"{name}.gguf", r"\.ffn_(gate|up|down)\."),
+            math.exp(losses[name] / count),
+            divergences[name] / count,
+        ]
+        for name in FORMATS
+    ]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))

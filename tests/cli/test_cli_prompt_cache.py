@@ -1,0 +1,231 @@
+"""`mixchat run --prompt-cache FILE`: the next run goes on from what the last one has read."""
+
+import errno
+import os
+import stat
+import sys
+
+import pytest
+
+from mixchat.cli.prompt_cache import BEGINNING
+
+_FIRST = 30  # the tiny model's 97 tokens are the characters from here on
+
+
+class Tokenizer:
+    """A token is a printable character of ASCII."""
+
+    def decode(self, ids):
+        return "".join(chr(token + _FIRST) for token in ids)
+
+
+class Template:
+    """`[user]Hi[assistant]Hello`; no token ends an answer."""
+
+    continues_prompt = False
+    stop_ids = frozenset()
+
+    def encode(self, messages):
+        text = "".join(f"[{message.role}]{message.content}" for message in messages)
+        return [ord(character) - _FIRST for character in text]
+
+
+@pytest.fixture
+def ask(mixchat, monkeypatch, tiny_model):
+    """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
+    from mixchat.chat.session import ChatSession
+    from mixchat.cli.opening import Opening
+    from mixchat.engine.loader import LoadOptions, load_engine
+
+    def opened(opening):
+        options = LoadOptions(
+            device="cpu", kv_bits=opening.kv_bits, context_size=opening.context_size
+        )
+        return ChatSession(
+            load_engine(tiny_model, options),
+            Tokenizer(),
+            Template(),
+            system=opening.system,
+            sampling=opening.sampling.options(),
+            max_tokens=opening.max_tokens,
+        )
+
+    monkeypatch.setattr(Opening, "open", opened)
+    return lambda *arguments: mixchat(
+        *("run", "-s", "A long text.", "--temp", "0", "-n", "8", *arguments), fake=False
+    )
+
+
+def reused(done):
+    return int(done.stderr.decode().split(" of them from the cache")[0].split()[-1])
+
+
+def test_the_next_run_reads_only_what_is_new(ask, tmp_path):
+    file = str(tmp_path / "f")
+    for question, expected in (("Why?", 0), ("Why?", 29), ("Where?", 28), ("Where?", 31)):
+        done = ask(question, "--prompt-cache", file, "--verbose")
+        assert (done.returncode, reused(done)) == (0, expected)
+        assert done.stdout == ask(question).stdout
+
+
+def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
+    file = tmp_path / "f"
+    for _ in range(2):
+        assert ask("Why?", "--prompt-cache", str(file)).stderr == b""
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert list(tmp_path.glob("f*")) == [file]
+    assert file.read_bytes()[8:].startswith(BEGINNING)
+
+
+def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
+    from mixchat.cli import run
+
+    def chat(session, model, after_turn):
+        for question in ("Why?", "Where?"):
+            *_, finished = session.ask(question)
+            after_turn(finished)
+
+    monkeypatch.setattr(run, "_chat", chat)
+    monkeypatch.setattr(run, "read_prompt", lambda prompt: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")
+    assert reused(ask(*flags)) == 0
+    assert reused(ask(*flags)) == 29  # at its first question
+
+
+def interrupting(monkeypatch, error):
+    from mixchat.engine.generate import Engine
+
+    generate = Engine.generate
+
+    def generated(self, *arguments, **options):
+        for number, token in enumerate(generate(self, *arguments, **options)):
+            if number == 4:
+                raise error
+            yield token
+
+    monkeypatch.setattr(Engine, "generate", generated)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 7), (SystemExit(143), 143)]
+)
+def test_what_was_read_is_kept_when_the_answer_is_cut_off(ask, tmp_path, monkeypatch, error, code):
+    flags = ("Why?", "--prompt-cache", str(tmp_path / "f"))
+    with monkeypatch.context() as patch:
+        interrupting(patch, error)
+        assert ask(*flags).returncode == code
+    assert reused(ask(*flags, "--verbose")) == 29
+
+
+def test_a_file_of_other_bits_is_noted_once_and_written_anew(ask, tmp_path):
+    file = str(tmp_path / "f")
+    ask("Why?", "--prompt-cache", file)
+    expected = ask("Why?", "--kv-bits", "8")
+    done = ask("Why?", "--prompt-cache", file, "--kv-bits", "8")
+    assert (done.stdout, done.returncode) == (expected.stdout, 0)
+    line = done.stderr.decode()
+    assert line.startswith(f"note: {file} is not of a KV cache of this kind")
+    assert line.endswith("; it is written anew\n")
+    assert line.count("\n") == 1
+    again = ask("Why?", "--prompt-cache", file, "--kv-bits", "8", "--verbose")
+    assert reused(again) == 29
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 40, 100, 4096, 4200, 9000])
+def test_a_file_cut_short_is_noted_and_written_anew(ask, tmp_path, size):
+    file = tmp_path / "f"
+    expected = ask("Why?", "--prompt-cache", str(file))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size])
+    done = ask("Why?", "--prompt-cache", str(file))
+    assert (done.stdout, done.returncode) == (expected.stdout, 0)
+    assert done.stderr.decode().endswith("; it is written anew\n")
+    assert done.stderr.count(b"\n") == 1
+    assert file.read_bytes() == whole
+
+
+def test_an_empty_file_is_filled(ask, tmp_path):
+    (tmp_path / "f").touch()
+    assert ask("Why?", "--prompt-cache", str(tmp_path / "f")).stderr == b""
+    assert (tmp_path / "f").stat().st_size > 4096
+
+
+def test_a_longer_conversation_than_the_context_is_taken_as_far_as_it_goes(ask, tmp_path):
+    file = str(tmp_path / "f")
+    ask("Why should that be so, and not otherwise?", "--prompt-cache", file)
+    done = ask("Why?", "--prompt-cache", file, "--ctx-size", "45", "--verbose")
+    assert (done.returncode, reused(done)) == (0, 29)
+
+
+def full_disk(monkeypatch):
+    from mixchat.engine import prompt_cache
+
+    def write(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prompt_cache, "_write_all", write)
+
+
+def test_a_full_disk_is_one_line_and_the_answer_is_there(ask, tmp_path, monkeypatch):
+    expected = ask("Why?").stdout
+    full_disk(monkeypatch)
+    file = tmp_path / "f"
+    done = ask("Why?", "--prompt-cache", str(file))
+    assert (done.stdout, done.returncode) == (expected, 7)
+    line = f"error: {file}: the prompt cache cannot be written (No space left on device)\n"
+    assert done.stderr.decode() == line
+    assert not list(tmp_path.glob("f*"))
+
+
+def test_what_went_wrong_first_gives_the_exit_code(ask, tmp_path, monkeypatch):
+    interrupting(monkeypatch, KeyboardInterrupt())
+    full_disk(monkeypatch)
+    done = ask("Why?", "--prompt-cache", str(tmp_path / "f"))
+    assert done.returncode == 130
+    assert done.stderr.startswith(b"note: ")
+    assert done.stderr.endswith(b"the prompt cache cannot be written (No space left on device)\n")
+
+
+def refused(mixchat, path):
+    """Before the model is looked for, which would give exit code 4."""
+    done = mixchat("run", "Hi", "-m", "nonsense", "--prompt-cache", str(path), fake=False)
+    assert (done.stdout, done.returncode) == (b"", 2)
+    return done.stderr.decode()
+
+
+def test_a_directory_that_is_not_there_is_found_at_once(mixchat, tmp_path):
+    assert "there is no directory" in refused(mixchat, tmp_path / "typo" / "f")
+
+
+def test_a_directory_that_cannot_be_written_is_found_at_once(mixchat, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert "cannot be written to" in refused(mixchat, tmp_path / "f")
+
+
+@pytest.mark.parametrize("data", [b"my notes", b"\xf8", b"\xf8\x0f\0\0\0\0\0\0{}", b"{", bytes(99)])
+def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
+    """A name that was mistyped must not cost somebody a file."""
+    file = tmp_path / "notes.txt"
+    file.write_bytes(data)
+    if data != b"\xf8":  # which may be what is left of a prompt cache
+        assert "this is something else, which is left as it is" in refused(mixchat, file)
+    assert file.read_bytes() == data
+
+
+def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    for path in (tmp_path, fifo, "/dev/null"):
+        assert "this is something else" in refused(mixchat, path)
+    assert "cannot be read" in refused(mixchat, circle)
+
+
+def test_a_name_with_a_newline_is_one_line(ask, tmp_path):
+    file = tmp_path / "a\n\x1b[31mb"
+    ask("Why?", "--prompt-cache", str(file))
+    done = ask("Why?", "--prompt-cache", str(file), "--kv-bits", "8")
+    assert done.stderr.count(b"\n") == 1
+    assert b"\x1b" not in done.stderr

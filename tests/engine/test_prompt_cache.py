@@ -1,0 +1,471 @@
+"""The KV cache in a file: the next run goes on from it as if it had been the same run."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_kv_cache import CONFIG, CPU, needs_kernel
+
+from mixchat.engine import kv_cache, prompt_cache
+from mixchat.engine.generate import Engine
+from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
+from mixchat.engine.loader import LoadOptions, load_engine
+from mixchat.engine.prompt_cache import PromptCache
+from mixchat.engine.sampling import SamplingOptions
+from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+
+GREEDY = SamplingOptions(temperature=0)
+PROMPT = [5, 17, 42, 8, 90, 3, 3, 61, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
+KERNEL = [pytest.param(True, marks=needs_kernel, id="pages"), pytest.param(False, id="tensors")]
+Open = Callable[..., Engine]
+
+
+@pytest.fixture(params=KERNEL)
+def open_engine(
+    request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Open:
+    """Loads the tiny model, or another one, with a cache of the one kind or the other."""
+    monkeypatch.setattr(kv_cache.attention, "available", lambda: request.param)
+
+    def opened(model: Path = tiny_model, **options: Any) -> Engine:
+        return load_engine(model, LoadOptions(device="cpu", **options))
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def long_model(make_checkpoint: Callable[..., Path], keep: Callable[..., Path]) -> Path:
+    """Room for more than a page, and a window that is shorter."""
+    return keep(make_checkpoint(max_position_embeddings=2048, sliding_window=600))
+
+
+def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> list[int]:
+    ids = engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=max_tokens)
+    return list(ids)
+
+
+def saved(path: Path, engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
+    """What the engine answers; the file then has both, less the last token."""
+    said = answer(engine, prompt)
+    assert PromptCache(path, engine).save()
+    return said
+
+
+def rewritten(path: Path, about: dict[str, Any] | None = None, **tensors: torch.Tensor) -> None:
+    """Change what the file says, with a digest that is right."""
+    with SafetensorsFile(path) as file:
+        parts = {spec.name: file.read(spec.name) for spec in file.header.specs[:-1]}
+    if about is not None:
+        old = json.loads(bytes(tensor_bytes(parts["mixchat_prompt_cache"])))
+        text = json.dumps(old | about).encode()
+        parts["mixchat_prompt_cache"] = torch.tensor(list(text), dtype=torch.uint8)
+    parts |= tensors
+    specs = [TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in parts.items()]
+    specs.append(TensorSpec("sha256", torch.uint8, (32,)))
+    data = header_bytes(specs) + b"".join(bytes(tensor_bytes(part)) for part in parts.values())
+    path.write_bytes(data + hashlib.sha256(data).digest())
+
+
+@pytest.mark.parametrize("bits", [8, 16, None])
+def test_the_next_run_goes_on_as_if_it_had_been_the_same(
+    open_engine: Open, tmp_path: Path, bits: int | None
+) -> None:
+    one = open_engine(kv_bits=bits)
+    first = answer(one, PROMPT)
+    longer = [*PROMPT, *first, 7, 9, 11]
+    second = answer(one, longer)
+    saved(tmp_path / "f", open_engine(kv_bits=bits))
+    other = open_engine(kv_bits=bits)
+    assert PromptCache(tmp_path / "f", other).load() == len(PROMPT) + len(first) - 1
+    assert answer(other, longer) == second
+    assert other.stats.reused_tokens == len(PROMPT) + len(first) - 1
+
+
+@pytest.mark.parametrize("bits", [8, 16, None])
+def test_a_conversation_of_several_pages_is_kept(
+    open_engine: Open, tmp_path: Path, long_model: Path, bits: int | None
+) -> None:
+    document = torch.randint(3, 97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
+    one = open_engine(long_model, kv_bits=bits)
+    first = saved(tmp_path / "f", one, document)
+    longer = [*document, *first, 7]
+    other = open_engine(long_model, kv_bits=bits)
+    PromptCache(tmp_path / "f", other).load()
+    assert answer(other, longer) == answer(one, longer)
+    assert other.stats.reused_tokens == len(longer) - 2
+
+
+def test_another_question_reuses_what_is_the_same(open_engine: Open, tmp_path: Path) -> None:
+    one = open_engine()
+    saved(tmp_path / "f", one)
+    question = [*PROMPT[:11], 50, 51]
+    other = open_engine()
+    PromptCache(tmp_path / "f", other).load()
+    assert answer(other, question) == answer(one, question)
+    assert other.stats.reused_tokens == 11
+
+
+@pytest.mark.parametrize("context", [2, 15, 16, 17, 22, 23, 24])
+def test_a_smaller_context_takes_the_beginning(
+    open_engine: Open, tmp_path: Path, context: int
+) -> None:
+    saved(tmp_path / "f", open_engine(kv_bits=8))  # 23 tokens
+    small = open_engine(kv_bits=8, context_size=context)
+    assert PromptCache(tmp_path / "f", small).load() == min(context, 23)
+    ids, cache = small.held()
+    assert len(ids) == cache.length == min(context, 23)
+    prompt = PROMPT[: context - 1]
+    fresh = open_engine(kv_bits=8, context_size=context)
+    assert answer(small, prompt) == answer(fresh, prompt)
+    assert small.stats.reused_tokens == len(prompt) - 1
+
+
+def test_what_the_file_has_is_not_written_again(open_engine: Open, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    saved(path, open_engine())
+    before = path.stat().st_ino
+    engine = open_engine()
+    kept = PromptCache(path, engine)
+    kept.load()
+    assert not kept.save()
+    answer(engine, PROMPT[:5], 1)  # less than there is
+    assert not kept.save()
+    assert path.stat().st_ino == before
+    answer(engine, [*PROMPT[:5], 33], 1)
+    assert kept.save()
+    assert not kept.save()
+
+
+def test_an_engine_that_has_read_nothing_writes_nothing(open_engine: Open, tmp_path: Path) -> None:
+    assert not PromptCache(tmp_path / "f", open_engine()).save()
+    assert not list(tmp_path.iterdir())
+
+
+def refused(path: Path, engine: Engine, match: str | None = None) -> None:
+    """It raises, and the engine is as new."""
+    with pytest.raises(CheckpointError, match=match):
+        PromptCache(path, engine).load()
+    ids, cache = engine.held()
+    assert (ids, cache.length) == ([], 0)
+
+
+def test_a_file_cut_short_anywhere_is_refused(open_engine: Open, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    expected = saved(path, open_engine())
+    whole = path.read_bytes()
+    engine = open_engine()
+    for size in {*range(0, len(whole), 97), *range(12), len(whole) - 32, len(whole) - 1}:
+        path.write_bytes(whole[:size])
+        refused(path, engine)
+    path.write_bytes(whole + b"\0")
+    refused(path, engine)
+    assert answer(engine, PROMPT) == expected
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_bit_flipped_anywhere_is_refused(open_engine: Open, tmp_path: Path, bits: int) -> None:
+    path = tmp_path / "f"
+    expected = saved(path, open_engine(kv_bits=bits))
+    whole = path.read_bytes()
+    engine = open_engine(kv_bits=bits)
+    about = range(4096, 4096 + 200)
+    for place in {*range(0, len(whole), 61), *range(0, 500, 7), *about[::3], len(whole) - 1}:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(path, engine)
+    assert answer(engine, PROMPT) == expected
+    assert engine.stats.reused_tokens == 0
+
+
+def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(
+    open_engine: Open, tmp_path: Path
+) -> None:
+    """A NaN behind what is valid would still be multiplied with."""
+    path = tmp_path / "f"
+    expected = saved(path, open_engine())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000] + b"\xff" * (len(whole) - 5000))
+    engine = open_engine()
+    refused(path, engine, "SHA-256 differs")
+    assert answer(engine, PROMPT) == expected
+
+
+def test_a_file_of_another_model_is_refused(
+    open_engine: Open, tmp_path: Path, make_checkpoint: Any, keep: Any
+) -> None:
+    saved(tmp_path / "f", open_engine())
+    refused(tmp_path / "f", open_engine(keep(make_checkpoint(seed=1))), "is not of this model")
+
+
+def test_the_config_is_part_of_the_model(
+    open_engine: Open, tmp_path: Path, make_checkpoint: Any, keep: Any
+) -> None:
+    """With another rope_theta the same weights make other keys."""
+    saved(tmp_path / "f", open_engine())
+    other = keep(make_checkpoint(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}))
+    refused(tmp_path / "f", open_engine(other), "is not of this model")
+
+
+def test_a_file_of_other_bits_is_refused(open_engine: Open, tmp_path: Path) -> None:
+    saved(tmp_path / "f", open_engine(kv_bits=16))
+    refused(tmp_path / "f", open_engine(kv_bits=8), "of a KV cache of this kind")
+
+
+@needs_kernel
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_file_of_the_other_kind_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
+) -> None:
+    monkeypatch.setattr(kv_cache.attention, "available", lambda: kernel)
+    saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
+    monkeypatch.setattr(kv_cache.attention, "available", lambda: not kernel)
+    other = load_engine(tiny_model, LoadOptions(device="cpu"))
+    refused(tmp_path / "f", other, "of a KV cache of this kind")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"format": 2}, "another version"),
+        ({"format": True, "model": None}, "not of this model"),
+        ({"model": "0" * 64}, "not of this model"),
+        ({"cache": ["pages"]}, "this kind"),
+        ({"tokens": 22}, "its tensors are not those"),
+        ({"tokens": 2**30}, "its tensors are not those"),
+        ({"tokens": 2**70}, "no count of tokens"),
+        ({"tokens": 0}, "no count of tokens"),
+        ({"tokens": -1}, "no count of tokens"),
+        ({"tokens": True}, "no count of tokens"),
+        ({"tokens": "23"}, "no count of tokens"),
+        ({"tokens": None}, "no count of tokens"),
+        ({"more": "x" * 5000}, "does not say what it is of"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(
+    open_engine: Open, tmp_path: Path, about: dict[str, Any], message: str
+) -> None:
+    saved(tmp_path / "f", open_engine())
+    rewritten(tmp_path / "f", about)
+    refused(tmp_path / "f", open_engine(), message)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff\xfe", b"[" * 4000, b"9" * 4096, b"null"])
+def test_text_that_is_no_object_is_refused(open_engine: Open, tmp_path: Path, text: bytes) -> None:
+    saved(tmp_path / "f", open_engine())
+    bad = torch.tensor(list(text), dtype=torch.uint8)
+    rewritten(tmp_path / "f", mixchat_prompt_cache=bad)
+    refused(tmp_path / "f", open_engine(), "does not say what it is of")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"0.keys": torch.zeros(2, 16, 32, dtype=torch.uint8)},
+        {"1.values": torch.zeros(3, 5)},
+        {"2.keys": torch.zeros(1)},
+        {"ids": torch.zeros(23, dtype=torch.int32)},
+        {"ids": torch.zeros(1, 23, dtype=torch.int64)},
+    ],
+)
+def test_tensors_of_another_shape_or_type_are_refused(
+    open_engine: Open, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    saved(tmp_path / "f", open_engine())
+    rewritten(tmp_path / "f", **tensors)
+    refused(tmp_path / "f", open_engine(), "its tensors are not those")
+
+
+def test_a_file_that_was_changed_right_is_taken(open_engine: Open, tmp_path: Path) -> None:
+    """So that what the tests above change is what they are refused for."""
+    saved(tmp_path / "f", open_engine())
+    rewritten(tmp_path / "f", {})
+    assert PromptCache(tmp_path / "f", open_engine()).load() == 23
+
+
+def test_only_its_owner_reads_it_at_any_time(
+    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def look(temporary: Path, path: Path) -> None:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        os.replace(temporary, path)
+
+    monkeypatch.setattr(prompt_cache, "give_name", look)
+    path = tmp_path / "f"
+    path.touch(0o644)
+    before = os.umask(0)
+    try:
+        saved(path, open_engine())
+    finally:
+        os.umask(before)
+    assert [*modes, stat.S_IMODE(path.stat().st_mode)] == [0o600, 0o600]
+
+
+def test_a_link_stays_one(open_engine: Open, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "f", tmp_path / "there" / "g"
+    link.symlink_to(target)
+    saved(link, open_engine())
+    assert link.is_symlink()
+    assert PromptCache(target, open_engine()).load() == 23
+
+
+def test_a_name_of_any_length_can_be_written(open_engine: Open, tmp_path: Path) -> None:
+    saved(tmp_path / ("n" * 255), open_engine())
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceError),
+        (OSError(errno.EIO, "Input/output error"), MixchatError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_writing_that_fails_leaves_what_was_there(
+    open_engine: Open,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    expected: type[BaseException],
+    there: bool,
+) -> None:
+    path = tmp_path / "f"
+    if there:
+        path.write_bytes(b"old")
+    engine = open_engine()
+    answer(engine, PROMPT)
+    write, calls = os.write, iter(range(1000))
+
+    def failing(descriptor: int, data: memoryview) -> int:
+        if next(calls) == 4:
+            raise error
+        return write(descriptor, data[:3000])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_cache.os, "write", failing)
+        with pytest.raises(expected):
+            PromptCache(path, engine).save()
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"] * there
+    assert PromptCache(path, engine).save()
+
+
+def test_a_directory_that_is_gone_is_one_clear_line(open_engine: Open, tmp_path: Path) -> None:
+    engine = open_engine()
+    answer(engine, PROMPT)
+    with pytest.raises(UsageError, match="cannot be written"):
+        PromptCache(tmp_path / "gone" / "f", engine).save()
+
+
+def test_after_a_pass_that_was_broken_off_what_is_whole_is_kept(
+    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixchat.engine.moe import SparseMoE
+
+    def interrupt(self: SparseMoE, hidden_states: object) -> None:
+        raise KeyboardInterrupt
+
+    one = open_engine()
+    first = answer(one, PROMPT)
+    longer = [*PROMPT, *first, 7]
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseMoE, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            answer(one, longer)
+    assert PromptCache(tmp_path / "f", one).save()
+    other = open_engine()
+    assert PromptCache(tmp_path / "f", other).load() == 23
+    assert answer(other, longer) == answer(open_engine(), longer)
+
+
+def caches(bits: int) -> list[KVCache]:
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    tensors = TensorKVCache(CONFIG, 2000, dtype, CPU, quantized=bits == 8)
+    kernel = kv_cache.attention.available()
+    return [tensors, PagedKVCache(CONFIG, 2000, bits)] if kernel else [tensors]
+
+
+def filled(cache: KVCache, tokens: int) -> None:
+    new = torch.randn(2, tokens, 8, 16, generator=torch.Generator().manual_seed(1))
+    for layer, x in enumerate(new if isinstance(cache, PagedKVCache) else new.to(cache._dtype)):
+        cache.attend(layer, x[:, :4], x[:, 4:6], x[:, 6:])
+    cache.length = tokens
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 511, 512, 513, 1100])
+def test_a_restored_cache_attends_to_the_same_numbers(bits: int, tokens: int) -> None:
+    for old, new in zip(caches(bits), caches(bits), strict=True):
+        filled(old, 1300)
+        old.length = tokens
+        for layer in range(2):
+            content = old.content(layer, tokens)
+            assert {n: (t.dtype, tuple(t.shape)) for n, t in content.items()} == {
+                spec.name: (spec.dtype, spec.shape) for spec in old.specs(tokens)
+            }
+            new.restore(layer, content, tokens)
+        new.length = tokens
+        dtype = torch.float32 if bits == 32 else torch.bfloat16
+        x = torch.randn(2, 8, 16).to(dtype)
+        for layer in range(2):
+            seen = [cache.attend(layer, x[:, :4], x[:, 4:6], x[:, 6:]) for cache in (old, new)]
+            assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_content_that_does_not_fit_is_refused(bits: int) -> None:
+    for old, new in zip(caches(bits), caches(bits), strict=True):
+        filled(old, 40)
+        right = old.content(0, 40)
+        keys = right["keys"]
+        for wrong in (
+            {},
+            {"keys": keys},
+            right | {"more": keys},
+            right | {"keys": keys[:, :-1]},
+            right | {"keys": keys[:1]},
+            right | {"keys": keys[..., :-1]},
+            right | {"keys": keys.flatten()},
+            right | {"keys": keys.double()},
+        ):
+            with pytest.raises(CheckpointError, match="does not fit"):
+                new.restore(0, wrong, 40)
+        for tokens in (0, 10, 500, 2001):
+            with pytest.raises(CheckpointError, match="does not fit"):
+                new.restore(0, right, tokens)
+        new.restore(0, right, 40)
+
+
+def test_more_than_there_is_room_for_is_refused() -> None:
+    for old in caches(8):
+        filled(old, 40)
+        content = old.content(0, 40)
+        old.length, old.capacity = 0, 39
+        with pytest.raises(CheckpointError, match="does not fit"):
+            old.restore(0, content, 40)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_cache_that_was_used_can_be_restored(bits: int) -> None:
+    """The kernel reads pages by their addresses: none may be that of a page that is gone."""
+    for old, used in zip(caches(bits), caches(bits), strict=True):
+        filled(old, 40)
+        filled(used, 300)
+        used.length = 0
+        for layer in range(2):
+            used.restore(layer, old.content(layer, 40), 40)
+        used.length = 40
+        x = torch.randn(2, 8, 16).to(torch.bfloat16)
+        seen = [cache.attend(1, x[:, :4], x[:, 4:6], x[:, 6:]) for cache in (old, used)]
+        assert torch.equal(*seen)
+        if isinstance(used, PagedKVCache):
+            assert used._addresses[1].tolist() == [page.data_ptr() for page in used._pages[1]]
