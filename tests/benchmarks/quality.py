@@ -1,6 +1,6 @@
 """Quality beside size: what 4 bits, 8 bits and llama.cpp's formats do to the demo model.
 
-    python tests/benchmarks/quality.py TEXT [--tokens 20480] [--llama PYTHON]
+    python tests/benchmarks/quality.py TEXT [--windows 40] [--llama PYTHON]
 
 All variants read the same tokens in windows of 512, side by side, so that no logits are kept. The
 table has the bits a weight takes (of the whole model, and of the experts alone), perplexity, and
@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import bitsandbytes.functional as bnb
@@ -51,7 +52,7 @@ GROUP = 64  # weights that share a scale, columns that share one of x
 PROMPT_ROWS = 16  # of x; fewer are not rounded to 8 bits
 AGREEMENT = 0.005
 BF16, NF4, ROUNDED = "bf16", "NF4", "NF4, 8-bit activations"
-REFERENCE = "transformers, NF4 by bitsandbytes"
+UNQUANTIZED, REFERENCE = "transformers, bf16", "transformers, NF4 by bitsandbytes"
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,18 +128,12 @@ class EightBitProduct:
 
     def __init__(self, exact: Callable[..., torch.Tensor]) -> None:
         self._exact = exact
-        self._weights: dict[bytes, torch.Tensor] = {}
+        self._levels: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        absmax: torch.Tensor,
-        levels: torch.Tensor,
-        shape: tuple[int, int],
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *matrix: Any) -> torch.Tensor:
         if x.shape[:-1].numel() < PROMPT_ROWS:
-            return self._exact(x, codes, absmax, levels, shape)
+            return self._exact(x, *matrix)
+        codes, absmax, _, shape = matrix
         blocks = x.float().unflatten(-1, (-1, GROUP))
         scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
         rounded = ((blocks / scale).round() * scale).flatten(-2)
@@ -148,12 +143,13 @@ class EightBitProduct:
         self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
     ) -> torch.Tensor:
         key = codes[:256].numpy().tobytes()  # not its place: another expert may move in there
-        if key not in self._weights:
+        if key not in self._levels:
             flat, scales = nf4.unpack(codes, absmax, *shape)
             places = torch.stack((flat >> 4, flat & 0xF), dim=-1).view(-1, GROUP).int()
-            levels = (nf4.LEVELS["nf4"] * 127).round() / 127
-            self._weights[key] = (levels[places] * scales.float().unsqueeze(-1)).view(shape)
-        return self._weights[key]
+            levels = (nf4.LEVELS["nf4"] * 127).round().to(torch.int8)
+            self._levels[key] = levels[places], scales.float().unsqueeze(-1) / 127
+        whole, scales = self._levels[key]
+        return (whole * scales).view(shape)
 
 
 def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
@@ -206,13 +202,13 @@ def sizes(blueprint: Blueprint, expert_bits: float | None = None) -> tuple[float
 
 def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
     """All of mixchat's and of transformers', bf16 first; makes the models below `work`."""
-    dense, bnb_nf4 = QuantizeOptions(quant_type="none"), QuantizeOptions()
+    dense = QuantizeOptions(quant_type="none")
     made = {
         BF16: dense,
-        NF4: bnb_nf4,
-        "NF4, searched scales": replace(bnb_nf4, scales="search"),
-        "NF4, attention too": replace(bnb_nf4, attention=True),
-        "NF4, attention and head too": replace(bnb_nf4, attention=True, head=True),
+        NF4: QuantizeOptions(scales="absmax"),
+        "NF4, searched scales": QuantizeOptions(scales="search"),
+        "NF4, attention too": QuantizeOptions(scales="absmax", attention=True),
+        "NF4, attention and head too": QuantizeOptions(scales="absmax", attention=True, head=True),
     }
     for number, (name, options) in enumerate(made.items()):
         target = work / f"kept-{number}"
@@ -224,13 +220,12 @@ def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
             yield Variant(ROUNDED, *size, rounded)
     affine = changed(checkpoint, work / "affine", by_int4_affine)
     blueprint = kept(affine, work / "kept-affine", dense)
-    size = sizes(blueprint, 4 + 2 * 16 / GROUP)
-    yield Variant("int4 affine", *size, mixchat_logits(work / "kept-affine"))
+    affine_logits = mixchat_logits(work / "kept-affine")
+    yield Variant("int4 affine", *sizes(blueprint, 4 + 2 * 16 / GROUP), affine_logits)
     shutil.rmtree(affine)
-    yield Variant("transformers, bf16", 16, 16, transformers_logits(checkpoint))
+    yield Variant(UNQUANTIZED, 16, 16, transformers_logits(checkpoint))
     reference = changed(checkpoint, work / "reference", by_bitsandbytes)
-    size = sizes(blueprint, 4 + 16 / GROUP)
-    yield Variant(REFERENCE, *size, transformers_logits(reference))
+    yield Variant(REFERENCE, *sizes(blueprint, 4 + 16 / GROUP), transformers_logits(reference))
 
 
 def llama_rows(python: str, gguf: Path, ids: torch.Tensor, work: Path) -> list[list[object]]:
@@ -260,7 +255,8 @@ def show(rows: list[list[object]]) -> None:
 
 
 @torch.inference_mode()
-def main(text: Path, tokens: int, llama: str | None) -> None:
+def main(text: Path, windows: int, llama: str | None) -> None:
+    tokens = windows * WINDOW
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         checkpoint, gguf = work / "checkpoint", work / "model.gguf"
@@ -275,8 +271,11 @@ def main(text: Path, tokens: int, llama: str | None) -> None:
         for window in ids.split(WINDOW):
             scores: dict[str, torch.Tensor] = {}
             for name, variant in measured.items():
-                scores[name] = variant.read(window, scores.get(BF16))
-            direct.append(divergence(scores[ROUNDED], scores[NF4]))
+                read = variant.read(window, scores.get(BF16))
+                if name == ROUNDED:
+                    direct.append(divergence(read, scores.pop(NF4)))
+                elif name in (BF16, NF4):  # what others are not compared with need not stay
+                    scores[name] = read
             print(f"{len(direct) * WINDOW} tokens", end="\r", file=sys.stderr)
     mine = [
         [one.name, one.bits, one.expert_bits, one.perplexity, statistics.mean(one.divergences)]
@@ -285,6 +284,7 @@ def main(text: Path, tokens: int, llama: str | None) -> None:
     print(f"{tokens} tokens in windows of {WINDOW}\n")
     show(mine + [[f"llama.cpp, {name}", *numbers] for name, *numbers in rows])
     print(f"\n{measured[ROUNDED].against(measured[NF4])}, KL {statistics.mean(direct):.4f}")
+    print(measured[NF4].against(measured[UNQUANTIZED]))
     print(measured[NF4].against(measured[REFERENCE]))
     if abs(measured[NF4].perplexity / measured[REFERENCE].perplexity - 1) > AGREEMENT:
         raise SystemExit(f"more than {AGREEMENT:.1%} apart")
@@ -293,7 +293,6 @@ def main(text: Path, tokens: int, llama: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=20480, help="whole windows, two at least")
+    parser.add_argument("--windows", type=int, default=40, help="at least two")
     parser.add_argument("--llama", metavar="PYTHON")
-    given = parser.parse_args()
-    main(given.text, given.tokens, given.llama)
+    main(**vars(parser.parse_args()))

@@ -3,8 +3,8 @@
     pip install llama-cpp-python==0.3.36 gguf                      (its own Python)
     python quality_llama.py MODEL.gguf IDS.json WORK
 
-IDS.json has the windows: lists of token ids. MODEL.gguf is taken to F16, and from there to Q4_0 (all
-matrices) and Q4_K_M. Prints a list of [name, bits a weight, bits of the feed-forward blocks',
+IDS.json has the windows: lists of token ids. MODEL.gguf is taken to F16, and from there to Q4_0
+(all matrices) and Q4_K_M. Prints a list of [name, bits a weight, bits of the feed-forward blocks',
 perplexity, KL divergence to F16] as JSON. It imports nothing of mixchat.
 """
 
@@ -43,9 +43,8 @@ def requantize(source: Path, target: Path, name: str) -> None:
 def bits(path: Path, pattern: str) -> float:
     """Bits a weight of the tensors whose names have `pattern` in them."""
     tensors = [one for one in gguf.GGUFReader(path).tensors if re.search(pattern, one.name)]
-    return (
-        8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
-    )
+    weights = sum(int(one.n_elements) for one in tensors)
+    return 8 * sum(int(one.n_bytes) for one in tensors) / weights
 
 
 class Llama:

@@ -104,15 +104,18 @@ def dequantize_experts(checkpoint: Path, target: Path) -> Path:
     return target
 
 
-def assert_as_near(ours: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
-    """Each token's logits [T, V] are about as far from the exact ones as the rounded ones are.
+def assert_as_near(
+    ours: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, times: float = 1.5
+) -> None:
+    """Each token's logits [T, V] are at most so many times as far from the exact ones as the
+    rounded ones are.
 
     But for two: where two experts are all but equally good for it, rounding may choose the other.
     """
     noise = (rounded - exact).norm(dim=-1).median()
     distances = (ours - exact).norm(dim=-1)
-    assert 0 < distances.median() < 1.5 * noise
-    assert (distances > 3 * noise).sum() <= 2
+    assert 0 < distances.median() < times * noise
+    assert (distances > 2 * times * noise).sum() <= 2
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])

@@ -79,7 +79,8 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
     engine = load_engine(keep(quantized), CPU)
     ours = logits(engine, ids, TOKENS).float()
-    assert_as_near(ours, exact, rounded)
+    # Attention is in 4 bits too: a prompt's activations are rounded to bytes there as well.
+    assert_as_near(ours, exact, rounded, times=3)
     assert (rounded - exact).norm() < 0.05 * exact.norm()  # or the comparison would say nothing
 
 
