@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mixchat.experts.calibration import Calibration
 
-# Of the shorter of computing and reading, the part that goes on beside the other. Measured with
+# Of what could be read while the cores compute, the part that is. Measured with
 # `tests/benchmarks/beyond_memory.py`: reading ahead does not begin early enough for all of it.
 OVERLAP = 0.5
 
@@ -26,7 +26,8 @@ class TokenCost:
     """Seconds of one decoded token, and what they go into.
 
     computing: the layers, the chosen experts, the head; copying: of `copied` experts from RAM to a
-    GPU; reading: of `read` experts from disk; hidden: what of these goes on at the same time.
+    GPU; reading: of `read` experts from disk, with nothing beside it; slowed: the part of its speed
+    that the disk has while the cores compute.
     """
 
     computing: float
@@ -34,11 +35,12 @@ class TokenCost:
     reading: float
     copied: float
     read: float
+    slowed: float = 1.0
 
     @property
     def hidden(self) -> float:
         """Seconds that are saved because moving and computing go on side by side."""
-        return OVERLAP * min(self.computing, self.copying + self.reading)
+        return OVERLAP * min(self.computing * self.slowed, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
@@ -83,10 +85,13 @@ def moving_cost(
     if read and speeds.disk_bandwidth is None:
         return None
     copied = missing if speeds.copy_bandwidth else 0.0
+    busy = speeds.disk_bandwidth or 1.0
+    alone = max(speeds.disk_bandwidth_idle or busy, busy)
     return TokenCost(
         computing=computing,
         copying=copied * shape.expert / speeds.copy_bandwidth if speeds.copy_bandwidth else 0.0,
-        reading=read * shape.expert / speeds.disk_bandwidth if speeds.disk_bandwidth else 0.0,
+        reading=read * shape.expert / alone,
         copied=copied,
         read=read,
+        slowed=busy / alone if read else 1.0,
     )

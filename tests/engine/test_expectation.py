@@ -106,7 +106,7 @@ def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read() -> None:
     head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
     assert found.computing == pytest.approx(32 * 0.001 + (64 + head) * 0.003)
     assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
-    assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / 2e9)
+    assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / 3e9)
 
 
 def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
@@ -126,7 +126,7 @@ def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
     assert found is not None
     assert found.starting == pytest.approx(BLUEPRINT.shared_size / 2e9)
     assert 254 < found.prompt.read < 256
-    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 2e9)
+    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
     # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
     experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
     assert experts < found.prompt.computing < experts + 0.3
@@ -146,7 +146,7 @@ def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
     found = first_token(BLUEPRINT, GPU, GPU_SPEEDS)
     assert found is not None
     assert found.prompt.copied == found.prompt.read
-    assert found.prompt.copying == pytest.approx(found.prompt.reading / 10)
+    assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
 
 
 def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:

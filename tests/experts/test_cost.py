@@ -32,10 +32,11 @@ def test_on_a_cpu_that_holds_all_a_token_is_only_computed() -> None:
     assert found.seconds == found.computing
 
 
-def test_what_a_cpu_does_not_hold_is_read_at_the_pace_of_a_disk_beside_a_busy_cpu() -> None:
+def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes() -> None:
     found = cost(CPU, "cpu", 0.75, 0.75)
     assert found.read == pytest.approx(2)
-    assert found.reading == pytest.approx(2 * 1e6 / 1e9)
+    assert found.reading == pytest.approx(2 * 1e6 / 2e9)  # with nothing beside it
+    assert found.slowed == pytest.approx(0.5)
     assert (found.copied, found.copying) == (0, 0)
 
 
@@ -44,7 +45,7 @@ def test_what_a_gpu_does_not_hold_is_copied_and_read_only_where_ram_does_not_hol
     assert found.computing == pytest.approx(4 * 0.002 + 11 * 1e-3)  # by the GPU
     assert (found.copied, found.read) == (pytest.approx(6), pytest.approx(2))
     assert found.copying == pytest.approx(6 * 1e6 / 1e10)
-    assert found.reading == pytest.approx(2 * 1e6 / 1e9)
+    assert found.reading == pytest.approx(2 * 1e6 / 2e9)
 
 
 def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
@@ -53,6 +54,8 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
     assert slow.seconds == pytest.approx(0.9 - OVERLAP * 0.1)
     fast = TokenCost(computing=1.0, copying=0.1, reading=0.1, copied=1, read=1)
     assert fast.seconds == pytest.approx(1.2 - OVERLAP * 0.2)
+    slowed = dataclasses.replace(slow, slowed=0.6)
+    assert slowed.hidden == pytest.approx(OVERLAP * 0.06)
 
 
 def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost() -> None:
