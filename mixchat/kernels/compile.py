@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any, Literal
 
 import llvmlite.binding as llvm
@@ -55,6 +56,15 @@ class Compiled:
 def has_feature(name: str) -> bool:
     """Whether the CPU has this feature, by LLVM's name."""
     return bool(llvm.get_host_cpu_features().get(name, False))
+
+
+def multiplies_bf16() -> bool:
+    """Whether torch multiplies matrices in bf16 at full speed here; of other CPUs than x86 that is
+    assumed."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    native = has_feature("avx512bf16") or has_feature("amx-bf16")
+    return native and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def compile_module(module: Any, instructions: InstructionSet) -> Compiled:

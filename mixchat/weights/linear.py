@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mixchat.errors import CheckpointError
 from mixchat.kernels import four_bit
+from mixchat.kernels.compile import multiplies_bf16
 from mixchat.weights import nf4
 from mixchat.weights.bnb_format import Quantized4bit
 from mixchat.weights.quantizer import quantize
@@ -23,6 +24,10 @@ from mixchat.weights.safetensors import TensorSpec
 QuantType = Literal["nf4", "fp4", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
 Scales = Literal["absmax", "search", "given"]
+
+
+_MANY = 32  # tokens from which on widening the weights pays
+_WIDENED = 2**23  # weights that are widened at once
 
 
 class Linear(Protocol):
@@ -38,10 +43,26 @@ class DenseLinear:
         self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and x.shape[:-1].numel() == 1:
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+            return functional.linear(x, self._weight)
+        tokens = x.shape[:-1].numel()
+        if tokens == 1:
             with _without_onednn():
                 return functional.linear(x, self._weight)
+        if tokens >= _MANY and not multiplies_bf16():
+            return self._in_fp32(x)
         return functional.linear(x, self._weight)
+
+    def _in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """Without instructions for bf16 a product in it takes four times as long as one in fp32.
+
+        Some rows at a time: the wide copy of a large matrix need not be in memory whole.
+        """
+        wide, rows = x.float(), max(1, _WIDENED // self._weight.shape[1])
+        pieces = (
+            functional.linear(wide, piece.float()) for piece in torch.split(self._weight, rows)
+        )
+        return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mixchat.kernels.compile import instruction_set
+from mixchat.kernels.compile import instruction_set, multiplies_bf16
 
 
 @pytest.mark.parametrize(("capability", "found"), [("avx2", "avx2"), ("default", "None")])
@@ -26,3 +26,26 @@ def test_a_cpu_without_avx2_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("mixchat.kernels.compile.has_feature", lambda name: name == "neon")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert instruction_set.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "capability", "fast"),
+    [
+        ("x86_64", {"avx2", "avx512f"}, "AVX512", False),
+        ("x86_64", {"avx2", "avx512f", "avx512bf16"}, "AVX512", True),
+        ("AMD64", {"avx2", "amx-bf16"}, "AVX512", True),
+        ("x86_64", {"avx2", "avx512bf16"}, "AVX2", False),  # asked for less than there is
+        ("aarch64", set(), "DEFAULT", True),
+    ],
+)
+def test_which_cpus_multiply_in_bf16(
+    machine: str,
+    features: set[str],
+    capability: str,
+    fast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("mixchat.kernels.compile.has_feature", lambda name: name in features)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert multiplies_bf16() is fast
