@@ -111,12 +111,13 @@ def header_length(first: bytes | bytearray, size: int, where: str) -> int:
 class SafetensorsFile:
     """An open safetensors file, whose `header` has been read and checked.
 
-    Raises `CheckpointError` where the file is missing, cut short, or not what the format allows.
+    It is closed when nobody knows it any more, if not before. Raises `CheckpointError` where the
+    file is missing, cut short, or not what the format allows.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._direct_fd = -1
+        self._fd = self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -175,6 +176,11 @@ class SafetensorsFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._fd = self._direct_fd = -1
+
+    def __del__(self) -> None:
+        # An engine that is dropped would leave 33 files open: some thirty of them, and a terminal's
+        # library, which uses select(), goes round in circles.
+        self.close()
 
     def __enter__(self) -> SafetensorsFile:
         return self

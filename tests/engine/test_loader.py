@@ -1,3 +1,4 @@
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,18 @@ def test_a_gpu_gives_what_the_cpu_gives(
         results.append(result.float().cpu())
     tolerance = 1e-4 if options == {"quant_type": "none"} else 0.03
     assert (results[0] - results[1]).norm() < tolerance * results[1].norm()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_an_engine_that_is_dropped_leaves_no_file_open(tiny_model: Path) -> None:
+    """Hundreds of them did, until select() could not be told the number of a terminal's file."""
+
+    def open_files() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_files()
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    assert open_files() > before
+    del engine
+    assert open_files() == before
