@@ -7,7 +7,8 @@ table has the bits a weight takes (of the whole model, and of the experts alone)
 the KL divergence to the bf16 model for each token but the first of a window, in nats.
 
 - int4 affine: codes, scales and zeros of groups of 64 as torch's `_weight_int4pack_mm` takes them;
-- 8-bit activations: prompts' x rounded to 8 bits in blocks of 64, NF4's levels to k / 127;
+- prompts not in bytes: what a CPU without AVX512-VNNI gives, for on others prompts are multiplied
+  as bytes (`kernels/units.py`);
 - transformers: in bf16, on the checkpoint as it is, and with each expert taken to NF4 and back by
   bitsandbytes, with which mixchat's NF4 must agree within 0.5%;
 - llama.cpp, where --llama names a Python that has it (`quality_llama.py`): the dense model that the
@@ -28,7 +29,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import bitsandbytes.functional as bnb
@@ -40,7 +40,7 @@ from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.kernels import four_bit
 from mixchat.progress import NoProgress
 from mixchat.text.tokenizer import load_tokenizer
-from mixchat.weights import demo, nf4
+from mixchat.weights import demo
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.build import build
 from mixchat.weights.manifest import Source
@@ -48,10 +48,9 @@ from mixchat.weights.origin import LocalOrigin
 from mixchat.weights.quantize import QuantizeOptions, blueprint_of
 
 WINDOW = 512  # tokens
-GROUP = 64  # weights that share a scale, columns that share one of x
-PROMPT_ROWS = 16  # of x; fewer are not rounded to 8 bits
+GROUP = 64  # weights that share a scale
 AGREEMENT = 0.005
-BF16, NF4, ROUNDED = "bf16", "NF4", "NF4, 8-bit activations"
+BF16, NF4, EXACT = "bf16", "NF4", "NF4, prompts not in bytes"
 UNQUANTIZED, REFERENCE = "transformers, bf16", "transformers, NF4 by bitsandbytes"
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -112,44 +111,14 @@ def transformers_logits(checkpoint: Path) -> Logits:
     return lambda ids: model(ids[None]).logits[0]
 
 
-def with_8_bit_activations(logits: Logits) -> Logits:
-    """The same, but prompts are multiplied as `EightBitProduct` does it."""
-    product = EightBitProduct(four_bit.matmul)
+def without_bytes(logits: Logits) -> Logits:
+    """The same, but prompts are multiplied as single tokens are."""
 
-    def rounded(ids: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(four_bit, "matmul", product):
+    def exact(ids: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(four_bit, "unit_for", lambda instructions, tokens: instructions):
             return logits(ids)
 
-    return rounded
-
-
-class EightBitProduct:
-    """What integer products of 8 bits would give in the place of `four_bit.matmul`."""
-
-    def __init__(self, exact: Callable[..., torch.Tensor]) -> None:
-        self._exact = exact
-        self._levels: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __call__(self, x: torch.Tensor, *matrix: Any) -> torch.Tensor:
-        if x.shape[:-1].numel() < PROMPT_ROWS:
-            return self._exact(x, *matrix)
-        codes, absmax, _, shape = matrix
-        blocks = x.float().unflatten(-1, (-1, GROUP))
-        scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        rounded = ((blocks / scale).round() * scale).flatten(-2)
-        return functional.linear(rounded, self._weight(codes, absmax, shape)).to(x.dtype)
-
-    def _weight(
-        self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
-    ) -> torch.Tensor:
-        key = codes[:256].numpy().tobytes()  # not its place: another expert may move in there
-        if key not in self._levels:
-            flat, scales = nf4.unpack(codes, absmax, *shape)
-            places = torch.stack((flat >> 4, flat & 0xF), dim=-1).view(-1, GROUP).int()
-            levels = (nf4.LEVELS["nf4"] * 127).round().to(torch.int8)
-            self._levels[key] = levels[places], scales.float().unsqueeze(-1) / 127
-        whole, scales = self._levels[key]
-        return (whole * scales).view(shape)
+    return exact
 
 
 def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
@@ -216,8 +185,7 @@ def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
         yield Variant(name, *size, mixchat_logits(target))
         if name == NF4:
             yield Variant("NF4, --kv-bits 8", *size, mixchat_logits(target, kv_bits=8))
-            rounded = with_8_bit_activations(mixchat_logits(target))
-            yield Variant(ROUNDED, *size, rounded)
+            yield Variant(EXACT, *size, without_bytes(mixchat_logits(target)))
     affine = changed(checkpoint, work / "affine", by_int4_affine)
     blueprint = kept(affine, work / "kept-affine", dense)
     affine_logits = mixchat_logits(work / "kept-affine")
@@ -272,7 +240,7 @@ def main(text: Path, windows: int, llama: str | None) -> None:
             scores: dict[str, torch.Tensor] = {}
             for name, variant in measured.items():
                 read = variant.read(window, scores.get(BF16))
-                if name == ROUNDED:
+                if name == EXACT:
                     direct.append(divergence(read, scores.pop(NF4)))
                 elif name in (BF16, NF4):  # what others are not compared with need not stay
                     scores[name] = read
@@ -283,7 +251,7 @@ def main(text: Path, windows: int, llama: str | None) -> None:
     ]
     print(f"{tokens} tokens in windows of {WINDOW}\n")
     show(mine + [[f"llama.cpp, {name}", *numbers] for name, *numbers in rows])
-    print(f"\n{measured[ROUNDED].against(measured[NF4])}, KL {statistics.mean(direct):.4f}")
+    print(f"\n{measured[NF4].against(measured[EXACT])}, KL {statistics.mean(direct):.4f}")
     print(measured[NF4].against(measured[UNQUANTIZED]))
     print(measured[NF4].against(measured[REFERENCE]))
     if abs(measured[NF4].perplexity / measured[REFERENCE].perplexity - 1) > AGREEMENT:
