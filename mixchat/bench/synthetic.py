@@ -26,7 +26,7 @@ from mixchat.weights.manifest import (
     write_manifest,
 )
 from mixchat.weights.quantize import best_layout
-from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec, tensor_bytes
+from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -69,7 +69,7 @@ def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:
         for spec in specs:
             tensor = _random(spec, generator)
             writer.write(spec.name, tensor)
-            digests[spec.name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+            digests[spec.name] = tensor_sha256(tensor)
     return WeightsRecord(path.stat().st_size, digests)
 
 

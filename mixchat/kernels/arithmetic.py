@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixchat.kernels.emit import Function, Value, i16, i32, vector
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, vector
 
 _LOG2_E = 1.4426950408889634
 _LEAST = -126.0  # powers of two below this are no normal floats
@@ -26,6 +26,16 @@ def exponential(function: Function, x: Value) -> Value:
     # A float times 2^n: n is added to its exponent, which begins at bit 23.
     bits = result.bits_as(whole_type) + (whole.as_whole(whole_type) << 23)
     return is_seen.choose(bits.bits_as(x.type), 0.0)
+
+
+def as_fp32(pointer: Pointer, place: Value, half: bool, count: int | None = None) -> Value:
+    """A number of a tensor in fp32, or bf16 (`half`), or `count` of them from this place on."""
+    short, whole, real = (
+        kind if count is None else vector(kind, count) for kind in (i16, i32, f32)
+    )
+    if not half:
+        return pointer.load(real, place * 4)
+    return (pointer.load(short, place * 2).widened(whole) << 16).bits_as(real)
 
 
 def rounded_to_bf16(value: Value) -> Value:

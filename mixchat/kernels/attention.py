@@ -17,10 +17,16 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.arithmetic import exponential, rounded_to_bf16
-from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16
+from mixchat.kernels.compile import (
+    Compiled,
+    InstructionSet,
+    available,
+    compile_module,
+    instruction_set,
+)
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
-from mixchat.kernels.pages import BLOCK, PAGE, CacheShape, group_part, number_at
+from mixchat.kernels.pages import BLOCK, PAGE, CacheShape, group_part
 from mixchat.kernels.signature import Signature
 
 _KEYS = 64  # that are scored before their values are added
@@ -36,9 +42,7 @@ _SIGNATURE = Signature(
 )
 
 
-def available() -> bool:
-    """Whether this CPU can run it: it takes AVX2."""
-    return instruction_set() is not None
+__all__ = ["attend", "available"]
 
 
 def attend(
@@ -153,7 +157,7 @@ class _Attend:
                 self._sums.store(zeros, here + start * 4)
             source = self._row(row, first, group) * shape.head_dim
             with function.loop(0, shape.head_dim, 1) as (number, _):
-                value = number_at(queries, source + number, half)
+                value = as_fp32(queries, source + number, half)
                 self._queries.store(value * shape.head_dim**-0.5, here + number * 4)
             self._state.store(function.constant(f32, _LOWEST), row * 8)
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)

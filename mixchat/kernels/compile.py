@@ -52,6 +52,11 @@ class Compiled:
         return self._functions[name]
 
 
+def available() -> bool:
+    """Whether this CPU can run kernels: they take AVX2."""
+    return instruction_set() is not None
+
+
 @functools.cache
 def has_feature(name: str) -> bool:
     """Whether the CPU has this feature, by LLVM's name."""

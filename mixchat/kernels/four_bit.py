@@ -23,9 +23,16 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.arithmetic import as_fp32
+from mixchat.kernels.compile import (
+    Compiled,
+    InstructionSet,
+    available,
+    compile_module,
+    instruction_set,
+)
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
-from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile, floats_at
+from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import UNITS, Unit, UnitName, tables, unit_for
 
 _BANDS = 4  # of one item of work where there is one token: as many streams from memory
@@ -33,11 +40,6 @@ _X_BYTES = 2**19  # of x at a time, for the second-level cache to hold them
 _DTYPES = (torch.float32, torch.bfloat16)
 
 __all__ = ["available", "matmul", "tables"]
-
-
-def available() -> bool:
-    """Whether this CPU can run it: it takes AVX2."""
-    return instruction_set() is not None
 
 
 def matmul(
@@ -112,7 +114,7 @@ def _write_round_x(module: Any, unit: type[Unit], half: bool) -> None:
         function.loop(0, blocks, 1) as (block, _),
     ):
         first = token * columns + block * BLOCK
-        pieces = [floats_at(x, first + at, lanes, half) for at in range(0, BLOCK, lanes)]
+        pieces = [as_fp32(x, first + at, half, lanes) for at in range(0, BLOCK, lanes)]
         absmax = _largest(function, pieces)
         factor = function.constant(f32, unit.largest_x) / absmax
         factor = absmax.compare(">", 1e-30).choose(factor, 0.0)

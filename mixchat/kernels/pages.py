@@ -26,9 +26,9 @@ from typing import Any, Literal
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.arithmetic import rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
 from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
-from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, i64
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
 from mixchat.kernels.signature import Arguments, Signature
 
 Bits = Literal[32, 16, 8]
@@ -110,13 +110,6 @@ def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) 
     return given.function.address(page + group * shape.group_bytes)
 
 
-def number_at(pointer: Pointer, place: Value, half: bool) -> Value:
-    """A number of a tensor in fp32, or bf16 (`half`), as fp32."""
-    if not half:
-        return pointer.load(f32, place * 4)
-    return (pointer.load(i16, place * 2).widened(i32) << 16).bits_as(f32)
-
-
 @functools.cache
 def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool) -> Compiled:
     assert instructions is not None
@@ -160,7 +153,7 @@ class _Store:
         """A loop over a head's numbers: the place of each, and what of it is kept."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
         with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
-            number = number_at(source, first + place, self._half)
+            number = as_fp32(source, first + place, self._half)
             if factor is not None:
                 kept = self.function.rounded(number * factor).as_whole(i32).narrowed(i8)
             else:
@@ -171,7 +164,7 @@ class _Store:
         """Put down the scale of a head's numbers; what they are multiplied with."""
         function, zero = self.function, self.function.constant(f32, 0.0)
         with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
-            number = number_at(source, first + place, self._half)
+            number = as_fp32(source, first + place, self._half)
             largest[0] = function.maximum(function.maximum(number, -number), largest[0])
         scale.store(largest[0] * (1 / _LARGEST))
         factor = function.constant(f32, _LARGEST) / largest[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixchat.kernels.arithmetic import rounded_to_bf16
-from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
+from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
+from mixchat.kernels.emit import Function, Value, f32, i8, i32, vector
 from mixchat.kernels.signature import Signature
 from mixchat.kernels.units import LINE, Unit
 
@@ -27,14 +27,6 @@ SIGNATURE = Signature(
     "tokens",
     "chunk",
 )
-
-
-def floats_at(pointer: Pointer, place: Value, count: int, half: bool) -> Value:
-    """So many bf16 (`half`) or fp32 numbers, from the one at this place on, as fp32."""
-    if not half:
-        return pointer.load(vector(f32, count), place * 4)
-    bits = pointer.load(vector(i16, count), place * 2).widened(vector(i32, count)) << 16
-    return bits.bits_as(vector(f32, count))
 
 
 class Tile:
@@ -130,7 +122,7 @@ class Tile:
             here = block * self._rows + self._row + band * BAND
             self._absmax.prefetch((here + self._rows * _AHEAD) * 2)
             scales = [
-                floats_at(self._absmax, here + part * unit.lanes, unit.lanes, half=True)
+                as_fp32(self._absmax, here + part * unit.lanes, True, unit.lanes)
                 for part in range(parts)
             ]
             for token in range(self.tokens):

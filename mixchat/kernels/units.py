@@ -13,6 +13,7 @@ the sum of x, which is known, is taken off again by letting the sums begin there
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,7 +27,7 @@ MANY = 16  # tokens from which on x has 8 bits, where that is faster
 _BYTES_AT = 32  # where the levels as bytes begin, behind those as words
 
 
-class Unit:
+class Unit(ABC):
     """What is common to all; one belongs to the function that is being written."""
 
     lanes: ClassVar[int]
@@ -42,14 +43,14 @@ class Unit:
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table
 
+    @abstractmethod
     def levels(self, lines: Value) -> list[Value]:
         """The levels of the codes, a vector for each vector of sums."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """The sums and, lane by lane, the products of the levels with x, which is the same for
         all lanes: a number of 32 bits with as many numbers as a lane has levels."""
-        raise NotImplementedError
 
     def in_order(self, sums: list[Value]) -> list[Value]:
         """The sums in the order of the rows."""

@@ -12,7 +12,6 @@ While `conversion/` is there the model is not loaded, for its manifest names one
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from mixchat.weights.manifest import (
 )
 from mixchat.weights.parts import Part, parts
 from mixchat.weights.quantize import best_layout
-from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter, tensor_bytes
+from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 
 _SMALL_FILES = 4_000_000  # bytes: journal and manifests
 _LAYOUTS: tuple[Layout, ...] = ("bitsandbytes", "cpu-packed")
@@ -216,7 +215,7 @@ class _Conversion:
             for old, new in both:
                 for spec, tensor in zip(new.tensors, self._made(file, old, new), strict=True):
                     writer.write(spec.name, tensor)
-                    digests[spec.name] = _sha256(tensor)
+                    digests[spec.name] = tensor_sha256(tensor)
                 task.advance(old.nbytes)
         return digests
 
@@ -225,7 +224,7 @@ class _Conversion:
         tensors = [file.read(spec.name) for spec in old.tensors]
         expected = self._manifest.weights[old.file].sha256
         for spec, tensor in zip(old.tensors, tensors, strict=True):
-            if _sha256(tensor) != expected[spec.name]:
+            if tensor_sha256(tensor) != expected[spec.name]:
                 raise CheckpointError(
                     f"{file.path}: {spec.name} is damaged (its SHA-256 differs)", hint=REPAIR
                 )
@@ -262,7 +261,3 @@ def _with_digests(manifest: Manifest, digests: dict[str, dict[str, str]]) -> Man
         for name, record in manifest.weights.items()
     }
     return replace(manifest, weights=weights)
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

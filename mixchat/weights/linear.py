@@ -5,6 +5,7 @@ R = rows (out features), C = columns (in features).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,10 +96,16 @@ class PackedFourBitLinear:
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._levels = four_bit.tables(nf4.LEVELS[spec.quant_type])
+        self._levels = _tables(spec.quant_type)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return four_bit.matmul(x, self._codes, self._absmax, self._levels, self._shape)
+
+
+@functools.cache
+def _tables(quant_type: nf4.FourBit) -> torch.Tensor:
+    """The levels as the kernel wants them: the same for every matrix."""
+    return four_bit.tables(nf4.LEVELS[quant_type])
 
 
 @dataclass(frozen=True)

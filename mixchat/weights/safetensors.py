@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -288,6 +289,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, in place where it is contiguous."""
     view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return view
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """The SHA-256 of a tensor's bytes in hex, as manifests have it."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
