@@ -19,9 +19,6 @@ DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
 # Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
 # and lose ten times as much in waiting for each other where another program wants a core too.
 SMALL_EXPERT = 4_000_000
-# Tokens of a prompt that are computed at once: where all experts are held, more gain nothing.
-PREFILL_CHUNK = 2048
-CHUNK_STEP, LARGEST_CHUNK = 512, 8192
 
 
 @dataclass(frozen=True)
@@ -69,24 +66,6 @@ def place(
     if device_memory is not None:
         raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
     return place_on_cpu(demand, free.host, host_memory)
-
-
-def chunk_size(blueprint: Blueprint, placement: Placement) -> int:
-    """Tokens of a prompt that are computed at once.
-
-    Where not all experts are held, each chunk brings most of them in anew. Then it has as many
-    tokens as the memory that is left beside the experts has room for what comes in between, even
-    if all of them go to one expert.
-    """
-    if placement.slots >= blueprint.expert_count:
-        return PREFILL_CHUNK
-    config, size = blueprint.config, blueprint.quantization.dtype.itemsize
-    # w1 x and w3 x, silu of the one, their product, and that rounded.
-    inner = 5 * config.intermediate_size * size
-    # What the experts give, as it is and weighted in fp32; the stream, normed and as it was.
-    outer = (config.num_experts_per_tok * (size + 8) + 4 * size) * config.hidden_size
-    tokens = placement.reserve // (inner + outer) // CHUNK_STEP * CHUNK_STEP
-    return min(max(tokens, CHUNK_STEP), LARGEST_CHUNK)
 
 
 def settle_threads(blueprint: Blueprint) -> None:

@@ -16,6 +16,9 @@ from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertReport
 
+# Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
+PREFILL_CHUNK = 2048
+
 
 @dataclass
 class GenerationStats:
@@ -43,7 +46,7 @@ class Engine:
         cache: KVCache,
         experts: Fetcher,
         *,
-        prefill_chunk: int = 2048,
+        prefill_chunk: int = PREFILL_CHUNK,
         expected: Callable[[], float | None] = lambda: None,
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",

@@ -9,14 +9,7 @@ from pathlib import Path
 import torch
 
 from mixchat.engine.expectation import predicted
-from mixchat.engine.fitting import (
-    FreeMemory,
-    chunk_size,
-    context_size,
-    demand_of,
-    place,
-    settle_threads,
-)
+from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place, settle_threads
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
@@ -105,7 +98,6 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
         fetcher,
-        prefill_chunk=chunk_size(stored, placement),
         expected=lambda: predicted(
             stored, kept.directory, device, replace(placement, slots=fetcher.slots)
         ),

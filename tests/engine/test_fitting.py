@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mixchat.config import ModelConfig
-from mixchat.engine.fitting import chunk_size, context_size, demand_of, settle_threads
+from mixchat.engine.fitting import context_size, demand_of, settle_threads
 from mixchat.errors import UsageError
-from mixchat.experts.placement import Demand, Placement
+from mixchat.experts.placement import Demand
 from mixchat.weights.blueprint import Blueprint, Quantization
 from mixchat.weights.demo import CONFIG
 from mixchat.weights.outline import MIXTRAL
@@ -39,20 +39,6 @@ def test_a_context_is_at_most_8192_tokens_unless_asked_for() -> None:
     for wanted in (0, 1, 32769):
         with pytest.raises(UsageError, match="2 to 32768"):
             context_size(MODEL, wanted)
-
-
-def test_prompts_come_in_large_chunks_where_experts_come_from_disk() -> None:
-    """A token takes at most 143 KB in an expert and 115 KB around it."""
-    blueprint = Blueprint(MODEL, Quantization())
-
-    def tokens(slots: int, reserve: int) -> int:
-        return chunk_size(blueprint, Placement(slots, 0, 256, reserve))
-
-    assert tokens(256, 10**9) == 2048  # all are there
-    assert tokens(100, 10**9) == 3584
-    assert tokens(100, 250_000_000) == 512
-    assert tokens(100, 10**8) == 512
-    assert tokens(100, 10**10) == 8192
 
 
 def test_small_experts_are_computed_by_one_thread_and_others_by_as_many_as_there_were() -> None:
