@@ -15,19 +15,20 @@ from mixchat.config import ModelConfig
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.kernels import rows
 from mixchat.weights.linear import Linear
 
 
 class RMSNorm:
-    """x / rms(x), in fp32, then in the type of x times the weight: as transformers rounds it.
-
-    On a CPU these few operations take two thirds of the time of torch's own `rms_norm`.
-    """
+    """x / rms(x), in fp32, then in the type of x times the weight: as transformers rounds it."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight, self._eps = weight, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D] to [T, D]."""
+        if rows.computes(x, x.shape[-1]):
+            return rows.rms_norm(x, self._weight, self._eps)
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
         return (wide * torch.rsqrt(mean + self._eps)).to(x.dtype) * self._weight

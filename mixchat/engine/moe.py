@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from mixchat.experts.runner import ExpertRunner
+from mixchat.kernels import router
 
 
 class SparseMoE:
@@ -18,7 +19,7 @@ class SparseMoE:
         self, layer: int, gate: torch.Tensor, experts_per_token: int, runner: ExpertRunner
     ) -> None:
         self._layer, self._experts_per_token, self._runner = layer, experts_per_token, runner
-        self._gate = gate.float()  # [E, D]
+        self._gate = gate.float().contiguous()  # [E, D]
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         selected_experts, routing_weights = self.route(hidden_states)
@@ -29,6 +30,8 @@ class SparseMoE:
 
         All in fp32: rounding the logits could change which expert comes second.
         """
+        if router.computes(hidden_states, self._gate):
+            return router.route(hidden_states, self._gate, self._experts_per_token)
         router_logits = functional.linear(hidden_states.float(), self._gate)  # [T, E]
         kept, selected_experts = router_logits.topk(self._experts_per_token, dim=-1)
         return selected_experts, kept.softmax(dim=-1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mixchat.kernels import rows
+
 
 class RotaryEmbedding:
     """Rotates pairs (i, i + head_dim / 2) of a head by position * theta ** (-2i / head_dim)."""
@@ -21,5 +23,7 @@ class RotaryEmbedding:
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [T, heads, head_dim], whose first token is at position `start`."""
         end, half = start + x.shape[0], x.shape[-1] // 2
-        cos, sin = self._cos[start:end, None], self._sin[start:end, None]  # [T, 1, head_dim]
-        return x * cos + x.roll(half, dims=-1) * sin
+        cos, sin = self._cos[start:end], self._sin[start:end]  # [T, head_dim]
+        if rows.computes(x, half):
+            return rows.rotate(x, cos, sin)
+        return x * cos[:, None] + x.roll(half, dims=-1) * sin[:, None]

@@ -15,6 +15,7 @@ from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.prefetch import Prefetch
+from mixchat.kernels import rows
 from mixchat.weights.blueprint import Expert
 
 AHEAD = 2  # experts on their way while one is computed
@@ -76,8 +77,7 @@ class CachedExpertRunner:
                 continue
             index = torch.tensor(places[key], device=outputs.device)  # [n], into T * K
             outputs[index] = self._output(key, hidden_states[index // choices], key in here)
-        weighted = outputs.view(tokens, choices, -1).float() * routing_weights.unsqueeze(-1)
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+        return weighted_sum(outputs.view(tokens, choices, -1), routing_weights)
 
     def _computed_here(self, places: Mapping[ExpertKey, Sequence[int]]) -> set[ExpertKey]:
         """What of the experts that have no slot is to be computed on the CPU."""
@@ -119,5 +119,15 @@ def _places(layer: int, selected: torch.Tensor) -> dict[ExpertKey, list[int]]:
 
 def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
     """w2(silu(w1 x) * w3 x) for x [n, D]."""
-    gate, up = expert.w13(x).chunk(2, dim=-1)  # [n, I] each
+    gate_up = expert.w13(x)  # [n, 2 * I]
+    if rows.computes(gate_up, gate_up.shape[-1] // 2):
+        return expert.w2(rows.gated(gate_up))
+    gate, up = gate_up.chunk(2, dim=-1)
     return expert.w2(functional.silu(gate) * up)
+
+
+def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum [T, D] of outputs [T, K, D] times weights [T, K], in the type of the outputs."""
+    if rows.computes(outputs, outputs.shape[-1]):
+        return rows.weighted_sum(outputs, weights)
+    return (outputs.float() * weights.unsqueeze(-1)).sum(dim=1).to(outputs.dtype)

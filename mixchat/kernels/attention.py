@@ -19,6 +19,7 @@ from llvmlite import ir
 
 from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16
 from mixchat.kernels.compile import (
+    LANES,
     Compiled,
     InstructionSet,
     available,
@@ -36,7 +37,6 @@ _TILE = 4  # rows that are computed together
 _VECTORS = 2  # of keys, or of a value's width, that are computed together
 _MASKED, _LOWEST = -3e38, -1e38  # scores; e^(masked - lowest) is 0
 _NO_WINDOW = 2**30  # tokens
-_LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}
 _SIGNATURE = Signature(
     "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window"
 )
@@ -87,8 +87,8 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool
     """The functions for new tokens in fp32, or bf16 (`half`)."""
     assert instructions is not None
     module = ir.Module("attention")
-    _Attend(module, shape, _LANES[instructions], half).write()
-    _write_merge(module, shape, _LANES[instructions], half)
+    _Attend(module, shape, LANES[instructions], half).write()
+    _write_merge(module, shape, LANES[instructions], half)
     return compile_module(module, instructions)
 
 

@@ -11,12 +11,13 @@ import torch
 
 from mixchat.kernels.threads import NativeFunction
 
-KERNELS = 1  # counts up when kernels become faster or slower: what was measured before is void
+KERNELS = 2  # counts up when kernels become faster or slower: what was measured before is void
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     "avx2": ("avx2", "fma"),
 }
+LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}  # fp32 numbers in a register
 # LLVM would rather use half of the width on some CPUs, which splits what is written for the whole.
 _FULL_WIDTH = "-prefer-256-bit"
 

@@ -212,6 +212,11 @@ class Function:
         """one * other + third, rounded once."""
         return self.call(f"llvm.fma.{_suffix(one.type)}", one.type, one, other, third)
 
+    def total(self, value: Value) -> Value:
+        """The sum of a vector of floats."""
+        name = f"llvm.vector.reduce.fadd.{_suffix(value.type)}"
+        return self.call(name, f32, self.constant(f32, 0.0), value)
+
     def rounded(self, value: Value) -> Value:
         """The nearest whole numbers, as floats."""
         return self.call(f"llvm.rint.{_suffix(value.type)}", value.type, value)

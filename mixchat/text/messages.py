@@ -17,11 +17,13 @@ class Message:
 
     `ids` are the tokens that the model generated for an answer, without the one that ended it.
     They go into the next prompt as they are: encoding the text again can give other tokens.
+    `partial` marks an answer that was stopped before its end.
     """
 
     role: Role
     content: str
     ids: tuple[int, ...] | None = None
+    partial: bool = False
 
 
 class Template(Protocol):

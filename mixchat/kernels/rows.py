@@ -1,0 +1,220 @@
+"""What is done to each token's row between the matrices, each in one pass over it.
+
+A token has few numbers, but torch takes four to nine operations for what is one here, and while the
+weights stream through the caches each of them has to bring its own code and data back: 20 us an
+operation in place of 2. All is computed in fp32 and rounded once, unless it says otherwise.
+
+T = tokens, D = columns, K = experts of a token, h = head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import torch
+from llvmlite import ir
+
+from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16
+from mixchat.kernels.compile import (
+    LANES,
+    Compiled,
+    InstructionSet,
+    compile_module,
+    instruction_set,
+)
+from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
+from mixchat.kernels.signature import Numbers, Signature
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_FEW = 2**16  # numbers that one thread is done with before a second one has begun
+_SIGNATURE = Signature(
+    "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps"
+)
+
+
+def computes(x: torch.Tensor, columns: int) -> bool:
+    """Whether rows of so many numbers like those of x can be computed here."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return False
+    instructions = instruction_set()
+    return instructions is not None and columns % LANES[instructions] == 0
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, D] / rms(x), rounded to the type of x, times weight [D]: as transformers rounds it."""
+    x, out = x.contiguous(), torch.empty_like(x)
+    whole = struct.unpack("i", struct.pack("f", eps))[0]
+    numbers = _numbers(x, out, weight=weight.data_ptr(), columns=x.shape[-1], eps=whole)
+    _run("rms_norm", numbers, out)
+    return out
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, h] times cos [T, h] plus x, its halves swapped, times sin [T, h].
+
+    The numbers of a token's heads lie one behind the other.
+    """
+    tokens, heads, width = x.shape
+    out = torch.empty(tokens, heads, width, dtype=x.dtype)
+    numbers = _numbers(
+        x,
+        out,
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        columns=width,
+        count=heads,
+        stride=x.stride(0),
+    )
+    _run("rotate", numbers, out)
+    return out
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for gate and up [T, D], which are side by side: [T, 2 * D]."""
+    gate_up, columns = gate_up.contiguous(), gate_up.shape[-1] // 2
+    out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
+    _run("gated", _numbers(gate_up, out, columns=columns), out)
+    return out
+
+
+def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum [T, D] of x [T, K, D], each row times its weight [T, K], which is fp32."""
+    x, weights = x.contiguous(), weights.contiguous()
+    tokens, count, columns = x.shape
+    out = torch.empty(tokens, columns, dtype=x.dtype)
+    numbers = _numbers(x, out, weight=weights.data_ptr(), columns=columns, count=count)
+    _run("weighted_sum", numbers, out)
+    return out
+
+
+def _numbers(x: torch.Tensor, out: torch.Tensor, **others: int) -> Numbers:
+    return _SIGNATURE.numbers(x=x.data_ptr(), out=out.data_ptr(), tokens=out.shape[0], **others)
+
+
+def _run(name: str, numbers: Numbers, out: torch.Tensor) -> None:
+    threads = 1 if out.numel() <= _FEW else torch.get_num_threads()
+    _compiled(instruction_set(), out.dtype == torch.bfloat16).function(name).run(numbers, threads)
+
+
+@functools.cache
+def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
+    """All functions for rows in fp32, or bf16 (`half`)."""
+    assert instructions is not None
+    module = ir.Module("rows")
+    for kind in (_RMSNorm, _Rotate, _Gated, _WeightedSum):
+        kind(module, LANES[instructions], half).write()
+    return compile_module(module, instructions)
+
+
+class _Rows:
+    """A function that computes row after row: a token is an item of work."""
+
+    name: str
+
+    def __init__(self, module: ir.Module, lanes: int, half: bool) -> None:
+        self.function, self.lanes, self._half = Function(module, self.name), lanes, half
+        given = self.given = _SIGNATURE.read_by(self.function)
+        self.x, self.out = given.pointer("x"), given.pointer("out")
+        self.columns = given.number("columns")
+
+    def write(self) -> None:
+        with self.function.each_item(self.function.pointer, self.given.number("tokens")) as token:
+            self.row(token)
+        self.function.finish()
+
+    def row(self, token: Value) -> None:
+        """What is done for one token."""
+        raise NotImplementedError
+
+    def load(self, pointer: Pointer, place: Value) -> Value:
+        """Numbers in the type of the rows, as fp32."""
+        return as_fp32(pointer, place, self._half, self.lanes)
+
+    def store(self, value: Value, place: Value) -> None:
+        """Round and put down."""
+        if self._half:
+            self.out.store(rounded_to_bf16(value), place * 2)
+        else:
+            self.out.store(value, place * 4)
+
+    def rounded(self, value: Value) -> Value:
+        """To the type of the rows, and back."""
+        if not self._half:
+            return value
+        whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
+        return (whole << 16).bits_as(value.type)
+
+    @property
+    def zeros(self) -> Value:
+        return self.function.constant(vector(f32, self.lanes), 0.0)
+
+
+class _RMSNorm(_Rows):
+    name = "rms_norm"
+
+    def row(self, token: Value) -> None:
+        function, lanes, first = self.function, self.lanes, token * self.columns
+        with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
+            numbers = self.load(self.x, first + column)
+            sums[0] = function.multiply_add(numbers, numbers, sums[0])
+        mean = function.total(sums[0]) / self.columns.as_float(f32) + self.given.load("eps", f32)
+        root = function.call("llvm.sqrt.f32", f32, mean)
+        factor = (function.constant(f32, 1.0) / root).spread(lanes)
+        with function.loop(0, self.columns, lanes) as (column, _):
+            normed = self.rounded(self.load(self.x, first + column) * factor)
+            weights = self.load(self.given.pointer("weight"), column)
+            self.store(normed * weights, first + column)
+
+
+class _Rotate(_Rows):
+    name = "rotate"
+
+    def row(self, token: Value) -> None:
+        function, given, width = self.function, self.given, self.columns
+        heads, half = given.number("count"), width // 2
+        cos, sin = given.pointer("cos"), given.pointer("sin")
+        with function.loop(0, heads, 1) as (head, _):
+            here = token * given.number("stride") + head * width
+            there = (token * heads + head) * width
+            with function.loop(0, half, self.lanes) as (column, _):
+                low, high = (self.load(self.x, here + at) for at in (column, column + half))
+                for at, same, other in ((column, low, high), (column + half, high, low)):
+                    angle = token * width + at
+                    swapped = other * self.load(sin, angle)
+                    turned = function.multiply_add(same, self.load(cos, angle), swapped)
+                    self.store(turned, there + at)
+
+
+class _Gated(_Rows):
+    name = "gated"
+
+    def row(self, token: Value) -> None:
+        function, columns = self.function, self.columns
+        with function.loop(0, columns, self.lanes) as (column, _):
+            place = token * columns + column
+            gate = self.load(self.x, place + token * columns)
+            up = self.load(self.x, place + (token + 1) * columns)
+            self.store(gate * self._sigmoid(gate) * up, place)
+
+    def _sigmoid(self, x: Value) -> Value:
+        """1 / (1 + e^-x), by powers of e that are at most 1."""
+        is_positive = x.compare(">", 0.0)
+        power = exponential(self.function, is_positive.choose(-x, x))
+        one = self.function.constant(x.type, 1.0)
+        return is_positive.choose(one, power) / (power + 1.0)
+
+
+class _WeightedSum(_Rows):
+    name = "weighted_sum"
+
+    def row(self, token: Value) -> None:
+        function, count = self.function, self.given.number("count")
+        weights = self.given.pointer("weight")
+        with function.loop(0, self.columns, self.lanes) as (column, _):
+            with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
+                row = token * count + choice
+                weight = weights.load(f32, row * 4).spread(self.lanes)
+                numbers = self.load(self.x, row * self.columns + column)
+                sums[0] = function.multiply_add(numbers, weight, sums[0])
+            self.store(sums[0], token * self.columns + column)

@@ -1,0 +1,42 @@
+"""The choice of experts, against torch's topk and softmax in double precision."""
+
+import pytest
+import torch
+
+from mixchat.kernels import router
+from mixchat.kernels.compile import instruction_set
+
+pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "kept"), [(1, 8, 2), (3, 16, 3), (300, 8, 8)])
+def test_the_experts_are_those_of_the_largest_logits_and_the_weights_their_softmax(
+    dtype: torch.dtype, tokens: int, experts: int, kept: int
+) -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(tokens, 576).to(dtype), torch.randn(experts, 576) * 0.1
+    logits, best = (x.double() @ gate.double().T).topk(kept, dim=-1)
+    selected, weights = router.route(x, gate, kept)
+    assert torch.equal(selected, best)
+    assert (weights - logits.softmax(-1)).abs().max() < 1e-5
+    assert (weights.sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_of_equal_logits_the_first_is_chosen_and_none_twice() -> None:
+    selected, weights = router.route(torch.ones(1, 64), torch.ones(4, 64), 3)
+    assert selected.tolist() == [[0, 1, 2]]
+    assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_experts_stay_in_range_where_logits_are_no_numbers() -> None:
+    selected, _ = router.route(torch.full((1, 64), torch.nan), torch.ones(4, 64), 2)
+    assert all(0 <= expert < 4 for expert in selected.flatten().tolist())
+
+
+def test_what_it_cannot_compute_is_left_to_torch() -> None:
+    gate = torch.empty(8, 64)
+    assert router.computes(torch.empty(1, 64), gate)
+    assert not router.computes(torch.empty(1, 64, device="meta"), gate)
+    assert not router.computes(torch.empty(1, 60), torch.empty(8, 60))
+    assert not router.computes(torch.empty(1, 64), torch.empty(router._MOST + 1, 64))

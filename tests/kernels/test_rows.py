@@ -1,0 +1,95 @@
+"""Each pass over a token's row, against the same in double precision."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mixchat.kernels import rows
+from mixchat.kernels.compile import instruction_set
+
+pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
+
+TOKENS = (1, 3, 300)  # few are done by one thread, many by all
+# Of a result's size: one rounding to fp32 or bf16, and what the sums before it gather.
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+DTYPES = list(ERROR)
+
+
+def assert_near(result: torch.Tensor, exact: torch.Tensor) -> None:
+    wrong = (result.double() - exact).abs() - ERROR[result.dtype] * (exact.abs() + 0.01)
+    assert wrong.max() < 0
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_norm_is_rounded_as_transformers_rounds_it(dtype: torch.dtype, tokens: int) -> None:
+    x, weight = torch.randn(tokens, 576).to(dtype), torch.randn(576).to(dtype)
+    wide = x.double()
+    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+    expected = normed.to(dtype) * weight
+    result = rows.rms_norm(x, weight, 1e-5)
+    assert result.dtype == dtype
+    assert (result - expected).abs().max() <= (5e-6 if dtype == torch.float32 else 0.0)
+
+
+def test_eps_is_what_keeps_a_row_of_zeros_finite() -> None:
+    zeros, weight = torch.zeros(1, 64), torch.ones(64)
+    assert rows.rms_norm(zeros, weight, 1e-5).abs().max() == 0
+    assert rows.rms_norm(zeros, weight, 0.0).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype: torch.dtype, tokens: int) -> None:
+    x = torch.randn(tokens, 15, 64).to(dtype)[:, 2:12]
+    cos, sin = torch.randn(2, tokens, 64).to(dtype)
+    swapped = x.double().roll(32, dims=-1)
+    expected = x.double() * cos.double()[:, None] + swapped * sin.double()[:, None]
+    scale = ERROR[dtype] * (x.abs() * cos.abs()[:, None] + swapped.abs() * sin.abs()[:, None])
+    result = rows.rotate(x, cos, sin)
+    assert result.shape == x.shape
+    assert ((result.double() - expected).abs() <= scale + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_gate_s_silu_is_multiplied_with_the_other_half(dtype: torch.dtype, tokens: int) -> None:
+    gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_near(rows.gated(gate_up), functional.silu(gate) * up)
+
+
+def test_a_gate_far_from_zero_is_closed_or_wide_open() -> None:
+    gate_up = torch.cat([torch.tensor([-3e38, -200.0, 200.0, 3e38]).repeat(8), torch.ones(32)])
+    result = rows.gated(gate_up[None])[0, :4]
+    assert result.tolist() == [0.0, 0.0, 200.0, pytest.approx(3e38)]
+
+
+def test_nan_stays_nan() -> None:
+    assert rows.gated(torch.full((1, 64), torch.nan)).isnan().all()
+    assert rows.rms_norm(torch.full((1, 64), torch.nan), torch.ones(64), 1e-5).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_rows_are_summed_with_their_weights(dtype: torch.dtype, tokens: int) -> None:
+    x, weights = torch.rand(tokens, 3, 576).to(dtype), torch.rand(tokens, 3)
+    assert_near(rows.weighted_sum(x, weights), (x.double() * weights.double()[..., None]).sum(1))
+
+
+def test_a_row_does_not_depend_on_how_many_others_there_are() -> None:
+    x, weight = torch.randn(300, 576).bfloat16(), torch.randn(576).bfloat16()
+    together = rows.rms_norm(x, weight, 1e-5)
+    assert torch.equal(together[7:8], rows.rms_norm(x[7:8], weight, 1e-5))
+
+
+def test_what_has_no_whole_registers_or_another_type_is_left_to_torch() -> None:
+    assert rows.computes(torch.empty(1, 64), 64)
+    assert not rows.computes(torch.empty(1, 60), 60)
+    assert not rows.computes(torch.empty(1, 64, dtype=torch.float16), 64)
+    assert not rows.computes(torch.empty(1, 64, device="meta"), 64)
