@@ -24,10 +24,22 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Count of cores that this process may run on."""
+    """Count of cores that this process may run on, or have the time of."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = cgroup_cores(_CGROUPS)
+    return cores if quota is None else min(cores, quota)
+
+
+def cgroup_cores(directory: Path) -> int | None:
+    """Cores whose time a container may use (cgroup v2), rounded up; None without a limit."""
+    try:
+        quota, period = (directory / "cpu.max").read_text().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def total_memory() -> int:

@@ -71,6 +71,7 @@ def test_a_processor_without_a_name_is_called_by_its_kind(
 
 
 def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cgroup_cores", lambda directory: None)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert machine.usable_cores() == 3
     monkeypatch.delattr("os.sched_getaffinity")
@@ -88,3 +89,21 @@ def test_memory_in_all_is_what_a_container_may_have(
     assert machine.total_memory() == whole
     cgroup(tmp_path, "1000")
     assert machine.total_memory() == 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000\n", None), ("200000 100000\n", 2), ("150000 100000\n", 2), ("5000 100000", 1)],
+)
+def test_a_container_s_share_of_time_counts_as_cores(
+    tmp_path: Path, content: str, cores: int | None
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert machine.cgroup_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize("content", [None, "", "x y", "1 0"])
+def test_a_share_that_cannot_be_read_is_no_limit(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    assert machine.cgroup_cores(tmp_path) is None

@@ -146,7 +146,7 @@ def _peer(
 
 def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | None) -> Bench:
     from mixchat.bench.measure import Bench
-    from mixchat.engine.fitting import settle_threads
+    from mixchat.engine.threads import settle_threads
 
     bench = Bench(directory, load, tasks)
     settle_threads(bench.blueprint)

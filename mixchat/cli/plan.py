@@ -61,7 +61,7 @@ def plan(
 
 
 def _plan(found: Outline, device_name: str | None, wishes: Wishes) -> MachinePlan:
-    from mixchat.engine.fitting import settle_threads
+    from mixchat.engine.threads import settle_threads
     from mixchat.engine.loader import choose_device
     from mixchat.engine.planning import fit, look, plan
     from mixchat.engine.speeds import known_speeds, speeds

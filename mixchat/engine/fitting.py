@@ -16,9 +16,6 @@ from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 
 DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
-# Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
-# and lose ten times as much in waiting for each other where another program wants a core too.
-SMALL_EXPERT = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,3 @@ def place(
     if device_memory is not None:
         raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
     return place_on_cpu(demand, free.host, host_memory)
-
-
-def settle_threads(blueprint: Blueprint) -> None:
-    """Let torch take as many threads as serve a model of this shape, from now on."""
-    if blueprint.expert.nbytes < SMALL_EXPERT:
-        torch.set_num_threads(1)

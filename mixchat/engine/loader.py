@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from mixchat.engine.expectation import predicted
-from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place, settle_threads
+from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.threads import settle_threads
 from mixchat.engine.tiers import build_experts
 from mixchat.errors import UsageError
 from mixchat.experts.policies import DEFAULT_POLICY

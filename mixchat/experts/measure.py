@@ -8,8 +8,9 @@ their numbers.
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -79,6 +80,25 @@ def measure(
     bandwidth, idle, direct = disk or (None, None, False)
     memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
     return Calibration(bandwidth, idle, direct, memory, copy_bandwidth, seconds, layer_seconds)
+
+
+@torch.inference_mode()
+def thread_seconds(
+    blueprint: Blueprint, compute: Compute, counts: Sequence[int], effort: Effort = FULL
+) -> dict[int, float]:
+    """Seconds that one expert takes for one row with so many threads: the best of two rounds.
+
+    Torch then takes as many as before.
+    """
+    before, experts = torch.get_num_threads(), _Experts(blueprint, CPU, compute, effort)
+    seconds = dict.fromkeys(counts, math.inf)
+    try:
+        for count in [*counts, *counts]:  # a machine's pace may change from one to the next
+            torch.set_num_threads(count)
+            seconds[count] = min(seconds[count], experts.median_of(experts.compute_next))
+    finally:
+        torch.set_num_threads(before)
+    return seconds
 
 
 class _Experts:

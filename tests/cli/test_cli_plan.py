@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixchat import machine
-from mixchat.engine import fitting, speeds
+from mixchat.engine import fitting, speeds, threads
 from mixchat.experts.calibration import Calibration
 
 GB = 10**9
@@ -31,7 +31,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(speeds, "measure", measure)
     monkeypatch.setattr(fitting, "free_memory", lambda device: int(14.5 * GB))
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
-    monkeypatch.setattr(fitting, "settle_threads", lambda blueprint: None)
+    monkeypatch.setattr(threads, "settle_threads", lambda blueprint: None)
     return calls
 
 

@@ -1,0 +1,51 @@
+"""How often decoding waits for the device: a GPU stands idle each time."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.loader import LoadOptions, load_engine
+from mixchat.engine.sampling import SamplingOptions
+
+# What brings numbers from a device to Python, or a tensor to another device.
+WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+# What waits only where the tensor is on a GPU: the sampler has the logits on the CPU by then.
+AFTER_THE_LOGITS = {"__int__", "item"}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what would wait for a GPU, if these tensors were there."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    for name in WAITS:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    return counts
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_token_waits_once_a_layer_for_the_routing_and_once_for_the_logits(
+    tiny_model: Path, waits: Counter[str], device: str
+) -> None:
+    engine = load_engine(tiny_model, LoadOptions(device=device, context_size=64))
+    greedy = SamplingOptions(temperature=0)
+    answer = engine.generate([5, 6, 7], sampling=greedy, stop_ids=set(), max_tokens=60)
+    for _ in range(30):  # until all experts are where they are computed
+        next(answer)
+    assert engine.experts.holds_all
+    waits.clear()
+    for _ in range(10):
+        next(answer)
+    waited = {name: count for name, count in waits.items() if name not in AFTER_THE_LOGITS}
+    assert waited == {"tolist": 10 * engine.config.num_hidden_layers, "cpu": 10}

@@ -1,0 +1,125 @@
+"""How many threads compute."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixchat import machine
+from mixchat.config import ModelConfig
+from mixchat.engine import threads
+from mixchat.engine.threads import candidates, known_or_best, settle_threads
+from mixchat.experts.measure import Effort, thread_seconds
+from mixchat.experts.runner import compute
+from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.demo import CONFIG
+from mixchat.weights.outline import MIXTRAL
+
+BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization())
+DEMO = Blueprint(ModelConfig.from_dict(CONFIG), Quantization())
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Machine:
+    """Says how long each count of threads takes, and counts how often it was asked."""
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def __call__(self, counts: Sequence[int]) -> Mapping[int, float]:
+        self.calls += 1
+        return {count: self.seconds[count] for count in counts}
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "counts"),
+    [
+        (1, 1, [1]),
+        (2, 2, [2]),
+        (8, 16, [8, 16, 6]),  # two threads a core
+        (12, 20, [12, 20, 9]),  # eight fast cores and four slow ones
+        (16, 2, [2]),  # a container with the time of two
+    ],
+)
+def test_the_counts_worth_a_try(physical: int, usable: int, counts: list[int]) -> None:
+    assert candidates(physical, usable) == counts
+
+
+def test_the_fastest_is_taken_and_remembered(tmp_path: Path) -> None:
+    path, measure = tmp_path / "new" / "threads.json", Machine({8: 1.0, 16: 1.2, 6: 0.8})
+    assert [known_or_best(path, [8, 16, 6], measure) for _ in range(2)] == [6, 6]
+    assert measure.calls == 1
+    assert known_or_best(path, [8, 16], measure) == 8  # another machine
+    assert measure.calls == 2
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_what_is_hardly_faster_than_torch_s_own_count_is_not_taken(tmp_path: Path) -> None:
+    assert known_or_best(tmp_path / "threads.json", [8, 16], Machine({8: 1.0, 16: 0.96})) == 8
+
+
+def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
+    assert known_or_best(tmp_path / "threads.json", [2], Machine({})) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"x": 1}'])
+def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
+    path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
+    path.write_text(content)
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert measure.calls == 1
+
+
+def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
+    path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
+    known_or_best(path, [8, 16], measure)
+    path.write_text(path.read_text().replace("16\n", "1000\n"))
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert measure.calls == 2
+
+
+def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    measure = Machine({8: 1.0, 16: 0.5})
+    assert known_or_best(tmp_path / "file" / "threads.json", [8, 16], measure) == 16
+
+
+def test_small_experts_are_computed_by_one_thread_and_others_by_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    seconds = {2: 1.0, 4: 0.5}
+    monkeypatch.setattr(threads, "thread_seconds", lambda *given: seconds)
+    settle_threads(BLUEPRINT)
+    assert torch.get_num_threads() == 4
+    settle_threads(DEMO)
+    assert torch.get_num_threads() == 1
+
+
+def test_experts_are_computed_with_each_count_and_the_count_is_as_before(tiny_model: Path) -> None:
+    with KeptModel(tiny_model) as kept:
+        blueprint = kept.blueprint
+    seen = set()
+
+    def counted(expert: object, x: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return compute(expert, x)  # type: ignore[arg-type]
+
+    effort = Effort(pool_bytes=200_000, seconds=0.01)
+    seconds = thread_seconds(blueprint, counted, [1, 2], effort)
+    assert set(seconds) == seen == {1, 2}
+    assert all(0 < taken < 10 for taken in seconds.values())
+    assert torch.get_num_threads() == 2
