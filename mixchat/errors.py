@@ -9,11 +9,12 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | 1         | a fault of mixchat's own, or of the system beneath it            |
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
-| 4         | there is no such model, or it is not on this machine             |
+| 4         | there is no such model or chat, or it is not on this machine     |
 | 5         | the hub cannot be reached, refuses, or sends something wrong     |
-| 6         | a checkpoint or a kept model is damaged, or is not a Mixtral     |
+| 6         | a checkpoint, model or kept chat is damaged, or is no Mixtral    |
 | 7         | not enough disk or memory                                        |
 | 8         | something else has to be installed first                         |
+| 9         | the answer has not what was asked for: no code for --extract     |
 | 130       | interrupted (Ctrl-C)                                             |
 | 141       | the reader of the output went away (closed pipe)                 |
 """
@@ -50,6 +51,12 @@ class ModelNotFoundError(MixchatError):
     exit_code = 4
 
 
+class ChatNotFoundError(MixchatError):
+    """No chat of that ID or name is kept, or several are meant by it."""
+
+    exit_code = 4
+
+
 class HubError(MixchatError):
     """The hub cannot be reached, refuses, or sends something wrong."""
 
@@ -57,7 +64,7 @@ class HubError(MixchatError):
 
 
 class CheckpointError(MixchatError):
-    """A checkpoint or a kept model is damaged, incomplete, or of a kind that is not supported."""
+    """A checkpoint, a kept model or chat is damaged, incomplete, or of an unsupported kind."""
 
     exit_code = 6
 
@@ -72,3 +79,9 @@ class MissingDependencyError(MixchatError):
     """An optional package, or a tool such as pip, is not installed."""
 
     exit_code = 8
+
+
+class NoCodeError(MixchatError):
+    """An answer has no block of code, and that alone was asked for."""
+
+    exit_code = 9

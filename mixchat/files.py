@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,39 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     give_name(temporary, path)
+
+
+def write_private_file(path: Path, data: bytes) -> None:
+    """`write_file` for what concerns its owner alone: nobody else can read it, at no moment."""
+    with private_in_place_of(path) as descriptor:
+        write_all(descriptor, data)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it, in as many pieces as the system takes."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def private_in_place_of(path: Path) -> Iterator[int]:
+    """A new file, open for writing, that takes the name `path` at the end; only its owner reads it.
+
+    Its own name is drawn, so that two processes with one `path` do not write into each other's.
+    """
+    descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
+    try:
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        give_name(Path(name), path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def temporary_name(path: Path) -> Path:

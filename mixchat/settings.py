@@ -1,16 +1,20 @@
-"""Where things are kept, and how sizes are read and written: one place for both."""
+"""Where things are kept, what config.toml says, and how sizes are read and written."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from mixchat.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_LONGEST_CONFIG = 10**6  # bytes
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -21,6 +25,54 @@ def data_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("mixchat", appauthor=False))
+
+
+def config_file() -> Path:
+    """The file of a person's settings: `MIXCHAT_CONFIG`, else config.toml in the system's place."""
+    if name := os.environ.get("MIXCHAT_CONFIG"):
+        return Path(name).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("mixchat", appauthor=False)) / "config.toml"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a file of settings says; nothing if it is not there, unless `MIXCHAT_CONFIG` names it.
+
+    Raises `UsageError` where it cannot be read, or is not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LONGEST_CONFIG + 1)
+    except FileNotFoundError:
+        if os.environ.get("MIXCHAT_CONFIG"):
+            raise UsageError(f"{path}: there is no such file, MIXCHAT_CONFIG names it") from None
+        return {}
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in its name
+        raise UsageError(f"{path}: cannot be read ({_reason(error)})") from None
+    if len(data) > _LONGEST_CONFIG:
+        raise UsageError(f"{path}: too large for a file of settings")
+    return _parse_config(path, data)
+
+
+def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = f"the byte 0x{data[error.start]:02x} in line {line}"
+        raise UsageError(f"{path}: not UTF-8: {byte}") from None
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        settings: dict[str, Any] = toml.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = 'A line is KEY = VALUE, text in quotes: model = "demo".'
+        raise UsageError(f"{path}: not TOML: {error}", hint=hint) from None
+    return settings
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ def exit_codes(text: str) -> dict[int, str]:
 def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
     assert exit_codes(README) == exit_codes(errors.__doc__ or "")
     classes = [errors.MixchatError, *errors.MixchatError.__subclasses__()]
-    assert {error.exit_code for error in classes} == set(range(1, 9))
-    assert {*range(9), 130, 141} == set(exit_codes(README))
+    assert {error.exit_code for error in classes} == set(range(1, 10))
+    assert {*range(10), 130, 141} == set(exit_codes(README))
 
 
 def test_the_tree_shows_every_module_once() -> None:

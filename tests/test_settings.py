@@ -1,9 +1,17 @@
+import sys
 from pathlib import Path
 
 import pytest
 
 from mixchat.errors import UsageError
-from mixchat.settings import MemoryBudget, data_dir, format_least, format_size
+from mixchat.settings import (
+    MemoryBudget,
+    config_file,
+    data_dir,
+    format_least,
+    format_size,
+    read_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +72,75 @@ def test_the_environment_chooses_the_data_directory(
 def test_the_least_that_is_shown_is_enough(size: int) -> None:
     shown = MemoryBudget.parse(format_least(size).replace("bytes", "")).of(0)
     assert size <= shown <= 1.1 * size
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where config.toml belongs; it is not there yet."""
+    monkeypatch.delenv("MIXCHAT_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "mixchat").mkdir()
+    return tmp_path / "mixchat" / "config.toml"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG's directories are those of Linux")
+def test_the_settings_are_where_xdg_has_them_unless_a_variable_names_a_file(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config_file() == config
+    monkeypatch.setenv("MIXCHAT_CONFIG", "")
+    assert config_file() == config
+    monkeypatch.setenv("MIXCHAT_CONFIG", "~/mine.toml")
+    assert config_file() == Path.home() / "mine.toml"
+    monkeypatch.setenv("MIXCHAT_CONFIG", "mine.toml")
+    assert config_file() == Path.cwd() / "mine.toml"
+
+
+def test_a_file_of_settings_need_not_be_there_unless_it_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_config(config) == {}
+    monkeypatch.setenv("MIXCHAT_CONFIG", str(config))
+    with pytest.raises(UsageError, match="there is no such file, MIXCHAT_CONFIG names it"):
+        read_config(config)
+
+
+@pytest.mark.parametrize("text", ["temp = 0.5", "\ufefftemp = 0.5\r\n", "# so it is\n\ntemp=0.5"])
+def test_a_file_of_settings_is_toml(config: Path, text: str) -> None:
+    config.write_text(text, encoding="utf-8", newline="")
+    assert read_config(config) == {"temp": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"model = demo", r"not TOML: Invalid value \(at line 1, column 9\)"),
+        (b"temp = 1\ntemp = 2", "not TOML: Cannot overwrite a value"),
+        (b"seed = " + b"9" * 5000, "not TOML: "),
+        (b"stop = " + b"[" * 10_000, "not TOML: "),
+        (b"# so\nsystem = 'caf\xe9'", "not UTF-8: the byte 0xe9 in line 2"),
+        (b"#" * (10**6 + 1), "too large"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_settings_is_said(
+    config: Path, data: bytes, message: str
+) -> None:
+    config.write_bytes(data)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_config(config)
+    assert str(caught.value).startswith(f"{config}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_is_no_file_of_settings(config: Path) -> None:
+    config.mkdir()
+    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
+        read_config(config)
+
+
+@pytest.mark.parametrize("name", ["nul\0byte", "loop"])
+def test_a_name_that_cannot_be_a_file_is_said(config: Path, name: str) -> None:
+    if name == "loop":
+        (config.parent / name).symlink_to(name)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_config(config.parent / name)

@@ -1,41 +1,50 @@
-"""The chat in the terminal: reads a line, streams the answer, until somebody leaves."""
+"""The chat in the terminal: reads a line, obeys or answers, until somebody leaves."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Protocol
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.history import InMemoryHistory
-
-from mixchat.chat.sanitize import sanitize
-from mixchat.chat.session import ChatSession, Finished, TextDelta
+from mixchat.chat import commands
+from mixchat.chat.session import ChatSession, Finished
+from mixchat.chat.status import NEARLY_FULL, status_line
+from mixchat.chat.typeahead import unseen_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Mapping
 
+    from mixchat.chat.chats import Chat
+    from mixchat.chat.completion import CommandCompletion
+    from mixchat.chat.keeper import Keeper
+    from mixchat.chat.screen import Screen
     from mixchat.chat.session import Event
 
-HELP = """\
-/help    show this
-/clear   forget the conversation
-/experts show which experts were used, and where they are
-/bye     leave (so does Ctrl-D)
-Ctrl-C   stop the answer; at the prompt, clear the line, and twice: leave"""
-
 # `/etc/hosts is empty` is a question, `/exit` is not.
-_COMMAND = re.compile(r"/(\w*|\?)(?=\s|$)")
+_COMMAND = re.compile(r"/(\w*|\?)(?:\s+(.*))?", re.DOTALL)
 
 _ENDINGS = {
     "interrupted": "(stopped)",
-    "length": "(cut off at --max-tokens)",
+    "length": "(cut off at --max-tokens; /continue goes on)",
     "context": "(cut off: the context is full; /clear begins anew)",
 }
+
+
+class Prompt(Protocol):
+    """What a person types."""
+
+    typed: bool  # something, when Ctrl-C came
+    quoted: bool  # the text that was read: no command then
+
+    def read(self, default: str = "") -> str: ...
+
+
+# What completes after a slash, and the bottom line, to what reads lines with them.
+MakePrompt = Callable[["Mapping[str, CommandCompletion]", Callable[[], str]], Prompt]
 
 
 class Repl:
@@ -47,98 +56,169 @@ class Repl:
     def __init__(
         self,
         session: ChatSession,
+        screen: Screen,
+        keeper: Keeper,
+        make_prompt: MakePrompt,
         *,
         report: Callable[[Exception], object],
         after_turn: Callable[[Finished], None] = lambda finished: None,
-        prompt: PromptSession[str] | None = None,
-        out: TextIO | None = None,
         model: str = "",
     ) -> None:
-        self.session = session
-        self._model = model
-        self._report = report
-        self._after_turn = after_turn
-        self._prompt = prompt or PromptSession(history=InMemoryHistory())
-        self._out = out or sys.stdout
-        self._about_to_leave = False
+        self.session, self.screen, self.keeper, self.model = session, screen, keeper, model
+        self._report, self._after_turn = report, after_turn
+        self._prompt = make_prompt(commands.completions(self), self._status)
+        self._about_to_leave = self._left = False
+        self._attached: list[str] = []
+        self._draft = ""
+        self._warned = False
+        self._figures = _Figures(session)
 
     def run(self) -> None:
         """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice."""
-        stays = True
-        while stays:
+        while not self._left:
             try:
-                stays = self._turn()
+                self._turn()
             except EOFError:
                 return
             except KeyboardInterrupt:
-                stays = self._stays_after_ctrl_c()
+                self._after_ctrl_c()
 
-    def _turn(self) -> bool:
-        """Read a line and act on it. False if it was the one to leave."""
-        text = self._prompt.prompt(">>> ").strip()
-        self._about_to_leave = False
-        if command := _COMMAND.match(text):
-            return self._obey(command[1])
-        if text:
-            self._answer(text)
-        return True
+    def leave(self) -> None:
+        """This turn is the last one."""
+        self._left = True
 
-    def _stays_after_ctrl_c(self) -> bool:
-        """The first Ctrl-C clears the line, a second one leaves, unless something was typed."""
-        if self._about_to_leave and not self._prompt.default_buffer.text:
-            return False
-        self._about_to_leave = True
-        self._say("(Ctrl-C again, Ctrl-D or /bye leaves)")
-        return True
+    def resume(self, chat: Chat) -> None:
+        """Go on with a kept chat."""
+        self.keeper.resume(chat)
+        self.show(chat)
 
-    def _obey(self, command: str) -> bool:
-        """Carry out a command. False if it was the one to leave."""
-        if command in ("bye", "exit", "quit"):
-            return False
-        if command == "clear":
-            self.session.clear()
-            self._say("(a new conversation)")
-        elif command == "experts":
-            self._show_experts()
-        elif command in ("help", "?"):
-            self._say(HELP)
-        else:
-            self._say(f"/{command} is no command; /help shows them all")
-        return True
+    def show(self, chat: Chat) -> None:
+        """Show the last turns of the chat that is gone on with."""
+        self._figures.count()
+        turns = sum(message.role == "user" for message in chat.messages)
+        if turns > 1:
+            self.screen.say(f"({turns - 1} earlier turns)")
+        self.screen.show_turns(chat.messages[-2:])
 
-    def _show_experts(self) -> None:
-        from mixchat.chat.heatmap import drawn
+    def edit(self, question: str) -> None:
+        """Offer the last question to be changed; it is replaced when that is sent."""
+        self._draft = question
 
-        self._say(drawn(self.session.engine.expert_report(self._model), self._out))
+    def attach(self, text: str) -> None:
+        """Put this before the next question."""
+        self._attached.append(text)
 
-    def _answer(self, text: str) -> None:
+    def answer(self, events: Iterator[Event]) -> None:
+        """Show an answer, and keep what is said."""
         try:
-            with _ctrl_c_stops(self.session):
-                finished = self._stream(text)
+            with _ctrl_c_stops(self.session), unseen_keys(), self.screen.waiting() as reading:
+                self.session.engine.reading = reading
+                finished = self.screen.show(events)
         except KeyboardInterrupt:
-            self._say("\n(stopped)\n")
+            self.screen.say("(stopped)\n")
         except Exception as error:
-            self._say("")
             self._report(error)
         else:
-            self._after_turn(finished)
+            self._ended(finished)
 
-    def _stream(self, text: str) -> Finished:
-        """Show the answer as it comes."""
-        events = cast("Generator[Event, None, None]", self.session.ask(text))
-        with closing(events):
-            for event in events:
-                if isinstance(event, TextDelta):
-                    self._out.write(sanitize(event.text))
-                    self._out.flush()
-                else:
-                    note = _ENDINGS.get(event.reason)
-                    self._say(f"\n{note}\n" if note else "\n")
-                    return event
-        raise AssertionError("an answer has an end")
+    def _turn(self) -> None:
+        """Read a text and act on it."""
+        draft, self._draft = self._draft, ""
+        text = self._prompt.read(draft).strip()
+        self._about_to_leave = False
+        command = _COMMAND.fullmatch(text)
+        if command and not self._prompt.quoted:
+            self._obey(command[1], (command[2] or "").strip())
+        elif text or self._attached:
+            self._ask(text, instead=bool(draft))
 
-    def _say(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+    def _ask(self, text: str, *, instead: bool) -> None:
+        question = "\n\n".join(part for part in (*self._attached, text) if part)
+        ask = self.session.ask_instead if instead else self.session.ask
+        before = self.session.history
+        self.answer(ask(question))
+        if self.session.history is not before:  # else it was not answered: nothing is lost
+            self._attached = []
+
+    def _obey(self, name: str, argument: str) -> None:
+        try:
+            commands.find(name).run(self, argument)
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:
+            self._report(error)
+        self._figures.count()
+
+    def _after_ctrl_c(self) -> None:
+        """The first Ctrl-C clears the line, a second one leaves, unless something was typed."""
+        if self._about_to_leave and not self._prompt.typed:
+            self.leave()
+            return
+        self._about_to_leave = True
+        self.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
+
+    def _ended(self, finished: Finished) -> None:
+        note = _ENDINGS.get(finished.reason)
+        if finished.reason == "interrupted" and self.session.was_cut:
+            note = "(stopped; /continue goes on)"
+        self.screen.say(f"{note}\n" if note else "")
+        self.keeper.save()
+        self._figures.turn(finished)
+        self._warn_of_context()
+        self._after_turn(finished)
+
+    def _warn_of_context(self) -> None:
+        used, size = self._figures.used, self.session.engine.context_size
+        full = used >= NEARLY_FULL * size
+        if full and not self._warned:
+            policy = (
+                "the oldest turns will be left out"
+                if self.session.overflow == "drop-oldest"
+                else "/clear begins anew, /set overflow drop-oldest leaves the oldest turns out"
+            )
+            self.screen.say(f"({used:,} of {size:,} tokens of the context are used: {policy})\n")
+        self._warned = full
+
+    def _status(self) -> str:
+        figures, width = self._figures, shutil.get_terminal_size().columns
+        return status_line(
+            self.model,
+            figures.used,
+            self.session.engine.context_size,
+            speed=figures.speed,
+            hit_rate=figures.hit_rate,
+            memory=figures.memory,
+            width=width,
+        )
+
+
+class _Figures:
+    """What the bottom line says, counted once a turn: it is drawn at every key."""
+
+    def __init__(self, session: ChatSession) -> None:
+        self._session = session
+        self.used = 0
+        self.speed: float | None = None
+        self.hit_rate: float | None = None
+        self.memory: int | None = None
+        self._before = session.engine.experts.stats.copy()
+        self.count()
+
+    def count(self) -> None:
+        """After something has changed what the conversation is."""
+        self.used = self._session.used
+        self.memory = self._session.engine.experts.bytes_held
+
+    def turn(self, finished: Finished) -> None:
+        """After an answer."""
+        stats, experts = finished.stats, self._session.engine.experts.stats.copy()
+        decoded = stats.generated_tokens - 1  # the first token falls out of the prefill
+        if decoded > 0 and stats.decode_seconds > 0:
+            self.speed = decoded / stats.decode_seconds
+        did, self._before = experts.since(self._before), experts
+        if did.hits.total() + did.misses.total():
+            self.hit_rate = did.hit_rate
+        self.count()
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from mixchat.chat.answer import Answer, Reason
+from mixchat.errors import PromptError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.stop import StopStrings
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
     from mixchat.text.messages import Template
     from mixchat.text.tokenizer import Tokenizer
 
-Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
+Overflow = Literal["stop", "drop-oldest"]
+# The part of the context that is made free for the answer and the turns to come when old turns are
+# left out: what is left has to be read anew, which is not to happen at each turn.
+_ROOM = 4
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The oldest turns are no longer in the prompt, because they do not fit; so many in all."""
+
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +49,15 @@ class Finished:
     seed: int | None = None
 
 
-Event = TextDelta | Finished
+Event = LeftOut | TextDelta | Finished
 
 
 class ChatSession:
-    """One conversation with one engine. The text that was shown is what the next turn remembers."""
+    """One conversation with one engine. The text that was shown is what the next turn remembers.
+
+    `history` has all questions and answers. `sampling`, `max_tokens`, `stop`, `system` and
+    `overflow` may be changed between turns.
+    """
 
     def __init__(
         self,
@@ -54,22 +69,56 @@ class ChatSession:
         sampling: SamplingOptions,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        overflow: Overflow = "stop",
     ) -> None:
         self.engine = engine
         self.sampling = sampling
         self.max_tokens = max_tokens
-        self.messages: list[Message] = []
+        self.stop = tuple(stop)
+        self.system = system
+        self.overflow = overflow
+        self.history: list[Message] = []
+        self._first = 0  # message of the history that is in the prompt
         self._tokenizer = tokenizer
         self._template = template
-        self._system = [] if system is None else [Message("system", system)]
-        self._stop = tuple(stop)
         self._turns = 0
         self._begun = self._interrupted = False
-        self.clear()
+
+    @property
+    def messages(self) -> list[Message]:
+        """The system prompt, and the history."""
+        return [*self._system(), *self.history]
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that the conversation takes now."""
+        if not self.history:
+            return 0
+        *before, last = self.history[self._first :]
+        ids = self._template.encode([*self._system(), *before])
+        return len(ids) + len(self._ids_of(last))
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the last answer was stopped before its end."""
+        return bool(self.history) and self.history[-1].partial
 
     def clear(self) -> None:
         """Forget everything but the system prompt."""
-        self.messages = list(self._system)
+        self.restore([])
+
+    def restore(self, history: Sequence[Message]) -> None:
+        """Go on from these questions and answers instead."""
+        self.history, self._first = list(history), 0
+
+    def undo(self, turns: int = 1) -> int:
+        """Take the last questions and their answers back; how many there were to be taken."""
+        questions = [i for i, message in enumerate(self.history) if message.role == "user"]
+        taken = questions[-turns:]
+        if taken:
+            del self.history[taken[0] :]
+            self._first = min(self._first, len(self.history))
+        return len(taken)
 
     def interrupt(self) -> bool:
         """End the answer that is being given after its next token. A signal handler may call it.
@@ -86,14 +135,45 @@ class ChatSession:
 
         An answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) is remembered as far
         as it was shown; if nothing was, or the turn fails, the conversation is as it was before.
-        Raises `PromptError` if the conversation no longer fits the context.
+        Raises `PromptError` if the conversation no longer fits the context, and `overflow` does not
+        let turns be left out, or the question alone is too long.
         """
+        return self._answer([*self.history, Message("user", text)])
+
+    def ask_instead(self, text: str) -> Iterator[Event]:
+        """Send `text` in place of the last question. Raises `PromptError` where there is none."""
+        return self._answer([*self.history[: self._last_question()], Message("user", text)])
+
+    def ask_again(self) -> Iterator[Event]:
+        """The last question once more, in place of its answer. Raises `PromptError` without one."""
+        return self._answer(self.history[: self._last_question() + 1])
+
+    def go_on(self) -> Iterator[Event]:
+        """Let the last answer be continued. Raises `PromptError` where there is none."""
+        question = self._last_question()
+        return self._answer(self.history[: question + 1], self.history[question + 1])
+
+    def _last_question(self) -> int:
+        if len(self.history) < 2 or self.history[-1].role != "assistant":
+            raise PromptError("nothing has been answered yet")
+        return len(self.history) - 2
+
+    def _answer(self, asked: list[Message], before: Message | None = None) -> Iterator[Event]:
+        """Answer the last of the messages asked; `before` is what has been said of that already."""
         self._begun = self._interrupted = False
-        asked = [*self.messages, Message("user", text)]
-        prompt_ids = self._template.encode(asked)
-        answer = self._start_answer(prompt_ids)
+        prompt_ids, first = self._fitted(asked, [] if before is None else self._ids_of(before))
+        if first > self._first:
+            yield LeftOut(sum(message.role == "user" for message in asked[:first]))
+        answer = self._start_answer(prompt_ids, before)
         sampling = self._sampling_of_this_turn()
         reason: Reason = "interrupted"
+
+        def remember() -> None:
+            message = answer.message(before)
+            if message is not None:
+                self.history, self._first = [*asked, message], first
+                self._turns += 1
+
         try:
             for delta in self._deltas(prompt_ids, sampling, answer):
                 yield TextDelta(delta)
@@ -101,15 +181,41 @@ class ChatSession:
         except KeyboardInterrupt:
             pass
         except GeneratorExit:
-            self._remember(asked, answer)
+            remember()
             raise
-        self._remember(asked, answer)
+        remember()
         yield Finished(reason, self.engine.stats, sampling.seed)
 
-    def _start_answer(self, prompt_ids: Sequence[int]) -> _Answer:
-        # A completion goes on in the middle of the prompt's text, so its spaces depend on it.
-        context = prompt_ids if self._template.continues_prompt else ()
-        return _Answer(Detokenizer(self._tokenizer, context), StopStrings(self._stop))
+    def _system(self) -> list[Message]:
+        return [] if self.system is None else [Message("system", self.system)]
+
+    def _ids_of(self, answer: Message) -> Sequence[int]:
+        return self._tokenizer.encode(answer.content) if answer.ids is None else answer.ids
+
+    def _fitted(self, asked: Sequence[Message], begun: Sequence[int]) -> tuple[list[int], int]:
+        """The prompt's ids, those of an answer that is `begun` behind them; and which message of
+        those asked is the first in it."""
+        first, size = min(self._first, len(asked) - 1), self.engine.context_size
+        whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
+        if self.overflow == "stop" or len(whole) < size:
+            return whole, first
+        room = min(self.max_tokens or size, size // _ROOM)
+        later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
+        for start in later:
+            ids = [*self._template.encode([*self._system(), *asked[start:]]), *begun]
+            if len(ids) + room <= size or (start == later[-1] and len(ids) < size):
+                return ids, start
+        return whole, first  # not even the last question fits
+
+    def _start_answer(self, prompt_ids: Sequence[int], before: Message | None) -> Answer:
+        # A completion goes on in the middle of a text, and so does an answer that was broken off:
+        # its spaces depend on what comes before.
+        context: Sequence[int] = ()
+        if self._template.continues_prompt:
+            context = prompt_ids
+        elif before is not None:
+            context = self._ids_of(before)
+        return Answer(Detokenizer(self._tokenizer, context), StopStrings(self.stop))
 
     def _sampling_of_this_turn(self) -> SamplingOptions:
         """A given seed moves on by one each turn: asked again, a question gets a new answer."""
@@ -118,7 +224,7 @@ class ChatSession:
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
 
     def _deltas(
-        self, prompt_ids: Sequence[int], sampling: SamplingOptions, answer: _Answer
+        self, prompt_ids: Sequence[int], sampling: SamplingOptions, answer: Answer
     ) -> Iterator[str]:
         stop_ids = self._template.stop_ids
         generated = self.engine.generate(
@@ -135,70 +241,3 @@ class ChatSession:
                     return
         full = self.max_tokens is None or len(answer.ids) < self.max_tokens
         yield from answer.end("context" if full else "length")
-
-    def _remember(self, asked: list[Message], answer: _Answer) -> None:
-        message = answer.message()
-        if message is not None:
-            self.messages = [*asked, message]
-            self._turns += 1
-
-
-class _Answer:
-    """An answer as it grows: its ids, the text shown, and why it ended.
-
-    The ids are what the next turn is built from. If the text was cut, they have to end where it
-    does. With the stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`,
-    which ends where the second token does: keep two ids. With `A` `.\\n` `\\nB` no token ends
-    there: keep the text alone, and the template will encode it.
-    """
-
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
-        self.ids: list[int] = []
-        self.text = ""
-        self.reason: Reason = "interrupted"
-        self.cut = False
-        self._whole = False
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._length = 0
-        self._ends: list[int] = []
-
-    def add(self, token: int) -> Iterator[str]:
-        """Take the next id; yield the text to show, if there is some."""
-        self.ids.append(token)
-        self._ends.append(self._length)
-        yield from self._show(self._detokenizer.add(token))
-
-    def end(self, reason: Reason) -> Iterator[str]:
-        """No more ids will come: yield what was held back."""
-        self.reason = reason
-        yield from self._show(self._detokenizer.flush())
-        if not self.cut:
-            self._whole = True
-            if held := self._stops.flush():
-                self.text += held
-                yield held
-
-    def message(self) -> Message | None:
-        """What to remember, or None if nothing was said."""
-        if self._whole:
-            return Message("assistant", self.text, tuple(self.ids))
-        if not self.text:
-            return None
-        return Message("assistant", self.text, self._ids_of_text())
-
-    def _show(self, text: str) -> Iterator[str]:
-        self._length += len(text)
-        if self._ends:
-            self._ends[-1] = self._length
-        shown, stopped = self._stops.add(text)
-        self.text += shown
-        if stopped:
-            self.reason, self.cut = "stop_string", True
-        if shown:
-            yield shown
-
-    def _ids_of_text(self) -> tuple[int, ...] | None:
-        count = bisect_left(self._ends, len(self.text)) + 1
-        fits = count <= len(self._ends) and self._ends[count - 1] == len(self.text)
-        return tuple(self.ids[:count]) if fits else None

@@ -8,17 +8,22 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mixchat import __version__
 from mixchat.cli.bench import bench
+from mixchat.cli.chats import chats
+from mixchat.cli.completion import VARIABLE, complete, install_completion, show_completion
+from mixchat.cli.config import config
+from mixchat.cli.defaults import apply_config
 from mixchat.cli.download import download
 from mixchat.cli.models import list_models, show
 from mixchat.cli.plan import plan
 from mixchat.cli.report import report
 from mixchat.cli.run import run as run_model
+from mixchat.cli.setting import explained
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
@@ -28,13 +33,13 @@ CLOSED_PIPE = 141
 
 app = typer.Typer(
     name="mixchat",
+    add_completion=False,  # see completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
-    add_completion=False,
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run_model)
+app.command("run", epilog="See 'mixchat config' for what need not be typed each time.")(run_model)
 app.command("download")(download)
 app.command("plan")(plan)
 app.command("list")(list_models)
@@ -47,6 +52,8 @@ app.command("gc")(gc)
 app.command("stats")(stats)
 app.command("simulate")(simulate)
 app.command("bench")(bench)
+app.command("config")(config)
+app.command("chats")(chats)
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,9 +71,29 @@ def _mixchat(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    completing: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=install_completion,
+            is_eager=True,
+            help="Let this shell (bash, zsh or fish) complete commands, flags and models.",
+        ),
+    ] = False,
+    script: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion",
+            callback=show_completion,
+            is_eager=True,
+            help="Print the script that does it.",
+        ),
+    ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+    else:
+        apply_config(context)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -98,13 +125,28 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 def _invoke(arguments: Sequence[str]) -> int:
     # Not `app()`: that turns a closed pipe into exit code 1, and prints errors its own way.
-    command = typer.main.get_command(app)
+    command = _command()
+    if instruction := os.environ.get(VARIABLE):
+        return complete(command, instruction)
     try:
         with command.make_context("mixchat", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as ending:
         return ending.exit_code
+    except typer.BadParameter as error:
+        raise explained(error) from None
     return 0
+
+
+def _command() -> Any:
+    """All of the command line. --help is no None where it is not given, but a False.
+
+    For Typer has pydantic convert a None, and importing that takes as long as all else does.
+    """
+    command: Any = typer.main.get_command(app)
+    context = command.context_class(command, **command.context_settings)
+    command.get_help_option(context).default = False
+    return command
 
 
 def _is_closed_pipe(error: Exception) -> bool:

@@ -14,6 +14,7 @@ import typer
 
 from mixchat.cli import options
 from mixchat.cli.arguments import checked
+from mixchat.cli.completion import runnable_models
 from mixchat.cli.progress import status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -29,7 +30,11 @@ _SPARE = 64  # tokens of the context that measuring needs beside those that are 
 def bench(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A kept model, as for 'mixchat run -m'."),
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=runnable_models,
+            help="A kept model, as for 'mixchat run -m'.",
+        ),
     ] = None,
     synthetic: Annotated[
         int | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mixchat.cli.arguments import checked
+from mixchat.cli.completion import runnable_models
 from mixchat.cli.models import aligned
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -26,6 +27,7 @@ def download(
         str,
         typer.Argument(
             metavar="MODEL",
+            autocompletion=runnable_models,
             help="base, instruct, demo, ORG/NAME on the hub, or a directory with a checkpoint.",
         ),
     ],

@@ -12,6 +12,7 @@ import typer
 
 from mixchat.chat.sanitize import sanitize
 from mixchat.cli.arguments import checked
+from mixchat.cli.completion import runnable_models
 from mixchat.settings import format_size
 
 
@@ -42,7 +43,14 @@ def list_models(
 
 
 def show(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, as for 'mixchat run -m'.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=runnable_models,
+            help="A name, as for 'mixchat run -m'.",
+        ),
+    ],
 ) -> None:
     """Show what a model is."""
     from mixchat.errors import ModelNotFoundError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from mixchat.errors import ModelNotFoundError
 from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession
+    from mixchat.chat.session import ChatSession, Overflow
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,20 @@ class Opening:
     max_tokens: int | None
     stop: Sequence[str]
     context_size: int | None
+    overflow: Overflow
     kv_bits: Literal[8, 16] | None
     host_memory: MemoryBudget | None
     device_memory: MemoryBudget | None
     device: str | None
     cache_policy: str
     trace: Path | None
+    quiet: bool = False
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""
         directory = find_or_build(self.model)
         prepare_environment()
-        with status(f"loading {self.model}"):
+        with nullcontext() if self.quiet else status(f"loading {self.model}"):
             return self._load(directory)
 
     def _load(self, directory: Path) -> ChatSession:
@@ -60,7 +63,7 @@ class Opening:
             device=self.device,
             cache_policy=self.cache_policy,
             trace=self.trace,
-            note=note,
+            note=_nothing if self.quiet else note,
         )
         engine = load_engine(directory, options)
         eos_token_ids = engine.config.eos_token_ids
@@ -72,6 +75,7 @@ class Opening:
             sampling=self.sampling.options(advised_sampling(directory)),
             max_tokens=self.max_tokens,
             stop=self.stop,
+            overflow=self.overflow,
         )
 
 
@@ -91,3 +95,7 @@ def find_or_build(name: str) -> Path:
 
     with show_progress() as progress:
         return download(Request(ref, QuantizeOptions()), progress)
+
+
+def _nothing(text: str) -> None:
+    """Where nobody wants to hear of it."""

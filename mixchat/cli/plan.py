@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.cli.arguments import checked
 from mixchat.cli.options import (
     ContextSize,
     Device,
@@ -15,8 +14,8 @@ from mixchat.cli.options import (
     HostMemory,
     KVBits,
     budget,
-    check_lengths,
     checked_bits,
+    model_argument,
 )
 from mixchat.cli.progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            envvar="MIXCHAT_MODEL",
-            help="base, instruct, demo, ORG/NAME on the hub, a directory, or one that is kept.",
+        model_argument(
+            "base, instruct, demo, ORG/NAME on the hub, a directory, or one that is kept."
         ),
     ] = "instruct",
     ctx_size: ContextSize = None,
@@ -43,8 +40,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say how a model would run on this machine, downloaded or not: what goes where, how fast."""
-    checked(model, "the model's name")
-    check_lengths(None, ctx_size)
     budgets, bits = (budget(host_memory), budget(device_memory)), checked_bits(kv_bits)
     from mixchat.weights import models
 
@@ -61,10 +56,10 @@ def plan(
 
 
 def _plan(found: Outline, device_name: str | None, wishes: Wishes) -> MachinePlan:
-    from mixchat.engine.threads import settle_threads
     from mixchat.engine.loader import choose_device
     from mixchat.engine.planning import fit, look, plan
     from mixchat.engine.speeds import known_speeds, speeds
+    from mixchat.engine.threads import settle_threads
 
     device, blueprint = choose_device(device_name), found.blueprint
     there = look(found.directory, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,40 +56,52 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextmanager
-def keeping(path: Path | None, engine: Engine) -> Iterator[None]:
+def keeping(
+    path: Path | None, engine: Engine, at_end: Callable[[], Path | None] | None = None
+) -> Iterator[None]:
     """Let the engine go on from what the file has, and keep there what it holds at the end.
 
-    Raises `MixchatError` where that cannot be written, unless something else went wrong before.
+    `at_end` gives the file that is written then, where it may be another one, or none. Raises
+    `MixchatError` where it cannot be written, unless something else went wrong before.
     """
     if path is None:
         yield
         return
-    from mixchat.engine.prompt_cache import PromptCache
-
-    kept = PromptCache(path, engine)
+    kept = None
     if path.exists() and path.stat().st_size:
-        _load(kept)
+        kept = _loaded(path, engine)
     try:
         yield
     except BaseException:
         try:
-            _save(kept)
+            _save(path if at_end is None else at_end(), engine, kept)
         except MixchatError as error:
             _note(str(error))
         raise
-    _save(kept)
+    _save(path if at_end is None else at_end(), engine, kept)
 
 
-def _load(kept: PromptCache) -> None:
+def _loaded(path: Path, engine: Engine) -> PromptCache:
+    from mixchat.engine.prompt_cache import PromptCache
+
+    kept = PromptCache(path, engine)
     try:
-        with status(sanitize(f"reading {kept.path}")):
+        with status(sanitize(f"reading {path}")):
             kept.load()
     except CheckpointError as error:
         _note(f"{error}; it is written anew")
+    return kept
 
 
-def _save(kept: PromptCache) -> None:
-    with status(sanitize(f"writing {kept.path}")):
+def _save(path: Path | None, engine: Engine, loaded: PromptCache | None) -> None:
+    """Write the file, unless it is the one that was loaded and nothing is new."""
+    if path is None:
+        return
+    from mixchat.engine.prompt_cache import PromptCache
+
+    same = loaded is not None and loaded.path == path.resolve()
+    kept = loaded if loaded is not None and same else PromptCache(path, engine)
+    with status(sanitize(f"writing {path}")):
         kept.save()
 
 

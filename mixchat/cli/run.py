@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Annotated, cast
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.chat.sanitize import sanitize
-from mixchat.cli import options
-from mixchat.cli.arguments import checked, read_prompt
+from mixchat.chat.parameters import checked_overflow
+from mixchat.cli import chat_options, options
+from mixchat.cli.answer import Form, print_answer
+from mixchat.cli.arguments import read_prompt
+from mixchat.cli.chat import begin_chat, find_chat, keeping_its_cache, new_keeper
 from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
-from mixchat.cli.report import note, report
-from mixchat.errors import UsageError
+from mixchat.cli.setting import is_given
 from mixchat.experts.policies import DEFAULT_POLICY
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession, Event, Finished
+    from mixchat.chat.session import ChatSession, Finished
+
+# What a kept chat brings with it, unless a flag says otherwise.
+_RESUMED = ("system", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
 
 def run(
+    context: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="PROMPT", help="What to ask. Standard input goes before it."),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="NAME",
-            envvar="MIXCHAT_MODEL",
-            help="base, instruct, demo, ORG/NAME, or one that 'mixchat list' shows.",
-        ),
-    ] = "instruct",
-    system: Annotated[
-        str | None, typer.Option("-s", "--system", metavar="TEXT", help="The system prompt.")
-    ] = None,
+    model: options.Model = "instruct",
+    system: options.System = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -49,6 +42,16 @@ def run(
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     ctx_size: options.ContextSize = None,
+    overflow: chat_options.Overflow = "stop",
+    resume: chat_options.Resume = None,
+    save: chat_options.Save = True,
+    keep_cache: chat_options.KeepCache = False,
+    raw: chat_options.Raw = False,
+    vi: chat_options.Vi = False,
+    as_json: chat_options.AsJson = False,
+    extract: chat_options.Extract = False,
+    stream: chat_options.Stream = True,
+    quiet: chat_options.Quiet = False,
     kv_bits: options.KVBits = None,
     host_memory: options.HostMemory = None,
     device_memory: options.DeviceMemory = None,
@@ -56,40 +59,49 @@ def run(
     cache_policy: options.CachePolicy = DEFAULT_POLICY,
     prompt_cache: options.PromptCache = None,
     trace: options.Trace = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print rates and the experts' cache afterwards.")
-    ] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model; or, with a PROMPT or a pipe, print one answer."""
-    sampling = options.Sampling(temperature, top_p, top_k, min_p, repeat_penalty, seed)
-    sampling.check()
-    options.check_lengths(max_tokens, ctx_size)
+    form = Form(as_json, extract, stream, raw, quiet)
+    cache_file = checked_place(prompt_cache)
+    resumed = find_chat(resume)
+    if resumed is not None and not is_given(context, "model"):
+        model = resumed.model
     opening = Opening(
-        model=checked(model, "the model's name"),
-        system=checked(system, "--system") if system else None,
-        stop=[checked(text, "--stop") for text in stop or []],
-        sampling=sampling,
+        model=model,
+        system=system or None,
+        stop=stop or [],
+        sampling=options.Sampling(temperature, top_p, top_k, min_p, repeat_penalty, seed),
         max_tokens=max_tokens,
         context_size=ctx_size,
+        overflow=checked_overflow(overflow),
         kv_bits=options.checked_bits(kv_bits),
         host_memory=options.budget(host_memory),
         device_memory=options.budget(device_memory),
         device=device,
-        cache_policy=options.checked_policy(cache_policy),
+        cache_policy=cache_policy,
         trace=trace,
+        quiet=quiet,
     )
-    cache_file = checked_place(prompt_cache)
     question = read_prompt(prompt)
-    if question is None and not sys.stdout.isatty():
-        raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
+    form.check(question is None)
     session = opening.open()
+    keeper = new_keeper(session, model, kept=save)
+    if resumed is not None:
+        keeper.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
+    if cache_file is None and (question is None or resumed is not None):
+        cache = keeping_its_cache(keeper, keep_cache)
+    else:
+        cache = keeping(cache_file, session.engine)
     try:
-        with keeping(cache_file, session.engine):
+        with cache:
             if question is None:
-                _chat(session, model, after_turn)
+                begin_chat(keeper, model, raw=raw, vi=vi, after_turn=after_turn)
             else:
-                after_turn(_answer(session, question))
+                after_turn(print_answer(session, question, form, model))
+                if resumed is not None:
+                    keeper.save()
     finally:
         _keep_report(session, model)
 
@@ -100,40 +112,6 @@ def _keep_report(session: ChatSession, model: str) -> None:
 
     with suppress(OSError):
         save_report(report_path(model), session.engine.expert_report(model))
-
-
-def _chat(session: ChatSession, model: str, after_turn: Callable[[Finished], None]) -> None:
-    from mixchat.chat.repl import Repl
-
-    print(f"{sanitize(model)}; /help shows the commands, Ctrl-D leaves")
-    Repl(session, report=report, after_turn=after_turn, model=model).run()
-
-
-def _answer(session: ChatSession, question: str) -> Finished:
-    """Print the answer as it comes: a reader that goes away is noticed at the next token."""
-    from mixchat.chat.session import TextDelta
-
-    # A program that reads gets what the model wrote; a terminal would act on it.
-    clean = sanitize if sys.stdout.isatty() else str
-    last = ""
-    with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
-        for event in events:
-            if isinstance(event, TextDelta):
-                last = event.text
-                print(clean(last), end="", flush=True)
-            else:
-                print(end="" if last.endswith("\n") else "\n", flush=True)
-                return _checked_ending(session, event)
-    raise AssertionError("an answer has an end")
-
-
-def _checked_ending(session: ChatSession, finished: Finished) -> Finished:
-    if finished.reason == "interrupted":
-        raise KeyboardInterrupt
-    if finished.reason == "context":
-        size = session.engine.context_size
-        note(f"cut off, the context of {size} tokens is full")
-    return finished
 
 
 def _verbose_report(session: ChatSession) -> Callable[[Finished], None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixchat.cli.arguments import checked
+from mixchat.cli.options import model_argument
 from mixchat.cli.png import new_figure, write_figure
 from mixchat.errors import ModelNotFoundError
 
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 def stats(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", envvar="MIXCHAT_MODEL", help="A name, as for 'mixchat run -m'."
-        ),
-    ] = "instruct",
+    model: Annotated[str, model_argument("A name, as for 'mixchat run -m'.")] = "instruct",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[
         Path | None,
@@ -32,7 +27,7 @@ def stats(
     ] = None,
 ) -> None:
     """Show how the last run used the experts, and where they were at its end."""
-    report = _last_report(checked(model, "the model's name"))
+    report = _last_report(model)
     if png is not None:
         write_figure(png, _picture(report))
         print(f"wrote {png}", file=sys.stderr)

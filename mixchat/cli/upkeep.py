@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mixchat.cli.arguments import checked, stdin_is_terminal
+from mixchat.cli.completion import runnable_models
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import CheckpointError, UsageError
 from mixchat.settings import format_size
@@ -16,7 +17,14 @@ from mixchat.settings import format_size
 if TYPE_CHECKING:
     from mixchat.weights.verify import Damage
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name, as 'mixchat list' has it.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=runnable_models,
+        help="A name, as 'mixchat list' has it.",
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 _SHOWN = 20
 
@@ -118,6 +126,7 @@ def gc(
 ) -> None:
     """Remove what interrupted commands left behind."""
     prepare_environment()
+    from mixchat.chat.chats import ChatStore
     from mixchat.weights import housekeeping
     from mixchat.weights.download import local_errors
 
@@ -130,6 +139,9 @@ def gc(
                 print(f"removed: {what}", file=sys.stderr)
             else:
                 print(f"left: {what}, which a download can go on with", file=sys.stderr)
+        for path, size in ChatStore().sweep():
+            freed += size
+            print(f"removed: {path} ({format_size(size)})", file=sys.stderr)
     print(f"freed {format_size(freed)}", file=sys.stderr)
 
 

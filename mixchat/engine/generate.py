@@ -19,6 +19,8 @@ from mixchat.experts.stats import ExpertReport
 # Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
 PREFILL_CHUNK = 2048
 
+Reading = Callable[[int, int], object]
+
 
 @dataclass
 class GenerationStats:
@@ -37,7 +39,8 @@ class Engine:
     A prompt that begins as the last one did (a chat that goes on) is prefilled only from where the
     two part. `stats` describes the last call, `experts.stats` counts from the start. `expected`
     says how many tokens a second this machine should decode, where that is known; `note` gets what
-    a person should hear of. `identity` differs where the weights do.
+    a person should hear of, and `reading`, which may be replaced, how many tokens of a prompt have
+    been read, and of how many. `identity` differs where the weights do.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Engine:
         self.config, self.identity = model.config, identity
         self.experts, self.expected = experts, expected
         self.stats = GenerationStats()
+        self.reading: Reading = lambda done, of: None
         self._tokens, self._seconds = 0, 0.0  # of all calls
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
         self._ids: list[int] = []  # the tokens whose keys and values the cache holds
@@ -183,23 +187,34 @@ class Engine:
 
     def _prefill(self, ids: list[int]) -> torch.Tensor:
         for start in range(0, len(ids), self._chunk):
-            logits = self._forward(ids[start : start + self._chunk])
+            chunk = ids[start : start + self._chunk]
+            logits = self._forward(chunk, self._told(start, len(chunk), len(ids)))
         return logits
 
+    def _told(self, before: int, tokens: int, of: int) -> Callable[[int], object]:
+        """Tells `reading` after each layer how far a prompt is read: in tokens, as if all of them
+        were read one after the other."""
+        layers = self.config.num_hidden_layers
+        return lambda layer: self.reading(before + tokens * (layer + 1) // layers, of)
+
     @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> torch.Tensor:
+    def _forward(
+        self, ids: list[int], after_layer: Callable[[int], object] = lambda layer: None
+    ) -> torch.Tensor:
         start = time.perf_counter()
-        logits = self._within_memory(torch.tensor(ids, device=self._model.device))
+        logits = self._within_memory(torch.tensor(ids, device=self._model.device), after_layer)
         self._ids += ids
         self._tokens += len(ids)
         self._seconds += time.perf_counter() - start
         return logits
 
-    def _within_memory(self, ids: torch.Tensor) -> torch.Tensor:
+    def _within_memory(
+        self, ids: torch.Tensor, after_layer: Callable[[int], object]
+    ) -> torch.Tensor:
         """The logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
         while True:
             try:
-                return self._model.forward(ids, self._cache)
+                return self._model.forward(ids, self._cache, after_layer=after_layer)
             except torch.OutOfMemoryError:
                 if not self.experts.halve():
                     raise ResourceError(

@@ -85,6 +85,9 @@ class KVCache(ABC):
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
 
 
+_PAIRS, _LEAST = 2**22, 64  # of a new token and one that it may see; new tokens
+
+
 def new_cache(
     config: ModelConfig,
     capacity: int,
@@ -180,8 +183,18 @@ class PagedKVCache(KVCache):
         pages.store(self._shape, self._addresses[layer], self.length, keys, values)
 
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        window = self.config.sliding_window
-        return attention.attend(self._shape, self._addresses[layer], self.length, queries, window)
+        window, pages = self.config.sliding_window, self._addresses[layer]
+        # One call is never a long one: Ctrl-C is heard between them.
+        pieces = torch.split(queries, self._at_once(queries.shape[0]))
+        past, seen = self.length, []
+        for piece in pieces:
+            seen.append(attention.attend(self._shape, pages, past, piece, window))
+            past += piece.shape[0]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _at_once(self, tokens: int) -> int:
+        """New tokens whose attention is computed in some tenths of a second."""
+        return max(_LEAST, _PAIRS // (self.length + tokens))
 
 
 class TensorKVCache(KVCache):

@@ -6,7 +6,7 @@ H = num_attention_heads, G = num_key_value_heads, h = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -98,15 +98,22 @@ class Model:
         return self._embedding.dtype
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False
+        self,
+        ids: torch.Tensor,
+        cache: KVCache,
+        *,
+        all_logits: bool = False,
+        after_layer: Callable[[int], object] = lambda layer: None,
     ) -> torch.Tensor:
         """Logits [1, V] of the last token, or [T, V] of all; the cache then holds the ids [T] too.
 
-        The cache must have room for them: P + T <= capacity.
+        The cache must have room for them: P + T <= capacity. `after_layer` hears of each layer that
+        is done.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
-        for block in self._blocks:
+        for layer, block in enumerate(self._blocks):
             x = block(x, cache)
+            after_layer(layer)
         logits = self._head(self._norm(x if all_logits else x[-1:]))
         cache.length += ids.shape[0]  # last of all: what is broken off has not been
         return logits

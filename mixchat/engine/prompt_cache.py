@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
-from mixchat.files import DISK_FULL, NOT_WRITABLE, give_name
+from mixchat.files import DISK_FULL, NOT_WRITABLE, private_in_place_of, write_all
 from mixchat.weights.manifest import Manifest
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 
@@ -118,11 +116,11 @@ def _layer_specs(cache: KVCache, layer: int, tokens: int) -> list[TensorSpec]:
 def _write(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> None:
     about = json.dumps(_about(cache, identity, len(ids))).encode()
     digest = hashlib.sha256()
-    with _in_place_of(path) as descriptor:
+    with private_in_place_of(path) as descriptor:
 
         def put(data: bytes | memoryview) -> None:
             digest.update(data)
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
 
         put(header_bytes(_specs(cache, len(ids), len(about))))
         put(about)
@@ -132,32 +130,6 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> Non
             for spec in cache.specs(len(ids)):
                 put(tensor_bytes(content[spec.name]))
         put(digest.digest())
-
-
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-@contextmanager
-def _in_place_of(path: Path) -> Iterator[int]:
-    """A new file that takes the name `path` at the end; it holds a talk: only its owner reads it.
-
-    Its own name is drawn, so that two runs with one `path` do not write into each other's.
-    """
-    descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
-    try:
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        give_name(Path(name), path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _read(file: SafetensorsFile, cache: KVCache, identity: str) -> list[int]:

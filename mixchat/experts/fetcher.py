@@ -53,6 +53,11 @@ class Fetcher:
         return {self._store.name: self.slots, **behind}
 
     @property
+    def bytes_held(self) -> int:
+        """Bytes of memory that the experts take where they are computed."""
+        return self._store.nbytes
+
+    @property
     def holds_all(self) -> bool:
         """Whether there is nothing left to fetch."""
         return len(self._cache) == self._placement.experts and not self._coming

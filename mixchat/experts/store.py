@@ -91,6 +91,11 @@ class ExpertStore:
         """The slots that have memory."""
         return self._slots.keys()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the slots take."""
+        return len(self._slots) * self._used.stride
+
     def release(self, slot: int) -> None:
         """Give back a slot's memory; a load that is on its way there ends in nothing."""
         self._slots.pop(slot, None)

@@ -174,8 +174,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 def calibrate(model: Path) -> None:
     """Measure the machine, as `mixchat plan` does."""
     prepare_environment()
-    from mixchat.engine.threads import settle_threads
     from mixchat.engine.speeds import speeds
+    from mixchat.engine.threads import settle_threads
     from mixchat.experts.memory import CPU
     from mixchat.weights.checkpoint import KeptModel
 

@@ -26,6 +26,7 @@ class Stats:
 class Experts:
     stats: ExpertStats = field(default_factory=ExpertStats)
     slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
+    bytes_held: int = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ScriptedEngine:
         self.script = list(script)
         self.context_size = context_size
         self.config = Config()
+        self.identity = "scripted"
+        self.reading = lambda done, of: None
         self.stats = Stats()
         self.experts = Experts()
         self.prompts: list[list[int]] = []
@@ -98,6 +101,9 @@ class ScriptedEngine:
 class CharacterTokenizer:
     """A token is a character's code point; 0 is the control token that ends an answer."""
 
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in ids if token != STOP)
 
@@ -123,5 +129,5 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
 
     engine = ScriptedEngine(*script, context_size=options.pop("context_size", 1000))
     template = PlainTemplate(continues_prompt=options.pop("continues_prompt", False))
-    options.setdefault("sampling", SamplingOptions())
+    options.setdefault("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
     return ChatSession(engine, CharacterTokenizer(), template, **options)

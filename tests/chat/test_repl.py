@@ -1,43 +1,13 @@
 """The chat loop, with keys from a pipe in place of a keyboard."""
 
-import io
 import os
 import signal
 from contextlib import contextmanager
 
 import pytest
-from prompt_toolkit import PromptSession
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.history import InMemoryHistory
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
+from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
 
-from mixchat.chat.repl import HELP, Repl
 from mixchat.errors import PromptError
-
-CTRL_C, CTRL_D = "\x03", "\x04"
-
-
-class Chat:
-    """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
-
-    def __init__(self, session, keys, after_turn=None):
-        self.session, self.errors, self.turns = session, [], []
-        with create_pipe_input() as source, create_app_session(source, DummyOutput()):
-            source.send_text(keys)
-            out = io.StringIO()
-            Repl(
-                session,
-                report=self.errors.append,
-                after_turn=after_turn or self.turns.append,
-                prompt=PromptSession(history=InMemoryHistory()),
-                out=out,
-            ).run()
-            self.text = out.getvalue()
-
-
-def prompts_of(session):
-    return ["".join(map(chr, ids)) for ids in session.engine.prompts]
 
 
 @pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, CTRL_C * 2])
@@ -79,22 +49,6 @@ def test_clear_forgets_the_conversation(session_of):
     assert prompts_of(session)[1] == "[system]Be brief[user]And?"
 
 
-def test_help_names_the_commands_and_an_unknown_one_is_not_sent(session_of):
-    session = session_of()
-    chat = Chat(session, "/help\r/?\r/nonsense\r" + CTRL_D)
-    assert chat.text.count("/clear   forget") == 2
-    assert "/nonsense is no command" in chat.text
-    assert session.engine.prompts == []
-
-
-def test_experts_shows_what_became_of_them(session_of):
-    session = session_of("Hello")
-    chat = Chat(session, "Hi\r/experts\r" + CTRL_D)
-    assert "/experts show which" in HELP
-    assert "24, 75.0% hits" in chat.text
-    assert len(prompts_of(session)) == 1
-
-
 def test_a_path_is_no_command(session_of):
     session = session_of("So it is")
     Chat(session, "/etc/hosts is empty\r" + CTRL_D)
@@ -118,7 +72,7 @@ def test_control_characters_do_not_reach_the_terminal_and_brackets_do(session_of
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({"max_tokens": 2}, "(cut off at --max-tokens)"),
+        ({"max_tokens": 2}, "(cut off at --max-tokens; /continue goes on)"),
         ({"context_size": 10}, "the context is full"),
     ],
 )
@@ -149,7 +103,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
     session = session_of("Hello world", "Fine")
     with ctrl_c_after(session, 3):
         chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
-    assert "(stopped)\n\nFine" in chat.text
+    assert "(stopped; /continue goes on)\n\nFine" in chat.text
     said = chat.text.split("\n")[0]
     assert said == "Hell"  # the token that was under way when it was pressed
     assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
@@ -159,7 +113,7 @@ def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
     session = session_of("never seen")
     with ctrl_c_after(session, 0):
         chat = Chat(session, "Hi\r" + CTRL_D)
-    assert chat.text == "\n(stopped)\n\n"
+    assert chat.text == "(stopped)\n\n"
     assert session.engine.prompts == []
     assert session.messages == []
 

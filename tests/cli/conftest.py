@@ -9,6 +9,9 @@ import fake_mixchat
 import pytest
 from command_line import FAKE, Done
 
+# No model and no config.toml of this machine's is seen by a test.
+PLACES = {"MIXCHAT_HOME": "home", "XDG_CONFIG_HOME": "config"}
+
 
 @pytest.fixture
 def environment(tmp_path):
@@ -16,7 +19,7 @@ def environment(tmp_path):
     # Without buffers nothing would show that each piece of an answer is flushed.
     dropped = ("MIXCHAT_", "PYTHONUNBUFFERED")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
-    return kept | {"MIXCHAT_HOME": str(tmp_path / "home")}
+    return kept | {key: str(tmp_path / place) for key, place in PLACES.items()}
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def mixchat(environment, monkeypatch, capsysbinary):
         with monkeypatch.context() as patch:
             for key in [key for key in os.environ if key.startswith("MIXCHAT_")]:
                 patch.delenv(key)
-            for key in variables | {"MIXCHAT_HOME": ""}:
+            for key in variables | PLACES:
                 patch.setenv(key, str((environment | variables)[key]))
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             if fake:

@@ -41,6 +41,7 @@ def open_fake(opening):
         sampling=opening.sampling.options(),
         max_tokens=opening.max_tokens,
         stop=opening.stop,
+        overflow=opening.overflow,
     )
     if delay := float(os.environ.get("DELAY", "0")):
         slow_down(session.engine, delay)

@@ -1,5 +1,6 @@
 """The chat as a person meets it: a process in a pseudo-terminal."""
 
+import pyte
 from command_line import FAKE
 from terminal import Terminal
 
@@ -44,7 +45,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(environment, tmp_path):
         terminal.type("Hi" + ENTER)
         terminal.wait_for("xxx")
         terminal.type(CTRL_C)
-        terminal.wait_for("(stopped)")
+        terminal.wait_for("(stopped; /continue goes on)")
         terminal.wait_for(">>>")
         terminal.type("Well?" + ENTER)
         terminal.wait_for("Fine")
@@ -79,11 +80,18 @@ def test_an_error_in_a_turn_is_one_line_and_the_chat_goes_on(environment):
 def test_a_prompt_at_a_terminal_does_not_wait_for_stdin(environment):
     with Terminal([*FAKE, "run", "Hi"], environment) as terminal:
         assert terminal.wait_for_end() == 0
-    assert terminal.screen == b"Hello\r\n"
+    assert shown(terminal) == "Hello"
 
 
 def test_an_answer_on_a_terminal_has_no_control_characters(environment):
     variables = environment | {"SCRIPT": '["a\\u001b[2Jb\\u009bc\\u202ed"]'}
     with Terminal([*FAKE, "run", "Hi"], variables) as terminal:
         assert terminal.wait_for_end() == 0
-    assert terminal.screen == b"a[2Jbcd\r\n"
+    assert shown(terminal) == "a[2Jbcd"
+
+
+def shown(terminal):
+    """The screen's text, as a terminal shows it."""
+    screen = pyte.Screen(80, 24)
+    pyte.ByteStream(screen).feed(terminal.screen)
+    return "\n".join(line.rstrip() for line in screen.display).rstrip()

@@ -5,9 +5,11 @@ import inspect
 
 import pytest
 
+from mixchat.cli.limits import within_limits
 from mixchat.cli.options import Sampling
 from mixchat.cli.run import run
 from mixchat.engine.sampling import SamplingOptions
+from mixchat.errors import UsageError
 
 
 def test_the_flags_have_the_names_of_the_engines_options_and_nothing_given_is_its_defaults():
@@ -39,4 +41,12 @@ def test_a_seed_is_drawn_where_none_is_given():
     "sampling", [(0.0, 1.0, 0, 0.0, 1.0, 0), (5.0, 0.001, 10**6, 0.999, 0.5, 2**63 - 1)]
 )
 def test_values_at_their_limits_are_fine(sampling):
-    Sampling(*sampling).check()
+    for name, value in dataclasses.asdict(Sampling(*sampling)).items():
+        within_limits(name)(value)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sampling)])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_value_outside_its_limits_is_refused(name, value):
+    with pytest.raises(UsageError, match="has to be"):
+        within_limits(name)(value)

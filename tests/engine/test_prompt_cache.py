@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_kv_cache import CONFIG, CPU, needs_kernel
 
-from mixchat.engine import kv_cache, prompt_cache
+from mixchat import files
+from mixchat.engine import kv_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
 from mixchat.engine.loader import LoadOptions, load_engine
@@ -298,7 +299,7 @@ def test_only_its_owner_reads_it_at_any_time(
         modes.append(stat.S_IMODE(temporary.stat().st_mode))
         os.replace(temporary, path)
 
-    monkeypatch.setattr(prompt_cache, "give_name", look)
+    monkeypatch.setattr(files, "give_name", look)
     path = tmp_path / "f"
     path.touch(0o644)
     before = os.umask(0)
@@ -352,7 +353,7 @@ def test_writing_that_fails_leaves_what_was_there(
         return write(descriptor, data[:3000])
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_cache.os, "write", failing)
+        patch.setattr(files.os, "write", failing)
         with pytest.raises(expected):
             PromptCache(path, engine).save()
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"] * there

@@ -1,0 +1,78 @@
+"""An answer as it grows: its ids, the text that was shown of it, and why it ended."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Literal
+
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.messages import Message
+from mixchat.text.stop import StopStrings
+
+Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
+_COMPLETE = ("stop", "stop_string")
+
+
+class Answer:
+    """Takes ids, yields text to show.
+
+    The ids are what the next turn is built from. If the text was cut, they have to end where it
+    does. With the stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`,
+    which ends where the second token does: keep two ids. With `A` `.\\n` `\\nB` no token ends
+    there: keep the text alone, and the template will encode it.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.reason: Reason = "interrupted"
+        self.cut = False
+        self._whole = False
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._length = 0
+        self._ends: list[int] = []
+
+    def add(self, token: int) -> Iterator[str]:
+        """Take the next id; yield the text to show, if there is some."""
+        self.ids.append(token)
+        self._ends.append(self._length)
+        yield from self._show(self._detokenizer.add(token))
+
+    def end(self, reason: Reason) -> Iterator[str]:
+        """No more ids will come: yield what was held back."""
+        self.reason = reason
+        yield from self._show(self._detokenizer.flush())
+        if not self.cut:
+            self._whole = True
+            if held := self._stops.flush():
+                self.text += held
+                yield held
+
+    def message(self, before: Message | None = None) -> Message | None:
+        """What to remember, behind what `before` said already; None if nothing new was said."""
+        if not self._whole and not self.text:
+            return None
+        ids = tuple(self.ids) if self._whole else self._ids_of_text()
+        content, partial = self.text, self.reason not in _COMPLETE
+        if before is not None:
+            content = before.content + content
+            ids = None if ids is None or before.ids is None else before.ids + ids
+        return Message("assistant", content, ids, partial)
+
+    def _show(self, text: str) -> Iterator[str]:
+        self._length += len(text)
+        if self._ends:
+            self._ends[-1] = self._length
+        shown, stopped = self._stops.add(text)
+        self.text += shown
+        if stopped:
+            self.reason, self.cut = "stop_string", True
+        if shown:
+            yield shown
+
+    def _ids_of_text(self) -> tuple[int, ...] | None:
+        count = bisect_left(self._ends, len(self.text)) + 1
+        fits = count <= len(self._ends) and self._ends[count - 1] == len(self.text)
+        return tuple(self.ids[:count]) if fits else None

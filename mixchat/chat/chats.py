@@ -1,0 +1,241 @@
+"""The chats that are kept: one private file each, found by ID or name, written whole."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from mixchat.chat.chat_file import BEGINNING, Chat, checked_name, now, read_chat, serialized
+from mixchat.errors import (
+    ChatNotFoundError,
+    CheckpointError,
+    MixchatError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.files import DISK_FULL, NOT_WRITABLE, sync_directory, write_private_file
+from mixchat.settings import data_dir
+
+__all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
+
+_ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
+_TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
+_ABANDONED = 3600  # seconds after which nobody writes a file any more
+_LISTED = 5  # chats, in a message
+_LONGEST_QUESTION = 200  # characters
+
+
+@dataclass(frozen=True)
+class ChatSummary:
+    """A kept chat in a line. `question` is the beginning of the first one, on one line.
+
+    `problem` says why the chat cannot be read: then little else is known, and `updated` is the
+    file's own time.
+    """
+
+    id: str
+    path: Path
+    updated: datetime
+    created: datetime | None = None
+    name: str | None = None
+    model: str = ""
+    turns: int = 0
+    question: str = ""
+    problem: str | None = None
+
+
+class ChatStore:
+    """The chats in a directory, which is made when the first is saved.
+
+    Two processes may save one chat at once: the last one wins, and each file is whole at every
+    moment. A chat's KV cache may lie beside it, at `kv_path`.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = data_dir() / "chats" if directory is None else directory
+
+    def new_id(self, began: datetime | None = None) -> str:
+        """An ID that no chat has: when it began, in local time, and three drawn characters."""
+        stamp = (began or now()).astimezone().strftime("%Y%m%d-%H%M")
+        while True:
+            drawn = f"{stamp}-{''.join(secrets.choice(_TAIL) for _ in range(3))}"
+            if not self._path(drawn).exists():
+                return drawn
+
+    def save(self, chat: Chat) -> None:
+        """Write a chat, in place of what its file held; a link there is replaced, not followed.
+
+        Raises `UsageError` where its name cannot be one or the directory cannot be written to,
+        `ResourceError` where the disk is full, else another `MixchatError`.
+        """
+        path = self._path(chat.id)
+        data = serialized(chat)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private_file(path, data)
+        except OSError as error:
+            raise _failure(error, path, "the chat cannot be kept") from None
+
+    def rename(self, chat: Chat, name: str | None) -> Chat:
+        """Save a chat under a name, or none; returns it as saved.
+
+        Raises `UsageError` where another chat has that name, and as `save` does.
+        """
+        if name is not None:
+            name = checked_name(name)
+            taken = [id for id in self._named(name) if id != chat.id]
+            if taken:
+                hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
+                raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
+        renamed = replace(chat, name=name)
+        self.save(renamed)
+        return renamed
+
+    def load(self, wanted: str) -> Chat:
+        """The chat with this ID, a beginning of an ID that no other has, or this name.
+
+        Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
+        damaged.
+        """
+        return read_chat(self._path(self.find(wanted)))
+
+    def find(self, wanted: str) -> str:
+        """The ID of the chat that `wanted` means, damaged or not. Raises `ChatNotFoundError`."""
+        wanted = wanted.strip()
+        if BEGINNING.fullmatch(wanted.lower()):
+            found = [id for id in self.ids() if id.startswith(wanted.lower())]
+        else:
+            found = self._named(wanted)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
+        raise ChatNotFoundError(f"no chat {wanted!r} is kept", hint=self._near_misses(wanted))
+
+    def latest(self, model: str | None = None) -> Chat:
+        """The chat that was saved last (with `model`, of that name); damaged ones do not count.
+
+        Raises `ChatNotFoundError` if there is none.
+        """
+        for kept in self.all():
+            if kept.problem is None and model in (None, kept.model):
+                return self.load(kept.id)
+        of = "" if model is None else f" with {model}"
+        raise ChatNotFoundError(f"no chat{of} is kept yet")
+
+    def ids(self) -> list[str]:
+        """The ID of every chat, damaged or not, the oldest first. Opens no file."""
+        return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
+
+    def all(self) -> list[ChatSummary]:
+        """Every chat in a line, the one saved last first; of a damaged one its problem.
+
+        Raises `OSError` if the directory cannot be read, as all that looks for a chat does.
+        """
+        summaries = [summary for id in self.ids() if (summary := self._summary(id))]
+        return sorted(summaries, key=lambda summary: (summary.updated, summary.id), reverse=True)
+
+    def remove(self, wanted: str) -> str:
+        """Remove the chat that `wanted` means, damaged or not, and its KV cache; returns its ID.
+
+        Raises `ChatNotFoundError` as `find` does, and `MixchatError` where it cannot be removed.
+        """
+        id = self.find(wanted)
+        path = self._path(id)
+        try:
+            self.kv_path(id).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise _failure(error, path, "the chat cannot be removed") from None
+        return id
+
+    def kv_path(self, id: str) -> Path:
+        """Where a chat's KV cache is kept, if it is. Raises `UsageError` if `id` is no ID."""
+        return self._path(id).with_suffix(".kv")
+
+    def sweep(self) -> Iterator[tuple[Path, int]]:
+        """Remove what killed processes have left, as it is found: each path, and its bytes.
+
+        That is KV caches without a chat and files that were never whole, an hour old at least,
+        because somebody may be writing them. Raises `OSError`.
+        """
+        for path in self._files(".kv", ".tmp"):
+            needed = path.suffix == ".kv" and path.with_suffix(".json").exists()
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if not needed and time.time() - status.st_mtime > _ABANDONED:
+                    path.unlink()
+                    yield path, status.st_size
+
+    def _path(self, id: str) -> Path:
+        """The file of a chat; nothing outside the directory has a name that is an ID."""
+        if not _ID.fullmatch(id):
+            raise UsageError(f"{id!r} is not a chat's ID")
+        return self.directory / f"{id}.json"
+
+    def _files(self, *suffixes: str) -> list[Path]:
+        """The files in the directory that are ours. Raises `OSError` if it cannot be read."""
+        try:
+            paths = sorted(self.directory.iterdir())
+        except FileNotFoundError:
+            return []
+        ours = (path for path in paths if path.suffix in suffixes and _ID.match(path.name))
+        return [path for path in ours if path.is_file()]
+
+    def _named(self, name: str) -> list[str]:
+        return [kept.id for kept in self.all() if kept.name == name]
+
+    def _near_misses(self, wanted: str) -> str:
+        known = [word for kept in self.all() for word in (kept.id, kept.name) if word]
+        near = difflib.get_close_matches(wanted, known)
+        return f"There is {_some(near)}." if near else "'mixchat chats' lists those that are."
+
+    def _summary(self, id: str) -> ChatSummary | None:
+        """A chat in a line; None if it has just been removed."""
+        path = self._path(id)
+        try:
+            changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
+            chat = read_chat(path)
+        except FileNotFoundError:
+            return None
+        except CheckpointError as error:
+            return ChatSummary(id, path, changed, problem=str(error))
+        return _summary_of(chat, path)
+
+
+def _summary_of(chat: Chat, path: Path) -> ChatSummary:
+    asked = [message.content for message in chat.messages if message.role == "user"]
+    question = " ".join(asked[0][: 5 * _LONGEST_QUESTION].split()) if asked else ""
+    return ChatSummary(
+        chat.id,
+        path,
+        chat.updated,
+        chat.created,
+        chat.name,
+        chat.model,
+        len(asked),
+        question[:_LONGEST_QUESTION],
+    )
+
+
+def _some(words: Sequence[str]) -> str:
+    """The first words, and how many more there are."""
+    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
+    return ", ".join(words[:_LISTED]) + more
+
+
+def _failure(error: OSError, path: Path, what: str) -> MixchatError:
+    kind = MixchatError
+    if error.errno in DISK_FULL:
+        kind = ResourceError
+    elif error.errno in NOT_WRITABLE:
+        kind = UsageError
+    return kind(f"{path}: {what} ({error.strerror})")

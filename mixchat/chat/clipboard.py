@@ -1,0 +1,58 @@
+"""Puts text into the clipboard: by a tool of the desktop, or by the terminal itself."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import subprocess
+from typing import TextIO
+
+from mixchat.errors import MissingDependencyError
+
+_LONGEST = 74_994  # bytes that all terminals take which take any
+_SECONDS = 5
+_TOOLS = (
+    ("WAYLAND_DISPLAY", ["wl-copy"]),
+    ("DISPLAY", ["xclip", "-selection", "clipboard"]),
+    ("DISPLAY", ["xsel", "--clipboard", "--input"]),
+    (None, ["pbcopy"]),
+    (None, ["clip.exe"]),
+)
+
+
+def copy(text: str, terminal: TextIO) -> str:
+    """Copy; how that was done, for a person. Raises `MissingDependencyError` where it cannot be.
+
+    Without a desktop's tool, as over SSH, the terminal is asked to do it (OSC 52): most do, some
+    want to be allowed to, and none says whether it did.
+    """
+    data = text.encode("utf-8", "replace")
+    for variable, command in _TOOLS:
+        if (variable is None or os.environ.get(variable)) and _done_by(command, data):
+            return "copied"
+    if not terminal.isatty() or len(data) > _LONGEST:
+        raise MissingDependencyError(
+            "nothing here can copy to the clipboard",
+            hint="Install wl-copy, xclip or xsel; /export writes a file.",
+        )
+    terminal.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
+    terminal.flush()
+    return "copied by the terminal, if it allows that"
+
+
+def _done_by(command: list[str], data: bytes) -> bool:
+    if shutil.which(command[0]) is None:
+        return False
+    try:
+        done = subprocess.run(
+            command,
+            input=data,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0

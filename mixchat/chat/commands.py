@@ -1,0 +1,316 @@
+"""What can be typed after a `/`: each command with its help, its completion, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.chat import parameters
+from mixchat.chat.clipboard import copy
+from mixchat.chat.code import code_blocks
+from mixchat.chat.completion import FILES, CommandCompletion, Completes, file_argument
+from mixchat.chat.export import to_json, to_markdown
+from mixchat.errors import CheckpointError, PromptError, UsageError
+from mixchat.files import read_bytes
+
+if TYPE_CHECKING:
+    from mixchat.chat.chats import ChatSummary
+    from mixchat.chat.repl import Repl
+
+_SHOWN = 20  # chats that /chats lists
+_QUESTION = 60  # characters of a question in a list
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run` gets the chat and what was typed behind the name. `argument` is how help names it."""
+
+    run: Callable[[Repl, str], None]
+    help: str
+    argument: str = ""
+    completes: Callable[[Repl], Completes] | None = None
+
+
+def find(name: str) -> Command:
+    """The command of this name or alias. Raises `UsageError`."""
+    command = COMMANDS.get(ALIASES.get(name, name))
+    if command is None:
+        raise UsageError(f"/{name} is no command", hint="/help shows them all.")
+    return command
+
+
+def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
+    """How the prompt completes each command."""
+    return {
+        name: CommandCompletion(
+            f"{command.argument}  {command.help}".strip(),
+            None if command.completes is None else command.completes(chat),
+        )
+        for name, command in COMMANDS.items()
+    }
+
+
+def _help(chat: Repl, argument: str) -> None:
+    if argument:
+        name = argument.lstrip("/")
+        command = find(name)
+        chat.screen.say(f"{_usage(ALIASES.get(name, name), command)}  {command.help}")
+        return
+    table = {_usage(name, command): command.help for name, command in COMMANDS.items()}
+    width = max(map(len, table))
+    lines = [f"{usage:{width}}  {text}" for usage, text in table.items()]
+    chat.screen.say("\n".join([*lines, "", KEYS]))
+
+
+def _usage(name: str, command: Command) -> str:
+    return f"/{name} {command.argument}".rstrip()
+
+
+def _bye(chat: Repl, argument: str) -> None:
+    chat.leave()
+
+
+def _clear(chat: Repl, argument: str) -> None:
+    chat.session.clear()
+    chat.keeper.begin()
+    chat.screen.say("(a new conversation)")
+
+
+def _set(chat: Repl, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    if not name:
+        _say_table(chat, parameters.values(chat.session))
+        return
+    if not value.strip():
+        raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
+    parameters.change(chat.session, name, value.strip())
+    chat.keeper.save()
+
+
+def _show(chat: Repl, argument: str) -> None:
+    session, kept = chat.session, chat.keeper
+    about = {
+        "model": chat.model,
+        "chat": f"{kept.chat.name or kept.chat.id}{'' if kept.kept else ' (not kept)'}",
+        "turns": str(sum(message.role == "user" for message in session.history)),
+        "system": "none" if session.system is None else session.system,
+    }
+    _say_table(chat, {**about, **parameters.values(session)})
+
+
+def _say_table(chat: Repl, rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+def _system(chat: Repl, argument: str) -> None:
+    if not argument:
+        system = chat.session.system
+        chat.screen.say("(no system prompt)" if system is None else system)
+        return
+    chat.session.system = None if argument.lower() == "none" else argument
+    chat.keeper.save()
+
+
+def _save(chat: Repl, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to keep yet")
+    chat.keeper.rename(argument or None)
+    kept = chat.keeper.chat
+    chat.screen.say(f"(kept; mixchat run --resume {kept.name or kept.id} goes on with it)")
+
+
+def _load(chat: Repl, argument: str) -> None:
+    if not argument:
+        raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
+    chat.resume(chat.keeper.store.load(argument))
+
+
+def _chats(chat: Repl, argument: str) -> None:
+    kept = chat.keeper.store.all()
+    lines = [_chat_line(one) for one in kept[:_SHOWN]]
+    if len(kept) > _SHOWN:
+        lines.append(f"({len(kept) - _SHOWN} more: mixchat chats)")
+    chat.screen.say("\n".join(lines) or "(no chats are kept yet)")
+
+
+def _chat_line(kept: ChatSummary) -> str:
+    what = kept.problem or kept.name or kept.question
+    shown = what if len(what) <= _QUESTION else f"{what[:_QUESTION]}..."
+    return f"{kept.id}  {kept.updated.astimezone():%Y-%m-%d %H:%M}  {kept.model}  {shown}"
+
+
+def _regen(chat: Repl, argument: str) -> None:
+    chat.answer(chat.session.ask_again())
+
+
+def _continue(chat: Repl, argument: str) -> None:
+    chat.answer(chat.session.go_on())
+
+
+def _undo(chat: Repl, argument: str) -> None:
+    turns = _count(argument)
+    taken = chat.session.undo(turns)
+    if not taken:
+        raise PromptError("there is nothing to undo")
+    chat.keeper.save()
+    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} taken back)")
+
+
+def _count(argument: str) -> int:
+    if not argument:
+        return 1
+    try:
+        count = int(argument)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
+    return count
+
+
+def _edit(chat: Repl, argument: str) -> None:
+    questions = [message for message in chat.session.history if message.role == "user"]
+    if not questions:
+        raise PromptError("nothing has been asked yet")
+    chat.edit(questions[-1].content)
+
+
+def _copy(chat: Repl, argument: str) -> None:
+    if argument not in ("", "code"):
+        raise UsageError("/copy copies the last answer, /copy code its last block of code")
+    answers = [m.content for m in chat.session.history if m.role == "assistant"]
+    if not answers:
+        raise PromptError("nothing has been answered yet")
+    text = answers[-1]
+    if argument == "code":
+        blocks = code_blocks(text)
+        if not blocks:
+            raise PromptError("the last answer has no block of code")
+        text = blocks[-1]
+    how = copy(text, chat.screen.out)
+    chat.screen.say(f"({how}: {len(text):,} characters)")
+
+
+def _read(chat: Repl, argument: str) -> None:
+    if not argument:
+        raise UsageError("/read needs the name of a file")
+    path = file_argument(argument)
+    text = _text_of(path)
+    chat.attach(text)
+    chat.screen.say(f"({path.name}, {len(text):,} characters: goes before the next question)")
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file. Raises `PromptError` where it is none, or cannot be read."""
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except CheckpointError as error:
+        raise PromptError(str(error)) from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{path} is not text in UTF-8") from None
+    if "\0" in text or not text.strip():
+        raise PromptError(f"{path} is {'not text' if text.strip() else 'empty'}")
+    return text.removeprefix("\ufeff")
+
+
+def _tokens(chat: Repl, argument: str) -> None:
+    session, size = chat.session, chat.session.engine.context_size
+    used, stats = session.used, session.engine.stats
+    _say_table(
+        chat,
+        {
+            "context": f"{used:,} of {size:,} tokens ({used / size:.0%})",
+            "last prompt": f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache",
+            "last answer": f"{stats.generated_tokens:,}",
+        },
+    )
+
+
+def _experts(chat: Repl, argument: str) -> None:
+    from mixchat.chat.heatmap import drawn
+
+    report = chat.session.engine.expert_report(chat.model)
+    chat.screen.draw(drawn(report, chat.screen.out))
+
+
+def _raw(chat: Repl, argument: str) -> None:
+    chat.screen.raw = not chat.screen.raw
+    how = "as they are written" if chat.screen.raw else "as Markdown"
+    chat.screen.say(f"(answers are shown {how})")
+
+
+def _export(chat: Repl, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to export yet")
+    kept = chat.keeper.current()
+    path = file_argument(argument) if argument else Path(f"{kept.id}.md")
+    text = to_json(kept) if path.suffix == ".json" else to_markdown(kept)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already", hint="Give another name.") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror})") from None
+    chat.screen.say(f"(written to {path})")
+
+
+def _names(chat: Repl) -> Completes:
+    return lambda text: [*COMMANDS, *ALIASES]
+
+
+def _parameter_names(chat: Repl) -> Completes:
+    def complete(text: str) -> Iterable[str]:
+        if text.startswith("overflow "):
+            return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
+        return [f"{name} " for name in parameters.NAMES]
+
+    return complete
+
+
+def _kept_chats(chat: Repl) -> Completes:
+    def complete(text: str) -> Iterable[str]:
+        kept = chat.keeper.store.all()
+        return [name for one in kept for name in (one.name, one.id) if name]
+
+    return complete
+
+
+def _files(chat: Repl) -> Completes:
+    return FILES
+
+
+def _code(chat: Repl) -> Completes:
+    return lambda text: ["code"]
+
+
+COMMANDS = {
+    "help": Command(_help, "show this, or one command", "[COMMAND]", _names),
+    "bye": Command(_bye, "leave (also /exit, /quit, Ctrl-D)"),
+    "clear": Command(_clear, "begin a new conversation; the old one is kept"),
+    "set": Command(_set, "show the parameters, or change one", "[NAME VALUE]", _parameter_names),
+    "show": Command(_show, "show model, chat, system prompt and parameters"),
+    "system": Command(_system, "show or change the system prompt; none: without", "[TEXT]"),
+    "save": Command(_save, "keep this chat, under a name", "[NAME]"),
+    "load": Command(_load, "go on with a kept chat", "ID or NAME", _kept_chats),
+    "chats": Command(_chats, "list the kept chats"),
+    "regen": Command(_regen, "answer the last question anew"),
+    "undo": Command(_undo, "take the last turn, or n turns, back", "[n]"),
+    "edit": Command(_edit, "change the last question, and ask it instead"),
+    "continue": Command(_continue, "let the last answer go on"),
+    "copy": Command(_copy, "copy the last answer, or its last block of code", "[code]", _code),
+    "read": Command(_read, "put a file's text before the next question", "FILE", _files),
+    "tokens": Command(_tokens, "show how full the context is"),
+    "experts": Command(_experts, "show which experts were used, and where they are"),
+    "raw": Command(_raw, "show answers as they are written, or as Markdown again"),
+    "export": Command(_export, "write the chat as Markdown, or as JSON (*.json)", "[FILE]", _files),
+}
+ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
+KEYS = """\
+Alt-Enter, Ctrl-J  a new line; \"\"\" begins and ends a text of several lines
+Ctrl-X Ctrl-E      write in your editor
+Ctrl-R             look for something asked before
+Ctrl-C             stop the answer; at the prompt clear the line, and twice: leave"""

@@ -1,0 +1,76 @@
+"""Lets somebody write a text in an editor of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixchat.errors import UsageError
+
+_USUAL = ("editor", "nano", "vim", "vi", "emacs")
+
+
+def edited(text: str) -> str:
+    """`text` as it is when the editor (`VISUAL`, `EDITOR` or a usual one) was left.
+
+    Raises `UsageError` where there is no editor or it fails, as with `:cq`, or leaves no UTF-8.
+    The file it is given can be read by nobody else, and is gone afterwards.
+    """
+    command = _command()
+    with tempfile.TemporaryDirectory(prefix="mixchat-") as folder:
+        file = Path(folder, "message.md")
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
+            stream.write((text + "\n").encode("utf-8", "replace"))
+        _run([*command, str(file)])
+        return _read(file)
+
+
+def _command() -> list[str]:
+    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not wanted:
+        wanted = next(filter(None, map(shutil.which, _USUAL)), None)
+        if wanted is None:
+            raise UsageError("no editor was found", hint="Set EDITOR to the one you like.")
+        return [wanted]
+    try:
+        command = shlex.split(wanted)
+    except ValueError as error:
+        raise UsageError(f"cannot read EDITOR={wanted!r} ({error})") from None
+    if not command:
+        raise UsageError("EDITOR names no editor")
+    return command
+
+
+def _run(command: list[str]) -> None:
+    try:
+        with _ctrl_c_is_the_editors():
+            code = subprocess.call(command)
+    except OSError as error:
+        raise UsageError(f"cannot run the editor {command[0]!r} ({error.strerror})") from None
+    if code != 0:
+        raise UsageError(f"the editor {command[0]!r} failed: the text is as it was")
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read what the editor wrote ({error})") from None
+    return text.removesuffix("\n")
+
+
+@contextmanager
+def _ctrl_c_is_the_editors() -> Iterator[None]:
+    """The terminal sends it to both. A handler, unlike ignoring, is not inherited."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,139 @@
+"""Draws code for a terminal, coloured, and so that its first lines can be shown before its last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+TAB = " " * 4
+FRAME = "dim"  # the style of what is not the model's
+_BAR = 20  # columns
+_ASCII = str.maketrans("─│•", "-|-")
+# Few, on the terminal's own background: a light and a dark one both show them well.
+_COLOURS = {
+    "Token.Comment": "dim italic",
+    "Token.Keyword": "magenta",
+    "Token.Operator.Word": "magenta",
+    "Token.Literal.String": "green",
+    "Token.Literal.Number": "cyan",
+    "Token.Name.Builtin": "cyan",
+    "Token.Name.Function": "blue",
+    "Token.Name.Class": "blue",
+    "Token.Name.Decorator": "blue",
+    "Token.Name.Tag": "blue",
+    "Token.Generic.Deleted": "red",
+    "Token.Generic.Inserted": "green",
+    "Token.Generic.Heading": "bold",
+    "Token.Generic.Subheading": "bold",
+}
+
+
+def fitting(frame: str, options: ConsoleOptions) -> str:
+    """The same in ASCII where there is nothing else."""
+    return frame.translate(_ASCII) if options.ascii_only else frame
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A line across, with a name in it, as long as the row or `width` columns."""
+
+    name: str = ""
+    width: int | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(self.width or options.max_width, options.max_width)
+        start = fitting("── " if self.name else "", options)
+        line = f"{start}{self.name} ".lstrip().ljust(width, fitting("─", options))
+        yield Text(line, style=FRAME, overflow="fold")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code block, or the part of one from line `first` to before line `end`."""
+
+    code: str
+    language: str = ""
+    first: int = 0
+    end: int | None = None
+
+    @property
+    def settled(self) -> int:
+        """How many lines keep their colours whatever comes after them."""
+        return max(_lexed_ends(self.code.count("\n")), default=0)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.first == 0:
+            yield Bar(self.language, _BAR)
+        lines = self.code.expandtabs(len(TAB)).removesuffix("\n").split("\n")[: self.end]
+        for line in _highlighted(lines, self.language.split(" ")[0], self.first):
+            yield from _folded(line, options.max_width)
+        if self.end is None:
+            yield Bar("", _BAR)
+
+
+def _folded(line: Text, width: int) -> Iterable[Text]:
+    """Code goes on in the next row wherever one is full: its spaces count."""
+    if cell_len(line.plain) <= width:
+        return [line]
+    return line.divide(accumulate(map(len, chop_cells(line.plain, width)[:-1])))
+
+
+def _lexed_ends(count: int) -> list[int]:
+    """At these lines code is lexed from its beginning: 16, 24, 36...
+
+    What the lexer sees of a line's future then depends on the code alone, not on how it came, and
+    all of it takes three times as long as lexing once.
+    """
+    ends, end = [], 16
+    while end <= count:
+        ends.append(end)
+        end = end * 3 // 2
+    return ends
+
+
+def _highlighted(lines: list[str], language: str, first: int) -> list[Text]:
+    """The lines from `first` on, each as it looked at the next of the `_lexed_ends`."""
+    drawn: list[Text] = []
+    for end in [*_lexed_ends(len(lines)), len(lines)]:
+        if (start := first + len(drawn)) < end:
+            drawn += _lexed(lines[:end], language, start)
+    return drawn
+
+
+def _lexed(lines: list[str], language: str, first: int) -> list[Text]:
+    parts: list[list[tuple[str, str]]] = [[]]
+    if lexer := _lexer(language):
+        for kind, value in lexer.get_tokens("\n".join(lines)):
+            head, *others = value.split("\n")
+            parts[-1].append((head, _colour(kind)))
+            parts += [[(other, _colour(kind))] for other in others]
+    drawn = [Text.assemble(*line) for line in parts[first : len(lines)]]
+    if [line.plain for line in drawn] != lines[first:]:  # no lexer, or one that changes text
+        return [Text(line) for line in lines[first:]]
+    return drawn
+
+
+@lru_cache(maxsize=8)
+def _lexer(language: str) -> Any:
+    if not language:
+        return None
+    from pygments.lexers import get_lexer_by_name
+    from pygments.util import ClassNotFound
+
+    with suppress(ClassNotFound):
+        return get_lexer_by_name(language, stripnl=False)
+    return None
+
+
+def _colour(kind: Any) -> str:
+    while kind.parent is not None and str(kind) not in _COLOURS:
+        kind = kind.parent
+    return _COLOURS.get(str(kind), "")

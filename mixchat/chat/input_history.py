@@ -1,0 +1,166 @@
+"""What was typed in the chats before: kept in a file that only its owner can read."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prompt_toolkit.history import History
+
+from mixchat.files import give_name, temporary_name
+
+_MOST_ENTRIES = 2000
+_MOST_BYTES = 4_000_000  # pasted files are entries, too
+
+
+class InputHistory(History):
+    """Entries in the form of prompt-toolkit's `FileHistory`, in `path`, or in memory if it is None.
+
+    It never raises: what goes wrong with the file is said in `fault`, and then, as without a file,
+    entries live in memory. Several chats can write to one file; each sees what the others wrote
+    when it starts.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__()
+        self.fault: str | None = None
+        self._path = path
+        self._entries: list[str] = []
+        if path is not None:
+            with self._faults_kept(path):
+                self._open(Path(os.path.realpath(path)))
+
+    def load_history_strings(self) -> Iterator[str]:
+        """The entries, the newest first."""
+        return reversed(self._entries)
+
+    def append_string(self, string: str) -> None:
+        """Keep an entry, unless it begins with a space or is the same as the one before."""
+        if string.startswith(" ") or not string or string in self._entries[-1:]:
+            return
+        self._entries.append(string)
+        super().append_string(string)
+
+    def store_string(self, string: str) -> None:
+        """Add an entry to the file."""
+        if self._path is not None:
+            with self._faults_kept(self._path), _locked(self._path) as fd:
+                _append(fd, _written(string))
+
+    def _open(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._entries = _entries_in(_read(path)) if path.exists() else []
+        with _locked(path) as fd:
+            os.fchmod(fd, 0o600)
+            self._compact(path)
+
+    def _compact(self, path: Path) -> None:
+        """Read the file, and leave the newest entries in it if they were too many."""
+        data = _read(path)
+        entries = _entries_in(data)
+        self._entries = entries[-_MOST_ENTRIES:]
+        if len(entries) > _MOST_ENTRIES or path.stat().st_size > len(data):
+            _replace(path, b"".join(map(_written, self._entries)))
+
+    @contextmanager
+    def _faults_kept(self, path: Path) -> Iterator[None]:
+        """Go on in memory if the file cannot be used."""
+        try:
+            yield
+        except UnicodeDecodeError:
+            self.fault = f"{path} is not UTF-8: what you type is not kept there"
+        except OSError as error:
+            self.fault = f"{path}: {error.strerror or error}: what you type is not kept there"
+        if self.fault:
+            self._path = None
+
+
+def _read(path: Path) -> bytes:
+    """The end of the file, of at most `_MOST_BYTES`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        _check_regular(fd)
+        size = os.fstat(fd).st_size
+        if size > _MOST_BYTES:
+            file.seek(size - _MOST_BYTES // 2)
+            file.readline()
+        return file.read(_MOST_BYTES)
+
+
+def _entries_in(data: bytes) -> list[str]:
+    """The entries in a file, the oldest first. Raises `UnicodeDecodeError`."""
+    entries: list[list[str]] = [[]]
+    # Not splitlines(), which takes U+2028 and its like for ends of lines.
+    for line in data.decode("utf-8").split("\n"):
+        if line.startswith("+"):
+            entries[-1].append(line[1:])
+        elif entries[-1]:
+            entries.append([])
+    return ["\n".join(lines) for lines in entries if lines]
+
+
+def _written(entry: str) -> bytes:
+    lines = "".join(f"+{line}\n" for line in entry.split("\n"))
+    return f"\n# {datetime.datetime.now()}\n{lines}".encode("utf-8", "replace")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file, open to append to, while no other chat writes to it or replaces it."""
+    fd = _open_locked(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o600)
+        try:
+            _check_regular(fd)
+            with suppress(OSError):  # some network disks have no locks
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            # Whoever had the lock may have put a new file in its place meanwhile.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _check_regular(fd: int) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError("not a file")
+
+
+def _append(fd: int, data: bytes) -> None:
+    """Write all of it, or nothing: half a character would spoil the file."""
+    before = os.fstat(fd).st_size
+    try:
+        written = os.write(fd, data)
+        if written < len(data):
+            raise OSError("the disk is full")
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(fd, before)
+        raise
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = temporary_name(path)
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    give_name(temporary, path)

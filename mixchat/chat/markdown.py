@@ -1,0 +1,284 @@
+"""Draws an answer's Markdown for a terminal, and loses nothing of what the model wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block.table import escapedSplit
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from mixchat.chat.highlight import FRAME, TAB, Bar, Code, fitting
+from mixchat.chat.sanitize import sanitize
+
+# Colours that a light and a dark terminal both show well: few, and no background.
+_HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
+_INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
+_CODE, _LINK = "cyan", "underline"
+
+_DEEPEST = 20  # levels; what is nested deeper, markdown-it drops
+_NARROWEST = 6  # columns for what is indented; with fewer it is not
+_CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn
+
+# Formulas, and the star of `2*3*4`: what is between is neither emphasis nor escaped.
+_VERBATIM = re.compile(
+    r"\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\]|\$\$.{1,1000}?\$\$|(?<=[0-9A-Za-z)])\*(?=[0-9A-Za-z(])",
+    re.DOTALL,
+)
+# A backslash before these is Markdown's; before all others, as in `\(` and `\{`, the text's own.
+_ESCAPED = set("\\`*_~#+-.!|<>")
+# What Unicode has for line and paragraph separators: terminals do not agree on their meaning.
+_SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
+
+
+def render(text: str) -> RenderableType:
+    """What Rich prints for the Markdown `text`: the same that streaming it leaves on screen."""
+    return _Document(text)
+
+
+def cleaned(text: str, encoding: str) -> str:
+    """`text` with nothing that acts on a terminal or cannot be written to it."""
+    text = sanitize(text).translate(_SEPARATORS)
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+class _Document:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for block in blocks(cleaned(self._text, options.encoding)):
+            if block.gap:
+                yield Text()
+            yield block.drawn
+
+
+@dataclass(frozen=True)
+class Block:
+    """A paragraph, table, top-level list item...: it begins with line `start` of its text."""
+
+    start: int
+    gap: bool  # a blank line comes before it
+    drawn: RenderableType
+
+
+def blocks(text: str) -> list[Block]:
+    """The blocks of a cleaned text, each drawn without looking at any other.
+
+    What follows a block cannot change it, once a complete line has begun the next one. That is
+    why references and underlined headings are text here, why blank lines stay where they were
+    written (no list is loose as a whole), and why items have the numbers they were given.
+    """
+    source = _Source(text.split("\n"))
+    found: list[Block] = []
+    for node in _tree(_parser().parse(text)):
+        is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
+        for part in node.children if is_list else [node]:
+            found.append(Block(part.start, bool(found) and source.gap(part), source.drawn(part)))
+    return found
+
+
+@dataclass
+class _Node:
+    token: Token
+    children: list[_Node] = field(default_factory=list)
+
+    @property
+    def start(self) -> int:
+        return self.token.map[0] if self.token.map else 0
+
+    @property
+    def too_deep(self) -> bool:
+        is_full = self.token.nesting == 1 and self.token.level >= _DEEPEST - 1
+        return is_full or any(child.too_deep for child in self.children)
+
+
+def _tree(tokens: Sequence[Token]) -> list[_Node]:
+    path: list[list[_Node]] = [[]]
+    for token in tokens:
+        if token.nesting == -1:
+            path.pop()
+            continue
+        node = _Node(token)
+        path[-1].append(node)
+        if token.nesting == 1:
+            path.append(node.children)
+    return path[0]
+
+
+class _Source:
+    """The lines of a text, and how its nodes are drawn."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def gap(self, node: _Node) -> bool:
+        return not self._lines[node.start - 1].strip(" \t>")
+
+    def drawn(self, node: _Node) -> RenderableType:
+        """One block with all that is in it."""
+        token, children = node.token, node.children
+        if node.too_deep:
+            return self._as_written(node)
+        if token.type in ("paragraph_open", "heading_open"):
+            return _inline(
+                children[0].token, _HEADINGS.get(token.tag, "bold") if token.markup else ""
+            )
+        if token.type in ("fence", "code_block"):
+            return Code(token.content, token.info.strip())
+        if token.type == "table_open":
+            as_written = self._as_written(node)
+            return as_written if self._has_cells_too_many(node) else _Table(node, as_written)
+        if token.type == "hr":
+            return Bar()
+        if token.type == "blockquote_open":
+            return _Indented("│ ", "│ ", self._all(children))
+        bullet = f"{token.info}{token.markup}" if token.info else "•"
+        return _Indented(f"{bullet} ", " " * (len(bullet) + 1), self._all(children))
+
+    def _all(self, nodes: list[_Node]) -> list[RenderableType]:
+        drawn: list[RenderableType] = []
+        for node in nodes:
+            is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
+            for part in node.children if is_list else [node]:
+                if drawn and self.gap(part):
+                    drawn.append(Text())
+                drawn.append(self.drawn(part))
+        return drawn
+
+    def _has_cells_too_many(self, table: _Node) -> bool:
+        """Whether some row has more cells than the header, which Markdown leaves out."""
+        header, *rows = (row for section in table.children for row in section.children)
+        return any(_cells(self._lines[row.start]) > len(header.children) for row in rows)
+
+    def _as_written(self, node: _Node) -> Text:
+        start, end = node.token.map or (0, 0)
+        return Text("\n".join(self._lines[start:end]).rstrip().replace("\t", TAB))
+
+
+def _cells(row: str) -> int:
+    cells = escapedSplit(row.strip(" \t>"))
+    return len(cells[cells[0] == "" :]) - (cells[-1] == "" and len(cells) > 1)
+
+
+class _Indented:
+    """A list's item or a quote: what is in it, behind its mark."""
+
+    def __init__(self, first: str, other: str, content: list[RenderableType]) -> None:
+        self._first, self._other, self._content = first, other, content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        first, other = (fitting(mark, options) for mark in (self._first, self._other))
+        width = options.max_width - cell_len(first)
+        if width < _NARROWEST:
+            yield Text(first.rstrip(), style=FRAME)
+            yield from self._content
+            return
+        mark = first
+        for part in self._content or [Text()]:
+            for line in console.render_lines(part, options.update(width=width), pad=False):
+                yield Segment(mark, console.get_style(FRAME))
+                yield from line
+                yield Segment.line()
+                mark = other
+
+
+class _Table:
+    """A table; as it was written where there is no room to draw it."""
+
+    def __init__(self, node: _Node, as_written: Text) -> None:
+        self._rows = [row for section in node.children for row in section.children]
+        self._as_written = as_written
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        header, *rows = self._rows
+        if options.max_width < _CELL * len(header.children) + 1:
+            yield self._as_written
+            return
+        table = Table(box=box.SQUARE, border_style=FRAME)
+        for cell in header.children:
+            align = str(cell.token.attrs.get("style", "")).removeprefix("text-align:") or "left"
+            table.add_column(_inline(cell.children[0].token), justify=align, overflow="fold")  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*(_inline(cell.children[0].token) for cell in row.children))
+        yield table
+
+
+def _inline(token: Token, style: str = "") -> Text:
+    """A line of text with its emphasis, code and links."""
+    text = Text(style=style, overflow="fold")
+    styles: list[str] = []
+    targets: list[tuple[int, str]] = []
+    for child in token.children or []:
+        if child.type == "link_open":
+            targets.append((len(text), _target(child, "href")))
+        elif child.type == "link_close":
+            start, target = targets.pop()
+            text.stylize(_LINK, start)
+            text.append("" if text.plain[start:] == target else f" ({target})")
+        elif child.nesting == 1:
+            styles.append(_INLINE[child.tag])
+        elif child.nesting == -1:
+            styles.pop()
+        else:
+            text.append(
+                _leaf(child), " ".join([*styles, _CODE][: None if child.tag == "code" else -1])
+            )
+    return text
+
+
+def _leaf(token: Token) -> str:
+    if token.tag == "br":
+        return "\n"
+    if token.type == "image":
+        return f"{token.content} ({_target(token, 'src')})"
+    if token.type == "text_special" and token.content not in _ESCAPED:
+        return token.markup
+    return token.content.replace("\t", TAB)
+
+
+def _target(token: Token, name: str) -> str:
+    """Where a link leads, and its title."""
+    title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
+    return f"{token.attrs[name]}{title}"
+
+
+class _Parser(MarkdownIt):
+    """Keeps a link's address as it was written, whatever it is."""
+
+    def normalizeLink(self, url: str) -> str:
+        return url
+
+    def validateLink(self, url: str) -> bool:
+        return True
+
+
+@lru_cache(maxsize=1)
+def _parser() -> MarkdownIt:
+    """Markdown without what would hide text or let later lines change earlier ones."""
+    parser = _Parser("commonmark", {"maxNesting": _DEEPEST}).enable(["strikethrough", "table"])
+    parser.disable(["html_block", "html_inline", "autolink", "entity"])
+    parser.disable(["reference", "lheading", "text_join"])
+    parser.inline.ruler.before("escape", "verbatim", _verbatim)
+    return parser
+
+
+def _verbatim(state: StateInline, silent: bool) -> bool:
+    """A rule of the parser: what is text as it stands, though it may not look so."""
+    found = _VERBATIM.match(state.src, state.pos, state.posMax)
+    if found is None:
+        return False
+    if not silent:
+        state.push("text", "", 0).content = found[0]
+    state.pos = found.end()
+    return True

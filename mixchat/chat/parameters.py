@@ -1,0 +1,117 @@
+"""The parameters of sampling and of a chat: names as the flags have them, limits, changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mixchat.errors import UsageError
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession
+    from mixchat.engine.sampling import SamplingOptions
+
+OVERFLOWS = ("stop", "drop-oldest")
+_NONE = ("none", "off", "default")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that steers sampling or the length of an answer: `field` is its name in Python."""
+
+    field: str
+    kind: Callable[[str], Any]
+    fits: Callable[[Any], bool]
+    limits: str
+
+    def read(self, name: str, text: str) -> Any:
+        """The value. Raises `UsageError` where it is no number, or outside the limits."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise UsageError(f"{name} has to be {self.limits}, not {text!r}") from None
+        self.check(name, value)
+        return value
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise `UsageError` where the value is outside the limits; NaN always is."""
+        if not self.fits(value):
+            raise UsageError(f"{name} has to be {self.limits}, not {value}")
+
+
+SAMPLING = {
+    "temp": Number("temperature", float, lambda x: 0 <= x < math.inf, "0 or more"),
+    "top-p": Number("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "top-k": Number("top_k", int, lambda x: x >= 0, "0 or more"),
+    "min-p": Number("min_p", float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "repeat-penalty": Number(
+        "repeat_penalty", float, lambda x: 0.01 <= x <= 100, "between 0.01 and 100"
+    ),
+    "seed": Number("seed", int, lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"),
+}
+LENGTHS = {
+    "max-tokens": Number("max_tokens", int, lambda x: x >= 1, "1 or more"),
+    "ctx-size": Number("ctx_size", int, lambda x: x >= 1, "1 or more"),
+}
+NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # that a chat can change
+
+
+def values(session: ChatSession) -> dict[str, str]:
+    """All parameters as they are now."""
+    sampling = {name: getattr(session.sampling, of.field) for name, of in SAMPLING.items()}
+    stop = ", ".join(map(repr, session.stop)) or "none"
+    limit = "what fits" if session.max_tokens is None else session.max_tokens
+    others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
+    return {name: str(value) for name, value in {**sampling, **others}.items()}
+
+
+def change(session: ChatSession, name: str, text: str) -> None:
+    """Give a parameter another value from the next turn on; `none` takes it back.
+
+    Raises `UsageError` where there is none of this name, or the value cannot be.
+    """
+    name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
+    if name in SAMPLING:
+        field, own = SAMPLING[name].field, type(session.sampling)
+        value = getattr(own(), field) if nothing else SAMPLING[name].read(name, text)
+        session.sampling = dataclasses.replace(session.sampling, **{field: value})
+    elif name == "max-tokens":
+        session.max_tokens = None if nothing else LENGTHS[name].read(name, text)
+    elif name == "stop":
+        session.stop = () if nothing else (text,)
+    elif name == "overflow":
+        session.overflow = checked_overflow(text)
+    else:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(NAMES)}."
+        raise UsageError(f"there is no parameter {name!r}", hint=hint)
+
+
+def checked_overflow(text: str) -> Any:
+    """The policy. Raises `UsageError` where there is none of this name."""
+    if text not in OVERFLOWS:
+        raise UsageError(f"overflow has to be {' or '.join(OVERFLOWS)}, not {text!r}")
+    return text
+
+
+def kept(session: ChatSession) -> dict[str, Any]:
+    """The numbers that are kept with a chat, by their names in Python."""
+    return {**dataclasses.asdict(session.sampling), "max_tokens": session.max_tokens}
+
+
+def restored(numbers: Mapping[str, Any], sampling: SamplingOptions) -> SamplingOptions:
+    """`sampling` with what a kept chat had in place of its own; what cannot be is left out."""
+    known = {of.field: of for of in SAMPLING.values()}
+    good = {
+        field: value
+        for field, value in numbers.items()
+        if field in known and value is not None and known[field].fits(value)
+    }
+    for field in ("top_k", "seed"):
+        if field in good:
+            good[field] = int(good[field])
+    return dataclasses.replace(sampling, **good)

@@ -1,0 +1,180 @@
+"""The screen of a chat: says things, shows an answer as it comes, and signs of life before it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO, cast
+
+from mixchat.chat.sanitize import sanitize
+from mixchat.chat.session import Finished, LeftOut, TextDelta
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import Event
+    from mixchat.text.messages import Message
+
+_PATIENCE = 1.0  # seconds without a sign of life
+_FRAME = 0.1  # seconds between two of them
+_ERASE = "\r\x1b[K"
+
+
+class _Writer(Protocol):
+    """Shows an answer piece by piece."""
+
+    def feed(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Screen:
+    """Writes to `out`. `raw` switches Markdown off: answers are then shown as they are written.
+
+    Whatever is said or shown, no control character of it reaches the terminal.
+    """
+
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        *,
+        raw: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.out, self.raw = out or sys.stdout, raw
+        self._clock = clock
+        self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
+
+    def say(self, text: str = "") -> None:
+        """A line, or several."""
+        print(sanitize(text), file=self.out, flush=True)
+
+    def draw(self, text: str) -> None:
+        """What we have drawn ourselves, colours and all."""
+        print(text, file=self.out, flush=True)
+
+    def show(self, events: Iterator[Event]) -> Finished:
+        """Show an answer as it comes; what its last event says. Leaves the cursor at a new line.
+
+        What breaks it off gets through, when all that has come is on the screen.
+        """
+        writer = self._writer()
+        try:
+            with closing(cast("Generator[Event, None, None]", events)):
+                for event in events:
+                    if isinstance(event, TextDelta):
+                        writer.feed(event.text)
+                    elif isinstance(event, LeftOut):
+                        self.say(_left_out(event.turns))
+                    else:
+                        return event
+        finally:
+            writer.close()
+        raise AssertionError("an answer has an end")
+
+    def show_turns(self, messages: Iterable[Message]) -> None:
+        """Questions and answers of before."""
+        for message in messages:
+            if message.role == "user":
+                self.say("\n".join(f">>> {line}" for line in message.content.splitlines() or [""]))
+                continue
+            writer = self._writer()
+            writer.feed(message.content)
+            writer.close()
+            self.say("(stopped)\n" if message.partial else "")
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[int, int], None]]:
+        """A line that says how much of a prompt has been read, where that takes long.
+
+        It is given how many tokens have been read, and of how many. It is gone when the first of
+        the answer is to be shown, or at the end.
+        """
+        line = _WaitingLine(self.out, self._clock, self._terminal)
+        self._waiting = line
+        try:
+            yield line.update
+        finally:
+            line.erase()
+            self._waiting = None
+
+    _waiting: _WaitingLine | None = None
+
+    def _writer(self) -> _Writer:
+        if self._terminal and not self.raw:
+            return _Markdown(self.out, self._erase_waiting)
+        return _Plain(self.out, self._erase_waiting)
+
+    def _erase_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.erase()
+
+
+class _WaitingLine:
+    """`reading 1,234 of 8,000 tokens (15%)`, from the second second on."""
+
+    def __init__(self, out: TextIO, clock: Callable[[], float], terminal: bool) -> None:
+        self._out, self._clock, self._terminal = out, clock, terminal
+        self._next = clock() + _PATIENCE
+        self._shown = False
+
+    def update(self, done: int, of: int) -> None:
+        now = self._clock()
+        if not self._terminal or now < self._next:
+            return
+        self._next, self._shown = now + _FRAME, True
+        self._out.write(f"{_ERASE}reading {done:,} of {of:,} tokens ({done / max(of, 1):.0%})")
+        self._out.flush()
+
+    def erase(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._out.write(_ERASE)
+            self._out.flush()
+
+
+class _Plain:
+    """The answer as it is written."""
+
+    def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
+        self._out, self._begin = out, begin
+        self._at_beginning = True
+
+    def feed(self, text: str) -> None:
+        self._begin()
+        clean = sanitize(text)
+        self._out.write(clean)
+        self._out.flush()
+        if clean:
+            self._at_beginning = clean.endswith("\n")
+
+    def close(self) -> None:
+        self._begin()
+        if not self._at_beginning:
+            print(file=self._out, flush=True)
+
+
+class _Markdown:
+    """The answer as Markdown; what that takes is loaded with its first piece."""
+
+    def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
+        from rich.console import Console
+
+        from mixchat.chat.markdown_stream import MarkdownStream
+
+        self._begin = begin
+        self._stream = MarkdownStream(Console(file=out, highlight=False))
+
+    def feed(self, text: str) -> None:
+        self._begin()
+        self._stream.feed(text)
+
+    def close(self) -> None:
+        self._begin()
+        self._stream.close()
+
+
+def _left_out(turns: int) -> str:
+    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+    return f"(the context is full: {count} left out from here on; --overflow drop-oldest)"

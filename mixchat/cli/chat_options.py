@@ -1,0 +1,90 @@
+"""The flags of a chat and of what is printed, and `--resume`, whose value may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mixchat.chat.parameters import OVERFLOWS, checked_overflow
+from mixchat.cli.completion import among, kept_chats
+from mixchat.cli.setting import setting
+
+LAST = "last"
+_RESUME = ("-r", "--resume")
+
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        *_RESUME,
+        metavar="[ID]",
+        autocompletion=kept_chats,
+        help="Go on with a kept chat, by ID or name; without one, with the last.",
+    ),
+]
+Save = Annotated[
+    bool, setting("--save/--no-save", help="Keep chats, and what is typed at the prompt.")
+]
+KeepCache = Annotated[
+    bool,
+    setting(
+        "--keep-cache/--no-keep-cache",
+        show_default=False,
+        help="Keep a chat's KV cache with it: resumed, it need not be read again.",
+    ),
+]
+Overflow = Annotated[
+    str,
+    setting(
+        "--overflow",
+        check=checked_overflow,
+        autocompletion=among(*OVERFLOWS),
+        metavar="POLICY",
+        help="When the context is full: stop, or drop-oldest to leave the oldest turns out.",
+    ),
+]
+Raw = Annotated[
+    bool,
+    setting("--raw/--no-raw", show_default=False, help="Show answers as they are written."),
+]
+Vi = Annotated[bool, setting("--vi/--no-vi", show_default=False, help="Keys of vi at the prompt.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the answer with ids, counts and times, as JSON."),
+]
+Extract = Annotated[
+    bool, typer.Option("-x", "--extract", help="Print the answer's first block of code alone.")
+]
+Stream = Annotated[
+    bool,
+    setting("--stream/--no-stream", help="Print the answer as it comes, not at its end."),
+]
+Quiet = Annotated[
+    bool,
+    setting(
+        "-q",
+        "--quiet/--no-quiet",
+        show_default=False,
+        help="Nothing but errors on standard error.",
+    ),
+]
+
+
+class RunCommand(TyperCommand):
+    """Lets `--resume` stand without a value, at the end or before another flag."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_last_chat(args))
+
+
+def with_last_chat(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the value that a `--resume` without one has."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    for place in range(end):
+        following = given[place + 1 : place + 2]
+        if given[place] in _RESUME and (not following or following[0].startswith("-")):
+            given[place] = f"--resume={LAST}"
+    return given

@@ -1,0 +1,144 @@
+"""`mixchat config`: the settings that hold, and where each of them is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from mixchat.cli.defaults import config_defaults, takes_number
+from mixchat.cli.models import aligned
+from mixchat.cli.report import report
+from mixchat.cli.setting import Origin, explained, origin, settings_of
+from mixchat.errors import UsageError
+from mixchat.settings import config_file
+
+_WIDEST = 60  # characters of a value in the table
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A setting as it holds: None where neither file nor variable gives one, nor a default is."""
+
+    key: str
+    value: Any
+    origin: Origin
+    parameter: Any
+    problem: Exception | None = None
+
+    @property
+    def source(self) -> str:
+        """The variable's name, the file's, or `default`."""
+        named = {"variable": str(self.parameter.envvar), "file": config_file().name}
+        return named.get(self.origin, "default")
+
+
+def config(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    path: Annotated[
+        bool, typer.Option("--path", help="Print where config.toml is or would be.")
+    ] = False,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a config.toml with every setting in it.")
+    ] = False,
+) -> None:
+    """Show the settings that hold, and where each is from: config.toml or a variable."""
+    if as_json + path + example > 1:
+        raise UsageError("--json, --path and --example exclude each other")
+    commands = context.find_root().command.commands  # type: ignore[attr-defined]
+    if path:
+        print(config_file())
+    elif example:
+        print("\n".join(_example(settings_of(commands["run"]))))
+    else:
+        _show(commands, as_json)
+
+
+def _show(commands: dict[str, Any], as_json: bool) -> None:
+    problems: list[Exception] = []
+    try:
+        given = config_defaults(commands)["run"]
+    except UsageError as error:
+        given, problems = {}, [error]
+    held = list(_holding(commands["run"], given))
+    problems += [each.problem for each in held if each.problem]
+    print(json.dumps(_as_dict(held), indent=2) if as_json else _as_text(held), flush=True)
+    codes = [report(problem) for problem in problems]
+    if codes:
+        raise typer.Exit(codes[0])
+
+
+def _holding(command: Any, given: dict[str, Any]) -> Iterator[Holding]:
+    """Ask click for each setting by itself, so that a bad one does not hide the others."""
+    context = command.context_class(command, info_name="run", default_map=given)
+    for key, parameter in settings_of(command).items():
+        problem: Exception | None = None
+        try:
+            parameter.handle_parse_result(context, {}, [])
+        except typer.BadParameter as error:
+            problem = explained(error)
+        except UsageError as error:
+            problem = error
+        value = context.params.get(parameter.name)
+        nothing = value is None or value == [] or value == ()
+        yield Holding(
+            key, None if nothing else value, origin(context, parameter), parameter, problem
+        )
+
+
+def _as_dict(held: list[Holding]) -> dict[str, Any]:
+    settings = {each.key: {"value": each.value, "from": each.source} for each in held}
+    return {"path": str(config_file()), "exists": config_file().exists(), "settings": settings}
+
+
+def _as_text(held: list[Holding]) -> str:
+    path = config_file()
+    rows = [("SETTING", "VALUE", "FROM")]
+    rows += [(each.key, _shown(each), each.source) for each in held]
+    return f"{aligned(rows)}\n\n{aligned([(f'{path}{_state()}',)])}"
+
+
+def _state() -> str:
+    return "" if config_file().exists() else " (not there)"
+
+
+def _shown(each: Holding) -> str:
+    if each.problem is not None:
+        return "?"
+    if each.value is None:
+        return _default(each.parameter) or "-"
+    text = _toml(each.value)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+def _default(parameter: Any) -> str:
+    return parameter.show_default if isinstance(parameter.show_default, str) else ""
+
+
+def _example(settings: dict[str, Any]) -> Iterator[str]:
+    """Each setting with its help, commented out, as it would stand in config.toml."""
+    yield "# The settings of mixchat. To set one, take the # from its line, and put what you want"
+    yield "# where capitals stand. A variable (MIXCHAT_TEMP) goes before, and a flag before that."
+    for key, parameter in settings.items():
+        default = _default(parameter)
+        yield f"\n# {parameter.help}" + (f" Left out: {default}." if default else "")
+        yield f"#{key} = {_example_value(parameter)}"
+
+
+def _example_value(parameter: Any) -> str:
+    if parameter.is_flag:
+        return "true"
+    if takes_number(parameter):
+        return str(parameter.metavar)
+    return _toml(
+        [parameter.metavar] if parameter.multiple else parameter.default or parameter.metavar
+    )
+
+
+def _toml(value: Any) -> str:
+    """As TOML has it: JSON's texts, lists and truths are TOML, too."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,48 @@
+"""Types keys into a chat, and looks at what it says."""
+
+import io
+from pathlib import Path
+
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from mixchat.chat.chats import ChatStore
+from mixchat.chat.keeper import Keeper
+from mixchat.chat.prompt import ChatPrompt
+from mixchat.chat.repl import Repl
+from mixchat.chat.screen import Screen
+
+CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
+
+
+class Chat:
+    """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
+
+    def __init__(self, session, keys, after_turn=None, store=None):
+        self.session, self.errors, self.turns = session, [], []
+        with create_pipe_input() as source, create_app_session(source, DummyOutput()):
+            source.send_text(keys)
+            out = io.StringIO()
+            kept = store is not None
+            self.keeper = Keeper(
+                session, store or ChatStore(Path("/nowhere")), "demo", kept=kept, warn=self.warn
+            )
+            self.repl = Repl(
+                session,
+                Screen(out),
+                self.keeper,
+                lambda commands, status: ChatPrompt(None, commands, status),
+                report=self.errors.append,
+                after_turn=after_turn or self.turns.append,
+                model="demo",
+            )
+            self.repl.run()
+            self.text = out.getvalue()
+
+    def warn(self, error):
+        self.errors.append(error)
+
+
+def prompts_of(session):
+    return ["".join(map(chr, ids)) for ids in session.engine.prompts]

@@ -1,0 +1,193 @@
+"""`mixchat chats`: lists, prints, removes."""
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from command_line import FAKE
+from terminal import Terminal
+
+from mixchat.chat.chats import Chat, ChatStore
+from mixchat.text.messages import Message
+
+BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
+SKY, SEA = "20261125-1630-k3f", "20261124-0900-abc"
+
+
+@pytest.fixture
+def store(environment):
+    return ChatStore(Path(environment["MIXCHAT_HOME"]) / "chats")
+
+
+@pytest.fixture
+def keep(store):
+    def write(id, question, answer="Yes.", *, hours=0, model="instruct", name=None):
+        used = BEGAN + timedelta(hours=hours)
+        talk = (Message("user", question), Message("assistant", answer))
+        store.save(Chat(id, name, model, "c0ffee", BEGAN, used, None, {}, talk))
+
+    return write
+
+
+def lines_of(done):
+    return done.stdout.decode().splitlines()
+
+
+def test_the_list_is_a_table_with_the_newest_first(mixchat, keep):
+    keep(SKY, "Why is the\nsky blue?")
+    keep(SEA, "Why is the sea salty?", hours=2, model="org/模型", name="Salt of the sea")
+    head, *rows = lines_of(mixchat("chats"))
+    used = BEGAN.astimezone()
+    assert head == "ID                 LAST USED         MODEL     TURNS  ABOUT"
+    assert rows == [
+        f"{SEA}  {used + timedelta(hours=2):%Y-%m-%d %H:%M}  org/模型  1      Salt of the sea",
+        f'{SKY}  {used:%Y-%m-%d %H:%M}  instruct  1      "Why is the sky blue?"',
+    ]
+
+
+def test_a_long_question_is_cut_by_the_cells_that_it_takes(mixchat, keep):
+    keep(SKY, "天" * 500)
+    about = lines_of(mixchat("chats"))[1].split()[-1]
+    assert about == '"' + "天" * 27 + '..."'
+
+
+def test_nothing_in_a_chat_acts_on_the_terminal(mixchat, keep):
+    keep(SKY, "\x1b[2Jred\x9b\u202e", model="\x1b]0;x\x07")
+    row = lines_of(mixchat("chats"))[1]
+    assert row.endswith('"[2Jred"')
+    assert row.isprintable()
+
+
+def test_a_damaged_chat_is_listed_with_what_to_do(mixchat, keep, store):
+    keep(SKY, "Why?")
+    (store.directory / f"{SEA}.json").write_text("{")
+    rows = lines_of(mixchat("chats"))[1:]
+    assert any(row.endswith(f"-      damaged: mixchat chats --rm {SEA}") for row in rows)
+    assert any(row.endswith('"Why?"') for row in rows)
+    done = mixchat("chats", SEA)
+    assert (done.stdout, done.returncode) == (b"", 6)
+    assert b"is damaged" in done.stderr
+
+
+def test_the_list_as_json_is_for_programs(mixchat, keep, store):
+    keep(SKY, "Why?", name="sky")
+    assert json.loads(mixchat("chats", "--json").stdout) == [
+        {
+            "id": SKY,
+            "name": "sky",
+            "model": "instruct",
+            "turns": 1,
+            "question": "Why?",
+            "problem": None,
+            "created": "2026-11-25T16:30:00+00:00",
+            "updated": "2026-11-25T16:30:00+00:00",
+            "path": str(store.directory / f"{SKY}.json"),
+        }
+    ]
+    (store.directory / f"{SKY}.json").write_text("{")
+    (row,) = json.loads(mixchat("chats", "--json").stdout)
+    assert "damaged" in row["problem"]
+    assert row["created"] is None
+
+
+def test_an_empty_list_says_what_to_do_on_stderr(mixchat):
+    done = mixchat("chats")
+    assert (done.stdout, done.returncode) == (b"", 0)
+    assert b"mixchat run" in done.stderr
+    assert json.loads(mixchat("chats", "--json").stdout) == []
+
+
+def test_a_chat_is_printed_as_markdown_word_for_word(mixchat, keep):
+    keep(SKY, "Why?", "So: \x1b[1m`x`")
+    for wanted in (SKY, "2026"):
+        assert "\n## Answer\n\nSo: \x1b[1m`x`\n" in mixchat("chats", wanted).stdout.decode()
+
+
+def test_a_chat_is_printed_as_json(mixchat, keep):
+    keep(SKY, "Why?", name="sky")
+    printed = json.loads(mixchat("chats", "sky", "--json").stdout)
+    assert printed["messages"][0] == {"role": "user", "content": "Why?"}
+
+
+def test_a_chat_is_removed(mixchat, keep, store):
+    keep(SKY, "Why?")
+    keep(SEA, "Why not?")
+    done = mixchat("chats", SKY, "--rm")
+    assert (done.stdout, done.returncode) == (b"", 0)
+    assert done.stderr.decode() == f"removed {SKY}\n"
+    assert mixchat("chats", "--rm", "20261124").returncode == 0
+    assert store.all() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nobody"], 4),
+        (["2026"], 4),
+        (["../chats/x"], 4),
+        (["2026", "--rm"], 4),
+        (["--rm"], 2),
+        ([SKY, "--rm", "--json"], 2),
+        ([""], 2),
+        ([b"\xff"], 2),
+    ],
+)
+def test_what_cannot_be_done_changes_nothing(mixchat, keep, store, arguments, code):
+    keep(SKY, "Why?")
+    keep(SEA, "Why not?")
+    done = mixchat("chats", *arguments)
+    assert (done.stdout, done.returncode) == (b"", code)
+    assert done.stderr.startswith(b"error: ")
+    assert len(store.all()) == 2
+
+
+def test_on_a_terminal_it_says_how_to_go_on_and_fits_the_screen(environment, keep):
+    keep(SKY, "x" * 150)
+    with Terminal([*FAKE, "chats"], environment) as terminal:
+        shown = terminal.wait_for(f"mixchat run --resume {SKY}")
+        assert terminal.wait_for_end() == 0
+    row = next(line for line in shown.splitlines() if line.startswith(SKY))
+    assert len(row) == 80
+    assert row.endswith('..."')
+
+
+def test_on_a_terminal_a_printed_chat_does_not_act(environment, keep):
+    keep(SKY, "Why?", "So: \x1b[2J.")
+    with Terminal([*FAKE, "chats", SKY], environment) as terminal:
+        assert "So: [2J." in terminal.wait_for("So: [2J.")
+        assert terminal.wait_for_end() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        (["-h"], {"torch", "rich", "prompt_toolkit", "markdown_it"}),
+        ([], {"torch", "prompt_toolkit", "markdown_it", "huggingface_hub"}),
+        ([SKY], {"torch", "prompt_toolkit", "rich", "huggingface_hub"}),
+    ],
+)
+def test_it_answers_at_once_because_nothing_heavy_is_imported(
+    environment, keep, arguments, unneeded
+):
+    keep(SKY, "Why?")
+    code = (
+        "import sys\n"
+        "from mixchat.cli.app import run\n"
+        "try:\n"
+        "    run(sys.argv[1:])\n"
+        "finally:\n"
+        "    print(*sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "chats", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == 0
+    assert done.stdout
+    assert not unneeded & set(done.stderr.split())

@@ -1,0 +1,279 @@
+"""config.toml, variables and flags, in that order; and `mixchat config`, which shows what holds."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli_run import prompts_in
+
+from mixchat.cli.setting import settings_of
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config.toml where XDG has it; returns its place."""
+
+    def write(text):
+        place = tmp_path / "config" / "mixchat" / "config.toml"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return place
+
+    if sys.platform != "linux":
+        pytest.skip("XDG's directories are those of Linux")
+    return write
+
+
+def holding(done):
+    return json.loads(done.stdout)["settings"]
+
+
+def first_line(done):
+    return done.stderr.decode().splitlines()[0]
+
+
+def settings():
+    import typer
+
+    from mixchat.cli.app import app
+
+    return settings_of(typer.main.get_command(app).commands["run"])
+
+
+def test_a_flag_goes_before_a_variable_and_that_before_the_file(mixchat, config_file):
+    config_file("max-tokens = 4")
+    assert mixchat("run", "Hi").stdout == b"Hell\n"
+    assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS=3).stdout == b"Hel\n"
+    assert mixchat("run", "Hi", "-n", "2", MIXCHAT_MAX_TOKENS=3).stdout == b"He\n"
+    assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS="").stdout == b"Hell\n"
+
+
+def test_a_named_file_stands_in_for_the_other(mixchat, config_file, tmp_path):
+    config_file("max-tokens = 4")
+    (tmp_path / "mine.toml").write_text("max-tokens = 1")
+    assert mixchat("run", "Hi", MIXCHAT_CONFIG=tmp_path / "mine.toml").stdout == b"H\n"
+    assert mixchat("run", "Hi", MIXCHAT_CONFIG="/dev/null").stdout == b"Hello\n"
+
+
+def test_every_kind_of_value_can_stand_in_the_file(mixchat, config_file, tmp_path):
+    config_file('system = """Be\nbrief"""\nstop = ["l", "z z"]\nverbose = true\nseed = 7\ntemp = 0')
+    done = mixchat("run", "Hi", PROMPTS=tmp_path / "prompts")
+    assert done.stdout == b"He\n"
+    assert prompts_in(tmp_path / "prompts") == ["[system]Be\nbrief[user]Hi"]
+    assert b"seed     7" in done.stderr
+    assert mixchat("run", "Hi", "--no-verbose").stderr == b""
+    assert mixchat("run", "Hi", MIXCHAT_VERBOSE="0").stderr == b""
+
+
+def test_a_list_in_a_variable_is_split_at_spaces(mixchat):
+    assert mixchat("run", "Hi", MIXCHAT_STOP="zz l").stdout == b"He\n"
+
+
+@pytest.mark.parametrize("command", [["stats"], ["plan"], ["run", "Hi"]])
+def test_the_model_is_that_of_the_file(mixchat, config_file, command):
+    config_file('model = "nonsense"')
+    assert "'nonsense'" in first_line(mixchat(*command, fake=False))
+    again = mixchat(*command, fake=False, MIXCHAT_MODEL="rubbish")
+    assert "'rubbish'" in first_line(again)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('temp = "hot"', r"temp: Input should be a valid number.*|temp: 'hot' is not a valid .*"),
+        ("temp = -1", r"temp has to be 0 or more, not -1\.0"),
+        ("temp = nan", "temp has to be 0 or more, not nan"),
+        ("temp = true", "temp has to be a number, not true"),
+        ("temp = [1]", "temp has to be a number, not a list"),
+        ("temp = 2020-02-02", "temp has to be a number, not a date or time"),
+        ("[temp]\nx = 1", "temp has to be a number, not a table"),
+        ("model = false", "model has to be text in quotes, not false"),
+        ('model = ""', "model: the model's name is empty"),
+        ('model = "a\\u0000b"', "model has a NUL character, which no text has"),
+        ("ctx-size = 0", "ctx-size has to be 1 or more, not 0"),
+        ("ctx-size = 10.5", "ctx-size: .*"),
+        ("seed = 0x" + "f" * 6000, "seed is too large a number"),
+        ("kv-bits = 4", "kv-bits has to be 8 or 16, not 4"),
+        ('host-memory = "lots"', "host-memory: cannot read 'lots' as an amount of memory"),
+        ('device = "abacus"', "device 'abacus' is not a device; use cpu, cuda or cuda:N"),
+        ('cache-policy = "fifo"', "cache-policy has to be layered, lru, lfu, not 'fifo'"),
+        ('verbose = "yes"', "verbose has to be true or false, not 'yes'"),
+        ('stop = "END"', r'stop has to be a list of texts, such as \["END"\]'),
+        ("stop = [1]", r'stop has to be a list of texts, such as \["END"\]'),
+        ('stop = [""]', "stop is empty"),
+        ('trace = "x"', "trace is a flag of one run, not a setting"),
+        ("help = true", "there is no setting 'help'"),
+        ("model = demo", r"not TOML: Invalid value \(at line 1, column 9\)"),
+        (b"\xff", "not UTF-8: the byte 0xff in line 1"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_said_with_its_name_and_the_key(
+    mixchat, config_file, text, message
+):
+    place = config_file(text)
+    for command in (["run", "Hi"], ["config"]):
+        done = mixchat(*command)
+        assert done.returncode == 2
+        assert re.fullmatch(f"error: {re.escape(str(place))}: ({message})", first_line(done))
+        assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("tmp", "temp"), ("temperature", "temp"), ("ctx_size", "ctx-size"), ("Model", "model")],
+)
+def test_a_key_that_is_no_setting_is_said_with_the_one_that_was_meant(
+    mixchat, config_file, key, meant
+):
+    config_file(f"{key} = 1")
+    done = mixchat("run", "Hi")
+    assert f"there is no setting '{key}'" in first_line(done)
+    assert f"hint: Did you mean {meant}? " in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MIXCHAT_TEMP", "-1", "MIXCHAT_TEMP has to be 0 or more, not -1.0"),
+        ("MIXCHAT_TEMP", "hot", "MIXCHAT_TEMP: "),
+        ("MIXCHAT_VERBOSE", "perhaps", "MIXCHAT_VERBOSE: "),
+        ("MIXCHAT_HOST_MEMORY", "lots", "MIXCHAT_HOST_MEMORY: cannot read 'lots'"),
+        ("MIXCHAT_MODEL", "caf\udce9", "MIXCHAT_MODEL: the model's name is not UTF-8"),
+        ("MIXCHAT_SYSTEM", "caf\udce9", "MIXCHAT_SYSTEM is not UTF-8"),
+    ],
+)
+def test_what_is_wrong_in_a_variable_is_said_with_its_name(mixchat, variable, value, message):
+    done = mixchat("run", "Hi", **{variable: value})
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert first_line(done).startswith(f"error: {message}")
+
+
+def test_a_flag_saves_from_a_bad_value_in_the_file(mixchat, config_file):
+    config_file("temp = -1")
+    assert mixchat("run", "Hi", "--temp", "1").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["--version"], ["run", "--help"], ["list"], ["config", "--path"], ["gc"]],
+)
+@pytest.mark.parametrize("text", ["model = demo", "nonsense = 1", "temp = [1]"])
+def test_a_damaged_file_is_in_the_way_of_nothing_that_needs_no_setting(
+    mixchat, config_file, command, text
+):
+    config_file(text)
+    assert mixchat(*command).returncode == 0
+
+
+def test_config_shows_what_holds_and_where_it_is_from(mixchat, config_file):
+    place = config_file('model = "demo"\nmax-tokens = 5')
+    lines = mixchat("config", MIXCHAT_TEMP="0", MIXCHAT_MAX_TOKENS="6").stdout.decode().splitlines()
+    rows = [re.split(r" {2,}", line) for line in lines]
+    assert rows[0] == ["SETTING", "VALUE", "FROM"]
+    assert ["model", '"demo"', "config.toml"] in rows
+    assert ["temp", "0.0", "MIXCHAT_TEMP"] in rows
+    assert ["max-tokens", "6", "MIXCHAT_MAX_TOKENS"] in rows
+    assert ["top-p", "the model's, else 1", "default"] in rows
+    assert ["system", "-", "default"] in rows
+    assert lines[-1] == str(place)
+
+
+def test_config_says_where_the_file_would_be(mixchat, tmp_path):
+    done = mixchat("config")
+    assert done.returncode == 0
+    assert done.stdout.decode().splitlines()[-1].endswith("config.toml (not there)")
+    assert mixchat("config", "--path").stdout.decode().endswith("config.toml\n")
+    named = mixchat("config", "--path", MIXCHAT_CONFIG=tmp_path / "mine")
+    assert named.stdout.decode() == f"{tmp_path}/mine\n"
+
+
+def test_config_shows_the_other_settings_beside_a_bad_one(mixchat, config_file):
+    config_file('temp = -1\nmodel = "demo"')
+    done = mixchat("config", "--json", MIXCHAT_SEED="-3")
+    assert done.returncode == 2
+    assert holding(done)["model"] == {"value": "demo", "from": "config.toml"}
+    assert [line.split(" has")[0] for line in done.stderr.decode().splitlines()] == [
+        f"error: {json.loads(done.stdout)['path']}: temp",
+        "error: MIXCHAT_SEED",
+    ]
+
+
+def test_config_as_json_has_every_setting(mixchat, config_file):
+    config_file('stop = ["a b"]')
+    done = mixchat("config", "--json")
+    assert holding(done).keys() == settings().keys()
+    assert holding(done)["stop"] == {"value": ["a b"], "from": "config.toml"}
+    assert holding(done)["temp"] == {"value": None, "from": "default"}
+    assert holding(done)["verbose"] == {"value": False, "from": "default"}
+    assert json.loads(done.stdout)["exists"] is True
+
+
+def test_the_example_in_readme_holds(mixchat, config_file):
+    readme = Path(__file__).parents[2] / "README.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    config_file(example)
+    done = mixchat("config", "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert holding(done)["host-memory"] == {"value": "8GB", "from": "config.toml"}
+
+
+def test_config_keeps_a_long_or_strange_value_on_one_line(mixchat, config_file):
+    config_file('system = "\\u001b[2J' + "long \\n" * 100 + '"')
+    done = mixchat("config").stdout.decode()
+    assert "\x1b" not in done
+    assert len(done.splitlines()) == len(settings()) + 3
+    assert max(map(len, done.splitlines()[:-1])) < 100
+
+
+def test_the_example_has_every_setting_and_sets_none(mixchat, config_file):
+    example = mixchat("config", "--example").stdout.decode()
+    config_file(example)
+    assert mixchat("config").returncode == 0
+    assert {each["from"] for each in holding(mixchat("config", "--json")).values()} == {"default"}
+    assert set(re.findall(r"^#([a-z-]+) = ", example, flags=re.MULTILINE)) == settings().keys()
+
+
+def test_the_example_holds_once_numbers_and_names_are_filled_in(mixchat, config_file):
+    example = mixchat("config", "--example").stdout.decode()
+    filled = re.sub(r"^#([a-z-]+ = )", r"\1", example, flags=re.MULTILINE)
+    filled = re.sub(r"(= )[XN]$", r"\g<1>1", filled, flags=re.MULTILINE)
+    filled = filled.replace('"SIZE"', '"8GB"').replace("kv-bits = 1", "kv-bits = 8")
+    config_file(
+        filled.replace("min-p = 1", "min-p = 0.1").replace('device = "NAME"', 'device = "cpu"')
+    )
+    done = mixchat("config", "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert {each["from"] for each in holding(done).values()} == {"config.toml"}
+
+
+@pytest.mark.parametrize("flags", [["--json", "--path"], ["--path", "--example"]])
+def test_config_prints_one_thing_at_a_time(mixchat, flags):
+    assert mixchat("config", *flags).returncode == 2
+
+
+def test_every_setting_has_a_variable_of_its_name():
+    for key, parameter in settings().items():
+        assert f"--{key}" in parameter.opts
+        assert parameter.envvar == "MIXCHAT_" + key.upper().replace("-", "_")
+    assert not {"trace", "prompt-cache", "help"} & settings().keys()
+    assert len({parameter.envvar for parameter in settings().values()}) == len(settings())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--example"], ["--path"]])
+def test_config_imports_nothing_heavy(environment, config_file, arguments):
+    config_file("temp = 0.5")
+    code = "import sys; from mixchat.cli import app; app._invoke(sys.argv[1:]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "config", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == 0
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert not {"torch", "rich", "huggingface_hub", "numpy"} & modules
+    assert ("tomllib" in modules) == (arguments in ([], ["--json"]))
