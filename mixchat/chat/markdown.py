@@ -36,7 +36,7 @@ _VERBATIM = re.compile(
     re.DOTALL,
 )
 # A backslash before these is Markdown's; before all others, as in `\(` and `\{`, the text's own.
-_ESCAPED = set("\\`*_~#+-.!|<>")
+_ESCAPED = set("\\`*_~#+-.!|<>$")
 # What Unicode has for line and paragraph separators: terminals do not agree on their meaning.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
 
@@ -131,9 +131,8 @@ class _Source:
         if node.too_deep:
             return self._as_written(node)
         if token.type in ("paragraph_open", "heading_open"):
-            return _inline(
-                children[0].token, _HEADINGS.get(token.tag, "bold") if token.markup else ""
-            )
+            style = "" if token.tag == "p" else _HEADINGS.get(token.tag, "bold")
+            return _inline(children[0].token, style)
         if token.type in ("fence", "code_block"):
             return Code(token.content, token.info.strip())
         if token.type == "table_open":
@@ -231,9 +230,8 @@ def _inline(token: Token, style: str = "") -> Text:
         elif child.nesting == -1:
             styles.pop()
         else:
-            text.append(
-                _leaf(child), " ".join([*styles, _CODE][: None if child.tag == "code" else -1])
-            )
+            own = [_CODE] if child.tag == "code" else []
+            text.append(_leaf(child), " ".join(styles + own))
     return text
 
 

@@ -47,12 +47,13 @@ class _Rest:
     def blocks(self, text: str) -> list[Block]:
         """Those of `text`, which begins as the rest does, without what is final."""
         found = blocks(text)
-        for i, first in enumerate(found[:1]):
-            drawn = first.drawn
-            if self.code_lines and isinstance(drawn, Code):
-                drawn = replace(drawn, first=self.code_lines)
-            found[i] = replace(first, gap=self.gap, drawn=drawn)
-        return found
+        if not found:
+            return []
+        first, *others = found
+        drawn = first.drawn
+        if self.code_lines and isinstance(drawn, Code):
+            drawn = replace(drawn, first=self.code_lines)
+        return [replace(first, gap=self.gap, drawn=drawn), *others]
 
 
 class MarkdownStream:
@@ -68,7 +69,8 @@ class MarkdownStream:
 
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._console, self._clock = console, clock
-        self._has_tail = console.is_terminal and not console.is_dumb_terminal
+        lacks_escapes = console.is_dumb_terminal or console.legacy_windows
+        self._has_tail = console.is_terminal and not lacks_escapes
         self._rest = _Rest([])
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()

@@ -207,7 +207,7 @@ class _Figures:
     def count(self) -> None:
         """After something has changed what the conversation is."""
         self.used = self._session.used
-        self.memory = self._session.engine.experts.bytes_held
+        self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
 
     def turn(self, finished: Finished) -> None:
         """After an answer."""

@@ -14,6 +14,7 @@ import typer
 
 from mixchat import __version__
 from mixchat.cli.bench import bench
+from mixchat.cli.chat_options import RunCommand
 from mixchat.cli.chats import chats
 from mixchat.cli.completion import VARIABLE, complete, install_completion, show_completion
 from mixchat.cli.config import config
@@ -39,7 +40,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run", epilog="See 'mixchat config' for what need not be typed each time.")(run_model)
+app.command(
+    "run",
+    cls=RunCommand,
+    epilog="See 'mixchat config' for what need not be typed each time.",
+)(run_model)
 app.command("download")(download)
 app.command("plan")(plan)
 app.command("list")(list_models)
