@@ -120,6 +120,8 @@ class Repl:
             self._report(error)
         else:
             self._ended(finished)
+        finally:  # also where the terminal has been closed
+            self.keeper.save()
 
     def _turn(self) -> None:
         """Read a text and act on it."""
@@ -162,7 +164,6 @@ class Repl:
         if finished.reason == "interrupted" and self.session.was_cut:
             note = "(stopped; /continue goes on)"
         self.screen.say(f"{note}\n" if note else "")
-        self.keeper.save()
         self._figures.turn(finished)
         self._warn_of_context()
         self._after_turn(finished)

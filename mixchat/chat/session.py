@@ -117,7 +117,8 @@ class ChatSession:
         taken = questions[-turns:]
         if taken:
             del self.history[taken[0] :]
-            self._first = min(self._first, len(self.history))
+            if taken[0] <= self._first:
+                self._first = 0  # what had been left out may fit again
         return len(taken)
 
     def interrupt(self) -> bool:

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 from chat_doubles import CharacterTokenizer, PlainTemplate, SamplingOptions, ScriptedEngine
 
-from mixchat.chat.session import ChatSession, Finished, TextDelta
+from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import PromptError
 
 
@@ -173,3 +173,157 @@ def test_a_completion_keeps_the_space_that_it_goes_on_with(continues, text):
     engine = ScriptedEngine(" world")
     session = ChatSession(engine, SpacelessTokenizer(), template, sampling=SamplingOptions())
     assert listen(session.ask("Hello"))[0] == text
+
+
+def turns_of(session, *questions):
+    for question in questions:
+        listen(session.ask(question))
+
+
+def test_a_question_asked_again_replaces_its_answer(session_of):
+    session = session_of("a", "b", "c", sampling=SamplingOptions(seed=5))
+    turns_of(session, "one", "two")
+    _, finished = listen(session.ask_again())
+    assert [message.content for message in session.history] == ["one", "a", "two", "c"]
+    assert finished.seed == 7
+
+
+def test_a_question_asked_instead_replaces_the_last_turn(session_of):
+    session = session_of("a", "b", "c")
+    turns_of(session, "one", "two")
+    listen(session.ask_instead("three"))
+    assert prompt_of(session, 2) == "[user]one[assistant]a[user]three"
+    assert [message.content for message in session.history] == ["one", "a", "three", "c"]
+
+
+@pytest.mark.parametrize("way", ["ask_again", "go_on"])
+def test_without_an_answer_there_is_nothing_to_do_again(session_of, way):
+    session = session_of()
+    with pytest.raises(PromptError, match="nothing has been answered yet"):
+        getattr(session, way)()
+    with pytest.raises(PromptError, match="nothing has been answered yet"):
+        session.ask_instead("x")
+
+
+@pytest.mark.parametrize(
+    ("reason", "partial"), [("stop", False), ("stop_string", False), ("length", True)]
+)
+def test_an_answer_is_marked_where_it_was_stopped_before_its_end(session_of, reason, partial):
+    options = {"stop": {}, "stop_string": {"stop": ["lo"]}, "length": {"max_tokens": 2}}[reason]
+    session = session_of("Hello", **options)
+    _, finished = listen(session.ask("Hi"))
+    assert finished.reason == reason
+    assert session.history[-1].partial is session.was_cut is partial
+
+
+def test_a_continued_answer_is_one_answer(session_of):
+    session = session_of("Hel", "lo, you", "Fine", max_tokens=3)
+    turns_of(session, "Hi")
+    text, _ = listen(session.go_on())
+    assert text == "lo,"
+    assert prompt_of(session, 1) == "[user]HiHel"
+    assert session.history[-1].content == "Hello,"
+    turns_of(session, "And you?")
+    assert prompt_of(session, 2) == "[user]Hi[assistant]Hello,[user]And you?"
+
+
+def test_a_continued_answer_that_fails_stays_as_it_was(session_of):
+    session = session_of("Hel", [RuntimeError("out of order")], max_tokens=3)
+    turns_of(session, "Hi")
+    with pytest.raises(RuntimeError):
+        listen(session.go_on())
+    assert session.history[-1].content == "Hel"
+
+
+def test_undo_takes_whole_turns_back(session_of):
+    session = session_of("a", "b", "c")
+    turns_of(session, "one", "two", "three")
+    assert session.undo(2) == 2
+    assert [message.content for message in session.history] == ["one", "a"]
+    assert session.undo(5) == 1
+    assert session.undo() == 0
+
+
+def test_used_counts_the_tokens_of_the_conversation(session_of):
+    session = session_of("abc", system="Be brief")
+    assert session.used == 0
+    turns_of(session, "Hi")
+    assert session.used == len("[system]Be brief[user]Hi" + "abc")
+
+
+def answers_under(session, count):
+    """Ask `count` questions; for each which turns were left out, and the prompt."""
+    seen = []
+    for number in range(count):
+        left_out = 0
+        for event in session.ask(f"question {number}"):
+            left_out = event.turns if isinstance(event, LeftOut) else left_out
+        seen.append((left_out, prompt_of(session, number)))
+    return seen
+
+
+def test_old_turns_are_left_out_whole_where_the_context_is_full(session_of):
+    script = [f"answer {number}" for number in range(12)]
+    session = session_of(*script, system="Be brief", context_size=200, overflow="drop-oldest")
+    seen = answers_under(session, 12)
+    for number, (left_out, prompt) in enumerate(seen):
+        assert len(prompt) < 200
+        assert prompt.startswith("[system]Be brief[user]question")
+        assert prompt.endswith(f"[user]question {number}")
+        if left_out:
+            assert prompt.startswith(f"[system]Be brief[user]question {left_out}[assistant]")
+    dropped = [left_out for left_out, _ in seen if left_out]
+    assert len(dropped) > 1
+    assert dropped == sorted(set(dropped))  # said whenever it grows, and only then
+    assert len(session.history) == 24  # what is left out of the prompt is kept
+    assert session.used < 200
+
+
+def test_room_for_the_turns_to_come_is_made_at_once(session_of):
+    script = [f"answer {number}" for number in range(30)]
+    session = session_of(*script, context_size=400, overflow="drop-oldest")
+    seen = answers_under(session, 30)
+    after = [len(prompt) for left_out, prompt in seen if left_out]
+    assert after
+    assert all(length <= 300 for length in after)
+
+
+def test_by_default_a_full_context_is_an_error_and_nothing_is_left_out(session_of):
+    session = session_of("a" * 20, "b", context_size=60)
+    turns_of(session, "one")
+    session.engine.generate = refuse_long_prompts(session.engine)
+    with pytest.raises(PromptError, match="too long"):
+        listen(session.ask("x" * 40))
+    assert len(session.history) == 2
+
+
+def refuse_long_prompts(engine):
+    generate = engine.generate
+
+    def checked(prompt_ids, **options):
+        if len(prompt_ids) >= engine.context_size:
+            raise PromptError("the prompt is too long")
+        return generate(prompt_ids, **options)
+
+    return checked
+
+
+def test_a_question_too_long_by_itself_leaves_nothing_out(session_of):
+    session = session_of("a", "b", context_size=60, overflow="drop-oldest")
+    turns_of(session, "one")
+    session.engine.generate = refuse_long_prompts(session.engine)
+    events = session.ask("x" * 70)
+    with pytest.raises(PromptError, match="too long"):
+        listen(events)
+    turns_of(session, "two")
+    assert prompt_of(session, 1) == "[user]one[assistant]a[user]two"
+
+
+def test_undo_brings_back_what_had_been_left_out(session_of):
+    script = [f"answer {number}" for number in range(9)]
+    session = session_of(*script, context_size=200, overflow="drop-oldest")
+    answers_under(session, 8)
+    assert session._first > 0
+    session.undo(7)
+    turns_of(session, "again")
+    assert prompt_of(session, 8) == "[user]question 0[assistant]answer 0[user]again"

@@ -1,0 +1,137 @@
+"""A chat is on the disk as it goes, and comes back as it was."""
+
+import json
+
+import pytest
+from chat_doubles import SamplingOptions
+
+from mixchat.chat.chats import ChatStore
+from mixchat.chat.keeper import Keeper
+from mixchat.errors import UsageError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ChatStore(tmp_path / "chats")
+
+
+def talk(session, *questions):
+    for question in questions:
+        list(session.ask(question))
+
+
+def test_nothing_is_written_before_something_was_said(session_of, store):
+    Keeper(session_of(), store, "demo").save()
+    assert not store.directory.exists()
+
+
+def test_each_save_has_all_that_was_said(session_of, store):
+    session = session_of("Hello", "Fine")
+    keeper = Keeper(session, store, "demo")
+    for question, turns in (("Hi", 1), ("And you?", 2)):
+        talk(session, question)
+        keeper.save()
+        (kept,) = store.all()
+        assert (kept.turns, kept.question, kept.model) == (turns, "Hi", "demo")
+
+
+def test_a_chat_comes_back_as_it_was(session_of, store):
+    session = session_of("Hel", system="Be brief", max_tokens=3)
+    session.sampling = SamplingOptions(temperature=0.25, top_k=7, seed=9)
+    talk(session, "Hi")
+    keeper = Keeper(session, store, "demo")
+    keeper.save()
+    other = session_of("more")
+    Keeper(other, store, "demo").resume(store.load(keeper.chat.id))
+    assert other.messages == session.messages
+    assert other.was_cut
+    assert (other.sampling.temperature, other.sampling.top_k, other.sampling.seed) == (0.25, 7, 9)
+    talk(other, "Again")
+    assert other.engine.prompts[0][: len("[system]Be brief")] == [*map(ord, "[system]Be brief")]
+
+
+def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
+    session = session_of("Hello")
+    first = Keeper(session, store, "demo")
+    talk(session, "Hi")
+    first.save()
+    other = session_of("Fine")
+    second = Keeper(other, store, "demo")
+    second.resume(store.latest())
+    talk(other, "Again")
+    second.save()
+    assert [(kept.id, kept.turns) for kept in store.all()] == [(first.chat.id, 2)]
+
+
+def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):
+    session = session_of("Hello", system="Be brief")
+    session.sampling = SamplingOptions(temperature=0.25, top_k=7)
+    talk(session, "Hi")
+    keeper = Keeper(session, store, "demo")
+    keeper.save()
+    other = session_of(system="Be long", sampling=SamplingOptions(temperature=0.9))
+    Keeper(other, store, "demo").resume(store.latest(), but=["system", "temperature"])
+    assert (other.system, other.sampling.temperature, other.sampling.top_k) == ("Be long", 0.9, 7)
+
+
+def test_tokens_of_another_model_are_forgotten_and_their_text_is_not(session_of, store):
+    session = session_of("Hello")
+    talk(session, "Hi")
+    keeper = Keeper(session, store, "demo")
+    keeper.save()
+    other = session_of()
+    other.engine.identity = "other weights"
+    Keeper(other, store, "other").resume(store.latest())
+    assert [(m.content, m.ids) for m in other.history] == [("Hi", None), ("Hello", None)]
+
+
+def test_sampling_that_cannot_be_is_left_out(session_of, store):
+    session = session_of("Hello")
+    talk(session, "Hi")
+    keeper = Keeper(session, store, "demo")
+    keeper.save()
+    path = store.directory / f"{keeper.chat.id}.json"
+    raw = json.loads(path.read_text())
+    raw["sampling"] = {"temperature": -1, "top_p": 0.5, "unheard_of": 3, "top_k": None, "seed": 4.0}
+    path.write_text(json.dumps(raw))
+    other = session_of()
+    Keeper(other, store, "demo").resume(store.latest())
+    sampling = other.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.5, 0)
+    assert sampling.seed == 4
+    assert type(sampling.seed) is int
+
+
+def test_begin_leaves_the_old_chat_as_it_is(session_of, store):
+    session = session_of("Hello", "Fine")
+    keeper = Keeper(session, store, "demo")
+    for question in ("one", "two"):
+        talk(session, question)
+        keeper.save()
+        session.clear()
+        keeper.begin()
+    assert sorted(kept.question for kept in store.all()) == ["one", "two"]
+
+
+def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    session, said = session_of("a", "b", "c"), []
+    keeper = Keeper(session, ChatStore(tmp_path / "file" / "chats"), "demo", warn=said.append)
+    for question in "123":
+        talk(session, question)
+        keeper.save()
+    assert len(said) == 1
+    assert len(session.history) == 6
+
+
+def test_a_name_that_another_chat_has_is_refused(session_of, store):
+    session = session_of("a", "b")
+    keeper = Keeper(session, store, "demo")
+    talk(session, "one")
+    keeper.rename("mine")
+    session.clear()
+    keeper.begin()
+    talk(session, "two")
+    with pytest.raises(UsageError, match="has the name 'mine' already"):
+        keeper.rename("mine")
+    assert keeper.chat.name is None

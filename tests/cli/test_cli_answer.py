@@ -1,0 +1,93 @@
+"""What scripts ask for: JSON, code alone, all at once, nothing but errors on stderr."""
+
+import json
+
+import pytest
+
+CODE = "Do this:\n\n```sh\necho '[hi]'\n```\n\nor\n\n```py\nprint(1)\n```\n"
+
+
+def script(*answers):
+    return {"SCRIPT": json.dumps(answers)}
+
+
+def test_json_has_answer_ids_counts_times_and_why_it_ended(mixchat):
+    done = mixchat("run", "--json", "--seed", "3", "-m", "demo", "Hi", **script("Hallo 😀"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") == 1
+    found = json.loads(done.stdout)
+    assert list(found) == ["model", "answer", "ids", "stop_reason", "seed", "usage", "timings"]
+    assert (found["model"], found["answer"], found["seed"]) == ("demo", "Hallo 😀", 3)
+    assert found["ids"] == [*map(ord, "Hallo 😀")]
+    assert found["stop_reason"] == "stop"
+    assert found["usage"] == {
+        "prompt_tokens": len("[user]Hi"),
+        "cached_tokens": 0,
+        "generated_tokens": 8,
+        "context_tokens": 1000,
+    }
+    assert found["timings"] == {
+        "prefill_seconds": 0.5,
+        "decode_seconds": 0.25,
+        "tokens_per_second": 28.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason", "answer"),
+    [
+        (("-n", "2"), "length", "He"),
+        (("--stop", "lo"), "stop_string", "Hel"),
+        (("--ctx-size", "11"), "context", "Hel"),
+    ],
+)
+def test_json_says_why_an_answer_ended_early(mixchat, flags, reason, answer):
+    found = json.loads(mixchat("run", "--json", "-q", *flags, "Hi", **script("Hello")).stdout)
+    assert (found["stop_reason"], found["answer"]) == (reason, answer)
+
+
+def test_an_answer_of_one_token_has_no_rate(mixchat):
+    found = json.loads(mixchat("run", "--json", "-n", "1", "Hi", **script("Hello")).stdout)
+    assert found["timings"]["tokens_per_second"] is None
+
+
+def test_extract_prints_the_first_block_of_code_alone(mixchat):
+    done = mixchat("run", "-x", "Hi", **script(CODE))
+    assert (done.returncode, done.stdout) == (0, b"echo '[hi]'\n")
+
+
+def test_extract_without_code_prints_nothing_and_says_so(mixchat):
+    done = mixchat("run", "--extract", "Hi", **script("No code."))
+    assert (done.returncode, done.stdout) == (9, b"")
+    assert done.stderr.startswith(b"error: the answer has no block of code\nhint: ")
+
+
+def test_no_stream_prints_the_same_at_once(mixchat, process):
+    whole = process("run", "--no-stream", "Hi", **script(CODE))
+    assert whole.stdout == mixchat("run", "Hi", **script(CODE)).stdout == CODE.encode()
+
+
+def test_quiet_says_nothing_but_errors(mixchat):
+    flags = ("run", "--ctx-size", "11", "Hi")
+    assert b"note: " in mixchat(*flags, **script("Hello")).stderr
+    assert mixchat(*flags, "-q", **script("Hello")).stderr == b""
+    failed = mixchat("run", "-q", "Hi", **script([{"raise": "PromptError", "with": "no"}]))
+    assert (failed.returncode, failed.stderr) == (3, b"error: no\n")
+
+
+@pytest.mark.parametrize("flag", ["--json", "-x"])
+def test_flags_for_one_answer_are_not_for_a_chat(mixchat, monkeypatch, flag):
+    monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda prompt: None)
+    done = mixchat("run", flag)
+    assert done.returncode == 2
+    assert b"is for one answer" in done.stderr
+
+
+def test_json_and_extract_exclude_each_other(mixchat):
+    done = mixchat("run", "--json", "-x", "Hi")
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_failed_answer_prints_no_json(mixchat):
+    done = mixchat("run", "--json", "Hi", **script(["a", {"raise": "RuntimeError", "with": "no"}]))
+    assert (done.returncode, done.stdout) == (1, b"")

@@ -1,0 +1,95 @@
+"""Chats that are kept, and gone on with: `--resume`, `--no-save`, `--keep-cache`."""
+
+import json
+
+import pytest
+from command_line import FAKE
+from terminal import Terminal
+
+from mixchat.cli.chat_options import with_last_chat
+
+ENTER, CTRL_D = "\r", "\x04"
+
+
+@pytest.fixture
+def chat(environment, tmp_path):
+    """Types questions into `mixchat run FLAGS`; returns what was asked of the engine."""
+    prompts = tmp_path / "prompts"
+
+    def chat(*flags, answers=(), questions=()):
+        prompts.write_text("")
+        variables = {"SCRIPT": json.dumps(answers), "PROMPTS": str(prompts)}
+        with Terminal([*FAKE, "run", *flags], environment | variables) as terminal:
+            for question, answer in zip(questions, answers, strict=True):
+                terminal.wait_for(">>>")
+                terminal.type(question + ENTER)
+                terminal.wait_for(answer)
+            terminal.wait_for(">>>")
+            terminal.type(CTRL_D)
+            assert terminal.wait_for_end() == 0
+        return prompts.read_text().split("\n---\n")[:-1]
+
+    return chat
+
+
+@pytest.fixture
+def ids(environment, tmp_path):
+    """The IDs of the kept chats, the oldest first."""
+    return lambda: sorted(path.stem for path in (tmp_path / "home/chats").glob("*.json"))
+
+
+def test_a_chat_is_kept_and_resumed(chat, ids):
+    chat("-s", "Be brief", answers=["Hello"], questions=["Hi"])
+    (kept,) = ids()
+    for count, wanted in enumerate([("--resume",), ("-r", kept), (f"--resume={kept[:12]}",)], 1):
+        prompts = chat(*wanted, answers=[f"Fine {count}"], questions=["Again"])
+        assert prompts[0].startswith("[system]Be brief[user]Hi[assistant]Hello[user]Again")
+        assert prompts[0].count("[assistant]") == count
+        assert ids() == [kept]
+
+
+def test_a_prompt_goes_on_with_a_chat_and_is_kept(chat, mixchat, ids):
+    chat(answers=["Hello"], questions=["Hi"])
+    done = mixchat("run", "--resume", ids()[0], "Again", SCRIPT='["Fine"]')
+    assert (done.returncode, done.stdout) == (0, b"Fine\n")
+    assert "Again[assistant]Fine" in chat("-r", answers=["So"], questions=["More"])[0]
+
+
+def test_one_answer_is_not_kept(mixchat, ids):
+    mixchat("run", "Hi")
+    assert ids() == []
+
+
+def test_a_chat_that_is_not_to_be_kept_leaves_nothing(chat, ids, tmp_path):
+    chat("--no-save", answers=["Hello"], questions=["Hi"])
+    assert ids() == []
+    assert not (tmp_path / "home/history").exists()
+
+
+def test_the_model_of_the_chat_is_taken_unless_a_flag_says_otherwise(chat, mixchat, ids):
+    chat("-m", "demo", answers=["Hello"], questions=["Hi"])
+    run = ("run", "--json", "--resume", ids()[0], "Again")
+    assert json.loads(mixchat(*run).stdout)["model"] == "demo"
+    assert json.loads(mixchat(*run, "-m", "base").stdout)["model"] == "base"
+
+
+def test_a_chat_that_is_not_there_is_an_error(mixchat):
+    done = mixchat("run", "--resume", "nothing", "Hi")
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert done.stderr.startswith(b"error: no chat 'nothing' is kept")
+    assert mixchat("run", "Hi", "--resume").returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["--resume"], ["--resume=last"]),
+        (["-r", "--raw"], ["--resume=last", "--raw"]),
+        (["--resume", "sea", "Hi"], ["--resume", "sea", "Hi"]),
+        (["--resume=sea"], ["--resume=sea"]),
+        (["Hi", "--", "--resume"], ["Hi", "--", "--resume"]),
+        ([], []),
+    ],
+)
+def test_resume_without_a_value_means_the_last_chat(given, read):
+    assert with_last_chat(given) == read
