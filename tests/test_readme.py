@@ -41,3 +41,10 @@ def test_ci_runs_the_test_command_word_for_word() -> None:
     command = re.findall(r"^pip install -e .*$", README, flags=re.MULTILINE)
     assert len(command) == 1
     assert command[0] in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_chat_s_commands_are_those_that_help_shows() -> None:
+    from mixchat.chat.commands import help_text
+
+    shown = README.split("```\n>>> /help\n")[1].split("```")[0]
+    assert shown == help_text() + "\n"

@@ -58,10 +58,15 @@ def _help(chat: Repl, argument: str) -> None:
         command = find(name)
         chat.screen.say(f"{_usage(ALIASES.get(name, name), command)}  {command.help}")
         return
+    chat.screen.say(help_text())
+
+
+def help_text() -> str:
+    """All commands and keys, a line each."""
     table = {_usage(name, command): command.help for name, command in COMMANDS.items()}
     width = max(map(len, table))
     lines = [f"{usage:{width}}  {text}" for usage, text in table.items()]
-    chat.screen.say("\n".join([*lines, "", KEYS]))
+    return "\n".join([*lines, "", KEYS])
 
 
 def _usage(name: str, command: Command) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # `/etc/hosts is empty` is a question, `/exit` is not.
 _COMMAND = re.compile(r"/(\w*|\?)(?:\s+(.*))?", re.DOTALL)
+
+_SOON = 0.3  # seconds that Ctrl-C waits for a token
 
 _ENDINGS = {
     "interrupted": "(stopped)",
@@ -224,14 +227,27 @@ class _Figures:
 
 @contextmanager
 def _ctrl_c_stops(session: ChatSession) -> Iterator[None]:
-    """Ctrl-C ends the answer after the next token; if that may take long, at once."""
+    """Ctrl-C ends the answer after the next token; if that does not come soon, at once."""
+    nudges: list[threading.Timer] = []
+    lock, main = threading.Lock(), threading.main_thread().ident
+
+    def nudge() -> None:
+        with lock:
+            if nudges and main is not None:
+                signal.pthread_kill(main, signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not session.interrupt():
             raise KeyboardInterrupt
+        nudges.append(threading.Timer(_SOON, nudge))
+        nudges[-1].start()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
+        for timer in nudges:
+            timer.cancel()
+        with lock:
+            nudges.clear()
         signal.signal(signal.SIGINT, before)

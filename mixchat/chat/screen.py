@@ -44,6 +44,7 @@ class Screen:
     ) -> None:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
+        self._waiting: _WaitingLine | None = None
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
@@ -66,7 +67,7 @@ class Screen:
                     if isinstance(event, TextDelta):
                         writer.feed(event.text)
                     elif isinstance(event, LeftOut):
-                        self.say(_left_out(event.turns))
+                        self.say(f"({left_out(event.turns)})")
                     else:
                         return event
         finally:
@@ -98,8 +99,6 @@ class Screen:
         finally:
             line.erase()
             self._waiting = None
-
-    _waiting: _WaitingLine | None = None
 
     def _writer(self) -> _Writer:
         if self._terminal and not self.raw:
@@ -175,6 +174,7 @@ class _Markdown:
         self._stream.close()
 
 
-def _left_out(turns: int) -> str:
+def left_out(turns: int) -> str:
+    """That so many turns are no longer in the prompt."""
     count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-    return f"(the context is full: {count} left out from here on; --overflow drop-oldest)"
+    return f"the context is full: {count} left out from here on"

@@ -45,27 +45,33 @@ def print_answer(session: ChatSession, question: str, form: Form, model: str) ->
     that could be extracted. A reader that goes away is noticed at the next token.
     """
     if form.as_json or form.extract or not form.stream:
-        finished = _listen(session, question, lambda text: None)
+        finished = _listen(session, question, lambda text: None, form.quiet)
         _raise_if_interrupted(finished)
         _print_whole(session, finished, form, model)
     elif sys.stdout.isatty():
         finished = _draw(session, question, form.raw)
     else:
-        finished = _pipe(session, question)
+        finished = _pipe(session, question, form.quiet)
     _raise_if_interrupted(finished)
     if finished.reason == "context" and not form.quiet:
         note(f"cut off, the context of {session.engine.context_size} tokens is full")
     return finished
 
 
-def _listen(session: ChatSession, question: str, take: Callable[[str], object]) -> Finished:
-    from mixchat.chat.session import Finished, TextDelta
+def _listen(
+    session: ChatSession, question: str, take: Callable[[str], object], quiet: bool
+) -> Finished:
+    from mixchat.chat.screen import left_out
+    from mixchat.chat.session import LeftOut, TextDelta
 
     with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
         for event in events:
             if isinstance(event, TextDelta):
                 take(event.text)
-            elif isinstance(event, Finished):
+            elif isinstance(event, LeftOut):
+                if not quiet:
+                    note(left_out(event.turns))
+            else:
                 return event
     raise AssertionError("an answer has an end")
 
@@ -79,7 +85,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
         return screen.show(session.ask(question))
 
 
-def _pipe(session: ChatSession, question: str) -> Finished:
+def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
     """For a program that reads: what the model wrote, each piece at once, and a last newline."""
     last = ""
 
@@ -88,7 +94,7 @@ def _pipe(session: ChatSession, question: str) -> Finished:
         last = text
         print(text, end="", flush=True)
 
-    finished = _listen(session, question, take)
+    finished = _listen(session, question, take, quiet)
     print(end="" if last.endswith("\n") else "\n", flush=True)
     return finished
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -116,6 +117,27 @@ def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
     assert chat.text == "(stopped)\n\n"
     assert session.engine.prompts == []
     assert session.messages == []
+
+
+def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
+    session = session_of("Hello")
+    generate, waited = session.engine.generate, []
+
+    def slow(*args, **options):
+        for token in generate(*args, **options):
+            yield token
+            os.kill(os.getpid(), signal.SIGINT)
+            start = time.monotonic()
+            try:
+                time.sleep(5)
+            finally:
+                waited.append(time.monotonic() - start)
+
+    session.engine.generate = slow
+    chat = Chat(session, "Hi\r" + CTRL_D)
+    assert chat.text.startswith("H\n(stopped; /continue goes on)")
+    assert session.history[-1].content == "H"
+    assert 0.2 < waited[0] < 3
 
 
 def test_ctrl_c_is_given_back_after_an_answer(session_of):

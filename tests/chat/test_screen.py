@@ -116,10 +116,10 @@ def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_
 def test_the_line_is_gone_where_no_answer_comes():
     out, clock = Tty(), Clock()
     screen = Screen(out, clock=clock)
-    with pytest.raises(KeyboardInterrupt), screen.waiting() as reading:
+    with screen.waiting() as reading:
         clock.now = 2.0
         reading(5, 10)
-        raise KeyboardInterrupt
+        assert out.shown != []
     assert out.shown == []
 
 
