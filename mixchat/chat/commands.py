@@ -12,8 +12,8 @@ from mixchat.chat.clipboard import copy
 from mixchat.chat.code import code_blocks
 from mixchat.chat.completion import FILES, CommandCompletion, Completes, file_argument
 from mixchat.chat.export import to_json, to_markdown
-from mixchat.errors import CheckpointError, PromptError, UsageError
-from mixchat.files import read_bytes
+from mixchat.chat.plain_text import read_text
+from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.chats import ChatSummary
@@ -203,22 +203,9 @@ def _read(chat: Repl, argument: str) -> None:
     if not argument:
         raise UsageError("/read needs the name of a file")
     path = file_argument(argument)
-    text = _text_of(path)
+    text = read_text(path)
     chat.attach(text)
     chat.screen.say(f"({path.name}, {len(text):,} characters: goes before the next question)")
-
-
-def _text_of(path: Path) -> str:
-    """The text of a file. Raises `PromptError` where it is none, or cannot be read."""
-    try:
-        text = read_bytes(path).decode("utf-8")
-    except CheckpointError as error:
-        raise PromptError(str(error)) from None
-    except UnicodeDecodeError:
-        raise PromptError(f"{path} is not text in UTF-8") from None
-    if "\0" in text or not text.strip():
-        raise PromptError(f"{path} is {'not text' if text.strip() else 'empty'}")
-    return text.removeprefix("\ufeff")
 
 
 def _tokens(chat: Repl, argument: str) -> None:

@@ -4,33 +4,57 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
 
+_SHOW_CURSOR = "\x1b[?25h"  # drawing hides it
+
 
 @contextmanager
 def unseen_keys() -> Iterator[None]:
-    """What is typed meanwhile is not shown, where it would stand in the middle of an answer."""
+    """What is typed meanwhile is not shown, where it would stand in the middle of an answer.
+
+    Ctrl-Z gives the terminal back as it was, with its cursor, and `fg` takes it again.
+    """
     try:
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
-        changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(fd, termios.TCSANOW, changed)
     except (AttributeError, OSError, ValueError, termios.error):  # no terminal
         yield
         return
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+
+    def suspend(number: int, frame: FrameType | None) -> None:
+        _set(fd, before)
+        sys.stdout.write(_SHOW_CURSOR)
+        sys.stdout.flush()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)  # until `fg`
+        signal.signal(signal.SIGTSTP, suspend)
+        _set(fd, quiet)
+
+    _set(fd, quiet)
+    previous = signal.signal(signal.SIGTSTP, suspend)
     try:
         yield
     finally:
-        with suppress(OSError, termios.error):
-            termios.tcsetattr(fd, termios.TCSANOW, before)
+        signal.signal(signal.SIGTSTP, previous)
+        _set(fd, before)
+
+
+def _set(fd: int, attributes: list[Any]) -> None:
+    with suppress(OSError, termios.error):  # the terminal went away
+        termios.tcsetattr(fd, termios.TCSANOW, attributes)
 
 
 def take_typed_lines(source: Input) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,15 @@ def keeping_its_cache(keeper: Keeper, wished: bool) -> AbstractContextManager[No
 
 
 def begin_chat(
-    keeper: Keeper, model: str, *, raw: bool, vi: bool, after_turn: Callable[[Finished], None]
+    keeper: Keeper,
+    model: str,
+    files: Sequence[str] = (),
+    *,
+    raw: bool,
+    vi: bool,
+    after_turn: Callable[[Finished], None],
 ) -> None:
-    """Talk until somebody leaves."""
+    """Talk until somebody leaves; the texts of files go before the first question."""
     from mixchat.chat.prompt import ChatPrompt
     from mixchat.chat.repl import Repl
     from mixchat.chat.screen import Screen
@@ -76,4 +82,6 @@ def begin_chat(
     )
     if keeper.session.history:
         repl.show(keeper.chat)
+    for text in files:
+        repl.attach(text)
     repl.run()

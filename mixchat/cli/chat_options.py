@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,15 @@ from mixchat.cli.setting import setting
 LAST = "last"
 _RESUME = ("-r", "--resume")
 
+File = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="Put a file's text before the question; may be given again.",
+    ),
+]
 Resume = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
+from mixchat.chat.plain_text import read_text
 from mixchat.cli import chat_options, options
 from mixchat.cli.answer import Form, print_answer
 from mixchat.cli.arguments import read_prompt
@@ -31,6 +32,7 @@ def run(
         str | None,
         typer.Argument(metavar="PROMPT", help="What to ask. Standard input goes before it."),
     ] = None,
+    file: chat_options.File = None,
     model: options.Model = "instruct",
     system: options.System = None,
     temperature: options.Temperature = None,
@@ -83,7 +85,8 @@ def run(
         trace=trace,
         quiet=quiet,
     )
-    question = read_prompt(prompt)
+    files = [read_text(path) for path in file or []]
+    question = read_prompt(prompt, files)
     form.check(question is None)
     session = opening.open()
     keeper = new_keeper(session, model, kept=save)
@@ -97,7 +100,7 @@ def run(
     try:
         with cache:
             if question is None:
-                begin_chat(keeper, model, raw=raw, vi=vi, after_turn=after_turn)
+                begin_chat(keeper, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
                 after_turn(print_answer(session, question, form, model))
                 if resumed is not None:

@@ -271,8 +271,8 @@ def test_a_file_goes_before_the_next_question_once(session_of, tmp_path):
     (tmp_path / "my notes.txt").write_text("All of them.\n")
     session = session_of("a", "b")
     chat = typed(session, "/read my notes.txt", "Summarise", "Again")
-    assert "(my notes.txt, 13 characters: goes before the next question)" in chat.text
-    assert prompts_of(session)[0] == "[user]All of them.\n\n\nSummarise"
+    assert "(my notes.txt, 12 characters: goes before the next question)" in chat.text
+    assert prompts_of(session)[0] == "[user]All of them.\n\nSummarise"
     assert prompts_of(session)[1].endswith("[user]Again")
 
 
@@ -286,10 +286,10 @@ def test_a_file_is_not_lost_where_the_question_fails(session_of, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "missing"),
+        (None, "cannot be read"),
         (b"", "empty"),
         (b" \n", "empty"),
-        (b"\xff\xfe", "not text in UTF-8"),
+        (b"\xff\xfe", "not UTF-8"),
         (b"a\0b", "not text"),
     ],
 )

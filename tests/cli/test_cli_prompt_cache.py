@@ -87,13 +87,13 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
     from mixchat.cli import run
 
-    def chat(keeper, model, *, raw, vi, after_turn):
+    def chat(keeper, model, files, *, raw, vi, after_turn):
         for question in ("Why?", "Where?"):
             *_, finished = keeper.session.ask(question)
             after_turn(finished)
 
     monkeypatch.setattr(run, "begin_chat", chat)
-    monkeypatch.setattr(run, "read_prompt", lambda prompt: None)
+    monkeypatch.setattr(run, "read_prompt", lambda prompt, files: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")
     assert reused(ask(*flags)) == 0

@@ -44,6 +44,26 @@ def test_the_prompt_is_stdin_and_then_the_argument(mixchat, tmp_path, arguments,
     assert prompts_in(tmp_path / "prompts") == [f"[user]{prompt}"]
 
 
+def test_files_go_between_stdin_and_the_argument(mixchat, tmp_path):
+    (tmp_path / "one").write_text("first\n")
+    (tmp_path / "two").write_text("second\n")
+    files = ("-f", str(tmp_path / "one"), "--file", str(tmp_path / "two"))
+    mixchat("run", *files, "Why?", stdin=b"before\n", PROMPTS=str(tmp_path / "p"))
+    assert (tmp_path / "p").read_text() == "[user]before\n\nfirst\n\nsecond\n\nWhy?\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), (b"", "is empty"), (b"\xff", "is not UTF-8"), (b"\0", "not text")],
+)
+def test_a_file_that_is_no_text_is_refused(mixchat, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "f").write_bytes(content)
+    done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert said in done.stderr.decode()
+
+
 def test_a_closed_stdin_is_an_empty_one(process):
     assert process("run", "Hi", shell="<&-") == Done(b"Hello\n", b"", 0)
 
