@@ -171,7 +171,7 @@ def full_disk(monkeypatch):
     def write(descriptor, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prompt_cache, "_write_all", write)
+    monkeypatch.setattr(prompt_cache, "write_all", write)
 
 
 def test_a_full_disk_is_one_line_and_the_answer_is_there(ask, tmp_path, monkeypatch):
