@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Nor may anything be left in the place of the person who runs this.
+_HOME = tempfile.TemporaryDirectory(prefix="mixchat-tests-")
+os.environ["MIXCHAT_HOME"] = _HOME.name
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,

@@ -9,9 +9,12 @@ from typing import Any, Literal
 import llvmlite.binding as llvm
 import torch
 
+from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
-KERNELS = 2  # counts up when kernels become faster or slower: what was measured before is void
+# Counts up when kernels become faster or slower, or are compiled otherwise: what was measured
+# before is void then, and so is the machine code that was kept.
+KERNELS = 2
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -86,13 +89,22 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
         opt=3,
         jit=True,
     )
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
+    source = str(module)
+    cache = ObjectCache(source, f"{llvm.get_host_cpu_name()} {features.flatten()} {KERNELS}")
+    parsed = llvm.parse_assembly(source)
+    code = cache.load()
+    if code is None:
+        parsed.verify()
+        _optimize(parsed, machine)
+    engine = llvm.create_mcjit_compiler(parsed, machine)
+    engine.set_object_cache(lambda module, made: cache.save(made), lambda module: code)
+    engine.finalize_object()
+    return Compiled(engine)
+
+
+def _optimize(parsed: Any, machine: Any) -> None:
     # The loops are unrolled and vectorized as they are written: LLVM's own ideas cost registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(parsed, passes)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    return Compiled(engine)
