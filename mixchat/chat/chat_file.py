@@ -18,6 +18,7 @@ from mixchat.text.messages import Message
 
 FORMAT = 1
 LONGEST_NAME = 80  # characters
+LAST = "last"  # the chat that was saved last, where a chat is asked for
 # What an ID can begin with; names look otherwise, so that no word means two things.
 BEGINNING = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
@@ -58,6 +59,8 @@ def checked_name(name: str) -> str:
         problem = f"is longer than {LONGEST_NAME} characters"
     elif sanitize(name) != name or "\t" in name or len(name.splitlines()) > 1:
         problem = "is not one line of text"
+    elif name == LAST:
+        problem = f"means the last chat: {name!r}"
     elif BEGINNING.fullmatch(name.lower()):
         problem = f"looks like a chat's ID: {name!r}"
     elif name.startswith("-"):

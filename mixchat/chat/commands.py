@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +41,14 @@ def find(name: str) -> Command:
     if command is None:
         raise UsageError(f"/{name} is no command", hint="/help shows them all.")
     return command
+
+
+def run(chat: Repl, name: str, argument: str) -> None:
+    """Carry a command out. Raises `MixchatError` where that cannot be done."""
+    command = find(name)
+    if argument and not command.argument:
+        raise UsageError(f"/{name} takes nothing behind it, and not {argument!r}")
+    command.run(chat, argument)
 
 
 def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
@@ -80,6 +90,7 @@ def _bye(chat: Repl, argument: str) -> None:
 def _clear(chat: Repl, argument: str) -> None:
     chat.session.clear()
     chat.keeper.begin()
+    chat.attached.clear()
     chat.screen.say("(a new conversation)")
 
 
@@ -92,6 +103,7 @@ def _set(chat: Repl, argument: str) -> None:
         raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
     parameters.change(chat.session, name, value.strip())
     chat.keeper.save()
+    chat.screen.say("(from the next answer on)")
 
 
 def _show(chat: Repl, argument: str) -> None:
@@ -122,15 +134,16 @@ def _system(chat: Repl, argument: str) -> None:
 def _save(chat: Repl, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to keep yet")
-    chat.keeper.rename(argument or None)
+    chat.keeper.rename(parameters.unquoted(argument) or None)
     kept = chat.keeper.chat
-    chat.screen.say(f"(kept; mixchat run --resume {kept.name or kept.id} goes on with it)")
+    name = shlex.quote(kept.name or kept.id)
+    chat.screen.say(f"(kept; mixchat run --resume {name} goes on with it)")
 
 
 def _load(chat: Repl, argument: str) -> None:
     if not argument:
         raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
-    chat.resume(chat.keeper.store.load(argument))
+    chat.resume(chat.keeper.store.load(parameters.unquoted(argument)))
 
 
 def _chats(chat: Repl, argument: str) -> None:
@@ -200,11 +213,14 @@ def _copy(chat: Repl, argument: str) -> None:
 
 
 def _read(chat: Repl, argument: str) -> None:
+    if argument == "none":
+        chat.attached.clear()
+        return
     if not argument:
-        raise UsageError("/read needs the name of a file")
+        names = ", ".join(chat.attached)
+        raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
-    text = read_text(path)
-    chat.attach(text)
+    chat.attached[str(path)] = text = read_text(path)
     chat.screen.say(f"({path.name}, {len(text):,} characters: goes before the next question)")
 
 
@@ -214,7 +230,7 @@ def _tokens(chat: Repl, argument: str) -> None:
     _say_table(
         chat,
         {
-            "context": f"{used:,} of {size:,} tokens ({used / size:.0%})",
+            "context": f"{used:,} of {size:,} tokens ({100 * used // size}%)",
             "last prompt": f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache",
             "last answer": f"{stats.generated_tokens:,}",
         },
@@ -241,13 +257,24 @@ def _export(chat: Repl, argument: str) -> None:
     path = file_argument(argument) if argument else Path(f"{kept.id}.md")
     text = to_json(kept) if path.suffix == ".json" else to_markdown(kept)
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(path, "x", encoding="utf-8") as file, removed_on_error(path):
             file.write(text)
+            file.flush()
     except FileExistsError:
         raise UsageError(f"{path} is there already", hint="Give another name.") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror})") from None
     chat.screen.say(f"(written to {path})")
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """What is half written is worth nothing."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _names(chat: Repl) -> Completes:
@@ -294,7 +321,9 @@ COMMANDS = {
     "edit": Command(_edit, "change the last question, and ask it instead"),
     "continue": Command(_continue, "let the last answer go on"),
     "copy": Command(_copy, "copy the last answer, or its last block of code", "[code]", _code),
-    "read": Command(_read, "put a file's text before the next question", "FILE", _files),
+    "read": Command(
+        _read, "put a file's text before the next question; none: drop it", "FILE", _files
+    ),
     "tokens": Command(_tokens, "show how full the context is"),
     "experts": Command(_experts, "show which experts were used, and where they are"),
     "raw": Command(_raw, "show answers as they are written, or as Markdown again"),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mixchat.text.messages import Message
 
 _LONGEST_TITLE = 80  # characters
-_STOPPED = "*(stopped)*"
+_UNFINISHED = "*(unfinished)*"
 
 
 def to_json(chat: Chat) -> str:
@@ -67,7 +67,7 @@ def _turn(message: Message) -> list[str]:
     return [
         "## Answer",
         _quoted(text) if _swallows_what_follows(text) else text.rstrip("\n"),
-        *([_STOPPED] if message.partial else []),
+        *([_UNFINISHED] if message.partial else []),
     ]
 
 

@@ -32,6 +32,7 @@ class Keeper:
         warn: Callable[[Exception], object] = lambda error: None,
     ) -> None:
         self.store, self.kept = store, kept
+        self._keeps = kept
         self.session, self._model, self._warn = session, model, warn
         self._warned = False
         self.chat = self._new_chat()
@@ -43,6 +44,7 @@ class Keeper:
 
     def begin(self) -> None:
         """A new chat from here on; the old one stays as it is."""
+        self.kept = self._keeps
         self.chat = self._new_chat()
 
     def save(self) -> None:
@@ -81,6 +83,8 @@ class Keeper:
             session.system = chat.system
         kept = {name: value for name, value in chat.sampling.items() if name not in but}
         session.sampling = parameters.restored(kept, session.sampling)
+        if session.max_tokens is None and isinstance(limit := kept.get("max_tokens"), int):
+            session.max_tokens = max(1, limit)
         self.chat = chat
 
     def current(self) -> Chat:
@@ -96,8 +100,24 @@ class Keeper:
         )
 
     def _write(self) -> None:
-        self.chat = self.current()
-        self.store.save(self.chat)
+        if self._was_changed_elsewhere():
+            self.chat = replace(self.chat, id=self.store.new_id(self.chat.created), name=None)
+            self._warn(
+                MixchatError(
+                    f"this chat was gone on with elsewhere: what is said here is kept as "
+                    f"{self.chat.id}"
+                )
+            )
+        chat = self.current()
+        self.store.save(chat)
+        self.chat = chat
+
+    def _was_changed_elsewhere(self) -> bool:
+        """Whether the file has another state of the chat than we wrote or read last."""
+        try:
+            return self.store.load(self.chat.id).updated != self.chat.updated
+        except (MixchatError, OSError):  # not there yet, removed, or damaged
+            return False
 
     def _new_chat(self) -> Chat:
         began = now()

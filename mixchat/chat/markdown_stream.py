@@ -29,7 +29,9 @@ _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 # on how wide a character is.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-_ERASE_BELOW = "\r\x1b[J"
+# Not from the first column on: at the screen's beginning tmux takes that for clearing it, and keeps
+# what was there in its history.
+_ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ class MarkdownStream:
             self._draw()
         now = self._clock()
         self._next_frame = now + max(_PAUSE, (now - begun) * (1 / _SHARE - 1))
+
+    def pause(self) -> None:
+        """Take the tail away until more is fed: somebody else is about to write."""
+        if self._shown is not None and not self._closed:
+            self._write([], after=_SHOW_CURSOR)
+            self._shown = None
 
     def close(self) -> None:
         """Draw all that is left, and leave the cursor at the beginning of a line."""

@@ -75,20 +75,27 @@ def change(session: ChatSession, name: str, text: str) -> None:
     Raises `UsageError` where there is none of this name, or the value cannot be.
     """
     name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
+    name = "temp" if name == "temperature" else name
     if name in SAMPLING:
-        field, own = SAMPLING[name].field, type(session.sampling)
-        value = getattr(own(), field) if nothing else SAMPLING[name].read(name, text)
+        field = SAMPLING[name].field
+        value = getattr(session.advised, field) if nothing else SAMPLING[name].read(name, text)
         session.sampling = dataclasses.replace(session.sampling, **{field: value})
     elif name == "max-tokens":
         session.max_tokens = None if nothing else LENGTHS[name].read(name, text)
     elif name == "stop":
-        session.stop = () if nothing else (text,)
+        session.stop = () if nothing else (unquoted(text),)
     elif name == "overflow":
         session.overflow = checked_overflow(text)
     else:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(NAMES)}."
         raise UsageError(f"there is no parameter {name!r}", hint=hint)
+
+
+def unquoted(text: str) -> str:
+    """The text without quotes around it, which a shell would have taken off."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def checked_overflow(text: str) -> Any:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from mixchat.chat.screen import Screen
     from mixchat.chat.session import Event
 
-# `/etc/hosts is empty` is a question, `/exit` is not.
-_COMMAND = re.compile(r"/(\w*|\?)(?:\s+(.*))?", re.DOTALL)
+# `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
+# is a system prompt.
+_COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
+_SYSTEM = re.compile(r"/(system)[ \t]+(\S.*)", re.DOTALL)
 
 _SOON = 0.3  # seconds that Ctrl-C waits for a token
 
@@ -71,7 +73,7 @@ class Repl:
         self._report, self._after_turn = report, after_turn
         self._prompt = make_prompt(commands.completions(self), self._status)
         self._about_to_leave = self._left = False
-        self._attached: list[str] = []
+        self.attached: dict[str, str] = {}  # texts that go before the next question, by their names
         self._draft = ""
         self._warned = False
         self._figures = _Figures(session)
@@ -93,6 +95,7 @@ class Repl:
     def resume(self, chat: Chat) -> None:
         """Go on with a kept chat."""
         self.keeper.resume(chat)
+        self.attached.clear()
         self.show(chat)
 
     def show(self, chat: Chat) -> None:
@@ -100,21 +103,21 @@ class Repl:
         self._figures.count()
         turns = sum(message.role == "user" for message in chat.messages)
         if turns > 1:
-            self.screen.say(f"({turns - 1} earlier turns)")
+            self.screen.say(f"({turns - 1} earlier {'turn' if turns == 2 else 'turns'})")
         self.screen.show_turns(chat.messages[-2:])
 
     def edit(self, question: str) -> None:
         """Offer the last question to be changed; it is replaced when that is sent."""
         self._draft = question
 
-    def attach(self, text: str) -> None:
-        """Put this before the next question."""
-        self._attached.append(text)
-
     def answer(self, events: Iterator[Event]) -> None:
         """Show an answer, and keep what is said."""
         try:
-            with _ctrl_c_stops(self.session), unseen_keys(), self.screen.waiting() as reading:
+            with (
+                _ctrl_c_stops(self.session),
+                unseen_keys(self.screen.pause),
+                self.screen.waiting() as reading,
+            ):
                 self.session.engine.reading = reading
                 finished = self.screen.show(events)
         except KeyboardInterrupt:
@@ -126,28 +129,35 @@ class Repl:
         finally:  # also where the terminal has been closed
             self.keeper.save()
 
+    def _shown(self, events: Iterator[Event]) -> Finished:
+        with self.screen.waiting() as self.session.engine.reading:
+            return self.screen.show(events)
+
     def _turn(self) -> None:
         """Read a text and act on it."""
         draft, self._draft = self._draft, ""
         text = self._prompt.read(draft).strip()
         self._about_to_leave = False
-        command = _COMMAND.fullmatch(text)
+        command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         if command and not self._prompt.quoted:
             self._obey(command[1], (command[2] or "").strip())
-        elif text or self._attached:
+        elif text or self.attached:
             self._ask(text, instead=bool(draft))
 
     def _ask(self, text: str, *, instead: bool) -> None:
-        question = "\n\n".join(part for part in (*self._attached, text) if part)
+        question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
         ask = self.session.ask_instead if instead else self.session.ask
         before = self.session.history
         self.answer(ask(question))
-        if self.session.history is not before:  # else it was not answered: nothing is lost
-            self._attached = []
+        if self.session.history is not before:
+            self.attached.clear()
+        elif self.attached:  # it was not answered: nothing is lost, and nothing hidden
+            names = ", ".join(self.attached)
+            self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 
     def _obey(self, name: str, argument: str) -> None:
         try:
-            commands.find(name).run(self, argument)
+            commands.run(self, name, argument)
         except KeyboardInterrupt:
             raise
         except Exception as error:
@@ -166,6 +176,8 @@ class Repl:
         note = _ENDINGS.get(finished.reason)
         if finished.reason == "interrupted" and self.session.was_cut:
             note = "(stopped; /continue goes on)"
+        elif finished.reason == "context" and self.session.overflow == "drop-oldest":
+            note = "(cut off: the context is full; /continue leaves the oldest turns out)"
         self.screen.say(f"{note}\n" if note else "")
         self._figures.turn(finished)
         self._warn_of_context()

@@ -26,6 +26,8 @@ class _Writer(Protocol):
 
     def feed(self, text: str) -> None: ...
 
+    def pause(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -45,6 +47,7 @@ class Screen:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
+        self._answer: _Writer | None = None  # that is being shown
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
@@ -60,7 +63,7 @@ class Screen:
 
         What breaks it off gets through, when all that has come is on the screen.
         """
-        writer = self._writer()
+        writer = self._answer = self._writer()
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
@@ -71,8 +74,15 @@ class Screen:
                     else:
                         return event
         finally:
+            self._answer = None
             writer.close()
         raise AssertionError("an answer has an end")
+
+    def pause(self) -> None:
+        """Leave the terminal in order while the program is suspended."""
+        self._erase_waiting()
+        if self._answer is not None:
+            self._answer.pause()
 
     def show_turns(self, messages: Iterable[Message]) -> None:
         """Questions and answers of before."""
@@ -83,7 +93,7 @@ class Screen:
             writer = self._writer()
             writer.feed(message.content)
             writer.close()
-            self.say("(stopped)\n" if message.partial else "")
+            self.say("(unfinished; /continue goes on)\n" if message.partial else "")
 
     @contextmanager
     def waiting(self) -> Iterator[Callable[[int, int], None]]:
@@ -148,6 +158,9 @@ class _Plain:
         if clean:
             self._at_beginning = clean.endswith("\n")
 
+    def pause(self) -> None:
+        """Nothing has to be taken away."""
+
     def close(self) -> None:
         self._begin()
         if not self._at_beginning:
@@ -168,6 +181,9 @@ class _Markdown:
     def feed(self, text: str) -> None:
         self._begin()
         self._stream.feed(text)
+
+    def pause(self) -> None:
+        self._stream.pause()
 
     def close(self) -> None:
         self._begin()

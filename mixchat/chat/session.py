@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "drop-oldest"]
-# The part of the context that is made free for the answer and the turns to come when old turns are
-# left out: what is left has to be read anew, which is not to happen at each turn.
-_ROOM = 4
+# Old turns are left out where less than an eighth of the context is left for the answer, until a
+# quarter is: what stays has to be read anew, which is not to happen at each turn.
+_LEAST, _ROOM = 8, 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ChatSession:
         overflow: Overflow = "stop",
     ) -> None:
         self.engine = engine
-        self.sampling = sampling
+        self.sampling = self.advised = sampling  # what it was at first
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.system = system
@@ -181,7 +181,7 @@ class ChatSession:
             reason = answer.reason
         except KeyboardInterrupt:
             pass
-        except GeneratorExit:
+        except (GeneratorExit, SystemExit):  # SystemExit: the terminal was closed
             remember()
             raise
         remember()
@@ -198,9 +198,9 @@ class ChatSession:
         those asked is the first in it."""
         first, size = min(self._first, len(asked) - 1), self.engine.context_size
         whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
-        if self.overflow == "stop" or len(whole) < size:
+        least, room = (min(self.max_tokens or size, size // part) for part in (_LEAST, _ROOM))
+        if self.overflow == "stop" or len(whole) + max(least, 1) <= size:
             return whole, first
-        room = min(self.max_tokens or size, size // _ROOM)
         later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
         for start in later:
             ids = [*self._template.encode([*self._system(), *asked[start:]]), *begun]

@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -17,14 +17,13 @@ from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
 
-_SHOW_CURSOR = "\x1b[?25h"  # drawing hides it
-
 
 @contextmanager
-def unseen_keys() -> Iterator[None]:
-    """What is typed meanwhile is not shown, where it would stand in the middle of an answer.
+def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """What is typed meanwhile is not shown, where it would stand in the middle of an answer; it is
+    not lost either, not even at Ctrl-C.
 
-    Ctrl-Z gives the terminal back as it was, with its cursor, and `fg` takes it again.
+    Ctrl-Z gives the terminal back as it was, after a `pause`, and `fg` takes it again.
     """
     try:
         fd = sys.stdin.fileno()
@@ -32,12 +31,12 @@ def unseen_keys() -> Iterator[None]:
     except (AttributeError, OSError, ValueError, termios.error):  # no terminal
         yield
         return
-    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    local = before[3] & ~termios.ECHO | termios.NOFLSH
+    quiet = [*before[:3], local, *before[4:]]
 
     def suspend(number: int, frame: FrameType | None) -> None:
+        pause()
         _set(fd, before)
-        sys.stdout.write(_SHOW_CURSOR)
-        sys.stdout.flush()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)  # until `fg`
         signal.signal(signal.SIGTSTP, suspend)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mixchat.cli.chat_options import LAST
+from mixchat.chat.chat_file import LAST
 from mixchat.cli.prompt_cache import keeping
 from mixchat.cli.report import note, report
+from mixchat.errors import ChatNotFoundError
 from mixchat.settings import data_dir
 
 if TYPE_CHECKING:
@@ -26,7 +28,12 @@ def find_chat(wanted: str | None) -> Chat | None:
     from mixchat.chat.chats import ChatStore
 
     store = ChatStore()
-    return store.latest() if wanted == LAST else store.load(wanted)
+    try:
+        return store.latest() if wanted == LAST else store.load(wanted)
+    except ChatNotFoundError as error:
+        if " " in wanted:  # rather a question
+            error.hint = "A PROMPT goes before --resume, or behind --resume ID."
+        raise
 
 
 def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
@@ -53,7 +60,7 @@ def keeping_its_cache(keeper: Keeper, wished: bool) -> AbstractContextManager[No
 def begin_chat(
     keeper: Keeper,
     model: str,
-    files: Sequence[str] = (),
+    files: Mapping[Path, str] = MappingProxyType({}),
     *,
     raw: bool,
     vi: bool,
@@ -82,6 +89,5 @@ def begin_chat(
     )
     if keeper.session.history:
         repl.show(keeper.chat)
-    for text in files:
-        repl.attach(text)
+    repl.attached.update({str(path): text for path, text in files.items()})
     repl.run()

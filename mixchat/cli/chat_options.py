@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from mixchat.chat.chat_file import LAST
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.cli.completion import among, kept_chats
 from mixchat.cli.setting import setting
 
-LAST = "last"
 _RESUME = ("-r", "--resume")
 
 File = Annotated[

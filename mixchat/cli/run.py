@@ -29,7 +29,7 @@ _RESUMED = ("system", "temperature", "top_p", "top_k", "min_p", "repeat_penalty"
 def run(
     context: typer.Context,
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Argument(metavar="PROMPT", help="What to ask. Standard input goes before it."),
     ] = None,
     file: chat_options.File = None,
@@ -85,8 +85,8 @@ def run(
         trace=trace,
         quiet=quiet,
     )
-    files = [read_text(path) for path in file or []]
-    question = read_prompt(prompt, files)
+    files = {path: read_text(path) for path in file or []}
+    question = read_prompt(" ".join(prompt) if prompt else None, [*files.values()])
     form.check(question is None)
     session = opening.open()
     keeper = new_keeper(session, model, kept=save)
@@ -102,9 +102,11 @@ def run(
             if question is None:
                 begin_chat(keeper, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
-                after_turn(print_answer(session, question, form, model))
-                if resumed is not None:
-                    keeper.save()
+                try:
+                    after_turn(print_answer(session, question, form, model))
+                finally:
+                    if resumed is not None:
+                        keeper.save()
     finally:
         _keep_report(session, model)
 

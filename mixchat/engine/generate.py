@@ -145,8 +145,8 @@ class Engine:
             raise PromptError(
                 f"the prompt is too long: {len(ids)} tokens, the context holds "
                 f"{self.context_size} and the answer needs room in it",
-                hint=f"--ctx-size can be up to {self.config.max_position_embeddings}; "
-                "in a chat, /clear begins anew.",
+                hint=f"--ctx-size can be up to {self.config.max_position_embeddings}; in a chat, "
+                "/clear begins anew and /set overflow drop-oldest leaves old turns out.",
             )
         room = self.context_size - len(ids)
         limit = room if max_tokens is None else min(max_tokens, room)

@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+from chat_doubles import SamplingOptions
 from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 
 from mixchat.chat import clipboard
@@ -274,6 +275,73 @@ def test_a_file_goes_before_the_next_question_once(session_of, tmp_path):
     assert "(my notes.txt, 12 characters: goes before the next question)" in chat.text
     assert prompts_of(session)[0] == "[user]All of them.\n\nSummarise"
     assert prompts_of(session)[1].endswith("[user]Again")
+
+
+def test_what_was_read_is_dropped_by_clear_by_load_and_by_read_none(session_of, store, tmp_path):
+    """It went before the next question whatever happened, and one too long ended the chat."""
+    (tmp_path / "notes").write_text("All")
+    session = session_of("a", "b", "c", "d")
+    for command in ("/clear", "/load mine", "/read none"):
+        typed(session, "Hi", "/save mine", "/read notes", command, "Why", store=store)
+        assert prompts_of(session)[-1].endswith("[user]Why")
+        session.clear()
+        store.remove("mine")
+        session.engine.script = ["a", "b"]
+
+
+def test_a_file_that_still_waits_after_a_failed_question_is_named(session_of, tmp_path):
+    (tmp_path / "notes").write_text("All")
+    text = typed(session_of([RuntimeError("out of order")]), "/read notes", "Why").text
+    assert "(notes: still before the next question; /read none drops that)" in text
+
+
+@pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
+def test_a_command_that_takes_nothing_is_not_obeyed_with_something_behind_it(session_of, line):
+    session = session_of("Hello")
+    chat = typed(session, "Hi", line)
+    assert "takes nothing behind it" in error_of(chat)
+    assert len(session.history) == 2
+
+
+def test_several_lines_are_a_question_though_they_begin_like_a_command(session_of):
+    """/clear, pasted with a question below it, cleared the chat and lost the question."""
+    session = session_of("Hello", "Fine")
+    typed(session, "Hi", "/clear\nWhat is 2+2?")
+    assert prompts_of(session)[1].endswith("[user]/clear\nWhat is 2+2?")
+
+
+def test_a_system_prompt_may_have_several_lines(session_of):
+    session = session_of()
+    typed(session, "/system Be brief.\nBe kind.")
+    assert session.system == "Be brief.\nBe kind."
+
+
+def test_a_parameter_goes_back_to_what_the_model_s_makers_advise(session_of):
+    session = session_of(sampling=SamplingOptions(temperature=0.2))
+    typed(session, "/set temperature 0.9", "/set temp none")
+    assert session.sampling.temperature == 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "hint"),
+    [("my chat", "my chat", "'my chat'"), ("'quoted'", "quoted", "quoted")],
+)
+def test_a_name_is_hinted_at_as_a_shell_wants_it(session_of, store, given, name, hint):
+    chat = typed(session_of("a"), "Hi", f"/save {given}", store=store)
+    assert store.all()[0].name == name
+    assert f"--resume {hint} goes on" in chat.text
+
+
+def test_a_name_that_means_another_chat_is_refused(session_of, store):
+    assert "means the last chat" in error_of(
+        typed(session_of("a"), "Hi", "/save last", store=store)
+    )
+
+
+def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixchat.chat.commands.to_markdown", lambda chat: "\ud800")
+    typed(session_of("a"), "Hi", "/export out.md")
+    assert not (tmp_path / "out.md").exists()
 
 
 def test_a_file_is_not_lost_where_the_question_fails(session_of, tmp_path):

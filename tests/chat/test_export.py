@@ -59,7 +59,7 @@ def test_markdown_says_what_it_is_and_who_said_what():
         "## You\n\n> How do I print in Python?\n\n"
         f"## Answer\n\n{CODE}\n\n"
         "## You\n\n> Go on\n\n"
-        "## Answer\n\nWave\n\n*(stopped)*\n"
+        "## Answer\n\nWave\n\n*(unfinished)*\n"
     )
 
 
@@ -102,7 +102,7 @@ def test_an_answer_that_was_stopped_within_code_swallows_nothing(answer):
     chat = replace(CHAT, messages=(Message("assistant", answer, partial=True), *CHAT.messages))
     markdown = to_markdown(chat)
     assert headings(markdown)[2:] == ["Answer", "You", "Answer", "You", "Answer"]
-    assert markdown.count("\n\n*(stopped)*\n") == 2
+    assert markdown.count("\n\n*(unfinished)*\n") == 2
     assert all(line in markdown for line in answer.splitlines())
 
 

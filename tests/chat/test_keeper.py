@@ -124,6 +124,44 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session
     assert len(session.history) == 6
 
 
+def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, store):
+    """The one that was saved last won, and the other's turns were gone."""
+    session, said = session_of("Hello", "here"), []
+    first = Keeper(session, store, "demo", warn=said.append)
+    talk(session, "Hi")
+    first.save()
+    other = session_of("there")
+    second = Keeper(other, store, "demo", warn=said.append)
+    second.resume(store.latest())
+    talk(other, "second")
+    second.save()
+    assert said == []
+    talk(session, "first")
+    first.save()
+    assert len(said) == 1
+    assert first.chat.id in str(said[0])
+    contents = {kept.id: [m.content for m in store.load(kept.id).messages] for kept in store.all()}
+    assert contents == {
+        second.chat.id: ["Hi", "Hello", "second", "there"],
+        first.chat.id: ["Hi", "Hello", "first", "here"],
+    }
+    first.save()
+    assert len(said) == 1
+
+
+def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):
+    """It was kept for ever after one /save in a run with --no-save."""
+    session = session_of("a", "b")
+    keeper = Keeper(session, store, "demo", kept=False)
+    talk(session, "one")
+    keeper.rename("mine")
+    session.clear()
+    keeper.begin()
+    talk(session, "a secret")
+    keeper.save()
+    assert [kept.question for kept in store.all()] == ["one"]
+
+
 def test_a_name_that_another_chat_has_is_refused(session_of, store):
     session = session_of("a", "b")
     keeper = Keeper(session, store, "demo")

@@ -308,6 +308,27 @@ def refuse_long_prompts(engine):
     return checked
 
 
+def test_turns_are_left_out_while_there_is_room_for_a_short_answer_only(session_of):
+    """An answer was cut off after a few tokens where the oldest turn could have gone."""
+    session = session_of("a" * 50, "b" * 30, context_size=120, overflow="drop-oldest")
+    turns_of(session, "x" * 30)
+    *_, finished = session.ask("again")
+    assert prompt_of(session, 1) == "[user]again"
+    assert finished.reason == "stop"
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt()])
+def test_an_answer_is_remembered_where_the_program_has_to_end(session_of, error):
+    session = session_of(["a", "b", error])
+    try:
+        for _ in session.ask("Hi"):
+            pass
+    except SystemExit:
+        pass
+    assert session.history[-1].content == "ab"
+    assert session.was_cut
+
+
 def test_a_question_too_long_by_itself_leaves_nothing_out(session_of):
     session = session_of("a", "b", context_size=60, overflow="drop-oldest")
     turns_of(session, "one")

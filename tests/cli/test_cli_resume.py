@@ -1,6 +1,7 @@
 """Chats that are kept, and gone on with: `--resume`, `--no-save`, `--keep-cache`."""
 
 import json
+import signal
 
 import pytest
 from command_line import FAKE
@@ -53,6 +54,27 @@ def test_a_prompt_goes_on_with_a_chat_and_is_kept(chat, mixchat, ids):
     done = mixchat("run", "--resume", ids()[0], "Again", SCRIPT='["Fine"]')
     assert (done.returncode, done.stdout) == (0, b"Fine\n")
     assert "Again[assistant]Fine" in chat("-r", answers=["So"], questions=["More"])[0]
+
+
+def test_a_turn_that_fails_to_be_printed_is_kept_all_the_same(chat, mixchat, process, ids):
+    """With -x, an answer without code was computed, not printed, and gone."""
+    chat(answers=["Hello"], questions=["Hi"])
+    assert mixchat("run", "-x", "-r", ids()[0], "Again", SCRIPT='["No code"]').returncode == 9
+    shown = json.loads(process("chats", "--json", ids()[0]).stdout)
+    assert [m["content"] for m in shown["messages"]] == ["Hi", "Hello", "Again", "No code"]
+
+
+def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, process):
+    variables = environment | {"SCRIPT": json.dumps(["x" * 500]), "DELAY": "0.05"}
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("xxx")
+        terminal.process.send_signal(signal.SIGHUP)
+        assert terminal.wait_for_end() == 129
+    shown = json.loads(process("chats", "--json", ids()[0]).stdout)
+    assert shown["messages"][1]["content"].startswith("xxx")
+    assert shown["messages"][1]["partial"] is True
 
 
 def test_one_answer_is_not_kept(mixchat, ids):

@@ -44,6 +44,11 @@ def test_the_prompt_is_stdin_and_then_the_argument(mixchat, tmp_path, arguments,
     assert prompts_in(tmp_path / "prompts") == [f"[user]{prompt}"]
 
 
+def test_a_prompt_may_be_several_words(mixchat, tmp_path):
+    mixchat("run", "Why", "is it so?", PROMPTS=str(tmp_path / "p"))
+    assert (tmp_path / "p").read_text() == "[user]Why is it so?\n---\n"
+
+
 def test_files_go_between_stdin_and_the_argument(mixchat, tmp_path):
     (tmp_path / "one").write_text("first\n")
     (tmp_path / "two").write_text("second\n")
