@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from mixchat.chat import parameters
 from mixchat.chat.clipboard import copy
 from mixchat.chat.code import code_blocks
 from mixchat.chat.completion import FILES, CommandCompletion, Completes, file_argument
-from mixchat.chat.export import to_json, to_markdown
+from mixchat.chat.export import write_export
 from mixchat.chat.plain_text import read_text
 from mixchat.errors import PromptError, UsageError
 
@@ -255,26 +254,8 @@ def _export(chat: Repl, argument: str) -> None:
         raise PromptError("there is nothing to export yet")
     kept = chat.keeper.current()
     path = file_argument(argument) if argument else Path(f"{kept.id}.md")
-    text = to_json(kept) if path.suffix == ".json" else to_markdown(kept)
-    try:
-        with open(path, "x", encoding="utf-8") as file, removed_on_error(path):
-            file.write(text)
-            file.flush()
-    except FileExistsError:
-        raise UsageError(f"{path} is there already", hint="Give another name.") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror})") from None
+    write_export(kept, path)
     chat.screen.say(f"(written to {path})")
-
-
-@contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """What is half written is worth nothing."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _names(chat: Repl) -> Completes:

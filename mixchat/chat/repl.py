@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from mixchat.chat import commands
 from mixchat.chat.session import ChatSession, Finished
-from mixchat.chat.status import NEARLY_FULL, status_line
+from mixchat.chat.status import NEARLY_FULL, Figures, status_line
 from mixchat.chat.typeahead import unseen_keys
+from mixchat.errors import MixchatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,7 +77,7 @@ class Repl:
         self.attached: dict[str, str] = {}  # texts that go before the next question, by their names
         self._draft = ""
         self._warned = False
-        self._figures = _Figures(session)
+        self._figures = Figures(session)
 
     def run(self) -> None:
         """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice."""
@@ -112,20 +113,16 @@ class Repl:
 
     def answer(self, events: Iterator[Event]) -> None:
         """Show an answer, and keep what is said."""
+        before = self.session.history
         try:
-            with (
-                _ctrl_c_stops(self.session),
-                unseen_keys(self.screen.pause),
-                self.screen.waiting() as reading,
-            ):
-                self.session.engine.reading = reading
-                finished = self.screen.show(events)
+            with _ctrl_c_stops(self.session), unseen_keys(self.screen.pause):
+                finished = self._shown(events)
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
             self._report(error)
         else:
-            self._ended(finished)
+            self._ended(finished, said=self.session.history is not before)
         finally:  # also where the terminal has been closed
             self.keeper.save()
 
@@ -146,9 +143,13 @@ class Repl:
 
     def _ask(self, text: str, *, instead: bool) -> None:
         question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
-        ask = self.session.ask_instead if instead else self.session.ask
         before = self.session.history
-        self.answer(ask(question))
+        try:
+            events = (self.session.ask_instead if instead else self.session.ask)(question)
+        except MixchatError as error:
+            self._report(error)
+            return
+        self.answer(events)
         if self.session.history is not before:
             self.attached.clear()
         elif self.attached:  # it was not answered: nothing is lost, and nothing hidden
@@ -172,9 +173,9 @@ class Repl:
         self._about_to_leave = True
         self.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
 
-    def _ended(self, finished: Finished) -> None:
+    def _ended(self, finished: Finished, said: bool) -> None:
         note = _ENDINGS.get(finished.reason)
-        if finished.reason == "interrupted" and self.session.was_cut:
+        if finished.reason == "interrupted" and said:
             note = "(stopped; /continue goes on)"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
@@ -206,35 +207,6 @@ class Repl:
             memory=figures.memory,
             width=width,
         )
-
-
-class _Figures:
-    """What the bottom line says, counted once a turn: it is drawn at every key."""
-
-    def __init__(self, session: ChatSession) -> None:
-        self._session = session
-        self.used = 0
-        self.speed: float | None = None
-        self.hit_rate: float | None = None
-        self.memory: int | None = None
-        self._before = session.engine.experts.stats.copy()
-        self.count()
-
-    def count(self) -> None:
-        """After something has changed what the conversation is."""
-        self.used = self._session.used
-        self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
-
-    def turn(self, finished: Finished) -> None:
-        """After an answer."""
-        stats, experts = finished.stats, self._session.engine.experts.stats.copy()
-        decoded = stats.generated_tokens - 1  # the first token falls out of the prefill
-        if decoded > 0 and stats.decode_seconds > 0:
-            self.speed = decoded / stats.decode_seconds
-        did, self._before = experts.since(self._before), experts
-        if did.hits.total() + did.misses.total():
-            self.hit_rate = did.hit_rate
-        self.count()
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
 
 from mixchat.chat.sanitize import sanitize
 from mixchat.settings import format_least
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession, Finished
 
 _BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
@@ -85,3 +89,32 @@ class _Tokens:
     @property
     def _percent(self) -> str:
         return f"{self.used * 100 // max(self.size, 1)}%"
+
+
+class Figures:
+    """What the bottom line says, counted once a turn: it is drawn at every key."""
+
+    def __init__(self, session: ChatSession) -> None:
+        self._session = session
+        self.used = 0
+        self.speed: float | None = None
+        self.hit_rate: float | None = None
+        self.memory: int | None = None
+        self._before = session.engine.experts.stats.copy()
+        self.count()
+
+    def count(self) -> None:
+        """After something has changed what the conversation is."""
+        self.used = self._session.used
+        self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
+
+    def turn(self, finished: Finished) -> None:
+        """After an answer."""
+        stats, experts = finished.stats, self._session.engine.experts.stats.copy()
+        decoded = stats.generated_tokens - 1  # the first token falls out of the prefill
+        if decoded > 0 and stats.decode_seconds > 0:
+            self.speed = decoded / stats.decode_seconds
+        did, self._before = experts.since(self._before), experts
+        if did.hits.total() + did.misses.total():
+            self.hit_rate = did.hit_rate
+        self.count()
