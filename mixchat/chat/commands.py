@@ -87,9 +87,7 @@ def _bye(chat: Repl, argument: str) -> None:
 
 
 def _clear(chat: Repl, argument: str) -> None:
-    chat.session.clear()
-    chat.keeper.begin()
-    chat.attached.clear()
+    chat.begin()
     chat.screen.say("(a new conversation)")
 
 

@@ -49,6 +49,20 @@ class Prompt(Protocol):
     def read(self, default: str = "") -> str: ...
 
 
+class Cache(Protocol):
+    """Keeps the engine's KV cache with the chat that the keeper has now."""
+
+    def load(self) -> None: ...
+
+    def save(self) -> None: ...
+
+
+class _NoCache:
+    def load(self) -> None: ...
+
+    def save(self) -> None: ...
+
+
 # What completes after a slash, and the bottom line, to what reads lines with them.
 MakePrompt = Callable[["Mapping[str, CommandCompletion]", Callable[[], str]], Prompt]
 
@@ -73,6 +87,7 @@ class Repl:
         self.session, self.screen, self.keeper, self.model = session, screen, keeper, model
         self._report, self._after_turn = report, after_turn
         self._prompt = make_prompt(commands.completions(self), self._status)
+        self.cache: Cache = _NoCache()
         self._about_to_leave = self._left = False
         self.attached: dict[str, str] = {}  # texts that go before the next question, by their names
         self._draft = ""
@@ -95,9 +110,18 @@ class Repl:
 
     def resume(self, chat: Chat) -> None:
         """Go on with a kept chat."""
+        self.cache.save()
         self.keeper.resume(chat)
         self.attached.clear()
+        self.cache.load()
         self.show(chat)
+
+    def begin(self) -> None:
+        """A new conversation; the old one stays as it is kept."""
+        self.cache.save()
+        self.session.clear()
+        self.keeper.begin()
+        self.attached.clear()
 
     def show(self, chat: Chat) -> None:
         """Show the last turns of the chat that is gone on with."""

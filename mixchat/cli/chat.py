@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mixchat.chat.chat_file import LAST
-from mixchat.cli.prompt_cache import keeping
+from mixchat.cli.prompt_cache import load_cache, save_cache
 from mixchat.cli.report import note, report
-from mixchat.errors import ChatNotFoundError
+from mixchat.errors import ChatNotFoundError, MixchatError
 from mixchat.settings import data_dir
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from mixchat.chat.chats import Chat
     from mixchat.chat.keeper import Keeper
     from mixchat.chat.session import ChatSession, Finished
+    from mixchat.engine.prompt_cache import PromptCache
 
 
 def find_chat(wanted: str | None) -> Chat | None:
@@ -44,21 +44,42 @@ def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
     return Keeper(session, ChatStore(), model, kept=kept, warn=report)
 
 
-def keeping_its_cache(keeper: Keeper, wished: bool) -> AbstractContextManager[None]:
-    """Lets the engine go on from the KV cache that lies beside the chat; keeps it there at the end.
+class ChatCache:
+    """The KV cache that lies beside a chat: kept where that is wished, or was for it before."""
 
-    It is kept where that is wished, or was for this chat before.
-    """
+    def __init__(self, keeper: Keeper, wished: bool) -> None:
+        self._keeper, self._wished = keeper, wished
+        self._loaded: PromptCache | None = None
 
-    def at_end() -> Path | None:
-        wanted = keeper.kept and (wished or keeper.kv_path.exists())
-        return keeper.kv_path if wanted and keeper.session.history else None
+    def __enter__(self) -> ChatCache:
+        self.load()
+        return self
 
-    return keeping(keeper.kv_path, keeper.session.engine, at_end)
+    def __exit__(self, *error: object) -> None:
+        self.save()
+
+    def load(self) -> None:
+        """Let the engine go on from what the chat has, if it has something."""
+        self._loaded = load_cache(self._keeper.kv_path, self._keeper.session.engine)
+
+    def save(self) -> None:
+        """Keep what the engine holds; what keeps it from that is said, and no more."""
+        keeper = self._keeper
+        wanted = keeper.kept and (self._wished or keeper.kv_path.exists())
+        if not wanted or not keeper.session.history:
+            return
+        loaded = self._loaded
+        if loaded is not None and loaded.path != keeper.kv_path.resolve():
+            loaded = None  # another chat's
+        try:
+            save_cache(keeper.kv_path, keeper.session.engine, loaded)
+        except MixchatError as error:
+            report(error)
 
 
 def begin_chat(
     keeper: Keeper,
+    cache: ChatCache | None,
     model: str,
     files: Mapping[Path, str] = MappingProxyType({}),
     *,
@@ -87,6 +108,8 @@ def begin_chat(
         after_turn=after_turn,
         model=model,
     )
+    if cache is not None:
+        repl.cache = cache
     if keeper.session.history:
         repl.show(keeper.chat)
     repl.attached.update({str(path): text for path, text in files.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,34 +56,33 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextmanager
-def keeping(
-    path: Path | None, engine: Engine, at_end: Callable[[], Path | None] | None = None
-) -> Iterator[None]:
+def keeping(path: Path | None, engine: Engine) -> Iterator[None]:
     """Let the engine go on from what the file has, and keep there what it holds at the end.
 
-    `at_end` gives the file that is written then, where it may be another one, or none. Raises
-    `MixchatError` where it cannot be written, unless something else went wrong before.
+    Raises `MixchatError` where that cannot be written, unless something else went wrong before.
     """
     if path is None:
         yield
         return
-    kept = None
-    if path.exists() and path.stat().st_size:
-        kept = _loaded(path, engine)
+    loaded = load_cache(path, engine)
     try:
         yield
     except BaseException:
         try:
-            _save(path if at_end is None else at_end(), engine, kept)
+            save_cache(path, engine, loaded)
         except MixchatError as error:
             _note(str(error))
         raise
-    _save(path if at_end is None else at_end(), engine, kept)
+    save_cache(path, engine, loaded)
 
 
-def _loaded(path: Path, engine: Engine) -> PromptCache:
+def load_cache(path: Path, engine: Engine) -> PromptCache | None:
+    """Let the engine hold what the file has in place of what it held, if there is a file."""
+    if not path.exists() or not path.stat().st_size:
+        return None
     from mixchat.engine.prompt_cache import PromptCache
 
+    engine.forget()
     kept = PromptCache(path, engine)
     try:
         with status(sanitize(f"reading {path}")):
@@ -93,16 +92,12 @@ def _loaded(path: Path, engine: Engine) -> PromptCache:
     return kept
 
 
-def _save(path: Path | None, engine: Engine, loaded: PromptCache | None) -> None:
-    """Write the file, unless it is the one that was loaded and nothing is new."""
-    if path is None:
-        return
+def save_cache(path: Path, engine: Engine, loaded: PromptCache | None = None) -> None:
+    """Write the file, unless it was `loaded` and nothing is new. Raises `MixchatError`."""
     from mixchat.engine.prompt_cache import PromptCache
 
-    same = loaded is not None and loaded.path == path.resolve()
-    kept = loaded if loaded is not None and same else PromptCache(path, engine)
     with status(sanitize(f"writing {path}")):
-        kept.save()
+        (loaded or PromptCache(path, engine)).save()
 
 
 def _note(text: str) -> None:

@@ -13,7 +13,7 @@ from mixchat.chat.plain_text import read_text
 from mixchat.cli import chat_options, options
 from mixchat.cli.answer import Form, print_answer
 from mixchat.cli.arguments import read_prompt
-from mixchat.cli.chat import begin_chat, find_chat, keeping_its_cache, new_keeper
+from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper
 from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
 from mixchat.cli.setting import is_given
@@ -93,18 +93,17 @@ def run(
     if resumed is not None:
         keeper.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
-    if cache_file is None and (question is None or resumed is not None):
-        cache = keeping_its_cache(keeper, keep_cache)
-    else:
-        cache = keeping(cache_file, session.engine)
+    cache = ChatCache(keeper, keep_cache)
+    of_chat = cache_file is None and (question is None or resumed is not None)
     try:
-        with cache:
+        with cache if of_chat else keeping(cache_file, session.engine):
             if question is None:
-                begin_chat(keeper, model, files, raw=raw, vi=vi, after_turn=after_turn)
+                own = cache if of_chat else None
+                begin_chat(keeper, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
                 try:
                     after_turn(print_answer(session, question, form, model))
-                finally:
+                finally:  # what was answered is kept though it could not be printed
                     if resumed is not None:
                         keeper.save()
     finally:

@@ -94,6 +94,11 @@ class Engine:
         """
         return self._ids[: self._cache.length], self._cache
 
+    def forget(self) -> None:
+        """Hold nothing, as a new engine does."""
+        self._ids = []
+        self._cache.clear()
+
     def resume(self, ids: Sequence[int]) -> None:
         """Go on from these tokens, whose keys and values have been restored to the cache."""
         self._ids = list(ids)

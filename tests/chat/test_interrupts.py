@@ -7,23 +7,9 @@ import signal
 from contextlib import closing
 
 import pytest
-from chat_doubles import CharacterTokenizer, SamplingOptions
+from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 
 GREEDY = SamplingOptions(temperature=0.0)
-
-
-class Template:
-    """Ids of a tiny vocabulary: 4 for a question's beginning, 5 for an answer's."""
-
-    continues_prompt = False
-    stop_ids = frozenset({2})
-
-    def encode(self, messages):
-        ids = [1]
-        for message in messages:
-            own = message.ids or [10 + ord(character) % 80 for character in message.content]
-            ids += [4 if message.role == "user" else 5, *own]
-        return ids
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +43,7 @@ def logits(monkeypatch):
 def session_with(engine, **options):
     from mixchat.chat.session import ChatSession
 
-    return ChatSession(engine, CharacterTokenizer(), Template(), sampling=GREEDY, **options)
+    return ChatSession(engine, CharacterTokenizer(), TinyTemplate(), sampling=GREEDY, **options)
 
 
 def assert_as_in_a_run_of_its_own(session, open_engine, logits):
