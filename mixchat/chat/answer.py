@@ -52,7 +52,7 @@ class Answer:
 
     def message(self, before: Message | None = None) -> Message | None:
         """What to remember, behind what `before` said already; None if nothing new was said."""
-        if not self._whole and not self.text:
+        if not (self._whole or self.cut or self.text):
             return None
         ids = tuple(self.ids) if self._whole else self._ids_of_text()
         content, partial = self.text, self.reason not in _COMPLETE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from mixchat.chat.chat_file import BEGINNING, Chat, checked_name, now, read_chat, serialized
+from mixchat.chat.chat_file import BEGINNING, LAST, Chat, checked_name, now, read_chat, serialized
 from mixchat.errors import (
     ChatNotFoundError,
     CheckpointError,
@@ -83,28 +83,27 @@ class ChatStore:
         except OSError as error:
             raise _failure(error, path, "the chat cannot be kept") from None
 
-    def rename(self, chat: Chat, name: str | None) -> Chat:
-        """Save a chat under a name, or none; returns it as saved.
+    def rename(self, chat: Chat, name: str) -> Chat:
+        """Save a chat under a name; returns it as saved.
 
         Raises `UsageError` where another chat has that name, and as `save` does.
         """
-        if name is not None:
-            name = checked_name(name)
-            taken = [id for id in self._named(name) if id != chat.id]
-            if taken:
-                hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
-                raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
+        name = checked_name(name)
+        taken = [id for id in self._named(name) if id != chat.id]
+        if taken:
+            hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
+            raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
         renamed = replace(chat, name=name)
         self.save(renamed)
         return renamed
 
     def load(self, wanted: str) -> Chat:
-        """The chat with this ID, a beginning of an ID that no other has, or this name.
+        """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
 
         Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
         damaged.
         """
-        return read_chat(self._path(self.find(wanted)))
+        return self.latest() if wanted == LAST else read_chat(self._path(self.find(wanted)))
 
     def find(self, wanted: str) -> str:
         """The ID of the chat that `wanted` means, damaged or not. Raises `ChatNotFoundError`."""
@@ -119,16 +118,15 @@ class ChatStore:
             raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
         raise ChatNotFoundError(f"no chat {wanted!r} is kept", hint=self._near_misses(wanted))
 
-    def latest(self, model: str | None = None) -> Chat:
-        """The chat that was saved last (with `model`, of that name); damaged ones do not count.
+    def latest(self) -> Chat:
+        """The chat that was saved last; damaged ones do not count.
 
         Raises `ChatNotFoundError` if there is none.
         """
         for kept in self.all():
-            if kept.problem is None and model in (None, kept.model):
+            if kept.problem is None:
                 return self.load(kept.id)
-        of = "" if model is None else f" with {model}"
-        raise ChatNotFoundError(f"no chat{of} is kept yet")
+        raise ChatNotFoundError("no chat is kept yet")
 
     def ids(self) -> list[str]:
         """The ID of every chat, damaged or not, the oldest first. Opens no file."""

@@ -17,7 +17,6 @@ _TOOLS = (
     ("DISPLAY", ["xclip", "-selection", "clipboard"]),
     ("DISPLAY", ["xsel", "--clipboard", "--input"]),
     (None, ["pbcopy"]),
-    (None, ["clip.exe"]),
 )
 
 

@@ -270,9 +270,16 @@ def _parameter_names(chat: Repl) -> Completes:
 
 
 def _kept_chats(chat: Repl) -> Completes:
+    known: dict[int, list[str]] = {}  # by the time at which the directory was changed
+
     def complete(text: str) -> Iterable[str]:
-        kept = chat.keeper.store.all()
-        return [name for one in kept for name in (one.name, one.id) if name]
+        store = chat.keeper.store
+        changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
+        if changed not in known:
+            known.clear()
+            names = [name for one in store.all() for name in (one.name, one.id) if name]
+            known[changed] = names
+        return known[changed]
 
     return complete
 

@@ -32,7 +32,7 @@ class Keeper:
         warn: Callable[[Exception], object] = lambda error: None,
     ) -> None:
         self.store, self.kept = store, kept
-        self._keeps = kept
+        self._keeps, self._limit = kept, session.max_tokens
         self.session, self._model, self._warn = session, model, warn
         self._warned = False
         self.chat = self._new_chat()
@@ -44,12 +44,11 @@ class Keeper:
 
     def begin(self) -> None:
         """A new chat from here on; the old one stays as it is."""
-        self.kept = self._keeps
-        self.chat = self._new_chat()
+        self.chat, self.kept = self._new_chat(), self._keeps
 
     def save(self) -> None:
         """Write the chat as it is now, if it is to be kept."""
-        if not self.kept or not self.session.history:
+        if not self.kept or not (self.session.history or self._has_file):
             return
         try:
             self._write()
@@ -64,11 +63,11 @@ class Keeper:
 
         Raises `UsageError` where the name is taken or cannot be one, else as `ChatStore.save`.
         """
+        name = None if name is None else checked_name(name)
         self.kept = True
+        self._write()
         if name is not None:
-            self.chat = self.store.rename(self.current(), checked_name(name))
-        else:
-            self._write()
+            self.chat = self.store.rename(self.chat, name)
 
     def resume(self, chat: Chat, but: Collection[str] = ()) -> None:
         """Let the session go on with a kept chat: its turns, its system prompt, its sampling; `but`
@@ -83,9 +82,9 @@ class Keeper:
             session.system = chat.system
         kept = {name: value for name, value in chat.sampling.items() if name not in but}
         session.sampling = parameters.restored(kept, session.sampling)
-        if session.max_tokens is None and isinstance(limit := kept.get("max_tokens"), int):
-            session.max_tokens = max(1, limit)
-        self.chat = chat
+        limit = kept.get("max_tokens")
+        session.max_tokens = self._limit or (max(1, limit) if isinstance(limit, int) else None)
+        self.chat, self.kept, self._has_file = chat, self._keeps, True
 
     def current(self) -> Chat:
         """The chat as it is now."""
@@ -110,7 +109,7 @@ class Keeper:
             )
         chat = self.current()
         self.store.save(chat)
-        self.chat = chat
+        self.chat, self._has_file = chat, True
 
     def _was_changed_elsewhere(self) -> bool:
         """Whether the file has another state of the chat than we wrote or read last."""
@@ -120,7 +119,7 @@ class Keeper:
             return False
 
     def _new_chat(self) -> Chat:
-        began = now()
+        began, self._has_file = now(), False
         return Chat(
             id=self.store.new_id(began),
             name=None,

@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixchat.errors import PromptError
+from mixchat.settings import format_size
+
+_LONGEST = 16_000_000  # bytes: more than any context holds
 
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises `PromptError` where it is empty, not text, or cannot be read."""
     try:
-        text = decode(path.read_bytes(), str(path))
+        with open(path, "rb") as file:
+            data = file.read(_LONGEST + 1)
+        if len(data) > _LONGEST:
+            raise PromptError(f"{path} is longer than {format_size(_LONGEST)}")
+        text = decode(data, str(path))
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():

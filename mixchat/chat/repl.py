@@ -148,7 +148,8 @@ class Repl:
         else:
             self._ended(finished, said=self.session.history is not before)
         finally:  # also where the terminal has been closed
-            self.keeper.save()
+            if self.session.history is not before:
+                self.keeper.save()
 
     def _shown(self, events: Iterator[Event]) -> Finished:
         with self.screen.waiting() as self.session.engine.reading:
@@ -160,7 +161,7 @@ class Repl:
         text = self._prompt.read(draft).strip()
         self._about_to_leave = False
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
-        if command and not self._prompt.quoted:
+        if command and not self._prompt.quoted and text != draft:
             self._obey(command[1], (command[2] or "").strip())
         elif text or self.attached:
             self._ask(text, instead=bool(draft))
@@ -254,6 +255,8 @@ def _ctrl_c_stops(session: ChatSession) -> Iterator[None]:
     try:
         yield
     finally:
+        # The answer is over: what comes now must not keep the handler from being given back.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
         for timer in nudges:
             timer.cancel()
         with lock:

@@ -90,10 +90,23 @@ class Screen:
             if message.role == "user":
                 self.say("\n".join(f">>> {line}" for line in message.content.splitlines() or [""]))
                 continue
-            writer = self._writer()
-            writer.feed(message.content)
-            writer.close()
+            self._show_whole(message.content)
             self.say("(unfinished; /continue goes on)\n" if message.partial else "")
+
+    def _show_whole(self, text: str) -> None:
+        if not self._draws:
+            self.say(text)
+            return
+        from rich.console import Console
+
+        from mixchat.chat.markdown import render
+
+        Console(file=self.out, highlight=False).print(render(text))
+
+    @property
+    def _draws(self) -> bool:
+        """Whether answers are drawn as Markdown."""
+        return self._terminal and not self.raw
 
     @contextmanager
     def waiting(self) -> Iterator[Callable[[int, int], None]]:
@@ -111,7 +124,7 @@ class Screen:
             self._waiting = None
 
     def _writer(self) -> _Writer:
-        if self._terminal and not self.raw:
+        if self._draws:
             return _Markdown(self.out, self._erase_waiting)
         return _Plain(self.out, self._erase_waiting)
 

@@ -98,11 +98,6 @@ class ChatSession:
         ids = self._template.encode([*self._system(), *before])
         return len(ids) + len(self._ids_of(last))
 
-    @property
-    def was_cut(self) -> bool:
-        """Whether the last answer was stopped before its end."""
-        return bool(self.history) and self.history[-1].partial
-
     def clear(self) -> None:
         """Forget everything but the system prompt."""
         self.restore([])
@@ -110,6 +105,7 @@ class ChatSession:
     def restore(self, history: Sequence[Message]) -> None:
         """Go on from these questions and answers instead."""
         self.history, self._first = list(history), 0
+        self._turns = sum(message.role == "assistant" for message in history)
 
     def undo(self, turns: int = 1) -> int:
         """Take the last questions and their answers back; how many there were to be taken."""
@@ -136,8 +132,8 @@ class ChatSession:
 
         An answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) is remembered as far
         as it was shown; if nothing was, or the turn fails, the conversation is as it was before.
-        Raises `PromptError` if the conversation no longer fits the context, and `overflow` does not
-        let turns be left out, or the question alone is too long.
+        The first event, or else `PromptError`, says whether the conversation fits the context:
+        where it does not, `overflow` may let turns be left out.
         """
         return self._answer([*self.history, Message("user", text)])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
 
 from mixchat.chat.sanitize import sanitize
+from mixchat.errors import MixchatError
 from mixchat.settings import format_least
 
 if TYPE_CHECKING:
@@ -105,7 +107,8 @@ class Figures:
 
     def count(self) -> None:
         """After something has changed what the conversation is."""
-        self.used = self._session.used
+        with suppress(MixchatError):  # what a template cannot say is said when something is asked
+            self.used = self._session.used
         self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
 
     def turn(self, finished: Finished) -> None:

@@ -47,8 +47,10 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTSTP, previous)
-        _set(fd, before)
+        try:
+            _set(fd, before)
+        finally:
+            signal.signal(signal.SIGTSTP, previous)
 
 
 def _set(fd: int, attributes: list[Any]) -> None:

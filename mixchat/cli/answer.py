@@ -100,9 +100,11 @@ def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
 
 
 def _print_whole(session: ChatSession, finished: Finished, form: Form, model: str) -> None:
-    answer = session.history[-1].content if session.history else ""
+    answer = session.history[-1].content
     if form.as_json:
-        print(json.dumps(as_json(session, finished, model), ensure_ascii=False))
+        # A terminal would act on some characters.
+        escaped = sys.stdout.isatty()
+        print(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
         return
     text = _first_block(answer) if form.extract else answer
     clean = sanitize(text) if sys.stdout.isatty() else text

@@ -111,6 +111,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     """Go as Ctrl-C would make us go, so that what is half-built is removed on the way out."""
+    for other in (signal.SIGTERM, signal.SIGHUP):  # once is enough: a chat may be being saved
+        signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mixchat.chat.chat_file import LAST
 from mixchat.cli.prompt_cache import load_cache, save_cache
 from mixchat.cli.report import note, report
 from mixchat.errors import ChatNotFoundError, MixchatError
@@ -27,9 +26,8 @@ def find_chat(wanted: str | None) -> Chat | None:
         return None
     from mixchat.chat.chats import ChatStore
 
-    store = ChatStore()
     try:
-        return store.latest() if wanted == LAST else store.load(wanted)
+        return ChatStore().load(wanted)
     except ChatNotFoundError as error:
         if " " in wanted:  # rather a question
             error.hint = "A PROMPT goes before --resume, or behind --resume ID."
@@ -60,13 +58,17 @@ class ChatCache:
 
     def load(self) -> None:
         """Let the engine go on from what the chat has, if it has something."""
-        self._loaded = load_cache(self._keeper.kv_path, self._keeper.session.engine)
+        engine = self._keeper.session.engine
+        engine.forget()  # what another chat has left there is not this one's
+        self._loaded = load_cache(self._keeper.kv_path, engine)
 
     def save(self) -> None:
         """Keep what the engine holds; what keeps it from that is said, and no more."""
         keeper = self._keeper
-        wanted = keeper.kept and (self._wished or keeper.kv_path.exists())
-        if not wanted or not keeper.session.history:
+        if not keeper.kept or not (self._wished or keeper.kv_path.exists()):
+            return
+        if not keeper.session.history:  # all was taken back
+            keeper.kv_path.unlink(missing_ok=True)
             return
         loaded = self._loaded
         if loaded is not None and loaded.path != keeper.kv_path.resolve():

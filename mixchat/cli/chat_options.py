@@ -35,7 +35,12 @@ Resume = Annotated[
     ),
 ]
 Save = Annotated[
-    bool, setting("--save/--no-save", help="Keep chats, and what is typed at the prompt.")
+    bool,
+    setting(
+        "--save/--no-save",
+        show_default="on",
+        help="Keep chats, and what is typed at the prompt.",
+    ),
 ]
 KeepCache = Annotated[
     bool,
@@ -69,7 +74,11 @@ Extract = Annotated[
 ]
 Stream = Annotated[
     bool,
-    setting("--stream/--no-stream", help="Print the answer as it comes, not at its end."),
+    setting(
+        "--stream/--no-stream",
+        show_default="on",
+        help="Print the answer as it comes, not at its end.",
+    ),
 ]
 Quiet = Annotated[
     bool,

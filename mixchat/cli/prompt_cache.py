@@ -71,7 +71,7 @@ def keeping(path: Path | None, engine: Engine) -> Iterator[None]:
         try:
             save_cache(path, engine, loaded)
         except MixchatError as error:
-            _note(str(error))
+            note(str(error))
         raise
     save_cache(path, engine, loaded)
 
@@ -82,13 +82,12 @@ def load_cache(path: Path, engine: Engine) -> PromptCache | None:
         return None
     from mixchat.engine.prompt_cache import PromptCache
 
-    engine.forget()
     kept = PromptCache(path, engine)
     try:
         with status(sanitize(f"reading {path}")):
             kept.load()
     except CheckpointError as error:
-        _note(f"{error}; it is written anew")
+        note(f"{error}; it is written anew")
     return kept
 
 
@@ -98,7 +97,3 @@ def save_cache(path: Path, engine: Engine, loaded: PromptCache | None = None) ->
 
     with status(sanitize(f"writing {path}")):
         (loaded or PromptCache(path, engine)).save()
-
-
-def _note(text: str) -> None:
-    note(sanitize(" ".join(text.split())))

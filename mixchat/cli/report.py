@@ -14,7 +14,7 @@ from mixchat.files import DISK_FULL
 
 def note(text: str) -> None:
     """Print a line that a person should hear of, about something that did not fail."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    print(sanitize(f"note: {' '.join(text.split())}"), file=sys.stderr, flush=True)
 
 
 def report(error: Exception) -> int:

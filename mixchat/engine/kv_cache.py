@@ -20,6 +20,10 @@ from mixchat.weights.safetensors import TensorSpec
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits
 
+# What one call looks at: at most so many pairs of a new token and one that it may see, at least so
+# many new tokens.
+_PAIRS, _LEAST = 2**22, 64
+
 
 class KVCache(ABC):
     """Room for `capacity` tokens of each layer.
@@ -83,9 +87,6 @@ class KVCache(ABC):
 
     @abstractmethod
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
-
-
-_PAIRS, _LEAST = 2**22, 64  # of a new token and one that it may see; new tokens
 
 
 def new_cache(
@@ -183,12 +184,12 @@ class PagedKVCache(KVCache):
         pages.store(self._shape, self._addresses[layer], self.length, keys, values)
 
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        window, pages = self.config.sliding_window, self._addresses[layer]
+        window, addresses = self.config.sliding_window, self._addresses[layer]
         # One call is never a long one: Ctrl-C is heard between them.
         pieces = torch.split(queries, self._at_once(queries.shape[0]))
         past, seen = self.length, []
         for piece in pieces:
-            seen.append(attention.attend(self._shape, pages, past, piece, window))
+            seen.append(attention.attend(self._shape, addresses, past, piece, window))
             past += piece.shape[0]
         return seen[0] if len(seen) == 1 else torch.cat(seen)
 

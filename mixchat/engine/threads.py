@@ -1,9 +1,11 @@
-"""How many threads compute: with two threads a core, or cores of two kinds, that is measured."""
+"""How many threads compute: where there is a choice, that is measured once."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -29,15 +31,24 @@ Measure = Callable[[Sequence[int]], Mapping[int, float]]  # seconds by count
 
 def settle_threads(blueprint: Blueprint) -> None:
     """Let torch take as many threads as serve a model of this shape, from now on."""
+    physical = _cores()
+    if os.environ.get("OMP_NUM_THREADS"):  # somebody has said how many
+        return
     if blueprint.expert.nbytes < SMALL_EXPERT:
         torch.set_num_threads(1)
         return
-    counts = candidates(torch.get_num_threads(), machine.usable_cores())
+    counts = candidates(physical, machine.usable_cores())
 
     def measure(counts: Sequence[int]) -> Mapping[int, float]:
         return thread_seconds(blueprint, compute, counts)
 
     torch.set_num_threads(known_or_best(data_dir() / "threads.json", counts, measure))
+
+
+@functools.cache
+def _cores() -> int:
+    """How many cores torch sees: as many threads it takes until it is told otherwise."""
+    return torch.get_num_threads()
 
 
 def candidates(physical: int, usable: int) -> list[int]:

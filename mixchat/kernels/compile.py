@@ -90,7 +90,8 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
         jit=True,
     )
     source = str(module)
-    cache = ObjectCache(source, f"{llvm.get_host_cpu_name()} {features.flatten()} {KERNELS}")
+    target = (machine.triple, llvm.get_host_cpu_name(), features.flatten(), llvm.llvm_version_info)
+    cache = ObjectCache(source, f"{target} {KERNELS}")
     parsed = llvm.parse_assembly(source)
     code = cache.load()
     if code is None:

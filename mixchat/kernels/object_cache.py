@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import llvmlite
@@ -14,6 +15,7 @@ from mixchat.settings import data_dir
 
 _DIGEST = hashlib.sha256().digest_size
 _KEPT = 64  # files: those of some versions and models
+_ABANDONED = 3600  # seconds after which nobody writes a file any more
 
 
 class ObjectCache:
@@ -50,7 +52,9 @@ class ObjectCache:
 
     def _sweep(self) -> None:
         files = sorted(self._directory.glob("*.o"), key=lambda path: path.stat().st_mtime)
-        for path in files[:-_KEPT]:
+        old = time.time() - _ABANDONED
+        left = [path for path in self._directory.glob("*.tmp") if path.stat().st_mtime < old]
+        for path in [*files[:-_KEPT], *left]:
             path.unlink(missing_ok=True)
 
 

@@ -17,8 +17,12 @@ from mixchat.kernels.signature import Signature
 
 _MOST = 1024  # experts: their logits are on the stack
 _FEW = 4  # tokens that one thread is done with before a second one has begun
-_CHOSEN, _LOWEST = -3.4e38, -3.3e38  # below all logits: one that is not chosen again, and a start
-_SIGNATURE = Signature("x", "gate", "experts", "weights", "tokens", "columns", "count", "kept")
+# What is chosen is not chosen again: all others are above `_START`, however low their logits are.
+# What is no number is above all that are, as torch has it.
+_CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
+_SIGNATURE = Signature(
+    "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "kept"
+)
 
 
 def computes(x: torch.Tensor, gate: torch.Tensor) -> bool:
@@ -38,10 +42,11 @@ def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor,
     """
     x, tokens = x.contiguous(), x.shape[0]
     experts = torch.empty(tokens, kept, dtype=torch.int64)
-    weights = torch.empty(tokens, kept)
+    weights, logits = torch.empty(tokens, kept), torch.empty(tokens, gate.shape[0])
     numbers = _SIGNATURE.numbers(
         x=x.data_ptr(),
         gate=gate.data_ptr(),
+        logits=logits.data_ptr(),
         experts=experts.data_ptr(),
         weights=weights.data_ptr(),
         tokens=tokens,
@@ -69,17 +74,19 @@ class _Route:
     def __init__(self, module: ir.Module, lanes: int, half: bool) -> None:
         self._function, self._lanes, self._half = Function(module, "route"), lanes, half
         self._given = _SIGNATURE.read_by(self._function)
-        self._logits = self._function.scratch(_MOST * 4)
+        self._ranks = self._function.scratch(_MOST * 4)
 
     def write(self) -> None:
         function, given = self._function, self._given
         count, kept = given.number("count"), given.number("kept")
         with function.each_item(function.pointer, given.number("tokens")) as token:
             with function.loop(0, count, 1) as (expert, _):
-                self._logits.store(self._logit(token, expert), expert * 4)
+                logit = self._logit(token, expert)
+                given.pointer("logits").store(logit, (token * count + expert) * 4)
+                self._ranks.store(self._rank(logit), expert * 4)
             first = token * kept
             with function.loop(first, first + kept, 1) as (place, _):
-                self._choose(place, count)
+                self._choose(token, place, count)
             self._soften(first, kept)
         function.finish()
 
@@ -92,16 +99,22 @@ class _Route:
             sums[0] = function.multiply_add(x, row, sums[0])
         return function.total(sums[0])
 
-    def _choose(self, place: Value, count: Value) -> None:
+    def _rank(self, logit: Value) -> Value:
+        """By what an expert is chosen: its logit, or a number in place of what is none."""
+        finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
+        return logit.compare("==", logit).choose(finite, _NO_NUMBER)
+
+    def _choose(self, token: Value, place: Value, count: Value) -> None:
         """Put the best that is left down, with its logit in place of its weight."""
         function, given = self._function, self._given
-        start = [function.constant(i64, 0), function.constant(f32, _LOWEST)]
+        start = [function.constant(i64, 0), function.constant(f32, _START)]
         with function.loop(0, count, 1, start) as (expert, best):
-            logit = self._logits.load(f32, expert * 4)
-            is_better = logit.compare(">", best[1])
-            best[:] = is_better.choose(expert, best[0]), is_better.choose(logit, best[1])
-        chosen, logit = best
-        self._logits.store(function.constant(f32, _CHOSEN), chosen * 4)
+            rank = self._ranks.load(f32, expert * 4)
+            is_better = rank.compare(">", best[1])
+            best[:] = is_better.choose(expert, best[0]), is_better.choose(rank, best[1])
+        chosen = best[0]
+        self._ranks.store(function.constant(f32, _CHOSEN), chosen * 4)
+        logit = given.pointer("logits").load(f32, (token * count + chosen) * 4)
         given.pointer("experts").store(chosen, place * 8)
         given.pointer("weights").store(logit, place * 4)
 
@@ -111,7 +124,9 @@ class _Route:
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
         with function.loop(first, first + kept, 1, [zero]) as (place, sums):
-            power = exponential(function, weights.load(f32, place * 4) - largest)
+            below = weights.load(f32, place * 4) - largest
+            power = exponential(function, below)
+            power = below.compare("==", below).choose(power, below)  # what is no number stays none
             weights.store(power, place * 4)
             sums[0] = sums[0] + power
         with function.loop(first, first + kept, 1) as (place, _):

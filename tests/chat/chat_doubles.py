@@ -65,6 +65,9 @@ class ScriptedEngine:
         self.samplings: list[Any] = []
         self.closed = 0
 
+    def forget(self) -> None:
+        """Nothing is held."""
+
     def expected(self) -> float | None:
         return 21.0
 

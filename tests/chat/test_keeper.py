@@ -44,7 +44,7 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
     other = session_of("more")
     Keeper(other, store, "demo").resume(store.load(keeper.chat.id))
     assert other.messages == session.messages
-    assert other.was_cut
+    assert other.history[-1].partial
     assert (other.sampling.temperature, other.sampling.top_k, other.sampling.seed) == (0.25, 7, 9)
     talk(other, "Again")
     assert other.engine.prompts[0][: len("[system]Be brief")] == [*map(ord, "[system]Be brief")]
@@ -147,6 +147,61 @@ def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, st
     }
     first.save()
     assert len(said) == 1
+
+
+def test_a_name_does_not_overwrite_what_another_window_wrote(session_of, store):
+    session = session_of("Hello")
+    first = Keeper(session, store, "demo")
+    talk(session, "Hi")
+    first.save()
+    other = session_of("there")
+    second = Keeper(other, store, "demo")
+    second.resume(store.latest())
+    talk(other, "second")
+    second.save()
+    first.rename("mine")
+    assert len(store.load(second.chat.id).messages) == 4
+    assert len(store.load("mine").messages) == 2
+
+
+def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
+    session = session_of("Hello")
+    keeper = Keeper(session, store, "demo")
+    talk(session, "Hi")
+    keeper.save()
+    session.undo()
+    keeper.save()
+    assert store.load(keeper.chat.id).messages == ()
+
+
+def test_the_longest_answer_is_each_chat_s_own(session_of, store):
+    session = session_of("a", "b", "c")
+    keeper = Keeper(session, store, "demo")
+    chats = []
+    for limit in (3, None):
+        session.max_tokens = limit
+        talk(session, "Hi")
+        keeper.save()
+        chats.append(keeper.chat)
+        session.clear()
+        keeper.begin()
+    for chat, limit in zip(chats, (3, None), strict=True):
+        keeper.resume(chat)
+        assert session.max_tokens == limit
+
+
+def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
+    session = session_of("a", "b")
+    talk(session, "one")
+    Keeper(session, store, "demo").save()
+    other = session_of("c", "d")
+    keeper = Keeper(other, store, "demo", kept=False)
+    talk(other, "mine")
+    keeper.rename("mine")
+    keeper.resume(store.load(next(k.id for k in store.all() if k.name is None)))
+    talk(other, "a secret")
+    keeper.save()
+    assert sorted(kept.turns for kept in store.all()) == [1, 1]
 
 
 def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
 
+from mixchat.chat.chats import ChatStore
 from mixchat.errors import PromptError
 
 
@@ -48,6 +49,21 @@ def test_clear_forgets_the_conversation(session_of):
     session = session_of("Hello", "Fine", system="Be brief")
     Chat(session, "Hi\r/clear\rAnd?\r" + CTRL_D)
     assert prompts_of(session)[1] == "[system]Be brief[user]And?"
+
+
+def test_a_turn_that_fails_does_not_rewrite_the_chat(session_of, tmp_path):
+    store = ChatStore(tmp_path)
+    session = session_of("Hello", [RuntimeError("out of order")])
+    written = []
+    store.save = lambda chat: written.append(chat)
+    Chat(session, "Hi\rAgain\r" + CTRL_D, store=store)
+    assert len(written) == 1
+
+
+def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited(session_of):
+    session = session_of("a", "b")
+    Chat(session, '"""/bye"""\r/edit\r\r' + CTRL_D)
+    assert prompts_of(session) == ["[user]/bye", "[user]/bye"]
 
 
 def test_a_path_is_no_command(session_of):

@@ -213,7 +213,7 @@ def test_an_answer_is_marked_where_it_was_stopped_before_its_end(session_of, rea
     session = session_of("Hello", **options)
     _, finished = listen(session.ask("Hi"))
     assert finished.reason == reason
-    assert session.history[-1].partial is session.was_cut is partial
+    assert session.history[-1].partial is partial
 
 
 def test_a_continued_answer_is_one_answer(session_of):
@@ -326,7 +326,24 @@ def test_an_answer_is_remembered_where_the_program_has_to_end(session_of, error)
     except SystemExit:
         pass
     assert session.history[-1].content == "ab"
-    assert session.was_cut
+    assert session.history[-1].partial
+
+
+def test_an_answer_that_begins_with_a_stop_string_is_an_empty_one(session_of):
+    """It was not remembered, and scripts printed the answer before it as this one."""
+    session = session_of("Hello", "END of it", stop=["END"])
+    turns_of(session, "one", "two")
+    assert [m.content for m in session.history] == ["one", "Hello", "two", ""]
+    assert session.history[-1].partial is False
+
+
+def test_a_restored_chat_goes_on_with_its_seeds(session_of):
+    """/regen after a resume gave the same answer again."""
+    session = session_of("a", "b", sampling=SamplingOptions(seed=5))
+    turns_of(session, "one", "two")
+    other = session_of("c", sampling=SamplingOptions(seed=5))
+    other.restore(session.history)
+    assert listen(other.ask_again())[1].seed == 7
 
 
 def test_a_question_too_long_by_itself_leaves_nothing_out(session_of):

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from command_line import FAKE
+from terminal import Terminal
 
 CODE = "Do this:\n\n```sh\necho '[hi]'\n```\n\nor\n\n```py\nprint(1)\n```\n"
 
@@ -44,6 +46,19 @@ def test_json_has_answer_ids_counts_times_and_why_it_ended(mixchat):
 def test_json_says_why_an_answer_ended_early(mixchat, flags, reason, answer):
     found = json.loads(mixchat("run", "--json", "-q", *flags, "Hi", **script("Hello")).stdout)
     assert (found["stop_reason"], found["answer"]) == (reason, answer)
+
+
+def test_json_on_a_terminal_has_no_character_that_acts_on_it(environment):
+    variables = environment | script("a\u009bb\u202ec")
+    with Terminal([*FAKE, "run", "--json", "Hi"], variables) as terminal:
+        assert terminal.wait_for_end() == 0
+    assert json.loads(terminal.screen)["answer"] == "a\u009bb\u202ec"
+    assert terminal.screen.isascii()
+
+
+def test_json_of_an_answer_that_begins_with_a_stop_string(mixchat):
+    done = mixchat("run", "--json", "--stop", "X", "Hi", **script("X yes"))
+    assert json.loads(done.stdout)["answer"] == ""
 
 
 def test_an_answer_of_one_token_has_no_rate(mixchat):

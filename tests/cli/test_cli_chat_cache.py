@@ -79,6 +79,32 @@ def test_each_chat_of_a_run_has_its_own(keeper_of):
             cache.save()
 
 
+def test_a_chat_without_a_cache_gets_none_of_another_one_s(keeper_of):
+    """What was said in one chat was written into the file of the next."""
+    keeper = keeper_of()
+    asked(keeper, "another chat")
+    other = keeper.chat
+    keeper.begin()
+    keeper.session.clear()
+    keeper.kept = False
+    with ChatCache(keeper, wished=True) as cache:
+        asked(keeper, "a secret")
+        cache.save()
+        keeper.resume(other)
+        cache.load()
+        keeper.kept = True
+        assert keeper.session.engine.held()[0] == []
+
+
+def test_a_chat_that_was_taken_back_has_no_cache(keeper_of):
+    keeper = keeper_of()
+    with ChatCache(keeper, wished=True) as cache:
+        asked(keeper, "question")
+        cache.save()
+        keeper.session.undo()
+    assert not keeper.kv_path.exists()
+
+
 def test_what_is_not_new_is_not_written_again(keeper_of):
     keeper = keeper_of()
     with ChatCache(keeper, wished=True):

@@ -51,7 +51,6 @@ def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
         ["run", "--nonsense"],
         ["run", "--temp", "hot"],
         ["run", "--temp"],
-        ["run", "Hi", "there"],
         ["download"],
         ["download", "base", "--quant-type", "q4_0"],
         ["show"],

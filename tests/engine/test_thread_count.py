@@ -1,6 +1,7 @@
 """How many threads compute."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,8 +27,10 @@ DEMO = Blueprint(ModelConfig.from_dict(CONFIG), Quantization())
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    threads._cores.cache_clear()
     yield
     torch.set_num_threads(before)
+    threads._cores.cache_clear()
 
 
 class Machine:
@@ -103,10 +106,20 @@ def test_small_experts_are_computed_by_one_thread_and_others_by_what_was_measure
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     seconds = {2: 1.0, 4: 0.5}
     monkeypatch.setattr(threads, "thread_seconds", lambda *given: seconds)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for _ in range(2):  # the second time it is not taken for the machine's own
+        settle_threads(BLUEPRINT)
+        assert torch.get_num_threads() == 4
+        settle_threads(DEMO)
+        assert torch.get_num_threads() == 1
+
+
+def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     settle_threads(BLUEPRINT)
-    assert torch.get_num_threads() == 4
     settle_threads(DEMO)
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_experts_are_computed_with_each_count_and_the_count_is_as_before(tiny_model: Path) -> None:
@@ -121,5 +134,5 @@ def test_experts_are_computed_with_each_count_and_the_count_is_as_before(tiny_mo
     effort = Effort(pool_bytes=200_000, seconds=0.01)
     seconds = thread_seconds(blueprint, counted, [1, 2], effort)
     assert set(seconds) == seen == {1, 2}
-    assert all(0 < taken < 10 for taken in seconds.values())
+    assert all(0 < taken < math.inf for taken in seconds.values())
     assert torch.get_num_threads() == 2

@@ -29,9 +29,28 @@ def test_of_equal_logits_the_first_is_chosen_and_none_twice() -> None:
     assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_experts_stay_in_range_where_logits_are_no_numbers() -> None:
-    selected, _ = router.route(torch.full((1, 64), torch.nan), torch.ones(4, 64), 2)
-    assert all(0 <= expert < 4 for expert in selected.flatten().tolist())
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_expert_is_chosen_twice_where_logits_are_no_numbers(value: float) -> None:
+    selected, weights = router.route(torch.full((1, 64), value), torch.ones(4, 64), 3)
+    assert sorted(selected[0].tolist()) == [0, 1, 2]
+    assert weights.isnan().all()
+
+
+def test_a_damaged_gate_does_not_pass_unseen() -> None:
+    """As with torch: what is no number is chosen first, and gets into the result."""
+    gate = torch.randn(4, 64)
+    gate[2] = torch.nan
+    selected, weights = router.route(torch.randn(1, 64), gate, 2)
+    assert selected[0, 0] == 2
+    assert weights.isnan().any()
+
+
+def test_an_expert_that_cannot_be_chosen_has_no_weight() -> None:
+    gate = torch.tensor([1.0, 2.0, -torch.inf])[:, None].repeat(1, 64)
+    selected, weights = router.route(torch.full((1, 64), 0.01), gate, 3)
+    assert selected.tolist() == [[1, 0, 2]]
+    assert weights[0, 2] == 0
+    assert weights.sum() == pytest.approx(1)
 
 
 def test_what_it_cannot_compute_is_left_to_torch() -> None:
