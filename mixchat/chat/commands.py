@@ -126,6 +126,7 @@ def _system(chat: Repl, argument: str) -> None:
         return
     chat.session.system = None if argument.lower() == "none" else argument
     chat.keeper.save()
+    chat.screen.say("(from the next answer on)")
 
 
 def _save(chat: Repl, argument: str) -> None:
@@ -212,6 +213,7 @@ def _copy(chat: Repl, argument: str) -> None:
 def _read(chat: Repl, argument: str) -> None:
     if argument == "none":
         chat.attached.clear()
+        chat.screen.say("(nothing goes before the next question)")
         return
     if not argument:
         names = ", ".join(chat.attached)

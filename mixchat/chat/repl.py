@@ -204,6 +204,8 @@ class Repl:
             note = "(stopped; /continue goes on)"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
+        elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:
+            note = "(the model has nothing to say)"
         self.screen.say(f"{note}\n" if note else "")
         self._figures.turn(finished)
         self._warn_of_context()

@@ -66,6 +66,10 @@ def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited
     assert prompts_of(session) == ["[user]/bye", "[user]/bye"]
 
 
+def test_an_answer_without_a_word_says_so(session_of):
+    assert "(the model has nothing to say)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
+
+
 def test_a_path_is_no_command(session_of):
     session = session_of("So it is")
     Chat(session, "/etc/hosts is empty\r" + CTRL_D)
