@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ def find(name: str) -> Command:
     """The command of this name or alias. Raises `UsageError`."""
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
-        raise UsageError(f"/{name} is no command", hint="/help shows them all.")
+        near = difflib.get_close_matches(name.lower(), [*COMMANDS, *ALIASES], 1)
+        hint = f"Did you mean /{near[0]}?" if near else "/help shows them all."
+        raise UsageError(f"/{name} is no command", hint=hint)
     return command
 
 
@@ -219,8 +222,7 @@ def _read(chat: Repl, argument: str) -> None:
         names = ", ".join(chat.attached)
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
-    chat.attached[str(path)] = text = read_text(path)
-    chat.screen.say(f"({path.name}, {len(text):,} characters: goes before the next question)")
+    chat.attach(path, read_text(path))
 
 
 def _tokens(chat: Repl, argument: str) -> None:

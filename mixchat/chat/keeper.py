@@ -32,7 +32,7 @@ class Keeper:
         warn: Callable[[Exception], object] = lambda error: None,
     ) -> None:
         self.store, self.kept = store, kept
-        self._keeps, self._limit = kept, session.max_tokens
+        self._keeps = kept
         self.session, self._model, self._warn = session, model, warn
         self._warned = False
         self.chat = self._new_chat()
@@ -82,8 +82,6 @@ class Keeper:
             session.system = chat.system
         kept = {name: value for name, value in chat.sampling.items() if name not in but}
         session.sampling = parameters.restored(kept, session.sampling)
-        limit = kept.get("max_tokens")
-        session.max_tokens = self._limit or (max(1, limit) if isinstance(limit, int) else None)
         self.chat, self.kept, self._has_file = chat, self._keeps, True
 
     def current(self) -> Chat:

@@ -98,16 +98,16 @@ def unquoted(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def checked_overflow(text: str) -> Any:
-    """The policy. Raises `UsageError` where there is none of this name."""
+def checked_overflow(text: str, name: str = "overflow") -> Any:
+    """The policy. Raises `UsageError`, which calls it `name`, where there is none like that."""
     if text not in OVERFLOWS:
-        raise UsageError(f"overflow has to be {' or '.join(OVERFLOWS)}, not {text!r}")
+        raise UsageError(f"{name} has to be {' or '.join(OVERFLOWS)}, not {text!r}")
     return text
 
 
 def kept(session: ChatSession) -> dict[str, Any]:
     """The numbers that are kept with a chat, by their names in Python."""
-    return {**dataclasses.asdict(session.sampling), "max_tokens": session.max_tokens}
+    return dataclasses.asdict(session.sampling)
 
 
 def restored(numbers: Mapping[str, Any], sampling: SamplingOptions) -> SamplingOptions:

@@ -19,6 +19,7 @@ from mixchat.errors import MixchatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from mixchat.chat.chats import Chat
     from mixchat.chat.completion import CommandCompletion
@@ -131,6 +132,12 @@ class Repl:
             self.screen.say(f"({turns - 1} earlier {'turn' if turns == 2 else 'turns'})")
         self.screen.show_turns(chat.messages[-2:])
 
+    def attach(self, path: Path, text: str) -> None:
+        """Put the text of a file before the next question."""
+        self.attached[str(path)] = text
+        count = f"{len(text):,} characters"
+        self.screen.say(f"({path.name}, {count}: goes before the next question)")
+
     def edit(self, question: str) -> None:
         """Offer the last question to be changed; it is replaced when that is sent."""
         self._draft = question
@@ -183,7 +190,8 @@ class Repl:
 
     def _obey(self, name: str, argument: str) -> None:
         try:
-            commands.run(self, name, argument)
+            with unseen_keys():
+                commands.run(self, name, argument)
         except KeyboardInterrupt:
             raise
         except Exception as error:

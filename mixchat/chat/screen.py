@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PATIENCE = 1.0  # seconds without a sign of life
 _FRAME = 0.1  # seconds between two of them
 _ERASE = "\r\x1b[K"
+_LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question, and what is shown of a longer one
 
 
 class _Writer(Protocol):
@@ -88,10 +89,18 @@ class Screen:
         """Questions and answers of before."""
         for message in messages:
             if message.role == "user":
-                self.say("\n".join(f">>> {line}" for line in message.content.splitlines() or [""]))
+                self._show_question(message.content)
                 continue
             self._show_whole(message.content)
             self.say("(unfinished; /continue goes on)\n" if message.partial else "")
+
+    def _show_question(self, text: str) -> None:
+        """As it was typed; of one with files in it the beginning and the end."""
+        lines = text.splitlines() or [""]
+        if len(lines) > _LONG:
+            hidden = len(lines) - _FIRST - _LAST
+            lines[_FIRST:-_LAST] = [f"({hidden:,} more lines)"]
+        self.say("\n".join([f">>> {lines[0]}", *(f"... {line}" for line in lines[1:])]))
 
     def _show_whole(self, text: str) -> None:
         if not self._draws:

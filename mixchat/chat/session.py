@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "drop-oldest"]
-# Old turns are left out where less than an eighth of the context is left for the answer, until a
-# quarter is: what stays has to be read anew, which is not to happen at each turn.
-_LEAST, _ROOM = 8, 4
+# Parts of the context. Old turns are left out where the answer may not fit into what is left, up to a
+# half, or an eighth if no length was given; then until a quarter is left, because what stays has to
+# be read anew, which is not to happen at each turn.
+_MOST, _LEAST, _ROOM = 2, 8, 4
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class ChatSession:
         those asked is the first in it."""
         first, size = min(self._first, len(asked) - 1), self.engine.context_size
         whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
-        least, room = (min(self.max_tokens or size, size // part) for part in (_LEAST, _ROOM))
+        least = min(self.max_tokens, size // _MOST) if self.max_tokens else size // _LEAST
+        room = max(least, size // _ROOM)
         if self.overflow == "stop" or len(whole) + max(least, 1) <= size:
             return whole, first
         later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]

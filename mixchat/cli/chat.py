@@ -114,5 +114,6 @@ def begin_chat(
         repl.cache = cache
     if keeper.session.history:
         repl.show(keeper.chat)
-    repl.attached.update({str(path): text for path, text in files.items()})
+    for path, text in files.items():
+        repl.attach(path, text)
     repl.run()

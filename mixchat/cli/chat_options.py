@@ -16,6 +16,11 @@ from mixchat.cli.setting import setting
 
 _RESUME = ("-r", "--resume")
 
+
+def _checked_overflow(text: str) -> None:
+    checked_overflow(text, "--overflow")
+
+
 File = Annotated[
     list[Path] | None,
     typer.Option(
@@ -54,7 +59,7 @@ Overflow = Annotated[
     str,
     setting(
         "--overflow",
-        check=checked_overflow,
+        check=_checked_overflow,
         autocompletion=among(*OVERFLOWS),
         metavar="POLICY",
         help="When the context is full: stop, or drop-oldest to leave the oldest turns out.",

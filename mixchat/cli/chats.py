@@ -12,6 +12,7 @@ import typer
 
 from mixchat.chat.sanitize import sanitize
 from mixchat.cli.arguments import checked
+from mixchat.cli.completion import kept_chats
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ _LEAST, _ELSEWHERE = 20, 60  # cells that a question may take: at least, and not
 def chats(
     chat: Annotated[
         str | None,
-        typer.Argument(metavar="ID", help="Its ID, what only its ID begins with, or its name."),
+        typer.Argument(
+            metavar="ID",
+            autocompletion=kept_chats,
+            help="Its ID, what only its ID begins with, or its name.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,

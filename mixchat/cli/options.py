@@ -50,7 +50,13 @@ Model = Annotated[
 ]
 System = Annotated[
     str | None,
-    setting("-s", "--system", metavar="TEXT", check=checked_system, help="The system prompt."),
+    setting(
+        "-s",
+        "--system",
+        metavar="TEXT",
+        check=checked_system,
+        help="The system prompt; empty: none.",
+    ),
 ]
 Temperature = Annotated[
     float | None,

@@ -94,17 +94,19 @@ def run(
         keeper.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
     cache = ChatCache(keeper, keep_cache)
-    of_chat = cache_file is None and (question is None or resumed is not None)
+    kept = question is None or resumed is not None or (save and is_given(context, "save"))
+    of_chat = cache_file is None and kept
     try:
         with cache if of_chat else keeping(cache_file, session.engine):
             if question is None:
                 own = cache if of_chat else None
                 begin_chat(keeper, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
+                before = session.history
                 try:
                     after_turn(print_answer(session, question, form, model))
                 finally:  # what was answered is kept though it could not be printed
-                    if resumed is not None:
+                    if kept and session.history is not before:
                         keeper.save()
     finally:
         _keep_report(session, model)

@@ -50,9 +50,9 @@ def origin(context: typer.Context, parameter: Any) -> Origin:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether a flag or a variable gives a parameter, by its name in Python."""
+    """Whether a flag gives a parameter, by its name in Python."""
     source = context.get_parameter_source(name)
-    return source is not None and _ORIGINS.get(source.name) in ("flag", "variable")
+    return source is not None and _ORIGINS.get(source.name) == "flag"
 
 
 def mark_damaged(context: typer.Context, error: UsageError) -> None:

@@ -174,22 +174,6 @@ def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
     assert store.load(keeper.chat.id).messages == ()
 
 
-def test_the_longest_answer_is_each_chat_s_own(session_of, store):
-    session = session_of("a", "b", "c")
-    keeper = Keeper(session, store, "demo")
-    chats = []
-    for limit in (3, None):
-        session.max_tokens = limit
-        talk(session, "Hi")
-        keeper.save()
-        chats.append(keeper.chat)
-        session.clear()
-        keeper.begin()
-    for chat, limit in zip(chats, (3, None), strict=True):
-        keeper.resume(chat)
-        assert session.max_tokens == limit
-
-
 def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
     session = session_of("a", "b")
     talk(session, "one")

@@ -131,8 +131,19 @@ def test_elsewhere_there_are_no_signs_of_life():
     assert out.getvalue() == ""
 
 
+def test_of_a_long_question_the_beginning_and_the_end_are_shown():
+    out = io.StringIO()
+    lines = [f"line {number}" for number in range(250)]
+    Screen(out).show_turns([Message("user", "\n".join(lines))])
+    shown = out.getvalue().splitlines()
+    assert shown[0] == ">>> line 0"
+    assert shown[5] == "... (241 more lines)"
+    assert shown[-1] == "... line 249"
+    assert len(shown) == 10
+
+
 def test_earlier_turns_are_shown_with_what_was_asked():
     out = io.StringIO()
     question, answer = Message("user", "Why\nnot?"), Message("assistant", "**So**", partial=True)
     Screen(out).show_turns([question, answer])
-    assert out.getvalue() == ">>> Why\n>>> not?\n**So**\n(unfinished; /continue goes on)\n\n"
+    assert out.getvalue() == ">>> Why\n... not?\n**So**\n(unfinished; /continue goes on)\n\n"

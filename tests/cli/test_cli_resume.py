@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import MappingProxyType
 
 import pytest
 from command_line import FAKE
@@ -17,10 +18,10 @@ def chat(environment, tmp_path):
     """Types questions into `mixchat run FLAGS`; returns what was asked of the engine."""
     prompts = tmp_path / "prompts"
 
-    def chat(*flags, answers=(), questions=()):
+    def chat(*flags, answers=(), questions=(), variables=MappingProxyType({})):
         prompts.write_text("")
-        variables = {"SCRIPT": json.dumps(answers), "PROMPTS": str(prompts)}
-        with Terminal([*FAKE, "run", *flags], environment | variables) as terminal:
+        script = {"SCRIPT": json.dumps(answers), "PROMPTS": str(prompts)}
+        with Terminal([*FAKE, "run", *flags], environment | script | variables) as terminal:
             for question, answer in zip(questions, answers, strict=True):
                 terminal.wait_for(">>>")
                 terminal.type(question + ENTER)
@@ -77,9 +78,31 @@ def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, p
     assert shown["messages"][1]["partial"] is True
 
 
-def test_one_answer_is_not_kept(mixchat, ids):
+def test_one_answer_is_not_kept_unless_that_is_asked_for(mixchat, ids):
     mixchat("run", "Hi")
     assert ids() == []
+    mixchat("run", "Hi", MIXCHAT_SAVE="1")
+    assert ids() == []
+    mixchat("run", "--save", "Hi")
+    assert len(ids()) == 1
+
+
+def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids, tmp_path):
+    chat(answers=["Hello"], questions=["Hi"])
+    file = tmp_path / f"home/chats/{ids()[0]}.json"
+    before = file.read_bytes()
+    failing = json.dumps([[{"raise": "PromptError", "with": "too long"}]])
+    assert mixchat("run", "-r", ids()[0], "-s", "Be new", "Hi", SCRIPT=failing).returncode == 3
+    assert file.read_bytes() == before
+
+
+def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(chat, ids):
+    chat("-s", "Be brief", "-n", "3", answers=["Hel"], questions=["Hi"])
+    variables = {"MIXCHAT_SYSTEM": "Be new", "MIXCHAT_MODEL": "nosuch"}
+    prompts = chat("-r", answers=["Whole answer"], questions=["Again"], variables=variables)
+    assert prompts[0].startswith("[system]Be brief[user]Hi")
+    prompts = chat("-r", "-s", "Be old", answers=["So"], questions=["Again"])
+    assert prompts[0].startswith("[system]Be old[user]Hi")
 
 
 def test_a_chat_that_is_not_to_be_kept_leaves_nothing(chat, ids, tmp_path):
