@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "drop-oldest"]
-# Parts of the context. Old turns are left out where the answer may not fit into what is left, up to a
-# half, or an eighth if no length was given; then until a quarter is left, because what stays has to
-# be read anew, which is not to happen at each turn.
+# Parts of the context. Old turns are left out where the answer may not fit into what is left, up to
+# a half, or an eighth if no length was given; then until a quarter is left, because what stays has
+# to be read anew, which is not to happen at each turn.
 _MOST, _LEAST, _ROOM = 2, 8, 4
 
 
