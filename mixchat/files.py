@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
+from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place cannot be written to: for want of rights, or because something else is there.
@@ -25,6 +25,16 @@ NOT_WRITABLE = (
     errno.EEXIST,
     errno.ELOOP,  # a link where a file of ours belongs
 )
+
+
+def not_written(error: OSError, path: Path, what: str) -> MixchatError:
+    """The error for a person where a file cannot be written, or removed: by whose doing it is."""
+    kind = MixchatError
+    if error.errno in DISK_FULL:
+        kind = ResourceError
+    elif error.errno in NOT_WRITABLE:
+        kind = UsageError
+    return kind(f"{path}: {what} ({error.strerror})")
 
 
 def read_bytes(path: Path) -> bytes:

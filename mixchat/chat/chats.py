@@ -16,11 +16,9 @@ from mixchat.chat.chat_file import BEGINNING, LAST, Chat, checked_name, now, rea
 from mixchat.errors import (
     ChatNotFoundError,
     CheckpointError,
-    MixchatError,
-    ResourceError,
     UsageError,
 )
-from mixchat.files import DISK_FULL, NOT_WRITABLE, sync_directory, write_private_file
+from mixchat.files import not_written, sync_directory, write_private_file
 from mixchat.settings import data_dir
 
 __all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
@@ -81,7 +79,7 @@ class ChatStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_private_file(path, data)
         except OSError as error:
-            raise _failure(error, path, "the chat cannot be kept") from None
+            raise not_written(error, path, "the chat cannot be kept") from None
 
     def rename(self, chat: Chat, name: str) -> Chat:
         """Save a chat under a name; returns it as saved.
@@ -152,7 +150,7 @@ class ChatStore:
             path.unlink(missing_ok=True)
             sync_directory(self.directory)
         except OSError as error:
-            raise _failure(error, path, "the chat cannot be removed") from None
+            raise not_written(error, path, "the chat cannot be removed") from None
         return id
 
     def kv_path(self, id: str) -> Path:
@@ -228,12 +226,3 @@ def _some(words: Sequence[str]) -> str:
     """The first words, and how many more there are."""
     more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
     return ", ".join(words[:_LISTED]) + more
-
-
-def _failure(error: OSError, path: Path, what: str) -> MixchatError:
-    kind = MixchatError
-    if error.errno in DISK_FULL:
-        kind = ResourceError
-    elif error.errno in NOT_WRITABLE:
-        kind = UsageError
-    return kind(f"{path}: {what} ({error.strerror})")

@@ -23,8 +23,8 @@ import torch
 
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
-from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
-from mixchat.files import DISK_FULL, NOT_WRITABLE, private_in_place_of, write_all
+from mixchat.errors import CheckpointError
+from mixchat.files import not_written, private_in_place_of, write_all
 from mixchat.weights.manifest import Manifest
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 
@@ -78,18 +78,9 @@ class PromptCache:
         try:
             _write(self.path, cache, ids, self._engine.identity)
         except OSError as error:
-            raise _not_written(self.path, error) from None
+            raise not_written(error, self.path, "the prompt cache cannot be written") from None
         self._kept = ids
         return True
-
-
-def _not_written(path: Path, error: OSError) -> MixchatError:
-    kind = MixchatError
-    if error.errno in DISK_FULL:
-        kind = ResourceError
-    elif error.errno in NOT_WRITABLE:
-        kind = UsageError
-    return kind(f"{path}: the prompt cache cannot be written ({error.strerror})")
 
 
 def _about(cache: KVCache, identity: str, tokens: int) -> dict[str, Any]:

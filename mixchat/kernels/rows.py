@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from abc import ABC, abstractmethod
 
 import torch
 from llvmlite import ir
@@ -107,7 +108,7 @@ def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
     return compile_module(module, instructions)
 
 
-class _Rows:
+class _Rows(ABC):
     """A function that computes row after row: a token is an item of work."""
 
     name: str
@@ -123,9 +124,9 @@ class _Rows:
             self.row(token)
         self.function.finish()
 
+    @abstractmethod
     def row(self, token: Value) -> None:
         """What is done for one token."""
-        raise NotImplementedError
 
     def load(self, pointer: Pointer, place: Value) -> Value:
         """Numbers in the type of the rows, as fp32."""

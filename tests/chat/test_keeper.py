@@ -20,6 +20,15 @@ def talk(session, *questions):
         list(session.ask(question))
 
 
+def gone_on_with(store, session, question, **options):
+    """The keeper of another run, in which the last chat was gone on with."""
+    keeper = Keeper(session, store, "demo", **options)
+    keeper.resume(store.latest())
+    talk(session, question)
+    keeper.save()
+    return keeper
+
+
 def test_nothing_is_written_before_something_was_said(session_of, store):
     Keeper(session_of(), store, "demo").save()
     assert not store.directory.exists()
@@ -55,11 +64,7 @@ def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
     first = Keeper(session, store, "demo")
     talk(session, "Hi")
     first.save()
-    other = session_of("Fine")
-    second = Keeper(other, store, "demo")
-    second.resume(store.latest())
-    talk(other, "Again")
-    second.save()
+    gone_on_with(store, session_of("Fine"), "Again")
     assert [(kept.id, kept.turns) for kept in store.all()] == [(first.chat.id, 2)]
 
 
@@ -130,11 +135,7 @@ def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, st
     first = Keeper(session, store, "demo", warn=said.append)
     talk(session, "Hi")
     first.save()
-    other = session_of("there")
-    second = Keeper(other, store, "demo", warn=said.append)
-    second.resume(store.latest())
-    talk(other, "second")
-    second.save()
+    second = gone_on_with(store, session_of("there"), "second", warn=said.append)
     assert said == []
     talk(session, "first")
     first.save()
@@ -154,11 +155,7 @@ def test_a_name_does_not_overwrite_what_another_window_wrote(session_of, store):
     first = Keeper(session, store, "demo")
     talk(session, "Hi")
     first.save()
-    other = session_of("there")
-    second = Keeper(other, store, "demo")
-    second.resume(store.latest())
-    talk(other, "second")
-    second.save()
+    second = gone_on_with(store, session_of("there"), "second")
     first.rename("mine")
     assert len(store.load(second.chat.id).messages) == 4
     assert len(store.load("mine").messages) == 2
