@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,10 +38,41 @@ def not_written(error: OSError, path: Path, what: str) -> MixchatError:
     return kind(f"{path}: {what} ({error.strerror})")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file. Raises `CheckpointError` where it cannot be read."""
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
+    """Open a regular file that is there; its descriptor. Without `follow`, a link is refused.
+
+    Opening a FIFO would wait for its other end for ever, and a device may be anything. Raises
+    `OSError`, whose `strerror` says what else is there.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        return path.read_bytes()
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
+            raise _not_regular(path) from None
+        if error.errno == errno.ELOOP and path.is_symlink() and not follow:
+            raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise _not_regular(path)
+
+
+def _not_regular(path: Path) -> OSError:
+    if path.is_dir():
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return FileExistsError(errno.EEXIST, "is not a regular file", str(path))
+
+
+def read_bytes(path: Path, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file. Raises `CheckpointError` where it cannot be read.
+
+    Files of our own are read without `follow`: nobody else's link says what we read.
+    """
+    try:
+        with open(open_regular(path, follow=follow), "rb") as file:
+            return file.read()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
     except OSError as error:

@@ -502,10 +502,10 @@ class TestDamage:
     def test_one_that_cannot_be_read_is_a_clear_error(self, store, monkeypatch):
         store.save(chat_of())
 
-        def refuse(path):
+        def refuse(path, flags):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(CheckpointError, match="cannot be read"):
             store.load(ID)
 
