@@ -93,7 +93,7 @@ def read_chat(path: Path) -> Chat:
 
     Raises `CheckpointError` where it cannot be read, is damaged, or is of a newer mixchat.
     """
-    data = read_bytes(path)
+    data = read_bytes(path, follow=False)
     try:
         raw = json.loads(data)
         _check(isinstance(raw, dict), "it is not a JSON object")

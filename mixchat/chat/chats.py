@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from mixchat.errors import (
     UsageError,
 )
 from mixchat.files import not_written, sync_directory, write_private_file
+from mixchat.lock import only_one
 from mixchat.settings import data_dir
 
 __all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
@@ -52,8 +54,8 @@ class ChatSummary:
 class ChatStore:
     """The chats in a directory, which is made when the first is saved.
 
-    Two processes may save one chat at once: the last one wins, and each file is whole at every
-    moment. A chat's KV cache may lie beside it, at `kv_path`.
+    Two processes may save one chat at once: each file is whole at every moment, and with
+    `save_over` neither loses what it has. A chat's KV cache may lie beside it, at `kv_path`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -75,25 +77,64 @@ class ChatStore:
         """
         path = self._path(chat.id)
         data = serialized(chat)
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._writing(path):
             write_private_file(path, data)
-        except OSError as error:
-            raise not_written(error, path, "the chat cannot be kept") from None
+
+    def save_over(self, known: Chat | None, chat: Chat) -> Chat:
+        """Save a chat in place of `known`, which its file should hold (None: no file is there).
+
+        Where the file holds something else, another session has changed it: then that stays, and
+        the chat is saved beside it, under a new ID. Returns it as saved. Raises as `save` does.
+        """
+        with self._alone(chat.id):
+            return self._save_over(known, chat)
 
     def rename(self, chat: Chat, name: str) -> Chat:
-        """Save a chat under a name; returns it as saved.
+        """Save a chat, which its file should hold, under a name; returns it as saved.
 
-        Raises `UsageError` where another chat has that name, and as `save` does.
+        Raises `UsageError` where another chat has that name, and as `save_over` does.
         """
         name = checked_name(name)
-        taken = [id for id in self._named(name) if id != chat.id]
-        if taken:
-            hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
-            raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
-        renamed = replace(chat, name=name)
-        self.save(renamed)
-        return renamed
+        with self._alone(chat.id):
+            taken = [id for id in self._named(name) if id != chat.id]
+            if taken:
+                hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
+                raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
+            return self._save_over(chat, replace(chat, name=name))
+
+    def _save_over(self, known: Chat | None, chat: Chat) -> Chat:
+        if self._holds_another(chat.id, known):
+            name = None if known is not None and chat.name == known.name else chat.name
+            chat = replace(chat, id=self.new_id(chat.created), name=name)
+        self.save(chat)
+        return chat
+
+    def _holds_another(self, id: str, known: Chat | None) -> bool:
+        """Whether a chat's file is there and holds another state of it than `known`."""
+        path = self._path(id)
+        if not os.path.lexists(path):
+            return False
+        try:
+            return read_chat(path) != known
+        except CheckpointError:  # damaged, or of a newer mixchat: not ours to overwrite
+            return os.path.lexists(path)
+
+    @contextmanager
+    def _alone(self, id: str) -> Iterator[None]:
+        """Keep other sessions from writing chats: between a look at a file and its renaming."""
+        with ExitStack() as stack:
+            with self._writing(self._path(id)):
+                stack.enter_context(only_one(self.directory / "chats", wait=lambda: None))
+            yield
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Make the directory, and say for a person why nothing can be written to it."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise not_written(error, path, "the chat cannot be kept") from None
 
     def load(self, wanted: str) -> Chat:
         """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.

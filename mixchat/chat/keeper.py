@@ -20,6 +20,7 @@ class Keeper:
     """Saves a session's chat, unless it is not to be `kept`; `warn` hears once where that fails.
 
     `model` is the model's name, which is kept too. A chat gets its file with its first answer.
+    `note` hears a line where another session changed the file: both chats are kept then.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class Keeper:
         *,
         kept: bool = True,
         warn: Callable[[Exception], object] = lambda error: None,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.store, self.kept = store, kept
         self._keeps = kept
-        self.session, self._model, self._warn = session, model, warn
+        self.session, self._model, self._warn, self._note = session, model, warn, note
         self._warned = False
         self.chat = self._new_chat()
 
@@ -48,15 +50,18 @@ class Keeper:
 
     def save(self) -> None:
         """Write the chat as it is now, if it is to be kept."""
-        if not self.kept or not (self.session.history or self._has_file):
-            return
         try:
-            self._write()
+            self.save_or_raise()
             self._warned = False
         except MixchatError as error:
             if not self._warned:
                 self._warn(error)
             self._warned = True
+
+    def save_or_raise(self) -> None:
+        """`save` that raises the `MixchatError`, for where nobody would look at a warning."""
+        if self.kept and (self.session.history or self._has_file):
+            self._write()
 
     def rename(self, name: str | None) -> None:
         """Keep the chat, from now on if it was not, under this name if one is given.
@@ -67,7 +72,7 @@ class Keeper:
         self.kept = True
         self._write()
         if name is not None:
-            self.chat = self.store.rename(self.chat, name)
+            self._is_saved(self.store.rename(self.chat, name))
 
     def resume(self, chat: Chat, but: Collection[str] = ()) -> None:
         """Let the session go on with a kept chat: its turns, its system prompt, its sampling; `but`
@@ -97,24 +102,13 @@ class Keeper:
         )
 
     def _write(self) -> None:
-        if self._was_changed_elsewhere():
-            self.chat = replace(self.chat, id=self.store.new_id(self.chat.created), name=None)
-            self._warn(
-                MixchatError(
-                    f"this chat was gone on with elsewhere: what is said here is kept as "
-                    f"{self.chat.id}"
-                )
-            )
-        chat = self.current()
-        self.store.save(chat)
-        self.chat, self._has_file = chat, True
+        self._is_saved(self.store.save_over(self.chat if self._has_file else None, self.current()))
 
-    def _was_changed_elsewhere(self) -> bool:
-        """Whether the file has another state of the chat than we wrote or read last."""
-        try:
-            return self.store.load(self.chat.id).updated != self.chat.updated
-        except (MixchatError, OSError):  # not there yet, removed, or damaged
-            return False
+    def _is_saved(self, chat: Chat) -> None:
+        """Go on with the chat as the store has saved it."""
+        if self._has_file and chat.id != self.chat.id:
+            self._note(f"this chat was changed in another session; saved as {chat.id}")
+        self.chat, self._has_file = chat, True
 
     def _new_chat(self) -> Chat:
         began, self._has_file = now(), False

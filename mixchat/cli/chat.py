@@ -39,7 +39,7 @@ def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
     from mixchat.chat.chats import ChatStore
     from mixchat.chat.keeper import Keeper
 
-    return Keeper(session, ChatStore(), model, kept=kept, warn=report)
+    return Keeper(session, ChatStore(), model, kept=kept, warn=report, note=note)
 
 
 class ChatCache:

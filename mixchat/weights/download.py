@@ -12,6 +12,7 @@ from typing import Any
 from mixchat import machine
 from mixchat.errors import ResourceError, UsageError
 from mixchat.files import DISK_FULL, NOT_WRITABLE
+from mixchat.lock import only_one
 from mixchat.progress import Progress
 from mixchat.settings import data_dir
 from mixchat.weights import demo, models
@@ -20,7 +21,6 @@ from mixchat.weights.build import build, finish_cut_short, head
 from mixchat.weights.hub import cache_dir
 from mixchat.weights.hub_origin import SOURCE_DIR
 from mixchat.weights.journal import JOURNAL_FILE, read_head
-from mixchat.weights.lock import only_one
 from mixchat.weights.manifest import check_files, is_kept, read_manifest
 from mixchat.weights.models import ModelRef
 from mixchat.weights.origin import Origin

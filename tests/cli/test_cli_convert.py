@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mixchat.lock import only_one
 from mixchat.weights import convert as convert_module
 from mixchat.weights.convert import _Conversion
-from mixchat.weights.lock import only_one
 
 FILES = ("shared.safetensors", "experts-000.safetensors", "experts-001.safetensors")
 

@@ -9,8 +9,8 @@ from command_line import FAKE
 from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
+from mixchat.lock import only_one
 from mixchat.weights.build import build
-from mixchat.weights.lock import only_one
 from mixchat.weights.manifest import Source
 from mixchat.weights.origin import LocalOrigin
 from mixchat.weights.quantize import QuantizeOptions, blueprint_of

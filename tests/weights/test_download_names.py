@@ -13,9 +13,9 @@ from fake_hub import COMMIT, REPO, FakeHub
 from weight_tools import NF4, Meter, files_of, get, left_in
 
 from mixchat.errors import CheckpointError, HubError, UsageError
+from mixchat.lock import only_one
 from mixchat.weights import demo, download, models
 from mixchat.weights.download import Request
-from mixchat.weights.lock import only_one
 from mixchat.weights.manifest import is_kept, read_manifest
 from mixchat.weights.models import resolve
 from mixchat.weights.quantize import QuantizeOptions

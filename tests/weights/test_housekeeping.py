@@ -9,10 +9,10 @@ import pytest
 from weight_tools import files_of
 
 from mixchat.errors import ModelNotFoundError, UsageError
+from mixchat.lock import only_one
 from mixchat.machine import disk_usage
 from mixchat.weights import hub, models
 from mixchat.weights.housekeeping import Leftover, remove, sweep
-from mixchat.weights.lock import only_one
 from mixchat.weights.manifest import is_kept
 
 JUNK = {

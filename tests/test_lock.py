@@ -1,7 +1,8 @@
-"""One process at a time for each model, also when one of them is killed."""
+"""One process at a time for each model or chat, also when one of them is killed."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.weights import lock
-from mixchat.weights.lock import Busy, only_one
+from mixchat import lock
+from mixchat.lock import Busy, only_one
 
 HOLD = """
 import sys
 from pathlib import Path
-from mixchat.weights.lock import only_one
+from mixchat.lock import only_one
 with only_one(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -130,8 +131,21 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(
         pass
 
 
-def test_only_one_of_many_is_inside(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_POLL", 0.001)
+def test_a_disk_without_locks_can_be_written_all_the_same(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_one(target):
+        pass
+    assert not lock_file(target).exists()
+
+
+def test_only_one_of_many_is_inside(target: Path) -> None:
     inside, most, done = [0], [0], []
 
     def work() -> None:
