@@ -1,4 +1,8 @@
-"""Small files: read whole with one clear line for every fault, written whole or not at all."""
+"""Files of ours: read with one clear line for every fault, written whole or not at all.
+
+Nobody else's link says what they are: reading refuses one (`follow=False`), writing replaces it.
+What is neither a regular file nor a link (a device, FIFO, socket, directory) is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +42,17 @@ def not_written(error: OSError, path: Path, what: str) -> MixchatError:
     return kind(f"{path}: {what} ({error.strerror})")
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
-    """Open a regular file that is there; its descriptor. Without `follow`, a link is refused.
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
+) -> int:
+    """Open a regular file; its descriptor. Without `follow`, a link is refused.
 
     Opening a FIFO would wait for its other end for ever, and a device may be anything. Raises
     `OSError`, whose `strerror` says what else is there.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
             raise _not_regular(path) from None
@@ -79,10 +85,10 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """The object in a JSON file. Raises `CheckpointError` where there is none."""
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path, follow=follow))
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: not JSON ({reason})") from None
@@ -92,18 +98,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens meanwhile."""
+    """Write a file so that it is there whole or not at all, whatever happens meanwhile.
+
+    For the files of a model, which one process writes: until it is whole it lies under a name that
+    the next attempt takes again. Raises `OSError`, and leaves nothing behind.
+    """
     temporary = temporary_name(path)
     temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    give_name(temporary, path)
+    with removed_on_error(temporary):
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(temporary, path)
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """`write_file` for what concerns its owner alone: nobody else can read it, at no moment."""
+    """Write a file as `write_file` does, for what several processes of its owner may write.
+
+    Nobody else can read it, at no moment.
+    """
     with private_in_place_of(path) as descriptor:
         write_all(descriptor, data)
 
@@ -121,18 +135,39 @@ def private_in_place_of(path: Path) -> Iterator[int]:
 
     Its own name is drawn, so that two processes with one `path` do not write into each other's.
     """
+    _check_replaceable(path)
     descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
-    try:
+    with removed_on_error(Path(name)):
         try:
             yield descriptor
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        give_name(Path(name), path)
+        _replace(Path(name), path)
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Remove a file where the work on it ends with an error: half of it is worth nothing."""
+    try:
+        yield
     except BaseException:
         with suppress(OSError):
-            os.unlink(name)
+            path.unlink()
         raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    _check_replaceable(path)
+    give_name(temporary, path)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise `OSError` where something is there that is neither a regular file nor a link."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise _not_regular(path)
 
 
 def temporary_name(path: Path) -> Path:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.errors import UsageError
+from mixchat.output_file import OutputFile
 
 if TYPE_CHECKING:
     from mixchat.chat.chats import Chat
@@ -63,27 +61,10 @@ def to_markdown(chat: Chat) -> str:
 def write_export(chat: Chat, path: Path) -> None:
     """Write a chat to a file that is not there yet: as JSON where its name says so, else Markdown.
 
-    Raises `UsageError` where that cannot be done; there is no file then.
+    Raises `UsageError` or `ResourceError` where that cannot be done; there is no file then.
     """
     text = to_json(chat) if path.suffix == ".json" else to_markdown(chat)
-    try:
-        with open(path, "x", encoding="utf-8") as file, _removed_on_error(path):
-            file.write(text)
-            file.flush()  # where the disk is full, this says so
-    except FileExistsError:
-        raise UsageError(f"{path} is there already", hint="Give another name.") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror})") from None
-
-
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    """What is half written is worth nothing."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    OutputFile("/export", path, streams=False).write(text.encode())
 
 
 def _as_openai_has_it(message: Message) -> dict[str, Any]:

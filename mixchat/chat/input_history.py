@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import fcntl
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit.history import History
 
-from mixchat.files import give_name, temporary_name
+from mixchat.files import open_regular, write_private_file
 
 _MOST_ENTRIES = 2000
 _MOST_BYTES = 4_000_000  # pasted files are entries, too
@@ -22,8 +21,8 @@ class InputHistory(History):
     """Entries in the form of prompt-toolkit's `FileHistory`, in `path`, or in memory if it is None.
 
     It never raises: what goes wrong with the file is said in `fault`, and then, as without a file,
-    entries live in memory. Several chats can write to one file; each sees what the others wrote
-    when it starts.
+    entries live in memory. A link in its place, or what is no regular file, is left as it is.
+    Several chats can write to one file; each sees what the others wrote when it starts.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -33,7 +32,7 @@ class InputHistory(History):
         self._entries: list[str] = []
         if path is not None:
             with self._faults_kept(path):
-                self._open(Path(os.path.realpath(path)))
+                self._open(path)
 
     def load_history_strings(self) -> Iterator[str]:
         """The entries, the newest first."""
@@ -53,9 +52,8 @@ class InputHistory(History):
                 _append(fd, _written(string))
 
     def _open(self, path: Path) -> None:
-        self._path = path
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._entries = _entries_in(_read(path)) if path.exists() else []
+        self._entries = _entries_in(_read(path)) if os.path.lexists(path) else []
         with _locked(path) as fd:
             os.fchmod(fd, 0o600)
             self._compact(path)
@@ -66,7 +64,7 @@ class InputHistory(History):
         entries = _entries_in(data)
         self._entries = entries[-_MOST_ENTRIES:]
         if len(entries) > _MOST_ENTRIES or path.stat().st_size > len(data):
-            _replace(path, b"".join(map(_written, self._entries)))
+            write_private_file(path, b"".join(map(_written, self._entries)))
 
     @contextmanager
     def _faults_kept(self, path: Path) -> Iterator[None]:
@@ -83,9 +81,8 @@ class InputHistory(History):
 
 def _read(path: Path) -> bytes:
     """The end of the file, of at most `_MOST_BYTES`."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = open_regular(path, follow=False)
     with open(fd, "rb") as file:
-        _check_regular(fd)
         size = os.fstat(fd).st_size
         if size > _MOST_BYTES:
             file.seek(size - _MOST_BYTES // 2)
@@ -122,10 +119,8 @@ def _locked(path: Path) -> Iterator[int]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(path, flags, 0o600)
+        fd = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
         try:
-            _check_regular(fd)
             with suppress(OSError):  # some network disks have no locks
                 fcntl.flock(fd, fcntl.LOCK_EX)
             # Whoever had the lock may have put a new file in its place meanwhile.
@@ -136,11 +131,6 @@ def _open_locked(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
-
-
-def _check_regular(fd: int) -> None:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError("not a file")
 
 
 def _append(fd: int, data: bytes) -> None:
@@ -154,13 +144,3 @@ def _append(fd: int, data: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(fd, before)
         raise
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = temporary_name(path)
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    give_name(temporary, path)

@@ -15,6 +15,7 @@ import typer
 from mixchat.cli import options
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
+from mixchat.cli.png import PNG_HELP, checked_picture
 from mixchat.cli.progress import status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mixchat.bench.measure import Bench, Tasks
     from mixchat.bench.peer import Peer
     from mixchat.engine.loader import LoadOptions
+    from mixchat.output_file import OutputFile
 
 _SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
 
@@ -80,9 +82,7 @@ def bench(
         typer.Option(metavar="FILE", help="The GGUF file of MODEL that llama.cpp runs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-    png: Annotated[
-        Path | None, typer.Option("--png", metavar="FILE", help="Draw it (needs matplotlib).")
-    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
 ) -> None:
     """Measure how fast a model runs, beside what this machine could do at most."""
     if (model is None) == (synthetic is None):
@@ -91,6 +91,7 @@ def bench(
         raise UsageError(f"--peer has to be llama.cpp, not {peer!r}")
     if peer and model and peer_model is None:
         raise UsageError("--peer needs --peer-model FILE.gguf, the same model for llama.cpp")
+    drawing = checked_picture(png)
     budgets = options.budget(host_memory), options.budget(device_memory)
     bits = options.checked_bits(kv_bits)
     prepare_environment()
@@ -107,7 +108,7 @@ def bench(
             found = _peer(peer_python, peer_model, layers, longest)
             other = stack.enter_context(found)
         done = _measured(directory, load, tasks, other)
-        _show(done, as_json, png)
+        _show(done, as_json, drawing)
 
 
 @contextmanager
@@ -166,11 +167,11 @@ def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | Non
     return bench
 
 
-def _show(bench: Bench, as_json: bool, png: Path | None) -> None:
+def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
     from mixchat.cli.bench_text import as_dict, as_text, picture
     from mixchat.cli.png import write_figure
 
     if png is not None:
         write_figure(png, picture(bench))
-        print(f"wrote {png}", file=sys.stderr)
+        print(f"wrote {png.path}", file=sys.stderr)
     print(json.dumps(as_dict(bench), indent=2) if as_json else as_text(bench))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mixchat.cli.prompt_cache import load_cache, save_cache
+from mixchat.cli.prompt_cache import has_content, load_cache, save_cache
 from mixchat.cli.report import note, report
 from mixchat.errors import ChatNotFoundError, MixchatError
 from mixchat.settings import data_dir
@@ -65,13 +65,13 @@ class ChatCache:
     def save(self) -> None:
         """Keep what the engine holds; what keeps it from that is said, and no more."""
         keeper = self._keeper
-        if not keeper.kept or not (self._wished or keeper.kv_path.exists()):
+        if not keeper.kept or not (self._wished or has_content(keeper.kv_path)):
             return
         if not keeper.session.history:  # all was taken back
             keeper.kv_path.unlink(missing_ok=True)
             return
         loaded = self._loaded
-        if loaded is not None and loaded.path != keeper.kv_path.resolve():
+        if loaded is not None and loaded.path != keeper.kv_path:
             loaded = None  # another chat's
         try:
             save_cache(keeper.kv_path, keeper.session.engine, loaded)

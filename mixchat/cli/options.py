@@ -193,12 +193,17 @@ CachePolicy = Annotated[
 ]
 Trace = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write which experts each token went to, as JSON Lines."),
+    typer.Option(
+        metavar="FILE",
+        help="Write which experts each token went to, as JSON Lines. Only a trace is replaced.",
+    ),
 ]
 PromptCache = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Keep what the model has read in FILE; the next run goes on from it."
+        metavar="FILE",
+        help="Keep what the model has read in FILE; the next run resumes from it. "
+        "Only a prompt cache is replaced.",
     ),
 ]
 Device = Annotated[

@@ -7,10 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import MissingDependencyError, UsageError
+from mixchat.errors import MissingDependencyError
+from mixchat.output_file import OutputFile
 
+# What a picture of ours has near its beginning: a chunk of text, as PNG's specification has it.
+_PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
 _LARGEST = 40.0  # inches that a picture may have, at 100 dots an inch
 _LEAST = (8.0, 4.0)
+PNG_HELP = "Draw it into FILE (needs matplotlib). Only a picture of mixchat's is replaced."
 
 
 def new_figure(width: float, height: float, title: str) -> Any:
@@ -31,11 +35,17 @@ def new_figure(width: float, height: float, title: str) -> Any:
     return figure
 
 
-def write_figure(path: Path, figure: Any) -> None:
-    """Write it into a file, a pipe or a device. Raises `UsageError`."""
+def checked_picture(path: Path | None) -> OutputFile | None:
+    """The file, pipe or device of `--png`, if it can be written to. Raises `UsageError`."""
+    return None if path is None else OutputFile("--png", path, _is_ours).check()
+
+
+def _is_ours(head: bytes) -> bool:
+    return head.startswith(_PNG) and _SOFTWARE in head
+
+
+def write_figure(file: OutputFile, figure: Any) -> None:
+    """Write it. Raises `UsageError`, or `ResourceError` where the disk is full."""
     out = io.BytesIO()
-    figure.savefig(out, format="png")
-    try:
-        path.write_bytes(out.getvalue())
-    except OSError as error:
-        raise UsageError(f"cannot write --png {path}: {error.strerror}") from None
+    figure.savefig(out, format="png", metadata={"Software": "mixchat"})
+    file.write(out.getvalue())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from mixchat.chat.sanitize import sanitize
 from mixchat.cli.progress import status
 from mixchat.cli.report import note
-from mixchat.errors import CheckpointError, MixchatError, UsageError
+from mixchat.errors import CheckpointError, MixchatError
+from mixchat.output_file import OutputFile
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
@@ -23,36 +24,17 @@ _LENGTH_BEGINS = b"\xf8"  # for it is 8 less than a multiple of 4096
 
 
 def checked_place(path: Path | None) -> Path | None:
-    """The path, if a prompt cache can be kept there. Raises `UsageError`.
-
-    Nothing else is replaced: a file that never was a prompt cache is somebody's own.
-    """
-    if path is None:
-        return None
-    try:
-        place = path.resolve()
-        if not place.parent.is_dir():
-            raise UsageError(f"--prompt-cache {path}: there is no directory {place.parent}")
-        if not os.access(place.parent, os.W_OK | os.X_OK):
-            raise UsageError(f"--prompt-cache {path}: {place.parent} cannot be written to")
-        if place.exists() and not _is_ours(place):
-            raise UsageError(
-                f"--prompt-cache {path}: this is something else, which is left as it is",
-                hint="Give a file that is not there yet, or one that --prompt-cache wrote.",
-            )
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--prompt-cache {path}: cannot be read ({reason})") from None
-    return path
+    """The file that the path means, if a prompt cache can be kept there. Raises `UsageError`."""
+    return None if path is None else _output(path).check().place
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether it is a prompt cache, or was one before it was damaged; or an empty file."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        first = file.read(8 + len(BEGINNING))
-    return first[:1] in (b"", _LENGTH_BEGINS) and BEGINNING.startswith(first[8:])
+def _output(path: Path) -> OutputFile:
+    return OutputFile("--prompt-cache", path, _is_ours, streams=False)
+
+
+def _is_ours(head: bytes) -> bool:
+    """Whether a file is a prompt cache, by its beginning, or was one before it was damaged."""
+    return head[:1] == _LENGTH_BEGINS and BEGINNING.startswith(head[8 : 8 + len(BEGINNING)])
 
 
 @contextmanager
@@ -78,7 +60,7 @@ def keeping(path: Path | None, engine: Engine) -> Iterator[None]:
 
 def load_cache(path: Path, engine: Engine) -> PromptCache | None:
     """Let the engine hold what the file has in place of what it held, if there is a file."""
-    if not path.exists() or not path.stat().st_size:
+    if not has_content(path):
         return None
     from mixchat.engine.prompt_cache import PromptCache
 
@@ -89,6 +71,15 @@ def load_cache(path: Path, engine: Engine) -> PromptCache | None:
     except CheckpointError as error:
         note(f"{error}; it is written anew")
     return kept
+
+
+def has_content(path: Path) -> bool:
+    """Whether there is a file of ours that is not empty: no link, device or pipe."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def save_cache(path: Path, engine: Engine, loaded: PromptCache | None = None) -> None:

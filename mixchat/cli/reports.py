@@ -9,7 +9,7 @@ from typing import Any
 
 from mixchat.errors import CheckpointError
 from mixchat.experts.stats import TIERS, ExpertReport
-from mixchat.files import read_json_object, write_file
+from mixchat.files import read_json_object, write_private_file
 from mixchat.settings import data_dir
 
 
@@ -31,14 +31,14 @@ def path_of(key: str) -> Path:
 def save_report(path: Path, report: ExpertReport) -> None:
     """Keep a report in place of an earlier one, whole or not at all. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(report.to_dict()).encode())
+    write_private_file(path, json.dumps(report.to_dict()).encode())
 
 
 def load_report(path: Path) -> ExpertReport:
     """The report in a file. Raises `CheckpointError` where there is none that can be drawn."""
     hint = "The next 'mixchat run' of the model writes a new one."
     try:
-        report = ExpertReport.from_dict(read_json_object(path))
+        report = ExpertReport.from_dict(read_json_object(path, follow=False))
         _check(report)
     except CheckpointError as error:
         raise CheckpointError(str(error), hint=hint) from None

@@ -18,6 +18,7 @@ from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
 from mixchat.cli.setting import is_given
 from mixchat.experts.policies import DEFAULT_POLICY
+from mixchat.experts.trace import trace_file
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
@@ -66,6 +67,8 @@ def run(
     """Chat with a model; or, with a PROMPT or a pipe, print one answer."""
     form = Form(as_json, extract, stream, raw, quiet)
     cache_file = checked_place(prompt_cache)
+    if trace is not None:
+        trace_file(trace).check()
     resumed = find_chat(resume)
     if resumed is not None and not is_given(context, "model"):
         model = resumed.model

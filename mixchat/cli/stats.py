@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixchat.cli.options import model_argument
-from mixchat.cli.png import new_figure, write_figure
+from mixchat.cli.png import PNG_HELP, checked_picture, new_figure, write_figure
 from mixchat.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[
         Path | None,
-        typer.Option("--png", metavar="FILE", help="Draw it into FILE (needs matplotlib)."),
+        typer.Option("--png", metavar="FILE", help=PNG_HELP),
     ] = None,
 ) -> None:
     """Show how the last run used the experts, and where they were at its end."""
+    picture = checked_picture(png)
     report = _last_report(model)
-    if png is not None:
-        write_figure(png, _picture(report))
+    if picture is not None:
+        write_figure(picture, _picture(report))
         print(f"wrote {png}", file=sys.stderr)
     if as_json:
         print(json.dumps(report.to_dict()))

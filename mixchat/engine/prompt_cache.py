@@ -42,11 +42,10 @@ def identity_of(manifest: Manifest) -> str:
 
 
 class PromptCache:
-    """What `path` keeps of the engine's KV cache."""
+    """What `path` keeps of the engine's KV cache. A link there is not read, and is replaced."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
-        # A link stays one: what it names is replaced.
-        self.path, self._engine = path.resolve(), engine
+        self.path, self._engine = path, engine
         self._kept: list[int] = []
 
     def load(self) -> int:
@@ -58,7 +57,7 @@ class PromptCache:
         """
         _, cache = self._engine.held()
         try:
-            with SafetensorsFile(self.path) as file:
+            with SafetensorsFile(self.path, follow=False) as file:
                 kept = _read(file, cache, self._engine.identity)
         except BaseException:
             cache.clear()

@@ -16,7 +16,7 @@ from mixchat import machine
 from mixchat.errors import CheckpointError
 from mixchat.experts.measure import thread_seconds
 from mixchat.experts.runner import compute
-from mixchat.files import read_json_object, write_file
+from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.settings import data_dir
 from mixchat.weights.blueprint import Blueprint
@@ -78,7 +78,7 @@ def known_or_best(path: Path, counts: Sequence[int], measure: Measure) -> int:
     best = _best(counts[0], measure(counts))
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({**kept, key: best}, indent=1).encode())
+        write_private_file(path, json.dumps({**kept, key: best}, indent=1).encode())
     return best
 
 
@@ -89,6 +89,6 @@ def _best(first: int, seconds: Mapping[int, float]) -> int:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        return read_json_object(path)
+        return read_json_object(path, follow=False)
     except CheckpointError:
         return {}

@@ -17,7 +17,7 @@ import torch
 from mixchat import machine
 from mixchat.errors import CheckpointError
 from mixchat.experts.memory import CPU
-from mixchat.files import read_json_object, write_file
+from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.weights.blueprint import Blueprint
 
@@ -113,13 +113,13 @@ def _keep(path: Path, key: str, measured: Calibration) -> None:
     content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, content.encode())
+        write_private_file(path, content.encode())
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The entries of a file of results; none where it is missing, damaged or of another format."""
     try:
-        content = read_json_object(path)
+        content = read_json_object(path, follow=False)
     except CheckpointError:
         return {}
     machines = content.get("machines")

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.files import DISK_FULL
+from mixchat.output_file import OutputFile
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mixchat.experts.runner import ExpertRunner
 
 FORMAT, VERSION = "mixchat-trace", 1
+_BEGINNING = f'{{"format":"{FORMAT}"'.encode()
 # What is beyond these is not a trace, and is not read into memory to find that out.
 _LONGEST_HEADER, _LONGEST_LINE = 2**16, 2**26  # bytes
 _MOST = 1024  # layers, experts
@@ -112,25 +113,30 @@ def _not_a_trace(where: str, what: str) -> UsageError:
     return UsageError(f"{where}: {what}", hint="'mixchat run --trace FILE' records a trace.")
 
 
-class TraceWriter:
-    """Writes a trace, a line for each forward pass as it ends; replaces a file that is there.
+def trace_file(path: Path) -> OutputFile:
+    """The file, pipe or device that gets a trace; only an earlier trace is replaced."""
+    return OutputFile("--trace", path, _is_ours)
 
-    Raises `UsageError` where the file cannot be created, and once a `ResourceError` where it cannot
-    be written further: what comes after that is not recorded.
+
+def _is_ours(head: bytes) -> bool:
+    return head.startswith(_BEGINNING)
+
+
+class TraceWriter:
+    """Writes a trace, a line for each forward pass as it ends, to a `trace_file`.
+
+    Raises `UsageError` where the file cannot be made, and once a `ResourceError` where it cannot be
+    written further: what comes after that is not recorded.
     """
 
     def __init__(
         self, path: Path, model: str, layers: int, experts: int, experts_per_token: int
     ) -> None:
-        self._path, self._layers = path, layers
+        self._output, self._layers = trace_file(path), layers
         self._forward: list[list[int]] = []
-        try:
-            # Unbuffered: what was written is there after a crash, and nothing is left to be
-            # written, and to fail again, at the end.
-            self._file: BinaryIO | None = open(path, "wb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            kind = ResourceError if error.errno in DISK_FULL else UsageError
-            raise kind(f"{path}: cannot be written ({error.strerror})") from None
+        # Without a buffer: what was written is there after a crash, and nothing is left to be
+        # written, and to fail again, at the end.
+        self._file: BinaryIO | None = self._output.open()
         counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
         self._write({"format": FORMAT, "version": VERSION, "model": model} | counts)
 
@@ -161,7 +167,7 @@ class TraceWriter:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self.close()
-            raise ResourceError(f"{self._path}: cannot be written ({error.strerror})") from None
+            raise ResourceError(f"{self._output}: cannot be written ({error.strerror})") from None
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
+from mixchat.files import write_file
 
 _CONTROL = 3  # gguf.TokenType.CONTROL
 
@@ -60,4 +61,4 @@ def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) 
         "chat_template": metadata["tokenizer.chat_template"],
     }
     path = target / "tokenizer_config.json"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(config, indent=2) + "\n").encode())

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mixchat.files import write_file
+from mixchat.files import open_regular, write_file
 from mixchat.weights.manifest import Source
 
 JOURNAL_FILE = "journal.jsonl"
@@ -26,7 +26,8 @@ class Journal:
         self.made, whole = read_journal(directory, head)
         self._unsaved: list[tuple[str, dict[str, str]]] = []
         if whole:
-            os.truncate(self._path, whole)
+            with self._opened() as journal:
+                journal.truncate(whole)
         else:
             write_file(self._path, json.dumps(head).encode() + b"\n")
 
@@ -37,13 +38,17 @@ class Journal:
     def save(self) -> None:
         """Make durable what was added; the tensors themselves must be so already."""
         lines = [json.dumps({"file": file, "sha256": made}) + "\n" for file, made in self._unsaved]
-        with open(self._path, "ab") as journal:
+        with self._opened() as journal:
             journal.write("".join(lines).encode())
             journal.flush()
             os.fsync(journal.fileno())
         for file, made in self._unsaved:
             self.made.setdefault(file, {}).update(made)
         self._unsaved.clear()
+
+    def _opened(self) -> BinaryIO:
+        """The file, to write at its end; a link in its place is not written through."""
+        return open(open_regular(self._path, os.O_WRONLY | os.O_APPEND, follow=False), "ab")
 
 
 def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[str, str]], int]:
@@ -67,7 +72,7 @@ def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[
 def read_head(directory: Path) -> dict[str, Any] | None:
     """The first line of a directory's journal; None where there is none that can be read."""
     try:
-        with open(directory / JOURNAL_FILE, "rb") as journal:
+        with open(open_regular(directory / JOURNAL_FILE, follow=False), "rb") as journal:
             line = journal.readline(1 << 20)
         head = json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError, RecursionError):

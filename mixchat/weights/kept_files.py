@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixchat.files import sync_directory
+from mixchat.files import open_regular, sync_directory
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.parts import Part
 from mixchat.weights.safetensors import Header, TensorSpec, header_bytes, tensor_bytes
@@ -80,8 +80,8 @@ class KeptFiles:
 
     def _open(self, name: str) -> int:
         if name not in self._fds:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            fd = self._fds[name] = os.open(self._directory / name, flags, 0o666)
+            flags = os.O_RDWR | os.O_CREAT
+            fd = self._fds[name] = open_regular(self._directory / name, flags, follow=False)
             layout = self._layouts[name]
             _write_at(fd, memoryview(layout.start), 0)
             os.ftruncate(fd, layout.size)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.errors import CheckpointError
-from mixchat.files import give_name, temporary_name
+from mixchat.files import give_name, open_regular, temporary_name
 
 ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
@@ -116,11 +116,11 @@ class SafetensorsFile:
     file is missing, cut short, or not what the format allows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow: bool = True) -> None:
         self.path = path
         self._fd = self._direct_fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = open_regular(path, follow=follow)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: the file is missing") from None
         except OSError as error:

@@ -19,6 +19,7 @@ import torch
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
+from mixchat.files import write_file
 from mixchat.progress import Progress, running
 from mixchat.weights.checkpoint_files import INDEX
 from mixchat.weights.gguf_tokenizer import write_tokenizer
@@ -174,4 +175,4 @@ def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -383,7 +383,7 @@ def test_export_writes_the_chat_once(session_of, store, tmp_path, name):
     chat = typed(session, "Hi", f"/export {name}", f"/export {name}", store=store)
     (path,) = tmp_path.glob("*.json" if name.endswith("json") else "*.md")
     assert f"(written to {path.name})" in chat.text
-    assert error_of(chat) == f"{path.name} is there already"
+    assert error_of(chat) == f"/export {path.name}: this is something else, which is left as it is"
     if name.endswith("json"):
         assert [m["content"] for m in json.loads(path.read_text())["messages"]] == ["Hi", "Hello"]
     else:
@@ -391,4 +391,5 @@ def test_export_writes_the_chat_once(session_of, store, tmp_path, name):
 
 
 def test_export_says_why_it_cannot(session_of):
-    assert "cannot be written" in error_of(typed(session_of("a"), "Hi", "/export no/such/place.md"))
+    said = error_of(typed(session_of("a"), "Hi", "/export no/such/place.md"))
+    assert "there is no directory" in said

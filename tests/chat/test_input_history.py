@@ -112,13 +112,17 @@ def test_a_file_that_is_too_long_keeps_its_end(path, monkeypatch):
     assert path.stat().st_size < 500
 
 
-def test_a_link_to_the_file_stays_a_link(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(input_history, "_MOST_ENTRIES", 1)
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    keep(link, "one", "two")
-    assert kept(link) == ["two"]
-    assert link.is_symlink()
+def test_a_link_in_its_place_is_left_as_it_is(path, tmp_path):
+    """Whoever could write into the directory could have what is typed appended to any file."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    path.parent.mkdir()
+    path.symlink_to(precious)
+    history = keep(path, "one")
+    assert history.fault == f"{path}: is a symbolic link: what you type is not kept there"
+    assert list(history.load_history_strings()) == ["one"]
+    assert path.is_symlink()
+    assert (precious.read_text(), rights(precious)) == ("precious", 0o644)
 
 
 def test_two_chats_do_not_break_each_others(path):

@@ -1,5 +1,7 @@
 """A chat's KV cache, kept beside it: what was read is not read again."""
 
+import os
+
 import pytest
 from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 
@@ -51,6 +53,33 @@ def test_without_a_wish_nothing_is_kept(keeper_of):
     with ChatCache(keeper, wished=False):
         asked(keeper, "question")
     assert not keeper.kv_path.exists()
+
+
+def test_a_link_in_its_place_is_not_written_through(keeper_of, tmp_path):
+    """What it led to was overwritten, with no flag given: a device's node, as root."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for wished in (False, True):
+        keeper = keeper_of()
+        keeper.store.directory.mkdir(exist_ok=True)
+        keeper.kv_path.symlink_to(precious)
+        with ChatCache(keeper, wished=wished):
+            asked(keeper, "question")
+        assert keeper.kv_path.is_symlink() != wished  # replaced, where a cache is asked for
+        assert precious.read_text() == "precious"
+
+
+def test_a_pipe_in_its_place_is_left_as_it_is_and_said(keeper_of, capsys):
+    keeper = keeper_of()
+    keeper.store.directory.mkdir()
+    os.mkfifo(keeper.kv_path)
+    with ChatCache(keeper, wished=False):
+        asked(keeper, "question")
+    assert capsys.readouterr().err == ""
+    with ChatCache(keeper, wished=True):
+        asked(keeper, "question")
+    assert "the prompt cache cannot be written (is not a regular file)" in capsys.readouterr().err
+    assert keeper.kv_path.is_fifo()
 
 
 def test_a_chat_that_is_not_kept_has_no_cache(keeper_of):

@@ -220,6 +220,17 @@ def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
     assert file.read_bytes() == data
 
 
+def test_a_link_that_a_person_names_is_followed(ask, tmp_path):
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "f", tmp_path / "there" / "g"
+    link.symlink_to(target)
+    ask("Why?", "--prompt-cache", str(link))
+    assert link.is_symlink()
+    assert target.stat().st_size > 4096
+    again = ask("Why?", "--prompt-cache", str(link), "--verbose")
+    assert (again.returncode, reused(again) > 0) == (0, True)
+
+
 def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -174,13 +175,50 @@ def test_png_leaves_pyplot_alone(mixchat, kept, tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
+def test_a_report_is_not_written_through_a_link(home, tmp_path):
+    precious, path = tmp_path / "precious", report_path("demo")
+    precious.write_text("precious")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(precious)
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
+        load_report(path)
+    save_report(path, REPORT)
+    assert precious.read_text() == "precious"
+    assert load_report(path) == REPORT
+
+
 @pytest.mark.parametrize("place", ["", "missing/x.png"])
 def test_a_picture_that_cannot_be_written_is_one_clear_line(mixchat, kept, tmp_path, place):
     pytest.importorskip("matplotlib")
     done = mixchat("stats", "demo", "--png", str(tmp_path / place))
     assert done.returncode == 2
-    assert done.stderr.decode().startswith(f"error: cannot write --png {tmp_path / place}: ")
-    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.decode().startswith(f"error: --png {tmp_path / place}: ")
+    assert done.stderr.count(b"error: ") == 1
+
+
+def test_only_a_picture_of_ours_is_replaced(mixchat, kept, tmp_path):
+    """A photograph whose name was mistyped was overwritten."""
+    pytest.importorskip("matplotlib")
+    picture, photograph = tmp_path / "x.png", tmp_path / "photograph.png"
+    for _ in range(2):  # as a script does that runs every day
+        assert mixchat("stats", "demo", "--png", str(picture)).returncode == 0
+    photograph.write_bytes(b"\x89PNG\r\n\x1a\n and somebody else's pixels")
+    before = photograph.read_bytes()
+    done = mixchat("stats", "demo", "--png", str(photograph))
+    assert done.returncode == 2
+    assert b"this is something else, which is left as it is" in done.stderr
+    assert b"hint: Give a file that is not there yet, or one that --png wrote." in done.stderr
+    assert photograph.read_bytes() == before
+
+
+def test_a_picture_can_go_into_a_pipe(mixchat, kept):
+    pytest.importorskip("matplotlib")
+    reader, pipe = os.pipe()
+    with open(reader, "rb") as read, ThreadPoolExecutor() as pool:
+        picture = pool.submit(read.read)
+        assert mixchat("stats", "demo", "--png", f"/dev/fd/{pipe}").returncode == 0
+        os.close(pipe)
+        assert picture.result(20).startswith(b"\x89PNG\r\n")
 
 
 def test_every_tier_has_a_mark():

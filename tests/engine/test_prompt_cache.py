@@ -310,13 +310,27 @@ def test_only_its_owner_reads_it_at_any_time(
     assert [*modes, stat.S_IMODE(path.stat().st_mode)] == [0o600, 0o600]
 
 
-def test_a_link_stays_one(open_engine: Open, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    link, target = tmp_path / "f", tmp_path / "there" / "g"
+def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path: Path) -> None:
+    """What lies where a chat's cache belongs may be somebody else's link to anything."""
+    link, target = tmp_path / "f", tmp_path / "g"
+    saved(target, open_engine())
+    before = target.read_bytes()
     link.symlink_to(target)
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
+        PromptCache(link, open_engine()).load()
     saved(link, open_engine())
-    assert link.is_symlink()
-    assert PromptCache(target, open_engine()).load() == 23
+    assert not link.is_symlink()
+    assert target.read_bytes() == before
+    assert PromptCache(link, open_engine()).load() == 23
+
+
+def test_what_is_no_regular_file_is_not_replaced(open_engine: Open, tmp_path: Path) -> None:
+    """A device's node was replaced by a file, as root."""
+    os.mkfifo(tmp_path / "f")
+    with pytest.raises(UsageError, match="is not a regular file"):
+        saved(tmp_path / "f", open_engine())
+    assert (tmp_path / "f").is_fifo()
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_a_name_of_any_length_can_be_written(open_engine: Open, tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
     assert measure.calls == 1
 
 
+def test_a_link_in_its_place_is_replaced(tmp_path: Path) -> None:
+    path, precious = tmp_path / "threads.json", tmp_path / "precious"
+    precious.write_text("{}")
+    path.symlink_to(precious)
+    assert known_or_best(path, [8, 16], Machine({8: 1.0, 16: 0.5})) == 16
+    assert (precious.read_text(), path.is_symlink()) == ("{}", False)
+
+
 def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
     known_or_best(path, [8, 16], measure)

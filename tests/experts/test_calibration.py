@@ -122,6 +122,17 @@ def test_a_damaged_or_old_file_is_measured_and_written_anew(tmp_path: Path, text
     assert load_or_measure(path, "here", CPU, never) == KNOWN
 
 
+def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+    path, precious = tmp_path / "machine.json", tmp_path / "precious"
+    precious.write_text(entry())
+    path.symlink_to(precious)
+    other = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
+    assert load_or_measure(path, "here", CPU, lambda: other) is other
+    assert precious.read_text() == entry()
+    assert not path.is_symlink()
+    assert load(path, "here", CPU) == other
+
+
 def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) -> None:
     assert len(set(DAMAGED) | {entry()}) == len(DAMAGED) + 1
     path = tmp_path / "machine.json"

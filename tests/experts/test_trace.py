@@ -105,10 +105,26 @@ def test_a_disk_that_fills_up_is_an_error_once(path: Path) -> None:
     assert disk.closed == 1
 
 
-@pytest.mark.parametrize("name", ["missing/a.trace", "."])
-def test_a_place_that_cannot_be_written_to_is_wrong_use(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be written"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("missing/a.trace", "there is no directory"), (".", "this is something else")],
+)
+def test_a_place_that_cannot_be_written_to_is_wrong_use(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
         writer(tmp_path / name)
+
+
+def test_only_a_trace_is_replaced(path: Path) -> None:
+    """Notes whose name was mistyped were overwritten."""
+    for _ in range(2):
+        writer(path).close()
+    assert read_trace(path).forwards == []
+    path.write_text("my notes")
+    with pytest.raises(UsageError, match="this is something else, which is left as it is"):
+        writer(path)
+    assert path.read_text() == "my notes"
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
     journal.add("x", {"two": "2"})
     journal.save()
     assert Journal(tmp_path, {"a": 1}).made == {"x": {"one": "1", "two": "2"}}
+
+
+def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+    """Whoever could write into a model's directory could have any file appended to, or cut."""
+    precious = tmp_path / "precious"
+    Journal(tmp_path, {"of": "this"})
+    before = (tmp_path / JOURNAL_FILE).rename(precious).read_bytes()
+    (tmp_path / JOURNAL_FILE).symlink_to(precious)
+    journal = Journal(tmp_path, {"of": "this"})
+    journal.add("x", {"y": "z"})
+    journal.save()
+    assert precious.read_bytes() == before
+    assert not (tmp_path / JOURNAL_FILE).is_symlink()
+
+
+def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / JOURNAL_FILE)
+    assert read_head(tmp_path) is None
 
 
 def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:

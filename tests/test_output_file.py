@@ -1,0 +1,123 @@
+"""A file that a person names for output: another's is never replaced, whatever the name was."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mixchat.errors import ResourceError, UsageError
+from mixchat.output_file import OutputFile
+
+OURS = b"ours: "
+
+
+def output(path: Path, **options: bool) -> OutputFile:
+    return OutputFile("--out", path, lambda head: head.startswith(OURS), **options)
+
+
+def test_a_file_that_is_not_there_is_made_and_one_of_ours_is_replaced(tmp_path: Path) -> None:
+    for data in (OURS + b"a long first text", OURS + b"short"):
+        output(tmp_path / "f").write(data)
+        assert (tmp_path / "f").read_bytes() == data
+
+
+def test_an_empty_file_is_nobodys_loss(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    output(tmp_path / "f").write(OURS)
+    assert (tmp_path / "f").read_bytes() == OURS
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path, streams: bool) -> None:
+    (tmp_path / "f").write_bytes(b"notes")
+    for use in (output(tmp_path / "f", streams=streams).check, output(tmp_path / "f").open):
+        with pytest.raises(UsageError, match="something else, which is left as it is") as caught:
+            use()
+        assert caught.value.hint == "Give a file that is not there yet, or one that --out wrote."
+    assert (tmp_path / "f").read_bytes() == b"notes"
+
+
+def test_where_nothing_is_ours_the_hint_does_not_say_so(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"notes")
+    with pytest.raises(UsageError) as caught:
+        OutputFile("--out", tmp_path / "f").check()
+    assert caught.value.hint == "Give a file that is not there yet."
+
+
+def test_a_link_is_followed_also_to_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("f")
+    for _ in range(2):
+        output(tmp_path / "link").write(OURS)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "f").read_bytes() == OURS
+    (tmp_path / "f").write_bytes(b"notes")
+    with pytest.raises(UsageError, match="something else"):
+        output(tmp_path / "link").write(OURS)
+
+
+def test_a_device_is_written_to_where_a_stream_will_do() -> None:
+    output(Path("/dev/null")).write(OURS)
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(UsageError, match="something else"):
+        output(Path("/dev/null"), streams=False).check()
+
+
+def test_a_pipe_gets_it_all(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    output(Path(f"/dev/fd/{writer}")).write(OURS)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read() == OURS
+
+
+def test_a_directory_is_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="something else"):
+        output(tmp_path).check()
+
+
+def test_a_directory_that_is_not_there_is_found_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no directory"):
+        output(tmp_path / "typo" / "f").check()
+
+
+def test_a_file_that_somebody_made_since_the_look_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = output(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"notes")
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "_mode", lambda self: None)
+        with pytest.raises(UsageError, match="File exists"):
+            named.write(OURS)
+    assert (tmp_path / "f").read_bytes() == b"notes"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_error_of_its_own() -> None:
+    with pytest.raises(ResourceError, match="No space left"):
+        output(Path("/dev/full")).write(OURS)
+    assert Path("/dev/full").exists()
+
+
+def test_what_is_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, file: int) -> None:
+            self.fileno = lambda: file
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            os.close(self.fileno())
+
+    named = output(tmp_path / "f")
+    monkeypatch.setattr("mixchat.output_file.open", lambda fd, *how, **options: Full(fd), False)
+    with pytest.raises(ResourceError, match=r"--out .*f: cannot be written \(No space left"):
+        named.write(OURS)
+    assert os.listdir(tmp_path) == []
