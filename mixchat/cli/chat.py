@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mixchat.cli.prompt_cache import has_content, load_cache, save_cache
 from mixchat.cli.report import note, report
-from mixchat.errors import ChatNotFoundError, MixchatError
+from mixchat.errors import ChatNotFoundError, MixchatError, ResourceError
 from mixchat.settings import data_dir
 
 if TYPE_CHECKING:
@@ -42,19 +43,47 @@ def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
     return Keeper(session, ChatStore(), model, kept=kept, warn=report, note=note)
 
 
-class ChatCache:
-    """The KV cache that lies beside a chat: kept where that is wished, or was for it before."""
+@contextmanager
+def saved_turn(keeper: Keeper, wished: bool) -> Iterator[None]:
+    """Save what is answered meanwhile, if that is wished; also where it could not be printed.
 
-    def __init__(self, keeper: Keeper, wished: bool) -> None:
-        self._keeper, self._wished = keeper, wished
+    Raises `ResourceError` where it cannot be saved, for whatever reason: a script that asked for it
+    has to know. After another error that is only said.
+    """
+    before = keeper.session.history
+    try:
+        yield
+    except BaseException:
+        if wished and keeper.session.history is not before:
+            keeper.save()
+        raise
+    if wished and keeper.session.history is not before:
+        try:
+            keeper.save_or_raise()
+        except MixchatError as error:
+            hint = "The answer is whole. Free some space, or let MIXCHAT_HOME name another place."
+            raise ResourceError(str(error), hint=hint) from None
+
+
+class ChatCache:
+    """The KV cache that lies beside a chat: kept where that is wished, or was for it before.
+
+    `strict`: where the file that is wished cannot be written at the end, that is raised, not said.
+    """
+
+    def __init__(self, keeper: Keeper, wished: bool, *, strict: bool = False) -> None:
+        self._keeper, self._wished, self._strict = keeper, wished, wished and strict
         self._loaded: PromptCache | None = None
 
     def __enter__(self) -> ChatCache:
         self.load()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.save()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._strict and kind is None:
+            self._save()
+        else:
+            self.save()
 
     def load(self) -> None:
         """Let the engine go on from what the chat has, if it has something."""
@@ -64,6 +93,12 @@ class ChatCache:
 
     def save(self) -> None:
         """Keep what the engine holds; what keeps it from that is said, and no more."""
+        try:
+            self._save()
+        except MixchatError as error:
+            report(error)
+
+    def _save(self) -> None:
         keeper = self._keeper
         if not keeper.kept or not (self._wished or has_content(keeper.kv_path)):
             return
@@ -73,10 +108,7 @@ class ChatCache:
         loaded = self._loaded
         if loaded is not None and loaded.path != keeper.kv_path:
             loaded = None  # another chat's
-        try:
-            save_cache(keeper.kv_path, keeper.session.engine, loaded)
-        except MixchatError as error:
-            report(error)
+        save_cache(keeper.kv_path, keeper.session.engine, loaded)
 
 
 def begin_chat(

@@ -13,7 +13,7 @@ from mixchat.chat.plain_text import read_text
 from mixchat.cli import chat_options, options
 from mixchat.cli.answer import Form, print_answer
 from mixchat.cli.arguments import read_prompt
-from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper
+from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper, saved_turn
 from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
 from mixchat.cli.setting import is_given
@@ -96,7 +96,7 @@ def run(
     if resumed is not None:
         keeper.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
-    cache = ChatCache(keeper, keep_cache)
+    cache = ChatCache(keeper, keep_cache, strict=question is not None)
     kept = question is None or resumed is not None or (save and is_given(context, "save"))
     of_chat = cache_file is None and kept
     try:
@@ -105,12 +105,8 @@ def run(
                 own = cache if of_chat else None
                 begin_chat(keeper, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
-                before = session.history
-                try:
+                with saved_turn(keeper, kept):
                     after_turn(print_answer(session, question, form, model))
-                finally:  # what was answered is kept though it could not be printed
-                    if kept and session.history is not before:
-                        keeper.save()
     finally:
         _keep_report(session, model)
 

@@ -8,6 +8,7 @@ from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 from mixchat.chat.chats import ChatStore
 from mixchat.chat.keeper import Keeper
 from mixchat.cli.chat import ChatCache
+from mixchat.errors import UsageError
 
 
 @pytest.fixture
@@ -76,9 +77,13 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(keeper_of, capsys):
     with ChatCache(keeper, wished=False):
         asked(keeper, "question")
     assert capsys.readouterr().err == ""
+    said = "the prompt cache cannot be written (is not a regular file)"
     with ChatCache(keeper, wished=True):
         asked(keeper, "question")
-    assert "the prompt cache cannot be written (is not a regular file)" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+    with pytest.raises(UsageError) as caught, ChatCache(keeper, wished=True, strict=True):
+        asked(keeper, "question")
+    assert said in str(caught.value)
     assert keeper.kv_path.is_fifo()
 
 

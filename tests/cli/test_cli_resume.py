@@ -1,6 +1,8 @@
 """Chats that are kept, and gone on with: `--resume`, `--no-save`, `--keep-cache`."""
 
+import errno
 import json
+import os
 import signal
 from types import MappingProxyType
 
@@ -85,6 +87,33 @@ def test_one_answer_is_not_kept_unless_that_is_asked_for(mixchat, ids):
     assert ids() == []
     mixchat("run", "--save", "Hi")
     assert len(ids()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
+    mixchat, monkeypatch, number
+):
+    """A script that asked for --save was told 0, and its chat was nowhere."""
+
+    def refuse(path, data):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mixchat.chat.chats.write_private_file", refuse)
+    done = mixchat("run", "--save", "Hi")
+    assert (done.returncode, done.stdout) == (7, b"Hello\n")
+    error, hint = done.stderr.decode().splitlines()
+    assert f"the chat cannot be kept ({os.strerror(number)})" in error
+    assert hint.startswith("hint: The answer is whole.")
+
+
+def test_a_turn_that_cannot_be_saved_says_so_too(mixchat, ids, monkeypatch):
+    assert mixchat("run", "--save", "Hi").returncode == 0
+    (kept,) = ids()
+    with monkeypatch.context() as patch:
+        patch.setattr("mixchat.chat.chats.write_private_file", lambda *given: os.stat("/no/such"))
+        assert mixchat("run", "--resume", kept, "Again").returncode == 7
+    failing = json.dumps([["x", {"raise": "RuntimeError", "with": "out of order"}]])
+    assert mixchat("run", "--resume", kept, "Again", SCRIPT=failing).returncode == 1
 
 
 def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids, tmp_path):
