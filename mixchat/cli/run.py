@@ -17,6 +17,7 @@ from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper, saved
 from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
 from mixchat.cli.setting import is_given
+from mixchat.errors import ModelNotFoundError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import trace_file
 
@@ -112,10 +113,11 @@ def run(
 
 
 def _keep_report(session: ChatSession, model: str) -> None:
-    """For `mixchat stats`. A full disk is no reason to complain about a good answer."""
+    """For `mixchat stats`. A full disk is no reason to complain about a good answer, nor is it that
+    the model was removed meanwhile."""
     from mixchat.cli.reports import report_path, save_report
 
-    with suppress(OSError):
+    with suppress(OSError, ModelNotFoundError):
         save_report(report_path(model), session.engine.expert_report(model))
 
 

@@ -44,6 +44,15 @@ def test_the_prompt_is_stdin_and_then_the_argument(mixchat, tmp_path, arguments,
     assert prompts_in(tmp_path / "prompts") == [f"[user]{prompt}"]
 
 
+def test_a_model_that_was_removed_while_it_answered_does_not_spoil_the_answer(mixchat):
+    """`rm` in another window, and the whole answer ended with 4: its report looked for the model.
+
+    The scripted engine needs no model, and one of this name is not on the machine.
+    """
+    done = mixchat("run", "-m", "removed", "Hi")
+    assert (done.stdout, done.stderr, done.returncode) == (b"Hello\n", b"", 0)
+
+
 def test_a_prompt_may_be_several_words(mixchat, tmp_path):
     mixchat("run", "Why", "is it so?", PROMPTS=str(tmp_path / "p"))
     assert (tmp_path / "p").read_text() == "[user]Why is it so?\n---\n"
