@@ -1,7 +1,9 @@
 """Machine code is kept from run to run, for its owner alone, and never used where it is damaged."""
 
 import ctypes
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from llvmlite import ir
 
 from mixchat.kernels import compile as compiling
+from mixchat.kernels import object_cache
 from mixchat.kernels.compile import compile_module, instruction_set
 from mixchat.kernels.emit import Function, i64
 from mixchat.kernels.object_cache import _KEPT, ObjectCache
@@ -59,15 +62,100 @@ def test_damaged_code_is_made_anew(place: Path, damage: str) -> None:
     assert adding(2) == 42
 
 
-def test_what_others_could_have_written_is_not_used(tmp_path: Path) -> None:
-    place = tmp_path / "kernels"
-    cache = ObjectCache("source", "target", place)
+OTHER = 12345  # a user's number, not ours
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[Path, ObjectCache, Path]:
+    """A home, the cache in it, and the file that the cache has written."""
+    cache = ObjectCache("source", "target", tmp_path / "home" / "kernels")
     cache.save(b"code")
     assert cache.load() == b"code"
-    place.chmod(0o777)
+    (file,) = (tmp_path / "home" / "kernels").iterdir()
+    return tmp_path / "home", cache, file
+
+
+Kept = tuple[Path, ObjectCache, Path]
+
+
+def places(kept: Kept) -> dict[str, Path]:
+    home, _, file = kept
+    return {"file": file, "directory": file.parent, "home": home, "above": home.parent}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o707])
+@pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
+def test_what_others_could_have_written_is_not_used(kept: Kept, place: str, mode: int) -> None:
+    """In a MIXCHAT_HOME that all can write to, another user's code ran."""
+    path = places(kept)[place]
+    before = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(mode)
+    assert kept[1].load() is None
+    kept[1].save(b"new code")
+    path.chmod(before)
+    if place != "file":  # which is replaced by one that nobody else can write
+        assert kept[1].load() == b"code"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
+def test_what_belongs_to_another_is_not_used(kept: Kept, place: str) -> None:
+    os.chown(places(kept)[place], OTHER, -1)
+    assert kept[1].load() is None
+
+
+def test_a_sticky_directory_above_is_no_harm(kept: Kept) -> None:
+    kept[0].chmod(0o1777)
+    assert kept[1].load() == b"code"
+    kept[2].parent.chmod(0o1777)  # the directory itself: others could make its files
+    assert kept[1].load() is None
+
+
+def test_a_directory_that_the_users_own_group_can_write_is_no_harm(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each user has a group of their own, ~/.local/share has mode 775."""
+    kept[0].chmod(0o775)
+    monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: True)
+    assert kept[1].load() == b"code"
+    monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: False)
+    assert kept[1].load() is None
+    monkeypatch.undo()
+    user = pwd.getpwuid(os.geteuid())
+    mates = grp.struct_group((user.pw_name, "x", user.pw_gid, ["mate"]))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: mates)
+    assert kept[1].load() is None
+
+
+def test_links_are_not_followed(kept: Kept, tmp_path: Path) -> None:
+    _, cache, file = kept
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
     assert cache.load() is None
-    place.chmod(0o700)
-    assert cache.load() == b"code"
+    cache.save(b"new code")
+    assert (file.is_symlink(), cache.load()) == (False, b"new code")
+    before = elsewhere.read_bytes()
+    file.parent.rename(tmp_path / "kernels")
+    file.parent.symlink_to(tmp_path / "kernels")
+    assert cache.load() is None
+    cache.save(b"newer code")
+    assert ObjectCache("source", "target", tmp_path / "kernels").load() == b"new code"
+    assert elsewhere.read_bytes() == before
+
+
+def test_a_home_that_is_a_link_is_judged_by_where_it_leads(kept: Kept, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(kept[0])
+    linked = ObjectCache("source", "target", tmp_path / "link" / "kernels")
+    assert linked.load() == b"code"
+    kept[0].chmod(0o777)
+    assert linked.load() is None
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(kept: Kept) -> None:
+    kept[2].unlink()
+    os.mkfifo(kept[2], 0o600)
+    assert kept[1].load() is None
 
 
 def test_code_belongs_to_its_source_and_its_target(tmp_path: Path) -> None:
@@ -81,7 +169,7 @@ def test_of_too_many_files_the_oldest_go(tmp_path: Path) -> None:
     for number in range(_KEPT + 3):
         cache = ObjectCache(str(number), "", tmp_path / "k")
         cache.save(b"code")
-        os.utime(cache._path, (number, number))
+        os.utime(tmp_path / "k" / cache._name, (number, number))
     left = [
         number for number in range(_KEPT + 3) if ObjectCache(str(number), "", tmp_path / "k").load()
     ]
