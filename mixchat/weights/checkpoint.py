@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import torch
 
@@ -12,8 +13,25 @@ from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.weights.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.linear import Linear, LinearSpec
-from mixchat.weights.manifest import REPAIR, Manifest, check_files, read_manifest
+from mixchat.weights.manifest import (
+    CONVERSION_DIR,
+    MANIFEST_FILE,
+    REPAIR,
+    Manifest,
+    check_files,
+    read_manifest,
+)
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec
+
+Stamp: TypeAlias = tuple[int, ...] | None  # which manifest it is; None where there is none
+
+
+def _stamp(directory: Path) -> Stamp:
+    try:
+        status = (directory / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def blueprint_of_kept(directory: Path, manifest: Manifest) -> Blueprint:
@@ -32,11 +50,13 @@ class KeptModel:
 
     Opening checks the manifest, each file's size, and that each header names exactly the tensors,
     types and shapes that the config asks for. Bytes are not hashed: 24 GB would take half a minute.
-    Raises `CheckpointError`.
+    What is open stays as it was, whatever another process puts in a file's place. Raises
+    `CheckpointError`, also where the model was changed while its files were opened.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        before = _stamp(directory)
         self.manifest = read_manifest(directory)
         check_files(directory, self.manifest)
         self.config = ModelConfig.from_file(directory / "config.json")
@@ -50,6 +70,7 @@ class KeptModel:
             ]
             first = next(self.blueprint.expert_tensors()).name
             self._expert_base = [file.header.start(first) for file in self._experts]
+            self._check_unchanged(before)
         except BaseException:
             self.close()
             raise
@@ -94,6 +115,19 @@ class KeptModel:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_unchanged(self, before: Stamp) -> None:
+        """See that all files are of the layout that the manifest names.
+
+        A conversion makes its directory before it replaces the first file, and writes the manifest
+        before it removes that: so the directory has to be looked for first.
+        """
+        converting = (self.directory / CONVERSION_DIR).exists()
+        if converting or _stamp(self.directory) != before:
+            raise CheckpointError(
+                f"{self.directory}: the model was changed while it was being loaded",
+                hint="Try again when what changes it has finished.",
+            )
 
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
         if name not in self.manifest.weights:

@@ -142,10 +142,17 @@ class SafetensorsFile:
         return block.view(spec.dtype).view(spec.shape)
 
     def open_direct(self) -> bool:
-        """Open the file a second time, past the page cache; False where that cannot be done."""
+        """Open the file a second time, past the page cache; False where that cannot be done.
+
+        Another process may have put another file in its place: that one is not read.
+        """
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
-                self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+                if os.path.samestat(os.fstat(descriptor), os.fstat(self._fd)):
+                    self._direct_fd = descriptor
+                else:
+                    os.close(descriptor)
         return self._direct_fd >= 0
 
     def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:

@@ -54,6 +54,62 @@ def text_of(directory: Path) -> list[int]:
     return list(engine.generate([5, 17, 42], sampling=greedy, stop_ids=set(), max_tokens=20))
 
 
+class TestLoadingBeside:
+    """A model that is converted while it is loaded is loaded as it was, or not at all.
+
+    The manifest was read, then the files were opened: those that a conversion had replaced in
+    between were read in the layout that they no longer had, and the text was nonsense.
+    """
+
+    @pytest.mark.parametrize("moment", ["shared.safetensors", FIRST, LAST])
+    @pytest.mark.parametrize("there_and_back", [False, True])
+    def test_files_of_two_layouts_are_not_loaded(
+        self, kept: Path, monkeypatch: pytest.MonkeyPatch, moment: str, there_and_back: bool
+    ) -> None:
+        opened = KeptModel._open
+
+        def beside(model: KeptModel, name: str, expected: Any) -> Any:
+            file = opened(model, name, expected)
+            if name == moment:
+                monkeypatch.undo()
+                pack(kept)
+                if there_and_back:
+                    convert(kept, "bitsandbytes", NoProgress())
+            return file
+
+        monkeypatch.setattr(KeptModel, "_open", beside)
+        with pytest.raises(CheckpointError, match="changed while it was being loaded"):
+            KeptModel(kept)
+        with KeptModel(kept):
+            pass
+
+    def test_files_of_a_conversion_that_is_under_way_are_not_loaded(
+        self, kept: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = KeptModel._open
+
+        def beside(model: KeptModel, name: str, expected: Any) -> Any:
+            if name == LAST:
+                (kept / CONVERSION_DIR).mkdir(exist_ok=True)
+            return opened(model, name, expected)
+
+        monkeypatch.setattr(KeptModel, "_open", beside)
+        with pytest.raises(CheckpointError, match="changed while it was being loaded"):
+            KeptModel(kept)
+
+    def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(
+        self, kept: Path
+    ) -> None:
+        with KeptModel(kept) as model:
+            stride = model.blueprint.expert.stride
+            before, after = (torch.empty(stride, dtype=torch.uint8) for _ in range(2))
+            model.read_expert(0, 1, before)
+            pack(kept)
+            assert not model.open_direct()
+            model.read_expert(0, 1, after)
+            assert torch.equal(before, after)
+
+
 class TestConverting:
     @pytest.mark.parametrize(("old", "new"), [LAYOUTS, LAYOUTS[::-1]])
     @pytest.mark.parametrize("options", [{}, ALL_4BIT])
