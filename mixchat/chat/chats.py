@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from mixchat.chat.chat_file import BEGINNING, LAST, Chat, checked_name, now, read_chat, serialized
+from mixchat.chat.chat_file import (
+    BEGINNING,
+    LAST,
+    Chat,
+    checked_name,
+    now,
+    read_chat,
+    read_name,
+    serialized,
+)
 from mixchat.errors import (
     ChatNotFoundError,
     CheckpointError,
@@ -134,7 +143,7 @@ class ChatStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield
         except OSError as error:
-            raise not_written(error, path, "the chat cannot be kept") from None
+            raise not_written(error, path, "the chat cannot be saved") from None
 
     def load(self, wanted: str) -> Chat:
         """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
@@ -170,6 +179,14 @@ class ChatStore:
     def ids(self) -> list[str]:
         """The ID of every chat, damaged or not, the oldest first. Opens no file."""
         return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
+
+    def names(self) -> list[str]:
+        """The names that chats have, that of the newest first; reads the beginnings of the files.
+
+        Raises `OSError` if the directory cannot be read.
+        """
+        names = (read_name(self._path(id)) for id in reversed(self.ids()))
+        return [name for name in names if name is not None]
 
     def all(self) -> list[ChatSummary]:
         """Every chat in a line, the one saved last first; of a damaged one its problem.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import import_module
 from types import MethodType
 from typing import Any, cast
@@ -16,6 +19,8 @@ from mixchat.settings import data_dir
 
 VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
 _PROGRAM = "mixchat"
+# Names with other characters would have a meaning for one shell or another.
+_HARMLESS = re.compile(r"[\w.,+@%/-]+( [\w.,+@%/-]+)*")
 _SHELLS = ("bash", "zsh", "fish")
 # Zsh runs the file at the first Tab: Typer's only defines a function then, and nothing completes.
 _ZSH_ENDING = """
@@ -35,7 +40,11 @@ def complete(group: Any, instruction: str) -> int:
             command.parse_args = MethodType(_parse_lightly, command)
     if instruction == "complete_bash":
         _drop_equals_signs()
-    code: int = completion.shell_complete(group, {}, _PROGRAM, VARIABLE, instruction)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        code: int = completion.shell_complete(group, {}, _PROGRAM, VARIABLE, instruction)
+    text = printed.getvalue()
+    print(_with_escaped_spaces(text) if instruction == "complete_bash" else text, end="")
     return code
 
 
@@ -100,6 +109,16 @@ def _drop_equals_signs() -> None:
     os.environ["COMP_CWORD"] = str(here - len(dropped))
 
 
+def _with_escaped_spaces(lines: str) -> str:
+    """What bash can put into a command line as it is: it does not quote a word with spaces.
+
+    Where the word was begun with a quote, it stays in quotes, and its spaces are themselves.
+    """
+    words = os.environ["COMP_WORDS"].split("\n")
+    begun = words[int(os.environ["COMP_CWORD"])] if words else ""
+    return lines if begun.startswith(("'", '"')) else lines.replace(" ", "\\ ")
+
+
 def among(*words: str) -> Callable[[str], list[str]]:
     """Complete to one of the words."""
 
@@ -117,11 +136,13 @@ def runnable_models(incomplete: str) -> list[str]:
 
 
 def kept_chats(incomplete: str) -> list[str]:
-    """Complete to a kept chat's ID, the newest first; names would take the reading of each."""
+    """Complete to a chat's name, if a shell can be given it, or to its ID; the newest first."""
     from mixchat.chat.chats import ChatStore
 
+    store = ChatStore()
     try:
-        return among(*reversed(ChatStore().ids()))(incomplete)
+        names = [name for name in store.names() if _HARMLESS.fullmatch(name)]
+        return among(*names, *reversed(store.ids()))(incomplete)
     except OSError:
         return []
 

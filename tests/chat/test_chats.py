@@ -160,7 +160,7 @@ class TestFiles:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", fail)
-            with pytest.raises(kind, match="cannot be kept") as caught:
+            with pytest.raises(kind, match="cannot be saved") as caught:
                 store.save(chat_of(messages=()))
         assert type(caught.value) is kind
         assert store.load(ID) == chat_of()
@@ -169,7 +169,7 @@ class TestFiles:
     def test_a_file_in_the_directorys_place_is_a_clear_error(self, store):
         store.directory.parent.mkdir()
         store.directory.write_text("")
-        with pytest.raises(UsageError, match="cannot be kept"):
+        with pytest.raises(UsageError, match="cannot be saved"):
             store.save(chat_of())
 
     @pytest.mark.parametrize(
@@ -311,6 +311,30 @@ class TestNames:
         assert store.load(ID) == chat == store.load("sea")
         with pytest.raises(ChatNotFoundError):
             store.load("sky")
+
+
+class TestNamesAlone:
+    def test_they_are_known_by_the_beginnings_of_the_files(self, three):
+        """A completion reads no whole chat: one of ten megabytes takes a second."""
+        three.rename(three.load(ID), "x" * 80)
+        three.rename(three.load("20261124"), '"天気" \\ ' + "😀" * 70)
+        file_of(three, "20261125-1630-k4f").write_bytes(b"")
+        assert three.names() == ["x" * 80, '"天気" \\ ' + "😀" * 70]
+        with open(file_of(three), "r+b") as file:
+            file.truncate(1024)
+        assert len(three.names()) == 2
+
+    @pytest.mark.parametrize(
+        "head", [b"", b"{", b"[]", b'{"name": "x"}', b'{"format": 1, "name": 5', b"\xff" * 99]
+    )
+    def test_what_is_no_chat_has_none(self, three, head):
+        for id in three.ids():
+            file_of(three, id).write_bytes(head)
+        assert three.names() == []
+
+    def test_a_name_that_cannot_be_one_is_none(self, three):
+        file_of(three).write_bytes(b'{"format": 1, "name": "a\\u001b[2J"')
+        assert three.names() == []
 
 
 class TestAll:
@@ -502,7 +526,7 @@ class TestDamage:
     def test_one_that_cannot_be_read_is_a_clear_error(self, store, monkeypatch):
         store.save(chat_of())
 
-        def refuse(path, flags):
+        def refuse(path, flags, mode=0o777):
             raise PermissionError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(os, "open", refuse)

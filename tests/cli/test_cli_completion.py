@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 from terminal import Terminal
 
+from mixchat.chat.chats import Chat, ChatStore
 from mixchat.cli.completion import VARIABLE
 
 HEAVY = {"torch", "rich", "huggingface_hub", "pydantic", "numpy"}
@@ -98,6 +100,37 @@ def test_bash_completes_the_values_of_flags(bash):
     assert bash("run", "--cache-policy", "l") == ["layered", "lru", "lfu"]
     assert bash("download", "demo", "--scales", "") == ["search", "absmax"]
     assert bash("run", "--trace", "/etc/h") == []  # bash itself goes on with files then
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Two chats with names, one of which a shell would act on, and one without."""
+    store = ChatStore(tmp_path / "home" / "chats")
+    for tail, name in (("aaa", "Holiday plans"), ("bbb", "$(touch x) `y`; z"), ("ccc", None)):
+        began = datetime(2026, 11, 25, tzinfo=timezone.utc)
+        store.save(Chat(f"20261125-0000-{tail}", name, "demo", "x", began, began, None, {}, ()))
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "--resume"], ["run", "-r"], ["chats"], ["chats", "--rm"]]
+)
+def test_bash_completes_chats_by_name_and_by_id(bash, chats, words):
+    """Only IDs were offered, which nobody remembers."""
+    assert bash(*words, "Hol") == ["Holiday\\", "plans"]  # one word, its space escaped
+    ids = [f"20261125-0000-{tail}" for tail in ("ccc", "bbb", "aaa")]
+    assert bash(*words, "2026") == ids
+    assert bash(*words, "") == ["Holiday\\", "plans", *ids]
+    assert bash(*words, "Holiday\\ pl") == ["Holiday\\", "plans"]
+    assert bash(*words, '"Holiday pl') == ["Holiday", "plans"]
+
+
+def test_a_person_at_bash_can_complete_a_name_with_a_space(installed, chats):
+    environment = installed("bash", "--norc")
+    with Terminal(["bash", "-i"], environment | {"PS1": "$ "}) as terminal:
+        terminal.type("mixchat chats Hol\t")
+        terminal.wait_for(r"iday\ plans ")
+        terminal.type("\x15mixchat chats 'Holiday p\t")
+        terminal.wait_for("lans' ")
 
 
 def test_a_person_at_bash_gets_the_completion_where_the_cursor_is(installed):
