@@ -30,8 +30,8 @@ def _never(head: bytes) -> bool:
 class OutputFile:
     """A place that `flag` names. `ours` tells by a file's first bytes whether the flag wrote it.
 
-    `streams`: a pipe or a device will do, too. Raises `UsageError`, with what to do instead, where
-    the place cannot be used.
+    `streams`: a pipe or a device will do, too; else the file is replaced as a whole. Raises
+    `UsageError`, with what to do instead, where the place cannot be used.
     """
 
     flag: str
@@ -43,10 +43,10 @@ class OutputFile:
         """See, before anything is computed, that it can be written to later."""
         try:
             mode = self._mode()
-            if mode is None:
-                self._check_directory()
-            elif not self._may_be_replaced(mode):
+            if mode is not None and not self._may_be_replaced(mode):
                 raise self._taken()
+            if mode is None or not self.streams:
+                self._check_directory()
         except OSError as error:
             raise UsageError(f"{self}: cannot be read ({error.strerror})") from None
         return self

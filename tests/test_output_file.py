@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mixchat import output_file
 from mixchat.errors import ResourceError, UsageError
 from mixchat.output_file import OutputFile
 
@@ -117,7 +118,7 @@ def test_what_is_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.Mon
             os.close(self.fileno())
 
     named = output(tmp_path / "f")
-    monkeypatch.setattr("mixchat.output_file.open", lambda fd, *how, **options: Full(fd), False)
+    monkeypatch.setattr(output_file, "open", lambda fd, *_, **__: Full(fd), raising=False)
     with pytest.raises(ResourceError, match=r"--out .*f: cannot be written \(No space left"):
         named.write(OURS)
     assert os.listdir(tmp_path) == []

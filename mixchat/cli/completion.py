@@ -114,9 +114,9 @@ def _with_escaped_spaces(lines: str) -> str:
 
     Where the word was begun with a quote, it stays in quotes, and its spaces are themselves.
     """
-    words = os.environ["COMP_WORDS"].split("\n")
-    begun = words[int(os.environ["COMP_CWORD"])] if words else ""
-    return lines if begun.startswith(("'", '"')) else lines.replace(" ", "\\ ")
+    words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
+    quoted = words[here : here + 1] and words[here].startswith(("'", '"'))
+    return lines if quoted else lines.replace(" ", "\\ ")
 
 
 def among(*words: str) -> Callable[[str], list[str]]:

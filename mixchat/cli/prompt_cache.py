@@ -51,10 +51,16 @@ def keeping(path: Path | None, engine: Engine) -> Iterator[None]:
         yield
     except BaseException:
         try:
-            save_cache(path, engine, loaded)
+            _save_checked(path, engine, loaded)
         except MixchatError as error:
             note(str(error))
         raise
+    _save_checked(path, engine, loaded)
+
+
+def _save_checked(path: Path, engine: Engine, loaded: PromptCache | None) -> None:
+    """Write the file; not where somebody has put another one there since the first look."""
+    _output(path).check()
     save_cache(path, engine, loaded)
 
 

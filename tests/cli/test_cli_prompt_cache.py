@@ -231,6 +231,21 @@ def test_a_link_that_a_person_names_is_followed(ask, tmp_path):
     assert (again.returncode, reused(again) > 0) == (0, True)
 
 
+def test_a_file_that_was_made_while_it_answered_is_left_as_it_is(ask, tmp_path, monkeypatch):
+    from mixchat.chat.session import ChatSession
+
+    file, ask_session = tmp_path / "f", ChatSession.ask
+
+    def meanwhile(session, text):
+        file.write_text("notes")
+        yield from ask_session(session, text)
+
+    expected = ask("Why?").stdout
+    monkeypatch.setattr(ChatSession, "ask", meanwhile)
+    done = ask("Why?", "--prompt-cache", str(file))
+    assert (done.stdout, done.returncode, file.read_text()) == (expected, 2, "notes")
+
+
 def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

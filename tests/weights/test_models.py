@@ -311,7 +311,8 @@ class TestList:
 def test_importing_does_no_work() -> None:
     program = (
         "import sys, json\n"
-        "from mixchat.weights import models, demo, hub_errors, lock, journal, manifest\n"
+        "from mixchat.weights import models, demo, hub_errors, journal, manifest\n"
+        "from mixchat import lock\n"
         "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )
