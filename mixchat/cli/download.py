@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -89,10 +90,10 @@ def download(
 
 def check_text(checkpoint: Path) -> None:
     """Refuse a checkpoint whose tokenizer or template cannot be used, before its weights come."""
-    from mixchat.text.template import load_template
-    from mixchat.text.tokenizer import load_tokenizer
+    from mixchat.text.checkpoint_text import CheckpointText
 
-    load_template(checkpoint, load_tokenizer(checkpoint))
+    with closing(CheckpointText(checkpoint)) as text:
+        text.template()
 
 
 def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow
+    from mixchat.text.checkpoint_text import CheckpointText
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,21 @@ class Opening:
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""
+        from mixchat.text.checkpoint_text import CheckpointText
+
         directory = find_or_build(self.model)
+        text = CheckpointText(directory)  # first, so that it loads while torch is imported
         prepare_environment()
         with nullcontext() if self.quiet else status(f"loading {self.model}"):
-            return self._load(directory)
+            return self._load(directory, text)
 
-    def _load(self, directory: Path) -> ChatSession:
+    def _load(self, directory: Path, text: CheckpointText) -> ChatSession:
         from mixchat.chat.session import ChatSession
         from mixchat.engine.loader import LoadOptions, load_engine
-        from mixchat.text.template import load_template
-        from mixchat.text.tokenizer import load_tokenizer
         from mixchat.weights.manifest import check_files, read_manifest
 
         check_files(directory, read_manifest(directory))  # which says `repair`, if need be
-        tokenizer = load_tokenizer(directory)
+        tokenizer = text.tokenizer()
         options = LoadOptions(
             host_memory=self.host_memory,
             device_memory=self.device_memory,
@@ -66,11 +68,10 @@ class Opening:
             note=_nothing if self.quiet else note,
         )
         engine = load_engine(directory, options)
-        eos_token_ids = engine.config.eos_token_ids
         return ChatSession(
             engine,
             tokenizer,
-            load_template(directory, tokenizer, eos_token_ids=eos_token_ids),
+            text.template(engine.config.eos_token_ids),
             system=self.system,
             sampling=self.sampling.options(advised_sampling(directory)),
             max_tokens=self.max_tokens,

@@ -32,22 +32,25 @@ class Detokenizer:
                 self._window.insert(0, token_id)
             if len(self._window) == _KEEP:
                 break
-        self._shown = len(tokenizer.decode(self._window))
+        self._text = tokenizer.decode(self._window)
+        self._shown = len(self._text)
         self._pending = ""
 
     def add(self, token_id: int) -> str:
         """The text that is certain now and was not before; often one word, maybe nothing."""
-        if self._is_silent(token_id):
+        text = self._tokenizer.decode([*self._window, token_id])
+        if text == self._text and self._is_silent(token_id):
             return ""
+        self._text = text
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
         certain = len(text) - _pending_length(text)
         new, self._pending = text[self._shown : certain], text[max(certain, self._shown) :]
         self._shown = max(self._shown, certain)
         if len(self._window) >= _WINDOW:
             # What is left begins anywhere, even inside a character, but the same way every time.
             self._window = self._window[-_KEEP:]
-            self._shown = len(self._tokenizer.decode(self._window)) - len(self._pending)
+            self._text = self._tokenizer.decode(self._window)
+            self._shown = len(self._text) - len(self._pending)
         return new
 
     def flush(self) -> str:

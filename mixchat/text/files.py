@@ -8,6 +8,7 @@ from typing import Any
 
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.files import read_bytes, read_json_object
+from mixchat.text.limits import SETTINGS_FILE, TEMPLATE_FILE
 from mixchat.text.markup import looks_like_markup
 
 
@@ -58,6 +59,22 @@ def require_unicode(text: str) -> None:
         ) from None
 
 
+def require_size(file: Path, most: int) -> None:
+    """Raises `CheckpointError` where a file has more than `most` bytes."""
+    try:
+        size = file.stat().st_size
+    except OSError:  # the one that reads it will say so
+        return
+    if size > most:
+        raise _too_large(file, "the file", size, most)
+
+
+def _too_large(file: Path, what: str, size: int, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: {what} has {size / 1e6:.1f} MB, and mixchat takes at most {most / 1e6:.0f} MB"
+    )
+
+
 def read_text(file: Path) -> str:
     """The text of a file. Raises `CheckpointError` where it is not UTF-8."""
     try:
@@ -67,8 +84,15 @@ def read_text(file: Path) -> str:
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """Like `read_json_object`, but an absent file is an empty object."""
+    """Like `read_json_object`, but an absent file is an empty object, and a huge one is refused."""
+    require_size(file, SETTINGS_FILE)
     return read_json_object(file) if file.exists() else {}
+
+
+def template_file(directory: Path) -> Path:
+    """The file that has the chat template, if there is one."""
+    file = directory / "chat_template.jinja"
+    return file if file.exists() else directory / "tokenizer_config.json"
 
 
 def chat_template(directory: Path) -> ChatTemplate | None:
@@ -77,10 +101,10 @@ def chat_template(directory: Path) -> ChatTemplate | None:
     As in transformers, the file chat_template.jinja goes before tokenizer_config.json, where it is
     a string, or a list of named ones of which "default" counts.
     """
-    file = directory / "chat_template.jinja"
-    if file.exists():
+    file = template_file(directory)
+    if file.suffix == ".jinja":
+        require_size(file, TEMPLATE_FILE)
         return ChatTemplate(read_text(file), file)
-    file = directory / "tokenizer_config.json"
     value = read_optional_json(file).get("chat_template")
     if isinstance(value, list):
         named = [e for e in value if isinstance(e, dict) and isinstance(e.get("name"), str)]
@@ -93,6 +117,8 @@ def chat_template(directory: Path) -> ChatTemplate | None:
         return None
     if not isinstance(value, str):
         raise CheckpointError(f"{file}: chat_template is not text")
+    if len(value) > TEMPLATE_FILE:
+        raise _too_large(file, "the chat template", len(value), TEMPLATE_FILE)
     return ChatTemplate(value, file)
 
 

@@ -16,9 +16,11 @@ from mixchat.text.files import (
     added_tokens,
     one_line,
     read_optional_json,
+    require_size,
     require_unicode,
     special_tokens,
 )
+from mixchat.text.limits import TOKENIZER_FILE
 from mixchat.text.markup import finder
 from mixchat.text.tokenizer import Insert
 
@@ -40,6 +42,7 @@ class JsonTokenizer:
     def __init__(self, file: Path) -> None:
         """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
         directory = file.parent
+        require_size(file, TOKENIZER_FILE)
         spec = read_json_object(file)
         names = special_tokens(directory)
         added = _all_added(spec, file, names.values())

@@ -35,7 +35,7 @@ class JinjaTemplate:
         """Compile `template` and try it once.
 
         `variables` are the special tokens by name (`bos_token`). Raises `CheckpointError` where the
-        template has an error, tries to leave its sandbox, or asks for more than its limits.
+        template has an error or tries to leave its sandbox.
         """
         self._file = template.file
         self._tokenizer = tokenizer
@@ -93,6 +93,8 @@ class JinjaTemplate:
             raise PromptError(
                 f"the model's chat template refuses the conversation: {one_line(refusal)}"
             ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # The template is foreign code: it can raise anything.
             what = one_line(error) or type(error).__name__
             raise CheckpointError(f"{self._file}: the chat template fails: {what}") from None

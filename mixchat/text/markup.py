@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 
 # <...>, <|...|>, [...]: one word with a letter or digit in it, so that prose and code are not.
-_TOKEN = re.compile(r"<[^\s<>]*\w[^\s<>]*>|\[[^\s\[\]]*\w[^\s\[\]]*\]")
+# Only one part of a pattern can take the first letter, or a text without an end would take hours.
+_TOKEN = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]")
 # The same inside a template, where square brackets are mostly Jinja's own: capitals only.
-_TEMPLATE = re.compile(r"<<\w+>>|<[^\s<>{}]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
+_TEMPLATE = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
 _MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
 
 

@@ -13,9 +13,11 @@ from mixchat.text.files import (
     added_tokens,
     one_line,
     read_optional_json,
+    require_size,
     require_unicode,
     special_tokens,
 )
+from mixchat.text.limits import TOKENIZER_FILE
 from mixchat.text.markup import finder, looks_like_markup
 from mixchat.text.tokenizer import Insert
 
@@ -26,6 +28,7 @@ class SentencePieceTokenizer:
     def __init__(self, file: Path) -> None:
         """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
         directory = file.parent
+        require_size(file, TOKENIZER_FILE)
         data = read_bytes(file)
         model = _load(data, file)
         size = model.vocab_size()

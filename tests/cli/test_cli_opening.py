@@ -14,6 +14,16 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     class Config:
         eos_token_ids = (2,)
 
+    class Text:
+        def __init__(self, directory):
+            seen["text"] = directory
+
+        def tokenizer(self):
+            return None
+
+        def template(self, eos_token_ids):
+            assert eos_token_ids == Config.eos_token_ids
+
     class Engine:
         config = Config()
 
@@ -26,8 +36,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
         raise Stop
 
     monkeypatch.setattr("mixchat.engine.loader.load_engine", load_engine)
-    monkeypatch.setattr("mixchat.text.tokenizer.load_tokenizer", lambda directory: None)
-    monkeypatch.setattr("mixchat.text.template.load_template", lambda *a, **k: None)
+    monkeypatch.setattr("mixchat.text.checkpoint_text.CheckpointText", Text)
     monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
     flags = (
         *("--ctx-size", "77", "--expert-memory", "50%", "--device", "cpu", "-s", "Be brief."),
@@ -36,7 +45,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     )
     mixchat("run", "-m", str(tiny_model), "Hi", *flags, fake=False)
     load, options = seen["load"], seen["session"]
-    assert Path(seen["directory"]) == tiny_model
+    assert Path(seen["directory"]) == Path(seen["text"]) == tiny_model
     assert (load.context_size, load.device) == (77, "cpu")
     assert load.host_memory == MemoryBudget(fraction=0.5)
     sampling = options["sampling"]

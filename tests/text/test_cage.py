@@ -1,0 +1,268 @@
+"""A checkpoint's tokenizer and template run in a process of their own, whatever they try."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import hostile_programs as hostile
+import pytest
+import text_builders as build
+
+from mixchat.errors import CheckpointError, PromptError
+from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.messages import Message
+from mixchat.text.template import load_template
+from mixchat.text.tokenizer import load_tokenizer
+
+TALK = [
+    Message("system", "Be brief. <|im_end|>"),
+    Message("user", "Grüße, 🙂 <s>"),
+    Message("assistant", "not what the ids say", (5, 6, 7)),
+    Message("user", "So?"),
+]
+FAST = {"plus doubling", "ljust", "zfill", "batch", "macro that calls itself twice", "30 MB"}
+SLOW_TOKENIZERS = {"normalizer that grows", "300,000 added tokens", "16 MB of empty lists"}
+HARMLESS = {"id of 4,294,967,295"}
+
+
+@pytest.fixture
+def caged(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
+    with closing(CheckpointText(checkpoints["byte-level"])) as text:
+        yield text
+
+
+def process_of(text: CheckpointText) -> Any:
+    child: Any = text._cage._child
+    return child._process
+
+
+def marked(names: Any, slow: Any) -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
+
+
+def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    template = load_template(directory, tokenizer, eos_token_ids=[77])
+    with closing(CheckpointText(directory)) as text:
+        caged, caged_template = text.tokenizer(), text.template([77])
+        for name in ("vocab_size", "bos_id", "eos_id", "adds_bos", "control_tokens"):
+            assert getattr(caged, name) == getattr(tokenizer, name)
+        assert caged_template.stop_ids == template.stop_ids
+        assert caged_template.continues_prompt == template.continues_prompt
+        assert caged_template.encode(TALK) == template.encode(TALK)
+        ids = tokenizer.encode("Grüße, 🙂 <|im_end|>\n")
+        assert caged.encode("Grüße, 🙂 <|im_end|>\n") == ids
+        inserts = {"A": "<|im_end|>", "B": (5, 6)}
+        assert caged.encode_template("<s>AxB", inserts) == tokenizer.encode_template(
+            "<s>AxB", inserts
+        )
+        assert caged.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
+        assert caged.token_id("<|im_end|>") == tokenizer.token_id("<|im_end|>")
+        streams = (Detokenizer(caged), Detokenizer(tokenizer))
+        assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
+
+
+@pytest.mark.parametrize("name", marked(hostile.TEMPLATES, set(hostile.TEMPLATES) - FAST))
+def test_whatever_a_template_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    """Each of these took 3 to 5 GB or more than 40 s, at `download` or at `run`."""
+    hostile.template(tmp_path / "x", hostile.TEMPLATES[name])
+    assert_refused(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", marked(hostile.TOKENIZERS, SLOW_TOKENIZERS))
+def test_whatever_a_tokenizer_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    """Signal 6 and a page of backtrace, half a minute and 1.3 GB, or "internal error" before."""
+    hostile.tokenizer(tmp_path / "x", name)
+    if name not in HARMLESS:
+        assert_refused(tmp_path / "x")
+
+
+def assert_refused(directory: Path) -> None:
+    with (
+        closing(CheckpointText(directory)) as text,
+        pytest.raises(CheckpointError) as caught,
+    ):
+        text.template().encode([Message("user", "a b")])
+    assert str(caught.value).startswith(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_may_only_become_hostile_later(tmp_path: Path) -> None:
+    """A chat loses that turn alone: the next one has a new process."""
+    source = "{% if messages | length > 1 %}{{ 'x'.ljust(10 ** 10) }}{% endif %}ok"
+    hostile.template(tmp_path / "x", source)
+    with closing(CheckpointText(tmp_path / "x")) as text:
+        template = text.template()
+        good = template.encode([Message("user", "a")])
+        answered = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+        with pytest.raises(CheckpointError, match="more than 1 GB of memory"):
+            template.encode(answered)
+        assert template.encode([Message("user", "a")]) == good
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
+def test_a_child_that_dies_is_followed_by_another(number: int, caged: CheckpointText) -> None:
+    tokenizer = caged.tokenizer()
+    ids = tokenizer.encode("Hello")
+    process_of(caged).send_signal(number)
+    with pytest.raises(CheckpointError, match=rf"the tokenizer ends .*\(signal {number:d}\)"):
+        tokenizer.encode("Hello")
+    assert tokenizer.encode("Hello") == ids
+
+
+def test_after_ctrl_c_no_reply_is_taken_for_anothers(
+    caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = caged.tokenizer()
+    expected = tokenizer.encode("two")
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixchat.text.cage.receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode("one")
+    assert tokenizer.encode("two") == expected
+
+
+def test_one_that_waits_is_not_waited_for(
+    caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It computes nothing, so its own limit does not end it."""
+    tokenizer = caged.tokenizer()
+    process_of(caged).send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("mixchat.text.cage.patience", lambda method, size: 0.1)
+    with pytest.raises(CheckpointError, match="gives no answer"):
+        tokenizer.encode("Hello")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x03\x00\x00\x00{{{",
+        b"\x02\x00\x00\x00[]",
+        b"\x0e\x00\x00\x00" + b'{"value":[-1]}',
+        b"\x0d\x00\x00\x00" + b'{"value":"x"}',
+        b"\x40\x0d\x03\x00" + b"[" * 200_000,
+    ],
+)
+def test_a_child_may_say_anything(
+    reply: bytes, caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who can break a tokenizer can write what he likes into the socket."""
+    import socket
+
+    tokenizer = caged.tokenizer()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply)
+        monkeypatch.setattr(caged._cage._child, "_channel", ours)
+        with pytest.raises(CheckpointError, match="an answer that cannot be used"):
+            tokenizer.encode("Hello")
+
+
+def test_it_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
+    """Also where the parent has no time to say so."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from mixchat.text.checkpoint_text import CheckpointText\n"
+        "text = CheckpointText(Path(sys.argv[1]))\n"
+        "text.tokenizer()\n"
+        "print(text._cage._child._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(checkpoints["byte-level"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    end = time.monotonic() + 30
+    while is_running(pid):
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_it_has_nothing_of_its_parents(caged: CheckpointText) -> None:
+    caged.tokenizer()
+    process = Path(f"/proc/{process_of(caged).pid}")
+    assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
+    assert os.getsid(process_of(caged).pid) == process_of(caged).pid, "Ctrl-C reaches it"
+    limits = (process / "limits").read_text()
+    for line in ("Max address space         1000000000", "Max core file size        0"):
+        assert line in limits
+    loaded = (process / "maps").read_text()
+    assert "tokenizers" in loaded
+    assert "libtorch" not in loaded
+
+
+def test_what_lies_in_the_current_directory_is_not_run(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("jinja2", "tokenizers", "mixchat", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from here')")
+    monkeypatch.chdir(tmp_path)
+    with closing(CheckpointText(checkpoints["byte-level"])) as text:
+        assert text.tokenizer().vocab_size
+
+
+def test_a_text_beyond_all_contexts_is_the_persons_fault(caged: CheckpointText) -> None:
+    with pytest.raises(PromptError, match=r"too long for a tokenizer: 4\.0 MB"):
+        caged.tokenizer().encode("x" * 4_000_000)
+
+
+def test_a_refusal_of_the_template_and_half_a_surrogate_come_through(tmp_path: Path) -> None:
+    source = "{{ messages[0].content }}{% if messages | length > 1 %}{{ raise_exception('No') }}"
+    hostile.template(tmp_path / "x", source + "{% endif %}")
+    with closing(CheckpointText(tmp_path / "x")) as text:
+        with pytest.raises(PromptError, match=r"refuses the conversation: No$"):
+            text.template().encode(TALK)
+        with pytest.raises(PromptError, match="lone surrogate"):
+            text.template().encode([Message("user", "a\udc80")])
+
+
+def test_a_large_vocabulary_is_no_fault(tmp_path: Path) -> None:
+    """As many pieces as Llama 3 has, 128,000."""
+    build.write_checkpoint(tmp_path, large_vocabulary(128_000), template=build.CHATML)
+    with closing(CheckpointText(tmp_path)) as text:
+        caged = text.tokenizer()
+        assert caged.vocab_size >= 128_000
+        assert caged.decode(caged.encode("Hello, world")) == "Hello, world"
+
+
+def large_vocabulary(size: int) -> Any:
+    """A byte-level BPE in which each piece is one that was there and a byte more."""
+    from itertools import product
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = list(product(alphabet, alphabet))
+    merges = [*pairs, *((a + b, c) for (a, b), c in product(pairs, alphabet[60:62]))]
+    merges = merges[: size - len(alphabet)]
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
