@@ -151,7 +151,8 @@ class _Child:
         if any(sign in said for sign in _SIGNS_OF_MEMORY):
             return _TOO_LARGE
         ending = f"signal {-code}" if code and code < 0 else f"exit code {code}"
-        return f"ends its process ({ending}): {one_line(said)}"
+        last = said.strip().rpartition("\n")[2]
+        return f"ends its process ({ending})" + (f": {one_line(last)}" if last else "")
 
 
 # What Rust, C++ and the C library say of it before they abort.

@@ -8,7 +8,7 @@ import struct
 import time
 from typing import Any
 
-_MOST = 16_000_000  # bytes of one value
+_MOST = 32_000_000  # bytes of one value; two million ids have 14
 _SIZE = struct.Struct("<I")
 
 

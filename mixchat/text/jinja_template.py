@@ -45,6 +45,8 @@ class JinjaTemplate:
         self._taken = {*template.source, *"".join(self._variables.values())}
         try:
             self._compiled = compile_template(template.source)
+        except MemoryError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{self._file}: the chat template has an error: {one_line(error)}"

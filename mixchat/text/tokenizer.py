@@ -55,7 +55,9 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint in `directory`.
+    """The tokenizer of the checkpoint in `directory`, in this process.
+
+    It may loop, or take all memory: but for tests, `CheckpointText` loads it inside a cage.
 
     SentencePiece's tokenizer.model is the original of Mistral's own models and goes first. A
     fine-tune that brings another chat template also brings control tokens, which tokenizer.json

@@ -1,4 +1,4 @@
-"""Hostile names, files and pickles, and mutations: refused with one line, nothing harmed."""
+"""Hostile names, files, pickles, texts and mutations: refused with one line, nothing harmed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ def main() -> int:
     import hostile_mutations
     import hostile_names
     import hostile_pickles
+    import hostile_text
 
     every = {
         "names": hostile_names.campaign,
         "files": hostile_files.campaign,
         "pickles": hostile_pickles.campaign,
+        "text": hostile_text.campaign,
         "mutations": hostile_mutations.campaign,
     }
     parser = argparse.ArgumentParser(description=__doc__)

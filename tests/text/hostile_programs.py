@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,10 +135,9 @@ TOKENIZERS: dict[str, Callable[[Path], object]] = {
 
 def tokenizer(directory: Path, name: str) -> Path:
     """A directory with this tokenizer, and a template that is good."""
-    directory.mkdir(parents=True)
     build.write_checkpoint(directory, build.byte_level(), template=build.CHATML)
     if "SentencePiece" in name or "model" in name or "page" in name:
-        shutil.rmtree(directory)
-        directory.mkdir()
+        (directory / "tokenizer.json").unlink()
+        (directory / "tokenizer_config.json").unlink()
     TOKENIZERS[name](directory)
     return directory
