@@ -93,7 +93,8 @@ class Cage:
             self._child = _Child(self._directory, self._opening)
         child = self._child
         for request in self._opening[len(child.facts) :]:
-            child.facts.append(_value(child.reply(request), request.blame))
+            reply = child.reply(request, seconds(request.method, 0))
+            child.facts.append(_value(reply, request.blame))
         return child
 
 
@@ -114,28 +115,32 @@ class _Child:
         self.facts: list[Any] = []
         self._process, self._channel = process, ours
         self.end = weakref.finalize(self, _end, process, ours)
-        with suppress(OSError):  # that it is gone is said when a reply is waited for
-            for request in opening:
-                ours.sendall(_packed(request))
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        for request in opening:
+            self._send(_packed(request), seconds(request.method, 0))
 
     def ask(self, request: Request, packed: bytes) -> Any:
         """The reply to a request. Raises `CheckpointError` where the child is gone after it."""
-        self._channel.settimeout(patience(request.method, len(packed)))
-        with suppress(OSError):
-            self._channel.sendall(packed)
-        return self.reply(request, len(packed))
+        allowed = seconds(request.method, len(packed))
+        self._send(packed, allowed)
+        return self.reply(request, allowed)
 
-    def reply(self, request: Request, size: int = 0) -> Any:
-        """The next reply, which is to `request`, of `size` bytes."""
-        allowed = patience(request.method, size)
+    def _send(self, packed: bytes, allowed: float) -> None:
+        self._channel.settimeout(patience(allowed))
+        with suppress(OSError):  # that it is gone is said when a reply is waited for
+            self._channel.sendall(pack(allowed) + packed)
+
+    def reply(self, request: Request, allowed: float) -> Any:
+        """The next reply, which is to `request`; that may compute for `allowed` seconds."""
         try:
-            return receive(self._channel, time.monotonic() + allowed)[0]
+            return receive(self._channel, time.monotonic() + patience(allowed))
         except TimeoutError:
-            how = f"gives no answer in {allowed:.0f} s"
+            how = f"gives no answer in {patience(allowed):.0f} s"
         except (ValueError, RecursionError) as error:
             how = f"gives an answer that cannot be used ({one_line(error)})"
         except (EOFError, OSError):
-            how = self._ending(seconds(request.method, size))
+            how = self._ending(allowed)
         raise CheckpointError(f"{request.blame} {how}")
 
     def _ending(self, allowed: float) -> str:
@@ -145,9 +150,9 @@ class _Child:
             self._process.wait(1)
         code = self._process.poll()
         self._process.kill()
-        said = self._process.stderr.read(10_000).decode("utf-8", "replace")
+        said = (self._process.stderr.read(10_000) or b"").decode("utf-8", "replace")
         if code == -signal.SIGPROF:
-            return f"takes more than {allowed:.0f} s to compute"
+            return f"takes more than {allowed:.2g} s to compute"
         if any(sign in said for sign in _SIGNS_OF_MEMORY):
             return _TOO_LARGE
         ending = f"signal {-code}" if code and code < 0 else f"exit code {code}"
@@ -172,7 +177,10 @@ def _packed(request: Request) -> bytes:
     try:
         return pack([request.method, *request.arguments], TEXT)
     except ValueError as error:
-        raise PromptError(f"the text is too long for a tokenizer: {error}") from None
+        raise PromptError(
+            f"the text is too long for a tokenizer: {error}",
+            hint="No model's context holds that much. Send a part of it.",
+        ) from None
 
 
 def _value(reply: Any, blame: str) -> Any:

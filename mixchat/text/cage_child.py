@@ -15,17 +15,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.text.files import one_line
 from mixchat.text.frames import pack, receive
-from mixchat.text.limits import BYTES, seconds
+from mixchat.text.limits import BYTES
+from mixchat.text.messages import Message, Template
+from mixchat.text.template import load_template
+from mixchat.text.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from mixchat.text.messages import Template
-    from mixchat.text.tokenizer import Tokenizer
-
+_LIBRARIES = (
+    *("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers"),
+    *("mixchat.text.hf", "mixchat.text.spm"),
+)
 _LIMITS = {"RLIMIT_AS": BYTES, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
 
 
@@ -36,8 +39,8 @@ def main() -> None:
     served = _Served(Path(sys.argv[-1]))
     with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
         while True:
-            (method, *arguments), size = receive(channel)
-            signal.setitimer(signal.ITIMER_PROF, seconds(method, size))
+            seconds, (method, *arguments) = receive(channel), receive(channel)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             reply = _reply(getattr(served, method), arguments)
             signal.setitimer(signal.ITIMER_PROF, 0)
             channel.sendall(reply)
@@ -52,16 +55,12 @@ class _Served:
         self._template: Template
 
     def load_tokenizer(self) -> object:
-        from mixchat.text.tokenizer import load_tokenizer
-
         self._tokenizer = made = load_tokenizer(self._directory)
         names = ("vocab_size", "bos_id", "eos_id", "adds_bos")
         facts = {name: getattr(made, name) for name in names}
         return {**facts, "control_tokens": dict(made.control_tokens)}
 
     def load_template(self) -> object:
-        from mixchat.text.template import load_template
-
         self._template = made = load_template(self._directory, self._tokenizer)
         return {"continues_prompt": made.continues_prompt, "stop_ids": sorted(made.stop_ids)}
 
@@ -76,8 +75,6 @@ class _Served:
         return self._tokenizer.decode(ids)
 
     def encode_messages(self, messages: Sequence[Sequence[Any]]) -> object:
-        from mixchat.text.messages import Message
-
         return self._template.encode(
             [
                 Message(role, text, ids if ids is None else tuple(ids))
@@ -98,7 +95,7 @@ def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
 
 def _import_libraries() -> None:
     """Import before the limits hold, so that Python can keep what it has compiled."""
-    for name in ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers"):
+    for name in _LIBRARIES:
         importlib.import_module(name)
 
 

@@ -100,7 +100,7 @@ def _trusting_nothing(blame: str) -> Iterator[None]:
     """For what a child said of itself: whoever broke it may say anything."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         raise CheckpointError(f"{blame} gives an answer that cannot be used") from None
 
 

@@ -19,15 +19,15 @@ def pack(value: object, most: int = _MOST) -> bytes:
     return _SIZE.pack(len(data)) + data
 
 
-def receive(channel: socket.socket, deadline: float | None = None) -> tuple[Any, int]:
-    """The next value, and its size in bytes.
+def receive(channel: socket.socket, deadline: float | None = None) -> Any:
+    """The next value.
 
     `deadline` is a time of `time.monotonic`. Raises `TimeoutError` when it has passed, `EOFError`
     where the other side is gone, `ValueError` or `RecursionError` where that is no value.
     """
     (size,) = _SIZE.unpack(_exactly(channel, _SIZE.size, deadline))
     _check(size, _MOST)
-    return json.loads(_exactly(channel, size, deadline).decode("utf-8", "surrogatepass")), size
+    return json.loads(_exactly(channel, size, deadline).decode("utf-8", "surrogatepass"))
 
 
 def _check(size: int, most: int) -> None:

@@ -29,8 +29,6 @@ TALK = [
     Message("assistant", "not what the ids say", (5, 6, 7)),
     Message("user", "So?"),
 ]
-FAST = {"plus doubling", "ljust", "zfill", "batch", "macro that calls itself twice", "30 MB"}
-SLOW_TOKENIZERS = {"normalizer that grows", "300,000 added tokens", "16 MB of empty lists"}
 HARMLESS = {"id of 4,294,967,295"}
 
 
@@ -40,13 +38,15 @@ def caged(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
         yield text
 
 
+@pytest.fixture
+def short_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of the time, so that what loops for ever does not loop for long."""
+    monkeypatch.setattr("mixchat.text.cage.seconds", lambda method, size: 0.5)
+
+
 def process_of(text: CheckpointText) -> Any:
     child: Any = text._cage._child
     return child._process
-
-
-def marked(names: Any, slow: Any) -> list[Any]:
-    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
 
 
 def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
@@ -71,14 +71,16 @@ def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
 
 
-@pytest.mark.parametrize("name", marked(hostile.TEMPLATES, set(hostile.TEMPLATES) - FAST))
+@pytest.mark.parametrize("name", hostile.TEMPLATES)
+@pytest.mark.usefixtures("short_of_time")
 def test_whatever_a_template_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
     """Each of these took 3 to 5 GB or more than 40 s, at `download` or at `run`."""
     hostile.template(tmp_path / "x", hostile.TEMPLATES[name])
     assert_refused(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", marked(hostile.TOKENIZERS, SLOW_TOKENIZERS))
+@pytest.mark.parametrize("name", hostile.TOKENIZERS)
+@pytest.mark.usefixtures("short_of_time")
 def test_whatever_a_tokenizer_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
     """Signal 6 and a page of backtrace, half a minute and 1.3 GB, or "internal error" before."""
     hostile.tokenizer(tmp_path / "x", name)
@@ -141,7 +143,7 @@ def test_one_that_waits_is_not_waited_for(
     """It computes nothing, so its own limit does not end it."""
     tokenizer = caged.tokenizer()
     process_of(caged).send_signal(signal.SIGSTOP)
-    monkeypatch.setattr("mixchat.text.cage.patience", lambda method, size: 0.1)
+    monkeypatch.setattr("mixchat.text.cage.patience", lambda seconds: 0.1)
     with pytest.raises(CheckpointError, match="gives no answer"):
         tokenizer.encode("Hello")
 

@@ -357,7 +357,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_or_hostile_template_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+def test_a_broken_or_hostile_template_is_named_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixchat.text.cage.seconds", lambda method, size: 0.5)
     build.write_checkpoint(tmp_path, build.byte_level(), template=BROKEN[name])
     with closing(CheckpointText(tmp_path)) as text, pytest.raises(CheckpointError) as caught:
         text.template()
