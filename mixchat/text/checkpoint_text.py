@@ -105,7 +105,7 @@ def _trusting_nothing(blame: str) -> Iterator[None]:
 
 
 def _ids(value: Any, blame: str) -> list[int]:
-    if isinstance(value, list) and all(type(i) is int and i >= 0 for i in value):
+    if isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
         return value
     raise CheckpointError(f"{blame} gives an answer that cannot be used")
 
