@@ -85,6 +85,14 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def require_regular(path: Path) -> None:
+    """Raises `CheckpointError` where there is no regular file that can be opened."""
+    try:
+        os.close(open_regular(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """The object in a JSON file. Raises `CheckpointError` where there is none."""
     try:

@@ -178,7 +178,7 @@ def _drop_from_page_cache(directory: Path) -> None:
     """Let the kernel forget what it holds of the files, where it can be told to."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for path in directory.iterdir():
+    for path in filter(Path.is_file, directory.iterdir()):  # nobody opens the end of a FIFO
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)

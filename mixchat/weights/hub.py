@@ -14,6 +14,7 @@ from typing import Any
 from mixchat.background import in_background
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError
+from mixchat.files import read_bytes
 from mixchat.weights.checkpoint_files import (
     COMPANION_FILES,
     CONFIG,
@@ -78,7 +79,7 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         config = ModelConfig.from_file(fetch_small(repo_id, commit, listing[CONFIG]))
         index = None
         if INDEX in listing:
-            index = fetch_small(repo_id, commit, listing[INDEX]).read_bytes()
+            index = read_bytes(fetch_small(repo_id, commit, listing[INDEX]))
         names = weight_files(listing, index, where=repo_id)
         shards = {name: _shard(repo_id, listing[name]) for name in names}
         small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
@@ -160,7 +161,7 @@ def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:
-    data = path.read_bytes()
+    data = read_bytes(path)
     if file.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == file.sha256
     if file.git_sha1 is not None:

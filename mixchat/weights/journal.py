@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mixchat.files import open_regular, write_file
+from mixchat.files import open_regular, read_bytes, write_file
 from mixchat.weights.manifest import Source
 
 JOURNAL_FILE = "journal.jsonl"
@@ -57,7 +57,7 @@ def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[
         return {}, 0
     made: dict[str, dict[str, str]] = {}
     whole = 0
-    lines = (directory / JOURNAL_FILE).read_bytes().splitlines(keepends=True)
+    lines = read_bytes(directory / JOURNAL_FILE, follow=False).splitlines(keepends=True)
     for number, line in enumerate(lines):
         try:
             record: Any = json.loads(line) if line.endswith(b"\n") else None

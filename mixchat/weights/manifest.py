@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError
-from mixchat.files import read_json_object, write_file
+from mixchat.files import read_bytes, read_json_object, write_file
 
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
@@ -140,8 +140,8 @@ def is_kept(directory: Path) -> bool:
 def is_manifest(path: Path) -> bool:
     """Whether the file is, to the byte, the manifest that it says it is."""
     try:
-        return path.read_bytes() == read_manifest(path.parent, path.name).serialized()
-    except (CheckpointError, OSError):
+        return read_bytes(path) == read_manifest(path.parent, path.name).serialized()
+    except CheckpointError:
         return False
 
 

@@ -14,8 +14,15 @@ import torch
 
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
+from mixchat.files import read_bytes, require_regular
 from mixchat.progress import Task
-from mixchat.weights.checkpoint_files import CONFIG, INDEX, read_weight_map, weight_files
+from mixchat.weights.checkpoint_files import (
+    COMPANION_FILES,
+    CONFIG,
+    INDEX,
+    read_weight_map,
+    weight_files,
+)
 from mixchat.weights.manifest import Source
 from mixchat.weights.safetensors import SafetensorsFile
 from mixchat.weights.source import SourceIndex
@@ -88,9 +95,12 @@ class LocalOrigin:
         where = str(directory)
         try:
             names = [entry.name for entry in directory.iterdir()]
-            index = (directory / INDEX).read_bytes() if INDEX in names else None
         except OSError as error:
             raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
+        for name in COMPANION_FILES:  # before hours of work, not after them
+            if (directory / name).exists():
+                require_regular(directory / name)
+        index = read_bytes(directory / INDEX) if INDEX in names else None
         headers = {}
         for name in weight_files(names, index, where=where):
             with SafetensorsFile(directory / name) as file:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
+from mixchat.files import read_bytes
 from mixchat.progress import Progress
 from mixchat.weights import demo, hub, models
 from mixchat.weights.checkpoint_files import INDEX, weight_files
@@ -95,8 +96,8 @@ def _offline_copy(source: Source) -> Path | None:
     repo = hub.repo_dir(source.repo)
     revision = source.commit or source.revision or constants.DEFAULT_REVISION
     try:
-        commit = (repo / "refs" / revision).read_text().strip()
-    except (OSError, ValueError):
+        commit = read_bytes(repo / "refs" / revision).decode().strip()
+    except (CheckpointError, ValueError):
         commit = revision
     snapshot = repo / "snapshots" / commit
     if hub.COMMIT.fullmatch(commit) and _is_whole(snapshot):
@@ -111,7 +112,7 @@ def _is_whole(snapshot: Path) -> bool:
     """Whether the shards are there, too: the small files of a model come without them."""
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
-        index = (snapshot / INDEX).read_bytes() if INDEX in names else None
+        index = read_bytes(snapshot / INDEX) if INDEX in names else None
         return bool(weight_files(names, index, where=str(snapshot)))
     except (OSError, CheckpointError):
         return False

@@ -148,7 +148,7 @@ class SafetensorsFile:
         """
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+                descriptor = open_regular(self.path, os.O_RDONLY | os.O_DIRECT)
                 if os.path.samestat(os.fstat(descriptor), os.fstat(self._fd)):
                     self._direct_fd = descriptor
                 else:

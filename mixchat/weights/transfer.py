@@ -16,7 +16,7 @@ from threading import Event
 from typing import Any
 
 from mixchat.errors import HubError
-from mixchat.files import give_name
+from mixchat.files import give_name, open_regular
 from mixchat.progress import Task
 from mixchat.weights.hub_errors import is_transient
 from mixchat.weights.origin import Stopped
@@ -42,8 +42,8 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(path)
-    if part.is_symlink():  # planted: it is not written through
-        part.unlink()
+    if part.is_symlink() or not part.is_file():  # planted: it is not written through
+        part.unlink(missing_ok=True)
     # What an earlier attempt left may have suffered from a power cut: then try once without it.
     attempts = 2 if part.exists() else 1
     for _ in range(attempts):
@@ -213,7 +213,7 @@ def _failure(attempt: Callable[[], None]) -> Exception | None:
 def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
     """Feed the file to `digest`; its size in bytes."""
     done = 0
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         while chunk := file.read(_CHUNK):
             if stop.is_set():
                 raise Stopped

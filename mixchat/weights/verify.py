@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 
 from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, write_file
+from mixchat.files import open_regular, read_bytes, write_file
 from mixchat.progress import Progress, Task, running
 from mixchat.weights.checkpoint import blueprint_of_kept
 from mixchat.weights.checkpoint_files import CONFIG
@@ -71,8 +71,8 @@ def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress:
 def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
     for name, record in manifest.files.items():
         try:
-            data = (directory / name).read_bytes()
-        except OSError:
+            data = read_bytes(directory / name)
+        except CheckpointError:
             data = b""
         if hashlib.sha256(data).hexdigest() != record.sha256:
             yield Damage(name)
@@ -82,7 +82,7 @@ def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[
 def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
     for name, layout in layouts(blueprint_of_kept(directory, manifest)).items():
         try:
-            with open(directory / name, "rb", buffering=0) as file:
+            with open(open_regular(directory / name), "rb", buffering=0) as file:
                 yield from _damaged_tensors(file, name, layout, manifest, task)
         except OSError:
             yield Damage(name, MISSING)

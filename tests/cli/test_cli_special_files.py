@@ -1,0 +1,126 @@
+"""A FIFO, a socket or a device in place of a checkpoint's or a model's file.
+
+Whoever opened a FIFO waited for its other end for ever.
+"""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import write_tokenizer
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model.safetensors"
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    return write_tokenizer(Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")))
+
+
+@pytest.fixture
+def kept(tiny_model, environment):
+    target = Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
+    return Path(shutil.copytree(tiny_model, target))
+
+
+def put_fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def put_socket(path):
+    path.unlink(missing_ok=True)
+    here = os.open(path.parent, os.O_RDONLY)
+    before = os.getcwd()
+    try:
+        os.chdir(here)  # a socket's path may have some hundred characters at most
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(path.name)
+    finally:
+        os.chdir(before)
+        os.close(here)
+
+
+def put_device(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def put_directory(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+PUT = {"FIFO": put_fifo, "socket": put_socket, "device": put_device, "directory": put_directory}
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, INDEX, SHARD])
+@pytest.mark.parametrize("kind", PUT)
+def test_a_checkpoint_with_it_is_refused_in_one_line(mixchat, environment, checkpoint, name, kind):
+    PUT[kind](checkpoint / name)
+    done = mixchat("download", str(checkpoint))
+    assert (done.stdout, done.returncode) == (b"", 6)
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: ")
+    assert name in line
+    assert not (Path(environment["MIXCHAT_HOME"]) / "models" / "checkpoint").exists()
+
+
+def test_a_checkpoint_of_links_is_as_good_as_any(mixchat, checkpoint, tmp_path):
+    """Hugging Face's cache is made of them."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in checkpoint.iterdir():
+        (links / path.name).symlink_to(path)
+    assert mixchat("download", str(links)).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["mixchat.json", "mixchat.copy.json", "config.json"])
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_a_model_with_a_fifo_is_damaged_and_nobody_waits(mixchat, kept, command, name):
+    put_fifo(kept / name)
+    done = mixchat(command, *([] if command == "list" else ["mine"]))
+    assert done.returncode in (0, 6)
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["shared.safetensors", "experts-001.safetensors"])
+def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, kept, name):
+    put_fifo(kept / name)
+    done = mixchat("verify", "mine")
+    assert done.returncode == 6
+    assert name in done.stdout.decode()
+
+
+@pytest.mark.parametrize("name", ["mixchat.json", "config.json", "experts-001.safetensors"])
+def test_repair_puts_the_file_back_in_place_of_a_fifo(mixchat, environment, checkpoint, name):
+    assert mixchat("download", str(checkpoint)).returncode == 0
+    path = Path(environment["MIXCHAT_HOME"]) / "models" / "checkpoint" / name
+    before = path.read_bytes()
+    put_fifo(path)
+    assert mixchat("repair", "checkpoint").returncode == 0
+    assert path.read_bytes() == before
+
+
+def test_an_unfinished_model_whose_journal_is_a_fifo_is_listed(mixchat, environment):
+    half = Path(environment["MIXCHAT_HOME"]) / "models" / "half"
+    half.mkdir(parents=True)
+    put_fifo(half / "journal.jsonl")
+    done = mixchat("list", "--json")
+    assert [model["problem"] for model in json.loads(done.stdout)] == ["unfinished"]
