@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "abcd"
 REPO = "org/tiny-mixtral"
+PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
 
 
 @dataclass
@@ -33,7 +34,11 @@ class Request:
 
 @dataclass
 class Fault:
-    """What the next `times` requests get whose path matches: an error, or a connection cut off."""
+    """What the next `times` requests get whose path matches.
+
+    An error, a connection cut off, a page of HTML, or a range that begins so many bytes `earlier`
+    than asked for. `headers` are added to it. `ranged`: only requests for a part get it.
+    """
 
     path: str
     times: float = float("inf")
@@ -41,6 +46,10 @@ class Fault:
     code: str | None = None
     body: bytes = b"{}"
     cut_after: int | None = None
+    page: bool = False
+    earlier: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    ranged: bool = False
 
 
 @dataclass
@@ -113,9 +122,9 @@ class FakeHub:
             self._hashes[name] = (data, git_hash(data), hashlib.sha256(data).hexdigest())
         return self._hashes[name][1:]
 
-    def take_fault(self, path: str) -> Fault | None:
+    def take_fault(self, path: str, ranged: bool) -> Fault | None:
         for fault in self.faults:
-            if fault.times > 0 and re.search(fault.path, path):
+            if fault.times > 0 and re.search(fault.path, path) and (ranged or not fault.ranged):
                 fault.times -= 1
                 return fault
         return None
@@ -159,10 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             Request(self.where, self.command, path, headers["Range"], headers["Authorization"])
         )
-        fault = self.hub.take_fault(path)
-        if fault is not None and fault.status:
+        fault = self.hub.take_fault(path, headers["Range"] is not None)
+        if fault is not None and fault.page:
+            self.answer(200, PAGE, **{"Content-Type": "text/html; charset=utf-8"})
+        elif fault is not None and fault.status:
             code = {"X-Error-Code": fault.code} if fault.code else {}
-            self.answer(fault.status, fault.body, **code)
+            self.answer(fault.status, fault.body, **code, **fault.headers)
         elif self.where == "store":
             self.send_file(path.rsplit("/", 1)[-1], fault)
         elif path.startswith("/api/"):
@@ -211,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.ranges and (
             match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         ):
-            start, status = int(match[1]), 206
+            start, status = max(0, int(match[1]) - (fault.earlier if fault else 0)), 206
             end = min(int(match[2]) + 1, len(data)) if match[2] else len(data)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         headers["ETag"] = f'"{self.hub.hashes(name)[0]}"'
@@ -236,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 if self.hub.closing.wait(self.hub.delay):
                     break
-        if cut is not None:
+        if cut is not None or "Content-Length" in self.hub.omit_headers:
             self.close_connection = True
 
 

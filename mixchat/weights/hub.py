@@ -186,10 +186,10 @@ def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[s
 
 def _header(repo_id: str, commit: str, file: RemoteFile, stop: Event) -> Header:
     url, where = _url(repo_id, file.path, commit), f"{repo_id}: {file.path}"
-    first = read_range(url, 0, min(_FIRST_READ, file.size), stop)
+    first = read_range(url, 0, min(_FIRST_READ, file.size), stop, of=file.size)
     end = 8 + header_length(first, file.size, where)
     if end > len(first):
-        first += read_range(url, len(first), end - len(first), stop)
+        first += read_range(url, len(first), end - len(first), stop, of=file.size)
     return Header(first[8:end], file.size, where)
 
 

@@ -183,7 +183,8 @@ class _RemoteShard:
     def read(self, name: str) -> torch.Tensor:
         spec, start = self._header.spec(name), self._header.start(name)
         with plain_errors(self._remote.repo_id):
-            data = read_range(self._remote.url(self._shard), start, spec.nbytes, Event())
+            url, size = self._remote.url(self._shard), self._header.size
+            data = read_range(url, start, spec.nbytes, Event(), of=size)
         flat = torch.frombuffer(data, dtype=torch.uint8)
         return flat.view(spec.dtype).view(spec.shape)
 

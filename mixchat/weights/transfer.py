@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,13 +18,13 @@ from mixchat.errors import HubError
 from mixchat.files import give_name, open_regular
 from mixchat.progress import Task
 from mixchat.weights.hub_errors import is_transient
+from mixchat.weights.hub_request import RemoteBytes, WrongAnswer, wait_asked_for
 from mixchat.weights.origin import Stopped
 
 PART_SUFFIX = ".mixchat.part"
 _CHUNK = 1 << 20  # bytes
 _SYNC = 1 << 28  # bytes that a power cut can take back
-_TIMEOUT = 30.0  # seconds without a byte
-# Seconds before each further attempt; counted anew whenever new bytes have come.
+# Seconds before each further attempt; counted anew whenever more bytes are there than ever before.
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -61,12 +60,15 @@ def is_whole(path: Path, size: int, sha256: str, stop: Event) -> bool:
     return digest.hexdigest() == sha256
 
 
-def read_range(url: str, start: int, size: int, stop: Event) -> bytearray:
-    """`size` bytes of `url` from byte `start` on. Raises as `fetch_file` does."""
-    got = bytearray()
+def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
+    """`size` bytes of `url` from byte `start` on; `of` is the size of the whole, where known.
+
+    Raises as `fetch_file` does.
+    """
+    got, remote = bytearray(), RemoteBytes(url, of)
 
     def attempt() -> None:
-        with _stream(url, start + len(got), start + size - 1) as (response, first):
+        with remote.stream(start + len(got), start + size - 1) as (response, first):
             skip = start + len(got) - first  # where the hub sends the file from its beginning
             for chunk in response.iter_bytes():
                 if stop.is_set():
@@ -83,7 +85,7 @@ def read_range(url: str, start: int, size: int, stop: Event) -> bytearray:
 
 def listen(url: str, task: Task, stop: Event) -> None:
     """Take what comes from `url` and throw it away, until `stop` is set."""
-    with _stream(url, 0, None) as (response, _):
+    with RemoteBytes(url, None).stream(0, None) as (response, _):
         for chunk in response.iter_bytes():
             task.advance(len(chunk))
             if stop.is_set():
@@ -103,6 +105,7 @@ class _Download:
 
     def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
         self._url, self._part, self._size = url, part, size
+        self._remote = RemoteBytes(url, size)
         self._task, self._stop = task, stop
         self._done = self._synced = 0
         self._digest = hashlib.sha256()
@@ -123,7 +126,7 @@ class _Download:
         return False
 
     def _attempt(self) -> None:
-        with _stream(self._url, self._done, None) as (response, first):
+        with self._remote.stream(self._done, None) as (response, first):
             if first != self._done:
                 self._restart()
             with open(self._part, "ab", buffering=0) as file:
@@ -156,43 +159,24 @@ class _Download:
         self._digest = hashlib.sha256()
 
 
-@contextmanager
-def _stream(url: str, start: int, end: int | None) -> Iterator[tuple[Any, int]]:
-    """The hub's answer, and the byte that it begins with: `start`, or 0 if it knows no ranges."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-    )
-
-    # Redirects lead to a store of blobs on another host: the client then leaves the token out.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if start or end is not None:
-        headers["Range"] = f"bytes={start}-{'' if end is None else end}"
-    with get_session().stream(
-        "GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
-    ) as response:
-        hf_raise_for_status(response)
-        where = str(response.headers.get("Content-Range", ""))
-        continues = response.status_code == 206 and where.startswith(f"bytes {start}-")
-        yield response, start if continues else 0
-
-
 def _patiently(
     attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, url: str
 ) -> None:
-    """Repeat `attempt` until `done` is `size`, with pauses that begin anew when bytes have come."""
-    waits = iter(_WAITS)
+    """Repeat `attempt` until `done` is `size`, with pauses that begin anew when bytes have come.
+
+    Bytes that were there once and are fetched again do not count: that could go on for ever.
+    """
+    waits, most = iter(_WAITS), done()
     while done() < size:
-        before, failure = done(), _failure(attempt)
-        if done() > before:
-            waits = iter(_WAITS)
+        failure = _failure(attempt)
+        if done() > most:
+            waits, most = iter(_WAITS), done()
         if done() >= size:
             return
         wait = next(waits, None)
         if wait is None:
             raise failure or HubError(f"the hub sends no more bytes of {_name(url)}")
-        if stop.wait(wait):
+        if stop.wait(max(wait, wait_asked_for(failure))):
             raise Stopped
 
 
@@ -203,6 +187,8 @@ def _failure(attempt: Callable[[], None]) -> Exception | None:
     http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         attempt()
+    except WrongAnswer as error:
+        return error
     except http_error as error:
         if not is_transient(error):
             raise

@@ -97,6 +97,20 @@ class TestPlan:
         fake.fail(f"^/{SHARDS[1]}", times=2, status=503)
         assert set(hub.look_up(REPO).shards) == set(SHARDS)
 
+    @pytest.mark.parametrize("served", [b"<html>please log in</html>", b'{"error": "try later"}'])
+    def test_asks_again_where_something_else_came_in_place_of_a_header(
+        self, fake: FakeHub, served: bytes
+    ) -> None:
+        """A page to log in was called a damaged checkpoint, with exit code 6, at the first try."""
+        fake.serve[SHARDS[1]] = served
+        with pytest.raises(HubError, match="something else in place of") as caught:
+            hub.look_up(REPO)
+        assert "log in" in (caught.value.hint or "")
+        assert len([path for path in fake.got("store") if SHARDS[1] in path]) == 6
+        fake.serve.clear()
+        fake.fail(f"^/{SHARDS[1]}", times=2, page=True)
+        assert set(hub.look_up(REPO).shards) == set(SHARDS)
+
     def test_takes_a_single_file_without_an_index(
         self, fake: FakeHub, tiny_checkpoint: Path
     ) -> None:

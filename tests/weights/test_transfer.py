@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 from threading import Event
 
 import pytest
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Fault
 from weight_tools import Bar
 
 from mixchat.errors import HubError
@@ -124,6 +126,7 @@ class TestFile:
 
     def test_that_is_longer_than_listed_is_refused(self, hub: FakeHub, tmp_path: Path) -> None:
         hub.serve[NAME] = DATA + b"!"
+        hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
         with pytest.raises(HubError, match="SHA-256"):
             fetch(hub, tmp_path / NAME)
         assert not (tmp_path / NAME).exists()
@@ -132,6 +135,7 @@ class TestFile:
 
     def test_that_is_shorter_than_listed_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
         hub.serve[NAME] = DATA[:-1]
+        hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
         with plain_errors("x"), pytest.raises(Exception, match="sends no more bytes"):
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:-1]
@@ -158,6 +162,141 @@ class TestFile:
         with pytest.raises(Exception, match="403"):
             fetch(hub, tmp_path / NAME)
         assert len(ranges(hub)) == 1
+
+
+class TestWrongAnswers:
+    """A proxy or a network to log in to may answer in place of the hub."""
+
+    @pytest.mark.parametrize("left", [0, 70_000])
+    def test_a_page_of_html_is_not_the_file_and_costs_nothing_of_it(
+        self, hub: FakeHub, tmp_path: Path, left: int
+    ) -> None:
+        """It was taken for the whole file of a hub without ranges: what had come was dropped."""
+        part_path(tmp_path / NAME).write_bytes(DATA[:left])
+        hub.fail(f"^/{NAME}", page=True)
+        with pytest.raises(HubError, match="something else in place of model"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:left]
+        hub.faults.clear()
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+
+    def test_a_page_of_html_is_waited_out(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", times=3, page=True)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-"] * 4
+        assert bar.done == 30_000
+
+    @pytest.mark.parametrize("served", [DATA[:-1], DATA + b"!", b"{}"])
+    def test_a_file_of_another_size_is_refused_before_its_bytes_come(
+        self, hub: FakeHub, tmp_path: Path, served: bytes
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:1])
+        hub.serve[NAME] = served
+        with pytest.raises(HubError, match=f"{len(served)} bytes instead of its 100000"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:1]
+
+    def test_a_part_that_begins_too_early_leads_to_the_whole_file_once(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-", None]
+        assert bar.done == 30_000
+
+    def test_a_proxy_that_begins_too_early_and_breaks_off_is_given_up(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        """Each attempt began anew, brought bytes, and so gave patience for further ones."""
+        cuts = iter([40_000, 50_000, 30_000, 60_000, 20_000] * 20)
+        take = hub.take_fault
+
+        def cut(path: str, ranged: bool) -> Fault | None:
+            fault = take(path, ranged)
+            return Fault("", cut_after=next(cuts), earlier=500) if path == f"/{NAME}" else fault
+
+        hub.take_fault = cut  # type: ignore[method-assign]
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) < 20
+
+    def test_416_leads_to_the_whole_file(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", ranged=True, status=416)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-", None]
+
+    def test_416_for_the_whole_file_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", status=416)
+        with pytest.raises(HubError, match="another part"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:70_000]
+
+
+class TestRetryAfter:
+    @pytest.fixture
+    def waits(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """The waits between attempts, which do not take place."""
+        waited: list[float] = []
+
+        class Impatient(Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                waited.append(timeout or 0.0)
+                return self.is_set()
+
+        monkeypatch.setattr(transfer, "_WAITS", (1.0, 2.0, 4.0))
+        self.stop = Impatient()
+        return waited
+
+    @pytest.mark.parametrize("status", [429, 503])
+    @pytest.mark.parametrize(
+        ("asked", "least", "most"),
+        [
+            ("7", 7, 7),
+            ("100000", 300, 300),
+            (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1)), 300, 300),
+            ("Wed, 21 Oct 2015 07:28:00 GMT", 1, 1),
+            ("soon", 1, 1),
+            ("", 1, 1),
+            ("-5", 1, 1),
+        ],
+    )
+    def test_is_heeded_for_five_minutes_at_most(
+        self,
+        hub: FakeHub,
+        tmp_path: Path,
+        waits: list[float],
+        status: int,
+        asked: str,
+        least: float,
+        most: float,
+    ) -> None:
+        hub.fail(f"^/{NAME}", times=1, status=status, headers={"Retry-After": asked})
+        assert fetch(hub, tmp_path / NAME, stop=self.stop).read_bytes() == DATA
+        (waited,) = waits
+        assert least <= waited <= most
+
+    def test_as_a_date_it_is_the_time_until_then(
+        self, hub: FakeHub, tmp_path: Path, waits: list[float]
+    ) -> None:
+        then = datetime.now(timezone.utc) + timedelta(seconds=200)
+        fault = {"Retry-After": format_datetime(then, usegmt=True)}
+        hub.fail(f"^/{NAME}", times=1, status=429, headers=fault)
+        fetch(hub, tmp_path / NAME, stop=self.stop)
+        assert 100 < waits[0] < 201
+
+    def test_of_another_status_counts_for_nothing(
+        self, hub: FakeHub, tmp_path: Path, waits: list[float]
+    ) -> None:
+        hub.fail(f"^/{NAME}", times=1, status=500, headers={"Retry-After": "90"})
+        fetch(hub, tmp_path / NAME, stop=self.stop)
+        assert waits == [1.0]
 
 
 class TestStopping:
@@ -236,6 +375,21 @@ class TestRange:
         hub.ranges = known
         hub.fail(f"^/{NAME}", times=2, cut_after=12_000)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+
+    def test_of_another_place_than_asked_for_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+        assert ranges(hub) == ["bytes=10000-39999", None]
+
+    def test_that_cannot_be_satisfied_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", ranged=True, status=416)
+        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+
+    def test_of_a_page_of_html_is_given_up(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", page=True)
+        with pytest.raises(HubError, match="a page of HTML"):
+            read_range(url(hub), 5, 10, Event())
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
 
     def test_of_nothing_asks_for_nothing(self, hub: FakeHub) -> None:
         assert read_range(url(hub), 5, 0, Event()) == b""

@@ -1,0 +1,117 @@
+"""A request for bytes of a file on the hub, and whether the answer is one to it.
+
+Between us and the hub may be a proxy that sends other bytes than asked for, or a network that sends
+a page to log in. Neither may cost what has arrived, nor pass for the file.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from mixchat.errors import HubError
+
+_TIMEOUT = 30.0  # seconds without a byte
+_LONGEST_WAIT = 300.0  # seconds; the hub counts requests over five minutes
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_RANGE_NOT_SATISFIABLE = 416
+_BUSY = (429, 503)
+
+
+class WrongAnswer(HubError):
+    """Something else was sent than asked for; another attempt may bring what was."""
+
+
+@dataclass
+class RemoteBytes:
+    """A file on the hub. `size` is that of the whole, None where it is not known.
+
+    `ranges`: whether parts of it are asked for; no longer once another part has come instead.
+    """
+
+    url: str
+    size: int | None
+    ranges: bool = True
+
+    @contextmanager
+    def stream(self, start: int, end: int | None) -> Iterator[tuple[Any, int]]:
+        """The answer, and the byte it begins with: `start`, or 0 where the whole file is sent.
+
+        Raises `WrongAnswer` where it is another file, or another part of it.
+        """
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
+
+        # Redirects lead to a store of blobs on another host: the client then omits the token.
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if self.ranges and (start or end is not None):
+            headers["Range"] = f"bytes={start}-{'' if end is None else end}"
+        with get_session().stream(
+            "GET", self.url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+        ) as response:
+            if response.status_code == _RANGE_NOT_SATISFIABLE:
+                raise self._wrong_range()
+            hf_raise_for_status(response)
+            yield response, self._first_byte(response, start)
+
+    def _first_byte(self, response: Any, start: int) -> int:
+        first, whole = 0, response.headers.get("Content-Length", "")
+        if response.status_code == 206:
+            match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+            first, whole = (int(match[1]), match[2]) if match else (-1, "")
+        elif response.headers.get("Content-Encoding", "identity") != "identity":
+            whole = ""
+        kind = response.headers.get("Content-Type", "").lower()
+        other_size = self.size is not None and whole.isdecimal() and int(whole) != self.size
+        if kind.startswith("text/html") or other_size:
+            raise self._other_file(f"{whole} bytes" if other_size else "a page of HTML")
+        if response.status_code == 206 and first != start:
+            raise self._wrong_range()
+        return first
+
+    def _wrong_range(self) -> WrongAnswer:
+        self.ranges = False
+        return WrongAnswer(
+            f"the hub sends another part of {self._name} than asked for",
+            hint="A proxy may be at fault. Try another network, or run the same command later; "
+            "it continues where it stopped.",
+        )
+
+    def _other_file(self, what: str) -> WrongAnswer:
+        listed = "" if self.size is None else f" instead of its {self.size} bytes"
+        return WrongAnswer(
+            f"the hub sends something else in place of {self._name}: {what}{listed}",
+            hint="Does the network ask for a login first? Then log in and run the same command "
+            "again; it continues where it stopped.",
+        )
+
+    @property
+    def _name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+
+def wait_asked_for(failure: Exception | None) -> float:
+    """The seconds that a busy server asks to wait (Retry-After), five minutes at most; else 0."""
+    response = getattr(failure, "response", None)
+    if response is None or response.status_code not in _BUSY:
+        return 0.0
+    text = response.headers.get("Retry-After", "").strip()
+    return min(max(0.0, _seconds(text)), _LONGEST_WAIT)
+
+
+def _seconds(retry_after: str) -> float:
+    """Seconds from now; the header has them, or a date. What is neither asks for nothing."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
