@@ -92,22 +92,20 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
 
 
 def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
-    """A small file, in huggingface_hub's cache, checked. Raises `HubError` where it differs."""
-    from huggingface_hub import hf_hub_download
+    """A small file, in huggingface_hub's cache, checked; fetched anew where it is damaged there.
 
+    Raises `HubError` where the hub does not send what it lists.
+    """
     _check_small(repo_id, file)
-    path = Path(
-        hf_hub_download(
-            repo_id, file.path, revision=commit, endpoint=endpoint(), cache_dir=cache_dir()
-        )
+    for anew in (False, True):
+        path = _into_cache(repo_id, commit, file, anew=anew)
+        if _is_whole(path, file):
+            return path
+    _discard_damaged(path)
+    raise HubError(
+        f"{repo_id}: {file.path} is not the file that the hub lists",
+        hint="Run the same command again.",
     )
-    if not _is_whole(path, file):
-        discard(path)
-        raise HubError(
-            f"{repo_id}: {file.path} is not the file that the hub lists; it was removed",
-            hint="Run the same command again.",
-        )
-    return path
 
 
 def cache_dir() -> Path:
@@ -138,14 +136,6 @@ def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
         ref.write_text(commit)
 
 
-def discard(path: Path) -> None:
-    """Remove a file of the cache, and what it links to where that is the cache's own."""
-    real = path.resolve()
-    path.unlink()
-    if cache_dir().resolve() in real.parents:
-        real.unlink(missing_ok=True)
-
-
 @contextmanager
 def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
     """huggingface_hub's own lock for a blob of the cache; other tools wait for it, as we for them.
@@ -160,13 +150,45 @@ def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
         yield
 
 
+def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, anew: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            repo_id,
+            file.path,
+            revision=commit,
+            force_download=anew,
+            endpoint=endpoint(),
+            cache_dir=cache_dir(),
+        )
+    )
+
+
 def _is_whole(path: Path, file: RemoteFile) -> bool:
     data = read_bytes(path)
     if file.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == file.sha256
     if file.git_sha1 is not None:
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == file.git_sha1
+        return _git_sha1(data) == file.git_sha1
     return len(data) == file.size
+
+
+def _git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _discard_damaged(path: Path) -> None:
+    """Remove what has just come into the cache, unless it is what the cache says that it is.
+
+    A blob is named after its hash: one that has it is good, whatever a listing says of it.
+    """
+    real, data = path.resolve(), read_bytes(path)
+    if real.name in (hashlib.sha256(data).hexdigest(), _git_sha1(data)):
+        return
+    path.unlink()
+    if cache_dir().resolve() in real.parents:
+        real.unlink(missing_ok=True)
 
 
 def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[str, Header]:

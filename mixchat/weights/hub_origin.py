@@ -39,7 +39,8 @@ class HubOrigin:
 
     A shard is fetched to `source/` below `target` and removed when it is released; with
     `keep_source` it goes into huggingface_hub's cache, where other tools find it, and stays there.
-    One that this cache has already is used and stays, unless its bytes are wrong.
+    One that this cache has already is used and stays; where its bytes are not those after which it
+    is named, it is fetched anew. Nothing is removed from the cache, whatever the hub lists.
     """
 
     def __init__(
@@ -70,15 +71,16 @@ class HubOrigin:
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
-        home = "HF_HOME" if self.keep_source else "MIXCHAT_HOME"
-        with plain_errors(self._remote.repo_id, home):
-            path = self._cached(file) or self._path(file)
-            if self.keep_source:
+        cached, blob = self._cached(file), self._blob(file)
+        in_cache = self.keep_source or blob.exists()
+        with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
+            if cached and is_whole(cached, file.size, str(file.sha256), stop):
+                return self._linked(file, cached) if self.keep_source else cached
+            if in_cache:
                 with self._cache_lock(file, stop):
-                    self._bring(file, path, task, stop)
-                return self._link(file)
-            self._bring(file, path, task, stop)
-            return path
+                    self._fill(file, task, stop)
+                return self._linked(file, blob)
+            return self._bring(file, task, stop)
 
     def release(self, shard: str) -> None:
         if not self.keep_source:
@@ -115,13 +117,25 @@ class HubOrigin:
         with suppress(HubError), plain_errors(self._remote.repo_id):
             listen(self._remote.url(shard), came, stop)
 
-    def _bring(self, file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
+    def _bring(self, file: RemoteFile, task: Task, stop: Event) -> Path:
+        """The file beside the model."""
+        path = self._directory / file.path
         if not path.exists():
-            url = self._remote.url(file.path)
-            fetch_file(url, path, file.size, str(file.sha256), task, stop)
+            self._fetch(file, path, task, stop)
         elif not is_whole(path, file.size, str(file.sha256), stop):
-            hub.discard(path)
+            path.unlink()
             raise wrong_bytes(file.path)
+        return path
+
+    def _fill(self, file: RemoteFile, task: Task, stop: Event) -> None:
+        """Fetch the cache's blob, unless it is there whole; one that is damaged is replaced."""
+        blob = self._blob(file)
+        if not blob.exists() or not is_whole(blob, file.size, str(file.sha256), stop):
+            self._fetch(file, blob, task, stop)
+
+    def _fetch(self, file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
+        url = self._remote.url(file.path)
+        fetch_file(url, path, file.size, str(file.sha256), task, stop)
 
     def _path(self, file: RemoteFile) -> Path:
         """Where the file goes if it is not in the cache."""
@@ -131,20 +145,34 @@ class HubOrigin:
         return hub.repo_dir(self._remote.repo_id) / "blobs" / str(file.sha256)
 
     def _cached(self, file: RemoteFile) -> Path | None:
-        """The file in huggingface_hub's cache, if it is there."""
-        snapshot = hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
-        places = (snapshot / file.path, self._blob(file))
-        return next((place for place in places if place.exists()), None)
+        """The file in huggingface_hub's cache, if it is there, by the name of its blob.
 
-    def _link(self, file: RemoteFile) -> Path:
-        """The cache's documented layout: snapshots/<commit>/<name> links to blobs/<hash>."""
-        pointer = hub.snapshot_dir(self._remote.repo_id, self._remote.commit) / file.path
+        In a cache without links it has no such name: then by its size.
+        """
+        blob = self._blob(file)
+        for place in (self._pointer(file), blob):
+            if place.is_file():
+                real = place.resolve()
+                nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
+                if nameless or real == blob.resolve():
+                    return place
+        return None
+
+    def _pointer(self, file: RemoteFile) -> Path:
+        return hub.snapshot_dir(self._remote.repo_id, self._remote.commit) / file.path
+
+    def _linked(self, file: RemoteFile, path: Path) -> Path:
+        """The cache's documented layout: snapshots/<commit>/<name> links to blobs/<hash>.
+
+        Where something else has that name already it stays, and the blob is used.
+        """
+        pointer = self._pointer(file)
         if not pointer.exists():
             pointer.parent.mkdir(parents=True, exist_ok=True)
             pointer.unlink(missing_ok=True)
-            pointer.symlink_to(os.path.relpath(self._blob(file), pointer.parent))
+            pointer.symlink_to(os.path.relpath(path, pointer.parent))
         hub.name_commit(self._remote.repo_id, self.source.revision, self._remote.commit)
-        return pointer
+        return pointer if pointer.samefile(path) else path
 
     @contextmanager
     def _cache_lock(self, file: RemoteFile, stop: Event) -> Iterator[None]:

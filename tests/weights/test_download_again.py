@@ -159,7 +159,7 @@ def fail_second(fake: FakeHub) -> None:
     """Whoever wants all of the second shard is refused; its header may be read."""
     take = fake.take_fault
 
-    def refuse_whole(path: str) -> Any:
+    def refuse_whole(path: str, ranged: bool) -> Any:
         asked = fake.requests[-1]
         if (
             fake.faults
@@ -167,7 +167,7 @@ def fail_second(fake: FakeHub) -> None:
             and not (asked.range or "").startswith("bytes=0")
         ):
             return fake.faults[0]
-        return None if fake.faults else take(path)
+        return None if fake.faults else take(path, ranged)
 
     fake.fail(SHARDS[1], status=403)
     fake.take_fault = refuse_whole  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +286,21 @@ class TestSmallFiles:
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
-    def test_that_are_damaged_in_the_cache_are_removed(
+    def test_that_are_damaged_in_the_cache_are_fetched_anew(
         self, fake: FakeHub, cache: Path, name: str, damage: Any
     ) -> None:
         file = self.small(fake, name)
         hub.fetch_small(REPO, COMMIT, file).resolve().write_bytes(damage(fake.files[name]))
-        with pytest.raises(HubError, match="it was removed"):
-            hub.fetch_small(REPO, COMMIT, file)
-        assert hub.fetch_small(REPO, COMMIT, file).read_bytes() == fake.files[name]
+        path = hub.fetch_small(REPO, COMMIT, file)
+        assert path.read_bytes() == fake.files[name]
+        assert path == hub.snapshot_dir(REPO, COMMIT) / name
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+    def test_that_are_good_stay_in_the_cache_whatever_the_hub_lists(
+        self, fake: FakeHub, cache: Path, name: str
+    ) -> None:
+        path = hub.fetch_small(REPO, COMMIT, self.small(fake, name))
+        wrong = replace(self.small(fake, name), sha256="0" * 64, git_sha1=None)
+        with pytest.raises(HubError, match="is not the file that the hub lists"):
+            hub.fetch_small(REPO, COMMIT, wrong)
+        assert path.read_bytes() == fake.files[name]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -265,19 +267,49 @@ class TestCache:
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]]
     )
-    def test_what_is_damaged_there_is_found_and_removed(
+    def test_what_is_damaged_there_is_found_and_fetched_anew(
         self, fake: FakeHub, target: Path, cached: Path, damage: Callable[[bytes], bytes]
     ) -> None:
         good = fake.files[SHARDS[0]]
         cached.resolve().write_bytes(damage(good))
-        origin = origin_for(target)
-        try:
-            path = bring(origin)
-        except HubError as error:
-            assert SHARDS[0] in str(error)  # noqa: PT017 - it may also be fetched anew at once
-            path = bring(origin_for(target))
-        assert path.read_bytes() == good
-        assert not cached.is_symlink() or cached.read_bytes() == good
+        assert bring(origin_for(target)).read_bytes() == good
+        assert cached.is_symlink()
+        assert cached.read_bytes() == good
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    @pytest.mark.parametrize("lie", [{"sha256": "0" * 64}, {"size": 7}])
+    def test_what_is_good_there_stays_whatever_the_hub_lists(
+        self, fake: FakeHub, target: Path, cached: Path, lie: dict[str, Any], keep_source: bool
+    ) -> None:
+        """A listing with another hash had a shard of 5 GB removed from the cache."""
+        origin = origin_for(target, keep_source=keep_source)
+        listed = origin._remote.shards
+        listed[SHARDS[0]] = replace(listed[SHARDS[0]], **lie)
+        with pytest.raises(HubError):
+            bring(origin)
+        assert cached.is_symlink()
+        assert cached.read_bytes() == fake.files[SHARDS[0]]
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_what_has_the_name_of_a_shard_but_other_bytes_is_left_alone(
+        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
+    ) -> None:
+        cached.unlink()
+        cached.write_bytes(bytes(len(fake.files[SHARDS[0]])))
+        path = bring(origin_for(target, keep_source=keep_source))
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert cached.read_bytes() == bytes(len(fake.files[SHARDS[0]]))
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_a_cache_without_links_is_used_too(
+        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
+    ) -> None:
+        blob = cached.resolve()
+        cached.unlink()
+        blob.rename(cached)
+        fake.requests.clear()
+        assert bring(origin_for(target, keep_source=keep_source)) == cached
+        assert asked(fake) == []
 
 
 class TestReading:
