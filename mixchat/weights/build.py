@@ -3,7 +3,7 @@
 While one shard is quantized, a thread fetches the next; a shard is let go as soon as all of its
 tensors have been taken. What an unfinished part needs of it, since the rest lies in a later shard,
 is put aside in a small file. The journal says what is done: at most a few seconds of quantizing
-are lost, whatever happens.
+are lost, whatever happens. What it says is compared with the disk before work continues.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from mixchat.background import in_background
-from mixchat.errors import CheckpointError, HubError
+from mixchat.errors import HubError
 from mixchat.files import read_bytes, write_file
 from mixchat.progress import NoProgress, Progress, Task, running
+from mixchat.weights.aside import ASIDE_PREFIX, Aside
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint_files import COMPANION_FILES
-from mixchat.weights.journal import JOURNAL_FILE, Journal, read_head, read_journal
+from mixchat.weights.journal import JOURNAL_FILE, Journal, read_journal
 from mixchat.weights.kept_files import KeptFiles, layouts
 from mixchat.weights.manifest import (
     FORMAT,
@@ -38,9 +39,9 @@ from mixchat.weights.manifest import (
 )
 from mixchat.weights.origin import Origin
 from mixchat.weights.parts import Part, parts
-from mixchat.weights.safetensors import SafetensorsFile, SafetensorsWriter
+from mixchat.weights.recheck import damaged
+from mixchat.weights.safetensors import SafetensorsFile
 
-ASIDE_PREFIX = "aside-"
 _SECONDS_BETWEEN_SAVES = 2.0
 _SECONDS_TO_STOP = 0.3
 NO_PROGRESS = NoProgress()
@@ -82,7 +83,8 @@ def finish_cut_short(target: Path) -> None:
     if not (target / JOURNAL_FILE).exists() or not is_kept(target):
         return
     restore_manifests(target)
-    _Aside(target).drop_all_but(set())
+    for path in target.glob(ASIDE_PREFIX + "*"):
+        path.unlink()
     (target / JOURNAL_FILE).unlink()
 
 
@@ -96,21 +98,22 @@ class Remaining:
 
 def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
     """What `build` will do in `target`. Changes nothing there."""
-    made = _made(target, origin, blueprint)
+    recorded, _ = read_journal(target, head(origin, blueprint))
+    made = _with_their_size(recorded, target, blueprint)
     todo = [
         part
         for part in parts(blueprint)
         if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
     ]
     names = {name for part in todo for name in part.components(origin.index)}
-    if read_head(target) == head(origin, blueprint):
-        names -= _Aside(target).names
+    names -= Aside(target, recorded).names
     return Remaining(todo, sorted({origin.index.shard_of(name) for name in names}))
 
 
-def _made(target: Path, origin: Origin, blueprint: Blueprint) -> dict[str, dict[str, str]]:
-    """What the journal says of files that are there as it left them."""
-    made, _ = read_journal(target, head(origin, blueprint))
+def _with_their_size(
+    made: dict[str, dict[str, str]], target: Path, blueprint: Blueprint
+) -> dict[str, dict[str, str]]:
+    """What the journal says of the model's files that are there with the size they should have."""
     sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
     return {
         name: digests
@@ -136,15 +139,22 @@ class _Build:
     ) -> None:
         self._origin, self._index, self._target = origin, origin.index, target
         self._blueprint, self._progress, self._ahead = blueprint, progress, ahead
+        self._journal = Journal(target, head(origin, blueprint))
+        self._forget_what_is_damaged()
         left = remaining(origin, target, blueprint)
         self._todo, self._shards = left.parts, left.shards
-        self._aside = _Aside(target)
-        self._journal = Journal(target, head(origin, blueprint))
+        self._aside = Aside(target, self._journal.made)
 
     def run(self) -> None:
         with closing(KeptFiles(self._target, self._blueprint)) as files:
             self._make_all(files)
             self._finish(files)
+
+    def _forget_what_is_damaged(self) -> None:
+        lost = damaged(self._target, self._blueprint, self._journal.made, self._progress)
+        self._journal.forget(lost)
+        if count := sum(len(tensors) for tensors in lost.values()):
+            self._progress.note(f"damaged since they were written: {count} tensors; made again")
 
     def _make_all(self, files: KeptFiles) -> None:
         for shard in self._index.shards:
@@ -177,7 +187,8 @@ class _Build:
                     self._save(files)
                     saved = time.monotonic()
             wanted = {name for part in later for name in part.components(self._index)}
-            self._aside.put(shard, file, sorted(wanted & here - self._aside.names))
+            if new := sorted(wanted & here - self._aside.names):
+                self._journal.add(*self._aside.put(shard, file, new))
         self._save(files)
         self._todo = later
         self._aside.drop_all_but(wanted)
@@ -218,44 +229,6 @@ class _Build:
         description = self._blueprint.quantization.description()
         write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
         finish_cut_short(self._target)
-
-
-class _Aside:
-    """Tensors put aside until a later shard comes, in files of their own."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files: dict[str, set[str]] = {}
-        for path in directory.glob(ASIDE_PREFIX + "*"):
-            # A file of this name is whole, unless the disk went wrong: then it is as if not there.
-            with suppress(CheckpointError), SafetensorsFile(path) as file:
-                self._files[path.name] = {spec.name for spec in file.header.specs}
-
-    @property
-    def names(self) -> set[str]:
-        """The tensors that are here."""
-        return set().union(*self._files.values())
-
-    def read(self, name: str) -> torch.Tensor:
-        """One of them."""
-        holder = next(file for file, names in self._files.items() if name in names)
-        with SafetensorsFile(self._directory / holder) as file:
-            return file.read(name)
-
-    def put(self, shard: str, file: SafetensorsFile, names: list[str]) -> None:
-        """Copy these tensors of `file`."""
-        if names:
-            path = self._directory / f"{ASIDE_PREFIX}{shard}"
-            with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
-                for name in names:
-                    writer.write(name, file.read(name))
-            self._files[path.name] = set(names)
-
-    def drop_all_but(self, names: set[str]) -> None:
-        """Remove the files with nothing of `names` in them."""
-        for holder in [file for file, held in self._files.items() if not held & names]:
-            (self._directory / holder).unlink()
-            del self._files[holder]
 
 
 def _fetched(

@@ -13,7 +13,7 @@ from mixchat import machine
 from mixchat.errors import ModelNotFoundError, UsageError
 from mixchat.lock import Busy, only_one
 from mixchat.weights import hub, models
-from mixchat.weights.build import ASIDE_PREFIX
+from mixchat.weights.aside import ASIDE_PREFIX
 from mixchat.weights.hub_origin import SOURCE_DIR
 from mixchat.weights.journal import JOURNAL_FILE, read_head
 from mixchat.weights.manifest import MANIFEST_COPY, MANIFEST_FILE, is_kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ class Journal:
     """The journal in `directory`, which must be about `head`; `made` maps a file to its tensors."""
 
     def __init__(self, directory: Path, head: dict[str, Any]) -> None:
-        self._path = directory / JOURNAL_FILE
+        self._path, self._head = directory / JOURNAL_FILE, head
         self.made, whole = read_journal(directory, head)
         self._unsaved: list[tuple[str, dict[str, str]]] = []
         if whole:
@@ -37,18 +38,31 @@ class Journal:
 
     def save(self) -> None:
         """Make durable what was added; the tensors themselves must be so already."""
-        lines = [json.dumps({"file": file, "sha256": made}) + "\n" for file, made in self._unsaved]
         with self._opened() as journal:
-            journal.write("".join(lines).encode())
+            journal.write(b"".join(_line(file, made) for file, made in self._unsaved))
             journal.flush()
             os.fsync(journal.fileno())
         for file, made in self._unsaved:
             self.made.setdefault(file, {}).update(made)
         self._unsaved.clear()
 
+    def forget(self, lost: Mapping[str, Collection[str]]) -> None:
+        """Take back, durably, that these tensors of these files are made."""
+        if not lost:
+            return
+        for file, tensors in lost.items():
+            for tensor in tensors:
+                del self.made[file][tensor]
+        lines = [_line(file, made) for file, made in self.made.items()]
+        write_file(self._path, b"".join([json.dumps(self._head).encode() + b"\n", *lines]))
+
     def _opened(self) -> BinaryIO:
         """The file, to write at its end; a link in its place is not written through."""
         return open(open_regular(self._path, os.O_WRONLY | os.O_APPEND, follow=False), "ab")
+
+
+def _line(file: str, made: Mapping[str, str]) -> bytes:
+    return json.dumps({"file": file, "sha256": made}).encode() + b"\n"
 
 
 def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[str, str]], int]:

@@ -20,6 +20,7 @@ from mixchat.weights.kept_files import FileLayout, KeptFiles, layouts
 from mixchat.weights.manifest import MANIFESTS, Manifest, is_manifest, read_either_manifest
 from mixchat.weights.origin import Origin, Readers
 from mixchat.weights.parts import Part
+from mixchat.weights.recheck import read_most
 from mixchat.weights.safetensors import tensor_bytes
 
 HEADER, SIZE, MISSING = "its header", "its size", "it is missing"
@@ -93,22 +94,14 @@ def _damaged_tensors(
 ) -> Iterator[Damage]:
     if os.fstat(file.fileno()).st_size != layout.size:
         yield Damage(name, SIZE)
-    if _read(file, len(layout.start)) != layout.start:
+    if read_most(file, len(layout.start)) != layout.start:
         yield Damage(name, HEADER)
     task.advance(len(layout.start))
     for spec in layout.header.specs:
-        data = _read(file, spec.nbytes)
+        data = read_most(file, spec.nbytes)
         if hashlib.sha256(data).hexdigest() != manifest.weights[name].sha256[spec.name]:
             yield Damage(name, spec.name)
         task.advance(spec.nbytes)
-
-
-def _read(file: FileIO, size: int) -> memoryview:
-    """The next `size` bytes, fewer where the file ends before."""
-    data, done = memoryview(bytearray(size)), 0
-    while done < size and (count := file.readinto(data[done:])):
-        done += count
-    return data[:done]
 
 
 def _remake(

@@ -23,7 +23,7 @@ from weight_tools import (
 
 from mixchat.errors import MixchatError
 from mixchat.weights import build as build_module
-from mixchat.weights.build import ASIDE_PREFIX
+from mixchat.weights.aside import ASIDE_PREFIX
 from mixchat.weights.journal import JOURNAL_FILE
 from mixchat.weights.parts import parts
 from mixchat.weights.quantize import QuantizeOptions, blueprint_of

@@ -14,8 +14,8 @@ from weight_tools import Fetching, order_of, shard
 from mixchat import machine
 from mixchat.errors import ResourceError
 from mixchat.machine import disk_usage
-from mixchat.weights import build as build_module
 from mixchat.weights import hub, plan
+from mixchat.weights.aside import Aside
 from mixchat.weights.build import build
 from mixchat.weights.hub_origin import HubOrigin
 from mixchat.weights.manifest import Source, read_manifest
@@ -58,16 +58,16 @@ class TestDisk:
         origin = Fetching(checkpoint, source)
         blueprint = blueprint_of(origin.index, QuantizeOptions())
         most, peak = [0], peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
-        drop = build_module._Aside.drop_all_but
+        drop = Aside.drop_all_but
 
-        def measure(aside: build_module._Aside, names: set[str]) -> None:
+        def measure(aside: Aside, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
             coming = [origin.arrived[name] for name in origin.index.shards[: len(most) + ahead]]
             assert all(event.wait(20) for event in coming)
             most.append(disk_usage(target))
             drop(aside, names)
 
-        monkeypatch.setattr(build_module._Aside, "drop_all_but", measure)
+        monkeypatch.setattr(Aside, "drop_all_but", measure)
         build(origin, target, blueprint, ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
