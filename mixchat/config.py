@@ -109,6 +109,16 @@ class ModelConfig:
             )
 
 
+def checkpoint_dtype(directory: Path) -> str | None:
+    """The type that the checkpoint's weights had, as config.json names it ("float16"), if it does.
+
+    Raises `CheckpointError` where the file cannot be read.
+    """
+    raw = read_json_object(directory / "config.json")
+    value = raw.get("dtype", raw.get("torch_dtype"))
+    return value if value in ("bfloat16", "float16", "float32") else None
+
+
 def advised_sampling(directory: Path) -> dict[str, float]:
     """What the model's makers advise in generation_config.json, by the names of our own flags.
 

@@ -38,9 +38,14 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a random Mixtral with `TINY`'s config, changed as asked, and return its directory."""
+    """Write a random Mixtral with `TINY`'s config, changed as asked, and return its directory.
 
-    def make(*, seed: int = 0, std: float = 0.2, **changes: Any) -> Path:
+    Its weights are in fp32, or in the type that `stored_as` names ("float16").
+    """
+
+    def make(
+        *, seed: int = 0, std: float = 0.2, stored_as: str = "float32", **changes: Any
+    ) -> Path:
         import torch
         from transformers import MixtralConfig, MixtralForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -50,7 +55,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         # A large spread makes the router's choices and the attention sharp, so that mistakes show.
         config = MixtralConfig(**{**TINY, "initializer_range": std, **changes})
         directory = tmp_path_factory.mktemp("checkpoint")
-        MixtralForCausalLM(config).save_pretrained(directory)
+        MixtralForCausalLM(config).to(getattr(torch, stored_as)).save_pretrained(directory)
         return directory
 
     return make

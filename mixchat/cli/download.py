@@ -151,6 +151,9 @@ def as_text(plan: Plan) -> str:
     if plan.seconds is not None:
         rate = f", at {format_size(int(plan.rate))}/s as now" if plan.rate else ""
         rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
+    if plan.rounded_from is not None:
+        stored = "are stored as bf16, which rounds them to 8 bits of precision"
+        rows.append(("note", f"{plan.rounded_from} weights {stored}"))
     return aligned(rows)
 
 
@@ -172,6 +175,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
         "bytes_per_second": plan.rate,
         "seconds": plan.seconds,
+        "rounded_from": plan.rounded_from,
     }
 
 

@@ -74,12 +74,13 @@ def show(
 
 def describe(directory: Path) -> list[tuple[str, str]]:
     """What the manifest and the config of a kept model say, as names and values."""
-    from mixchat.config import ModelConfig
+    from mixchat.config import ModelConfig, checkpoint_dtype
     from mixchat.weights.manifest import read_manifest
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
-    how = manifest.quantization
+    how, before = manifest.quantization, checkpoint_dtype(directory)
+    rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""
     return [
         ("path", str(directory)),
         ("source", manifest.source.repo),
@@ -91,6 +92,7 @@ def describe(directory: Path) -> list[tuple[str, str]]:
         ("layout", str(how["layout"])),
         ("attention", str(how["quant_type"] if how["attention"] else how["dtype"])),
         ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
+        ("dtype", f"{how['dtype']}{rounded}"),
         ("layers", str(config.num_hidden_layers)),
         ("experts a layer", f"{config.num_local_experts}, {config.num_experts_per_tok} a token"),
         ("hidden size", str(config.hidden_size)),

@@ -96,8 +96,11 @@ def new_cache(
     device: torch.device,
     bits: Bits | None = None,
 ) -> KVCache:
-    """The kind of cache that the device computes fastest. `bits` None are those of `dtype`."""
-    if device.type == "cpu" and attention.available():
+    """The kind of cache that the device computes fastest. `bits` None are those of `dtype`.
+
+    The kernel for CPUs takes bf16 and fp32 alone.
+    """
+    if device.type == "cpu" and dtype != torch.float16 and attention.available():
         return PagedKVCache(config, capacity, bits or _bits(dtype))
     return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
 

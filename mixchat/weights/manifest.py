@@ -39,7 +39,7 @@ _QUANTIZATION = {
     "layout": ("bitsandbytes", "cpu-packed"),
     "attention": (False, True),
     "head": (False, True),
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("bfloat16", "float16", "float32"),
 }
 
 

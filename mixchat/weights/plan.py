@@ -17,6 +17,7 @@ from mixchat.weights.build import remaining
 from mixchat.weights.kept_files import layouts
 from mixchat.weights.origin import Origin
 from mixchat.weights.parts import Part, parts
+from mixchat.weights.quantize import rounded_from
 from mixchat.weights.source import SourceIndex, expert_tensor
 
 # The process with torch in it, before it has touched a weight.
@@ -42,6 +43,7 @@ class Plan:
     `checkpoint` is the size of the weights at the source, `fetch` what of them is still to come,
     `kept` the finished model's. `disk` is the most that will be taken at once beyond what is there.
     `ahead`: whether the disk has room to fetch a shard while the one before is quantized.
+    `rounded_from`: the type of weights ("fp16") that are rounded to bf16, if they are.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Plan:
     ahead: bool = True
     rate: float | None = None
     seconds: float | None = None
+    rounded_from: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -106,6 +109,7 @@ def plan_of(
         disk=disk(ahead),
         memory=memory_need(index, blueprint),
         ahead=ahead,
+        rounded_from=rounded_from(index, blueprint),
     )
 
 

@@ -41,16 +41,30 @@ def blueprint_of(index: SourceIndex, options: QuantizeOptions) -> Blueprint:
     follow where all of their matrices are of it.
     """
     kept_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
-    exact = options.quant_type == "none" and kept_4bit is None and index.dtype == torch.float32
+    as_it_is = options.quant_type == "none" and kept_4bit is None
     quantization = Quantization(
         quant_type=kept_4bit or options.quant_type,
         layout=options.layout or best_layout(),
         attention=options.attention or _all_4bit(index, kept_4bit, _attention(index)),
         head=options.head or _all_4bit(index, kept_4bit, _head(index)),
-        dtype=torch.float32 if exact else torch.bfloat16,
+        dtype=_exact_dtype(index) if as_it_is else torch.bfloat16,
         scales="given" if kept_4bit or options.quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
+
+
+def rounded_from(index: SourceIndex, blueprint: Blueprint) -> str | None:
+    """The checkpoint's type ("fp16", "fp32") where it is rounded to bf16; None where it is not."""
+    if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
+        return None
+    return "fp32" if torch.float32 in index.dtypes else "fp16"
+
+
+def _exact_dtype(index: SourceIndex) -> torch.dtype:
+    """The type that holds all weights as they are; bf16 where fp16 is mixed with it."""
+    if index.dtype == torch.float32:
+        return torch.float32
+    return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16
 
 
 def _attention(index: SourceIndex) -> list[str]:

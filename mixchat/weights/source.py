@@ -78,6 +78,12 @@ class SourceIndex:
         """The type of the embedding, which stands for the whole."""
         return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of all matrices and vectors that are not quantized already."""
+        dense = (name for name in self._shapes if self.quant_type(name) is None)
+        return {self._headers[self._weight_map[name]].spec(name).dtype for name in dense}
+
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
         """A matrix or vector in floats. Raises `CheckpointError` where it holds NaN or infinity."""
         if self.quant_type(matrix) is None:

@@ -142,7 +142,7 @@ def test_a_dry_run_from_the_hub_says_what_it_would_take_and_does_nothing(
     assert done.returncode == 0
     rows = dict(line.split(maxsplit=1) for line in done.stdout.decode().splitlines())
     assert rows["from"] == f"{REPO} at {COMMIT[:12]}"
-    assert set(rows) == {"from", "fetch", "keep", "disk", "memory", "time"}
+    assert set(rows) == {"from", "fetch", "keep", "disk", "memory", "time", "note"}
     assert not home_of(environment).exists()
 
 
@@ -159,6 +159,31 @@ def test_a_dry_run_as_json_has_bytes(mixchat, environment, fake):
     assert made["bytes_per_second"] > 0
     assert made["seconds"] > 0
     assert not home_of(environment).exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "said"),
+    [
+        ("float16", [], "fp16 weights are stored as bf16, which rounds them to 8 bits"),
+        ("float32", [], "fp32 weights are stored as bf16, which rounds them to 8 bits"),
+        ("bfloat16", [], None),
+        ("float16", ["--quant-type", "none"], None),
+        ("float32", ["--quant-type", "none"], None),
+    ],
+)
+def test_it_is_said_where_weights_are_rounded_to_bf16(
+    mixchat, make_checkpoint, dtype, options, said
+):
+    """A checkpoint in fp16 lost three bits of its eleven, and nothing said so."""
+    checkpoint = write_tokenizer(make_checkpoint(stored_as=dtype))
+    done = mixchat("download", str(checkpoint), "--name", "mine", *options)
+    assert done.returncode == 0
+    notes = [line for line in done.stderr.decode().splitlines() if "stored as bf16" in line]
+    assert len(notes) == (said is not None)
+    assert all(said in note for note in notes)
+    rows = mixchat("show", "mine").stdout.decode().splitlines()
+    shown = dict(row.split(maxsplit=1) for row in rows)["dtype"]
+    assert shown == (f"bfloat16, rounded from {dtype}" if said else dtype)
 
 
 def test_a_dry_run_that_would_not_fit_says_so_and_by_how_much(

@@ -118,6 +118,22 @@ def assert_as_near(
     assert (distances > 2 * times * noise).sum() <= 2
 
 
+@pytest.mark.parametrize("chunk", [TOKENS, 1])
+def test_a_checkpoint_in_fp16_that_is_kept_as_it_is_loses_nothing(
+    chunk: int, make_checkpoint: Callable[..., Path], keep: Callable[..., Path]
+) -> None:
+    """It became bf16: logits were nine times as far off as transformers' own in fp16."""
+    checkpoint = make_checkpoint(std=0.05, stored_as="float16")
+    ids = prompt(97)
+    with torch.inference_mode():
+        exact = oracle(checkpoint)(ids[None]).logits[0]
+        rounded = oracle(checkpoint, torch.float16)(ids[None]).logits[0].float()
+    engine = load_engine(keep(checkpoint, quant_type="none"), CPU)
+    assert engine._model.dtype == torch.float16
+    assert_as_near(logits(engine, ids, chunk).float(), exact, rounded)
+    assert (rounded - exact).norm() < 0.003 * exact.norm()
+
+
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 8}, {"intermediate_size": 128}])
 def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(

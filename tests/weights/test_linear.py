@@ -9,7 +9,7 @@ from mixchat.weights.linear import DenseLinear
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_product_is_right_to_rounding_whichever_way_is_taken(
     native: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -21,7 +21,7 @@ def test_a_product_is_right_to_rounding_whichever_way_is_taken(
     result = DenseLinear(weight)(x)
     assert result.dtype == dtype
     exact = x.double() @ weight.double().T
-    within = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    within = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
     assert (result.double() - exact).norm() < within * exact.norm()
 
 

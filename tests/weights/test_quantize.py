@@ -102,6 +102,34 @@ def test_an_expert_is_its_three_matrices_one_behind_the_other(
 
 
 @pytest.mark.parametrize(
+    ("embedding", "others", "kept"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.bfloat16),  # which may not fit into fp16
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_none_keeps_the_type_that_holds_all_weights(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    embedding: torch.dtype,
+    others: torch.dtype,
+    kept: torch.dtype,
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(embedding if "embed" in name else others)
+    save_file(tensors, checkpoint / "model.safetensors")
+    index = LocalOrigin(checkpoint, Source("x")).index
+    assert blueprint_of(index, QuantizeOptions("none")).quantization.dtype == kept
+    assert blueprint_of(index, QuantizeOptions()).quantization.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
