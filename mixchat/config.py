@@ -164,7 +164,11 @@ def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
         raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or "factor" in rope:
-        raise CheckpointError(f"config.json: rope type {kind!r} with scaling is not supported")
+        raise CheckpointError(
+            f"config.json: rope type {kind!r} with scaling is not supported",
+            hint="Models whose context was stretched (linear, dynamic, yarn, llama3) do not run "
+            "yet; choose one with plain rotary embeddings.",
+        )
     return rope
 
 
