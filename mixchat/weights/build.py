@@ -154,7 +154,8 @@ class _Build:
         lost = damaged(self._target, self._blueprint, self._journal.made, self._progress)
         self._journal.forget(lost)
         if count := sum(len(tensors) for tensors in lost.values()):
-            self._progress.note(f"damaged since they were written: {count} tensors; made again")
+            tensors = "1 tensor" if count == 1 else f"{count} tensors"
+            self._progress.note(f"damaged since the last run: {tensors}; making them again")
 
     def _make_all(self, files: KeptFiles) -> None:
         for shard in self._index.shards:

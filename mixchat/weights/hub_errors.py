@@ -130,12 +130,12 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
     if status == 429:
         return HubError(
             f"{host} answers no more for now: too many requests (429)",
-            hint="Wait some minutes and run the same command again; it goes on where it stopped.",
+            hint="Wait some minutes and run the same command again; it continues where it stopped.",
         )
     if status >= 500:
         return HubError(
             f"{host} has a fault of its own ({status})",
-            hint="Run the same command again later; it goes on where it stopped.",
+            hint="Run the same command again later; it continues where it stopped.",
         )
     return HubError(f"{host} refuses the request for {repo_id} ({status})")
 
@@ -145,7 +145,7 @@ def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
         return ResourceError(
             f"the disk is full while fetching {repo_id}",
             hint=f"Free some space, or set {home} to a directory on a larger disk. "
-            "What has come is kept; the same command goes on there.",
+            "What has come is kept; the same command continues there.",
         )
     if error.errno in NOT_WRITABLE:
         return UsageError(
@@ -161,7 +161,7 @@ def _no_answer(error: BaseException | None, host: str) -> HubError:
     if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
         return HubError(
             f"the connection to the hub at {host} broke off",
-            hint="Run the same command again; it goes on where it stopped.",
+            hint="Run the same command again; it continues where it stopped.",
         )
     return HubError(
         f"cannot reach the hub at {host}",

@@ -70,9 +70,10 @@ class RemoteBytes:
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             whole = ""
         kind = response.headers.get("Content-Type", "").lower()
-        other_size = self.size is not None and whole.isdecimal() and int(whole) != self.size
-        if kind.startswith("text/html") or other_size:
-            raise self._other_file(f"{whole} bytes" if other_size else "a page of HTML")
+        if kind.startswith("text/html"):
+            raise self._other_file("a page of HTML")
+        if self.size is not None and whole.isdecimal() and int(whole) != self.size:
+            raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")
         if response.status_code == 206 and first != start:
             raise self._wrong_range()
         return first
@@ -86,9 +87,8 @@ class RemoteBytes:
         )
 
     def _other_file(self, what: str) -> WrongAnswer:
-        listed = "" if self.size is None else f" instead of its {self.size} bytes"
         return WrongAnswer(
-            f"the hub sends something else in place of {self._name}: {what}{listed}",
+            f"the hub sends something else in place of {self._name}: {what}",
             hint="Does the network ask for a login first? Then log in and run the same command "
             "again; it continues where it stopped.",
         )

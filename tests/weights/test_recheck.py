@@ -67,7 +67,7 @@ def test_a_part_with_a_flipped_byte_is_made_again_alone(
     assert any(name.startswith(path.name) for name in making.names)
     assert verify(unfinished, NoProgress()) == []
     assert made_of(unfinished) == whole
-    assert meter.notes == ["damaged since they were written: 1 tensors; made again"]
+    assert meter.notes == ["damaged since the last run: 1 tensor; making them again"]
 
 
 def test_it_is_made_again_though_nothing_else_was_left_to_do(

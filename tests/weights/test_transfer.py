@@ -194,7 +194,7 @@ class TestWrongAnswers:
     ) -> None:
         part_path(tmp_path / NAME).write_bytes(DATA[:1])
         hub.serve[NAME] = served
-        with pytest.raises(HubError, match=f"{len(served)} bytes instead of its 100000"):
+        with pytest.raises(HubError, match=f"{len(served)} bytes instead of the 100000"):
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:1]
 
