@@ -34,7 +34,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What the next `times` requests get whose path matches.
+    """What the next `times` requests get whose path matches, once `after` of them were served.
 
     An error, a connection cut off, a page of HTML, or a range that begins so many bytes `earlier`
     than asked for. `headers` are added to it. `ranged`: only requests for a part get it.
@@ -50,6 +50,7 @@ class Fault:
     earlier: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     ranged: bool = False
+    after: int = 0
 
 
 @dataclass
@@ -125,6 +126,9 @@ class FakeHub:
     def take_fault(self, path: str, ranged: bool) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.path, path) and (ranged or not fault.ranged):
+                if fault.after > 0:
+                    fault.after -= 1
+                    continue
                 fault.times -= 1
                 return fault
         return None

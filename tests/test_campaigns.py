@@ -18,6 +18,7 @@ CAMPAIGNS = Path(__file__).parent / "campaigns"
         ["race.py", "--rounds", "1"],
         ["resume.py", "--races", "5", "--processes", "3"],
         ["flips.py", "--flips", "8", "--real", "1"],
+        ["hub_faults.py", "--rounds", "6"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],
     ],
     ids=lambda command: command[0],

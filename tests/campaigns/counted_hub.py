@@ -31,7 +31,8 @@ class Hub:
 
     def tell(self, **what: Any) -> dict[str, Any]:
         """Set `step`, `delay`, `session`, `directory` (of the files), `siblings` (more of them in
-        the listing), `listing` (what else it says); the log comes back if asked."""
+        the listing), `listing` (what else it says), `faults` (in place of those before, as
+        `Fault` has them), `omit` (headers); the log comes back if asked."""
         assert self._process.stdin
         assert self._process.stdout
         print(json.dumps(what), file=self._process.stdin, flush=True)
@@ -102,6 +103,9 @@ def _serve(directory: Path) -> None:
             if "directory" in what:
                 Cached.describe.cache_clear()
                 hub.files = files(Path(what["directory"]))
+            if "faults" in what:
+                hub.faults = [fake_hub.Fault(**fault) for fault in what["faults"]]
+            hub.omit_headers = set(what.get("omit", hub.omit_headers))
             if "listing" in what or "siblings" in what:
                 extra, more = what.get("listing", {}), what.get("siblings", [])
                 hub.listing = lambda answer, extra=extra, more=more: {
