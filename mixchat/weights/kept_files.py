@@ -80,11 +80,8 @@ class KeptFiles:
 
     def _open(self, name: str) -> int:
         if name not in self._fds:
-            path = self._directory / name
-            if path.is_fifo():  # in the place of a file, which is made anew
-                path.unlink()
             flags = os.O_RDWR | os.O_CREAT
-            fd = self._fds[name] = open_regular(path, flags, follow=False)
+            fd = self._fds[name] = open_regular(self._directory / name, flags, follow=False)
             layout = self._layouts[name]
             _write_at(fd, memoryview(layout.start), 0)
             os.ftruncate(fd, layout.size)
