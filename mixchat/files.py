@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.settings import format_size
 
+LONGEST = 100_000_000  # bytes: no small file of a checkpoint, and no chat, has as many
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A place cannot be written to: for want of rights, or because something else is there.
 NOT_WRITABLE = (
@@ -72,12 +74,15 @@ def _not_regular(path: Path) -> OSError:
 
 
 def read_bytes(path: Path, *, follow: bool = True) -> bytes:
-    """The bytes of a regular file. Raises `CheckpointError` where it cannot be read.
+    """The bytes of a regular file. Raises `CheckpointError` where it cannot be read, or is
+    far too large.
 
     Files of our own are read without `follow`: nobody else's link says what we read.
     """
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
+            if os.fstat(file.fileno()).st_size > LONGEST:
+                raise CheckpointError(f"{path}: larger than {format_size(LONGEST)}")
             return file.read()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None

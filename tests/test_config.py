@@ -120,3 +120,11 @@ def test_advice_on_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None
         json.dumps({**advice, "repetition_penalty": 1.1, "eos_token_id": 2})
     )
     assert advised_sampling(tmp_path) == {"temperature": 0.2, "top_k": 5, "repeat_penalty": 1.1}
+
+
+def test_a_file_that_is_far_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+    """It was read whole, however large: a config.json of 16 GB ended in a killed process."""
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(10**12)  # a hole: it takes no disk
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 100 MB"):
+        ModelConfig.from_file(tmp_path / "config.json")

@@ -222,7 +222,7 @@ def _read(chat: Repl, argument: str) -> None:
         names = ", ".join(chat.attached)
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
-    chat.attach(path, read_text(path))
+    chat.attach(path, read_text(path, chat.session.context))
 
 
 def _tokens(chat: Repl, argument: str) -> None:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
+from mixchat.context import Context
 from mixchat.errors import PromptError
-from mixchat.settings import format_size
-
-_LONGEST = 16_000_000  # bytes: more than any context holds
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. Raises `PromptError` where it is empty, not text, or cannot be read."""
+def read_text(path: Path, context: Context) -> str:
+    """The text of a file.
+
+    Raises `PromptError` where it is empty, not text, too long for the context, or cannot be read.
+    """
     try:
         with open(path, "rb") as file:
-            data = file.read(_LONGEST + 1)
-        if len(data) > _LONGEST:
-            raise PromptError(f"{path} is longer than {format_size(_LONGEST)}")
-        text = decode(data, str(path))
+            text = read_stream(file, str(path), context)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise PromptError(f"{path} is empty")
     return text
+
+
+def read_stream(stream: BinaryIO, where: str, context: Context) -> str:
+    """The text that comes in a stream, which need not end: no more is read than the context holds.
+
+    Raises `PromptError` where there is more, or it is not text.
+    """
+    data = stream.read(context.longest_text + 1)
+    if len(data) > context.longest_text:
+        raise context.text_too_long(where)
+    return decode(data, where)
 
 
 def decode(data: bytes, where: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from mixchat.chat.answer import Answer, Reason
+from mixchat.context import Context
 from mixchat.errors import PromptError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
@@ -86,6 +87,11 @@ class ChatSession:
         self._begun = self._interrupted = False
 
     @property
+    def context(self) -> Context:
+        """What the engine can hold."""
+        return Context(self.engine.context_size, self.engine.config.max_position_embeddings)
+
+    @property
     def messages(self) -> list[Message]:
         """The system prompt, and the history."""
         return [*self._system(), *self.history]
@@ -159,7 +165,11 @@ class ChatSession:
     def _answer(self, asked: list[Message], before: Message | None = None) -> Iterator[Event]:
         """Answer the last of the messages asked; `before` is what has been said of that already."""
         self._begun = self._interrupted = False
-        prompt_ids, first = self._fitted(asked, [] if before is None else self._ids_of(before))
+        self.context.check_text(asked[-1].content, "the question")
+        begun = [] if before is None else self._ids_of(before)
+        prompt_ids, first = self._fitted(asked, begun)
+        if len(prompt_ids) >= self.context.tokens:
+            raise self._too_long(asked[first:], begun, len(prompt_ids))
         if first > self._first:
             yield LeftOut(sum(message.role == "user" for message in asked[:first]))
         answer = self._start_answer(prompt_ids, before)
@@ -205,6 +215,19 @@ class ChatSession:
             if len(ids) + room <= size or (start == later[-1] and len(ids) < size):
                 return ids, start
         return whole, first  # not even the last question fits
+
+    def _too_long(self, asked: Sequence[Message], begun: Sequence[int], tokens: int) -> PromptError:
+        """The error for a prompt that does not fit, with what helps where old turns could go."""
+        error = self.context.prompt_too_long(tokens)
+        if len(asked) == 1:
+            return error
+        alone = [*self._template.encode([*self._system(), asked[-1]]), *begun]
+        if len(alone) < self.context.tokens:
+            error.hint = (
+                "The oldest turns can be left out: --overflow drop-oldest, or in a chat /set "
+                f"overflow drop-oldest; /clear begins anew. {error.hint}"
+            )
+        return error
 
     def _start_answer(self, prompt_ids: Sequence[int], before: Message | None) -> Answer:
         # A completion goes on in the middle of a text, and so does an answer that was broken off:

@@ -27,7 +27,7 @@ File = Annotated[
         "-f",
         "--file",
         metavar="FILE",
-        help="Put a file's text before the question; may be given again.",
+        help="Put a file's text before the question (-: standard input); may be given again.",
     ),
 ]
 Resume = Annotated[

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
 from mixchat.cli.report import note
-from mixchat.config import advised_sampling
+from mixchat.config import ModelConfig, advised_sampling
+from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import ModelNotFoundError
+from mixchat.errors import MixchatError, ModelNotFoundError
 from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
@@ -39,6 +40,19 @@ class Opening:
     cache_policy: str
     trace: Path | None
     quiet: bool = False
+
+    def context(self) -> Context:
+        """The context, before anything is loaded; a model's that is not there yet is the default's.
+
+        Raises `UsageError` for a size that the model cannot do.
+        """
+        from mixchat.weights import models
+
+        try:
+            config = ModelConfig.from_file(models.find(self.model) / "config.json")
+        except MixchatError:  # open() says what is wrong, or builds the demo
+            return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+        return Context.of(config, self.context_size)
 
     def open(self) -> ChatSession:
         """Find the model, load it, and begin a session."""

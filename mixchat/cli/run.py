@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
-from mixchat.chat.plain_text import read_text
 from mixchat.cli import chat_options, options
 from mixchat.cli.answer import Form, print_answer
-from mixchat.cli.arguments import read_prompt
+from mixchat.cli.arguments import read_files, read_prompt
 from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper, saved_turn
 from mixchat.cli.opening import Opening
 from mixchat.cli.prompt_cache import checked_place, keeping
@@ -32,7 +31,11 @@ def run(
     context: typer.Context,
     prompt: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", help="What to ask. Standard input goes before it."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to ask. Standard input goes before it, unless it is a terminal; "
+            "</dev/null leaves it out, and - alone asks what stands there.",
+        ),
     ] = None,
     file: chat_options.File = None,
     model: options.Model = "instruct",
@@ -89,8 +92,9 @@ def run(
         trace=trace,
         quiet=quiet,
     )
-    files = {path: read_text(path) for path in file or []}
-    question = read_prompt(" ".join(prompt) if prompt else None, [*files.values()])
+    room = opening.context()
+    files = read_files(file or [], room, quiet)
+    question = read_prompt(" ".join(prompt) if prompt else None, files, room, quiet)
     form.check(question is None)
     session = opening.open()
     keeper = new_keeper(session, model, kept=save)

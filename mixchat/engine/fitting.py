@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mixchat.config import ModelConfig
+from mixchat.context import Context
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.errors import UsageError
 from mixchat.experts.memory import CPU, free_memory
@@ -14,8 +15,6 @@ from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_
 from mixchat.kernels.pages import Bits
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
-
-DEFAULT_CONTEXT = 8192  # tokens; Mixtral can do 32768, at 128 KiB each
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,7 @@ class FreeMemory:
 
 def context_size(config: ModelConfig, wanted: int | None) -> int:
     """Tokens of the context; None chooses. Raises `UsageError` for what the model cannot do."""
-    largest = config.max_position_embeddings
-    if wanted is None:
-        return min(DEFAULT_CONTEXT, largest)
-    if not 1 < wanted <= largest:
-        raise UsageError(f"--ctx-size {wanted}: this model can do 2 to {largest} tokens")
-    return wanted
+    return Context.of(config, wanted).tokens
 
 
 def demand_of(blueprint: Blueprint, context: int, kv_bits: Bits | None = None) -> Demand:

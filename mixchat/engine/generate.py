@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler, SamplingOptions
@@ -147,12 +148,8 @@ class Engine:
                 f"the model has {self.config.vocab_size}"
             )
         if len(ids) >= self.context_size:
-            raise PromptError(
-                f"the prompt is too long: {len(ids)} tokens, the context holds "
-                f"{self.context_size} and the answer needs room in it",
-                hint=f"--ctx-size can be up to {self.config.max_position_embeddings}; in a chat, "
-                "/clear begins anew and /set overflow drop-oldest leaves old turns out.",
-            )
+            largest = self.config.max_position_embeddings
+            raise Context(self.context_size, largest).prompt_too_long(len(ids))
         room = self.context_size - len(ids)
         limit = room if max_tokens is None else min(max_tokens, room)
         return self._generate(ids, Sampler(sampling), stop_ids, limit)

@@ -21,8 +21,6 @@ COMPANION_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# The companions are read whole: a listing that gives one of them more bytes than this is refused.
-MAX_COMPANION_FILE = 100_000_000
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 

@@ -14,12 +14,11 @@ from typing import Any
 from mixchat.background import in_background
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, HubError
-from mixchat.files import read_bytes
+from mixchat.files import LONGEST, read_bytes
 from mixchat.weights.checkpoint_files import (
     COMPANION_FILES,
     CONFIG,
     INDEX,
-    MAX_COMPANION_FILE,
     read_weight_map,
     weight_files,
 )
@@ -264,5 +263,5 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
 
 
 def _check_small(repo_id: str, file: RemoteFile) -> None:
-    if file.size > MAX_COMPANION_FILE:
+    if file.size > LONGEST:
         raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")

@@ -45,6 +45,7 @@ class SamplingOptions:
 class Config:
     eos_token_ids: tuple[int, ...] = (STOP,)
     vocab_size: int = 0x110000
+    max_position_embeddings: int = 32768
 
 
 class ScriptedEngine:

@@ -365,3 +365,27 @@ def test_undo_brings_back_what_had_been_left_out(session_of):
     session.undo(7)
     turns_of(session, "again")
     assert prompt_of(session, 8) == "[user]question 0[assistant]answer 0[user]again"
+
+
+def test_a_question_that_cannot_fit_is_refused_before_it_is_made_into_tokens(session_of):
+    """A paste of megabytes took a tokenizer a gigabyte, to say that it is too long."""
+    session = session_of(context_size=10)
+    with pytest.raises(PromptError, match=r"the question is too long: more than 1\.28 kB"):
+        listen(session.ask("x" * 1281))
+    assert session.history == []
+
+
+def test_old_turns_are_offered_to_be_left_out_only_where_that_helps(session_of):
+    """A first question got the hint /set overflow drop-oldest, with no turn that could go."""
+    session = session_of("a" * 20, "b", context_size=60)
+    with pytest.raises(PromptError) as first:
+        listen(session.ask("x" * 70))
+    assert first.value.hint == "--ctx-size can be up to 32768."
+    turns_of(session, "one")
+    with pytest.raises(PromptError) as second:
+        listen(session.ask("x" * 40))
+    assert "drop-oldest" in second.value.hint
+    assert second.value.hint.endswith("/clear begins anew. --ctx-size can be up to 32768.")
+    with pytest.raises(PromptError) as alone:
+        listen(session.ask("x" * 70))
+    assert alone.value.hint == "--ctx-size can be up to 32768."

@@ -92,7 +92,7 @@ def test_quiet_says_nothing_but_errors(mixchat):
 
 @pytest.mark.parametrize("flag", ["--json", "-x"])
 def test_flags_for_one_answer_are_not_for_a_chat(mixchat, monkeypatch, flag):
-    monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda prompt, files: None)
+    monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda *given: None)
     done = mixchat("run", flag)
     assert done.returncode == 2
     assert b"is for one answer" in done.stderr

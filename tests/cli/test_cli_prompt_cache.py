@@ -93,7 +93,7 @@ def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
             after_turn(finished)
 
     monkeypatch.setattr(run, "begin_chat", chat)
-    monkeypatch.setattr(run, "read_prompt", lambda prompt, files: None)
+    monkeypatch.setattr(run, "read_prompt", lambda *given: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")
     assert reused(ask(*flags)) == 0

@@ -1,0 +1,131 @@
+"""Standard input of `mixchat run`: how much of it is read, when it is waited for, and `-`."""
+
+import subprocess
+
+import pytest
+from command_line import FAKE
+from terminal import Terminal
+
+from mixchat.context import BYTES_PER_TOKEN, DEFAULT_TOKENS
+
+LONGEST = DEFAULT_TOKENS * BYTES_PER_TOKEN
+CTRL_D = "\x04"
+
+
+def prompt_in(path):
+    return path.read_text(encoding="utf-8").removesuffix("\n---\n").removeprefix("[user]")
+
+
+def behind(source, *arguments):
+    """A command line that pipes what `source` writes into mixchat."""
+    return ["sh", "-c", f'{source} | "$@"', "sh", *FAKE, "run", *arguments]
+
+
+def test_an_endless_standard_input_is_refused_at_once(environment):
+    """`yes | mixchat run` read until 16 GB of memory were gone and the kernel killed it."""
+    done = subprocess.run(behind("yes"), capture_output=True, env=environment, timeout=60)
+    first, *_ = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert first.startswith("error: standard input is too long: more than 1.05 MB, the context")
+
+
+@pytest.mark.parametrize(("more", "what"), [(0, "the question"), (1, "standard input")])
+def test_no_more_is_read_than_the_context_could_hold(mixchat, more, what):
+    """What has more bytes than any tokens of the context stand for is not given to a tokenizer.
+
+    The bound is that of 8192 tokens here, as the scripted engine's is not known beforehand.
+    """
+    done = mixchat("run", stdin=b"x" * (LONGEST + more))
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr.decode().startswith(f"error: {what} is too long: more than")
+
+
+def test_of_a_file_no_more_is_read_either(mixchat, tmp_path):
+    with open(tmp_path / "f", "wb") as file:
+        file.truncate(10**12)  # a hole: it takes no disk
+    done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
+    assert done.returncode == 3
+    assert f"{tmp_path / 'f'} is too long: more than 1.05 MB" in done.stderr.decode()
+
+
+def test_several_files_are_too_long_together(mixchat, tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * (LONGEST - 1))
+    done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
+    assert done.returncode == 3
+    assert "error: the prompt is too long: more than 1.05 MB" in done.stderr.decode()
+
+
+def test_a_small_model_reads_less(mixchat, tiny_model):
+    done = mixchat("run", "-m", str(tiny_model), stdin=b"x" * (128 * BYTES_PER_TOKEN + 1))
+    assert "the context holds 128 tokens" in done.stderr.decode()
+    assert "hint: Shorten it: this model reads 127 tokens at most." in done.stderr.decode()
+
+
+def test_a_smaller_context_reads_less_and_says_that_it_can_be_larger(mixchat, tiny_model):
+    flags = ("-m", str(tiny_model), "--ctx-size", "50")
+    done = mixchat("run", *flags, stdin=b"x" * (50 * BYTES_PER_TOKEN + 1))
+    assert "the context holds 50 tokens" in done.stderr.decode()
+    assert "hint: --ctx-size can be up to 128." in done.stderr.decode()
+
+
+def test_a_context_that_the_model_cannot_do_is_said_before_anything_is_read(mixchat, tiny_model):
+    done = mixchat("run", "-m", str(tiny_model), "--ctx-size", "129", stdin=b"\xff")
+    assert done.returncode == 2
+
+
+def test_who_waits_for_standard_input_is_told_after_a_second(environment):
+    """`sleep 8 | mixchat run hi` was silent, and nobody knew what it did."""
+    with Terminal(behind("sleep 3", "Hi"), environment) as terminal:
+        terminal.wait_for("note: reading standard input; </dev/null leaves it out")
+        terminal.wait_for("Hello")
+        assert terminal.wait_for_end() == 0
+
+
+@pytest.mark.parametrize("command", [behind("true", "Hi"), behind("sleep 2", "-q", "Hi")])
+def test_nothing_is_said_where_it_comes_at_once_or_with_quiet(environment, command):
+    with Terminal(command, environment) as terminal:
+        terminal.wait_for("Hello")
+        assert terminal.wait_for_end() == 0
+        assert b"reading" not in terminal.screen
+
+
+def test_nothing_is_said_to_a_file(environment):
+    done = subprocess.run(
+        behind("sleep 2", "Hi"), capture_output=True, env=environment, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == (b"Hello\n", b"")
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["-f", "-"], ["-f", "-", "-"]])
+def test_a_dash_is_standard_input(mixchat, tmp_path, arguments):
+    """As everywhere; it was taken for the question, or for the name of a file."""
+    done = mixchat("run", *arguments, stdin=b"Why?\n", PROMPTS=tmp_path / "p")
+    assert done.returncode == 0
+    assert prompt_in(tmp_path / "p") == "Why?"
+
+
+def test_a_dash_among_files_has_its_place(mixchat, tmp_path):
+    (tmp_path / "f").write_text("first")
+    files = ("-f", str(tmp_path / "f"), "-f", "-")
+    mixchat("run", *files, "Why?", stdin=b"second\n", PROMPTS=tmp_path / "p")
+    assert prompt_in(tmp_path / "p") == "first\n\nsecond\n\nWhy?"
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["-f", "-"], ["-f", "-", "Why?"]])
+def test_a_dash_needs_something_on_standard_input(mixchat, arguments):
+    done = mixchat("run", *arguments)
+    assert (done.returncode, done.stderr) == (3, b"error: standard input is empty\n")
+
+
+def test_a_dash_with_other_words_is_text(mixchat, tmp_path):
+    mixchat("run", "-", "milk", PROMPTS=tmp_path / "p")
+    assert prompt_in(tmp_path / "p") == "- milk"
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["-f", "-"]])
+def test_a_dash_reads_a_terminal_too(environment, arguments):
+    with Terminal([*FAKE, "run", *arguments], environment) as terminal:
+        terminal.wait_for("note: reading standard input; Ctrl-D ends it")
+        terminal.type("Hi\n" + CTRL_D)
+        terminal.wait_for("Hello")
+        assert terminal.wait_for_end() == 0
