@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,12 @@ from typer.core import TyperCommand
 from mixchat.chat.chat_file import LAST
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.cli.completion import among, kept_chats
-from mixchat.cli.setting import setting
+from mixchat.cli.setting import is_given, setting
+from mixchat.errors import UsageError
 
 _RESUME = ("-r", "--resume")
+_DASHES = "mixchat.dashes"  # in the context's `meta`
+_SHOWN = 60  # characters of a question
 
 
 def _checked_overflow(text: str) -> None:
@@ -97,10 +101,34 @@ Quiet = Annotated[
 
 
 class RunCommand(TyperCommand):
-    """Lets `--resume` stand without a value, at the end or before another flag."""
+    """Lets `--resume` stand without a value, at the end or before another flag.
+
+    It remembers a `--`, too: what stands behind it is a PROMPT, whatever it looks like.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_DASHES] = "--" in args
         return super().parse_args(ctx, with_last_chat(args))
+
+
+def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
+    """Raise `UsageError` where the PROMPT begins with a model's name, as `ollama run` wants it.
+
+    It does not count in quotes with the rest, behind a `--`, or where a model or chat is named.
+    """
+    from mixchat.weights.models import is_model
+
+    chosen = is_given(context, "model") or is_given(context, "resume") or context.meta[_DASHES]
+    if not words or chosen or not is_model(words[0]):
+        return
+    name, question = words[0], shlex.join(words[1:])
+    if len(question) > _SHOWN:
+        question = "PROMPT"
+    meant, said = f"mixchat run -m {name} {question}".rstrip(), f"mixchat run -- {name} {question}"
+    raise UsageError(
+        f"{name} is a model, but no PROMPT: did you mean -m {name}?",
+        hint=f"Run: {meant} (or, if it is what you ask: {said.rstrip()})",
+    )
 
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:

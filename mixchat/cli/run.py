@@ -70,6 +70,7 @@ def run(
 ) -> None:
     """Chat with a model; or, with a PROMPT or a pipe, print one answer."""
     form = Form(as_json, extract, stream, raw, quiet)
+    chat_options.check_first_word(context, prompt or [])
     cache_file = checked_place(prompt_cache)
     if trace is not None:
         trace_file(trace).check()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixchat.config import ModelConfig
-from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
 from mixchat.settings import data_dir
 from mixchat.weights.journal import begun_from
@@ -25,6 +25,7 @@ ALIASES = {
     "base": "mistralai/Mixtral-8x7B-v0.1",
 }
 DEMO = "demo"
+_FETCHED = "93 GB"  # what a download of Mixtral fetches; less than a third of it stays
 
 # The hub's own rules (huggingface_hub.utils.validate_repo_id), written out so that nothing has to
 # be imported: letters, digits, "-", "_", "."; no "--" and no ".."; 96 characters each at most.
@@ -123,10 +124,22 @@ def find(name: str, *, anywhere: bool = True) -> Path:
             f"the model {_shown(name)} is unfinished: its download was interrupted",
             hint=f"To go on with it: mixchat download {name}",
         )
-    raise ModelNotFoundError(
-        f"the model {_shown(name)} is not on this machine",
-        hint=f"Fetch it first: mixchat download {name}",
-    )
+    hint = f"Fetch it first: mixchat download {name}"
+    if ref.repo in ALIASES.values():
+        hint += f" ({_FETCHED}). 'mixchat plan {name}' says how it would run on this machine, and "
+        hint += f"'mixchat run -m {DEMO}' tries a small model."
+    raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
+
+
+def is_model(name: str) -> bool:
+    """Whether the name is an alias, `demo`, or that of a model on this machine, finished or not."""
+    if name in ALIASES or name == DEMO:
+        return True
+    try:
+        ref = resolve(name)
+    except MixchatError:
+        return False
+    return model_dir(ref).is_dir() or (ref.path is not None and is_kept(ref.path))
 
 
 def locate(name: str) -> Path:
