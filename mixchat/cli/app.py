@@ -28,6 +28,7 @@ from mixchat.cli.setting import explained
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
+from mixchat.errors import MixchatError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -161,11 +162,17 @@ def _is_closed_pipe(error: Exception) -> bool:
 
 
 def _prepare_streams() -> None:
-    """Let there be an output, and let no character be able to break it."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
+    """Let there be an output, and let no character be able to break it.
+
+    Exits where standard output is closed: a model would be loaded, and an answer computed, for
+    nobody.
+    """
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        hint = "To print nothing, send it to /dev/null: >/dev/null"
+        sys.exit(report(MixchatError("standard output is closed", hint=hint)))
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")

@@ -82,8 +82,21 @@ def test_a_closed_stdin_is_an_empty_one(process):
     assert process("run", "Hi", shell="<&-") == Done(b"Hello\n", b"", 0)
 
 
-def test_a_closed_stdout_does_no_harm(process):
-    assert process("run", "Hi", shell=">&-") == Done(b"", b"", 0)
+@pytest.mark.parametrize("arguments", [["run", "Hi"], ["list"], ["plan", "demo"], ["--version"]])
+def test_a_closed_stdout_is_an_error_at_once(process, arguments):
+    """The whole answer was computed, for nobody, and the exit code was 0."""
+    done = process(*arguments, shell=">&-", SCRIPT='["as if nobody had seen it"]')
+    hint = b"hint: To print nothing, send it to /dev/null: >/dev/null\n"
+    assert done == Done(b"", b"error: standard output is closed\n" + hint, 1)
+
+
+@pytest.mark.parametrize("shell", [">&- 2>&-", ">&- 2>&- <&-"])
+def test_with_stderr_closed_too_the_exit_code_alone_says_it(process, shell):
+    assert process("run", "Hi", shell=shell) == Done(b"", b"", 1)
+
+
+def test_a_closed_stderr_does_no_harm(process):
+    assert process("run", "Hi", shell="2>&-") == Done(b"Hello\n", b"", 0)
 
 
 def test_the_flags_reach_the_session(mixchat, tmp_path):
