@@ -27,6 +27,11 @@ def data_dir() -> Path:
     return Path(platformdirs.user_data_dir("mixchat", appauthor=False))
 
 
+def models_dir() -> Path:
+    """The directory below which each model has one of its own."""
+    return data_dir() / "models"
+
+
 def config_file() -> Path:
     """The file of a person's settings: `MIXCHAT_CONFIG`, else config.toml in the system's place."""
     if name := os.environ.get("MIXCHAT_CONFIG"):

@@ -154,6 +154,11 @@ def _command() -> Any:
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
     command.get_help_option(context).default = False
+    for each in command.commands.values():
+        for parameter in each.params:
+            if parameter.param_type_name == "argument":
+                # PROMPT says it: <list[str]> behind that is for programmers.
+                parameter.display_type_rich = lambda ctx: ""
     return command
 
 

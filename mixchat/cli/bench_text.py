@@ -70,8 +70,10 @@ def _machine(bench: Bench) -> str:
 
     from mixchat.kernels.compile import instruction_set
 
-    threads = f"{torch.get_num_threads()} threads, {instruction_set() or 'no'} kernels"
-    return f"{machine.cpu_name()}: {threads}, computing on {bench.engine.device}"
+    count = torch.get_num_threads()
+    threads = f"{count} {'thread' if count == 1 else 'threads'}"
+    kernels = f"{instruction_set() or 'no'} kernels"
+    return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {bench.engine.device}"
 
 
 def _model(bench: Bench) -> str:

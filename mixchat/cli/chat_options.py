@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from mixchat.chat.chat_file import LAST
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.cli.completion import among, kept_chats
-from mixchat.cli.setting import is_given, setting
+from mixchat.cli.setting import AGAIN, is_given, setting
 from mixchat.errors import UsageError
 
 _RESUME = ("-r", "--resume")
@@ -31,7 +31,7 @@ File = Annotated[
         "-f",
         "--file",
         metavar="FILE",
-        help="Put a file's text before the question (-: standard input); may be given again.",
+        help=f"Put a file's text before the question (-: standard input); {AGAIN}.",
     ),
 ]
 Resume = Annotated[

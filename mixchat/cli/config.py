@@ -12,7 +12,7 @@ import typer
 from mixchat.cli.defaults import config_defaults, takes_number
 from mixchat.cli.models import aligned
 from mixchat.cli.report import report
-from mixchat.cli.setting import Origin, explained, origin, settings_of
+from mixchat.cli.setting import AGAIN, Origin, explained, origin, settings_of
 from mixchat.errors import UsageError
 from mixchat.settings import config_file
 
@@ -125,7 +125,8 @@ def _example(settings: dict[str, Any]) -> Iterator[str]:
     yield "# where capitals stand. A variable (MIXCHAT_TEMP) goes before, and a flag before that."
     for key, parameter in settings.items():
         default = _default(parameter)
-        yield f"\n# {parameter.help}" + (f" Left out: {default}." if default else "")
+        text = parameter.help.replace(AGAIN, "the list may have several")
+        yield f"\n# {text}" + (f" Left out: {default}." if default else "")
         yield f"#{key} = {_example_value(parameter)}"
 
 

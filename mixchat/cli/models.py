@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ from mixchat.chat.sanitize import sanitize
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
 from mixchat.settings import format_size
+
+if TYPE_CHECKING:
+    from mixchat.config import ModelConfig
+    from mixchat.weights.manifest import Manifest
+    from mixchat.weights.models import ModelEntry
 
 
 def list_models(
@@ -24,22 +29,22 @@ def list_models(
 
     kept = models.list_models()
     if as_json:
-        keys = ("bytes", "quantization", "context", "source", "commit", "problem")
-        rows = [
-            {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
-            for model in kept
-        ]
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_row(model) for model in kept], indent=2))
     elif kept:
         table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
         for model in kept:
             quantization, context = model.problem or model.quantization, str(model.context or "-")
-            size, commit = format_size(model.bytes), (model.commit or "-")[:12]
+            size, commit = format_size(model.size), (model.commit or "-")[:12]
             table.append((model.key, size, quantization, context, commit, model.source or "-"))
         print(aligned(table))
     else:
         print(f"There are no models in {models.models_dir()} yet.", file=sys.stderr)
         print("'mixchat download demo' builds a small one, to try the tool.", file=sys.stderr)
+
+
+def _row(model: ModelEntry) -> dict[str, Any]:
+    keys = ("bytes", "quantization", "context", "source", "commit", "problem")
+    return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 
 def show(
@@ -51,34 +56,86 @@ def show(
             help="A name, as for 'mixchat run -m'.",
         ),
     ],
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON, for programs: the keys of 'mixchat list --json', and more.",
+        ),
+    ] = False,
 ) -> None:
-    """Show what a model is."""
+    """Show what a model is, and whether it can be run."""
     from mixchat.errors import ModelNotFoundError
     from mixchat.weights import models
 
     name = checked(model, "the model's name")
-    is_demo = models.resolve(name).demo
-    if is_demo:
+    if models.resolve(name).demo and not as_json:
         from mixchat.weights.demo import ABOUT
 
         print(ABOUT.strip() + "\n")
     try:
         directory = models.find(name)
     except ModelNotFoundError:
-        if not is_demo:
+        if as_json or not models.resolve(name).demo:
             raise
         print("It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' does it.")
-    else:
-        print(aligned(describe(directory)))
+        return
+    _show(directory, as_json)
 
 
-def describe(directory: Path) -> list[tuple[str, str]]:
-    """What the manifest and the config of a kept model say, as names and values."""
-    from mixchat.config import ModelConfig, checkpoint_dtype
-    from mixchat.weights.manifest import read_manifest
+def _show(directory: Path, as_json: bool) -> None:
+    """Print what is known of an installed model; then raise `CheckpointError` if it is damaged."""
+    from mixchat.config import ModelConfig
+    from mixchat.weights.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
+    if as_json:
+        print(json.dumps(as_dict(directory, manifest, config), indent=2))
+    else:
+        print(aligned(describe(directory, manifest, config)))
+    sys.stdout.flush()
+    check_files(directory, manifest)
+
+
+def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
+    """An installed model for programs: the keys of `mixchat list --json`, and
+
+    revision: the branch, tag or commit that was asked for, or null; weight_bytes: bytes of the
+    files of weights; scales, layout: how the experts' codes were made, and lie; attention, head:
+    what their weights are in; layers, experts_per_layer, experts_per_token, hidden_size.
+    """
+    from mixchat.weights.models import entry_of
+
+    # Of a damaged model, too, what its manifest says: `problem` says the rest.
+    entry, how = entry_of(directory), manifest.quantization
+    known = {
+        "quantization": how["quant_type"],
+        "context": config.max_position_embeddings,
+        "source": manifest.source.repo,
+        "commit": manifest.source.commit,
+        "problem": entry.problem,
+    }
+    return {
+        **_row(entry),
+        **known,
+        "revision": manifest.source.revision,
+        "weight_bytes": manifest.size,
+        "scales": how["scales"],
+        "layout": how["layout"],
+        "attention": how["quant_type"] if how["attention"] else how["dtype"],
+        "head": how["quant_type"] if how["head"] else how["dtype"],
+        "layers": config.num_hidden_layers,
+        "experts_per_layer": config.num_local_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def describe(directory: Path, manifest: Manifest, config: ModelConfig) -> list[tuple[str, str]]:
+    """What the manifest and the config of an installed model say, as names and values."""
+    from mixchat.config import checkpoint_dtype
+
     how, before = manifest.quantization, checkpoint_dtype(directory)
     rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""
     return [

@@ -20,7 +20,7 @@ from mixchat.cli.limits import (
     fits,
     within_limits,
 )
-from mixchat.cli.setting import setting, setting_argument
+from mixchat.cli.setting import AGAIN, setting, setting_argument
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
 from mixchat.settings import MemoryBudget
@@ -136,7 +136,7 @@ Stop = Annotated[
         "--stop",
         check=checked_stops,
         metavar="TEXT",
-        help="End the answer before TEXT; may be given again.",
+        help=f"End the answer before TEXT; {AGAIN}.",
     ),
 ]
 ContextSize = Annotated[

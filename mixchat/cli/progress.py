@@ -173,7 +173,8 @@ class _Line:
 
     def outcome(self, now: float) -> str:
         came = format_size(self._done - self._first)
-        return f"{self._what}: {came} in {format_time(now - self._began)}"
+        took = now - self._began
+        return f"{self._what}: {came} in {'less than 1 s' if took < 1 else format_time(took)}"
 
 
 def _console(stream: TextIO) -> Console:

@@ -42,7 +42,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
     # By name, because torch's class of that name is not worth importing torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        hint = "Try a smaller --expert-memory or --ctx-size."
+        hint = "Try a smaller --host-memory or --ctx-size."
         return ResourceError("there is not enough memory", hint=hint)
     # Typer's own errors have this method; their class has no public name in every release.
     if format_message := getattr(error, "format_message", None):

@@ -13,6 +13,8 @@ from mixchat.settings import config_file
 PREFIX = "MIXCHAT_"
 _DAMAGE = "mixchat.config"  # in the context's `meta`: the error that reading config.toml raised
 
+AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
+
 Origin = Literal["flag", "variable", "file", "default"]
 _ORIGINS: dict[str, Origin] = {
     "COMMANDLINE": "flag",

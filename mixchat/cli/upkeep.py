@@ -32,11 +32,10 @@ _SHOWN = 20
 def rm(model: Model, yes: Yes = False) -> None:
     """Remove a model from this machine."""
     from mixchat.cli.reports import path_of
-    from mixchat.machine import disk_usage
     from mixchat.weights import models
 
     target = models.locate(checked(model, "the model's name"))
-    size = disk_usage(target)
+    size = 0 if target.is_symlink() else models.entry_of(target).size
     if not yes:
         _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
     prepare_environment()

@@ -16,10 +16,10 @@ from mixchat.weights.linear import Linear, LinearSpec
 from mixchat.weights.manifest import (
     CONVERSION_DIR,
     MANIFEST_FILE,
-    REPAIR,
     Manifest,
     check_files,
     read_manifest,
+    repair_hint,
 )
 from mixchat.weights.safetensors import SafetensorsFile, TensorSpec
 
@@ -136,6 +136,7 @@ class KeptModel:
         self._files.append(file)
         if file.header.specs != list(expected):
             raise CheckpointError(
-                f"{file.path}: its tensors are not those of this model", hint=REPAIR
+                f"{file.path}: its tensors are not those of this model",
+                hint=repair_hint(self.directory),
             )
         return file

@@ -32,10 +32,10 @@ from mixchat.weights.linear import Layout
 from mixchat.weights.manifest import (
     CONVERSION_DIR,
     FORMAT,
-    REPAIR,
     Manifest,
     check_sizes,
     read_manifest,
+    repair_hint,
     write_manifest,
 )
 from mixchat.weights.parts import Part, parts
@@ -210,7 +210,8 @@ class _Conversion:
         ):
             if file.header.specs != specs:
                 raise CheckpointError(
-                    f"{file.path}: its tensors are not those of this model", hint=REPAIR
+                    f"{file.path}: its tensors are not those of this model",
+                    hint=repair_hint(self._directory),
                 )
             for old, new in both:
                 for spec, tensor in zip(new.tensors, self._made(file, old, new), strict=True):
@@ -226,7 +227,8 @@ class _Conversion:
         for spec, tensor in zip(old.tensors, tensors, strict=True):
             if tensor_sha256(tensor) != expected[spec.name]:
                 raise CheckpointError(
-                    f"{file.path}: {spec.name} is damaged (its SHA-256 differs)", hint=REPAIR
+                    f"{file.path}: {spec.name} is damaged (its SHA-256 differs)",
+                    hint=repair_hint(self._directory),
                 )
         if old.linear is not None and new.linear is not None:
             old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)

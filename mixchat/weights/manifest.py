@@ -24,13 +24,13 @@ from typing import Any
 
 from mixchat.errors import CheckpointError
 from mixchat.files import read_bytes, read_json_object, write_file
+from mixchat.settings import models_dir
 
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
 FORMAT = 2
-REPAIR = "Run: mixchat repair MODEL (it fetches only what is damaged)."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION = {
     "quant_type": ("nf4", "fp4", "none"),
@@ -87,8 +87,8 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(self.sizes.values())
+        """Bytes of the files of weights, as a plan gives them beforehand."""
+        return sum(record.size for record in self.weights.values())
 
     def serialized(self) -> bytes:
         """The bytes of `mixchat.json`."""
@@ -99,20 +99,41 @@ class Manifest:
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
-    path = directory / name
     if not is_kept(directory):
         raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
-    if not path.exists():
-        raise CheckpointError(f"{path}: the file is missing", hint=REPAIR)
+    try:
+        return _read(directory / name)
+    except CheckpointError as error:
+        error.hint = error.hint or _remedy(directory)
+        raise
+
+
+def repair_hint(directory: Path) -> str:
+    """The hint where something of an installed model is damaged."""
+    if directory.absolute().parent != models_dir():
+        return f"Copy it again: 'mixchat repair' mends only what is in {models_dir()}."
+    return f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
+
+
+def _remedy(directory: Path) -> str:
+    """The hint where the manifest cannot be read: the other of the two can be, or neither."""
+    if any(is_manifest(directory / name) for name in MANIFESTS):
+        return repair_hint(directory)
+    name = directory.name
+    return f"Its copy is damaged, too: 'mixchat rm {name}', and download the model again."
+
+
+def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
     version = raw.get("format")
     if version != FORMAT:
         raise CheckpointError(
             f"{path}: format {version!r:.40} is not known; this mixchat reads format {FORMAT}",
-            hint="Update mixchat, or remove the model (mixchat rm) and download it again.",
+            hint="Update mixchat, or remove the model and download it again: "
+            f"mixchat rm {path.parent.name}",
         )
     if raw.pop("sha256", None) != _digest(raw):
-        raise CheckpointError(f"{path}: damaged (its SHA-256 differs)", hint=REPAIR)
+        raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
@@ -140,7 +161,7 @@ def is_kept(directory: Path) -> bool:
 def is_manifest(path: Path) -> bool:
     """Whether the file is, to the byte, the manifest that it says it is."""
     try:
-        return read_bytes(path) == read_manifest(path.parent, path.name).serialized()
+        return read_bytes(path) == _read(path).serialized()
     except CheckpointError:
         return False
 
@@ -181,10 +202,11 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
     for name, expected in manifest.sizes.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing", hint=REPAIR)
+            raise CheckpointError(f"{path}: the file is missing", hint=repair_hint(directory))
         if (size := path.stat().st_size) != expected:
             raise CheckpointError(
-                f"{path}: {size} bytes, but the manifest says {expected}", hint=REPAIR
+                f"{path}: {size} bytes, but the manifest says {expected}",
+                hint=repair_hint(directory),
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
-from mixchat.settings import data_dir
+from mixchat.settings import models_dir as models_dir
 from mixchat.weights.journal import begun_from
 from mixchat.weights.manifest import (
     CONVERSION_DIR,
@@ -57,7 +57,8 @@ class ModelRef:
 class ModelEntry:
     """A model in the data directory; `problem` is None where it is finished and can be read.
 
-    `bytes` is what it takes on disk; `context` the longest conversation in tokens.
+    `bytes` is what it takes on disk, `weights` what its files of weights have of that: the figure
+    that a plan gives beforehand. `context` is the longest conversation in tokens.
     """
 
     key: str
@@ -68,11 +69,12 @@ class ModelEntry:
     quantization: str = ""
     context: int | None = None
     problem: str | None = None
+    weights: int | None = None
 
-
-def models_dir() -> Path:
-    """The directory below which each model has one of its own."""
-    return data_dir() / "models"
+    @property
+    def size(self) -> int:
+        """Bytes to show to a person: the same figure before and after a download."""
+        return self.bytes if self.weights is None else self.weights
 
 
 def resolve(name: str, *, key: str | None = None) -> ModelRef:
@@ -162,10 +164,11 @@ def list_models() -> list[ModelEntry]:
         entries = sorted(models_dir().iterdir())
     except OSError:
         return []
-    return [_describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
+    return [entry_of(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
 
 
-def _describe(directory: Path) -> ModelEntry:
+def entry_of(directory: Path) -> ModelEntry:
+    """What is known of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
     if not is_kept(directory):
         source = begun_from(directory) or Source("")
@@ -184,6 +187,7 @@ def _describe(directory: Path) -> ModelEntry:
         commit=manifest.source.commit,
         quantization=manifest.quantization["quant_type"],
         context=config.max_position_embeddings,
+        weights=manifest.size,
     )
 
 

@@ -46,7 +46,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     manifest = manifest_as_it_lies(directory, read_either_manifest(directory))
     with running(progress, f"verifying {directory.name}", manifest.size) as task:
         found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
-        found += _damaged_files(directory, manifest, task)
+        found += _damaged_files(directory, manifest)
         # The config says where tensors lie: where it is damaged, nothing is known of them.
         if Damage(CONFIG) not in found:
             found += _damaged_weights(directory, manifest, task)
@@ -69,7 +69,7 @@ def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress:
     _remake(directory, manifest, damages, origin, progress)
 
 
-def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
+def _damaged_files(directory: Path, manifest: Manifest) -> Iterator[Damage]:
     for name, record in manifest.files.items():
         try:
             data = read_bytes(directory / name)
@@ -77,7 +77,6 @@ def _damaged_files(directory: Path, manifest: Manifest, task: Task) -> Iterator[
             data = b""
         if hashlib.sha256(data).hexdigest() != record.sha256:
             yield Damage(name)
-        task.advance(record.size)
 
 
 def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:

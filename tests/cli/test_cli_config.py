@@ -277,3 +277,10 @@ def test_config_imports_nothing_heavy(environment, config_file, arguments):
     modules = set(done.stdout.splitlines()[-1].split())
     assert not {"torch", "rich", "huggingface_hub", "numpy"} & modules
     assert ("tomllib" in modules) == (arguments in ([], ["--json"]))
+
+
+def test_the_example_does_not_speak_of_flags_where_a_list_stands(mixchat):
+    """Of `stop` it said "may be given again": TOML takes no key twice."""
+    example = mixchat("config", "--example").stdout.decode()
+    assert '# End the answer before TEXT; the list may have several.\n#stop = ["TEXT"]' in example
+    assert "may be given again" not in example

@@ -114,7 +114,9 @@ def test_memory_that_runs_out_says_what_to_try(capsys, base):
 
     error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
     assert report(error) == 7
-    assert capsys.readouterr().err.startswith("error: there is not enough memory\nhint: ")
+    assert capsys.readouterr().err == (
+        "error: there is not enough memory\nhint: Try a smaller --host-memory or --ctx-size.\n"
+    )
 
 
 def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat):

@@ -111,6 +111,65 @@ def test_show_demo_says_plainly_what_it_is_before_and_after_it_is_built(mixchat,
     assert "layers" in after
 
 
+def test_show_as_json_has_what_list_has_and_more(mixchat, keep):
+    keep("org--name", "org/name", "abc123")
+    shown = json.loads(mixchat("show", "org/name", "--json").stdout)
+    (row,) = json.loads(mixchat("list", "--json").stdout)
+    assert {key: shown.pop(key) for key in row} == row
+    assert shown == {
+        "revision": None,
+        "weight_bytes": 26_100_000_000,
+        "scales": "absmax",
+        "layout": "bitsandbytes",
+        "attention": "bfloat16",
+        "head": "nf4",
+        "layers": 30,
+        "experts_per_layer": 8,
+        "experts_per_token": 2,
+        "hidden_size": 576,
+    }
+
+
+def test_show_as_json_prints_nothing_else(mixchat, keep):
+    """Not the demo's introduction, nor words in place of a model that is not there."""
+    missing = mixchat("show", "demo", "--json")
+    assert (missing.stdout, missing.returncode) == (b"", 4)
+    keep("demo", "demo")
+    assert json.loads(mixchat("show", "demo", "--json").stdout)["name"] == "demo"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+@pytest.mark.parametrize("fault", ["missing", "short", "half converted"])
+def test_show_and_list_agree_that_a_model_is_damaged(mixchat, keep, flags, fault):
+    """`show` called a model healthy that `list` called damaged, and that `run` refused."""
+    directory = keep("mine", "org/name")
+    if fault == "missing":
+        (directory / "shared.safetensors").unlink()
+    elif fault == "short":
+        (directory / "shared.safetensors").write_bytes(b"short")
+    else:
+        (directory / "conversion").mkdir()
+    problem = "half converted" if fault == "half converted" else "damaged"
+    assert problem in mixchat("list").stdout.decode()
+    done = mixchat("show", "mine", *flags)
+    assert done.returncode == 6
+    command = "convert" if fault == "half converted" else "repair"
+    assert f"mixchat {command} mine" in done.stderr.decode().splitlines()[1]
+    if flags:
+        shown = json.loads(done.stdout)
+        assert (shown["problem"], shown["source"], shown["layers"]) == (problem, "org/name", 30)
+    else:
+        assert "org/name" in done.stdout.decode()
+
+
+def test_the_size_is_the_same_wherever_it_is_shown(mixchat, keep):
+    """The demo's was 506 MB beforehand, 509 MB in `show`, and 510 MB in `list`."""
+    keep("mine", "org/name")
+    assert mixchat("list").stdout.decode().splitlines()[1].split()[1:3] == ["26.1", "GB"]
+    assert "size             26.1 GB\n" in mixchat("show", "mine").stdout.decode()
+    assert b"26.1 GB" in mixchat("rm", "mine", "--yes").stderr
+
+
 def test_show_refuses_a_damaged_model(mixchat, keep):
     (keep("org--name", "org/name") / "mixchat.json").write_text("{")
     done = mixchat("show", "org/name")

@@ -189,7 +189,7 @@ def test_a_bar_is_closed_by_an_error_in_its_block():
     lines = Lines(out, Clock())
     with pytest.raises(KeyboardInterrupt), running(lines, "fetching", 10):
         raise KeyboardInterrupt
-    assert out.getvalue().splitlines()[-1] == "fetching: 0 bytes in 0 s"
+    assert out.getvalue().splitlines()[-1] == "fetching: 0 bytes in less than 1 s"
 
 
 def test_no_progress_takes_everything():

@@ -59,6 +59,14 @@ def test_help_imports_nothing_heavy(arguments):
     assert not HEAVY & set(done.stderr.split())
 
 
+@pytest.mark.parametrize("command", ["run", "download", "show", "plan", "verify", "simulate"])
+def test_help_names_no_types_of_python(mixchat, command):
+    """It said `PROMPT <list[str]>`."""
+    said = mixchat(command, "--help").stdout.decode()
+    assert "<str>" not in said
+    assert "<list" not in said
+
+
 @pytest.mark.parametrize("arguments", [["list"], ["run", "Hi", "-m", "nonsense"], ["show", "x"]])
 def test_what_needs_no_model_does_not_wait_for_torch(arguments, environment):
     done = subprocess.run(

@@ -351,7 +351,7 @@ class TestCutOff:
         stop_at(monkeypatch, LAST, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             pack(kept)
-        assert models._describe(kept).problem == "half converted"
+        assert models.entry_of(kept).problem == "half converted"
         assert list(housekeeping._left_in(kept)) == []
 
     def test_a_journal_that_cannot_be_read_is_refused(

@@ -277,9 +277,9 @@ class TestList:
         assert (demo.key, demo.source) == ("demo", "demo")
         size = disk_usage(path)
         assert size > 1000
-        commit = "c" * 40
+        commit, weights = "c" * 40, sum(file.stat().st_size for file in path.glob("*.safetensors"))
         assert other == models.ModelEntry(
-            "org--name", path, size, "org/name", commit, "nf4", context=128
+            "org--name", path, size, "org/name", commit, "nf4", context=128, weights=weights
         )
 
     @pytest.mark.parametrize("config", [b"", b"{}", b'{"model_type": "llama"}'])
