@@ -9,7 +9,8 @@ from mixchat.errors import PromptError, UsageError
 from mixchat.settings import format_size
 
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
-# No token stands for more text: GPT-4's longest is 128 spaces, Mistral's 16 characters.
+# More than the tokens of any text stand for: Mistral's longest has 16 characters, the demo's 81,
+# GPT-4's 128 spaces.
 BYTES_PER_TOKEN = 128
 
 
