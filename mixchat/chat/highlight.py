@@ -57,12 +57,18 @@ class Bar:
 
 @dataclass(frozen=True)
 class Code:
-    """A code block, or the part of one from line `first` to before line `end`."""
+    """A code block, or the part of one from line `first` to before line `end`.
+
+    `closed` says that its fence has an end; `resumed`, that what is drawn begins with a frame
+    although it is not the block's beginning.
+    """
 
     code: str
     language: str = ""
     first: int = 0
     end: int | None = None
+    closed: bool = True
+    resumed: bool = False
 
     @property
     def settled(self) -> int:
@@ -70,7 +76,7 @@ class Code:
         return max(_lexed_ends(self.code.count("\n")), default=0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.first == 0:
+        if self.first == 0 or self.resumed:
             yield Bar(self.language, _BAR)
         lines = self.code.expandtabs(len(TAB)).removesuffix("\n").split("\n")[: self.end]
         for line in _highlighted(lines, self.language.split(" ")[0], self.first):

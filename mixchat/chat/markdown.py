@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 
-from markdown_it import MarkdownIt
 from markdown_it.rules_block.table import escapedSplit
-from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from rich import box
 from rich.cells import cell_len
@@ -19,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixchat.chat.highlight import FRAME, TAB, Bar, Code, fitting
+from mixchat.chat.markdown_rules import DEEPEST, parser
 from mixchat.chat.sanitize import sanitize
 
 # Colours that a light and a dark terminal both show well: few, and no background.
@@ -26,15 +23,9 @@ _HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
 _INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
 _CODE, _LINK = "cyan", "underline"
 
-_DEEPEST = 20  # levels; what is nested deeper, markdown-it drops
 _NARROWEST = 6  # columns for what is indented; with fewer it is not
 _CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn
 
-# Formulas, and the star of `2*3*4`: what is between is neither emphasis nor escaped.
-_VERBATIM = re.compile(
-    r"\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\]|\$\$.{1,1000}?\$\$|(?<=[0-9A-Za-z)])\*(?=[0-9A-Za-z(])",
-    re.DOTALL,
-)
 # A backslash before these is Markdown's; before all others, as in `\(` and `\{`, the text's own.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
 # What Unicode has for line and paragraph separators: terminals do not agree on their meaning.
@@ -50,6 +41,46 @@ def cleaned(text: str, encoding: str) -> str:
     """`text` with nothing that acts on a terminal or cannot be written to it."""
     text = sanitize(text).translate(_SEPARATORS)
     return text.encode(encoding, "replace").decode(encoding)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How much of a code block has been drawn: `lines` of it.
+
+    `path` leads there where it stands in a list's item or a quote: the number of a part in each.
+    `resumed` says that what was drawn of it ended with a frame, so that its rest gets a new one.
+    """
+
+    lines: int
+    path: tuple[int, ...] = ()
+    resumed: bool = False
+
+    def rest_of(self, drawn: RenderableType) -> RenderableType:
+        """What is still to be drawn of a block."""
+        if self.path and isinstance(drawn, _Indented):
+            return drawn.resumed(self.path[0], replace(self, path=self.path[1:]))
+        if isinstance(drawn, Code):
+            return replace(drawn, first=self.lines, resumed=self.resumed)
+        return drawn
+
+
+NOTHING = Begun(0)
+
+
+def broken_off(text: str) -> tuple[Block, Begun] | None:
+    """The block at the end of a cleaned text, if it broke off in a fence that has no end yet.
+
+    The line that is not complete has not been drawn: its rest alone would say little.
+    """
+    found = blocks(text)
+    drawn = found[-1].drawn if found else None
+    path: tuple[int, ...] = ()
+    while isinstance(drawn, _Indented):
+        number, drawn = drawn.last
+        path = (*path, number)
+    if not isinstance(drawn, Code) or drawn.closed:
+        return None
+    return found[-1], Begun(drawn.code.count("\n"), path, resumed=True)
 
 
 class _Document:
@@ -81,7 +112,7 @@ def blocks(text: str) -> list[Block]:
     """
     source = _Source(text.split("\n"))
     found: list[Block] = []
-    for node in _tree(_parser().parse(text)):
+    for node in _tree(parser().parse(text)):
         is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
         for part in node.children if is_list else [node]:
             found.append(Block(part.start, bool(found) and source.gap(part), source.drawn(part)))
@@ -99,7 +130,7 @@ class _Node:
 
     @property
     def too_deep(self) -> bool:
-        is_full = self.token.nesting == 1 and self.token.level >= _DEEPEST - 1
+        is_full = self.token.nesting == 1 and self.token.level >= DEEPEST - 1
         return is_full or any(child.too_deep for child in self.children)
 
 
@@ -131,10 +162,13 @@ class _Source:
         if node.too_deep:
             return self._as_written(node)
         if token.type in ("paragraph_open", "heading_open"):
-            style = "" if token.tag == "p" else _HEADINGS.get(token.tag, "bold")
-            return _inline(children[0].token, style)
-        if token.type in ("fence", "code_block"):
-            return Code(token.content, token.info.strip())
+            if token.tag != "p":
+                return _inline(children[0].token, _HEADINGS.get(token.tag, "bold"))
+            return _inline(children[0].token, before=self._indent(node))
+        if token.type == "fence":
+            return Code(token.content, token.info.strip(), closed=_is_closed(token))
+        if token.type == "code_block":
+            return _indented_text(token.content)
         if token.type == "table_open":
             as_written = self._as_written(node)
             return as_written if self._has_cells_too_many(node) else _Table(node, as_written)
@@ -160,9 +194,32 @@ class _Source:
         header, *rows = (row for section in table.children for row in section.children)
         return any(_cells(self._lines[row.start]) > len(header.children) for row in rows)
 
+    def _indent(self, paragraph: _Node) -> str:
+        """The spaces before it, which are those of code without a fence.
+
+        Within lists they are the list's, and a single one is what tokenizers leave.
+        """
+        line = self._lines[paragraph.start]
+        spaces = len(line) - len(line.lstrip(" "))
+        return " " * spaces if spaces > 1 and paragraph.token.level == 0 else ""
+
     def _as_written(self, node: _Node) -> Text:
         start, end = node.token.map or (0, 0)
         return Text("\n".join(self._lines[start:end]).rstrip().replace("\t", TAB))
+
+
+def _is_closed(fence: Token) -> bool:
+    """Whether there is a line with its end: it is one of the fence's lines, but not of its code."""
+    start, end = fence.map or (0, 0)
+    return end - start == len(fence.content.splitlines()) + 2
+
+
+def _indented_text(code: str) -> Text:
+    """Code without a fence: as it was written, for nobody knows where it begins and ends."""
+    lines = code.removesuffix("\n").replace("\t", TAB).split("\n")
+    return Text(
+        "\n".join(f"{TAB}{line}" if line.strip() else "" for line in lines), overflow="fold"
+    )
 
 
 def _cells(row: str) -> int:
@@ -175,6 +232,17 @@ class _Indented:
 
     def __init__(self, first: str, other: str, content: list[RenderableType]) -> None:
         self._first, self._other, self._content = first, other, content
+
+    @property
+    def last(self) -> tuple[int, RenderableType]:
+        """The last part of what is in it, and its number."""
+        number = len(self._content) - 1
+        return number, self._content[number] if self._content else Text()
+
+    def resumed(self, part: int, begun: Begun) -> _Indented:
+        """The same from the rest of this part on, with no mark."""
+        rest, *others = self._content[part:]
+        return _Indented(self._other, self._other, [begun.rest_of(rest), *others])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first, other = (fitting(mark, options) for mark in (self._first, self._other))
@@ -213,9 +281,9 @@ class _Table:
         yield table
 
 
-def _inline(token: Token, style: str = "") -> Text:
-    """A line of text with its emphasis, code and links."""
-    text = Text(style=style, overflow="fold")
+def _inline(token: Token, style: str = "", before: str = "") -> Text:
+    """A line of text with its emphasis, code and links, behind the spaces `before` it."""
+    text = Text(before, style=style, overflow="fold")
     styles: list[str] = []
     targets: list[tuple[int, str]] = []
     for child in token.children or []:
@@ -249,34 +317,3 @@ def _target(token: Token, name: str) -> str:
     """Where a link leads, and its title."""
     title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
     return f"{token.attrs[name]}{title}"
-
-
-class _Parser(MarkdownIt):
-    """Keeps a link's address as it was written, whatever it is."""
-
-    def normalizeLink(self, url: str) -> str:
-        return url
-
-    def validateLink(self, url: str) -> bool:
-        return True
-
-
-@lru_cache(maxsize=1)
-def _parser() -> MarkdownIt:
-    """Markdown without what would hide text or let later lines change earlier ones."""
-    parser = _Parser("commonmark", {"maxNesting": _DEEPEST}).enable(["strikethrough", "table"])
-    parser.disable(["html_block", "html_inline", "autolink", "entity"])
-    parser.disable(["reference", "lheading", "text_join"])
-    parser.inline.ruler.before("escape", "verbatim", _verbatim)
-    return parser
-
-
-def _verbatim(state: StateInline, silent: bool) -> bool:
-    """A rule of the parser: what is text as it stands, though it may not look so."""
-    found = _VERBATIM.match(state.src, state.pos, state.posMax)
-    if found is None:
-        return False
-    if not silent:
-        state.push("text", "", 0).content = found[0]
-    state.pos = found.end()
-    return True

@@ -15,7 +15,7 @@ from rich.segment import SegmentLines
 from rich.text import Text
 
 from mixchat.chat.highlight import Code
-from mixchat.chat.markdown import Block, blocks, cleaned
+from mixchat.chat.markdown import NOTHING, Begun, Block, blocks, broken_off, cleaned
 
 _SHARE = 0.1  # of the time may go into drawing
 _PAUSE = 0.03  # seconds at least between two frames
@@ -40,7 +40,7 @@ class _Rest:
 
     parts: list[str]
     gap: bool = False  # a blank line comes before it
-    code_lines: int = 0  # of the code block with which it begins, so many are final
+    begun: Begun = NOTHING  # what is final of the code block with which it begins
 
     @property
     def text(self) -> str:
@@ -52,10 +52,7 @@ class _Rest:
         if not found:
             return []
         first, *others = found
-        drawn = first.drawn
-        if self.code_lines and isinstance(drawn, Code):
-            drawn = replace(drawn, first=self.code_lines)
-        return [replace(first, gap=self.gap, drawn=drawn), *others]
+        return [replace(first, gap=self.gap, drawn=self.begun.rest_of(first.drawn)), *others]
 
 
 class MarkdownStream:
@@ -66,14 +63,23 @@ class MarkdownStream:
     window does to the rows, those from the cursor on are the tail's, and those above are final.
     A console that is no terminal gets no tail.
 
+    Where the text begins in the middle, `before` is what comes before it: if that broke off in a
+    code block, the drawing begins with the block's last line.
+
     At first the cursor has to be at a line's beginning; nobody else may write before `close`.
     """
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        before: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._console, self._clock = console, clock
         lacks_escapes = console.is_dumb_terminal or console.legacy_windows
         self._has_tail = console.is_terminal and not lacks_escapes
-        self._rest = _Rest([])
+        self._rest, self._before = _Rest([]), before
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()
         self._size = console.size
@@ -92,6 +98,9 @@ class MarkdownStream:
 
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless that would take too much of the time."""
+        if self._before:
+            self._rest = self._resumed(cleaned(self._before, self._console.encoding))
+            self._before = ""
         self._rest.parts.append(cleaned(text, self._console.encoding))
         begun = self._clock()
         if begun < self._next_frame:
@@ -119,6 +128,13 @@ class MarkdownStream:
             self._write(final, after=_SHOW_CURSOR)
             self._closed = True
 
+    def _resumed(self, before: str) -> _Rest:
+        found = broken_off(before)
+        if found is None:
+            return _Rest([])
+        block, begun = found
+        return _Rest([_from_line(before, block.start)], begun=begun)
+
     def _draw(self) -> None:
         options = self._console.options
         final, rest = self._settled()
@@ -141,13 +157,13 @@ class MarkdownStream:
         if not found:
             return [], replace(self._rest, parts=[text])
         *final, last = found
-        rest = _Rest([text], last.gap, 0 if final else self._rest.code_lines)
+        rest = _Rest([text], last.gap, NOTHING if final else self._rest.begun)
         if final:
             rest = replace(rest, parts=[_from_line(text, last.start)])
-        if isinstance(last.drawn, Code) and last.drawn.settled > rest.code_lines:
+        if isinstance(last.drawn, Code) and last.drawn.settled > last.drawn.first:
             code = replace(last.drawn, end=last.drawn.settled)
             final.append(replace(last, drawn=code))
-            rest = replace(rest, gap=False, code_lines=last.drawn.settled)
+            rest = replace(rest, gap=False, begun=Begun(last.drawn.settled))
         return self._rows(final), rest
 
     def _rows(self, drawn: Iterable[Block]) -> list[str]:

@@ -67,6 +67,10 @@ def indented_code(made):
     return "\n".join("    " + line for line in made.choices(CODE, k=made.randint(1, 5)))
 
 
+def unfenced_code(made):
+    return "\n".join(made.choices(UNFENCED, k=made.randint(1, 6)))
+
+
 def table(made):
     columns = made.randint(1, 5)
     bars = [made.choice(["---", ":-:", "--:"]) for _ in range(columns)]
@@ -118,7 +122,12 @@ OTHERS = [
     *("> " * 25 + "deep", "- " * 15 + "deep", "*" * 50 + "a" + "*" * 50, "\t- tab\n\t\t- tab"),
     "\\[\na *b* \\\\\n\\]",
 ]
+UNFENCED = [
+    *("def __init__(self):", "    return x**2 + __x__", "  a = 1", "\tb", "# note", "", "    "),
+    *("        deeper", "}", "   three"),
+]
 BLOCKS = [
+    unfenced_code,
     *(paragraph, paragraph, paragraph, heading, underlined, fence, fence, indented_code, table),
     *(items, items, quote, other, other),
 ]

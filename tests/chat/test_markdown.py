@@ -48,9 +48,9 @@ class Clock:
 class Eager(MarkdownStream):
     """A stream that has time to draw at each piece."""
 
-    def __init__(self, console):
+    def __init__(self, console, before=""):
         self.clock = Clock()
-        super().__init__(console, clock=self.clock)
+        super().__init__(console, before=before, clock=self.clock)
 
     def feed(self, text, draws=True):
         self.clock.now += draws

@@ -1,0 +1,63 @@
+"""The Markdown that is understood: nothing in it hides text, or lets later lines change earlier."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, newline
+
+DEEPEST = 20  # levels; what is nested deeper, markdown-it drops
+
+# What is neither emphasis nor escaped, because it is a formula or code that stands in no fence.
+_VERBATIM = re.compile(
+    r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
+    | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4
+    | (?<=[0-9A-Za-z)]) \*\* (?=[0-9])                                # x**2 + y**2
+    | (?<!\w) __ (?: [a-z][a-z0-9_]* | [A-Z][A-Z0-9_]* ) __ (?!\w)     # __init__, __FILE__
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+class _Parser(MarkdownIt):
+    """Keeps a link's address as it was written, whatever it is."""
+
+    def normalizeLink(self, url: str) -> str:
+        return url
+
+    def validateLink(self, url: str) -> bool:
+        return True
+
+
+@lru_cache(maxsize=1)
+def parser() -> MarkdownIt:
+    """Markdown without what would hide text or let later lines change earlier ones."""
+    made = _Parser("commonmark", {"maxNesting": DEEPEST}).enable(["strikethrough", "table"])
+    made.disable(["html_block", "html_inline", "autolink", "entity"])
+    made.disable(["reference", "lheading", "text_join"])
+    made.inline.ruler.before("escape", "verbatim", _verbatim)
+    made.inline.ruler.at("newline", _newline)
+    return made
+
+
+def _verbatim(state: StateInline, silent: bool) -> bool:
+    """A rule of the parser: what is text as it stands, though it may not look so."""
+    found = _VERBATIM.match(state.src, state.pos, state.posMax)
+    if found is None:
+        return False
+    if not silent:
+        state.push("text", "", 0).content = found[0]
+    state.pos = found.end()
+    return True
+
+
+def _newline(state: StateInline, silent: bool) -> bool:
+    """The rule of the parser for the end of a line, but the spaces of the next one stay."""
+    begin = state.pos
+    if not newline(state, silent):
+        return False
+    if not silent:
+        state.pending += state.src[begin + 1 : state.pos]
+    return True
