@@ -166,7 +166,9 @@ def _regen(chat: Repl, argument: str) -> None:
 
 
 def _continue(chat: Repl, argument: str) -> None:
-    chat.answer(chat.session.go_on())
+    answers = [message for message in chat.session.history if message.role == "assistant"]
+    said = answers[-1].content if answers else ""
+    chat.answer(chat.session.go_on(), said)
 
 
 def _undo(chat: Repl, argument: str) -> None:

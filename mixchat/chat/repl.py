@@ -142,12 +142,12 @@ class Repl:
         """Offer the last question to be changed; it is replaced when that is sent."""
         self._draft = question
 
-    def answer(self, events: Iterator[Event]) -> None:
-        """Show an answer, and keep what is said."""
+    def answer(self, events: Iterator[Event], said: str = "") -> None:
+        """Show an answer, or the rest of one that has `said` something; and keep it."""
         before = self.session.history
         try:
             with _ctrl_c_stops(self.session), unseen_keys(self.screen.pause):
-                finished = self._shown(events)
+                finished = self._shown(events, said)
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
@@ -158,9 +158,9 @@ class Repl:
             if self.session.history is not before:
                 self.keeper.save()
 
-    def _shown(self, events: Iterator[Event]) -> Finished:
+    def _shown(self, events: Iterator[Event], said: str) -> Finished:
         with self.screen.waiting() as self.session.engine.reading:
-            return self.screen.show(events)
+            return self.screen.show(events, said)
 
     def _turn(self) -> None:
         """Read a text and act on it."""

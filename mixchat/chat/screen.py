@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
+from mixchat.chat import printing
 from mixchat.chat.sanitize import sanitize
 from mixchat.chat.session import Finished, LeftOut, TextDelta
 
@@ -52,19 +53,25 @@ class Screen:
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
-        """A line, or several."""
-        print(sanitize(text), file=self.out, flush=True)
+        """A line, or several: broken between words where the terminal is too narrow."""
+        printing.say(*text.split("\n"), stream=self.out)
 
     def draw(self, text: str) -> None:
         """What we have drawn ourselves, colours and all."""
-        print(text, file=self.out, flush=True)
+        printing.draw(text, self.out)
 
-    def show(self, events: Iterator[Event]) -> Finished:
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None where there is none."""
+        return printing.columns(self.out) if self._terminal else None
+
+    def show(self, events: Iterator[Event], before: str = "") -> Finished:
         """Show an answer as it comes; what its last event says. Leaves the cursor at a new line.
 
-        What breaks it off gets through, when all that has come is on the screen.
+        `before` is what the answer has said already, and is not shown again. What breaks it off
+        gets through, when all that has come is on the screen.
         """
-        writer = self._answer = self._writer()
+        writer = self._answer = self._writer(before)
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
@@ -100,11 +107,12 @@ class Screen:
         if len(lines) > _LONG:
             hidden = len(lines) - _FIRST - _LAST
             lines[_FIRST:-_LAST] = [f"({hidden:,} more lines)"]
-        self.say("\n".join([f">>> {lines[0]}", *(f"... {line}" for line in lines[1:])]))
+        shown = [f">>> {lines[0]}", *(f"... {line}" for line in lines[1:])]
+        printing.show("".join(f"{sanitize(line)}\n" for line in shown), self.out)
 
     def _show_whole(self, text: str) -> None:
         if not self._draws:
-            self.say(text)
+            printing.show(sanitize(f"{text}\n"), self.out)
             return
         from rich.console import Console
 
@@ -132,9 +140,9 @@ class Screen:
             line.erase()
             self._waiting = None
 
-    def _writer(self) -> _Writer:
+    def _writer(self, before: str) -> _Writer:
         if self._draws:
-            return _Markdown(self.out, self._erase_waiting)
+            return _Markdown(self.out, self._erase_waiting, before)
         return _Plain(self.out, self._erase_waiting)
 
     def _erase_waiting(self) -> None:
@@ -186,19 +194,20 @@ class _Plain:
     def close(self) -> None:
         self._begin()
         if not self._at_beginning:
-            print(file=self._out, flush=True)
+            self._out.write("\n")
+            self._out.flush()
 
 
 class _Markdown:
     """The answer as Markdown; what that takes is loaded with its first piece."""
 
-    def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
+    def __init__(self, out: TextIO, begin: Callable[[], None], before: str) -> None:
         from rich.console import Console
 
         from mixchat.chat.markdown_stream import MarkdownStream
 
         self._begin = begin
-        self._stream = MarkdownStream(Console(file=out, highlight=False))
+        self._stream = MarkdownStream(Console(file=out, highlight=False), before=before)
 
     def feed(self, text: str) -> None:
         self._begin()

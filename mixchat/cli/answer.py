@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from mixchat.chat.sanitize import sanitize
+from mixchat.chat.printing import show, show_piece
 from mixchat.cli.report import note
 from mixchat.errors import NoCodeError, UsageError
 
@@ -92,10 +92,10 @@ def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
     def take(text: str) -> None:
         nonlocal last
         last = text
-        print(text, end="", flush=True)
+        show_piece(text)
 
     finished = _listen(session, question, take, quiet)
-    print(end="" if last.endswith("\n") else "\n", flush=True)
+    show_piece("" if last.endswith("\n") else "\n")
     return finished
 
 
@@ -104,11 +104,9 @@ def _print_whole(session: ChatSession, finished: Finished, form: Form, model: st
     if form.as_json:
         # A terminal would act on some characters.
         escaped = sys.stdout.isatty()
-        print(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
+        show(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
         return
-    text = _first_block(answer) if form.extract else answer
-    clean = sanitize(text) if sys.stdout.isatty() else text
-    print(clean, end="" if clean.endswith("\n") else "\n")
+    show(_first_block(answer) if form.extract else answer)
 
 
 def _first_block(answer: str) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mixchat import __version__
+from mixchat.chat import printing
 from mixchat.cli.bench import bench
 from mixchat.cli.chat_options import RunCommand
 from mixchat.cli.chats import chats
@@ -64,7 +65,7 @@ app.command("chats")(chats)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"mixchat {__version__}")
+        printing.show(f"mixchat {__version__}")
         raise typer.Exit
 
 
@@ -97,7 +98,7 @@ def _mixchat(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        printing.show(context.get_help())
     else:
         apply_config(context)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.chat.printing import say, show
 from mixchat.cli import options
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
@@ -159,11 +159,9 @@ def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | Non
     with status("the first token, from disk"):
         bench.start_cold()
     steps = tasks.rounds * len(bench.rows)
-    for number, _ in enumerate(bench.run(peer), 1):
-        if sys.stderr.isatty():
-            print(f"\r{number} of {steps} measured", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    with status(f"measuring {steps} times") as update:
+        for number, _ in enumerate(bench.run(peer), 1):
+            update(f"{number} of {steps} measured")
     return bench
 
 
@@ -173,5 +171,5 @@ def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
 
     if png is not None:
         write_figure(png, picture(bench))
-        print(f"wrote {png.path}", file=sys.stderr)
-    print(json.dumps(as_dict(bench), indent=2) if as_json else as_text(bench))
+        say(f"wrote {png.path}")
+    show(json.dumps(as_dict(bench), indent=2) if as_json else as_text(bench))

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import typer
 
+from mixchat.chat.printing import say, show
 from mixchat.errors import UsageError
 from mixchat.settings import data_dir
 
@@ -54,14 +55,17 @@ def install_completion(wanted: bool) -> None:
         shell = _shell()
         _, path = _typers().install(shell=shell, prog_name=_PROGRAM, complete_var=VARIABLE)
         path.write_text(_script(shell) + "\n", encoding="utf-8")
-        print(f"{path} is written; the next shell that starts completes mixchat's commands")
+        say(
+            f"{path} is written; the next shell that starts completes mixchat's commands",
+            stream=sys.stdout,
+        )
         raise typer.Exit
 
 
 def show_completion(wanted: bool) -> None:
     """Print the script with which the shell that called completes. Raises `UsageError`."""
     if wanted:
-        print(_script(_shell()))
+        show(_script(_shell()))
         raise typer.Exit
 
 

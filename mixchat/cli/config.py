@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixchat.chat.printing import show, show_path
 from mixchat.cli.defaults import config_defaults, takes_number
 from mixchat.cli.models import aligned
 from mixchat.cli.report import report
@@ -51,9 +52,9 @@ def config(
         raise UsageError("--json, --path and --example exclude each other")
     commands = context.find_root().command.commands  # type: ignore[attr-defined]
     if path:
-        print(config_file())
+        show_path(config_file())
     elif example:
-        print("\n".join(_example(settings_of(commands["run"]))))
+        show("\n".join(_example(settings_of(commands["run"]))))
     else:
         _show(commands, as_json)
 
@@ -66,7 +67,7 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         given, problems = {}, [error]
     held = list(_holding(commands["run"], given))
     problems += [each.problem for each in held if each.problem]
-    print(json.dumps(_as_dict(held), indent=2) if as_json else _as_text(held), flush=True)
+    show(json.dumps(_as_dict(held), indent=2) if as_json else _as_text(held))
     codes = [report(problem) for problem in problems]
     if codes:
         raise typer.Exit(codes[0])

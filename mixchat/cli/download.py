@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixchat.chat.printing import say, show
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
 from mixchat.cli.models import aligned
+from mixchat.cli.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
 from mixchat.settings import format_least, format_size, format_time
@@ -70,7 +71,6 @@ def download(
     if quant_type == "none" and (quantize_attention or quantize_head):
         raise UsageError("--quant-type none keeps the attention and the head as they are, too")
     prepare_environment()
-    from mixchat.cli.progress import show_progress
     from mixchat.weights.download import Request
     from mixchat.weights.quantize import QuantizeOptions
 
@@ -84,8 +84,8 @@ def download(
             return
         made = _download(request, progress)
     if as_json:
-        print(json.dumps(made, indent=2))
-    print(f"{ref.key} is ready in {made['path']}", file=sys.stderr)
+        show(json.dumps(made, indent=2))
+    say(f"{ref.key} is ready in {made['path']}")
 
 
 def check_text(checkpoint: Path) -> None:
@@ -103,9 +103,9 @@ def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
     made = plan(request, progress)
     if as_json:
         finished = {"name": request.ref.key, "path": str(models.model_dir(request.ref))}
-        print(json.dumps(finished if made is None else as_dict(made), indent=2))
+        show(json.dumps(finished if made is None else as_dict(made), indent=2))
     else:
-        print(f"{request.ref.key} is kept already" if made is None else as_text(made))
+        show(f"{request.ref.key} is kept already" if made is None else as_text(made))
     if made is not None:
         made.check()
 
@@ -120,16 +120,9 @@ def _download(request: Request, progress: Progress) -> dict[str, Any]:
         announced.update(as_dict(plan))
         progress.note(as_text(plan))
 
-    try:
+    # The demo is built within seconds, always from its beginning.
+    with resumable(progress, resumes=not request.ref.demo):
         directory = download_model(request, progress, announce=announce)
-    except KeyboardInterrupt:
-        kept = (
-            ""
-            if request.ref.demo
-            else "; what is done is kept, and the same command goes on with it"
-        )
-        progress.note(f"interrupted{kept}")
-        raise
     return {**announced, "name": request.ref.key, "path": str(directory)}
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixchat.chat.sanitize import sanitize
+from mixchat.chat import printing
+from mixchat.chat.printing import one_line, say
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
 from mixchat.settings import format_size
@@ -29,17 +30,19 @@ def list_models(
 
     kept = models.list_models()
     if as_json:
-        print(json.dumps([_row(model) for model in kept], indent=2))
+        printing.show(json.dumps([_row(model) for model in kept], indent=2))
     elif kept:
         table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
         for model in kept:
             quantization, context = model.problem or model.quantization, str(model.context or "-")
             size, commit = format_size(model.size), (model.commit or "-")[:12]
             table.append((model.key, size, quantization, context, commit, model.source or "-"))
-        print(aligned(table))
+        printing.show(aligned(table))
     else:
-        print(f"There are no models in {models.models_dir()} yet.", file=sys.stderr)
-        print("'mixchat download demo' builds a small one, to try the tool.", file=sys.stderr)
+        say(
+            f"There are no models in {models.models_dir()} yet.",
+            "'mixchat download demo' builds a small one, to try the tool.",
+        )
 
 
 def _row(model: ModelEntry) -> dict[str, Any]:
@@ -72,13 +75,14 @@ def show(
     if models.resolve(name).demo and not as_json:
         from mixchat.weights.demo import ABOUT
 
-        print(ABOUT.strip() + "\n")
+        printing.show(ABOUT.strip() + "\n\n")
     try:
         directory = models.find(name)
     except ModelNotFoundError:
         if as_json or not models.resolve(name).demo:
             raise
-        print("It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' does it.")
+        build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' does it."
+        say(build, stream=sys.stdout)
         return
     _show(directory, as_json)
 
@@ -91,10 +95,9 @@ def _show(directory: Path, as_json: bool) -> None:
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
     if as_json:
-        print(json.dumps(as_dict(directory, manifest, config), indent=2))
+        printing.show(json.dumps(as_dict(directory, manifest, config), indent=2))
     else:
-        print(aligned(describe(directory, manifest, config)))
-    sys.stdout.flush()
+        printing.show(aligned(describe(directory, manifest, config)))
     check_files(directory, manifest)
 
 
@@ -159,7 +162,7 @@ def describe(directory: Path, manifest: Manifest, config: ModelConfig) -> list[t
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Columns of equal width, two spaces apart."""
-    cells = [[sanitize(" ".join(cell.split())) for cell in row] for row in rows]
+    cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = (map(str.ljust, row, widths) for row in cells)
     return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from mixchat.chat.printing import fitted, one_line, say
 from mixchat.settings import format_size, format_time
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mixchat.progress import Progress, Task
 
 SECONDS_BETWEEN_LINES = 60.0
-_WIDE = 90  # columns
 
 
 @contextmanager
@@ -34,16 +34,29 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
 
 
 @contextmanager
-def status(text: str, stream: TextIO | None = None) -> Iterator[None]:
-    """Show `text` on a terminal while something takes its time, and take it away afterwards."""
+def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Show `text` on a terminal while something takes its time, and take it away afterwards.
+
+    It yields what shows another text in its place.
+    """
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield
+        yield lambda text: None
         return
     from rich.text import Text
 
-    with _console(stream).status(Text(text)):
+    with _console(stream).status(Text(one_line(text))) as shown:
+        yield lambda text: shown.update(Text(one_line(text)))
+
+
+@contextmanager
+def resumable(progress: Progress, resumes: bool = True) -> Iterator[None]:
+    """Say at Ctrl-C that the same command resumes the work, or begins it anew."""
+    try:
         yield
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; the same command {'resumes' if resumes else 'begins anew'}")
+        raise
 
 
 class Bars:
@@ -55,13 +68,14 @@ class Bars:
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
         bars = self._started()
-        return _Bar(bars, bars.add_task(what, total=total, completed=done))
+        return _Bar(bars, bars.add_task(one_line(what), total=total, completed=done))
 
     def note(self, text: str) -> None:
         from rich.text import Text
 
         console = self._bars.console if self._bars is not None else _console(self._stream)
-        console.print(Text(text), soft_wrap=True)
+        for line in text.split("\n"):
+            console.print(Text(fitted(one_line(line), self._stream)), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the bars as they are."""
@@ -71,22 +85,9 @@ class Bars:
 
     def _started(self) -> RichProgress:
         if self._bars is None:
-            from rich import progress
-            from rich.table import Column
+            from mixchat.cli.bars import FittingBars
 
-            console = _console(self._stream)
-            name = Column(no_wrap=True, overflow="ellipsis")
-            # A narrow terminal has room for the figures alone.
-            bar = [progress.BarColumn()] if console.width >= _WIDE else []
-            self._bars = progress.Progress(
-                progress.TextColumn("{task.description}", markup=False, table_column=name),
-                *bar,
-                progress.DownloadColumn(table_column=Column(no_wrap=True)),
-                progress.TransferSpeedColumn(table_column=Column(no_wrap=True)),
-                progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
-                console=console,
-                speed_estimate_period=20,
-            )
+            self._bars = FittingBars(_console(self._stream))
             self._bars.start()
         return self._bars
 
@@ -121,7 +122,7 @@ class Lines:
 
     def note(self, text: str) -> None:
         with self._lock:
-            print(text, file=self._stream, flush=True)
+            say(*text.split("\n"), stream=self._stream)
 
     def close(self) -> None:
         """Say how far each thing came."""

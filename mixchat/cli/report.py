@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from contextlib import suppress
 
-from mixchat.chat.sanitize import sanitize
+from mixchat.chat.printing import one_line, say
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
 
 
 def note(text: str) -> None:
     """Print a line that a person should hear of, about something that did not fail."""
-    print(sanitize(f"note: {' '.join(text.split())}"), file=sys.stderr, flush=True)
+    say(f"note: {' '.join(text.split())}")
+
+
+def confirmed(question: str) -> bool:
+    """Ask on standard error; True where the answer is yes. Raises `typer.Abort` without one."""
+    import typer
+
+    return typer.confirm(one_line(question), err=True)
 
 
 def report(error: Exception) -> int:
@@ -55,4 +61,4 @@ def _as_ours(error: Exception) -> MixchatError | None:
 def _print_line(text: str) -> None:
     """One line, whatever is in the text: a file's name may hold a newline or an escape."""
     with suppress(OSError):
-        print(sanitize(" ".join(text.split())), file=sys.stderr)
+        say(" ".join(text.split()))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.chat.printing import say, show
 from mixchat.cli.arguments import checked
 from mixchat.cli.models import aligned
+from mixchat.cli.progress import status
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,21 +37,34 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show how often a cache would have had the expert at hand, by its size and policy."""
-    from mixchat.experts.simulate import synthetic_trace, table
+    from mixchat.experts.simulate import synthetic_trace
     from mixchat.experts.trace import read_trace
 
     path = None if trace is None else checked(trace, "the trace's name")
-    replayed = synthetic_trace(tokens=_TOKENS) if path is None else read_trace(Path(path))
+    with status("reading the trace"):
+        replayed = synthetic_trace(tokens=_TOKENS) if path is None else read_trace(Path(path))
     total = replayed.layers * replayed.experts
     if slots is not None and slots > total:
         raise UsageError(f"--slots {slots}: the model of this trace has {total} experts")
-    rows = table(replayed, slots=() if slots is None else (slots,))
+    rows = _rows(replayed, () if slots is None else (slots,))
     if as_json:
         about = {"trace": path, "model": replayed.model} | _counts(replayed)
-        print(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=2))
+        show(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=2))
     else:
-        print(aligned([(_describe(path, replayed),)]) + "\n")
-        print(aligned(_cells(rows)))
+        say(_describe(path, replayed), "", stream=sys.stdout)
+        show(aligned(_cells(rows)))
+
+
+def _rows(trace: Trace, slots: tuple[int, ...]) -> list[Row]:
+    """The table, which takes seconds: a terminal is shown how far it is."""
+    from mixchat.experts.simulate import table
+
+    with status("replaying the trace") as update:
+        return table(
+            trace,
+            slots=slots,
+            begun=lambda done, of: update(f"replaying the trace, {done} of {of}"),
+        )
 
 
 def _counts(trace: Trace) -> dict[str, int]:

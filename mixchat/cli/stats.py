@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixchat.chat.printing import draw, say, show
 from mixchat.cli.options import model_argument
 from mixchat.cli.png import PNG_HELP, checked_picture, new_figure, write_figure
 from mixchat.errors import ModelNotFoundError
@@ -31,13 +32,13 @@ def stats(
     report = _last_report(model)
     if picture is not None:
         write_figure(picture, _picture(report))
-        print(f"wrote {png}", file=sys.stderr)
+        say(f"wrote {png}")
     if as_json:
-        print(json.dumps(report.to_dict()))
+        show(json.dumps(report.to_dict()))
     elif png is None:
         from mixchat.chat.heatmap import drawn
 
-        print(drawn(report, sys.stdout), end="")
+        draw(drawn(report, sys.stdout))
 
 
 def _last_report(name: str) -> ExpertReport:

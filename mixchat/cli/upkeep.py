@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mixchat.chat.printing import say
 from mixchat.cli.arguments import checked, stdin_is_terminal
 from mixchat.cli.completion import runnable_models
+from mixchat.cli.progress import resumable, show_progress
+from mixchat.cli.report import confirmed
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import CheckpointError, UsageError
 from mixchat.settings import format_size
@@ -45,12 +48,11 @@ def rm(model: Model, yes: Yes = False) -> None:
     with local_errors():
         housekeeping.remove(target)
         path_of(target.name).unlink(missing_ok=True)
-    print(f"removed {target.name}: {format_size(size)}", file=sys.stderr)
+    say(f"removed {target.name}: {format_size(size)}")
 
 
 def verify(model: Model) -> None:
     """Compare every byte of a model with its manifest; name what is damaged."""
-    from mixchat.cli.progress import show_progress
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"))
@@ -65,12 +67,11 @@ def verify(model: Model) -> None:
             f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
             hint=f"To fetch and rewrite only these: mixchat repair {model}",
         )
-    print(f"{model} is whole{_half_converted(directory)}", file=sys.stderr)
+    say(f"{model} is whole{_half_converted(directory)}")
 
 
 def repair(model: Model) -> None:
     """Fetch and rewrite what is damaged of a model, and nothing else."""
-    from mixchat.cli.progress import show_progress
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
@@ -91,7 +92,7 @@ def repair(model: Model) -> None:
             with origin_of(source, directory, progress) as origin:
                 repair_model(directory, damages, origin, progress)
     again = " again" if damages else ""
-    print(f"{model} is whole{again}{_half_converted(directory)}", file=sys.stderr)
+    say(f"{model} is whole{again}{_half_converted(directory)}")
 
 
 def convert(
@@ -102,7 +103,6 @@ def convert(
     ] = None,
 ) -> None:
     """Rewrite a model's 4-bit codes in their other layout; nothing is lost."""
-    from mixchat.cli.progress import show_progress
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
@@ -114,8 +114,9 @@ def convert(
 
     with local_errors(), not_in_use(directory), show_progress() as progress:
         wanted = layout_to_take(directory, layout)
-        changed = convert_model(directory, wanted, progress)
-    print(f"{model} has the layout {wanted} {'now' if changed else 'already'}", file=sys.stderr)
+        with resumable(progress):
+            changed = convert_model(directory, wanted, progress)
+    say(f"{model} has the layout {wanted} {'now' if changed else 'already'}")
 
 
 def gc(
@@ -135,20 +136,20 @@ def gc(
             what = f"{leftover.path} ({format_size(leftover.bytes)})"
             if leftover.removed:
                 freed += leftover.bytes
-                print(f"removed: {what}", file=sys.stderr)
+                say(f"removed: {what}")
             else:
-                print(f"left: {what}, which a download can go on with", file=sys.stderr)
+                say(f"left: {what}, which a download can go on with")
         for path, size in ChatStore().sweep():
             freed += size
-            print(f"removed: {path} ({format_size(size)})", file=sys.stderr)
-    print(f"freed {format_size(freed)}", file=sys.stderr)
+            say(f"removed: {path} ({format_size(size)})")
+    say(f"freed {format_size(freed)}")
 
 
 def _ask(question: str) -> None:
     """Go on only if somebody says yes. Raises `UsageError` where nobody can be asked."""
     if not stdin_is_terminal():
         raise UsageError("nobody is there to be asked", hint="Say --yes to do it without asking.")
-    if not typer.confirm(question, err=True):
+    if not confirmed(question):
         raise typer.Abort
 
 
@@ -163,6 +164,6 @@ def _half_converted(directory: Path) -> str:
 
 def _show(damages: list[Damage]) -> None:
     for damage in damages[:_SHOWN]:
-        print(f"damaged: {damage}")
+        say(f"damaged: {damage}", stream=sys.stdout)
     if len(damages) > _SHOWN:
-        print(f"and {len(damages) - _SHOWN} more")
+        say(f"and {len(damages) - _SHOWN} more", stream=sys.stdout)

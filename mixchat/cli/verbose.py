@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from mixchat.chat.printing import say
 from mixchat.settings import format_size
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class VerboseReport:
             f"ended    {finished.reason}",
         ]
         self._before = now
-        print("\n".join(lines), file=self._stream, flush=True)
+        say(*lines, stream=self._stream)
 
 
 def generation_lines(stats: GenerationStats, expected: float | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mixchat.experts.cache import ExpertCache
@@ -126,16 +126,26 @@ def replay(trace: Trace, slots: int, policy: str) -> Replay:
 
 
 def table(
-    trace: Trace, fractions: Sequence[float] = FRACTIONS, slots: Iterable[int] = ()
+    trace: Trace,
+    fractions: Sequence[float] = FRACTIONS,
+    slots: Iterable[int] = (),
+    begun: Callable[[int, int], object] = lambda replay, of: None,
 ) -> list[Row]:
-    """The policies side by side, with caches for `fractions` of all experts and of `slots`."""
+    """The policies side by side, with caches for `fractions` of all experts and of `slots`.
+
+    `begun` hears of each replay when it begins: its number, from 1 on, of how many.
+    """
     total = trace.layers * trace.experts
     counts = [*(max(1, int(fraction * total)) for fraction in fractions), *slots]
     names = [*POLICIES, ORACLE]
-    return [
-        Row(count / total, count, {n: replay(trace, count, n).decode.hit_rate for n in names})
-        for count in counts
-    ]
+    rows: list[Row] = []
+    for count in counts:
+        rates: dict[str, float | None] = {}
+        for name in names:
+            begun(len(rows) * len(names) + len(rates) + 1, len(counts) * len(names))
+            rates[name] = replay(trace, count, name).decode.hit_rate
+        rows.append(Row(count / total, count, rates))
+    return rows
 
 
 def _replay(visits: list[_Visit], slots: int, policy: Policy, passes: Passes) -> Replay:

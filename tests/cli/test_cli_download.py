@@ -89,7 +89,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(mixchat, monkeypatch):
     monkeypatch.setattr("mixchat.weights.download.download", download)
     done = mixchat("download", "org/name")
     assert done.returncode == 130
-    assert b"the same command goes on with it" in done.stderr
+    assert b"the same command resumes" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--quantize-attention", "--quantize-head"])

@@ -209,6 +209,6 @@ def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(
     target = tmp_path / "home" / "models" / REPO.replace("/", "--")
     seconds, said = interrupted(fake, tmp_path, (target / "journal.jsonl").exists)
     assert seconds < 3
-    assert "the same command goes on with it" in said
+    assert "the same command resumes" in said
     assert (target / "journal.jsonl").exists()
     assert list((target / "source").iterdir())

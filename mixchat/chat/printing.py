@@ -1,0 +1,101 @@
+"""The one place through which everything that is printed for a person goes.
+
+No other module of cli/ and chat/ prints: names of files, texts of models and messages of other
+libraries may hold what acts on a terminal, and here it is taken out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import TextIO
+
+from mixchat.chat.sanitize import sanitize
+
+# Rows below a wrapped line begin behind a bracket, a label or a first column.
+_HANG = re.compile(r"\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,}")
+_SHORT = 2  # columns of an indent where a longer one leaves too few for some word
+
+
+def say(*lines: str, stream: TextIO | None = None) -> None:
+    """Print a message on standard error, a row for each of `lines` and more where one is full.
+
+    A name within a line cannot begin another one, whatever it holds.
+    """
+    stream = stream or sys.stderr
+    print("\n".join(fitted(one_line(line), stream) for line in lines), file=stream, flush=True)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print what a command was asked for on standard output: a terminal gets it sanitized.
+
+    A program gets every character as it is. The newline at its end may be left out.
+    """
+    stream = stream or sys.stdout
+    clean = sanitize(text) if stream.isatty() else text
+    print(clean, end="" if clean.endswith("\n") else "\n", file=stream, flush=True)
+
+
+def show_piece(text: str) -> None:
+    """Hand a program the next piece of a text on standard output, as it is, at once."""
+    print(text, end="", flush=True)
+
+
+def show_path(path: Path) -> None:
+    """Print where something is; a program gets the very bytes, though they may not be UTF-8."""
+    if sys.stdout.isatty():
+        show(one_line(str(path)))
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.flush()
+
+
+def draw(text: str, stream: TextIO | None = None) -> None:
+    """Print what we have drawn ourselves, colours and all."""
+    print(text, end="" if text.endswith("\n") else "\n", file=stream or sys.stdout, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text without what acts on a terminal, its newlines as spaces."""
+    return sanitize(" ".join(text.splitlines()))
+
+
+def fitted(line: str, stream: TextIO) -> str:
+    """A line for `stream`: on a terminal it is broken between words where a row is full."""
+    return wrapped(line, columns(stream)) if stream.isatty() else line
+
+
+def wrapped(line: str, width: int) -> str:
+    """Break a line between words; the rows below are indented as far as its text is.
+
+    `note: a b` at 7 columns becomes `note: a` and `      b`. A word that is too long for a row,
+    as a path may be, stays whole, so that it can be copied.
+    """
+    if len(line) <= width:
+        return line
+    found = _HANG.match(line)
+    indent = found.end() if found else 0
+    if indent + max(map(len, line.split())) > width:
+        indent = min(indent, _SHORT)
+    rows = textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(rows)
+
+
+def columns(stream: TextIO) -> int:
+    """How wide the terminal is to which `stream` writes; `COLUMNS` goes before."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        width = 0
+    return shutil.get_terminal_size((width or 80, 24)).columns

@@ -1,0 +1,69 @@
+"""Bars that fit the terminal, however narrow it is: the narrower, the fewer the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
+
+_WIDE, _NARROW = 80, 56  # columns; below the first no speed, below the second no bytes
+_FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # columns that they take at most
+_SHORTEST, _LONGEST = 8, 40  # columns of a bar
+
+
+class FittingBars(Progress):
+    """Lays its bars out anew when the terminal's width or the names change."""
+
+    def __init__(self, console: Console) -> None:
+        self._terminal = console  # the first frame is asked for before Progress knows its console
+        self._fits = (0, 0)
+        super().__init__(console=console, speed_estimate_period=20)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """What is drawn of the tasks in one frame."""
+        tasks = list(tasks)
+        longest = max((cell_len(task.description) for task in tasks), default=0)
+        if self._fits != (self._terminal.width, longest):
+            self._fits = (self._terminal.width, longest)
+            self.columns = _columns(*self._fits)
+        return super().make_tasks_table(tasks)
+
+
+def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
+    """Name and bar; bytes, speed and time, or a percentage where those have no room.
+
+    `longest` is the length of the longest name: it is cut before the bar gets too short.
+    """
+    figures = _figures(width)
+    left = width - sum(_FIGURES[name] + 1 for name in figures) - 1
+    room = max(min(longest, left - _SHORTEST), 1)
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+    return (
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=max(min(left - room, _LONGEST), 1)),
+        *figures.values(),
+    )
+
+
+def _figures(width: int) -> dict[str, ProgressColumn]:
+    whole = Column(no_wrap=True)
+    time = TimeRemainingColumn(table_column=whole)
+    if width < _NARROW:
+        return {"percent": TaskProgressColumn(table_column=whole), "time": time}
+    size = DownloadColumn(table_column=whole)
+    if width < _WIDE:
+        return {"bytes": size, "time": time}
+    return {"bytes": size, "speed": TransferSpeedColumn(table_column=whole), "time": time}
