@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -73,23 +72,37 @@ def fitted(line: str, stream: TextIO) -> str:
 def wrapped(line: str, width: int) -> str:
     """Break a line between words; the rows below are indented as far as its text is.
 
-    `note: a b` at 7 columns becomes `note: a` and `      b`. A word that is too long for a row,
-    as a path may be, stays whole, so that it can be copied.
+    `note: a b` at 7 columns becomes `note: a` and `      b`. A word that fits into no row, as a
+    path may be, begins where it is and is left whole, so that it can be copied.
     """
-    if len(line) <= width:
+    if _cells(line) <= width:
         return line
+    words = re.findall(r"\s*\S+", line)  # each with the spaces before it
+    indent = _indent(line, width)
+    rows = [""]
+    for word in words:
+        own = _cells(word.lstrip())
+        if not rows[-1] or own > width - indent or _cells(rows[-1] + word) <= width:
+            rows[-1] += word
+        else:
+            rows.append(" " * indent + word.lstrip())
+    return "\n".join(rows)
+
+
+def _indent(line: str, width: int) -> int:
     found = _HANG.match(line)
     indent = found.end() if found else 0
-    if indent + max(map(len, line.split())) > width:
-        indent = min(indent, _SHORT)
-    rows = textwrap.wrap(
-        line,
-        width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return "\n".join(rows)
+    longest = max(map(_cells, line.split()))
+    return indent if indent + longest <= width else min(indent, _SHORT)
+
+
+def _cells(text: str) -> int:
+    """How many columns a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def columns(stream: TextIO) -> int:
