@@ -44,7 +44,8 @@ def test_ci_runs_the_test_command_word_for_word() -> None:
 
 
 def test_the_chat_s_commands_are_those_that_help_shows() -> None:
-    from mixchat.chat.commands import help_text
+    from mixchat.chat.command_help import help_text
+    from mixchat.chat.commands import usages
 
     shown = README.split("```\n>>> /help\n")[1].split("```")[0]
-    assert shown == help_text() + "\n"
+    assert shown == help_text(usages(), 80) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,28 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.chat import parameters
+from mixchat.chat.chat_table import chat_table
 from mixchat.chat.clipboard import copy
 from mixchat.chat.code import code_blocks
+from mixchat.chat.command_help import help_text, meant
 from mixchat.chat.completion import FILES, CommandCompletion, Completes, file_argument
 from mixchat.chat.export import write_export
 from mixchat.chat.plain_text import read_text
+from mixchat.chat.printing import one_line
 from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from mixchat.chat.chats import ChatSummary
     from mixchat.chat.repl import Repl
 
+_WIDE = 80  # columns, where there is no terminal
 _SHOWN = 20  # chats that /chats lists
-_QUESTION = 60  # characters of a question in a list
 
 
 @dataclass(frozen=True)
 class Command:
-    """`run` gets the chat and what was typed behind the name. `argument` is how help names it."""
+    """`run` gets the chat and what was typed behind the name. `argument` is how help names it.
+
+    `detail` is what `/help NAME` says, where `help` has no room for it: half a row.
+    """
 
     run: Callable[[Repl, str], None]
     help: str
     argument: str = ""
+    detail: str = ""
     completes: Callable[[Repl], Completes] | None = None
 
 
@@ -39,9 +44,7 @@ def find(name: str) -> Command:
     """The command of this name or alias. Raises `UsageError`."""
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
-        near = difflib.get_close_matches(name.lower(), [*COMMANDS, *ALIASES], 1)
-        hint = f"Did you mean /{near[0]}?" if near else "/help shows them all."
-        raise UsageError(f"/{name} is no command", hint=hint)
+        raise UsageError(f"/{name} is no command", hint=meant(name.lower(), [*COMMANDS, *ALIASES]))
     return command
 
 
@@ -57,7 +60,7 @@ def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
     """How the prompt completes each command."""
     return {
         name: CommandCompletion(
-            f"{command.argument}  {command.help}".strip(),
+            f"{command.argument}  {command.detail or command.help}".strip(),
             None if command.completes is None else command.completes(chat),
         )
         for name, command in COMMANDS.items()
@@ -68,17 +71,15 @@ def _help(chat: Repl, argument: str) -> None:
     if argument:
         name = argument.lstrip("/")
         command = find(name)
-        chat.screen.say(f"{_usage(ALIASES.get(name, name), command)}  {command.help}")
+        usage = _usage(ALIASES.get(name, name), command)
+        chat.screen.say(f"{usage}  {command.detail or command.help}")
         return
-    chat.screen.say(help_text())
+    chat.screen.say(help_text(usages(), chat.screen.width or _WIDE))
 
 
-def help_text() -> str:
-    """All commands and keys, a line each."""
-    table = {_usage(name, command): command.help for name, command in COMMANDS.items()}
-    width = max(map(len, table))
-    lines = [f"{usage:{width}}  {text}" for usage, text in table.items()]
-    return "\n".join([*lines, "", KEYS])
+def usages() -> dict[str, str]:
+    """The help of each command by how it is typed."""
+    return {_usage(name, command): command.help for name, command in COMMANDS.items()}
 
 
 def _usage(name: str, command: Command) -> str:
@@ -95,9 +96,13 @@ def _clear(chat: Repl, argument: str) -> None:
 
 
 def _set(chat: Repl, argument: str) -> None:
-    name, _, value = argument.partition(" ")
+    # "parameter" is said before the name elsewhere.
+    name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
     if not name:
         _say_table(chat, parameters.values(chat.session))
+        return
+    if name == "system":
+        _system(chat, value.strip())
         return
     if not value.strip():
         raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
@@ -138,7 +143,7 @@ def _save(chat: Repl, argument: str) -> None:
     chat.keeper.rename(parameters.unquoted(argument) or None)
     kept = chat.keeper.chat
     name = shlex.quote(kept.name or kept.id)
-    chat.screen.say(f"(kept; mixchat run --resume {name} goes on with it)")
+    chat.screen.say(f"(kept; mixchat run --resume {name} resumes it)")
 
 
 def _load(chat: Repl, argument: str) -> None:
@@ -149,16 +154,12 @@ def _load(chat: Repl, argument: str) -> None:
 
 def _chats(chat: Repl, argument: str) -> None:
     kept = chat.keeper.store.all()
-    lines = [_chat_line(one) for one in kept[:_SHOWN]]
+    if not kept:
+        chat.screen.say("(no chats are kept yet)")
+        return
+    chat.screen.show_table(chat_table(kept[:_SHOWN], chat.screen.width))
     if len(kept) > _SHOWN:
-        lines.append(f"({len(kept) - _SHOWN} more: mixchat chats)")
-    chat.screen.say("\n".join(lines) or "(no chats are kept yet)")
-
-
-def _chat_line(kept: ChatSummary) -> str:
-    what = kept.problem or kept.name or kept.question
-    shown = what if len(what) <= _QUESTION else f"{what[:_QUESTION]}..."
-    return f"{kept.id}  {kept.updated.astimezone():%Y-%m-%d %H:%M}  {kept.model}  {shown}"
+        chat.screen.say(f"({len(kept) - _SHOWN} more: mixchat chats)")
 
 
 def _regen(chat: Repl, argument: str) -> None:
@@ -221,7 +222,7 @@ def _read(chat: Repl, argument: str) -> None:
         chat.screen.say("(nothing goes before the next question)")
         return
     if not argument:
-        names = ", ".join(chat.attached)
+        names = one_line(", ".join(chat.attached))
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
     chat.attach(path, read_text(path, chat.session.context))
@@ -259,7 +260,7 @@ def _export(chat: Repl, argument: str) -> None:
     kept = chat.keeper.current()
     path = file_argument(argument) if argument else Path(f"{kept.id}.md")
     write_export(kept, path)
-    chat.screen.say(f"(written to {path})")
+    chat.screen.say(f"(written to {one_line(str(path))})")
 
 
 def _names(chat: Repl) -> Completes:
@@ -299,31 +300,60 @@ def _code(chat: Repl) -> Completes:
 
 
 COMMANDS = {
-    "help": Command(_help, "show this, or one command", "[COMMAND]", _names),
-    "bye": Command(_bye, "leave (also /exit, /quit, Ctrl-D)"),
-    "clear": Command(_clear, "begin a new conversation; the old one is kept"),
-    "set": Command(_set, "show the parameters, or change one", "[NAME VALUE]", _parameter_names),
-    "show": Command(_show, "show model, chat, system prompt and parameters"),
-    "system": Command(_system, "show or change the system prompt; none: without", "[TEXT]"),
-    "save": Command(_save, "keep this chat, under a name", "[NAME]"),
-    "load": Command(_load, "go on with a kept chat", "ID or NAME", _kept_chats),
-    "chats": Command(_chats, "list the kept chats"),
-    "regen": Command(_regen, "answer the last question anew"),
-    "undo": Command(_undo, "take the last turn, or n turns, back", "[n]"),
-    "edit": Command(_edit, "change the last question, and ask it instead"),
-    "continue": Command(_continue, "let the last answer go on"),
-    "copy": Command(_copy, "copy the last answer, or its last block of code", "[code]", _code),
-    "read": Command(
-        _read, "put a file's text before the next question; none: drop it", "FILE", _files
+    "help": Command(
+        _help, "show this list", "[COMMAND]", "show all commands, or explain one", _names
     ),
-    "tokens": Command(_tokens, "show how full the context is"),
-    "experts": Command(_experts, "show which experts were used, and where they are"),
-    "raw": Command(_raw, "show answers as they are written, or as Markdown again"),
-    "export": Command(_export, "write the chat as Markdown, or as JSON (*.json)", "[FILE]", _files),
+    "bye": Command(_bye, "leave", detail="leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
+    "clear": Command(
+        _clear, "begin a new chat", detail="begin a new conversation; the old one is kept"
+    ),
+    "set": Command(
+        _set,
+        "set a parameter",
+        "[NAME VALUE]",
+        "show the parameters, or change one, as in /set temp 0.2; none: back to its default",
+        _parameter_names,
+    ),
+    "show": Command(
+        _show, "model and settings", detail="show model, chat, system prompt and parameters"
+    ),
+    "system": Command(
+        _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: without"
+    ),
+    "save": Command(_save, "keep, with a name", "[NAME]", "keep this chat, under a name"),
+    "load": Command(
+        _load, "resume a chat", "ID or NAME", "resume a chat that is kept", _kept_chats
+    ),
+    "chats": Command(_chats, "list the chats", detail="list the chats that are kept"),
+    "regen": Command(_regen, "answer anew", detail="answer the last question anew"),
+    "undo": Command(_undo, "take turns back", "[n]", "take the last turn, or n turns, back"),
+    "edit": Command(_edit, "reword the question", detail="change the last question, and ask that"),
+    "continue": Command(_continue, "continue the answer", detail="let the last answer continue"),
+    "copy": Command(
+        _copy, "copy the answer", "[code]", "copy the last answer, or its last block of code", _code
+    ),
+    "read": Command(
+        _read,
+        "ask about a file",
+        "FILE",
+        "put a file's text before the next question; none: drop it",
+        _files,
+    ),
+    "tokens": Command(_tokens, "room in the context", detail="show how full the context is"),
+    "experts": Command(
+        _experts, "use of the experts", detail="show which experts were used, and where they are"
+    ),
+    "raw": Command(
+        _raw, "Markdown off or on", detail="show answers as they are written, or as Markdown again"
+    ),
+    "export": Command(
+        _export,
+        "write it to a file",
+        "[FILE]",
+        "write the chat as Markdown, or JSON (*.json)",
+        _files,
+    ),
 }
 ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
-KEYS = """\
-Alt-Enter, Ctrl-J  a new line; \"\"\" begins and ends a text of several lines
-Ctrl-X Ctrl-E      write in your editor
-Ctrl-R             look for something asked before
-Ctrl-C             stop the answer; at the prompt clear the line, and twice: leave"""
+LEAVING = ("bye", "exit", "quit")
+"""What leaves though it has no slash, as in a shell or Python."""

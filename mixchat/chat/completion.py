@@ -11,6 +11,7 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
+from mixchat.chat.printing import one_line
 from mixchat.chat.sanitize import sanitize
 
 Completes = Callable[[str], Iterable[str]]
@@ -125,7 +126,7 @@ def _arguments(completes: Completes, typed: str) -> Iterator[Completion]:
             display = candidate
         else:
             continue
-        yield Completion(candidate, start_position=-len(typed), display=display)
+        yield Completion(candidate, start_position=-len(typed), display=one_line(display))
 
 
 def _candidates(completes: Completes, typed: str) -> list[str]:

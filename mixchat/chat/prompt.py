@@ -21,13 +21,15 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.key_binding.vi_state import InputMode
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
 from mixchat.chat.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.editor import edited
 from mixchat.chat.input_history import InputHistory
-from mixchat.chat.sanitize import sanitize
+from mixchat.chat.sanitize import VISIBLE, sanitize
 from mixchat.chat.status import cut
 from mixchat.chat.typeahead import take_typed_lines
 from mixchat.errors import MixchatError
@@ -124,6 +126,7 @@ class ChatPrompt:
             vi_mode=vi,
             enable_suspend=True,
             style=_STYLE,
+            input_processors=[_Visible()],
             input=input,
             output=output,
         )
@@ -143,6 +146,8 @@ class ChatPrompt:
         keys = KeyBindings()
         focused = has_focus(DEFAULT_BUFFER)
         inserting = focused & (emacs_insert_mode | vi_insert_mode)
+        # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
+        keys.add(Keys.Vt100MouseEvent)(_ignored)
         keys.add("c-j", filter=inserting)(_add_line)
         # In vi mode this is Esc and then Enter, which sends the text as in every shell.
         keys.add("escape", "enter", filter=inserting & emacs_mode)(_add_line)
@@ -212,6 +217,19 @@ def _go_on(event: KeyPressEvent) -> None:
     """Keep the completion, and show what can follow, as the files in a directory."""
     event.current_buffer.complete_state = None
     event.current_buffer.start_completion()
+
+
+class _Visible(Processor):
+    """Shows what turns text around, be it typed, recalled or suggested, as a character."""
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        """One character for one: the cursor stays where it is."""
+        fragments = transformation_input.fragments
+        return Transformation([(part[0], part[1].translate(VISIBLE)) for part in fragments])
+
+
+def _ignored(event: KeyPressEvent) -> None:
+    """A key without a meaning."""
 
 
 def _add_line(event: KeyPressEvent) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.chat import commands
+from mixchat.chat.printing import one_line
 from mixchat.chat.session import ChatSession, Finished
 from mixchat.chat.status import NEARLY_FULL, Figures, status_line
 from mixchat.chat.typeahead import unseen_keys
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from mixchat.chat.chats import Chat
     from mixchat.chat.completion import CommandCompletion
     from mixchat.chat.keeper import Keeper
+    from mixchat.chat.printing import one_line
     from mixchat.chat.screen import Screen
-    from mixchat.chat.session import Event
+from mixchat.chat.session import Event
 
 # `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
 # is a system prompt.
 _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
-_SYSTEM = re.compile(r"/(system)[ \t]+(\S.*)", re.DOTALL)
+_SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 _SOON = 0.3  # seconds that Ctrl-C waits for a token
 
@@ -136,7 +138,7 @@ class Repl:
         """Put the text of a file before the next question."""
         self.attached[str(path)] = text
         count = f"{len(text):,} characters"
-        self.screen.say(f"({path.name}, {count}: goes before the next question)")
+        self.screen.say(f"({one_line(path.name)}, {count}: goes before the next question)")
 
     def edit(self, question: str) -> None:
         """Offer the last question to be changed; it is replaced when that is sent."""
@@ -168,7 +170,10 @@ class Repl:
         text = self._prompt.read(draft).strip()
         self._about_to_leave = False
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
-        if command and not self._prompt.quoted and text != draft:
+        typed = not self._prompt.quoted and text != draft
+        if typed and text.lower() in commands.LEAVING:
+            self.leave()
+        elif command and typed:
             self._obey(command[1], (command[2] or "").strip())
         elif text or self.attached:
             self._ask(text, instead=bool(draft))
@@ -185,7 +190,7 @@ class Repl:
         if self.session.history is not before:
             self.attached.clear()
         elif self.attached:  # it was not answered: nothing is lost, and nothing hidden
-            names = ", ".join(self.attached)
+            names = one_line(", ".join(self.attached))
             self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 
     def _obey(self, name: str, argument: str) -> None:

@@ -9,6 +9,9 @@ _BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 # A lone surrogate cannot be written in UTF-8 at all.
 _SURROGATES = range(0xD800, 0xE000)
 
+VISIBLE = dict.fromkeys(_BIDI, "\ufffd")
+"""For `str.translate`: shows what turns text around where it must not be dropped."""
+
 _DROPPED = dict.fromkeys([*_C0, *_DEL_AND_C1, *_BIDI, *_SURROGATES])
 
 

@@ -56,6 +56,10 @@ class Screen:
         """A line, or several: broken between words where the terminal is too narrow."""
         printing.say(*text.split("\n"), stream=self.out)
 
+    def show_table(self, text: str) -> None:
+        """Rows of columns, which fit as they are."""
+        printing.show(sanitize(f"{text}\n"), self.out)
+
     def draw(self, text: str) -> None:
         """What we have drawn ourselves, colours and all."""
         printing.draw(text, self.out)

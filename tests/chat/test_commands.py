@@ -11,7 +11,8 @@ from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 
 from mixchat.chat import clipboard
 from mixchat.chat.chats import ChatStore
-from mixchat.chat.commands import ALIASES, COMMANDS, completions
+from mixchat.chat.command_help import help_text
+from mixchat.chat.commands import ALIASES, COMMANDS, completions, usages
 from mixchat.errors import MixchatError
 
 
@@ -40,13 +41,76 @@ def error_of(chat):
 def test_help_names_every_command_with_its_help(session_of):
     text = typed(session_of(), "/help", "/?").text
     for name, command in COMMANDS.items():
-        assert len(re.findall(rf"^/{name}\b.*{re.escape(command.help)}$", text, re.M)) == 2
+        assert len(re.findall(rf"/{name}\b[^/]*  {re.escape(command.help)}\s", text)) == 2
+
+
+def test_help_fits_a_small_terminal_with_the_prompt_below_it(session_of):
+    """It took 25 rows of 24: the first commands had scrolled off."""
+    rows = typed(session_of(), "/help").text.splitlines()
+    assert len(rows) <= 24 - 3  # the line with /help, the next prompt, the bottom line
+    assert max(map(len, rows)) <= 80
+    narrow = help_text(usages(), 40)
+    assert max(map(len, narrow.split("\n\n")[0].splitlines())) <= 40
 
 
 def test_help_explains_one_command(session_of):
     assert typed(session_of(), "/help undo", "/help /exit").text == (
-        "/undo [n]  take the last turn, or n turns, back\n/bye  leave (also /exit, /quit, Ctrl-D)\n"
+        "/undo [n]  take the last turn, or n turns, back\n"
+        "/bye  leave (also /exit, /quit, exit, quit, bye, Ctrl-D)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("/retry", "Did you mean /regen?"),
+        ("/new", "Did you mean /clear?"),
+        ("/h", "Did you mean /help?"),
+        ("/Q", "Did you mean /bye?"),
+        ("/temp 0.2", "Did you mean /set temp?"),
+        ("/model instruct", "A chat keeps its model. For another one: mixchat run -m NAME"),
+        ("/regne", "Did you mean /regen?"),
+        ("/zzz", "/help shows them all."),
+    ],
+)
+def test_a_command_of_another_program_gets_a_suggestion(session_of, line, hint):
+    (error,) = typed(session_of(), line).errors
+    assert error.hint == hint
+
+
+@pytest.mark.parametrize("line", ["exit", "quit", "bye", "Exit", " quit "])
+def test_the_word_alone_leaves_as_in_a_shell(session_of, line):
+    """It went to the model, which said good-bye, and the chat went on."""
+    session = session_of("never")
+    assert typed(session, line, "not read any more").text == ""
+    assert session.engine.prompts == []
+
+
+@pytest.mark.parametrize("line", ["exit code", '"""exit"""', "exit\\nquit"])
+def test_a_question_that_only_begins_like_it_is_asked(session_of, line):
+    session = session_of("Hello")
+    typed(session, line.replace("\\n", "\n"))
+    assert len(session.engine.prompts) == 1
+
+
+@pytest.mark.parametrize("line", ["/set system be nice", "/set  system  be nice"])
+def test_set_system_sets_the_system_prompt(session_of, line):
+    """As elsewhere; it said "Did you mean temp?"."""
+    session = session_of("a")
+    assert typed(session, line, "/set system").text == "(from the next answer on)\nbe nice\n"
+    assert session.system == "be nice"
+
+
+def test_set_system_takes_several_lines(session_of):
+    session = session_of()
+    typed(session, "/set system Be brief.\nBe kind.")
+    assert session.system == "Be brief.\nBe kind."
+
+
+def test_set_parameter_sets_a_parameter(session_of):
+    session = session_of()
+    typed(session, "/set parameter temperature 0.25")
+    assert session.sampling.temperature == 0.25
 
 
 def test_every_command_completes(session_of):
@@ -180,7 +244,7 @@ def test_load_keeps_the_chat_as_it_is_where_there_is_no_other(session_of, store)
 def test_chats_lists_them(session_of, store):
     session = session_of("Hello", "Fine")
     text = typed(session, "First one", "/clear", "Second one", "/chats", store=store).text
-    assert re.search(r"demo  Second one\n.*demo  First one", text)
+    assert re.search(r'demo +1 +"Second one"\n.*demo +1 +"First one"', text)
 
 
 def test_regen_answers_the_same_question_again_with_another_seed(session_of):
@@ -329,7 +393,7 @@ def test_a_parameter_goes_back_to_what_the_model_s_makers_advise(session_of):
 def test_a_name_is_hinted_at_as_a_shell_wants_it(session_of, store, given, name, hint):
     chat = typed(session_of("a"), "Hi", f"/save {given}", store=store)
     assert store.all()[0].name == name
-    assert f"--resume {hint} goes on" in chat.text
+    assert f"--resume {hint} resumes" in chat.text
 
 
 def test_a_name_that_means_another_chat_is_refused(session_of, store):

@@ -16,13 +16,14 @@ import pyte
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.data_structures import Size
+from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.input.typeahead import clear_typeahead
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.output import DummyOutput
 from prompt_toolkit.output.vt100 import Vt100_Output
 
-from mixchat.chat.completion import FILES, CommandCompletion
+from mixchat.chat.completion import FILES, CommandCompleter, CommandCompletion
 from mixchat.chat.prompt import ChatPrompt, quoted_text
 
 ENTER, CTRL_C, CTRL_D, CTRL_F, CTRL_J = "\r", "\x03", "\x04", "\x06", "\n"
@@ -476,6 +477,32 @@ def test_raw_control_bytes_do_no_harm(noise, vi, monkeypatch):
         while isinstance(read := screen.read(), KeyboardInterrupt):
             screen.ask()
         assert read == "fine"
+
+
+def test_colours_in_a_name_are_no_mouse(typing):
+    """The prompt failed with "Unhandled exception in event loop", and waited for ever."""
+    assert typing("/read a\x1b[31mb\x1b[0m.txt" + ENTER) == ["/read ab.txt"]
+    assert typing("a\x1b[<0;1;1Mb\x1b[M !!c" + ENTER) == ["abc"]
+
+
+def test_what_turns_text_around_is_shown_in_a_line_from_the_history(tmp_path):
+    """A question of before was shown in another order than it was asked in; it is sent as it is."""
+    path = tmp_path / "history"
+    path.write_text("\n# 2026\n+run \u202egpj.exe\x1b[31m\n", encoding="utf-8")
+    with look(history=path) as screen:
+        screen.type("run")
+        screen.wait_for("run \ufffdgpj.exe^[[31m")  # as a suggestion
+        screen.type("\x15\x1b[A")
+        screen.wait_for(">>> run \ufffdgpj.exe^[[31m")
+        screen.type(ENTER)
+        assert screen.read() == "run \u202egpj.exe\x1b[31m"
+        assert not any("\u202e" in line for line in screen.lines)
+
+
+def test_what_turns_text_around_is_not_in_the_menu():
+    names = CommandCompletion("", lambda typed: ["a\u202eb\x1b[31m"])
+    completions = CommandCompleter({"load": names}).get_completions(Document("/load "), None)
+    assert [completion.display_text for completion in completions] == ["ab[31m"]
 
 
 def test_a_line_that_was_typed_before_the_prompt_is_sent():

@@ -1,0 +1,62 @@
+"""What /help shows, and what may be meant by a command that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
+
+from mixchat.chat.parameters import NAMES
+
+# What commands are called elsewhere.
+_HABITS = {
+    **dict.fromkeys(("retry", "regenerate", "redo", "again", "r"), "/regen"),
+    **dict.fromkeys(("new", "reset", "restart", "forget", "cls"), "/clear"),
+    **dict.fromkeys(("h", "commands", "usage", "man"), "/help"),
+    **dict.fromkeys(("q", "x", "leave", "close", "end"), "/bye"),
+    **dict.fromkeys(("list", "ls", "history", "sessions"), "/chats"),
+    **dict.fromkeys(("resume", "open", "restore"), "/load"),
+    **dict.fromkeys(("file", "add", "attach", "paste"), "/read"),
+    **dict.fromkeys(("back", "pop", "delete"), "/undo"),
+    **dict.fromkeys(("go", "more", "cont"), "/continue"),
+    **dict.fromkeys(("info", "status"), "/show"),
+    **dict.fromkeys(("param", "params", "parameter", "parameters", "options"), "/set"),
+    **dict.fromkeys(("write", "dump", "download"), "/export"),
+    **dict.fromkeys(("prompt", "role", "persona"), "/system"),
+    **{name: f"/set {name}" for name in NAMES},
+    "temperature": "/set temp",
+    "context": "/tokens",
+    "markdown": "/raw",
+}
+_KEYS = (
+    'Alt-Enter, Ctrl-J  a new line; """ begins and ends a text of several lines',
+    "Ctrl-X Ctrl-E      write in your editor",
+    "Ctrl-R             search what was asked before",
+    "Ctrl-C             stop the answer; at the prompt: clear the line, twice: leave",
+    "/help COMMAND      more on a command, as in /help read",
+)
+
+
+def help_text(table: Mapping[str, str], width: int) -> str:
+    """The commands and keys, in two columns where a terminal of `width` cells has room for them.
+
+    `table` has the help of each command by its usage.
+    """
+    longest = max(map(len, table))
+    lines = [f"{usage:{longest}}  {text}" for usage, text in table.items()]
+    column = max(map(len, lines)) + 2
+    if 2 * column - 2 <= width:
+        half = (len(lines) + 1) // 2
+        pairs = zip_longest(lines[:half], lines[half:], fillvalue="")
+        lines = [f"{left:{column}}{right}".rstrip() for left, right in pairs]
+    return "\n".join([*lines, "", *_KEYS])
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """A hint for somebody who comes from another program, or who mistyped one of `names`."""
+    if name in ("model", "models"):
+        return "A chat keeps its model. For another one: mixchat run -m NAME"
+    if name in _HABITS:
+        return f"Did you mean {_HABITS[name]}?"
+    near = difflib.get_close_matches(name, names, 1)
+    return f"Did you mean /{near[0]}?" if near else "/help shows them all."
