@@ -320,7 +320,7 @@ COMMANDS = {
     "system": Command(
         _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: without"
     ),
-    "save": Command(_save, "keep, with a name", "[NAME]", "keep this chat, under a name"),
+    "save": Command(_save, "keep under a name", "[NAME]", "keep this chat, under a name"),
     "load": Command(
         _load, "resume a chat", "ID or NAME", "resume a chat that is kept", _kept_chats
     ),

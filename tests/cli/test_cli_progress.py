@@ -1,11 +1,13 @@
 """Progress: bars on a terminal, a line now and then elsewhere."""
 
 import io
+import re
 import threading
+import time
 
 import pytest
 
-from mixchat.cli.progress import Bars, Lines, show_progress, status
+from mixchat.cli.progress import Bars, Lines, resumable, show_progress, status
 from mixchat.progress import NoProgress, running
 
 
@@ -206,3 +208,73 @@ def test_a_status_is_for_terminals_only_and_its_text_is_no_markup():
             pass
     assert pipe.getvalue() == ""
     assert "loading [red]x" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (120, "11.7/93.4 GB"),
+        (90, "11.7/93.4 GB"),
+        (80, "11.7/93.4 GB"),
+        (60, "11.7/93.4 GB"),
+        (40, "13%"),
+        (30, "13%"),
+    ],
+)
+def test_a_bar_and_whole_figures_fit_a_terminal_of_any_width(monkeypatch, width, figures):
+    """Below 90 columns there was no bar, and at 40 the figures were cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    screen = Screen()
+    bars = Bars(screen)
+    bars.task("fetching mistralai/Mixtral-8x7B-Instruct-v0.1", 93_405_585_408, 11_700_000_000)
+    bars.close()
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).splitlines()[-1].strip()
+    assert len(last) <= width
+    assert last.count("━") + last.count("╸") + last.count("╺") >= 8
+    assert figures in last
+    assert last.startswith("fetch")
+    assert last.endswith("-:--:--")
+
+
+def test_bars_follow_the_width_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    screen = Screen()
+    bars = Bars(screen)
+    bars.task("fetching", 2_000_000).advance(1_000_000)
+    monkeypatch.setenv("COLUMNS", "40")
+    bars._bars.console.size = (40, 24)
+    bars.close()
+    assert "0.0/2.0 MB" in screen.getvalue()
+    assert "50%" in screen.getvalue()
+
+
+@pytest.mark.parametrize("stream", [Screen(), io.StringIO()])
+def test_no_name_acts_on_the_terminal(stream):
+    with show_progress(stream) as progress, running(progress, "fetching \x1b[2J\u202ea", 10):
+        progress.note("from \x1b]0;x\x07\nto \x9b1m")
+    with status("loading \x1b[2J\x9d", stream) as update:
+        update("measuring \x1b[2J\x9d")
+    said = stream.getvalue()
+    assert "fetching [2Ja" in said
+    assert "from ]0;x\n" in said
+    assert "to 1m\n" in said
+    assert not {"\x07", "\x9b", "\x9d", "\u202e"} & set(said)
+    assert "\x1b[2J" not in said
+
+
+def test_a_status_shows_another_text():
+    screen = Screen()
+    with status("loading", screen) as update:
+        update("half of it")
+        time.sleep(0.2)  # two frames
+    assert "half of it" in screen.getvalue()
+
+
+@pytest.mark.parametrize(("resumes", "said"), [(True, "resumes"), (False, "begins anew")])
+def test_ctrl_c_says_what_the_same_command_does(resumes, said):
+    """It said that it was interrupted, and not that nothing was lost."""
+    out = io.StringIO()
+    lines = Lines(out, Clock())
+    with pytest.raises(KeyboardInterrupt), resumable(lines, resumes=resumes):
+        raise KeyboardInterrupt
+    assert out.getvalue() == f"interrupted; the same command {said}\n"

@@ -5,10 +5,13 @@ import json
 
 import pytest
 import typer
+from command_line import FAKE
+from terminal import Terminal
 
 from mixchat.cli.app import app
 from mixchat.cli.simulate import simulate
-from mixchat.experts.trace import TraceWriter
+from mixchat.experts.simulate import table
+from mixchat.experts.trace import TraceWriter, read_trace
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,21 @@ def test_a_recorded_trace_is_replayed_and_only_its_decode_counts(mixchat, record
         "2 a token; hit rates are those of decode."
     )
     assert [row.split()[:2] for row in rows] == [["25%", "2"], ["50%", "4"], ["75%", "6"]]
+
+
+def test_a_terminal_is_shown_how_far_it_is(recorded, environment):
+    """It was silent for nine seconds."""
+    with Terminal([*FAKE, "simulate", str(recorded)], environment) as terminal:
+        terminal.wait_for("replaying the trace")
+        assert terminal.wait_for_end() == 0
+    assert terminal.screen.decode().splitlines()[-1].startswith("75%")
+
+
+def test_each_replay_is_told_when_it_begins(recorded):
+    told = []
+    rows = table(read_trace(recorded), (0.25, 0.5), begun=lambda at, of: told.append((at, of)))
+    count = sum(len(row.hit_rates) for row in rows)
+    assert told == [(at, count) for at in range(1, count + 1)]
 
 
 def test_slots_adds_a_row(mixchat, recorded):
