@@ -16,7 +16,7 @@ from typing import TextIO
 from mixchat.chat.sanitize import sanitize
 
 # Rows below a wrapped line begin behind a bracket, a label or a first column.
-_HANG = re.compile(r"\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,}")
+_HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")
 _SHORT = 2  # columns of an indent where a longer one leaves too few for some word
 
 
@@ -37,6 +37,14 @@ def show(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     clean = sanitize(text) if stream.isatty() else text
     print(clean, end="" if clean.endswith("\n") else "\n", file=stream, flush=True)
+
+
+def show_lines(text: str, stream: TextIO | None = None) -> None:
+    """Print lines and tables that we wrote: as `show`, but a terminal gets whole words."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        text = "\n".join(fitted(sanitize(line), stream) for line in text.split("\n"))
+    show(text, stream)
 
 
 def show_piece(text: str) -> None:
@@ -92,7 +100,7 @@ def wrapped(line: str, width: int) -> str:
 def _indent(line: str, width: int) -> int:
     found = _HANG.match(line)
     indent = found.end() if found else 0
-    longest = max(map(_cells, line.split()))
+    longest = max(map(_cells, line.split()), default=0)
     return indent if indent + longest <= width else min(indent, _SHORT)
 
 

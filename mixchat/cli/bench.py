@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.chat.printing import say, show
+from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli import options
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
@@ -172,4 +172,7 @@ def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
     if png is not None:
         write_figure(png, picture(bench))
         say(f"wrote {png.path}")
-    show(json.dumps(as_dict(bench), indent=2) if as_json else as_text(bench))
+    if as_json:
+        show(json.dumps(as_dict(bench), indent=2))
+    else:
+        show_lines(as_text(bench))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixchat.chat.printing import show, show_path
+from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.defaults import config_defaults, takes_number
 from mixchat.cli.models import aligned
 from mixchat.cli.report import report
@@ -67,7 +67,10 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         given, problems = {}, [error]
     held = list(_holding(commands["run"], given))
     problems += [each.problem for each in held if each.problem]
-    show(json.dumps(_as_dict(held), indent=2) if as_json else _as_text(held))
+    if as_json:
+        show(json.dumps(_as_dict(held), indent=2))
+    else:
+        show_lines(_as_text(held))
     codes = [report(problem) for problem in problems]
     if codes:
         raise typer.Exit(codes[0])

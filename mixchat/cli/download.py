@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mixchat.chat.printing import say, show
+from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.arguments import checked
 from mixchat.cli.completion import runnable_models
 from mixchat.cli.models import aligned
@@ -105,7 +105,7 @@ def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
         finished = {"name": request.ref.key, "path": str(models.model_dir(request.ref))}
         show(json.dumps(finished if made is None else as_dict(made), indent=2))
     else:
-        show(f"{request.ref.key} is kept already" if made is None else as_text(made))
+        show_lines(f"{request.ref.key} is kept already" if made is None else as_text(made))
     if made is not None:
         made.check()
 

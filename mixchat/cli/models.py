@@ -37,7 +37,7 @@ def list_models(
             quantization, context = model.problem or model.quantization, str(model.context or "-")
             size, commit = format_size(model.size), (model.commit or "-")[:12]
             table.append((model.key, size, quantization, context, commit, model.source or "-"))
-        printing.show(aligned(table))
+        printing.show_lines(aligned(table))
     else:
         say(
             f"There are no models in {models.models_dir()} yet.",
@@ -75,7 +75,7 @@ def show(
     if models.resolve(name).demo and not as_json:
         from mixchat.weights.demo import ABOUT
 
-        printing.show(ABOUT.strip() + "\n\n")
+        printing.show_lines(ABOUT.strip() + "\n\n")
     try:
         directory = models.find(name)
     except ModelNotFoundError:
@@ -97,7 +97,7 @@ def _show(directory: Path, as_json: bool) -> None:
     if as_json:
         printing.show(json.dumps(as_dict(directory, manifest, config), indent=2))
     else:
-        printing.show(aligned(describe(directory, manifest, config)))
+        printing.show_lines(aligned(describe(directory, manifest, config)))
     check_files(directory, manifest)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.chat.printing import show
+from mixchat.chat.printing import show, show_lines
 from mixchat.cli.options import (
     ContextSize,
     Device,
@@ -53,7 +53,10 @@ def plan(
     with show_progress() as progress:
         found = outline(model, progress)
     made = _plan(found, device, Wishes(*budgets, ctx_size, bits))
-    show(json.dumps(as_dict(found, made), indent=2) if as_json else as_text(found, made))
+    if as_json:
+        show(json.dumps(as_dict(found, made), indent=2))
+    else:
+        show_lines(as_text(found, made))
 
 
 def _plan(found: Outline, device_name: str | None, wishes: Wishes) -> MachinePlan:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.chat.printing import say, show
+from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.arguments import checked
 from mixchat.cli.models import aligned
 from mixchat.cli.progress import status
@@ -52,7 +52,7 @@ def simulate(
         show(json.dumps(about | {"rows": [vars(row) for row in rows]}, indent=2))
     else:
         say(_describe(path, replayed), "", stream=sys.stdout)
-        show(aligned(_cells(rows)))
+        show_lines(aligned(_cells(rows)))
 
 
 def _rows(trace: Trace, slots: tuple[int, ...]) -> list[Row]:
