@@ -29,6 +29,7 @@ from prompt_toolkit.styles import Style
 from mixchat.chat.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.editor import edited
 from mixchat.chat.input_history import InputHistory
+from mixchat.chat.printing import say
 from mixchat.chat.sanitize import VISIBLE, sanitize
 from mixchat.chat.status import cut
 from mixchat.chat.typeahead import take_typed_lines
@@ -58,7 +59,7 @@ class ChatPrompt:
         vi: bool = False,
         input: Input | None = None,
         output: Output | None = None,
-        warn: Callable[[str], object] = print,
+        warn: Callable[[str], object] = say,
     ) -> None:
         self.typed = False
         """Whether there was text when Ctrl-C was pressed."""

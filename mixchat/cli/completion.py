@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import typer
 
-from mixchat.chat.printing import say, show
+from mixchat.chat.printing import one_line, say, show
 from mixchat.errors import UsageError
 from mixchat.settings import data_dir
 
@@ -157,4 +157,5 @@ def _kept() -> list[str]:
         entries = [entry for entry in (data_dir() / "models").iterdir() if entry.is_dir()]
     except OSError:
         return []
-    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    names = (entry.name for entry in entries if not entry.name.startswith("."))
+    return sorted(name for name in names if one_line(name) == name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from contextlib import suppress
 
-from mixchat.chat.printing import one_line, say
+from mixchat.chat.printing import one_line, say, show
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
 
@@ -32,7 +33,7 @@ def report(error: Exception) -> int:
             hint="Run it again with MIXCHAT_DEBUG=1 to see the traceback.",
         )
     if os.environ.get("MIXCHAT_DEBUG"):
-        traceback.print_exception(error)
+        show("".join(traceback.format_exception(error)), sys.stderr)
     _print_line(f"error: {known}")
     if known.hint:
         _print_line(f"hint: {known.hint}")

@@ -59,7 +59,7 @@ def verify(model: Model) -> None:
     prepare_environment()
     from mixchat.weights.verify import verify as verify_model
 
-    with show_progress() as progress:
+    with show_progress() as progress, resumable(progress, resumes=False):
         damages = verify_model(directory, progress)
     _show(damages)
     if damages:
@@ -83,7 +83,7 @@ def repair(model: Model) -> None:
     from mixchat.weights.verify import repair as repair_model
     from mixchat.weights.verify import verify
 
-    with local_errors(), not_in_use(directory), show_progress() as progress:
+    with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         source = read_either_manifest(directory).source
         damages = verify(directory, progress)
         _show(damages)
@@ -112,10 +112,9 @@ def convert(
     from mixchat.weights.download import local_errors
     from mixchat.weights.housekeeping import not_in_use
 
-    with local_errors(), not_in_use(directory), show_progress() as progress:
+    with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         wanted = layout_to_take(directory, layout)
-        with resumable(progress):
-            changed = convert_model(directory, wanted, progress)
+        changed = convert_model(directory, wanted, progress)
     say(f"{model} has the layout {wanted} {'now' if changed else 'already'}")
 
 

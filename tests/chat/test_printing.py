@@ -26,12 +26,17 @@ def printing_calls(path):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             asks_typer = name.startswith("typer.") and name.split(".")[1] in TYPERS
-            if name in ("print", "input") or asks_typer or name in STREAMS:
+            if name in ("print", "input", *STREAMS) or asks_typer:
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}"
 
 
 TYPERS = ("echo", "secho", "echo_via_pager", "confirm", "prompt")
-STREAMS = ("sys.stdout.write", "sys.stderr.write", "sys.stdout.buffer.write")
+STREAMS = (
+    "sys.stdout.write",
+    "sys.stderr.write",
+    "sys.stdout.buffer.write",
+    "traceback.print_exception",
+)
 
 
 def test_nothing_is_printed_past_the_one_place():

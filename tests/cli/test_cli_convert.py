@@ -74,7 +74,9 @@ def test_cut_off_it_is_refused_elsewhere_and_goes_on_when_run_again(
 ):
     with monkeypatch.context() as patch:
         cut_off(patch, KeyboardInterrupt)
-        assert mixchat("convert", "mine", "--layout", "cpu-packed").returncode == 130
+        stopped = mixchat("convert", "mine", "--layout", "cpu-packed")
+        assert stopped.returncode == 130
+        assert lines_of(stopped)[-1] == "interrupted; the same command resumes"
     done = mixchat("run", "-m", "mine", "Hi", fake=False)
     assert done.returncode == 6
     assert "was cut off" in lines_of(done)[0]
