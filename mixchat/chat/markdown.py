@@ -240,7 +240,12 @@ class _Indented:
         return number, self._content[number] if self._content else Text()
 
     def resumed(self, part: int, begun: Begun) -> _Indented:
-        """The same from the rest of this part on, with no mark."""
+        """The same from the rest of this part on, with no mark.
+
+        All of it where there is no such part: what looked like a fence was none.
+        """
+        if part >= len(self._content):
+            return self
         rest, *others = self._content[part:]
         return _Indented(self._other, self._other, [begun.rest_of(rest), *others])
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from mixchat.chat.chats import Chat
     from mixchat.chat.completion import CommandCompletion
     from mixchat.chat.keeper import Keeper
-    from mixchat.chat.printing import one_line
     from mixchat.chat.screen import Screen
-from mixchat.chat.session import Event
+    from mixchat.chat.session import Event
 
 # `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
 # is a system prompt.

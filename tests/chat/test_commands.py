@@ -13,6 +13,7 @@ from mixchat.chat import clipboard
 from mixchat.chat.chats import ChatStore
 from mixchat.chat.command_help import help_text
 from mixchat.chat.commands import ALIASES, COMMANDS, completions, usages
+from mixchat.chat.screen import Screen
 from mixchat.errors import MixchatError
 
 
@@ -297,6 +298,16 @@ def test_continue_goes_on_where_the_answer_ended(session_of):
     assert session.history[-1].content == "Helwor"
     assert session.history[-1].ids == tuple(map(ord, "Helwor"))
     assert "Hel\n(cut off at --max-tokens; /continue goes on)\n\nwor" in chat.text
+
+
+def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
+    before = []
+    show = Screen.show
+    monkeypatch.setattr(
+        Screen, "show", lambda self, events, said: before.append(said) or show(self, events, said)
+    )
+    typed(session_of("```\na", "b", "c"), "Hi", "/continue", "/regen")
+    assert before == ["", "```\na", ""]
 
 
 def test_copy_takes_the_answer_or_its_last_code(session_of, monkeypatch):

@@ -111,6 +111,10 @@ def test_what_broke_off_in_no_code_block_is_resumed_as_it_comes(before):
     assert resumed(before, "# x\n").rows == ["x"]
 
 
+def test_what_only_looked_like_a_fence_is_shown():
+    assert resumed("- a\n  ```py", "`x\n- b\n").rows == ["• a", "  ```py`x", "• b"]
+
+
 def test_where_nothing_more_comes_nothing_is_drawn():
     terminal = Terminal()
     MarkdownStream(terminal.console, before="```\na").close()

@@ -55,6 +55,19 @@ def test_in_a_terminal_an_answer_is_drawn_as_markdown():
     assert "**" not in text
 
 
+def test_the_rest_of_an_answer_is_drawn_as_what_it_goes_on_with():
+    """/continue drew code as prose: its comments became headings."""
+    out = Tty()
+    Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
+    assert out.shown[1:] == ["# Example", "x", "─" * 20]
+
+
+def test_what_is_said_breaks_between_words():
+    out = Tty()
+    Screen(out).say("(this is a note that takes more than one row of forty)")
+    assert out.getvalue() == "(this is a note that takes more than one\n row of forty)\n"
+
+
 @pytest.mark.parametrize(("raw", "out"), [(True, Tty()), (False, io.StringIO())])
 def test_raw_or_elsewhere_it_is_shown_as_it_is_written(raw, out):
     Screen(out, raw=raw).show(answered("# Ti", "tle\n\n**b**"))
