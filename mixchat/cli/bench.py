@@ -64,6 +64,7 @@ def bench(
     ] = 48,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often all is measured.")] = 5,
     kv_bits: options.KVBits = None,
+    exact_prompts: options.ExactPrompts = False,
     host_memory: options.HostMemory = None,
     device_memory: options.DeviceMemory = None,
     device: options.Device = None,
@@ -100,7 +101,13 @@ def bench(
 
     tasks = Tasks(context or (0,), prompt or (512,), tokens, rounds)
     longest = max([n + tokens for n in tasks.contexts] + list(tasks.prompts)) + _SPARE
-    load = LoadOptions(*budgets, context_size=longest, kv_bits=bits, device=device)
+    load = LoadOptions(
+        *budgets,
+        context_size=longest,
+        kv_bits=bits,
+        exact_prompts=exact_prompts,
+        device=device,
+    )
     with ExitStack() as stack:
         directory, layers = stack.enter_context(_model(model, synthetic))
         other = None

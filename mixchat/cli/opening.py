@@ -34,6 +34,7 @@ class Opening:
     context_size: int | None
     overflow: Overflow
     kv_bits: Literal[8, 16] | None
+    exact_prompts: bool
     host_memory: MemoryBudget | None
     device_memory: MemoryBudget | None
     device: str | None
@@ -76,6 +77,7 @@ class Opening:
             device_memory=self.device_memory,
             context_size=self.context_size,
             kv_bits=self.kv_bits,
+            exact_prompts=self.exact_prompts,
             device=self.device,
             cache_policy=self.cache_policy,
             trace=self.trace,

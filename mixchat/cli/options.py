@@ -115,7 +115,8 @@ Seed = Annotated[
         "--seed",
         check=within_limits("seed"),
         metavar="N",
-        help="The same seed gives the same text.",
+        help="The same seed gives the same text to the same questions, with the same settings on "
+        "the same machine; after --resume or --prompt-cache only with --exact-prompts.",
         show_default="drawn",
     ),
 ]
@@ -158,6 +159,15 @@ KVBits = Annotated[
         metavar="N",
         help="Bits of a number in the KV cache; 8 takes half of the memory.",
         show_default="16",
+    ),
+]
+ExactPrompts = Annotated[
+    bool,
+    setting(
+        "--exact-prompts/--no-exact-prompts",
+        show_default=False,
+        help="Read prompts with the arithmetic of decoding: slower, and the same text whether a "
+        "chat continues, is resumed, or comes from a cache.",
     ),
 ]
 HostMemory = Annotated[

@@ -41,7 +41,9 @@ class Engine:
     two part. `stats` describes the last call, `experts.stats` counts from the start. `expected`
     says how many tokens a second this machine should decode, where that is known; `note` gets what
     a person should hear of, and `reading`, which may be replaced, how many tokens of a prompt have
-    been read, and of how many. `identity` differs where the weights do.
+    been read, and of how many. `identity` differs where the weights do. With
+    `exact_prompts` the tokens of a prompt are computed to the bit as decoded ones are, in chunks of
+    any size.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Engine:
         expected: Callable[[], float | None] = lambda: None,
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",
+        exact_prompts: bool = False,
     ) -> None:
-        self.config, self.identity = model.config, identity
+        self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.expected = experts, expected
         self.stats = GenerationStats()
         self.reading: Reading = lambda done, of: None

@@ -10,7 +10,7 @@ import torch
 
 from mixchat.engine.expectation import predicted
 from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place
-from mixchat.engine.generate import Engine
+from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
@@ -22,6 +22,7 @@ from mixchat.errors import UsageError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.runner import ExpertRunner
 from mixchat.experts.trace import TraceWriter, TracingRunner
+from mixchat.kernels import attention, rows
 from mixchat.kernels.pages import Bits
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
@@ -35,13 +36,15 @@ class LoadOptions:
 
     host_memory: RAM for experts; device_memory: all that may be taken on a GPU; cache_policy: one
     of `policies.POLICIES`; kv_bits: those of a number in the KV cache, None for the model's own;
-    trace: a file that gets the routing; note: gets what a person should hear of.
+    exact_prompts: compute the tokens of a prompt to the bit as decoded ones; trace: a file that
+    gets the routing; note: gets what a person should hear of.
     """
 
     host_memory: MemoryBudget | None = None
     device_memory: MemoryBudget | None = None
     context_size: int | None = None
     kv_bits: Bits | None = None
+    exact_prompts: bool = False
     device: str | None = None
     cache_policy: str = DEFAULT_POLICY
     trace: Path | None = None
@@ -84,14 +87,17 @@ def choose_device(name: str | None) -> torch.device:
 
 def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> Engine:
     config, stored = kept.config, kept.blueprint
-    used = stored.computed_on(device)
+    exact = options.exact_prompts
+    used = stored.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
     context = context_size(config, options.context_size)
     demand = demand_of(stored, context, options.kv_bits)
     placement = place(demand, FreeMemory.now(device), options.host_memory, options.device_memory)
     settle_threads(stored)
     runner: ExpertRunner
-    runner, fetcher = build_experts(kept, placement, device, options.cache_policy, options.note)
+    runner, fetcher = build_experts(
+        kept, placement, device, options.cache_policy, options.note, exact=exact
+    )
     if options.trace is not None:
         runner = TracingRunner(runner, _trace_writer(options.trace, kept))
     model = _build_model(kept, used, runner, context, device)
@@ -99,11 +105,26 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
         fetcher,
+        prefill_chunk=1 if exact and not keeps_tokens_apart(used, device) else PREFILL_CHUNK,
+        exact_prompts=exact,
         expected=lambda: predicted(
             stored, kept.directory, device, replace(placement, slots=fetcher.slots)
         ),
         note=options.note,
         identity=identity_of(kept.manifest),
+    )
+
+
+def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
+    """Whether a token's numbers have the same bits in a prompt's chunk of any size as alone.
+
+    On a CPU the kernels can compute so. Elsewhere a prompt has to be read token by token for that.
+    """
+    if device.type != "cpu" or not attention.available():
+        return False
+    matrices = (used.expert.w13, used.expert.w2, used.qkv(0), used.o(0))
+    return rows.takes(used.quantization.dtype, used.config.hidden_size) and all(
+        matrix.keeps_tokens_apart for matrix in matrices
     )
 
 
@@ -141,7 +162,7 @@ def _build_model(
         )
 
     embedding = kept.tensor(stored.embedding).to(device)
-    head: Linear = DenseLinear(embedding)
+    head: Linear = DenseLinear(embedding, exact=used.exact)
     if stored.head is not None and used.head is not None:
         head = kept.linear(stored.head, used.head, device)
     norm = RMSNorm(kept.tensor(stored.norm).to(device), config.rms_norm_eps)

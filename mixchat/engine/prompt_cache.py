@@ -3,7 +3,7 @@
 It is a safetensors file. Its tensors, in this order:
 
     mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
-                           "tokens": 700}
+                           "tokens": 700}, and "exact": true where --exact-prompts was given
     ids                    the tokens whose keys and values it has
     0.keys, 0.values, ...  of each layer what its cache hands out
     sha256                 that of all the bytes before it
@@ -58,7 +58,7 @@ class PromptCache:
         _, cache = self._engine.held()
         try:
             with SafetensorsFile(self.path, follow=False) as file:
-                kept = _read(file, cache, self._engine.identity)
+                kept = _read(file, cache, self._engine)
         except BaseException:
             cache.clear()
             raise
@@ -75,15 +75,16 @@ class PromptCache:
         if ids == self._kept[: len(ids)]:
             return False
         try:
-            _write(self.path, cache, ids, self._engine.identity)
+            _write(self.path, cache, ids, self._engine)
         except OSError as error:
             raise not_written(error, self.path, "the prompt cache cannot be written") from None
         self._kept = ids
         return True
 
 
-def _about(cache: KVCache, identity: str, tokens: int) -> dict[str, Any]:
-    return {"format": FORMAT, "model": identity, "cache": cache.form, "tokens": tokens}
+def _about(cache: KVCache, engine: Engine, tokens: int) -> dict[str, Any]:
+    about = {"format": FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
+    return about | ({"exact": True} if engine.exact_prompts else {})
 
 
 def _specs(cache: KVCache, tokens: int, about: int) -> list[TensorSpec]:
@@ -103,8 +104,8 @@ def _layer_specs(cache: KVCache, layer: int, tokens: int) -> list[TensorSpec]:
     return [TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape) for spec in specs]
 
 
-def _write(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> None:
-    about = json.dumps(_about(cache, identity, len(ids))).encode()
+def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> None:
+    about = json.dumps(_about(cache, engine, len(ids))).encode()
     digest = hashlib.sha256()
     with private_in_place_of(path) as descriptor:
 
@@ -122,9 +123,9 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> Non
         put(digest.digest())
 
 
-def _read(file: SafetensorsFile, cache: KVCache, identity: str) -> list[int]:
+def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
     """Put what the file has into the cache, as far as it goes; the ids of all that it has."""
-    tokens = _tokens(file, cache, identity)
+    tokens = _tokens(file, cache, engine)
     length = min(tokens, cache.capacity)
     start = file.header.start(_ABOUT)
     head = torch.empty(start + file.header.spec(_ABOUT).nbytes, dtype=torch.uint8)
@@ -146,15 +147,18 @@ def _read(file: SafetensorsFile, cache: KVCache, identity: str) -> list[int]:
     return ids
 
 
-def _tokens(file: SafetensorsFile, cache: KVCache, identity: str) -> int:
+def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     """How many tokens the file keeps, whose header is then what it should be. Raises."""
     about = _read_about(file)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{file.path} is of another version of mixchat")
-    if about.get("model") != identity:
+    if about.get("model") != engine.identity:
         raise CheckpointError(f"{file.path} is not of this model")
     if about.get("cache") != cache.form:
         raise CheckpointError(f"{file.path} is not of a KV cache of this kind ({cache.form})")
+    if about.get("exact", False) != engine.exact_prompts:
+        how = "not written" if engine.exact_prompts else "written"
+        raise CheckpointError(f"{file.path} was {how} with --exact-prompts")
     tokens = about.get("tokens")
     length = file.header.spec(_ABOUT).nbytes
     if type(tokens) is not int or not 0 < tokens < 2**31:

@@ -25,16 +25,23 @@ Note = Callable[[str], object]
 
 
 def build_experts(
-    kept: KeptModel, placement: Placement, device: torch.device, policy: str, note: Note
+    kept: KeptModel,
+    placement: Placement,
+    device: torch.device,
+    policy: str,
+    note: Note,
+    *,
+    exact: bool = False,
 ) -> tuple[CachedExpertRunner, Fetcher]:
     """What runs the experts of a kept model on `device`, and what fetches them for it.
 
     `device` is torch's "cpu", where the slots are in RAM and fill from disk, or another one, behind
-    which RAM is a tier of its own. `note` gets what a person should hear of. Raises `ResourceError`
-    where the device cannot hold two experts after all.
+    which RAM is a tier of its own. `note` gets what a person should hear of. With `exact` the same
+    device computes all experts, and in the same way however many tokens there are. Raises
+    `ResourceError` where the device cannot hold two experts after all.
     """
     passes = Passes(kept.config.num_hidden_layers)
-    stored, used = kept.blueprint.expert, kept.blueprint.computed_on(device).expert
+    stored, used = kept.blueprint.expert, kept.blueprint.computed_on(device, exact=exact).expert
     disk = DiskSource(kept, choose=max(placement.slots, placement.host_slots) < placement.experts)
     tier = None
     if placement.host_slots:
@@ -51,7 +58,7 @@ def build_experts(
         slots = _reserve(store, slots, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, watch)
-    host = None if tier is None else _host_compute(kept, tier, device, note)
+    host = None if tier is None or exact else _host_compute(kept, tier, device, note)
     return CachedExpertRunner(fetcher, _prefetch(kept, fetcher, device), host), fetcher
 
 

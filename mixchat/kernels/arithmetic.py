@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, vector
 
@@ -44,6 +44,17 @@ def rounded_to_bf16(value: Value) -> Value:
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
     return (is_number.choose(rounded, 0x7FC00000) >> 16).narrowed(_as_many(i16, value))
+
+
+def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> Value:
+    """The sum of a vector's numbers, or the largest of them, halved again and again."""
+    count = value.type.count
+    while count > 1:
+        count //= 2
+        other = value.picked([*range(count, 2 * count)])
+        value = value.picked([*range(count)])
+        value = value + other if how == "fadd" else function.maximum(value, other)
+    return Value(function, function.builder.extract_element(value.raw, i32(0)))
 
 
 def _as_many(element: Any, value: Value) -> Any:

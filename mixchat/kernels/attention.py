@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, exponential, reduced, rounded_to_bf16
 from mixchat.kernels.compile import (
     LANES,
     Compiled,
@@ -240,7 +240,7 @@ class _Attend:
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
                 scores.append(seen.choose(score, _MASKED))
             top = functools.reduce(function.maximum, scores)
-            largest = self._reduced("fmax", top)
+            largest = reduced(function, top, "fmax")
             before = self._state.load(f32, row * 8)
             largest = function.maximum(largest, before)
             total = function.constant(self.floats, 0.0)
@@ -252,23 +252,13 @@ class _Attend:
                     weight = weight * page.load(self.floats, scale)
                 self._scores.store(weight, (row * _KEYS + number * lanes) * 4)
             factor = exponential(function, before - largest)
-            weights = self._state.load(f32, row * 8 + 4) * factor + self._reduced("fadd", total)
+            weights = self._state.load(f32, row * 8 + 4) * factor + reduced(function, total, "fadd")
             self._state.store(largest, row * 8)
             self._state.store(weights, row * 8 + 4)
             with function.when(factor.compare("<", 1.0)):
                 for start in range(0, shape.width, lanes):
                     at = (row * shape.width + start) * 4
                     self._sums.store(self._sums.load(self.floats, at) * factor.spread(lanes), at)
-
-    def _reduced(self, how: str, value: Value) -> Value:
-        """The largest, or the sum, of a vector's numbers, halved again and again."""
-        count = self.lanes
-        while count > 1:
-            count //= 2
-            other = value.picked([*range(count, 2 * count)])
-            value = value.picked([*range(count)])
-            value = value + other if how == "fadd" else self.function.maximum(value, other)
-        return Value(self.function, self.function.builder.extract_element(value.raw, i32(0)))
 
     def _add_values(
         self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value

@@ -48,13 +48,15 @@ def matmul(
     absmax: torch.Tensor,
     levels: torch.Tensor,
     shape: tuple[int, int],
+    *,
+    exact: bool = False,
 ) -> torch.Tensor:
     """x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
 
     codes: uint8 [R * C / 2] and absmax: bf16 [C / 64 * R], layout "cpu-packed"; levels: what
     `tables` gave. x: fp32 or bf16 (others are computed as fp32), on the CPU. R is a multiple of 32,
     C of 64. Each row of x is computed by itself: its result depends on the others only in that
-    there are few or many.
+    there are few or many, and with `exact` not even in that: many are computed as one is.
     """
     rows, columns = shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -62,7 +64,7 @@ def matmul(
     tokens, half = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
-    name = unit_for(instructions, tokens)
+    name = unit_for(instructions, 1 if exact else tokens)
     size = UNITS[name].x_type.width // 8
     # One allocation in place of three, for one token they take as long as rounding it.
     blocks = tokens * columns // BLOCK

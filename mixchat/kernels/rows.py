@@ -36,10 +36,15 @@ _SIGNATURE = Signature(
 
 def computes(x: torch.Tensor, columns: int) -> bool:
     """Whether rows of so many numbers like those of x can be computed here."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
-        return False
+    return x.device.type == "cpu" and takes(x.dtype, columns)
+
+
+def takes(dtype: torch.dtype, columns: int) -> bool:
+    """Return whether rows of so many numbers of this type can be computed here, on the CPU."""
     instructions = instruction_set()
-    return instructions is not None and columns % LANES[instructions] == 0
+    if instructions is None or dtype not in _DTYPES:
+        return False
+    return columns % LANES[instructions] == 0
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ it begins on a page boundary on disk and in memory. For Mixtral 8x7B in NF4:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -119,10 +119,11 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The tensors of a kept model of this shape and quantization."""
+    """The tensors of a kept model of this shape and quantization, and how they are computed."""
 
     config: ModelConfig
     quantization: Quantization
+    exact: bool = field(default=False, compare=False)  # of all matrices, as in `LinearSpec`
 
     @cached_property
     def expert(self) -> ExpertLayout:
@@ -214,10 +215,11 @@ class Blueprint:
         """Experts in all layers together."""
         return self.config.num_hidden_layers * self.config.num_local_experts
 
-    def computed_on(self, device: torch.device) -> Blueprint:
+    def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:
         """The same model with its codes in the order in which this device computes fastest."""
         packed = device.type == "cpu" and four_bit.available()
-        return self.in_layout("cpu-packed" if packed else "bitsandbytes")
+        used = self.in_layout("cpu-packed" if packed else "bitsandbytes")
+        return replace(used, exact=exact)
 
     def in_layout(self, layout: Layout) -> Blueprint:
         """The same model with its codes in another order."""
@@ -226,7 +228,16 @@ class Blueprint:
     def _linear(self, name: str, rows: int, columns: int, quantized: bool) -> LinearSpec:
         how = self.quantization
         quant_type: QuantType = how.quant_type if quantized else "none"
-        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype, scales=how.scales)
+        return LinearSpec(
+            name,
+            rows,
+            columns,
+            quant_type,
+            how.layout,
+            how.dtype,
+            scales=how.scales,
+            exact=self.exact,
+        )
 
 
 def layer_prefix(layer: int) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn import functional
 
 from mixchat.errors import CheckpointError
-from mixchat.kernels import four_bit
+from mixchat.kernels import dense, four_bit, rows
 from mixchat.kernels.compile import multiplies_bf16
 from mixchat.weights import nf4
 from mixchat.weights.bnb_format import Quantized4bit
@@ -38,12 +38,14 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """A matrix as it is: weight [R, C]."""
+    """A matrix as it is: weight [R, C]. `exact` as in `LinearSpec`."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
+    def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
+        self._weight, self._exact = weight, exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._exact and dense.computes(x, self._weight):
+            return dense.matmul(x, self._weight)
         if x.device.type != "cpu" or x.dtype == torch.float32:
             return functional.linear(x, self._weight)
         tokens = x.shape[:-1].numel()
@@ -61,9 +63,9 @@ class DenseLinear:
 
         Some rows at a time: the wide copy of a large matrix need not be in memory whole.
         """
-        wide, rows = x.float(), max(1, _WIDENED // self._weight.shape[1])
+        wide, height = x.float(), max(1, _WIDENED // self._weight.shape[1])
         pieces = (
-            functional.linear(wide, piece.float()) for piece in torch.split(self._weight, rows)
+            functional.linear(wide, piece.float()) for piece in torch.split(self._weight, height)
         )
         return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
 
@@ -98,10 +100,12 @@ class PackedFourBitLinear:
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._levels = _tables(spec.quant_type)
+        self._levels, self._exact = _tables(spec.quant_type), spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bit.matmul(x, self._codes, self._absmax, self._levels, self._shape)
+        return four_bit.matmul(
+            x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
+        )
 
 
 @functools.cache
@@ -112,7 +116,11 @@ def _tables(quant_type: nf4.FourBit) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """How a matrix is stored. `dtype` is that of a dense one; `layout` the wish for a 4-bit one."""
+    """How a matrix is stored. `dtype` is that of a dense one; `layout` the wish for a 4-bit one.
+
+    `exact` is about computing alone: a token's result has the same bits, however many others are
+    computed with it, where `keeps_tokens_apart`.
+    """
 
     name: str
     rows: int
@@ -121,6 +129,14 @@ class LinearSpec:
     layout: Layout
     dtype: torch.dtype
     scales: Scales = "absmax"
+    exact: bool = field(default=False, compare=False)
+
+    @property
+    def keeps_tokens_apart(self) -> bool:
+        """Whether a CPU's kernels compute each token of a call as they compute one alone."""
+        if self.quant_type != "none":
+            return self.packed
+        return rows.takes(self.dtype, self.columns)
 
     @property
     def packed(self) -> bool:
@@ -182,7 +198,7 @@ class LinearSpec:
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """The map over these tensors, which are used in place."""
         if self.quant_type == "none":
-            return DenseLinear(tensors[0])
+            return DenseLinear(tensors[0], exact=self.exact)
         kind = PackedFourBitLinear if self.packed else FourBitLinear
         absmax, codes = tensors
         return kind(codes, absmax, self)

@@ -1,0 +1,141 @@
+"""x times a dense matrix, each row of x by itself: many rows give the very bits that one gives.
+
+torch computes one token and many by different orders of the same sums. Here each number of the
+result is the sum of one vector of fp32 numbers, which goes over the columns from the first to the
+last, whatever is computed beside it: tokens, rows and threads do not show in the result.
+
+N = tokens, R = rows (out features), C = columns (in features).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from llvmlite import ir
+
+from mixchat.kernels import rows
+from mixchat.kernels.arithmetic import as_fp32, reduced, rounded_to_bf16
+from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.emit import Function, Value, f32, vector
+from mixchat.kernels.signature import Signature
+
+_GROUP = 32  # rows of one item of work
+_X_BYTES = 2**18  # of x at a time, for the second-level cache to hold them
+# Rows and tokens that are computed together, the most first: as many as there are registers for.
+_TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "avx512": ((8, 1), (3, 1)),
+    "avx2": ((4, 1), (2, 1)),
+}
+_SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
+
+
+def computes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether `matmul` can be used for these."""
+    alike = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+    return alike and rows.computes(x, x.shape[-1])
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., C] times the transposed weight [R, C]: [..., R]. fp32 or bf16, added up in fp32."""
+    height, columns = weight.shape
+    weight = weight.contiguous()
+    flat = x.reshape(-1, columns).contiguous()
+    out = torch.empty(*x.shape[:-1], height, dtype=x.dtype)
+    numbers = _SIGNATURE.numbers(
+        x=flat.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        rows=height,
+        columns=columns,
+        tokens=flat.shape[0],
+        chunk=max(8, _X_BYTES // (x.element_size() * columns)),
+    )
+    compiled = _compiled(instruction_set(), x.dtype == torch.bfloat16)
+    compiled.function("multiply").run(numbers, torch.get_num_threads())
+    return out
+
+
+@functools.cache
+def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
+    """The function for numbers in fp32, or bf16 (`half`)."""
+    assert instructions is not None
+    module = ir.Module("dense")
+    heights, widths = _TILES[instructions]
+    lanes = LANES[instructions]
+    tiles = [[_Tile(module, lanes, half, rows, width) for width in widths] for rows in heights]
+    _write_multiply(module, tiles)
+    return compile_module(module, instructions)
+
+
+class _Tile:
+    """The product of some rows with some tokens: as many sums as the registers hold."""
+
+    def __init__(self, module: Any, lanes: int, half: bool, rows: int, tokens: int) -> None:
+        self.rows, self.tokens, self._lanes, self._half = rows, tokens, lanes, half
+        self.function = Function(module, f"tile_{rows}_{tokens}", numbers=2)
+        self._write()
+
+    def _write(self) -> None:
+        function, given = self.function, _SIGNATURE.read_by(self.function)
+        x, weight = given.pointer("x"), given.pointer("weight")
+        columns, (row, token) = given.number("columns"), function.numbers
+        zero = function.constant(vector(f32, self._lanes), 0.0)
+        zeros = [zero] * (self.rows * self.tokens)
+        with function.loop(0, columns, self._lanes, zeros) as (column, sums):
+            numbers = [
+                as_fp32(x, (token + number) * columns + column, self._half, self._lanes)
+                for number in range(self.tokens)
+            ]
+            for number in range(self.rows):
+                place = (row + number) * columns + column
+                factors = as_fp32(weight, place, self._half, self._lanes)
+                for at, one in enumerate(numbers, number * self.tokens):
+                    sums[at] = function.multiply_add(factors, one, sums[at])
+        for at, total in enumerate(sums):
+            place = (token + at % self.tokens) * given.number("rows") + row + at // self.tokens
+            self._put(reduced(function, total, "fadd"), place)
+        function.finish()
+
+    def _put(self, value: Value, place: Value) -> None:
+        out = _SIGNATURE.read_by(self.function).pointer("out")
+        if self._half:
+            out.store(rounded_to_bf16(value), place * 2)
+        else:
+            out.store(value, place * 4)
+
+
+def _write_multiply(module: Any, tiles: Sequence[Sequence[_Tile]]) -> None:
+    """The product: an item of work is `_GROUP` rows for one chunk of tokens."""
+    function = Function(module, "multiply")
+    given = _SIGNATURE.read_by(function)
+    height, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
+    groups, chunks = (height + (_GROUP - 1)) // _GROUP, (tokens + chunk - 1) // chunk
+    with function.each_item(function.pointer, groups * chunks) as item:
+        start = item // groups * chunk
+        end = _smaller(start + chunk, tokens)
+        row = item % groups * _GROUP
+        last = _smaller(row + _GROUP, height)
+        for abreast in tiles:
+            after = row + (last - row) // abreast[0].rows * abreast[0].rows
+            with function.loop(row, after, abreast[0].rows) as (here, _):
+                _write_tokens(function, abreast, here, start, end)
+            row = after
+    function.finish()
+
+
+def _write_tokens(
+    function: Function, tiles: Sequence[_Tile], row: Value, start: Value, end: Value
+) -> None:
+    """The tokens from `start` to `end` for the rows of one tile, from `row` on."""
+    for tile in tiles:
+        after = start + (end - start) // tile.tokens * tile.tokens
+        with function.loop(start, after, tile.tokens) as (token, _):
+            function.call_own(tile.function, function.pointer, row, token)
+        start = after
+
+
+def _smaller(one: Value, other: Value) -> Value:
+    return one.compare("<", other).choose(one, other)

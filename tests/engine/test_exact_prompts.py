@@ -1,0 +1,193 @@
+"""`--exact-prompts`: a token read in a prompt gets the very bits that it gets when decoded."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.config import ModelConfig
+from mixchat.engine.generate import PREFILL_CHUNK, Engine
+from mixchat.engine.loader import LoadOptions, keeps_tokens_apart, load_engine
+from mixchat.engine.prompt_cache import PromptCache
+from mixchat.engine.sampling import SamplingOptions
+from mixchat.errors import CheckpointError
+from mixchat.kernels import four_bit
+from mixchat.settings import MemoryBudget
+from mixchat.weights.blueprint import Blueprint, Quantization
+
+CPU = torch.device("cpu")
+TOKENS = 70  # enough for products in bytes, which are for 16 tokens of an expert or more
+CHUNKS = (1, 2, 7, 64, 2048)
+FREE = SamplingOptions(temperature=1.0, seed=11)
+# What a model may be kept as, and how its cache may be: each takes other ways through the kernels.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
+    "nf4": ({}, {}, None),
+    "attention in nf4": ({}, {"attention": True}, None),
+    "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, None),
+    "dense in fp32": ({}, {"quant_type": "none"}, None),
+    "8-bit cache": ({}, {}, 8),
+    "sliding window": ({"sliding_window": 20}, {}, None),
+    "no packed layout": ({"intermediate_size": 96}, {}, None),
+}
+
+needs_kernels = pytest.mark.skipif(not four_bit.available(), reason="the kernels need AVX2")
+
+
+@pytest.fixture(scope="module")
+def models(
+    make_checkpoint: Callable[..., Path], keep: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """The kept model of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def model(kind: str) -> Path:
+        if kind not in made:
+            shape, how, _ = KINDS[kind]
+            checkpoint = make_checkpoint(**{"intermediate_size": 128, **shape})
+            made[kind] = keep(checkpoint, **how)
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def ids_of(count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, 97, (count,), generator=generator).tolist()
+
+
+def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """What each layer keeps of `TOKENS` tokens read in these chunks, and the last one's logits."""
+    engine.forget()
+    ids, start = ids_of(TOKENS), 0
+    for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
+        if start >= TOKENS:
+            break
+        logits = engine._forward(ids[start : start + chunk])
+        start += chunk
+    _, cache = engine.held()
+    layers = range(engine.config.num_hidden_layers)
+    return [cache.content(layer, TOKENS) for layer in layers], logits
+
+
+def same(one: Any, other: Any) -> bool:
+    contents = zip(one[0], other[0], strict=True)
+    equal = (torch.equal(a[name], b[name]) for a, b in contents for name in a)
+    return all(equal) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_threads(
+    models: Callable[[str], Path], threads: Callable[[int], None], kind: str
+) -> None:
+    engine = load_engine(
+        models(kind), LoadOptions(device="cpu", kv_bits=KINDS[kind][2], exact_prompts=True)
+    )
+    threads(1)
+    decoded = read(engine, [1])
+    for count, chunk in [*((1, chunk) for chunk in CHUNKS), (2, 7), (2, 2048)]:
+        threads(count)
+        apart = min(chunk, engine._chunk)  # where only one by one is exact, so it is read
+        assert same(read(engine, [apart]), decoded), (count, chunk)
+    assert same(read(engine, [min(n, engine._chunk) for n in (33, 1, 5)]), decoded)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["nf4", "dense in bf16", "dense in fp32"])
+def test_kernels_read_a_prompt_in_long_chunks_all_the_same(
+    models: Callable[[str], Path], kind: str
+) -> None:
+    engine = load_engine(models(kind), LoadOptions(device="cpu", exact_prompts=True))
+    assert engine._chunk == PREFILL_CHUNK
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changes", "quantization", "apart"),
+    [
+        ({}, Quantization(), True),
+        ({"hidden_size": 4}, Quantization(quant_type="none"), False),
+        ({"intermediate_size": 96}, Quantization(), False),
+        ({}, Quantization(quant_type="none", dtype=torch.float16), False),
+    ],
+)
+def test_what_the_kernels_cannot_compute_is_read_token_by_token(
+    changes: dict[str, Any], quantization: Quantization, apart: bool
+) -> None:
+    shape = {
+        "model_type": "mixtral",
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    }
+    blueprint = Blueprint(ModelConfig.from_dict({**shape, **changes}), quantization)
+    assert keeps_tokens_apart(blueprint.computed_on(CPU, exact=True), CPU) == apart
+    assert not keeps_tokens_apart(blueprint.computed_on(CPU, exact=True), torch.device("cuda"))
+
+
+def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:
+    everywhere, few = (
+        load_engine(
+            models("nf4"), LoadOptions(device="cpu", exact_prompts=True, host_memory=budget)
+        )
+        for budget in (None, MemoryBudget.parse("50%"))
+    )
+    assert few.experts.slots < everywhere.experts.slots
+    assert same(read(few, [64]), read(everywhere, [1]))
+
+
+def answer(engine: Engine, prompt: list[int], tokens: int = 12) -> list[int]:
+    ids = engine.generate(prompt, sampling=FREE, stop_ids=set(), max_tokens=tokens)
+    return list(ids)
+
+
+def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A conversation in one process had decoded keys and values of its answers, one that was
+    resumed had read them as a prompt, multiplied otherwise: with the same seed its text parted."""
+    options = LoadOptions(device="cpu", exact_prompts=True)
+    model, prompt = models("nf4"), ids_of(40)
+    engine = load_engine(model, options)
+    first = answer(engine, prompt)
+    PromptCache(tmp_path / "kept", engine).save()
+    longer = [*prompt, *first, *ids_of(20)]
+    expected = answer(engine, longer)
+    assert engine.stats.reused_tokens == len(prompt) + len(first) - 1
+    resumed = load_engine(model, options)
+    assert answer(resumed, longer) == expected
+    assert resumed.stats.reused_tokens == 0
+    from_file = load_engine(model, options)
+    assert PromptCache(tmp_path / "kept", from_file).load() == len(prompt) + len(first) - 1
+    assert answer(from_file, longer) == expected
+    assert same((read(resumed, [64])), (read(engine, [1])))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_prompt_cache_is_only_used_by_prompts_that_are_read_like_it(
+    models: Callable[[str], Path], tmp_path: Path, exact: bool
+) -> None:
+    writer, reader = (
+        load_engine(models("nf4"), LoadOptions(device="cpu", exact_prompts=how))
+        for how in (exact, not exact)
+    )
+    answer(writer, ids_of(40))
+    PromptCache(tmp_path / "kept", writer).save()
+    how = "written" if exact else "not written"
+    with pytest.raises(CheckpointError, match=f"was {how} with --exact-prompts"):
+        PromptCache(tmp_path / "kept", reader).load()
+    assert reader.held()[0] == []
