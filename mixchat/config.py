@@ -124,8 +124,7 @@ def advised_sampling(directory: Path) -> dict[str, float]:
 
     Empty where they advise nothing. Raises `CheckpointError` where the file is not JSON.
     """
-    path = directory / "generation_config.json"
-    raw = read_json_object(path) if path.exists() else {}
+    raw = _generation_config(directory)
     values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
     values["repeat_penalty"] = raw.get("repetition_penalty")
     kinds = {name: (int,) if name == "top_k" else (int, float) for name in values}
@@ -134,6 +133,22 @@ def advised_sampling(directory: Path) -> dict[str, float]:
         for name, value in values.items()
         if value is not None and type(value) in kinds[name]
     }
+
+
+def advised_length(directory: Path) -> int | None:
+    """Tokens of the longest answer that generation_config.json names; None where it names none.
+
+    `max_length`, which counts the prompt too, is taken where `max_new_tokens` is not there. Raises
+    `CheckpointError` where the file is not JSON.
+    """
+    raw = _generation_config(directory)
+    named = (raw.get(name) for name in ("max_new_tokens", "max_length"))
+    return next((length for length in named if type(length) is int and length > 0), None)
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    return read_json_object(path) if path.exists() else {}
 
 
 def _positive_int(values: dict[str, Any], key: str) -> int:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mixchat.config import ModelConfig, advised_sampling
+from mixchat.config import ModelConfig, advised_length, advised_sampling
 from mixchat.errors import CheckpointError
 
 MIXTRAL = {
@@ -128,3 +128,22 @@ def test_a_file_that_is_far_too_large_is_not_read_to_its_end(tmp_path: Path) -> 
         file.truncate(10**12)  # a hole: it takes no disk
     with pytest.raises(CheckpointError, match=r"config\.json: larger than 100 MB"):
         ModelConfig.from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("advice", "length"),
+    [
+        ({}, None),
+        ({"max_new_tokens": 700, "max_length": 900}, 700),
+        ({"max_length": 900}, 900),
+        ({"max_new_tokens": "700"}, None),
+        ({"max_new_tokens": 0}, None),
+        ({"max_new_tokens": True}, None),
+    ],
+)
+def test_advice_on_the_length_of_an_answer_is_read_where_it_is_a_number(
+    tmp_path: Path, advice: dict[str, object], length: int | None
+) -> None:
+    assert advised_length(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text(json.dumps(advice))
+    assert advised_length(tmp_path) == length

@@ -14,6 +14,11 @@ Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
 _COMPLETE = ("stop", "stop_string")
 
 
+def cut_off(tokens: int, more: str) -> str:
+    """Say that the answer reached its longest length; `more` says what allows more."""
+    return f"cut off after {tokens:,} token{'s' if tokens != 1 else ''}; {more} allows more"
+
+
 class Answer:
     """Takes ids, yields text to show.
 

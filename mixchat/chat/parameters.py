@@ -54,7 +54,7 @@ SAMPLING = {
     "seed": Number("seed", int, lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"),
 }
 LENGTHS = {
-    "max-tokens": Number("max_tokens", int, lambda x: x >= 1, "1 or more"),
+    "max-tokens": Number("max_tokens", int, lambda x: x >= 0, "1 or more, or 0 for what fits"),
     "ctx-size": Number("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
 NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # that a chat can change
@@ -64,7 +64,7 @@ def values(session: ChatSession) -> dict[str, str]:
     """All parameters as they are now."""
     sampling = {name: getattr(session.sampling, of.field) for name, of in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
-    limit = "what fits" if session.max_tokens is None else session.max_tokens
+    limit = session.longest_answer or "what fits"
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
     return {name: str(value) for name, value in {**sampling, **others}.items()}
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.chat import commands
+from mixchat.chat.answer import cut_off
 from mixchat.chat.printing import one_line
 from mixchat.chat.session import ChatSession, Finished
 from mixchat.chat.status import NEARLY_FULL, Figures, status_line
@@ -37,7 +38,6 @@ _SOON = 0.3  # seconds that Ctrl-C waits for a token
 
 _ENDINGS = {
     "interrupted": "(stopped)",
-    "length": "(cut off at --max-tokens; /continue goes on)",
     "context": "(cut off: the context is full; /clear begins anew)",
 }
 
@@ -214,6 +214,9 @@ class Repl:
         note = _ENDINGS.get(finished.reason)
         if finished.reason == "interrupted" and said:
             note = "(stopped; /continue goes on)"
+        elif finished.reason == "length":
+            more = "/continue continues, /set max-tokens N"
+            note = f"({cut_off(finished.stats.generated_tokens, more)})"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
         elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:

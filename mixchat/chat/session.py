@@ -26,6 +26,7 @@ Overflow = Literal["stop", "drop-oldest"]
 # a half, or an eighth if no length was given; then until a quarter is left, because what stays has
 # to be read anew, which is not to happen at each turn.
 _MOST, _LEAST, _ROOM = 2, 8, 4
+_LONGEST = 4  # part of the context that an answer may take where nobody has said otherwise
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class ChatSession:
     """One conversation with one engine. The text that was shown is what the next turn remembers.
 
     `history` has all questions and answers. `sampling`, `max_tokens`, `stop`, `system` and
-    `overflow` may be changed between turns.
+    `overflow` may be changed between turns. `max_tokens` is the longest answer that was asked for,
+    0 what fits, None the default; `advised_tokens` is what the model's makers advise.
     """
 
     def __init__(
@@ -70,12 +72,13 @@ class ChatSession:
         system: str | None = None,
         sampling: SamplingOptions,
         max_tokens: int | None = None,
+        advised_tokens: int | None = None,
         stop: Sequence[str] = (),
         overflow: Overflow = "stop",
     ) -> None:
         self.engine = engine
         self.sampling = self.advised = sampling  # what it was at first
-        self.max_tokens = max_tokens
+        self.max_tokens, self._advised_tokens = max_tokens, advised_tokens
         self.stop = tuple(stop)
         self.system = system
         self.overflow = overflow
@@ -95,6 +98,17 @@ class ChatSession:
     def messages(self) -> list[Message]:
         """The system prompt, and the history."""
         return [*self._system(), *self.history]
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens that an answer may have; None is what fits into the context.
+
+        A small model may never end by itself, so there is a limit where nobody has given one.
+        """
+        limit = self.max_tokens
+        if limit is None:
+            limit = self._advised_tokens or self.engine.context_size // _LONGEST
+        return limit or None
 
     @property
     def used(self) -> int:
@@ -248,9 +262,9 @@ class ChatSession:
     def _deltas(
         self, prompt_ids: Sequence[int], sampling: SamplingOptions, answer: Answer
     ) -> Iterator[str]:
-        stop_ids = self._template.stop_ids
+        stop_ids, limit = self._template.stop_ids, self.longest_answer
         generated = self.engine.generate(
-            prompt_ids, sampling=sampling, stop_ids=stop_ids, max_tokens=self.max_tokens
+            prompt_ids, sampling=sampling, stop_ids=stop_ids, max_tokens=limit
         )
         with closing(cast("Generator[int, None, None]", generated)) as ids:
             for token in ids:
@@ -261,5 +275,5 @@ class ChatSession:
                 yield from answer.add(token)
                 if answer.cut or self._interrupted:
                     return
-        full = self.max_tokens is None or len(answer.ids) < self.max_tokens
+        full = limit is None or len(answer.ids) < limit
         yield from answer.end("context" if full else "length")

@@ -55,6 +55,10 @@ def print_answer(session: ChatSession, question: str, form: Form, model: str) ->
     _raise_if_interrupted(finished)
     if finished.reason == "context" and not form.quiet:
         note(f"cut off, the context of {session.engine.context_size} tokens is full")
+    if finished.reason == "length" and session.max_tokens is None and not form.quiet:
+        from mixchat.chat.answer import cut_off
+
+        note(cut_off(finished.stats.generated_tokens, "-n N"))
     return finished
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from mixchat.cli.options import Sampling
 from mixchat.cli.progress import show_progress, status
 from mixchat.cli.report import note
-from mixchat.config import ModelConfig, advised_sampling
+from mixchat.config import ModelConfig, advised_length, advised_sampling
 from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError, ModelNotFoundError
@@ -91,6 +91,7 @@ class Opening:
             system=self.system,
             sampling=self.sampling.options(advised_sampling(directory)),
             max_tokens=self.max_tokens,
+            advised_tokens=advised_length(directory),
             stop=self.stop,
             overflow=self.overflow,
         )

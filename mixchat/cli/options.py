@@ -127,8 +127,8 @@ MaxTokens = Annotated[
         "--max-tokens",
         check=within_limits("max_tokens"),
         metavar="N",
-        help="The longest answer.",
-        show_default="what fits",
+        help="Tokens of the longest answer; 0: what fits.",
+        show_default="the model's, else a quarter of the context",
     ),
 ]
 Stop = Annotated[

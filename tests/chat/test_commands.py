@@ -186,7 +186,7 @@ def test_set_without_a_name_shows_them_all(session_of):
         ("temp nan", "temp has to be 0 or more, not nan"),
         ("top-p 0", "top-p has to be above 0 and at most 1, not 0.0"),
         ("top-k 1.5", "top-k has to be 0 or more, not '1.5'"),
-        ("max-tokens 0", "max-tokens has to be 1 or more, not 0"),
+        ("max-tokens -1", "max-tokens has to be 1 or more, or 0 for what fits, not -1"),
         ("overflow never", "overflow has to be stop or drop-oldest, not 'never'"),
         ("tmp 1", "there is no parameter 'tmp'"),
         ("temp", "/set needs a name and a value"),
@@ -297,7 +297,8 @@ def test_continue_goes_on_where_the_answer_ended(session_of):
     assert prompts_of(session)[1] == "[user]HiHel"
     assert session.history[-1].content == "Helwor"
     assert session.history[-1].ids == tuple(map(ord, "Helwor"))
-    assert "Hel\n(cut off at --max-tokens; /continue goes on)\n\nwor" in chat.text
+    more = "/continue continues, /set max-tokens N allows more"
+    assert f"Hel\n(cut off after 3 tokens; {more})\n\nwor" in chat.text
 
 
 def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):

@@ -93,8 +93,11 @@ def test_control_characters_do_not_reach_the_terminal_and_brackets_do(session_of
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({"max_tokens": 2}, "(cut off at --max-tokens; /continue goes on)"),
-        ({"context_size": 10}, "the context is full"),
+        (
+            {"max_tokens": 2},
+            "(cut off after 2 tokens; /continue continues, /set max-tokens N allows more)",
+        ),
+        ({"context_size": 10, "max_tokens": 0}, "the context is full"),
     ],
 )
 def test_an_answer_that_was_cut_off_says_so(session_of, options, note):

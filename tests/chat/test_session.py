@@ -61,7 +61,24 @@ def test_max_tokens_ends_with_length(session_of):
     assert session.messages[-1].ids == tuple(map(ord, "Hel"))
 
 
-@pytest.mark.parametrize("max_tokens", [None, 100])
+def test_an_answer_is_a_quarter_of_the_context_long_where_nobody_says_otherwise(session_of):
+    """Three of ten first questions to a small model never ended before the context was full."""
+    session = session_of("Hello, and on and on" * 5, context_size=80)
+    text, finished = listen(session.ask("Hi"))
+    assert (text, finished.reason) == (("Hello, and on and on" * 5)[:20], "length")
+    assert session.history[-1].partial  # so /continue continues
+
+
+def test_the_length_that_the_models_makers_advise_goes_before_the_default(session_of):
+    session = session_of("Hello", "Hello", "Hello", context_size=80, advised_tokens=4)
+    assert listen(session.ask("Hi"))[0] == "Hell"
+    session.max_tokens = 2
+    assert listen(session.ask("Hi"))[0] == "He"
+    session.max_tokens = 0  # what fits
+    assert listen(session.ask("Hi"))[0] == "Hello"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 100])
 def test_a_full_context_says_so(session_of, max_tokens):
     session = session_of("Hello", context_size=len("[user]Hi") + 2, max_tokens=max_tokens)
     text, finished = listen(session.ask("Hi"))
@@ -310,7 +327,7 @@ def refuse_long_prompts(engine):
 
 def test_turns_are_left_out_while_there_is_room_for_a_short_answer_only(session_of):
     """An answer was cut off after a few tokens where the oldest turn could have gone."""
-    session = session_of("a" * 50, "b" * 30, context_size=120, overflow="drop-oldest")
+    session = session_of("a" * 50, "b" * 30, context_size=120, overflow="drop-oldest", max_tokens=0)
     turns_of(session, "x" * 30)
     *_, finished = session.ask("again")
     assert prompt_of(session, 1) == "[user]again"

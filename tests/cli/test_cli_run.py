@@ -113,8 +113,16 @@ def test_max_tokens_is_kept(mixchat):
     assert mixchat("run", "Hi", "--max-tokens", "2").stdout == b"He\n"
 
 
+def test_the_default_length_of_an_answer_is_said_on_stderr_where_it_cuts(mixchat):
+    done = mixchat("run", "Hi", "--ctx-size", "16", "--json")
+    assert json.loads(done.stdout)["stop_reason"] == "length"
+    assert done.stderr == b"note: cut off after 4 tokens; -n N allows more\n"
+    assert done.returncode == 0
+    assert not mixchat("run", "Hi", "-n", "4").stderr  # as it was asked for
+
+
 def test_a_full_context_is_said_on_stderr(mixchat):
-    done = mixchat("run", "Hi", "--ctx-size", "10")
+    done = mixchat("run", "Hi", "--ctx-size", "10", "-n", "0")
     assert (done.stdout, done.returncode) == (b"He\n", 0)
     assert done.stderr == b"note: cut off, the context of 10 tokens is full\n"
 
