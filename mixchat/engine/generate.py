@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Engine:
     a person should hear of, and `reading`, which may be replaced, how many tokens of a prompt have
     been read, and of how many. `identity` differs where the weights do. With
     `exact_prompts` the tokens of a prompt are computed to the bit as decoded ones are, in chunks of
-    any size.
+    any size. `name` is what a person calls the model.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Engine:
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",
         exact_prompts: bool = False,
+        name: str = "MODEL",
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.expected = experts, expected
-        self.stats = GenerationStats()
+        self.stats, self._name = GenerationStats(), name
         self.reading: Reading = lambda done, of: None
         self._tokens, self._seconds = 0, 0.0  # of all calls
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
@@ -140,7 +142,8 @@ class Engine:
         Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
         the context is full. The iterator may be dropped at any point. Raises `PromptError` at once
         where the prompt is empty or leaves no room for an answer, `CheckpointError` where it has
-        tokens that the model does not know.
+        tokens that the model does not know; later that, too, where damaged weights give logits that
+        are no numbers.
         """
         ids = list(prompt_ids)
         if not ids:
@@ -166,7 +169,7 @@ class Engine:
         logits = self._prefill(ids[reused:])
         stats.prefill_seconds = time.perf_counter() - start
         while True:
-            token = sampler.sample(logits[0], ids)
+            token = sampler.sample(self._checked(logits[0]), ids)
             ids.append(token)
             stats.generated_tokens += 1
             yield token
@@ -175,6 +178,17 @@ class Engine:
             start = time.perf_counter()
             logits = self._forward([token])
             stats.decode_seconds += time.perf_counter() - start
+
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [V] in fp32 on the CPU. Raises `CheckpointError` where one is no number."""
+        checked = logits.float().cpu()
+        if not math.isfinite(checked.sum().item()):
+            raise CheckpointError(
+                "the model computes values that are not numbers: its weights are damaged",
+                hint=f"Run: mixchat verify {self._name}. It names the damaged file; where it finds "
+                "none, the checkpoint itself is damaged.",
+            )
+        return checked
 
     def _rewind(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with `ids`; the length that is left.

@@ -28,6 +28,7 @@ from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint import KeptModel
 from mixchat.weights.linear import DenseLinear, Linear
+from mixchat.weights.models import models_dir
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,13 @@ def _assemble(kept: KeptModel, options: LoadOptions, device: torch.device) -> En
         ),
         note=options.note,
         identity=identity_of(kept.manifest),
+        name=_name_of(kept.directory),
     )
+
+
+def _name_of(directory: Path) -> str:
+    """The name of an installed model, as commands take it; the path of one elsewhere."""
+    return directory.name if directory.parent == models_dir() else str(directory)
 
 
 def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
