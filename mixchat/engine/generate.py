@@ -158,7 +158,7 @@ class Engine:
             raise Context(self.context_size, largest).prompt_too_long(len(ids))
         room = self.context_size - len(ids)
         limit = room if max_tokens is None else min(max_tokens, room)
-        return self._generate(ids, Sampler(sampling), stop_ids, limit)
+        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit)
 
     def _generate(
         self, ids: list[int], sampler: Sampler, stop_ids: Set[int], limit: int

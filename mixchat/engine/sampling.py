@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,14 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Draws tokens; with a seed the same logits give the same tokens, on every device."""
+    """Draws tokens; with a seed the same logits give the same tokens, on every device.
 
-    def __init__(self, options: SamplingOptions) -> None:
-        self._options = options
+    The tokens of `stop_ids` are free of `repeat_penalty`: a chat's prompt has one at the end of
+    each turn, and a penalty on these would let short answers ramble on.
+    """
+
+    def __init__(self, options: SamplingOptions, stop_ids: Set[int] = frozenset()) -> None:
+        self._options, self._stop_ids = options, stop_ids
         self._generator = torch.Generator()
         if options.seed is None:
             self._generator.seed()
@@ -40,14 +44,15 @@ class Sampler:
         options = self._options
         logits = logits.float().cpu()
         if options.repeat_penalty != 1:
-            logits = penalize(logits, history[-REPEAT_WINDOW:], options.repeat_penalty)
+            recent = set(history[-REPEAT_WINDOW:]) - self._stop_ids
+            logits = penalize(logits, recent, options.repeat_penalty)
         if options.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits, options)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def penalize(logits: torch.Tensor, recent: Sequence[int], penalty: float) -> torch.Tensor:
+def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> torch.Tensor:
     """Divide the positive logits of `recent` tokens by `penalty`, multiply the negative ones."""
     ids = torch.tensor(sorted(set(recent)), dtype=torch.long)
     chosen = logits[ids]

@@ -61,6 +61,16 @@ def test_only_recent_tokens_are_penalized() -> None:
     assert sampler.sample(logits, [0] + [2] * 64) == 0
 
 
+def test_a_token_that_ends_answers_is_never_penalized() -> None:
+    """The prompt of a chat ends each turn with it: with a penalty on it, the demo went on after
+    "The capital of France is Paris."."""
+    logits = torch.tensor([1.0, 0.9, -9.0])
+    options = SamplingOptions(temperature=0, repeat_penalty=2.0)
+    assert Sampler(options).sample(logits, [0, 2]) == 1
+    assert Sampler(options, {0}).sample(logits, [0, 2]) == 0
+    assert Sampler(options, {0, 2}).sample(logits, [0, 2]) == 0
+
+
 def test_temperature_zero_takes_the_best() -> None:
     sampler = Sampler(SamplingOptions(temperature=0))
     assert all(
