@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import typer
 
-from mixchat.chat.printing import one_line, say, show
+from mixchat.chat.printing import one_line, say, show, show_piece
 from mixchat.errors import UsageError
 from mixchat.settings import data_dir
 
@@ -45,7 +45,7 @@ def complete(group: Any, instruction: str) -> int:
     with redirect_stdout(printed):
         code: int = completion.shell_complete(group, {}, _PROGRAM, VARIABLE, instruction)
     text = printed.getvalue()
-    print(_with_escaped_spaces(text) if instruction == "complete_bash" else text, end="")
+    show_piece(_with_escaped_spaces(text) if instruction == "complete_bash" else text)
     return code
 
 
