@@ -118,7 +118,7 @@ def _with_their_size(
     return {
         name: digests
         for name, digests in made.items()
-        if _size(target / name) == sizes.get(name, -1)
+        if name in sizes and _size(target / name) == sizes[name]
     }
 
 

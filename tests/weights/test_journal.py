@@ -56,6 +56,18 @@ def test_a_torn_line_counts_for_nothing(
     assert made_of(tmp_path / "kept") == whole
 
 
+@pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
+def test_a_file_that_no_model_has_counts_for_nothing(
+    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    """A name that was too long for the disk ended the download as a fault of our own."""
+    journal = unfinished(checkpoint, tmp_path / "kept")
+    line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
+    journal.write_bytes(journal.read_bytes() + line)
+    run(fetching(checkpoint, tmp_path / "kept"), tmp_path / "kept")
+    assert made_of(tmp_path / "kept") == whole
+
+
 def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {"a": 1})
     journal.add("x", {"one": "1"})
