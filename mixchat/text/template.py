@@ -107,6 +107,7 @@ def load_template(
     """The template of the checkpoint in `directory`, whose tokenizer is `tokenizer`.
 
     It runs in this process: but for tests, `CheckpointText` loads it inside a cage.
+
     `eos_token_ids` are those of config.json. A checkpoint without a chat template is taken for a
     base model; `kind="instruct"` says that it, or any other, is to be asked in Mistral's format.
     Raises `CheckpointError` where the template, or a file beside it, is damaged.

@@ -106,7 +106,7 @@ def test_a_template_may_only_become_hostile_later(tmp_path: Path) -> None:
         template = text.template()
         good = template.encode([Message("user", "a")])
         answered = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-        with pytest.raises(CheckpointError, match="more than 1 GB of memory"):
+        with pytest.raises(CheckpointError, match=r"more than (1 GB of memory|2 s)"):
             template.encode(answered)
         assert template.encode([Message("user", "a")]) == good
 
