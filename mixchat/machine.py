@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from mixchat import cgroups
+
 _CPU_INFO = Path("/proc/cpuinfo")
+_MEMORY_INFO = Path("/proc/meminfo")
+_PAGES = Path("/proc/self/statm")
 
 
 def cpu_name() -> str:
@@ -29,54 +33,67 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    quota = cgroup_cores(_CGROUPS)
+    quota = cgroups.cores()
     return cores if quota is None else min(cores, quota)
 
 
-def cgroup_cores(directory: Path) -> int | None:
-    """Cores whose time a container may use (cgroup v2), rounded up; None without a limit."""
-    try:
-        quota, period = (directory / "cpu.max").read_text().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
 def total_memory() -> int:
-    """Bytes of RAM, used or not; no more than a container may have."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(whole, int((_CGROUPS / "memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return whole
+    """Bytes of RAM, used or not; no more than the process's control groups may have."""
+    whole = _installed_memory()
+    limit = cgroups.memory_limit()
+    return whole if limit is None else min(whole, limit)
 
 
 def free_memory() -> int:
-    """Bytes of RAM that can be taken without pushing anything out."""
+    """Bytes of RAM that can be taken without pushing anything out, and within all limits."""
+    return min(_free_by_limit().values())
+
+
+def memory_limit() -> str | None:
+    """The limit that leaves less memory than the machine has free; None where none does.
+
+    It is "control group", which a container, systemd or a batch system sets, or a `ulimit`.
+    """
+    free = _free_by_limit()
+    tightest = min(free, key=free.__getitem__)
+    return tightest or None
+
+
+def _free_by_limit() -> dict[str, int]:
+    """Bytes that each limit leaves, by its name; "" is the machine itself."""
+    free = {"": _available_memory()}
+    room = cgroups.memory_room()
+    if room is not None:
+        free["control group"] = room
+    return free | room_by_ulimit()
+
+
+def _available_memory() -> int:
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         # macOS says only how much there is in all; half of that is a cautious guess.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    room = cgroup_room(_CGROUPS)
-    return free if room is None else min(free, room)
+        return _installed_memory() // 2
 
 
-def cgroup_room(directory: Path) -> int | None:
-    """Bytes left of a container's limit (cgroup v2), None where there is no limit.
+def _installed_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    Pages of files that were read but are not in use count as free: the kernel drops them first.
-    """
+
+def room_by_ulimit() -> dict[str, int]:
+    """Bytes left of the limits that a shell or a batch system has set for each process."""
     try:
-        limit = (directory / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((directory / "memory.current").read_text())
-        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):
-        return None
+        pages = [int(field) for field in _PAGES.read_text().split()]  # see proc_pid_statm(5)
+    except OSError:  # no Linux
+        return {}
+    limits = (("ulimit -v", resource.RLIMIT_AS, 0), ("ulimit -d", resource.RLIMIT_DATA, 5))
+    left: dict[str, int] = {}
+    for name, kind, field in limits:
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            left[name] = max(0, limit - pages[field] * os.sysconf("SC_PAGE_SIZE"))
+    return left
 
 
 def existing(directory: Path) -> Path:

@@ -1,33 +1,55 @@
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
-from mixchat import machine
+from mixchat import cgroups, machine
 
 
-def cgroup(directory: Path, limit: str) -> Path:
-    (directory / "memory.max").write_text(f"{limit}\n")
-    (directory / "memory.current").write_text("700\n")
-    (directory / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    return directory
+@pytest.fixture
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing limits this process."""
+    for name in ("memory_room", "memory_limit", "cores"):
+        monkeypatch.setattr(cgroups, name, lambda: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, 0))
 
 
-def test_a_containers_limit_counts_and_files_read_before_do_not(tmp_path: Path) -> None:
-    assert machine.cgroup_room(cgroup(tmp_path, "1000")) == 450
-    assert machine.cgroup_room(cgroup(tmp_path, "500")) == 0
-
-
-def test_no_limit_is_none(tmp_path: Path) -> None:
-    assert machine.cgroup_room(cgroup(tmp_path, "max")) is None
-    assert machine.cgroup_room(tmp_path / "elsewhere") is None
-
-
-def test_free_memory_is_what_both_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+@pytest.mark.usefixtures("no_limits")
+def test_free_memory_is_what_machine_and_control_group_both_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = machine.free_memory()
     assert whole > 10**8
-    cgroup(tmp_path, "1000")
-    assert machine.free_memory() == 450
+    assert machine.memory_limit() is None
+    monkeypatch.setattr(cgroups, "memory_room", lambda: 450)
+    assert (machine.free_memory(), machine.memory_limit()) == (450, "control group")
+    monkeypatch.setattr(cgroups, "memory_room", lambda: 10**18)
+    assert machine.free_memory() > 10**8
+    assert machine.memory_limit() is None
+
+
+@pytest.mark.usefixtures("no_limits")
+@pytest.mark.parametrize(
+    ("kind", "name", "left"),
+    [(resource.RLIMIT_AS, "ulimit -v", 700), (resource.RLIMIT_DATA, "ulimit -d", 900)],
+)
+def test_a_ulimit_leaves_what_the_process_has_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, name: str, left: int
+) -> None:
+    """Under `ulimit -v` mixchat planned with all of the machine's memory, and then failed."""
+    pages = tmp_path / "statm"
+    pages.write_text("300 40 30 20 0 100 0\n")
+    monkeypatch.setattr(machine, "_PAGES", pages)
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = {kind: (1000 * page, 2000 * page)}
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, unlimited))
+    assert (machine.free_memory(), machine.memory_limit()) == (left * page, name)
+    pages.write_text("3000 40 30 20 0 3000 0\n")
+    assert machine.free_memory() == 0
+    monkeypatch.setattr(machine, "_PAGES", tmp_path / "no Linux")
+    assert machine.memory_limit() is None
 
 
 def test_a_directory_that_is_not_there_yet_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
@@ -70,40 +92,23 @@ def test_a_processor_without_a_name_is_called_by_its_kind(
     assert machine.cpu_name() == "aarch64"
 
 
+@pytest.mark.usefixtures("no_limits")
 def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cgroup_cores", lambda directory: None)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert machine.usable_cores() == 3
+    monkeypatch.setattr(cgroups, "cores", lambda: 2)
+    assert machine.usable_cores() == 2
+    monkeypatch.setattr(cgroups, "cores", lambda: 9)
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: 5)
     assert machine.usable_cores() == 5
 
 
-def test_memory_in_all_is_what_a_container_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+@pytest.mark.usefixtures("no_limits")
+def test_memory_in_all_is_what_a_container_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = machine.total_memory()
     assert machine.free_memory() < whole
-    cgroup(tmp_path, "max")
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: 10**18)
     assert machine.total_memory() == whole
-    cgroup(tmp_path, "1000")
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: 1000)
     assert machine.total_memory() == 1000
-
-
-@pytest.mark.parametrize(
-    ("content", "cores"),
-    [("max 100000\n", None), ("200000 100000\n", 2), ("150000 100000\n", 2), ("5000 100000", 1)],
-)
-def test_a_container_s_share_of_time_counts_as_cores(
-    tmp_path: Path, content: str, cores: int | None
-) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    assert machine.cgroup_cores(tmp_path) == cores
-
-
-@pytest.mark.parametrize("content", [None, "", "x y", "1 0"])
-def test_a_share_that_cannot_be_read_is_no_limit(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "cpu.max").write_text(content)
-    assert machine.cgroup_cores(tmp_path) is None

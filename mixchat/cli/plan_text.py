@@ -64,7 +64,8 @@ def _section(title: str, text: str) -> str:
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     there, speeds = plan.machine, plan.speeds
     yield "CPU", f"{there.cpu}, {there.cores} {'core' if there.cores == 1 else 'cores'}"
-    yield "RAM", f"{format_size(there.memory)}, {format_size(there.free.host)} free"
+    limit = f" (limit: {there.free.limit})" if there.free.limit else ""
+    yield "RAM", f"{format_size(there.memory)}, {format_size(there.free.host)} free{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
         free = format_size(there.free.device)
         yield "GPU", f"{there.gpu}, {format_size(there.gpu_memory)}, {free} free"

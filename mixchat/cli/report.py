@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -10,6 +11,16 @@ from contextlib import suppress
 from mixchat.chat.printing import one_line, say, show
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
+from mixchat.machine import room_by_ulimit
+
+# The words of torch, of the loader of libraries, and of C++, in small letters.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to map segment",
+    "unable to mmap",
+    "bad_alloc",
+)
 
 
 def note(text: str) -> None:
@@ -43,20 +54,46 @@ def report(error: Exception) -> int:
 def _as_ours(error: Exception) -> MixchatError | None:
     if isinstance(error, MixchatError):
         return error
+    if _is_lack_of_memory(error):
+        return ResourceError("there is not enough memory", hint=_memory_hint(error))
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
-    # By name, because torch's class of that name is not worth importing torch.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        hint = "Try a smaller --host-memory or --ctx-size."
-        return ResourceError("there is not enough memory", hint=hint)
     # Typer's own errors have this method; their class has no public name in every release.
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "mixchat"
         return UsageError(format_message(), hint=f"'{command} --help' shows what can be given.")
     return None
+
+
+def _memory_hint(error: Exception) -> str:
+    if _is_of_gpu(error):
+        return "Try a smaller --ctx-size or --device-memory."
+    if limits := " and ".join(room_by_ulimit()):
+        return f"A limit from outside allows no more ({limits}): raise it."
+    return "Close other programs, or try a smaller --ctx-size or --host-memory."
+
+
+def _is_of_gpu(error: BaseException) -> bool:
+    # By name, because torch's class of that name is not worth importing torch.
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, for an array or for a library that was to be loaded."""
+    if isinstance(error, MemoryError) or _is_of_gpu(error):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, (ImportError, OSError, RuntimeError)):
+        text = str(error).lower()
+        if any(words in text for words in _NO_MEMORY) and "static tls" not in text:
+            return True
+    # numpy says only that it cannot be imported; the reason is the error before.
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_lack_of_memory(before)
 
 
 def _print_line(text: str) -> None:

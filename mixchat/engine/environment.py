@@ -7,16 +7,35 @@ import signal
 import sys
 import threading
 
+from mixchat import machine
+from mixchat.errors import ResourceError
+from mixchat.settings import format_least, format_size
+
+# Bytes. With less, native code ends the process while torch or a tokenizer is loaded.
+_LEAST_ROOM = 950_000_000
+
 
 def prepare_environment() -> None:
-    """Set what torch reads when it is imported, and import it. What a person has set stays."""
+    """Set what torch reads when it is imported, and import it. What a person has set stays.
+
+    Raises `ResourceError` where a `ulimit` leaves no room for it.
+    """
     # Large pages for large tensors: the weights of an expert are read 5 to 8% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # OpenMP's threads go to sleep soon after they have nothing to do. With its own default they
     # spin on, and a busy core then costs decoding three quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
+        _check_room(machine.room_by_ulimit().get("ulimit -v"))
         _import_torch()
+
+
+def _check_room(room: int | None) -> None:
+    if room is not None and room < _LEAST_ROOM:
+        needed, left = format_least(_LEAST_ROOM), format_size(room)
+        raise ResourceError(
+            f"not enough memory: {needed} needed, ulimit -v leaves {left}", hint="Raise that limit."
+        )
 
 
 def _import_torch() -> None:

@@ -9,25 +9,31 @@ import torch
 from mixchat.config import ModelConfig
 from mixchat.context import Context
 from mixchat.engine.kv_cache import cache_bytes
-from mixchat.errors import UsageError
+from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import CPU, free_memory
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.kernels.pages import Bits
+from mixchat.machine import memory_limit
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint
 
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does."""
+    """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does.
+
+    limit: what allows less of the RAM than the machine has free, as `machine.memory_limit` says.
+    """
 
     host: int
     device: int | None = None
+    limit: str | None = None
 
     @classmethod
     def now(cls, device: torch.device) -> FreeMemory:
         """What can be taken on this machine, where `device` computes."""
-        return cls(free_memory(CPU), None if device == CPU else free_memory(device))
+        on_device = None if device == CPU else free_memory(device)
+        return cls(free_memory(CPU), on_device, memory_limit())
 
 
 def context_size(config: ModelConfig, wanted: int | None) -> int:
@@ -56,4 +62,10 @@ def place(
         return place_on_gpu(demand, free.device, free.host, device_memory, host_memory)
     if device_memory is not None:
         raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
-    return place_on_cpu(demand, free.host, host_memory)
+    try:
+        return place_on_cpu(demand, free.host, host_memory)
+    except ResourceError as error:
+        if free.limit is None:
+            raise
+        hint = f"A limit from outside allows no more ({free.limit}): raise it. {error.hint or ''}"
+        raise ResourceError(str(error), hint=hint.strip()) from None

@@ -1,8 +1,11 @@
 """Bad input: one line on stderr, nothing on stdout, and the exit code of errors.py."""
 
+import errno
 import os
 import pty
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from command_line import FAKE
@@ -117,6 +120,66 @@ def test_memory_that_runs_out_says_what_to_try(capsys, base):
     assert capsys.readouterr().err == (
         "error: there is not enough memory\nhint: Try a smaller --host-memory or --ctx-size.\n"
     )
+
+
+def numpy_s_error():
+    error = ImportError("Error importing numpy: you should not try to import numpy from here")
+    error.__cause__ = ImportError("libblas.so: failed to map segment from shared object")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes."),
+        RuntimeError("std::bad_alloc"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        ImportError("libtorch_cpu.so: cannot allocate memory"),
+        numpy_s_error(),
+    ],
+)
+def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatch, error):
+    """Under `ulimit -v` most of these ended as "internal error", and the hint named experts."""
+    from mixchat.cli import report
+
+    monkeypatch.setattr(report, "room_by_ulimit", lambda: {"ulimit -v": 5})
+    assert report.report(error) == 7
+    assert capsys.readouterr().err == (
+        "error: there is not enough memory\n"
+        "hint: A limit from outside allows no more (ulimit -v): raise it.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libgomp.so: cannot allocate memory in static TLS block"),
+        ImportError("No module named 'torch'"),
+        RuntimeError("Expected all tensors to be on the same device"),
+    ],
+)
+def test_other_faults_are_not_taken_for_a_lack_of_memory(capsys, error):
+    from mixchat.cli.report import report
+
+    assert report(error) == 1
+    assert "internal error" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says what is taken")
+@pytest.mark.parametrize("command", ["plan", "verify demo"])
+def test_too_small_a_ulimit_is_refused_before_torch_aborts_the_process(environment, command):
+    limited = f"ulimit -v 600000; exec {sys.executable} -m mixchat {command}"
+    place = Path(environment["MIXCHAT_HOME"]) / "models" / "demo"
+    place.mkdir(parents=True)
+    (place / "mixchat.json").touch()
+    done = subprocess.run(
+        ["sh", "-c", limited], capture_output=True, env=environment, timeout=120, check=False
+    )
+    lines = lines_of(done)
+    assert (done.returncode, len(lines)) == (7, 2)
+    assert "ulimit -v leaves" in lines[0]
 
 
 def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat):

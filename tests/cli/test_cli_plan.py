@@ -30,6 +30,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(speeds, "measure", measure)
     monkeypatch.setattr(fitting, "free_memory", lambda device: int(14.5 * GB))
+    monkeypatch.setattr(fitting, "memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(threads, "settle_threads", lambda blueprint: None)
     return calls
@@ -120,7 +121,7 @@ def test_as_json_it_has_all_of_it(run, measured):
     )
     assert found["first_token"]["seconds"] > 10
     assert found["fit"]["largest_context"] == 32768
-    assert found["machine"]["free"] == {"host": int(14.5 * GB), "device": None}
+    assert found["machine"]["free"] == {"host": int(14.5 * GB), "device": None, "limit": None}
     assert [more["bytes"] for more in found["what_more_buys"]] == [8 * GB, 16 * GB]
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
 
@@ -207,6 +208,15 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
     assert done.returncode == 7
     assert b"the model needs at least 4.5 GB" in done.stderr
     assert measured == []
+
+
+def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch):
+    monkeypatch.setattr(fitting, "memory_limit", lambda: "control group")
+    assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
+    monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
+    done = run()
+    assert done.returncode == 7
+    assert b"hint: A limit from outside allows no more (control group): raise it." in done.stderr
 
 
 def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch):
