@@ -128,6 +128,21 @@ def format_size(size: int) -> str:
     return f"{size} bytes"
 
 
+def format_rates(low: float, high: float) -> str:
+    """`0.617` and `0.912` as `0.62 to 0.91`: two digits, or one figure where both are the same."""
+    texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def format_age(seconds: float) -> str:
+    """`7200` as `2 hours ago`; what is younger than a minute, or of a clock set back, as `now`."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "now"
+
+
 def format_time(seconds: float) -> str:
     """`95` as `2 min`: seconds below a minute, minutes below two hours, hours and minutes above."""
     if seconds < 59.5:

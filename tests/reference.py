@@ -50,10 +50,11 @@ def updated(readme: str) -> str:
 
 
 def _section(name: str, command: Any) -> str:
-    about = " ".join(command.help.split())
+    about, *more = (" ".join(text.split()) for text in command.help.split("\n\n"))
     usage = " ".join([name, *_usage(command)])
     head = f"<details><summary><code>{_escaped(usage)}</code><br>{_escaped(about)}</summary>"
-    return "\n".join([head, "", *_table(command), "", "</details>"])
+    paragraphs = [line for text in more for line in (_escaped(text), "")]
+    return "\n".join([head, "", *paragraphs, *_table(command), "", "</details>"])
 
 
 def _usage(command: Any) -> Iterator[str]:

@@ -8,7 +8,9 @@ from mixchat.settings import (
     MemoryBudget,
     config_file,
     data_dir,
+    format_age,
     format_least,
+    format_rates,
     format_size,
     read_config,
 )
@@ -144,3 +146,34 @@ def test_a_name_that_cannot_be_a_file_is_said(config: Path, name: str) -> None:
         (config.parent / name).symlink_to(name)
     with pytest.raises(UsageError, match="cannot be read"):
         read_config(config.parent / name)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.6174, 0.9121, "0.62 to 0.91"),
+        (0.0312, 0.5, "0.031 to 0.5"),
+        (1.04, 1.03, "1"),
+        (9.4, 12.6, "9.4 to 13"),
+        (98.4, 1234.0, "98 to 1234"),
+    ],
+)
+def test_rates_have_two_digits_and_are_one_where_they_are_the_same(
+    low: float, high: float, text: str
+) -> None:
+    assert format_rates(low, high) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5.0, "now"),
+        (59.0, "now"),
+        (61.0, "1 minute ago"),
+        (7300.0, "2 hours ago"),
+        (86400.0, "1 day ago"),
+        (400 * 86400.0, "400 days ago"),
+    ],
+)
+def test_an_age_has_one_unit(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

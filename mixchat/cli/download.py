@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -161,15 +162,20 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "checkpoint_bytes": plan.checkpoint,
         "fetch_bytes": plan.fetch,
         "kept_bytes": plan.kept,
-        "disk": [
-            {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
-            for need in plan.disk
-        ],
+        "disk": disk_as_dicts(plan.disk),
         "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
         "bytes_per_second": plan.rate,
         "seconds": plan.seconds,
         "rounded_from": plan.rounded_from,
     }
+
+
+def disk_as_dicts(disk: Sequence[Need]) -> list[dict[str, Any]]:
+    """What is needed on each disk, as JSON has it."""
+    return [
+        {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
+        for need in disk
+    ]
 
 
 def _need(need: Need) -> str:

@@ -38,9 +38,17 @@ def plan(
     host_memory: HostMemory = None,
     device_memory: DeviceMemory = None,
     device: Device = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine again, about 10 s.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say how a model would run on this machine, downloaded or not: what goes where, how fast."""
+    """Say how a model would run on this machine, downloaded or not: what goes where, how fast.
+
+    The first plan for a model's shape measures this machine: its disk, its memory, and how fast it
+    computes. The figures stay in the file machine.json of the data directory (MIXCHAT_HOME), with
+    their date; 'run --verbose' shows the speed that they promise, too.
+    """
     budgets, bits = (budget(host_memory), budget(device_memory)), checked_bits(kv_bits)
     from mixchat.weights import models
 
@@ -52,25 +60,25 @@ def plan(
 
     with show_progress() as progress:
         found = outline(model, progress)
-    made = _plan(found, device, Wishes(*budgets, ctx_size, bits))
+    made = _plan(found, device, Wishes(*budgets, ctx_size, bits), measure)
     if as_json:
         show(json.dumps(as_dict(found, made), indent=2))
     else:
         show_lines(as_text(found, made))
 
 
-def _plan(found: Outline, device_name: str | None, wishes: Wishes) -> MachinePlan:
+def _plan(found: Outline, device_name: str | None, wishes: Wishes, anew: bool) -> MachinePlan:
     from mixchat.engine.loader import choose_device
     from mixchat.engine.planning import fit, look, plan
-    from mixchat.engine.speeds import known_speeds, speeds
+    from mixchat.engine.speeds import known_speeds, measure_speeds
     from mixchat.engine.threads import settle_threads
 
     device, blueprint = choose_device(device_name), found.blueprint
     there = look(found.directory, device)
     fit(blueprint, there.free, wishes)  # what cannot be is said before it is measured
     settle_threads(blueprint)
-    measured = known_speeds(blueprint, found.directory, device)
+    measured = None if anew else known_speeds(blueprint, found.directory, device)
     if measured is None:
-        with status("measuring this machine (once, about 5 s)"):
-            measured = speeds(blueprint, found.directory, device)
+        with status("measuring this machine (about 10 s)"):
+            measured = measure_speeds(blueprint, found.directory, device)
     return plan(blueprint, device, there, measured, wishes)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from mixchat.cli.download import as_dict as download_as_dict
 from mixchat.cli.download import as_text as download_as_text
+from mixchat.cli.download import disk_as_dicts
 from mixchat.cli.models import aligned
 from mixchat.engine.expectation import PROMPT
-from mixchat.settings import format_size, format_time
+from mixchat.settings import format_age, format_least, format_rates, format_size, format_time
 from mixchat.weights.plan import kept_size
 
 if TYPE_CHECKING:
+    from mixchat.engine.expectation import SpeedRange
     from mixchat.engine.planning import MachinePlan
     from mixchat.experts.cost import TokenCost
     from mixchat.weights.outline import Outline
@@ -24,6 +28,7 @@ Rows = Sequence[tuple[str, str]]
 def as_text(found: Outline, plan: MachinePlan) -> str:
     """All of a plan, in sections."""
     sections: list[tuple[str, Rows]] = [
+        ("verdict", list(_verdict(found, plan))),
         ("this machine", list(_machine(plan))),
         (f"the model: {found.name}", list(_model(found, plan))),
         ("what goes where", list(_places(plan))),
@@ -50,6 +55,8 @@ def as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "kept": found.kept,
         "kept_bytes": kept_size(found.blueprint),
         "quantization": found.blueprint.quantization.description(),
+        "fits": not found.lacking,
+        "disk": disk_as_dicts(found.disk),
         "tokens_per_second": plan.tokens_per_second,
         **made,
         "download": None if found.download is None else download_as_dict(found.download),
@@ -59,6 +66,24 @@ def as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
 def _section(title: str, text: str) -> str:
     indented = "\n".join(f"  {line}" for line in text.splitlines())
     return f"{title[0].upper()}{title[1:]}\n{indented}"
+
+
+def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    speed = _speed(plan.speed)
+    if found.kept:
+        yield "it runs here", speed
+    elif not found.lacking:
+        yield "it fits", f"once it is downloaded: {speed}"
+    else:
+        for need in found.lacking:
+            missing = format_least(need.needed - need.free)
+            yield (
+                "it does not fit",
+                f"{missing} of disk are missing: the download takes up to "
+                f"{format_least(need.needed)} in {need.place}, {format_size(need.free)} are free",
+            )
+        yield "", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
+        yield "if it did", speed
 
 
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -82,6 +107,9 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "expert", f"{_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
+    when = datetime.fromtimestamp(plan.measured_at).strftime("%Y-%m-%d %H:%M")
+    age = format_age(time.time() - plan.measured_at)
+    yield "measured", f"{when} ({age}), {plan.samples} samples; --measure measures again"
 
 
 def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -122,9 +150,9 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if plan.cost is None:
-        yield "speed", "unknown, because the disk could not be measured"
+        yield "speed", _speed(None)
     else:
-        yield "speed", f"{_speed(1 / plan.cost.seconds)}: a token takes {_time(plan.cost.seconds)}"
+        yield "speed", f"{_speed(plan.speed)}: a token takes {_time(plan.cost.seconds)}"
         yield from (("", reason) for reason in _reasons(plan.cost))
     held = f"{plan.hit_rate:.0%} of the experts that tokens ask for"
     if plan.machine.free.device is None:
@@ -157,7 +185,7 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "nothing", "all experts are in the fastest memory there is"
     for more in plan.what_more_buys:
         what = "RAM" if more.tier == "host" else "on the GPU"
-        yield f"+{format_size(more.bytes)} {what}", _speed(more.tokens_per_second)
+        yield f"+{format_size(more.bytes)} {what}", _speed(more.speed)
 
 
 def _download(found: Outline) -> str:
@@ -166,8 +194,10 @@ def _download(found: Outline) -> str:
     return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
 
 
-def _speed(tokens_per_second: float) -> str:
-    return f"{tokens_per_second:.3g} tokens/s"
+def _speed(speed: SpeedRange | None) -> str:
+    if speed is None:
+        return "unknown, because the disk could not be measured"
+    return f"{format_rates(speed.low, speed.high)} tokens/s"
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
-from mixchat.settings import format_size
+from mixchat.settings import format_age, format_rates, format_size
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished
+    from mixchat.engine.expectation import SpeedRange
     from mixchat.engine.generate import Engine, GenerationStats
     from mixchat.experts.stats import ExpertStats
 
@@ -36,12 +38,15 @@ class VerboseReport:
         say(*lines, stream=self._stream)
 
 
-def generation_lines(stats: GenerationStats, expected: float | None) -> list[str]:
-    """Tokens and rates of prefill and decode, beside the rate that was to be expected."""
+def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> list[str]:
+    """Tokens and rates of prefill and decode, beside the rate that `mixchat plan` expects."""
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token falls out of the prefill.
     decoded = max(stats.generated_tokens - 1, 0)
-    beside = "" if expected is None else f" ({expected:.1f} expected)"
+    beside = ""
+    if expected is not None:
+        age = format_age(time.time() - expected.measured_at)
+        beside = f" ({format_rates(expected.low, expected.high)} expected, measured {age})"
     return [
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",

@@ -11,7 +11,7 @@ import torch
 
 from mixchat.config import ModelConfig
 from mixchat.engine.speeds import known_speeds
-from mixchat.experts.calibration import Calibration
+from mixchat.experts.calibration import Calibration, Measurement
 from mixchat.experts.cost import Shape, TokenCost, moving_cost, token_cost
 from mixchat.experts.placement import Placement
 from mixchat.experts.policies import DEFAULT_POLICY
@@ -22,6 +22,15 @@ from mixchat.weights.blueprint import Blueprint
 PROMPT = 20  # tokens of a short prompt
 # Tokens of a synthetic trace, and the first of them, which fill the cache and do not count.
 _TOKENS, _COLD = 300, 100
+
+
+@dataclass(frozen=True)
+class SpeedRange:
+    """Tokens a second in decoding: of the slowest sample of a measurement, and of the fastest."""
+
+    low: float
+    high: float
+    measured_at: float  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,25 @@ def decode_cost(
     )
 
 
+def speed_range(
+    blueprint: Blueprint, device: torch.device, measured: Measurement, placement: Placement
+) -> SpeedRange | None:
+    """The speed in decoding by each sample; None as `decode_cost`."""
+    speeds = (*measured.samples, measured.typical)
+    costs = [decode_cost(blueprint, device, sample, placement) for sample in speeds]
+    seconds = [cost.seconds for cost in costs if cost is not None]
+    if not seconds:
+        return None
+    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured.measured_at)
+
+
 def predicted(
     blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
-) -> float | None:
-    """Tokens a second in decoding, of a model that is loaded; None where the machine was never
-    measured for its like (`mixchat plan` does it)."""
-    speeds = known_speeds(blueprint, directory, device)
-    cost = None if speeds is None else decode_cost(blueprint, device, speeds, placement)
-    return None if cost is None else 1 / cost.seconds
+) -> SpeedRange | None:
+    """The speed of a model that is loaded; None where the machine was never measured for its like
+    (`mixchat plan` does it)."""
+    measured = known_speeds(blueprint, directory, device)
+    return None if measured is None else speed_range(blueprint, device, measured, placement)
 
 
 def first_token(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from mixchat.errors import CheckpointError, PromptError, ResourceError
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertReport
+
+if TYPE_CHECKING:
+    from mixchat.engine.expectation import SpeedRange
 
 # Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
 PREFILL_CHUNK = 2048
@@ -54,7 +58,7 @@ class Engine:
         experts: Fetcher,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
-        expected: Callable[[], float | None] = lambda: None,
+        expected: Callable[[], SpeedRange | None] = lambda: None,
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",
         exact_prompts: bool = False,

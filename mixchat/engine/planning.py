@@ -10,14 +10,16 @@ import torch
 from mixchat import machine
 from mixchat.engine.expectation import (
     FirstToken,
+    SpeedRange,
     decode_cost,
     first_token,
     held_together,
     hit_rates,
+    speed_range,
 )
 from mixchat.engine.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.engine.kv_cache import cache_bytes
-from mixchat.experts.calibration import Calibration
+from mixchat.experts.calibration import Calibration, Measurement
 from mixchat.experts.cost import TokenCost
 from mixchat.experts.placement import MIN_SLOTS, Demand, Placement
 from mixchat.kernels.pages import Bits
@@ -68,6 +70,7 @@ class More:
     bytes: int
     placement: Placement
     tokens_per_second: float
+    speed: SpeedRange
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class MachinePlan:
 
     Hit rates, 0 to 1, are those expected in decoding: of the slots, and of these with RAM behind
     them; together they have room for `held` experts. `cost` and `first_token` are None where they
-    hang on a disk that could not be measured.
+    hang on a disk that could not be measured. Both are by the typical figures of all samples,
+    which are `speeds`; `speed` is by all samples.
     """
 
     machine: Machine
@@ -87,6 +91,9 @@ class MachinePlan:
     hit_rate: float
     host_hit_rate: float
     cost: TokenCost | None
+    speed: SpeedRange | None
+    measured_at: float
+    samples: int
     first_token: FirstToken | None
     what_more_buys: tuple[More, ...]
 
@@ -122,11 +129,11 @@ def plan(
     blueprint: Blueprint,
     device: torch.device,
     there: Machine,
-    speeds: Calibration,
+    measured: Measurement,
     wishes: Wishes,
 ) -> MachinePlan:
     """What the model will do on a machine that was looked at and measured. Raises as `fit`."""
-    fitted = fit(blueprint, there.free, wishes)
+    fitted, speeds = fit(blueprint, there.free, wishes), measured.typical
     rates = hit_rates(blueprint, device, fitted.placement)
     return MachinePlan(
         machine=there,
@@ -137,8 +144,11 @@ def plan(
         hit_rate=rates[0],
         host_hit_rate=rates[1],
         cost=decode_cost(blueprint, device, speeds, fitted.placement),
+        speed=speed_range(blueprint, device, measured, fitted.placement),
+        measured_at=measured.measured_at,
+        samples=len(measured.samples),
         first_token=first_token(blueprint, device, speeds),
-        what_more_buys=_what_more_buys(blueprint, device, there.free, speeds, wishes),
+        what_more_buys=_what_more_buys(blueprint, device, there.free, measured, wishes),
     )
 
 
@@ -161,7 +171,7 @@ def _what_more_buys(
     blueprint: Blueprint,
     device: torch.device,
     free: FreeMemory,
-    speeds: Calibration,
+    measured: Measurement,
     wishes: Wishes,
 ) -> tuple[More, ...]:
     ways = [("host", step) for step in STEPS]
@@ -171,9 +181,10 @@ def _what_more_buys(
     seen = {_counts(fit(blueprint, free, wishes).placement)}
     for tier, step in ways:
         placement = fit(blueprint, *_with_more(blueprint, free, wishes, tier, step)).placement
-        cost = decode_cost(blueprint, device, speeds, placement)
-        if cost is not None and _counts(placement) not in seen:
-            found.append(More(tier, step, placement, 1 / cost.seconds))
+        cost = decode_cost(blueprint, device, measured.typical, placement)
+        speed = speed_range(blueprint, device, measured, placement)
+        if cost is not None and speed is not None and _counts(placement) not in seen:
+            found.append(More(tier, step, placement, 1 / cost.seconds, speed))
             seen.add(_counts(placement))
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""How fast this machine is for a model: what was measured once, or is measured now."""
+"""The speed of this machine for a model: as it was measured before, or as it is measured now."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 
 from mixchat.engine.probe import layer_probe
-from mixchat.experts.calibration import Calibration, calibration_key, load, load_or_measure
-from mixchat.experts.measure import measure
+from mixchat.experts.calibration import (
+    Calibration,
+    Measurement,
+    calibration_key,
+    load,
+    measure_and_keep,
+)
+from mixchat.experts.measure import SAMPLE, measure
 from mixchat.experts.runner import compute
 from mixchat.settings import data_dir
 from mixchat.weights.blueprint import Blueprint
@@ -19,16 +25,17 @@ def calibration_path() -> Path:
     return data_dir() / "machine.json"
 
 
-def known_speeds(blueprint: Blueprint, directory: Path, device: torch.device) -> Calibration | None:
-    """What was measured before for a model of this shape, kept in `directory`; measures nothing."""
+def known_speeds(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement | None:
+    """The measurement made before for a model of this shape in `directory`; measures nothing."""
     return load(calibration_path(), calibration_key(blueprint, directory, device), device)
 
 
-def speeds(blueprint: Blueprint, directory: Path, device: torch.device) -> Calibration:
-    """The same, measured where it is not known, in about five seconds, and kept."""
+def measure_speeds(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
+    """Measure this machine, in about ten seconds, and keep that in place of what was known."""
 
-    def run() -> Calibration:
-        return measure(blueprint, directory, device, compute, layer_probe(blueprint, device))
+    def sample() -> Calibration:
+        probe = layer_probe(blueprint, device)
+        return measure(blueprint, directory, device, compute, probe, effort=SAMPLE)
 
     key = calibration_key(blueprint, directory, device)
-    return load_or_measure(calibration_path(), key, device, run)
+    return measure_and_keep(calibration_path(), key, sample)

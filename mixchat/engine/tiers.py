@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from mixchat import machine
-from mixchat.engine.speeds import known_speeds, speeds
+from mixchat.engine.speeds import known_speeds, measure_speeds
 from mixchat.errors import ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.fetcher import Fetcher
@@ -96,10 +96,11 @@ def _host_compute(
     blueprint, directory = kept.blueprint, kept.directory
     if blueprint.expert != blueprint.computed_on(CPU).expert:
         return None  # the CPU computes them as they lie slowly, or not at all
-    measured = known_speeds(blueprint, directory, device)
-    if measured is None:
-        note("measuring this machine, once: a few seconds")
-        measured = speeds(blueprint, directory, device)
+    known = known_speeds(blueprint, directory, device)
+    if known is None:
+        note("measuring this machine, about 10 s (only the first time)")
+        known = measure_speeds(blueprint, directory, device)
+    measured = known.typical
     if measured.copy_bandwidth is None:
         return None
     return HostCompute(

@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.weights.blueprint import Blueprint
 
-_FORMAT = 1  # of the file of results; one of another format is measured again
+_FORMAT = 2  # of the file of results; one of another format is measured again
+SAMPLES = 3  # of a measurement
 _KEPT = 32  # results in that file: the numbers of some disks change with every start
 
 
@@ -55,6 +58,51 @@ class Calibration:
         return interpolate(self.expert_seconds[device], rows)
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Calibrations that were made one after the other, and when: seconds since 1970.
+
+    They differ as much as the machine's pace does, with what else it does meanwhile.
+    """
+
+    measured_at: float
+    samples: tuple[Calibration, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the disk was measured each time."""
+        return all(sample.disk_bandwidth is not None for sample in self.samples)
+
+    @property
+    def typical(self) -> Calibration:
+        """The median of each figure."""
+        samples = self.samples
+        first = samples[0]
+        return Calibration(
+            disk_bandwidth=_median(sample.disk_bandwidth for sample in samples),
+            disk_bandwidth_idle=_median(sample.disk_bandwidth_idle for sample in samples),
+            disk_direct=2 * sum(sample.disk_direct for sample in samples) > len(samples),
+            memory_bandwidth=median(sample.memory_bandwidth for sample in samples),
+            copy_bandwidth=_median(sample.copy_bandwidth for sample in samples),
+            expert_seconds={
+                device: _medians([sample.expert_seconds[device] for sample in samples])
+                for device in first.expert_seconds
+            },
+            layer_seconds=median(sample.layer_seconds for sample in samples),
+        )
+
+
+def _median(figures: Iterable[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return median(known) if known else None
+
+
+def _medians(samples: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Medians by count of rows, of the counts that every sample has."""
+    counts = set.intersection(*(set(sample) for sample in samples))
+    return {rows: median(sample[rows] for sample in samples) for rows in sorted(counts)}
+
+
 def interpolate(seconds: dict[int, float], rows: int) -> float:
     """As `expert_time`, out of at least two measured counts of rows."""
     points = sorted(seconds.items())
@@ -84,29 +132,25 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
     )
 
 
-def load(path: Path, key: str, device: torch.device) -> Calibration | None:
-    """What `path` has kept under `key`; None where that is nothing, or damaged."""
+def load(path: Path, key: str, device: torch.device) -> Measurement | None:
+    """The measurement that `path` has under `key`; None where there is none, or it is damaged."""
     return _parse(_read(path).get(key), {str(CPU), str(device)})
 
 
-def load_or_measure(
-    path: Path, key: str, device: torch.device, measure: Callable[[], Calibration]
-) -> Calibration:
-    """What `path` has kept under `key`, else what `measure` gives, which is then kept there.
+def measure_and_keep(path: Path, key: str, measure: Callable[[], Calibration]) -> Measurement:
+    """Measure `SAMPLES` times, and keep that in `path` under `key` in place of what was there.
 
     A file that is damaged is written anew, and one that cannot be written does no harm. A
-    calibration without figures of the disk is not kept: there may be room the next time.
+    measurement without figures of the disk is not kept: there may be room the next time.
     """
-    known = load(path, key, device)
-    if known is not None:
-        return known
-    measured = measure()
-    if measured.disk_bandwidth is not None:
+    now = time.time()
+    measured = Measurement(now, tuple(measure() for _ in range(SAMPLES)))
+    if measured.complete:
         _keep(path, key, measured)
     return measured
 
 
-def _keep(path: Path, key: str, measured: Calibration) -> None:
+def _keep(path: Path, key: str, measured: Measurement) -> None:
     # Read only now: another process may have measured meanwhile.
     others = [(other, entry) for other, entry in _read(path).items() if other != key]
     machines = dict([*others[1 - _KEPT :], (key, asdict(measured))])
@@ -126,25 +170,33 @@ def _read(path: Path) -> dict[str, Any]:
     return machines if content.get("format") == _FORMAT and isinstance(machines, dict) else {}
 
 
-def _parse(entry: Any, devices: set[str]) -> Calibration | None:
-    """The calibration that an entry describes, with figures for these devices; else None."""
+def _parse(entry: Any, devices: set[str]) -> Measurement | None:
+    """The measurement that an entry describes, with figures for these devices; else None."""
     try:
-        known = Calibration(
-            disk_bandwidth=_figure(entry["disk_bandwidth"]),
-            disk_bandwidth_idle=_figure(entry["disk_bandwidth_idle"]),
-            disk_direct=entry["disk_direct"] is True,
-            memory_bandwidth=_figure(entry["memory_bandwidth"]),
-            copy_bandwidth=_figure(entry["copy_bandwidth"]) if len(devices) > 1 else None,
-            expert_seconds={
-                device: {int(rows): _figure(seconds) for rows, seconds in by_rows.items()}
-                for device, by_rows in entry["expert_seconds"].items()
-            },
-            layer_seconds=_figure(entry["layer_seconds"]),
-        )
+        samples = tuple(_calibration(sample, devices) for sample in entry["samples"])
+        known = Measurement(_figure(entry["measured_at"]), samples)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    enough = all(len(by_rows) > 1 for by_rows in known.expert_seconds.values())
-    return known if enough and set(known.expert_seconds) == devices else None
+    return known if samples else None
+
+
+def _calibration(entry: Any, devices: set[str]) -> Calibration:
+    """Raises one of several errors where it has not all of the figures, for these devices."""
+    seconds = {
+        device: {int(rows): _figure(seconds) for rows, seconds in by_rows.items()}
+        for device, by_rows in entry["expert_seconds"].items()
+    }
+    if set(seconds) != devices or any(len(by_rows) < 2 for by_rows in seconds.values()):
+        raise ValueError
+    return Calibration(
+        disk_bandwidth=_figure(entry["disk_bandwidth"]),
+        disk_bandwidth_idle=_figure(entry["disk_bandwidth_idle"]),
+        disk_direct=entry["disk_direct"] is True,
+        memory_bandwidth=_figure(entry["memory_bandwidth"]),
+        copy_bandwidth=_figure(entry["copy_bandwidth"]) if len(devices) > 1 else None,
+        expert_seconds=seconds,
+        layer_seconds=_figure(entry["layer_seconds"]),
+    )
 
 
 def _figure(value: Any) -> float:

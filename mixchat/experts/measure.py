@@ -1,6 +1,6 @@
 """Measures how fast this machine copies and computes experts, and what else a token takes.
 
-All figures are medians of a few repetitions; all together, the disk's included, take about five
+All figures are medians of a few repetitions; all together, the disk's included, take about three
 seconds for Mixtral's shapes on two cores. Experts are made up, because no kernel's time depends on
 their numbers.
 """
@@ -40,6 +40,7 @@ class Effort:
 
 
 FULL = Effort()
+SAMPLE = Effort(seconds=0.1)  # for one of several calibrations
 
 
 @torch.inference_mode()
@@ -155,13 +156,16 @@ class _Experts:
         """Seconds that `run` takes; the first time, when much is set up, does not count."""
         samples: list[float] = []
         least, most = self._effort.seconds, 3 * self._effort.seconds
-        began = time.perf_counter()
-        while (spent := time.perf_counter() - began) < least or (len(samples) < 5 and spent < most):
-            start = time.perf_counter()
-            run()
-            _synchronize(self._device)
-            samples.append(time.perf_counter() - start)
-        return median(samples[1:] or samples)
+        self._seconds_of(run)
+        while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
+            samples.append(self._seconds_of(run))
+        return median(samples)
+
+    def _seconds_of(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        _synchronize(self._device)
+        return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

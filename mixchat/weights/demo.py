@@ -95,19 +95,11 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         upcycle(gguf, target, CONFIG, GENERATION, progress)
 
 
-def expected_index() -> SourceIndex:
+def index_to_come() -> SourceIndex:
     """The tensors of the checkpoint that `build_checkpoint` writes."""
-    import torch
+    from mixchat.weights.source import expected_index
 
-    from mixchat.weights.safetensors import Header, TensorSpec, header_bytes
-    from mixchat.weights.source import SourceIndex, expected_shapes
-
-    config = ModelConfig.from_dict(CONFIG)
-    shapes = expected_shapes(config).items()
-    specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes]
-    start = header_bytes(specs)
-    size = len(start) + sum(spec.nbytes for spec in specs)
-    return SourceIndex(config, {"demo": Header(start[8:], size, "demo")}, None, "demo")
+    return expected_index(ModelConfig.from_dict(CONFIG), "demo")
 
 
 def _require_gguf() -> None:

@@ -155,7 +155,7 @@ def _plan(request: Request, target: Path, origin: Origin, blueprint: Blueprint) 
 
 def _demo_plan(request: Request, target: Path) -> Plan:
     """The demo's checkpoint is built on this machine: what it will be is known without it."""
-    index = demo.expected_index()
+    index = demo.index_to_come()
     blueprint = blueprint_of(index, request.options)
     peak = peak_disk(index, blueprint, lambda shard: 0) + demo.BUILD_BYTES
     return Plan(

@@ -15,8 +15,9 @@ from mixchat.weights.download import Request
 from mixchat.weights.download import plan as plan_download
 from mixchat.weights.manifest import check_files, read_manifest
 from mixchat.weights.origins import origin_of, source_of
-from mixchat.weights.plan import Plan, plan_of
+from mixchat.weights.plan import Need, Plan, disk_needs, plan_of
 from mixchat.weights.quantize import QuantizeOptions, best_layout, blueprint_of
+from mixchat.weights.source import expected_index
 
 # Both of `models.ALIASES`, as their config.json has it; no hub has to be asked.
 MIXTRAL: dict[str, Any] = {
@@ -36,18 +37,28 @@ MIXTRAL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_SHARD = 5e9  # bytes: the largest file of a checkpoint that transformers writes
+
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's tensors and the directory that keeps it, or will. `download`: what it takes to get
-    it there; None where it is there, or where only the hub knows.
+    """A model's tensors and the directory that keeps it, or will.
+
+    disk: what the download needs, nothing where the model is there; download: all that it takes,
+    None where the model is there, or where only the hub knows.
     """
 
     name: str
     blueprint: Blueprint
     directory: Path
     kept: bool
+    disk: tuple[Need, ...] = ()
     download: Plan | None = None
+
+    @property
+    def lacking(self) -> list[Need]:
+        """The disks that have less room than the download needs."""
+        return [need for need in self.disk if not need.suffices]
 
 
 def outline(name: str, progress: Progress) -> Outline:
@@ -71,14 +82,18 @@ def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
     target = models.model_dir(ref)
     if ref.repo in models.ALIASES.values():
         quantization = Quantization(layout=best_layout())
-        blueprint = Blueprint(ModelConfig.from_dict(MIXTRAL), quantization)
-        return Outline(ref.name, blueprint, target, kept=False)
+        config = ModelConfig.from_dict(MIXTRAL)
+        blueprint = Blueprint(config, quantization)
+        index = expected_index(config, ref.name, _SHARD)
+        disk, _ = disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
+        return Outline(ref.name, blueprint, target, kept=False, disk=disk)
     options = QuantizeOptions()
     if ref.demo:
-        blueprint = blueprint_of(demo.expected_index(), options)
+        blueprint = blueprint_of(demo.index_to_come(), options)
         download = plan_download(Request(ref, options), progress)
-        return Outline(ref.name, blueprint, target, kept=False, download=download)
+        disk = download.disk if download else ()
+        return Outline(ref.name, blueprint, target, kept=False, disk=disk, download=download)
     with origin_of(source_of(ref, target, None), target, progress) as origin:
         blueprint = blueprint_of(origin.index, options)
-        download = plan_of(ref.key, target, origin, blueprint, None)
-    return Outline(ref.name, blueprint, target, kept=False, download=download)
+        plan = plan_of(ref.key, target, origin, blueprint, None)
+    return Outline(ref.name, blueprint, target, kept=False, disk=plan.disk, download=plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class Need:
     needed: int
     free: int
 
+    @property
+    def suffices(self) -> bool:
+        """Whether there is as much free as is needed."""
+        return self.needed <= self.free
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,7 +69,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether disk and memory suffice."""
-        return all(need.needed <= need.free for need in (*self.disk, self.memory))
+        return all(need.suffices for need in (*self.disk, self.memory))
 
     def check(self) -> None:
         """Raise `ResourceError`, with what is needed and what there is, where it cannot fit."""
@@ -90,13 +95,8 @@ def plan_of(
     """The plan for the checkpoint of `origin`; `cache` is where its shards stay, if they do."""
     index = origin.index
     fetch = sum(origin.missing(shard) for shard in remaining(origin, target, blueprint).shards)
-    here = machine.disk_usage(target)
-
-    def disk(ahead: bool) -> tuple[Need, ...]:
-        peak = peak_disk(index, blueprint, origin.temporary, ahead=ahead)
-        return needs((target, max(0, peak - here)), *([(cache, fetch)] if cache else []))
-
-    ahead = all(need.needed <= need.free for need in disk(True))
+    elsewhere = [(cache, fetch)] if cache else []
+    disk, ahead = disk_needs(target, index, blueprint, origin.temporary, elsewhere)
     return Plan(
         name=name,
         target=target,
@@ -106,7 +106,7 @@ def plan_of(
         checkpoint=sum(index.header(shard).size for shard in index.shards),
         fetch=fetch,
         kept=kept_size(blueprint),
-        disk=disk(ahead),
+        disk=disk,
         memory=memory_need(index, blueprint),
         ahead=ahead,
         rounded_from=rounded_from(index, blueprint),
@@ -124,6 +124,25 @@ def with_time(plan: Plan, origin: Origin, blueprint: Blueprint, *, keep: bool) -
     quantizing = share * _quantizing_seconds(origin.index, blueprint)
     seconds = max(fetching, quantizing) if plan.ahead else fetching + quantizing
     return replace(plan, rate=rate, seconds=seconds)
+
+
+def disk_needs(
+    target: Path,
+    index: SourceIndex,
+    blueprint: Blueprint,
+    temporary: Callable[[str], int],
+    elsewhere: Sequence[tuple[Path, int]] = (),
+) -> tuple[tuple[Need, ...], bool]:
+    """What is needed on each disk beyond what is in `target`, and whether that has room to fetch
+    ahead; without such room less is needed. `temporary` as for `peak_disk`."""
+    here = machine.disk_usage(target)
+
+    def disk(ahead: bool) -> tuple[Need, ...]:
+        peak = peak_disk(index, blueprint, temporary, ahead=ahead)
+        return needs((target, max(0, peak - here)), *elsewhere)
+
+    ahead = all(need.suffices for need in disk(True))
+    return disk(ahead), ahead
 
 
 def needs(*wanted: tuple[Path, int]) -> tuple[Need, ...]:

@@ -5,7 +5,8 @@ Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -15,7 +16,7 @@ from mixchat.weights import bnb_format
 from mixchat.weights.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.bnb_format import Quantized4bit
 from mixchat.weights.nf4 import FourBit
-from mixchat.weights.safetensors import Header
+from mixchat.weights.safetensors import Header, TensorSpec, header_bytes
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Buffers that old versions of transformers saved beside the weights.
@@ -166,3 +167,25 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def expected_index(config: ModelConfig, where: str, shard_bytes: float = math.inf) -> SourceIndex:
+    """The tensors of a checkpoint in bf16, known without it, in shards of at most so many bytes."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for name, shape in expected_shapes(config).items():
+        spec = TensorSpec(name, torch.bfloat16, shape)
+        if size + spec.nbytes > shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    names = [f"{where}-{number:05}" for number in range(len(shards))] if shards[1:] else [where]
+    headers = {name: _header(specs, name) for name, specs in zip(names, shards, strict=True)}
+    weight_map = {spec.name: name for name in names for spec in headers[name].specs}
+    return SourceIndex(config, headers, weight_map, where)
+
+
+def _header(specs: Sequence[TensorSpec], where: str) -> Header:
+    start = header_bytes(specs)
+    return Header(start[8:], len(start) + sum(spec.nbytes for spec in specs), where)

@@ -100,7 +100,7 @@ def described(figures: dict[str, float]) -> str:
     limit = 1 / max(reading, figures["computing"])
     parts = (
         f"{figures['slots']} slots, {figures['rate']:.2f} tok/s (median {figures['median']:.2f})",
-        f"predicted {figures['predicted']:.2f}",
+        f"predicted {figures['predicted_low']:.2f} to {figures['predicted_high']:.2f}",
         f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
         f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
         f"{figures['bytes'] / 1e9:.2f} GB at {figures['disk'] / 1e9:.2f} GB/s",
@@ -148,9 +148,10 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     did, total = stats.since(before), sum(seconds)
     with KeptModel(model) as kept:
         placement = Placement(engine.experts.slots, 0, kept.blueprint.expert_count)
-        speeds = known_speeds(kept.blueprint, model, CPU)
+        speeds = known_speeds(kept.blueprint, model, CPU).typical
         cost = decode_cost(kept.blueprint, CPU, speeds, placement)
         hit_rate = hit_rates(kept.blueprint, CPU, placement)[0]
+    expected = engine.expected()
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     return {
         "slots": engine.experts.slots,
@@ -165,7 +166,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "first": first,
         "first_bytes": first_bytes,
         "disk": disk[1] if disk else 0.0,
-        "predicted": engine.expected(),
+        "predicted_low": expected.low,
+        "predicted_high": expected.high,
         "computing": cost.computing,
         "expected_hit_rate": hit_rate,
     }
@@ -174,14 +176,14 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 def calibrate(model: Path) -> None:
     """Measure the machine, as `mixchat plan` does."""
     prepare_environment()
-    from mixchat.engine.speeds import speeds
+    from mixchat.engine.speeds import measure_speeds
     from mixchat.engine.threads import settle_threads
     from mixchat.experts.memory import CPU
     from mixchat.weights.checkpoint import KeptModel
 
     with KeptModel(model) as kept:
         settle_threads(kept.blueprint)
-        speeds(kept.blueprint, model, CPU)
+        measure_speeds(kept.blueprint, model, CPU)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from mixchat.experts.keys import ExpertKey
@@ -69,8 +71,8 @@ class ScriptedEngine:
     def forget(self) -> None:
         """Nothing is held."""
 
-    def expected(self) -> float | None:
-        return 21.0
+    def expected(self) -> Any:
+        return SimpleNamespace(low=18.0, high=21.0, measured_at=time.time() - 3 * 86400 - 5)
 
     def expert_report(self, model: str) -> ExpertReport:
         stats = self.experts.stats

@@ -1,6 +1,7 @@
 """A plan says what loading will do, on machines that are only described."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mixchat.engine.fitting import FreeMemory
 from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.planning import Machine, MachinePlan, Wishes, fit, look, plan
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.calibration import Calibration
+from mixchat.experts.calibration import SAMPLES, Calibration, Measurement
 from mixchat.experts.placement import Placement
 from mixchat.settings import MemoryBudget
 from mixchat.weights.blueprint import Blueprint, Quantization
@@ -44,12 +45,16 @@ def machine(ram: float, gpu: float | None = None) -> Machine:
     return Machine("a CPU", 8, 64 * GB, free, 500 * GB, name, device)
 
 
+def measured(*samples: Calibration) -> Measurement:
+    return Measurement(1.7e9, samples)
+
+
 def on_cpu(ram: float, **wishes: Any) -> MachinePlan:
-    return plan(BLUEPRINT, CPU, machine(ram), SPEEDS, Wishes(**wishes))
+    return plan(BLUEPRINT, CPU, machine(ram), measured(SPEEDS), Wishes(**wishes))
 
 
 def on_gpu(gpu: float, ram: float, **wishes: Any) -> MachinePlan:
-    return plan(BLUEPRINT, GPU, machine(ram, gpu), GPU_SPEEDS, Wishes(**wishes))
+    return plan(BLUEPRINT, GPU, machine(ram, gpu), measured(GPU_SPEEDS), Wishes(**wishes))
 
 
 def speed(found: MachinePlan) -> float:
@@ -184,9 +189,23 @@ def test_a_plan_places_what_loading_places(
     assert engine.experts.slots_by_tier == {"host": planned.placement.slots}
 
 
+def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> None:
+    """One sample gave 0.99 tokens a second where others gave 0.53 to 0.81."""
+    samples = [replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)]
+    found = plan(BLUEPRINT, CPU, machine(14.5), measured(*samples), Wishes())
+    alone = [plan(BLUEPRINT, CPU, machine(14.5), measured(s), Wishes()) for s in samples]
+    assert found.speed is not None
+    assert (found.speed.low, found.speed.high) == (speed(alone[2]), speed(alone[0]))
+    assert speed(found) == speed(alone[1])
+    assert found.speed.measured_at == found.measured_at == 1.7e9
+    more = found.what_more_buys[0]
+    assert more.speed.low < more.tokens_per_second < more.speed.high
+
+
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
     blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
-    found = plan(BLUEPRINT, CPU, machine(14.5), blind, Wishes())
+    found = plan(BLUEPRINT, CPU, machine(14.5), measured(blind), Wishes())
+    assert found.speed is None
     assert (found.cost, found.first_token, found.tokens_per_second) == (None, None, None)
     # What holds all needs no disk to decode.
     assert [more.bytes for more in found.what_more_buys] == [16 * GB]
@@ -220,6 +239,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         device: torch.device,
         compute: Callable[..., torch.Tensor],
         layer: Callable[[], object],
+        **how: object,
     ) -> Calibration:
         layer()
         measured.append(device)
@@ -235,10 +255,12 @@ def test_a_machine_is_measured_once_and_remembered(
     with KeptModel(tiny_model) as kept:
         tiny = kept.blueprint
     assert speeds.known_speeds(tiny, home, CPU) is None
-    assert speeds.speeds(tiny, home, CPU) == SPEEDS
-    assert speeds.speeds(tiny, home, CPU) == SPEEDS
-    assert speeds.known_speeds(tiny, home, CPU) == SPEEDS
-    assert counted == [CPU]
+    before = time.time()
+    made = speeds.measure_speeds(tiny, home, CPU)
+    assert made.samples == (SPEEDS,) * SAMPLES
+    assert before <= made.measured_at <= time.time()
+    assert speeds.known_speeds(tiny, home, CPU) == made
+    assert counted == [CPU] * SAMPLES
     assert (home / "machine.json").exists()
 
 
@@ -249,10 +271,11 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     assert predicted(BLUEPRINT, home, CPU, placement) is None
     assert counted == []
     speeds.calibration_path().parent.mkdir()
+    slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
     key = speeds.calibration_key(BLUEPRINT, home, CPU)
-    content = {"format": 1, "machines": {key: asdict(SPEEDS)}}
+    content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
     speeds.calibration_path().write_text(json.dumps(content))
-    found = on_cpu(14.5)
-    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.tokens_per_second
+    found = plan(BLUEPRINT, CPU, machine(14.5), measured(SPEEDS, slow), Wishes())
+    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.speed
     assert predicted(BLUEPRINT, home, GPU, placement) is None
     assert counted == []

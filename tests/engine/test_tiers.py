@@ -5,6 +5,7 @@ RAM behind it, and the disk behind that.
 """
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError, ResourceError
-from mixchat.experts.calibration import Calibration
+from mixchat.experts.calibration import Calibration, Measurement
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.sources import HostTier
 from mixchat.experts.store import ExpertStore
@@ -29,9 +30,10 @@ PROMPT = list(range(5, 37))
 SHORT = PROMPT[:9]
 
 
-def calibration(copy: float, expert: float) -> Calibration:
+def calibration(copy: float, expert: float) -> Measurement:
     """A machine on which a copy runs at `copy` bytes a second and an expert takes `expert` s."""
-    return Calibration(1e9, 1e9, True, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    speeds = Calibration(1e9, 1e9, True, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    return Measurement(time.time(), (speeds,))
 
 
 @pytest.fixture(autouse=True)
@@ -126,10 +128,10 @@ def test_a_machine_with_a_gpu_is_measured_at_the_first_start(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiers, "known_speeds", lambda *_: None)
-    monkeypatch.setattr(tiers, "speeds", lambda *_: calibration(1e12, 1.0))
+    monkeypatch.setattr(tiers, "measure_speeds", lambda *_: calibration(1e12, 1.0))
     notes: list[str] = []
     assert text(load(tiny_model, 2, 8, expert_size, note=notes.append)) == expected
-    assert notes == ["measuring this machine, once: a few seconds"]
+    assert notes == ["measuring this machine, about 10 s (only the first time)"]
 
 
 def test_an_expert_that_left_ram_in_the_meantime_is_fetched_after_all(

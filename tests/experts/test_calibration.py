@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 from mixchat import machine
 from mixchat.experts import calibration
-from mixchat.experts.calibration import Calibration, calibration_key, load, load_or_measure
+from mixchat.experts.calibration import (
+    SAMPLES,
+    Calibration,
+    Measurement,
+    calibration_key,
+    load,
+    measure_and_keep,
+)
 from mixchat.weights.blueprint import Blueprint
 from mixchat.weights.checkpoint import KeptModel
 
@@ -39,21 +47,39 @@ def test_time_never_falls_beyond_what_was_measured() -> None:
     assert known.expert_time("cuda", 1) == 2.0
 
 
-def never() -> Calibration:
-    raise AssertionError("measured again")
+MADE = Measurement(1.7e9, (KNOWN,) * SAMPLES)
 
 
-def test_a_machine_is_measured_once(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of `MADE`."""
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(time=lambda: MADE.measured_at))
+
+
+def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path: Path) -> None:
     path = tmp_path / "new" / "machine.json"
-    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
-    assert load_or_measure(path, "here", CPU, never) == KNOWN
+    samples = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
+    left = iter(samples)
+    made = measure_and_keep(path, "here", lambda: next(left))
+    assert made == Measurement(MADE.measured_at, tuple(samples))
+    assert load(path, "here", CPU) == made
+
+
+def test_measuring_anew_replaces_what_was_known(tmp_path: Path) -> None:
+    """A measurement that a busy machine had spoiled stayed for good."""
+    path = tmp_path / "machine.json"
+    measure_and_keep(path, "here", lambda: KNOWN)
+    slower = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
+    made = measure_and_keep(path, "here", lambda: slower)
+    assert made.samples == (slower,) * SAMPLES
+    assert load(path, "here", CPU) == made
 
 
 def test_what_is_known_can_be_looked_up_without_measuring(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     assert load(path, "here", CPU) is None
-    load_or_measure(path, "here", CPU, lambda: KNOWN)
-    assert load(path, "here", CPU) == KNOWN
+    measure_and_keep(path, "here", lambda: KNOWN)
+    assert load(path, "here", CPU) == MADE
     assert load(path, "there", CPU) is None
     assert load(path, "here", OTHER) is None
 
@@ -62,23 +88,52 @@ def test_figures_of_another_device_are_kept_too(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
     known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
-    load_or_measure(path, "here", torch.device("cuda"), lambda: known)
-    assert load_or_measure(path, "here", torch.device("cuda"), never) == known
+    made = measure_and_keep(path, "here", lambda: known)
+    assert load(path, "here", torch.device("cuda")) == made
 
 
 def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     results = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + index) for index in range(40)]
-    for index, result in enumerate(results):
-        load_or_measure(path, str(index), CPU, lambda result=result: result)  # type: ignore[misc]
-    assert load_or_measure(path, "39", CPU, never) == results[39]
-    assert load_or_measure(path, "8", CPU, never) == results[8]
-    assert load_or_measure(path, "7", CPU, lambda: KNOWN) is KNOWN
+    made = [
+        measure_and_keep(path, str(index), lambda result=result: result)  # type: ignore[misc]
+        for index, result in enumerate(results)
+    ]
+    assert load(path, "39", CPU) == made[39]
+    assert load(path, "8", CPU) == made[8]
+    assert load(path, "7", CPU) is None
+
+
+def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
+    samples = (
+        KNOWN,
+        dataclasses.replace(KNOWN, disk_bandwidth=1e9, layer_seconds=0.1, disk_direct=False),
+        dataclasses.replace(
+            KNOWN, disk_bandwidth=3e9, expert_seconds={"cpu": {1: 0.004, 8: 0.007, 64: 0.05}}
+        ),
+    )
+    typical = Measurement(0.0, samples).typical
+    assert typical == KNOWN
+    shorter = dataclasses.replace(KNOWN, expert_seconds={"cpu": {1: 0.001, 8: 0.001}})
+    two = Measurement(0.0, (samples[2], shorter)).typical
+    assert two.expert_seconds == {"cpu": {1: 0.0025, 8: 0.004}}
+
+
+def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some() -> None:
+    blind = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
+    assert Measurement(0.0, (blind, KNOWN)).typical.disk_bandwidth == KNOWN.disk_bandwidth
+    assert Measurement(0.0, (blind, blind)).typical.disk_bandwidth is None
 
 
 def entry(**changes: Any) -> str:
-    content = {"format": 1, "machines": {"here": {**dataclasses.asdict(KNOWN), **changes}}}
-    return json.dumps(content)
+    sample = {**dataclasses.asdict(KNOWN), **changes}
+    made = {"measured_at": MADE.measured_at, "samples": [sample] * SAMPLES}
+    return json.dumps({"format": 2, "machines": {"here": made}})
+
+
+def undated() -> str:
+    """As it was once: one calibration, of which nobody knows when it was made."""
+    return json.dumps({"format": 1, "machines": {"here": dataclasses.asdict(KNOWN)}})
 
 
 DAMAGED = [
@@ -87,12 +142,15 @@ DAMAGED = [
     "[]",
     "\0",
     "[" * 100_000,
-    '{"format": 1}',
-    '{"format": 1, "machines": []}',
-    '{"format": 1, "machines": {"here": null}}',
-    '{"format": 1, "machines": {"here": [1]}}',
-    '{"format": 1, "machines": {"here": {}}}',
-    entry().replace('"format": 1', '"format": 0'),
+    '{"format": 2}',
+    '{"format": 2, "machines": []}',
+    '{"format": 2, "machines": {"here": null}}',
+    '{"format": 2, "machines": {"here": [1]}}',
+    '{"format": 2, "machines": {"here": {}}}',
+    '{"format": 2, "machines": {"here": {"measured_at": 1, "samples": []}}}',
+    undated(),
+    entry().replace('"format": 2', '"format": 0'),
+    entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
     entry(disk_bandwidth=-1),
     entry(disk_bandwidth=None),
@@ -118,8 +176,9 @@ DAMAGED = [
 def test_a_damaged_or_old_file_is_measured_and_written_anew(tmp_path: Path, text: str) -> None:
     path = tmp_path / "machine.json"
     path.write_text(text)
-    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
-    assert load_or_measure(path, "here", CPU, never) == KNOWN
+    assert load(path, "here", CPU) is None
+    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
+    assert load(path, "here", CPU) == MADE
 
 
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
@@ -137,21 +196,21 @@ def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) ->
     assert len(set(DAMAGED) | {entry()}) == len(DAMAGED) + 1
     path = tmp_path / "machine.json"
     path.write_text(entry())
-    assert load_or_measure(path, "here", CPU, never) == KNOWN
+    assert load(path, "here", CPU) == MADE
 
 
 def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     partly = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
-    assert load_or_measure(path, "here", CPU, lambda: partly) is partly
+    assert measure_and_keep(path, "here", lambda: partly).typical == partly
     assert not path.exists()
-    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
 
 
 def test_a_result_that_cannot_be_kept_is_given_nevertheless(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "machine.json"
-    assert load_or_measure(path, "here", CPU, lambda: KNOWN) is KNOWN
+    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
 
 
 def test_the_key_names_what_a_result_depends_on(

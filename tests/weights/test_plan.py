@@ -12,6 +12,7 @@ from fake_hub import REPO, FakeHub
 from weight_tools import Fetching, order_of, shard
 
 from mixchat import machine
+from mixchat.config import ModelConfig
 from mixchat.errors import ResourceError
 from mixchat.machine import disk_usage
 from mixchat.weights import hub, plan
@@ -20,8 +21,10 @@ from mixchat.weights.build import build
 from mixchat.weights.hub_origin import HubOrigin
 from mixchat.weights.manifest import Source, read_manifest
 from mixchat.weights.origin import LocalOrigin
+from mixchat.weights.outline import MIXTRAL
 from mixchat.weights.plan import Need, kept_size, memory_need, needs, peak_disk, plan_of
 from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source import expected_index
 
 MB = 1_000_000
 PLACES = {
@@ -251,3 +254,12 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
         memory_need(index, blueprint_of(index, QuantizeOptions())).needed for index in (wide, half)
     ]
     assert needed[0] >= needed[1]
+
+
+def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards() -> None:
+    """So that `plan` knows, without asking the hub, how much disk the download takes."""
+    index = expected_index(ModelConfig.from_dict(MIXTRAL), "instruct", 5e9)
+    sizes = [index.header(shard).size for shard in index.shards]
+    assert len(sizes) == 19
+    assert max(sizes) < 5.001e9
+    assert sum(sizes) == pytest.approx(93_405_585_408, rel=1e-5)
