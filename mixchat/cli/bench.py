@@ -128,11 +128,8 @@ def _model(name: str | None, layers: int | None) -> Iterator[tuple[Path, int | N
         return
     from mixchat.bench.synthetic import write_synthetic
 
-    place = models.models_dir()
-    place.mkdir(parents=True, exist_ok=True)
-    # Beside the models, where there is room for such, and a disk to be measured.
-    with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
-        directory = Path(temporary) / "synthetic"
+    with _temporary_directory() as temporary:
+        directory = temporary / "synthetic"
         with status(f"making up {layers} layers"):
             write_synthetic(directory, layers)
         yield directory, layers
@@ -143,18 +140,28 @@ def _peer(
     python: str | None, model: Path | None, layers: int | None, context: int
 ) -> Iterator[Peer]:
     from mixchat.bench import peer
-    from mixchat.weights import models
 
     python = python or peer.this_python()
     peer.require(python)
-    with tempfile.TemporaryDirectory(dir=models.models_dir(), prefix=".bench-") as temporary:
+    with ExitStack() as stack:
         if model is None:
             assert layers is not None
-            model = Path(temporary) / "synthetic.gguf"
+            model = stack.enter_context(_temporary_directory()) / "synthetic.gguf"
             with status("making up the same for llama.cpp"):
                 peer.write_model(python, model, layers)
         with status("llama.cpp loads"), peer.Peer(python, model, context) as running:
             yield running
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """A directory beside the models, where there is room for such, and a disk to be measured."""
+    from mixchat.weights import models
+
+    place = models.models_dir()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
+        yield Path(temporary)
 
 
 def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | None) -> Bench:

@@ -12,7 +12,7 @@ from mixchat.bench.limits import Limits
 
 ECHO = f"""#!{sys.executable}
 import sys
-if sys.argv[1] != "-c":
+if sys.argv[1] != "-c" and sys.argv[2] != "make":
     assert sys.argv[2] == "serve", sys.argv
     print("ready", flush=True)
     for line in sys.stdin:
@@ -97,6 +97,32 @@ def test_a_peer_stands_beside(mixchat, tiny, python, tmp_path):
     head, decode, prompt = done.stdout.decode().splitlines()[5:]
     assert head.split()[-2:] == ["LLAMA.CPP", "TIMES"]
     assert decode.split()[-2] == prompt.split()[-2] == "2.0"
+
+
+def test_a_peer_stands_beside_a_model_of_elsewhere_where_nothing_was_ever_kept(
+    mixchat, tiny_model, python, tmp_path
+):
+    """With a new MIXCHAT_HOME it ended with "No such file or directory" for one of its own."""
+    peer = ("--peer", "llama.cpp", "--peer-python", python, "--peer-model", str(tmp_path / "x"))
+    done = run(mixchat, str(tiny_model), *peer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "LLAMA.CPP" in done.stdout.decode()
+    assert not (tmp_path / "home" / "models").exists()
+
+
+@pytest.mark.parametrize("peer", [False, True])
+def test_made_up_models_go_as_they_came_where_nothing_was_ever_kept(
+    mixchat, python, tmp_path, monkeypatch, tiny_model, peer
+):
+    from mixchat.bench import synthetic
+
+    monkeypatch.setattr(
+        synthetic, "write_synthetic", lambda place, layers: shutil.copytree(tiny_model, place)
+    )
+    others = ("--peer", "llama.cpp", "--peer-python", python) if peer else ()
+    done = run(mixchat, "--synthetic", "2", *others)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert list((tmp_path / "home" / "models").iterdir()) == []
 
 
 def test_a_picture_is_drawn(mixchat, tiny, tmp_path):
