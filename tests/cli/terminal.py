@@ -47,7 +47,7 @@ class Terminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
-    def wait_for(self, text, seconds=20):
+    def wait_for(self, text, seconds=60):
         """What came up to and with `text`, since the last call."""
         wanted = text.encode()
         deadline = time.monotonic() + seconds
@@ -57,7 +57,7 @@ class Terminal:
         before, self._seen = self._seen, at + len(wanted)
         return self.screen[before : self._seen].decode()
 
-    def wait_for_end(self, seconds=20):
+    def wait_for_end(self, seconds=60):
         """The exit code."""
         deadline = time.monotonic() + seconds
         while self._read(deadline - time.monotonic()):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 from command_line import FAKE, Done
@@ -180,19 +179,17 @@ def start(environment, **variables):
 
 
 def test_each_token_is_written_as_it_comes(environment):
-    with start(environment, DELAY="0.3", SCRIPT='["abcdefgh"]') as process:
+    with start(environment, DELAY="0.3", SCRIPT=f'["ab{"x" * 300}"]') as process:
         assert process.stdout.read(2) == b"ab"
         assert process.poll() is None
         process.kill()
 
 
 def test_a_closed_pipe_ends_it_silently_within_a_token(environment):
-    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 300}"]') as process:
+    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 3000}"]') as process:
         assert process.stdout.read(1) == b"x"
         process.stdout.close()
-        began = time.monotonic()
-        assert process.wait(timeout=20) == 141
-        assert time.monotonic() - began < 10  # the whole answer takes 30 seconds
+        assert process.wait(timeout=60) == 141  # the whole answer takes five minutes
         assert process.stderr.read() == b""
 
 
@@ -222,9 +219,9 @@ def test_a_full_disk_under_stdout_is_one_line(process):
 
 
 def test_ctrl_c_ends_it_silently(environment):
-    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 300}"]') as process:
+    with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 3000}"]') as process:
         assert process.stdout.read(1) == b"x"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=60)
     assert (errors, process.returncode) == (b"", 130)
     assert set(output) <= set(b"x\n")

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -80,14 +79,18 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments, environment):
     assert not {"torch", "bitsandbytes", "huggingface_hub"} & set(done.stderr.split())
 
 
-def test_help_takes_less_than_a_fifth_of_a_second():
-    def seconds():
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mixchat", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - began
-
-    # The best of several, because other processes share the machine.
-    assert min(seconds() for _ in range(7)) < 0.2
+def test_help_imports_few_modules():
+    """It takes a tenth of a second, of which nearly all goes into imports; the time itself depends
+    on what else the machine does."""
+    code = (
+        "import sys\n"
+        "from mixchat.cli.app import run\n"
+        "try:\n run(['--help'])\n"
+        "finally:\n print(len(sys.modules), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stderr) < 260  # 201 of them, of which Typer brings 110
 
 
 def test_python_m_mixchat_is_mixchat():
@@ -111,7 +114,7 @@ def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
         "def work(arguments):\n"
         "    try:\n"
         "        print('working', flush=True)\n"
-        "        time.sleep(30)\n"
+        "        time.sleep(300)\n"
         "    finally:\n"
         "        print('cleaned', flush=True)\n"
         "app._exit_code = work\n"

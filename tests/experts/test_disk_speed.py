@@ -46,17 +46,28 @@ def test_the_disk_is_read_while_the_main_thread_computes_and_while_it_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preadv, readers, workers = os.preadv, set(), set()
+    working = threading.Event()
 
     def read(fd: int, buffers: Any, offset: int) -> int:
-        time.sleep(0.001)
+        wait_in_a_thread(working)
         readers.add(threading.get_ident())
         return preadv(fd, buffers, offset)
 
+    def compute() -> None:
+        workers.add(threading.get_ident())
+        working.set()
+
     monkeypatch.setattr(os, "preadv", read)
-    measure_disk(tmp_path, BLOCK, SIZE, lambda: workers.add(threading.get_ident()), SECONDS)
+    measure_disk(tmp_path, BLOCK, SIZE, compute, SECONDS)
     assert workers == {threading.get_ident()}
     assert len(readers) > 1
     assert readers > workers
+
+
+def wait_in_a_thread(event: threading.Event) -> None:
+    """Wait for it, unless this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        assert event.wait(60)
 
 
 def spy_on_writing(monkeypatch: pytest.MonkeyPatch, largest: int = 2**30) -> list[int]:
@@ -124,7 +135,7 @@ def test_the_faster_way_to_read_is_taken(
 
     def read(fd: int, buffers: Any, offset: int) -> int:
         if state["direct"] is slow:
-            time.sleep(0.02)
+            time.sleep(0.5)
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
@@ -150,13 +161,15 @@ def test_ctrl_c_while_the_disk_is_read_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preadv, threads = os.preadv, threading.active_count()
+    computing = threading.Event()
     found: list[str] = []
 
     def read(fd: int, buffers: Any, offset: int) -> int:
-        time.sleep(0.002)  # or it is read before anything is computed
+        wait_in_a_thread(computing)  # or all is read before anything is computed
         return preadv(fd, buffers, offset)
 
     def interrupted() -> None:
+        computing.set()
         found.extend(open_below(tmp_path))
         raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ import pytest
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 
-PATIENCE = 30  # seconds, after which a test fails instead of hanging
+PATIENCE = 60  # seconds, after which a test fails instead of hanging
 
 
 class Stop:

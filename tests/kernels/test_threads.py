@@ -1,6 +1,5 @@
 import ctypes
 import threading
-import time
 
 import pytest
 
@@ -15,14 +14,15 @@ CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 class Recorder:
     """A function with an address that notes which threads call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self._all_there = threading.Barrier(count, timeout=60)
         self.callers: list[int] = []
         self._kept = CALLBACK(self._called)
         address = ctypes.cast(self._kept, ctypes.c_void_p).value or 0
         self.function = NativeFunction(address, owner=self._kept)
 
     def _called(self, _: int) -> None:
-        time.sleep(0.05)  # long enough for all to be there
+        self._all_there.wait()  # so that no thread is called twice
         self.callers.append(threading.get_native_id())
 
 
@@ -37,7 +37,7 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_as_many_threads_as_asked_for_call_it_and_this_is_one(count: int) -> None:
-    recorder = Recorder()
+    recorder = Recorder(count)
     recorder.function.run((ctypes.c_int64 * 1)(0), count)
     assert len(set(recorder.callers)) == len(recorder.callers) == count
     assert threading.get_native_id() in recorder.callers
@@ -52,7 +52,7 @@ def test_the_threads_are_those_of_torch() -> None:
     count = torch.get_num_threads()
     torch.ones(10**6).sum()
     before = {thread for thread in _native_threads()}
-    recorder = Recorder()
+    recorder = Recorder(count)
     recorder.function.run((ctypes.c_int64 * 1)(0), count)
     assert set(recorder.callers) <= before
 

@@ -182,10 +182,10 @@ class TestTwoProcesses:
         waiting = threading.Thread(target=second, daemon=True)
         with only_one(target):
             waiting.start()
-            assert said.wait(20)
+            assert said.wait(60)
             request = Request(resolve(str(tiny_checkpoint), key="tiny"), NF4)
             download._make(request, target, Meter(), lambda plan: None)
-        waiting.join(20)
+        waiting.join(60)
         assert got == [target]
         assert meter.notes == ["another mixchat is making tiny; waiting for it"]
         assert meter.bars == []
@@ -198,7 +198,7 @@ class TestTwoProcesses:
                 target=get, args=(str(tiny_checkpoint),), kwargs={"key": "tiny"}, daemon=True
             )
             waiting.start()
-        waiting.join(20)
+        waiting.join(60)
         assert is_kept(home / "models" / "tiny")
 
 

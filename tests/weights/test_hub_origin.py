@@ -220,7 +220,7 @@ class TestKeepSource:
             assert asked(fake) == []
             blob(cache, fake).parent.mkdir(parents=True, exist_ok=True)
             blob(cache, fake).write_bytes(fake.files[SHARDS[0]])
-        worker.join(20)
+        worker.join(60)
         assert not worker.is_alive()
         assert asked(fake) == []
 
@@ -243,7 +243,7 @@ class TestKeepSource:
             worker = Thread(target=fetch, daemon=True)
             worker.start()
             stop.set()
-            worker.join(10)
+            worker.join(60)
         assert ended
 
 

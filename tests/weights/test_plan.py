@@ -66,7 +66,7 @@ class TestDisk:
         def measure(aside: Aside, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
             coming = [origin.arrived[name] for name in origin.index.shards[: len(most) + ahead]]
-            assert all(event.wait(20) for event in coming)
+            assert all(event.wait(60) for event in coming)
             most.append(disk_usage(target))
             drop(aside, names)
 

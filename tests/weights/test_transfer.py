@@ -302,7 +302,7 @@ class TestRetryAfter:
 class TestStopping:
     """A hang is the subject: whoever presses Ctrl-C does not wait for the hub."""
 
-    def stop_during(self, hub: FakeHub, path: Path, *, begun: Event) -> float:
+    def stop_during(self, hub: FakeHub, path: Path, *, begun: Event) -> None:
         stop, done = Event(), Future[None]()
 
         def run() -> None:
@@ -312,29 +312,28 @@ class TestStopping:
                 done.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        assert begun.wait(20)
-        before = time.monotonic()
+        assert begun.wait(60)
         stop.set()
-        assert isinstance(done.exception(timeout=20), Stopped)
-        return time.monotonic() - before
+        assert isinstance(done.exception(timeout=60), Stopped)
 
-    def test_ends_within_a_second_where_bytes_only_trickle(
+    def test_ends_before_the_rest_has_come_where_bytes_only_trickle(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
         hub.delay, begun = 0.3, Event()
         watch(part_path(tmp_path / NAME), begun)
-        assert self.stop_during(hub, tmp_path / NAME, begun=begun) < 1
+        self.stop_during(hub, tmp_path / NAME, begun=begun)
         left = part_path(tmp_path / NAME).read_bytes()
         assert left == DATA[: len(left)] != b""
+        assert len(left) < len(DATA)
 
-    def test_ends_within_a_second_between_two_attempts(
+    def test_ends_at_once_between_two_attempts(
         self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(transfer, "_WAITS", (60.0,))
+        monkeypatch.setattr(transfer, "_WAITS", (600.0,))
         hub.fail(f"^/{NAME}", cut_after=5_000)
         begun = Event()
         watch(part_path(tmp_path / NAME), begun)
-        assert self.stop_during(hub, tmp_path / NAME, begun=begun) < 1
+        self.stop_during(hub, tmp_path / NAME, begun=begun)
 
     def test_what_was_set_before_ends_it_before_the_first_byte_is_kept(
         self, hub: FakeHub, tmp_path: Path
