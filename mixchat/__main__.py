@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import signal
+
+# First of all, since all imports take a moment: Python's own handler would print a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import sys
 
 
 def main() -> None:
     """Run the command line."""
+    from mixchat import interrupts
+    from mixchat.cli.app import run
+
     try:
-        from mixchat.cli.app import run
-    except KeyboardInterrupt:  # run() answers for all that comes later
+        try:
+            run()
+        finally:
+            interrupts.use_defaults()  # all is done and said
+    except KeyboardInterrupt:  # before `run` listened, or after it
         sys.exit(130)
-    try:
-        run()
     except SystemExit as ending:
         if "torch" in sys.modules and isinstance(ending.code, int):
             # All is closed and flushed by now. Taking torch down in order takes another second,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import SegmentLines
 from rich.text import Text
 
+from mixchat import interrupts
 from mixchat.chat.highlight import Code
 from mixchat.chat.markdown import NOTHING, Begun, Block, blocks, broken_off, cleaned
 
@@ -108,7 +106,7 @@ class MarkdownStream:
         if (size := self._console.size) != self._size:
             self._size, self._next_frame = size, begun + _RESIZING
             return
-        with _ctrl_c_waits():
+        with interrupts.held():  # no half frame, and none that is drawn twice
             self._draw()
         now = self._clock()
         self._next_frame = now + max(_PAUSE, (now - begun) * (1 / _SHARE - 1))
@@ -123,7 +121,7 @@ class MarkdownStream:
         """Draw all that is left, and leave the cursor at the beginning of a line."""
         if self._closed:
             return
-        with _ctrl_c_waits():
+        with interrupts.held():  # no half frame, and none that is drawn twice
             final = self._rows(self._rest.blocks(self._rest.text))
             self._write(final, after=_SHOW_CURSOR)
             self._closed = True
@@ -187,20 +185,3 @@ class MarkdownStream:
 
 def _from_line(text: str, number: int) -> str:
     return text.split("\n", number)[number]
-
-
-@contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C comes after a frame, not in it: no half frame, and none that is drawn twice."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    pressed: list[FrameType | None] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            before(signal.SIGINT, pressed[0])

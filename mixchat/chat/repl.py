@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
+from mixchat import interrupts
 from mixchat.chat import commands
 from mixchat.chat.answer import cut_off
 from mixchat.chat.printing import one_line
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
 # is a system prompt.
 _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
-
-_SOON = 0.3  # seconds that Ctrl-C waits for a token
 
 _ENDINGS = {
     "interrupted": "(stopped)",
@@ -147,7 +142,7 @@ class Repl:
         """Show an answer, or the rest of one that has `said` something; and keep it."""
         before = self.session.history
         try:
-            with _ctrl_c_stops(self.session), unseen_keys(self.screen.pause):
+            with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
                 finished = self._shown(events, said)
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
@@ -157,7 +152,8 @@ class Repl:
             self._ended(finished, said=self.session.history is not before)
         finally:  # also where the terminal has been closed
             if self.session.history is not before:
-                self.keeper.save()
+                with interrupts.held(saving=True):
+                    self.keeper.save()
 
     def _shown(self, events: Iterator[Event], said: str) -> Finished:
         with self.screen.waiting() as self.session.engine.reading:
@@ -249,33 +245,3 @@ class Repl:
             memory=figures.memory,
             width=width,
         )
-
-
-@contextmanager
-def _ctrl_c_stops(session: ChatSession) -> Iterator[None]:
-    """Ctrl-C ends the answer after the next token; if that does not come soon, at once."""
-    nudges: list[threading.Timer] = []
-    lock, main = threading.Lock(), threading.main_thread().ident
-
-    def nudge() -> None:
-        with lock:
-            if nudges and main is not None:
-                signal.pthread_kill(main, signal.SIGINT)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not session.interrupt():
-            raise KeyboardInterrupt
-        nudges.append(threading.Timer(_SOON, nudge))
-        nudges[-1].start()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        # The answer is over: what comes now must not keep the handler from being given back.
-        signal.signal(signal.SIGINT, lambda number, frame: None)
-        for timer in nudges:
-            timer.cancel()
-        with lock:
-            nudges.clear()
-        signal.signal(signal.SIGINT, before)

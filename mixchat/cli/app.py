@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from mixchat import __version__
+from mixchat import __version__, interrupts
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
 from mixchat.cli.chat_options import RunCommand
@@ -106,16 +104,10 @@ def _mixchat(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
     _prepare_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
-    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Go as Ctrl-C would make us go, so that what is half-built is removed on the way out."""
-    for other in (signal.SIGTERM, signal.SIGHUP):  # once is enough: a chat may be being saved
-        signal.signal(other, signal.SIG_IGN)
-    sys.exit(128 + number)
+    # A signal ends it as Ctrl-C does, so that what is half-built is removed on the way out.
+    interrupts.install()
+    code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(interrupts.exit_code(code))
 
 
 def _exit_code(arguments: Sequence[str]) -> int:
@@ -126,10 +118,28 @@ def _exit_code(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _abandon_output()
         return INTERRUPTED
+    except SystemExit:  # by a signal
+        _abandon_output()
+        raise
     except Exception as error:
-        code = CLOSED_PIPE if _is_closed_pipe(error) else report(error)
+        code = _code_of(error)
         _abandon_output()
         return code
+
+
+def _code_of(error: Exception) -> int:
+    """The exit code for an error; it is said, unless a signal caused it in some library."""
+    if interrupts.exit_code(0):
+        return interrupts.exit_code(0)
+    if _comes_from_ctrl_c(error):
+        return INTERRUPTED
+    return CLOSED_PIPE if _is_closed_pipe(error) else report(error)
+
+
+def _comes_from_ctrl_c(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _invoke(arguments: Sequence[str]) -> int:

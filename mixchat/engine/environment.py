@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 
-from mixchat import machine
+from mixchat import interrupts, machine
 from mixchat.errors import ResourceError
 from mixchat.settings import format_least, format_size
 
@@ -27,7 +25,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
         _check_room(machine.room_by_ulimit().get("ulimit -v"))
-        _import_torch()
+        with interrupts.starting():
+            import torch  # noqa: F401
 
 
 def _check_room(room: int | None) -> None:
@@ -36,17 +35,3 @@ def _check_room(room: int | None) -> None:
         raise ResourceError(
             f"not enough memory: {needed} needed, ulimit -v leaves {left}", hint="Raise that limit."
         )
-
-
-def _import_torch() -> None:
-    """Import it so that Ctrl-C works: numpy and torch swallow the exception that it becomes.
-
-    Nothing is open yet, so the process can just end.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    try:
-        import torch  # noqa: F401
-    finally:
-        signal.signal(signal.SIGINT, previous)

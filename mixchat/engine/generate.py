@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mixchat import interrupts
 from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
@@ -98,10 +99,7 @@ class Engine:
         self._ids = [0] * self._cache.length
 
     def held(self) -> tuple[list[int], KVCache]:
-        """The tokens whose keys and values the cache holds, from its beginning on, and the cache.
-
-        Ctrl-C may have come between the two, so it may hold some more.
-        """
+        """The tokens whose keys and values the cache holds, from its start, and the cache."""
         return self._ids[: self._cache.length], self._cache
 
     def forget(self) -> None:
@@ -204,8 +202,9 @@ class Engine:
             if old != new:
                 break
             shared += 1
-        del self._ids[shared:]
-        self._cache.length = shared
+        with interrupts.held():
+            del self._ids[shared:]
+            self._cache.length = shared
         return shared
 
     def _prefill(self, ids: list[int]) -> torch.Tensor:
@@ -220,15 +219,22 @@ class Engine:
         layers = self.config.num_hidden_layers
         return lambda layer: self.reading(before + tokens * (layer + 1) // layers, of)
 
-    @torch.inference_mode()
     def _forward(
         self, ids: list[int], after_layer: Callable[[int], object] = lambda layer: None
     ) -> torch.Tensor:
+        """The logits. Ctrl-C is heard between two layers, and while an expert is on its way."""
+
+        def between_layers(layer: int) -> None:
+            interrupts.check()
+            after_layer(layer)
+
         start = time.perf_counter()
-        logits = self._within_memory(torch.tensor(ids, device=self._model.device), after_layer)
-        self._ids += ids
-        self._tokens += len(ids)
-        self._seconds += time.perf_counter() - start
+        with interrupts.held(), torch.inference_mode():
+            device_ids = torch.tensor(ids, device=self._model.device)
+            logits = self._within_memory(device_ids, between_layers)
+            self._ids += ids
+            self._tokens += len(ids)
+            self._seconds += time.perf_counter() - start
         return logits
 
     def _within_memory(

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch.nn import functional
 
+from mixchat import interrupts
 from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.kernels import attention, pages
@@ -181,17 +182,18 @@ class PagedKVCache(KVCache):
         mine = self._pages[layer]
         while len(mine) * PAGE < self.length + keys.shape[0]:
             mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
-        # Looked at each time, because Ctrl-C may have come between a page and its address.
+        # Looked at each time, because an error may have come between a page and its address.
         if len(mine) != self._addresses[layer].numel():
             self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
         pages.store(self._shape, self._addresses[layer], self.length, keys, values)
 
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]
-        # One call is never a long one: Ctrl-C is heard between them.
+        # One call is never a long one: Ctrl-C is heard between two of them.
         pieces = torch.split(queries, self._at_once(queries.shape[0]))
         past, seen = self.length, []
         for piece in pieces:
+            interrupts.check()
             seen.append(attention.attend(self._shape, addresses, past, piece, window))
             past += piece.shape[0]
         return seen[0] if len(seen) == 1 else torch.cat(seen)

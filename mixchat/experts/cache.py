@@ -57,8 +57,6 @@ class ExpertCache:
         evicted; None where no other is there.
         """
         assert key not in self._slots
-        # Which slots are free is not kept but derived: Ctrl-C between any two lines then neither
-        # loses a slot nor gives it to two experts.
         slot = None
         while len(self._slots) >= self.limit:  # more than once where `resize` left pinned ones
             victim = self._victim(pinned)
@@ -94,6 +92,4 @@ class ExpertCache:
         return set(range(self.slots)) - set(self._slots.values())
 
     def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:
-        candidates = self._policy.victims()
-        # One that the policy alone knows was being discarded when Ctrl-C came.
-        return next((key for key in candidates if key in self._slots and key not in pinned), None)
+        return next((key for key in self._policy.victims() if key not in pinned), None)

@@ -22,9 +22,8 @@ GUESSES_AT_ONCE = 4
 class Fetcher:
     """Experts of a store, by a cache's decision where, brought by a mover.
 
-    An expert can be in the cache while its bytes are still on their way. What holds throughout,
-    also after Ctrl-C between any two lines: an expert in the cache that is not in `_coming` is
-    whole in its slot.
+    An expert can be in the cache while its bytes are still on their way: it is in `_coming` then,
+    which has no other ones.
     """
 
     def __init__(
@@ -152,15 +151,11 @@ class Fetcher:
         return True
 
     def _await(self, key: ExpertKey, transfer: Transfer) -> None:
-        slot = self._cache.slot_of(key)
-        assert slot is not None, key
-        if transfer.steps is None:  # Ctrl-C came before it was queued
-            self._mover.begin(transfer, self._store.load(key, slot))
         began = time.perf_counter()
         try:
             transfer.wait()
         except BaseException:
-            if transfer.ended:  # it failed; if not, this is Ctrl-C, and it is still on its way
+            if transfer.ended:  # it failed; after a signal it is still on its way
                 self._give_up(key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - began
@@ -177,10 +172,6 @@ class Fetcher:
     def _send(self, transfer: Transfer, pinned: Collection[ExpertKey]) -> bool:
         """Begin a transfer, if there is a slot for it."""
         key = transfer.key
-        # First of all: whoever finds the key in the cache has to know that its bytes are not there.
-        if key in self._coming:  # Ctrl-C came before it was cleared away
-            self._coming[key].cancelled = True
-        self._coming[key] = transfer
         guesses = [other for other, its in self._coming.items() if its.guess]
         held = self._store.blocks
         slot = self._cache.admit(key, {*pinned, *guesses}, held)
@@ -192,7 +183,12 @@ class Fetcher:
         if slot is None:
             return False
         self._release_surplus()
-        self._mover.begin(transfer, self._store.load(key, slot))
+        try:
+            self._mover.begin(transfer, self._store.load(key, slot))
+        except BaseException:  # no memory, or no thread: nobody brings it
+            self._cache.discard(key)
+            raise
+        self._coming[key] = transfer
         return True
 
     def _give_up(self, key: ExpertKey) -> None:

@@ -12,9 +12,12 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 
+from mixchat import interrupts
+from mixchat.errors import ResourceError
 from mixchat.experts.keys import ExpertKey
 
 _IDLE = 0.1  # seconds
+_LOOK = 0.05  # seconds until whoever waits looks whether a signal has come
 
 # Moving an expert, in steps of a few milliseconds; between two of them it can be put off or ended.
 Steps = Generator[None, None, None]
@@ -30,7 +33,7 @@ class Transfer:
 
     def __init__(self, key: ExpertKey, *, guess: bool = False) -> None:
         self.key, self.guess = key, guess
-        self.steps: Steps | None = None  # from when it is queued
+        self.steps: Steps | None = None  # while it is queued or carried out
         self.cancelled = False
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -46,8 +49,12 @@ class Transfer:
         return self._error is not None
 
     def wait(self) -> None:
-        """Return when the expert is in its slot. Raises what moving it raised."""
-        self._ended.wait()
+        """Return when the expert is in its slot. Raises what moving it raised.
+
+        A signal that ends the wait leaves the transfer on its way.
+        """
+        while not self._ended.wait(_LOOK):
+            interrupts.check()
         if self._error is not None:
             raise self._error
 
@@ -68,13 +75,13 @@ class Mover:
         self._works = False
 
     def begin(self, transfer: Transfer, steps: Steps) -> None:
-        """Queue a transfer."""
+        """Queue a transfer. Raises `ResourceError` where there is no thread to carry it out."""
         with self._changed:
+            if not self._works:
+                _start(self._work)
+                self._works = True
             transfer.steps = steps
             (self._guessed if transfer.guess else self._wanted).append(transfer)
-            if not self._works:
-                self._works = True
-                threading.Thread(target=self._work).start()
             self._changed.notify()
 
     def want(self, transfer: Transfer) -> None:
@@ -86,9 +93,21 @@ class Mover:
                 self._wanted.append(transfer)
 
     def _work(self) -> None:
-        with self._inside():
-            while (transfer := self._next()) is not None:
-                self._carry_out(transfer)
+        try:
+            with self._inside():
+                while (transfer := self._next()) is not None:
+                    self._carry_out(transfer)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let nobody wait for what this thread cannot carry out; the next transfer gets another."""
+        with self._changed:
+            self._works = False
+            for transfer in (*self._wanted, *self._guessed):
+                transfer.end(error)
+            self._wanted.clear()
+            self._guessed.clear()
 
     def _carry_out(self, transfer: Transfer) -> None:
         assert transfer.steps is not None
@@ -125,6 +144,16 @@ class Mover:
             nearest = min(self._guessed, key=lambda transfer: transfer.key.layer)
             self._guessed.remove(nearest)
             return nearest
+
+
+def _start(work: Callable[[], None]) -> None:
+    try:
+        threading.Thread(target=work).start()
+    except RuntimeError:
+        raise ResourceError(
+            "cannot start a thread to read experts",
+            hint="The limit of processes is reached: end some, or raise it (ulimit -u).",
+        ) from None
 
 
 def _ending() -> bool:

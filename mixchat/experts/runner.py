@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from mixchat import interrupts
 from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
@@ -69,6 +70,7 @@ class CachedExpertRunner:
         # What is computed on the CPU comes second: a GPU then has its own work meanwhile.
         order = sorted(by_state, key=lambda key: key not in here and not self._fetcher.holds(key))
         for turn, key in enumerate(order):
+            interrupts.check()
             self._send_for([other for other in order[turn:] if other not in here])
             if turn == 0:
                 self._look_ahead(layer, hidden_states, order)

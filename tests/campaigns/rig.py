@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
@@ -65,7 +66,9 @@ def warm_up() -> None:
     import mixchat.weights.verify  # noqa: F401
 
 
-def make_checkpoint(directory: Path, seed: int = 0, shard: int = 2_500_000, **shape: int) -> Path:
+def make_checkpoint(
+    directory: Path, seed: int = 0, shard: int = 2_500_000, dtype: Any = None, **shape: int
+) -> Path:
     """A random Mixtral whose shards cut experts apart; in the last layers w1 and w3 lie far off."""
     import mistral_common
     import torch
@@ -92,7 +95,9 @@ def make_checkpoint(directory: Path, seed: int = 0, shard: int = 2_500_000, **sh
     for name in sorted(shapes, key=place):
         if sum(t.nbytes for t in shards[-1].values()) > shard:
             shards.append({})
-        shards[-1][name] = torch.randn(shapes[name], generator=generator).to(torch.bfloat16)
+        shards[-1][name] = torch.randn(shapes[name], generator=generator).to(
+            dtype or torch.bfloat16
+        )
     weight_map = {}
     for number, tensors in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
