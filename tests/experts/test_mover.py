@@ -1,12 +1,15 @@
 """Transfers in the background: their order, and what becomes of those nobody wants any more."""
 
 import random
+import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
+from mixchat import interrupts
+from mixchat.errors import ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 
@@ -328,3 +331,48 @@ def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
         assert transfer.ended or transfer.cancelled
         if steps and not transfer.ended:
             assert mine[-1] == f"{name} closed"
+
+
+def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_ones(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mover believed that its thread was at work: whoever waited for a transfer hung."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="cannot start a thread"):
+            work.begin("a")
+    work.begin("b").wait()
+    assert work.finish() == ["b0", "b there"]
+
+
+def test_a_thread_that_fails_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> AbstractContextManager[object]:
+        raise MemoryError("no stream")
+
+    mover = Mover(refuse)
+    for _ in range(2):
+        transfer = Transfer(ExpertKey(0, 0))
+        mover.begin(transfer, iter_nothing())
+        with pytest.raises(MemoryError):
+            transfer.wait()
+
+
+def iter_nothing() -> Steps:
+    yield
+
+
+def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work: Work) -> None:
+    """As from a disk that hangs, where nothing between two layers is reached."""
+    held = work.hold()
+    transfer = work.begin("a")
+    with interrupts.held():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.wait()
+    held.go()
+    transfer.wait()
+    assert work.finish() == ["a0", "a there"]

@@ -1,11 +1,12 @@
 import contextlib
+import threading
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixchat.errors import CheckpointError
+from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
@@ -194,3 +195,17 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: KeptModel
     fetcher.ready(ExpertKey(0, 2))  # the last to come
     assert begun == [3, 0, 2]
     assert fetcher.stats.misses.total() == 3
+
+
+def test_a_thread_that_cannot_be_started_once_does_not_harm_the_next_answer(
+    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    failing = runner(kept, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="cannot start a thread"):
+            failing.run(0, *routing(3))
+    assert torch.equal(failing.run(0, *routing(3)), runner(kept, 8).run(0, *routing(3)))

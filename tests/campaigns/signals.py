@@ -1,0 +1,184 @@
+"""SIGTERM, SIGHUP and SIGINT at drawn moments of a start, an answer and a chat of the demo.
+
+    python tests/campaigns/signals.py [--one 300] [--chats 100] [--at-once 1]
+
+Each process has to end with 128 + n as a shell counts it, within a second, and say nothing; a chat
+keeps what was said, and leaves the terminal as it was. The demo model has to be installed already.
+Exit code 0: no fault was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from chat import ENTER, LONG, MIXCHAT, PROMPT, home
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+SOON = 1.0  # seconds
+PATIENCE = 60  # seconds
+
+
+@dataclass
+class Found:
+    """What became of the processes."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, name: str, number: int, at: float, code: int, seconds: float, said: str) -> None:
+        """A process that got a signal at `at`, and ended so many seconds later."""
+        how = {-number: "by the signal", 128 + number: f"{code}"}.get(code, f"WRONG: {code}")
+        self.codes[f"{name}, {signal.Signals(number).name}: {how}"] += 1
+        self.seconds.append(seconds)
+        where = f"{name}, {signal.Signals(number).name} at {at:.3f} s"
+        if code not in (-number, 128 + number):
+            self.faults.append(f"{where}: exit {code}, {said!r}")
+        if seconds > SOON:
+            self.faults.append(f"{where}: {seconds:.2f} s until it ended")
+        if said:
+            self.faults.append(f"{where}: said {said!r}")
+
+    def tell(self, what: str) -> None:
+        """Print what was found."""
+        print(f"\n{what}: {len(self.seconds)} processes ended by a signal")
+        for name, count in sorted(self.codes.items()):
+            print(f"  {name:<50} {count}")
+        if self.seconds:
+            slow = sum(seconds > SOON for seconds in self.seconds)
+            print(
+                f"  ended after {median(self.seconds) * 1e3:.0f} ms (median), "
+                f"{max(self.seconds):.2f} s at most, {slow} later than a second",
+                flush=True,
+            )
+
+
+def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
+    """`mixchat run -m demo -n 1 hi`, ended at a drawn moment."""
+    found, chance = Found(), random.Random(seed)
+    environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
+    command = [*MIXCHAT, "run", "-m", "demo", "-n", "1", "hi"]
+    began = time.monotonic()
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    whole = time.monotonic() - began
+    print(f"left in peace, one answer takes {whole:.1f} s")
+    drawn = [(chance.choice(SIGNALS), chance.random() * whole) for _ in range(count)]
+
+    def one(what: tuple[signal.Signals, float]) -> None:
+        number, at = what
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            time.sleep(at)
+            if process.poll() is not None:
+                found.codes["one: had ended already"] += 1
+                return
+            process.send_signal(number)
+            sent = time.monotonic()
+            _, errors = process.communicate(timeout=PATIENCE)
+        seconds = time.monotonic() - sent
+        if process.returncode == 0 and seconds < 0.2:
+            found.codes["one: was ending already"] += 1
+            return
+        if at < 0.1 and number == signal.SIGINT and "site" in errors:
+            errors = ""  # Python's own, before the first line of ours
+        found.add("one", number, at, process.returncode, seconds, errors)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, drawn))
+    return found
+
+
+def chats(count: int, work: Path, seed: int) -> Found:
+    """A chat, ended while it starts, waits, reads and answers."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cli"))
+    from terminal import Terminal
+
+    found, chance = Found(), random.Random(seed)
+    for turn in range(count):
+        number, at = chance.choice(SIGNALS[:2]), chance.random() * 4
+        place = home_of_its_own(work, turn)
+        environment = os.environ | {"MIXCHAT_HOME": str(place)}
+        with Terminal([*MIXCHAT, "run", "-m", "demo"], environment) as terminal:
+            before = termios.tcgetattr(terminal._master)[3]
+            name = "chat, starting"
+            if turn % 2:
+                terminal.wait_for(PROMPT, PATIENCE)
+                terminal.type(LONG + ENTER)
+                name, at = "chat, answering", at / 2
+            time.sleep(at)
+            terminal.process.send_signal(number)
+            sent = time.monotonic()
+            code = terminal.wait_for_end(PATIENCE)
+            seconds = time.monotonic() - sent
+            screen = terminal.screen.decode()
+            noise = "Traceback" in screen or "Exception" in screen or "error" in screen
+            found.add(name, number, at, code, seconds, screen if noise else "")
+            if termios.tcgetattr(terminal._master)[3] != before:
+                found.faults.append(f"{name}, {number} at {at:.3f}: the terminal is not as it was")
+            found.faults += [f"{name}, {number} at {at:.3f}: {f}" for f in lost(screen, place)]
+    return found
+
+
+def home_of_its_own(work: Path, turn: int) -> Path:
+    """A place for one chat."""
+    place = work / str(turn)
+    place.mkdir()
+    return home(place)
+
+
+def lost(screen: str, place: Path) -> Iterator[str]:
+    """What was said and is not in a kept chat: the answer's first words."""
+    _, _, said = screen.partition("\x1b[?2004l")
+    words = [word for word in said.split() if word.isalpha()]
+    kept = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
+    text = " ".join(message["content"] for chat in kept for message in chat["messages"])
+    if missing := [word for word in words[:5] if word not in text]:
+        yield f"{missing} were said and not kept"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", type=int, default=300)
+    parser.add_argument("--chats", type=int, default=100)
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    faults = []
+    with TemporaryDirectory(prefix="mixchat-campaign-") as name:
+        if asked.one:
+            found = one_shots(asked.one, asked.at_once, Path(name), asked.seed)
+            found.tell("one answer")
+            faults += found.faults
+        if asked.chats:
+            found = chats(asked.chats, Path(name), asked.seed)
+            found.tell("chats")
+            faults += found.faults
+    for fault in faults[:20]:
+        print(f"FAULT: {fault}")
+    print(f"{len(faults)} faults")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

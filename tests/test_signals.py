@@ -1,0 +1,212 @@
+"""Signals raise in ordinary code; in bookkeeping they wait until nothing is half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from mixchat import interrupts
+
+BEGINNING = """
+import os, signal, sys, time
+from mixchat import interrupts
+interrupts.install()
+
+def send(number):
+    os.kill(os.getpid(), number)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Python's own handler, whatever ran before; and each is given back."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_end_of_what_is_held() -> None:
+    done = []
+
+    def work() -> None:
+        with interrupts.held():
+            press()
+            done.append("one")
+            with interrupts.held():
+                done.append("two")
+            done.append("three")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["one", "two", "three"]
+
+
+def test_ctrl_c_is_raised_once_where_nothing_is_half_done() -> None:
+    with interrupts.held():
+        interrupts.check()
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        interrupts.check()
+
+
+def test_another_thread_neither_holds_nor_hears_signals() -> None:
+    heard: list[BaseException] = []
+
+    def other() -> None:
+        with interrupts.held():
+            try:
+                interrupts.check()
+            except BaseException as error:
+                heard.append(error)
+
+    thread = threading.Thread(target=other)
+    with interrupts.held():
+        press()
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert heard == []
+
+
+def test_the_first_ctrl_c_asks_for_the_end_of_an_answer_and_the_second_one_ends_it() -> None:
+    asked: list[bool] = []
+
+    def ask() -> bool:
+        asked.append(True)
+        return True
+
+    with interrupts.stopping(lambda: ask() and len(asked) == 1):
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            press()
+
+
+def test_an_answer_that_does_not_end_soon_is_ended() -> None:
+    with interrupts.stopping(lambda: True):
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            threading.Event().wait(30)
+
+
+def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its patience may be over in the very moment in which the answer ends."""
+    first, second = (lambda: True), (lambda: True)
+    with interrupts.stopping(first):
+        press()
+    with interrupts.stopping(second):
+        monkeypatch.setattr(interrupts._state, "overdue", first)
+        press()  # which is that of the timer
+        assert interrupts._state.overdue is None
+
+
+def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, "-c", BEGINNING + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_process_that_is_stuck(number: int) -> None:
+    """As in a native function that does not come back: nothing hears of the exception."""
+    done = run(f"with interrupts.held():\n    send({number:d})\n    time.sleep(50)")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+def test_what_is_being_saved_is_saved_before_the_process_ends() -> None:
+    code = (
+        "with interrupts.held(saving=True):\n"
+        f"    send({signal.SIGTERM:d})\n"
+        "    time.sleep(2)\n"
+        "    print('saved', flush=True)\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "saved\n", "")
+
+
+def test_a_second_signal_does_not_disturb_the_first_ones_cleaning() -> None:
+    code = (
+        "try:\n"
+        f"    send({signal.SIGHUP:d})\n"
+        "    time.sleep(50)\n"
+        "finally:\n"
+        f"    send({signal.SIGTERM:d})\n"
+        f"    send({signal.SIGINT:d})\n"
+        "    print('cleaned', flush=True)\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (129, "cleaned\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_swallows_ends_the_process_all_the_same(number: int) -> None:
+    """Exceptions out of callbacks are printed and forgotten: a run went on to exit code 0."""
+    code = (
+        "class Gone:\n"
+        "    def __del__(self):\n"
+        f"        send({number:d})\n"
+        "        [None for _ in range(1000)]\n"
+        "Gone()\n"
+        "try:\n"
+        "    time.sleep(50)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+def test_what_else_is_swallowed_is_printed_as_always() -> None:
+    done = run("class Gone:\n    def __del__(self): raise ValueError('told')\nGone()")
+    assert done.returncode == 0
+    assert "ValueError: told" in done.stderr
+
+
+def test_a_process_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
+    code = (
+        "with interrupts.starting():\n"
+        f"    send({signal.SIGHUP:d})\n"
+        f"send({signal.SIGHUP:d})\n"
+        "interrupts.use_defaults()\n"
+        f"send({signal.SIGHUP:d})\n"
+        "print('still here')\n"
+    )
+    done = run(code, "nohup")
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_torch_is_imported_ends_it_at_once(
+    tmp_path: os.PathLike[str], number: int
+) -> None:
+    """An exception broke numpy ("CPU dispatcher tracer already initialized", exit code 1)."""
+    package = f"{tmp_path}/torch.py"
+    with open(package, "w") as file:
+        file.write(
+            "import os, time\n"
+            "try:\n"
+            f"    os.kill(os.getpid(), {number:d})\n"
+            "    time.sleep(50)\n"
+            "except BaseException:\n"
+            "    raise RuntimeError('CPU dispatcher tracer already initialized')\n"
+        )
+    code = (
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from mixchat.engine.environment import prepare_environment\n"
+        "prepare_environment()\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stderr) == (-number, "")
