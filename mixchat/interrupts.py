@@ -40,7 +40,7 @@ class _State:
     """What is going on in the main thread; there is one, as there is one of each signal."""
 
     held = 0  # how many `held` it is in
-    saving = 0  # those of them that save something
+    saving = 0  # how many `saving` it is in
     pending: int | None = None  # a signal that came meanwhile
     ending: int | None = None  # the signal that ends the process
     swallowed = False  # the exception that was to do so
@@ -85,13 +85,22 @@ def starting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def held(*, saving: bool = False) -> _Held:
+def held() -> _Held:
     """Let no signal interrupt what is done within; `check` says where one may.
 
-    A process that has to end waits for what is `saving` something, however long that takes.
     In other threads than the main one, which gets no signals, this does nothing.
     """
-    return _Held(saving)
+    return _Held()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Let a process that has to end wait for what is saved within, however long that takes."""
+    _state.saving += 1
+    try:
+        yield
+    finally:
+        _state.saving -= 1
 
 
 def check() -> None:
@@ -122,14 +131,13 @@ def exit_code(code: int) -> int:
 
 
 class _Held:
-    def __init__(self, saving: bool) -> None:
-        self._saving, self._main = saving, _is_main()
+    def __init__(self) -> None:
+        self._main = _is_main()
         self._before: Callable[..., Any] | None = None
 
     def __enter__(self) -> None:
         if self._main:
             self._before = _take_ctrl_c()
-            _state.saving += self._saving
             _state.held += 1
 
     def __exit__(
@@ -140,7 +148,6 @@ class _Held:
     ) -> None:
         if not self._main:
             return
-        _state.saving -= self._saving
         _state.held -= 1
         _give_back(self._before)
         if not _state.held and _state.pending is not None:

@@ -128,7 +128,7 @@ def test_a_signal_ends_a_process_that_is_stuck(number: int) -> None:
 
 def test_what_is_being_saved_is_saved_before_the_process_ends() -> None:
     code = (
-        "with interrupts.held(saving=True):\n"
+        "with interrupts.held(), interrupts.saving():\n"
         f"    send({signal.SIGTERM:d})\n"
         "    time.sleep(2)\n"
         "    print('saved', flush=True)\n"

@@ -152,7 +152,7 @@ class Repl:
             self._ended(finished, said=self.session.history is not before)
         finally:  # also where the terminal has been closed
             if self.session.history is not before:
-                with interrupts.held(saving=True):
+                with interrupts.held(), interrupts.saving():
                     self.keeper.save()
 
     def _shown(self, events: Iterator[Event], said: str) -> Finished:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixchat import interrupts
 from mixchat.chat.sanitize import sanitize
 from mixchat.cli.progress import status
 from mixchat.cli.report import note
@@ -92,5 +93,5 @@ def save_cache(path: Path, engine: Engine, loaded: PromptCache | None = None) ->
     """Write the file, unless it was `loaded` and nothing is new. Raises `MixchatError`."""
     from mixchat.engine.prompt_cache import PromptCache
 
-    with status(sanitize(f"writing {path}")):
+    with interrupts.saving(), status(sanitize(f"writing {path}")):
         (loaded or PromptCache(path, engine)).save()
