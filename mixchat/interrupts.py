@@ -29,7 +29,7 @@ from typing import Any
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _SIGNALS = (signal.SIGINT, *_ENDING)
 _PATIENCE = 0.3  # seconds that the first Ctrl-C waits for a token
-_GRACE = 0.8  # seconds until a process that has to end is ended
+_GRACE = 0.7  # seconds until a process that has to end is ended
 _AGAIN = 0.01  # seconds until an exception that was swallowed is raised again
 _MAIN = threading.main_thread().ident
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "cli"), str(HERE.parent.parent)]
 
 MIXCHAT = [sys.executable, "-m", "mixchat"]
-PROMPT, CTRL_C, CTRL_D, ENTER = "\x1b[?2004h", "\x03", "\x04", "\r"
+PROMPT, CTRL_C, CTRL_D, ENTER = ">>>", "\x03", "\x04", "\r"
 ESC, BEL, ST = "\x1b", "\x07", "\x1b\\"
 LONG = "Tell me a very long story about the sea."
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,7 @@ def home_of_its_own(work: Path, turn: int) -> Path:
 def lost(screen: str, place: Path) -> Iterator[str]:
     """What was said and is not in a kept chat: the answer's first words."""
     _, _, said = screen.partition("\x1b[?2004l")
+    said = re.sub(r"reading [\d,]+ of [\d,]+ tokens", "", said)
     words = [word for word in said.split() if word.isalpha()]
     kept = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
     text = " ".join(message["content"] for chat in kept for message in chat["messages"])

@@ -512,13 +512,49 @@ def test_a_line_that_was_typed_before_the_prompt_is_sent():
         assert screen.read() == "ahead é"
 
 
-def test_several_lines_from_before_the_prompt_wait():
+def test_several_lines_from_before_the_prompt_are_sent_one_after_the_other():
+    """They were put together into one that waited: commands among them became text."""
     with look(ask=False) as screen:
-        screen.type("one" + ENTER + "two" + ENTER + "thr")
+        screen.type("one" + ENTER + "/two" + ENTER + ENTER + "thr")
         screen.ask()
-        screen.wait_for("... thr")
+        assert screen.read() == "one"
+        screen.ask()
+        assert screen.read() == "/two"
+        screen.ask()
+        assert screen.read() == ""
+        screen.ask()
+        screen.wait_for(">>> thr")
         screen.type("ee" + ENTER)
-        assert screen.read() == "one\ntwo\nthree"
+        assert screen.read() == "three"
+
+
+def test_ctrl_d_from_before_the_prompt_leaves_after_what_was_typed_before_it():
+    with look(ask=False) as screen:
+        screen.type("one" + ENTER + CTRL_D)
+        screen.ask()
+        assert screen.read() == "one"
+        screen.ask()
+        assert isinstance(screen.read(), EOFError)
+
+
+def test_enter_alone_from_before_the_prompt_is_only_impatience():
+    with look(ask=False) as screen:
+        screen.type(ENTER + ENTER + "one" + ENTER)
+        screen.ask()
+        assert screen.read() == "one"
+
+
+@pytest.mark.parametrize("last", ["c", "c" + ENTER])
+def test_a_marked_paste_from_before_the_prompt_is_one_text_that_waits(last):
+    """Its last line has often no newline: the terminal gives it only to a prompt."""
+    with look(ask=False) as screen:
+        screen.type("zero" + ENTER + "\x1b[200~a" + ENTER + "/b" + ENTER + last + "\x1b[201~")
+        screen.ask()
+        assert screen.read() == "zero"
+        screen.ask()
+        screen.wait_for("... c")
+        screen.type("!" + ENTER)
+        assert screen.read() == "a\n/b\n" + last.replace(ENTER, "\n") + "!"
 
 
 def test_half_a_line_from_before_the_prompt_goes_on():

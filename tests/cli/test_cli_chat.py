@@ -95,3 +95,30 @@ def shown(terminal):
     screen = pyte.Screen(80, 24)
     pyte.ByteStream(screen).feed(terminal.screen)
     return "\n".join(line.rstrip() for line in screen.display).rstrip()
+
+
+def test_what_is_typed_during_an_answer_is_done_line_by_line(environment, tmp_path):
+    """Several lines became one draft, commands included, and Ctrl-D was lost."""
+    variables = environment | {
+        "SCRIPT": '["One, slowly.", "Two.", "Three."]',
+        "DELAY": "0.05",
+        "PROMPTS": str(tmp_path / "p"),
+    }
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("First" + ENTER)
+        terminal.wait_for("One")
+        terminal.type("Second" + ENTER + "/clear" + ENTER + "Third" + ENTER + CTRL_D)
+        terminal.wait_for("Three.")
+        assert terminal.wait_for_end() == 0
+    prompts = (tmp_path / "p").read_text().split("\n---\n")
+    assert prompts[1].endswith("[user]Second")
+    assert prompts[2] == "[user]Third"
+
+
+def test_ctrl_d_while_it_loads_leaves(environment):
+    variables = environment | {"SCRIPT": '["Hello"]'}
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.type("Hi" + ENTER + CTRL_D)
+        terminal.wait_for("Hello")
+        assert terminal.wait_for_end() == 0
