@@ -54,20 +54,17 @@ _state = _State()
 
 def use_defaults() -> None:
     """Let a signal end the process at once. One that is ignored, as after `nohup`, stays so."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    for number in _heard():
+        signal.signal(number, signal.SIG_DFL)
 
 
 def install() -> None:
     """Handle the signals from here on. One that is ignored, as after `nohup`, stays so."""
     _state.terminal = _terminal_attributes()
-    if sys.unraisablehook is not _raise_again:
-        _raise_again.others = sys.unraisablehook
-        sys.unraisablehook = _raise_again
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _handle)
+    if not isinstance(sys.unraisablehook, _RaiseAgain):
+        sys.unraisablehook = _RaiseAgain(sys.unraisablehook)
+    for number in _heard():
+        signal.signal(number, _handle)
 
 
 @contextmanager
@@ -76,7 +73,7 @@ def starting() -> Iterator[None]:
     if not _is_main():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in _heard()}
     use_defaults()
     try:
         yield
@@ -204,10 +201,11 @@ def _end_in_time() -> None:
 class _RaiseAgain:
     """Hears of exceptions that were swallowed, as by a callback of the import system.
 
-    One of ours is raised again, a little later and elsewhere; the others are printed as always.
+    One of ours is raised again, a little later and elsewhere; `others` gets what is not ours.
     """
 
-    others: Callable[[Any], Any] = sys.unraisablehook
+    def __init__(self, others: Callable[[Any], object]) -> None:
+        self._others = others
 
     def __call__(self, lost: Any) -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
@@ -216,10 +214,7 @@ class _RaiseAgain:
             _state.swallowed = True
             _in_thread(_send_again, _state.ending)
         else:
-            type(self).others(lost)
-
-
-_raise_again = _RaiseAgain()
+            self._others(lost)
 
 
 def _send_again(number: int) -> None:
@@ -232,6 +227,11 @@ def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
     # Not `threading.Thread`: the handler may run while the main thread holds that module's locks.
     with suppress(RuntimeError):  # no more threads: then it has to go without
         _thread.start_new_thread(work, arguments)
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that are not ignored, and not handled by somebody beyond Python."""
+    return [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
 
 def _exception(number: int) -> BaseException:

@@ -17,6 +17,7 @@ CAMPAIGNS = Path(__file__).parent / "campaigns"
         ["kill.py", "--rounds", "3"],
         ["race.py", "--rounds", "1"],
         ["resume.py", "--races", "5", "--processes", "3"],
+        ["interrupts.py", "--rounds", "100"],
         ["flips.py", "--flips", "8", "--real", "1"],
         ["hub_faults.py", "--rounds", "6"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],

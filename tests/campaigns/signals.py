@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 from chat import ENTER, LONG, MIXCHAT, PROMPT, home
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LATEST = 8.0  # seconds after the start
 SOON = 1.0  # seconds
 PATIENCE = 60  # seconds
 
@@ -78,7 +79,7 @@ def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
     subprocess.run(command, env=environment, capture_output=True, check=True)
     whole = time.monotonic() - began
     print(f"left in peace, one answer takes {whole:.1f} s")
-    drawn = [(chance.choice(SIGNALS), chance.random() * whole) for _ in range(count)]
+    drawn = [(chance.choice(SIGNALS), chance.random() * min(whole, LATEST)) for _ in range(count)]
 
     def one(what: tuple[signal.Signals, float]) -> None:
         number, at = what

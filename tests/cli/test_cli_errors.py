@@ -227,3 +227,39 @@ def test_a_chat_needs_a_terminal_on_both_sides(environment):
     os.close(slave)
     assert done.returncode == 2
     assert lines_of(done)[0] == "error: a chat needs a terminal to write to"
+
+
+def test_an_error_that_ctrl_c_caused_in_a_library_is_no_error(environment):
+    """Some libraries turn what ends them into an error of their own: "internal error", exit 1."""
+    code = (
+        "from mixchat.cli import app\n"
+        "def work(arguments):\n"
+        "    try:\n"
+        "        raise KeyboardInterrupt\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise RuntimeError('cannot be imported')\n"
+        "app._invoke = work\n"
+        "app.run([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("swallowed", ["raise RuntimeError('broken')", "return 0"])
+def test_a_command_that_a_signal_ends_has_its_exit_code_whatever_a_library_makes_of_it(
+    environment, swallowed
+):
+    code = (
+        "import os, signal, time\n"
+        "from mixchat.cli import app\n"
+        "def work(arguments):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(50)\n"
+        "    except BaseException:\n"
+        f"        {swallowed}\n"
+        "app._invoke = work\n"
+        "app.run([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (143, b"", b"")
