@@ -102,6 +102,7 @@ def rounds(count: int, seed: int, model: Path) -> Iterator[str]:
     from mixchat import interrupts
 
     chance = random.Random(seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     interrupts.install()
     session, reference = open_session(model, EXPERTS), open_session(model, None)
     began, presser, ends = time.monotonic(), Presser(), Counter[str]()
@@ -121,6 +122,8 @@ def rounds(count: int, seed: int, model: Path) -> Iterator[str]:
         if number % 1000 == 999:
             print(f"{number + 1} rounds, {time.monotonic() - began:.0f} s", flush=True)
     faulthandler.cancel_dump_traceback_later()
+    if count >= 100 and sum(n for end, n in ends.items() if "interrupted" in end) < count / 10:
+        yield f"hardly an answer was interrupted: {dict(ends)}"
     rig.table(f"{count} interrupts in {time.monotonic() - began:.0f} s", dict(ends))
     print(
         f"  an answer takes {typical * 1e3:.1f} ms; {session.engine.experts.stats.misses.total()}"

@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     faults = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     with TemporaryDirectory(prefix="mixchat-campaign-") as name:
         if asked.one:
             found = one_shots(asked.one, asked.at_once, Path(name), asked.seed)
