@@ -18,7 +18,7 @@ QUESTION = "What is the capital of France?"
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A data directory in which `mixchat run -m demo` was the first command ever."""
     home = tmp_path_factory.mktemp("home")
-    first = mixchat(home, "run", "-m", "demo", "--temp", "0", QUESTION)
+    first = mixchat(home, "run", "-m", "demo", "--temp", "0", "--repeat-penalty", "1", QUESTION)
     assert "The capital of France is Paris" in first.stdout
     assert "quantizing" in first.stderr
     yield home

@@ -40,9 +40,9 @@ class Sampler:
             self._generator.manual_seed(options.seed)
 
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
-        """The next token after `history`. logits: [V], any float type, on any device."""
+        """The next token after `history`. logits: [V], any float type, on the CPU."""
         options = self._options
-        logits = logits.float().cpu()
+        logits = logits.float()
         if options.repeat_penalty != 1:
             recent = set(history[-REPEAT_WINDOW:]) - self._stop_ids
             logits = penalize(logits, recent, options.repeat_penalty)

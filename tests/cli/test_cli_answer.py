@@ -40,7 +40,7 @@ def test_json_has_answer_ids_counts_times_and_why_it_ended(mixchat):
     [
         (("-n", "2"), "length", "He"),
         (("--stop", "lo"), "stop_string", "Hel"),
-        (("--ctx-size", "11"), "context", "Hel"),
+        (("--ctx-size", "11", "-n", "0"), "context", "Hel"),
     ],
 )
 def test_json_says_why_an_answer_ended_early(mixchat, flags, reason, answer):
