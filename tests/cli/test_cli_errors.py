@@ -112,13 +112,13 @@ def test_each_error_has_its_exit_code(mixchat, kind, code):
 
 
 @pytest.mark.parametrize("base", [MemoryError, RuntimeError])
-def test_memory_that_runs_out_says_what_to_try(capsys, base):
+def test_a_gpus_memory_that_runs_out_says_what_to_try(capsys, base):
     from mixchat.cli.report import report
 
     error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
     assert report(error) == 7
     assert capsys.readouterr().err == (
-        "error: there is not enough memory\nhint: Try a smaller --host-memory or --ctx-size.\n"
+        "error: there is not enough memory\nhint: Try a smaller --ctx-size or --device-memory.\n"
     )
 
 
