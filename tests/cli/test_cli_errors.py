@@ -34,7 +34,7 @@ def lines_of(done):
             ["--seed", str(2**63)],
             f"--seed has to be between 0 and 9223372036854775807, not {2**63}",
         ),
-        (["-n", "-1"], "--max-tokens has to be 0 or more, not -1"),
+        (["-n", "-1"], "--max-tokens has to be 1 or more, or 0 for what fits, not -1"),
         (["--ctx-size", "0"], "--ctx-size has to be 1 or more, not 0"),
         (["--stop", ""], "--stop is empty"),
         (["--expert-memory", "lots"], "cannot read 'lots' as an amount of memory"),
