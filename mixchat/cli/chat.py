@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from mixchat import interrupts
 from mixchat.cli.prompt_cache import has_content, load_cache, save_cache
 from mixchat.cli.report import note, report
 from mixchat.errors import ChatNotFoundError, MixchatError, ResourceError
@@ -55,11 +56,13 @@ def saved_turn(keeper: Keeper, wished: bool) -> Iterator[None]:
         yield
     except BaseException:
         if wished and keeper.session.history is not before:
-            keeper.save()
+            with interrupts.held(), interrupts.saving():
+                keeper.save()
         raise
     if wished and keeper.session.history is not before:
         try:
-            keeper.save_or_raise()
+            with interrupts.held(), interrupts.saving():
+                keeper.save_or_raise()
         except MixchatError as error:
             hint = "The answer is whole. Free some space, or let MIXCHAT_HOME name another place."
             raise ResourceError(str(error), hint=hint) from None
