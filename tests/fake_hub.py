@@ -75,6 +75,7 @@ class FakeHub:
     ranges: bool = True
     delay: float = 0.0  # seconds between two pieces of `step` bytes from the store
     step: int = 1000
+    slow: str = ""  # what the paths have in them that are delayed
     requests: list[Request] = field(default_factory=list)
     _hashes: dict[str, Any] = field(default_factory=dict)
 
@@ -247,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
         step = self.hub.step
         for begin in range(0, len(body), step):
             self.wfile.write(body[begin : begin + step])
-            if self.hub.delay and self.where == "store":
+            if self.hub.delay and self.where == "store" and self.hub.slow in self.path:
                 self.wfile.flush()
                 if self.hub.closing.wait(self.hub.delay):
                     break

@@ -192,7 +192,7 @@ def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(
     fake: FakeHub, tmp_path: Path
 ) -> None:
     """Threads of a pool are waited for at its end: it took as long as the slowest header."""
-    fake.delay, fake.step = 0.3, 10  # minutes for a header
+    fake.delay, fake.step, fake.slow = 0.3, 10, SHARDS[0]  # minutes for its header
     interrupted(fake, tmp_path, lambda: any(SHARDS[0] in path for path in fake.got("store")))
 
 
