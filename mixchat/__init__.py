@@ -1,3 +1,17 @@
-"""Chat with a mixture-of-experts model that is larger than the machine's fast memory."""
+"""Chat with a mixture-of-experts model that is larger than the machine's fast memory.
+
+- errors.py: the tree of errors, each with its exit code and hint
+- config.py: a model's shape, with config.json's own keys
+- context.py: how many tokens a context holds, and which texts are too long for it
+- settings.py: where things are kept, config.toml, sizes read and written
+- files.py: small files, read with clear errors, written whole or not at all
+- output_file.py: files that a person names for output, never another's overwritten
+- lock.py: one process at a time for each model, and for the chats
+- machine.py: memory and disk that are free
+- cgroups.py: limits of memory and CPU time, of control groups
+- background.py: work in a thread
+- interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are acted on
+- progress.py: how long work says how far it is
+"""
 
 __version__ = "0.1.0"

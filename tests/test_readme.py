@@ -1,17 +1,36 @@
-"""README keeps its word: its exit codes, tree of modules and test command are the real ones."""
+"""README keeps its word: its commands, exit codes, rooms and test command are the real ones."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
 
 from mixchat import errors
+from mixchat.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "mixchat"
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 
 
 def exit_codes(text: str) -> dict[int, str]:
     rows = re.findall(r"^\| (\d+) +\| (.+?) +\|$", text, flags=re.MULTILINE)
     return {int(code): meaning for code, meaning in rows}
+
+
+def command_lines() -> list[str]:
+    """Each `mixchat ...` of README's shell blocks, without redirections, pipes and comments."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    found = re.findall(r"\bmixchat [^\n|>#]*|\bmixchat$", blocks, flags=re.MULTILINE)
+    return [line.strip() for line in found]
+
+
+def modules_of(room: Path) -> list[str]:
+    return sorted(path.name for path in room.glob("*.py") if not path.name.endswith("__.py"))
 
 
 def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
@@ -21,20 +40,38 @@ def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
     assert {*range(10), 130, 141} == set(exit_codes(README))
 
 
-def test_the_tree_shows_every_module_once() -> None:
-    tree = README.split("```\nmixchat/\n")[1].split("```")[0]
-    shown: list[str] = []
-    room = ""
-    for line in tree.splitlines():
-        if found := re.match(r"  (\w+)/ ", line):
-            room = f"{found[1]}/"
-        elif line.startswith("    "):
-            shown += [room + name for name in re.findall(r"\w+\.py", line)]
-        else:
-            shown += re.findall(r"\w+\.py", line)
-    package = ROOT / "mixchat"
-    modules = [str(path.relative_to(package)) for path in package.rglob("*.py")]
-    assert sorted(shown) == sorted(m for m in modules if not m.endswith("__.py"))
+def test_readme_is_short_enough_to_be_read() -> None:
+    assert len(README.split()) <= 2000
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_that_readme_shows_can_be_given(line: str) -> None:
+    """Its name, flags and arguments are read as on the command line; nothing is run."""
+    name, *arguments = shlex.split(line)[1:]
+    group: Any = typer.main.get_command(app)
+    assert name in group.commands
+    group.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+def test_each_flag_says_in_help_what_it_does(name: str) -> None:
+    """`--help` is the only reference, so no flag may be there without a meaning."""
+    command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help
+    assert [p.name for p in command.params if not (p.help or "").strip()] == []
+
+
+def test_readme_shows_every_room() -> None:
+    shown = re.findall(r"^- `(\w+)/`", README, flags=re.MULTILINE)
+    assert sorted(shown) == [room.name for room in ROOMS]
+
+
+@pytest.mark.parametrize("room", [PACKAGE, *ROOMS], ids=lambda room: room.name)
+def test_a_room_says_of_every_module_what_it_is_for(room: Path) -> None:
+    text = (room / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
+    entries = re.findall(r"^- ([\w., ]+): \S", text, flags=re.MULTILINE)
+    assert sorted(name for entry in entries for name in entry.split(", ")) == modules_of(room)
 
 
 def test_ci_runs_the_test_command_word_for_word() -> None:

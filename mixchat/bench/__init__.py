@@ -1,1 +1,8 @@
-"""How fast a model runs, beside what this machine could do at most and beside llama.cpp."""
+"""Speed, measured beside the machine's limits and beside llama.cpp.
+
+- measure.py: round by round: limits, mixchat, llama.cpp
+- limits.py: what the machine could do at most
+- work.py: what a token costs
+- synthetic.py: random layers of Mixtral's shapes
+- peer.py, peer_child.py: llama.cpp beside it
+"""

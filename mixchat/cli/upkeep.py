@@ -102,7 +102,12 @@ def convert(
         typer.Option(help="The layout; left out, the one that this machine computes fastest."),
     ] = None,
 ) -> None:
-    """Rewrite a model's 4-bit codes in their other layout; nothing is lost."""
+    """Rewrite a model's 4-bit codes in their other layout; nothing is lost.
+
+    The codes lie in the order that mixchat's kernels for CPUs read (cpu-packed) or in the one that
+    a GPU reads (bitsandbytes). A model in the other order runs too, but each expert is reordered
+    whenever it is loaded, about a second on a CPU. The same command resumes an interrupted one.
+    """
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)

@@ -1,4 +1,15 @@
-"""Which expert goes when room is needed: policies, each knowing an order and nothing else."""
+"""Which expert goes when room is needed: policies, each knowing an order and nothing else.
+
+`layered`, the default, evicts the least recently used expert, counted in passes of its own layer;
+`lru` counts by the clock, `lfu` evicts the least often used. Hit rates in decoding, by
+`mixchat simulate`, for a cache that holds 25, 50 and 75% of the experts,
+on a trace with experts repeated as in the Mixtral paper, and on a story by the demo model:
+
+| trace            | layered          | lru              | lfu              | best possible    |
+| ---------------- | ---------------- | ---------------- | ---------------- | ---------------- |
+| as in the paper  | 30.3, 53.3, 76.2 | 30.3, 46.4, 73.8 | 23.5, 48.5, 73.9 | 56.6, 78.7, 92.1 |
+| a demo's story   | 50.2, 77.2, 94.1 | 50.1, 74.8, 93.6 | 54.1, 80.9, 95.3 | 70.1, 90.2, 98.1 |
+"""
 
 from __future__ import annotations
 
