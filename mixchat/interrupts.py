@@ -37,7 +37,7 @@ _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
 
 
 class _State:
-    """What is going on in the main thread; there is one, as there is one of each signal."""
+    """The state of the main thread; there is one, as there is one of each signal."""
 
     held = 0  # how many `held` it is in
     saving = 0  # how many `saving` it is in

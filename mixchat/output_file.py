@@ -86,7 +86,7 @@ class OutputFile:
         return f"{self.flag} {self.path}"
 
     def _mode(self) -> int | None:
-        """What is there, a link followed; None for nothing."""
+        """Return what is there, a link followed; None for nothing."""
         try:
             return os.stat(self.path).st_mode
         except FileNotFoundError:

@@ -22,7 +22,7 @@ LAST = "last"  # the chat that was saved last, where a chat is asked for
 # What an ID can begin with; names look otherwise, so that no word means two things.
 BEGINNING = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
-# How a file begins, up to its name, which is of 4 bytes a character at most.
+# The beginning of a file, up to its name, which is of 4 bytes a character at most.
 _BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
 
 Number: TypeAlias = int | float | None

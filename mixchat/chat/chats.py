@@ -119,7 +119,7 @@ class ChatStore:
         return chat
 
     def _holds_another(self, id: str, known: Chat | None) -> bool:
-        """Whether a chat's file is there and holds another state of it than `known`."""
+        """Return whether a chat's file is there and holds another state of it than `known`."""
         path = self._path(id)
         if not os.path.lexists(path):
             return False

@@ -1,4 +1,4 @@
-"""What /help shows, and what may be meant by a command that does not exist."""
+"""The text of /help, and the command that may be meant by one that does not exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from mixchat.chat.parameters import NAMES
 
-# What commands are called elsewhere.
+# Names of commands in other programs.
 _HABITS = {
     **dict.fromkeys(("retry", "regenerate", "redo", "again", "r"), "/regen"),
     **dict.fromkeys(("new", "reset", "restart", "forget", "cls"), "/clear"),

@@ -356,4 +356,4 @@ COMMANDS = {
 }
 ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
 LEAVING = ("bye", "exit", "quit")
-"""What leaves though it has no slash, as in a shell or Python."""
+"""Words that leave though they have no slash, as in a shell or Python."""

@@ -45,7 +45,7 @@ def cleaned(text: str, encoding: str) -> str:
 
 @dataclass(frozen=True)
 class Begun:
-    """How much of a code block has been drawn: `lines` of it.
+    """The state of a code block that is being drawn: `lines` of it are on the screen.
 
     `path` leads there where it stands in a list's item or a quote: the number of a part in each.
     `resumed` says that what was drawn of it ended with a frame, so that its rest gets a new one.
@@ -56,7 +56,7 @@ class Begun:
     resumed: bool = False
 
     def rest_of(self, drawn: RenderableType) -> RenderableType:
-        """What is still to be drawn of a block."""
+        """Return what is still to be drawn of a block."""
         if self.path and isinstance(drawn, _Indented):
             return drawn.resumed(self.path[0], replace(self, path=self.path[1:]))
         if isinstance(drawn, Code):
@@ -209,7 +209,7 @@ class _Source:
 
 
 def _is_closed(fence: Token) -> bool:
-    """Whether there is a line with its end: it is one of the fence's lines, but not of its code."""
+    """Return whether the fence is closed: its last line is then not one of its code."""
     start, end = fence.map or (0, 0)
     return end - start == len(fence.content.splitlines()) + 2
 

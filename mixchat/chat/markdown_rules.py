@@ -10,7 +10,7 @@ from markdown_it.rules_inline import StateInline, newline
 
 DEEPEST = 20  # levels; what is nested deeper, markdown-it drops
 
-# What is neither emphasis nor escaped, because it is a formula or code that stands in no fence.
+# Neither emphasis nor escaped, because it is a formula or code that stands in no fence.
 _VERBATIM = re.compile(
     r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
     | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4

@@ -105,7 +105,7 @@ def _indent(line: str, width: int) -> int:
 
 
 def _cells(text: str) -> int:
-    """How many columns a text takes."""
+    """Return how many columns a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -114,7 +114,7 @@ def _cells(text: str) -> int:
 
 
 def columns(stream: TextIO) -> int:
-    """How wide the terminal is to which `stream` writes; `COLUMNS` goes before."""
+    """Return how wide the terminal is to which `stream` writes; `COLUMNS` goes before."""
     try:
         width = os.get_terminal_size(stream.fileno()).columns
     except (AttributeError, OSError, ValueError):

@@ -91,7 +91,7 @@ class ChatSession:
 
     @property
     def context(self) -> Context:
-        """What the engine can hold."""
+        """Return what the engine can hold."""
         return Context(self.engine.context_size, self.engine.config.max_position_embeddings)
 
     @property

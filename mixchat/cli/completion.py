@@ -114,7 +114,7 @@ def _drop_equals_signs() -> None:
 
 
 def _with_escaped_spaces(lines: str) -> str:
-    """What bash can put into a command line as it is: it does not quote a word with spaces.
+    """Return what bash can put into a command line as it is: it does not quote a word with spaces.
 
     Where the word was begun with a quote, it stays in quotes, and its spaces are themselves.
     """

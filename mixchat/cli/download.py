@@ -181,7 +181,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def disk_as_dicts(disk: Sequence[Need]) -> list[dict[str, Any]]:
-    """What is needed on each disk, as JSON has it."""
+    """Return what is needed on each disk, as JSON has it."""
     return [
         {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
         for need in disk

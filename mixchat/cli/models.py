@@ -136,7 +136,7 @@ def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[st
 
 
 def describe(directory: Path, manifest: Manifest, config: ModelConfig) -> list[tuple[str, str]]:
-    """What the manifest and the config of an installed model say, as names and values."""
+    """Return what the manifest and the config of an installed model say, as names and values."""
     from mixchat.config import checkpoint_dtype
 
     how, before = manifest.quantization, checkpoint_dtype(directory)

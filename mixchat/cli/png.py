@@ -10,7 +10,7 @@ from typing import Any
 from mixchat.errors import MissingDependencyError
 from mixchat.output_file import OutputFile
 
-# What a picture of ours has near its beginning: a chunk of text, as PNG's specification has it.
+# Bytes near the beginning of a picture of ours: a chunk of text, as PNG's specification has it.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
 _LARGEST = 40.0  # inches that a picture may have, at 100 dots an inch
 _LEAST = (8.0, 4.0)

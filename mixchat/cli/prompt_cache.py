@@ -34,7 +34,7 @@ def _output(path: Path) -> OutputFile:
 
 
 def _is_ours(head: bytes) -> bool:
-    """Whether a file is a prompt cache, by its beginning, or was one before it was damaged."""
+    """Return whether a file is, or before some damage was, a prompt cache, by its beginning."""
     return head[:1] == _LENGTH_BEGINS and BEGINNING.startswith(head[8 : 8 + len(BEGINNING)])
 
 
@@ -81,7 +81,7 @@ def load_cache(path: Path, engine: Engine) -> PromptCache | None:
 
 
 def has_content(path: Path) -> bool:
-    """Whether there is a file of ours that is not empty: no link, device or pipe."""
+    """Return whether there is a file of ours that is not empty: no link, device or pipe."""
     try:
         status = path.lstat()
     except OSError:

@@ -123,7 +123,7 @@ def _name_of(directory: Path) -> str:
 
 
 def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
-    """Whether a token's numbers have the same bits in a prompt's chunk of any size as alone.
+    """Return whether a token's numbers have the same bits in a prompt's chunk of any size as alone.
 
     On a CPU the kernels can compute so. Elsewhere a prompt has to be read token by token for that.
     """

@@ -42,7 +42,7 @@ def identity_of(manifest: Manifest) -> str:
 
 
 class PromptCache:
-    """What `path` keeps of the engine's KV cache. A link there is not read, and is replaced."""
+    """The engine's KV cache in the file `path`. A link there is not read, and is replaced."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path, self._engine = path, engine

@@ -70,7 +70,7 @@ class Measurement:
 
     @property
     def complete(self) -> bool:
-        """Whether the disk was measured each time."""
+        """Return whether the disk was measured each time."""
         return all(sample.disk_bandwidth is not None for sample in self.samples)
 
     @property

@@ -1,4 +1,4 @@
-"""Which expert goes when room is needed: policies, each knowing an order and nothing else.
+"""Policies: each knows in which order experts are evicted, and nothing else.
 
 `layered`, the default, evicts the least recently used expert, counted in passes of its own layer;
 `lru` counts by the clock, `lfu` evicts the least often used. Hit rates in decoding, by

@@ -110,7 +110,7 @@ def _above_writable(status: os.stat_result) -> int:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether a group is the user's own, which has their name and nobody else in it."""
+    """Return whether a group is the user's own, which has their name and nobody else in it."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:

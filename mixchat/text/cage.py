@@ -62,7 +62,7 @@ class Cage:
         self._child: _Child | None = _Child(directory, opening)
 
     def opened(self) -> Sequence[Any]:
-        """What the opening requests gave. Raises `CheckpointError`."""
+        """Return what the opening requests gave. Raises `CheckpointError`."""
         with self._lock:
             try:
                 return self._opened().facts
@@ -71,7 +71,7 @@ class Cage:
                 raise
 
     def ask(self, request: Request) -> Any:
-        """What a request gives. Raises `CheckpointError` or `PromptError`."""
+        """Return what a request gives. Raises `CheckpointError` or `PromptError`."""
         packed = _packed(request)
         with self._lock:
             try:
@@ -144,7 +144,7 @@ class _Child:
         raise CheckpointError(f"{request.blame} {how}")
 
     def _ending(self, allowed: float) -> str:
-        """How it came to its end by itself."""
+        """Return how it came to its end by itself."""
         assert self._process.stderr is not None
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
@@ -160,7 +160,7 @@ class _Child:
         return f"ends its process ({ending})" + (f": {one_line(last)}" if last else "")
 
 
-# What Rust, C++ and the C library say of it before they abort.
+# Messages of Rust, C++ and the C library about it before they abort.
 _SIGNS_OF_MEMORY = ("memory allocation of", "bad_alloc", "cannot allocate memory")
 _TOO_LARGE = f"needs more than {BYTES // 10**9} GB of memory"
 
@@ -184,7 +184,7 @@ def _packed(request: Request) -> bytes:
 
 
 def _value(reply: Any, blame: str) -> Any:
-    """What a reply holds. Raises the error where it is one."""
+    """Return what a reply holds. Raises the error where it is one."""
     if not isinstance(reply, dict):
         raise CheckpointError(f"{blame} gives an answer that cannot be used")
     if "error" not in reply:

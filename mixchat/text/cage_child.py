@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class _Served:
-    """What can be asked for, by the names of the methods."""
+    """The requests that are served, by the names of the methods."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -84,7 +84,7 @@ class _Served:
 
 
 def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
-    """What a method gives, or what it failed with."""
+    """Return what a method gives, or what it failed with."""
     try:
         return pack({"value": method(*arguments)})
     except (CheckpointError, PromptError) as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer and template may take: memory, time, sizes of files."""
+"""Limits of a checkpoint's tokenizer and template: memory, time, sizes of files."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
 def _with_their_size(
     made: dict[str, dict[str, str]], target: Path, blueprint: Blueprint
 ) -> dict[str, dict[str, str]]:
-    """What the journal says of the model's files that are there with the size they should have."""
+    """Return the journal's entries of those files that are there in their full size."""
     sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
     return {
         name: digests

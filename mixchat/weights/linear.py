@@ -116,7 +116,7 @@ def _tables(quant_type: nf4.FourBit) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """How a matrix is stored. `dtype` is that of a dense one; `layout` the wish for a 4-bit one.
+    """The way a matrix is stored. `dtype`: of a dense one; `layout`: asked for, of a 4-bit one.
 
     `exact` is about computing alone: a token's result has the same bits, however many others are
     computed with it, where `keeps_tokens_apart`.
@@ -133,7 +133,7 @@ class LinearSpec:
 
     @property
     def keeps_tokens_apart(self) -> bool:
-        """Whether a CPU's kernels compute each token of a call as they compute one alone."""
+        """Return whether a CPU's kernels compute each token of a call as they compute one alone."""
         if self.quant_type != "none":
             return self.packed
         return rows.takes(self.dtype, self.columns)

@@ -134,7 +134,7 @@ def find(name: str, *, anywhere: bool = True) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Whether the name is an alias, `demo`, or that of a model on this machine, finished or not."""
+    """Return whether it names a model: an alias, `demo`, or one here, finished or not."""
     if name in ALIASES or name == DEMO:
         return True
     try:
@@ -168,7 +168,7 @@ def list_models() -> list[ModelEntry]:
 
 
 def entry_of(directory: Path) -> ModelEntry:
-    """What is known of the model in a directory, whatever its state."""
+    """Return what is known of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
     if not is_kept(directory):
         source = begun_from(directory) or Source("")

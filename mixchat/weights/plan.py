@@ -37,7 +37,7 @@ class Need:
 
     @property
     def suffices(self) -> bool:
-        """Whether there is as much free as is needed."""
+        """Return whether there is as much free as is needed."""
         return self.needed <= self.free
 
 
@@ -133,7 +133,7 @@ def disk_needs(
     temporary: Callable[[str], int],
     elsewhere: Sequence[tuple[Path, int]] = (),
 ) -> tuple[tuple[Need, ...], bool]:
-    """What is needed on each disk beyond what is in `target`, and whether that has room to fetch
+    """Return the need of each disk beyond what is in `target`, and whether there is room to fetch
     ahead; without such room less is needed. `temporary` as for `peak_disk`."""
     here = machine.disk_usage(target)
 

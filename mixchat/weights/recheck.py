@@ -1,4 +1,4 @@
-"""What an unfinished model has already, read back and compared with its journal.
+"""Checks the finished parts of an unfinished model against its journal.
 
 A disk may have changed a byte since it was written. In the finished model it would stand under the
 SHA-256 of the right bytes, and `verify` alone would find it.
