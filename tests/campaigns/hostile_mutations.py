@@ -182,7 +182,7 @@ def _open_kept(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.checkpoint import KeptModel
     from mixchat.weights.verify import verify
 
-    models._describe(copy)
+    models.entry_of(copy)
     damages = chance.random() < 0.5 and verify(copy, NoProgress())
     with KeptModel(copy) as model:
         for spec in model.blueprint.shared_tensors():
