@@ -32,7 +32,7 @@ from mixchat.chat.input_history import InputHistory
 from mixchat.chat.printing import say
 from mixchat.chat.sanitize import VISIBLE, sanitize
 from mixchat.chat.status import cut
-from mixchat.chat.typeahead import take_typed_lines
+from mixchat.chat.typeahead import reading_keys
 from mixchat.errors import MixchatError
 
 _PROMPT, _CONTINUED = ">>> ", "... "
@@ -89,9 +89,9 @@ class ChatPrompt:
 
     def _ask(self, default: str) -> str:
         self._wants_editor = self._session.app.erase_when_done = False
-        take_typed_lines(self._session.app.input)
         try:
-            return self._session.prompt(_PROMPT, default=default)
+            with reading_keys(self._session.app.input):
+                return self._session.prompt(_PROMPT, default=default)
         except KeyboardInterrupt:
             self.typed = bool(self._session.default_buffer.text)
             raise

@@ -67,15 +67,24 @@ def _set(fd: int, attributes: list[Any], marks: bytes) -> None:
             os.write(1, marks)
 
 
-def take_typed_lines(source: Input) -> None:
-    """Hand what waits in the terminal to the next prompts, as if it were typed there: each line is
+@contextmanager
+def reading_keys(source: Input) -> Iterator[None]:
+    """Hand what waits in the terminal to the prompt within, as if it were typed there: each line is
     sent by its Enter, Ctrl-D leaves, and a marked paste lies there unsent.
 
     Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
-    Ctrl-J: a line would lie there unsent.
+    Ctrl-J: a line would lie there unsent. That also holds for a line that comes after a look at
+    what waits. So there is a second look when the terminal has stopped doing it.
     """
+    _take(source, _waiting_bytes)
+    with source.raw_mode():
+        _take(source, _late_bytes)
+        yield
+
+
+def _take(source: Input, read: Callable[[Input], bytes]) -> None:
     try:
-        typed = _waiting_bytes(source)
+        typed = read(source)
     except (OSError, termios.error, NotImplementedError, ValueError):
         return  # no terminal, or it went away: the prompt will see
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
@@ -106,6 +115,14 @@ def _waiting_bytes(source: Input) -> bytes:
             piece = os.read(fd, 65536) if select.select([fd], [], [], _SILENCE)[0] else b""
             typed += piece or _END_OF_PASTE
     return typed
+
+
+def _late_bytes(source: Input) -> bytes:
+    """All that waits in a terminal that was just put into raw mode."""
+    fd, typed = source.fileno(), b""
+    while os.isatty(fd) and select.select([fd], [], [], 0)[0] and (piece := os.read(fd, 65536)):
+        typed += piece
+    return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode begins
 
 
 def _waiting_line(fd: int) -> bytes | None:
