@@ -11,10 +11,10 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model or chat, or it is not on this machine     |
 | 5         | the hub cannot be reached, refuses, or sends something wrong     |
-| 6         | a checkpoint, model or kept chat is damaged, or is no Mixtral    |
+| 6         | a checkpoint, model or saved chat is damaged or unsupported      |
 | 7         | not enough disk or memory, or a chat that cannot be saved        |
 | 8         | something else has to be installed first                         |
-| 9         | the answer has not what was asked for: no code for --extract     |
+| 9         | the answer has no block of code, which --extract asked for       |
 | 130       | interrupted (Ctrl-C)                                             |
 | 141       | the reader of the output went away (closed pipe)                 |
 """

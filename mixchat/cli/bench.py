@@ -85,7 +85,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
 ) -> None:
-    """Measure how fast a model runs, beside what this machine could do at most."""
+    """Measure a model's speed beside the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
     if peer not in (None, "llama.cpp"):

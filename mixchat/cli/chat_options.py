@@ -40,7 +40,7 @@ Resume = Annotated[
         *_RESUME,
         metavar="[ID]",
         autocompletion=kept_chats,
-        help="Go on with a kept chat, by ID or name; without one, with the last.",
+        help="Resume a saved chat, by ID or name; without one, the last.",
     ),
 ]
 Save = Annotated[
@@ -48,7 +48,7 @@ Save = Annotated[
     setting(
         "--save/--no-save",
         show_default="on",
-        help="Keep chats, and what is typed at the prompt.",
+        help="Save chats, and the history of the prompt.",
     ),
 ]
 KeepCache = Annotated[
@@ -56,7 +56,7 @@ KeepCache = Annotated[
     setting(
         "--keep-cache/--no-keep-cache",
         show_default=False,
-        help="Keep a chat's KV cache with it: resumed, it need not be read again.",
+        help="Save a chat's KV cache with it, so that it resumes without prompt processing.",
     ),
 ]
 Overflow = Annotated[
@@ -66,14 +66,16 @@ Overflow = Annotated[
         check=_checked_overflow,
         autocompletion=among(*OVERFLOWS),
         metavar="POLICY",
-        help="When the context is full: stop, or drop-oldest to leave the oldest turns out.",
+        help="When the context is full: stop, or drop-oldest to drop the oldest turns.",
     ),
 ]
 Raw = Annotated[
     bool,
     setting("--raw/--no-raw", show_default=False, help="Show answers as they are written."),
 ]
-Vi = Annotated[bool, setting("--vi/--no-vi", show_default=False, help="Keys of vi at the prompt.")]
+Vi = Annotated[
+    bool, setting("--vi/--no-vi", show_default=False, help="Vi key bindings at the prompt.")
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the answer with ids, counts and times, as JSON."),

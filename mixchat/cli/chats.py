@@ -24,13 +24,13 @@ def chats(
         typer.Argument(
             metavar="ID",
             autocompletion=kept_chats,
-            help="Its ID, what only its ID begins with, or its name.",
+            help="The chat's ID, a unique prefix of it, or its name.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,
 ) -> None:
-    """List the chats that are kept, or print one as Markdown."""
+    """List the saved chats, or print one as Markdown."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: it takes an ID, and no --json")
     from mixchat.chat.chats import ChatStore

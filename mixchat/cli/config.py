@@ -47,7 +47,7 @@ def config(
         bool, typer.Option("--example", help="Print a config.toml with every setting in it.")
     ] = False,
 ) -> None:
-    """Show the settings that hold, and where each is from: config.toml or a variable.
+    """Show the settings in force, and where each of them is from.
 
     The keys of config.toml are the flags of `mixchat run` without the dashes. Each has a variable
     too, such as MIXCHAT_TEMP. A flag goes before the variable, the variable before the file. An

@@ -65,7 +65,7 @@ def download(
         bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
     ] = False,
 ) -> None:
-    """Download a model and store it in 4 bits, ready to run; or resume an unfinished download.
+    """Download a model and store it in 4 bits, or resume doing so.
 
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The

@@ -55,7 +55,7 @@ System = Annotated[
         "--system",
         metavar="TEXT",
         check=checked_system,
-        help="The system prompt; empty: none.",
+        help="System prompt; an empty one removes it.",
     ),
 ]
 Temperature = Annotated[
@@ -65,7 +65,7 @@ Temperature = Annotated[
         "--temperature",
         check=within_limits("temperature"),
         metavar="X",
-        help="How freely to choose; 0 is greedy.",
+        help="Sampling temperature; 0 is greedy.",
         show_default="the model's, else 0.7",
     ),
 ]
@@ -75,7 +75,7 @@ TopP = Annotated[
         "--top-p",
         check=within_limits("top_p"),
         metavar="X",
-        help="Choose among the likeliest tokens of this total chance.",
+        help="Sample from the smallest set of tokens whose probabilities sum to X.",
         show_default="the model's, else 1",
     ),
 ]
@@ -85,7 +85,7 @@ TopK = Annotated[
         "--top-k",
         check=within_limits("top_k"),
         metavar="N",
-        help="Choose among the N likeliest tokens; 0: among all.",
+        help="Sample from the N likeliest tokens; 0: from all.",
         show_default="the model's, else 0",
     ),
 ]
@@ -95,7 +95,7 @@ MinP = Annotated[
         "--min-p",
         check=within_limits("min_p"),
         metavar="X",
-        help="Leave out what is below this part of the best chance.",
+        help="Drop tokens below this fraction of the top token's probability.",
         show_default="the model's, else 0",
     ),
 ]
@@ -105,7 +105,7 @@ RepeatPenalty = Annotated[
         "--repeat-penalty",
         check=within_limits("repeat_penalty"),
         metavar="X",
-        help="Above 1: avoid tokens that were there already.",
+        help="Penalty on tokens that were used recently; 1: none.",
         show_default="the model's, else 1",
     ),
 ]
@@ -127,7 +127,7 @@ MaxTokens = Annotated[
         "--max-tokens",
         check=within_limits("max_tokens"),
         metavar="N",
-        help="Tokens of the longest answer; 0: what fits.",
+        help="Most tokens of an answer; 0: all that fit.",
         show_default="the model's, else a quarter of the context",
     ),
 ]
@@ -146,7 +146,7 @@ ContextSize = Annotated[
         "--ctx-size",
         check=within_limits("ctx_size"),
         metavar="N",
-        help="Tokens of the conversation.",
+        help="Context size in tokens.",
         show_default="at most 8192",
     ),
 ]
@@ -157,7 +157,7 @@ KVBits = Annotated[
         check=checked_bits,
         autocompletion=among("8", "16"),
         metavar="N",
-        help="Bits of a number in the KV cache; 8 takes half of the memory.",
+        help="KV cache precision: 16 or 8 bits; 8 halves its memory.",
         show_default="16",
     ),
 ]
@@ -177,7 +177,7 @@ HostMemory = Annotated[
         "--expert-memory",
         check=MemoryBudget.parse,
         metavar="SIZE",
-        help="RAM for experts: 300MB, 8GiB, or 50% of all of them.",
+        help="RAM for experts: 300MB, 8GiB, or 50% of all experts.",
         show_default="what fits",
     ),
 ]
@@ -187,7 +187,7 @@ DeviceMemory = Annotated[
         "--device-memory",
         check=MemoryBudget.parse,
         metavar="SIZE",
-        help="What may be taken of a GPU's memory: 8GB, or 50% of what is free.",
+        help="GPU memory to use: 8GB, or 50% of the free GPU memory.",
         show_default="what fits",
     ),
 ]
@@ -198,7 +198,7 @@ CachePolicy = Annotated[
         check=checked_policy,
         autocompletion=among(*POLICIES),
         metavar="NAME",
-        help="Which experts stay: layered or lru (those used last), or lfu (most often).",
+        help="Experts that stay: most recently used (layered, lru), or most often used (lfu).",
     ),
 ]
 Trace = Annotated[

@@ -43,7 +43,7 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say how a model would run on this machine, downloaded or not: what goes where, how fast.
+    """Predict where a model goes on this machine, and how fast it runs.
 
     The first plan for a model's shape measures this machine: its disk, its memory, and how fast it
     computes. The figures stay in the file machine.json of the data directory (MIXCHAT_HOME), with

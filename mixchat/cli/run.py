@@ -69,7 +69,7 @@ def run(
     trace: options.Trace = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Chat with a model; or, with a PROMPT or a pipe, print one answer."""
+    """Chat with a model, or print one answer to a PROMPT or a pipe."""
     form = Form(as_json, extract, stream, raw, quiet)
     chat_options.check_first_word(context, prompt or [])
     cache_file = checked_place(prompt_cache)

@@ -36,7 +36,7 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Show how often a cache would have had the expert at hand, by its size and policy."""
+    """Predict the hit rates of expert caches by size and policy."""
     from mixchat.experts.simulate import synthetic_trace
     from mixchat.experts.trace import read_trace
 

@@ -27,7 +27,7 @@ def stats(
         typer.Option("--png", metavar="FILE", help=PNG_HELP),
     ] = None,
 ) -> None:
-    """Show how the last run used the experts, and where they were at its end."""
+    """Show how the last run used the experts, and where they were."""
     picture = checked_picture(png)
     report = _last_report(model)
     if picture is not None:

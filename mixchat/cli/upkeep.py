@@ -52,7 +52,7 @@ def rm(model: Model, yes: Yes = False) -> None:
 
 
 def verify(model: Model) -> None:
-    """Compare every byte of a model with its manifest; name what is damaged."""
+    """Compare every byte of a model with its manifest."""
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"))
@@ -102,7 +102,7 @@ def convert(
         typer.Option(help="The layout; left out, the one that this machine computes fastest."),
     ] = None,
 ) -> None:
-    """Rewrite a model's 4-bit codes in their other layout; nothing is lost.
+    """Rewrite a model's 4-bit codes in their other layout, losslessly.
 
     The codes lie in the order that mixchat's kernels for CPUs read (cpu-packed) or in the one that
     a GPU reads (bitsandbytes). A model in the other order runs too, but each expert is reordered
@@ -125,7 +125,10 @@ def convert(
 
 def gc(
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Unfinished downloads, too: they start anew then.")
+        bool,
+        typer.Option(
+            "--unfinished", help="Also delete unfinished downloads; they will restart from scratch."
+        ),
     ] = False,
 ) -> None:
     """Remove what interrupted commands left behind."""
