@@ -7,6 +7,7 @@ have its own. A machine can have both at once, each with some of the controllers
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
     for root, point in mounts:
         group = point / path.removeprefix(root).lstrip("/")
         below = f"{path}/".startswith(f"{root}/") and ".." not in group.parts
-        if below and group.is_dir():
+        if below and os.path.isdir(group):
             break
     else:
         if not mounts:

@@ -109,10 +109,12 @@ class OutputFile:
         return not head or self.ours(head)
 
     def _taken(self) -> UsageError:
-        or_ours = "" if self.ours is _never else f", or one that {self.flag} wrote"
+        if self.ours is _never:
+            hint = "Give a file that is not there yet."
+            return UsageError(f"{self}: the file is there already", hint=hint)
         return UsageError(
             f"{self}: this is something else, which is left as it is",
-            hint=f"Give a file that is not there yet{or_ours}.",
+            hint=f"Give a file that is not there yet, or one that {self.flag} wrote.",
         )
 
     def _descriptor(self) -> int:

@@ -57,7 +57,7 @@ def _cells(summary: ChatSummary) -> tuple[str, str, str, str]:
 def _about(summary: ChatSummary, room: int) -> str:
     """A name is shown whole, because it can be typed; a question in quotes, as far as it fits."""
     if summary.problem:
-        return f"damaged: mixchat chats --rm {summary.id}"
+        return f"cannot be read: mixchat chats {summary.id}"  # which says why
     if summary.name:
         return _line(summary.name)
     return f'"{_shortened(_line(summary.question), room - 2)}"'

@@ -183,10 +183,10 @@ def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
     from mixchat.cli.bench_text import as_dict, as_text, picture
     from mixchat.cli.png import write_figure
 
-    if png is not None:
-        write_figure(png, picture(bench))
-        say(f"wrote {png.path}")
     if as_json:
         show(json.dumps(as_dict(bench), indent=2))
     else:
         show_lines(as_text(bench))
+    if png is not None:  # last, for it may fail
+        write_figure(png, picture(bench))
+        say(f"wrote {png.path}")

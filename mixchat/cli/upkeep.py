@@ -57,6 +57,7 @@ def verify(model: Model) -> None:
 
     directory = models.find(checked(model, "the model's name"))
     prepare_environment()
+    from mixchat.weights.manifest import repair_hint
     from mixchat.weights.verify import verify as verify_model
 
     with show_progress() as progress, resumable(progress, resumes=False):
@@ -65,7 +66,7 @@ def verify(model: Model) -> None:
     if damages:
         raise CheckpointError(
             f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
-            hint=f"To fetch and rewrite only these: mixchat repair {model}",
+            hint=repair_hint(directory),
         )
     say(f"{model} is whole{_half_converted(directory)}")
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -175,7 +176,8 @@ def _parse(entry: Any, devices: set[str]) -> Measurement | None:
     try:
         samples = tuple(_calibration(sample, devices) for sample in entry["samples"])
         known = Measurement(_figure(entry["measured_at"]), samples)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        datetime.fromtimestamp(known.measured_at)  # which is to be shown
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
         return None
     return known if samples else None
 

@@ -70,7 +70,8 @@ class RemoteBytes:
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             whole = ""
         kind = response.headers.get("Content-Type", "").lower()
-        if kind.startswith("text/html"):
+        # Some mirrors call every file HTML; its size shows that it is ours.
+        if kind.startswith("text/html") and whole != str(self.size):
             raise self._other_file("a page of HTML")
         if self.size is not None and whole.isdecimal() and int(whole) != self.size:
             raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")

@@ -110,17 +110,25 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
 
 def repair_hint(directory: Path) -> str:
     """The hint where something of an installed model is damaged."""
-    if directory.absolute().parent != models_dir():
-        return f"Copy it again: 'mixchat repair' mends only what is in {models_dir()}."
-    return f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
+    return _elsewhere(directory) or (
+        f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
+    )
+
+
+def _elsewhere(directory: Path) -> str | None:
+    """The hint for a model outside of the data directory, where no name leads to it."""
+    if directory.absolute().parent == models_dir():
+        return None
+    return f"Copy it again: 'mixchat repair' mends only what is in {models_dir()}."
 
 
 def _remedy(directory: Path) -> str:
     """The hint where the manifest cannot be read: the other of the two can be, or neither."""
     if any(is_manifest(directory / name) for name in MANIFESTS):
         return repair_hint(directory)
-    name = directory.name
-    return f"Its copy is damaged, too: 'mixchat rm {name}', and download the model again."
+    return _elsewhere(directory) or (
+        f"Its copy is damaged, too: 'mixchat rm {directory.name}', and download the model again."
+    )
 
 
 def _read(path: Path) -> Manifest:
@@ -129,8 +137,8 @@ def _read(path: Path) -> Manifest:
     if version != FORMAT:
         raise CheckpointError(
             f"{path}: format {version!r:.40} is not known; this mixchat reads format {FORMAT}",
-            hint="Update mixchat, or remove the model and download it again: "
-            f"mixchat rm {path.parent.name}",
+            hint="Update mixchat. "
+            + (_elsewhere(path.parent) or f"Or download it again: mixchat rm {path.parent.name}"),
         )
     if raw.pop("sha256", None) != _digest(raw):
         raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")

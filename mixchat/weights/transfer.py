@@ -127,11 +127,11 @@ class _Download:
 
     def _attempt(self) -> None:
         with self._remote.stream(self._done, None) as (response, first):
-            if first != self._done:
-                self._restart()
+            known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
                 # As they come: a chunk of a fixed size would be lost if the connection broke.
                 for chunk in response.iter_bytes():
+                    known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
                         self._restart()
                         raise wrong_bytes(_name(self._url))

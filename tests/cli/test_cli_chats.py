@@ -65,7 +65,7 @@ def test_a_damaged_chat_is_listed_with_what_to_do(mixchat, keep, store):
     keep(SKY, "Why?")
     (store.directory / f"{SEA}.json").write_text("{")
     rows = lines_of(mixchat("chats"))[1:]
-    assert any(row.endswith(f"-      damaged: mixchat chats --rm {SEA}") for row in rows)
+    assert any(row.endswith(f"-      cannot be read: mixchat chats {SEA}") for row in rows)
     assert any(row.endswith('"Why?"') for row in rows)
     done = mixchat("chats", SEA)
     assert (done.stdout, done.returncode) == (b"", 6)

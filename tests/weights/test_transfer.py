@@ -180,6 +180,27 @@ class TestWrongAnswers:
         hub.faults.clear()
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
 
+    def test_a_whole_file_in_place_of_a_part_costs_nothing_of_what_came(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        """The part was cut to nothing before the first byte of the whole file arrived."""
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.ranges = False
+        hub.fail(f"^/{NAME}", cut_after=40_000)
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:70_000]
+        hub.faults.clear()
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert bar.done == 30_000
+
+    def test_a_mirror_may_call_a_file_html(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", headers={"Content-Type": "text/html"})
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-"]
+
     def test_a_page_of_html_is_waited_out(self, hub: FakeHub, tmp_path: Path) -> None:
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.fail(f"^/{NAME}", times=3, page=True)
