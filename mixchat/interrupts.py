@@ -9,8 +9,8 @@ A process goes through three states:
 - `held` code, whose bookkeeping must not be left between any two lines. A signal is remembered.
   `check` raises for it where nothing is half done, and so does the end of `held`.
 
-Whatever the main thread does, SIGTERM and SIGHUP end the process within a second, except where
-something is being saved.
+SIGTERM and SIGHUP end the process within a second, except where something is being saved, or
+native code runs that takes longer.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def held() -> _Held:
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Let a process that has to end wait for what is saved within, however long that takes."""
+    """Keep the grace from ending the process within; the exception of a signal still comes."""
     _state.saving += 1
     try:
         yield
@@ -165,10 +165,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif not _state.swallowed:  # once is enough: a chat may be being saved
         return
     _state.swallowed = False
-    if not _state.held:
-        raise _exception(number)
     if _state.pending not in _ENDING:
         _state.pending = number
+    if not _state.held:
+        check()
 
 
 def _is_asked() -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_LOOK = 0.02  # seconds between two looks whether the lock is free
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -17,12 +20,15 @@ class Busy(Exception):
 
 
 @contextmanager
-def only_one(target: Path, *, wait: Callable[[], object] | None = None) -> Iterator[None]:
+def only_one(
+    target: Path, *, wait: Callable[[], object] | None = None, patience: float = math.inf
+) -> Iterator[None]:
     """Hold the right to write `target`, a file or a directory, by a lock file beside it.
 
-    Where another process has it, `wait` is called once and then this one waits its turn; without
-    `wait` it raises `Busy`. The file is removed at the end. A disk that has no locks, as some
-    network disks, excludes nobody. Raises `OSError`.
+    Where another process has it, `wait` is called once and then this one waits its turn, for as
+    many seconds as it has `patience`; then, or without `wait`, it raises `Busy`. The file is
+    removed at the end. A disk that has no locks, as some network disks, excludes nobody. Raises
+    `OSError`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.parent / f".{target.name}.lock"  # nothing of ours begins with a dot
@@ -30,8 +36,11 @@ def only_one(target: Path, *, wait: Callable[[], object] | None = None) -> Itera
         if wait is None:
             raise Busy
         wait()
-        while (fd := _try(path, waits=True)) is None:
-            pass
+        deadline = time.monotonic() + patience
+        while (fd := _try(path)) is None:
+            if time.monotonic() > deadline:
+                raise Busy
+            time.sleep(_LOOK)
     try:
         yield
     finally:
@@ -40,23 +49,23 @@ def only_one(target: Path, *, wait: Callable[[], object] | None = None) -> Itera
         os.close(fd)
 
 
-def _try(path: Path, *, waits: bool = False) -> int | None:
+def _try(path: Path) -> int | None:
     """The open lock file, locked; None where another process has it, or had it until now."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(path, flags, 0o644)
     try:
-        if _locked(fd, waits) and _is_at(fd, path):
+        if _locked(fd) and _is_at(fd, path):
             return fd
-    except BaseException:  # Ctrl-C while it waits
+    except BaseException:
         os.close(fd)
         raise
     os.close(fd)
     return None
 
 
-def _locked(fd: int, waits: bool) -> bool:
+def _locked(fd: int) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,3 +166,18 @@ def test_only_one_of_many_is_inside(target: Path) -> None:
         thread.join(60)
     assert (len(done), max(most)) == (6, 1)
     assert list(target.parent.iterdir()) == []
+
+
+def test_who_has_waited_long_enough_is_told(
+    target: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that was suspended while it saved made all others wait, deaf to Ctrl-C."""
+    now = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
+    monkeypatch.setattr(lock, "time", clock)
+    with pytest.raises(Busy), only_one(target, wait=lambda: None, patience=5):
+        pass
+    holder.kill()
+    holder.wait()
+    with only_one(target):
+        pass

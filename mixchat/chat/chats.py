@@ -26,10 +26,11 @@ from mixchat.chat.chat_file import (
 from mixchat.errors import (
     ChatNotFoundError,
     CheckpointError,
+    ResourceError,
     UsageError,
 )
 from mixchat.files import not_written, sync_directory, write_private_file
-from mixchat.lock import only_one
+from mixchat.lock import Busy, only_one
 from mixchat.settings import data_dir
 
 __all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
@@ -37,6 +38,7 @@ __all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
 _TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
 _ABANDONED = 3600  # seconds after which nobody writes a file any more
+_PATIENCE = 5.0  # seconds for other sessions to save; it takes them milliseconds
 _LISTED = 5  # chats, in a message
 _LONGEST_QUESTION = 200  # characters
 
@@ -133,7 +135,14 @@ class ChatStore:
         """Keep other sessions from writing chats: between a look at a file and its renaming."""
         with ExitStack() as stack:
             with self._writing(self._path(id)):
-                stack.enter_context(only_one(self.directory / "chats", wait=lambda: None))
+                own = only_one(self.directory / "chats", wait=lambda: None, patience=_PATIENCE)
+                try:
+                    stack.enter_context(own)
+                except Busy:
+                    raise ResourceError(
+                        f"{self._path(id)}: the chat cannot be saved (another session is saving)",
+                        hint="Is one suspended? Then continue or end it.",
+                    ) from None
             yield
 
     @contextmanager

@@ -108,17 +108,19 @@ class Repl:
     def resume(self, chat: Chat) -> None:
         """Go on with a kept chat."""
         self.cache.save()
-        self.keeper.resume(chat)
-        self.attached.clear()
+        with interrupts.held():  # else one chat's turns could be saved as another's
+            self.keeper.resume(chat)
+            self.attached.clear()
         self.cache.load()
         self.show(chat)
 
     def begin(self) -> None:
         """A new conversation; the old one stays as it is kept."""
         self.cache.save()
-        self.session.clear()
-        self.keeper.begin()
-        self.attached.clear()
+        with interrupts.held():
+            self.session.clear()
+            self.keeper.begin()
+            self.attached.clear()
 
     def show(self, chat: Chat) -> None:
         """Show the last turns of the chat that is gone on with."""
@@ -181,10 +183,12 @@ class Repl:
         except MixchatError as error:
             self._report(error)
             return
-        self.answer(events)
-        if self.session.history is not before:
-            self.attached.clear()
-        elif self.attached:  # it was not answered: nothing is lost, and nothing hidden
+        try:
+            self.answer(events)
+        finally:  # Ctrl-C may come when the answer is there
+            if self.session.history is not before:
+                self.attached.clear()
+        if self.attached:  # it was not answered: nothing is lost, and nothing hidden
             names = one_line(", ".join(self.attached))
             self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 

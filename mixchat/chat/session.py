@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from mixchat.chat.answer import Answer, Reason
-from mixchat.context import Context
+from mixchat.context import BYTES_PER_TOKEN, Context
 from mixchat.errors import PromptError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
@@ -112,9 +112,12 @@ class ChatSession:
 
     @property
     def used(self) -> int:
-        """Tokens of the context that the conversation takes now."""
+        """Tokens of the context that the conversation takes now, or more where it does not fit."""
         if not self.history:
             return 0
+        least = _tokens_at_least(self.history[self._first :])
+        if least > self.engine.context_size:
+            return least
         *before, last = self.history[self._first :]
         ids = self._template.encode([*self._system(), *before])
         return len(ids) + len(self._ids_of(last))
@@ -218,12 +221,16 @@ class ChatSession:
         """The prompt's ids, those of an answer that is `begun` behind them; and which message of
         those asked is the first in it."""
         first, size = min(self._first, len(asked) - 1), self.engine.context_size
+        later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
+        while _tokens_at_least(asked[first:]) > size:  # it need not be encoded
+            if self.overflow == "stop" or not later:
+                raise self._too_long(asked, begun, _tokens_at_least(asked[first:]))
+            first = later.pop(0)
         whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
         least = min(self.max_tokens, size // _MOST) if self.max_tokens else size // _LEAST
         room = max(least, size // _ROOM)
         if self.overflow == "stop" or len(whole) + max(least, 1) <= size:
             return whole, first
-        later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
         for start in later:
             ids = [*self._template.encode([*self._system(), *asked[start:]]), *begun]
             if len(ids) + room <= size or (start == later[-1] and len(ids) < size):
@@ -277,3 +284,11 @@ class ChatSession:
                     return
         full = limit is None or len(answer.ids) < limit
         yield from answer.end("context" if full else "length")
+
+
+def _tokens_at_least(messages: Sequence[Message]) -> int:
+    """Return a count of tokens that these have for sure, without encoding them."""
+    return sum(
+        len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
+        for message in messages
+    )

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import signal
 
 import pytest
 from chat_doubles import SamplingOptions
@@ -146,6 +147,21 @@ def test_experts_shows_what_became_of_them(session_of):
     text = typed(session_of("Hello"), "Hi", "/experts").text
     assert re.search(r"^  0 +100. +-. +75%$", text, re.M)
     assert "uses     24, 75.0% hits" in text
+
+
+def test_ctrl_c_within_clear_overwrites_no_chat(session_of, store, monkeypatch):
+    """The new conversation was saved over the old one, which was in no file then."""
+    session = session_of("Hello", "Fine")
+    clear = session.clear
+
+    def cleared_and_interrupted():
+        clear()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(session, "clear", cleared_and_interrupted)
+    typed(session, "Hi", "/clear", "Again", store=store)
+    asked = {store.load(id).messages[0].content for id in store.ids()}
+    assert asked == {"Hi", "Again"}
 
 
 def test_clear_begins_a_new_conversation_and_the_old_one_is_kept(session_of, store):

@@ -7,6 +7,7 @@ from chat_doubles import CharacterTokenizer, PlainTemplate, SamplingOptions, Scr
 
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import PromptError
+from mixchat.text.messages import Message
 
 
 def listen(events):
@@ -294,6 +295,26 @@ def test_old_turns_are_left_out_whole_where_the_context_is_full(session_of):
     assert dropped == sorted(set(dropped))  # said whenever it grows, and only then
     assert len(session.history) == 24  # what is left out of the prompt is kept
     assert session.used < 200
+
+
+def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypatch):
+    """Its whole past went to the tokenizer first, which takes no more than 2 MB."""
+    session = session_of("fine", context_size=400, overflow="drop-oldest")
+    turn = [Message("user", "hi"), Message("assistant", "a" * 100, tuple(b"a" * 100))]
+    session.restore(turn * 1000)
+    encode, encoded = session._template.encode, []
+    monkeypatch.setattr(
+        session._template, "encode", lambda given: encoded.append(len(given)) or encode(given)
+    )
+    assert session.used > 400
+    *_, finished = session.ask("and now?")
+    assert finished.reason == "stop"
+    assert max(encoded) < 12
+    session.overflow = "stop"
+    session.restore(turn * 1000)
+    with pytest.raises(PromptError, match="too long"):
+        listen(session.ask("and now?"))
+    assert len(session.history) == 2000
 
 
 def test_room_for_the_turns_to_come_is_made_at_once(session_of):
