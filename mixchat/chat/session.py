@@ -222,9 +222,9 @@ class ChatSession:
         those asked is the first in it."""
         first, size = min(self._first, len(asked) - 1), self.engine.context_size
         later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
-        while _tokens_at_least(asked[first:]) > size:  # it need not be encoded
+        while (known := _tokens_at_least(asked[first:])) > size:  # it need not be encoded
             if self.overflow == "stop" or not later:
-                raise self._too_long(asked, begun, _tokens_at_least(asked[first:]))
+                raise self._too_long(asked[first:], begun, known)
             first = later.pop(0)
         whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
         least = min(self.max_tokens, size // _MOST) if self.max_tokens else size // _LEAST

@@ -16,7 +16,7 @@ import typer
 
 from mixchat.chat.printing import one_line, say, show, show_piece
 from mixchat.errors import UsageError
-from mixchat.settings import data_dir
+from mixchat.settings import models_dir
 
 VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
 _PROGRAM = "mixchat"
@@ -154,7 +154,7 @@ def kept_chats(incomplete: str) -> list[str]:
 def _kept() -> list[str]:
     """The names of the directories in which models are kept; not what is in them, which takes."""
     try:
-        entries = [entry for entry in (data_dir() / "models").iterdir() if entry.is_dir()]
+        entries = [entry for entry in models_dir().iterdir() if entry.is_dir()]
     except OSError:
         return []
     names = (entry.name for entry in entries if not entry.name.startswith("."))

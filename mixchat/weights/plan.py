@@ -74,14 +74,14 @@ class Plan:
     def check(self) -> None:
         """Raise `ResourceError`, with what is needed and what there is, where it cannot fit."""
         for need in self.disk:
-            if need.needed > need.free:
+            if not need.suffices:
                 raise ResourceError(
                     f"not enough disk in {need.place}: {format_least(need.needed)} needed, "
                     f"{format_size(need.free)} free",
                     hint="Free some space, or set MIXCHAT_HOME (models) or HF_HOME (the hub's "
                     "cache) to a directory on a larger disk.",
                 )
-        if self.memory.needed > self.memory.free:
+        if not self.memory.suffices:
             raise ResourceError(
                 f"not enough memory: {format_least(self.memory.needed)} needed, "
                 f"{format_size(self.memory.free)} free",
