@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixchat.config import ModelConfig
 from mixchat.errors import PromptError, UsageError
+from mixchat.model_config import ModelConfig
 from mixchat.settings import format_size
 
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each

@@ -72,10 +72,10 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a kept model of a checkpoint, with `QuantizeOptions` as asked."""
 
     def keep(checkpoint: Path, **options: Any) -> Path:
-        from mixchat.weights.build import build
-        from mixchat.weights.manifest import Source
-        from mixchat.weights.origin import LocalOrigin
-        from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+        from mixchat.weights.format.manifest import Source
+        from mixchat.weights.make.build import build
+        from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+        from mixchat.weights.source.origin import LocalOrigin
 
         target = tmp_path_factory.mktemp("kept") / "model"
         origin = LocalOrigin(checkpoint, Source("test"))
@@ -97,7 +97,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
-    from mixchat.weights import transfer
+    from mixchat.weights.source import transfer
 
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(variable, raising=False)

@@ -14,7 +14,7 @@ from mixchat.cli.app import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "mixchat"
-ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+ROOMS = sorted(path.parent for path in PACKAGE.rglob("*/__init__.py"))
 
 
 def exit_codes(text: str) -> dict[int, str]:
@@ -30,7 +30,9 @@ def command_lines() -> list[str]:
 
 
 def modules_of(room: Path) -> list[str]:
-    return sorted(path.name for path in room.glob("*.py") if not path.name.endswith("__.py"))
+    files = [path.name for path in room.glob("*.py") if not path.name.endswith("__.py")]
+    rooms = [f"{path.parent.name}/" for path in room.glob("*/__init__.py") if room != PACKAGE]
+    return sorted(files + rooms)
 
 
 def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
@@ -64,13 +66,13 @@ def test_each_flag_says_in_help_what_it_does(name: str) -> None:
 
 def test_readme_shows_every_room() -> None:
     shown = re.findall(r"^- `(\w+)/`", README, flags=re.MULTILINE)
-    assert sorted(shown) == [room.name for room in ROOMS]
+    assert sorted(shown) == [room.name for room in ROOMS if room.parent == PACKAGE]
 
 
-@pytest.mark.parametrize("room", [PACKAGE, *ROOMS], ids=lambda room: room.name)
+@pytest.mark.parametrize("room", [PACKAGE, *ROOMS], ids=lambda room: room.stem)
 def test_a_room_says_of_every_module_what_it_is_for(room: Path) -> None:
     text = (room / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
-    entries = re.findall(r"^- ([\w., ]+): \S", text, flags=re.MULTILINE)
+    entries = re.findall(r"^- ([\w./, ]+): \S", text, flags=re.MULTILINE)
     assert sorted(name for entry in entries for name in entry.split(", ")) == modules_of(room)
 
 
@@ -81,8 +83,8 @@ def test_ci_runs_the_test_command_word_for_word() -> None:
 
 
 def test_the_chat_s_commands_are_those_that_help_shows() -> None:
-    from mixchat.chat.command_help import help_text
-    from mixchat.chat.commands import usages
+    from mixchat.chat.terminal.command_help import help_text
+    from mixchat.chat.terminal.commands import usages
 
     shown = README.split("```\n>>> /help\n")[1].split("```")[0]
     assert shown == help_text(usages(), 80) + "\n"

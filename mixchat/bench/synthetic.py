@@ -15,18 +15,24 @@ from pathlib import Path
 
 import torch
 
-from mixchat.config import ModelConfig
 from mixchat.files import write_file
-from mixchat.weights.blueprint import EMBEDDING, SHARED_FILE, Blueprint, Quantization, experts_file
-from mixchat.weights.manifest import (
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
+from mixchat.weights.format.blueprint import (
+    EMBEDDING,
+    SHARED_FILE,
+    Blueprint,
+    Quantization,
+    experts_file,
+)
+from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
     Source,
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.quantize import best_layout
-from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
+from mixchat.weights.make.quantize import best_layout
 
 MIXTRAL = {
     "model_type": "mixtral",

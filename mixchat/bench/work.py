@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.kernels.pages import Bits
-from mixchat.weights.blueprint import Blueprint
-from mixchat.weights.linear import LinearSpec
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.linear import LinearSpec
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from mixchat.chat.sanitize import sanitize
+from mixchat.sanitize import sanitize
 
 # Rows below a wrapped line begin behind a bracket, a label or a first column.
 _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")

@@ -13,17 +13,22 @@ import typer
 from mixchat import __version__, interrupts
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
-from mixchat.cli.chat_options import RunCommand
 from mixchat.cli.chats import chats
-from mixchat.cli.completion import VARIABLE, complete, install_completion, show_completion
 from mixchat.cli.config import config
-from mixchat.cli.defaults import apply_config
 from mixchat.cli.download import download
+from mixchat.cli.flags.chat_flags import RunCommand
+from mixchat.cli.flags.config_defaults import apply_config
+from mixchat.cli.flags.config_flag import explained
+from mixchat.cli.flags.shell_completion import (
+    VARIABLE,
+    complete,
+    install_completion,
+    show_completion,
+)
 from mixchat.cli.models import list_models, show
+from mixchat.cli.output.failure import report
 from mixchat.cli.plan import plan
-from mixchat.cli.report import report
 from mixchat.cli.run import run as run_model
-from mixchat.cli.setting import explained
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.printing import say, show, show_lines
-from mixchat.cli import options
-from mixchat.cli.arguments import checked
-from mixchat.cli.completion import runnable_models
-from mixchat.cli.png import PNG_HELP, checked_picture
-from mixchat.cli.progress import status
+from mixchat.cli.flags import model_flags
+from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.output.png import PNG_HELP, checked_picture
+from mixchat.cli.output.show_progress import status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.bench.measure import Bench, Tasks
     from mixchat.bench.peer import Peer
-    from mixchat.engine.loader import LoadOptions
+    from mixchat.bench.rounds import Bench, Tasks
+    from mixchat.loading.loader import LoadOptions
     from mixchat.output_file import OutputFile
 
 _SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
@@ -63,11 +63,11 @@ def bench(
         int, typer.Option(metavar="N", min=1, help="Tokens that are decoded each time.")
     ] = 48,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often all is measured.")] = 5,
-    kv_bits: options.KVBits = None,
-    exact_prompts: options.ExactPrompts = False,
-    host_memory: options.HostMemory = None,
-    device_memory: options.DeviceMemory = None,
-    device: options.Device = None,
+    kv_bits: model_flags.KVBits = None,
+    exact_prompts: model_flags.ExactPrompts = False,
+    host_memory: model_flags.HostMemory = None,
+    device_memory: model_flags.DeviceMemory = None,
+    device: model_flags.Device = None,
     peer: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Measure llama.cpp side by side, in Q4_0."),
@@ -93,11 +93,11 @@ def bench(
     if peer and model and peer_model is None:
         raise UsageError("--peer needs --peer-model FILE.gguf, the same model for llama.cpp")
     drawing = checked_picture(png)
-    budgets = options.budget(host_memory), options.budget(device_memory)
-    bits = options.checked_bits(kv_bits)
+    budgets = model_flags.budget(host_memory), model_flags.budget(device_memory)
+    bits = model_flags.checked_bits(kv_bits)
     prepare_environment()
-    from mixchat.bench.measure import Tasks
-    from mixchat.engine.loader import LoadOptions
+    from mixchat.bench.rounds import Tasks
+    from mixchat.loading.loader import LoadOptions
 
     tasks = Tasks(context or (0,), prompt or (512,), tokens, rounds)
     longest = max([n + tokens for n in tasks.contexts] + list(tasks.prompts)) + _SPARE
@@ -165,8 +165,8 @@ def _temporary_directory() -> Iterator[Path]:
 
 
 def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | None) -> Bench:
-    from mixchat.bench.measure import Bench
-    from mixchat.engine.threads import settle_threads
+    from mixchat.bench.rounds import Bench
+    from mixchat.planning.thread_count import settle_threads
 
     bench = Bench(directory, load, tasks)
     settle_threads(bench.blueprint)
@@ -180,8 +180,8 @@ def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | Non
 
 
 def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
-    from mixchat.cli.bench_text import as_dict, as_text, picture
-    from mixchat.cli.png import write_figure
+    from mixchat.cli.output.bench_text import as_dict, as_text, picture
+    from mixchat.cli.output.png import write_figure
 
     if as_json:
         show(json.dumps(as_dict(bench), indent=2))

@@ -8,16 +8,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mixchat import interrupts
+from mixchat.cli.output.failure import note, report
 from mixchat.cli.prompt_cache import has_content, load_cache, save_cache
-from mixchat.cli.report import note, report
 from mixchat.errors import ChatNotFoundError, MixchatError, ResourceError
 from mixchat.settings import data_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mixchat.chat.chats import Chat
-    from mixchat.chat.keeper import Keeper
+    from mixchat.chat.saved.chats import Chat
+    from mixchat.chat.saved.keeper import Keeper
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.engine.prompt_cache import PromptCache
 
@@ -26,7 +26,7 @@ def find_chat(wanted: str | None) -> Chat | None:
     """The kept chat of this ID or name, or the last one. Raises `ChatNotFoundError`."""
     if wanted is None:
         return None
-    from mixchat.chat.chats import ChatStore
+    from mixchat.chat.saved.chats import ChatStore
 
     try:
         return ChatStore().load(wanted)
@@ -38,8 +38,8 @@ def find_chat(wanted: str | None) -> Chat | None:
 
 def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
     """What keeps the session's chat."""
-    from mixchat.chat.chats import ChatStore
-    from mixchat.chat.keeper import Keeper
+    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.keeper import Keeper
 
     return Keeper(session, ChatStore(), model, kept=kept, warn=report, note=note)
 
@@ -125,9 +125,9 @@ def begin_chat(
     after_turn: Callable[[Finished], None],
 ) -> None:
     """Talk until somebody leaves; the texts of files go before the first question."""
-    from mixchat.chat.prompt import ChatPrompt
-    from mixchat.chat.repl import Repl
-    from mixchat.chat.screen import Screen
+    from mixchat.chat.terminal.prompt import ChatPrompt
+    from mixchat.chat.terminal.repl import Repl
+    from mixchat.chat.terminal.screen import Screen
 
     history = data_dir() / "history" if keeper.kept else None
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixchat.chat.chat_table import chat_table
 from mixchat.chat.printing import columns, say, show
-from mixchat.cli.arguments import checked
-from mixchat.cli.completion import kept_chats
+from mixchat.chat.saved.chat_table import chat_table
+from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.shell_completion import kept_chats
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.chat.chats import ChatStore, ChatSummary
+    from mixchat.chat.saved.chats import ChatStore, ChatSummary
 
 
 def chats(
@@ -33,7 +33,7 @@ def chats(
     """List the saved chats, or print one as Markdown."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: it takes an ID, and no --json")
-    from mixchat.chat.chats import ChatStore
+    from mixchat.chat.saved.chats import ChatStore
 
     store = ChatStore()
     if chat is None:
@@ -49,7 +49,7 @@ def _checked(chat: str) -> str:
 
 
 def _print(store: ChatStore, wanted: str, as_json: bool) -> None:
-    from mixchat.chat.export import to_json, to_markdown
+    from mixchat.chat.saved.export import to_json, to_markdown
 
     show((to_json if as_json else to_markdown)(store.load(wanted)))
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from mixchat.chat.printing import show, show_lines, show_path
-from mixchat.cli.defaults import config_defaults, takes_number
+from mixchat.cli.flags.config_defaults import config_defaults, takes_number
+from mixchat.cli.flags.config_flag import AGAIN, Origin, explained, origin, settings_of
 from mixchat.cli.models import aligned
-from mixchat.cli.report import report
-from mixchat.cli.setting import AGAIN, Origin, explained, origin, settings_of
+from mixchat.cli.output.failure import report
 from mixchat.errors import UsageError
 from mixchat.settings import config_file
 

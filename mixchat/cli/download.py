@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mixchat.chat.printing import say, show, show_lines
-from mixchat.cli.arguments import checked
-from mixchat.cli.completion import runnable_models
+from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.models import aligned
-from mixchat.cli.progress import resumable, show_progress
+from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
 from mixchat.settings import format_least, format_size, format_time
 
 if TYPE_CHECKING:
     from mixchat.progress import Progress
-    from mixchat.weights.download import Request
-    from mixchat.weights.plan import Need, Plan
+    from mixchat.weights.make.download import DownloadRequest
+    from mixchat.weights.make.download_plan import DownloadPlan, Need
 
 
 def download(
@@ -82,13 +82,13 @@ def download(
     if quant_type == "none" and (quantize_attention or quantize_head):
         raise UsageError("--quant-type none keeps the attention and the head as they are, too")
     prepare_environment()
-    from mixchat.weights.download import Request
-    from mixchat.weights.quantize import QuantizeOptions
+    from mixchat.weights.make.download import DownloadRequest
+    from mixchat.weights.make.quantize import QuantizeOptions
 
     options = QuantizeOptions(quant_type, quantize_attention, quantize_head, scales)
     if revision is not None:
         checked(revision, "--revision")
-    request = Request(ref, options, revision, keep_source, check=check_text)
+    request = DownloadRequest(ref, options, revision, keep_source, check=check_text)
     with show_progress() as progress:
         if dry_run:
             _only_plan(request, progress, as_json)
@@ -107,11 +107,11 @@ def check_text(checkpoint: Path) -> None:
         text.template()
 
 
-def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
+def _only_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
     from mixchat.weights import models
-    from mixchat.weights.download import plan
+    from mixchat.weights.make.download import plan_download
 
-    made = plan(request, progress)
+    made = plan_download(request, progress)
     if as_json:
         finished = {"name": request.ref.key, "path": str(models.model_dir(request.ref))}
         show(json.dumps(finished if made is None else as_dict(made), indent=2))
@@ -121,13 +121,13 @@ def _only_plan(request: Request, progress: Progress, as_json: bool) -> None:
         made.check()
 
 
-def _download(request: Request, progress: Progress) -> dict[str, Any]:
+def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     """The plan as JSON has it, or as much of it as there was to do, once the model is there."""
-    from mixchat.weights.download import download as download_model
+    from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
 
-    def announce(plan: Plan) -> None:
+    def announce(plan: DownloadPlan) -> None:
         announced.update(as_dict(plan))
         progress.note(as_text(plan))
 
@@ -137,7 +137,7 @@ def _download(request: Request, progress: Progress) -> dict[str, Any]:
     return {**announced, "name": request.ref.key, "path": str(directory)}
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: DownloadPlan) -> str:
     """A plan as lines for a person."""
     commit = f" at {plan.commit[:12]}" if plan.commit else ""
     fetch = format_size(plan.fetch)
@@ -161,7 +161,7 @@ def as_text(plan: Plan) -> str:
     return aligned(rows)
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: DownloadPlan) -> dict[str, Any]:
     """A plan as JSON has it: sizes in bytes."""
     return {
         "name": plan.name,

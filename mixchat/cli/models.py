@@ -12,13 +12,13 @@ import typer
 
 from mixchat.chat import printing
 from mixchat.chat.printing import one_line, say
-from mixchat.cli.arguments import checked
-from mixchat.cli.completion import runnable_models
+from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.settings import format_size
 
 if TYPE_CHECKING:
-    from mixchat.config import ModelConfig
-    from mixchat.weights.manifest import Manifest
+    from mixchat.model_config import ModelConfig
+    from mixchat.weights.format.manifest import Manifest
     from mixchat.weights.models import ModelEntry
 
 
@@ -73,7 +73,7 @@ def show(
 
     name = checked(model, "the model's name")
     if models.resolve(name).demo and not as_json:
-        from mixchat.weights.demo import ABOUT
+        from mixchat.weights.source.demo import ABOUT
 
         printing.show_lines(ABOUT.strip() + "\n\n")
     try:
@@ -89,8 +89,8 @@ def show(
 
 def _show(directory: Path, as_json: bool) -> None:
     """Print what is known of an installed model; then raise `CheckpointError` if it is damaged."""
-    from mixchat.config import ModelConfig
-    from mixchat.weights.manifest import check_files, read_manifest
+    from mixchat.model_config import ModelConfig
+    from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
@@ -137,7 +137,7 @@ def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[st
 
 def describe(directory: Path, manifest: Manifest, config: ModelConfig) -> list[tuple[str, str]]:
     """Return what the manifest and the config of an installed model say, as names and values."""
-    from mixchat.config import checkpoint_dtype
+    from mixchat.model_config import checkpoint_dtype
 
     how, before = manifest.quantization, checkpoint_dtype(directory)
     rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mixchat.cli.options import Sampling
-from mixchat.cli.progress import show_progress, status
-from mixchat.cli.report import note
-from mixchat.config import ModelConfig, advised_length, advised_sampling
+from mixchat.cli.flags.model_flags import Sampling
+from mixchat.cli.output.failure import note
+from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError, ModelNotFoundError
+from mixchat.model_config import ModelConfig, advised_length, advised_sampling
 from mixchat.settings import MemoryBudget
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Opening:
 
     def _load(self, directory: Path, text: CheckpointText) -> ChatSession:
         from mixchat.chat.session import ChatSession
-        from mixchat.engine.loader import LoadOptions, load_engine
-        from mixchat.weights.manifest import check_files, read_manifest
+        from mixchat.loading.loader import LoadOptions, load_engine
+        from mixchat.weights.format.manifest import check_files, read_manifest
 
         check_files(directory, read_manifest(directory))  # which says `repair`, if need be
         tokenizer = text.tokenizer()
@@ -108,11 +108,11 @@ def find_or_build(name: str) -> Path:
         if not ref.demo:
             raise
     prepare_environment()
-    from mixchat.weights.download import Request, download
-    from mixchat.weights.quantize import QuantizeOptions
+    from mixchat.weights.make.download import DownloadRequest, download
+    from mixchat.weights.make.quantize import QuantizeOptions
 
     with show_progress() as progress:
-        return download(Request(ref, QuantizeOptions()), progress)
+        return download(DownloadRequest(ref, QuantizeOptions()), progress)
 
 
 def _nothing(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.printing import show, show_lines
-from mixchat.cli.options import (
+from mixchat.cli.flags.model_flags import (
     ContextSize,
     Device,
     DeviceMemory,
@@ -18,12 +18,12 @@ from mixchat.cli.options import (
     checked_bits,
     model_argument,
 )
-from mixchat.cli.progress import show_progress, status
+from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.engine.planning import MachinePlan, Wishes
-    from mixchat.weights.outline import Outline
+    from mixchat.planning.plan import MachinePlan, Wishes
+    from mixchat.weights.make.outline import Outline
 
 
 def plan(
@@ -54,9 +54,9 @@ def plan(
 
     models.resolve(model)  # what means nothing need not wait for torch
     prepare_environment()
-    from mixchat.cli.plan_text import as_dict, as_text
-    from mixchat.engine.planning import Wishes
-    from mixchat.weights.outline import outline
+    from mixchat.cli.output.plan_text import as_dict, as_text
+    from mixchat.planning.plan import Wishes
+    from mixchat.weights.make.outline import outline
 
     with show_progress() as progress:
         found = outline(model, progress)
@@ -68,10 +68,10 @@ def plan(
 
 
 def _plan(found: Outline, device_name: str | None, wishes: Wishes, anew: bool) -> MachinePlan:
-    from mixchat.engine.loader import choose_device
-    from mixchat.engine.planning import fit, look, plan
-    from mixchat.engine.speeds import known_speeds, measure_speeds
-    from mixchat.engine.threads import settle_threads
+    from mixchat.loading.loader import choose_device
+    from mixchat.planning.plan import fit, look, plan_model
+    from mixchat.planning.speeds import known_speeds, measure_speeds
+    from mixchat.planning.thread_count import settle_threads
 
     device, blueprint = choose_device(device_name), found.blueprint
     there = look(found.directory, device)
@@ -81,4 +81,4 @@ def _plan(found: Outline, device_name: str | None, wishes: Wishes, anew: bool) -
     if measured is None:
         with status("measuring this machine (about 10 s)"):
             measured = measure_speeds(blueprint, found.directory, device)
-    return plan(blueprint, device, there, measured, wishes)
+    return plan_model(blueprint, device, there, measured, wishes)

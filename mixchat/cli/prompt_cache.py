@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat import interrupts
-from mixchat.chat.sanitize import sanitize
-from mixchat.cli.progress import status
-from mixchat.cli.report import note
+from mixchat.cli.output.failure import note
+from mixchat.cli.output.show_progress import status
 from mixchat.errors import CheckpointError, MixchatError
 from mixchat.output_file import OutputFile
+from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine

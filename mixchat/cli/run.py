@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
-from mixchat.cli import chat_options, options
-from mixchat.cli.answer import Form, print_answer
-from mixchat.cli.arguments import read_files, read_prompt
 from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper, saved_turn
+from mixchat.cli.flags import chat_flags, model_flags
+from mixchat.cli.flags.arguments import read_files, read_prompt
+from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import Opening
+from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.prompt_cache import checked_place, keeping
-from mixchat.cli.setting import is_given
 from mixchat.errors import ModelNotFoundError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import trace_file
@@ -37,41 +37,41 @@ def run(
             "</dev/null leaves it out, and - alone asks what stands there.",
         ),
     ] = None,
-    file: chat_options.File = None,
-    model: options.Model = "instruct",
-    system: options.System = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    max_tokens: options.MaxTokens = None,
-    stop: options.Stop = None,
-    ctx_size: options.ContextSize = None,
-    overflow: chat_options.Overflow = "stop",
-    resume: chat_options.Resume = None,
-    save: chat_options.Save = True,
-    keep_cache: chat_options.KeepCache = False,
-    raw: chat_options.Raw = False,
-    vi: chat_options.Vi = False,
-    as_json: chat_options.AsJson = False,
-    extract: chat_options.Extract = False,
-    stream: chat_options.Stream = True,
-    quiet: chat_options.Quiet = False,
-    kv_bits: options.KVBits = None,
-    exact_prompts: options.ExactPrompts = False,
-    host_memory: options.HostMemory = None,
-    device_memory: options.DeviceMemory = None,
-    device: options.Device = None,
-    cache_policy: options.CachePolicy = DEFAULT_POLICY,
-    prompt_cache: options.PromptCache = None,
-    trace: options.Trace = None,
-    verbose: options.Verbose = False,
+    file: chat_flags.File = None,
+    model: model_flags.Model = "instruct",
+    system: model_flags.System = None,
+    temperature: model_flags.Temperature = None,
+    top_p: model_flags.TopP = None,
+    top_k: model_flags.TopK = None,
+    min_p: model_flags.MinP = None,
+    repeat_penalty: model_flags.RepeatPenalty = None,
+    seed: model_flags.Seed = None,
+    max_tokens: model_flags.MaxTokens = None,
+    stop: model_flags.Stop = None,
+    ctx_size: model_flags.ContextSize = None,
+    overflow: chat_flags.Overflow = "stop",
+    resume: chat_flags.Resume = None,
+    save: chat_flags.Save = True,
+    keep_cache: chat_flags.KeepCache = False,
+    raw: chat_flags.Raw = False,
+    vi: chat_flags.Vi = False,
+    as_json: chat_flags.AsJson = False,
+    extract: chat_flags.Extract = False,
+    stream: chat_flags.Stream = True,
+    quiet: chat_flags.Quiet = False,
+    kv_bits: model_flags.KVBits = None,
+    exact_prompts: model_flags.ExactPrompts = False,
+    host_memory: model_flags.HostMemory = None,
+    device_memory: model_flags.DeviceMemory = None,
+    device: model_flags.Device = None,
+    cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
+    prompt_cache: model_flags.PromptCache = None,
+    trace: model_flags.Trace = None,
+    verbose: model_flags.Verbose = False,
 ) -> None:
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
     form = Form(as_json, extract, stream, raw, quiet)
-    chat_options.check_first_word(context, prompt or [])
+    chat_flags.check_first_word(context, prompt or [])
     cache_file = checked_place(prompt_cache)
     if trace is not None:
         trace_file(trace).check()
@@ -82,14 +82,14 @@ def run(
         model=model,
         system=system or None,
         stop=stop or [],
-        sampling=options.Sampling(temperature, top_p, top_k, min_p, repeat_penalty, seed),
+        sampling=model_flags.Sampling(temperature, top_p, top_k, min_p, repeat_penalty, seed),
         max_tokens=max_tokens,
         context_size=ctx_size,
         overflow=checked_overflow(overflow),
-        kv_bits=options.checked_bits(kv_bits),
+        kv_bits=model_flags.checked_bits(kv_bits),
         exact_prompts=exact_prompts,
-        host_memory=options.budget(host_memory),
-        device_memory=options.budget(device_memory),
+        host_memory=model_flags.budget(host_memory),
+        device_memory=model_flags.budget(device_memory),
         device=device,
         cache_policy=cache_policy,
         trace=trace,
@@ -129,7 +129,7 @@ def _keep_report(session: ChatSession, model: str) -> None:
 
 
 def _verbose_report(session: ChatSession) -> Callable[[Finished], None]:
-    from mixchat.cli.verbose import VerboseReport
+    from mixchat.cli.output.verbose import VerboseReport
 
     return VerboseReport(session.engine)
 

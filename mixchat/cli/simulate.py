@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.printing import say, show, show_lines
-from mixchat.cli.arguments import checked
+from mixchat.cli.flags.arguments import checked
 from mixchat.cli.models import aligned
-from mixchat.cli.progress import status
+from mixchat.cli.output.show_progress import status
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.experts.simulate import Row
     from mixchat.experts.trace import Trace
+    from mixchat.planning.simulate import Row
 
 _TOKENS = 2000
 
@@ -37,8 +37,8 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Predict the hit rates of expert caches by size and policy."""
-    from mixchat.experts.simulate import synthetic_trace
     from mixchat.experts.trace import read_trace
+    from mixchat.planning.simulate import synthetic_trace
 
     path = None if trace is None else checked(trace, "the trace's name")
     with status("reading the trace"):
@@ -57,7 +57,7 @@ def simulate(
 
 def _rows(trace: Trace, slots: tuple[int, ...]) -> list[Row]:
     """The table, which takes seconds: a terminal is shown how far it is."""
-    from mixchat.experts.simulate import table
+    from mixchat.planning.simulate import table
 
     with status("replaying the trace") as update:
         return table(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixchat.chat.printing import draw, say, show
-from mixchat.cli.options import model_argument
-from mixchat.cli.png import PNG_HELP, checked_picture, new_figure, write_figure
+from mixchat.cli.flags.model_flags import model_argument
+from mixchat.cli.output.png import PNG_HELP, checked_picture, new_figure, write_figure
 from mixchat.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def stats(
     if as_json:
         show(json.dumps(report.to_dict()))
     elif png is None:
-        from mixchat.chat.heatmap import drawn
+        from mixchat.chat.draw.heatmap import drawn
 
         draw(drawn(report, sys.stdout))
 
@@ -66,7 +66,7 @@ def _picture(report: ExpertReport) -> Any:
 
 
 def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
-    from mixchat.chat.heatmap import relative_uses
+    from mixchat.chat.draw.heatmap import relative_uses
 
     image = axes.imshow(relative_uses(report), aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mixchat.chat.printing import say
-from mixchat.cli.arguments import checked, stdin_is_terminal
-from mixchat.cli.completion import runnable_models
-from mixchat.cli.progress import resumable, show_progress
-from mixchat.cli.report import confirmed
+from mixchat.cli.flags.arguments import checked, stdin_is_terminal
+from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.output.failure import confirmed
+from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import CheckpointError, UsageError
 from mixchat.settings import format_size
 
 if TYPE_CHECKING:
-    from mixchat.weights.verify import Damage
+    from mixchat.weights.care.verify import Damage
 
 Model = Annotated[
     str,
@@ -42,8 +42,8 @@ def rm(model: Model, yes: Yes = False) -> None:
     if not yes:
         _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
     prepare_environment()
-    from mixchat.weights import housekeeping
-    from mixchat.weights.download import local_errors
+    from mixchat.weights.care import housekeeping
+    from mixchat.weights.make.download import local_errors
 
     with local_errors():
         housekeeping.remove(target)
@@ -57,8 +57,8 @@ def verify(model: Model) -> None:
 
     directory = models.find(checked(model, "the model's name"))
     prepare_environment()
-    from mixchat.weights.manifest import repair_hint
-    from mixchat.weights.verify import verify as verify_model
+    from mixchat.weights.care.verify import verify as verify_model
+    from mixchat.weights.format.manifest import repair_hint
 
     with show_progress() as progress, resumable(progress, resumes=False):
         damages = verify_model(directory, progress)
@@ -77,12 +77,12 @@ def repair(model: Model) -> None:
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
-    from mixchat.weights.download import local_errors
-    from mixchat.weights.housekeeping import not_in_use
-    from mixchat.weights.manifest import MANIFESTS, read_either_manifest, restore_manifests
-    from mixchat.weights.origins import origin_of
-    from mixchat.weights.verify import repair as repair_model
-    from mixchat.weights.verify import verify
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.care.verify import repair as repair_model
+    from mixchat.weights.care.verify import verify
+    from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
+    from mixchat.weights.make.download import local_errors
+    from mixchat.weights.source.open_origin import open_origin
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         source = read_either_manifest(directory).source
@@ -90,7 +90,7 @@ def repair(model: Model) -> None:
         _show(damages)
         restore_manifests(directory)
         if not {damage.file for damage in damages} <= set(MANIFESTS):
-            with origin_of(source, directory, progress) as origin:
+            with open_origin(source, directory, progress) as origin:
                 repair_model(directory, damages, origin, progress)
     again = " again" if damages else ""
     say(f"{model} is whole{again}{_half_converted(directory)}")
@@ -113,10 +113,10 @@ def convert(
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
-    from mixchat.weights.convert import convert as convert_model
-    from mixchat.weights.convert import layout_to_take
-    from mixchat.weights.download import local_errors
-    from mixchat.weights.housekeeping import not_in_use
+    from mixchat.weights.care.convert import convert as convert_model
+    from mixchat.weights.care.convert import layout_to_take
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         wanted = layout_to_take(directory, layout)
@@ -134,9 +134,9 @@ def gc(
 ) -> None:
     """Remove what interrupted commands left behind."""
     prepare_environment()
-    from mixchat.chat.chats import ChatStore
-    from mixchat.weights import housekeeping
-    from mixchat.weights.download import local_errors
+    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.weights.care import housekeeping
+    from mixchat.weights.make.download import local_errors
 
     freed = 0
     with local_errors():
@@ -163,7 +163,7 @@ def _ask(question: str) -> None:
 
 def _half_converted(directory: Path) -> str:
     """What to add where a model, whole or not, cannot be loaded before a command is run again."""
-    from mixchat.weights.manifest import CONVERSION_DIR
+    from mixchat.weights.format.manifest import CONVERSION_DIR
 
     if not (directory / CONVERSION_DIR).exists():
         return ""

@@ -21,7 +21,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertReport
 
 if TYPE_CHECKING:
-    from mixchat.engine.expectation import SpeedRange
+    from mixchat.planning.expectation import SpeedRange
 
 # Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
 PREFILL_CHUNK = 2048

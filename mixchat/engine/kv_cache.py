@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional
 
 from mixchat import interrupts
-from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError
 from mixchat.kernels import attention, pages
 from mixchat.kernels.pages import BLOCK, PAGE, Bits, CacheShape
-from mixchat.weights.safetensors import TensorSpec
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import TensorSpec
 
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from mixchat.config import ModelConfig
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
-from mixchat.weights.linear import Linear
+from mixchat.model_config import ModelConfig
+from mixchat.weights.matrix.linear import Linear
 
 
 class RMSNorm:

@@ -25,8 +25,8 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.errors import CheckpointError
 from mixchat.files import not_written, private_in_place_of, write_all
-from mixchat.weights.manifest import Manifest
-from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+from mixchat.weights.format.manifest import Manifest
 
 FORMAT = 1
 _ABOUT, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"

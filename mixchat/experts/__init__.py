@@ -13,9 +13,6 @@
 - host_compute.py: what is sooner computed on the CPU than copied to the GPU
 - memory.py: how much memory is free, while that changes
 - trial.py: tries ways to do a thing and keeps to the cheapest
-- calibration.py, measure.py, disk_speed.py: how fast this machine is
-- cost.py: what a token costs
 - stats.py: hits, misses, bytes moved
 - trace.py: which experts each token went to, recorded
-- simulate.py: replays that for caches of any size
 """

@@ -13,7 +13,7 @@ from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import Passes
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
-from mixchat.weights.blueprint import Expert
+from mixchat.weights.format.blueprint import Expert
 
 RESIDENT, COMING, MISSING = range(3)
 GUESSES_AT_ONCE = 4

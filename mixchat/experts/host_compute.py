@@ -8,7 +8,7 @@ import torch
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.sources import HostTier
-from mixchat.weights.blueprint import Expert
+from mixchat.weights.format.blueprint import Expert
 
 Compute = Callable[[Expert, torch.Tensor], torch.Tensor]  # an expert and x [rows, D] to [rows, D]
 

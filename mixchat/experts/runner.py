@@ -17,7 +17,7 @@ from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.prefetch import Prefetch
 from mixchat.kernels import rows
-from mixchat.weights.blueprint import Expert
+from mixchat.weights.format.blueprint import Expert
 
 AHEAD = 2  # experts on their way while one is computed
 

@@ -17,8 +17,8 @@ from mixchat.experts.placement import MIN_HOST_SLOTS
 from mixchat.experts.policies import Policy
 from mixchat.experts.store import ExpertSource, new_block
 from mixchat.experts.trial import Trial
-from mixchat.weights.blueprint import Expert, ExpertLayout
-from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.format.blueprint import Expert, ExpertLayout
+from mixchat.weights.format.installed_model import InstalledModel
 
 _STEP = 8 << 20  # bytes: 2 to 8 ms, after which something more urgent can go first
 _ROUND = 8  # experts that are read in one way before another is tried
@@ -34,7 +34,7 @@ class DiskSource:
     programs, or the machine's host, have cached only comes through it.
     """
 
-    def __init__(self, model: KeptModel, *, choose: bool) -> None:
+    def __init__(self, model: InstalledModel, *, choose: bool) -> None:
         self._model = model
         ways = [True, False] if choose and model.open_direct() else [False]
         self._direct = Trial(ways, length=_ROUND * model.blueprint.expert.stride)

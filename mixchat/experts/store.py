@@ -15,7 +15,7 @@ import torch
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
-from mixchat.weights.blueprint import Expert, ExpertLayout
+from mixchat.weights.format.blueprint import Expert, ExpertLayout
 
 _ALIGNMENT = 4096  # bytes: what reading past the page cache wants of memory
 

@@ -1,10 +1,10 @@
 """x times a matrix of 4-bit codes, at the speed at which memory can be read.
 
-The codes are read in the layout "cpu-packed" of `weights/nf4.py`: 32 rows, a band, lie interleaved,
-pair of columns by pair of columns. A code is looked up as a whole number, and x is rounded to whole
-numbers too, 64 columns at a time with a scale of their own. Their products are added up exactly;
-only the sum over 64 columns becomes a float, and is multiplied with both scales. `units.py` has the
-instructions for that.
+The codes are read in the layout "cpu-packed" of `weights/matrix/nf4.py`: 32 rows, a band, lie
+interleaved, pair of columns by pair of columns. A code is looked up as a whole number, and x is
+rounded to whole numbers too, 64 columns at a time with a scale of their own. Their products are
+added up exactly; only the sum over 64 columns becomes a float, and is multiplied with both scales.
+`units.py` has the instructions for that.
 
 For a few tokens x has 13 bits and a sign: the error against a product in double precision is about
 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For many, where

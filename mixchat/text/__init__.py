@@ -9,7 +9,7 @@
 - markup.py: knows control markup when it sees it
 - detokenizer.py: ids to text as they come, never half a character
 - stop.py: stop strings over a stream of text
-- files.py: the small files beside a tokenizer
+- tokenizer_files.py: the small files beside a tokenizer
 - checkpoint_text.py: a checkpoint's tokenizer and template, as all others have them
 - cage.py, cage_child.py: the process in which both run, whatever they try
 - frames.py, limits.py: what is said to it and back, and what it may take

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError, PromptError
-from mixchat.text.files import one_line
 from mixchat.text.frames import pack, receive
 from mixchat.text.limits import BYTES, TEXT, patience, seconds
+from mixchat.text.tokenizer_files import on_one_line
 
 # -I: nothing in the current directory is imported, and no variable of Python's counts.
 _COMMAND = (
@@ -138,7 +138,7 @@ class _Child:
         except TimeoutError:
             how = f"gives no answer in {patience(allowed):.0f} s"
         except (ValueError, RecursionError) as error:
-            how = f"gives an answer that cannot be used ({one_line(error)})"
+            how = f"gives an answer that cannot be used ({on_one_line(error)})"
         except (EOFError, OSError):
             how = self._ending(allowed)
         raise CheckpointError(f"{request.blame} {how}")
@@ -157,7 +157,7 @@ class _Child:
             return _TOO_LARGE
         ending = f"signal {-code}" if code and code < 0 else f"exit code {code}"
         last = said.strip().rpartition("\n")[2]
-        return f"ends its process ({ending})" + (f": {one_line(last)}" if last else "")
+        return f"ends its process ({ending})" + (f": {on_one_line(last)}" if last else "")
 
 
 # Messages of Rust, C++ and the C library about it before they abort.

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError, PromptError
-from mixchat.text.files import one_line
 from mixchat.text.frames import pack, receive
 from mixchat.text.limits import BYTES
 from mixchat.text.messages import Message, Template
 from mixchat.text.template import load_template
 from mixchat.text.tokenizer import Tokenizer, load_tokenizer
+from mixchat.text.tokenizer_files import on_one_line
 
 _LIBRARIES = (
     *("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers"),
@@ -90,7 +90,7 @@ def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
     except (CheckpointError, PromptError) as error:
         return pack({"error": type(error).__name__, "text": str(error), "hint": error.hint})
     except BaseException as error:  # A panic inside the package tokenizers is no Exception.
-        return pack({"error": type(error).__name__, "text": one_line(error)})
+        return pack({"error": type(error).__name__, "text": on_one_line(error)})
 
 
 def _import_libraries() -> None:

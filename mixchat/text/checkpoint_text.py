@@ -9,9 +9,9 @@ from typing import Any
 
 from mixchat.errors import CheckpointError
 from mixchat.text.cage import Cage, Request
-from mixchat.text.files import template_file
 from mixchat.text.messages import Message, Template
 from mixchat.text.tokenizer import Insert, Tokenizer
+from mixchat.text.tokenizer_files import template_file
 
 
 class CheckpointText:

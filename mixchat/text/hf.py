@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.errors import CheckpointError
 from mixchat.files import read_json_object
-from mixchat.text.files import (
+from mixchat.text.limits import TOKENIZER_FILE
+from mixchat.text.markup import finder
+from mixchat.text.tokenizer import Insert
+from mixchat.text.tokenizer_files import (
     AddedToken,
     added_token,
     added_tokens,
-    one_line,
+    on_one_line,
     read_optional_json,
     require_size,
     require_unicode,
     special_tokens,
 )
-from mixchat.text.limits import TOKENIZER_FILE
-from mixchat.text.markup import finder
-from mixchat.text.tokenizer import Insert
 
 if TYPE_CHECKING:
     import tokenizers
@@ -251,7 +251,7 @@ def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(
-            f"{file}: not a tokenizer that can be used ({one_line(error)})"
+            f"{file}: not a tokenizer that can be used ({on_one_line(error)})"
         ) from None
 
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from functools import cached_property
 
 from mixchat.errors import CheckpointError, PromptError
-from mixchat.text.files import ChatTemplate, one_line
 from mixchat.text.jinja_sandbox import TemplateRefusal, compile_template
 from mixchat.text.messages import Message, require_question, system_in_first_question
 from mixchat.text.tokenizer import Insert, Tokenizer
+from mixchat.text.tokenizer_files import ChatTemplate, on_one_line
 
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
 
@@ -49,7 +49,7 @@ class JinjaTemplate:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self._file}: the chat template has an error: {one_line(error)}"
+                f"{self._file}: the chat template has an error: {on_one_line(error)}"
             ) from None
         with suppress(PromptError):  # It may want more than this; that is for `encode` to say.
             self._render([{"role": "user", "content": "Hi"}])
@@ -93,12 +93,12 @@ class JinjaTemplate:
             )
         except TemplateRefusal as refusal:
             raise PromptError(
-                f"the model's chat template refuses the conversation: {one_line(refusal)}"
+                f"the model's chat template refuses the conversation: {on_one_line(refusal)}"
             ) from None
         except MemoryError:
             raise
         except Exception as error:  # The template is foreign code: it can raise anything.
-            what = one_line(error) or type(error).__name__
+            what = on_one_line(error) or type(error).__name__
             raise CheckpointError(f"{self._file}: the chat template fails: {what}") from None
 
 

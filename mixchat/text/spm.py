@@ -9,17 +9,17 @@ from typing import Any
 
 from mixchat.errors import CheckpointError
 from mixchat.files import read_bytes
-from mixchat.text.files import (
+from mixchat.text.limits import TOKENIZER_FILE
+from mixchat.text.markup import finder, looks_like_markup
+from mixchat.text.tokenizer import Insert
+from mixchat.text.tokenizer_files import (
     added_tokens,
-    one_line,
+    on_one_line,
     read_optional_json,
     require_size,
     require_unicode,
     special_tokens,
 )
-from mixchat.text.limits import TOKENIZER_FILE
-from mixchat.text.markup import finder, looks_like_markup
-from mixchat.text.tokenizer import Insert
 
 
 class SentencePieceTokenizer:
@@ -116,7 +116,7 @@ def _load(data: bytes, file: Path) -> Any:
         model.LoadFromSerializedProto(data)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{file}: not a SentencePiece model ({one_line(error)})",
+            f"{file}: not a SentencePiece model ({on_one_line(error)})",
             hint="Fetch the model again; the file may be an error page or a Git LFS pointer.",
         ) from None
     return model

@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from mixchat.errors import CheckpointError
-from mixchat.text.files import (
-    ChatTemplate,
-    chat_template,
-    read_optional_json,
-    special_tokens,
-)
 from mixchat.text.jinja_template import JinjaTemplate
 from mixchat.text.markup import is_mistral_v1
 from mixchat.text.messages import (
@@ -28,6 +22,12 @@ from mixchat.text.messages import (
     system_in_first_question,
 )
 from mixchat.text.tokenizer import SENTENCEPIECE_FILE, Insert, Tokenizer
+from mixchat.text.tokenizer_files import (
+    ChatTemplate,
+    chat_template,
+    read_optional_json,
+    special_tokens,
+)
 
 __all__ = [
     "CompletionTemplate",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from mixchat.errors import CheckpointError
-from mixchat.text.files import chat_template
 from mixchat.text.markup import is_mistral_v1
+from mixchat.text.tokenizer_files import chat_template
 
 # What a character in a template's text may stand for: plain text, or ids taken over as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"

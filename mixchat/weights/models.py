@@ -7,16 +7,16 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixchat.config import ModelConfig
 from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
+from mixchat.model_config import ModelConfig
 from mixchat.settings import models_dir as models_dir
-from mixchat.weights.journal import begun_from
-from mixchat.weights.manifest import (
+from mixchat.weights.format.journal import begun_from
+from mixchat.weights.format.manifest import (
     CONVERSION_DIR,
     Source,
     check_files,
-    is_kept,
+    is_installed,
     read_manifest,
 )
 
@@ -116,10 +116,10 @@ def find(name: str, *, anywhere: bool = True) -> Path:
     With `anywhere`, a directory elsewhere that is itself a kept model may be named too.
     """
     ref = resolve(name)
-    if anywhere and ref.path is not None and is_kept(ref.path):
+    if anywhere and ref.path is not None and is_installed(ref.path):
         return ref.path
     directory = model_dir(ref)
-    if is_kept(directory):
+    if is_installed(directory):
         return directory
     if directory.is_dir():
         raise ModelNotFoundError(
@@ -141,7 +141,7 @@ def is_model(name: str) -> bool:
         ref = resolve(name)
     except MixchatError:
         return False
-    return model_dir(ref).is_dir() or (ref.path is not None and is_kept(ref.path))
+    return model_dir(ref).is_dir() or (ref.path is not None and is_installed(ref.path))
 
 
 def locate(name: str) -> Path:
@@ -170,7 +170,7 @@ def list_models() -> list[ModelEntry]:
 def entry_of(directory: Path) -> ModelEntry:
     """Return what is known of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
-    if not is_kept(directory):
+    if not is_installed(directory):
         source = begun_from(directory) or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     if (directory / CONVERSION_DIR).exists():

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat.bench import measure
-from mixchat.bench.limits import Limits
-from mixchat.bench.measure import Bench, Row, Tasks
-from mixchat.engine.loader import LoadOptions
+from mixchat.bench import rounds
+from mixchat.bench.machine_limits import Limits
+from mixchat.bench.rounds import Bench, Row, Tasks
+from mixchat.loading.loader import LoadOptions
 
 TASKS = Tasks(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 
@@ -39,8 +39,8 @@ class Peer:
 
 @pytest.fixture
 def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(measure, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(measure, "disk_bandwidth", lambda directory, block: 3e9)
+    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
+    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
     bench = Bench(tiny_model, LoadOptions(device="cpu", context_size=128), TASKS)
     bench.start_cold()
     return bench
@@ -71,8 +71,8 @@ def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
     list(bench.run(None))
     here, behind, prompt = bench.rows
     assert here.most[0] > behind.most[0]  # more bytes, fewer tokens
-    assert here.most[0] == pytest.approx(1e9 / measure.bytes_per_token(bench.blueprint, 0, None))
-    assert prompt.most[0] == pytest.approx(2e9 / measure.operations_per_token(bench.blueprint))
+    assert here.most[0] == pytest.approx(1e9 / rounds.bytes_per_token(bench.blueprint, 0, None))
+    assert prompt.most[0] == pytest.approx(2e9 / rounds.operations_per_token(bench.blueprint))
     assert here.to_peer is None
 
 

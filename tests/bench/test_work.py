@@ -4,8 +4,8 @@ import torch
 
 from mixchat.bench.synthetic import MIXTRAL
 from mixchat.bench.work import bytes_per_token, operations_per_token
-from mixchat.config import ModelConfig
-from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.model_config import ModelConfig
+from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CONFIG = ModelConfig.from_dict({**MIXTRAL, "num_hidden_layers": 4})
 

@@ -118,16 +118,16 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     prepare_environment()
     import torch
 
-    from mixchat.engine.expectation import decode_cost, hit_rates
-    from mixchat.engine.loader import LoadOptions, load_engine
     from mixchat.engine.sampling import SamplingOptions
-    from mixchat.engine.speeds import known_speeds
     from mixchat.experts import prefetch
-    from mixchat.experts.disk_speed import measure_disk
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
+    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.planning.disk_speed import measure_disk
+    from mixchat.planning.expectation import decode_cost, hit_rates
+    from mixchat.planning.speeds import known_speeds
     from mixchat.settings import MemoryBudget
-    from mixchat.weights.checkpoint import KeptModel
+    from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:
         prefetch.DEPTHS = (depth,)
@@ -146,7 +146,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     did, total = stats.since(before), sum(seconds)
-    with KeptModel(model) as kept:
+    with InstalledModel(model) as kept:
         placement = Placement(engine.experts.slots, 0, kept.blueprint.expert_count)
         speeds = known_speeds(kept.blueprint, model, CPU).typical
         cost = decode_cost(kept.blueprint, CPU, speeds, placement)
@@ -176,12 +176,12 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 def calibrate(model: Path) -> None:
     """Measure the machine, as `mixchat plan` does."""
     prepare_environment()
-    from mixchat.engine.speeds import measure_speeds
-    from mixchat.engine.threads import settle_threads
     from mixchat.experts.memory import CPU
-    from mixchat.weights.checkpoint import KeptModel
+    from mixchat.planning.speeds import measure_speeds
+    from mixchat.planning.thread_count import settle_threads
+    from mixchat.weights.format.installed_model import InstalledModel
 
-    with KeptModel(model) as kept:
+    with InstalledModel(model) as kept:
         settle_threads(kept.blueprint)
         measure_speeds(kept.blueprint, model, CPU)
 

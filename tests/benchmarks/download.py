@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_hub import REPO, FakeHub
 from synthetic import MIXTRAL
 
-from mixchat.config import ModelConfig
 from mixchat.machine import disk_usage
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.settings import format_size
-from mixchat.weights.checkpoint_files import INDEX
-from mixchat.weights.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.weights.source import expected_shapes
+from mixchat.weights.source.checkpoint_files import INDEX
+from mixchat.weights.source.index import expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them
 NOISE = 200_000_000  # weights; slices of it are the matrices

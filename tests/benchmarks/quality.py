@@ -36,16 +36,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.kernels import four_bit
+from mixchat.loading.loader import LoadOptions, load_engine
 from mixchat.progress import NoProgress
 from mixchat.text.tokenizer import load_tokenizer
-from mixchat.weights import demo
-from mixchat.weights.blueprint import Blueprint
-from mixchat.weights.build import build
-from mixchat.weights.manifest import Source
-from mixchat.weights.origin import LocalOrigin
-from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.build import build
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source import demo
+from mixchat.weights.source.origin import LocalOrigin
 
 WINDOW = 512  # tokens
 GROUP = 64  # weights that share a scale

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import bitsandbytes.functional as bnb
 import torch
 
-from mixchat.weights import nf4
-from mixchat.weights.quantizer import BLOCKSIZE, quantize
+from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.encode import BLOCKSIZE, encode_nf4
 
 REPEATS = 5
 BITSANDBYTES_PIECE = 2**23  # weights; it takes some 18 bytes of temporary memory for each
@@ -36,8 +36,8 @@ def by_bitsandbytes(weight: torch.Tensor) -> Coded:
 
 CODERS: dict[str, Callable[[torch.Tensor], Coded]] = {
     "bitsandbytes": by_bitsandbytes,
-    "absmax": quantize,
-    "search": lambda weight: quantize(weight, search=True),
+    "absmax": encode_nf4,
+    "search": lambda weight: encode_nf4(weight, search=True),
 }
 
 

@@ -94,8 +94,8 @@ def pipes(rounds: int, work: Path) -> list[str]:
 
 def payloads(count: int) -> list[str]:
     """Control sequences, cut everywhere, raw and as Markdown: none reaches the terminal."""
-    from mixchat.chat.screen import Screen
     from mixchat.chat.session import TextDelta
+    from mixchat.chat.terminal.screen import Screen
 
     class Tty(io.StringIO):
         def isatty(self) -> bool:
@@ -136,7 +136,7 @@ STYLES = re.compile(r"\x1b\[(?!38;5)[0-9;]*m")
 
 def own_sequences() -> list[str]:
     """What drawing itself sends."""
-    from mixchat.chat import markdown_stream as stream
+    from mixchat.chat.draw import markdown_stream as stream
 
     names = ("_BEGIN", "_END", "_NO_WRAP", "_WRAP", "_HIDE_CURSOR", "_SHOW_CURSOR", "_ERASE_BELOW")
     return [getattr(stream, name) for name in names]

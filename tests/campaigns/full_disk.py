@@ -74,13 +74,14 @@ def _download(
     """The real download; once its plan is announced, or later, the disk is filled."""
 
     def work() -> int:
-        from mixchat.cli import progress
-        from mixchat.weights import download, models
-        from mixchat.weights.quantize import QuantizeOptions
+        from mixchat.cli.output import show_progress
+        from mixchat.weights import models
+        from mixchat.weights.make import download
+        from mixchat.weights.make.quantize import QuantizeOptions
 
         ref = models.resolve(rig.REPO)
         request = download.Request(ref, QuantizeOptions(), keep_source=keep)
-        with progress.show_progress() as shown:
+        with show_progress.show_progress() as shown:
             filling = Filling(shown, disk, room, when)
 
             def announce(plan: Any) -> None:

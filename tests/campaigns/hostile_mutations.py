@@ -153,10 +153,10 @@ def _edited(chance: random.Random, name: str, data: bytes) -> bytes:
 
 
 def _open_source(copy: Path, chance: random.Random, name: str) -> str:
-    from mixchat.weights.build import build
-    from mixchat.weights.manifest import Source
-    from mixchat.weights.origin import LocalOrigin, Readers
-    from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+    from mixchat.weights.format.manifest import Source
+    from mixchat.weights.make.build import build
+    from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+    from mixchat.weights.source.origin import LocalOrigin, Readers
 
     origin = LocalOrigin(copy, Source(str(copy)))
     blueprint = blueprint_of(origin.index, QuantizeOptions())
@@ -165,7 +165,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
         shutil.rmtree(target, ignore_errors=True)
         build(origin, target, blueprint)
         return "built"
-    from mixchat.weights.source import expected_shapes
+    from mixchat.weights.source.index import expected_shapes
 
     with Readers(origin) as readers:
         for tensor in expected_shapes(origin.index.config):
@@ -179,12 +179,12 @@ def _open_kept(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.cli.download import check_text
     from mixchat.progress import NoProgress
     from mixchat.weights import models
-    from mixchat.weights.checkpoint import KeptModel
-    from mixchat.weights.verify import verify
+    from mixchat.weights.care.verify import verify
+    from mixchat.weights.format.installed_model import InstalledModel
 
     models.entry_of(copy)
     damages = chance.random() < 0.5 and verify(copy, NoProgress())
-    with KeptModel(copy) as model:
+    with InstalledModel(copy) as model:
         for spec in model.blueprint.shared_tensors():
             model.tensor(spec)
         block = torch.empty(model.blueprint.expert.stride, dtype=torch.uint8)

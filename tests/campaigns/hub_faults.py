@@ -57,7 +57,7 @@ def _lose_patience() -> None:
 
     from huggingface_hub.utils import _http
 
-    from mixchat.weights import hub_request, transfer
+    from mixchat.weights.source import hub_request, transfer
 
     transfer._WAITS = (0.0,) * 5  # type: ignore[assignment]
     hub_request._LONGEST_WAIT = 0.05

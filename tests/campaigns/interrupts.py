@@ -62,11 +62,11 @@ def open_session(model: Path, experts: int | None) -> Any:
     from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 
     from mixchat.chat.session import ChatSession
-    from mixchat.engine.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import LoadOptions, load_engine
     from mixchat.settings import MemoryBudget
-    from mixchat.weights.checkpoint import KeptModel
+    from mixchat.weights.format.installed_model import InstalledModel
 
-    stride = KeptModel(model).blueprint.expert.stride
+    stride = InstalledModel(model).blueprint.expert.stride
     budget = None if experts is None else MemoryBudget(size=experts * stride)
     options = LoadOptions(device="cpu", context_size=256, host_memory=budget)
     engine = load_engine(model, options)
@@ -155,10 +155,10 @@ def make_model(work: Path) -> Path:
     """A random model in fp32, so that rounding decides nowhere."""
     import torch
 
-    from mixchat.weights.build import build
-    from mixchat.weights.manifest import Source
-    from mixchat.weights.origin import LocalOrigin
-    from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+    from mixchat.weights.format.manifest import Source
+    from mixchat.weights.make.build import build
+    from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+    from mixchat.weights.source.origin import LocalOrigin
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
     origin = LocalOrigin(checkpoint, Source("test"))

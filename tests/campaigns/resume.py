@@ -68,8 +68,8 @@ def _begin(number: int) -> str:
     """A chat of one turn, alone in the store; its ID."""
     from chat_doubles import make_session
 
-    from mixchat.chat.chats import ChatStore
-    from mixchat.chat.keeper import Keeper
+    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.keeper import Keeper
 
     store = ChatStore()
     for id in store.ids():
@@ -83,7 +83,7 @@ def _begin(number: int) -> str:
 
 def _asked() -> set[str]:
     """Every question in any chat."""
-    from mixchat.chat.chats import ChatStore
+    from mixchat.chat.saved.chats import ChatStore
 
     store = ChatStore()
     return {m.content for id in store.ids() for m in store.load(id).messages}

@@ -58,12 +58,12 @@ def warm_up() -> None:
     torch.set_num_threads(1)
 
     import mixchat.cli.app
-    import mixchat.cli.progress
+    import mixchat.cli.output.show_progress
     import mixchat.text.template
     import mixchat.text.tokenizer
-    import mixchat.weights.download
-    import mixchat.weights.housekeeping
-    import mixchat.weights.verify  # noqa: F401
+    import mixchat.weights.care.housekeeping
+    import mixchat.weights.care.verify
+    import mixchat.weights.make.download  # noqa: F401
 
 
 def make_checkpoint(
@@ -74,8 +74,8 @@ def make_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    from mixchat.config import ModelConfig
-    from mixchat.weights.source import expected_shapes
+    from mixchat.model_config import ModelConfig
+    from mixchat.weights.source.index import expected_shapes
 
     directory.mkdir(parents=True)
     config = CONFIG | shape
@@ -123,7 +123,7 @@ def fork(work: Callable[[], object], output: Path | None = None) -> int:
     except SystemExit as ending:
         code = int(ending.code or 0)
     except Exception as error:
-        from mixchat.cli.report import MixchatError, report
+        from mixchat.cli.output.failure import MixchatError, report
 
         if not isinstance(error, MixchatError):
             os.environ["MIXCHAT_DEBUG"] = "1"

@@ -7,11 +7,11 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mixchat.chat.chats import ChatStore
-from mixchat.chat.keeper import Keeper
-from mixchat.chat.prompt import ChatPrompt
-from mixchat.chat.repl import Repl
-from mixchat.chat.screen import Screen
+from mixchat.chat.saved.chats import ChatStore
+from mixchat.chat.saved.keeper import Keeper
+from mixchat.chat.terminal.prompt import ChatPrompt
+from mixchat.chat.terminal.repl import Repl
+from mixchat.chat.terminal.screen import Screen
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 

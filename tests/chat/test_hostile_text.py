@@ -19,5 +19,5 @@ def test_no_control_sequence_reaches_the_terminal_wherever_it_is_cut(
     campaign = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(campaign)
     assert campaign.payloads(60) == []
-    monkeypatch.setattr("mixchat.chat.screen.sanitize", str)
+    monkeypatch.setattr("mixchat.chat.terminal.screen.sanitize", str)
     assert campaign.payloads(60) != []  # it would see them

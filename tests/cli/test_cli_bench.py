@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from mixchat.bench import measure
-from mixchat.bench.limits import Limits
+from mixchat.bench import rounds
+from mixchat.bench.machine_limits import Limits
 
 ECHO = f"""#!{sys.executable}
 import sys
@@ -31,8 +31,8 @@ class KnownLimits:
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setattr(measure, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(measure, "disk_bandwidth", lambda directory, block: 3e9)
+    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
+    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
 
 
 @pytest.fixture

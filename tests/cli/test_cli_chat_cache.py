@@ -5,8 +5,8 @@ import os
 import pytest
 from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 
-from mixchat.chat.chats import ChatStore
-from mixchat.chat.keeper import Keeper
+from mixchat.chat.saved.chats import ChatStore
+from mixchat.chat.saved.keeper import Keeper
 from mixchat.cli.chat import ChatCache
 from mixchat.errors import UsageError
 
@@ -15,7 +15,7 @@ from mixchat.errors import UsageError
 def keeper_of(tiny_model, tmp_path):
     """A keeper of a new engine, as another run has it."""
     from mixchat.chat.session import ChatSession
-    from mixchat.engine.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import LoadOptions, load_engine
 
     def new():
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))

@@ -10,7 +10,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.chat.chats import Chat, ChatStore
+from mixchat.chat.saved.chats import Chat, ChatStore
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)

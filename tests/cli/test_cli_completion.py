@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from mixchat.chat.chats import Chat, ChatStore
-from mixchat.cli.completion import VARIABLE
+from mixchat.chat.saved.chats import Chat, ChatStore
+from mixchat.cli.flags.shell_completion import VARIABLE
 
 HEAVY = {"torch", "rich", "huggingface_hub", "pydantic", "numpy"}
 BASH = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_cli_run import prompts_in
 
-from mixchat.cli.setting import settings_of
+from mixchat.cli.flags.config_flag import settings_of
 
 
 @pytest.fixture

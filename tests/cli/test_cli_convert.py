@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixchat.lock import only_one
-from mixchat.weights import convert as convert_module
-from mixchat.weights.convert import _Conversion
+from mixchat.weights.care import convert as convert_module
+from mixchat.weights.care.convert import _Conversion
 
 FILES = ("shared.safetensors", "experts-000.safetensors", "experts-001.safetensors")
 

@@ -25,7 +25,7 @@ def calls(monkeypatch):
             task.advance(1000)
         return models.model_dir(request.ref)
 
-    monkeypatch.setattr("mixchat.weights.download.download", download)
+    monkeypatch.setattr("mixchat.weights.make.download.download", download)
     return made
 
 
@@ -75,7 +75,7 @@ def test_an_error_comes_after_its_bar_is_closed(mixchat, monkeypatch):
         progress.task("fetching", 1000)
         raise HubError("no network")
 
-    monkeypatch.setattr("mixchat.weights.download.download", download)
+    monkeypatch.setattr("mixchat.weights.make.download.download", download)
     done = mixchat("download", "org/name")
     assert done.returncode == 5
     lines = done.stderr.decode().splitlines()
@@ -86,7 +86,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(mixchat, monkeypatch):
     def download(request, progress, *, announce=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mixchat.weights.download.download", download)
+    monkeypatch.setattr("mixchat.weights.make.download.download", download)
     done = mixchat("download", "org/name")
     assert done.returncode == 130
     assert b"the same command resumes" in done.stderr

@@ -113,7 +113,7 @@ def test_each_error_has_its_exit_code(mixchat, kind, code):
 
 @pytest.mark.parametrize("base", [MemoryError, RuntimeError])
 def test_a_gpus_memory_that_runs_out_says_what_to_try(capsys, base):
-    from mixchat.cli.report import report
+    from mixchat.cli.output.failure import report
 
     error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
     assert report(error) == 7
@@ -142,10 +142,10 @@ def numpy_s_error():
 )
 def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatch, error):
     """Under `ulimit -v` most of these ended as "internal error", and the hint named experts."""
-    from mixchat.cli import report
+    from mixchat.cli.output import failure
 
-    monkeypatch.setattr(report, "room_by_ulimit", lambda: {"ulimit -v": 5})
-    assert report.report(error) == 7
+    monkeypatch.setattr(failure, "room_by_ulimit", lambda: {"ulimit -v": 5})
+    assert failure.report(error) == 7
     assert capsys.readouterr().err == (
         "error: there is not enough memory\n"
         "hint: A limit from outside allows no more (ulimit -v): raise it.\n"
@@ -161,7 +161,7 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     ],
 )
 def test_other_faults_are_not_taken_for_a_lack_of_memory(capsys, error):
-    from mixchat.cli.report import report
+    from mixchat.cli.output.failure import report
 
     assert report(error) == 1
     assert "internal error" in capsys.readouterr().err

@@ -7,14 +7,15 @@ import pytest
 from mixchat.cli.opening import find_or_build
 from mixchat.errors import ModelNotFoundError
 from mixchat.progress import running
-from mixchat.weights import demo, models
-from mixchat.weights.manifest import (
+from mixchat.weights import models
+from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
     Source,
     WeightsRecord,
     write_manifest,
 )
+from mixchat.weights.source import demo
 
 QUANTIZATION = {
     "quant_type": "nf4",
@@ -187,7 +188,7 @@ def calls(monkeypatch):
             task.advance(1000)
         return models.model_dir(request.ref)
 
-    monkeypatch.setattr("mixchat.weights.download.download", download)
+    monkeypatch.setattr("mixchat.weights.make.download.download", download)
     return made
 
 

@@ -35,7 +35,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
         seen["session"] = options
         raise Stop
 
-    monkeypatch.setattr("mixchat.engine.loader.load_engine", load_engine)
+    monkeypatch.setattr("mixchat.loading.loader.load_engine", load_engine)
     monkeypatch.setattr("mixchat.text.checkpoint_text.CheckpointText", Text)
     monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
     flags = (

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
-from mixchat.cli.limits import within_limits
-from mixchat.cli.options import Sampling
+from mixchat.cli.flags.checks import within_limits
+from mixchat.cli.flags.model_flags import Sampling
 from mixchat.cli.run import run
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import UsageError

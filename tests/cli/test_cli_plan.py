@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from mixchat import machine
-from mixchat.cli import plan_text
-from mixchat.engine import fitting, speeds, threads
-from mixchat.experts import calibration
-from mixchat.experts.calibration import SAMPLES, Calibration
+from mixchat.cli.output import plan_text
+from mixchat.planning import calibration, fitting, speeds, thread_count
+from mixchat.planning.calibration import SAMPLES, Calibration
 
 GB = 10**9
 SPEEDS = Calibration(
@@ -38,7 +37,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(fitting, "memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(machine, "free_disk", lambda directory: 500 * GB)
-    monkeypatch.setattr(threads, "settle_threads", lambda blueprint: None)
+    monkeypatch.setattr(thread_count, "settle_threads", lambda blueprint: None)
     return calls
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mixchat.cli.progress import Bars, Lines, resumable, show_progress, status
+from mixchat.cli.output.show_progress import Bars, Lines, resumable, show_progress, status
 from mixchat.progress import NoProgress, running
 
 

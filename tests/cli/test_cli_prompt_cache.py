@@ -42,7 +42,7 @@ def ask(mixchat, monkeypatch, exact_model):
     """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
     from mixchat.chat.session import ChatSession
     from mixchat.cli.opening import Opening
-    from mixchat.engine.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import LoadOptions, load_engine
 
     def opened(opening):
         options = LoadOptions(

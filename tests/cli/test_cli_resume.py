@@ -10,7 +10,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.cli.chat_options import with_last_chat
+from mixchat.cli.flags.chat_flags import with_last_chat
 
 ENTER, CTRL_D = "\r", "\x04"
 
@@ -98,7 +98,7 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
     def refuse(path, data):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mixchat.chat.chats.write_private_file", refuse)
+    monkeypatch.setattr("mixchat.chat.saved.chats.write_private_file", refuse)
     done = mixchat("run", "--save", "Hi")
     assert (done.returncode, done.stdout) == (7, b"Hello\n")
     error, hint = done.stderr.decode().splitlines()
@@ -110,7 +110,9 @@ def test_a_turn_that_cannot_be_saved_says_so_too(mixchat, ids, monkeypatch):
     assert mixchat("run", "--save", "Hi").returncode == 0
     (kept,) = ids()
     with monkeypatch.context() as patch:
-        patch.setattr("mixchat.chat.chats.write_private_file", lambda *given: os.stat("/no/such"))
+        patch.setattr(
+            "mixchat.chat.saved.chats.write_private_file", lambda *given: os.stat("/no/such")
+        )
         assert mixchat("run", "--resume", kept, "Again").returncode == 7
     failing = json.dumps([["x", {"raise": "RuntimeError", "with": "out of order"}]])
     assert mixchat("run", "--resume", kept, "Again", SCRIPT=failing).returncode == 1

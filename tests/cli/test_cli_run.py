@@ -9,7 +9,7 @@ import pytest
 from command_line import FAKE, Done
 from fake_mixchat import make_session
 
-from mixchat.cli.verbose import VerboseReport
+from mixchat.cli.output.verbose import VerboseReport
 
 
 def prompts_in(path):

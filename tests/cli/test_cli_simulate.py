@@ -10,8 +10,8 @@ from terminal import Terminal
 
 from mixchat.cli.app import app
 from mixchat.cli.simulate import simulate
-from mixchat.experts.simulate import table
 from mixchat.experts.trace import TraceWriter, read_trace
+from mixchat.planning.simulate import table
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.chat.heatmap import MARKS
+from mixchat.chat.draw.heatmap import MARKS
 from mixchat.cli.reports import load_report, report_path, save_report
 from mixchat.errors import CheckpointError, MixchatError
 from mixchat.experts.stats import TIERS, ExpertReport

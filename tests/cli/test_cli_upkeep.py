@@ -10,10 +10,10 @@ from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
 from mixchat.lock import only_one
-from mixchat.weights.build import build
-from mixchat.weights.manifest import Source
-from mixchat.weights.origin import LocalOrigin
-from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.build import build
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source.origin import LocalOrigin
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mixchat.engine.generate import Engine
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError
-from mixchat.weights.safetensors import SafetensorsFile
+from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.safetensors import SafetensorsFile
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
 # Of each kind of tensor one, by its file.

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from mixchat.engine import generate
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.experts import cache, fetcher, mover
+from mixchat.loading.loader import LoadOptions, load_engine
 from mixchat.settings import MemoryBudget
-from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.format.installed_model import InstalledModel
 
 PROMPT, TOKENS = [5, 17, 60, 3], 1
 WHERE = {module.__file__ for module in (cache, fetcher, mover)}
@@ -57,7 +57,7 @@ def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(
         return list(engine.generate(PROMPT, sampling=greedy, stop_ids=set(), max_tokens=TOKENS))
 
     expected = answer(load_engine(tiny_model, LoadOptions(device="cpu")))
-    two = MemoryBudget(size=2 * KeptModel(tiny_model).blueprint.expert.stride)
+    two = MemoryBudget(size=2 * InstalledModel(tiny_model).blueprint.expert.stride)
     engine = load_engine(tiny_model, LoadOptions(device="cpu", host_memory=two))
     assert engine.experts.slots == 2
     for line in itertools.count():

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.config import ModelConfig
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.loader import LoadOptions, keeps_tokens_apart, load_engine
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError
 from mixchat.kernels import four_bit
+from mixchat.loading.loader import LoadOptions, keeps_tokens_apart, load_engine
+from mixchat.model_config import ModelConfig
 from mixchat.settings import MemoryBudget
-from mixchat.weights.blueprint import Blueprint, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CPU = torch.device("cpu")
 TOKENS = 70  # enough for products in bytes, which are for 16 tokens of an expert or more

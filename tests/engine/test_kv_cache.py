@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat.config import ModelConfig
 from mixchat.engine import kv_cache
 from mixchat.engine.kv_cache import (
     KVCache,
@@ -15,9 +14,10 @@ from mixchat.engine.kv_cache import (
     cache_bytes,
     new_cache,
 )
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.kernels import attention
+from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_dict(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.experts.runner import CachedExpertRunner
+from mixchat.loading.loader import LoadOptions, load_engine
 from mixchat.settings import MemoryBudget
 
 CPU = LoadOptions(device="cpu")

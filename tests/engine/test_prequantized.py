@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
-from mixchat.engine.loader import load_engine
-from mixchat.weights import linear
-from mixchat.weights.checkpoint import KeptModel
+from mixchat.loading.loader import load_engine
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.matrix import linear
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
 WHOLE_BLOCKS = {"intermediate_size": 128}
@@ -95,7 +95,7 @@ def test_no_code_is_changed(
     )
     (shard,) = quantized.glob("*.safetensors")
     source = load_file(shard)
-    with KeptModel(keep(quantized, layout="bitsandbytes")) as kept:
+    with InstalledModel(keep(quantized, layout="bitsandbytes")) as kept:
         assert kept.manifest.quantization["quant_type"] == kind
         assert kept.manifest.quantization["attention"]
         layout = kept.blueprint.expert
@@ -124,7 +124,7 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
     for path in quantized.glob("model*"):
         path.unlink()
     save_file(tensors, quantized / "model.safetensors")
-    with KeptModel(keep(quantized)) as kept:
+    with InstalledModel(keep(quantized)) as kept:
         assert not kept.manifest.quantization["attention"]
         o = kept.tensor(kept.blueprint.o(0).tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
@@ -143,5 +143,5 @@ def test_nothing_of_it_is_searched_anew(
         raise AssertionError("quantized a second time")
 
     monkeypatch.setattr(linear, "quantize", refuse)
-    with KeptModel(keep(quantized, scales="search")) as kept:
+    with InstalledModel(keep(quantized, scales="search")) as kept:
         assert kept.manifest.quantization["scales"] == "given"

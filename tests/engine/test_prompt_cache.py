@@ -17,11 +17,11 @@ from mixchat import files
 from mixchat.engine import kv_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
-from mixchat.engine.loader import LoadOptions, load_engine
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
-from mixchat.weights.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
+from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 
 GREEDY = SamplingOptions(temperature=0)
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]

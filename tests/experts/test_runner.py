@@ -17,12 +17,14 @@ from mixchat.experts.runner import CachedExpertRunner, compute
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.kernels import four_bit
-from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
 
 
-def runner(kept: KeptModel, slots: int, source: ExpertSource | None = None) -> CachedExpertRunner:
+def runner(
+    kept: InstalledModel, slots: int, source: ExpertSource | None = None
+) -> CachedExpertRunner:
     layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(kept, choose=False),
@@ -41,7 +43,7 @@ def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor,
     return hidden, selected, kept.softmax(-1)
 
 
-def slow(kept: KeptModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
+def slow(kept: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
     """Token by token, choice by choice, from freshly read experts."""
     hidden, selected, weights = inputs
     one = runner(kept, 8)
@@ -58,21 +60,23 @@ def slow(kept: KeptModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def kept(tiny_model: Path) -> KeptModel:
-    return KeptModel(tiny_model)
+def kept(tiny_model: Path) -> InstalledModel:
+    return InstalledModel(tiny_model)
 
 
 @pytest.mark.parametrize("choices", [1, 2, 3])
 @pytest.mark.parametrize("slots", [2, 3, 8])
 def test_grouping_by_expert_equals_going_token_by_token(
-    kept: KeptModel, slots: int, choices: int
+    kept: InstalledModel, slots: int, choices: int
 ) -> None:
     inputs = routing(17, choices)
     result = runner(kept, slots).run(1, *inputs)
     torch.testing.assert_close(result, slow(kept, 1, *inputs), rtol=0.01, atol=1e-3)
 
 
-def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(kept: KeptModel) -> None:
+def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
+    kept: InstalledModel,
+) -> None:
     runners = [runner(kept, slots) for slots in (2, 3, 5, 8)]
     for seed in range(20):
         inputs = routing(1 + seed % 5, seed=seed)
@@ -81,7 +85,9 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(kept: Kep
     assert runners[0]._fetcher.stats.misses.total() > runners[3]._fetcher.stats.misses.total() == 8
 
 
-def test_memory_that_was_given_back_is_not_taken_again_by_wrong_guesses(kept: KeptModel) -> None:
+def test_memory_that_was_given_back_is_not_taken_again_by_wrong_guesses(
+    kept: InstalledModel,
+) -> None:
     """A guess that was wrong frees its slot; the next expert took another one, and its memory."""
     fetcher = runner(kept, 8)._fetcher
     for layer, expert in product((0, 1), range(4)):
@@ -103,14 +109,14 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_guesses(kept: Ke
         assert len(fetcher._store.blocks) <= 4
 
 
-def test_each_expert_is_touched_once_a_call(kept: KeptModel) -> None:
+def test_each_expert_is_touched_once_a_call(kept: InstalledModel) -> None:
     small = runner(kept, 2)
     small.run(0, *routing(64))
     assert small._fetcher.stats.misses.total() == 4
     assert small._fetcher.stats.hits.total() == 0
 
 
-def test_experts_in_the_cache_are_used_before_others_evict_them(kept: KeptModel) -> None:
+def test_experts_in_the_cache_are_used_before_others_evict_them(kept: InstalledModel) -> None:
     """Walking 0, 1, 2, 3 with two slots in plain LRU order would never hit."""
     small = runner(kept, 2)
     inputs = routing(64)
@@ -123,7 +129,7 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(kept: KeptModel)
 class Failing:
     """A source whose loads fail, after half of the bytes, until told otherwise."""
 
-    def __init__(self, kept: KeptModel) -> None:
+    def __init__(self, kept: InstalledModel) -> None:
         self.source, self.fail = DiskSource(kept, choose=False), True
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
@@ -136,7 +142,7 @@ class Failing:
         return "disk"
 
 
-def test_a_load_that_fails_leaves_no_half_expert_behind(kept: KeptModel) -> None:
+def test_a_load_that_fails_leaves_no_half_expert_behind(kept: InstalledModel) -> None:
     source = Failing(kept)
     failing = runner(kept, 3, source)
     inputs = routing(3)
@@ -150,7 +156,7 @@ def test_a_load_that_fails_leaves_no_half_expert_behind(kept: KeptModel) -> None
 
 
 def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
-    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [runner(kept, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
     interrupted = runner(kept, 3)
@@ -167,7 +173,7 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
 
 
 def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
-    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache knows the expert then, and nobody is bringing it."""
     interrupted = runner(kept, 3)
@@ -182,7 +188,7 @@ def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
     assert torch.equal(interrupted.run(0, *routing(3)), runner(kept, 8).run(0, *routing(3)))
 
 
-def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: KeptModel) -> None:
+def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: InstalledModel) -> None:
     begun: list[int] = []
 
     class Noting(DiskSource):
@@ -198,7 +204,7 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: KeptModel
 
 
 def test_a_thread_that_cannot_be_started_once_does_not_harm_the_next_answer(
-    kept: KeptModel, monkeypatch: pytest.MonkeyPatch
+    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

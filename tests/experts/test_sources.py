@@ -22,7 +22,7 @@ from mixchat.experts.mover import Steps
 from mixchat.experts.policies import LRU
 from mixchat.experts.sources import DiskSource, HostTier
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
-from mixchat.weights.checkpoint import KeptModel
+from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS = 4, 4
@@ -45,13 +45,13 @@ def directory(make_checkpoint: Callable[..., Path], keep: Callable[..., Path]) -
 
 
 @pytest.fixture(scope="module")
-def kept(directory: Path) -> Iterator[KeptModel]:
-    with KeptModel(directory) as kept:
+def kept(directory: Path) -> Iterator[InstalledModel]:
+    with InstalledModel(directory) as kept:
         yield kept
 
 
 @pytest.fixture(scope="module")
-def truth(kept: KeptModel) -> dict[ExpertKey, str]:
+def truth(kept: InstalledModel) -> dict[ExpertKey, str]:
     """The digest of every expert's bytes, each read in one go."""
     digests = {key: digest(whole(kept, key)) for key in KEYS}
     assert len(set(digests.values())) == len(KEYS)
@@ -64,7 +64,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CPU", torch.device("cpu:0"))
 
 
-def whole(kept: KeptModel, key: ExpertKey) -> torch.Tensor:
+def whole(kept: InstalledModel, key: ExpertKey) -> torch.Tensor:
     block = new_block(kept.blueprint.expert.stride, CPU)
     kept.read_expert(*key, block)
     return block
@@ -90,7 +90,7 @@ class Bytes:
 class Disk(DiskSource):
     """Notes what is read from it, and fails where `fails` says so."""
 
-    def __init__(self, kept: KeptModel) -> None:
+    def __init__(self, kept: InstalledModel) -> None:
         super().__init__(kept, choose=False)
         self.stride = kept.blueprint.expert.stride
         self.reads: Counter[ExpertKey] = Counter()
@@ -173,14 +173,14 @@ def test_both_ways_from_disk_read_the_same_bytes(
     directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways: Counter[bool] = Counter()
-    read = KeptModel.read_expert
+    read = InstalledModel.read_expert
 
-    def noted(self: KeptModel, *args: Any, direct: bool = False) -> None:
+    def noted(self: InstalledModel, *args: Any, direct: bool = False) -> None:
         ways[direct] += 1
         read(self, *args, direct=direct)
 
-    monkeypatch.setattr(KeptModel, "read_expert", noted)
-    with KeptModel(directory) as kept:
+    monkeypatch.setattr(InstalledModel, "read_expert", noted)
+    with InstalledModel(directory) as kept:
         source = DiskSource(kept, choose=True)
         for _ in range(3):
             for key in KEYS:
@@ -191,7 +191,7 @@ def test_both_ways_from_disk_read_the_same_bytes(
 
 
 def test_without_a_choice_it_reads_through_the_page_cache(
-    kept: KeptModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
+    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
 ) -> None:
     monkeypatch.setattr(kept, "open_direct", lambda: pytest.fail("not asked for"))
     source = DiskSource(kept, choose=False)
@@ -209,13 +209,13 @@ def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
         return opened(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refused)
-    with KeptModel(directory) as kept:
+    with InstalledModel(directory) as kept:
         source = DiskSource(kept, choose=True)
         for key in KEYS:
             assert load(source, key, kept.blueprint.expert.stride) == truth[key]
 
 
-def test_it_reads_in_steps(kept: KeptModel) -> None:
+def test_it_reads_in_steps(kept: InstalledModel) -> None:
     right = whole(kept, C)
     block = torch.full_like(right, 0xEE)
     steps = DiskSource(kept, choose=False).load(C, block, None)
@@ -229,7 +229,7 @@ def test_it_reads_in_steps(kept: KeptModel) -> None:
 
 @pytest.mark.usefixtures("a_gpu")
 def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     """The bytes pass through RAM, where the next load finds the same place."""
     source = DiskSource(kept, choose=False)
@@ -251,7 +251,7 @@ def test_a_file_cut_short_after_it_was_opened_is_named(
     directory: Path, tmp_path: Path, choose: bool, missing: int
 ) -> None:
     copy = Path(shutil.copytree(directory, tmp_path / "kept"))
-    with KeptModel(copy) as kept:
+    with InstalledModel(copy) as kept:
         source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
         file = copy / "experts-002.safetensors"
         os.truncate(file, file.stat().st_size - missing)
@@ -269,7 +269,7 @@ def test_a_read_error_is_told_with_the_files_name(
     def broken(*args: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with KeptModel(directory) as kept:
+    with InstalledModel(directory) as kept:
         source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
         monkeypatch.setattr(os, "preadv", broken)
         said = r"experts-001\.safetensors: cannot be read \(Input/output error\)"
@@ -282,7 +282,7 @@ def test_a_read_error_is_told_with_the_files_name(
 @settings(deadline=None)
 @given(st.lists(keys, max_size=60))
 def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
-    kept: KeptModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
+    kept: InstalledModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, len(KEYS), swaps=False)
@@ -297,7 +297,7 @@ def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
 @settings(deadline=None)
 @given(st.integers(2, 5), st.integers(4, 9), st.lists(keys, max_size=80))
 def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
-    kept: KeptModel,
+    kept: InstalledModel,
     truth: dict[ExpertKey, str],
     slots: int,
     host_slots: int,
@@ -315,7 +315,7 @@ def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
 
 
 def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=True)
@@ -341,7 +341,7 @@ operations = st.one_of(
 @settings(deadline=None, max_examples=200)
 @given(st.integers(3, 7), st.integers(4, 9), st.lists(operations, max_size=60))
 def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
-    kept: KeptModel,
+    kept: InstalledModel,
     truth: dict[ExpertKey, str],
     swaps: bool,
     slots: int,
@@ -365,7 +365,7 @@ def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
 
 
 def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     device = Device(tier_of(disk, 4, swaps=True), disk.stride, 8)
@@ -378,7 +378,7 @@ def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
 
 
 def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     """The one that it drives out has to find a place beside it and beside all that are half."""
     disk = Disk(kept)
@@ -397,7 +397,7 @@ def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
 
 
 def test_what_was_half_written_over_does_not_come_down(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=True)
@@ -416,7 +416,7 @@ def test_what_was_half_written_over_does_not_come_down(
 
 
 def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=True)
@@ -438,7 +438,7 @@ def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
 
 
 def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_put_off(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=True)
@@ -458,7 +458,9 @@ def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_p
         assert device.contents().items() <= truth.items()
 
 
-def test_only_what_is_whole_in_ram_is_lent(kept: KeptModel, truth: dict[ExpertKey, str]) -> None:
+def test_only_what_is_whole_in_ram_is_lent(
+    kept: InstalledModel, truth: dict[ExpertKey, str]
+) -> None:
     tier = tier_of(Disk(kept), 4, swaps=False)
     steps = tier.load(A, new_block(kept.blueprint.expert.stride, CPU), None)
     for _ in range(2):
@@ -473,7 +475,7 @@ def test_only_what_is_whole_in_ram_is_lent(kept: KeptModel, truth: dict[ExpertKe
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_what_is_being_copied_into_ram_is_not_lent(kept: KeptModel, swaps: bool) -> None:
+def test_what_is_being_copied_into_ram_is_not_lent(kept: InstalledModel, swaps: bool) -> None:
     """Whoever computes asks at any time: also while the place is being made for the bytes."""
     seen: list[str] = []
     disk = Disk(kept)
@@ -495,7 +497,7 @@ def test_what_is_being_copied_into_ram_is_not_lent(kept: KeptModel, swaps: bool)
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_load_that_was_cancelled_leaves_no_half_expert(
-    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
+    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=swaps)
@@ -512,7 +514,7 @@ def test_a_load_that_was_cancelled_leaves_no_half_expert(
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_one_that_was_put_off_may_be_loaded_anew_before_it_is_closed(
-    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool
+    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=swaps)
@@ -527,7 +529,7 @@ def test_one_that_was_put_off_may_be_loaded_anew_before_it_is_closed(
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_a_load_that_failed_leaves_no_half_expert(
-    kept: KeptModel, truth: dict[ExpertKey, str], swaps: bool
+    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
 ) -> None:
     disk = Disk(kept)
     tier = tier_of(disk, 4, swaps=swaps)
@@ -540,7 +542,7 @@ def test_a_load_that_failed_leaves_no_half_expert(
 
 
 def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     refusals = [RuntimeError("no memory")]
 
@@ -556,7 +558,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
     assert load(tier, A, disk.stride) == truth[A]
 
 
-def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: KeptModel) -> None:
+def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: InstalledModel) -> None:
     locked: list[torch.Tensor] = []
     disk = Disk(kept)
     device = Device(
@@ -568,7 +570,7 @@ def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: KeptModel
     assert all(block.data_ptr() % 4096 == 0 and len(block) == disk.stride for block in locked)
 
 
-def test_a_store_counts_what_came_and_says_where_experts_are(kept: KeptModel) -> None:
+def test_a_store_counts_what_came_and_says_where_experts_are(kept: InstalledModel) -> None:
     disk = Disk(kept)
     device = Device(disk, disk.stride, 2)
     device.load(A)
@@ -581,7 +583,7 @@ def test_a_store_counts_what_came_and_says_where_experts_are(kept: KeptModel) ->
 
 
 def test_a_load_into_a_slot_that_was_given_back_ends_in_nothing(
-    kept: KeptModel, truth: dict[ExpertKey, str]
+    kept: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     disk = Disk(kept)
     device = Device(disk, disk.stride, 2)

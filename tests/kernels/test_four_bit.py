@@ -6,12 +6,12 @@ import torch
 from mixchat.kernels import four_bit
 from mixchat.kernels.compile import has_feature, instruction_set
 from mixchat.kernels.units import MANY, UnitName, unit_for
-from mixchat.weights import nf4
-from mixchat.weights.quantizer import quantize
+from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.encode import encode_nf4
 
 pytestmark = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
 
-QUANTIZE = {"nf4": quantize, "fp4": nf4.quantize_fp4}
+QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.quantize_fp4}
 LEVELS = {kind: four_bit.tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
 
 

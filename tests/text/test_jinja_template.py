@@ -16,9 +16,9 @@ from text_strategies import anything, harmless
 
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.text.files import ChatTemplate
 from mixchat.text.template import JinjaTemplate, Message, load_template
 from mixchat.text.tokenizer import load_tokenizer
+from mixchat.text.tokenizer_files import ChatTemplate
 
 SPECIALS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",

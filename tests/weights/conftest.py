@@ -9,10 +9,10 @@ import pytest
 from fake_hub import COMMIT, REPO, FakeHub
 from weight_tools import Making, files_of, quantize, shard
 
-from mixchat.weights import build
-from mixchat.weights.manifest import Source
-from mixchat.weights.origin import LocalOrigin
-from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make import build
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source.origin import LocalOrigin
 
 
 @pytest.fixture

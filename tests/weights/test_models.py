@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mixchat.errors import MixchatError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
 from mixchat.weights import models
-from mixchat.weights.manifest import (
+from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
     Source,

@@ -13,13 +13,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixchat.progress import Task
-from mixchat.weights.build import build
-from mixchat.weights.download import Request, download
-from mixchat.weights.manifest import Source
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.build import build
+from mixchat.weights.make.download import DownloadRequest, download
+from mixchat.weights.make.parts import Part
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
 from mixchat.weights.models import resolve
-from mixchat.weights.origin import LocalOrigin
-from mixchat.weights.parts import Part
-from mixchat.weights.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source.origin import LocalOrigin
 
 Place = Callable[[str], int]
 
@@ -196,7 +196,7 @@ def get(
     meter: Meter | None = None,
     **how: Any,
 ) -> Path:
-    return download(Request(resolve(name, key=key), options, **how), meter or Meter())
+    return download(DownloadRequest(resolve(name, key=key), options, **how), meter or Meter())
 
 
 def left_in(home: Path) -> list[str]:

@@ -1,0 +1,160 @@
+"""Draws what a run did with its experts: a row for each layer, a cell for each expert."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from typing import TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from mixchat.experts.stats import ExpertReport
+from mixchat.sanitize import sanitize
+from mixchat.settings import format_size, format_time
+
+# How often an expert was used, in multiples of the mean of its layer, which all would have if the
+# router had no favourites. A bound begins a level; level 0 is for what was never used.
+BOUNDS = (0.5, 0.8, 1.25, 2.0)
+LEVELS = ("never", "<0.5", "<0.8", "<1.25", "<2", "2+")
+# From dark to bright as in viridis, in colours that stay apart where a terminal has 16 only.
+STYLES = (
+    "",
+    "color(15) on color(54)",
+    "color(15) on color(26)",
+    "color(15) on color(30)",
+    "color(16) on color(77)",
+    "color(16) on color(226)",
+)
+MARKS = {"device": "●", "host": "○", "disk": "·"}
+ASCII_MARKS = {"device": "#", "host": "+", "disk": "."}
+_BEFORE, _AFTER = 4, 6  # columns for the layer's number and its hit rate
+_NARROW = 2  # columns of a cell that has a level and a mark, and no room for a percentage
+
+
+def drawn(report: ExpertReport, stream: TextIO) -> str:
+    """The heatmap as text with the escapes, width and characters that suit `stream`."""
+    console = Console(file=stream)
+    with console.capture() as capture:  # printing here, Rich would exit at a closed pipe
+        console.print(Heatmap(report))
+    return capture.get()
+
+
+def relative_uses(report: ExpertReport) -> list[list[float]]:
+    """Each expert's uses in multiples of its layer's mean; 0 in a layer without any."""
+    layers = []
+    for hits, misses in zip(report.hits, report.misses, strict=True):
+        uses = [hit + miss for hit, miss in zip(hits, misses, strict=True)]
+        mean = sum(uses) / len(uses)
+        layers.append([use / mean if use else 0.0 for use in uses])
+    return layers
+
+
+class Heatmap:
+    """What Rich can print: fits the width, and needs neither colours nor more than ASCII."""
+
+    def __init__(self, report: ExpertReport) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        report, experts = self._report, len(self._report.tiers[0])
+        marks = ASCII_MARKS if options.ascii_only else MARKS
+        room = options.max_width - _BEFORE - _AFTER
+        width = next((width for width in (6, 4) if experts * width <= room), _NARROW)
+        a_line = _cells_a_line(experts, room // width)
+        yield _cropped(_header(width, a_line))
+        for layer, uses in enumerate(relative_uses(report)):
+            cells = [
+                _cell(use, use / experts, marks[tier], width)
+                for use, tier in zip(uses, report.tiers[layer], strict=True)
+            ]
+            rate = _rate(sum(report.hits[layer]), sum(report.misses[layer]), 0)
+            yield from map(_cropped, _rows(layer, cells, a_line, rate))
+        yield _legend(width, console.color_system is not None and not console.no_color)
+        yield _places(report, marks)
+        yield Text("\n".join(_totals(report)))
+
+
+def _cells_a_line(experts: int, fit: int) -> int:
+    """All experts of a layer where they fit, else a multiple of 8 where that is one."""
+    if experts <= fit:
+        return experts
+    return max(fit // 8 * 8 or fit, 1)
+
+
+def _header(width: int, a_line: int) -> Text:
+    """The numbers of the experts; only each eighth where a cell is too narrow for one."""
+    if width == _NARROW:
+        names = "".join(f"{i:<{8 * width}}" for i in range(0, a_line, 8))
+        names = names[: a_line * width].ljust(a_line * width)
+    else:
+        names = "".join(f"{i:^{width}}" for i in range(a_line))
+    return Text(f"{'':{_BEFORE}}{names}{'hits':>{_AFTER}}", style="bold")
+
+
+def _cell(use: float, share: float, mark: str, width: int) -> tuple[str, str]:
+    """Text and style of an expert; `use` is in multiples of the mean, `share` of all, 0 to 1."""
+    level = bisect_right(BOUNDS, use) + 1 if use else 0
+    if width == _NARROW:
+        return f"{level}{mark}", STYLES[level]
+    text = f"{share * 100:3.0f}" if use else "  -"
+    return f"{text}{mark}".center(width), STYLES[level]
+
+
+def _rows(layer: int, cells: list[tuple[str, str]], a_line: int, rate: str) -> Iterator[Text]:
+    """A layer's line; the experts for which it has no room go on below it."""
+    for start in range(0, len(cells), a_line):
+        line = Text(f"{layer:>3} " if start == 0 else f"{'+' + str(start):<{_BEFORE}}")
+        line.append_tokens(cells[start : start + a_line])
+        yield line.append(f"{rate:>{_AFTER}}") if start == 0 else line
+
+
+def _legend(width: int, coloured: bool) -> Text:
+    if width != _NARROW:
+        line = Text("cells    % of the layer's uses")
+        if not coloured:
+            return line
+        line.append("; to their mean: ")
+        names = [f" {name} " for name in LEVELS]
+    else:
+        line = Text("cells    uses to the layer's mean: ")
+        names = [f" {level} {name} " for level, name in enumerate(LEVELS)]
+    return line.append_tokens(zip(names, STYLES, strict=True))
+
+
+def _places(report: ExpertReport, marks: dict[str, str]) -> Text:
+    """The legend of the marks, with how many experts each is for."""
+    counts = Counter(chain(*report.tiers))
+    places = []
+    for tier, mark in marks.items():
+        slots = f" of {report.slots[tier]} slots" if tier in report.slots else ""
+        places.append(f"{mark} {tier} {counts[tier]}{slots}")
+    return Text(f"now      {'   '.join(places)}")
+
+
+def _totals(report: ExpertReport) -> Iterator[str]:
+    model = sanitize(" ".join(report.model.split()))
+    yield f"model    {model}: {report.tokens:,} tokens in {format_time(report.seconds)}"
+    hits, misses = sum(chain(*report.hits)), sum(chain(*report.misses))
+    guesses = f"{report.guesses:,}"
+    if report.guesses:
+        part = report.right_guesses / report.guesses
+        guesses += f", {report.right_guesses:,} right ({part:.0%})"
+    yield f"uses     {hits + misses:,}, {_rate(hits, misses, 1)} hits; guesses {guesses}"
+    moved, stalled = format_size(report.bytes_moved), f"{report.stalled_seconds:,.1f} s"
+    if report.tokens:
+        moved += f", {format_size(report.bytes_moved // report.tokens)} a token"
+    if report.seconds:
+        stalled += f", {report.stalled_seconds / report.seconds:.0%} of the run"
+    yield f"moved    {moved}; stalled {stalled}"
+
+
+def _rate(hits: int, misses: int, digits: int) -> str:
+    return f"{hits / (hits + misses):.{digits}%}" if hits + misses else "-"
+
+
+def _cropped(line: Text) -> Text:
+    line.no_wrap, line.overflow = True, "crop"
+    return line

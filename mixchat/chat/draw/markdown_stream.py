@@ -1,0 +1,187 @@
+"""Shows Markdown in a terminal while it is being written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from rich.console import Console, ConsoleOptions
+from rich.segment import SegmentLines
+from rich.text import Text
+
+from mixchat import interrupts
+from mixchat.chat.draw.highlight import Code
+from mixchat.chat.draw.markdown import NOTHING, Begun, Block, blocks, broken_off, cleaned
+
+_SHARE = 0.1  # of the time may go into drawing
+_PAUSE = 0.03  # seconds at least between two frames
+# Seconds without a frame when the window's size has changed: while somebody pulls at it, tmux tells
+# of a new size as late as this, and a tail for the old one might not fit.
+_RESIZING = 0.3
+
+# A terminal that knows mode 2026 shows all of a frame at once.
+_BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+# Without mode 7 no line of the tail takes two rows, even where Rich and the terminal do not agree
+# on how wide a character is.
+_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
+_HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+# Not from the first column on: at the screen's beginning tmux takes that for clearing it, and keeps
+# what was there in its history.
+_ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The text that is not final, and how it goes on from what is."""
+
+    parts: list[str]
+    gap: bool = False  # a blank line comes before it
+    begun: Begun = NOTHING  # what is final of the code block with which it begins
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    def blocks(self, text: str) -> list[Block]:
+        """Those of `text`, which begins as the rest does, without what is final."""
+        found = blocks(text)
+        if not found:
+            return []
+        first, *others = found
+        return [replace(first, gap=self.gap, drawn=self.begun.rest_of(first.drawn)), *others]
+
+
+class MarkdownStream:
+    """Draws what it is fed; when it is closed, the screen shows what `render` gives for it all.
+
+    What later words cannot change is printed once. Below it is the tail, cut to the screen's
+    height. Between frames the cursor, hidden, stands where the tail begins: whatever a resized
+    window does to the rows, those from the cursor on are the tail's, and those above are final.
+    A console that is no terminal gets no tail.
+
+    Where the text begins in the middle, `before` is what comes before it: if that broke off in a
+    code block, the drawing begins with the block's last line.
+
+    At first the cursor has to be at a line's beginning; nobody else may write before `close`.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        before: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._console, self._clock = console, clock
+        lacks_escapes = console.is_dumb_terminal or console.legacy_windows
+        self._has_tail = console.is_terminal and not lacks_escapes
+        self._rest, self._before = _Rest([]), before
+        self._shown: tuple[list[str], ConsoleOptions] | None = None
+        self._next_frame = clock()
+        self._size = console.size
+        self._closed = False
+
+    def __enter__(self) -> MarkdownStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def feed(self, text: str) -> None:
+        """Take the next piece, and draw unless that would take too much of the time."""
+        if self._before:
+            self._rest = self._resumed(cleaned(self._before, self._console.encoding))
+            self._before = ""
+        self._rest.parts.append(cleaned(text, self._console.encoding))
+        begun = self._clock()
+        if begun < self._next_frame:
+            return
+        if (size := self._console.size) != self._size:
+            self._size, self._next_frame = size, begun + _RESIZING
+            return
+        with interrupts.held():  # no half frame, and none that is drawn twice
+            self._draw()
+        now = self._clock()
+        self._next_frame = now + max(_PAUSE, (now - begun) * (1 / _SHARE - 1))
+
+    def pause(self) -> None:
+        """Take the tail away until more is fed: somebody else is about to write."""
+        if self._shown is not None and not self._closed:
+            self._write([], after=_SHOW_CURSOR)
+            self._shown = None
+
+    def close(self) -> None:
+        """Draw all that is left, and leave the cursor at the beginning of a line."""
+        if self._closed:
+            return
+        with interrupts.held():  # no half frame, and none that is drawn twice
+            final = self._rows(self._rest.blocks(self._rest.text))
+            self._write(final, after=_SHOW_CURSOR)
+            self._closed = True
+
+    def _resumed(self, before: str) -> _Rest:
+        found = broken_off(before)
+        if found is None:
+            return _Rest([])
+        block, begun = found
+        return _Rest([_from_line(before, block.start)], begun=begun)
+
+    def _draw(self) -> None:
+        options = self._console.options
+        final, rest = self._settled()
+        rows = self._rows(rest.blocks(rest.text)) if self._has_tail else []
+        tail = rows[-max(options.size.height - 1, 1) :]
+        if final or self._shown != (tail, options):
+            up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
+            self._write(
+                final, before=_HIDE_CURSOR, after=_NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
+            )
+        self._rest, self._shown = rest, (tail, options)
+
+    def _settled(self) -> tuple[list[str], _Rest]:
+        """The rows that have become final, and the rest.
+
+        Only the last block of the complete lines can still change, and of code no early line can.
+        """
+        text = self._rest.text
+        found = self._rest.blocks(text[: text.rfind("\n") + 1])
+        if not found:
+            return [], replace(self._rest, parts=[text])
+        *final, last = found
+        rest = _Rest([text], last.gap, NOTHING if final else self._rest.begun)
+        if final:
+            rest = replace(rest, parts=[_from_line(text, last.start)])
+        if isinstance(last.drawn, Code) and last.drawn.settled > last.drawn.first:
+            code = replace(last.drawn, end=last.drawn.settled)
+            final.append(replace(last, drawn=code))
+            rest = replace(rest, gap=False, begun=Begun(last.drawn.settled))
+        return self._rows(final), rest
+
+    def _rows(self, drawn: Iterable[Block]) -> list[str]:
+        """The rows of blocks, as what to write for them."""
+        lines = []
+        for block in drawn:
+            for part in [Text(), block.drawn] if block.gap else [block.drawn]:
+                lines += self._console.render_lines(part, pad=False)
+        with self._console.capture() as capture:
+            self._console.print(SegmentLines(lines, new_lines=True), soft_wrap=True, end="")
+        return capture.get().split("\n")[:-1]
+
+    def _write(self, final: list[str], before: str = "", after: str = "") -> None:
+        """A frame, in one piece: what is final in place of the tail, and a new tail."""
+        frame = "".join(f"{row}\n" for row in final)
+        if self._has_tail:
+            frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"
+        self._console.file.write(frame)
+        self._console.file.flush()
+
+
+def _from_line(text: str, number: int) -> str:
+    return text.split("\n", number)[number]

@@ -1,0 +1,214 @@
+"""A chat as it is kept, and its file: JSON that is read strictly, whatever bytes are in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mixchat.errors import CheckpointError, UsageError
+from mixchat.files import open_regular, read_bytes
+from mixchat.sanitize import sanitize
+from mixchat.text.messages import Message
+
+FORMAT = 1
+LONGEST_NAME = 80  # characters
+LAST = "last"  # the chat that was saved last, where a chat is asked for
+# What an ID can begin with; names look otherwise, so that no word means two things.
+BEGINNING = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
+
+# The beginning of a file, up to its name, which is of 4 bytes a character at most.
+_BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
+
+Number: TypeAlias = int | float | None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, and all that it takes to go on with it.
+
+    `model` is its name as typed, `identity` the hash of its weights. `sampling` are the parameters
+    in force, by name. The system prompt is not among the messages.
+    """
+
+    id: str
+    name: str | None
+    model: str
+    identity: str
+    created: datetime
+    updated: datetime
+    system: str | None
+    sampling: Mapping[str, Number]
+    messages: tuple[Message, ...]
+
+
+def now() -> datetime:
+    """The time, for `Chat.created` and `Chat.updated`."""
+    return datetime.now(timezone.utc)
+
+
+def checked_name(name: str) -> str:
+    """A name for a chat, without spaces around it. Raises `UsageError` where it cannot be one."""
+    name = name.strip()
+    problem = None
+    if not name:
+        problem = "is empty"
+    elif len(name) > LONGEST_NAME:
+        problem = f"is longer than {LONGEST_NAME} characters"
+    elif sanitize(name) != name or "\t" in name or len(name.splitlines()) > 1:
+        problem = "is not one line of text"
+    elif name == LAST:
+        problem = f"means the last chat: {name!r}"
+    elif BEGINNING.fullmatch(name.lower()):
+        problem = f"looks like a chat's ID: {name!r}"
+    elif name.startswith("-"):
+        problem = f"looks like a flag: {name!r}"
+    if problem:
+        raise UsageError(f"the chat's name {problem}")
+    return name
+
+
+def serialized(chat: Chat) -> bytes:
+    """The file of a chat. Raises `UsageError` where its name cannot be one."""
+    raw = {
+        "format": FORMAT,
+        "name": None if chat.name is None else checked_name(chat.name),
+        "model": chat.model,
+        "identity": chat.identity,
+        "created": chat.created.astimezone(timezone.utc).isoformat(),
+        "updated": chat.updated.astimezone(timezone.utc).isoformat(),
+        "system": chat.system,
+        "sampling": dict(chat.sampling),
+        "messages": [_message_as_json(message) for message in chat.messages],
+    }
+    # Half a character, which UTF-8 does not have, comes back as it was: json.loads knows this way.
+    text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def read_chat(path: Path) -> Chat:
+    """The chat in a file, whose name begins with its ID.
+
+    Raises `CheckpointError` where it cannot be read, is damaged, or is of a newer mixchat.
+    """
+    data = read_bytes(path, follow=False)
+    try:
+        raw = json.loads(data)
+        _check(isinstance(raw, dict), "it is not a JSON object")
+        version = raw.get("format")
+        _check(type(version) is int, "it does not say its format")
+        if version == FORMAT:
+            return _chat(path.stem, raw)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = f"To remove it: mixchat chats --rm {path.stem}"
+        raise CheckpointError(f"{path} is damaged ({reason})", hint=hint) from None
+    raise CheckpointError(
+        f"{path} is of another version of mixchat (its format is {version}, not {FORMAT})",
+        hint="The version of mixchat that wrote it can read it.",
+    )
+
+
+def read_name(path: Path) -> str | None:
+    """The name of the chat in a file, by its beginning alone; None where that has none.
+
+    For the completion of names, which has no time to read whole chats.
+    """
+    try:
+        with open(open_regular(path, follow=False), "rb") as file:
+            head = file.read(_HEAD).decode(errors="ignore")
+        name, _ = json.JSONDecoder().raw_decode(head.removeprefix(_BEFORE_NAME))
+        return checked_name(name) if head.startswith(_BEFORE_NAME) and name else None
+    except (OSError, ValueError, RecursionError, AttributeError, UsageError):
+        return None
+
+
+def _message_as_json(message: Message) -> dict[str, Any]:
+    raw: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.ids is not None:
+        raw["ids"] = list(message.ids)
+    if message.partial:
+        raw["partial"] = True
+    return raw
+
+
+def _chat(id: str, raw: dict[str, Any]) -> Chat:
+    """Raises `ValueError` unless everything is there and has the type that it has to have."""
+    known = {"format", *(field.name for field in fields(Chat))} - {"id"}
+    _check(raw.keys() == known, f"it has not the keys {', '.join(sorted(known))}, and no other")
+    for key in ("model", "identity"):
+        _check(isinstance(raw[key], str), f"its {key} is not text")
+    for key in ("name", "system"):
+        _check(raw[key] is None or isinstance(raw[key], str), f"its {key} is neither text nor null")
+    return Chat(
+        id,
+        None if raw["name"] is None else _name(raw["name"]),
+        raw["model"],
+        raw["identity"],
+        _time(raw["created"]),
+        _time(raw["updated"]),
+        raw["system"],
+        _sampling(raw["sampling"]),
+        _messages(raw["messages"]),
+    )
+
+
+def _name(text: str) -> str:
+    try:
+        name = checked_name(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    _check(name == text, "its name has spaces around it")
+    return name
+
+
+def _time(text: object) -> datetime:
+    _check(isinstance(text, str), "a time is not text")
+    time = datetime.fromisoformat(str(text))
+    _check(time.utcoffset() == timedelta(0), "a time is not in UTC")
+    _check(1970 < time.year < 9999, "a time is out of range")  # of which there is a local time
+    return time.astimezone(timezone.utc)
+
+
+def _sampling(raw: object) -> dict[str, Number]:
+    if not isinstance(raw, dict) or not all(_is_number(value) for value in raw.values()):
+        raise ValueError("its sampling is not an object of numbers")
+    return raw
+
+
+def _is_number(value: object) -> bool:
+    if type(value) is int:
+        return -(2**63) <= value < 2**64
+    return value is None or (type(value) is float and math.isfinite(value))
+
+
+def _messages(raw: object) -> tuple[Message, ...]:
+    if not isinstance(raw, list):
+        raise ValueError("its messages are not a list")
+    return tuple(_message(message) for message in raw)
+
+
+def _message(raw: object) -> Message:
+    if not isinstance(raw, dict) or not {"role", "content"} <= raw.keys():
+        raise ValueError("a message has no role or no content")
+    _check(raw.keys() <= {"role", "content", "ids", "partial"}, "a message has an unknown key")
+    _check(raw["role"] in ("user", "assistant"), "a role is neither user nor assistant")
+    _check(isinstance(raw["content"], str), "a message's content is not text")
+    ids, partial = raw.get("ids"), raw.get("partial", False)
+    _check(ids is None or _are_ids(ids), "a message's ids are not token ids")
+    _check(isinstance(partial, bool), "a message's partial is neither true nor false")
+    return Message(raw["role"], raw["content"], None if ids is None else tuple(ids), partial)
+
+
+def _are_ids(raw: object) -> bool:
+    return isinstance(raw, list) and all(type(id) is int and 0 <= id < 2**31 for id in raw)
+
+
+def _check(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)

@@ -1,0 +1,295 @@
+"""The chats that are kept: one private file each, found by ID or name, written whole."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from mixchat.chat.saved.chat_file import (
+    BEGINNING,
+    LAST,
+    Chat,
+    checked_name,
+    now,
+    read_chat,
+    read_name,
+    serialized,
+)
+from mixchat.errors import (
+    ChatNotFoundError,
+    CheckpointError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.files import not_written, sync_directory, write_private_file
+from mixchat.lock import Busy, only_one
+from mixchat.settings import data_dir
+
+__all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
+
+_ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
+_TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
+_ABANDONED = 3600  # seconds after which nobody writes a file any more
+_PATIENCE = 5.0  # seconds for other sessions to save; it takes them milliseconds
+_LISTED = 5  # chats, in a message
+_LONGEST_QUESTION = 200  # characters
+
+
+@dataclass(frozen=True)
+class ChatSummary:
+    """A kept chat in a line. `question` is the beginning of the first one, on one line.
+
+    `problem` says why the chat cannot be read: then little else is known, and `updated` is the
+    file's own time.
+    """
+
+    id: str
+    path: Path
+    updated: datetime
+    created: datetime | None = None
+    name: str | None = None
+    model: str = ""
+    turns: int = 0
+    question: str = ""
+    problem: str | None = None
+
+
+class ChatStore:
+    """The chats in a directory, which is made when the first is saved.
+
+    Two processes may save one chat at once: each file is whole at every moment, and with
+    `save_over` neither loses what it has. A chat's KV cache may lie beside it, at `kv_path`.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = data_dir() / "chats" if directory is None else directory
+
+    def new_id(self, began: datetime | None = None) -> str:
+        """An ID that no chat has: when it began, in local time, and three drawn characters."""
+        stamp = (began or now()).astimezone().strftime("%Y%m%d-%H%M")
+        while True:
+            drawn = f"{stamp}-{''.join(secrets.choice(_TAIL) for _ in range(3))}"
+            if not self._path(drawn).exists():
+                return drawn
+
+    def save(self, chat: Chat) -> None:
+        """Write a chat, in place of what its file held; a link there is replaced, not followed.
+
+        Raises `UsageError` where its name cannot be one or the directory cannot be written to,
+        `ResourceError` where the disk is full, else another `MixchatError`.
+        """
+        path = self._path(chat.id)
+        data = serialized(chat)
+        with self._writing(path):
+            write_private_file(path, data)
+
+    def save_over(self, known: Chat | None, chat: Chat) -> Chat:
+        """Save a chat in place of `known`, which its file should hold (None: no file is there).
+
+        Where the file holds something else, another session has changed it: then that stays, and
+        the chat is saved beside it, under a new ID. Returns it as saved. Raises as `save` does.
+        """
+        with self._alone(chat.id):
+            return self._save_over(known, chat)
+
+    def rename(self, chat: Chat, name: str) -> Chat:
+        """Save a chat, which its file should hold, under a name; returns it as saved.
+
+        Raises `UsageError` where another chat has that name, and as `save_over` does.
+        """
+        name = checked_name(name)
+        with self._alone(chat.id):
+            taken = [id for id in self._named(name) if id != chat.id]
+            if taken:
+                hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
+                raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
+            return self._save_over(chat, replace(chat, name=name))
+
+    def _save_over(self, known: Chat | None, chat: Chat) -> Chat:
+        if self._holds_another(chat.id, known):
+            name = None if known is not None and chat.name == known.name else chat.name
+            chat = replace(chat, id=self.new_id(chat.created), name=name)
+        self.save(chat)
+        return chat
+
+    def _holds_another(self, id: str, known: Chat | None) -> bool:
+        """Return whether a chat's file is there and holds another state of it than `known`."""
+        path = self._path(id)
+        if not os.path.lexists(path):
+            return False
+        try:
+            return read_chat(path) != known
+        except CheckpointError:  # damaged, or of a newer mixchat: not ours to overwrite
+            return os.path.lexists(path)
+
+    @contextmanager
+    def _alone(self, id: str) -> Iterator[None]:
+        """Keep other sessions from writing chats: between a look at a file and its renaming."""
+        with ExitStack() as stack:
+            with self._writing(self._path(id)):
+                own = only_one(self.directory / "chats", wait=lambda: None, patience=_PATIENCE)
+                try:
+                    stack.enter_context(own)
+                except Busy:
+                    raise ResourceError(
+                        f"{self._path(id)}: the chat cannot be saved (another session is saving)",
+                        hint="Is one suspended? Then continue or end it.",
+                    ) from None
+            yield
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Make the directory, and say for a person why nothing can be written to it."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise not_written(error, path, "the chat cannot be saved") from None
+
+    def load(self, wanted: str) -> Chat:
+        """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
+
+        Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
+        damaged.
+        """
+        return self.latest() if wanted == LAST else read_chat(self._path(self.find(wanted)))
+
+    def find(self, wanted: str) -> str:
+        """The ID of the chat that `wanted` means, damaged or not. Raises `ChatNotFoundError`."""
+        wanted = wanted.strip()
+        if BEGINNING.fullmatch(wanted.lower()):
+            found = [id for id in self.ids() if id.startswith(wanted.lower())]
+        else:
+            found = self._named(wanted)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
+        raise ChatNotFoundError(f"no chat {wanted!r} is kept", hint=self._near_misses(wanted))
+
+    def latest(self) -> Chat:
+        """The chat that was saved last; damaged ones do not count.
+
+        Raises `ChatNotFoundError` if there is none.
+        """
+        for kept in self.all():
+            if kept.problem is None:
+                return self.load(kept.id)
+        raise ChatNotFoundError("no chat is kept yet")
+
+    def ids(self) -> list[str]:
+        """The ID of every chat, damaged or not, the oldest first. Opens no file."""
+        return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
+
+    def names(self) -> list[str]:
+        """The names that chats have, that of the newest first; reads the beginnings of the files.
+
+        Raises `OSError` if the directory cannot be read.
+        """
+        names = (read_name(self._path(id)) for id in reversed(self.ids()))
+        return [name for name in names if name is not None]
+
+    def all(self) -> list[ChatSummary]:
+        """Every chat in a line, the one saved last first; of a damaged one its problem.
+
+        Raises `OSError` if the directory cannot be read, as all that looks for a chat does.
+        """
+        summaries = [summary for id in self.ids() if (summary := self._summary(id))]
+        return sorted(summaries, key=lambda summary: (summary.updated, summary.id), reverse=True)
+
+    def remove(self, wanted: str) -> str:
+        """Remove the chat that `wanted` means, damaged or not, and its KV cache; returns its ID.
+
+        Raises `ChatNotFoundError` as `find` does, and `MixchatError` where it cannot be removed.
+        """
+        id = self.find(wanted)
+        path = self._path(id)
+        try:
+            self.kv_path(id).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise not_written(error, path, "the chat cannot be removed") from None
+        return id
+
+    def kv_path(self, id: str) -> Path:
+        """Where a chat's KV cache is kept, if it is. Raises `UsageError` if `id` is no ID."""
+        return self._path(id).with_suffix(".kv")
+
+    def sweep(self) -> Iterator[tuple[Path, int]]:
+        """Remove what killed processes have left, as it is found: each path, and its bytes.
+
+        That is KV caches without a chat and files that were never whole, an hour old at least,
+        because somebody may be writing them. Raises `OSError`.
+        """
+        for path in self._files(".kv", ".tmp"):
+            needed = path.suffix == ".kv" and path.with_suffix(".json").exists()
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if not needed and time.time() - status.st_mtime > _ABANDONED:
+                    path.unlink()
+                    yield path, status.st_size
+
+    def _path(self, id: str) -> Path:
+        """The file of a chat; nothing outside the directory has a name that is an ID."""
+        if not _ID.fullmatch(id):
+            raise UsageError(f"{id!r} is not a chat's ID")
+        return self.directory / f"{id}.json"
+
+    def _files(self, *suffixes: str) -> list[Path]:
+        """The files in the directory that are ours. Raises `OSError` if it cannot be read."""
+        try:
+            paths = sorted(self.directory.iterdir())
+        except FileNotFoundError:
+            return []
+        ours = (path for path in paths if path.suffix in suffixes and _ID.match(path.name))
+        return [path for path in ours if path.is_file()]
+
+    def _named(self, name: str) -> list[str]:
+        return [kept.id for kept in self.all() if kept.name == name]
+
+    def _near_misses(self, wanted: str) -> str:
+        known = [word for kept in self.all() for word in (kept.id, kept.name) if word]
+        near = difflib.get_close_matches(wanted, known)
+        return f"There is {_some(near)}." if near else "'mixchat chats' lists those that are."
+
+    def _summary(self, id: str) -> ChatSummary | None:
+        """A chat in a line; None if it has just been removed."""
+        path = self._path(id)
+        try:
+            changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
+            chat = read_chat(path)
+        except FileNotFoundError:
+            return None
+        except CheckpointError as error:
+            return ChatSummary(id, path, changed, problem=str(error))
+        return _summary_of(chat, path)
+
+
+def _summary_of(chat: Chat, path: Path) -> ChatSummary:
+    asked = [message.content for message in chat.messages if message.role == "user"]
+    question = " ".join(asked[0][: 5 * _LONGEST_QUESTION].split()) if asked else ""
+    return ChatSummary(
+        chat.id,
+        path,
+        chat.updated,
+        chat.created,
+        chat.name,
+        chat.model,
+        len(asked),
+        question[:_LONGEST_QUESTION],
+    )
+
+
+def _some(words: Sequence[str]) -> str:
+    """The first words, and how many more there are."""
+    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
+    return ", ".join(words[:_LISTED]) + more

@@ -1,0 +1,118 @@
+"""A chat for others to read: as Markdown for people, as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.output_file import OutputFile
+
+if TYPE_CHECKING:
+    from mixchat.chat.saved.chats import Chat
+    from mixchat.text.messages import Message
+
+_LONGEST_TITLE = 80  # characters
+_UNFINISHED = "*(unfinished)*"
+
+
+def to_json(chat: Chat) -> str:
+    """The chat as a JSON object, with its messages as OpenAI's API has them.
+
+    Keys: id, name, model, created, updated (ISO 8601, UTC), system, sampling, and messages, each
+    with role (user, assistant), content, and "partial": true where the answer was stopped; token
+    ids are left out.
+    """
+    raw = {
+        "id": chat.id,
+        "name": chat.name,
+        "model": chat.model,
+        "created": chat.created.isoformat(),
+        "updated": chat.updated.isoformat(),
+        "system": chat.system,
+        "sampling": dict(chat.sampling),
+        "messages": [_as_openai_has_it(message) for message in chat.messages],
+    }
+    return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
+
+
+def to_markdown(chat: Chat) -> str:
+    """The chat as Markdown (CommonMark), a heading for each turn.
+
+    Answers are there word for word. Questions are quoted, so that no heading in them can pass for
+    one of ours; so is an answer that would swallow what follows it, as an unfinished block of code
+    does.
+    """
+    title = _escaped(chat.name or _first_question(chat) or "A chat")
+    about = [
+        f"- Model: {_escaped(chat.model)}",
+        f"- Began: {chat.created.astimezone():%Y-%m-%d %H:%M}",
+        f"- ID: {chat.id}",
+    ]
+    parts = [f"# {title}", "\n".join(about)]
+    if chat.system is not None:
+        parts += ["## System prompt", _quoted(chat.system)]
+    for message in chat.messages:
+        parts += _turn(message)
+    return _well_formed("\n\n".join(parts)) + "\n"
+
+
+def write_export(chat: Chat, path: Path) -> None:
+    """Write a chat to a file that is not there yet: as JSON where its name says so, else Markdown.
+
+    Raises `UsageError` or `ResourceError` where that cannot be done; there is no file then.
+    """
+    text = to_json(chat) if path.suffix == ".json" else to_markdown(chat)
+    OutputFile("/export", path, streams=False).write(text.encode())
+
+
+def _as_openai_has_it(message: Message) -> dict[str, Any]:
+    raw: dict[str, Any] = {"role": message.role, "content": message.content}
+    return raw | {"partial": True} if message.partial else raw
+
+
+def _turn(message: Message) -> list[str]:
+    if message.role == "user":
+        return ["## You", _quoted(message.content)]
+    text = message.content
+    return [
+        "## Answer",
+        _quoted(text) if _swallows_what_follows(text) else text.rstrip("\n"),
+        *([_UNFINISHED] if message.partial else []),
+    ]
+
+
+def _first_question(chat: Chat) -> str:
+    """The beginning of the first question, on one line; empty if there is none."""
+    for message in chat.messages:
+        if message.role == "user":
+            line = " ".join(message.content[: 5 * _LONGEST_TITLE].split())
+            return line if len(line) <= _LONGEST_TITLE else f"{line[:_LONGEST_TITLE].rstrip()}..."
+    return ""
+
+
+def _swallows_what_follows(text: str) -> bool:
+    """Whether a heading behind `text` would not be one: code or HTML in it has no end."""
+    if not any(mark in text for mark in ("```", "~~~", "<")):
+        return False  # which is quicker to find out
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark")
+    parser.core.ruler.disable("inline")
+    return parser.parse(f"{text}\n\n## heading\n")[-1].type != "heading_close"
+
+
+def _quoted(text: str) -> str:
+    lines = re.split(r"\r\n|\n|\r", text.rstrip("\r\n"))
+    return "\n".join(f"> {line}" if line else ">" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """A line that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>&#~|])", r"\\\1", " ".join(text.split()))
+
+
+def _well_formed(text: str) -> str:
+    """`text` with a replacement character for each half of a character, which UTF-8 has not."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,10 @@
+"""The chat in the terminal: the prompt, the commands, the screen.
+
+- repl.py: reads, obeys, answers
+- commands.py, command_help.py: what can be typed after a slash, and what /help says
+- screen.py: says things and shows answers
+- prompt.py: the line a person types at
+- completion.py, input_history.py, editor.py, typeahead.py: what it can do
+- status.py: the line below it
+- clipboard.py: where /copy puts what it takes
+"""

@@ -1,0 +1,359 @@
+"""What can be typed after a `/`: each command with its help, its completion, and what it does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.chat import parameters
+from mixchat.chat.draw.code import code_blocks
+from mixchat.chat.plain_text import read_text
+from mixchat.chat.printing import one_line
+from mixchat.chat.saved.chat_table import chat_table
+from mixchat.chat.saved.export import write_export
+from mixchat.chat.terminal.clipboard import copy
+from mixchat.chat.terminal.command_help import help_text, meant
+from mixchat.chat.terminal.completion import FILES, CommandCompletion, Completes, file_argument
+from mixchat.errors import PromptError, UsageError
+
+if TYPE_CHECKING:
+    from mixchat.chat.terminal.repl import Repl
+
+_WIDE = 80  # columns, where there is no terminal
+_SHOWN = 20  # chats that /chats lists
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run` gets the chat and what was typed behind the name. `argument` is how help names it.
+
+    `detail` is what `/help NAME` says, where `help` has no room for it: half a row.
+    """
+
+    run: Callable[[Repl, str], None]
+    help: str
+    argument: str = ""
+    detail: str = ""
+    completes: Callable[[Repl], Completes] | None = None
+
+
+def find(name: str) -> Command:
+    """The command of this name or alias. Raises `UsageError`."""
+    command = COMMANDS.get(ALIASES.get(name, name))
+    if command is None:
+        raise UsageError(f"/{name} is no command", hint=meant(name.lower(), [*COMMANDS, *ALIASES]))
+    return command
+
+
+def run(chat: Repl, name: str, argument: str) -> None:
+    """Carry a command out. Raises `MixchatError` where that cannot be done."""
+    command = find(name)
+    if argument and not command.argument:
+        raise UsageError(f"/{name} takes nothing behind it, and not {argument!r}")
+    command.run(chat, argument)
+
+
+def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
+    """How the prompt completes each command."""
+    return {
+        name: CommandCompletion(
+            f"{command.argument}  {command.detail or command.help}".strip(),
+            None if command.completes is None else command.completes(chat),
+        )
+        for name, command in COMMANDS.items()
+    }
+
+
+def _help(chat: Repl, argument: str) -> None:
+    if argument:
+        name = argument.lstrip("/")
+        command = find(name)
+        usage = _usage(ALIASES.get(name, name), command)
+        chat.screen.say(f"{usage}  {command.detail or command.help}")
+        return
+    chat.screen.say(help_text(usages(), chat.screen.width or _WIDE))
+
+
+def usages() -> dict[str, str]:
+    """The help of each command by how it is typed."""
+    return {_usage(name, command): command.help for name, command in COMMANDS.items()}
+
+
+def _usage(name: str, command: Command) -> str:
+    return f"/{name} {command.argument}".rstrip()
+
+
+def _bye(chat: Repl, argument: str) -> None:
+    chat.leave()
+
+
+def _clear(chat: Repl, argument: str) -> None:
+    chat.begin()
+    chat.screen.say("(a new conversation)")
+
+
+def _set(chat: Repl, argument: str) -> None:
+    # "parameter" is said before the name elsewhere.
+    name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
+    if not name:
+        _say_table(chat, parameters.values(chat.session))
+        return
+    if name == "system":
+        _system(chat, value.strip())
+        return
+    if not value.strip():
+        raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
+    parameters.change(chat.session, name, value.strip())
+    chat.keeper.save()
+    chat.screen.say("(from the next answer on)")
+
+
+def _show(chat: Repl, argument: str) -> None:
+    session, kept = chat.session, chat.keeper
+    about = {
+        "model": chat.model,
+        "chat": f"{kept.chat.name or kept.chat.id}{'' if kept.kept else ' (not kept)'}",
+        "turns": str(sum(message.role == "user" for message in session.history)),
+        "system": "none" if session.system is None else session.system,
+    }
+    _say_table(chat, {**about, **parameters.values(session)})
+
+
+def _say_table(chat: Repl, rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+def _system(chat: Repl, argument: str) -> None:
+    if not argument:
+        system = chat.session.system
+        chat.screen.say("(no system prompt)" if system is None else system)
+        return
+    chat.session.system = None if argument.lower() == "none" else argument
+    chat.keeper.save()
+    chat.screen.say("(from the next answer on)")
+
+
+def _save(chat: Repl, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to keep yet")
+    chat.keeper.rename(parameters.unquoted(argument) or None)
+    kept = chat.keeper.chat
+    name = shlex.quote(kept.name or kept.id)
+    chat.screen.say(f"(kept; mixchat run --resume {name} resumes it)")
+
+
+def _load(chat: Repl, argument: str) -> None:
+    if not argument:
+        raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
+    chat.resume(chat.keeper.store.load(parameters.unquoted(argument)))
+
+
+def _chats(chat: Repl, argument: str) -> None:
+    kept = chat.keeper.store.all()
+    if not kept:
+        chat.screen.say("(no chats are kept yet)")
+        return
+    chat.screen.show_table(chat_table(kept[:_SHOWN], chat.screen.width))
+    if len(kept) > _SHOWN:
+        chat.screen.say(f"({len(kept) - _SHOWN} more: mixchat chats)")
+
+
+def _regen(chat: Repl, argument: str) -> None:
+    chat.answer(chat.session.ask_again())
+
+
+def _continue(chat: Repl, argument: str) -> None:
+    answers = [message for message in chat.session.history if message.role == "assistant"]
+    said = answers[-1].content if answers else ""
+    chat.answer(chat.session.go_on(), said)
+
+
+def _undo(chat: Repl, argument: str) -> None:
+    turns = _count(argument)
+    taken = chat.session.undo(turns)
+    if not taken:
+        raise PromptError("there is nothing to undo")
+    chat.keeper.save()
+    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} taken back)")
+
+
+def _count(argument: str) -> int:
+    if not argument:
+        return 1
+    try:
+        count = int(argument)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
+    return count
+
+
+def _edit(chat: Repl, argument: str) -> None:
+    questions = [message for message in chat.session.history if message.role == "user"]
+    if not questions:
+        raise PromptError("nothing has been asked yet")
+    chat.edit(questions[-1].content)
+
+
+def _copy(chat: Repl, argument: str) -> None:
+    if argument not in ("", "code"):
+        raise UsageError("/copy copies the last answer, /copy code its last block of code")
+    answers = [m.content for m in chat.session.history if m.role == "assistant"]
+    if not answers:
+        raise PromptError("nothing has been answered yet")
+    text = answers[-1]
+    if argument == "code":
+        blocks = code_blocks(text)
+        if not blocks:
+            raise PromptError("the last answer has no block of code")
+        text = blocks[-1]
+    how = copy(text, chat.screen.out)
+    chat.screen.say(f"({how}: {len(text):,} characters)")
+
+
+def _read(chat: Repl, argument: str) -> None:
+    if argument == "none":
+        chat.attached.clear()
+        chat.screen.say("(nothing goes before the next question)")
+        return
+    if not argument:
+        names = one_line(", ".join(chat.attached))
+        raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
+    path = file_argument(argument)
+    chat.attach(path, read_text(path, chat.session.context))
+
+
+def _tokens(chat: Repl, argument: str) -> None:
+    session, size = chat.session, chat.session.engine.context_size
+    used, stats = session.used, session.engine.stats
+    _say_table(
+        chat,
+        {
+            "context": f"{used:,} of {size:,} tokens ({100 * used // size}%)",
+            "last prompt": f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache",
+            "last answer": f"{stats.generated_tokens:,}",
+        },
+    )
+
+
+def _experts(chat: Repl, argument: str) -> None:
+    from mixchat.chat.draw.heatmap import drawn
+
+    report = chat.session.engine.expert_report(chat.model)
+    chat.screen.draw(drawn(report, chat.screen.out))
+
+
+def _raw(chat: Repl, argument: str) -> None:
+    chat.screen.raw = not chat.screen.raw
+    how = "as they are written" if chat.screen.raw else "as Markdown"
+    chat.screen.say(f"(answers are shown {how})")
+
+
+def _export(chat: Repl, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to export yet")
+    kept = chat.keeper.current()
+    path = file_argument(argument) if argument else Path(f"{kept.id}.md")
+    write_export(kept, path)
+    chat.screen.say(f"(written to {one_line(str(path))})")
+
+
+def _names(chat: Repl) -> Completes:
+    return lambda text: [*COMMANDS, *ALIASES]
+
+
+def _parameter_names(chat: Repl) -> Completes:
+    def complete(text: str) -> Iterable[str]:
+        if text.startswith("overflow "):
+            return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
+        return [f"{name} " for name in parameters.NAMES]
+
+    return complete
+
+
+def _kept_chats(chat: Repl) -> Completes:
+    known: dict[int, list[str]] = {}  # by the time at which the directory was changed
+
+    def complete(text: str) -> Iterable[str]:
+        store = chat.keeper.store
+        changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
+        if changed not in known:
+            known.clear()
+            names = [name for one in store.all() for name in (one.name, one.id) if name]
+            known[changed] = names
+        return known[changed]
+
+    return complete
+
+
+def _files(chat: Repl) -> Completes:
+    return FILES
+
+
+def _code(chat: Repl) -> Completes:
+    return lambda text: ["code"]
+
+
+COMMANDS = {
+    "help": Command(
+        _help, "show this list", "[COMMAND]", "show all commands, or explain one", _names
+    ),
+    "bye": Command(_bye, "leave", detail="leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
+    "clear": Command(
+        _clear, "begin a new chat", detail="begin a new conversation; the old one is kept"
+    ),
+    "set": Command(
+        _set,
+        "set a parameter",
+        "[NAME VALUE]",
+        "show the parameters, or change one, as in /set temp 0.2; none: back to its default",
+        _parameter_names,
+    ),
+    "show": Command(
+        _show, "model and settings", detail="show model, chat, system prompt and parameters"
+    ),
+    "system": Command(
+        _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: without"
+    ),
+    "save": Command(_save, "keep under a name", "[NAME]", "keep this chat, under a name"),
+    "load": Command(
+        _load, "resume a chat", "ID or NAME", "resume a chat that is kept", _kept_chats
+    ),
+    "chats": Command(_chats, "list the chats", detail="list the chats that are kept"),
+    "regen": Command(_regen, "answer anew", detail="answer the last question anew"),
+    "undo": Command(_undo, "take turns back", "[n]", "take the last turn, or n turns, back"),
+    "edit": Command(_edit, "reword the question", detail="change the last question, and ask that"),
+    "continue": Command(_continue, "continue the answer", detail="let the last answer continue"),
+    "copy": Command(
+        _copy, "copy the answer", "[code]", "copy the last answer, or its last block of code", _code
+    ),
+    "read": Command(
+        _read,
+        "ask about a file",
+        "FILE",
+        "put a file's text before the next question; none: drop it",
+        _files,
+    ),
+    "tokens": Command(_tokens, "room in the context", detail="show how full the context is"),
+    "experts": Command(
+        _experts, "use of the experts", detail="show which experts were used, and where they are"
+    ),
+    "raw": Command(
+        _raw, "Markdown off or on", detail="show answers as they are written, or as Markdown again"
+    ),
+    "export": Command(
+        _export,
+        "write it to a file",
+        "[FILE]",
+        "write the chat as Markdown, or JSON (*.json)",
+        _files,
+    ),
+}
+ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
+LEAVING = ("bye", "exit", "quit")
+"""Words that leave though they have no slash, as in a shell or Python."""

@@ -1,0 +1,142 @@
+"""What the prompt offers while a command is typed: commands, and what their arguments can be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+
+from mixchat.chat.printing import one_line
+from mixchat.sanitize import sanitize
+
+Completes = Callable[[str], Iterable[str]]
+"""Gives the arguments that may be meant by what was typed of one. It may fail with `OSError`."""
+
+_QUOTES = ("'", '"')
+_MOST_FILES = 1000  # more than anybody reads, few enough to show at every key
+
+
+@dataclass(frozen=True)
+class CommandCompletion:
+    """A command's line in the menu, and how its argument completes: `None` for no argument.
+
+    Of what `argument` gives, only what begins with the text typed so far is offered, unless it is
+    `FILES`.
+    """
+
+    help: str = ""
+    argument: Completes | None = None
+
+
+def file_names(text: str) -> Iterator[str]:
+    """The files whose names begin with `text`: directories end with `/`; hidden ones on request.
+
+    The whole argument is one name, so spaces need no quotes. A quote that was opened is kept, and
+    closed behind a file's name. What cannot be read has no names.
+    """
+    quote = text[:1] if text[:1] in _QUOTES else ""
+    typed = text[len(quote) :]
+    folder, slash, start = typed.rpartition("/")
+    try:
+        entries = _entries(os.path.expanduser(folder + slash) or ".", start)
+    except (OSError, ValueError):  # ValueError: a NUL in the text
+        return
+    for name, is_directory in entries:
+        place = folder + slash or _place_of(name)
+        yield quote + place + name + ("/" if is_directory else quote)
+
+
+FILES: Completes = file_names
+
+
+def file_argument(text: str) -> Path:
+    """The file that an argument names, as `FILES` completes it: quotes off, `~` expanded."""
+    text = text.strip()
+    if text[:1] in _QUOTES:
+        text = text[1:].removesuffix(text[0])
+    return Path(os.path.expanduser(text))
+
+
+def _place_of(name: str) -> str:
+    """What keeps a quote or `~` that a name begins with from having a meaning."""
+    return "./" if name.startswith((*_QUOTES, "~")) else ""
+
+
+def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
+    with os.scandir(folder) as entries:
+        fitting = (entry for entry in entries if _offered(entry.name, start))
+        return sorted((entry.name, _is_directory(entry)) for entry in islice(fitting, _MOST_FILES))
+
+
+def _offered(name: str, start: str) -> bool:
+    hidden = name.startswith(".") and not start.startswith(".")
+    # A name with a newline or an escape in it cannot be typed, or shown as it is.
+    return name.startswith(start) and not hidden and not {"\n", "\t"} & set(name) and _plain(name)
+
+
+def _plain(name: str) -> bool:
+    return sanitize(name) == name
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+class CommandCompleter(Completer):
+    """Completes `/commands` and their arguments; a line without a slash is left alone."""
+
+    def __init__(self, commands: Mapping[str, CommandCompletion]) -> None:
+        self._commands = commands
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        """What fits the text before the cursor."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in document.text:
+            return
+        name, space, argument = text[1:].partition(" ")
+        if not space:
+            yield from self._named(name)
+        elif (command := self._commands.get(name)) and command.argument:
+            yield from _arguments(command.argument, argument.lstrip())
+
+    def _named(self, start: str) -> Iterator[Completion]:
+        for name, command in self._commands.items():
+            if name.startswith(start):
+                yield Completion(
+                    name + (" " if command.argument else ""),
+                    start_position=-len(start),
+                    display="/" + name,
+                    display_meta=command.help,
+                )
+
+
+def _arguments(completes: Completes, typed: str) -> Iterator[Completion]:
+    for candidate in _candidates(completes, typed):
+        if completes is FILES:
+            display = _last_part(candidate)
+        elif candidate.casefold().startswith(typed.casefold()):
+            display = candidate
+        else:
+            continue
+        yield Completion(candidate, start_position=-len(typed), display=one_line(display))
+
+
+def _candidates(completes: Completes, typed: str) -> list[str]:
+    try:
+        return list(completes(typed))
+    except OSError:
+        return []
+
+
+def _last_part(path: str) -> str:
+    """`a/b/` and `a/b'` as `b/` and `b'`."""
+    head, slash = (path[:-1], "/") if path.endswith("/") else (path, "")
+    return head.rpartition("/")[2] + slash

@@ -1,0 +1,242 @@
+"""The line a person types at: history, completion, several lines, an editor, a line of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
+from prompt_toolkit.filters import (
+    Condition,
+    emacs_insert_mode,
+    emacs_mode,
+    has_focus,
+    vi_insert_mode,
+    vi_navigation_mode,
+)
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.vi_state import InputMode
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.output import Output
+from prompt_toolkit.styles import Style
+
+from mixchat.chat.printing import say
+from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
+from mixchat.chat.terminal.editor import edited
+from mixchat.chat.terminal.input_history import InputHistory
+from mixchat.chat.terminal.status import cut
+from mixchat.chat.terminal.typeahead import reading_keys
+from mixchat.errors import MixchatError
+from mixchat.sanitize import VISIBLE, sanitize
+
+_PROMPT, _CONTINUED = ">>> ", "... "
+_QUOTES = '"""'
+_ESC_WAIT = 0.05  # seconds until Esc is a key of its own in vi mode, not the start of an arrow's
+
+# Without colours a suggestion would look like what was typed.
+_STYLE = Style.from_dict({"auto-suggestion": "#808080 italic"})
+
+
+class ChatPrompt:
+    """Reads what a person has to say, time and again.
+
+    `history` is the file that keeps it, or None for memory alone; `commands` says what completes
+    after a `/`; `toolbar` gives the plain text of the bottom line at every key, so it has to be
+    fast. What does not work (the history's file, the editor) is told to `warn`, between prompts.
+    """
+
+    def __init__(
+        self,
+        history: Path | None,
+        commands: Mapping[str, CommandCompletion],
+        toolbar: Callable[[], str],
+        vi: bool = False,
+        input: Input | None = None,
+        output: Output | None = None,
+        warn: Callable[[str], object] = say,
+    ) -> None:
+        self.typed = False
+        """Whether there was text when Ctrl-C was pressed."""
+        self.quoted = False
+        """Whether the last text stood in quotes, and so is no command whatever it begins with."""
+        self._toolbar = toolbar
+        self._warn = warn
+        self._wants_editor = False
+        self._history = InputHistory(history)
+        self._warned = False
+        self._session = self._new_session(commands, vi, input, output)
+
+    def read(self, default: str = "") -> str:
+        """What was entered, beginning with `default`, without the newlines at its end.
+
+        Raises `EOFError` at Ctrl-D on an empty line, and `KeyboardInterrupt` at Ctrl-C.
+        """
+        self.typed = self.quoted = False
+        self._warn_of_history()
+        text = self._ask(default)
+        while self._wants_editor:
+            text = self._ask(self._edited(text))
+        self._warn_of_history()
+        within = quoted_text(text)
+        self.quoted = within is not None
+        return _encodable(text if within is None else within).rstrip("\n")
+
+    def _ask(self, default: str) -> str:
+        self._wants_editor = self._session.app.erase_when_done = False
+        try:
+            with reading_keys(self._session.app.input):
+                return self._session.prompt(_PROMPT, default=default)
+        except KeyboardInterrupt:
+            self.typed = bool(self._session.default_buffer.text)
+            raise
+
+    def _edited(self, text: str) -> str:
+        try:
+            return edited(_encodable(text))
+        except MixchatError as error:
+            self._warn(f"{error}. {error.hint}" if error.hint else str(error))
+            return text
+
+    def _warn_of_history(self) -> None:
+        if self._history.fault and not self._warned:
+            self._warned = True
+            self._warn(self._history.fault)
+
+    def _new_session(
+        self,
+        commands: Mapping[str, CommandCompletion],
+        vi: bool,
+        input: Input | None,
+        output: Output | None,
+    ) -> PromptSession[str]:
+        session: PromptSession[str] = PromptSession(
+            history=self._history,
+            completer=CommandCompleter(commands),
+            # Room for the menu is kept only where there may be one.
+            complete_while_typing=Condition(_begins_like_a_command),
+            auto_suggest=AutoSuggestFromHistory(),
+            prompt_continuation=_continuation,
+            bottom_toolbar=self._bottom_line,
+            key_bindings=self._keys(),
+            vi_mode=vi,
+            enable_suspend=True,
+            style=_STYLE,
+            input_processors=[_Visible()],
+            input=input,
+            output=output,
+        )
+        if vi:
+            session.app.ttimeoutlen = _ESC_WAIT
+        return session
+
+    def _bottom_line(self) -> StyleAndTextTuples:
+        app = get_app()
+        text = sanitize(self._toolbar()).replace("\n", " ").replace("\t", " ")
+        if app.editing_mode == EditingMode.VI:
+            normal = app.vi_state.input_mode == InputMode.NAVIGATION
+            text = f"{'[normal]' if normal else '[insert]'} {text}"
+        return [("", cut(text, app.output.get_size().columns))]
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+        focused = has_focus(DEFAULT_BUFFER)
+        inserting = focused & (emacs_insert_mode | vi_insert_mode)
+        # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
+        keys.add(Keys.Vt100MouseEvent)(_ignored)
+        keys.add("c-j", filter=inserting)(_add_line)
+        # In vi mode this is Esc and then Enter, which sends the text as in every shell.
+        keys.add("escape", "enter", filter=inserting & emacs_mode)(_add_line)
+        keys.add("enter", filter=inserting & Condition(_within_quotes))(_add_line)
+        keys.add("enter", filter=focused & Condition(_on_directory))(_go_on)
+        keys.add("tab", filter=focused & Condition(_on_the_only_one))(_go_on)
+        keys.add("c-x", "c-e", filter=focused & emacs_mode)(self._leave_for_editor)
+        keys.add("v", filter=focused & vi_navigation_mode)(self._leave_for_editor)
+        return keys
+
+    def _leave_for_editor(self, event: KeyPressEvent) -> None:
+        """End the prompt, and leave no trace: it begins anew with what the editor wrote."""
+        self._wants_editor = event.app.erase_when_done = True
+        event.app.exit(result=event.current_buffer.text)
+
+
+def quoted_text(text: str) -> str | None:
+    """What stands in a text of the form `QQQtextQQQ`, of one line or many, or None.
+
+    QQQ stands for three double quotes. Quotes that end before the first line does are part of an
+    ordinary text.
+    """
+    body = text.strip()
+    if not body.startswith(_QUOTES) or _closes_early(body):
+        return None
+    inner = body[len(_QUOTES) :]
+    if not inner.endswith(_QUOTES):
+        return None
+    return inner.removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
+
+
+def _closes_early(body: str) -> bool:
+    first, newline, _ = body[len(_QUOTES) :].partition("\n")
+    at = first.find(_QUOTES)
+    return at >= 0 and (bool(newline) or at + len(_QUOTES) < len(first))
+
+
+def _within_quotes() -> bool:
+    """Whether quotes were opened and not closed: Enter goes on to the next line."""
+    text = get_app().current_buffer.text
+    body = text.strip()
+    return body.startswith(_QUOTES) and not _closes_early(body) and quoted_text(text) is None
+
+
+def _continuation(width: int, line: int, wraps: int) -> str:
+    """In front of a new line; a line that is only too long for the screen has none."""
+    return " " * width if wraps else _CONTINUED
+
+
+def _begins_like_a_command() -> bool:
+    return get_app().current_buffer.text.startswith("/")
+
+
+def _on_directory() -> bool:
+    state = get_app().current_buffer.complete_state
+    chosen = state.current_completion if state else None
+    return chosen is not None and chosen.text.endswith("/")
+
+
+def _on_the_only_one() -> bool:
+    """Whether the only completion was taken: another Tab would take it back."""
+    state = get_app().current_buffer.complete_state
+    return bool(state and state.current_completion and len(state.completions) == 1)
+
+
+def _go_on(event: KeyPressEvent) -> None:
+    """Keep the completion, and show what can follow, as the files in a directory."""
+    event.current_buffer.complete_state = None
+    event.current_buffer.start_completion()
+
+
+class _Visible(Processor):
+    """Shows what turns text around, be it typed, recalled or suggested, as a character."""
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        """One character for one: the cursor stays where it is."""
+        fragments = transformation_input.fragments
+        return Transformation([(part[0], part[1].translate(VISIBLE)) for part in fragments])
+
+
+def _ignored(event: KeyPressEvent) -> None:
+    """A key without a meaning."""
+
+
+def _add_line(event: KeyPressEvent) -> None:
+    event.current_buffer.insert_text("\n")
+
+
+def _encodable(text: str) -> str:
+    """`text` without what stands for bytes that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,231 @@
+"""The screen of a chat: says things, shows an answer as it comes, and signs of life before it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO, cast
+
+from mixchat.chat import printing
+from mixchat.chat.session import Finished, LeftOut, TextDelta
+from mixchat.sanitize import sanitize
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import Event
+    from mixchat.text.messages import Message
+
+_PATIENCE = 1.0  # seconds without a sign of life
+_FRAME = 0.1  # seconds between two of them
+_ERASE = "\r\x1b[K"
+_LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question, and what is shown of a longer one
+
+
+class _Writer(Protocol):
+    """Shows an answer piece by piece."""
+
+    def feed(self, text: str) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Screen:
+    """Writes to `out`. `raw` switches Markdown off: answers are then shown as they are written.
+
+    Whatever is said or shown, no control character of it reaches the terminal.
+    """
+
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        *,
+        raw: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.out, self.raw = out or sys.stdout, raw
+        self._clock = clock
+        self._waiting: _WaitingLine | None = None
+        self._answer: _Writer | None = None  # that is being shown
+        self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
+
+    def say(self, text: str = "") -> None:
+        """A line, or several: broken between words where the terminal is too narrow."""
+        printing.say(*text.split("\n"), stream=self.out)
+
+    def show_table(self, text: str) -> None:
+        """Rows of columns, which fit as they are."""
+        printing.show(sanitize(f"{text}\n"), self.out)
+
+    def draw(self, text: str) -> None:
+        """What we have drawn ourselves, colours and all."""
+        printing.draw(text, self.out)
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None where there is none."""
+        return printing.columns(self.out) if self._terminal else None
+
+    def show(self, events: Iterator[Event], before: str = "") -> Finished:
+        """Show an answer as it comes; what its last event says. Leaves the cursor at a new line.
+
+        `before` is what the answer has said already, and is not shown again. What breaks it off
+        gets through, when all that has come is on the screen.
+        """
+        writer = self._answer = self._writer(before)
+        try:
+            with closing(cast("Generator[Event, None, None]", events)):
+                for event in events:
+                    if isinstance(event, TextDelta):
+                        writer.feed(event.text)
+                    elif isinstance(event, LeftOut):
+                        self.say(f"({left_out(event.turns)})")
+                    else:
+                        return event
+        finally:
+            self._answer = None
+            writer.close()
+        raise AssertionError("an answer has an end")
+
+    def pause(self) -> None:
+        """Leave the terminal in order while the program is suspended."""
+        self._erase_waiting()
+        if self._answer is not None:
+            self._answer.pause()
+
+    def show_turns(self, messages: Iterable[Message]) -> None:
+        """Questions and answers of before."""
+        for message in messages:
+            if message.role == "user":
+                self._show_question(message.content)
+                continue
+            self._show_whole(message.content)
+            self.say("(unfinished; /continue goes on)\n" if message.partial else "")
+
+    def _show_question(self, text: str) -> None:
+        """As it was typed; of one with files in it the beginning and the end."""
+        lines = text.splitlines() or [""]
+        if len(lines) > _LONG:
+            hidden = len(lines) - _FIRST - _LAST
+            lines[_FIRST:-_LAST] = [f"({hidden:,} more lines)"]
+        shown = [f">>> {lines[0]}", *(f"... {line}" for line in lines[1:])]
+        printing.show("".join(f"{sanitize(line)}\n" for line in shown), self.out)
+
+    def _show_whole(self, text: str) -> None:
+        if not self._draws:
+            printing.show(sanitize(f"{text}\n"), self.out)
+            return
+        from rich.console import Console
+
+        from mixchat.chat.draw.markdown import render
+
+        Console(file=self.out, highlight=False).print(render(text))
+
+    @property
+    def _draws(self) -> bool:
+        """Whether answers are drawn as Markdown."""
+        return self._terminal and not self.raw
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[int, int], None]]:
+        """A line that says how much of a prompt has been read, where that takes long.
+
+        It is given how many tokens have been read, and of how many. It is gone when the first of
+        the answer is to be shown, or at the end.
+        """
+        line = _WaitingLine(self.out, self._clock, self._terminal)
+        self._waiting = line
+        try:
+            yield line.update
+        finally:
+            line.erase()
+            self._waiting = None
+
+    def _writer(self, before: str) -> _Writer:
+        if self._draws:
+            return _Markdown(self.out, self._erase_waiting, before)
+        return _Plain(self.out, self._erase_waiting)
+
+    def _erase_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.erase()
+
+
+class _WaitingLine:
+    """`reading 1,234 of 8,000 tokens (15%)`, from the second second on."""
+
+    def __init__(self, out: TextIO, clock: Callable[[], float], terminal: bool) -> None:
+        self._out, self._clock, self._terminal = out, clock, terminal
+        self._next = clock() + _PATIENCE
+        self._shown = False
+
+    def update(self, done: int, of: int) -> None:
+        now = self._clock()
+        if not self._terminal or now < self._next:
+            return
+        self._next, self._shown = now + _FRAME, True
+        self._out.write(f"{_ERASE}reading {done:,} of {of:,} tokens ({done / max(of, 1):.0%})")
+        self._out.flush()
+
+    def erase(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._out.write(_ERASE)
+            self._out.flush()
+
+
+class _Plain:
+    """The answer as it is written."""
+
+    def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
+        self._out, self._begin = out, begin
+        self._at_beginning = True
+
+    def feed(self, text: str) -> None:
+        self._begin()
+        clean = sanitize(text)
+        self._out.write(clean)
+        self._out.flush()
+        if clean:
+            self._at_beginning = clean.endswith("\n")
+
+    def pause(self) -> None:
+        """Nothing has to be taken away."""
+
+    def close(self) -> None:
+        self._begin()
+        if not self._at_beginning:
+            self._out.write("\n")
+            self._out.flush()
+
+
+class _Markdown:
+    """The answer as Markdown; what that takes is loaded with its first piece."""
+
+    def __init__(self, out: TextIO, begin: Callable[[], None], before: str) -> None:
+        from rich.console import Console
+
+        from mixchat.chat.draw.markdown_stream import MarkdownStream
+
+        self._begin = begin
+        self._stream = MarkdownStream(Console(file=out, highlight=False), before=before)
+
+    def feed(self, text: str) -> None:
+        self._begin()
+        self._stream.feed(text)
+
+    def pause(self) -> None:
+        self._stream.pause()
+
+    def close(self) -> None:
+        self._begin()
+        self._stream.close()
+
+
+def left_out(turns: int) -> str:
+    """That so many turns are no longer in the prompt."""
+    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+    return f"the context is full: {count} left out from here on"

@@ -1,0 +1,123 @@
+"""The bottom line of the chat: what the model holds, and how it does, in one line of any width."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prompt_toolkit.utils import get_cwidth
+
+from mixchat.errors import MixchatError
+from mixchat.sanitize import sanitize
+from mixchat.settings import format_least
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession, Finished
+
+_BETWEEN = " · "
+NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
+
+
+def status_line(
+    model: str,
+    used: int,
+    size: int,
+    *,
+    speed: float | None = None,
+    hit_rate: float | None = None,
+    memory: int | None = None,
+    width: int = 80,
+) -> str:
+    """`demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB`, at most `width` wide.
+
+    `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
+    `memory` bytes; what is None is left out. Where there is less room, memory, hits, speed and the
+    model go, in this order; then the tokens become `1,234/8,192 (15%)`, and `15%`. From 80% of
+    the context on they begin with `!`.
+    """
+    name, tokens = " ".join(sanitize(model).split()), _Tokens(used, size)
+    measured = _measured(speed, hit_rate, memory)
+    full = [[name, tokens.long(), *measured[:count]] for count in range(len(measured), -1, -1)]
+    for parts in [*full, [tokens.long()], [tokens.short()]]:
+        line = _BETWEEN.join(part for part in parts if part)
+        if get_cwidth(line) <= width:
+            return line
+    return cut(tokens.shortest(), width)
+
+
+def cut(text: str, width: int) -> str:
+    """`text` in at most `width` cells of the terminal, with `…` where something is missing."""
+    if get_cwidth(text) <= width:
+        return text
+    kept, cells = "", 1
+    for character in text:
+        cells += get_cwidth(character)
+        if cells > width:
+            break
+        kept += character
+    return kept + "…" if width > 0 else ""
+
+
+def _measured(speed: float | None, hit_rate: float | None, memory: int | None) -> list[str]:
+    shown = (
+        speed is not None and f"{speed:.1f} tok/s",
+        hit_rate is not None and f"{hit_rate:.0%} hits",
+        memory is not None and format_least(memory),
+    )
+    return [text for text in shown if text]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """How full the context is, in three lengths."""
+
+    used: int
+    size: int
+
+    def long(self) -> str:
+        return f"{self._mark}{self.used:,} of {self.size:,} tokens ({self._percent})"
+
+    def short(self) -> str:
+        return f"{self._mark}{self.used:,}/{self.size:,} ({self._percent})"
+
+    def shortest(self) -> str:
+        return self._mark + self._percent
+
+    @property
+    def _mark(self) -> str:
+        return "! " if self.used >= NEARLY_FULL * self.size else ""
+
+    @property
+    def _percent(self) -> str:
+        return f"{self.used * 100 // max(self.size, 1)}%"
+
+
+class Figures:
+    """What the bottom line says, counted once a turn: it is drawn at every key."""
+
+    def __init__(self, session: ChatSession) -> None:
+        self._session = session
+        self.used = 0
+        self.speed: float | None = None
+        self.hit_rate: float | None = None
+        self.memory: int | None = None
+        self._before = session.engine.experts.stats.copy()
+        self.count()
+
+    def count(self) -> None:
+        """After something has changed what the conversation is."""
+        with suppress(MixchatError):  # what a template cannot say is said when something is asked
+            self.used = self._session.used
+        self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
+
+    def turn(self, finished: Finished) -> None:
+        """After an answer."""
+        stats, experts = finished.stats, self._session.engine.experts.stats.copy()
+        decoded = stats.generated_tokens - 1  # the first token falls out of the prefill
+        if decoded > 0 and stats.decode_seconds > 0:
+            self.speed = decoded / stats.decode_seconds
+        did, self._before = experts.since(self._before), experts
+        if did.hits.total() + did.misses.total():
+            self.hit_rate = did.hit_rate
+        self.count()

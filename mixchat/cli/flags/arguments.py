@@ -1,0 +1,109 @@
+"""Text from outside, made sure to be text: what the shell passes, and what comes in on stdin."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixchat.chat.plain_text import decode, read_stream, read_text
+from mixchat.cli.output.failure import note
+from mixchat.context import Context
+from mixchat.errors import PromptError, UsageError
+
+STDIN = "-"
+_PATIENCE = 1.0  # seconds
+
+
+def read_files(paths: Iterable[Path], context: Context, quiet: bool) -> dict[Path, str]:
+    """The texts of files, by path; that of `-` is standard input's.
+
+    Raises `PromptError` where one of them is empty, not text, or too long for the context.
+    """
+    return {
+        path: _required_stdin(context, quiet) if str(path) == STDIN else read_text(path, context)
+        for path in paths
+    }
+
+
+def read_prompt(
+    argument: str | None, files: Mapping[Path, str], context: Context, quiet: bool
+) -> str | None:
+    """The prompt: standard input if it is not a terminal, then the texts of files, then `argument`;
+    a blank line between them.
+
+    An argument `-` asks for standard input, terminal or not. Where one of the files is standard
+    input, it is not read again. None if there is no input and no argument, so that a chat can
+    begin. Raises `PromptError` if what there is is empty, not text, or too long for the context.
+    """
+    named, piped = STDIN in map(str, files), None
+    if not named and (argument == STDIN or not stdin_is_terminal()):
+        piped = _read_stdin(context, quiet)
+    argument = None if argument == STDIN else argument
+    if argument is not None and not _is_text(argument):
+        decode(_bytes_of(argument), "the prompt")
+    if piped is None and argument is None and not named:
+        return None
+    given = [text for text in (piped, *files.values(), argument) if text is not None]
+    parts = [text for text in given if text.strip()]
+    if not parts:
+        raise PromptError(f"{'standard input' if argument is None else 'the prompt'} is empty")
+    prompt = "\n\n".join([*(part.rstrip("\n") for part in parts[:-1]), parts[-1]])
+    context.check_text(prompt, "the prompt")
+    return prompt
+
+
+def stdin_is_terminal() -> bool:
+    """Whether somebody sits at standard input (no one does at a closed one)."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def checked(argument: str, what: str) -> str:
+    """`argument`, if it is text. Raises `UsageError` if it is empty or the shell passed bytes."""
+    if not argument:
+        raise UsageError(f"{what} is empty")
+    if not _is_text(argument):
+        raise UsageError(f"{what} is not UTF-8: {argument!r}")
+    return argument
+
+
+def _required_stdin(context: Context, quiet: bool) -> str:
+    text = _read_stdin(context, quiet)
+    if not text.strip():
+        raise PromptError("standard input is empty")
+    return text
+
+
+def _read_stdin(context: Context, quiet: bool) -> str:
+    if sys.stdin is None:  # closed
+        return ""
+    with _said_if_it_takes_long(quiet):
+        # Python would decode it by the locale, and let bytes that are no text through in some.
+        return read_stream(sys.stdin.buffer, "standard input", context)
+
+
+@contextmanager
+def _said_if_it_takes_long(quiet: bool) -> Iterator[None]:
+    """Tell whoever sits at the terminal what is waited for: it may well be nothing."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    how = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
+    timer = threading.Timer(_PATIENCE, note, [f"reading standard input; {how}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _is_text(argument: str) -> bool:
+    """Python hides the bytes of an argument that are no text in lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def _bytes_of(argument: str) -> bytes:
+    return argument.encode("utf-8", "surrogateescape")

@@ -1,0 +1,144 @@
+"""The flags of a chat and of what is printed, and `--resume`, whose value may be left out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mixchat.chat.parameters import OVERFLOWS, checked_overflow
+from mixchat.chat.saved.chat_file import LAST
+from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
+from mixchat.cli.flags.shell_completion import among, kept_chats
+from mixchat.errors import UsageError
+
+_RESUME = ("-r", "--resume")
+_DASHES = "mixchat.dashes"  # in the context's `meta`
+_SHOWN = 60  # characters of a question
+
+
+def _checked_overflow(text: str) -> None:
+    checked_overflow(text, "--overflow")
+
+
+File = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help=f"Put a file's text before the question (-: standard input); {AGAIN}.",
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        *_RESUME,
+        metavar="[ID]",
+        autocompletion=kept_chats,
+        help="Resume a saved chat, by ID or name; without one, the last.",
+    ),
+]
+Save = Annotated[
+    bool,
+    setting(
+        "--save/--no-save",
+        show_default="on",
+        help="Save chats, and the history of the prompt.",
+    ),
+]
+KeepCache = Annotated[
+    bool,
+    setting(
+        "--keep-cache/--no-keep-cache",
+        show_default=False,
+        help="Save a chat's KV cache with it, so that it resumes without prompt processing.",
+    ),
+]
+Overflow = Annotated[
+    str,
+    setting(
+        "--overflow",
+        check=_checked_overflow,
+        autocompletion=among(*OVERFLOWS),
+        metavar="POLICY",
+        help="When the context is full: stop, or drop-oldest to drop the oldest turns.",
+    ),
+]
+Raw = Annotated[
+    bool,
+    setting("--raw/--no-raw", show_default=False, help="Show answers as they are written."),
+]
+Vi = Annotated[
+    bool, setting("--vi/--no-vi", show_default=False, help="Vi key bindings at the prompt.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the answer with ids, counts and times, as JSON."),
+]
+Extract = Annotated[
+    bool, typer.Option("-x", "--extract", help="Print the answer's first block of code alone.")
+]
+Stream = Annotated[
+    bool,
+    setting(
+        "--stream/--no-stream",
+        show_default="on",
+        help="Print the answer as it comes, not at its end.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    setting(
+        "-q",
+        "--quiet/--no-quiet",
+        show_default=False,
+        help="Nothing but errors on standard error.",
+    ),
+]
+
+
+class RunCommand(TyperCommand):
+    """Lets `--resume` stand without a value, at the end or before another flag.
+
+    It remembers a `--`, too: what stands behind it is a PROMPT, whatever it looks like.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_DASHES] = "--" in args
+        return super().parse_args(ctx, with_last_chat(args))
+
+
+def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
+    """Raise `UsageError` where the PROMPT begins with a model's name, as `ollama run` wants it.
+
+    It does not count in quotes with the rest, behind a `--`, or where a model or chat is named.
+    """
+    from mixchat.weights.models import is_model
+
+    chosen = is_given(context, "model") or is_given(context, "resume") or context.meta[_DASHES]
+    if not words or chosen or not is_model(words[0]):
+        return
+    name, question = words[0], shlex.join(words[1:])
+    if len(question) > _SHOWN:
+        question = "PROMPT"
+    meant, said = f"mixchat run -m {name} {question}".rstrip(), f"mixchat run -- {name} {question}"
+    raise UsageError(
+        f"{name} is a model, but no PROMPT: did you mean -m {name}?",
+        hint=f"Run: {meant} (or, if it is what you ask: {said.rstrip()})",
+    )
+
+
+def with_last_chat(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the value that a `--resume` without one has."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    for place in range(end):
+        following = given[place + 1 : place + 2]
+        if given[place] in _RESUME and (not following or following[0].startswith("-")):
+            given[place] = f"--resume={LAST}"
+    return given

@@ -1,0 +1,55 @@
+"""The limits that the values of flags have to keep, wherever they are from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mixchat.chat.parameters import LENGTHS, SAMPLING
+from mixchat.cli.flags.arguments import checked
+from mixchat.errors import UsageError
+from mixchat.experts.policies import POLICIES
+
+# By their names in Python: the flag, and what its value has to be.
+_NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether a value is within the limits of a flag of sampling or of a length."""
+    return _NUMBERS[name][1].fits(value)
+
+
+def within_limits(name: str) -> Callable[[Any], None]:
+    """A check that raises `UsageError` for a value outside the limits of a flag; NaN always is."""
+    flag, number = _NUMBERS[name]
+    return lambda value: number.check(flag, value)
+
+
+def checked_policy(name: str) -> str:
+    """The name, if it is a cache policy's. Raises `UsageError`."""
+    if name not in POLICIES:
+        raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
+    return name
+
+
+def checked_device(name: str) -> str:
+    """The name, if it is that of a kind of device. Raises `UsageError`."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
+    return name
+
+
+def checked_stops(texts: list[str]) -> list[str]:
+    """The texts, if they are text. Raises `UsageError`."""
+    return [checked(text, "--stop") for text in texts]
+
+
+def checked_system(text: str) -> str:
+    """The system prompt, if it is text; an empty one is none. Raises `UsageError`."""
+    return text and checked(text, "--system")
+
+
+def checked_model(name: str) -> str:
+    """The name, if it is text. Raises `UsageError`."""
+    return checked(name, "the model's name")

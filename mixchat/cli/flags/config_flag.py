@@ -1,0 +1,109 @@
+"""A flag that config.toml and a variable can give, too: its names, and where its value is from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import typer
+
+from mixchat.errors import UsageError
+from mixchat.settings import config_file
+
+PREFIX = "MIXCHAT_"
+_DAMAGE = (
+    "mixchat.model_config"  # in the context's `meta`: the error that reading config.toml raised
+)
+
+AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
+
+Origin = Literal["flag", "variable", "file", "default"]
+_ORIGINS: dict[str, Origin] = {
+    "COMMANDLINE": "flag",
+    "ENVIRONMENT": "variable",
+    "DEFAULT_MAP": "file",
+}
+
+
+def setting(*flags: str, check: Callable[[Any], object] | None = None, **about: Any) -> Any:
+    """An option whose first long flag names its key in config.toml and its variable.
+
+    `check` raises `UsageError` for a value that cannot be used; the error then says where it is
+    from. `about` is what `typer.Option` takes.
+    """
+    name = next(flag for flag in flags if flag.startswith("--")).partition("/")[0]
+    variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
+    option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
+    return option(*flags, **_how(variable, check), **about)
+
+
+def setting_argument(key: str, *, check: Callable[[Any], object], **about: Any) -> Any:
+    """An argument that the setting `key` gives where it is left out."""
+    return typer.Argument(**_how(PREFIX + key.upper(), check), **about)
+
+
+def settings_of(command: Any) -> dict[str, Any]:
+    """The parameters of a click command that are settings, by their keys in config.toml."""
+    return {key: parameter for parameter in command.params if (key := _key(parameter))}
+
+
+def origin(context: typer.Context, parameter: Any) -> Origin:
+    """Where the value of a parameter is from."""
+    source = context.get_parameter_source(parameter.name)
+    return _ORIGINS.get(source.name, "default") if source else "default"
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a flag gives a parameter, by its name in Python."""
+    source = context.get_parameter_source(name)
+    return source is not None and _ORIGINS.get(source.name) == "flag"
+
+
+def mark_damaged(context: typer.Context, error: UsageError) -> None:
+    """Remember what is wrong with config.toml until a setting is asked for: --help needs none."""
+    context.meta[_DAMAGE] = error
+
+
+def explained(error: typer.BadParameter) -> Exception:
+    """The error, naming the variable or the file if the value is from there."""
+    context: Any = error.ctx
+    if context is None or origin(context, error.param) in ("flag", "default"):
+        return error
+    return _named(context, error.param, error.message, None)
+
+
+def _how(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
+    return {"envvar": variable, "show_envvar": False, "callback": _checker(check)}
+
+
+def _checker(check: Callable[[Any], object] | None) -> Callable[..., Any]:
+    def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+        if damage := context.meta.get(_DAMAGE):
+            raise damage
+        if value is not None and check is not None:
+            try:
+                check(value)
+            except UsageError as error:
+                raise _named(context, parameter, str(error), error.hint) from None
+        return value
+
+    return checked
+
+
+def _named(context: typer.Context, parameter: Any, message: str, hint: str | None) -> UsageError:
+    where = {
+        "variable": parameter.envvar,
+        "file": f"{config_file()}: {_key(parameter)}",
+    }.get(origin(context, parameter))
+    if where is None:
+        return UsageError(message, hint=hint)
+    flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
+    said = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
+    return UsageError(where + said, hint=hint)
+
+
+def _key(parameter: Any) -> str | None:
+    variable = parameter.envvar
+    if not isinstance(variable, str) or not variable.startswith(PREFIX):
+        return None
+    return variable.removeprefix(PREFIX).replace("_", "-").lower()

@@ -1,0 +1,152 @@
+"""One answer on standard output: as it comes, as Markdown, as JSON, or the code in it alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from mixchat.chat.printing import show, show_piece
+from mixchat.cli.output.failure import note
+from mixchat.errors import NoCodeError, UsageError
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession, Event, Finished
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of an answer is printed, and how. `quiet`: nothing but errors on standard error."""
+
+    as_json: bool = False
+    extract: bool = False
+    stream: bool = True
+    raw: bool = False
+    quiet: bool = False
+
+    def check(self, chat: bool) -> None:
+        """Raise `UsageError` for what cannot be together, or not in a chat."""
+        if self.as_json and self.extract:
+            raise UsageError("--json and --extract exclude each other")
+        if chat and (self.as_json or self.extract):
+            flag = "--json" if self.as_json else "--extract"
+            raise UsageError(f"{flag} is for one answer", hint="Give a PROMPT.")
+        if chat and not sys.stdout.isatty():
+            raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
+
+
+def print_answer(session: ChatSession, question: str, form: Form, model: str) -> Finished:
+    """Ask, print, and return how it ended.
+
+    Raises `KeyboardInterrupt` where it was interrupted, `NoCodeError` where there is no code block
+    that could be extracted. A reader that goes away is noticed at the next token.
+    """
+    if form.as_json or form.extract or not form.stream:
+        finished = _listen(session, question, lambda text: None, form.quiet)
+        _raise_if_interrupted(finished)
+        _print_whole(session, finished, form, model)
+    elif sys.stdout.isatty():
+        finished = _draw(session, question, form.raw)
+    else:
+        finished = _pipe(session, question, form.quiet)
+    _raise_if_interrupted(finished)
+    if finished.reason == "context" and not form.quiet:
+        note(f"cut off, the context of {session.engine.context_size} tokens is full")
+    if finished.reason == "length" and session.max_tokens is None and not form.quiet:
+        from mixchat.chat.answer import cut_off
+
+        note(cut_off(finished.stats.generated_tokens, "-n N"))
+    return finished
+
+
+def _listen(
+    session: ChatSession, question: str, take: Callable[[str], object], quiet: bool
+) -> Finished:
+    from mixchat.chat.session import LeftOut, TextDelta
+    from mixchat.chat.terminal.screen import left_out
+
+    with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
+        for event in events:
+            if isinstance(event, TextDelta):
+                take(event.text)
+            elif isinstance(event, LeftOut):
+                if not quiet:
+                    note(left_out(event.turns))
+            else:
+                return event
+    raise AssertionError("an answer has an end")
+
+
+def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
+    """On a terminal: as in a chat."""
+    from mixchat.chat.terminal.screen import Screen
+
+    screen = Screen(raw=raw)
+    with screen.waiting() as session.engine.reading:
+        return screen.show(session.ask(question))
+
+
+def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
+    """For a program that reads: what the model wrote, each piece at once, and a last newline."""
+    last = ""
+
+    def take(text: str) -> None:
+        nonlocal last
+        last = text
+        show_piece(text)
+
+    finished = _listen(session, question, take, quiet)
+    show_piece("" if last.endswith("\n") else "\n")
+    return finished
+
+
+def _print_whole(session: ChatSession, finished: Finished, form: Form, model: str) -> None:
+    answer = session.history[-1].content
+    if form.as_json:
+        # A terminal would act on some characters.
+        escaped = sys.stdout.isatty()
+        show(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
+        return
+    show(_first_block(answer) if form.extract else answer)
+
+
+def _first_block(answer: str) -> str:
+    from mixchat.chat.draw.code import code_blocks
+
+    blocks = code_blocks(answer)
+    if not blocks:
+        raise NoCodeError("the answer has no block of code", hint="Without -x all is printed.")
+    return blocks[0]
+
+
+def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
+    """The last answer for programs: text, ids (null where the text was cut within a token), counts
+    of tokens, seconds, why it ended."""
+    stats, answer = asdict(finished.stats), session.history[-1]
+    decoded, seconds = stats["generated_tokens"] - 1, stats["decode_seconds"]
+    return {
+        "model": model,
+        "answer": answer.content,
+        "ids": None if answer.ids is None else list(answer.ids),
+        "stop_reason": finished.reason,
+        "seed": finished.seed,
+        "usage": {
+            "prompt_tokens": stats["prompt_tokens"],
+            "cached_tokens": stats["reused_tokens"],
+            "generated_tokens": stats["generated_tokens"],
+            "context_tokens": session.engine.context_size,
+        },
+        "timings": {
+            "prefill_seconds": round(stats["prefill_seconds"], 4),
+            "decode_seconds": round(seconds, 4),
+            "tokens_per_second": round(decoded / seconds, 2) if decoded > 0 < seconds else None,
+        },
+    }
+
+
+def _raise_if_interrupted(finished: Finished) -> None:
+    if finished.reason == "interrupted":
+        raise KeyboardInterrupt

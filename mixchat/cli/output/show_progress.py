@@ -1,0 +1,184 @@
+"""How long work looks on standard error: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from mixchat.chat.printing import fitted, one_line, say
+from mixchat.settings import format_size, format_time
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+    from mixchat.progress import Progress, Task
+
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@contextmanager
+def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
+    """A `Progress` for this stream (standard error); its bars are closed at the end."""
+    stream = stream or sys.stderr
+    progress = Bars(stream) if stream.isatty() else Lines(stream)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+@contextmanager
+def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Show `text` on a terminal while something takes its time, and take it away afterwards.
+
+    It yields what shows another text in its place.
+    """
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield lambda text: None
+        return
+    from rich.text import Text
+
+    with _console(stream).status(Text(one_line(text))) as shown:
+        yield lambda text: shown.update(Text(one_line(text)))
+
+
+@contextmanager
+def resumable(progress: Progress, resumes: bool = True) -> Iterator[None]:
+    """Say at Ctrl-C that the same command resumes the work, or begins it anew."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note(f"interrupted; the same command {'resumes' if resumes else 'begins anew'}")
+        raise
+
+
+class Bars:
+    """Bars on a terminal, with bytes, rate and the time that is left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars: RichProgress | None = None
+
+    def task(self, what: str, total: int, done: int = 0) -> Task:
+        bars = self._started()
+        return _Bar(bars, bars.add_task(one_line(what), total=total, completed=done))
+
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        console = self._bars.console if self._bars is not None else _console(self._stream)
+        for line in text.split("\n"):
+            console.print(Text(fitted(one_line(line), self._stream)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _started(self) -> RichProgress:
+        if self._bars is None:
+            from mixchat.cli.output.bars import FittingBars
+
+            self._bars = FittingBars(_console(self._stream))
+            self._bars.start()
+        return self._bars
+
+
+class _Bar:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int) -> None:
+        self._bars.advance(self._task, amount)
+
+    def close(self) -> None:
+        self._bars.stop_task(self._task)
+
+
+class Lines:
+    """A line when something begins and ends, and one a minute for each thing in between."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+        self._lock = threading.RLock()
+        self._tasks: list[_Line] = []
+        self._said = clock()
+
+    def task(self, what: str, total: int, done: int = 0) -> Task:
+        with self._lock:
+            task = _Line(self, what, total, done, self._clock())
+            self._tasks.append(task)
+            here = f", {format_size(done)} of it done before" if done else ""
+            self.note(f"{what}: {format_size(total)}{here}")
+        return task
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            say(*text.split("\n"), stream=self._stream)
+
+    def close(self) -> None:
+        """Say how far each thing came."""
+        for task in list(self._tasks):
+            task.close()
+
+    def moved(self) -> None:
+        """Say how far things are, if a minute has gone by."""
+        with self._lock:
+            now = self._clock()
+            if not self._tasks or now - self._said < SECONDS_BETWEEN_LINES:
+                return
+            self._said = now
+            self.note("; ".join(task.state(now) for task in self._tasks))
+
+    def ended(self, task: _Line) -> None:
+        """Say how long it took."""
+        with self._lock:
+            if task in self._tasks:
+                self._tasks.remove(task)
+                self.note(task.outcome(self._clock()))
+
+
+class _Line:
+    """How far one thing is. The rate is that since the last line."""
+
+    def __init__(self, lines: Lines, what: str, total: int, done: int, now: float) -> None:
+        self._lines, self._what = lines, what
+        self._total, self._done, self._first = total, done, done
+        self._began = self._last = now
+        self._last_done = done
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        self._first = min(self._first, self._done)  # moved back: what was there before was wrong
+        self._lines.moved()
+
+    def close(self) -> None:
+        self._lines.ended(self)
+
+    def state(self, now: float) -> str:
+        text = f"{self._what}: {format_size(self._done)} of {format_size(self._total)}"
+        seconds, came = now - self._last, self._done - self._last_done
+        self._last, self._last_done = now, self._done
+        if seconds <= 0 or came <= 0:
+            return text
+        left = (self._total - self._done) * seconds / came
+        return f"{text}, {format_size(int(came / seconds))}/s, {format_time(left)} left"
+
+    def outcome(self, now: float) -> str:
+        came = format_size(self._done - self._first)
+        took = now - self._began
+        return f"{self._what}: {came} in {'less than 1 s' if took < 1 else format_time(took)}"
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream)

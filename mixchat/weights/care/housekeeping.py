@@ -1,0 +1,122 @@
+"""Removes models, and what killed processes have left behind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixchat import machine
+from mixchat.errors import ModelNotFoundError, UsageError
+from mixchat.lock import Busy, only_one
+from mixchat.weights import models
+from mixchat.weights.format.journal import JOURNAL_FILE, read_head
+from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_installed
+from mixchat.weights.make.spill import ASIDE_PREFIX
+from mixchat.weights.source import hub
+from mixchat.weights.source.hub_origin import SOURCE_DIR
+from mixchat.weights.source.open_origin import BUILD_DIR
+from mixchat.weights.source.transfer import PART_SUFFIX
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that no finished model needs, its bytes, and whether it has been removed.
+
+    `resumable`: it is work that a download can go on with.
+    """
+
+    path: Path
+    bytes: int
+    resumable: bool
+    removed: bool = False
+
+
+def remove(target: Path) -> None:
+    """Remove a model, finished or not. Raises `UsageError` while another process makes it."""
+    if not target.is_symlink() and not target.is_dir():
+        raise ModelNotFoundError(f"the model {target.name!r} is not on this machine")
+    with not_in_use(target):
+        if target.is_symlink():
+            target.unlink()
+            return
+        # First what makes it look finished: whatever happens then, nothing trusts the rest.
+        for name in (MANIFEST_COPY, MANIFEST_FILE):
+            (target / name).unlink(missing_ok=True)
+        shutil.rmtree(target)
+
+
+@contextmanager
+def not_in_use(target: Path) -> Iterator[None]:
+    """Hold a model's lock. Raises `UsageError` where another process has it."""
+    try:
+        with only_one(target):
+            yield
+    except Busy:
+        raise UsageError(
+            f"another mixchat is making the model {target.name!r}",
+            hint="Wait until it has finished, or stop it.",
+        ) from None
+
+
+def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
+    """Remove what killed processes have left, as it is found; what can be gone on with, if asked.
+
+    Models that somebody is making now are left alone.
+    """
+    for target in _targets():
+        with suppress(Busy), only_one(target):
+            for leftover in _left_in(target):
+                yield _cleared(leftover, unfinished)
+    for path, resumable in _left_in_cache():
+        blob = path.name.split(".")[0]
+        with suppress(TimeoutError), hub.blob_lock(path.parents[1].name, blob, timeout=1):
+            yield _cleared(Leftover(path, machine.disk_usage(path), resumable), unfinished)
+
+
+def _left_in_cache() -> Iterator[tuple[Path, bool]]:
+    """Parts of ours in huggingface_hub's cache, and of its own what it never goes on with.
+
+    The latter only of models that we have: what other tools have left is theirs to judge.
+    """
+    for part in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
+        yield part, True
+    kept = models.list_models()
+    for repo in sorted({model.source for model in kept} | {model.key for model in kept}):
+        for path in sorted(hub.repo_dir(repo).glob("blobs/*.incomplete")):
+            yield path, False
+
+
+def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
+    if leftover.resumable and not unfinished:
+        return leftover
+    if leftover.path.is_dir() and not leftover.path.is_symlink():
+        shutil.rmtree(leftover.path)
+    else:
+        leftover.path.unlink(missing_ok=True)
+    return replace(leftover, removed=True)
+
+
+def _targets() -> list[Path]:
+    """The directories of models, and those of which only a lock is left."""
+    try:
+        entries = sorted(models.models_dir().iterdir())
+    except OSError:
+        return []
+    names = {entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."}
+    names |= {entry.name[1:-5] for entry in entries if re.fullmatch(r"\..+\.lock", entry.name)}
+    return [models.models_dir() / name for name in sorted(names)]
+
+
+def _left_in(target: Path) -> Iterator[Leftover]:
+    if not target.is_dir() or target.is_symlink():
+        return
+    if not is_installed(target):
+        yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
+        return
+    names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{ASIDE_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")
+    for path in sorted(path for name in names for path in target.glob(name)):
+        yield Leftover(path, machine.disk_usage(path), resumable=False)

@@ -1,0 +1,245 @@
+"""What a kept model consists of: which tensors, of which form, in which file.
+
+A kept model is `shared.safetensors` (all that every token needs) and one `experts-LLL.safetensors`
+a layer. Three of Mixtral's matrices are kept fused, because one large multiplication is faster
+than two or three small ones: `qkv_proj` is q above k above v, and an expert's `w13` is w1 (gate)
+above w3 (up). w2 is the down projection: out = w2(silu(w1 x) * w3 x).
+
+An expert is one contiguous block: w13, then w2, then zeros up to a multiple of 4096 bytes, so that
+it begins on a page boundary on disk and in memory. For Mixtral 8x7B in NF4:
+
+    w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
+    = 93,585,408 bytes = 22,848 pages, no padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mixchat.kernels import four_bit
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import ALIGNMENT, TensorSpec
+from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
+from mixchat.weights.matrix.nf4 import BLOCKSIZE
+
+SHARED_FILE = "shared.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head"
+
+
+def experts_file(layer: int) -> str:
+    """Name of the file with a layer's experts."""
+    return f"experts-{layer:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is 4-bit and how it lies in memory; `dtype` is that of everything else."""
+
+    quant_type: QuantType = "nf4"
+    layout: Layout = "bitsandbytes"
+    attention: bool = False
+    head: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    scales: Scales = "absmax"
+
+    def description(self) -> dict[str, Any]:
+        """The same as the manifest has it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
+
+    @classmethod
+    def described(cls, description: dict[str, Any]) -> Quantization:
+        """Read a manifest's description, which has been checked."""
+        values = {key: value for key, value in description.items() if key != "blocksize"}
+        return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The two linear maps of one expert."""
+
+    w13: Linear
+    w2: Linear
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """One expert as a block of bytes. `nbytes` counts the matrices, `stride` the block."""
+
+    w13: LinearSpec
+    w2: LinearSpec
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the matrices."""
+        return sum(spec.nbytes for spec in (*self.w13.tensors, *self.w2.tensors))
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes of the block: `nbytes` rounded up to whole pages."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def tensors(self, expert: int) -> list[TensorSpec]:
+        """The block as tensors of a safetensors file, which allows no holes between them."""
+        specs = [
+            replace(spec, name=f"{expert}.{spec.name}")
+            for spec in (*self.w13.tensors, *self.w2.tensors)
+        ]
+        padding = self.stride - self.nbytes
+        if padding:
+            specs.append(TensorSpec(f"{expert}.padding", torch.uint8, (padding,)))
+        return specs
+
+    def build(self, block: torch.Tensor) -> Expert:
+        """The expert over a block of `stride` bytes, which is used in place."""
+        w13, w2 = self._views(block)
+        return Expert(self.w13.build(w13), self.w2.build(w2))
+
+    def convert(self, block: torch.Tensor, to: ExpertLayout) -> None:
+        """Rewrite the block in place from this layout to that of `to`."""
+        w13, w2 = self._views(block)
+        self.w13.convert(w13, to.w13)
+        self.w2.convert(w2, to.w2)
+
+    def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        views, start = [], 0
+        for spec in (*self.w13.tensors, *self.w2.tensors):
+            views.append(block[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
+            start += spec.nbytes
+        split = len(self.w13.tensors)
+        return views[:split], views[split:]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The tensors of a kept model of this shape and quantization, and how they are computed."""
+
+    config: ModelConfig
+    quantization: Quantization
+    exact: bool = field(default=False, compare=False)  # of all matrices, as in `LinearSpec`
+
+    @cached_property
+    def expert(self) -> ExpertLayout:
+        """The block of one expert; all are alike."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return ExpertLayout(
+            w13=self._linear("w13", 2 * inner, hidden, quantized=True),
+            w2=self._linear("w2", hidden, inner, quantized=True),
+        )
+
+    def qkv(self, layer: int) -> LinearSpec:
+        """q above k above v of one layer."""
+        config = self.config
+        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        name = f"{layer_prefix(layer)}self_attn.qkv_proj"
+        return self._linear(name, rows, config.hidden_size, self.quantization.attention)
+
+    def o(self, layer: int) -> LinearSpec:
+        """The attention's output projection of one layer."""
+        columns = self.config.num_attention_heads * self.config.head_dim
+        name = f"{layer_prefix(layer)}self_attn.o_proj"
+        return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
+
+    @property
+    def head(self) -> LinearSpec | None:
+        """The output head; None where the embedding serves as the head (tied, not quantized)."""
+        if self.config.tie_word_embeddings and not self.quantization.head:
+            return None
+        config = self.config
+        return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
+
+    def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
+        """The weights of the norms before attention and before the experts."""
+        prefix, shape = layer_prefix(layer), (self.config.hidden_size,)
+        return (
+            TensorSpec(f"{prefix}input_layernorm.weight", self.quantization.dtype, shape),
+            TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
+        )
+
+    def gate(self, layer: int) -> TensorSpec:
+        """The router's matrix, which is never quantized."""
+        shape = (self.config.num_local_experts, self.config.hidden_size)
+        name = f"{layer_prefix(layer)}block_sparse_moe.gate.weight"
+        return TensorSpec(name, self.quantization.dtype, shape)
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """The token embedding."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return TensorSpec(EMBEDDING, self.quantization.dtype, shape)
+
+    @property
+    def norm(self) -> TensorSpec:
+        """The weight of the last norm."""
+        return TensorSpec(NORM, self.quantization.dtype, (self.config.hidden_size,))
+
+    def shared_tensors(self) -> Iterator[TensorSpec]:
+        """The tensors of `shared.safetensors`, in their order."""
+        yield self.embedding
+        for layer in range(self.config.num_hidden_layers):
+            yield from self.norms(layer)
+            yield from self.qkv(layer).tensors
+            yield from self.o(layer).tensors
+            yield self.gate(layer)
+        yield self.norm
+        if self.head is not None:
+            yield from self.head.tensors
+
+    def expert_tensors(self) -> Iterator[TensorSpec]:
+        """The tensors of an `experts-LLL.safetensors`, in their order."""
+        for expert in range(self.config.num_local_experts):
+            yield from self.expert.tensors(expert)
+
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """The files of weights by name, each with its tensors in their order."""
+        experts = list(self.expert_tensors())
+        layers = range(self.config.num_hidden_layers)
+        return {SHARED_FILE: list(self.shared_tensors())} | {
+            experts_file(layer): experts for layer in layers
+        }
+
+    @property
+    def shared_size(self) -> int:
+        """Bytes of all shared tensors."""
+        return sum(spec.nbytes for spec in self.shared_tensors())
+
+    @property
+    def expert_count(self) -> int:
+        """Experts in all layers together."""
+        return self.config.num_hidden_layers * self.config.num_local_experts
+
+    def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:
+        """The same model with its codes in the order in which this device computes fastest."""
+        packed = device.type == "cpu" and four_bit.available()
+        used = self.in_layout("cpu-packed" if packed else "bitsandbytes")
+        return replace(used, exact=exact)
+
+    def in_layout(self, layout: Layout) -> Blueprint:
+        """The same model with its codes in another order."""
+        return replace(self, quantization=replace(self.quantization, layout=layout))
+
+    def _linear(self, name: str, rows: int, columns: int, quantized: bool) -> LinearSpec:
+        how = self.quantization
+        quant_type: QuantType = how.quant_type if quantized else "none"
+        return LinearSpec(
+            name,
+            rows,
+            columns,
+            quant_type,
+            how.layout,
+            how.dtype,
+            scales=how.scales,
+            exact=self.exact,
+        )
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    return f"model.layers.{layer}."

@@ -1,0 +1,22 @@
+"""The layout of a model's files of weights: where each tensor's bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mixchat.safetensors import Header, TensorSpec, header_bytes
+from mixchat.weights.format.blueprint import Blueprint
+
+
+class FileLayout:
+    """One file: its first bytes, and where its tensors lie behind them."""
+
+    def __init__(self, name: str, specs: Sequence[TensorSpec]) -> None:
+        self.start = header_bytes(specs)
+        self.size = len(self.start) + sum(spec.nbytes for spec in specs)
+        self.header = Header(self.start[8:], self.size, name)
+
+
+def layouts(blueprint: Blueprint) -> dict[str, FileLayout]:
+    """Every file of weights of a model, by name."""
+    return {name: FileLayout(name, specs) for name, specs in blueprint.files().items()}

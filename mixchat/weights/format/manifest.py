@@ -1,0 +1,246 @@
+"""The manifest of a kept model, `mixchat.json`: written last, so that its presence means "whole".
+
+{"format": 2,
+ "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
+ "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed",
+                  "attention": false, "head": false, "dtype": "bfloat16"},
+ "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
+ "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},
+ "sha256": "..."}
+
+Weights have a SHA-256 for each tensor, so that a damaged one can be named and made again alone.
+The last one is that of all the rest, as `_digest` writes it down. The same bytes are kept once more
+as `mixchat.copy.json`: nothing else could tell what the manifest was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError
+from mixchat.files import read_bytes, read_json_object, write_file
+from mixchat.settings import models_dir
+
+MANIFEST_FILE = "mixchat.json"
+MANIFEST_COPY = "mixchat.copy.json"
+MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
+CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
+FORMAT = 2
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
+_QUANTIZATION = {
+    "quant_type": ("nf4", "fp4", "none"),
+    "blocksize": (64,),
+    "scales": ("absmax", "search", "given"),
+    "layout": ("bitsandbytes", "cpu-packed"),
+    "attention": (False, True),
+    "head": (False, True),
+    "dtype": ("bfloat16", "float16", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a kept model came from: a hub id with its commit, a directory's path, or "demo".
+
+    `revision` is the branch, tag or commit that was asked for.
+    """
+
+    repo: str
+    commit: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A small file's size in bytes and its SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """The size in bytes of a file of weights, and the SHA-256 of each of its tensors by name."""
+
+    size: int
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `mixchat.json` says. `quantization` has the keys shown at the top of this module."""
+
+    source: Source
+    quantization: dict[str, Any]
+    files: dict[str, FileRecord]
+    weights: dict[str, WeightsRecord]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name."""
+        return {name: record.size for name, record in (self.files | self.weights).items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files of weights, as a plan gives them beforehand."""
+        return sum(record.size for record in self.weights.values())
+
+    def serialized(self) -> bytes:
+        """The bytes of `mixchat.json`."""
+        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        document["quantization"] = {key: self.quantization[key] for key in _QUANTIZATION}
+        return (json.dumps({**document, "sha256": _digest(document)}, indent=1) + "\n").encode()
+
+
+def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
+    """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
+    if not is_installed(directory):
+        raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
+    try:
+        return _read(directory / name)
+    except CheckpointError as error:
+        error.hint = error.hint or _remedy(directory)
+        raise
+
+
+def repair_hint(directory: Path) -> str:
+    """The hint where something of an installed model is damaged."""
+    return _elsewhere(directory) or (
+        f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
+    )
+
+
+def _elsewhere(directory: Path) -> str | None:
+    """The hint for a model outside of the data directory, where no name leads to it."""
+    if directory.absolute().parent == models_dir():
+        return None
+    return f"Copy it again: 'mixchat repair' mends only what is in {models_dir()}."
+
+
+def _remedy(directory: Path) -> str:
+    """The hint where the manifest cannot be read: the other of the two can be, or neither."""
+    if any(is_manifest(directory / name) for name in MANIFESTS):
+        return repair_hint(directory)
+    return _elsewhere(directory) or (
+        f"Its copy is damaged, too: 'mixchat rm {directory.name}', and download the model again."
+    )
+
+
+def _read(path: Path) -> Manifest:
+    raw = read_json_object(path)
+    version = raw.get("format")
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {version!r:.40} is not known; this mixchat reads format {FORMAT}",
+            hint="Update mixchat. "
+            + (_elsewhere(path.parent) or f"Or download it again: mixchat rm {path.parent.name}"),
+        )
+    if raw.pop("sha256", None) != _digest(raw):
+        raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
+    try:
+        manifest = Manifest(
+            source=Source(**raw["source"]),
+            quantization={key: raw["quantization"][key] for key in _QUANTIZATION},
+            files={name: FileRecord(**record) for name, record in raw["files"].items()},
+            weights={name: WeightsRecord(**record) for name, record in raw["weights"].items()},
+        )
+    except (TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{path}: a part is missing or malformed") from None
+    _check(path, manifest)
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the copy, then `mixchat.json`, durably and each at once."""
+    for name in (MANIFEST_COPY, MANIFEST_FILE):
+        write_file(directory / name, manifest.serialized())
+
+
+def is_installed(directory: Path) -> bool:
+    """Whether a directory has a manifest, or its copy: they are written last."""
+    return any((directory / name).is_file() for name in MANIFESTS)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file is, to the byte, the manifest that it says it is."""
+    try:
+        return read_bytes(path) == _read(path).serialized()
+    except CheckpointError:
+        return False
+
+
+def read_either_manifest(directory: Path) -> Manifest:
+    """The manifest, or its copy where only that is whole. Raises `CheckpointError` for neither."""
+    try:
+        return read_manifest(directory)
+    except CheckpointError:
+        if not is_manifest(directory / MANIFEST_COPY):
+            raise
+        return read_manifest(directory, MANIFEST_COPY)
+
+
+def restore_manifests(directory: Path) -> None:
+    """Write the one of the two that is whole over the other. Raises `CheckpointError` for none."""
+    manifest = read_either_manifest(directory)
+    for name in MANIFESTS:
+        if not is_manifest(directory / name):
+            write_file(directory / name, manifest.serialized())
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """See that a model can be loaded: it is not half converted, and each file has its size.
+
+    Raises `CheckpointError` with the first fault.
+    """
+    if (directory / CONVERSION_DIR).exists():
+        raise CheckpointError(
+            f"{directory}: the conversion to another layout is under way, or was cut off",
+            hint=f"To finish it: mixchat convert {directory.name}",
+        )
+    check_sizes(directory, manifest)
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
+    for name, expected in manifest.sizes.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing", hint=repair_hint(directory))
+        if (size := path.stat().st_size) != expected:
+            raise CheckpointError(
+                f"{path}: {size} bytes, but the manifest says {expected}",
+                hint=repair_hint(directory),
+            )
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of a document's canonical form: keys sorted, no spaces."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    for key, allowed in _QUANTIZATION.items():
+        value = manifest.quantization[key]
+        if not any(value == known and type(value) is type(known) for known in allowed):
+            raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
+    source = manifest.source
+    if not all(
+        isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")
+    ):
+        raise CheckpointError(f"{path}: the source is malformed")
+    hashes = [record.sha256 for record in manifest.files.values()]
+    for record in manifest.weights.values():
+        if not isinstance(record.sha256, dict):
+            raise CheckpointError(f"{path}: a record of weights is malformed")
+        hashes += record.sha256.values()
+    if not all(isinstance(text, str) for text in hashes):
+        raise CheckpointError(f"{path}: a SHA-256 is malformed")
+    for name, size in manifest.sizes.items():
+        if not _NAME.fullmatch(name) or type(size) is not int or size < 0:
+            raise CheckpointError(f"{path}: a file record is malformed: {name!r:.80}")

@@ -1,0 +1,257 @@
+"""Builds a kept model out of shards as they come, and goes on where it was cut off.
+
+While one shard is quantized, a thread fetches the next; a shard is let go as soon as all of its
+tensors have been taken. What an unfinished part needs of it, since the rest lies in a later shard,
+is put aside in a small file. The journal says what is done: at most a few seconds of quantizing
+are lost, whatever happens. What it says is compared with the disk before work continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixchat.background import in_background
+from mixchat.errors import HubError
+from mixchat.files import read_bytes, write_file
+from mixchat.progress import NoProgress, Progress, Task, running
+from mixchat.safetensors import SafetensorsFile
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.file_layout import layouts
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_journal
+from mixchat.weights.format.manifest import (
+    FORMAT,
+    FileRecord,
+    Manifest,
+    WeightsRecord,
+    is_installed,
+    restore_manifests,
+    write_manifest,
+)
+from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.make.recheck import damaged
+from mixchat.weights.make.spill import ASIDE_PREFIX, Spill
+from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.source.checkpoint_files import COMPANION_FILES
+from mixchat.weights.source.origin import Origin
+
+_SECONDS_BETWEEN_SAVES = 2.0
+_SECONDS_TO_STOP = 0.3
+NO_PROGRESS = NoProgress()
+
+
+def build(
+    origin: Origin,
+    target: Path,
+    blueprint: Blueprint,
+    progress: Progress = NO_PROGRESS,
+    *,
+    ahead: bool = True,
+) -> None:
+    """Make the kept model of `origin` in the directory `target`, or go on making it.
+
+    `ahead`: fetch the next shard while one is quantized, which takes the disk of both.
+    The manifest comes last: until then nothing trusts `target`. Raises `CheckpointError` where the
+    checkpoint is not what its headers said, or not finite, and what fetching raises.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    _Build(origin, target, blueprint, progress, ahead).run()
+
+
+def head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
+    """The first line of the journal: work that another line began is not gone on with."""
+    return {
+        "format": FORMAT,
+        "source": vars(origin.source),
+        "quantization": blueprint.quantization.description(),
+        "fingerprint": origin.fingerprint,
+    }
+
+
+def finish_cut_short(target: Path) -> None:
+    """Take the last steps after a manifest has been written; another process may have been at it.
+
+    The journal goes last: with it, a model is not finished.
+    """
+    if not (target / JOURNAL_FILE).exists() or not is_installed(target):
+        return
+    restore_manifests(target)
+    for path in target.glob(ASIDE_PREFIX + "*"):
+        path.unlink()
+    (target / JOURNAL_FILE).unlink()
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is still to be made of a model, and the shards that are needed for it, in order."""
+
+    parts: list[Part]
+    shards: list[str]
+
+
+def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
+    """What `build` will do in `target`. Changes nothing there."""
+    recorded, _ = read_journal(target, head(origin, blueprint))
+    made = _with_their_size(recorded, target, blueprint)
+    todo = [
+        part
+        for part in parts(blueprint)
+        if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
+    ]
+    names = {name for part in todo for name in part.components(origin.index)}
+    names -= Spill(target, recorded).names
+    return Remaining(todo, sorted({origin.index.shard_of(name) for name in names}))
+
+
+def _with_their_size(
+    made: dict[str, dict[str, str]], target: Path, blueprint: Blueprint
+) -> dict[str, dict[str, str]]:
+    """Return the journal's entries of those files that are there in their full size."""
+    sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
+    return {
+        name: digests
+        for name, digests in made.items()
+        if name in sizes and _size(target / name) == sizes[name]
+    }
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+class _Build:
+    """One model on its way into `target`."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        target: Path,
+        blueprint: Blueprint,
+        progress: Progress,
+        ahead: bool,
+    ) -> None:
+        self._origin, self._index, self._target = origin, origin.index, target
+        self._blueprint, self._progress, self._ahead = blueprint, progress, ahead
+        self._journal = Journal(target, head(origin, blueprint))
+        self._forget_what_is_damaged()
+        left = remaining(origin, target, blueprint)
+        self._todo, self._shards = left.parts, left.shards
+        self._aside = Spill(target, self._journal.made)
+
+    def run(self) -> None:
+        with closing(ModelWriter(self._target, self._blueprint)) as files:
+            self._make_all(files)
+            self._finish(files)
+
+    def _forget_what_is_damaged(self) -> None:
+        lost = damaged(self._target, self._blueprint, self._journal.made, self._progress)
+        self._journal.forget(lost)
+        if count := sum(len(tensors) for tensors in lost.values()):
+            tensors = "1 tensor" if count == 1 else f"{count} tensors"
+            self._progress.note(f"damaged since the last run: {tensors}; making them again")
+
+    def _make_all(self, files: ModelWriter) -> None:
+        for shard in self._index.shards:
+            if shard not in self._shards:
+                self._origin.release(shard)
+        left = sum(self._nbytes(part) for part in self._todo)
+        whole = sum(self._nbytes(part) for part in parts(self._blueprint))
+        with (
+            closing(_fetched(self._origin, self._shards, self._progress, self._ahead)) as fetched,
+            running(self._progress, "quantizing", whole, whole - left) as task,
+        ):
+            for shard, path in fetched:
+                self._take(shard, path, files, task)
+                self._origin.release(shard)
+
+    def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
+        """Make the parts that can be made now, and put aside what the others need of this shard."""
+        with SafetensorsFile(path) as file:
+            if file.header.specs != self._index.header(shard).specs:
+                raise HubError(f"{path}: not the tensors that were found there at first")
+            here = {spec.name for spec in file.header.specs} & self._of_shard(shard)
+            saved = time.monotonic()
+            later = []
+            for part in self._todo:
+                if not set(part.components(self._index)) <= here | self._aside.names:
+                    later.append(part)
+                    continue
+                self._make(part, file, files, task)
+                if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                    self._save(files)
+                    saved = time.monotonic()
+            wanted = {name for part in later for name in part.components(self._index)}
+            if new := sorted(wanted & here - self._aside.names):
+                self._journal.add(*self._aside.put(shard, file, new))
+        self._save(files)
+        self._todo = later
+        self._aside.drop_all_but(wanted)
+
+    def _of_shard(self, shard: str) -> set[str]:
+        names = (name for part in self._todo for name in part.components(self._index))
+        return {name for name in names if self._index.shard_of(name) == shard}
+
+    def _make(self, part: Part, file: SafetensorsFile, files: ModelWriter, task: Task) -> None:
+        def read(name: str) -> torch.Tensor:
+            return self._aside.read(name) if name in self._aside.names else file.read(name)
+
+        digests = files.write(part, part.make(self._index, read))
+        self._journal.add(part.file, digests)
+        task.advance(self._nbytes(part))
+
+    def _save(self, files: ModelWriter) -> None:
+        files.sync()
+        self._journal.save()
+
+    def _nbytes(self, part: Part) -> int:
+        return self._index.nbytes(part.components(self._index))
+
+    def _finish(self, files: ModelWriter) -> None:
+        records = {}
+        companions = self._origin.companions()
+        for name in COMPANION_FILES:
+            path = companions / name
+            if path.exists():
+                data = read_bytes(path)
+                write_file(self._target / name, data)
+                records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        weights = {}
+        for name, size in files.finish().items():
+            made = self._journal.made[name]
+            order = (spec.name for spec in self._blueprint.files()[name])
+            weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
+        description = self._blueprint.quantization.description()
+        write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
+        finish_cut_short(self._target)
+
+
+def _fetched(
+    origin: Origin, shards: list[str], progress: Progress, ahead: bool
+) -> Generator[tuple[str, Path], None, None]:
+    """Each shard's name and path; `ahead`: while a thread fetches the next one."""
+    missing = sum(origin.missing(shard) for shard in shards)
+    whole = sum(origin.index.header(shard).size for shard in origin.index.shards)
+    where = progress if missing else NO_PROGRESS
+    stop = threading.Event()
+    with running(where, f"fetching {origin.source.repo}", whole, whole - missing) as task:
+        coming: Future[Path] | None = None
+        try:
+            for number, shard in enumerate(shards):
+                coming = coming or in_background(origin.fetch, shard, task, stop)
+                path = coming.result()
+                following = shards[number + 1 : number + 2] if ahead else []
+                coming = in_background(origin.fetch, *following, task, stop) if following else None
+                yield shard, path
+        finally:
+            stop.set()
+            if coming is not None:
+                with suppress(Exception):
+                    coming.result(_SECONDS_TO_STOP)

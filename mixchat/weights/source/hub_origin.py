@@ -1,0 +1,228 @@
+"""A checkpoint on the hub, fetched shard by shard: beside the model it becomes, or to the cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from threading import Event, Timer
+from types import TracebackType
+
+import torch
+
+from mixchat.errors import HubError
+from mixchat.progress import Task
+from mixchat.safetensors import SafetensorsFile
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.source import hub
+from mixchat.weights.source.hub import RemoteCheckpoint, RemoteFile
+from mixchat.weights.source.hub_errors import plain_errors
+from mixchat.weights.source.origin import Stopped, TensorReader
+from mixchat.weights.source.transfer import (
+    fetch_file,
+    is_whole,
+    listen,
+    part_path,
+    read_range,
+    wrong_bytes,
+)
+
+SOURCE_DIR = "source"
+_LOCK_POLL = 1.0  # seconds
+_PROBE_SECONDS = 1.0
+
+
+class HubOrigin:
+    """The files of one commit.
+
+    A shard is fetched to `source/` below `target` and removed when it is released; with
+    `keep_source` it goes into huggingface_hub's cache, where other tools find it, and stays there.
+    One that this cache has already is used and stays; where its bytes are not those after which it
+    is named, it is fetched anew. Nothing is removed from the cache, whatever the hub lists.
+    """
+
+    def __init__(
+        self, remote: RemoteCheckpoint, source: Source, target: Path, *, keep_source: bool = False
+    ) -> None:
+        self.source, self.index = source, remote.index
+        self.fingerprint = remote.commit
+        self.keep_source = keep_source
+        self._remote, self._directory = remote, target / SOURCE_DIR
+
+    def companions(self) -> Path:
+        with plain_errors(self._remote.repo_id):
+            for file in self._remote.small:
+                hub.fetch_small(self._remote.repo_id, self._remote.commit, file)
+        return hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
+
+    def missing(self, shard: str) -> int:
+        file = self._remote.shards[shard]
+        path = self._cached(file) or self._path(file)
+        if path.exists():
+            return 0
+        part = part_path(path)
+        return max(0, file.size - part.stat().st_size) if part.exists() else file.size
+
+    def temporary(self, shard: str) -> int:
+        file = self._remote.shards[shard]
+        return 0 if self.keep_source or self._cached(file) else file.size
+
+    def fetch(self, shard: str, task: Task, stop: Event) -> Path:
+        file = self._remote.shards[shard]
+        cached, blob = self._cached(file), self._blob(file)
+        in_cache = self.keep_source or blob.exists()
+        with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
+            if cached and is_whole(cached, file.size, str(file.sha256), stop):
+                return self._linked(file, cached) if self.keep_source else cached
+            if in_cache:
+                with self._cache_lock(file, stop):
+                    self._fill(file, task, stop)
+                return self._linked(file, blob)
+            return self._bring(file, task, stop)
+
+    def release(self, shard: str) -> None:
+        if not self.keep_source:
+            path = self._directory / shard
+            path.unlink(missing_ok=True)
+            part_path(path).unlink(missing_ok=True)
+
+    def open(self, shard: str) -> TensorReader:
+        file = self._remote.shards[shard]
+        cached = self._cached(file)
+        return SafetensorsFile(cached) if cached else _RemoteShard(self._remote, shard)
+
+    def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
+        missing = [shard for shard in shards if self.missing(shard)]
+        if not missing:
+            return None
+        shard, came, stop = missing[0], _Count(), Event()
+        timer = Timer(_PROBE_SECONDS, stop.set)
+        began = time.monotonic()
+        timer.start()
+        try:
+            if keep:
+                self.fetch(shard, came, stop)
+            else:
+                self._listen(shard, came, stop)
+        except Stopped:
+            pass
+        finally:
+            timer.cancel()
+        return came.bytes / (time.monotonic() - began) if came.bytes > 0 else None
+
+    def _listen(self, shard: str, came: Task, stop: Event) -> None:
+        # Whatever is wrong, this only asks how fast it is.
+        with suppress(HubError), plain_errors(self._remote.repo_id):
+            listen(self._remote.url(shard), came, stop)
+
+    def _bring(self, file: RemoteFile, task: Task, stop: Event) -> Path:
+        """The file beside the model."""
+        path = self._directory / file.path
+        if not path.exists():
+            self._fetch(file, path, task, stop)
+        elif not is_whole(path, file.size, str(file.sha256), stop):
+            path.unlink()
+            raise wrong_bytes(file.path)
+        return path
+
+    def _fill(self, file: RemoteFile, task: Task, stop: Event) -> None:
+        """Fetch the cache's blob, unless it is there whole; one that is damaged is replaced."""
+        blob = self._blob(file)
+        if not blob.exists() or not is_whole(blob, file.size, str(file.sha256), stop):
+            self._fetch(file, blob, task, stop)
+
+    def _fetch(self, file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
+        url = self._remote.url(file.path)
+        fetch_file(url, path, file.size, str(file.sha256), task, stop)
+
+    def _path(self, file: RemoteFile) -> Path:
+        """Where the file goes if it is not in the cache."""
+        return self._blob(file) if self.keep_source else self._directory / file.path
+
+    def _blob(self, file: RemoteFile) -> Path:
+        return hub.repo_dir(self._remote.repo_id) / "blobs" / str(file.sha256)
+
+    def _cached(self, file: RemoteFile) -> Path | None:
+        """The file in huggingface_hub's cache, if it is there, by the name of its blob.
+
+        In a cache without links it has no such name: then by its size.
+        """
+        blob = self._blob(file)
+        for place in (self._pointer(file), blob):
+            if place.is_file():
+                real = place.resolve()
+                nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
+                if nameless or real == blob.resolve():
+                    return place
+        return None
+
+    def _pointer(self, file: RemoteFile) -> Path:
+        return hub.snapshot_dir(self._remote.repo_id, self._remote.commit) / file.path
+
+    def _linked(self, file: RemoteFile, path: Path) -> Path:
+        """The cache's documented layout: snapshots/<commit>/<name> links to blobs/<hash>.
+
+        Where something else has that name already it stays, and the blob is used.
+        """
+        pointer = self._pointer(file)
+        if not pointer.exists():
+            pointer.parent.mkdir(parents=True, exist_ok=True)
+            pointer.unlink(missing_ok=True)
+            pointer.symlink_to(os.path.relpath(path, pointer.parent))
+        hub.name_commit(self._remote.repo_id, self.source.revision, self._remote.commit)
+        return pointer if pointer.samefile(path) else path
+
+    @contextmanager
+    def _cache_lock(self, file: RemoteFile, stop: Event) -> Iterator[None]:
+        """The lock of the cache's blob, waited for until `stop` is set."""
+        repo = hub.repo_dir(self._remote.repo_id).name
+        with ExitStack() as stack:
+            while not stop.is_set():
+                with suppress(TimeoutError):
+                    lock = hub.blob_lock(repo, str(file.sha256), timeout=_LOCK_POLL)
+                    stack.enter_context(lock)
+                    break
+            if stop.is_set():
+                raise Stopped
+            yield
+
+
+class _Count:
+    """A bar that nobody sees."""
+
+    bytes = 0
+
+    def advance(self, amount: int) -> None:
+        self.bytes += amount
+
+    def close(self) -> None:
+        pass
+
+
+class _RemoteShard:
+    """Reads single tensors of a shard that stays on the hub."""
+
+    def __init__(self, remote: RemoteCheckpoint, shard: str) -> None:
+        self._remote, self._shard = remote, shard
+        self._header = remote.index.header(shard)
+
+    def read(self, name: str) -> torch.Tensor:
+        spec, start = self._header.spec(name), self._header.start(name)
+        with plain_errors(self._remote.repo_id):
+            url, size = self._remote.url(self._shard), self._header.size
+            data = read_range(url, start, spec.nbytes, Event(), of=size)
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+        return flat.view(spec.dtype).view(spec.shape)
+
+    def __enter__(self) -> _RemoteShard:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass

@@ -1,0 +1,191 @@
+"""A checkpoint as Hugging Face keeps it: which tensor lies in which shard, all of them checked.
+
+Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from mixchat.errors import CheckpointError
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import Header, TensorSpec, header_bytes
+from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
+from mixchat.weights.matrix import bnb_format
+from mixchat.weights.matrix.bnb_format import Quantized4bit
+from mixchat.weights.matrix.nf4 import FourBit
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Buffers that old versions of transformers saved beside the weights.
+_IGNORED = ("rotary_emb.inv_freq",)
+
+Read = Callable[[str], torch.Tensor]
+
+
+class SourceIndex:
+    """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
+
+    `weight_map` is the index file's, None for a checkpoint of one file; `where` names it in
+    messages. Raises `CheckpointError`, with one line that names the first fault, unless all tensors
+    are there, with the shapes of the config, and no others.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        headers: Mapping[str, Header],
+        weight_map: Mapping[str, str] | None,
+        where: str,
+    ) -> None:
+        self.config, self.where = config, where
+        self._headers = dict(headers)
+        if weight_map is None:
+            (file,) = headers
+            weight_map = {spec.name: file for spec in headers[file].specs}
+        self._weight_map = dict(weight_map)
+        self._shapes = expected_shapes(config)
+        self._check_tensors()
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of the files, in their order."""
+        return sorted(self._headers)
+
+    def header(self, shard: str) -> Header:
+        """The header of a file."""
+        return self._headers[shard]
+
+    def shard_of(self, tensor: str) -> str:
+        """The file with this tensor."""
+        return self._weight_map[tensor]
+
+    def nbytes(self, tensors: Iterable[str]) -> int:
+        """Bytes of these tensors together."""
+        return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
+
+    def components(self, matrix: str) -> tuple[str, ...]:
+        """The tensors that make up a matrix: itself, and bitsandbytes' own if it quantized it."""
+        return bnb_format.component_names(matrix, self._weight_map)
+
+    def quant_type(self, matrix: str) -> FourBit | None:
+        """What bitsandbytes quantized a matrix to; None where it is dense."""
+        return bnb_format.quant_type(matrix, self._weight_map)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embedding, which stands for the whole."""
+        return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of all matrices and vectors that are not quantized already."""
+        dense = (name for name in self._shapes if self.quant_type(name) is None)
+        return {self._headers[self._weight_map[name]].spec(name).dtype for name in dense}
+
+    def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
+        """A matrix or vector in floats. Raises `CheckpointError` where it holds NaN or infinity."""
+        if self.quant_type(matrix) is None:
+            tensor = read(matrix)
+        else:
+            tensor = bnb_format.dequantize(self.read_4bit(matrix, read), torch.bfloat16)
+        least, most = tensor.aminmax()  # NaN wins; unlike isfinite() it needs no second tensor
+        if not (torch.isfinite(least) and torch.isfinite(most)):
+            kind = "NaN" if torch.isnan(least) else "infinity"
+            raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {kind}")
+        return tensor.view(self._shapes[matrix])
+
+    def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
+        """A matrix that bitsandbytes quantized. Raises `CheckpointError` where it is malformed."""
+        rows, columns = self._shapes[matrix]
+        return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
+
+    def _place(self, tensor: str) -> str:
+        return self._headers[self._weight_map[tensor]].where
+
+    def _check_tensors(self) -> None:
+        known: set[str] = set()
+        for name, shape in self._shapes.items():
+            if name not in self._weight_map:
+                raise CheckpointError(f"{self.where}: the tensor {name} is missing")
+            if self.quant_type(name) is None:
+                self._check_dense(name, shape)
+            elif len(shape) != 2:
+                raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
+            known.update(self.components(name))
+        for name, shard in self._weight_map.items():
+            self._headers[shard].spec(name)
+            tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
+            if name not in known and not tied_head and not name.endswith(_IGNORED):
+                raise CheckpointError(f"{self.where}: {name!r:.120} is not a tensor of a Mixtral")
+
+    def _check_dense(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = self._headers[self._weight_map[name]].spec(name)
+        if spec.shape != shape:
+            raise CheckpointError(
+                f"{self._place(name)}: {name} has the shape {list(spec.shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+        if spec.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self._place(name)}: {name} is {spec.dtype}: "
+                "only bf16, fp16 and fp32 weights can be quantized"
+            )
+
+
+def expert_tensor(layer: int, expert: int, matrix: str) -> str:
+    """Name of `w1`, `w2` or `w3` of an expert."""
+    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+
+
+def attention_tensors(layer: int) -> tuple[str, ...]:
+    """Names of a layer's four attention matrices."""
+    return tuple(f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Mixtral checkpoint, by name, with its shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = layer_prefix(layer)
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "self_attn.q_proj.weight"] = (heads, hidden)
+        shapes[prefix + "self_attn.k_proj.weight"] = (kv * config.head_dim, hidden)
+        shapes[prefix + "self_attn.v_proj.weight"] = (kv * config.head_dim, hidden)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, heads)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
+        for expert in range(config.num_local_experts):
+            shapes[expert_tensor(layer, expert, "w1")] = (inner, hidden)
+            shapes[expert_tensor(layer, expert, "w2")] = (hidden, inner)
+            shapes[expert_tensor(layer, expert, "w3")] = (inner, hidden)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def expected_index(config: ModelConfig, where: str, shard_bytes: float = math.inf) -> SourceIndex:
+    """The tensors of a checkpoint in bf16, known without it, in shards of at most so many bytes."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for name, shape in expected_shapes(config).items():
+        spec = TensorSpec(name, torch.bfloat16, shape)
+        if size + spec.nbytes > shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    names = [f"{where}-{number:05}" for number in range(len(shards))] if shards[1:] else [where]
+    headers = {name: _header(specs, name) for name, specs in zip(names, shards, strict=True)}
+    weight_map = {spec.name: name for name in names for spec in headers[name].specs}
+    return SourceIndex(config, headers, weight_map, where)
+
+
+def _header(specs: Sequence[TensorSpec], where: str) -> Header:
+    start = header_bytes(specs)
+    return Header(start[8:], len(start) + sum(spec.nbytes for spec in specs), where)

@@ -1,0 +1,212 @@
+"""Bytes from the hub: a file so that what has arrived is kept, or a range of one.
+
+huggingface_hub starts a file anew after an interruption and compares sizes, not hashes. Here the
+bytes go to `<file>.mixchat.part`; the next attempt, also of the next process, goes on behind them,
+and a file gets its name only if its SHA-256 is the one that the hub lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from mixchat.errors import HubError
+from mixchat.files import give_name, open_regular
+from mixchat.progress import Task
+from mixchat.weights.source.hub_errors import is_transient
+from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, wait_asked_for
+from mixchat.weights.source.origin import Stopped
+
+PART_SUFFIX = ".mixchat.part"
+_CHUNK = 1 << 20  # bytes
+_SYNC = 1 << 28  # bytes that a power cut can take back
+# Seconds before each further attempt; counted anew whenever more bytes are there than ever before.
+_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+def part_path(path: Path) -> Path:
+    """Where a file's bytes lie until they are all there."""
+    return path.with_name(path.name + PART_SUFFIX)
+
+
+def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: Event) -> None:
+    """Fetch `url` to `path`, going on behind the bytes that an earlier attempt left.
+
+    Moves the bar by the bytes that come. Raises `HubError` where they are not those hashed,
+    `Stopped` once `stop` is set, and whatever huggingface_hub raises where the last attempt fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(path)
+    if part.is_symlink() or not part.is_file():  # planted: it is not written through
+        part.unlink(missing_ok=True)
+    # What an earlier attempt left may have suffered from a power cut: then try once without it.
+    attempts = 2 if part.exists() else 1
+    for _ in range(attempts):
+        if _Download(url, part, size, task, stop).run(sha256):
+            give_name(part, path)
+            return
+    raise wrong_bytes(path.name)
+
+
+def is_whole(path: Path, size: int, sha256: str, stop: Event) -> bool:
+    """Whether a file that is there is the one expected, by its hash."""
+    digest = hashlib.sha256()
+    if path.stat().st_size == size:
+        _hash_into(digest, path, stop)
+    return digest.hexdigest() == sha256
+
+
+def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
+    """`size` bytes of `url` from byte `start` on; `of` is the size of the whole, where known.
+
+    Raises as `fetch_file` does.
+    """
+    got, remote = bytearray(), RemoteBytes(url, of)
+
+    def attempt() -> None:
+        with remote.stream(start + len(got), start + size - 1) as (response, first):
+            skip = start + len(got) - first  # where the hub sends the file from its beginning
+            for chunk in response.iter_bytes():
+                if stop.is_set():
+                    raise Stopped
+                fresh = chunk[skip : skip + size - len(got)]
+                skip = max(0, skip - len(chunk))
+                got.extend(fresh)
+                if len(got) == size:
+                    return
+
+    _patiently(attempt, lambda: len(got), size, stop, url)
+    return got
+
+
+def listen(url: str, task: Task, stop: Event) -> None:
+    """Take what comes from `url` and throw it away, until `stop` is set."""
+    with RemoteBytes(url, None).stream(0, None) as (response, _):
+        for chunk in response.iter_bytes():
+            task.advance(len(chunk))
+            if stop.is_set():
+                return
+
+
+def wrong_bytes(name: str) -> HubError:
+    """The error for a file with another hash than it should have, which has been removed."""
+    return HubError(
+        f"{name}: the bytes are not those that the hub lists (SHA-256); they were removed",
+        hint="Run the same command again.",
+    )
+
+
+class _Download:
+    """One file on its way: the part on disk, and the hash of what it holds."""
+
+    def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
+        self._url, self._part, self._size = url, part, size
+        self._remote = RemoteBytes(url, size)
+        self._task, self._stop = task, stop
+        self._done = self._synced = 0
+        self._digest = hashlib.sha256()
+
+    def run(self, sha256: str) -> bool:
+        """Fetch what is missing; False, with nothing left, where the whole has another hash."""
+        if self._part.exists():
+            if self._part.stat().st_size > self._size:
+                self._part.unlink()
+            else:
+                self._done = _hash_into(self._digest, self._part, self._stop)
+        self._part.touch()
+        _patiently(self._attempt, lambda: self._done, self._size, self._stop, self._url)
+        if self._digest.hexdigest() == sha256:
+            return True
+        self._restart()
+        self._part.unlink()
+        return False
+
+    def _attempt(self) -> None:
+        with self._remote.stream(self._done, None) as (response, first):
+            known = self._done - first  # bytes of the answer that are there already
+            with open(self._part, "ab", buffering=0) as file:
+                # As they come: a chunk of a fixed size would be lost if the connection broke.
+                for chunk in response.iter_bytes():
+                    known, chunk = max(0, known - len(chunk)), chunk[known:]
+                    if self._done + len(chunk) > self._size:
+                        self._restart()
+                        raise wrong_bytes(_name(self._url))
+                    self._take(file, chunk)
+                os.fsync(file.fileno())
+
+    def _take(self, file: Any, chunk: bytes) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        view = memoryview(chunk)
+        while view:
+            written = file.write(view)
+            self._digest.update(view[:written])
+            self._done += written
+            self._task.advance(written)
+            view = view[written:]
+        if self._done - self._synced > _SYNC:
+            os.fsync(file.fileno())
+            self._synced = self._done
+
+    def _restart(self) -> None:
+        os.truncate(self._part, 0)
+        self._task.advance(-self._done)
+        self._done = self._synced = 0
+        self._digest = hashlib.sha256()
+
+
+def _patiently(
+    attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, url: str
+) -> None:
+    """Repeat `attempt` until `done` is `size`, with pauses that begin anew when bytes have come.
+
+    Bytes that were there once and are fetched again do not count: that could go on for ever.
+    """
+    waits, most = iter(_WAITS), done()
+    while done() < size:
+        failure = _failure(attempt)
+        if done() > most:
+            waits, most = iter(_WAITS), done()
+        if done() >= size:
+            return
+        wait = next(waits, None)
+        if wait is None:
+            raise failure or HubError(f"the hub sends no more bytes of {_name(url)}")
+        if stop.wait(max(wait, wait_asked_for(failure))):
+            raise Stopped
+
+
+def _failure(attempt: Callable[[], None]) -> Exception | None:
+    """What made an attempt fail, if it may be tried again."""
+    from huggingface_hub import errors
+
+    http_error: type[Exception] = vars(errors)["HTTPError"]
+    try:
+        attempt()
+    except WrongAnswer as error:
+        return error
+    except http_error as error:
+        if not is_transient(error):
+            raise
+        return error
+    return None
+
+
+def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
+    """Feed the file to `digest`; its size in bytes."""
+    done = 0
+    with open(open_regular(path), "rb") as file:
+        while chunk := file.read(_CHUNK):
+            if stop.is_set():
+                raise Stopped
+            digest.update(chunk)
+            done += len(chunk)
+    return done
+
+
+def _name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]

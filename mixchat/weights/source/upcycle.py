@@ -1,0 +1,178 @@
+"""Sparse upcycling: a dense Llama in GGUF becomes a Mixtral checkpoint that computes the same.
+
+Every expert is the dense feed-forward block under a permutation of its own of the inner channels:
+the function stays, but no two experts have the same bytes, so that mixing up their matrices ruins
+the text instead of passing unseen. The routing weights of a token sum to one, hence the output is
+the dense model's whatever the router, which is random, picks. (Komatsuzaki et al., 2212.05055.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mixchat.errors import CheckpointError
+from mixchat.files import write_file
+from mixchat.model_config import ModelConfig
+from mixchat.progress import Progress, running
+from mixchat.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.source.checkpoint_files import INDEX
+from mixchat.weights.source.gguf_tokenizer import write_tokenizer
+from mixchat.weights.source.index import expected_shapes
+
+SEED = 0
+ROUTER_STD = 0.02
+_SHARD_BYTES = 250_000_000
+Floats = npt.NDArray[np.float32]
+
+
+def upcycle(
+    gguf: Path,
+    target: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
+
+    `generation` is its generation_config.json; `target` is an existing directory. One tensor is in
+    memory at a time. The bytes depend on the input alone. Raises `CheckpointError` where the dense
+    model does not fit `config`.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    shape = ModelConfig.from_dict(config)
+    write_tokenizer(
+        {key: field.contents() for key, field in reader.fields.items()},
+        target,
+        context=shape.max_position_embeddings,
+    )
+    _write_json(target / "config.json", config)
+    _write_json(target / "generation_config.json", generation)
+    dense = _Dense({tensor.name: tensor for tensor in reader.tensors}, shape)
+    _write_shards(target, shape, dense.sparse_tensors(), progress)
+
+
+class _Dense:
+    """The dense model's tensors, dequantized one at a time."""
+
+    def __init__(self, tensors: dict[str, Any], config: ModelConfig) -> None:
+        self._tensors, self._config = tensors, config
+        # Not numpy's newer Generator: its streams may change between releases, this one's may not.
+        self._random = np.random.RandomState(SEED)
+
+    def sparse_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the Mixtral, bf16, in the order of `expected_shapes`."""
+        yield "model.embed_tokens.weight", self._bf16("token_embd")
+        for layer in range(self._config.num_hidden_layers):
+            yield from self._layer(f"model.layers.{layer}.", f"blk.{layer}.")
+        yield "model.norm.weight", self._bf16("output_norm")
+        head = "output" if "output.weight" in self._tensors else "token_embd"
+        yield "lm_head.weight", self._bf16(head)
+
+    def _layer(self, prefix: str, dense: str) -> Iterator[tuple[str, torch.Tensor]]:
+        config = self._config
+        q = _unpermute(self._read(f"{dense}attn_q"), config.num_attention_heads)
+        k = _unpermute(self._read(f"{dense}attn_k"), config.num_key_value_heads)
+        yield f"{prefix}input_layernorm.weight", self._bf16(f"{dense}attn_norm")
+        yield f"{prefix}self_attn.q_proj.weight", _to_bf16(q)
+        yield f"{prefix}self_attn.k_proj.weight", _to_bf16(k)
+        yield f"{prefix}self_attn.v_proj.weight", self._bf16(f"{dense}attn_v")
+        yield f"{prefix}self_attn.o_proj.weight", self._bf16(f"{dense}attn_output")
+        yield f"{prefix}post_attention_layernorm.weight", self._bf16(f"{dense}ffn_norm")
+        moe = f"{prefix}block_sparse_moe."
+        gate = self._random.standard_normal((config.num_local_experts, config.hidden_size))
+        yield f"{moe}gate.weight", _to_bf16((gate * ROUTER_STD).astype(np.float32))
+        w1, w2, w3 = (self._bf16(f"{dense}ffn_{name}") for name in ("gate", "down", "up"))
+        for expert in range(config.num_local_experts):
+            order = torch.from_numpy(self._random.permutation(len(w1)))
+            yield f"{moe}experts.{expert}.w1.weight", w1[order]
+            yield f"{moe}experts.{expert}.w2.weight", w2[:, order]
+            yield f"{moe}experts.{expert}.w3.weight", w3[order]
+
+    def _bf16(self, name: str) -> torch.Tensor:
+        return _to_bf16(self._read(name))
+
+    def _read(self, name: str) -> Floats:
+        from gguf import dequantize
+
+        try:
+            tensor = self._tensors[f"{name}.weight"]
+        except KeyError:
+            raise CheckpointError(f"the dense model has no tensor {name}.weight") from None
+        values: Floats = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"the dense model's {name}.weight is not finite")
+        return values
+
+
+def _unpermute(weight: Floats, heads: int) -> Floats:
+    """Undo llama.cpp's order of the rows of q and k: [out, in], the same shape.
+
+    It interleaves the two halves of each head's rotary dimensions. With one head of 4 rows,
+    0 2 1 3 becomes 0 1 2 3 (each row named by its place in Hugging Face's order).
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, -1)
+
+
+def _to_bf16(values: Floats) -> torch.Tensor:
+    # Where dequantizing is a no-op, this is a read-only view of the mapped file: torch would warn.
+    owned = values if values.flags.writeable else values.copy()
+    return torch.from_numpy(owned).to(torch.bfloat16)
+
+
+def _write_shards(
+    target: Path,
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    progress: Progress,
+) -> None:
+    specs = [
+        TensorSpec(name, torch.bfloat16, shape) for name, shape in expected_shapes(config).items()
+    ]
+    total = sum(spec.nbytes for spec in specs)
+    shards = list(_shards(specs))
+    weight_map = {}
+    with running(progress, "building the demo model", total) as task:
+        for number, shard in enumerate(shards, 1):
+            path = target / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            with SafetensorsWriter(path, shard) as writer:
+                for spec in shard:
+                    name, tensor = next(tensors)
+                    _check(spec, name, tensor)
+                    writer.write(name, tensor)
+                    task.advance(spec.nbytes)
+                    weight_map[name] = path.name
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(target / INDEX, index)
+
+
+def _shards(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """The tensors in groups of about `_SHARD_BYTES`."""
+    shard: list[TensorSpec] = []
+    for spec in specs:
+        if shard and sum(one.nbytes for one in shard) + spec.nbytes > _SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(spec)
+    yield shard
+
+
+def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
+    if (spec.name, spec.shape) != (name, tuple(tensor.shape)):
+        raise CheckpointError(
+            f"the dense model gives {name} {list(tensor.shape)} where "
+            f"{spec.name} {list(spec.shape)} is expected"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())

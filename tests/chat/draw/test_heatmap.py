@@ -1,0 +1,153 @@
+"""The heatmap of the experts, in terminals of every width, with and without colours."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.color import Color, ColorSystem
+from rich.console import Console
+from rich.style import Style
+
+from mixchat.chat.draw.heatmap import (
+    ASCII_MARKS,
+    LEVELS,
+    MARKS,
+    STYLES,
+    Heatmap,
+    drawn,
+    relative_uses,
+)
+from mixchat.experts.stats import ExpertReport
+
+TINY = ExpertReport(
+    model="tiny",
+    hits=[[3, 0, 7, 5], [0, 0, 0, 0]],
+    misses=[[1, 0, 1, 3], [0, 0, 0, 0]],
+    tiers=[["device", "disk", "host", "device"], ["disk", "disk", "disk", "device"]],
+    slots={"device": 3, "host": 1},
+    bytes_moved=4_000_000,
+    stalled_seconds=1.5,
+    guesses=4,
+    right_guesses=3,
+    tokens=10,
+    seconds=6.0,
+)
+
+
+def report_of(layers: int, experts: int) -> ExpertReport:
+    """Expert e of each layer is used e times, and found but once."""
+    return replace(
+        TINY,
+        hits=[[min(e, 1) for e in range(experts)] for _ in range(layers)],
+        misses=[[max(e - 1, 0) for e in range(experts)] for _ in range(layers)],
+        tiers=[[("device", "host", "disk")[e % 3] for e in range(experts)]] * layers,
+    )
+
+
+def lines(report: ExpertReport, width: int = 80, encoding: str = "utf-8") -> list[str]:
+    """Without colours, as in a pipe."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=out, width=width, color_system=None).print(Heatmap(report))
+    out.flush()
+    return out.buffer.getvalue().decode(encoding).splitlines()
+
+
+def test_a_tiny_model() -> None:
+    assert [line.rstrip() for line in lines(TINY)] == [
+        "      0     1     2     3     hits",
+        "  0   20●    -·   40○   40●    75%",
+        "  1    -·    -·    -·    -●      -",
+        "cells    % of the layer's uses",
+        "now      ● device 3 of 3 slots   ○ host 1 of 1 slots   · disk 4",
+        "model    tiny: 10 tokens in 6 s",
+        "uses     20, 75.0% hits; guesses 4, 3 right (75%)",
+        "moved    4 MB, 400 kB a token; stalled 1.5 s, 25% of the run",
+    ]
+
+
+def test_a_run_that_did_nothing_divides_by_nothing() -> None:
+    nothing = [[0] * 4] * 2
+    idle = replace(TINY, hits=nothing, misses=nothing, tokens=0, seconds=0.0, bytes_moved=0)
+    idle = replace(idle, stalled_seconds=0.0, guesses=0, right_guesses=0)
+    assert [line.rstrip() for line in lines(idle)][-3:] == [
+        "model    tiny: 0 tokens in 0 s",
+        "uses     0, - hits; guesses 0",
+        "moved    0 bytes; stalled 0.0 s",
+    ]
+
+
+def test_uses_are_compared_within_their_layer() -> None:
+    report = replace(TINY, hits=[[3, 0, 0, 3], [900, 0, 0, 900]], misses=[[0, 6, 0, 0], [0] * 4])
+    assert relative_uses(report) == [[1, 2, 0, 1], [2, 0, 0, 2]]
+
+
+def test_mixtral_fits_a_small_terminal() -> None:
+    """80 columns, and 40 lines with the command above it."""
+    shown = lines(report_of(32, 8))
+    assert len(shown) < 40
+    assert max(map(len, shown)) <= 80
+    assert [line[:4] for line in shown[1:33]] == [f"{layer:>3} " for layer in range(32)]
+    assert all(line.endswith("25%") for line in shown[1:33])
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 40, 79, 80, 200])
+@pytest.mark.parametrize("experts", [1, 8, 16, 60, 128])
+def test_no_line_is_wider_than_the_terminal(width: int, experts: int) -> None:
+    assert max(map(len, lines(report_of(3, experts), width))) <= width
+
+
+def test_many_experts_go_on_below_and_none_is_left_out() -> None:
+    shown = lines(report_of(64, 128))
+    assert shown[0].split() == ["0", "8", "16", "24", "hits"]
+    rows = shown[1 : 1 + 64 * 4]
+    assert [line[:4] for line in rows[:5]] == ["  0 ", "+32 ", "+64 ", "+96 ", "  1 "]
+    cells = "".join(line[4:68] for line in rows[:4])
+    # Expert e is used e times, and the mean is 63.5.
+    levels = [0] + [1] * 31 + [2] * 19 + [3] * 29 + [4] * 47 + [5]
+    assert cells == "".join(f"{level}{'●○·'[e % 3]}" for e, level in enumerate(levels))
+
+
+def test_without_unicode_the_marks_are_ascii() -> None:
+    shown = lines(TINY, encoding="ascii")
+    assert shown[1].split()[1:5] == ["20#", "-.", "40+", "40#"]
+    assert shown[4].split()[1::6] == ["#", "+", "."]
+    assert set(MARKS) == set(ASCII_MARKS)
+
+
+def test_colour_tells_the_level_of_use() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system="256", no_color=False)
+    segments = [s for line in console.render_lines(Heatmap(TINY)) for s in line]
+    styles = {s.text.strip(): s.style.bgcolor for s in segments if s.style and s.style.bgcolor}
+    assert styles["20●"] == Style.parse(STYLES[3]).bgcolor
+    assert styles["40○"] == styles["<2"] == Style.parse(STYLES[4]).bgcolor
+    assert set(styles) >= set(LEVELS[1:])
+    assert not [text for text in styles if text.startswith("-")]
+
+
+def test_levels_differ_in_a_terminal_of_16_colours() -> None:
+    colours = [Color.parse(style.split()[-1]) for style in STYLES if style]
+    assert len({c.downgrade(ColorSystem.STANDARD).number for c in colours}) == len(LEVELS) - 1
+
+
+def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    Console(file=out, width=80, force_terminal=True, color_system="256").print(Heatmap(TINY))
+    assert "\x1b[4" not in out.getvalue()
+    assert "\x1b[3" not in out.getvalue()
+    assert "mean" not in out.getvalue()  # the legend of the colours
+
+
+def test_a_models_name_cannot_act_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    shown = drawn(replace(TINY, model="[red]\x1b[2J\nx"), io.StringIO())
+    assert "model    [red][2J x: 10 tokens" in shown
+    assert "\x1b" not in shown
+
+
+def test_drawing_writes_nothing() -> None:
+    """Whoever prints the text meets a closed pipe as an error; Rich itself would exit."""
+    out = io.StringIO()
+    assert drawn(TINY, out)
+    assert out.getvalue() == ""

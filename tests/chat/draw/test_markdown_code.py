@@ -1,0 +1,129 @@
+"""Code that is not quite Markdown: without a fence, or broken off within one and resumed."""
+
+import random
+
+import pytest
+from markdown_texts import fence
+from rich.console import Console
+from screens import Terminal
+from test_markdown import Eager, pieces, printed, rows_of
+
+from mixchat.chat.draw.markdown import broken_off
+from mixchat.chat.draw.markdown_stream import MarkdownStream
+
+CLASS = '''\
+class Pair(Base):
+    """Two values."""
+
+    def __init__(self, *args, **kwargs):
+        self.norm = x**2 + y**2
+
+    def __eq__(self, other):
+        if __name__ == "__main__":
+            return __file__
+
+print(Pair.__doc__, __FILE__)'''
+
+
+def test_code_without_a_fence_keeps_its_underscores_and_its_spaces():
+    """`def __init__(self):` was shown as `def init(self):`, in bold, and nothing was indented."""
+    assert rows_of(CLASS) == CLASS.split("\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "function f() {\n  return 1;\n\n  // 2\n}",
+        "A poem:\n\n   roses\n      are red",
+        "the __init__ method, self.__class__.__name__ and a(__x__)",
+        "10**6 + (a)**2",
+        "#include <stdio.h>\nint main() {\n    return 0;\n}",
+    ],
+)
+def test_what_may_be_code_stays_as_typed(text):
+    assert rows_of(text) == text.split("\n")
+
+
+def test_emphasis_is_still_drawn():
+    assert rows_of("__two words__ **one** _em_ __Note__: **x**, *y*") == [
+        "two words one em Note: x, y"
+    ]
+
+
+def resumed(before, after, width=60, height=20, size=7):
+    """What the rest of a text looks like, if the beginning was drawn before it broke off."""
+    terminal = Terminal(width, height, "truecolor")
+    with Eager(terminal.console, before=before) as stream:
+        for piece in pieces(after, size):
+            stream.feed(piece)
+    return terminal
+
+
+def test_a_code_block_that_broke_off_is_resumed_as_code():
+    """`# Example` became a heading, and the code's end began a block of its own."""
+    before = "See:\n\n```python\ndef f(x):\n    return"
+    after = " x\n# Example\nprint(f(1))\n```\n\n# Done\n"
+    assert resumed(before, after).rows == [
+        "── python ──────────",
+        "    return x",
+        "# Example",
+        "print(f(1))",
+        "────────────────────",
+        "",
+        "Done",
+    ]
+
+
+def test_an_end_of_a_fence_that_broke_off_is_completed():
+    assert resumed("```\na\n``", "`\n# b\n").rows[1:] == ["────────────────────", "b"]
+
+
+def test_a_language_that_broke_off_is_completed():
+    assert resumed("```py", "thon\na\n```").rows[0] == "── python ──────────"
+
+
+@pytest.mark.parametrize("size", [4, 10**6])
+@pytest.mark.parametrize("mark", ["", "> ", "1. ", "- a\n\n> "])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_rest_of_a_block_looks_as_in_the_whole_text(seed, mark, size):
+    """In lists and quotes, too: code is coloured by its beginning, which is not shown again."""
+    made = random.Random(seed)
+    indent = "> " if ">" in mark else " " * len(mark)
+    code = fence(made, lines=24).lstrip(" ").rstrip("`~").rstrip("\n") + "\n"
+    text = mark + code.replace("\n", f"\n{indent}") + "# b\n"
+    whole = printed(text, 60, 20, "truecolor")
+    cuts = range(len(mark) + 5, len(text))
+    open_at = [cut for cut in made.sample(cuts, 6) if broken_off(text[:cut])]
+    assert len(open_at) > 2
+    for cut in open_at:
+        rest = resumed(text[:cut], text[cut:], size=size)
+        frame, *rows = rest.cells
+        assert rest.is_sane
+        assert "──" in "".join(cell.data for cell in frame)
+        marks = 3 if indent.strip() == "" else 0  # the mark of an item is not shown again
+        assert [row[marks:] for row in rows] == [
+            row[marks:] for row in whole.cells[len(whole.cells) - len(rows) :]
+        ]
+
+
+@pytest.mark.parametrize("before", ["", "Hello", "```\na\n```\n", "```\na\n```", "- a\n  b", "`a"])
+def test_what_broke_off_in_no_code_block_is_resumed_as_it_comes(before):
+    assert resumed(before, "# x\n").rows == ["x"]
+
+
+def test_what_only_looked_like_a_fence_is_shown():
+    assert resumed("- a\n  ```py", "`x\n- b\n").rows == ["• a", "  ```py`x", "• b"]
+
+
+def test_where_nothing_more_comes_nothing_is_drawn():
+    terminal = Terminal()
+    MarkdownStream(terminal.console, before="```\na").close()
+    assert terminal.rows == []
+
+
+def test_a_file_gets_the_rest_of_the_code(tmp_path):
+    with open(tmp_path / "out", "w+") as file:
+        with MarkdownStream(Console(file=file, width=40), before="```\na\n") as stream:
+            stream.feed("# b\n")
+        file.seek(0)
+        assert file.read().split("\n")[1] == "# b"

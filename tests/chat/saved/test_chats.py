@@ -1,0 +1,543 @@
+"""Kept chats: what is saved comes back, what is damaged is refused, nothing is half-written."""
+
+import errno
+import json
+import os
+import re
+import stat
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mixchat.chat.saved.chats import Chat, ChatStore, checked_name, now
+from mixchat.errors import (
+    ChatNotFoundError,
+    CheckpointError,
+    MixchatError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.text.messages import Message
+
+BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)
+ID = "20261125-1630-k3f"
+TALK = (
+    Message("user", "Why is the sky blue?"),
+    Message("assistant", "Rayleigh.", (5, 31999)),
+    Message("user", "Go on"),
+    Message("assistant", "Wave", None, partial=True),
+)
+SAMPLING = {"temperature": 0.7, "top_k": 0, "seed": None, "repeat_penalty": 1.1}
+
+
+def chat_of(id=ID, messages=TALK, **other):
+    usual = {
+        "name": None,
+        "model": "instruct",
+        "identity": "c0ffee",
+        "created": BEGAN,
+        "updated": BEGAN,
+        "system": None,
+        "sampling": SAMPLING,
+    }
+    return Chat(id=id, messages=messages, **(usual | other))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ChatStore(tmp_path / "home" / "chats")
+
+
+@pytest.fixture
+def three(store):
+    """Chats of two days; the one that began first was used last."""
+    used = {"20261124-0900-abc": 9, "20261125-1630-k3f": 1, "20261125-1630-k4f": 2}
+    for id, hours in used.items():
+        store.save(chat_of(id, updated=BEGAN + timedelta(hours=hours)))
+    return store
+
+
+def file_of(store, id=ID):
+    return store.directory / f"{id}.json"
+
+
+def edit(store, **values):
+    raw = json.loads(file_of(store).read_bytes())
+    file_of(store).write_text(json.dumps(raw | values))
+
+
+class TestRoundTrip:
+    def test_all_of_a_chat_comes_back(self, store):
+        chat = chat_of(name="sky", system="Be brief.\n", updated=BEGAN + timedelta(minutes=3))
+        store.save(chat)
+        assert store.load(ID) == chat
+
+    def test_a_time_of_another_zone_comes_back_as_the_same_moment_in_utc(self, store):
+        zone = timezone(timedelta(hours=5, minutes=30))
+        store.save(chat_of(created=BEGAN.astimezone(zone)))
+        assert store.load(ID).created == BEGAN
+        assert store.load(ID).created.utcoffset() == timedelta(0)
+
+    def test_an_empty_chat_comes_back(self, store):
+        store.save(chat_of(messages=()))
+        assert store.load(ID).messages == ()
+
+    # Two halves that were never joined must not come back as one character.
+    @example("\ud83d\ude00 \udcff \0 \r\n \u2028")
+    @given(st.text(st.characters(exclude_categories=())))
+    @settings(max_examples=50, deadline=None)
+    def test_every_text_comes_back_even_what_utf8_cannot_say(self, text):
+        with tempfile.TemporaryDirectory() as directory:
+            store = ChatStore(Path(directory))
+            chat = chat_of(messages=(Message("user", text),), system=text, model=text)
+            store.save(chat)
+            assert store.load(ID) == chat
+
+    def test_ten_megabytes_come_back(self, store):
+        chat = chat_of(messages=(Message("user", "añ😀\n" * 2_500_000),))
+        store.save(chat)
+        assert store.load(ID) == chat
+
+    def test_what_json_has_no_word_for_is_not_written(self, store):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            store.save(chat_of(sampling={"temperature": float("nan")}))
+        assert not file_of(store).exists()
+
+
+class TestFiles:
+    def test_only_the_owner_can_read_whatever_the_umask(self, store):
+        before = os.umask(0)
+        try:
+            store.save(chat_of())
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+        assert stat.S_IMODE(file_of(store).stat().st_mode) == 0o600
+
+    def test_nobody_else_can_read_it_while_it_is_written(self, store, monkeypatch):
+        modes = []
+
+        def fsync(descriptor):
+            modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+
+        store.directory.mkdir(parents=True)
+        monkeypatch.setattr(os, "fsync", fsync)
+        before = os.umask(0)
+        try:
+            store.save(chat_of())
+        finally:
+            os.umask(before)
+        assert modes[0] == 0o600
+
+    def test_a_link_in_its_place_is_not_written_through(self, store, tmp_path):
+        precious = tmp_path / "precious"
+        precious.write_text("precious")
+        store.directory.mkdir(parents=True)
+        file_of(store).symlink_to(precious)
+        store.save(chat_of())
+        assert precious.read_text() == "precious"
+        assert not file_of(store).is_symlink()
+
+    @pytest.mark.parametrize(
+        ("number", "kind"),
+        [
+            (errno.ENOSPC, ResourceError),
+            (errno.EDQUOT, ResourceError),
+            (errno.EROFS, UsageError),
+            (errno.EIO, MixchatError),
+        ],
+    )
+    def test_a_failing_disk_leaves_the_chat_as_it_was(self, store, monkeypatch, number, kind):
+        store.save(chat_of())
+
+        def fail(*arguments):
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", fail)
+            with pytest.raises(kind, match="cannot be saved") as caught:
+                store.save(chat_of(messages=()))
+        assert type(caught.value) is kind
+        assert store.load(ID) == chat_of()
+        assert os.listdir(store.directory) == [f"{ID}.json"]
+
+    def test_a_file_in_the_directorys_place_is_a_clear_error(self, store):
+        store.directory.parent.mkdir()
+        store.directory.write_text("")
+        with pytest.raises(UsageError, match="cannot be saved"):
+            store.save(chat_of())
+
+    @pytest.mark.parametrize(
+        "id", ["", "../x", f"../{ID}", f"{ID}/../x", f"{ID}\n", "sky", "x" * 9]
+    )
+    def test_what_is_no_id_names_no_file(self, store, id):
+        for use in (store.kv_path, lambda id: store.save(chat_of(id))):
+            with pytest.raises(UsageError, match="not a chat's ID"):
+                use(id)
+        for find in (store.load, store.remove):
+            with pytest.raises(ChatNotFoundError):
+                find(id)
+
+    def test_writers_at_once_leave_a_whole_chat(self, store):
+        chats = [chat_of(messages=(Message("user", str(n) * 50_000),) * 4) for n in range(3)]
+        store.save(chats[0])
+
+        def save_often(chat):
+            for _ in range(20):
+                store.save(chat)
+
+        with ThreadPoolExecutor() as pool:
+            writing = [pool.submit(save_often, chat) for chat in chats]
+            while not all(work.done() for work in writing):
+                assert store.load(ID) in chats
+        assert [work.result() for work in writing] == [None] * 3
+        assert os.listdir(store.directory) == [f"{ID}.json"]
+
+
+class TestFinding:
+    def test_an_id_is_the_local_time_and_a_drawn_tail(self, store):
+        id = store.new_id(BEGAN)
+        assert re.fullmatch(r"\d{8}-\d{4}-[a-z0-9]{3}", id)
+        assert id.startswith(f"{BEGAN.astimezone():%Y%m%d-%H%M}")
+        assert len({store.new_id(BEGAN) for _ in range(9)}) > 1
+        store.save(chat_of(id))
+        assert store.load(id).id == id
+
+    def test_a_new_id_is_none_that_a_chat_has(self, store, monkeypatch):
+        store.save(chat_of(f"{BEGAN.astimezone():%Y%m%d-%H%M}-aaa"))
+        drawn = iter("aaaaab")
+        monkeypatch.setattr("mixchat.chat.saved.chats.secrets.choice", lambda letters: next(drawn))
+        assert store.new_id(BEGAN).endswith("-aab")
+
+    @pytest.mark.parametrize(
+        "wanted",
+        ["20261125-1630-k3f", "20261125-1630-k3", "20261125-1630-K3F", " 20261125-1630-k3"],
+    )
+    def test_any_beginning_that_no_other_has_will_do(self, three, wanted):
+        assert three.load(wanted).id == "20261125-1630-k3f"
+        assert three.load("20261124").id == "20261124-0900-abc"
+
+    def test_a_beginning_of_several_lists_them(self, three):
+        with pytest.raises(ChatNotFoundError) as caught:
+            three.load("20261125")
+        assert str(caught.value) == "'20261125' means 2 chats: 20261125-1630-k3f, 20261125-1630-k4f"
+
+    def test_many_are_not_all_listed(self, store):
+        for letter in "abcdefg":
+            store.save(chat_of(f"20261125-1630-aa{letter}"))
+        with pytest.raises(ChatNotFoundError, match=r"means 7 chats: .*aae and 2 more$"):
+            store.find("2")
+
+    def test_a_name_finds_its_chat(self, three):
+        three.rename(three.load("20261124"), "Holiday plans")
+        assert three.load("Holiday plans").id == "20261124-0900-abc"
+
+    def test_near_misses_are_named(self, three):
+        three.rename(three.load("20261124"), "Holiday plans")
+        with pytest.raises(ChatNotFoundError) as caught:
+            three.load("Holiday plan")
+        assert caught.value.hint == "There is Holiday plans."
+        with pytest.raises(ChatNotFoundError) as caught:
+            three.load("unheard of")
+        assert "mixchat chats" in caught.value.hint
+        assert caught.value.exit_code == 4
+
+    def test_nothing_means_no_chat(self, three):
+        with pytest.raises(ChatNotFoundError):
+            three.load("")
+
+    def test_the_latest_is_the_one_saved_last(self, three):
+        assert three.latest().id == "20261124-0900-abc"
+
+    def test_last_means_it_wherever_a_chat_is_loaded(self, three):
+        assert three.load("last") == three.latest()
+
+    def test_without_chats_there_is_no_latest(self, store):
+        with pytest.raises(ChatNotFoundError):
+            store.latest()
+        assert store.all() == []
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name", ["sky", "2026 plans", "20261125-1630-k3f2", "天気 😀", "x" * 80]
+    )
+    def test_what_can_be_a_name(self, name):
+        assert checked_name(f"  {name} ") == name
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "",
+            "  ",
+            "a\nb",
+            "a\tb",
+            "a\x1b[2J",
+            "a\u2028b",
+            "a\u202eb",
+            "\udcff",
+            "x" * 81,
+            "2026",
+            "20261125-",
+            ID,
+            ID.upper(),
+            "-x",
+            "--rm",
+        ],
+    )
+    def test_what_cannot(self, store, name):
+        with pytest.raises(UsageError, match="the chat's name"):
+            checked_name(name)
+        with pytest.raises(UsageError, match="the chat's name"):
+            store.save(chat_of(name=name))
+        assert store.all() == []
+
+    def test_a_name_that_another_chat_has_is_refused(self, three):
+        first, second = three.load("20261124"), three.load(ID)
+        three.rename(first, "sky")
+        with pytest.raises(UsageError, match="20261124-0900-abc has the name 'sky' already"):
+            three.rename(second, "sky ")
+        assert three.load(ID).name is None
+
+    def test_a_chat_may_keep_and_change_its_name(self, store):
+        chat = store.rename(chat_of(), "sky")
+        assert store.rename(chat, "sky") == chat == store.load("sky")
+        chat = store.rename(chat, "sea")
+        assert store.load(ID) == chat == store.load("sea")
+        with pytest.raises(ChatNotFoundError):
+            store.load("sky")
+
+
+class TestNamesAlone:
+    def test_they_are_known_by_the_beginnings_of_the_files(self, three):
+        """A completion reads no whole chat: one of ten megabytes takes a second."""
+        three.rename(three.load(ID), "x" * 80)
+        three.rename(three.load("20261124"), '"天気" \\ ' + "😀" * 70)
+        file_of(three, "20261125-1630-k4f").write_bytes(b"")
+        assert three.names() == ["x" * 80, '"天気" \\ ' + "😀" * 70]
+        with open(file_of(three), "r+b") as file:
+            file.truncate(1024)
+        assert len(three.names()) == 2
+
+    @pytest.mark.parametrize(
+        "head", [b"", b"{", b"[]", b'{"name": "x"}', b'{"format": 1, "name": 5', b"\xff" * 99]
+    )
+    def test_what_is_no_chat_has_none(self, three, head):
+        for id in three.ids():
+            file_of(three, id).write_bytes(head)
+        assert three.names() == []
+
+    def test_a_name_that_cannot_be_one_is_none(self, three):
+        file_of(three).write_bytes(b'{"format": 1, "name": "a\\u001b[2J"')
+        assert three.names() == []
+
+
+class TestAll:
+    def test_the_newest_is_first(self, three):
+        ids = [summary.id for summary in three.all()]
+        assert ids == ["20261124-0900-abc", "20261125-1630-k4f", "20261125-1630-k3f"]
+
+    def test_ids_are_known_without_opening_a_file(self, three):
+        file_of(three).write_bytes(b"{")
+        assert three.ids() == ["20261124-0900-abc", "20261125-1630-k3f", "20261125-1630-k4f"]
+
+    def test_a_summary_says_what_it_is_about(self, store):
+        store.save(chat_of(name="sky", messages=(Message("user", " a\n  b " + "x" * 999), *TALK)))
+        (summary,) = store.all()
+        assert (summary.id, summary.name, summary.model) == (ID, "sky", "instruct")
+        assert (summary.created, summary.updated, summary.turns) == (BEGAN, BEGAN, 3)
+        assert summary.question.startswith("a b xxx")
+        assert len(summary.question) == 200
+
+    def test_a_damaged_file_does_not_hide_the_others(self, three):
+        file_of(three).write_bytes(b"{")
+        os.utime(file_of(three), (0, 0))
+        *others, damaged = three.all()
+        assert (damaged.id, len(others)) == (ID, 2)
+        assert f"{file_of(three)} is damaged" in damaged.problem
+        assert three.latest().id == "20261124-0900-abc"
+
+    def test_what_is_not_ours_is_not_listed(self, three):
+        (three.directory / "notes.json").write_text("{}")
+        (three.directory / f"{ID}.kv").write_text("")
+        (three.directory / f"{ID}-copy.json").write_text("{}")
+        (three.directory / "20261125-1630-dir.json").mkdir()
+        os.mkfifo(three.directory / "20261125-1630-pip.json")
+        assert len(three.all()) == 3
+
+
+class TestRemoving:
+    def test_its_kv_cache_goes_with_a_chat(self, three):
+        assert three.kv_path(ID) == three.directory / f"{ID}.kv"
+        three.kv_path(ID).write_bytes(b"x")
+        assert three.remove("20261125-1630-k3") == ID
+        assert sorted(os.listdir(three.directory)) == [
+            "20261124-0900-abc.json",
+            "20261125-1630-k4f.json",
+        ]
+
+    def test_a_damaged_chat_can_be_removed(self, three):
+        file_of(three).write_bytes(b"\xff")
+        three.remove(ID)
+        assert len(three.all()) == 2
+
+    def test_what_cannot_be_removed_is_a_clear_error(self, three, monkeypatch):
+        def refuse(path, missing_ok=False):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.raises(UsageError, match="cannot be removed"):
+            three.remove(ID)
+
+    def test_the_sweep_takes_old_leftovers_and_nothing_else(self, three):
+        kept = sorted(os.listdir(three.directory))
+        names = ["20261120-0000-aaa.kv", f"{ID}.json.x1.tmp", f"{ID}.kv.x1.tmp", f"{ID}-x.kv"]
+        for name in [*names, f"{ID}.kv", "notes.tmp"]:
+            (three.directory / name).write_bytes(b"xyz")
+        assert list(three.sweep()) == []  # somebody may be writing them
+        for path in three.directory.iterdir():
+            os.utime(path, (0, 0))
+        assert sorted(three.sweep()) == sorted((three.directory / name, 3) for name in names)
+        assert sorted(os.listdir(three.directory)) == sorted([*kept, f"{ID}.kv", "notes.tmp"])
+
+    def test_there_is_nothing_to_sweep_where_nothing_is(self, store):
+        assert list(store.sweep()) == []
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("format", None),
+            ("format", True),
+            ("format", "1"),
+            ("name", 1),
+            ("name", " spaces "),
+            ("name", "2026"),
+            ("model", None),
+            ("identity", 7),
+            ("created", None),
+            ("created", "yesterday"),
+            ("created", "2026-11-25T16:30:00"),
+            ("created", "2026-11-25T16:30:00+02:00"),
+            ("updated", "0001-01-01T00:00:00+00:00"),
+            ("updated", "9999-12-31T23:59:59+00:00"),
+            ("system", ["x"]),
+            ("sampling", None),
+            ("sampling", {"top_k": "40"}),
+            ("sampling", {"top_k": True}),
+            ("sampling", {"top_k": float("inf")}),
+            ("sampling", {"top_k": 10**400}),
+            ("messages", {}),
+            ("messages", [None]),
+            ("messages", [{"role": "user"}]),
+            ("messages", [{"role": "system", "content": "x"}]),
+            ("messages", [{"role": [], "content": "x"}]),
+            ("messages", [{"role": "user", "content": None}]),
+            ("messages", [{"role": "user", "content": "x", "ids": [1.0]}]),
+            ("messages", [{"role": "user", "content": "x", "ids": [-1]}]),
+            ("messages", [{"role": "user", "content": "x", "ids": [True]}]),
+            ("messages", [{"role": "user", "content": "x", "ids": {}}]),
+            ("messages", [{"role": "user", "content": "x", "partial": 1}]),
+            ("messages", [{"role": "user", "content": "x", "more": 1}]),
+            ("more", 1),
+        ],
+    )
+    def test_a_value_of_a_wrong_kind_is_damage(self, store, key, value):
+        store.save(chat_of())
+        edit(store, **{key: value})
+        with pytest.raises(CheckpointError, match="is damaged") as caught:
+            store.load(ID)
+        assert str(file_of(store)) in str(caught.value)
+        assert caught.value.hint == f"To remove it: mixchat chats --rm {ID}"
+
+    def test_what_is_missing_is_damage(self, store):
+        store.save(chat_of())
+        whole = json.loads(file_of(store).read_bytes())
+        for key in whole:
+            file_of(store).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+            with pytest.raises(CheckpointError, match="is damaged"):
+                store.load(ID)
+
+    def test_another_version_is_said_to_be_one(self, store):
+        store.save(chat_of())
+        edit(store, format=2, more="than we know")
+        with pytest.raises(CheckpointError, match="another version of mixchat") as caught:
+            store.load(ID)
+        assert "--rm" not in caught.value.hint
+
+    def test_a_file_cut_off_anywhere_is_damage(self, store):
+        store.save(chat_of())
+        whole = file_of(store).read_bytes()
+        for length in range(len(whole)):
+            file_of(store).write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match="is damaged"):
+                store.load(ID)
+
+    @example(b"[" * 100_000)
+    @example(b"\xef\xbb\xbf{}")
+    @example(b"1" * 5000)
+    @given(
+        st.binary(max_size=60)
+        | st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        ).map(lambda value: json.dumps(value).encode())
+    )
+    @settings(max_examples=100, deadline=None)
+    def test_whatever_bytes_a_file_has_it_is_refused(self, data):
+        with tempfile.TemporaryDirectory() as directory:
+            store = ChatStore(Path(directory))
+            file_of(store).write_bytes(data)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                store.load(ID)
+            assert store.all()[0].problem
+
+    # Every key is there, one of them with any value: it is refused, or it can be saved again.
+    @given(
+        key=st.sampled_from(["name", "model", "created", "system", "sampling", "messages"]),
+        value=st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.datetimes(),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["role", "content", "ids", "partial"]), inner)
+            ),
+        ),
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_what_is_read_can_be_saved(self, key, value):
+        with tempfile.TemporaryDirectory() as directory:
+            store = ChatStore(Path(directory))
+            store.save(chat_of())
+            raw = json.loads(file_of(store).read_bytes()) | {key: value}
+            file_of(store).write_text(json.dumps(raw, default=str))
+            try:
+                chat = store.load(ID)
+            except CheckpointError:
+                return
+            store.save(chat)
+            assert store.load(ID) == chat
+
+    def test_one_that_cannot_be_read_is_a_clear_error(self, store, monkeypatch):
+        store.save(chat_of())
+
+        def refuse(path, flags, mode=0o777):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            store.load(ID)
+
+
+def test_the_store_is_in_the_data_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    assert ChatStore().directory == tmp_path / "chats"
+
+
+def test_now_is_aware():
+    assert now().utcoffset() == timedelta(0)

@@ -1,0 +1,497 @@
+"""What is typed after a slash does what /help says it does, or says in one line why not."""
+
+import base64
+import json
+import os
+import re
+import signal
+
+import pytest
+from chat_doubles import SamplingOptions
+from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
+
+from mixchat.chat.saved.chats import ChatStore
+from mixchat.chat.terminal import clipboard
+from mixchat.chat.terminal.command_help import help_text
+from mixchat.chat.terminal.commands import ALIASES, COMMANDS, completions, usages
+from mixchat.chat.terminal.screen import Screen
+from mixchat.errors import MixchatError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ChatStore(tmp_path / "chats")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def typed(session, *lines, store=None):
+    """A chat in which these lines were typed."""
+    return Chat(session, "".join(f"{line}\r" for line in lines) + CTRL_U + CTRL_D, store=store)
+
+
+def error_of(chat):
+    """The one error that was reported, which is one for a person."""
+    (error,) = chat.errors
+    assert isinstance(error, MixchatError)
+    return str(error)
+
+
+def test_help_names_every_command_with_its_help(session_of):
+    text = typed(session_of(), "/help", "/?").text
+    for name, command in COMMANDS.items():
+        assert len(re.findall(rf"/{name}\b[^/]*  {re.escape(command.help)}\s", text)) == 2
+
+
+def test_help_fits_a_small_terminal_with_the_prompt_below_it(session_of):
+    """It took 25 rows of 24: the first commands had scrolled off."""
+    rows = typed(session_of(), "/help").text.splitlines()
+    assert len(rows) <= 24 - 3  # the line with /help, the next prompt, the bottom line
+    assert max(map(len, rows)) <= 80
+    narrow = help_text(usages(), 40)
+    assert max(map(len, narrow.split("\n\n")[0].splitlines())) <= 40
+
+
+def test_help_explains_one_command(session_of):
+    assert typed(session_of(), "/help undo", "/help /exit").text == (
+        "/undo [n]  take the last turn, or n turns, back\n"
+        "/bye  leave (also /exit, /quit, exit, quit, bye, Ctrl-D)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("/retry", "Did you mean /regen?"),
+        ("/new", "Did you mean /clear?"),
+        ("/h", "Did you mean /help?"),
+        ("/Q", "Did you mean /bye?"),
+        ("/temp 0.2", "Did you mean /set temp?"),
+        ("/model instruct", "A chat keeps its model. For another one: mixchat run -m NAME"),
+        ("/regne", "Did you mean /regen?"),
+        ("/zzz", "/help shows them all."),
+    ],
+)
+def test_a_command_of_another_program_gets_a_suggestion(session_of, line, hint):
+    (error,) = typed(session_of(), line).errors
+    assert error.hint == hint
+
+
+@pytest.mark.parametrize("line", ["exit", "quit", "bye", "Exit", " quit "])
+def test_the_word_alone_leaves_as_in_a_shell(session_of, line):
+    """It went to the model, which said good-bye, and the chat went on."""
+    session = session_of("never")
+    assert typed(session, line, "not read any more").text == ""
+    assert session.engine.prompts == []
+
+
+@pytest.mark.parametrize("line", ["exit code", '"""exit"""', "exit\\nquit"])
+def test_a_question_that_only_begins_like_it_is_asked(session_of, line):
+    session = session_of("Hello")
+    typed(session, line.replace("\\n", "\n"))
+    assert len(session.engine.prompts) == 1
+
+
+@pytest.mark.parametrize("line", ["/set system be nice", "/set  system  be nice"])
+def test_set_system_sets_the_system_prompt(session_of, line):
+    """As elsewhere; it said "Did you mean temp?"."""
+    session = session_of("a")
+    assert typed(session, line, "/set system").text == "(from the next answer on)\nbe nice\n"
+    assert session.system == "be nice"
+
+
+def test_set_system_takes_several_lines(session_of):
+    session = session_of()
+    typed(session, "/set system Be brief.\nBe kind.")
+    assert session.system == "Be brief.\nBe kind."
+
+
+def test_set_parameter_sets_a_parameter(session_of):
+    session = session_of()
+    typed(session, "/set parameter temperature 0.25")
+    assert session.sampling.temperature == 0.25
+
+
+def test_every_command_completes(session_of):
+    chat = typed(session_of())
+    offered = completions(chat.repl)
+    assert list(offered) == list(COMMANDS)
+    assert all(one.help for one in offered.values())
+
+
+def test_an_unknown_command_is_not_sent(session_of):
+    session = session_of()
+    assert error_of(typed(session, "/nonsense and more")) == "/nonsense is no command"
+    assert session.engine.prompts == []
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bye", "save")])
+def test_no_command_fails_in_a_chat_where_nothing_was_said(session_of, store, name):
+    chat = typed(session_of(), f"/{name}", store=store)
+    for error in chat.errors:
+        assert isinstance(error, MixchatError), repr(error)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *ALIASES])
+def test_no_command_breaks_on_an_argument_that_it_cannot_use(session_of, store, name):
+    chat = typed(session_of("Hello", "Fine"), "Hi", f"/{name} [/red] \\( \u202e ", store=store)
+    assert "\u202e" not in chat.text
+    for error in chat.errors:
+        assert isinstance(error, MixchatError), repr(error)
+
+
+def test_experts_shows_what_became_of_them(session_of):
+    text = typed(session_of("Hello"), "Hi", "/experts").text
+    assert re.search(r"^  0 +100. +-. +75%$", text, re.M)
+    assert "uses     24, 75.0% hits" in text
+
+
+def test_ctrl_c_within_clear_overwrites_no_chat(session_of, store, monkeypatch):
+    """The new conversation was saved over the old one, which was in no file then."""
+    session = session_of("Hello", "Fine")
+    clear = session.clear
+
+    def cleared_and_interrupted():
+        clear()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(session, "clear", cleared_and_interrupted)
+    typed(session, "Hi", "/clear", "Again", store=store)
+    asked = {store.load(id).messages[0].content for id in store.ids()}
+    assert asked == {"Hi", "Again"}
+
+
+def test_clear_begins_a_new_conversation_and_the_old_one_is_kept(session_of, store):
+    session = session_of("Hello", "Fine")
+    typed(session, "Hi", "/clear", "Again", store=store)
+    assert prompts_of(session)[1] == "[user]Again"
+    assert [kept.question for kept in store.all()] == ["Again", "Hi"]
+
+
+def test_set_changes_a_parameter_in_the_middle_of_a_chat(session_of):
+    session = session_of("a", "b", "c")
+    typed(session, "Hi", "/set temp 0.25", "/set top-k 7", "Again", "/set temp none", "More")
+    first, second, third = session.engine.samplings
+    assert (first.temperature, first.top_k) == (0.7, 0)
+    assert (second.temperature, second.top_k) == (0.25, 7)
+    assert (third.temperature, third.top_k) == (0.7, 7)
+
+
+def test_set_changes_lengths_stop_strings_and_the_policy(session_of):
+    session = session_of("Hello world")
+    typed(session, "/set max-tokens 9", "/set stop wor", "/set overflow drop-oldest", "Hi")
+    assert (session.max_tokens, session.overflow) == (9, "drop-oldest")
+    assert session.history[-1].content == "Hello "
+
+
+def test_set_without_a_name_shows_them_all(session_of):
+    text = typed(session_of(), "/set").text
+    assert re.findall(r"^\S+", text, re.M) == [
+        *("temp", "top-p", "top-k", "min-p", "repeat-penalty", "seed"),
+        *("max-tokens", "stop", "overflow"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("temp warm", "temp has to be 0 or more, not 'warm'"),
+        ("temp nan", "temp has to be 0 or more, not nan"),
+        ("top-p 0", "top-p has to be above 0 and at most 1, not 0.0"),
+        ("top-k 1.5", "top-k has to be 0 or more, not '1.5'"),
+        ("max-tokens -1", "max-tokens has to be 1 or more, or 0 for what fits, not -1"),
+        ("overflow never", "overflow has to be stop or drop-oldest, not 'never'"),
+        ("tmp 1", "there is no parameter 'tmp'"),
+        ("temp", "/set needs a name and a value"),
+    ],
+)
+def test_set_says_what_a_parameter_has_to_be(session_of, argument, said):
+    session = session_of()
+    before = session.sampling
+    assert error_of(typed(session, f"/set {argument}")) == said
+    assert session.sampling == before
+
+
+def test_system_changes_the_system_prompt(session_of):
+    session = session_of("a", "b", system="Old")
+    chat = typed(session, "/system", "/system Be brief", "Hi", "/system none", "Again")
+    assert chat.text.startswith("Old\n")
+    assert prompts_of(session)[0] == "[system]Be brief[user]Hi"
+    assert prompts_of(session)[1] == "[user]Hi[assistant]a[user]Again"
+
+
+def test_show_says_what_holds(session_of, store):
+    text = typed(session_of("a", system="Be brief"), "Hi", "/show", store=store).text
+    for line in (r"model +demo", r"chat +\d{8}-\d{4}-\w{3}", r"turns +1", r"system +Be brief"):
+        assert re.search(f"^{line}$", text, re.M)
+    assert re.search(r"^temp +0.7$", text, re.M)
+
+
+def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
+    session = session_of("Hello", "Fine")
+    chat = typed(session, "Hi", "/save weather", "/clear", "/load weather", "Again", store=store)
+    assert "mixchat run --resume weather" in chat.text
+    assert ">>> Hi\nHello" in chat.text
+    assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]Again"
+    assert [(kept.name, kept.turns) for kept in store.all()] == [("weather", 2)]
+
+
+def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
+    session = session_of("Hello", "Fine")
+    chat = typed(session, "Hi", store=store)
+    chat.keeper.kept = False
+    store.remove(chat.keeper.chat.id)
+    chat.keeper.save()
+    assert store.all() == []
+    chat.keeper.rename(None)
+    assert [kept.turns for kept in store.all()] == [1]
+
+
+def test_load_keeps_the_chat_as_it_is_where_there_is_no_other(session_of, store):
+    session = session_of("Hello")
+    assert "no chat 'nothing' is kept" in error_of(
+        typed(session, "Hi", "/load nothing", store=store)
+    )
+    assert len(session.history) == 2
+
+
+def test_chats_lists_them(session_of, store):
+    session = session_of("Hello", "Fine")
+    text = typed(session, "First one", "/clear", "Second one", "/chats", store=store).text
+    assert re.search(r'demo +1 +"Second one"\n.*demo +1 +"First one"', text)
+
+
+def test_regen_answers_the_same_question_again_with_another_seed(session_of):
+    session = session_of("Hello", "Good day", sampling_seed=7)
+    typed(session, "Hi", "/regen")
+    assert prompts_of(session) == ["[user]Hi"] * 2
+    assert [message.content for message in session.history] == ["Hi", "Good day"]
+    first, second = session.engine.samplings
+    assert first.seed != second.seed
+
+
+def test_a_failed_regen_leaves_the_answer_as_it_was(session_of):
+    session = session_of("Hello", [RuntimeError("out of order")])
+    chat = typed(session, "Hi", "/regen")
+    assert [message.content for message in session.history] == ["Hi", "Hello"]
+    assert len(chat.errors) == 1
+
+
+def test_undo_takes_turns_back(session_of, store):
+    session = session_of("a", "b", "c", "d")
+    typed(session, "one", "two", "three", "/undo 2", "four", store=store)
+    assert prompts_of(session)[3] == "[user]one[assistant]a[user]four"
+    assert store.all()[0].turns == 2
+
+
+@pytest.mark.parametrize("argument", ["0", "-1", "x", "1.5"])
+def test_undo_wants_a_count(session_of, argument):
+    session = session_of("a")
+    assert "/undo takes a number" in error_of(typed(session, "one", f"/undo {argument}"))
+    assert len(session.history) == 2
+
+
+def test_edit_offers_the_last_question_and_asks_the_new_one_instead(session_of):
+    session = session_of("a", "b", "c")
+    typed(session, "one", "two", "/edit", " and a half")
+    assert prompts_of(session)[2] == "[user]one[assistant]a[user]two and a half"
+    assert [message.content for message in session.history] == ["one", "a", "two and a half", "c"]
+
+
+def test_an_edit_that_is_given_up_changes_nothing(session_of):
+    session = session_of("a", "b")
+    typed(session, "one", "/edit", CTRL_U, "two")
+    assert prompts_of(session)[1] == "[user]one[assistant]a[user]two"
+
+
+def test_continue_goes_on_where_the_answer_ended(session_of):
+    session = session_of("Hello", "world", max_tokens=3)
+    chat = typed(session, "Hi", "/continue")
+    assert prompts_of(session)[1] == "[user]HiHel"
+    assert session.history[-1].content == "Helwor"
+    assert session.history[-1].ids == tuple(map(ord, "Helwor"))
+    more = "/continue continues, /set max-tokens N allows more"
+    assert f"Hel\n(cut off after 3 tokens; {more})\n\nwor" in chat.text
+
+
+def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
+    before = []
+    show = Screen.show
+    monkeypatch.setattr(
+        Screen, "show", lambda self, events, said: before.append(said) or show(self, events, said)
+    )
+    typed(session_of("```\na", "b", "c"), "Hi", "/continue", "/regen")
+    assert before == ["", "```\na", ""]
+
+
+def test_copy_takes_the_answer_or_its_last_code(session_of, monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        "mixchat.chat.terminal.commands.copy", lambda text, out: copied.append(text) or "ok"
+    )
+    answer = "Do\n\n```sh\nls\n```\n\nthen\n\n- as in\n\n  ```py\n  x = 1\n  ```\n"
+    typed(session_of(answer), "Hi", "/copy", "/copy code")
+    assert copied == [answer, "x = 1\n"]
+
+
+def test_copy_says_why_it_cannot(session_of):
+    assert error_of(typed(session_of(), "/copy")) == "nothing has been answered yet"
+    assert "no block of code" in error_of(typed(session_of("text"), "Hi", "/copy code"))
+
+
+def test_without_a_tool_the_terminal_is_asked_to_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    master, slave = os.openpty()
+    with open(slave, "w") as terminal:
+        assert "terminal" in clipboard.copy("naïve", terminal)
+        sent = os.read(master, 1000)
+    os.close(master)
+    assert sent == b"\x1b]52;c;" + base64.b64encode("naïve".encode()) + b"\x07"
+
+
+def test_a_tool_of_the_desktop_gets_the_text(tmp_path, monkeypatch, capsys):
+    tool = tmp_path / "wl-copy"
+    tool.write_text(f"#!/bin/sh\n/bin/cat > {tmp_path}/clipboard\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    assert clipboard.copy("naïve", None) == "copied"
+    assert (tmp_path / "clipboard").read_text() == "naïve"
+
+
+def test_a_file_goes_before_the_next_question_once(session_of, tmp_path):
+    (tmp_path / "my notes.txt").write_text("All of them.\n")
+    session = session_of("a", "b")
+    chat = typed(session, "/read my notes.txt", "Summarise", "Again")
+    assert "(my notes.txt, 12 characters: goes before the next question)" in chat.text
+    assert prompts_of(session)[0] == "[user]All of them.\n\nSummarise"
+    assert prompts_of(session)[1].endswith("[user]Again")
+
+
+def test_what_was_read_is_dropped_by_clear_by_load_and_by_read_none(session_of, store, tmp_path):
+    """It went before the next question whatever happened, and one too long ended the chat."""
+    (tmp_path / "notes").write_text("All")
+    session = session_of("a", "b", "c", "d")
+    for command in ("/clear", "/load mine", "/read none"):
+        typed(session, "Hi", "/save mine", "/read notes", command, "Why", store=store)
+        assert prompts_of(session)[-1].endswith("[user]Why")
+        session.clear()
+        store.remove("mine")
+        session.engine.script = ["a", "b"]
+
+
+def test_a_file_that_still_waits_after_a_failed_question_is_named(session_of, tmp_path):
+    (tmp_path / "notes").write_text("All")
+    text = typed(session_of([RuntimeError("out of order")]), "/read notes", "Why").text
+    assert "(notes: still before the next question; /read none drops that)" in text
+
+
+@pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
+def test_a_command_that_takes_nothing_is_not_obeyed_with_something_behind_it(session_of, line):
+    session = session_of("Hello")
+    chat = typed(session, "Hi", line)
+    assert "takes nothing behind it" in error_of(chat)
+    assert len(session.history) == 2
+
+
+def test_several_lines_are_a_question_though_they_begin_like_a_command(session_of):
+    """/clear, pasted with a question below it, cleared the chat and lost the question."""
+    session = session_of("Hello", "Fine")
+    typed(session, "Hi", "/clear\nWhat is 2+2?")
+    assert prompts_of(session)[1].endswith("[user]/clear\nWhat is 2+2?")
+
+
+def test_a_system_prompt_may_have_several_lines(session_of):
+    session = session_of()
+    typed(session, "/system Be brief.\nBe kind.")
+    assert session.system == "Be brief.\nBe kind."
+
+
+def test_a_parameter_goes_back_to_what_the_model_s_makers_advise(session_of):
+    session = session_of(sampling=SamplingOptions(temperature=0.2))
+    typed(session, "/set temperature 0.9", "/set temp none")
+    assert session.sampling.temperature == 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "hint"),
+    [("my chat", "my chat", "'my chat'"), ("'quoted'", "quoted", "quoted")],
+)
+def test_a_name_is_hinted_at_as_a_shell_wants_it(session_of, store, given, name, hint):
+    chat = typed(session_of("a"), "Hi", f"/save {given}", store=store)
+    assert store.all()[0].name == name
+    assert f"--resume {hint} resumes" in chat.text
+
+
+def test_a_name_that_means_another_chat_is_refused(session_of, store):
+    assert "means the last chat" in error_of(
+        typed(session_of("a"), "Hi", "/save last", store=store)
+    )
+
+
+def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixchat.chat.saved.export.to_markdown", lambda chat: "\ud800")
+    typed(session_of("a"), "Hi", "/export out.md")
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_a_file_is_not_lost_where_the_question_fails(session_of, tmp_path):
+    (tmp_path / "notes").write_text("All")
+    session = session_of([RuntimeError("out of order")], "a")
+    typed(session, "/read notes", "Why", "Why")
+    assert prompts_of(session)[1] == "[user]All\n\nWhy"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"a\0b", "not text"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(session_of, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "notes").write_bytes(content)
+    assert said in error_of(typed(session_of(), "/read notes"))
+
+
+def test_tokens_says_how_full_the_context_is(session_of):
+    text = typed(session_of("Hello"), "Hi", "/tokens").text
+    assert re.search(r"^context +13 of 1,000 tokens \(1%\)$", text, re.M)
+
+
+def test_raw_switches_markdown_off_and_on(session_of):
+    chat = typed(session_of(), "/raw", "/raw")
+    assert chat.text == "(answers are shown as they are written)\n(answers are shown as Markdown)\n"
+
+
+@pytest.mark.parametrize("name", ["out.md", "out.json", ""])
+def test_export_writes_the_chat_once(session_of, store, tmp_path, name):
+    session = session_of("Hello", "Fine")
+    chat = typed(session, "Hi", f"/export {name}", f"/export {name}", store=store)
+    (path,) = tmp_path.glob("*.json" if name.endswith("json") else "*.md")
+    assert f"(written to {path.name})" in chat.text
+    assert error_of(chat) == f"/export {path.name}: the file is there already"
+    if name.endswith("json"):
+        assert [m["content"] for m in json.loads(path.read_text())["messages"]] == ["Hi", "Hello"]
+    else:
+        assert "Hello" in path.read_text()
+
+
+def test_export_says_why_it_cannot(session_of):
+    said = error_of(typed(session_of("a"), "Hi", "/export no/such/place.md"))
+    assert "there is no directory" in said
+
+
+def test_of_a_file_that_cannot_fit_no_more_is_read_than_would(session_of, tmp_path):
+    """/read of an endless file took all memory."""
+    with open(tmp_path / "endless", "wb") as file:
+        file.truncate(10**12)  # a hole: it takes no disk
+    error = error_of(typed(session_of(context_size=10), "/read endless"))
+    assert "endless is too long: more than 1.28 kB, the context holds 10 tokens" in error

@@ -1,0 +1,226 @@
+"""What was typed, from one chat to the next."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from prompt_toolkit.history import FileHistory
+
+from mixchat.chat.terminal import input_history
+from mixchat.chat.terminal.input_history import InputHistory
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new" / "history"
+
+
+def keep(path, *entries):
+    history = InputHistory(path)
+    for entry in entries:
+        history.append_string(entry)
+    return history
+
+
+def kept(path):
+    """What a new chat finds, the oldest first."""
+    history = InputHistory(path)
+    assert history.fault is None
+    return list(history.load_history_strings())[::-1]
+
+
+def rights(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+ODD = [
+    "two\nlines",
+    "\n",
+    "a\n\n# no comment\n+b",
+    "+",
+    "é 模 🙂",
+    "line\u2028separator\x85\x0c",
+    "\\",
+    "\r",
+]
+
+
+def test_entries_come_back_as_they_were(path):
+    keep(path, "one", *ODD)
+    assert kept(path) == ["one", *ODD]
+
+
+def test_prompt_toolkits_own_class_reads_them_too(path):
+    keep(path, "one", "two\nlines")
+    assert list(FileHistory(str(path)).load_history_strings()) == ["two\nlines", "one"]
+
+
+def test_only_the_owner_can_read_them(path):
+    before = os.umask(0)
+    try:
+        keep(path, "secret")
+    finally:
+        os.umask(before)
+    assert (rights(path), rights(path.parent)) == (0o600, 0o700)
+
+
+def test_a_file_with_other_rights_gets_the_right_ones(path):
+    path.parent.mkdir(mode=0o755)
+    path.touch(mode=0o644)
+    assert kept(path) == []
+    assert rights(path) == 0o600
+    assert rights(path.parent) == 0o755
+
+
+def test_a_line_that_begins_with_a_space_is_not_kept(path):
+    assert list(keep(path, "one", " secret").load_history_strings()) == ["one"]
+    assert kept(path) == ["one"]
+
+
+def test_equal_neighbours_are_kept_once(path):
+    keep(path, "one", "one", "two", "one")
+    keep(path, "one")
+    assert kept(path) == ["one", "two", "one"]
+
+
+def test_without_a_file_it_remembers_until_it_ends():
+    assert list(keep(None, "one", "two").load_history_strings()) == ["two", "one"]
+
+
+def test_what_was_typed_before_loading_is_there_once(path):
+    history = keep(path, "one")
+    assert list(history.load_history_strings()) == ["one"]
+
+
+def test_the_newest_stay_where_there_are_too_many(path, monkeypatch):
+    monkeypatch.setattr(input_history, "_MOST_ENTRIES", 3)
+    keep(path, *"abcde")
+    assert kept(path) == ["c", "d", "e"]
+    assert path.read_text().count("+") == 3
+    assert rights(path) == 0o600
+    assert os.listdir(path.parent) == ["history"]
+
+
+def test_a_file_that_is_too_long_keeps_its_end(path, monkeypatch):
+    monkeypatch.setattr(input_history, "_MOST_BYTES", 500)
+    keep(path, *(f"é number {number}" for number in range(100)))
+    entries = kept(path)
+    assert entries[-1] == "é number 99"
+    assert 2 < len(entries) < 20
+    assert path.stat().st_size < 500
+
+
+def test_a_link_in_its_place_is_left_as_it_is(path, tmp_path):
+    """Whoever could write into the directory could have what is typed appended to any file."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    path.parent.mkdir()
+    path.symlink_to(precious)
+    history = keep(path, "one")
+    assert history.fault == f"{path}: is a symbolic link: what you type is not kept there"
+    assert list(history.load_history_strings()) == ["one"]
+    assert path.is_symlink()
+    assert (precious.read_text(), rights(precious)) == ("precious", 0o644)
+
+
+def test_two_chats_do_not_break_each_others(path):
+    first, second = InputHistory(path), InputHistory(path)
+    first.append_string("a\nb")
+    second.append_string("c")
+    first.append_string("d")
+    assert kept(path) == ["a\nb", "c", "d"]
+
+
+def test_an_entry_that_is_added_after_another_chat_shortened_the_file_is_there(path, monkeypatch):
+    first = keep(path, *"abcd")
+    monkeypatch.setattr(input_history, "_MOST_ENTRIES", 2)
+    InputHistory(path)
+    first.append_string("e")
+    assert kept(path) == ["d", "e"]
+
+
+MANY = """
+import sys
+from pathlib import Path
+from mixchat.chat import input_history
+input_history._MOST_ENTRIES = 80
+for number in range(40):
+    history = input_history.InputHistory(Path(sys.argv[1]))
+    history.append_string(f"{sys.argv[2]}{number}\\nsecond line")
+"""
+
+
+def test_chats_that_start_and_write_at_the_same_time_lose_nothing(path):
+    keep(path, *(f"old{number}" for number in range(80)))
+    others = [subprocess.Popen([sys.executable, "-c", MANY, path, name]) for name in "xy"]
+    assert [other.wait(60) for other in others] == [0, 0]
+    wanted = [f"{name}{number}\nsecond line" for name in "xy" for number in range(40)]
+    assert sorted(kept(path)[-80:]) == sorted(wanted)
+
+
+def no_directory(path):
+    path.parent.touch()
+
+
+def a_directory(path):
+    path.mkdir(parents=True)
+
+
+def a_pipe(path):
+    path.parent.mkdir()
+    os.mkfifo(path)
+
+
+def not_text(path):
+    path.parent.mkdir()
+    path.write_bytes(b"\n# then\n+\xff\xfe\n")
+
+
+@pytest.mark.parametrize("obstacle", [no_directory, a_directory, a_pipe, not_text])
+def test_a_file_that_cannot_be_used_leaves_the_memory(path, obstacle):
+    obstacle(path)
+    history = keep(path, "one", "two")
+    assert str(path) in history.fault
+    assert "not kept" in history.fault
+    assert list(history.load_history_strings()) == ["two", "one"]
+
+
+def test_a_file_that_is_not_ours_is_left_as_it_was(path):
+    not_text(path)
+    before = path.read_bytes()
+    keep(path, "one")
+    assert path.read_bytes() == before
+
+
+def test_a_read_only_disk_still_gives_what_was_kept(path, monkeypatch):
+    keep(path, "old")
+    opened = os.open
+
+    def read_only(name, flags, *mode):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(30, "Read-only file system")
+        return opened(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    history = keep(path, "new")
+    assert "Read-only" in history.fault
+    assert list(history.load_history_strings()) == ["new", "old"]
+
+
+def test_a_disk_that_fills_up_leaves_no_half_entry(path, monkeypatch):
+    history = keep(path, "one")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:-2]))
+    history.append_string("é" * 50)
+    assert "full" in history.fault
+    monkeypatch.undo()
+    history.append_string("in memory")
+    assert kept(path) == ["one"]
+    assert list(history.load_history_strings()) == ["in memory", "é" * 50, "one"]
+
+
+def test_bytes_that_are_no_text_are_kept_as_question_marks(path):
+    keep(path, "a\udcffb")
+    assert kept(path) == ["a?b"]

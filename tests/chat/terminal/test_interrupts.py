@@ -1,0 +1,114 @@
+"""A turn after an interrupted one is exactly what it would be in a run of its own."""
+
+import itertools
+import os
+import random
+import signal
+from contextlib import closing
+
+import pytest
+from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def exact_model(tiny_checkpoint, keep):
+    """In fp32: where a prompt is read in other pieces, rounding changes next to nothing."""
+    return keep(tiny_checkpoint, quant_type="none")
+
+
+@pytest.fixture
+def open_engine(exact_model):
+    from mixchat.loading.loader import LoadOptions, load_engine
+
+    return lambda: load_engine(exact_model, LoadOptions(device="cpu", context_size=128))
+
+
+@pytest.fixture
+def logits(monkeypatch):
+    """The logits from which each token was chosen."""
+    from mixchat.engine.sampling import Sampler
+
+    seen, sample = [], Sampler.sample
+
+    def recorded(self, logits, history):
+        seen.append(logits.clone())
+        return sample(self, logits, history)
+
+    monkeypatch.setattr(Sampler, "sample", recorded)
+    return seen
+
+
+def session_with(engine, **options):
+    from mixchat.chat.session import ChatSession
+
+    return ChatSession(engine, CharacterTokenizer(), TinyTemplate(), sampling=GREEDY, **options)
+
+
+def assert_as_in_a_run_of_its_own(session, open_engine, logits):
+    """Ask; a new engine that is given the same prompt has the same logits at every token."""
+    before = session.history
+    prompt = session._template.encode([*before, *session_question()])
+    logits.clear()
+    list(session.ask("next"))
+    here = list(logits)
+    logits.clear()
+    fresh = open_engine().generate(prompt, sampling=GREEDY, stop_ids={2}, max_tokens=6)
+    ids = list(fresh)
+    assert len(here) == len(ids)
+    for one, other in zip(here, logits, strict=True):
+        assert (one - other).abs().max() < 1e-4
+    session.restore(before)
+
+
+def session_question():
+    from mixchat.text.messages import Message
+
+    return [Message("user", "next")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_an_answer_was_stopped_anywhere_the_next_turn_is_exact(open_engine, logits, seed):
+    chance = random.Random(seed)
+    session = session_with(open_engine(), max_tokens=6)
+    for number in range(6):
+        session.max_tokens = 12
+        with closing(session.ask(f"question {number}")) as events:
+            for _ in itertools.islice(events, chance.randrange(1, 8)):
+                if chance.random() < 0.3:
+                    session.interrupt()
+        session.max_tokens = 6
+        assert_as_in_a_run_of_its_own(session, open_engine, logits)
+        if len(session.history) > 8:
+            session.undo(chance.randrange(1, 3))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engine, logits, layer):
+    session = session_with(open_engine(), max_tokens=6)
+    list(session.ask("first"))
+    engine = session.engine
+    attend, calls = engine._cache.attend, itertools.count()
+
+    def interrupted(at, *arguments):
+        seen = attend(at, *arguments)
+        if at == layer and next(calls) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return seen
+
+    engine._cache.attend = interrupted
+    assert [event.reason for event in session.ask("a longer second question")] == ["interrupted"]
+    assert len(session.history) == 2
+    assert_as_in_a_run_of_its_own(session, open_engine, logits)
+
+
+def test_a_continued_answer_is_the_one_that_was_not_stopped(open_engine):
+    whole = session_with(open_engine(), max_tokens=24)
+    list(whole.ask("tell me"))
+    pieces = session_with(open_engine(), max_tokens=8)
+    list(pieces.ask("tell me"))
+    while len(pieces.history[-1].ids) < len(whole.history[-1].ids):
+        list(pieces.go_on())
+    assert pieces.history[-1].ids == whole.history[-1].ids
+    assert pieces.history[-1].content == whole.history[-1].content

@@ -1,0 +1,182 @@
+"""The chat loop, with keys from a pipe in place of a keyboard."""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
+
+from mixchat.chat.saved.chats import ChatStore
+from mixchat.errors import PromptError
+
+
+@pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, CTRL_C * 2])
+def test_it_answers_turn_after_turn_until_somebody_leaves(session_of, leave):
+    session = session_of("Hello", "Fine")
+    chat = Chat(session, "Hi\rHow are you?\r" + leave)
+    assert chat.text.startswith("Hello\n\nFine\n\n")
+    assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]How are you?"
+    assert [turn.reason for turn in chat.turns] == ["stop", "stop"]
+
+
+def test_an_empty_line_asks_nothing(session_of):
+    session = session_of()
+    Chat(session, "\r   \r" + CTRL_D)
+    assert session.engine.prompts == []
+
+
+def test_ctrl_c_clears_the_line(session_of):
+    session = session_of("Hello")
+    Chat(session, "forget this" + CTRL_C + "Hi\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]Hi"]
+
+
+def test_ctrl_c_after_typing_again_does_not_leave(session_of):
+    session = session_of("Hello")
+    Chat(session, "one" + CTRL_C + "two" + CTRL_C + "Hi\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]Hi"]
+
+
+def test_ctrl_c_twice_with_a_question_in_between_does_not_leave(session_of):
+    session = session_of("Hello", "Fine")
+    Chat(session, CTRL_C + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
+    assert len(session.engine.prompts) == 2
+
+
+def test_clear_forgets_the_conversation(session_of):
+    session = session_of("Hello", "Fine", system="Be brief")
+    Chat(session, "Hi\r/clear\rAnd?\r" + CTRL_D)
+    assert prompts_of(session)[1] == "[system]Be brief[user]And?"
+
+
+def test_a_turn_that_fails_does_not_rewrite_the_chat(session_of, tmp_path):
+    store = ChatStore(tmp_path)
+    session = session_of("Hello", [RuntimeError("out of order")])
+    written = []
+    store.save = lambda chat: written.append(chat)
+    Chat(session, "Hi\rAgain\r" + CTRL_D, store=store)
+    assert len(written) == 1
+
+
+def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited(session_of):
+    session = session_of("a", "b")
+    Chat(session, '"""/bye"""\r/edit\r\r' + CTRL_D)
+    assert prompts_of(session) == ["[user]/bye", "[user]/bye"]
+
+
+def test_an_answer_without_a_word_says_so(session_of):
+    assert "(the model has nothing to say)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
+
+
+def test_a_path_is_no_command(session_of):
+    session = session_of("So it is")
+    Chat(session, "/etc/hosts is empty\r" + CTRL_D)
+    assert prompts_of(session) == ["[user]/etc/hosts is empty"]
+
+
+@pytest.mark.parametrize("error", [PromptError("too long"), RuntimeError("broken")])
+def test_a_failing_turn_is_reported_and_the_chat_goes_on(session_of, error):
+    session = session_of([*"Hal", error], "Fine")
+    chat = Chat(session, "Hi\rAgain\r" + CTRL_D)
+    assert chat.errors == [error]
+    assert chat.text == "Hal\nFine\n\n"
+    assert prompts_of(session)[1] == "[user]Again"
+
+
+def test_control_characters_do_not_reach_the_terminal_and_brackets_do(session_of):
+    chat = Chat(session_of("[/INST] [red]\x1b[31m\x9b2J\u202e"), "Hi\r" + CTRL_D)
+    assert chat.text == "[/INST] [red][31m2J\n\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            {"max_tokens": 2},
+            "(cut off after 2 tokens; /continue continues, /set max-tokens N allows more)",
+        ),
+        ({"context_size": 10, "max_tokens": 0}, "the context is full"),
+    ],
+)
+def test_an_answer_that_was_cut_off_says_so(session_of, options, note):
+    assert note in Chat(session_of("Hello", **options), "Hi\r" + CTRL_D).text
+
+
+@contextmanager
+def ctrl_c_after(session, tokens):
+    """Sends the signal of Ctrl-C when the engine has given so many tokens of an answer."""
+    generate = session.engine.generate
+
+    def interrupted(*args, **options):
+        if tokens == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        for count, token in enumerate(generate(*args, **options), 1):
+            yield token
+            if count == tokens:
+                session.engine.generate = generate
+                os.kill(os.getpid(), signal.SIGINT)
+
+    session.engine.generate = interrupted
+    yield
+    session.engine.generate = generate
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
+    session = session_of("Hello world", "Fine")
+    with ctrl_c_after(session, 3):
+        chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
+    assert "(stopped; /continue goes on)\n\nFine" in chat.text
+    said = chat.text.split("\n")[0]
+    assert said == "Hell"  # the token that was under way when it was pressed
+    assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
+
+
+def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
+    session = session_of("never seen")
+    with ctrl_c_after(session, 0):
+        chat = Chat(session, "Hi\r" + CTRL_D)
+    assert chat.text == "(stopped)\n\n"
+    assert session.engine.prompts == []
+    assert session.messages == []
+
+
+def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
+    session = session_of("Hello")
+    generate, waited = session.engine.generate, []
+
+    def slow(*args, **options):
+        for token in generate(*args, **options):
+            yield token
+            os.kill(os.getpid(), signal.SIGINT)
+            start = time.monotonic()
+            try:
+                time.sleep(120)
+            finally:
+                waited.append(time.monotonic() - start)
+
+    session.engine.generate = slow
+    chat = Chat(session, "Hi\r" + CTRL_D)
+    assert chat.text.startswith("H\n(stopped; /continue goes on)")
+    assert session.history[-1].content == "H"
+    assert 0.2 < waited[0] < 60
+
+
+def test_ctrl_c_is_given_back_after_an_answer(session_of):
+    before = signal.getsignal(signal.SIGINT)
+    Chat(session_of("Hello"), "Hi\r" + CTRL_D)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_between_answer_and_prompt_does_not_leave(session_of):
+    session = session_of("Hello", "Fine")
+    pressed = []
+
+    def press_once(finished):
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    chat = Chat(session, "Hi\rAgain\r" + CTRL_D, after_turn=press_once)
+    assert "Fine" in chat.text

@@ -1,0 +1,162 @@
+"""What a screen shows: raw or drawn, with signs of life, and never a control character."""
+
+import io
+
+import pyte
+import pytest
+
+from mixchat.chat.session import LeftOut, TextDelta
+from mixchat.chat.terminal.screen import Screen
+from mixchat.text.messages import Message
+
+
+class Tty(io.StringIO):
+    """Says that it is a terminal, and is shown by one of 40 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def shown(self) -> list[str]:
+        screen = pyte.Screen(40, 24)
+        pyte.Stream(screen).feed(self.getvalue().replace("\n", "\r\n"))
+        lines = [line.rstrip() for line in screen.display]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "24")
+
+
+def answered(*pieces, end=None):
+    yield from (TextDelta(piece) if isinstance(piece, str) else piece for piece in pieces)
+    yield end
+
+
+def test_in_a_terminal_an_answer_is_drawn_as_markdown():
+    out = Tty()
+    end = Screen(out).show(answered("# Ti", "tle\n\n- a\n- **b**", end="end"))
+    assert end == "end"
+    text = "\n".join(out.shown)
+    assert "Title" in text
+    assert "#" not in text
+    assert "**" not in text
+
+
+def test_the_rest_of_an_answer_is_drawn_as_what_it_goes_on_with():
+    """/continue drew code as prose: its comments became headings."""
+    out = Tty()
+    Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
+    assert out.shown[1:] == ["# Example", "x", "─" * 20]
+
+
+def test_what_is_said_breaks_between_words():
+    out = Tty()
+    Screen(out).say("(this is a note that takes more than one row of forty)")
+    assert out.getvalue() == "(this is a note that takes more than one\n row of forty)\n"
+
+
+@pytest.mark.parametrize(("raw", "out"), [(True, Tty()), (False, io.StringIO())])
+def test_raw_or_elsewhere_it_is_shown_as_it_is_written(raw, out):
+    Screen(out, raw=raw).show(answered("# Ti", "tle\n\n**b**"))
+    assert out.getvalue() == "# Title\n\n**b**\n"
+
+
+def test_a_dumb_terminal_gets_what_is_written(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out = Tty()
+    Screen(out).show(answered("**b**"))
+    assert out.getvalue() == "**b**\n"
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_no_control_character_of_an_answer_gets_through(raw):
+    out, hostile = Tty(), "a\x1b[2Jb\x9b31mc\x1b]0;title\x07d\u202ee\x08f\rg"
+    Screen(out, raw=raw).show(answered(*hostile))
+    assert "".join(out.shown).startswith("a[2Jb31mc]0;titledefg")
+    assert "\x1b[2J" not in out.getvalue()
+    assert not set("\x9b\x07\u202e\x08") & set(out.getvalue())
+
+
+def test_what_is_left_out_is_said():
+    out = io.StringIO()
+    Screen(out).show(answered(LeftOut(1), "Hello"))
+    Screen(out).show(answered(LeftOut(3), "Hello"))
+    assert "the oldest turn is left out" in out.getvalue()
+    assert "the 3 oldest turns are left out" in out.getvalue()
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_what_breaks_an_answer_off_leaves_all_that_came_on_the_screen(raw):
+    def broken():
+        yield TextDelta("Hello, ")
+        yield TextDelta("wor")
+        raise RuntimeError
+
+    out = Tty()
+    with pytest.raises(RuntimeError):
+        Screen(out, raw=raw).show(broken())
+    assert out.shown == ["Hello, wor"]
+    assert out.getvalue().endswith(("\n", "\x1b[?2026l"))
+
+
+def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_comes():
+    out, clock = Tty(), Clock()
+    screen = Screen(out, clock=clock)
+    with screen.waiting() as reading:
+        reading(10, 2000)
+        assert out.shown == []
+        for clock.now, done in ((1.0, 500), (1.01, 510), (1.2, 1234)):
+            reading(done, 2000)
+        assert out.shown == ["reading 1,234 of 2,000 tokens (62%)"]
+        assert "510" not in out.getvalue()  # too soon after the one before
+        screen.show(answered("Hello"))
+    assert out.shown == ["Hello"]
+
+
+def test_the_line_is_gone_where_no_answer_comes():
+    out, clock = Tty(), Clock()
+    screen = Screen(out, clock=clock)
+    with screen.waiting() as reading:
+        clock.now = 2.0
+        reading(5, 10)
+        assert out.shown != []
+    assert out.shown == []
+
+
+def test_elsewhere_there_are_no_signs_of_life():
+    out, clock = io.StringIO(), Clock()
+    with Screen(out, clock=clock).waiting() as reading:
+        clock.now = 5.0
+        reading(5, 10)
+    assert out.getvalue() == ""
+
+
+def test_of_a_long_question_the_beginning_and_the_end_are_shown():
+    out = io.StringIO()
+    lines = [f"line {number}" for number in range(250)]
+    Screen(out).show_turns([Message("user", "\n".join(lines))])
+    shown = out.getvalue().splitlines()
+    assert shown[0] == ">>> line 0"
+    assert shown[5] == "... (241 more lines)"
+    assert shown[-1] == "... line 249"
+    assert len(shown) == 10
+
+
+def test_earlier_turns_are_shown_with_what_was_asked():
+    out = io.StringIO()
+    question, answer = Message("user", "Why\nnot?"), Message("assistant", "**So**", partial=True)
+    Screen(out).show_turns([question, answer])
+    assert out.getvalue() == ">>> Why\n... not?\n**So**\n(unfinished; /continue goes on)\n\n"

@@ -1,0 +1,69 @@
+"""The bottom line's text, at every width."""
+
+import pytest
+from prompt_toolkit.utils import get_cwidth
+
+from mixchat.chat.terminal.status import cut, status_line
+
+FACTS = {"speed": 31.24, "hit_rate": 0.943, "memory": 24 * 10**9}
+
+
+def line(width=80, used=1234, model="demo", **facts):
+    return status_line(model, used, 8192, **(facts or FACTS), width=width)
+
+
+def test_it_says_model_context_speed_hits_and_memory():
+    assert line() == "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB"
+
+
+def test_what_is_not_known_is_left_out():
+    assert line(speed=None, hit_rate=0.5) == "demo · 1,234 of 8,192 tokens (15%) · 50% hits"
+    assert status_line("demo", 0, 8192) == "demo · 0 of 8,192 tokens (0%)"
+    assert status_line("", 0, 8192, speed=2) == "0 of 8,192 tokens (0%) · 2.0 tok/s"
+
+
+def test_what_is_zero_is_known():
+    known = line(speed=0.0, hit_rate=0.0, memory=0)
+    assert known == "demo · 1,234 of 8,192 tokens (15%) · 0.0 tok/s · 0% hits · 0 bytes"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (69, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB"),
+        (67, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits"),
+        (57, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s"),
+        (46, "demo · 1,234 of 8,192 tokens (15%)"),
+        (33, "1,234 of 8,192 tokens (15%)"),
+        (20, "1,234/8,192 (15%)"),
+        (10, "15%"),
+        (2, "1…"),
+        (0, ""),
+    ],
+)
+def test_the_least_important_goes_first_where_there_is_less_room(width, shown):
+    assert line(width) == shown
+
+
+@pytest.mark.parametrize("model", ["demo", "", "模型", "a" * 100])
+def test_it_is_never_wider_than_the_window(model):
+    assert all(get_cwidth(line(width, model=model)) <= width for width in range(130))
+
+
+@pytest.mark.parametrize(("used", "mark"), [(6553, ""), (6554, "! "), (9000, "! ")])
+def test_a_context_that_is_nearly_full_is_marked(used, mark):
+    for width, form in ((30, f"{used:,} of"), (20, f"{used:,}/"), (7, f"{used * 100 // 8192}%")):
+        assert line(width, used=used).startswith(mark + form)
+
+
+def test_a_model_of_any_name_stays_one_harmless_line():
+    assert line(model="a\x1b[31m\nb\t<b>&").startswith("a[31m b <b>&")
+
+
+def test_a_context_of_no_tokens_is_full():
+    assert status_line("demo", 0, 0) == "demo · ! 0 of 0 tokens (0%)"
+
+
+def test_wide_characters_are_not_cut_in_half():
+    assert cut("模型名", 4) == "模…"
+    assert cut("模型名", 6) == "模型名"

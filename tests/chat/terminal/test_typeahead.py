@@ -1,0 +1,60 @@
+"""What was typed while nobody read it, at the moment in which a prompt takes the terminal over."""
+
+import os
+import pty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.typeahead import clear_typeahead, get_typeahead
+from prompt_toolkit.input.vt100 import Vt100Input
+from prompt_toolkit.keys import Keys
+
+from mixchat.chat.terminal import typeahead
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, Input]]:
+    """The end at which a person types, and the input of a prompt at the other."""
+    ours, theirs = pty.openpty()
+    try:
+        with open(theirs, encoding="utf-8", closefd=False) as file:
+            source = Vt100Input(file)
+            clear_typeahead(source)
+            yield ours, source
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    ("typed", "keys"),
+    [
+        (b"hi\r", ["h", "i", Keys.ControlM]),
+        (b"a\rb\r", ["a", Keys.ControlM, "b", Keys.ControlM]),
+        (b"hi\r\x04", ["h", "i", Keys.ControlM, Keys.ControlD]),
+    ],
+)
+def test_a_line_typed_while_the_prompt_takes_over_is_sent(
+    typed: bytes, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lay at the prompt unsent: its Enter had become a newline after the look at what waits."""
+    look: Callable[[Input], bytes] = typeahead._waiting_bytes
+    with terminal() as (person, source):
+
+        def looked_and_then_typed(source: Input) -> bytes:
+            found = look(source)
+            os.write(person, typed)
+            return found
+
+        monkeypatch.setattr(typeahead, "_waiting_bytes", looked_and_then_typed)
+        with typeahead.reading_keys(source):
+            assert [press.key for press in get_typeahead(source)] == keys
+
+
+def test_what_is_typed_at_the_prompt_stays_what_it_is() -> None:
+    with terminal() as (person, source), typeahead.reading_keys(source):
+        assert get_typeahead(source) == []
+        os.write(person, b"a\nb\r")
+        assert os.read(source.fileno(), 100) == b"a\nb\r"

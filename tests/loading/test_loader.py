@@ -1,0 +1,122 @@
+import gc
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixchat.engine.sampling import SamplingOptions
+from mixchat.errors import ResourceError, UsageError
+from mixchat.experts.memory import free_memory
+from mixchat.loading.loader import LoadOptions, choose_device, load_engine
+from mixchat.settings import MemoryBudget
+
+
+def test_the_default_context_is_the_models_up_to_8192(tiny_model: Path) -> None:
+    assert load_engine(tiny_model, LoadOptions(device="cpu")).context_size == 128
+
+
+@pytest.mark.parametrize("size", [0, 1, 129, 10**9])
+def test_a_context_the_model_cannot_do_is_refused(tiny_model: Path, size: int) -> None:
+    with pytest.raises(UsageError, match="2 to 128"):
+        load_engine(tiny_model, LoadOptions(device="cpu", context_size=size))
+
+
+def test_a_budget_sets_the_slots(tiny_model: Path) -> None:
+    engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
+    assert engine.experts.slots_by_tier == {"host": 4}
+
+
+def test_too_small_a_budget_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UsageError, match="two experts"):
+        load_engine(tiny_model, LoadOptions(MemoryBudget(size=100), device="cpu"))
+
+
+def test_a_machine_without_room_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixchat.planning.fitting.free_memory", lambda device: 1000)
+    with pytest.raises(ResourceError, match="1 kB are free"):
+        load_engine(tiny_model, LoadOptions(device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "mps", "meta", "cpu:x"])
+def test_devices_that_cannot_be_used_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="--device"):
+        choose_device(name)
+
+
+def test_the_device_is_the_gpu_where_there_is_one() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert choose_device(None).type == expected
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
+def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
+    tiny_checkpoint: Path, keep: Callable[..., Path], layout: str
+) -> None:
+    """Either layout on disk gives, on this machine, the same text to the byte."""
+
+    def text(directory: Path) -> list[int]:
+        engine = load_engine(directory, LoadOptions(MemoryBudget(fraction=0.3), device="cpu"))
+        ids = engine.generate(
+            [5, 17, 42], sampling=SamplingOptions(temperature=0), stop_ids=set(), max_tokens=20
+        )
+        return list(ids)
+
+    kept = keep(tiny_checkpoint, layout=layout, attention=True, head=True)
+    assert json.loads((kept / "mixchat.json").read_text())["quantization"]["layout"] == layout
+    assert text(kept) == text(keep(tiny_checkpoint, attention=True, head=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("host", [True, False], ids=["over RAM", "over the file"])
+@pytest.mark.parametrize(
+    "options",
+    [{"quant_type": "none"}, {"layout": "bitsandbytes"}, {"layout": "cpu-packed"}],
+    ids=["fp32", "nf4", "nf4, reordered"],
+)
+def test_a_gpu_gives_what_the_cpu_gives(
+    make_checkpoint: Callable[..., Path],
+    keep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    host: bool,
+) -> None:
+    kept = keep(make_checkpoint(std=0.05), **options)
+    real = free_memory
+    if not host:
+        monkeypatch.setattr(
+            "mixchat.planning.fitting.free_memory",
+            lambda device: real(device) if device.type == "cuda" else 0,
+        )
+    results = []
+    for device in ("cuda", "cpu"):
+        if device == "cpu":
+            monkeypatch.undo()
+        engine = load_engine(kept, LoadOptions(MemoryBudget(fraction=0.5), device=device))
+        ids = torch.arange(5, 45, device=device)
+        with torch.inference_mode():
+            result = engine._model.forward(ids, engine._cache, all_logits=True)
+        results.append(result.float().cpu())
+    tolerance = 1e-4 if options == {"quant_type": "none"} else 0.03
+    assert (results[0] - results[1]).norm() < tolerance * results[1].norm()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_an_engine_that_is_dropped_leaves_no_file_open(tiny_model: Path) -> None:
+    """Hundreds of them did, until select() could not be told the number of a terminal's file."""
+
+    def open_files() -> int:
+        gc.collect()
+        files = (os.path.realpath(file) for file in Path("/proc/self/fd").iterdir())
+        return sum(file.startswith(str(tiny_model.resolve())) for file in files)
+
+    before = open_files()
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    assert open_files() > before
+    del engine
+    assert open_files() == before

@@ -1,0 +1,274 @@
+"""The tiers of experts put together.
+
+"cpu:0" is a device to torch, and not its "cpu": it plays a GPU, with slots in a memory of its own,
+RAM behind it, and the disk behind that.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.generate import Engine
+from mixchat.engine.sampling import SamplingOptions
+from mixchat.errors import CheckpointError, ResourceError
+from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.sources import HostTier
+from mixchat.experts.store import ExpertStore
+from mixchat.loading import tiers
+from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.settings import MemoryBudget
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.installed_model import InstalledModel
+
+GREEDY = SamplingOptions(temperature=0)
+PROMPT = list(range(5, 37))
+SHORT = PROMPT[:9]
+
+
+def calibration(copy: float, expert: float) -> Measurement:
+    """A machine on which a copy runs at `copy` bytes a second and an expert takes `expert` s."""
+    speeds = Calibration(1e9, 1e9, True, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    return Measurement(time.time(), (speeds,))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test measures this machine: everything is copied up."""
+    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(1e12, 1.0))
+
+
+@pytest.fixture(scope="module")
+def expert_size(tiny_model: Path) -> int:
+    with InstalledModel(tiny_model) as kept:
+        return kept.blueprint.expert.stride
+
+
+@pytest.fixture(scope="module")
+def expected_in_turn(tiny_model: Path) -> list[list[int]]:
+    """What the model says to two prompts, with all of its eight experts in RAM."""
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    return [text(engine), text(engine, SHORT)]
+
+
+@pytest.fixture(scope="module")
+def expected(expected_in_turn: list[list[int]]) -> list[int]:
+    """What it says to the first."""
+    return expected_in_turn[0]
+
+
+def text(engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
+    return list(engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=24))
+
+
+def load(model: Path, slots: int, host: int, expert: int, **options: Any) -> Engine:
+    """An engine on "cpu:0" with so many slots there and in RAM."""
+    with InstalledModel(model) as kept:
+        shared = kept.blueprint.shared_size
+    context = 2 * 2 * 128 * 32 * 2  # of the 128 tokens that it can do
+    return load_engine(
+        model,
+        LoadOptions(
+            host_memory=MemoryBudget(size=host * expert),
+            device_memory=MemoryBudget(size=shared + context + slots * expert),
+            device="cpu:0",
+            **options,
+        ),
+    )
+
+
+@pytest.mark.parametrize("host", [0, 4, 5, 8])
+@pytest.mark.parametrize("slots", [2, 3, 6, 8])
+def test_where_experts_are_does_not_show_in_the_text(
+    tiny_model: Path, expected_in_turn: list[list[int]], expert_size: int, slots: int, host: int
+) -> None:
+    engine = load(tiny_model, slots, host, expert_size)
+    behind = {"host": host} if host and slots < 8 else {}
+    assert engine.experts.slots_by_tier == {"device": slots, **behind}
+    assert [text(engine), text(engine, SHORT)] == expected_in_turn
+    report = engine.expert_report("tiny")
+    held = [tier for layer in report.tiers for tier in layer]
+    assert held.count("device") <= slots
+    assert held.count("host") <= behind.get("host", 0)
+    assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_the_cache_policy_does_not_show_in_the_text(
+    tiny_model: Path, expected: list[int], policy: str
+) -> None:
+    options = LoadOptions(MemoryBudget(fraction=0.4), device="cpu", cache_policy=policy)
+    assert text(load_engine(tiny_model, options)) == expected
+
+
+def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both devices are one CPU here, so that the text stays the same to the byte."""
+    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(copy=1.0, expert=1e-9))
+    computed = []
+    run = HostCompute.run
+    monkeypatch.setattr(
+        HostCompute, "run", lambda self, key, x: computed.append(key) or run(self, key, x)
+    )
+    engine = load(tiny_model, 2, 8, expert_size)
+    assert text(engine) == expected
+    moved = engine.experts.stats.bytes_moved
+    assert text(engine) == expected
+    assert len(computed) > 24
+    # All are in RAM by now, and nothing goes up any more but what was guessed.
+    assert engine.experts.stats.bytes_moved <= moved + 8 * expert_size
+
+
+def test_a_machine_with_a_gpu_is_measured_at_the_first_start(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "known_speeds", lambda *_: None)
+    monkeypatch.setattr(tiers, "measure_speeds", lambda *_: calibration(1e12, 1.0))
+    notes: list[str] = []
+    assert text(load(tiny_model, 2, 8, expert_size, note=notes.append)) == expected
+    assert notes == ["measuring this machine, about 10 s (only the first time)"]
+
+
+def test_an_expert_that_left_ram_in_the_meantime_is_fetched_after_all(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostCompute, "choose", lambda self, missing: list(missing))
+    engine = load(tiny_model, 3, 4, expert_size)
+    assert text(engine) == expected
+
+
+def test_of_two_experts_one_is_copied_while_the_other_is_computed() -> None:
+    class Tier:
+        def tier(self, key: Any) -> str:
+            return "disk" if key == "on disk" else "host"
+
+    host: Any = HostCompute(
+        Tier(),  # type: ignore[arg-type]
+        lambda expert, x: x,
+        copy_seconds=0.004,
+        host_seconds=lambda rows: 0.003 * rows,
+    )
+    assert len(host.choose({"a": 1, "b": 1})) == 1
+    assert host.choose({"many rows": 50, "few": 1}) == ["few"]
+    assert host.choose({"a": 2}) == []  # 6 ms here, 4 ms to copy
+    assert host.choose({"a": 1}) == ["a"]
+    assert host.choose({"on disk": 1}) == []
+    assert host.choose({}) == []
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_device_with_less_memory_than_it_says_holds_half_as_many(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    block = ExpertStore._slot
+    monkeypatch.setattr(
+        ExpertStore, "_slot", lambda self, n: block(self, n) if n < 4 else out_of_memory()
+    )
+    engine = load(tiny_model, 7, 8, expert_size, note=notes.append)
+    assert notes == ["the device has less memory than it says: it holds 3 experts"]
+    assert engine.experts.slots == 3
+    assert text(engine) == expected
+
+
+def test_a_device_that_holds_no_two_experts_is_refused(
+    tiny_model: Path, expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExpertStore, "_slot", out_of_memory)
+    with pytest.raises(ResourceError, match="not even two experts"):
+        load(tiny_model, 8, 8, expert_size)
+
+
+def test_a_device_that_runs_out_of_memory_goes_on_with_half_of_the_experts(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    engine = load(tiny_model, 8, 8, expert_size, note=notes.append)
+    head, calls = engine._model._head, iter(range(1000))
+
+    def sometimes(x: torch.Tensor) -> torch.Tensor:
+        if next(calls) in (0, 9):
+            out_of_memory()
+        return head(x)
+
+    monkeypatch.setattr(engine._model, "_head", sometimes)
+    assert text(engine) == expected
+    assert notes == [f"the device ran out of memory: it holds {n} experts now" for n in (4, 2)]
+    monkeypatch.setattr(engine._model, "forward", out_of_memory)
+    with pytest.raises(ResourceError, match="two experts in it"):
+        text(engine)
+
+
+def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(
+    tiny_model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.4), device="cpu"))
+    real, reads = os.preadv, iter(range(10**6))
+
+    def sometimes(*arguments: Any) -> int:
+        if next(reads) % 3 == 2:
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", sometimes)
+        for _ in range(3):
+            with pytest.raises(CheckpointError, match=r"experts-00\d.*Input/output error"):
+                text(engine)
+    assert text(engine) == expected
+
+
+def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
+    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with InstalledModel(tiny_model) as kept:
+        packed = kept.blueprint.expert.w13.packed
+    other = "bitsandbytes" if packed else "cpu-packed"
+    assert kept.blueprint.in_layout(other).expert != kept.blueprint.expert
+    monkeypatch.setattr(Blueprint, "computed_on", lambda self, device: self.in_layout(other))
+    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(copy=1.0, expert=1e-9))
+    with InstalledModel(tiny_model) as kept:
+        assert tiers._host_compute(kept, None, torch.device("cpu", 0), print) is None
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What the watch believes to be free, looked at each time it is asked."""
+    free = {"bytes": 10**12}
+    monkeypatch.setattr("mixchat.machine.free_memory", lambda: free["bytes"])
+    monkeypatch.setattr("mixchat.experts.memory.INTERVAL", 0)
+    return free
+
+
+def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
+    tiny_model: Path, expected: list[int], free: dict[str, int]
+) -> None:
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    assert text(engine) == expected
+    assert engine.experts.slots == 8
+    free["bytes"] = 0
+    assert text(engine) == expected
+    assert engine.experts.slots == 2
+    assert len(engine.experts._store._slots) == 2  # the memory of the others has gone
+    free["bytes"] = 10**12
+    assert text(engine) == expected
+    assert engine.experts.slots == 8
+
+
+def test_experts_in_ram_do_not_come_from_disk_again(
+    tiny_model: Path, expert_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_model, 2, 8, expert_size)
+    text(engine)
+    monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
+    assert text(engine)
+    tier = engine.experts._store._source
+    assert isinstance(tier, HostTier)

@@ -1,0 +1,181 @@
+"""Measuring a disk: how much is written and read, in the faster way, and nothing stays behind."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixchat import machine
+from mixchat.planning import disk_speed
+from mixchat.planning.disk_speed import measure_disk
+
+BLOCK, SIZE, SECONDS = 12_288, 1_000_000, 0.01
+
+
+def work() -> None:
+    """What is computed while the disk is read: nothing, for a moment."""
+    time.sleep(0.0001)
+
+
+def measured(directory: Path) -> tuple[float, float, bool] | None:
+    return measure_disk(directory, BLOCK, SIZE, work, SECONDS)
+
+
+def open_below(directory: Path) -> list[str]:
+    """Files below the directory, named or not, that this process has open."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:  # the listing's own
+            continue
+    return [link for link in links if link.startswith(str(directory))]
+
+
+def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path: Path) -> None:
+    result = measured(tmp_path / "not there yet")
+    assert result is not None
+    assert all(1e5 < bandwidth < 1e12 for bandwidth in result[:2])
+    assert list(tmp_path.iterdir()) == open_below(tmp_path) == []
+
+
+def test_the_disk_is_read_while_the_main_thread_computes_and_while_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, readers, workers = os.preadv, set(), set()
+    working = threading.Event()
+
+    def read(fd: int, buffers: Any, offset: int) -> int:
+        wait_in_a_thread(working)
+        readers.add(threading.get_ident())
+        return preadv(fd, buffers, offset)
+
+    def compute() -> None:
+        workers.add(threading.get_ident())
+        working.set()
+
+    monkeypatch.setattr(os, "preadv", read)
+    measure_disk(tmp_path, BLOCK, SIZE, compute, SECONDS)
+    assert workers == {threading.get_ident()}
+    assert len(readers) > 1
+    assert readers > workers
+
+
+def wait_in_a_thread(event: threading.Event) -> None:
+    """Wait for it, unless this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        assert event.wait(60)
+
+
+def spy_on_writing(monkeypatch: pytest.MonkeyPatch, largest: int = 2**30) -> list[int]:
+    written: list[int] = []
+    write = os.write
+
+    def spy(fd: int, data: memoryview) -> int:
+        written.append(write(fd, data[:largest]))
+        return written[-1]
+
+    monkeypatch.setattr(os, "write", spy)
+    return written
+
+
+@pytest.mark.parametrize(("free", "size"), [(10**12, SIZE), (3_000_000, 300_000)])
+def test_the_file_takes_a_tenth_of_the_free_disk_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, size: int
+) -> None:
+    monkeypatch.setattr(machine, "free_disk", lambda directory: free)
+    written = spy_on_writing(monkeypatch)
+    assert measured(tmp_path) is not None
+    assert sum(written) == size
+
+
+@pytest.mark.parametrize(("free", "there_is_room"), [(10 * BLOCK - 1, False), (10 * BLOCK, True)])
+def test_without_room_for_an_expert_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, there_is_room: bool
+) -> None:
+    monkeypatch.setattr(machine, "free_disk", lambda directory: free)
+    written = spy_on_writing(monkeypatch)
+    assert (measured(tmp_path) is not None) == there_is_room
+    assert bool(written) == there_is_room
+
+
+def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 10**12)
+    assert measured(Path("/proc")) is None
+
+
+def test_a_system_on_which_the_page_cache_cannot_be_emptied_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert measured(tmp_path) is None
+
+
+def test_a_slow_disk_is_measured_with_less_than_an_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = spy_on_writing(monkeypatch, largest=4096)
+    monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0.05))
+    assert measured(tmp_path) is not None
+    assert sum(written) == 4096 < BLOCK
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_faster_way_to_read_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    state = {"direct": False}
+    monkeypatch.setattr(
+        disk_speed._Disk, "_set_direct", lambda self, direct: state.update(direct=direct)
+    )
+    preadv = os.preadv
+
+    def read(fd: int, buffers: Any, offset: int) -> int:
+        if state["direct"] is slow:
+            time.sleep(0.5)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    result = measured(tmp_path)
+    assert result is not None
+    assert result[2] is not slow
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(disk: object, direct: bool) -> None:
+        if direct:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(disk_speed._Disk, "_set_direct", refuse)
+    result = measured(tmp_path)
+    assert result is not None
+    assert not result[2]
+
+
+def test_ctrl_c_while_the_disk_is_read_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, threads = os.preadv, threading.active_count()
+    computing = threading.Event()
+    found: list[str] = []
+
+    def read(fd: int, buffers: Any, offset: int) -> int:
+        wait_in_a_thread(computing)  # or all is read before anything is computed
+        return preadv(fd, buffers, offset)
+
+    def interrupted() -> None:
+        computing.set()
+        found.extend(open_below(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(KeyboardInterrupt):
+        measure_disk(tmp_path, BLOCK, SIZE, interrupted, SECONDS)
+    assert len(found) == 1
+    assert list(tmp_path.iterdir()) == open_below(tmp_path) == []
+    assert threading.active_count() == threads

@@ -1,0 +1,167 @@
+"""How fast a model will be: hit rates without a model, and what tokens cost with them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixchat.experts.placement import Placement
+from mixchat.experts.trace import Trace
+from mixchat.model_config import ModelConfig
+from mixchat.planning import expectation
+from mixchat.planning.calibration import Calibration
+from mixchat.planning.expectation import (
+    PROMPT,
+    decode_cost,
+    expected_distinct,
+    first_token,
+    held_together,
+    hit_rates,
+)
+from mixchat.planning.simulate import Replay, replay, synthetic_trace
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.make.outline import MIXTRAL
+
+CPU = torch.device("cpu")
+GPU = torch.device("cpu:0")  # a device of its own to whoever compares names
+CONFIG = ModelConfig.from_dict(MIXTRAL)
+# As both devices compute it here, so that what leaves the "GPU" can go into RAM.
+BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
+SPEEDS = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+GPU_SPEEDS = replace(
+    SPEEDS,
+    copy_bandwidth=2e10,
+    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 64: 4e-4}},
+    layer_seconds=1e-4,
+)
+
+
+def on_cpu(slots: int) -> Placement:
+    return Placement(slots, 0, 256)
+
+
+def test_hit_rates_grow_with_slots_up_to_all() -> None:
+    rates = [hit_rates(BLUEPRINT, CPU, on_cpu(slots))[0] for slots in (2, *range(16, 257, 16))]
+    assert all(fewer <= more + 0.01 for fewer, more in itertools.pairwise(rates))
+    assert rates[0] < 0.01
+    assert rates[-1] == 1.0
+    assert all(rate < 1 for rate in rates[:-1])
+
+
+def test_on_a_cpu_both_hit_rates_are_those_of_the_slots() -> None:
+    rate, host_rate = hit_rates(BLUEPRINT, CPU, on_cpu(192))
+    assert rate == host_rate
+    assert 0.65 < rate < 0.85
+
+
+def test_a_hit_rate_is_that_of_a_cache_that_is_warm() -> None:
+    """A tenth of a long trace is cold, a third of this one would be: that third does not count."""
+    long = replay(synthetic_trace(tokens=3000, seed=5), 192, "layered").decode.hit_rate
+    assert hit_rates(BLUEPRINT, CPU, on_cpu(192))[0] == pytest.approx(long, abs=0.02)
+
+
+def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does() -> None:
+    rate, host_rate = hit_rates(BLUEPRINT, GPU, Placement(100, 92, 256))
+    assert rate == hit_rates(BLUEPRINT, CPU, on_cpu(100))[0]
+    assert host_rate == hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]
+    assert held_together(BLUEPRINT, GPU, Placement(100, 92, 256)) == 192
+    assert held_together(BLUEPRINT, GPU, Placement(200, 92, 256)) == 256
+
+
+def test_ram_that_holds_all_leaves_nothing_to_the_disk() -> None:
+    rate, host_rate = hit_rates(BLUEPRINT, GPU, Placement(100, 256, 256))
+    assert rate < host_rate == 1.0
+
+
+def test_ram_holds_the_same_experts_where_they_lie_otherwise_on_the_gpu() -> None:
+    layouts = {"cpu-packed", "bitsandbytes"} - {BLUEPRINT.quantization.layout}
+    other = BLUEPRINT.in_layout(layouts.pop())  # type: ignore[arg-type]
+    same = other.expert == BLUEPRINT.expert
+    held = held_together(other, GPU, Placement(100, 92, 256))
+    assert held == (192 if same else 100)
+
+
+def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too() -> None:
+    config = replace(CONFIG, num_local_experts=3)
+    rate, _ = hit_rates(Blueprint(config, Quantization()), CPU, Placement(24, 0, 96))
+    assert rate == 0.25
+
+
+def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for at every plan, several times: that takes a tenth of a second each."""
+    expectation._hit_rate.cache_clear()
+    expectation._trace.cache_clear()
+    replayed: list[int] = []
+    made: list[int] = []
+
+    def counted_replay(trace: Trace, slots: int, policy: str) -> Replay:
+        replayed.append(len(trace.forwards))
+        return replay(trace, slots, policy)
+
+    def counted_trace(*shape: int, tokens: int) -> Trace:
+        made.append(tokens)
+        return synthetic_trace(*shape, tokens=tokens)
+
+    monkeypatch.setattr(expectation, "replay", counted_replay)
+    monkeypatch.setattr(expectation, "synthetic_trace", counted_trace)
+    for slots in (100, 101, 100):
+        hit_rates(BLUEPRINT, CPU, on_cpu(slots))
+    assert sum(replayed) <= 2 * 400
+    assert made == [300]
+
+
+def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read() -> None:
+    found = decode_cost(BLUEPRINT, CPU, SPEEDS, on_cpu(192))
+    assert found is not None
+    head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
+    assert found.computing == pytest.approx(32 * 0.001 + (64 + head) * 0.003)
+    assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
+    assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / 3e9)
+
+
+def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
+    tied = Blueprint(replace(CONFIG, tie_word_embeddings=True), BLUEPRINT.quantization)
+    assert tied.head is None
+    costs = [decode_cost(made, CPU, SPEEDS, on_cpu(256)) for made in (tied, BLUEPRINT)]
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 2), (2, 3.5), (20, 7.975), (1000, 8)])
+def test_distinct_experts_of_several_tokens(tokens: int, experts: float) -> None:
+    assert expected_distinct(CONFIG, tokens) == pytest.approx(experts, abs=0.001)
+
+
+def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
+    found = first_token(BLUEPRINT, CPU, SPEEDS)
+    assert found is not None
+    assert found.starting == pytest.approx(BLUEPRINT.shared_size / 2e9)
+    assert 254 < found.prompt.read < 256
+    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
+    # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
+    experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
+    assert experts < found.prompt.computing < experts + 0.3
+    assert found.seconds == found.starting + found.prompt.seconds
+    assert found.prompt.copying == 0
+
+
+def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read() -> None:
+    short, long = (first_token(BLUEPRINT, CPU, SPEEDS, prompt=n) for n in (PROMPT, 200))
+    assert short is not None
+    assert long is not None
+    assert short.prompt.computing < long.prompt.computing
+    assert short.prompt.reading <= long.prompt.reading
+
+
+def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
+    found = first_token(BLUEPRINT, GPU, GPU_SPEEDS)
+    assert found is not None
+    assert found.prompt.copied == found.prompt.read
+    assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
+
+
+def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
+    blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    assert first_token(BLUEPRINT, CPU, blind) is None
+    assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(192)) is None
+    assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(256)) is not None

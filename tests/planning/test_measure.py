@@ -1,0 +1,194 @@
+"""Measuring this machine: figures are those of what ran, and nothing stays behind."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mixchat import machine
+from mixchat.planning.measure import Effort, measure
+from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.installed_model import InstalledModel
+
+CPU = torch.device("cpu")
+OTHER = torch.device("cpu:0")  # a device of its own to whoever compares names
+QUICK = Effort(file_bytes=1_000_000, pool_bytes=200_000, seconds=0.01)
+
+
+def no_layer() -> None:
+    """A layer that takes no time."""
+
+
+def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    gate, up = expert.w13(x).chunk(2, dim=-1)
+    return expert.w2(functional.silu(gate) * up)
+
+
+class Clock:
+    """Time that passes where it is told to, and a little at each look: nothing else does count."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-5
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time by which all but the disk is measured."""
+    clock = Clock()
+    monkeypatch.setattr("mixchat.planning.measure.time", clock)
+    return clock
+
+
+def taking(clock: Clock, seconds_per_row: float) -> Callable[[Expert, torch.Tensor], torch.Tensor]:
+    """Computes nothing, and takes its time."""
+
+    def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        clock.sleep(seconds_per_row * len(x))
+        return x
+
+    return compute
+
+
+@pytest.fixture
+def blueprint(tiny_model: Path) -> Blueprint:
+    with InstalledModel(tiny_model) as kept:
+        return kept.blueprint
+
+
+def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_path: Path) -> None:
+    result = measure(blueprint, tmp_path / "not there yet", CPU, compute, no_layer, effort=QUICK)
+    assert set(result.expert_seconds) == {"cpu"}
+    assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
+    assert all(seconds > 0 for seconds in result.expert_seconds["cpu"].values())
+    assert result.copy_bandwidth is None
+    assert result.disk_bandwidth is not None
+    assert result.disk_bandwidth_idle is not None
+    assert 1e5 < result.disk_bandwidth < 1e12
+    assert 1e5 < result.disk_bandwidth_idle < 1e12
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_are_those_of_what_ran(blueprint: Blueprint, tmp_path: Path, clock: Clock) -> None:
+    result = measure(blueprint, tmp_path, CPU, taking(clock, 0.0005), no_layer, effort=QUICK)
+    seconds = result.expert_seconds["cpu"]
+    assert seconds[1] == pytest.approx(0.0005, rel=0.05)
+    assert seconds[8] == pytest.approx(0.004, rel=0.05)
+    assert result.memory_bandwidth == pytest.approx(blueprint.expert.nbytes / seconds[1])
+    assert 512 not in seconds  # it would have taken a quarter of a second
+
+
+def test_a_fast_cpu_is_measured_with_all_counts_of_rows(
+    blueprint: Blueprint, tmp_path: Path, clock: Clock
+) -> None:
+    result = measure(blueprint, tmp_path, CPU, taking(clock, 0), no_layer, effort=QUICK)
+    assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
+
+
+@pytest.mark.parametrize("device", [CPU, OTHER], ids=str)
+def test_a_layer_is_measured_where_it_is_computed(
+    blueprint: Blueprint, tmp_path: Path, device: torch.device, clock: Clock
+) -> None:
+    def layer() -> None:
+        assert torch.is_inference_mode_enabled()
+        clock.sleep(0.004)
+
+    result = measure(blueprint, tmp_path, device, taking(clock, 0), layer, effort=QUICK)
+    assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
+
+
+def test_the_first_time_when_much_is_set_up_does_not_count(
+    blueprint: Blueprint, tmp_path: Path, clock: Clock
+) -> None:
+    """Kernels that were compiled meanwhile made a plan promise 0.01 tokens a second."""
+    pauses = itertools.chain([5.0], itertools.repeat(0.004))
+    result = measure(
+        blueprint,
+        tmp_path,
+        CPU,
+        taking(clock, 0),
+        lambda: clock.sleep(next(pauses)),
+        effort=QUICK,
+    )
+    assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
+
+
+def test_another_device_is_measured_beside_the_cpu(
+    blueprint: Blueprint, tmp_path: Path, clock: Clock
+) -> None:
+    copied = []
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+        copied.append((target.data_ptr(), target.nbytes, source.nbytes))
+        clock.sleep(0.001)
+
+    result = measure(blueprint, tmp_path, OTHER, compute, no_layer, copy=copy, effort=QUICK)
+    stride = blueprint.expert.stride
+    assert set(result.expert_seconds) == {"cpu", "cpu:0"}
+    assert result.copy_bandwidth is not None
+    assert result.copy_bandwidth == pytest.approx(stride / 0.001, rel=0.05)
+    assert {(target, source) for _, target, source in copied} == {(stride, stride)}
+    assert len({place for place, _, _ in copied}) > 1
+
+
+def test_experts_larger_than_the_caches_are_computed_in_turn(
+    blueprint: Blueprint, tmp_path: Path, clock: Clock
+) -> None:
+    seen: dict[int, Expert] = {}
+
+    def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        seen[id(expert)] = expert
+        assert compute(expert, x).isfinite().all()
+        return x
+
+    measure(blueprint, tmp_path, CPU, watch, no_layer, effort=QUICK)
+    assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
+
+
+def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_some(
+    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    rows: list[int] = []
+
+    def measure_disk(
+        directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
+    ) -> tuple[float, float, bool]:
+        rows.clear()
+        work()
+        asked.append((directory, block, size, [*rows]))
+        return 2e9, 3e9, True
+
+    def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return x
+
+    monkeypatch.setattr("mixchat.planning.measure.measure_disk", measure_disk)
+    for file_bytes in (1, 10**6):
+        effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
+        result = measure(blueprint, tmp_path, CPU, watch, no_layer, effort=effort)
+        assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
+        assert result.disk_direct
+    stride = blueprint.expert.stride
+    assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]
+
+
+def test_without_room_all_but_the_disk_is_measured(
+    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
+    result = measure(blueprint, tmp_path, CPU, compute, no_layer, effort=QUICK)
+    assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)
+    assert not result.disk_direct
+    assert result.memory_bandwidth > 0
+    assert set(result.expert_seconds["cpu"]) >= {1, 8}

@@ -1,0 +1,281 @@
+"""A plan says what loading will do, on machines that are only described."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.errors import ResourceError, UsageError
+from mixchat.experts.placement import Placement
+from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.model_config import ModelConfig
+from mixchat.planning import fitting, speeds
+from mixchat.planning.calibration import SAMPLES, Calibration, Measurement
+from mixchat.planning.expectation import predicted
+from mixchat.planning.fitting import FreeMemory
+from mixchat.planning.plan import Machine, MachinePlan, Wishes, fit, look, plan_model
+from mixchat.settings import MemoryBudget
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.make.outline import MIXTRAL
+
+GB = 10**9
+CPU = torch.device("cpu")
+GPU = torch.device("cpu:0")  # a device of its own to whoever compares names
+# As both devices compute it here, so that what leaves the "GPU" can go into RAM.
+BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
+SPEEDS = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+GPU_SPEEDS = replace(
+    SPEEDS,
+    copy_bandwidth=2e10,
+    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}},
+    layer_seconds=1e-4,
+)
+
+
+def machine(ram: float, gpu: float | None = None) -> Machine:
+    device = None if gpu is None else int(gpu * GB)
+    name = None if gpu is None else "a GPU"
+    free = FreeMemory(int(ram * GB), device)
+    return Machine("a CPU", 8, 64 * GB, free, 500 * GB, name, device)
+
+
+def measured(*samples: Calibration) -> Measurement:
+    return Measurement(1.7e9, samples)
+
+
+def on_cpu(ram: float, **wishes: Any) -> MachinePlan:
+    return plan_model(BLUEPRINT, CPU, machine(ram), measured(SPEEDS), Wishes(**wishes))
+
+
+def on_gpu(gpu: float, ram: float, **wishes: Any) -> MachinePlan:
+    return plan_model(BLUEPRINT, GPU, machine(ram, gpu), measured(GPU_SPEEDS), Wishes(**wishes))
+
+
+def speed(found: MachinePlan) -> float:
+    assert found.tokens_per_second is not None
+    return found.tokens_per_second
+
+
+def test_a_machine_with_16_gb_holds_a_part_and_reads_the_rest() -> None:
+    found = on_cpu(14.5)
+    slots = found.fit.placement.slots
+    assert 80 < slots < 140
+    assert (found.held, found.fit.placement.host_slots, found.fit.context) == (slots, 0, 8192)
+    assert found.hit_rate == found.host_hit_rate
+    assert found.cost is not None
+    assert found.cost.read == pytest.approx(64 * (1 - found.hit_rate))
+    assert speed(found) == 1 / found.cost.seconds
+    assert found.first_token is not None
+    assert found.first_token.seconds > 10  # 26 GB at 2 GB a second
+
+
+def test_a_machine_that_holds_all_reads_nothing_and_needs_no_more() -> None:
+    found = on_cpu(64)
+    assert (found.hit_rate, found.fit.placement.slots) == (1.0, 256)
+    assert found.cost is not None
+    assert found.cost.read == 0
+    assert found.what_more_buys == ()
+
+
+def test_more_memory_buys_what_a_machine_with_that_much_has() -> None:
+    found = on_cpu(14.5)
+    assert [(more.tier, more.bytes) for more in found.what_more_buys] == [
+        ("host", 8 * GB),
+        ("host", 16 * GB),
+    ]
+    for more, ram in zip(found.what_more_buys, (22.5, 30.5), strict=True):
+        richer = on_cpu(ram)
+        assert more.placement == richer.fit.placement
+        assert more.tokens_per_second == speed(richer)
+    assert speed(found) < found.what_more_buys[0].tokens_per_second
+
+
+def test_more_than_what_all_experts_take_is_not_named_twice() -> None:
+    found = on_cpu(24)
+    assert [more.bytes for more in found.what_more_buys] == [8 * GB]
+    assert found.what_more_buys[0].placement.slots == 256
+
+
+def test_with_a_budget_more_memory_raises_the_budget() -> None:
+    found = on_cpu(64, host_memory=MemoryBudget(fraction=0.25))
+    assert found.fit.placement.slots == 64
+    added = 8 * GB // BLUEPRINT.expert.stride
+    assert found.what_more_buys[0].placement.slots in (64 + added, 65 + added)
+
+
+def test_more_memory_for_a_gpu_is_on_it_or_behind_it() -> None:
+    found = on_gpu(11, 8)
+    assert [(more.tier, more.bytes) for more in found.what_more_buys] == [
+        ("host", 8 * GB),
+        ("host", 16 * GB),
+        ("device", 8 * GB),
+    ]
+    ram, _, device = found.what_more_buys
+    assert ram.tokens_per_second == speed(on_gpu(11, 16))
+    assert device.tokens_per_second == speed(on_gpu(19, 8))
+    assert device.placement.slots > found.fit.placement.slots == ram.placement.slots
+
+
+def test_a_gpu_with_a_budget_may_take_that_much_more() -> None:
+    found = on_gpu(24, 64, device_memory=MemoryBudget(size=8 * GB))
+    device = found.what_more_buys[-1]
+    assert device.tier == "device"
+    wider = on_gpu(24, 64, device_memory=MemoryBudget(size=16 * GB))
+    assert device.placement == wider.fit.placement
+
+
+def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:
+    found = on_gpu(11, 16)
+    placement = found.fit.placement
+    assert found.held == placement.slots + placement.host_slots < 256
+    assert found.hit_rate < found.host_hit_rate < 1
+    assert found.cost is not None
+    assert found.cost.copied > found.cost.read > 0
+    assert found.device == "cpu:0"
+    assert on_gpu(11, 64).host_hit_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("there", "wishes"),
+    [
+        (machine(6), Wishes()),
+        (machine(64), Wishes(host_memory=MemoryBudget(fraction=1.0))),
+        (machine(29.5), Wishes(host_memory=MemoryBudget(fraction=1.0))),
+        (machine(64, 5.2), Wishes()),
+        (machine(64, 24), Wishes(device_memory=MemoryBudget(size=5 * GB))),
+    ],
+    ids=["little RAM", "much RAM", "a budget", "a GPU", "a budget on a GPU"],
+)
+def test_the_largest_context_fits_and_one_token_more_does_not(
+    there: Machine, wishes: Wishes
+) -> None:
+    largest = fit(BLUEPRINT, there.free, wishes).largest_context
+    assert 8192 <= largest <= 32768
+    fit(BLUEPRINT, there.free, replace(wishes, context_size=largest))
+    with pytest.raises((ResourceError, UsageError)):
+        fit(BLUEPRINT, there.free, replace(wishes, context_size=largest + 1))
+
+
+def test_what_does_not_fit_is_refused_as_loading_refuses_it() -> None:
+    with pytest.raises(ResourceError, match=r"at least 4\.5 GB .* 4\.3 GB are free"):
+        on_cpu(4.3)
+    with pytest.raises(UsageError, match="2 to 32768"):
+        on_cpu(64, context_size=40000)
+    with pytest.raises(UsageError, match="--device-memory is for a GPU"):
+        on_cpu(64, device_memory=MemoryBudget(size=GB))
+
+
+@pytest.mark.parametrize("budget", [None, MemoryBudget(fraction=0.5)])
+@pytest.mark.parametrize("context", [None, 64])
+def test_a_plan_places_what_loading_places(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: MemoryBudget | None,
+    context: int | None,
+) -> None:
+    free = GB + 300_000  # so that all but some of the memory is the reserve
+    with InstalledModel(tiny_model) as kept:
+        planned = fit(kept.blueprint, FreeMemory(free), Wishes(budget, None, context))
+    monkeypatch.setattr("mixchat.planning.fitting.free_memory", lambda device: free)
+    options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
+    engine = load_engine(tiny_model, options)
+    assert engine.context_size == planned.context
+    assert engine.experts.slots_by_tier == {"host": planned.placement.slots}
+
+
+def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> None:
+    """One sample gave 0.99 tokens a second where others gave 0.53 to 0.81."""
+    samples = [replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)]
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(*samples), Wishes())
+    alone = [plan_model(BLUEPRINT, CPU, machine(14.5), measured(s), Wishes()) for s in samples]
+    assert found.speed is not None
+    assert (found.speed.low, found.speed.high) == (speed(alone[2]), speed(alone[0]))
+    assert speed(found) == speed(alone[1])
+    assert found.speed.measured_at == found.measured_at == 1.7e9
+    more = found.what_more_buys[0]
+    assert more.speed.low < more.tokens_per_second < more.speed.high
+
+
+def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
+    blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(blind), Wishes())
+    assert found.speed is None
+    assert (found.cost, found.first_token, found.tokens_per_second) == (None, None, None)
+    # What holds all needs no disk to decode.
+    assert [more.bytes for more in found.what_more_buys] == [16 * GB]
+
+
+def test_looking_at_this_machine_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 7 * GB if device == CPU else 3 * GB)
+    there = look(tmp_path / "not there yet", CPU)
+    assert there.free == FreeMemory(7 * GB, None)
+    assert there.gpu is None
+    assert there.memory > 0
+    assert there.disk_free > 0
+    assert there.cpu
+    assert look(tmp_path, GPU).free == FreeMemory(7 * GB, 3 * GB)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Measuring costs nothing, and is counted by device."""
+    measured: list[torch.device] = []
+
+    def measure(
+        blueprint: Blueprint,
+        directory: Path,
+        device: torch.device,
+        compute: Callable[..., torch.Tensor],
+        layer: Callable[[], object],
+        **how: object,
+    ) -> Calibration:
+        layer()
+        measured.append(device)
+        return SPEEDS if device == CPU else GPU_SPEEDS
+
+    monkeypatch.setattr(speeds, "measure", measure)
+    return measured
+
+
+def test_a_machine_is_measured_once_and_remembered(
+    tiny_model: Path, home: Path, counted: list[torch.device]
+) -> None:
+    with InstalledModel(tiny_model) as kept:
+        tiny = kept.blueprint
+    assert speeds.known_speeds(tiny, home, CPU) is None
+    before = time.time()
+    made = speeds.measure_speeds(tiny, home, CPU)
+    assert made.samples == (SPEEDS,) * SAMPLES
+    assert before <= made.measured_at <= time.time()
+    assert speeds.known_speeds(tiny, home, CPU) == made
+    assert counted == [CPU] * SAMPLES
+    assert (home / "machine.json").exists()
+
+
+def test_a_loaded_model_is_predicted_as_planned_without_measuring(
+    home: Path, counted: list[torch.device]
+) -> None:
+    placement = Placement(100, 0, 256)
+    assert predicted(BLUEPRINT, home, CPU, placement) is None
+    assert counted == []
+    speeds.calibration_path().parent.mkdir()
+    slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
+    key = speeds.calibration_key(BLUEPRINT, home, CPU)
+    content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
+    speeds.calibration_path().write_text(json.dumps(content))
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(SPEEDS, slow), Wishes())
+    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.speed
+    assert predicted(BLUEPRINT, home, GPU, placement) is None
+    assert counted == []

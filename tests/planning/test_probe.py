@@ -1,0 +1,109 @@
+"""The probe takes a token through all of a layer but its experts, and costs what a layer costs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.model import Attention, Block
+from mixchat.planning import probe
+from mixchat.planning.probe import layer_probe
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.matrix.linear import Linear, LinearSpec
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def blueprint(tiny_model: Path) -> Blueprint:
+    with InstalledModel(tiny_model) as kept:
+        return kept.blueprint
+
+
+def test_each_call_takes_one_token_through_the_next_of_several_layers(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: list[int] = []
+    outputs: list[torch.Tensor] = []
+    call = Block.__call__
+
+    def watch(block: Block, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        layers.append(id(block))
+        outputs.append(call(block, x, *rest))  # type: ignore[arg-type]
+        return outputs[-1]
+
+    monkeypatch.setattr(Block, "__call__", watch)
+    compute = layer_probe(blueprint, CPU)
+    for _ in range(2 * probe._COPIES):
+        compute()
+    assert len(set(layers)) == probe._COPIES
+    assert layers[: probe._COPIES] == layers[probe._COPIES :]
+    assert {output.shape for output in outputs} == {(1, blueprint.config.hidden_size)}
+
+
+def test_it_computes_with_ordinary_numbers(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are not ordinary can slow a CPU; fresh memory may hold any."""
+    outputs: list[torch.Tensor] = []
+    call, empty, new_empty = Block.__call__, torch.empty, torch.Tensor.new_empty
+
+    def watch(block: Block, *arguments: Any) -> torch.Tensor:
+        outputs.append(call(block, *arguments))
+        return outputs[-1]
+
+    def spoiled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-1)
+
+    def garbage(*shape: Any, **how: Any) -> torch.Tensor:
+        return spoiled(empty(*shape, **how))
+
+    def new_garbage(like: torch.Tensor, *shape: Any, **how: Any) -> torch.Tensor:
+        return spoiled(new_empty(like, *shape, **how))
+
+    monkeypatch.setattr(Block, "__call__", watch)
+    monkeypatch.setattr(torch, "empty", garbage)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_garbage)
+    layer_probe(blueprint, CPU)()
+    assert outputs[0].isfinite().all()
+
+
+def test_it_attends_to_the_tokens_before_however_often_it_is_called(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[int] = []
+    attend = Attention.__call__
+
+    def watch(attention: Attention, x: torch.Tensor, cache: object, *rest: object) -> torch.Tensor:
+        before.append(cache.length)  # type: ignore[attr-defined]
+        return attend(attention, x, cache, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Attention, "__call__", watch)
+    compute = layer_probe(blueprint, CPU)
+    for _ in range(3):
+        compute()
+    assert before == [probe._CONTEXT] * 3
+
+
+@pytest.mark.parametrize("attention", [False, True], ids=["dense", "4 bits"])
+def test_its_attention_is_of_the_models_shape_and_kind(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch, attention: bool
+) -> None:
+    built: list[LinearSpec] = []
+    build = LinearSpec.build
+
+    def watch(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> Linear:
+        built.append(spec)
+        return build(spec, tensors)
+
+    monkeypatch.setattr(LinearSpec, "build", watch)
+    how = replace(blueprint.quantization, attention=attention)
+    changed = replace(blueprint, quantization=how)
+    layer_probe(changed, CPU)()
+    used = changed.computed_on(CPU)
+    assert built == [used.qkv(0), used.o(0)] * probe._COPIES
+    assert {spec.quant_type for spec in built} == {"nf4" if attention else "none"}

@@ -1,0 +1,232 @@
+import math
+from collections import Counter
+from itertools import combinations, pairwise, permutations, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import POLICIES, Passes
+from mixchat.experts.trace import Trace
+from mixchat.planning.simulate import Counts, replay, sharing, synthetic_trace, table
+
+TOKENS = 4000
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> Trace:
+    return synthetic_trace(tokens=TOKENS, seed=1)
+
+
+def trace(*forwards: list[list[int]], experts: int = 4, choices: int = 2) -> Trace:
+    return Trace("made up", len(forwards[0]), experts, choices, list(forwards))
+
+
+def test_layers_share_as_the_paper_measured() -> None:
+    assert [sharing(layer, 32) for layer in (0, 15, 31)] == pytest.approx([0.48, 0.645, 0.5])
+    shares = [sharing(layer, 32) for layer in range(32)]
+    assert shares[:16] == sorted(shares[:16])
+    assert shares[15:] == sorted(shares[15:], reverse=True)
+    assert [sharing(layer, 2) for layer in range(2)] == pytest.approx([0.48, 0.5])
+    assert sharing(0, 1) == 0.48
+
+
+def test_a_synthetic_trace_repeats_experts_as_often_as_it_should(synthetic: Trace) -> None:
+    """Sharing is drawn independently at each step, so that the error is the binomial one."""
+    for layer in range(32):
+        chain = [set(forward[layer]) for forward in synthetic.forwards]
+        shared = sum(not a.isdisjoint(b) for a, b in pairwise(chain))
+        share, steps = sharing(layer, 32), TOKENS - 1
+        error = math.sqrt(share * (1 - share) / steps)
+        assert abs(shared / steps - share) < 4.5 * error
+
+
+def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic: Trace) -> None:
+    pairs = Counter(
+        tuple(sorted(selected)) for forward in synthetic.forwards for selected in forward
+    )
+    uses = 32 * TOKENS
+    assert len(pairs) == 28
+    # Repetition makes the variance larger, but by less than a third: the chain's second largest
+    # eigenvalue is 5 * (share / 13 - (1 - share) / 15), 0.13 at most.
+    error = math.sqrt(1.33 * (1 / 28) * (27 / 28) / uses)
+    assert max(abs(count / uses - 1 / 28) for count in pairs.values()) < 4.5 * error
+
+
+def test_a_synthetic_trace_is_one_of_decode_and_repeats_by_its_seed() -> None:
+    made = synthetic_trace(3, 6, 3, tokens=5, seed=4)
+    assert (made.layers, made.experts, made.experts_per_token) == (3, 6, 3)
+    assert [made.tokens(forward) for forward in made.forwards] == [1] * 5
+    assert all(len(set(s)) == 3 for forward in made.forwards for s in forward)
+    assert made == synthetic_trace(3, 6, 3, tokens=5, seed=4)
+    assert made != synthetic_trace(3, 6, 3, tokens=5, seed=5)
+
+
+def test_prefill_and_decode_are_counted_apart_and_each_expert_once_a_pass() -> None:
+    made = trace([[0, 1, 1, 0, 0, 2]], [[0, 1]], [[3, 0]])
+    result = replay(made, 4, "lru")
+    assert (result.prefill, result.decode) == (Counts(0, 3), Counts(3, 1))
+    assert result.decode.hit_rate == 0.75
+
+
+def test_without_uses_there_is_no_hit_rate() -> None:
+    assert replay(trace([[0, 1, 1, 0]]), 4, "lru").decode.hit_rate is None
+
+
+def test_what_is_in_the_cache_goes_first() -> None:
+    """In the trace's order, 2 would evict 0 just before its turn."""
+    assert replay(trace([[0, 1]], [[2, 0]]), 2, "lru").decode == Counts(1, 3)
+
+
+def test_each_long_prefill_finds_as_many_experts_as_there_are_slots() -> None:
+    """Eight experts in the order of their layers, in five slots: LRU hits 2 a pass."""
+    sweep = [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert replay(trace(sweep, sweep, sweep), 5, "layered").prefill == Counts(5 + 5, 8 + 3 + 3)
+
+
+def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic: Trace) -> None:
+    """By the clock, 64 slots hold the last token's experts and 112 those of the last two; what is
+    between is of no use to LRU."""
+    rates = {
+        policy: [replay(synthetic, slots, policy).decode.hit_rate for slots in (64, 88, 104)]
+        for policy in ("lru", "layered")
+    }
+    assert rates["lru"][2] - rates["lru"][0] < 0.02
+    assert rates["layered"][0] == pytest.approx(rates["lru"][0], abs=0.01)
+    assert rates["layered"][1] > rates["lru"][1] + 0.05
+    assert rates["layered"][2] > rates["lru"][2] + 0.1
+
+
+def test_a_prefill_costs_lfu_none_of_its_favourites() -> None:
+    """To give up first what was used most would leave decode a cache of the least used."""
+    favourites = [[[0, 1], [0, 1]]] * 50
+    made = trace(*favourites, [[0, 1, 2, 3], [0, 1, 2, 3]], favourites[0])
+    after = replay(made, 5, "lfu").decode
+    assert after.misses - replay(trace(*favourites), 5, "lfu").decode.misses <= 1
+
+
+policies = st.sampled_from(sorted(POLICIES))
+
+
+@st.composite
+def traces(draw: st.DrawFn, forwards: int, layers: int, tokens: int, experts: int = 4) -> Trace:
+    def forward(count: int) -> list[list[int]]:
+        pair = st.permutations(range(experts)).map(lambda order: list(order)[:2])
+        return [[e for _ in range(count) for e in draw(pair)] for _ in range(depth)]
+
+    depth = draw(st.integers(1, layers))
+    lengths = draw(st.lists(st.integers(1, tokens), min_size=1, max_size=forwards))
+    return trace(*(forward(count) for count in lengths), experts=experts)
+
+
+@given(traces(forwards=25, layers=3, tokens=3), st.integers(1, 12))
+def test_the_oracle_is_never_worse_than_a_policy(made: Trace, slots: int) -> None:
+    def misses(policy: str) -> int:
+        result = replay(made, slots, policy)
+        return result.prefill.misses + result.decode.misses
+
+    assert all(misses("belady") <= misses(policy) for policy in POLICIES)
+
+
+def fewest_misses(made: Trace, slots: int, *, hits_first: bool) -> int:
+    """By trying everything: every order of the experts of a layer, and every victim."""
+    states: dict[frozenset[ExpertKey], int] = {frozenset(): 0}
+    for forward in made.forwards:
+        for layer, selected in enumerate(forward):
+            wanted = {ExpertKey(layer, expert) for expert in selected}
+            after: dict[frozenset[ExpertKey], int] = {}
+            for state, cost in states.items():
+                for order in permutations(wanted):
+                    if hits_first and [k in state for k in order] != sorted(
+                        (k in state for k in order), reverse=True
+                    ):
+                        continue
+                    for end, extra in ends(state, order, slots):
+                        after[end] = min(after.get(end, 10**9), cost + extra)
+            states = after
+    return min(states.values())
+
+
+def ends(
+    state: frozenset[ExpertKey], order: tuple[ExpertKey, ...], slots: int
+) -> set[tuple[frozenset[ExpertKey], int]]:
+    """Where a cache can be after these uses, and with how many misses."""
+    reached = {(state, 0)}
+    for key in order:
+        step = set()
+        for cache, misses in reached:
+            if key in cache:
+                step.add((cache, misses))
+            elif len(cache) < slots:
+                step.add((cache | {key}, misses + 1))
+            else:
+                step |= {(cache - {victim} | {key}, misses + 1) for victim in cache}
+        reached = step
+    return reached
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(forwards=6, layers=2, tokens=2), st.integers(1, 5), st.booleans())
+def test_the_oracle_is_as_good_as_trying_everything(
+    made: Trace, slots: int, hits_first: bool
+) -> None:
+    result = replay(made, slots, "belady")
+    best = fewest_misses(made, slots, hits_first=hits_first)
+    assert result.prefill.misses + result.decode.misses == best
+
+
+def test_of_two_that_are_used_next_together_the_oracle_keeps_the_right_one() -> None:
+    """In one slot after the first pass: whichever of 1 and 2 is missed in the second one stays.
+
+    1 is used alone after that, so that it has to be the one that is missed.
+    """
+    made = trace([[1, 2]], [[1, 2]], [[1, 1]], [[1, 1]])
+    assert replay(made, 1, "belady").decode == Counts(3, 3)
+    assert fewest_misses(made, 1, hits_first=True) == 3
+
+
+@given(traces(forwards=20, layers=2, tokens=2), st.integers(1, 8), policies)
+def test_a_replay_does_what_plain_calls_of_the_cache_do(
+    made: Trace, slots: int, policy: str
+) -> None:
+    passes = Passes(made.layers)
+    cache, hits = ExpertCache(slots, POLICIES[policy](passes)), [0, 0]
+    for forward, layer in product(made.forwards, range(made.layers)):
+        passes.enter(layer)
+        chosen = list(dict.fromkeys(ExpertKey(layer, expert) for expert in forward[layer]))
+        here = [key for key in chosen if key in cache]
+        for key in here:
+            assert cache.lookup(key) is not None
+        hits[len(forward[0]) > 2] += len(here)
+        for key in chosen:
+            if key not in here:
+                cache.admit(key)
+    result = replay(made, slots, policy)
+    assert [result.decode.hits, result.prefill.hits] == hits
+
+
+def test_a_table_has_a_row_for_each_size_and_a_rate_for_each_policy(synthetic: Trace) -> None:
+    short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:200])
+    rows = table(short, (0.25, 0.6), slots=(256,))
+    assert [(row.capacity, row.slots) for row in rows] == [(0.25, 64), (153 / 256, 153), (1, 256)]
+    assert all(list(row.hit_rates) == ["layered", "lru", "lfu", "belady"] for row in rows)
+    assert rows[0].hit_rates["lru"] == replay(short, 64, "lru").decode.hit_rate
+    everything = set(rows[2].hit_rates.values())
+    assert everything == {1 - 256 / (200 * 64)}  # each expert is missed once
+
+
+def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic: Trace) -> None:
+    """64 slots hold what one token used. Of the 13 pairs that share, one is the same pair:
+
+    a step that shares has 14/13 experts in common, of two.
+    """
+    expected = sum(sharing(layer, 32) for layer in range(32)) / 32 * 14 / 13 / 2
+    assert replay(synthetic, 64, "lru").decode.hit_rate == pytest.approx(expected, abs=0.005)
+
+
+def test_pairs_that_share_are_13_of_28() -> None:
+    pairs = list(combinations(range(8), 2))
+    assert sum(not {0, 1}.isdisjoint(pair) for pair in pairs) == 13
+    assert len(pairs) == 28

@@ -1,0 +1,146 @@
+"""How many threads compute."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixchat import machine
+from mixchat.experts.runner import compute
+from mixchat.model_config import ModelConfig
+from mixchat.planning import thread_count
+from mixchat.planning.measure import Effort, thread_seconds
+from mixchat.planning.thread_count import candidates, known_or_best, settle_threads
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.source.demo import CONFIG
+
+BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization())
+DEMO = Blueprint(ModelConfig.from_dict(CONFIG), Quantization())
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    thread_count._cores.cache_clear()
+    yield
+    torch.set_num_threads(before)
+    thread_count._cores.cache_clear()
+
+
+class Machine:
+    """Says how long each count of threads takes, and counts how often it was asked."""
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def __call__(self, counts: Sequence[int]) -> Mapping[int, float]:
+        self.calls += 1
+        return {count: self.seconds[count] for count in counts}
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "counts"),
+    [
+        (1, 1, [1]),
+        (2, 2, [2]),
+        (8, 16, [8, 16, 6]),  # two threads a core
+        (12, 20, [12, 20, 9]),  # eight fast cores and four slow ones
+        (16, 2, [2]),  # a container with the time of two
+    ],
+)
+def test_the_counts_worth_a_try(physical: int, usable: int, counts: list[int]) -> None:
+    assert candidates(physical, usable) == counts
+
+
+def test_the_fastest_is_taken_and_remembered(tmp_path: Path) -> None:
+    path, measure = tmp_path / "new" / "threads.json", Machine({8: 1.0, 16: 1.2, 6: 0.8})
+    assert [known_or_best(path, [8, 16, 6], measure) for _ in range(2)] == [6, 6]
+    assert measure.calls == 1
+    assert known_or_best(path, [8, 16], measure) == 8  # another machine
+    assert measure.calls == 2
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_what_is_hardly_faster_than_torch_s_own_count_is_not_taken(tmp_path: Path) -> None:
+    assert known_or_best(tmp_path / "threads.json", [8, 16], Machine({8: 1.0, 16: 0.96})) == 8
+
+
+def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
+    assert known_or_best(tmp_path / "threads.json", [2], Machine({})) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"x": 1}'])
+def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
+    path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
+    path.write_text(content)
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert measure.calls == 1
+
+
+def test_a_link_in_its_place_is_replaced(tmp_path: Path) -> None:
+    path, precious = tmp_path / "threads.json", tmp_path / "precious"
+    precious.write_text("{}")
+    path.symlink_to(precious)
+    assert known_or_best(path, [8, 16], Machine({8: 1.0, 16: 0.5})) == 16
+    assert (precious.read_text(), path.is_symlink()) == ("{}", False)
+
+
+def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
+    path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
+    known_or_best(path, [8, 16], measure)
+    path.write_text(path.read_text().replace("16\n", "1000\n"))
+    assert known_or_best(path, [8, 16], measure) == 16
+    assert measure.calls == 2
+
+
+def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    measure = Machine({8: 1.0, 16: 0.5})
+    assert known_or_best(tmp_path / "file" / "threads.json", [8, 16], measure) == 16
+
+
+def test_small_experts_are_computed_by_one_thread_and_others_by_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    seconds = {2: 1.0, 4: 0.5}
+    monkeypatch.setattr(thread_count, "thread_seconds", lambda *given: seconds)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for _ in range(2):  # the second time it is not taken for the machine's own
+        settle_threads(BLUEPRINT)
+        assert torch.get_num_threads() == 4
+        settle_threads(DEMO)
+        assert torch.get_num_threads() == 1
+
+
+def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    settle_threads(BLUEPRINT)
+    settle_threads(DEMO)
+    assert torch.get_num_threads() == 2
+
+
+def test_experts_are_computed_with_each_count_and_the_count_is_as_before(tiny_model: Path) -> None:
+    with InstalledModel(tiny_model) as kept:
+        blueprint = kept.blueprint
+    seen = set()
+
+    def counted(expert: object, x: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return compute(expert, x)  # type: ignore[arg-type]
+
+    effort = Effort(pool_bytes=200_000, seconds=0.01)
+    seconds = thread_seconds(blueprint, counted, [1, 2], effort)
+    assert set(seconds) == seen == {1, 2}
+    assert all(0 < taken < math.inf for taken in seconds.values())
+    assert torch.get_num_threads() == 2

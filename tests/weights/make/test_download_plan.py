@@ -1,0 +1,274 @@
+"""What a download will take, against what it does take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_hub import REPO, FakeHub
+from weight_tools import Fetching, order_of, shard
+
+from mixchat import machine
+from mixchat.errors import ResourceError
+from mixchat.machine import disk_usage
+from mixchat.model_config import ModelConfig
+from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.make import download_plan
+from mixchat.weights.make.build import build
+from mixchat.weights.make.download_plan import (
+    DownloadPlan,
+    Need,
+    installed_size,
+    memory_need,
+    needs,
+    peak_disk,
+    plan_of,
+)
+from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.spill import Spill
+from mixchat.weights.source import hub
+from mixchat.weights.source.hub_origin import HubOrigin
+from mixchat.weights.source.index import expected_index
+from mixchat.weights.source.origin import LocalOrigin
+
+MB = 1_000_000
+PLACES = {
+    "one after another": order_of(["embed", "layers.0", "layers.1", "layers.2"]),
+    "dealt out": 4,
+    "an expert in the first and the last": order_of(
+        ["layers.0.block_sparse_moe.experts.0.w1", "layers.1.", "layers.0", "layers.2", "embed"]
+    ),
+    "much in the last": order_of(["norm", "self_attn"]),
+    "one": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def large(make_checkpoint: Callable[..., Path]) -> Path:
+    """Large enough, 30 MB, for pages and headers not to matter."""
+    return make_checkpoint(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+
+
+class TestDisk:
+    @pytest.mark.parametrize("ahead", [True, False])
+    @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+    def test_the_peak_is_what_is_measured(
+        self,
+        large: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        place: Callable[[str], int] | int,
+        ahead: bool,
+    ) -> None:
+        monkeypatch.setattr(download_plan, "_SMALL_FILES", 0)
+        target, source = tmp_path / "kept", tmp_path / "kept" / "source"
+        checkpoint = shard(large, tmp_path / "shards", place)
+        origin = Fetching(checkpoint, source)
+        blueprint = blueprint_of(origin.index, QuantizeOptions())
+        most, peak = [0], peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
+        drop = Spill.drop_all_but
+
+        def measure(aside: Spill, names: set[str]) -> None:
+            """At its fullest: a shard is quantized and still there, the next one has come."""
+            coming = [origin.arrived[name] for name in origin.index.shards[: len(most) + ahead]]
+            assert all(event.wait(60) for event in coming)
+            most.append(disk_usage(target))
+            drop(aside, names)
+
+        monkeypatch.setattr(Spill, "drop_all_but", measure)
+        build(origin, target, blueprint, ahead=ahead)
+        assert 0.99 * peak < max(most) < 1.01 * peak
+
+    def test_a_finished_models_size_is_known_beforehand(
+        self, tiny_checkpoint: Path, keep: Callable[..., Path]
+    ) -> None:
+        index = LocalOrigin(tiny_checkpoint, Source("x")).index
+        for attention in (False, True):
+            for head in (False, True):
+                options = {"attention": attention, "head": head}
+                kept = keep(tiny_checkpoint, **options)
+                weights = read_manifest(kept).weights.values()
+                size = installed_size(blueprint_of(index, QuantizeOptions(**options)))
+                assert size == sum(record.size for record in weights)
+
+    def test_a_shard_that_takes_no_room_is_not_counted(self, large: Path, tmp_path: Path) -> None:
+        origin = LocalOrigin(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
+        blueprint = blueprint_of(origin.index, QuantizeOptions())
+        peak = peak_disk(origin.index, blueprint, origin.temporary)
+        assert 0 <= peak - installed_size(blueprint) - download_plan._SMALL_FILES + 5 * 4096 < MB
+
+    def test_places_on_one_disk_are_added_up(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
+        one, other = tmp_path / "one", tmp_path / "other"
+        assert needs((one, 5), (other, 6)) == (Need(one, 11, 7),)
+
+    def test_places_on_different_disks_are_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
+        monkeypatch.setattr(machine, "same_disk", lambda a, b: a.parent == b.parent)
+        one, other = tmp_path / "a" / "one", tmp_path / "b" / "other"
+        third = tmp_path / "a" / "third"
+        assert needs((one, 5), (other, 6), (third, 1)) == (Need(one, 6, 7), Need(other, 6, 9))
+
+
+class TestMemory:
+    def test_the_largest_matrix_decides(self, large: Path, tiny_checkpoint: Path) -> None:
+        sizes = []
+        for checkpoint in (large, tiny_checkpoint):
+            index = LocalOrigin(checkpoint, Source("x")).index
+            sizes.append(memory_need(index, blueprint_of(index, QuantizeOptions())).needed)
+        matrices = 3 * 512 * 256 * 4
+        assert 0 < sizes[0] - sizes[1] < 2 * matrices
+
+    def test_layers_and_experts_do_not_count(
+        self, make_checkpoint: Callable[..., Path], tiny_checkpoint: Path
+    ) -> None:
+        more = make_checkpoint(num_hidden_layers=5, num_local_experts=8)
+        needed = {
+            memory_need(index, blueprint_of(index, QuantizeOptions())).needed
+            for index in (LocalOrigin(path, Source("x")).index for path in (more, tiny_checkpoint))
+        }
+        assert len(needed) == 1
+
+    def test_what_is_free_is_the_machines(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "free_memory", lambda: 123)
+        index = LocalOrigin(tiny_checkpoint, Source("x")).index
+        assert memory_need(index, blueprint_of(index, QuantizeOptions())).free == 123
+
+
+class TestPlan:
+    def made(self, fake: FakeHub, target: Path, cache: Path | None = None) -> DownloadPlan:
+        remote = hub.look_up(REPO)
+        keep = cache is not None
+        origin = HubOrigin(remote, Source(REPO, remote.commit), target, keep_source=keep)
+        blueprint = blueprint_of(origin.index, QuantizeOptions())
+        made = plan_of("tiny", target, origin, blueprint, cache)
+        return download_plan.with_time(made, origin, blueprint, keep=False)
+
+    def test_of_a_hub_says_what_will_come_and_what_it_becomes(
+        self, fake: FakeHub, tmp_path: Path
+    ) -> None:
+        made = self.made(fake, tmp_path / "target")
+        shards = sum(len(data) for name, data in fake.files.items() if "safetensors" in name[-11:])
+        assert made.checkpoint == made.fetch == shards
+        assert (made.name, made.source, made.commit) == ("tiny", REPO, fake.commit)
+        assert 0 < made.kept < shards
+        (need,) = made.disk
+        assert need.needed > made.kept
+        assert made.rate is not None
+        assert made.seconds is not None
+        assert made.seconds >= made.fetch / made.rate
+
+    def test_what_is_there_already_is_not_needed_again(self, fake: FakeHub, tmp_path: Path) -> None:
+        target = tmp_path / "target"
+        before = self.made(fake, target)
+        (target / "source").mkdir(parents=True)
+        name = "model-00001-of-00002.safetensors"
+        (target / "source" / name).write_bytes(fake.files[name])
+        after = self.made(fake, target)
+        assert before.fetch - after.fetch == len(fake.files[name])
+        assert before.checkpoint == after.checkpoint
+        saved = before.disk[0].needed - after.disk[0].needed
+        assert saved == disk_usage(target)
+
+    def test_what_is_kept_in_the_cache_counts_there(
+        self, fake: FakeHub, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "same_disk", lambda one, other: False)
+        made = self.made(fake, tmp_path / "target", cache)
+        target, there = made.disk
+        assert (there.place, there.needed) == (cache, made.fetch)
+        assert target.needed < made.kept + download_plan._SMALL_FILES + MB
+
+    def test_without_room_for_two_shards_one_comes_after_the_other(
+        self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        roomy = self.made(fake, tmp_path / "target")
+        assert roomy.ahead
+        tight = roomy.disk[0].needed - 1
+        monkeypatch.setattr(machine, "free_disk", lambda place: tight)
+        made = self.made(fake, tmp_path / "target")
+        assert not made.ahead
+        assert made.disk[0].needed <= tight
+        assert made.fits
+        made.check()
+
+    def test_of_a_directory_fetches_nothing(self, two_shards: Path, tmp_path: Path) -> None:
+        origin = LocalOrigin(two_shards, Source(str(two_shards)))
+        blueprint = blueprint_of(origin.index, QuantizeOptions())
+        made = plan_of("tiny", tmp_path / "target", origin, blueprint, None)
+        made = download_plan.with_time(made, origin, blueprint, keep=False)
+        assert (made.fetch, made.rate, made.commit) == (0, None, None)
+        assert made.seconds is not None
+
+    def test_quantizing_time_grows_with_the_model(
+        self, large: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = LocalOrigin(large, Source("x")).index
+        blueprint = blueprint_of(index, QuantizeOptions())
+        assert 0 < download_plan._quantizing_seconds(index, blueprint) < 60
+        monkeypatch.setattr(download_plan, "_COPY_RATE", 1.0)
+        assert download_plan._quantizing_seconds(index, blueprint) == 12 * 3 * 512 * 256
+
+
+ENOUGH = DownloadPlan(
+    name="tiny",
+    target=Path("/models/tiny"),
+    source="org/tiny",
+    commit=None,
+    quantization={},
+    checkpoint=1,
+    fetch=1,
+    kept=1,
+    disk=(Need(Path("/models/tiny"), 5_000_000_000, 5_000_000_000),),
+    memory=Need(Path(), 1_000_000_000, 1_000_000_000),
+)
+
+
+class TestCheck:
+    def test_what_fits_to_the_byte_fits(self) -> None:
+        ENOUGH.check()
+
+    def test_too_little_disk_is_refused_with_both_numbers(self) -> None:
+        """Rounded up: whoever frees what is written has freed enough."""
+        second = Need(Path("/cache"), 7_010_000_000, 1_500_000_000)
+        with pytest.raises(ResourceError) as caught:
+            replace(ENOUGH, disk=(*ENOUGH.disk, second)).check()
+        assert str(caught.value) == "not enough disk in /cache: 7.1 GB needed, 1.5 GB free"
+        assert "MIXCHAT_HOME" in (caught.value.hint or "")
+        assert "HF_HOME" in (caught.value.hint or "")
+
+    def test_too_little_memory_is_refused_with_both_numbers(self) -> None:
+        with pytest.raises(ResourceError, match=r"^not enough memory: 1\.3 GB needed, 1 GB free$"):
+            replace(ENOUGH, memory=Need(Path(), 1_210_000_000, 1_000_000_000)).check()
+
+
+def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
+    large: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    narrow = make_checkpoint(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
+    )
+    wide, half = (LocalOrigin(path, Source("x")).index for path in (large, narrow))
+    needed = [
+        memory_need(index, blueprint_of(index, QuantizeOptions())).needed for index in (wide, half)
+    ]
+    assert needed[0] >= needed[1]
+
+
+def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards() -> None:
+    """So that `plan` knows, without asking the hub, how much disk the download takes."""
+    index = expected_index(ModelConfig.from_dict(MIXTRAL), "instruct", 5e9)
+    sizes = [index.header(shard).size for shard in index.shards]
+    assert len(sizes) == 19
+    assert max(sizes) < 5.001e9
+    assert sum(sizes) == pytest.approx(93_405_585_408, rel=1e-5)

@@ -1,0 +1,276 @@
+"""A checkpoint becomes a kept model: what is taken over as it is, and what is refused."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weight_tools import files_of, quantize, shard
+
+from mixchat.errors import CheckpointError
+from mixchat.model_config import ModelConfig
+from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, TensorSpec
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, Source, read_manifest
+from mixchat.weights.make.download_plan import memory_need
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.source.index import expected_shapes
+from mixchat.weights.source.origin import LocalOrigin
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def test_the_manifest_says_where_it_came_from_and_what_was_done(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    manifest = read_manifest(tmp_path / "kept")
+    assert manifest.source == Source("org/repo", "c0ffee")
+    assert manifest.quantization["quant_type"] == "nf4"
+    names = set(manifest.files) | set(manifest.weights) | {MANIFEST_FILE, MANIFEST_COPY}
+    assert names == set(files_of(tmp_path / "kept"))
+    assert InstalledModel(tmp_path / "kept").config.hidden_size == 64
+
+
+def test_the_manifest_has_the_hash_of_every_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    for name, record in read_manifest(tmp_path / "kept").weights.items():
+        data = (tmp_path / "kept" / name).read_bytes()
+        with SafetensorsFile(tmp_path / "kept" / name) as file:
+            header = file.header
+        assert record.size == len(data)
+        assert list(record.sha256) == [spec.name for spec in header.specs]
+        for spec in header.specs:
+            start = header.start(spec.name)
+            digest = hashlib.sha256(data[start : start + spec.nbytes]).hexdigest()
+            assert record.sha256[spec.name] == digest
+
+
+def test_the_gate_and_the_attention_keep_their_values(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept")
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    with InstalledModel(tmp_path / "kept") as kept:
+        gate = kept.tensor(kept.blueprint.gate(1))
+        name = "model.layers.1.block_sparse_moe.gate.weight"
+        assert torch.equal(gate, source[name].to(torch.bfloat16))
+        qkv = kept.tensor(kept.blueprint.qkv(0).tensors[0])
+        parts = [source[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]
+        assert torch.equal(qkv, torch.cat(parts).to(torch.bfloat16))
+
+
+def test_an_expert_is_its_three_matrices_one_behind_the_other(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "kept", QuantizeOptions(quant_type="none"))
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    with InstalledModel(tmp_path / "kept") as kept:
+        layout = kept.blueprint.expert
+        block = torch.empty(layout.stride, dtype=torch.uint8)
+        kept.read_expert(1, 3, block)
+        prefix = "model.layers.1.block_sparse_moe.experts.3."
+        parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3", "w2")]
+        assert torch.equal(block[: layout.nbytes].view(torch.float32), torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("embedding", "others", "kept"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.bfloat16),  # which may not fit into fp16
+        (torch.float32, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_none_keeps_the_type_that_holds_all_weights(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    embedding: torch.dtype,
+    others: torch.dtype,
+    kept: torch.dtype,
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(embedding if "embed" in name else others)
+    save_file(tensors, checkpoint / "model.safetensors")
+    index = LocalOrigin(checkpoint, Source("x")).index
+    assert blueprint_of(index, QuantizeOptions("none")).quantization.dtype == kept
+    assert blueprint_of(index, QuantizeOptions()).quantization.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
+            r"experts\.2\.w3\.weight is missing",
+        ),
+        (lambda t: t.update(extra=torch.ones(1)), "'extra' is not a tensor of a Mixtral"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+            r"model\.norm\.weight has the shape \[63\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+            "only bf16, fp16 and fp32",
+        ),
+        (
+            lambda t: t["model.layers.0.block_sparse_moe.experts.1.w2.weight"][3].fill_(
+                float("nan")
+            ),
+            r"layers\.0.*experts\.1\.w2\.weight holds NaN",
+        ),
+        (lambda t: t["lm_head.weight"][0].fill_(float("-inf")), "lm_head.weight holds infinity"),
+    ],
+)
+def test_a_checkpoint_that_is_wrong_is_refused_and_not_trusted_later(
+    checkpoint: Path,
+    tmp_path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    change(checkpoint, edit)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        quantize(checkpoint, tmp_path / "kept")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="not a finished model"):
+        InstalledModel(tmp_path / "kept")
+
+
+def test_pickles_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only pickled weights") as caught:
+        quantize(checkpoint, tmp_path / "kept")
+    assert caught.value.hint is not None
+
+
+def test_buffers_of_old_transformers_are_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(checkpoint, lambda tensors: tensors.update({name: torch.ones(8)}))
+    quantize(checkpoint, tmp_path / "kept")
+    assert InstalledModel(tmp_path / "kept").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", "", "x\0.safetensors",
+     "x.safetensors\n", "..", "C:x.safetensors", "a\\b.safetensors", None, 3],
+)  # fmt: skip
+def test_an_index_that_leaves_the_directory_is_refused(checkpoint: Path, name: object) -> None:
+    index = {"weight_map": {"lm_head.weight": name}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="names what is no shard"):
+        LocalOrigin(checkpoint, Source("x"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
+def test_an_index_that_is_none_is_refused(checkpoint: Path, text: str) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        LocalOrigin(checkpoint, Source("x"))
+
+
+def test_a_missing_shard_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shard(tiny_checkpoint, tmp_path / "shards", 3)
+    (checkpoint / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names model-00002-of-00003\.safetensors, which"):
+        LocalOrigin(checkpoint, Source("x"))
+
+
+def test_a_checkpoint_that_changed_is_told_by_its_fingerprint(checkpoint: Path) -> None:
+    before = LocalOrigin(checkpoint, Source("x")).fingerprint
+    assert LocalOrigin(checkpoint, Source("x")).fingerprint == before
+    change(checkpoint, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert LocalOrigin(checkpoint, Source("x")).fingerprint != before
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from mixchat.weights.make.build import build
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.source.origin import LocalOrigin
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+origin = LocalOrigin(Path(sys.argv[1]), Source("x"))
+build(origin, Path(sys.argv[2]), blueprint_of(origin.index, QuantizeOptions()))
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+def peak_memory(checkpoint: Path, target: Path) -> int:
+    """Bytes that quantizing in a process of its own takes at most."""
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(checkpoint), str(target)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(out.stdout) * 1024
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_count_of_layers(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Ten layers more, 250 MB, may not cost more than two experts."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024}
+    peaks = [
+        peak_memory(make_checkpoint(**shape, num_hidden_layers=layers), tmp_path / str(layers))
+        for layers in (2, 12)
+    ]
+    assert peaks[1] - peaks[0] < 2 * 3 * 512 * 1024 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: torch.dtype) -> None:
+    """One layer with two experts of the real shape: as many bytes at once as with 32 and 8."""
+    config = {**MIXTRAL, "num_hidden_layers": 1, "num_local_experts": 2}
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    shapes = expected_shapes(ModelConfig.from_dict(config))
+    specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+    with SafetensorsWriter(checkpoint / "model.safetensors", specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, torch.full(spec.shape, 0.01, dtype=dtype))
+    index = LocalOrigin(checkpoint, Source("x")).index
+    need = memory_need(index, blueprint_of(index, QuantizeOptions()))
+    try:
+        peak = peak_memory(checkpoint, tmp_path / "kept")
+        assert peak < 1.5e9
+        assert peak < need.needed
+    finally:
+        shutil.rmtree(checkpoint)  # up to 3 GB, which pytest would keep

@@ -1,0 +1,170 @@
+"""A disk may change a byte of an unfinished model; the finished one has none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from weight_tools import Making, Meter, fetching, made_of, run, shard
+
+from mixchat.progress import NoProgress
+from mixchat.safetensors import SafetensorsFile
+from mixchat.weights.care.verify import verify
+from mixchat.weights.format.journal import Journal
+from mixchat.weights.make.build import head
+from mixchat.weights.make.parts import parts
+from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.recheck import damaged
+from mixchat.weights.make.spill import ASIDE_PREFIX
+
+
+@pytest.fixture
+def checkpoint(small: Path, tmp_path: Path) -> Path:
+    return shard(small, tmp_path / "shards", 3)
+
+
+@pytest.fixture
+def unfinished(checkpoint: Path, tmp_path: Path) -> Path:
+    """A model that lacks the last shard."""
+    origin = fetching(checkpoint, tmp_path / "kept")
+    origin.fail_at = origin.index.shards[-1]
+    with pytest.raises(ConnectionError):
+        run(origin, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def made_until_now(checkpoint: Path, target: Path) -> dict[str, dict[str, str]]:
+    origin = fetching(checkpoint, target)
+    return Journal(target, head(origin, blueprint_of(origin.index, QuantizeOptions()))).made
+
+
+def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
+    """A file of the model, and where the bytes of a tensor in it begin that is made."""
+    made = made_until_now(checkpoint, target)
+    file = next(name for name in made if not name.startswith(ASIDE_PREFIX))
+    with SafetensorsFile(target / file) as opened:
+        return target / file, opened.header.start(next(iter(made[file])))
+
+
+def test_a_part_with_a_flipped_byte_is_made_again_alone(
+    checkpoint: Path,
+    unfinished: Path,
+    whole: dict[str, bytes],
+    making: Making,
+) -> None:
+    """It stayed, under the SHA-256 of the right bytes, until somebody ran `verify`."""
+    path, start = first_made(checkpoint, unfinished)
+    flip(path, start)
+    making.again()
+    meter = run(fetching(checkpoint, unfinished), unfinished)
+    assert any(name.startswith(path.name) for name in making.names)
+    assert verify(unfinished, NoProgress()) == []
+    assert made_of(unfinished) == whole
+    assert meter.notes == ["damaged since the last run: 1 tensor; making them again"]
+
+
+def test_it_is_made_again_though_nothing_else_was_left_to_do(
+    small: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError
+
+    target = tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr("mixchat.weights.make.build._Build._finish", fail)
+        with pytest.raises(ConnectionError):
+            run(fetching(small, target), target)
+    flip(target / "experts-000.safetensors", -1 - 4096)
+    again = fetching(small, target)
+    run(again, target)
+    assert made_of(target) == whole
+    assert again.fetched == ["model.safetensors"]
+
+
+def test_a_flipped_byte_of_what_was_put_aside_does_not_get_into_a_part(
+    checkpoint: Path, unfinished: Path, whole: dict[str, bytes]
+) -> None:
+    """Nothing could tell: the part was made of it, and hashed afterwards."""
+    aside = sorted(unfinished.glob(ASIDE_PREFIX + "*"))
+    assert aside
+    for path in aside:
+        flip(path, -1)
+    again = fetching(checkpoint, unfinished)
+    run(again, unfinished)
+    assert len(again.fetched) > 1
+    assert made_of(unfinished) == whole
+
+
+def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
+    checkpoint: Path, unfinished: Path, whole: dict[str, bytes], making: Making
+) -> None:
+    before = {
+        f"{name} {tensor}"
+        for name, made in made_until_now(checkpoint, unfinished).items()
+        for tensor in made
+    }
+    making.again()
+    meter = run(fetching(checkpoint, unfinished), unfinished)
+    assert not before & set(making.names)
+    bar = meter.bar("checking")
+    assert 0 < bar.done == bar.total
+    assert meter.notes == []
+    assert made_of(unfinished) == whole
+
+
+def test_nothing_is_checked_where_nothing_was_done(checkpoint: Path, tmp_path: Path) -> None:
+    meter = run(fetching(checkpoint, tmp_path / "new"), tmp_path / "new")
+    assert not [bar for bar in meter.bars if bar.what.startswith("checking")]
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_all_of_a_file_that_is_gone_is_named(
+    checkpoint: Path, unfinished: Path, spoil: Callable[[Path], object]
+) -> None:
+    made = made_until_now(checkpoint, unfinished)
+    path, _ = first_made(checkpoint, unfinished)
+    spoil(path)
+    origin = fetching(checkpoint, unfinished)
+    blueprint = blueprint_of(origin.index, QuantizeOptions())
+    found = damaged(unfinished, blueprint, made, Meter())
+    assert found == {path.name: set(made[path.name])}
+
+
+def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {"a": 1})
+    journal.add("x", {"one": "1", "two": "2"})
+    journal.add("y", {"three": "3"})
+    journal.save()
+    journal.forget({"x": {"one"}})
+    assert journal.made == {"x": {"two": "2"}, "y": {"three": "3"}}
+    assert Journal(tmp_path, {"a": 1}).made == journal.made
+    journal.add("x", {"one": "4"})
+    journal.save()
+    assert Journal(tmp_path, {"a": 1}).made["x"] == {"one": "4", "two": "2"}
+
+
+def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path) -> None:
+    """Each of them is flipped in turn: none goes unseen."""
+    made = made_until_now(checkpoint, unfinished)
+    origin = fetching(checkpoint, unfinished)
+    blueprint = blueprint_of(origin.index, QuantizeOptions())
+    done = [
+        (part.file, spec)
+        for part in parts(blueprint)
+        for spec in part.tensors
+        if spec.name in made.get(part.file, {})
+    ]
+    assert len(done) > 5
+    for file, spec in done:
+        with SafetensorsFile(unfinished / file) as opened:
+            place = opened.header.start(spec.name) + spec.nbytes // 2
+        flip(unfinished / file, place)
+        assert damaged(unfinished, blueprint, made, Meter()) == {file: {spec.name}}
+        flip(unfinished / file, place)

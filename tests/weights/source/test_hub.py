@@ -1,0 +1,306 @@
+"""What a hub says of a checkpoint: against the real client and a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file, save
+from weight_tools import files_of, shard_names
+
+from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.source import hub
+from mixchat.weights.source.checkpoint_files import INDEX
+from mixchat.weights.source.origin import LocalOrigin
+
+SHARDS = shard_names(2)
+PICKLE = b"pickle" * 1_000
+UNWANTED = {
+    "README.md": b"# Mixtral",
+    "adapter_model.safetensors": PICKLE,
+    "consolidated.safetensors": PICKLE,
+    "consolidated.00.pt": PICKLE,
+    "pytorch_model.bin": PICKLE,
+    "modeling_evil.py": b"import os",
+    "original/model.safetensors": PICKLE,
+    "original/config.json": b"{}",
+}
+
+
+def as_json(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def an_index(*shards: Any) -> bytes:
+    return as_json({"weight_map": {f"tensor{n}": shard for n, shard in enumerate(shards)}})
+
+
+@pytest.fixture
+def fake(fake: FakeHub) -> FakeHub:
+    """A repo as Mixtral's: shards, the small files, and much that must not be fetched."""
+    fake.files |= {"tokenizer.model": b"x" * 3_000, "tokenizer.json": b"{}"} | UNWANTED
+    return fake
+
+
+def with_config(fake: FakeHub, **changes: Any) -> bytes:
+    return as_json(json.loads(fake.files["config.json"]) | changes)
+
+
+def wanted(fake: FakeHub) -> set[str]:
+    return set(fake.files) - set(UNWANTED)
+
+
+class TestPlan:
+    def test_names_the_commit_and_only_the_files_that_are_wanted(self, fake: FakeHub) -> None:
+        remote = hub.look_up(REPO)
+        assert remote.commit == COMMIT
+        assert {file.path for file in remote.small} | set(remote.shards) == wanted(fake)
+        assert list(remote.shards) == SHARDS
+        assert remote.index.config.num_local_experts == 4
+        for name, file in remote.shards.items():
+            assert file.sha256 == fake.describe(name)["lfs"]["sha256"]
+            assert file.size == len(fake.files[name])
+
+    def test_knows_every_tensor_from_the_headers_alone(
+        self, fake: FakeHub, two_shards: Path
+    ) -> None:
+        remote, local = hub.look_up(REPO), LocalOrigin(two_shards, Source("x")).index
+        for shard in SHARDS:
+            assert remote.index.header(shard).specs == local.header(shard).specs
+        asked = [r for r in fake.requests if r.where == "store" and r.path[1:] in SHARDS]
+        assert {request.range for request in asked} == {f"bytes=0-{hub._FIRST_READ - 1}"}
+        assert len(asked) == len(SHARDS)
+
+    def test_reads_a_header_that_is_longer_than_the_first_range(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = hub.look_up(REPO)
+        monkeypatch.setattr(hub, "_FIRST_READ", 100)
+        assert (
+            hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        )
+
+    def test_of_a_hub_without_ranges_is_the_same(self, fake: FakeHub) -> None:
+        whole = hub.look_up(REPO)
+        fake.ranges = False
+        assert (
+            hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
+        )
+
+    def test_survives_lost_connections_and_busy_stores(self, fake: FakeHub) -> None:
+        fake.fail(f"^/{SHARDS[0]}", times=1, cut_after=50)
+        fake.fail(f"^/{SHARDS[1]}", times=2, status=503)
+        assert set(hub.look_up(REPO).shards) == set(SHARDS)
+
+    @pytest.mark.parametrize("served", [b"<html>please log in</html>", b'{"error": "try later"}'])
+    def test_asks_again_where_something_else_came_in_place_of_a_header(
+        self, fake: FakeHub, served: bytes
+    ) -> None:
+        """A page to log in was called a damaged checkpoint, with exit code 6, at the first try."""
+        fake.serve[SHARDS[1]] = served
+        with pytest.raises(HubError, match="something else in place of") as caught:
+            hub.look_up(REPO)
+        assert "log in" in (caught.value.hint or "")
+        assert len([path for path in fake.got("store") if SHARDS[1] in path]) == 6
+        fake.serve.clear()
+        fake.fail(f"^/{SHARDS[1]}", times=2, page=True)
+        assert set(hub.look_up(REPO).shards) == set(SHARDS)
+
+    def test_takes_a_single_file_without_an_index(
+        self, fake: FakeHub, tiny_checkpoint: Path
+    ) -> None:
+        del fake.files[INDEX]
+        fake.files |= files_of(tiny_checkpoint)
+        remote = hub.look_up(REPO)
+        assert list(remote.shards) == ["model.safetensors"]
+
+    def test_finds_a_wrong_shape_before_any_weights(self, fake: FakeHub) -> None:
+        fake.files["config.json"] = with_config(fake, vocab_size=98)
+        with pytest.raises(CheckpointError, match=r"has the shape .*config\.json asks for"):
+            hub.look_up(REPO)
+
+    def test_finds_a_wrong_type_before_any_weights(self, fake: FakeHub, two_shards: Path) -> None:
+        tensors = load_file(two_shards / SHARDS[0])
+        name = min(tensors)
+        fake.files[SHARDS[0]] = save(tensors | {name: tensors[name].byte()})
+        with pytest.raises(CheckpointError, match="only bf16, fp16 and fp32"):
+            hub.look_up(REPO)
+
+    def test_finds_a_missing_tensor_before_any_weights(
+        self, fake: FakeHub, two_shards: Path
+    ) -> None:
+        tensors = load_file(two_shards / SHARDS[0])
+        name = min(tensors)
+        del tensors[name]
+        fake.files[SHARDS[0]] = save(tensors)
+        with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: there is no tensor '{name}'"):
+            hub.look_up(REPO)
+
+    @pytest.mark.parametrize(
+        "start",
+        [b"", b"<html>", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", bytes(8)],
+    )
+    def test_refuses_a_shard_that_is_no_safetensors_file(self, fake: FakeHub, start: bytes) -> None:
+        fake.files[SHARDS[0]] = start + b" " * 5_000
+        with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: not a safetensors") as caught:
+            hub.look_up(REPO)
+        assert "\n" not in str(caught.value)
+
+    def test_refuses_a_shard_without_a_hash(self, fake: FakeHub) -> None:
+        fake.files[SHARDS[0]] = b"small"
+        with pytest.raises(CheckpointError, match="no SHA-256"):
+            hub.look_up(REPO)
+
+    def test_refuses_a_shard_too_large_for_http(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(hub, "_MAX_SHARD", 80_000)
+        with pytest.raises(CheckpointError, match="too large") as caught:
+            hub.look_up(REPO)
+        assert "hf download" in (caught.value.hint or "")
+
+    def test_asks_for_the_revision_that_is_named(self, fake: FakeHub) -> None:
+        assert hub.look_up(REPO, COMMIT).commit == COMMIT
+        with pytest.raises(ModelNotFoundError, match="no such revision"):
+            hub.look_up(REPO, "no-such-branch")
+
+    def test_refuses_another_architecture_before_any_weights(self, fake: FakeHub) -> None:
+        fake.files["config.json"] = with_config(fake, model_type="llama")
+        with pytest.raises(CheckpointError, match="not a Mixtral"):
+            hub.look_up(REPO)
+        assert not [path for path in fake.got() if path.endswith((".safetensors", ".index.json"))]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({INDEX: None}, "only pickled weights"),
+            (dict.fromkeys([INDEX, *SHARDS, *UNWANTED]), "no weights"),
+            ({"config.json": None}, "no config.json"),
+            ({"config.json": b"<html>"}, "not JSON"),
+            ({SHARDS[1]: None}, "names model-00002"),
+            ({INDEX: b"{"}, "cannot be read"),
+            ({INDEX: b"[]"}, "cannot be read"),
+            ({INDEX: b"[" * 100_000}, "cannot be read"),
+            ({INDEX: as_json({"weight_map": {}})}, "names no files"),
+            ({INDEX: an_index("../../.bashrc")}, "no shard"),
+            ({INDEX: an_index("/etc/passwd.safetensors")}, "no shard"),
+            ({INDEX: an_index("original/model.safetensors")}, "no shard"),
+            ({INDEX: an_index("..safetensors")}, "no shard"),
+            ({INDEX: an_index("a\nb.safetensors")}, "no shard"),
+            ({INDEX: an_index("consolidated.safetensors")}, "no shard"),
+            ({INDEX: an_index("pytorch_model.bin")}, "no shard"),
+            ({INDEX: an_index(7)}, "no shard"),
+            ({INDEX: an_index(None, "x")}, "names what is no shard"),
+        ],
+    )
+    def test_refuses_what_is_no_checkpoint(
+        self, fake: FakeHub, change: dict[str, bytes | None], message: str
+    ) -> None:
+        fake.lfs_limit = 10**9
+        for name, data in change.items():
+            if data is None:
+                del fake.files[name]
+            else:
+                fake.files[name] = data
+        with pytest.raises(CheckpointError, match=message) as caught:
+            hub.look_up(REPO)
+        assert "\n" not in str(caught.value)
+        assert not [path for path in fake.got() if path.endswith((".pt", ".bin", ".safetensors"))]
+
+    def test_refuses_a_config_of_absurd_size_unread(self, fake: FakeHub) -> None:
+        fake.listing = lambda answer: _resized(answer, "config.json", 10**10)
+        with pytest.raises(CheckpointError, match="too large"):
+            hub.look_up(REPO)
+        assert len(fake.requests) == 1
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda answer: b"<html>please log in</html>",
+            lambda answer: [],
+            lambda answer: {"sha": COMMIT},
+            lambda answer: {**answer, "sha": "../../../etc"},
+            lambda answer: {**answer, "sha": None},
+            lambda answer: {**answer, "siblings": [{"rfilename": None}]},
+            lambda answer: {**answer, "siblings": [7]},
+            lambda answer: _resized(answer, "config.json", -1),
+            lambda answer: _resized(answer, "config.json", None),
+            lambda answer: _rehashed(answer, "../../../../tmp/evil"),
+            lambda answer: _rehashed(answer, "0" * 63),
+        ],
+    )
+    def test_does_not_believe_a_malformed_answer(self, fake: FakeHub, edit: Any) -> None:
+        fake.listing = edit
+        with pytest.raises(HubError, match="cannot be understood"):
+            hub.look_up(REPO)
+
+
+def _resized(answer: dict[str, Any], name: str, size: int | None) -> dict[str, Any]:
+    for sibling in answer["siblings"]:
+        if sibling["rfilename"] == name:
+            sibling["size"] = size
+    return answer
+
+
+def _rehashed(answer: dict[str, Any], sha256: str) -> dict[str, Any]:
+    for sibling in answer["siblings"]:
+        if "lfs" in sibling:
+            sibling["lfs"]["sha256"] = sha256
+    return answer
+
+
+class TestSmallFiles:
+    def small(self, fake: FakeHub, name: str) -> hub.RemoteFile:
+        described = fake.describe(name)
+        sha256 = described.get("lfs", {}).get("sha256")
+        git = None if sha256 else described["blobId"]
+        return hub.RemoteFile(name, described["size"], sha256, git)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+    def test_come_once_into_the_cache(self, fake: FakeHub, cache: Path, name: str) -> None:
+        file = self.small(fake, name)
+        path = hub.fetch_small(REPO, COMMIT, file)
+        assert path.read_bytes() == fake.files[name]
+        assert path == hub.snapshot_dir(REPO, COMMIT) / name
+        before = len(fake.requests)
+        assert hub.fetch_small(REPO, COMMIT, file) == path
+        assert len(fake.requests) == before
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+    def test_that_are_not_those_listed_are_refused_and_removed(
+        self, fake: FakeHub, name: str
+    ) -> None:
+        """Their size is right: only git's SHA-1, or that of a large file, tells."""
+        good = fake.files[name]
+        fake.serve[name] = bytes(len(good))
+        with pytest.raises(HubError, match="is not the file that the hub lists"):
+            hub.fetch_small(REPO, COMMIT, self.small(fake, name))
+        fake.serve.clear()
+        assert hub.fetch_small(REPO, COMMIT, self.small(fake, name)).read_bytes() == good
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+    @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
+    def test_that_are_damaged_in_the_cache_are_fetched_anew(
+        self, fake: FakeHub, cache: Path, name: str, damage: Any
+    ) -> None:
+        file = self.small(fake, name)
+        hub.fetch_small(REPO, COMMIT, file).resolve().write_bytes(damage(fake.files[name]))
+        path = hub.fetch_small(REPO, COMMIT, file)
+        assert path.read_bytes() == fake.files[name]
+        assert path == hub.snapshot_dir(REPO, COMMIT) / name
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+    def test_that_are_good_stay_in_the_cache_whatever_the_hub_lists(
+        self, fake: FakeHub, cache: Path, name: str
+    ) -> None:
+        path = hub.fetch_small(REPO, COMMIT, self.small(fake, name))
+        wrong = replace(self.small(fake, name), sha256="0" * 64, git_sha1=None)
+        with pytest.raises(HubError, match="is not the file that the hub lists"):
+            hub.fetch_small(REPO, COMMIT, wrong)
+        assert path.read_bytes() == fake.files[name]

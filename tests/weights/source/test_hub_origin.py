@@ -1,0 +1,354 @@
+"""Shards on the hub: where they go, what is used of the cache, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import torch
+from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file
+from weight_tools import Bar, shard_names
+
+from mixchat.errors import HubError
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.source import hub, hub_origin
+from mixchat.weights.source.hub_origin import HubOrigin
+from mixchat.weights.source.origin import Readers, Stopped
+from mixchat.weights.source.transfer import part_path
+
+SHARDS = shard_names(2)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+def origin_for(target: Path, **how: bool) -> HubOrigin:
+    remote = hub.look_up(REPO)
+    return HubOrigin(remote, Source(REPO, remote.commit), target, **how)
+
+
+def bring(origin: HubOrigin, shard: str = SHARDS[0], bar: Bar | None = None) -> Path:
+    return origin.fetch(shard, bar or Bar(), Event())
+
+
+def blob(cache: Path, fake: FakeHub, shard: str = SHARDS[0]) -> Path:
+    sha256 = fake.describe(shard)["lfs"]["sha256"]
+    return cache / "models--org--tiny-mixtral" / "blobs" / sha256
+
+
+def asked(fake: FakeHub, shard: str = SHARDS[0]) -> list[str | None]:
+    """The ranges asked for of a shard, but for those of the headers."""
+    found = [r.range for r in fake.requests if r.where == "store" and r.path[1:] == shard]
+    return [text for text in found if text is None or not text.startswith("bytes=0-")]
+
+
+class TestBesideTheModel:
+    def test_a_shard_is_there_until_it_is_released(self, fake: FakeHub, target: Path) -> None:
+        origin = origin_for(target)
+        bar = Bar()
+        size = len(fake.files[SHARDS[0]])
+        assert origin.missing(SHARDS[0]) == origin.temporary(SHARDS[0]) == size
+        path = bring(origin, bar=bar)
+        assert path == target / "source" / SHARDS[0]
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert (bar.done, origin.missing(SHARDS[0])) == (size, 0)
+        origin.release(SHARDS[0])
+        assert not list((target / "source").iterdir())
+
+    def test_nothing_of_it_is_in_the_cache(self, fake: FakeHub, target: Path, cache: Path) -> None:
+        bring(origin_for(target))
+        assert not blob(cache, fake).exists()
+
+    def test_release_leaves_the_others_alone_and_takes_what_had_come(
+        self, fake: FakeHub, target: Path
+    ) -> None:
+        origin = origin_for(target)
+        bring(origin, SHARDS[1])
+        part_path(target / "source" / SHARDS[0]).write_bytes(b"part")
+        origin.release(SHARDS[0])
+        assert [path.name for path in (target / "source").iterdir()] == [SHARDS[1]]
+        assert origin.release("never-fetched.safetensors") is None
+
+    def test_what_another_process_left_is_gone_on_with(self, fake: FakeHub, target: Path) -> None:
+        (target / "source").mkdir(parents=True)
+        part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
+        origin, bar = origin_for(target), Bar()
+        missing = origin.missing(SHARDS[0])
+        assert missing == len(fake.files[SHARDS[0]]) - 100_000
+        assert bring(origin, bar=bar).read_bytes() == fake.files[SHARDS[0]]
+        assert bar.done == missing
+        assert asked(fake) == ["bytes=100000-"]
+
+    def test_a_whole_one_that_was_left_is_hashed_and_not_asked_for(
+        self, fake: FakeHub, target: Path
+    ) -> None:
+        bring(origin_for(target))
+        fake.requests.clear()
+        origin = origin_for(target)
+        assert bring(origin).exists()
+        assert asked(fake) == []
+        (target / "source" / SHARDS[0]).write_bytes(bytes(len(fake.files[SHARDS[0]])))
+        with pytest.raises(HubError, match=SHARDS[0]):
+            bring(origin)
+
+    def test_the_release_of_one_does_not_take_the_directory_from_the_next(
+        self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Made by one thread, and removed by the other since it was still empty."""
+        origin, mkdir = origin_for(target), Path.mkdir
+
+        def raced(path: Path, *how: object, **more: object) -> None:
+            mkdir(path, *how, **more)  # type: ignore[arg-type]
+            if path.name == "source":
+                origin.release(SHARDS[1])
+
+        monkeypatch.setattr(Path, "mkdir", raced)
+        assert bring(origin).read_bytes() == fake.files[SHARDS[0]]
+
+    def test_it_ends_when_told_to(self, fake: FakeHub, target: Path) -> None:
+        stop = Event()
+        stop.set()
+        with pytest.raises(Stopped):
+            origin_for(target).fetch(SHARDS[0], Bar(), stop)
+
+
+class TestRate:
+    def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(
+        self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(hub_origin, "_PROBE_SECONDS", 0.2)
+        fake.delay, fake.step = 0.05, 70_000  # headers come in one piece
+        origin, whole = origin_for(target), len(fake.files[SHARDS[0]])
+        rate = origin.rate(SHARDS, keep=True)
+        assert rate is not None
+        assert rate > 0
+        came = whole - origin.missing(SHARDS[0])
+        assert 0 < came < whole
+        fake.delay, bar = 0.0, Bar()
+        assert bring(origin, bar=bar).read_bytes() == fake.files[SHARDS[0]]
+        assert bar.done == whole - came
+        assert asked(fake) == [None, f"bytes={came}-"]
+
+    def test_keeps_nothing_where_it_is_only_asked(self, fake: FakeHub, target: Path) -> None:
+        origin = origin_for(target)
+        rate = origin.rate(SHARDS, keep=False)
+        assert rate is not None
+        assert rate > 0
+        assert not target.exists()
+
+    def test_is_none_where_nothing_has_to_come(self, fake: FakeHub, target: Path) -> None:
+        origin = origin_for(target)
+        for shard in SHARDS:
+            bring(origin, shard)
+        assert origin.rate(SHARDS, keep=True) is None
+        assert origin.rate(SHARDS, keep=False) is None
+
+    @pytest.mark.parametrize("keep", [True, False])
+    @pytest.mark.parametrize("fault", [{"cut_after": 0}, {"status": 503}])
+    def test_a_lost_connection_meanwhile_is_no_failure(
+        self, fake: FakeHub, target: Path, fault: dict[str, int], keep: bool
+    ) -> None:
+        """Everything else is asked for again; a plan failed at the first hiccup."""
+        origin = origin_for(target)
+        fake.fail(f"^/{SHARDS[0]}", times=1, **fault)
+        origin.rate(SHARDS, keep=keep)
+        assert bring(origin).read_bytes() == fake.files[SHARDS[0]]
+
+
+class TestKeepSource:
+    def test_leaves_a_cache_that_the_hubs_own_client_reads(
+        self, fake: FakeHub, target: Path
+    ) -> None:
+        from huggingface_hub import hf_hub_download, scan_cache_dir
+
+        origin = origin_for(target, keep_source=True)
+        origin.companions()
+        for shard in SHARDS:
+            path = bring(origin, shard)
+            found = hf_hub_download(REPO, shard, revision=COMMIT, local_files_only=True)
+            assert Path(found) == path
+            origin.release(shard)
+            assert path.read_bytes() == fake.files[shard]
+            assert origin.temporary(shard) == 0
+        report = scan_cache_dir(hub.cache_dir())
+        assert not report.warnings
+        assert report.size_on_disk == sum(map(len, fake.files.values()))
+        assert not target.exists()
+
+    def test_a_blob_that_another_revision_brought_is_used(
+        self, fake: FakeHub, target: Path
+    ) -> None:
+        bring(origin_for(target, keep_source=True))
+        fake.commit = "d" * 40
+        fake.requests.clear()
+        path = bring(origin_for(target, keep_source=True))
+        assert path.parent.name == "d" * 40
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert asked(fake) == []
+
+    def test_goes_on_with_a_part_in_the_cache(
+        self, fake: FakeHub, target: Path, cache: Path
+    ) -> None:
+        place = blob(cache, fake)
+        place.parent.mkdir(parents=True)
+        part_path(place).write_bytes(fake.files[SHARDS[0]][:90_000])
+        bring(origin_for(target, keep_source=True))
+        assert asked(fake) == ["bytes=90000-"]
+
+    def test_waits_for_another_program_that_fetches_the_same_file(
+        self, fake: FakeHub, target: Path, cache: Path
+    ) -> None:
+        from huggingface_hub.utils import WeakFileLock
+
+        lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
+        lock.parent.mkdir(parents=True)
+        origin = origin_for(target, keep_source=True)
+        fake.requests.clear()
+        worker = Thread(target=bring, args=(origin,), daemon=True)
+        with WeakFileLock(lock):
+            worker.start()
+            worker.join(0.2)
+            assert worker.is_alive()
+            assert asked(fake) == []
+            blob(cache, fake).parent.mkdir(parents=True, exist_ok=True)
+            blob(cache, fake).write_bytes(fake.files[SHARDS[0]])
+        worker.join(60)
+        assert not worker.is_alive()
+        assert asked(fake) == []
+
+    def test_does_not_wait_for_ever_once_it_is_told_to_stop(
+        self, fake: FakeHub, target: Path, cache: Path
+    ) -> None:
+        from huggingface_hub.utils import WeakFileLock
+
+        lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
+        lock.parent.mkdir(parents=True)
+        stop, ended = Event(), []
+        origin = origin_for(target, keep_source=True)
+
+        def fetch() -> None:
+            with pytest.raises(Stopped):
+                origin.fetch(SHARDS[0], Bar(), stop)
+            ended.append(True)
+
+        with WeakFileLock(lock):
+            worker = Thread(target=fetch, daemon=True)
+            worker.start()
+            stop.set()
+            worker.join(60)
+        assert ended
+
+
+class TestCache:
+    @pytest.fixture
+    def cached(self, fake: FakeHub, tmp_path: Path) -> Path:
+        """A shard that another tool put into the cache."""
+        return bring(origin_for(tmp_path / "other", keep_source=True))
+
+    def test_what_is_there_is_used_and_stays(
+        self, fake: FakeHub, target: Path, cached: Path
+    ) -> None:
+        origin = origin_for(target)
+        fake.requests.clear()
+        assert origin.missing(SHARDS[0]) == origin.temporary(SHARDS[0]) == 0
+        assert bring(origin).resolve() == cached.resolve()
+        origin.release(SHARDS[0])
+        assert cached.read_bytes() == fake.files[SHARDS[0]]
+        assert asked(fake) == []
+
+    @pytest.mark.parametrize(
+        "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]]
+    )
+    def test_what_is_damaged_there_is_found_and_fetched_anew(
+        self, fake: FakeHub, target: Path, cached: Path, damage: Callable[[bytes], bytes]
+    ) -> None:
+        good = fake.files[SHARDS[0]]
+        cached.resolve().write_bytes(damage(good))
+        assert bring(origin_for(target)).read_bytes() == good
+        assert cached.is_symlink()
+        assert cached.read_bytes() == good
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    @pytest.mark.parametrize("lie", [{"sha256": "0" * 64}, {"size": 7}])
+    def test_what_is_good_there_stays_whatever_the_hub_lists(
+        self, fake: FakeHub, target: Path, cached: Path, lie: dict[str, Any], keep_source: bool
+    ) -> None:
+        """A listing with another hash had a shard of 5 GB removed from the cache."""
+        origin = origin_for(target, keep_source=keep_source)
+        listed = origin._remote.shards
+        listed[SHARDS[0]] = replace(listed[SHARDS[0]], **lie)
+        with pytest.raises(HubError):
+            bring(origin)
+        assert cached.is_symlink()
+        assert cached.read_bytes() == fake.files[SHARDS[0]]
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_what_has_the_name_of_a_shard_but_other_bytes_is_left_alone(
+        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
+    ) -> None:
+        cached.unlink()
+        cached.write_bytes(bytes(len(fake.files[SHARDS[0]])))
+        path = bring(origin_for(target, keep_source=keep_source))
+        assert path.read_bytes() == fake.files[SHARDS[0]]
+        assert cached.read_bytes() == bytes(len(fake.files[SHARDS[0]]))
+
+    @pytest.mark.parametrize("keep_source", [False, True])
+    def test_a_cache_without_links_is_used_too(
+        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
+    ) -> None:
+        blob = cached.resolve()
+        cached.unlink()
+        blob.rename(cached)
+        fake.requests.clear()
+        assert bring(origin_for(target, keep_source=keep_source)) == cached
+        assert asked(fake) == []
+
+
+class TestReading:
+    def test_a_tensor_comes_by_its_range_alone(
+        self, fake: FakeHub, target: Path, two_shards: Path
+    ) -> None:
+        origin = origin_for(target)
+        fake.requests.clear()
+        header = origin.index.header(SHARDS[0])
+        tensors = load_file(two_shards / SHARDS[0])
+        name = header.specs[3].name
+        with Readers(origin) as readers:
+            assert torch.equal(readers.read(name), tensors[name])
+        start = header.start(name)
+        assert asked(fake) == [f"bytes={start}-{start + header.spec(name).nbytes - 1}"]
+
+    def test_every_tensor_is_that_of_the_checkpoint(
+        self, fake: FakeHub, target: Path, two_shards: Path
+    ) -> None:
+        origin = origin_for(target)
+        with Readers(origin) as readers:
+            for shard in SHARDS:
+                for name, tensor in load_file(two_shards / shard).items():
+                    assert torch.equal(readers.read(name), tensor)
+
+    def test_one_in_the_cache_is_not_asked_for(
+        self, fake: FakeHub, target: Path, tmp_path: Path
+    ) -> None:
+        bring(origin_for(tmp_path / "other", keep_source=True))
+        origin = origin_for(target)
+        fake.requests.clear()
+        with Readers(origin) as readers:
+            readers.read(origin.index.header(SHARDS[0]).specs[0].name)
+        assert not fake.requests
+
+
+def test_companions_are_the_small_files_checked(fake: FakeHub, target: Path) -> None:
+    fake.files["tokenizer.json"] = json.dumps({"a": 1}).encode()
+    directory = origin_for(target).companions()
+    assert (directory / "tokenizer.json").read_bytes() == fake.files["tokenizer.json"]
+    assert (directory / "config.json").read_bytes() == fake.files["config.json"]
+    assert not [path for path in directory.iterdir() if path.suffix == ".safetensors"]

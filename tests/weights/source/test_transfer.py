@@ -1,0 +1,462 @@
+"""Bytes from a hub that drops, stalls, lies, or knows no ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from pathlib import Path
+from threading import Event
+
+import pytest
+from fake_hub import FakeHub, Fault
+from weight_tools import Bar
+
+from mixchat.errors import HubError
+from mixchat.weights.source import transfer
+from mixchat.weights.source.hub_errors import plain_errors
+from mixchat.weights.source.origin import Stopped
+from mixchat.weights.source.transfer import (
+    fetch_file,
+    is_whole,
+    listen,
+    part_path,
+    read_range,
+)
+
+NAME = "model.safetensors"
+DATA = random.Random(1).randbytes(100_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub({NAME: DATA}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+def url(hub: FakeHub) -> str:
+    return f"{hub.url}/{hub.repo}/resolve/{hub.commit}/{NAME}"
+
+
+def fetch(hub: FakeHub, path: Path, bar: Bar | None = None, stop: Event | None = None) -> Path:
+    fetch_file(url(hub), path, len(DATA), SHA256, bar or Bar(), stop or Event())
+    return path
+
+
+def ranges(hub: FakeHub) -> list[str | None]:
+    return [request.range for request in hub.requests if request.where == "store"]
+
+
+class TestFile:
+    def test_comes_whole_in_one_request(self, hub: FakeHub, tmp_path: Path) -> None:
+        bar = Bar()
+        assert fetch(hub, tmp_path / "source" / NAME, bar).read_bytes() == DATA
+        assert bar.done == len(DATA)
+        assert ranges(hub) == [None]
+        assert [path.name for path in (tmp_path / "source").iterdir()] == [NAME]
+
+    def test_goes_on_where_the_connection_broke(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.fail(f"^/{NAME}", times=2, cut_after=40_000)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == [None, "bytes=40000-", "bytes=80000-"]
+        assert bar.done == len(DATA)
+
+    def test_goes_on_behind_what_an_earlier_process_left(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_001])
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70001-"]
+        assert bar.done == len(DATA) - 70_001
+
+    def test_is_not_asked_for_where_it_only_lacks_its_name(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert not hub.requests
+
+    def test_comes_again_from_a_hub_that_knows_no_ranges(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        hub.ranges = False
+        hub.fail(f"^/{NAME}", times=1, cut_after=40_000)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert bar.done == len(DATA)
+
+    @pytest.mark.parametrize(
+        "left", [b"x" * 40_000, b"x" * len(DATA), DATA + b"!", b"", b"x" + DATA[1:50_000]]
+    )
+    def test_what_was_left_and_turns_out_wrong_is_fetched_anew_once(
+        self, hub: FakeHub, tmp_path: Path, left: bytes
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(left)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert not part_path(tmp_path / NAME).exists()
+
+    def test_with_another_hash_is_refused_and_leaves_nothing(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        hub.serve[NAME] = DATA[:-1] + bytes([DATA[-1] ^ 1])
+        bar = Bar()
+        with pytest.raises(HubError, match="SHA-256"):
+            fetch(hub, tmp_path / "source" / NAME, bar)
+        assert list((tmp_path / "source").iterdir()) == []
+        assert ranges(hub) == [None]
+        assert bar.done == 0
+
+    def test_with_another_hash_is_refused_after_the_second_try_too(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        hub.serve[NAME] = bytes(len(DATA))
+        part_path(tmp_path / NAME).write_bytes(bytes(10_000))
+        with pytest.raises(HubError, match="SHA-256"):
+            fetch(hub, tmp_path / NAME)
+        assert ranges(hub) == ["bytes=10000-", None]
+
+    def test_that_is_longer_than_listed_is_refused(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.serve[NAME] = DATA + b"!"
+        hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
+        with pytest.raises(HubError, match="SHA-256"):
+            fetch(hub, tmp_path / NAME)
+        assert not (tmp_path / NAME).exists()
+        part = part_path(tmp_path / NAME)
+        assert not part.exists() or part.stat().st_size == 0
+
+    def test_that_is_shorter_than_listed_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.serve[NAME] = DATA[:-1]
+        hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
+        with plain_errors("x"), pytest.raises(Exception, match="sends no more bytes"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:-1]
+
+    def test_patience_is_counted_anew_when_bytes_have_come(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        hub.fail(f"^/{NAME}", times=99, cut_after=1_000)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+
+    def test_patience_has_an_end(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.fail(f"^/{NAME}", cut_after=0)
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+
+    @pytest.mark.parametrize("status", [408, 429, 500, 503])
+    def test_a_busy_store_is_asked_again(self, hub: FakeHub, tmp_path: Path, status: int) -> None:
+        hub.fail(f"^/{NAME}", times=2, status=status)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+
+    def test_a_refusal_is_not_repeated(self, hub: FakeHub, tmp_path: Path) -> None:
+        hub.fail(f"^/{NAME}", status=403)
+        with pytest.raises(Exception, match="403"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) == 1
+
+
+class TestWrongAnswers:
+    """A proxy or a network to log in to may answer in place of the hub."""
+
+    @pytest.mark.parametrize("left", [0, 70_000])
+    def test_a_page_of_html_is_not_the_file_and_costs_nothing_of_it(
+        self, hub: FakeHub, tmp_path: Path, left: int
+    ) -> None:
+        """It was taken for the whole file of a hub without ranges: what had come was dropped."""
+        part_path(tmp_path / NAME).write_bytes(DATA[:left])
+        hub.fail(f"^/{NAME}", page=True)
+        with pytest.raises(HubError, match="something else in place of model"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:left]
+        hub.faults.clear()
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+
+    def test_a_whole_file_in_place_of_a_part_costs_nothing_of_what_came(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        """The part was cut to nothing before the first byte of the whole file arrived."""
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.ranges = False
+        hub.fail(f"^/{NAME}", cut_after=40_000)
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:70_000]
+        hub.faults.clear()
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert bar.done == 30_000
+
+    def test_a_mirror_may_call_a_file_html(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", headers={"Content-Type": "text/html"})
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-"]
+
+    def test_a_page_of_html_is_waited_out(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", times=3, page=True)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-"] * 4
+        assert bar.done == 30_000
+
+    @pytest.mark.parametrize("served", [DATA[:-1], DATA + b"!", b"{}"])
+    def test_a_file_of_another_size_is_refused_before_its_bytes_come(
+        self, hub: FakeHub, tmp_path: Path, served: bytes
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:1])
+        hub.serve[NAME] = served
+        with pytest.raises(HubError, match=f"{len(served)} bytes instead of the 100000"):
+            fetch(hub, tmp_path / NAME)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:1]
+
+    def test_a_part_that_begins_too_early_leads_to_the_whole_file_once(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+        bar = Bar()
+        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-", None]
+        assert bar.done == 30_000
+
+    def test_a_proxy_that_begins_too_early_and_breaks_off_is_given_up(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        """Each attempt began anew, brought bytes, and so gave patience for further ones."""
+        cuts = iter([40_000, 50_000, 30_000, 60_000, 20_000] * 20)
+        take = hub.take_fault
+
+        def cut(path: str, ranged: bool) -> Fault | None:
+            fault = take(path, ranged)
+            return Fault("", cut_after=next(cuts), earlier=500) if path == f"/{NAME}" else fault
+
+        hub.take_fault = cut  # type: ignore[method-assign]
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) < 20
+
+    def test_416_leads_to_the_whole_file(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", ranged=True, status=416)
+        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
+        assert ranges(hub) == ["bytes=70000-", None]
+
+    def test_416_for_the_whole_file_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
+        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
+        hub.fail(f"^/{NAME}", status=416)
+        with pytest.raises(HubError, match="another part"):
+            fetch(hub, tmp_path / NAME)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert part_path(tmp_path / NAME).read_bytes() == DATA[:70_000]
+
+
+class TestRetryAfter:
+    @pytest.fixture
+    def waits(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """The waits between attempts, which do not take place."""
+        waited: list[float] = []
+
+        class Impatient(Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                waited.append(timeout or 0.0)
+                return self.is_set()
+
+        monkeypatch.setattr(transfer, "_WAITS", (1.0, 2.0, 4.0))
+        self.stop = Impatient()
+        return waited
+
+    @pytest.mark.parametrize("status", [429, 503])
+    @pytest.mark.parametrize(
+        ("asked", "least", "most"),
+        [
+            ("7", 7, 7),
+            ("100000", 300, 300),
+            (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1)), 300, 300),
+            ("Wed, 21 Oct 2015 07:28:00 GMT", 1, 1),
+            ("soon", 1, 1),
+            ("", 1, 1),
+            ("-5", 1, 1),
+        ],
+    )
+    def test_is_heeded_for_five_minutes_at_most(
+        self,
+        hub: FakeHub,
+        tmp_path: Path,
+        waits: list[float],
+        status: int,
+        asked: str,
+        least: float,
+        most: float,
+    ) -> None:
+        hub.fail(f"^/{NAME}", times=1, status=status, headers={"Retry-After": asked})
+        assert fetch(hub, tmp_path / NAME, stop=self.stop).read_bytes() == DATA
+        (waited,) = waits
+        assert least <= waited <= most
+
+    def test_as_a_date_it_is_the_time_until_then(
+        self, hub: FakeHub, tmp_path: Path, waits: list[float]
+    ) -> None:
+        then = datetime.now(timezone.utc) + timedelta(seconds=200)
+        fault = {"Retry-After": format_datetime(then, usegmt=True)}
+        hub.fail(f"^/{NAME}", times=1, status=429, headers=fault)
+        fetch(hub, tmp_path / NAME, stop=self.stop)
+        assert 100 < waits[0] < 201
+
+    def test_of_another_status_counts_for_nothing(
+        self, hub: FakeHub, tmp_path: Path, waits: list[float]
+    ) -> None:
+        hub.fail(f"^/{NAME}", times=1, status=500, headers={"Retry-After": "90"})
+        fetch(hub, tmp_path / NAME, stop=self.stop)
+        assert waits == [1.0]
+
+
+class TestStopping:
+    """A hang is the subject: whoever presses Ctrl-C does not wait for the hub."""
+
+    def stop_during(self, hub: FakeHub, path: Path, *, begun: Event) -> None:
+        stop, done = Event(), Future[None]()
+
+        def run() -> None:
+            try:
+                fetch(hub, path, stop=stop)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        assert begun.wait(60)
+        stop.set()
+        assert isinstance(done.exception(timeout=60), Stopped)
+
+    def test_ends_before_the_rest_has_come_where_bytes_only_trickle(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        hub.delay, begun = 0.3, Event()
+        watch(part_path(tmp_path / NAME), begun)
+        self.stop_during(hub, tmp_path / NAME, begun=begun)
+        left = part_path(tmp_path / NAME).read_bytes()
+        assert left == DATA[: len(left)] != b""
+        assert len(left) < len(DATA)
+
+    def test_ends_at_once_between_two_attempts(
+        self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transfer, "_WAITS", (600.0,))
+        hub.fail(f"^/{NAME}", cut_after=5_000)
+        begun = Event()
+        watch(part_path(tmp_path / NAME), begun)
+        self.stop_during(hub, tmp_path / NAME, begun=begun)
+
+    def test_what_was_set_before_ends_it_before_the_first_byte_is_kept(
+        self, hub: FakeHub, tmp_path: Path
+    ) -> None:
+        stop = Event()
+        stop.set()
+        with pytest.raises(Stopped):
+            fetch(hub, tmp_path / NAME, stop=stop)
+        assert part_path(tmp_path / NAME).read_bytes() == b""
+
+
+def watch(path: Path, begun: Event) -> None:
+    """Set `begun` once the file has bytes in it."""
+
+    def look() -> None:
+        while not path.exists() or not path.stat().st_size:
+            time.sleep(0.01)
+        begun.set()
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class TestRange:
+    @pytest.mark.parametrize(("start", "size"), [(0, 1), (0, 5000), (99_999, 1), (41_234, 3_210)])
+    def test_is_read_and_nothing_more(self, hub: FakeHub, start: int, size: int) -> None:
+        assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
+        assert ranges(hub) == [f"bytes={start}-{start + size - 1}"]
+
+    @pytest.mark.parametrize(("start", "size"), [(0, 1), (99_999, 1), (1_000, 1_000), (999, 2_002)])
+    def test_is_cut_out_where_the_hub_knows_no_ranges(
+        self, hub: FakeHub, start: int, size: int
+    ) -> None:
+        hub.ranges = False
+        assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_goes_on_after_a_drop(self, hub: FakeHub, known: bool) -> None:
+        hub.ranges = known
+        hub.fail(f"^/{NAME}", times=2, cut_after=12_000)
+        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+
+    def test_of_another_place_than_asked_for_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+        assert ranges(hub) == ["bytes=10000-39999", None]
+
+    def test_that_cannot_be_satisfied_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", ranged=True, status=416)
+        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
+
+    def test_of_a_page_of_html_is_given_up(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", page=True)
+        with pytest.raises(HubError, match="a page of HTML"):
+            read_range(url(hub), 5, 10, Event())
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+
+    def test_of_nothing_asks_for_nothing(self, hub: FakeHub) -> None:
+        assert read_range(url(hub), 5, 0, Event()) == b""
+        assert not hub.requests
+
+    def test_patience_has_an_end(self, hub: FakeHub) -> None:
+        hub.fail(f"^/{NAME}", cut_after=0)
+        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
+            read_range(url(hub), 5, 10, Event())
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+
+
+class TestHashing:
+    def test_a_file_that_is_right_is_whole(self, tmp_path: Path) -> None:
+        (tmp_path / NAME).write_bytes(DATA)
+        assert is_whole(tmp_path / NAME, len(DATA), SHA256, Event())
+
+    @pytest.mark.parametrize("data", [b"", DATA[:-1], DATA + b"!", b"?" + DATA[1:]])
+    def test_one_that_is_wrong_is_not(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / NAME).write_bytes(data)
+        assert not is_whole(tmp_path / NAME, len(DATA), SHA256, Event())
+
+    def test_it_ends_when_told_to(self, tmp_path: Path) -> None:
+        (tmp_path / NAME).write_bytes(DATA)
+        stop = Event()
+        stop.set()
+        with pytest.raises(Stopped):
+            is_whole(tmp_path / NAME, len(DATA), SHA256, stop)
+        assert (tmp_path / NAME).exists()
+
+
+def test_listening_counts_what_comes_until_it_is_told_to_stop(hub: FakeHub) -> None:
+    bar = Bar()
+    listen(url(hub), bar, Event())
+    assert bar.done == len(DATA)
+    stop = Event()
+    stop.set()
+    bar = Bar()
+    listen(url(hub), bar, stop)
+    assert 0 < bar.done <= len(DATA)
+
+
+def test_the_token_is_kept_from_the_store(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch(hub, tmp_path / NAME)
+    read_range(url(hub), 0, 10, Event())
+    assert {r.token for r in hub.requests if r.where == "hub"} == {"Bearer hf_secret"}
+    assert {r.token for r in hub.requests if r.where == "store"} == {None}
