@@ -142,6 +142,6 @@ def test_nothing_of_it_is_searched_anew(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("quantized a second time")
 
-    monkeypatch.setattr(linear, "quantize", refuse)
+    monkeypatch.setattr(linear, "encode_nf4", refuse)
     with InstalledModel(keep(quantized, scales="search")) as kept:
         assert kept.manifest.quantization["scales"] == "given"

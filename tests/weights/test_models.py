@@ -311,7 +311,9 @@ class TestList:
 def test_importing_does_no_work() -> None:
     program = (
         "import sys, json\n"
-        "from mixchat.weights import models, demo, hub_errors, journal, manifest\n"
+        "from mixchat.weights import models\n"
+        "from mixchat.weights.format import journal, manifest\n"
+        "from mixchat.weights.source import demo, hub_errors\n"
         "from mixchat import lock\n"
         "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"

@@ -144,7 +144,7 @@ def test_an_entry_that_is_added_after_another_chat_shortened_the_file_is_there(p
 MANY = """
 import sys
 from pathlib import Path
-from mixchat.chat import input_history
+from mixchat.chat.terminal import input_history
 input_history._MOST_ENTRIES = 80
 for number in range(40):
     history = input_history.InputHistory(Path(sys.argv[1]))
