@@ -3,7 +3,8 @@
 - errors.py: the tree of errors, each with its exit code and hint
 - model_config.py: a model's shape, with config.json's own keys
 - context.py: how many tokens a context holds, and which texts are too long for it
-- settings.py: where things are kept, config.toml, sizes read and written
+- settings.py: the places of mixchat's files, and what config.toml says
+- quantities.py: sizes, rates and times written; an amount of memory read
 - safetensors.py: the file format of weights
 - files.py: small files, read with clear errors, written whole or not at all
 - output_file.py: files that a person names for output, never another's overwritten

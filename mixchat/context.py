@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mixchat.errors import PromptError, UsageError
 from mixchat.model_config import ModelConfig
-from mixchat.settings import format_size
+from mixchat.quantities import format_size
 
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
 # More than the tokens of any text stand for: Mistral's longest has 16 characters, the demo's 81,

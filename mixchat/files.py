@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
-from mixchat.settings import format_size
+from mixchat.quantities import format_size
 
 LONGEST = 100_000_000  # bytes: no small file of a checkpoint, and no chat, has as many
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -17,7 +17,7 @@ from mixchat.cli.models import aligned
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
-from mixchat.settings import format_least, format_size, format_time
+from mixchat.quantities import format_least, format_size, format_time
 
 if TYPE_CHECKING:
     from mixchat.progress import Progress

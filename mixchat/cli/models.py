@@ -14,7 +14,7 @@ from mixchat.chat import printing
 from mixchat.chat.printing import one_line, say
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.settings import format_size
+from mixchat.quantities import format_size
 
 if TYPE_CHECKING:
     from mixchat.model_config import ModelConfig

@@ -15,7 +15,7 @@ from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError, ModelNotFoundError
 from mixchat.model_config import ModelConfig, advised_length, advised_sampling
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow

@@ -15,7 +15,7 @@ from mixchat.cli.output.failure import confirmed
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import CheckpointError, UsageError
-from mixchat.settings import format_size
+from mixchat.quantities import format_size
 
 if TYPE_CHECKING:
     from mixchat.weights.care.verify import Damage

@@ -7,7 +7,7 @@ import sys
 
 from mixchat import interrupts, machine
 from mixchat.errors import ResourceError
-from mixchat.settings import format_least, format_size
+from mixchat.quantities import format_least, format_size
 
 # Bytes. With less, native code ends the process while torch or a tokenizer is loaded.
 _LEAST_ROOM = 950_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.settings import MemoryBudget, format_least, format_size
+from mixchat.quantities import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
 # Fewer in RAM behind a GPU would help nothing, and loads that were put off need places, too.

@@ -24,7 +24,7 @@ from mixchat.loading.tiers import build_experts
 from mixchat.planning.expectation import predicted
 from mixchat.planning.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.planning.thread_count import settle_threads
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear

@@ -14,7 +14,7 @@ from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_
 from mixchat.kernels.pages import Bits
 from mixchat.machine import memory_limit
 from mixchat.model_config import ModelConfig
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 
 

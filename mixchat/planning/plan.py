@@ -23,7 +23,7 @@ from mixchat.planning.expectation import (
     speed_range,
 )
 from mixchat.planning.fitting import FreeMemory, context_size, demand_of, place
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 
 STEPS = (8 * 10**9, 16 * 10**9)  # bytes of RAM that one might add; of a GPU's memory, the first

@@ -126,7 +126,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import decode_cost, hit_rates
     from mixchat.planning.speeds import known_speeds
-    from mixchat.settings import MemoryBudget
+    from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:

@@ -31,8 +31,8 @@ from synthetic import MIXTRAL
 
 from mixchat.machine import disk_usage
 from mixchat.model_config import ModelConfig
+from mixchat.quantities import format_size
 from mixchat.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.settings import format_size
 from mixchat.weights.source.checkpoint_files import INDEX
 from mixchat.weights.source.index import expected_shapes
 

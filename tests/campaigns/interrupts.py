@@ -63,7 +63,7 @@ def open_session(model: Path, experts: int | None) -> Any:
 
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import LoadOptions, load_engine
-    from mixchat.settings import MemoryBudget
+    from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 
     stride = InstalledModel(model).blueprint.expert.stride

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 
 def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model):

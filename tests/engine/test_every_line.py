@@ -17,7 +17,7 @@ from mixchat.engine import generate
 from mixchat.engine.sampling import SamplingOptions
 from mixchat.experts import cache, fetcher, mover
 from mixchat.loading.loader import LoadOptions, load_engine
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 
 PROMPT, TOKENS = [5, 17, 60, 3], 1

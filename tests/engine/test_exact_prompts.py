@@ -15,7 +15,7 @@ from mixchat.errors import CheckpointError
 from mixchat.kernels import four_bit
 from mixchat.loading.loader import LoadOptions, keeps_tokens_apart, load_engine
 from mixchat.model_config import ModelConfig
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mixchat.experts.runner import CachedExpertRunner
 from mixchat.loading.loader import LoadOptions, load_engine
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 CPU = LoadOptions(device="cpu")
 CONFIGS: dict[str, dict[str, Any]] = {

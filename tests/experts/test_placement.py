@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 GB = 10**9
 MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256)

@@ -11,7 +11,7 @@ from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import free_memory
 from mixchat.loading.loader import LoadOptions, choose_device, load_engine
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 
 def test_the_default_context_is_the_models_up_to_8192(tiny_model: Path) -> None:

@@ -21,7 +21,7 @@ from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import LoadOptions, load_engine
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 

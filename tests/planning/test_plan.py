@@ -19,7 +19,7 @@ from mixchat.planning.calibration import SAMPLES, Calibration, Measurement
 from mixchat.planning.expectation import predicted
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.plan import Machine, MachinePlan, Wishes, fit, look, plan_model
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL

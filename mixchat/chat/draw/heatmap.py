@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from mixchat.experts.stats import ExpertReport
+from mixchat.quantities import format_size, format_time
 from mixchat.sanitize import sanitize
-from mixchat.settings import format_size, format_time
 
 # How often an expert was used, in multiples of the mean of its layer, which all would have if the
 # router had no favourites. A bound begins a level; level 0 is for what was never used.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from prompt_toolkit.utils import get_cwidth
 
 from mixchat.errors import MixchatError
+from mixchat.quantities import format_least
 from mixchat.sanitize import sanitize
-from mixchat.settings import format_least
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished

@@ -23,7 +23,7 @@ from mixchat.cli.flags.config_flag import AGAIN, setting, setting_argument
 from mixchat.cli.flags.shell_completion import among, runnable_models
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import SamplingOptions

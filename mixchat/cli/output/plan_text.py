@@ -13,7 +13,7 @@ from mixchat.cli.download import as_text as download_as_text
 from mixchat.cli.download import disk_as_dicts
 from mixchat.cli.models import aligned
 from mixchat.planning.expectation import PROMPT
-from mixchat.settings import format_age, format_least, format_rates, format_size, format_time
+from mixchat.quantities import format_age, format_least, format_rates, format_size, format_time
 from mixchat.weights.make.download_plan import installed_size
 
 if TYPE_CHECKING:

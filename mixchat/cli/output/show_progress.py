@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import fitted, one_line, say
-from mixchat.settings import format_size, format_time
+from mixchat.quantities import format_size, format_time
 
 if TYPE_CHECKING:
     from rich.console import Console

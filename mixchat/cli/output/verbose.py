@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
-from mixchat.settings import format_age, format_rates, format_size
+from mixchat.quantities import format_age, format_rates, format_size
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished

@@ -24,8 +24,8 @@ from mixchat import machine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
 from mixchat.files import give_name, temporary_name
 from mixchat.progress import Progress, Task, running
+from mixchat.quantities import format_least, format_size
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
-from mixchat.settings import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal, read_head, read_journal

@@ -11,7 +11,7 @@ import torch
 
 from mixchat import machine
 from mixchat.errors import ResourceError
-from mixchat.settings import format_least, format_size
+from mixchat.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import layouts
 from mixchat.weights.make.build import remaining

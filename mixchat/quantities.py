@@ -1,0 +1,83 @@
+"""Sizes, rates and times as a person reads them, and an amount of memory as a person writes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mixchat.errors import UsageError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", re.IGNORECASE | re.ASCII)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """An amount of memory: `300MB` is `size` bytes, `50%` is `fraction` of some whole."""
+
+    size: int | None = None
+    fraction: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MemoryBudget:
+        """Read `300MB`, `1.5 GiB`, `2000000` or `50%`. Raises `UsageError` on anything else."""
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"cannot read {text!r} as an amount of memory",
+                hint="Write it like 300MB, 1.5GiB or 50%.",
+            )
+        number, percent, unit = float(match[1]), match[2], (match[3] or "").upper()
+        if number > 1e18:
+            raise UsageError(f"{text[:20]}... is more memory than there can be")
+        if percent:
+            if not 0 < number <= 100:
+                raise UsageError(f"{text!r} is not between 0% and 100%")
+            return cls(fraction=number / 100)
+        return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
+
+    def of(self, whole: int) -> int:
+        """The budget in bytes, where a fraction is taken of `whole` bytes."""
+        return int(self.fraction * whole) if self.fraction is not None else self.size or 0
+
+
+def format_least(size: int) -> str:
+    """A number of bytes that is needed, rounded up: whoever gives what is written gives enough."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            tenths = -(-size * 10 // factor)
+            return f"{tenths // 10}.{tenths % 10} {unit}"
+    return f"{size} bytes"
+
+
+def format_size(size: int) -> str:
+    """`93405585408` bytes as `93.4 GB`: three digits, decimal units."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{size} bytes"
+
+
+def format_rates(low: float, high: float) -> str:
+    """`0.617` and `0.912` as `0.62 to 0.91`: two digits, or one figure where both are the same."""
+    texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def format_age(seconds: float) -> str:
+    """`7200` as `2 hours ago`; what is younger than a minute, or of a clock set back, as `now`."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "now"
+
+
+def format_time(seconds: float) -> str:
+    """`95` as `2 min`: seconds below a minute, minutes below two hours, hours and minutes above."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

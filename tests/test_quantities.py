@@ -1,0 +1,86 @@
+import pytest
+
+from mixchat.errors import UsageError
+from mixchat.quantities import MemoryBudget, format_age, format_least, format_rates, format_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("300MB", 300_000_000),
+        ("300 mb", 300_000_000),
+        ("300M", 300_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("2gib", 2**31),
+        ("12345", 12345),
+        (" 7 kB ", 7000),
+    ],
+)
+def test_a_budget_in_bytes(text: str, size: int) -> None:
+    assert MemoryBudget.parse(text).of(10**12) == size
+
+
+def test_a_budget_as_a_share() -> None:
+    assert MemoryBudget.parse("50%").of(1000) == 500
+    assert MemoryBudget.parse("100 %").of(1000) == 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "9" * 400, "MB", "-3MB", "3 apples", "1e3", "300MiBB", "0%", "101%", "5%%", "٣MB", "inf"],
+)
+def test_what_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        MemoryBudget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (93_585_408, "93.6 MB"),
+        (93_405_585_408, "93.4 GB"),
+        (338_000_000, "338 MB"),
+    ],
+)
+def test_sizes_are_written_with_three_digits(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+@pytest.mark.parametrize("size", [1, 999, 1001, 24_576, 187_170_816, 10**9, 4_199_999_999])
+def test_the_least_that_is_shown_is_enough(size: int) -> None:
+    shown = MemoryBudget.parse(format_least(size).replace("bytes", "")).of(0)
+    assert size <= shown <= 1.1 * size
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.6174, 0.9121, "0.62 to 0.91"),
+        (0.0312, 0.5, "0.031 to 0.5"),
+        (1.04, 1.03, "1"),
+        (9.4, 12.6, "9.4 to 13"),
+        (98.4, 1234.0, "98 to 1234"),
+    ],
+)
+def test_rates_have_two_digits_and_are_one_where_they_are_the_same(
+    low: float, high: float, text: str
+) -> None:
+    assert format_rates(low, high) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5.0, "now"),
+        (59.0, "now"),
+        (61.0, "1 minute ago"),
+        (7300.0, "2 hours ago"),
+        (86400.0, "1 day ago"),
+        (400 * 86400.0, "400 days ago"),
+    ],
+)
+def test_an_age_has_one_unit(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text
