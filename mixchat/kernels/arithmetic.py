@@ -28,14 +28,22 @@ def exponential(function: Function, x: Value) -> Value:
     return is_seen.choose(bits.bits_as(x.type), 0.0)
 
 
-def as_fp32(pointer: Pointer, place: Value, half: bool, count: int | None = None) -> Value:
-    """A number of a tensor in fp32, or bf16 (`half`), or `count` of them from this place on."""
+def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None) -> Value:
+    """Load number `place` of a tensor in bf16 (`bf16`) or fp32, or `count` numbers from there."""
     short, whole, real = (
         kind if count is None else vector(kind, count) for kind in (i16, i32, f32)
     )
-    if not half:
+    if not bf16:
         return pointer.load(real, place * 4)
     return (pointer.load(short, place * 2).widened(whole) << 16).bits_as(real)
+
+
+def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None:
+    """Store fp32 numbers from number `place` of a tensor on, in bf16 (`bf16`) rounded."""
+    if bf16:
+        pointer.store(rounded_to_bf16(value), place * 2)
+    else:
+        pointer.store(value, place * 4)
 
 
 def rounded_to_bf16(value: Value) -> Value:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.arithmetic import as_fp32, exponential, reduced, rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, exponential, reduced, store_fp32
 from mixchat.kernels.compile import (
     LANES,
     Compiled,
@@ -83,12 +83,12 @@ def _rows(shape: CacheShape) -> int:
 
 
 @functools.cache
-def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool) -> Compiled:
-    """The functions for new tokens in fp32, or bf16 (`half`)."""
+def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
+    """The functions for new tokens in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("attention")
-    _Attend(module, shape, LANES[instructions], half).write()
-    _write_merge(module, shape, LANES[instructions], half)
+    _Attend(module, shape, LANES[instructions], bf16).write()
+    _write_merge(module, shape, LANES[instructions], bf16)
     return compile_module(module, instructions)
 
 
@@ -98,8 +98,8 @@ class _Attend:
     These three, width + 2 floats, are put down for each row and split, for `merge`.
     """
 
-    def __init__(self, module: Any, shape: CacheShape, lanes: int, half: bool) -> None:
-        self.shape, self.lanes, self._half = shape, lanes, half
+    def __init__(self, module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
+        self.shape, self.lanes, self._bf16 = shape, lanes, bf16
         self.floats = vector(f32, lanes)
         self.function = function = Function(module, "attend")
         self._given = _SIGNATURE.read_by(function)
@@ -148,7 +148,7 @@ class _Attend:
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
         """The queries as fp32, times 1 / sqrt(h); nothing seen yet."""
         function, shape, lanes = self.function, self.shape, self.lanes
-        queries, half = self._given.pointer("queries"), self._half
+        queries, bf16 = self._given.pointer("queries"), self._bf16
         zeros = function.constant(self.floats, 0.0)
         with function.loop(0, rows, 1) as (row, _):
             here = row * (shape.width * 4)
@@ -157,7 +157,7 @@ class _Attend:
                 self._sums.store(zeros, here + start * 4)
             source = self._row(row, first, group) * shape.head_dim
             with function.loop(0, shape.head_dim, 1) as (number, _):
-                value = as_fp32(queries, source + number, half)
+                value = as_fp32(queries, source + number, bf16)
                 self._queries.store(value * shape.head_dim**-0.5, here + number * 4)
             self._state.store(function.constant(f32, _LOWEST), row * 8)
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
@@ -168,7 +168,7 @@ class _Attend:
             return [words.bits_as(self.floats)]
         if self.shape.bits == 16:
             both = words << 16, words & 0xFFFF0000
-            return [half.bits_as(self.floats) for half in both]
+            return [words.bits_as(self.floats) for words in both]
         return [
             (words << (24 - 8 * number)).sign_shifted(24).as_float(self.floats)
             for number in range(4)
@@ -308,7 +308,7 @@ class _Attend:
                 parts.store(total, target + (2 + start) * 4)
 
 
-def _write_merge(module: Any, shape: CacheShape, lanes: int, half: bool) -> None:
+def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
     """The parts of a row put together: a row is an item of work."""
     function = Function(module, "merge")
     given = _SIGNATURE.read_by(function)
@@ -336,8 +336,5 @@ def _write_merge(module: Any, shape: CacheShape, lanes: int, half: bool) -> None
             line.store(sums[1 + number] / sums[0].spread(lanes), number * lanes * 4)
         with function.loop(0, shape.head_dim, 1) as (at, _):
             value, place = line.load(f32, at * 4), row * shape.head_dim + at
-            if half:
-                out.store(rounded_to_bf16(value), place * 2)
-            else:
-                out.store(value, place * 4)
+            store_fp32(out, value, place, bf16)
     function.finish()

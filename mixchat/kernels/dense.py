@@ -17,7 +17,7 @@ import torch
 from llvmlite import ir
 
 from mixchat.kernels import rows
-from mixchat.kernels.arithmetic import as_fp32, reduced, rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, reduced, store_fp32
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, vector
 from mixchat.kernels.signature import Signature
@@ -59,13 +59,13 @@ def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
-    """The function for numbers in fp32, or bf16 (`half`)."""
+def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
+    """The function for numbers in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("dense")
     heights, widths = _TILES[instructions]
     lanes = LANES[instructions]
-    tiles = [[_Tile(module, lanes, half, rows, width) for width in widths] for rows in heights]
+    tiles = [[_Tile(module, lanes, bf16, rows, width) for width in widths] for rows in heights]
     _write_multiply(module, tiles)
     return compile_module(module, instructions)
 
@@ -73,8 +73,8 @@ def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
 class _Tile:
     """The product of some rows with some tokens: as many sums as the registers hold."""
 
-    def __init__(self, module: Any, lanes: int, half: bool, rows: int, tokens: int) -> None:
-        self.rows, self.tokens, self._lanes, self._half = rows, tokens, lanes, half
+    def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
+        self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16
         self.function = Function(module, f"tile_{rows}_{tokens}", numbers=2)
         self._write()
 
@@ -86,25 +86,19 @@ class _Tile:
         zeros = [zero] * (self.rows * self.tokens)
         with function.loop(0, columns, self._lanes, zeros) as (column, sums):
             numbers = [
-                as_fp32(x, (token + number) * columns + column, self._half, self._lanes)
+                as_fp32(x, (token + number) * columns + column, self._bf16, self._lanes)
                 for number in range(self.tokens)
             ]
             for number in range(self.rows):
                 place = (row + number) * columns + column
-                factors = as_fp32(weight, place, self._half, self._lanes)
+                factors = as_fp32(weight, place, self._bf16, self._lanes)
                 for at, one in enumerate(numbers, number * self.tokens):
                     sums[at] = function.multiply_add(factors, one, sums[at])
         for at, total in enumerate(sums):
             place = (token + at % self.tokens) * given.number("rows") + row + at // self.tokens
-            self._put(reduced(function, total, "fadd"), place)
+            value = reduced(function, total, "fadd")
+            store_fp32(given.pointer("out"), value, place, self._bf16)
         function.finish()
-
-    def _put(self, value: Value, place: Value) -> None:
-        out = _SIGNATURE.read_by(self.function).pointer("out")
-        if self._half:
-            out.store(rounded_to_bf16(value), place * 2)
-        else:
-            out.store(value, place * 4)
 
 
 def _write_multiply(module: Any, tiles: Sequence[Sequence[_Tile]]) -> None:

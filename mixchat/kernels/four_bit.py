@@ -61,7 +61,7 @@ def matmul(
     rows, columns = shape
     rounded = x if x.dtype in _DTYPES else x.float()
     flat = rounded.reshape(-1, columns).contiguous()
-    tokens, half = flat.shape[0], flat.dtype == torch.bfloat16
+    tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
     name = unit_for(instructions, 1 if exact else tokens)
@@ -85,7 +85,7 @@ def matmul(
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
     )
-    compiled = _compiled(instructions, name, half)
+    compiled = _compiled(instructions, name, bf16)
     threads = torch.get_num_threads()
     compiled.function("round_x").run(numbers, 1 if tokens == 1 else threads)
     numbers[0] = 0
@@ -94,17 +94,17 @@ def matmul(
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet, name: UnitName, half: bool) -> Compiled:
-    """Both functions for x in fp32, or bf16 (`half`)."""
+def _compiled(instructions: InstructionSet, name: UnitName, bf16: bool) -> Compiled:
+    """Both functions for x in bf16 (`bf16`) or fp32."""
     module, unit = ir.Module("four_bit"), UNITS[name]
-    _write_round_x(module, unit, half)
-    wide = Tile(module, unit, half, _BANDS, 1)
-    tiles = [Tile(module, unit, half, 1, width) for width in unit.widths]
+    _write_round_x(module, unit, bf16)
+    wide = Tile(module, unit, bf16, _BANDS, 1)
+    tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths]
     _write_multiply(module, wide, tiles)
     return compile_module(module, instructions)
 
 
-def _write_round_x(module: Any, unit: type[Unit], half: bool) -> None:
+def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
     """x as whole numbers, and a scale for each block: a token is an item of work."""
     function = Function(module, "round_x")
     given = SIGNATURE.read_by(function)
@@ -118,7 +118,7 @@ def _write_round_x(module: Any, unit: type[Unit], half: bool) -> None:
         function.loop(0, blocks, 1) as (block, _),
     ):
         first = token * columns + block * BLOCK
-        pieces = [as_fp32(x, first + at, half, lanes) for at in range(0, BLOCK, lanes)]
+        pieces = [as_fp32(x, first + at, bf16, lanes) for at in range(0, BLOCK, lanes)]
         absmax = _largest(function, pieces)
         factor = function.constant(f32, unit.largest_x) / absmax
         factor = absmax.compare(">", 1e-30).choose(factor, 0.0)

@@ -111,18 +111,18 @@ def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) 
 
 
 @functools.cache
-def _compiled(shape: CacheShape, instructions: InstructionSet | None, half: bool) -> Compiled:
+def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("pages")
-    _Store(module, shape, half).write()
+    _Store(module, shape, bf16).write()
     return compile_module(module, instructions)
 
 
 class _Store:
     """Number by number, for a token has few; a token is an item of work."""
 
-    def __init__(self, module: Any, shape: CacheShape, half: bool) -> None:
-        self.shape, self._half = shape, half
+    def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
+        self.shape, self._bf16 = shape, bf16
         self.function = Function(module, "store")
         self._given = _SIGNATURE.read_by(self.function)
 
@@ -153,7 +153,7 @@ class _Store:
         """A loop over a head's numbers: the place of each, and what of it is kept."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
         with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
-            number = as_fp32(source, first + place, self._half)
+            number = as_fp32(source, first + place, self._bf16)
             if factor is not None:
                 kept = self.function.rounded(number * factor).as_whole(i32).narrowed(i8)
             else:
@@ -164,7 +164,7 @@ class _Store:
         """Put down the scale of a head's numbers; what they are multiplied with."""
         function, zero = self.function, self.function.constant(f32, 0.0)
         with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
-            number = as_fp32(source, first + place, self._half)
+            number = as_fp32(source, first + place, self._bf16)
             largest[0] = function.maximum(function.maximum(number, -number), largest[0])
         scale.store(largest[0] * (1 / _LARGEST))
         factor = function.constant(f32, _LARGEST) / largest[0]

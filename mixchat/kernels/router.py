@@ -60,19 +60,19 @@ def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor,
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
-    """The function for x in fp32, or bf16 (`half`)."""
+def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
+    """The function for x in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("router")
-    _Route(module, LANES[instructions], half).write()
+    _Route(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
 
 class _Route:
     """A token is an item of work."""
 
-    def __init__(self, module: ir.Module, lanes: int, half: bool) -> None:
-        self._function, self._lanes, self._half = Function(module, "route"), lanes, half
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+        self._function, self._lanes, self._bf16 = Function(module, "route"), lanes, bf16
         self._given = _SIGNATURE.read_by(self._function)
         self._ranks = self._function.scratch(_MOST * 4)
 
@@ -94,7 +94,7 @@ class _Route:
         function, given, lanes = self._function, self._given, self._lanes
         columns, zeros = given.number("columns"), function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, columns, lanes, [zeros]) as (column, sums):
-            x = as_fp32(given.pointer("x"), token * columns + column, self._half, lanes)
+            x = as_fp32(given.pointer("x"), token * columns + column, self._bf16, lanes)
             row = given.pointer("gate").load(x.type, (expert * columns + column) * 4)
             sums[0] = function.multiply_add(x, row, sums[0])
         return function.total(sums[0])

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from llvmlite import ir
 
-from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16, store_fp32
 from mixchat.kernels.compile import (
     LANES,
     Compiled,
@@ -104,12 +104,12 @@ def _run(name: str, numbers: Numbers, out: torch.Tensor) -> None:
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet | None, half: bool) -> Compiled:
-    """All functions for rows in fp32, or bf16 (`half`)."""
+def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
+    """All functions for rows in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("rows")
     for kind in (_RMSNorm, _Rotate, _Gated, _WeightedSum):
-        kind(module, LANES[instructions], half).write()
+        kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
 
@@ -118,8 +118,8 @@ class _Rows(ABC):
 
     name: str
 
-    def __init__(self, module: ir.Module, lanes: int, half: bool) -> None:
-        self.function, self.lanes, self._half = Function(module, self.name), lanes, half
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+        self.function, self.lanes, self._bf16 = Function(module, self.name), lanes, bf16
         given = self.given = _SIGNATURE.read_by(self.function)
         self.x, self.out = given.pointer("x"), given.pointer("out")
         self.columns = given.number("columns")
@@ -135,18 +135,15 @@ class _Rows(ABC):
 
     def load(self, pointer: Pointer, place: Value) -> Value:
         """Numbers in the type of the rows, as fp32."""
-        return as_fp32(pointer, place, self._half, self.lanes)
+        return as_fp32(pointer, place, self._bf16, self.lanes)
 
     def store(self, value: Value, place: Value) -> None:
         """Round and put down."""
-        if self._half:
-            self.out.store(rounded_to_bf16(value), place * 2)
-        else:
-            self.out.store(value, place * 4)
+        store_fp32(self.out, value, place, self._bf16)
 
     def rounded(self, value: Value) -> Value:
         """To the type of the rows, and back."""
-        if not self._half:
+        if not self._bf16:
             return value
         whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
         return (whole << 16).bits_as(value.type)

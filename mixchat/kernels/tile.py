@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
+from mixchat.kernels.arithmetic import as_fp32, store_fp32
 from mixchat.kernels.emit import Function, Value, f32, i8, i32, vector
 from mixchat.kernels.signature import Signature
 from mixchat.kernels.units import LINE, Unit
@@ -35,11 +35,11 @@ class Tile:
     For each block the products are added up as whole numbers, then once as floats.
     """
 
-    def __init__(self, module: Any, unit: type[Unit], half: bool, bands: int, tokens: int) -> None:
+    def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
         self.bands, self.tokens = bands, tokens
         self.function = Function(module, f"tile_{bands}_{tokens}", numbers=2)
         given = SIGNATURE.read_by(self.function)
-        self._unit, self._half = unit(self.function, given.pointer("levels")), half
+        self._unit, self._bf16 = unit(self.function, given.pointer("levels")), bf16
         self._x, self._codes = given.pointer("whole_x"), given.pointer("codes")
         self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
@@ -62,10 +62,7 @@ class Tile:
         for place, total in enumerate(totals):
             band, token, part = self._split(place)
             first = (self._token + token) * self._rows + self._row + band * BAND + part * lanes
-            if self._half:
-                self._out.store(rounded_to_bf16(total), first * 2)
-            else:
-                self._out.store(total, first * 4)
+            store_fp32(self._out, total, first, self._bf16)
         function.finish()
 
     def _split(self, place: int) -> tuple[int, int, int]:

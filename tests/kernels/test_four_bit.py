@@ -77,10 +77,10 @@ def test_the_product_is_that_of_the_dequantized_matrix(
     expected = x.double() @ matrix.exact.T
     assert error(matrix(x), expected) < WITHIN[unit]
     # In bf16 it is the rounding of the result that counts.
-    half = x.bfloat16()
-    expected = half.double() @ matrix.exact.T
-    assert error(matrix(half), expected.bfloat16().double()) < 1e-3 + WITHIN[unit]
-    assert matrix(half).dtype == torch.bfloat16
+    rounded = x.bfloat16()
+    expected = rounded.double() @ matrix.exact.T
+    assert error(matrix(rounded), expected.bfloat16().double()) < 1e-3 + WITHIN[unit]
+    assert matrix(rounded).dtype == torch.bfloat16
 
 
 def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: UnitName) -> None:
