@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit.history import History
 
 from mixchat.files import open_regular, write_private_file
+from mixchat.lock import only_one
 
 _MOST_ENTRIES = 2000
 _MOST_BYTES = 4_000_000  # pasted files are entries, too
@@ -48,14 +48,14 @@ class InputHistory(History):
     def store_string(self, string: str) -> None:
         """Add an entry to the file."""
         if self._path is not None:
-            with self._faults_kept(self._path), _locked(self._path) as fd:
-                _append(fd, _written(string))
+            with self._faults_kept(self._path), _alone(self._path):
+                _append(self._path, _written(string))
 
     def _open(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._entries = _entries_in(_read(path)) if os.path.lexists(path) else []
-        with _locked(path) as fd:
-            os.fchmod(fd, 0o600)
+        with _alone(path):
+            _append(path, b"")  # makes the file, for its owner alone
             self._compact(path)
 
     def _compact(self, path: Path) -> None:
@@ -77,6 +77,11 @@ class InputHistory(History):
             self.fault = f"{path}: {error.strerror or error}: what you type is not kept there"
         if self.fault:
             self._path = None
+
+
+def _alone(path: Path) -> AbstractContextManager[None]:
+    """Keep other chats from writing to the file or replacing it."""
+    return only_one(path, wait=lambda: None)
 
 
 def _read(path: Path) -> bytes:
@@ -107,40 +112,16 @@ def _written(entry: str) -> bytes:
     return f"\n# {datetime.datetime.now()}\n{lines}".encode("utf-8", "replace")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The file, open to append to, while no other chat writes to it or replaces it."""
-    fd = _open_locked(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        fd = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
-        try:
-            with suppress(OSError):  # some network disks have no locks
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            # Whoever had the lock may have put a new file in its place meanwhile.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _append(fd: int, data: bytes) -> None:
+def _append(path: Path, data: bytes) -> None:
     """Write all of it, or nothing: half a character would spoil the file."""
-    before = os.fstat(fd).st_size
-    try:
-        written = os.write(fd, data)
-        if written < len(data):
-            raise OSError("the disk is full")
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(fd, before)
-        raise
+    fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
+    with open(fd, "ab", buffering=0) as file:
+        os.fchmod(fd, 0o600)
+        before = os.fstat(fd).st_size
+        try:
+            if os.write(fd, data) < len(data):
+                raise OSError("the disk is full")
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
