@@ -2,7 +2,7 @@
 
 - app.py: the commands, and the one place where an error becomes an exit code
 - run.py: mixchat run: a chat, or one answer
-- chat.py: begins a chat
+- start_chat.py: starts or resumes a chat
 - opening.py: from a name and flags to a session that can be asked
 - prompt_cache.py: the file of --prompt-cache: looked at before, written at the end
 - download.py: mixchat download

@@ -15,7 +15,7 @@ from mixchat.cli.flags.shell_completion import kept_chats
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chats import ChatStore, ChatSummary
+    from mixchat.chat.saved.chat_store import ChatStore, ChatSummary
 
 
 def chats(
@@ -33,7 +33,7 @@ def chats(
     """List the saved chats, or print one as Markdown."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: it takes an ID, and no --json")
-    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
     if chat is None:

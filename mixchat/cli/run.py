@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
-from mixchat.cli.chat import ChatCache, begin_chat, find_chat, new_keeper, saved_turn
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import Opening
 from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.prompt_cache import checked_place, keeping
+from mixchat.cli.start_chat import ChatCache, begin_chat, find_chat, new_saver, saved_turn
 from mixchat.errors import ModelNotFoundError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import trace_file
@@ -100,20 +100,20 @@ def run(
     question = read_prompt(" ".join(prompt) if prompt else None, files, room, quiet)
     form.check(question is None)
     session = opening.open()
-    keeper = new_keeper(session, model, kept=save)
+    saver = new_saver(session, model, kept=save)
     if resumed is not None:
-        keeper.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
+        saver.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
-    cache = ChatCache(keeper, keep_cache, strict=question is not None)
+    cache = ChatCache(saver, keep_cache, strict=question is not None)
     kept = question is None or resumed is not None or (save and is_given(context, "save"))
     of_chat = cache_file is None and kept
     try:
         with cache if of_chat else keeping(cache_file, session.engine):
             if question is None:
                 own = cache if of_chat else None
-                begin_chat(keeper, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
+                begin_chat(saver, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
-                with saved_turn(keeper, kept):
+                with saved_turn(saver, kept):
                     after_turn(print_answer(session, question, form, model))
     finally:
         _keep_report(session, model)

@@ -134,7 +134,7 @@ def gc(
 ) -> None:
     """Remove what interrupted commands left behind."""
     prepare_environment()
-    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.chat_store import ChatStore
     from mixchat.weights.care import housekeeping
     from mixchat.weights.make.download import local_errors
 

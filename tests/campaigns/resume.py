@@ -59,7 +59,7 @@ def _imported() -> None:
     import chat_doubles
 
     import mixchat.chat.session
-    import mixchat.cli.chat  # noqa: F401
+    import mixchat.cli.start_chat  # noqa: F401
 
     chat_doubles.make_session()
 
@@ -68,22 +68,22 @@ def _begin(number: int) -> str:
     """A chat of one turn, alone in the store; its ID."""
     from chat_doubles import make_session
 
-    from mixchat.chat.saved.chats import ChatStore
-    from mixchat.chat.saved.keeper import Keeper
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
     for id in store.ids():
         store.remove(id)
     session = make_session("Hello")
     list(session.ask(f"Begin {number}"))
-    keeper = Keeper(session, store, "demo")
-    keeper.save()
-    return keeper.chat.id
+    saver = ChatSaver(session, store, "demo")
+    saver.save()
+    return saver.chat.id
 
 
 def _asked() -> set[str]:
     """Every question in any chat."""
-    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
     return {m.content for id in store.ids() for m in store.load(id).messages}
@@ -97,17 +97,17 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
         def work() -> None:
             from chat_doubles import make_session
 
-            from mixchat.cli.chat import find_chat, new_keeper
+            from mixchat.cli.start_chat import find_chat, new_saver
 
             os.close(opened)
             session = make_session("An answer")
-            keeper = new_keeper(session, "demo", kept=True)
+            saver = new_saver(session, "demo", kept=True)
             chat = find_chat(id)
             assert chat
-            keeper.resume(chat)
+            saver.resume(chat)
             list(session.ask(question))
             os.read(gate, 1)  # until its other end is closed
-            keeper.save()
+            saver.save()
 
         return work
 

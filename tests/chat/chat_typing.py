@@ -7,8 +7,8 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mixchat.chat.saved.chats import ChatStore
-from mixchat.chat.saved.keeper import Keeper
+from mixchat.chat.saved.chat_saver import ChatSaver
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.repl import Repl
 from mixchat.chat.terminal.screen import Screen
@@ -25,13 +25,13 @@ class Chat:
             source.send_text(keys)
             out = io.StringIO()
             kept = store is not None
-            self.keeper = Keeper(
+            self.saver = ChatSaver(
                 session, store or ChatStore(Path("/nowhere")), "demo", kept=kept, warn=self.warn
             )
             self.repl = Repl(
                 session,
                 Screen(out),
-                self.keeper,
+                self.saver,
                 lambda commands, status: ChatPrompt(None, commands, status),
                 report=self.errors.append,
                 after_turn=after_turn or self.turns.append,

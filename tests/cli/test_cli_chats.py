@@ -10,7 +10,8 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.chat.saved.chats import Chat, ChatStore
+from mixchat.chat.saved.chat_file import SavedChat
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
@@ -27,7 +28,7 @@ def keep(store):
     def write(id, question, answer="Yes.", *, hours=0, model="instruct", name=None):
         used = BEGAN + timedelta(hours=hours)
         talk = (Message("user", question), Message("assistant", answer))
-        store.save(Chat(id, name, model, "c0ffee", BEGAN, used, None, {}, talk))
+        store.save(SavedChat(id, name, model, "c0ffee", BEGAN, used, None, {}, talk))
 
     return write
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from mixchat.chat.saved.chats import Chat, ChatStore
+from mixchat.chat.saved.chat_file import SavedChat
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.flags.shell_completion import VARIABLE
 
 HEAVY = {"torch", "rich", "huggingface_hub", "pydantic", "numpy"}
@@ -108,7 +109,9 @@ def chats(tmp_path):
     store = ChatStore(tmp_path / "home" / "chats")
     for tail, name in (("aaa", "Holiday plans"), ("bbb", "$(touch x) `y`; z"), ("ccc", None)):
         began = datetime(2026, 11, 25, tzinfo=timezone.utc)
-        store.save(Chat(f"20261125-0000-{tail}", name, "demo", "x", began, began, None, {}, ()))
+        store.save(
+            SavedChat(f"20261125-0000-{tail}", name, "demo", "x", began, began, None, {}, ())
+        )
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
     from mixchat.cli import run
 
-    def chat(keeper, cache, model, files, *, raw, vi, after_turn):
+    def chat(saver, cache, model, files, *, raw, vi, after_turn):
         for question in ("Why?", "Where?"):
-            *_, finished = keeper.session.ask(question)
+            *_, finished = saver.session.ask(question)
             after_turn(finished)
 
     monkeypatch.setattr(run, "begin_chat", chat)

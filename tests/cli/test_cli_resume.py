@@ -98,7 +98,7 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
     def refuse(path, data):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("mixchat.chat.saved.chats.write_private_file", refuse)
+    monkeypatch.setattr("mixchat.chat.saved.chat_store.write_private_file", refuse)
     done = mixchat("run", "--save", "Hi")
     assert (done.returncode, done.stdout) == (7, b"Hello\n")
     error, hint = done.stderr.decode().splitlines()
@@ -111,7 +111,7 @@ def test_a_turn_that_cannot_be_saved_says_so_too(mixchat, ids, monkeypatch):
     (kept,) = ids()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "mixchat.chat.saved.chats.write_private_file", lambda *given: os.stat("/no/such")
+            "mixchat.chat.saved.chat_store.write_private_file", lambda *given: os.stat("/no/such")
         )
         assert mixchat("run", "--resume", kept, "Again").returncode == 7
     failing = json.dumps([["x", {"raise": "RuntimeError", "with": "out of order"}]])

@@ -1,6 +1,6 @@
 """Saved chats on disk.
 
-- chats.py, chat_file.py, chat_table.py: the saved chats, their files, their list
-- keeper.py: saves a chat after each turn, and brings saved ones back
+- chat_store.py, chat_file.py, chat_table.py: the saved chats, their files, their list
+- chat_saver.py: saves a chat after each turn, and resumes saved ones
 - export.py: a chat for others to read
 """

@@ -29,7 +29,7 @@ Number: TypeAlias = int | float | None
 
 
 @dataclass(frozen=True)
-class Chat:
+class SavedChat:
     """A conversation, and all that it takes to go on with it.
 
     `model` is its name as typed, `identity` the hash of its weights. `sampling` are the parameters
@@ -48,7 +48,7 @@ class Chat:
 
 
 def now() -> datetime:
-    """The time, for `Chat.created` and `Chat.updated`."""
+    """The time, for `SavedChat.created` and `SavedChat.updated`."""
     return datetime.now(timezone.utc)
 
 
@@ -73,7 +73,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def serialized(chat: Chat) -> bytes:
+def serialized(chat: SavedChat) -> bytes:
     """The file of a chat. Raises `UsageError` where its name cannot be one."""
     raw = {
         "format": FORMAT,
@@ -91,7 +91,7 @@ def serialized(chat: Chat) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def read_chat(path: Path) -> Chat:
+def read_chat(path: Path) -> SavedChat:
     """The chat in a file, whose name begins with its ID.
 
     Raises `CheckpointError` where it cannot be read, is damaged, or is of a newer mixchat.
@@ -137,15 +137,15 @@ def _message_as_json(message: Message) -> dict[str, Any]:
     return raw
 
 
-def _chat(id: str, raw: dict[str, Any]) -> Chat:
+def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
     """Raises `ValueError` unless everything is there and has the type that it has to have."""
-    known = {"format", *(field.name for field in fields(Chat))} - {"id"}
+    known = {"format", *(field.name for field in fields(SavedChat))} - {"id"}
     _check(raw.keys() == known, f"it has not the keys {', '.join(sorted(known))}, and no other")
     for key in ("model", "identity"):
         _check(isinstance(raw[key], str), f"its {key} is not text")
     for key in ("name", "system"):
         _check(raw[key] is None or isinstance(raw[key], str), f"its {key} is neither text nor null")
-    return Chat(
+    return SavedChat(
         id,
         None if raw["name"] is None else _name(raw["name"]),
         raw["model"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mixchat.chat.printing import one_line
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chats import ChatSummary
+    from mixchat.chat.saved.chat_store import ChatSummary
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
 _FEWER = ((0, 1, 2, 3), (0, 1, 2), (0, 1), (0,))  # columns to show, in a narrower and narrower room

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mixchat.output_file import OutputFile
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chats import Chat
+    from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.text.messages import Message
 
 _LONGEST_TITLE = 80  # characters
 _UNFINISHED = "*(unfinished)*"
 
 
-def to_json(chat: Chat) -> str:
+def to_json(chat: SavedChat) -> str:
     """The chat as a JSON object, with its messages as OpenAI's API has them.
 
     Keys: id, name, model, created, updated (ISO 8601, UTC), system, sampling, and messages, each
@@ -37,7 +37,7 @@ def to_json(chat: Chat) -> str:
     return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
 
 
-def to_markdown(chat: Chat) -> str:
+def to_markdown(chat: SavedChat) -> str:
     """The chat as Markdown (CommonMark), a heading for each turn.
 
     Answers are there word for word. Questions are quoted, so that no heading in them can pass for
@@ -58,7 +58,7 @@ def to_markdown(chat: Chat) -> str:
     return _well_formed("\n\n".join(parts)) + "\n"
 
 
-def write_export(chat: Chat, path: Path) -> None:
+def write_export(chat: SavedChat, path: Path) -> None:
     """Write a chat to a file that is not there yet: as JSON where its name says so, else Markdown.
 
     Raises `UsageError` or `ResourceError` where that cannot be done; there is no file then.
@@ -83,7 +83,7 @@ def _turn(message: Message) -> list[str]:
     ]
 
 
-def _first_question(chat: Chat) -> str:
+def _first_question(chat: SavedChat) -> str:
     """The beginning of the first question, on one line; empty if there is none."""
     for message in chat.messages:
         if message.role == "user":

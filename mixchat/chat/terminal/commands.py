@@ -107,12 +107,12 @@ def _set(chat: Repl, argument: str) -> None:
     if not value.strip():
         raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
     parameters.change(chat.session, name, value.strip())
-    chat.keeper.save()
+    chat.saver.save()
     chat.screen.say("(from the next answer on)")
 
 
 def _show(chat: Repl, argument: str) -> None:
-    session, kept = chat.session, chat.keeper
+    session, kept = chat.session, chat.saver
     about = {
         "model": chat.model,
         "chat": f"{kept.chat.name or kept.chat.id}{'' if kept.kept else ' (not kept)'}",
@@ -133,15 +133,15 @@ def _system(chat: Repl, argument: str) -> None:
         chat.screen.say("(no system prompt)" if system is None else system)
         return
     chat.session.system = None if argument.lower() == "none" else argument
-    chat.keeper.save()
+    chat.saver.save()
     chat.screen.say("(from the next answer on)")
 
 
 def _save(chat: Repl, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to keep yet")
-    chat.keeper.rename(parameters.unquoted(argument) or None)
-    kept = chat.keeper.chat
+    chat.saver.rename(parameters.unquoted(argument) or None)
+    kept = chat.saver.chat
     name = shlex.quote(kept.name or kept.id)
     chat.screen.say(f"(kept; mixchat run --resume {name} resumes it)")
 
@@ -149,11 +149,11 @@ def _save(chat: Repl, argument: str) -> None:
 def _load(chat: Repl, argument: str) -> None:
     if not argument:
         raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
-    chat.resume(chat.keeper.store.load(parameters.unquoted(argument)))
+    chat.resume(chat.saver.store.load(parameters.unquoted(argument)))
 
 
 def _chats(chat: Repl, argument: str) -> None:
-    kept = chat.keeper.store.all()
+    kept = chat.saver.store.all()
     if not kept:
         chat.screen.say("(no chats are kept yet)")
         return
@@ -177,7 +177,7 @@ def _undo(chat: Repl, argument: str) -> None:
     taken = chat.session.undo(turns)
     if not taken:
         raise PromptError("there is nothing to undo")
-    chat.keeper.save()
+    chat.saver.save()
     chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} taken back)")
 
 
@@ -257,7 +257,7 @@ def _raw(chat: Repl, argument: str) -> None:
 def _export(chat: Repl, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to export yet")
-    kept = chat.keeper.current()
+    kept = chat.saver.current()
     path = file_argument(argument) if argument else Path(f"{kept.id}.md")
     write_export(kept, path)
     chat.screen.say(f"(written to {one_line(str(path))})")
@@ -280,7 +280,7 @@ def _kept_chats(chat: Repl) -> Completes:
     known: dict[int, list[str]] = {}  # by the time at which the directory was changed
 
     def complete(text: str) -> Iterable[str]:
-        store = chat.keeper.store
+        store = chat.saver.store
         changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
         if changed not in known:
             known.clear()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from mixchat.chat.saved.chats import Chat
-    from mixchat.chat.saved.keeper import Keeper
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import Event
     from mixchat.chat.terminal.completion import CommandCompletion
     from mixchat.chat.terminal.screen import Screen
@@ -47,7 +47,7 @@ class Prompt(Protocol):
 
 
 class Cache(Protocol):
-    """Keeps the engine's KV cache with the chat that the keeper has now."""
+    """Keeps the engine's KV cache with the chat that the saver has now."""
 
     def load(self) -> None: ...
 
@@ -74,14 +74,14 @@ class Repl:
         self,
         session: ChatSession,
         screen: Screen,
-        keeper: Keeper,
+        saver: ChatSaver,
         make_prompt: MakePrompt,
         *,
         report: Callable[[Exception], object],
         after_turn: Callable[[Finished], None] = lambda finished: None,
         model: str = "",
     ) -> None:
-        self.session, self.screen, self.keeper, self.model = session, screen, keeper, model
+        self.session, self.screen, self.saver, self.model = session, screen, saver, model
         self._report, self._after_turn = report, after_turn
         self._prompt = make_prompt(commands.completions(self), self._status)
         self.cache: Cache = _NoCache()
@@ -105,11 +105,11 @@ class Repl:
         """This turn is the last one."""
         self._left = True
 
-    def resume(self, chat: Chat) -> None:
+    def resume(self, chat: SavedChat) -> None:
         """Go on with a kept chat."""
         self.cache.save()
         with interrupts.held():  # else one chat's turns could be saved as another's
-            self.keeper.resume(chat)
+            self.saver.resume(chat)
             self.attached.clear()
         self.cache.load()
         self.show(chat)
@@ -119,10 +119,10 @@ class Repl:
         self.cache.save()
         with interrupts.held():
             self.session.clear()
-            self.keeper.begin()
+            self.saver.begin()
             self.attached.clear()
 
-    def show(self, chat: Chat) -> None:
+    def show(self, chat: SavedChat) -> None:
         """Show the last turns of the chat that is gone on with."""
         self._figures.count()
         turns = sum(message.role == "user" for message in chat.messages)
@@ -155,7 +155,7 @@ class Repl:
         finally:  # also where the terminal has been closed
             if self.session.history is not before:
                 with interrupts.held(), interrupts.saving():
-                    self.keeper.save()
+                    self.saver.save()
 
     def _shown(self, events: Iterator[Event], said: str) -> Finished:
         with self.screen.waiting() as self.session.engine.reading:

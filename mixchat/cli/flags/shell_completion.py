@@ -141,7 +141,7 @@ def runnable_models(incomplete: str) -> list[str]:
 
 def kept_chats(incomplete: str) -> list[str]:
     """Complete to a chat's name, if a shell can be given it, or to its ID; the newest first."""
-    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
     try:

@@ -9,13 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mixchat.chat.saved.chats import Chat
+from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.export import to_json, to_markdown
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, tzinfo=timezone.utc)
 CODE = "Like this:\n\n```python\nprint('# no heading')\n\n# none\n```\n\nDone."
-CHAT = Chat(
+CHAT = SavedChat(
     id="20261125-1630-k3f",
     name=None,
     model="instruct",

@@ -10,7 +10,7 @@ import pytest
 from chat_doubles import SamplingOptions
 from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 
-from mixchat.chat.saved.chats import ChatStore
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal import clipboard
 from mixchat.chat.terminal.command_help import help_text
 from mixchat.chat.terminal.commands import ALIASES, COMMANDS, completions, usages
@@ -242,11 +242,11 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
 def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
     session = session_of("Hello", "Fine")
     chat = typed(session, "Hi", store=store)
-    chat.keeper.kept = False
-    store.remove(chat.keeper.chat.id)
-    chat.keeper.save()
+    chat.saver.kept = False
+    store.remove(chat.saver.chat.id)
+    chat.saver.save()
     assert store.all() == []
-    chat.keeper.rename(None)
+    chat.saver.rename(None)
     assert [kept.turns for kept in store.all()] == [1]
 
 

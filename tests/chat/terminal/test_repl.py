@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
 
-from mixchat.chat.saved.chats import ChatStore
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import PromptError
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.chat.saved.chats import Chat, ChatStore, checked_name, now
+from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import (
     ChatNotFoundError,
     CheckpointError,
@@ -45,7 +46,7 @@ def chat_of(id=ID, messages=TALK, **other):
         "system": None,
         "sampling": SAMPLING,
     }
-    return Chat(id=id, messages=messages, **(usual | other))
+    return SavedChat(id=id, messages=messages, **(usual | other))
 
 
 @pytest.fixture
@@ -211,7 +212,9 @@ class TestFinding:
     def test_a_new_id_is_none_that_a_chat_has(self, store, monkeypatch):
         store.save(chat_of(f"{BEGAN.astimezone():%Y%m%d-%H%M}-aaa"))
         drawn = iter("aaaaab")
-        monkeypatch.setattr("mixchat.chat.saved.chats.secrets.choice", lambda letters: next(drawn))
+        monkeypatch.setattr(
+            "mixchat.chat.saved.chat_store.secrets.choice", lambda letters: next(drawn)
+        )
         assert store.new_id(BEGAN).endswith("-aab")
 
     @pytest.mark.parametrize(

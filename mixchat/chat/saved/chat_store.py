@@ -16,7 +16,7 @@ from pathlib import Path
 from mixchat.chat.saved.chat_file import (
     BEGINNING,
     LAST,
-    Chat,
+    SavedChat,
     checked_name,
     now,
     read_chat,
@@ -32,8 +32,6 @@ from mixchat.errors import (
 from mixchat.files import not_written, sync_directory, write_private_file
 from mixchat.lock import Busy, only_one
 from mixchat.settings import data_dir
-
-__all__ = ["Chat", "ChatStore", "ChatSummary", "checked_name", "now"]
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
 _TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
@@ -80,7 +78,7 @@ class ChatStore:
             if not self._path(drawn).exists():
                 return drawn
 
-    def save(self, chat: Chat) -> None:
+    def save(self, chat: SavedChat) -> None:
         """Write a chat, in place of what its file held; a link there is replaced, not followed.
 
         Raises `UsageError` where its name cannot be one or the directory cannot be written to,
@@ -91,7 +89,7 @@ class ChatStore:
         with self._writing(path):
             write_private_file(path, data)
 
-    def save_over(self, known: Chat | None, chat: Chat) -> Chat:
+    def save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
         """Save a chat in place of `known`, which its file should hold (None: no file is there).
 
         Where the file holds something else, another session has changed it: then that stays, and
@@ -100,7 +98,7 @@ class ChatStore:
         with self._alone(chat.id):
             return self._save_over(known, chat)
 
-    def rename(self, chat: Chat, name: str) -> Chat:
+    def rename(self, chat: SavedChat, name: str) -> SavedChat:
         """Save a chat, which its file should hold, under a name; returns it as saved.
 
         Raises `UsageError` where another chat has that name, and as `save_over` does.
@@ -113,14 +111,14 @@ class ChatStore:
                 raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
             return self._save_over(chat, replace(chat, name=name))
 
-    def _save_over(self, known: Chat | None, chat: Chat) -> Chat:
+    def _save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
         if self._holds_another(chat.id, known):
             name = None if known is not None and chat.name == known.name else chat.name
             chat = replace(chat, id=self.new_id(chat.created), name=name)
         self.save(chat)
         return chat
 
-    def _holds_another(self, id: str, known: Chat | None) -> bool:
+    def _holds_another(self, id: str, known: SavedChat | None) -> bool:
         """Return whether a chat's file is there and holds another state of it than `known`."""
         path = self._path(id)
         if not os.path.lexists(path):
@@ -154,7 +152,7 @@ class ChatStore:
         except OSError as error:
             raise not_written(error, path, "the chat cannot be saved") from None
 
-    def load(self, wanted: str) -> Chat:
+    def load(self, wanted: str) -> SavedChat:
         """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
 
         Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
@@ -175,7 +173,7 @@ class ChatStore:
             raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
         raise ChatNotFoundError(f"no chat {wanted!r} is kept", hint=self._near_misses(wanted))
 
-    def latest(self) -> Chat:
+    def latest(self) -> SavedChat:
         """The chat that was saved last; damaged ones do not count.
 
         Raises `ChatNotFoundError` if there is none.
@@ -274,7 +272,7 @@ class ChatStore:
         return _summary_of(chat, path)
 
 
-def _summary_of(chat: Chat, path: Path) -> ChatSummary:
+def _summary_of(chat: SavedChat, path: Path) -> ChatSummary:
     asked = [message.content for message in chat.messages if message.role == "user"]
     question = " ".join(asked[0][: 5 * _LONGEST_QUESTION].split()) if asked else ""
     return ChatSummary(

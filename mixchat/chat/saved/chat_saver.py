@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixchat.chat import parameters
-from mixchat.chat.saved.chats import Chat, ChatStore, checked_name, now
+from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import MixchatError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
 
 
-class Keeper:
+class ChatSaver:
     """Saves a session's chat, unless it is not to be `kept`; `warn` hears once where that fails.
 
     `model` is the model's name, which is kept too. A chat gets its file with its first answer.
@@ -74,7 +75,7 @@ class Keeper:
         if name is not None:
             self._is_saved(self.store.rename(self.chat, name))
 
-    def resume(self, chat: Chat, but: Collection[str] = ()) -> None:
+    def resume(self, chat: SavedChat, but: Collection[str] = ()) -> None:
         """Let the session go on with a kept chat: its turns, its system prompt, its sampling; `but`
         names what of the latter two stays as it is.
 
@@ -89,7 +90,7 @@ class Keeper:
         session.sampling = parameters.restored(kept, session.sampling)
         self.chat, self.kept, self._has_file = chat, self._keeps, True
 
-    def current(self) -> Chat:
+    def current(self) -> SavedChat:
         """The chat as it is now."""
         return replace(
             self.chat,
@@ -104,15 +105,15 @@ class Keeper:
     def _write(self) -> None:
         self._is_saved(self.store.save_over(self.chat if self._has_file else None, self.current()))
 
-    def _is_saved(self, chat: Chat) -> None:
+    def _is_saved(self, chat: SavedChat) -> None:
         """Go on with the chat as the store has saved it."""
         if self._has_file and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
         self.chat, self._has_file = chat, True
 
-    def _new_chat(self) -> Chat:
+    def _new_chat(self) -> SavedChat:
         began, self._has_file = now(), False
-        return Chat(
+        return SavedChat(
             id=self.store.new_id(began),
             name=None,
             model=self._model,

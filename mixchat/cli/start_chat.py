@@ -16,17 +16,17 @@ from mixchat.settings import data_dir
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mixchat.chat.saved.chats import Chat
-    from mixchat.chat.saved.keeper import Keeper
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.engine.prompt_cache import PromptCache
 
 
-def find_chat(wanted: str | None) -> Chat | None:
+def find_chat(wanted: str | None) -> SavedChat | None:
     """The kept chat of this ID or name, or the last one. Raises `ChatNotFoundError`."""
     if wanted is None:
         return None
-    from mixchat.chat.saved.chats import ChatStore
+    from mixchat.chat.saved.chat_store import ChatStore
 
     try:
         return ChatStore().load(wanted)
@@ -36,33 +36,33 @@ def find_chat(wanted: str | None) -> Chat | None:
         raise
 
 
-def new_keeper(session: ChatSession, model: str, *, kept: bool) -> Keeper:
+def new_saver(session: ChatSession, model: str, *, kept: bool) -> ChatSaver:
     """What keeps the session's chat."""
-    from mixchat.chat.saved.chats import ChatStore
-    from mixchat.chat.saved.keeper import Keeper
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.saved.chat_store import ChatStore
 
-    return Keeper(session, ChatStore(), model, kept=kept, warn=report, note=note)
+    return ChatSaver(session, ChatStore(), model, kept=kept, warn=report, note=note)
 
 
 @contextmanager
-def saved_turn(keeper: Keeper, wished: bool) -> Iterator[None]:
+def saved_turn(saver: ChatSaver, wished: bool) -> Iterator[None]:
     """Save what is answered meanwhile, if that is wished; also where it could not be printed.
 
     Raises `ResourceError` where it cannot be saved, for whatever reason: a script that asked for it
     has to know. After another error that is only said.
     """
-    before = keeper.session.history
+    before = saver.session.history
     try:
         yield
     except BaseException:
-        if wished and keeper.session.history is not before:
+        if wished and saver.session.history is not before:
             with interrupts.held(), interrupts.saving():
-                keeper.save()
+                saver.save()
         raise
-    if wished and keeper.session.history is not before:
+    if wished and saver.session.history is not before:
         try:
             with interrupts.held(), interrupts.saving():
-                keeper.save_or_raise()
+                saver.save_or_raise()
         except MixchatError as error:
             hint = "The answer is whole. Free some space, or let MIXCHAT_HOME name another place."
             raise ResourceError(str(error), hint=hint) from None
@@ -74,8 +74,8 @@ class ChatCache:
     `strict`: where the file that is wished cannot be written at the end, that is raised, not said.
     """
 
-    def __init__(self, keeper: Keeper, wished: bool, *, strict: bool = False) -> None:
-        self._keeper, self._wished, self._strict = keeper, wished, wished and strict
+    def __init__(self, saver: ChatSaver, wished: bool, *, strict: bool = False) -> None:
+        self._saver, self._wished, self._strict = saver, wished, wished and strict
         self._loaded: PromptCache | None = None
 
     def __enter__(self) -> ChatCache:
@@ -90,9 +90,9 @@ class ChatCache:
 
     def load(self) -> None:
         """Let the engine go on from what the chat has, if it has something."""
-        engine = self._keeper.session.engine
+        engine = self._saver.session.engine
         engine.forget()  # what another chat has left there is not this one's
-        self._loaded = load_cache(self._keeper.kv_path, engine)
+        self._loaded = load_cache(self._saver.kv_path, engine)
 
     def save(self) -> None:
         """Keep what the engine holds; what keeps it from that is said, and no more."""
@@ -102,20 +102,20 @@ class ChatCache:
             report(error)
 
     def _save(self) -> None:
-        keeper = self._keeper
-        if not keeper.kept or not (self._wished or has_content(keeper.kv_path)):
+        saver = self._saver
+        if not saver.kept or not (self._wished or has_content(saver.kv_path)):
             return
-        if not keeper.session.history:  # all was taken back
-            keeper.kv_path.unlink(missing_ok=True)
+        if not saver.session.history:  # all was taken back
+            saver.kv_path.unlink(missing_ok=True)
             return
         loaded = self._loaded
-        if loaded is not None and loaded.path != keeper.kv_path:
+        if loaded is not None and loaded.path != saver.kv_path:
             loaded = None  # another chat's
-        save_cache(keeper.kv_path, keeper.session.engine, loaded)
+        save_cache(saver.kv_path, saver.session.engine, loaded)
 
 
 def begin_chat(
-    keeper: Keeper,
+    saver: ChatSaver,
     cache: ChatCache | None,
     model: str,
     files: Mapping[Path, str] = MappingProxyType({}),
@@ -129,7 +129,7 @@ def begin_chat(
     from mixchat.chat.terminal.repl import Repl
     from mixchat.chat.terminal.screen import Screen
 
-    history = data_dir() / "history" if keeper.kept else None
+    history = data_dir() / "history" if saver.kept else None
 
     def make_prompt(commands: Any, status: Callable[[], str]) -> ChatPrompt:
         return ChatPrompt(history, commands, status, vi=vi, warn=note)
@@ -137,9 +137,9 @@ def begin_chat(
     screen = Screen(raw=raw)
     screen.say(f"{model}; /help shows the commands, Ctrl-D leaves")
     repl = Repl(
-        keeper.session,
+        saver.session,
         screen,
-        keeper,
+        saver,
         make_prompt,
         report=report,
         after_turn=after_turn,
@@ -147,8 +147,8 @@ def begin_chat(
     )
     if cache is not None:
         repl.cache = cache
-    if keeper.session.history:
-        repl.show(keeper.chat)
+    if saver.session.history:
+        repl.show(saver.chat)
     for path, text in files.items():
         repl.attach(path, text)
     repl.run()

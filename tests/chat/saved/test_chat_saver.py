@@ -7,9 +7,9 @@ import threading
 import pytest
 from chat_doubles import SamplingOptions
 
-from mixchat.chat.saved import chats
-from mixchat.chat.saved.chats import ChatStore
-from mixchat.chat.saved.keeper import Keeper
+from mixchat.chat.saved import chat_store
+from mixchat.chat.saved.chat_saver import ChatSaver
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import UsageError
 
 
@@ -24,25 +24,25 @@ def talk(session, *questions):
 
 
 def gone_on_with(store, session, question, **options):
-    """The keeper of another run, in which the last chat was gone on with."""
-    keeper = Keeper(session, store, "demo", **options)
-    keeper.resume(store.latest())
+    """The saver of another run, in which the last chat was gone on with."""
+    saver = ChatSaver(session, store, "demo", **options)
+    saver.resume(store.latest())
     talk(session, question)
-    keeper.save()
-    return keeper
+    saver.save()
+    return saver
 
 
 def test_nothing_is_written_before_something_was_said(session_of, store):
-    Keeper(session_of(), store, "demo").save()
+    ChatSaver(session_of(), store, "demo").save()
     assert not store.directory.exists()
 
 
 def test_each_save_has_all_that_was_said(session_of, store):
     session = session_of("Hello", "Fine")
-    keeper = Keeper(session, store, "demo")
+    saver = ChatSaver(session, store, "demo")
     for question, turns in (("Hi", 1), ("And you?", 2)):
         talk(session, question)
-        keeper.save()
+        saver.save()
         (kept,) = store.all()
         assert (kept.turns, kept.question, kept.model) == (turns, "Hi", "demo")
 
@@ -51,10 +51,10 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
     session = session_of("Hel", system="Be brief", max_tokens=3)
     session.sampling = SamplingOptions(temperature=0.25, top_k=7, seed=9)
     talk(session, "Hi")
-    keeper = Keeper(session, store, "demo")
-    keeper.save()
+    saver = ChatSaver(session, store, "demo")
+    saver.save()
     other = session_of("more")
-    Keeper(other, store, "demo").resume(store.load(keeper.chat.id))
+    ChatSaver(other, store, "demo").resume(store.load(saver.chat.id))
     assert other.messages == session.messages
     assert other.history[-1].partial
     assert (other.sampling.temperature, other.sampling.top_k, other.sampling.seed) == (0.25, 7, 9)
@@ -64,7 +64,7 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
 
 def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
     session = session_of("Hello")
-    first = Keeper(session, store, "demo")
+    first = ChatSaver(session, store, "demo")
     talk(session, "Hi")
     first.save()
     gone_on_with(store, session_of("Fine"), "Again")
@@ -75,35 +75,35 @@ def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):
     session = session_of("Hello", system="Be brief")
     session.sampling = SamplingOptions(temperature=0.25, top_k=7)
     talk(session, "Hi")
-    keeper = Keeper(session, store, "demo")
-    keeper.save()
+    saver = ChatSaver(session, store, "demo")
+    saver.save()
     other = session_of(system="Be long", sampling=SamplingOptions(temperature=0.9))
-    Keeper(other, store, "demo").resume(store.latest(), but=["system", "temperature"])
+    ChatSaver(other, store, "demo").resume(store.latest(), but=["system", "temperature"])
     assert (other.system, other.sampling.temperature, other.sampling.top_k) == ("Be long", 0.9, 7)
 
 
 def test_tokens_of_another_model_are_forgotten_and_their_text_is_not(session_of, store):
     session = session_of("Hello")
     talk(session, "Hi")
-    keeper = Keeper(session, store, "demo")
-    keeper.save()
+    saver = ChatSaver(session, store, "demo")
+    saver.save()
     other = session_of()
     other.engine.identity = "other weights"
-    Keeper(other, store, "other").resume(store.latest())
+    ChatSaver(other, store, "other").resume(store.latest())
     assert [(m.content, m.ids) for m in other.history] == [("Hi", None), ("Hello", None)]
 
 
 def test_sampling_that_cannot_be_is_left_out(session_of, store):
     session = session_of("Hello")
     talk(session, "Hi")
-    keeper = Keeper(session, store, "demo")
-    keeper.save()
-    path = store.directory / f"{keeper.chat.id}.json"
+    saver = ChatSaver(session, store, "demo")
+    saver.save()
+    path = store.directory / f"{saver.chat.id}.json"
     raw = json.loads(path.read_text())
     raw["sampling"] = {"temperature": -1, "top_p": 0.5, "unheard_of": 3, "top_k": None, "seed": 4.0}
     path.write_text(json.dumps(raw))
     other = session_of()
-    Keeper(other, store, "demo").resume(store.latest())
+    ChatSaver(other, store, "demo").resume(store.latest())
     sampling = other.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.5, 0)
     assert sampling.seed == 4
@@ -112,22 +112,22 @@ def test_sampling_that_cannot_be_is_left_out(session_of, store):
 
 def test_begin_leaves_the_old_chat_as_it_is(session_of, store):
     session = session_of("Hello", "Fine")
-    keeper = Keeper(session, store, "demo")
+    saver = ChatSaver(session, store, "demo")
     for question in ("one", "two"):
         talk(session, question)
-        keeper.save()
+        saver.save()
         session.clear()
-        keeper.begin()
+        saver.begin()
     assert sorted(kept.question for kept in store.all()) == ["one", "two"]
 
 
 def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session_of, tmp_path):
     (tmp_path / "file").write_text("")
     session, said = session_of("a", "b", "c"), []
-    keeper = Keeper(session, ChatStore(tmp_path / "file" / "chats"), "demo", warn=said.append)
+    saver = ChatSaver(session, ChatStore(tmp_path / "file" / "chats"), "demo", warn=said.append)
     for question in "123":
         talk(session, question)
-        keeper.save()
+        saver.save()
     assert len(said) == 1
     assert len(session.history) == 6
 
@@ -135,7 +135,7 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session
 def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, store):
     """The one that was saved last won, and the other's turns were gone."""
     session, said = session_of("Hello", "here"), []
-    first = Keeper(session, store, "demo", note=said.append)
+    first = ChatSaver(session, store, "demo", note=said.append)
     talk(session, "Hi")
     first.save()
     second = gone_on_with(store, session_of("there"), "second", note=said.append)
@@ -153,11 +153,11 @@ def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, st
 
 
 def resumed(store, session, question, **options):
-    """The keeper of a run that resumed the last chat, and got an answer that is not saved yet."""
-    keeper = Keeper(session, store, "demo", **options)
-    keeper.resume(store.latest())
+    """The saver of a run that resumed the last chat, and got an answer that is not saved yet."""
+    saver = ChatSaver(session, store, "demo", **options)
+    saver.resume(store.latest())
     talk(session, question)
-    return keeper
+    return saver
 
 
 def questions_in(store):
@@ -172,11 +172,11 @@ def test_a_turn_is_not_lost_where_another_is_saved_between_the_look_and_the_writ
 ):
     """Of two processes that resumed one chat, 11 of 60 times one's turn was in no file."""
     talk(session := session_of("Hello"), "Hi")
-    Keeper(session, store, "demo").save()
+    ChatSaver(session, store, "demo").save()
     said = []
     first = resumed(store, session_of("a"), "first", note=said.append)
     second = resumed(store, session_of("b"), "second", note=said.append)
-    write, others = chats.write_private_file, []
+    write, others = chat_store.write_private_file, []
 
     def slowly(path, data):
         if not others:  # the first one has looked; now the second one saves
@@ -185,7 +185,7 @@ def test_a_turn_is_not_lost_where_another_is_saved_between_the_look_and_the_writ
             others[0].join(0.3)  # it waits for the first one to end, or it would have ended
         write(path, data)
 
-    monkeypatch.setattr(chats, "write_private_file", slowly)
+    monkeypatch.setattr(chat_store, "write_private_file", slowly)
     first.save()
     others[0].join(20)
     assert questions_in(store) == [["Hi", "first"], ["Hi", "second"]]
@@ -196,7 +196,7 @@ def test_a_turn_is_not_lost_where_another_is_saved_between_the_look_and_the_writ
 def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, monkeypatch):
     """It was looked at the file, the file was written, and then written once more with the name."""
     talk(session := session_of("Hello"), "Hi")
-    Keeper(session, store, "demo").save()
+    ChatSaver(session, store, "demo").save()
     first = resumed(store, session_of("a"), "first")
     second = resumed(store, session_of("b"), "second")
     rename = store.rename
@@ -218,10 +218,10 @@ def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, 
 def test_a_file_that_cannot_be_read_any_more_is_not_overwritten(session_of, store, damage):
     """A newer mixchat may have resumed the chat meanwhile, and its turns would be gone."""
     talk(session := session_of("Hello"), "Hi")
-    (keeper := Keeper(session, store, "demo")).save()
-    path = store.directory / f"{keeper.chat.id}.json"
+    (saver := ChatSaver(session, store, "demo")).save()
+    path = store.directory / f"{saver.chat.id}.json"
     path.write_bytes(damage)
-    keeper.save()
+    saver.save()
     assert path.read_bytes() == damage
     assert questions_in_whole(store) == [["Hi"]]
 
@@ -234,28 +234,28 @@ def questions_in_whole(store):
 def test_a_new_chat_whose_id_another_was_given_is_saved_under_one_of_its_own(
     session_of, store, monkeypatch
 ):
-    monkeypatch.setattr("mixchat.chat.saved.chats.secrets.choice", lambda letters: "a")
-    first, second = (Keeper(session_of("x"), store, "demo") for _ in range(2))
+    monkeypatch.setattr("mixchat.chat.saved.chat_store.secrets.choice", lambda letters: "a")
+    first, second = (ChatSaver(session_of("x"), store, "demo") for _ in range(2))
     assert first.chat.id == second.chat.id
     monkeypatch.undo()
-    for keeper, question in ((first, "one"), (second, "two")):
-        talk(keeper.session, question)
-        keeper.save()
+    for saver, question in ((first, "one"), (second, "two")):
+        talk(saver.session, question)
+        saver.save()
     assert questions_in(store) == [["one"], ["two"]]
 
 
 def test_a_chat_that_was_removed_elsewhere_is_saved_again(session_of, store):
     talk(session := session_of("Hello", "Fine"), "Hi")
-    (keeper := Keeper(session, store, "demo")).save()
-    store.remove(keeper.chat.id)
+    (saver := ChatSaver(session, store, "demo")).save()
+    store.remove(saver.chat.id)
     talk(session, "And you?")
-    keeper.save()
+    saver.save()
     assert questions_in(store) == [["Hi", "And you?"]]
 
 
 def test_a_name_does_not_overwrite_what_another_window_wrote(session_of, store):
     session = session_of("Hello")
-    first = Keeper(session, store, "demo")
+    first = ChatSaver(session, store, "demo")
     talk(session, "Hi")
     first.save()
     second = gone_on_with(store, session_of("there"), "second")
@@ -266,49 +266,49 @@ def test_a_name_does_not_overwrite_what_another_window_wrote(session_of, store):
 
 def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
     session = session_of("Hello")
-    keeper = Keeper(session, store, "demo")
+    saver = ChatSaver(session, store, "demo")
     talk(session, "Hi")
-    keeper.save()
+    saver.save()
     session.undo()
-    keeper.save()
-    assert store.load(keeper.chat.id).messages == ()
+    saver.save()
+    assert store.load(saver.chat.id).messages == ()
 
 
 def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
     session = session_of("a", "b")
     talk(session, "one")
-    Keeper(session, store, "demo").save()
+    ChatSaver(session, store, "demo").save()
     other = session_of("c", "d")
-    keeper = Keeper(other, store, "demo", kept=False)
+    saver = ChatSaver(other, store, "demo", kept=False)
     talk(other, "mine")
-    keeper.rename("mine")
-    keeper.resume(store.load(next(k.id for k in store.all() if k.name is None)))
+    saver.rename("mine")
+    saver.resume(store.load(next(k.id for k in store.all() if k.name is None)))
     talk(other, "a secret")
-    keeper.save()
+    saver.save()
     assert sorted(kept.turns for kept in store.all()) == [1, 1]
 
 
 def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):
     """It was kept for ever after one /save in a run with --no-save."""
     session = session_of("a", "b")
-    keeper = Keeper(session, store, "demo", kept=False)
+    saver = ChatSaver(session, store, "demo", kept=False)
     talk(session, "one")
-    keeper.rename("mine")
+    saver.rename("mine")
     session.clear()
-    keeper.begin()
+    saver.begin()
     talk(session, "a secret")
-    keeper.save()
+    saver.save()
     assert [kept.question for kept in store.all()] == ["one"]
 
 
 def test_a_name_that_another_chat_has_is_refused(session_of, store):
     session = session_of("a", "b")
-    keeper = Keeper(session, store, "demo")
+    saver = ChatSaver(session, store, "demo")
     talk(session, "one")
-    keeper.rename("mine")
+    saver.rename("mine")
     session.clear()
-    keeper.begin()
+    saver.begin()
     talk(session, "two")
     with pytest.raises(UsageError, match="has the name 'mine' already"):
-        keeper.rename("mine")
-    assert keeper.chat.name is None
+        saver.rename("mine")
+    assert saver.chat.name is None
