@@ -1,7 +1,7 @@
-"""The tree of errors: each knows its exit code and, where there is one, what to do about it.
+"""The tree of errors: each has its exit code and, usually, a hint that says what to do.
 
-Everything a person can cause or cure is a `MixchatError`; the command line catches that class in
-one place and prints `error: <message>` and the hint. Anything else that escapes is our bug.
+Every error that a person can cause or cure is a `MixchatError`; the command line catches that class
+in one place and prints `error: <message>` and the hint. Any other error that escapes is a bug.
 
 | exit code | meaning                                                          |
 | --------- | ---------------------------------------------------------------- |
@@ -19,16 +19,17 @@ one place and prints `error: <message>` and the hint. Anything else that escapes
 | 141       | the reader of the output went away (closed pipe)                 |
 """
 
-_LONGEST = 380  # characters
+_LONGEST = 380  # characters of a message
+_LONGEST_FOREIGN = 200  # characters of a library's message
 
 
 class MixchatError(Exception):
-    """Base of every error with a message for a person. `hint` says what to do about it."""
+    """The base of all errors with a message for a person. `hint` says what to do."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        # What a file from elsewhere says can be of any length; what is wrong is said at its start.
+        # A message may quote untrusted text of any length; its start says what is wrong.
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
         self.hint = hint
 
@@ -46,13 +47,13 @@ class PromptError(MixchatError):
 
 
 class ModelNotFoundError(MixchatError):
-    """No model of that name exists, here or on the hub."""
+    """No model of that name exists, on this machine or on the hub."""
 
     exit_code = 4
 
 
 class ChatNotFoundError(MixchatError):
-    """No chat of that ID or name is kept, or several are meant by it."""
+    """No chat of that ID or name is saved, or several match it."""
 
     exit_code = 4
 
@@ -64,13 +65,13 @@ class HubError(MixchatError):
 
 
 class CheckpointError(MixchatError):
-    """A checkpoint, a kept model or chat is damaged, incomplete, or of an unsupported kind."""
+    """A checkpoint, an installed model or a saved chat is damaged, incomplete or unsupported."""
 
     exit_code = 6
 
 
 class ResourceError(MixchatError):
-    """There is not enough disk or memory; the message gives what is needed and what there is."""
+    """There is not enough disk or memory; the message says what is needed and what there is."""
 
     exit_code = 7
 
@@ -82,6 +83,12 @@ class MissingDependencyError(MixchatError):
 
 
 class NoCodeError(MixchatError):
-    """An answer has no block of code, and that alone was asked for."""
+    """An answer contains no code block, and `--extract` asked for one."""
 
     exit_code = 9
+
+
+def short_message(message: object) -> str:
+    """Return a library's message on one line, at most 200 characters long, to follow our own."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= _LONGEST_FOREIGN else line[: _LONGEST_FOREIGN - 1] + "\u2026"

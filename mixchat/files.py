@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError, short_message
 from mixchat.quantities import format_size
 
 LONGEST = 100_000_000  # bytes: no small file of a checkpoint, and no chat, has as many
@@ -103,8 +103,7 @@ def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
     try:
         value = json.loads(read_bytes(path, follow=follow))
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: not JSON ({reason})") from None
+        raise CheckpointError(f"{path}: not JSON ({short_message(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value

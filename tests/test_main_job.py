@@ -70,8 +70,7 @@ def test_chat_turns_prefill_only_what_is_new(home: Path) -> None:
     from mixchat.chat.session import ChatSession
     from mixchat.engine.sampling import SamplingOptions
     from mixchat.loading.loader import LoadOptions, load_engine
-    from mixchat.text.template import load_template
-    from mixchat.text.tokenizer import load_tokenizer
+    from mixchat.text.choose import load_template, load_tokenizer
 
     directory = home / "models" / "demo"
     tokenizer = load_tokenizer(directory)

@@ -1,16 +1,19 @@
-"""Text to token ids and back: tokenizers, templates, the streaming detokenizer.
+"""Text to token ids and back: tokenizers, chat templates, the streaming detokenizer.
 
-- tokenizer.py: what a tokenizer promises, and which file makes one
+- tokenizer.py: the interface of a tokenizer
 - spm.py: tokenizer.model (SentencePiece)
 - hf.py: tokenizer.json
-- template.py: Mistral's instruct format, plain completion, and the choice of a template
-- messages.py: what a message and a template are
-- jinja_template.py, jinja_sandbox.py: a checkpoint's own chat template, and what it may call
-- markup.py: knows control markup when it sees it
-- detokenizer.py: ids to text as they come, never half a character
-- stop.py: stop strings over a stream of text
+- messages.py: a conversation as a list of messages
+- template.py: the interface of a chat template
+- builtin_templates.py: Mistral's instruct format, and plain completion
+- jinja_template.py, jinja_environment.py: a checkpoint's own chat template, and what it may call
+- choose.py: the tokenizer and the template that fit a checkpoint
 - tokenizer_files.py: the small files beside a tokenizer
-- checkpoint_text.py: a checkpoint's tokenizer and template, as all others have them
-- cage.py, cage_child.py: the process in which both run, whatever they try
-- frames.py, limits.py: what is said to it and back, and what it may take
+- markup.py: control markup in tokens, texts and templates
+- checkpoint_text.py: a checkpoint's tokenizer and template, run in a sandbox
+- sandbox.py, sandbox_child.py: the process in which both run, seen from outside and from inside
+- sandbox_limits.py: the memory, time and file sizes that they may use
+- frames.py: JSON messages to that process and back
+- detokenizer.py: text from ids, one at a time, never half a character
+- stop.py: stop strings in a stream of text
 """

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and template as the rest of mixchat has them: both run in a cage."""
+"""A checkpoint's tokenizer and template, run in a sandbox; the rest of mixchat uses these."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
-from mixchat.text.cage import Cage, Request
-from mixchat.text.messages import Message, Template
+from mixchat.text.messages import Message
+from mixchat.text.sandbox import Request, Sandbox, unusable
+from mixchat.text.template import Template
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import template_file
 
@@ -17,48 +17,48 @@ from mixchat.text.tokenizer_files import template_file
 class CheckpointText:
     """The tokenizer and the template of one checkpoint.
 
-    They load from the moment this is made, beside whatever else is done until one is asked for.
+    Both load in the background from the moment this is created.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer = f"{directory}: the tokenizer"
-        self._either = f"{directory}: the chat template or the tokenizer"
-        self._cage = Cage(
+        self._tokenizer_subject = f"{directory}: the tokenizer"
+        self._both_subject = f"{directory}: the chat template or the tokenizer"
+        self._sandbox = Sandbox(
             directory,
             [
-                Request(self._tokenizer, "load_tokenizer"),
+                Request(self._tokenizer_subject, "load_tokenizer"),
                 Request(f"{template_file(directory)}: the chat template", "load_template"),
             ],
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, when both are ready.
+        """Wait until both are loaded, and return the tokenizer.
 
-        Raises `CheckpointError` where one is damaged, or goes beyond its limits.
+        Raises `CheckpointError` where one is damaged, or exceeds its limits.
         """
-        facts, _ = self._cage.opened()
-        with _trusting_nothing(self._tokenizer):
-            return _CagedTokenizer(self._cage, self._tokenizer, facts)
+        facts, _ = self._sandbox.opened()
+        with _checking_facts(self._tokenizer_subject):
+            return _SandboxedTokenizer(self._sandbox, self._tokenizer_subject, facts)
 
     def template(self, eos_token_ids: Collection[int] = ()) -> Template:
-        """The template, when both are ready. `eos_token_ids` are those of config.json.
+        """Wait until both are loaded, and return the template.
 
-        Raises `CheckpointError` as `tokenizer` does.
+        `eos_token_ids` are those of config.json. Raises `CheckpointError` as `tokenizer` does.
         """
-        _, facts = self._cage.opened()
-        with _trusting_nothing(self._either):
-            return _CagedTemplate(self._cage, self._either, facts, eos_token_ids)
+        _, facts = self._sandbox.opened()
+        with _checking_facts(self._both_subject):
+            return _SandboxedTemplate(self._sandbox, self._both_subject, facts, eos_token_ids)
 
     def close(self) -> None:
-        """End the process in which they run."""
-        self._cage.close()
+        """End the sandbox."""
+        self._sandbox.close()
 
 
-class _CagedTokenizer:
-    """A `Tokenizer` whose work is done in the cage."""
+class _SandboxedTokenizer:
+    """A `Tokenizer` that runs in the sandbox."""
 
-    def __init__(self, cage: Cage, blame: str, facts: Any) -> None:
-        self._cage, self._blame = cage, blame
+    def __init__(self, sandbox: Sandbox, subject: str, facts: Any) -> None:
+        self._sandbox, self._subject = sandbox, subject
         self.vocab_size = int(facts["vocab_size"])
         self.bos_id, self.eos_id = (_optional_int(facts[name]) for name in ("bos_id", "eos_id"))
         self.adds_bos = bool(facts["adds_bos"])
@@ -73,41 +73,45 @@ class _CagedTokenizer:
         return self._ids("encode_template", text, dict(inserts or {}))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._cage.ask(Request(self._blame, "decode", (list(ids),))))
+        return str(self._sandbox.ask(Request(self._subject, "decode", (list(ids),))))
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
 
     def _ids(self, method: str, *arguments: object) -> list[int]:
-        return _ids(self._cage.ask(Request(self._blame, method, arguments)), self._blame)
+        return _ids(self._sandbox.ask(Request(self._subject, method, arguments)), self._subject)
 
 
-class _CagedTemplate:
-    """A `Template` whose work is done in the cage."""
+class _SandboxedTemplate:
+    """A `Template` that runs in the sandbox."""
 
-    def __init__(self, cage: Cage, blame: str, facts: Any, eos_token_ids: Collection[int]) -> None:
-        self._cage, self._blame = cage, blame
+    def __init__(
+        self, sandbox: Sandbox, subject: str, facts: Any, eos_token_ids: Collection[int]
+    ) -> None:
+        self._sandbox, self._subject = sandbox, subject
         self.continues_prompt = bool(facts["continues_prompt"])
-        self.stop_ids = frozenset([*eos_token_ids, *_ids(facts["stop_ids"], blame)])
+        self.stop_ids = frozenset([*eos_token_ids, *_ids(facts["stop_ids"], subject)])
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        said = [(m.role, m.content, m.ids) for m in messages]
-        return _ids(self._cage.ask(Request(self._blame, "encode_messages", (said,))), self._blame)
+        plain = [(m.role, m.content, m.ids) for m in messages]
+        return _ids(
+            self._sandbox.ask(Request(self._subject, "encode_messages", (plain,))), self._subject
+        )
 
 
 @contextmanager
-def _trusting_nothing(blame: str) -> Iterator[None]:
-    """For what a child said of itself: whoever broke it may say anything."""
+def _checking_facts(subject: str) -> Iterator[None]:
+    """Raise `CheckpointError` for facts of the wrong form: a broken child may send anything."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise CheckpointError(f"{blame} gives an answer that cannot be used") from None
+        raise unusable(subject) from None
 
 
-def _ids(value: Any, blame: str) -> list[int]:
+def _ids(value: Any, subject: str) -> list[int]:
     if isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
         return value
-    raise CheckpointError(f"{blame} gives an answer that cannot be used")
+    raise unusable(subject)
 
 
 def _optional_int(value: Any) -> int | None:

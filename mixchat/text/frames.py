@@ -1,4 +1,4 @@
-"""JSON over a socket: what the cage and its parent say to each other, bounded in size and time."""
+"""JSON messages between the sandbox and its parent over a socket, limited in size and time."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import struct
 import time
 from typing import Any
 
-_MOST = 32_000_000  # bytes of one value; two million ids have 14
-_SIZE = struct.Struct("<I")
+_MAX_SIZE = 32_000_000  # bytes of one value; two million ids have 14
+_LENGTH = struct.Struct("<I")
 
 
-def pack(value: object, most: int = _MOST) -> bytes:
-    """A value as it goes over the socket. Raises `ValueError` above `most` bytes."""
+def to_frame(value: object, max_size: int = _MAX_SIZE) -> bytes:
+    """Return a value as it is sent. Raises `ValueError` above `max_size` bytes."""
     data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    _check(len(data), most)
-    return _SIZE.pack(len(data)) + data
+    _check_size(len(data), max_size)
+    return _LENGTH.pack(len(data)) + data
 
 
 def receive(channel: socket.socket, deadline: float | None = None) -> Any:
-    """The next value.
+    """Return the next value.
 
     `deadline` is a time of `time.monotonic`. Raises `TimeoutError` when it has passed, `EOFError`
-    where the other side is gone, `ValueError` or `RecursionError` where that is no value.
+    where the other side is gone, `ValueError` or `RecursionError` where the bytes are not a value.
     """
-    (size,) = _SIZE.unpack(_exactly(channel, _SIZE.size, deadline))
-    _check(size, _MOST)
-    return json.loads(_exactly(channel, size, deadline).decode("utf-8", "surrogatepass"))
+    (size,) = _LENGTH.unpack(_receive_exactly(channel, _LENGTH.size, deadline))
+    _check_size(size, _MAX_SIZE)
+    return json.loads(_receive_exactly(channel, size, deadline).decode("utf-8", "surrogatepass"))
 
 
-def _check(size: int, most: int) -> None:
-    if size > most:
-        raise ValueError(f"{size / 1e6:.1f} MB, and at most {most / 1e6:.0f} MB are taken")
+def _check_size(size: int, max_size: int) -> None:
+    if size > max_size:
+        raise ValueError(f"{size / 1e6:.1f} MB, at most {max_size / 1e6:.0f} MB")
 
 
-def _exactly(channel: socket.socket, size: int, deadline: float | None) -> bytes:
+def _receive_exactly(channel: socket.socket, size: int, deadline: float | None) -> bytes:
     data = bytearray()
     while len(data) < size:
         if deadline is not None:

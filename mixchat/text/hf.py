@@ -1,4 +1,4 @@
-"""The tokenizer in a tokenizer.json file, through the package tokenizers."""
+"""The tokenizer of a tokenizer.json file, run by the package tokenizers."""
 
 from __future__ import annotations
 
@@ -8,43 +8,41 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.errors import CheckpointError
+from mixchat.errors import CheckpointError, short_message
 from mixchat.files import read_json_object
-from mixchat.text.limits import TOKENIZER_FILE
-from mixchat.text.markup import finder
-from mixchat.text.tokenizer import Insert
+from mixchat.text.markup import token_pattern
+from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
+from mixchat.text.tokenizer import Insert, require_unicode
 from mixchat.text.tokenizer_files import (
     AddedToken,
-    added_token,
-    added_tokens,
-    on_one_line,
+    parse_added_token,
+    read_added_tokens,
     read_optional_json,
+    read_special_tokens,
     require_size,
-    require_unicode,
-    special_tokens,
 )
 
 if TYPE_CHECKING:
     import tokenizers
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has a use for them
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which no text needs
 
 
 class JsonTokenizer:
-    """A `Tokenizer` over tokenizer.json, in which control tokens go by secret names.
+    """A `Tokenizer` that gives each control token of tokenizer.json a secret name.
 
-    The package finds an added token in whatever text spells it. So before it sees the file, each
+    The package finds an added token in any text that spells it. So before it reads the file, each
     control token is renamed to a mark that nobody can type (it holds a random number): `<|im_end|>`
-    is then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Names
-    aside nothing changes, so ordinary text is encoded exactly as by the original.
+    is then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Only names
+    change, so ordinary text is encoded exactly as by the original.
     """
 
     def __init__(self, file: Path) -> None:
-        """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
+        """Read `file` and the files beside it. Raises `CheckpointError` where one is damaged."""
         directory = file.parent
-        require_size(file, TOKENIZER_FILE)
+        require_size(file, MAX_TOKENIZER_FILE)
         spec = read_json_object(file)
-        names = special_tokens(directory)
+        names = read_special_tokens(directory)
         added = _all_added(spec, file, names.values())
         controls = [t for t in added if t.is_control or t.content in names.values()]
 
@@ -61,13 +59,13 @@ class JsonTokenizer:
         self._hidden = {i for t, i in self.control_tokens.items() if t in special}
         self._hidden.add(self._splice_id)
         words = [t.content for t in controls if t.single_word]
-        self._controls = finder(self._marks, whole_words=words)
-        self._mark = finder(self._names)
+        self._controls = token_pattern(self._marks, whole_words=words)
+        self._mark = token_pattern(self._names)
         self._bytes = self._byte_ids() if "ByteFallback" in json.dumps(spec.get("decoder")) else {}
         self._byte_of = {token_id: byte for byte, token_id in self._bytes.items()}
 
-        # What a new line becomes after an insert: where that is two tokens, text after any token
-        # gets a leading space, which is wrong for text that goes on.
+        # The tokens of a newline after an insert: where they are two, text after any token gets a
+        # leading space, which is wrong for text that continues.
         self._newline = self._ids(self._splice + "\n")[1:]
         first = self._tokenizer.id_to_token(self._newline[0]) if self._newline else None
         self._leads_with_space = bool(first and first.startswith("\u2581"))
@@ -84,22 +82,22 @@ class JsonTokenizer:
     def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
         inserts = inserts or {}
         plain = str.maketrans({key: v for key, v in inserts.items() if isinstance(v, str)})
-        ready = {key: v for key, v in inserts.items() if not isinstance(v, str)}
+        encoded = {key: v for key, v in inserts.items() if not isinstance(v, str)}
         text = self._controls.sub(lambda match: self._marks[match.group()], text)
-        found = finder(ready)
-        answers = [ready[key] for key in found.findall(text)]
-        parts = [part.translate(plain) for part in found.split(text)]
+        pattern = token_pattern(encoded)
+        answers = [encoded[key] for key in pattern.findall(text)]
+        parts = [part.translate(plain) for part in pattern.split(text)]
         for part in parts:
             require_unicode(part)
         ids = self._spliced(parts, answers, continued=self._leads_with_space)
         return ids if ids is not None else self._spliced(parts, answers, continued=False) or []
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [i for i in ids if i not in self._hidden]
+        shown = [i for i in ids if i not in self._hidden]
         if self._bytes:
-            known = (i for i in kept if self._tokenizer.id_to_token(i) is not None)
-            kept = list(self._whole_characters(known))
-        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+            known = (i for i in shown if self._tokenizer.id_to_token(i) is not None)
+            shown = list(self._whole_characters(known))
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._mark.sub(lambda match: self._names[match.group()], text)
 
     def token_id(self, token: str) -> int | None:
@@ -114,8 +112,9 @@ class JsonTokenizer:
     ) -> list[int] | None:
         """Encode `parts` as one text with `answers` between them.
 
-        With `continued` a part after an answer is encoded behind a new line, which is dropped
-        again, so that it gets no leading space; None where the new line cannot be told apart.
+        With `continued` a part after an answer is encoded after a newline, which is dropped again,
+        so that the part gets no leading space. Returns None where the newline's tokens cannot be
+        separated from the part's.
         """
         lines = [continued and part != "" and not part.startswith(_OPEN) for part in parts]
         text = parts[0] + "".join(
@@ -134,8 +133,8 @@ class JsonTokenizer:
     def _whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
         """Replace the ids of bytes that are no UTF-8 by those of U+FFFD.
 
-        The package gives up on a whole run of bytes for one wrong byte, so what was shown would
-        change when the next one arrives.
+        The package rejects a whole run of bytes for one wrong byte, so text that was shown would
+        change when the next byte arrives.
         """
         run = bytearray()
         for token_id in ids:
@@ -157,7 +156,7 @@ class JsonTokenizer:
             yield content, token_id
 
     def _byte_ids(self) -> dict[int, int]:
-        """The id of each byte's token; empty unless all 256 are there."""
+        """Return the id of each byte's token; nothing unless all 256 exist."""
         ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         return (
             {byte: i for byte, i in ids.items() if i is not None}
@@ -175,16 +174,16 @@ class JsonTokenizer:
 
 
 def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[AddedToken]:
-    """The added tokens of tokenizer.json, and those that only the files beside it name."""
+    """Return the added tokens of tokenizer.json, and those that only the files beside it name."""
     entries = spec.get("added_tokens") or []
     if not isinstance(entries, list):
         raise CheckpointError(f"{file}: added_tokens is not a list")
     added = {}
     for entry in entries:
         token_id = entry.get("id") if isinstance(entry, dict) else None
-        token = added_token(token_id if isinstance(token_id, int) else -1, entry, file)
+        token = parse_added_token(token_id if isinstance(token_id, int) else -1, entry, file)
         added[token.content] = token
-    for token in added_tokens(file.parent):
+    for token in read_added_tokens(file.parent):
         added.setdefault(token.content, token)
     for content in names:
         next_id = max((token.id for token in added.values()), default=-1) + 1
@@ -195,9 +194,9 @@ def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[A
 def _renamed(
     spec: dict[str, Any], added: Iterable[AddedToken], marks: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The file's content with the tokens in `marks` renamed, in the vocabulary too.
+    """Return the file's content with the tokens in `marks` renamed, in the vocabulary too.
 
-    A model that takes whole words from its vocabulary could otherwise still yield one of them.
+    A model that takes whole words from its vocabulary could still yield one that is not renamed.
     """
     model = dict(spec["model"]) if isinstance(spec.get("model"), dict) else {}
     vocab = model.get("vocab")
@@ -233,7 +232,7 @@ def _renamed_entry(entry: Any, marks: Mapping[str, str]) -> Any:
 
 
 def _touches(merge: Any, prefix: str, marks: Mapping[str, str]) -> bool:
-    """Whether a merge (`"a b"` or `["a", "b"]`) makes or uses a renamed token."""
+    """Return whether a merge (`"a b"` or `["a", "b"]`) yields or uses a renamed token."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
         return False
@@ -247,16 +246,16 @@ def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(spec))
     except BaseException as error:
-        # A panic inside the package is no Exception.
+        # A panic inside the package is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(
-            f"{file}: not a tokenizer that can be used ({on_one_line(error)})"
+            f"{file}: not a tokenizer that can be used ({short_message(error)})"
         ) from None
 
 
 def _add_splice(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-    """Add the token that stands where ids are put in, and return its id."""
+    """Add the token that marks where ids are inserted, and return its id."""
     from tokenizers import AddedToken as Added
 
     tokenizer.add_special_tokens([Added(text, normalized=False, special=True)])

@@ -1,4 +1,4 @@
-"""Speaks through the Jinja chat template that a checkpoint brings, and lets nobody forge a turn."""
+"""A checkpoint's own chat template, in Jinja, safe against messages that forge a turn."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 
-from mixchat.errors import CheckpointError, PromptError
-from mixchat.text.jinja_sandbox import TemplateRefusal, compile_template
+from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.text.jinja_environment import TemplateRefusal, compile_template
 from mixchat.text.messages import Message, require_question, system_in_first_question
 from mixchat.text.tokenizer import Insert, Tokenizer
-from mixchat.text.tokenizer_files import ChatTemplate, on_one_line
+from mixchat.text.tokenizer_files import ChatTemplate
 
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
 
@@ -19,7 +19,7 @@ class JinjaTemplate:
     """A chat template, rendered as transformers' `apply_chat_template` does, for ids.
 
     The rendered text is encoded as one string in which the template's control tokens count and
-    those in the messages do not: see `_Cover`. Answers with ids are put in as those ids.
+    those in the messages do not: see `_Cover`. Answers with ids are inserted as those ids.
     """
 
     continues_prompt = False
@@ -32,7 +32,7 @@ class JinjaTemplate:
         variables: Mapping[str, str] | None = None,
         stop_ids: Collection[int] = (),
     ) -> None:
-        """Compile `template` and try it once.
+        """Compile `template` and render it once.
 
         `variables` are the special tokens by name (`bos_token`). Raises `CheckpointError` where the
         template has an error or tries to leave its sandbox.
@@ -41,25 +41,25 @@ class JinjaTemplate:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self.stop_ids = frozenset(stop_ids)
-        # What cannot stand for a character of a message, since it may mean itself.
-        self._taken = {*template.source, *"".join(self._variables.values())}
+        # These characters may mean themselves, so they cannot replace one of a message.
+        self._reserved = {*template.source, *"".join(self._variables.values())}
         try:
             self._compiled = compile_template(template.source)
         except MemoryError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self._file}: the chat template has an error: {on_one_line(error)}"
+                f"{self._file}: the chat template has an error: {short_message(error)}"
             ) from None
-        with suppress(PromptError):  # It may want more than this; that is for `encode` to say.
+        with suppress(PromptError):  # It may need other messages; `encode` reports that.
             self._render([{"role": "user", "content": "Hi"}])
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """See `Template.encode`. Raises `CheckpointError` where the template itself fails."""
+        """Encode as `Template` says. Raises `CheckpointError` where the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
             messages = system_in_first_question(messages)
-        used = self._taken.union(*(message.content for message in messages))
+        used = self._reserved.union(*(message.content for message in messages))
         cover = _Cover(self._tokenizer.control_tokens, used)
         text = self._render(
             [
@@ -74,7 +74,7 @@ class JinjaTemplate:
 
     @cached_property
     def _takes_system(self) -> bool:
-        """Whether the template has a system role: some refuse it, some leave it out."""
+        """Return whether the template has a system role: some refuse it, some omit it."""
         probe = "mixchat-system-probe"
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}]
         try:
@@ -93,25 +93,25 @@ class JinjaTemplate:
             )
         except TemplateRefusal as refusal:
             raise PromptError(
-                f"the model's chat template refuses the conversation: {on_one_line(refusal)}"
+                f"the model's chat template refuses the conversation: {short_message(refusal)}"
             ) from None
         except MemoryError:
             raise
         except Exception as error:  # The template is foreign code: it can raise anything.
-            what = on_one_line(error) or type(error).__name__
-            raise CheckpointError(f"{self._file}: the chat template fails: {what}") from None
+            reason = short_message(error) or type(error).__name__
+            raise CheckpointError(f"{self._file}: the chat template fails: {reason}") from None
 
 
 class _Cover:
-    """Hides in the messages what could become a control token, until the template has run.
+    """Hides characters of the messages that could become a control token while the template runs.
 
     A control token in the rendered text begins with its first character and ends with its last.
     So each character of a message that is the first or the last one of any control token is
-    swapped for a character that occurs nowhere, and only the tokenizer swaps it back, inside plain
+    replaced by a character that occurs nowhere, and only the tokenizer restores it, inside plain
     text. No token can then take either end from a message, whether it is whole there, split over
-    two messages, or put together by a template that trims, cuts or joins. One that takes only its
-    middle from a message ("<|" + "im_end" + "|>") is stopped too: a message that is part of a
-    control token is swapped whole.
+    two messages, or assembled by a template that trims, cuts or joins. One that takes only its
+    middle from a message ("<|" + "im_end" + "|>") is prevented too: a message that is part of a
+    control token is replaced as a whole.
 
     Lengths stay the same, white space stays white space, and a message without such characters
     stays as it is. With `<|im_end|>` known, "a < b" is rendered as "a \U00100000 b".
@@ -121,26 +121,26 @@ class _Cover:
         self._tokens = [token.strip() for token in control_tokens if token.strip()]
         self._ends = {token[0] for token in self._tokens} | {token[-1] for token in self._tokens}
         self._spare = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-        self._swapped: dict[str, str] = {}
+        self._replaced: dict[str, str] = {}
         self.inserts: dict[str, Insert] = {}
 
     def text(self, content: str) -> str:
-        """`content` with its dangerous characters swapped."""
+        """Return `content` with its dangerous characters replaced."""
         core = content.strip()
         whole = core != "" and any(core in token for token in self._tokens)
         return "".join(
-            self._swap(char) if (whole or char in self._ends) and not char.isspace() else char
+            self._replace(char) if (whole or char in self._ends) and not char.isspace() else char
             for char in content
         )
 
     def ids(self, ids: tuple[int, ...]) -> str:
-        """A character that stands for ids."""
+        """Return a character that stands for ids."""
         char = next(self._spare)
         self.inserts[char] = ids
         return char
 
-    def _swap(self, char: str) -> str:
-        if char not in self._swapped:
-            self._swapped[char] = spare = next(self._spare)
+    def _replace(self, char: str) -> str:
+        if char not in self._replaced:
+            self._replaced[char] = spare = next(self._spare)
             self.inserts[spare] = char
-        return self._swapped[char]
+        return self._replaced[char]

@@ -1,4 +1,4 @@
-"""Knows control markup when it sees it: in a token, in a text, in a chat template's source."""
+"""Recognizes control markup in tokens, in texts and in the sources of chat templates."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 # <...>, <|...|>, [...]: one word with a letter or digit in it, so that prose and code are not.
 # Only one part of a pattern can take the first letter, or a text without an end would take hours.
 _TOKEN = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]")
-# The same inside a template, where square brackets are mostly Jinja's own: capitals only.
+# The same in a template, where square brackets are usually Jinja's own: capitals only.
 _TEMPLATE = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
 _MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
 
 
 def looks_like_markup(token: str) -> bool:
-    """Whether a token is written like a command to the model: `<tool>`, `<|im_end|>`, `[INST]`."""
+    """Return whether a token looks like control markup: `<tool>`, `<|im_end|>`, `[INST]`."""
     return _TOKEN.fullmatch(token.strip().strip("\u2581")) is not None
 
 
 def is_mistral_v1(source: str) -> bool:
-    """Whether a chat template is Mistral's own, of the first generation.
+    """Return whether a chat template is Mistral's own, of the first generation.
 
     There `[INST]` and `[/INST]` are ordinary text and nothing else is marked up.
     """
@@ -27,8 +27,8 @@ def is_mistral_v1(source: str) -> bool:
     return "[INST]" in found and found <= _MISTRAL_V1
 
 
-def finder(tokens: Iterable[str], *, whole_words: Iterable[str] = ()) -> re.Pattern[str]:
-    """A pattern that finds any of `tokens`, the longest first; without tokens it finds nothing.
+def token_pattern(tokens: Iterable[str], *, whole_words: Iterable[str] = ()) -> re.Pattern[str]:
+    """Return a pattern for any of `tokens`, the longest first; without tokens it matches nothing.
 
     Those in `whole_words` count only where no word character touches them.
     """

@@ -1,4 +1,4 @@
-"""The tokenizer in a SentencePiece file, tokenizer.model."""
+"""The tokenizer of a SentencePiece file, tokenizer.model."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
+from mixchat.errors import CheckpointError, short_message
 from mixchat.files import read_bytes
-from mixchat.text.limits import TOKENIZER_FILE
-from mixchat.text.markup import finder, looks_like_markup
-from mixchat.text.tokenizer import Insert
+from mixchat.text.markup import looks_like_markup, token_pattern
+from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
+from mixchat.text.tokenizer import Insert, require_unicode
 from mixchat.text.tokenizer_files import (
-    added_tokens,
-    on_one_line,
+    read_added_tokens,
     read_optional_json,
+    read_special_tokens,
     require_size,
-    require_unicode,
-    special_tokens,
 )
 
 
 class SentencePieceTokenizer:
-    """A `Tokenizer` over a SentencePiece model and the tokens that a fine-tune added to it."""
+    """A `Tokenizer` for a SentencePiece model and the tokens that a fine-tune added to it."""
 
     def __init__(self, file: Path) -> None:
-        """Read `file` and what is beside it. Raises `CheckpointError` where that is damaged."""
+        """Read `file` and the files beside it. Raises `CheckpointError` where one is damaged."""
         directory = file.parent
-        require_size(file, TOKENIZER_FILE)
+        require_size(file, MAX_TOKENIZER_FILE)
         data = read_bytes(file)
         model = _load(data, file)
         size = model.vocab_size()
         pieces = _vocabulary(model, file)
-        added = {token.content: token.id for token in added_tokens(directory)}
+        added = {token.content: token.id for token in read_added_tokens(directory)}
 
         own = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
         unknown = model.unk_id()
@@ -51,14 +49,14 @@ class SentencePieceTokenizer:
         self._size = size
         self.control_tokens: Mapping[str, int] = {pieces[unknown]: unknown, **own, **added}
         self._hidden: Set[int] = set(self.control_tokens.values()) - {unknown}
-        self._controls = finder(self.control_tokens)
+        self._controls = token_pattern(self.control_tokens)
         self._newline: list[int] = model.encode("\n")
 
         settings = read_optional_json(directory / "tokenizer_config.json")
-        # The older of two habits of transformers, and its default as long as these files were
-        # read by it: text after a control token gets a leading space, as text at the start does.
+        # `legacy`, transformers' default for these files: text after a control token gets a leading
+        # space, as text at the start does.
         self._space_after_control = settings.get("legacy") is not False
-        names = special_tokens(directory)
+        names = read_special_tokens(directory)
         self.vocab_size = max([size, *(i + 1 for i in added.values())])
         self.bos_id = self._special(names.get("bos_token"), model.bos_id())
         self.eos_id = self._special(names.get("eos_token"), model.eos_id())
@@ -73,19 +71,19 @@ class SentencePieceTokenizer:
         require_unicode(text)
         inserts = inserts or {}
         plain = str.maketrans({key: v for key, v in inserts.items() if isinstance(v, str)})
-        ready = {key: v for key, v in inserts.items() if not isinstance(v, str)}
+        encoded = {key: v for key, v in inserts.items() if not isinstance(v, str)}
         ids: list[int] = []
         leading_space = True
-        for part, is_token in _split(text, self._controls, finder(ready)):
-            if part in ready:
-                ids.extend(ready[part])
+        for part, is_token in _split(text, self._controls, token_pattern(encoded)):
+            if part in encoded:
+                ids.extend(encoded[part])
                 leading_space = False
             elif is_token:
                 ids.append(self.control_tokens[part])
                 leading_space = self._space_after_control
             else:
                 part = part.translate(plain)
-                ids.extend(self.encode(part) if leading_space else self._encode_on(part))
+                ids.extend(self.encode(part) if leading_space else self._encode_continued(part))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -96,9 +94,9 @@ class SentencePieceTokenizer:
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
 
-    def _encode_on(self, text: str) -> list[int]:
-        """Encode text that goes on after other tokens, without the leading space."""
-        # SentencePiece only leaves the space out behind other text, so give it a line to drop.
+    def _encode_continued(self, text: str) -> list[int]:
+        """Encode text that continues other tokens, without the leading space."""
+        # SentencePiece omits the space only after other text, so prepend a newline and drop it.
         ids = self.encode("\n" + text)
         head = len(self._newline)
         return ids[head:] if ids[:head] == self._newline else self.encode(text)
@@ -116,7 +114,7 @@ def _load(data: bytes, file: Path) -> Any:
         model.LoadFromSerializedProto(data)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{file}: not a SentencePiece model ({on_one_line(error)})",
+            f"{file}: not a SentencePiece model ({short_message(error)})",
             hint="Fetch the model again; the file may be an error page or a Git LFS pointer.",
         ) from None
     return model
@@ -131,10 +129,10 @@ def _vocabulary(model: Any, file: Path) -> list[str]:
 
 
 def _split(
-    text: str, controls: re.Pattern[str], ready: re.Pattern[str]
+    text: str, controls: re.Pattern[str], inserts: re.Pattern[str]
 ) -> Iterator[tuple[str, bool]]:
-    """The parts of `text` that are no token, and between them the tokens and ready characters."""
-    either = re.compile(f"{controls.pattern}|{ready.pattern}")
+    """Yield the parts of `text`, each with whether it is a control token or an insert."""
+    either = re.compile(f"{controls.pattern}|{inserts.pattern}")
     start = 0
     for match in either.finditer(text):
         if match.start() > start:
@@ -152,7 +150,7 @@ _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
 
 
 def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each piece's id and type."""
+    """Yield each piece's id and type."""
     for index, (_, start, end) in enumerate(_pieces(data)):
         kind = 1  # NORMAL
         for number, _, value, value_end in _fields(data, start, end):
@@ -162,7 +160,7 @@ def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _make_control(data: bytes, ids: Set[int]) -> bytes:
-    """The same model with the pieces of `ids` as control pieces."""
+    """Return the same model with the pieces of `ids` as control pieces."""
     out = bytearray()
     copied = 0
     for index, (outer, start, end) in enumerate(_pieces(data)):
@@ -174,14 +172,14 @@ def _make_control(data: bytes, ids: Set[int]) -> bytes:
 
 
 def _pieces(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Where each piece's field begins, and where its bytes begin and end."""
+    """Yield the start of each piece's field, and the start and end of its bytes."""
     for number, outer, start, end in _fields(data, 0, len(data)):
         if number == 1:
             yield outer, start, end
 
 
 def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """The fields of a message: number, where the field begins, where its value begins and ends."""
+    """Yield the fields of a message: number, start of the field, start and end of its value."""
     while position < end:
         outer = position
         key, position = _read_varint(data, position)

@@ -1,4 +1,4 @@
-"""Stop strings over a stream of text: ends it at the first one, and shows no part of it."""
+"""Stop strings in a stream of text: the text ends at the first one, no part of which is shown."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """Watches text for stop strings; what may be the start of one is held back.
+    """Looks for stop strings in a stream of text, and holds back what may be the start of one.
 
-    The string that ends first counts, and of those that end together the longest, so the outcome
-    is the same however the text is cut. With the stop string "END":
+    The string that ends first counts, and of those that end together the longest, so the result
+    does not depend on how the text is cut. With the stop string "END":
         add("the E") = ("the ", False), add("N") = ("", False), add("Dx") = ("", True)
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        """Empty strings are ignored."""
+        """Look for `strings`; empty ones are ignored."""
         self._strings = sorted({s for s in strings if s}, key=len, reverse=True)
         self._held = ""
         self._stopped = False
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that is safe to show, and whether a stop string has come. After one, no more."""
+        """Return the text that is safe to show, and whether a stop string has come.
+
+        After a stop string the text is always empty.
+        """
         if self._stopped:
             return "", True
         text = self._held + text
@@ -28,17 +31,17 @@ class StopStrings:
         if ends:
             self._held, self._stopped = "", True
             return text[: min(ends)[1]], True
-        kept = len(text) - self._partial(text)
-        self._held = text[kept:]
-        return text[:kept], False
+        safe = len(text) - self._partial(text)
+        self._held = text[safe:]
+        return text[:safe], False
 
     def flush(self) -> str:
-        """What was held back, at the end of a text in which no stop string came."""
+        """Return what was held back, at the end of a text without a stop string."""
         rest, self._held = self._held, ""
         return rest
 
     def _partial(self, text: str) -> int:
-        """The length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest end of `text` that begins a stop string."""
         longest = max((len(s) - 1 for s in self._strings), default=0)
         return next(
             (

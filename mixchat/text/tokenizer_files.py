@@ -1,4 +1,4 @@
-"""Reads the small files beside a tokenizer: its settings, its added tokens, its chat template."""
+"""The small files beside a tokenizer: its settings, added tokens and chat template."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, PromptError
+from mixchat.errors import CheckpointError, short_message
 from mixchat.files import read_bytes, read_json_object
-from mixchat.text.limits import SETTINGS_FILE, TEMPLATE_FILE
 from mixchat.text.markup import looks_like_markup
+from mixchat.text.sandbox_limits import MAX_SETTINGS_FILE, MAX_TEMPLATE_FILE
 
 
 @dataclass(frozen=True)
 class AddedToken:
     """A token that a checkpoint adds to its tokenizer's vocabulary.
 
-    The flags are those of the package tokenizers: `lstrip` and `rstrip` swallow the white space
-    beside the token, `single_word` asks for white space or punctuation there, and `normalized`
+    The flags are those of the package tokenizers: `lstrip` and `rstrip` remove the white space
+    beside the token, `single_word` requires white space or punctuation there, and `normalized`
     looks for the token in the normalized text.
     """
 
@@ -31,39 +31,23 @@ class AddedToken:
 
     @property
     def is_control(self) -> bool:
-        """Whether a person must not be able to type it."""
+        """Return whether untrusted text must not yield this token."""
         return self.special or looks_like_markup(self.content)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The source of a Jinja chat template, and the file it was found in."""
+    """The source of a Jinja chat template, and its file."""
 
     source: str
     file: Path
 
 
-def on_one_line(message: object) -> str:
-    """A foreign library's message, cut to one line that fits behind ours."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= 200 else line[:199] + "\u2026"
-
-
-def require_unicode(text: str) -> None:
-    """Raises `PromptError` where `text` holds half a surrogate pair: no tokenizer takes that."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the text is not valid Unicode: a lone surrogate at character {error.start}"
-        ) from None
-
-
 def require_size(file: Path, most: int) -> None:
-    """Raises `CheckpointError` where a file has more than `most` bytes."""
+    """Raise `CheckpointError` where a file has more than `most` bytes."""
     try:
         size = file.stat().st_size
-    except OSError:  # the one that reads it will say so
+    except OSError:  # reading it will raise the error
         return
     if size > most:
         raise _too_large(file, "the file", size, most)
@@ -71,40 +55,32 @@ def require_size(file: Path, most: int) -> None:
 
 def _too_large(file: Path, what: str, size: int, most: int) -> CheckpointError:
     return CheckpointError(
-        f"{file}: {what} has {size / 1e6:.1f} MB, and mixchat takes at most {most / 1e6:.0f} MB"
+        f"{file}: {what} has {size / 1e6:.1f} MB, mixchat reads at most {most / 1e6:.0f} MB"
     )
 
 
-def read_checkpoint_text(file: Path) -> str:
-    """The text of a file. Raises `CheckpointError` where it is not UTF-8."""
-    try:
-        return read_bytes(file).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
-
-
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """Like `read_json_object`, but an absent file is an empty object, and a huge one is refused."""
-    require_size(file, SETTINGS_FILE)
+    """Read a JSON object. A missing file is an empty one; a file that is too large is refused."""
+    require_size(file, MAX_SETTINGS_FILE)
     return read_json_object(file) if file.exists() else {}
 
 
 def template_file(directory: Path) -> Path:
-    """The file that has the chat template, if there is one."""
+    """Return the file that holds the chat template, if there is one."""
     file = directory / "chat_template.jinja"
     return file if file.exists() else directory / "tokenizer_config.json"
 
 
-def chat_template(directory: Path) -> ChatTemplate | None:
-    """The chat template that a checkpoint brings, or None. Raises `CheckpointError`.
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """Return the chat template of a checkpoint, None where it has none.
 
-    As in transformers, the file chat_template.jinja goes before tokenizer_config.json, where it is
-    a string, or a list of named ones of which "default" counts.
+    As in transformers, the file chat_template.jinja precedes tokenizer_config.json, in which the
+    template is a string, or the one named "default" in a list. Raises `CheckpointError`.
     """
     file = template_file(directory)
     if file.suffix == ".jinja":
-        require_size(file, TEMPLATE_FILE)
-        return ChatTemplate(read_checkpoint_text(file), file)
+        require_size(file, MAX_TEMPLATE_FILE)
+        return ChatTemplate(_read_utf8(file), file)
     value = read_optional_json(file).get("chat_template")
     if isinstance(value, list):
         named = [e for e in value if isinstance(e, dict) and isinstance(e.get("name"), str)]
@@ -117,15 +93,22 @@ def chat_template(directory: Path) -> ChatTemplate | None:
         return None
     if not isinstance(value, str):
         raise CheckpointError(f"{file}: chat_template is not text")
-    if len(value) > TEMPLATE_FILE:
-        raise _too_large(file, "the chat template", len(value), TEMPLATE_FILE)
+    if len(value) > MAX_TEMPLATE_FILE:
+        raise _too_large(file, "the chat template", len(value), MAX_TEMPLATE_FILE)
     return ChatTemplate(value, file)
 
 
-def special_tokens(directory: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token` and their like, each with its text. Raises `CheckpointError`.
+def _read_utf8(file: Path) -> str:
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
 
-    tokenizer_config.json goes before special_tokens_map.json; either may hold a token as a string
+
+def read_special_tokens(directory: Path) -> dict[str, str]:
+    """Return `bos_token`, `eos_token` and so on, each with its text. Raises `CheckpointError`.
+
+    tokenizer_config.json precedes special_tokens_map.json; either may hold a token as a string
     or as an object with `content`.
     """
     tokens: dict[str, str] = {}
@@ -137,8 +120,8 @@ def special_tokens(directory: Path) -> dict[str, str]:
     return tokens
 
 
-def added_tokens(directory: Path) -> list[AddedToken]:
-    """The tokens of added_tokens.json and tokenizer_config.json's `added_tokens_decoder`, by id.
+def read_added_tokens(directory: Path) -> list[AddedToken]:
+    """Return the tokens of added_tokens.json and of tokenizer_config.json, ordered by id.
 
     Raises `CheckpointError` where those are not tables of ids and tokens.
     """
@@ -154,15 +137,15 @@ def added_tokens(directory: Path) -> list[AddedToken]:
         raise CheckpointError(f"{file}: added_tokens_decoder is not an object")
     for key, entry in decoder.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
-            raise CheckpointError(f"{file}: added_tokens_decoder has the id {on_one_line(key)!r}")
-        found[int(key)] = added_token(int(key), entry, file)
+            raise CheckpointError(f"{file}: added_tokens_decoder has the id {short_message(key)!r}")
+        found[int(key)] = parse_added_token(int(key), entry, file)
     return [found[token_id] for token_id in sorted(found)]
 
 
-def added_token(token_id: int, entry: object, file: Path) -> AddedToken:
-    """An added token as tokenizer.json and tokenizer_config.json write it.
+def parse_added_token(token_id: int, entry: object, file: Path) -> AddedToken:
+    """Return an added token from its entry in tokenizer.json or tokenizer_config.json.
 
-    Raises `CheckpointError`, naming `file`, where `entry` is no object with `content`.
+    Raises `CheckpointError`, which names `file`, where `entry` is not an object with `content`.
     """
     content = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(content, str) or not content:

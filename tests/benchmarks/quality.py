@@ -39,7 +39,7 @@ from torch.nn import functional
 from mixchat.kernels import four_bit
 from mixchat.loading.loader import LoadOptions, load_engine
 from mixchat.progress import NoProgress
-from mixchat.text.tokenizer import load_tokenizer
+from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build

@@ -164,9 +164,8 @@ def control_sequence(chance: random.Random) -> str:
 
 def texts(count: int) -> list[str]:
     """Texts that spell control tokens have as many control tokens as harmless ones."""
+    from mixchat.text.choose import load_template, load_tokenizer
     from mixchat.text.messages import Message
-    from mixchat.text.template import load_template
-    from mixchat.text.tokenizer import load_tokenizer
     from mixchat.weights import models
 
     directory = models.find("demo")

@@ -59,8 +59,7 @@ def warm_up() -> None:
 
     import mixchat.cli.app
     import mixchat.cli.output.show_progress
-    import mixchat.text.template
-    import mixchat.text.tokenizer
+    import mixchat.text.choose
     import mixchat.weights.care.housekeeping
     import mixchat.weights.care.verify
     import mixchat.weights.make.download  # noqa: F401

@@ -78,7 +78,7 @@ def directory(checkpoints: dict[str, Path], kind: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(directory: Path) -> Any:
-    from mixchat.text.tokenizer import load_tokenizer
+    from mixchat.text.choose import load_tokenizer
 
     return load_tokenizer(directory)
 
@@ -95,7 +95,7 @@ def reference(directory: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def v1(checkpoints: dict[str, Path]) -> Any:
-    from mixchat.text.tokenizer import load_tokenizer
+    from mixchat.text.choose import load_tokenizer
 
     return load_tokenizer(checkpoints["spm"])
 

@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers that loop, grow, abort or crash: what the cage is for."""
+"""Chat templates and tokenizers that loop, grow, abort or crash: what the sandbox is for."""
 
 from __future__ import annotations
 

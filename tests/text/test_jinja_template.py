@@ -16,8 +16,9 @@ from text_strategies import anything, harmless
 
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.text.template import JinjaTemplate, Message, load_template
-from mixchat.text.tokenizer import load_tokenizer
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.jinja_template import JinjaTemplate
+from mixchat.text.messages import Message
 from mixchat.text.tokenizer_files import ChatTemplate
 
 SPECIALS = [
@@ -360,7 +361,7 @@ BROKEN = {
 def test_a_broken_or_hostile_template_is_named_in_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.text.cage.seconds", lambda method, size: 0.5)
+    monkeypatch.setattr("mixchat.text.sandbox.cpu_seconds", lambda method, size: 0.5)
     build.write_checkpoint(tmp_path, build.byte_level(), template=BROKEN[name])
     with closing(CheckpointText(tmp_path)) as text, pytest.raises(CheckpointError) as caught:
         text.template()

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from text_strategies import anything, harmless
 
 from mixchat.errors import CheckpointError, PromptError
+from mixchat.text.choose import load_tokenizer
 from mixchat.text.hf import JsonTokenizer
 from mixchat.text.spm import SentencePieceTokenizer
-from mixchat.text.tokenizer import load_tokenizer
 
 few = settings(deadline=None, max_examples=80)
 
@@ -452,8 +452,7 @@ def test_damaged_settings_are_named_in_one_line(name: str, content: str, tmp_pat
 
 def test_importing_the_room_loads_no_library() -> None:
     code = (
-        "import sys, mixchat.text.template, mixchat.text.detokenizer, mixchat.text.stop, "
-        "mixchat.text.hf, mixchat.text.spm\n"
+        "import sys, mixchat.text.choose, mixchat.text.detokenizer, mixchat.text.stop\n"
         "heavy = {'torch', 'tokenizers', 'sentencepiece', 'jinja2', 'transformers', 'numpy'}\n"
         "print(heavy & set(sys.modules))"
     )

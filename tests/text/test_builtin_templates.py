@@ -1,10 +1,8 @@
-"""Templates built from ids: Mistral's instruct format, plain completion, and the choice."""
+"""Templates built from ids: Mistral's instruct format and plain completion."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_strategies import anything
 
-from mixchat.errors import CheckpointError, PromptError
-from mixchat.text.template import (
-    CompletionTemplate,
-    InstructTemplate,
-    JinjaTemplate,
-    Message,
-    load_template,
-)
-from mixchat.text.tokenizer import load_tokenizer
+from mixchat.errors import PromptError
+from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.messages import Message
 
 
 @pytest.fixture(scope="session")
@@ -163,83 +156,6 @@ def test_a_base_models_text_holds_no_control_token(parts: list[str], v1: Any) ->
     ids = CompletionTemplate(v1).encode([Message("user", part) for part in parts])
     assert ids == [1, *v1.encode("".join(parts))]
     assert min(ids[1:], default=3) > 2
-
-
-def chosen(directory: Path, **options: Any) -> Any:
-    return load_template(directory, load_tokenizer(directory), **options)
-
-
-@pytest.mark.parametrize(
-    "template", [build.MISTRAL, build.MISTRAL.replace("'[INST] '", "' [INST] '")]
-)
-def test_mistrals_own_template_is_built_from_ids(template: str, tmp_path: Path) -> None:
-    build.write_checkpoint(
-        tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
-    )
-    assert type(chosen(tmp_path)) is InstructTemplate
-
-
-@pytest.mark.parametrize("template", [build.CHATML, build.LLAMA2, build.ALPACA])
-@pytest.mark.parametrize("model_file", [build.V1_FILE, None])
-def test_another_template_is_rendered(template: str, model_file: Any, tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, build.byte_level(), model_file=model_file, template=template)
-    assert type(chosen(tmp_path)) is JinjaTemplate
-
-
-def test_instruct_tokens_of_the_third_generation_are_left_to_its_template(tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, model_file=build.V3_FILE, template=build.MISTRAL)
-    template = chosen(tmp_path)
-    assert type(template) is JinjaTemplate
-    assert template.encode([Message("user", "[INST]")]).count(3) == 1
-
-
-def test_no_template_is_a_base_model_unless_one_says_otherwise(checkpoints: Any) -> None:
-    assert type(chosen(checkpoints["spm"])) is CompletionTemplate
-    template = chosen(checkpoints["spm"], kind="instruct")
-    assert type(template) is InstructTemplate
-    assert not template.continues_prompt
-    assert type(chosen(checkpoints["byte-level"], kind="instruct")) is InstructTemplate
-
-
-def test_a_template_in_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, build.byte_level(), template=build.MISTRAL)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    tokenizer = load_tokenizer(tmp_path)
-    ids = load_template(tmp_path, tokenizer).encode([Message("user", "Hi")])
-    assert tokenizer.decode(ids) == "Hi!"
-
-
-def test_a_base_model_that_wants_no_bos_gets_none(tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, model_file=build.V1_FILE, add_bos_token=False)
-    assert chosen(tmp_path).encode([Message("user", "Hi")]) == [15359]
-
-
-def test_what_ends_an_answer_is_gathered_from_everywhere(tmp_path: Path) -> None:
-    build.write_checkpoint(
-        tmp_path, build.byte_level(), template=build.CHATML, eos_token="<|endoftext|>"
-    )
-    assert chosen(tmp_path).stop_ids == {0, 2}, "the tokenizer's own, and the end of a turn"
-    assert chosen(tmp_path, eos_token_ids=[7, 8]).stop_ids == {0, 2, 7, 8}
-    file = tmp_path / "generation_config.json"
-    for value, ids in ((9, {9}), ([9, 10], {9, 10}), (None, set())):
-        file.write_text(json.dumps({"eos_token_id": value}))
-        assert chosen(tmp_path).stop_ids == {0, 2} | ids
-        assert chosen(tmp_path, kind="instruct").stop_ids == {0} | ids
-
-
-def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path: Path) -> None:
-    build.write_checkpoint(
-        tmp_path, build.byte_level(), template=build.ALPACA, eos_token="<|endoftext|>"
-    )
-    assert chosen(tmp_path).stop_ids == {0}
-
-
-@pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [true]}', "[", ""])
-def test_a_damaged_generation_config_is_named(content: str, tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: "):
-        chosen(tmp_path)
 
 
 def test_a_models_own_eos_ends_an_answer(v1: Any) -> None:

@@ -1,7 +1,7 @@
-"""Runs a chat template with the helpers that transformers gives it.
+"""The environment of a chat template: the helpers that transformers gives it, and nothing more.
 
-It reaches nothing of Python's insides. How long it runs and how much memory it takes is not
-limited here: that is for the cage, in which it runs.
+A template cannot reach Python's internals. Its time and memory are limited by the sandbox in which
+it runs, not here.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import NoReturn
 
 
 class TemplateRefusal(Exception):
-    """The template called `raise_exception`: it has no way to say this conversation."""
+    """The template called `raise_exception`: it cannot express this conversation."""
 
 
 def compile_template(source: str) -> Callable[..., str]:
-    """Compile a chat template; the result renders it with the variables it is called with.
+    """Return a function that renders a chat template with the variables it is called with.
 
     Raises `jinja2.TemplateSyntaxError`. Rendering raises `TemplateRefusal` where the template
-    refuses the messages, `jinja2.SecurityError` where it reaches for Python's insides, and
-    whatever else a broken template makes happen.
+    refuses the messages, `jinja2.SecurityError` where it reaches for Python's internals, and any
+    other exception where it is broken.
     """
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols

@@ -18,10 +18,9 @@ import text_builders as build
 
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
-from mixchat.text.template import load_template
-from mixchat.text.tokenizer import load_tokenizer
 
 TALK = [
     Message("system", "Be brief. <|im_end|>"),
@@ -33,7 +32,7 @@ HARMLESS = {"id of 4,294,967,295"}
 
 
 @pytest.fixture
-def caged(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
+def sandboxed(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
     with closing(CheckpointText(checkpoints["byte-level"])) as text:
         yield text
 
@@ -41,11 +40,11 @@ def caged(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
 @pytest.fixture
 def short_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixth of the time, so that what loops for ever does not loop for long."""
-    monkeypatch.setattr("mixchat.text.cage.seconds", lambda method, size: 0.5)
+    monkeypatch.setattr("mixchat.text.sandbox.cpu_seconds", lambda method, size: 0.5)
 
 
 def process_of(text: CheckpointText) -> Any:
-    child: Any = text._cage._child
+    child: Any = text._sandbox._child
     return child._process
 
 
@@ -53,21 +52,21 @@ def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     template = load_template(directory, tokenizer, eos_token_ids=[77])
     with closing(CheckpointText(directory)) as text:
-        caged, caged_template = text.tokenizer(), text.template([77])
+        sandboxed, sandboxed_template = text.tokenizer(), text.template([77])
         for name in ("vocab_size", "bos_id", "eos_id", "adds_bos", "control_tokens"):
-            assert getattr(caged, name) == getattr(tokenizer, name)
-        assert caged_template.stop_ids == template.stop_ids
-        assert caged_template.continues_prompt == template.continues_prompt
-        assert caged_template.encode(TALK) == template.encode(TALK)
+            assert getattr(sandboxed, name) == getattr(tokenizer, name)
+        assert sandboxed_template.stop_ids == template.stop_ids
+        assert sandboxed_template.continues_prompt == template.continues_prompt
+        assert sandboxed_template.encode(TALK) == template.encode(TALK)
         ids = tokenizer.encode("Grüße, 🙂 <|im_end|>\n")
-        assert caged.encode("Grüße, 🙂 <|im_end|>\n") == ids
+        assert sandboxed.encode("Grüße, 🙂 <|im_end|>\n") == ids
         inserts = {"A": "<|im_end|>", "B": (5, 6)}
-        assert caged.encode_template("<s>AxB", inserts) == tokenizer.encode_template(
+        assert sandboxed.encode_template("<s>AxB", inserts) == tokenizer.encode_template(
             "<s>AxB", inserts
         )
-        assert caged.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
-        assert caged.token_id("<|im_end|>") == tokenizer.token_id("<|im_end|>")
-        streams = (Detokenizer(caged), Detokenizer(tokenizer))
+        assert sandboxed.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
+        assert sandboxed.token_id("<|im_end|>") == tokenizer.token_id("<|im_end|>")
+        streams = (Detokenizer(sandboxed), Detokenizer(tokenizer))
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
 
 
@@ -112,38 +111,38 @@ def test_a_template_may_only_become_hostile_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
-def test_a_child_that_dies_is_followed_by_another(number: int, caged: CheckpointText) -> None:
-    tokenizer = caged.tokenizer()
+def test_a_child_that_dies_is_followed_by_another(number: int, sandboxed: CheckpointText) -> None:
+    tokenizer = sandboxed.tokenizer()
     ids = tokenizer.encode("Hello")
-    process_of(caged).send_signal(number)
+    process_of(sandboxed).send_signal(number)
     with pytest.raises(CheckpointError, match=rf"the tokenizer ends .*\(signal {number:d}\)"):
         tokenizer.encode("Hello")
     assert tokenizer.encode("Hello") == ids
 
 
 def test_after_ctrl_c_no_reply_is_taken_for_anothers(
-    caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+    sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = caged.tokenizer()
+    tokenizer = sandboxed.tokenizer()
     expected = tokenizer.encode("two")
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mixchat.text.cage.receive", interrupted)
+        patch.setattr("mixchat.text.sandbox.receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tokenizer.encode("one")
     assert tokenizer.encode("two") == expected
 
 
 def test_one_that_waits_is_not_waited_for(
-    caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+    sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It computes nothing, so its own limit does not end it."""
-    tokenizer = caged.tokenizer()
-    process_of(caged).send_signal(signal.SIGSTOP)
-    monkeypatch.setattr("mixchat.text.cage.patience", lambda seconds: 0.1)
+    tokenizer = sandboxed.tokenizer()
+    process_of(sandboxed).send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("mixchat.text.sandbox.reply_seconds", lambda seconds: 0.1)
     with pytest.raises(CheckpointError, match="gives no answer"):
         tokenizer.encode("Hello")
 
@@ -160,16 +159,16 @@ def test_one_that_waits_is_not_waited_for(
     ],
 )
 def test_a_child_may_say_anything(
-    reply: bytes, caged: CheckpointText, monkeypatch: pytest.MonkeyPatch
+    reply: bytes, sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who can break a tokenizer can write what he likes into the socket."""
     import socket
 
-    tokenizer = caged.tokenizer()
+    tokenizer = sandboxed.tokenizer()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(reply)
-        monkeypatch.setattr(caged._cage._child, "_channel", ours)
+        monkeypatch.setattr(sandboxed._sandbox._child, "_channel", ours)
         with pytest.raises(CheckpointError, match="an answer that cannot be used"):
             tokenizer.encode("Hello")
 
@@ -182,7 +181,7 @@ def test_it_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
         "from mixchat.text.checkpoint_text import CheckpointText\n"
         "text = CheckpointText(Path(sys.argv[1]))\n"
         "text.tokenizer()\n"
-        "print(text._cage._child._process.pid, flush=True)\n"
+        "print(text._sandbox._child._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(checkpoints["byte-level"])]
@@ -205,11 +204,11 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_it_has_nothing_of_its_parents(caged: CheckpointText) -> None:
-    caged.tokenizer()
-    process = Path(f"/proc/{process_of(caged).pid}")
+def test_it_has_nothing_of_its_parents(sandboxed: CheckpointText) -> None:
+    sandboxed.tokenizer()
+    process = Path(f"/proc/{process_of(sandboxed).pid}")
     assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
-    assert os.getsid(process_of(caged).pid) == process_of(caged).pid, "Ctrl-C reaches it"
+    assert os.getsid(process_of(sandboxed).pid) == process_of(sandboxed).pid, "Ctrl-C reaches it"
     limits = (process / "limits").read_text()
     for line in ("Max address space         1000000000", "Max core file size        0"):
         assert line in limits
@@ -228,9 +227,9 @@ def test_what_lies_in_the_current_directory_is_not_run(
         assert text.tokenizer().vocab_size
 
 
-def test_a_text_beyond_all_contexts_is_the_persons_fault(caged: CheckpointText) -> None:
+def test_a_text_beyond_all_contexts_is_the_persons_fault(sandboxed: CheckpointText) -> None:
     with pytest.raises(PromptError, match=r"too long for a tokenizer: 4\.0 MB"):
-        caged.tokenizer().encode("x" * 4_000_000)
+        sandboxed.tokenizer().encode("x" * 4_000_000)
 
 
 def test_a_refusal_of_the_template_and_half_a_surrogate_come_through(tmp_path: Path) -> None:
@@ -247,9 +246,9 @@ def test_a_large_vocabulary_is_no_fault(tmp_path: Path) -> None:
     """As many pieces as Llama 3 has, 128,000."""
     build.write_checkpoint(tmp_path, large_vocabulary(128_000), template=build.CHATML)
     with closing(CheckpointText(tmp_path)) as text:
-        caged = text.tokenizer()
-        assert caged.vocab_size >= 128_000
-        assert caged.decode(caged.encode("Hello, world")) == "Hello, world"
+        sandboxed = text.tokenizer()
+        assert sandboxed.vocab_size >= 128_000
+        assert sandboxed.decode(sandboxed.encode("Hello, world")) == "Hello, world"
 
 
 def large_vocabulary(size: int) -> Any:

@@ -1,0 +1,103 @@
+"""Choose the tokenizer and the template of a checkpoint by the files that it has.
+
+Both run in this process here, where they may loop or take all memory. Outside of tests
+`CheckpointText` loads them, in a sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mixchat.errors import CheckpointError
+from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
+from mixchat.text.hf import JsonTokenizer
+from mixchat.text.jinja_template import JinjaTemplate
+from mixchat.text.markup import is_mistral_v1
+from mixchat.text.spm import SentencePieceTokenizer
+from mixchat.text.template import Template
+from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.tokenizer_files import (
+    ChatTemplate,
+    read_chat_template,
+    read_optional_json,
+    read_special_tokens,
+)
+
+_SENTENCEPIECE_FILE = "tokenizer.model"
+_JSON_FILE = "tokenizer.json"
+# Tokens that close a turn, in the chat formats that fine-tunes use.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load the tokenizer of the checkpoint in `directory`.
+
+    SentencePiece's tokenizer.model is the original of Mistral's own models and comes first. A
+    fine-tune that brings another chat template also brings control tokens, which tokenizer.json
+    describes better. Raises `CheckpointError` where there is neither, or one cannot be read.
+    """
+    spm_file, json_file = directory / _SENTENCEPIECE_FILE, directory / _JSON_FILE
+    template = read_chat_template(directory)
+    foreign = template is not None and not is_mistral_v1(template.source)
+    if json_file.exists() and (foreign or not spm_file.exists()):
+        return JsonTokenizer(json_file)
+    if spm_file.exists():
+        return SentencePieceTokenizer(spm_file)
+    raise CheckpointError(f"{directory}: there is no {_SENTENCEPIECE_FILE} and no {_JSON_FILE}")
+
+
+def load_template(
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    eos_token_ids: Sequence[int] = (),
+    kind: Literal["instruct"] | None = None,
+) -> Template:
+    """Load the template of the checkpoint in `directory`, whose tokenizer is `tokenizer`.
+
+    `eos_token_ids` are those of config.json. A checkpoint without a chat template is taken for a
+    base model; `kind="instruct"` chooses Mistral's format for it, or for any other. Raises
+    `CheckpointError` where the template, or a file beside it, is damaged.
+    """
+    stop_ids = {*eos_token_ids, *_generation_eos(directory)}
+    template = read_chat_template(directory)
+    if kind == "instruct" or (template and _is_instruct(template, directory, tokenizer)):
+        return InstructTemplate(tokenizer, stop_ids=stop_ids)
+    if template is None:
+        return CompletionTemplate(tokenizer, stop_ids=stop_ids, add_bos=tokenizer.adds_bos)
+    turn_ends = (tokenizer.token_id(token) for token in _TURN_ENDS if token in template.source)
+    return JinjaTemplate(
+        template,
+        tokenizer,
+        variables=_variables(directory, tokenizer),
+        stop_ids=stop_ids.union(i for i in (tokenizer.eos_id, *turn_ends) if i is not None),
+    )
+
+
+def _is_instruct(template: ChatTemplate, directory: Path, tokenizer: Tokenizer) -> bool:
+    # From its third generation on, [INST] is a control token with other rules for spaces.
+    return (
+        is_mistral_v1(template.source)
+        and (directory / _SENTENCEPIECE_FILE).exists()
+        and tokenizer.token_id("[INST]") is None
+    )
+
+
+def _variables(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the special tokens by name, as transformers hands them to a chat template."""
+    by_id = {token_id: token for token, token_id in tokenizer.control_tokens.items()}
+    defaults = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    known = {name: by_id[i] for name, i in defaults.items() if i in by_id}
+    return {**known, **read_special_tokens(directory)}
+
+
+def _generation_eos(directory: Path) -> list[int]:
+    """Return the ids in generation_config.json that end an answer. Raises `CheckpointError`."""
+    file = directory / "generation_config.json"
+    value = read_optional_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id is {value!r}, not an id or a list of ids")
+    return ids

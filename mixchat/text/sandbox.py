@@ -1,0 +1,206 @@
+"""The sandbox: a child process that runs a checkpoint's tokenizer and template.
+
+Both are foreign programs that can loop, grow without end or abort, which no list of forbidden
+functions prevents. So the child has limits of memory, time and output (`sandbox_limits`), and
+whatever they do ends as one `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.text.frames import receive, to_frame
+from mixchat.text.sandbox_limits import MAX_MEMORY, MAX_REQUEST, cpu_seconds, reply_seconds
+
+# -I: nothing in the current directory is imported, and no PYTHON* variable has an effect.
+_COMMAND = (
+    *("-I", "-c"),
+    "import sys; sys.path[:] = sys.argv[1:-1]; from mixchat.text.sandbox_child import main; main()",
+)
+# One thread is enough, and each has address space of its own.
+_VARIABLES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "RUST_BACKTRACE": "0",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of a method in the sandbox. An error message about it begins with `subject`."""
+
+    subject: str
+    method: str
+    arguments: tuple[object, ...] = ()
+
+
+class Sandbox:
+    """Sends requests to the child, one at a time, and starts another child where one has ended."""
+
+    def __init__(self, directory: Path, opening: Sequence[Request]) -> None:
+        """Start the child for the checkpoint in `directory`, and do not wait for it.
+
+        `opening` are the requests that each child serves before all others.
+        """
+        self._directory, self._opening = directory, opening
+        self._lock = threading.Lock()
+        self._child: _Child | None = _Child(directory, opening)
+
+    def opened(self) -> Sequence[Any]:
+        """Return the values of the opening requests. Raises `CheckpointError`."""
+        with self._lock:
+            try:
+                return self._opened().values
+            except BaseException:
+                self.close()
+                raise
+
+    def ask(self, request: Request) -> Any:
+        """Return the value of a request. Raises `CheckpointError` or `PromptError`."""
+        frame = _request_frame(request)
+        with self._lock:
+            try:
+                reply = self._opened().ask(request, frame)
+            except BaseException:
+                # After Ctrl-C too: the reply would be taken for that of the next request.
+                self.close()
+                raise
+        return _value(reply, request.subject)
+
+    def close(self) -> None:
+        """End the child."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    def _opened(self) -> _Child:
+        if self._child is None:
+            self._child = _Child(self._directory, self._opening)
+        child = self._child
+        for request in self._opening[len(child.values) :]:
+            reply = child.reply(request, cpu_seconds(request.method, 0))
+            child.values.append(_value(reply, request.subject))
+        return child
+
+
+class _Child:
+    """A child process, from its start to its end."""
+
+    def __init__(self, directory: Path, opening: Sequence[Request]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, *_COMMAND, *sys.path, str(directory)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=os.environ | _VARIABLES,
+                start_new_session=True,  # Ctrl-C does not reach it
+            )
+        self.values: list[Any] = []  # of the opening requests
+        self._process, self._channel = process, ours
+        self.end = weakref.finalize(self, _end, process, ours)
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        for request in opening:
+            self._send(_request_frame(request), cpu_seconds(request.method, 0))
+
+    def ask(self, request: Request, frame: bytes) -> Any:
+        """Return the reply to a request. Raises `CheckpointError` where none comes."""
+        allowed = cpu_seconds(request.method, len(frame))
+        self._send(frame, allowed)
+        return self.reply(request, allowed)
+
+    def _send(self, frame: bytes, allowed: float) -> None:
+        self._channel.settimeout(reply_seconds(allowed))
+        with suppress(OSError):  # `reply` reports a child that is gone
+            self._channel.sendall(to_frame(allowed) + frame)
+
+    def reply(self, request: Request, allowed: float) -> Any:
+        """Return the next reply, which is to `request`; that may compute for `allowed` seconds.
+
+        Raises `CheckpointError` where none comes.
+        """
+        try:
+            return receive(self._channel, time.monotonic() + reply_seconds(allowed))
+        except TimeoutError:
+            fault = f"gives no answer in {reply_seconds(allowed):.0f} s"
+        except (ValueError, RecursionError) as error:
+            raise unusable(request.subject, f" ({short_message(error)})") from None
+        except (EOFError, OSError):
+            fault = self._ending(allowed)
+        raise CheckpointError(f"{request.subject} {fault}")
+
+    def _ending(self, allowed: float) -> str:
+        """Return how the child ended by itself."""
+        assert self._process.stderr is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.poll()
+        self._process.kill()
+        output = (self._process.stderr.read(10_000) or b"").decode("utf-8", "replace")
+        if code == -signal.SIGPROF:
+            return f"takes more than {allowed:.2g} s to compute"
+        if any(message in output for message in _OUT_OF_MEMORY):
+            return _TOO_LARGE
+        ending = f"signal {-code}" if code and code < 0 else f"exit code {code}"
+        last = output.strip().rpartition("\n")[2]
+        return f"ends its process ({ending})" + (f": {short_message(last)}" if last else "")
+
+
+# Messages of Rust, C++ and the C library before they abort.
+_OUT_OF_MEMORY = ("memory allocation of", "bad_alloc", "cannot allocate memory")
+_TOO_LARGE = f"needs more than {MAX_MEMORY // 10**9} GB of memory"
+
+
+def unusable(subject: str, reason: str = "") -> CheckpointError:
+    """Return the error for a child that sends something else than was requested."""
+    return CheckpointError(f"{subject} gives an answer that cannot be used{reason}")
+
+
+def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    process.kill()
+    channel.close()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def _request_frame(request: Request) -> bytes:
+    try:
+        return to_frame([request.method, *request.arguments], MAX_REQUEST)
+    except ValueError as error:
+        raise PromptError(
+            f"the text is too long for a tokenizer: {error}",
+            hint="No model's context holds that much. Send a part of it.",
+        ) from None
+
+
+def _value(reply: Any, subject: str) -> Any:
+    """Return the value in a reply. Raises the error that the reply is instead."""
+    if not isinstance(reply, dict):
+        raise unusable(subject)
+    if "error" not in reply:
+        return reply.get("value")
+    kind, text = reply["error"], str(reply.get("text"))
+    hint = reply.get("hint")
+    if kind in ("CheckpointError", "PromptError"):
+        error = PromptError if kind == "PromptError" else CheckpointError
+        raise error(text, hint=hint if isinstance(hint, str) else None)
+    if kind == "MemoryError":
+        raise CheckpointError(f"{subject} {_TOO_LARGE}")
+    raise CheckpointError(f"{subject} fails: {text or kind}")

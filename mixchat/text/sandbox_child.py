@@ -1,0 +1,106 @@
+"""The inside of the sandbox: runs a checkpoint's tokenizer and template for the parent process.
+
+The parent is at the other end of the socket on standard input. This process does not import torch,
+and it ends when the socket is closed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.frames import receive, to_frame
+from mixchat.text.messages import Message
+from mixchat.text.sandbox_limits import MAX_MEMORY
+from mixchat.text.template import Template
+from mixchat.text.tokenizer import Tokenizer
+
+_LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
+_LIMITS = {"RLIMIT_AS": MAX_MEMORY, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
+
+
+def main() -> None:
+    """Serve requests until the parent is gone."""
+    _import_libraries()
+    _set_limits()
+    service = _Service(Path(sys.argv[-1]))
+    with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
+        while True:
+            seconds, (method, *arguments) = receive(channel), receive(channel)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            reply = _reply(getattr(service, method), arguments)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            channel.sendall(reply)
+
+
+class _Service:
+    """The methods that a request can name."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokenizer: Tokenizer
+        self._template: Template
+
+    def load_tokenizer(self) -> object:
+        self._tokenizer = tokenizer = load_tokenizer(self._directory)
+        names = ("vocab_size", "bos_id", "eos_id", "adds_bos")
+        facts = {name: getattr(tokenizer, name) for name in names}
+        return {**facts, "control_tokens": dict(tokenizer.control_tokens)}
+
+    def load_template(self) -> object:
+        self._template = template = load_template(self._directory, self._tokenizer)
+        stop_ids = sorted(template.stop_ids)
+        return {"continues_prompt": template.continues_prompt, "stop_ids": stop_ids}
+
+    def encode(self, text: str) -> object:
+        return self._tokenizer.encode(text)
+
+    def encode_template(self, text: str, inserts: Mapping[str, Any]) -> object:
+        tuples = {key: v if isinstance(v, str) else tuple(v) for key, v in inserts.items()}
+        return self._tokenizer.encode_template(text, tuples)
+
+    def decode(self, ids: Sequence[int]) -> object:
+        return self._tokenizer.decode(ids)
+
+    def encode_messages(self, messages: Sequence[Sequence[Any]]) -> object:
+        return self._template.encode(
+            [
+                Message(role, text, ids if ids is None else tuple(ids))
+                for role, text, ids in messages
+            ]
+        )
+
+
+def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
+    """Return the frame of a method's value, or of its error."""
+    try:
+        return to_frame({"value": method(*arguments)})
+    except (CheckpointError, PromptError) as error:
+        return to_frame({"error": type(error).__name__, "text": str(error), "hint": error.hint})
+    except BaseException as error:  # A panic inside the package tokenizers is no Exception.
+        return to_frame({"error": type(error).__name__, "text": short_message(error)})
+
+
+def _import_libraries() -> None:
+    """Import before the limits are set, so that Python can write the .pyc files."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+
+
+def _set_limits() -> None:
+    """Limit this process to what a tokenizer needs. macOS does not know every limit."""
+    for name, most in _LIMITS.items():
+        with suppress(ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (most, most))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # of the timer: ends the process in any code
+    os.set_blocking(2, False)  # pages of errors must not wait for a reader
