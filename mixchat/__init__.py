@@ -1,20 +1,20 @@
 """Chat with a mixture-of-experts model that is larger than the machine's fast memory.
 
 - errors.py: the tree of errors, each with its exit code and hint
-- model_config.py: a model's shape, with config.json's own keys
-- context.py: how many tokens a context holds, and which texts are too long for it
-- settings.py: the places of mixchat's files, and what config.toml says
-- quantities.py: sizes, rates and times written; an amount of memory read
+- model_config.py: the shape of a model, with the keys of config.json
+- context.py: the size of a context, and the check for texts that are too long
+- settings.py: the directories of mixchat's files, and the settings in config.toml
+- quantities.py: sizes, rates and times as text, and amounts of memory from text
 - safetensors.py: the file format of weights
-- files.py: small files, read with clear errors, written whole or not at all
-- output_file.py: files that a person names for output, never another's overwritten
-- lock.py: one process at a time for each model, and for the chats
-- machine.py: memory and disk that are free
-- cgroups.py: limits of memory and CPU time, of control groups
-- background.py: work in a thread
-- interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are acted on
-- progress.py: how long work says how far it is
-- sanitize.py: no control character reaches the terminal
+- files.py: mixchat's own files, read with clear errors, written whole or not at all
+- output_file.py: files that a person names for output, never overwriting another file
+- lock.py: a lock between processes, for files that only one may write
+- machine.py: this machine's processor, memory and disk
+- cgroups.py: the limits of memory and CPU time that control groups set
+- background.py: work in a background thread
+- interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are handled
+- progress.py: progress of long work, reported to whatever shows it
+- sanitize.py: no control characters for the terminal
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Work in a thread that never keeps the process from ending."""
+"""Work in a background thread, which does not keep the process alive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[..., T], *arguments: object) -> Future[T]:
-    """What `work` will give. A daemon thread: one that waits for a silent hub must not keep us."""
+    """Start `work` in a daemon thread, since one that waits for a silent hub must not keep us."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Limits of memory and of CPU time that control groups set: versions 1 and 2, at every level.
+"""The limits of memory and CPU time that control groups set: versions 1 and 2, at every level.
 
 A process is in one group of each hierarchy, and the limits of that group and of all groups above
 it apply. In version 2 there is one hierarchy; in version 1 each controller ("memory", "cpu") may
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
-VERSION_2 = ""  # the name of its hierarchy where one of version 1 has those of its controllers
+VERSION_2 = ""  # the hierarchy of version 2; those of version 1 are named by their controllers
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """Names of a group's files about memory; `reclaimable` is a line of memory.stat."""
+    """The names of a group's files about memory; `reclaimable` is a line of memory.stat."""
 
     limits: tuple[str, ...]
     used: str
@@ -27,25 +27,25 @@ class _Memory:
 
 
 _MEMORY = {
-    # A limit that nobody has set is more than any machine has in version 1, "max" in version 2.
+    # A limit that is not set is a huge number in version 1 and "max" in version 2.
     "memory": _Memory(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-    # Above memory.high a process is not killed, but slowed down until it hardly runs.
+    # Above memory.high a process is not killed, but it is slowed down until it hardly runs.
     VERSION_2: _Memory(("memory.max", "memory.high"), "memory.current", "inactive_file"),
 }
 
 
 def memory_limit(process: Path = PROCESS) -> int | None:
-    """Bytes that this process's groups may have at most; None without a limit."""
+    """Return how many bytes this process's groups may use; None without a limit."""
     return _least(
         _limit(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
     )
 
 
 def memory_room(process: Path = PROCESS) -> int | None:
-    """Bytes that can still be taken below every limit; None without a limit.
+    """Return how many bytes are left below every limit; None without a limit.
 
-    Pages of files that were read but are not in use count as free: the kernel drops them first.
-    With 5 of 8 GB taken in a group, and 9 of 10 GB in the group above it: 1 GB.
+    Pages of files that are cached but not in use count as free: the kernel drops them first.
+    With 5 of 8 GB used in a group, and 9 of 10 GB in the group above it: 1 GB.
     """
     return _least(
         _room(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
@@ -53,15 +53,15 @@ def memory_room(process: Path = PROCESS) -> int | None:
 
 
 def cores(process: Path = PROCESS) -> int | None:
-    """Cores whose time the tightest quota gives, rounded up; None without a quota."""
+    """Return how many cores the tightest quota of CPU time allows, rounded up; None without one."""
     return _least(_quota(group) for name in ("cpu", VERSION_2) for group in groups(process, name))
 
 
 def groups(process: Path, hierarchy: str) -> Iterator[Path]:
-    """The directory of the process's group, and of each group above it, as far as mounted.
+    """Yield the directories of the process's group and of each group above it that is mounted.
 
     hierarchy: a controller of version 1, or `VERSION_2`. In a container the path of the group may
-    be one that only the host knows; then the group is what is mounted.
+    be one that only the host knows; then the mounted directory is the group.
     """
     path = _memberships(process).get(hierarchy)
     if path is None:
@@ -83,7 +83,7 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
 
 
 def _memberships(process: Path) -> dict[str, str]:
-    """The path of the process's group in each hierarchy: `4:cpu,cpuacct:/a/b` or `0::/a/b`."""
+    """Return the path of the process's group in each hierarchy: `4:cpu,cpuacct:/a/b`, `0::/a/b`."""
     found: dict[str, str] = {}
     for line in _lines(process / "cgroup"):
         _, _, rest = line.partition(":")
@@ -93,13 +93,13 @@ def _memberships(process: Path) -> dict[str, str]:
 
 
 def _mounts(process: Path, hierarchy: str) -> Iterator[tuple[str, Path]]:
-    """The group that is mounted, and where; see proc_pid_mountinfo(5)."""
+    """Yield each mounted group and its mount point; see proc_pid_mountinfo(5)."""
     for line in _lines(process / "mountinfo"):
-        place, _, what = line.partition(" - ")
-        kind, _, options = (*what.split(" ", 2), "", "", "")[:3]
+        mount, _, filesystem = line.partition(" - ")
+        kind, _, options = (*filesystem.split(" ", 2), "", "", "")[:3]
         names = {"cgroup": options.split(","), "cgroup2": [VERSION_2]}.get(kind, [])
         if hierarchy in names:
-            root, point = place.split(" ")[3:5]
+            root, point = mount.split(" ")[3:5]
             yield _unescaped(root).rstrip("/"), Path(_unescaped(point))
 
 
@@ -116,7 +116,7 @@ def _room(group: Path, files: _Memory) -> int | None:
 
 
 def _quota(group: Path) -> int | None:
-    """Version 2 has quota and period in one file, version 1 each in its own."""
+    """Return the cores of a group: version 2 has quota and period in one file, version 1 in two."""
     quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
     if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
         quota, period = int(pair[1]), int(pair[2])
@@ -128,7 +128,7 @@ def _least(numbers: Iterable[int | None]) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where it is not there, or holds a word or something negative."""
+    """Return the number in a file; None where it is missing, a word or negative."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None
 
@@ -141,5 +141,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """A path as it is: mountinfo writes a space in it as `\\040`."""
+    """Return a path without escapes: mountinfo writes a space as `\\040`."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

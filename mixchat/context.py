@@ -1,4 +1,4 @@
-"""The context of a model: how many tokens it holds, and which texts are too long for it."""
+"""The context of a model: its size in tokens, and the check for texts that are too long."""
 
 from __future__ import annotations
 
@@ -9,52 +9,51 @@ from mixchat.model_config import ModelConfig
 from mixchat.quantities import format_size
 
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
-# More than the tokens of any text stand for: Mistral's longest has 16 characters, the demo's 81,
-# GPT-4's 128 spaces.
+# An upper bound: Mistral's longest token has 16 characters, the demo's 81, GPT-4's 128 spaces.
 BYTES_PER_TOKEN = 128
 
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens that prompt and answer may have together, and the most that the model can do."""
+    """The tokens that prompt and answer may have together, and the largest number of this model."""
 
     tokens: int
     largest: int
 
     @classmethod
-    def of(cls, config: ModelConfig, wanted: int | None) -> Context:
-        """The context of `wanted` tokens; None chooses.
+    def of(cls, config: ModelConfig, tokens: int | None) -> Context:
+        """Return a context of `tokens`, or of the default size for None.
 
-        Raises `UsageError` for what the model cannot do.
+        Raises `UsageError` where the model cannot do that many.
         """
         largest = config.max_position_embeddings
-        if wanted is None:
+        if tokens is None:
             return cls(min(DEFAULT_TOKENS, largest), largest)
-        if not 1 < wanted <= largest:
-            raise UsageError(f"--ctx-size {wanted}: this model can do 2 to {largest} tokens")
-        return cls(wanted, largest)
+        if not 1 < tokens <= largest:
+            raise UsageError(f"--ctx-size {tokens}: this model can do 2 to {largest} tokens")
+        return cls(tokens, largest)
 
     @property
     def longest_text(self) -> int:
-        """Bytes: a text that has more cannot fit, and need not be read to its end."""
+        """Return how many bytes a text may have; a longer one need not be read to its end."""
         return self.tokens * BYTES_PER_TOKEN
 
-    def check_text(self, text: str, what: str) -> None:
-        """Raise `PromptError` where a text cannot fit, which its tokens would say much later."""
+    def check_text(self, text: str, name: str) -> None:
+        """Raise `PromptError` where a text cannot fit; its tokens would show that much later."""
         if len(text) > self.longest_text:
-            raise self.text_too_long(what)
+            raise self.text_too_long(name)
 
-    def text_too_long(self, what: str) -> PromptError:
-        """The error for a text that has more bytes than can fit."""
-        return self._too_long(what, f"more than {format_size(self.longest_text)}")
+    def text_too_long(self, name: str) -> PromptError:
+        """Return the error for a text that has more bytes than can fit."""
+        return self._too_long(name, f"more than {format_size(self.longest_text)}")
 
     def prompt_too_long(self, tokens: int) -> PromptError:
-        """The error for a prompt that leaves no room for an answer."""
+        """Return the error for a prompt that leaves no room for an answer."""
         return self._too_long("the prompt", f"{tokens} tokens", tokens)
 
-    def _too_long(self, what: str, size: str, tokens: int = 0) -> PromptError:
+    def _too_long(self, name: str, size: str, tokens: int = 0) -> PromptError:
         hint = f"Shorten it: this model reads {self.largest - 1} tokens at most."
         if max(self.tokens, tokens) < self.largest:
             hint = f"--ctx-size can be up to {self.largest}."
         holds = f"the context holds {self.tokens} tokens, the answer included"
-        return PromptError(f"{what} is too long: {size}, {holds}", hint=hint)
+        return PromptError(f"{name} is too long: {size}, {holds}", hint=hint)

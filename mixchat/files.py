@@ -1,7 +1,7 @@
-"""Files of ours: read with one clear line for every fault, written whole or not at all.
+"""mixchat's own files: read with a clear error for every fault, written whole or not at all.
 
-Nobody else's link says what they are: reading refuses one (`follow=False`), writing replaces it.
-What is neither a regular file nor a link (a device, FIFO, socket, directory) is left as it is.
+A symbolic link is never one of them: reading refuses it (`follow=False`), writing replaces it.
+Anything that is neither a regular file nor a link (device, FIFO, socket, directory) is not touched.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError, short_message
 from mixchat.quantities import format_size
 
-LONGEST = 100_000_000  # bytes: no small file of a checkpoint, and no chat, has as many
+MAX_SIZE = 100_000_000  # bytes; small files of checkpoints and chats have fewer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# A place cannot be written to: for want of rights, or because something else is there.
+# A path cannot be written: the permissions are missing, or something else is there.
 NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -34,23 +34,23 @@ NOT_WRITABLE = (
 )
 
 
-def not_written(error: OSError, path: Path, what: str) -> MixchatError:
-    """The error for a person where a file cannot be written, or removed: by whose doing it is."""
+def write_error(error: OSError, path: Path, fault: str) -> MixchatError:
+    """Return the error for a file that cannot be written or removed; its class is the cause's."""
     kind = MixchatError
     if error.errno in DISK_FULL:
         kind = ResourceError
     elif error.errno in NOT_WRITABLE:
         kind = UsageError
-    return kind(f"{path}: {what} ({error.strerror})")
+    return kind(f"{path}: {fault} ({error.strerror})")
 
 
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
 ) -> int:
-    """Open a regular file; its descriptor. Without `follow`, a link is refused.
+    """Open a regular file and return its descriptor. Without `follow`, a link is refused.
 
-    Opening a FIFO would wait for its other end for ever, and a device may be anything. Raises
-    `OSError`, whose `strerror` says what else is there.
+    Opening a FIFO could wait forever for its other end, and a device may be anything. Raises
+    `OSError`, whose `strerror` says what is there instead.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -74,15 +74,15 @@ def _not_regular(path: Path) -> OSError:
 
 
 def read_bytes(path: Path, *, follow: bool = True) -> bytes:
-    """The bytes of a regular file. Raises `CheckpointError` where it cannot be read, or is
-    far too large.
+    """Return the bytes of a regular file.
 
-    Files of our own are read without `follow`: nobody else's link says what we read.
+    Raises `CheckpointError` where it cannot be read, or is far too large. mixchat's own files are
+    read without `follow`, so that nobody's link decides what is read.
     """
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
-            if os.fstat(file.fileno()).st_size > LONGEST:
-                raise CheckpointError(f"{path}: larger than {format_size(LONGEST)}")
+            if os.fstat(file.fileno()).st_size > MAX_SIZE:
+                raise CheckpointError(f"{path}: larger than {format_size(MAX_SIZE)}")
             return file.read()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
@@ -91,7 +91,7 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
 
 
 def require_regular(path: Path) -> None:
-    """Raises `CheckpointError` where there is no regular file that can be opened."""
+    """Raise `CheckpointError` where there is no regular file that can be opened."""
     try:
         os.close(open_regular(path))
     except OSError as error:
@@ -99,7 +99,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` where there is none."""
+    """Return the object in a JSON file. Raises `CheckpointError` where there is none."""
     try:
         value = json.loads(read_bytes(path, follow=follow))
     except (ValueError, RecursionError) as error:
@@ -110,12 +110,12 @@ def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens meanwhile.
+    """Write a file atomically: it exists whole or not at all.
 
-    For the files of a model, which one process writes: until it is whole it lies under a name that
-    the next attempt takes again. Raises `OSError`, and leaves nothing behind.
+    For the files of a model, which one process writes: until the file is whole it has a temporary
+    name that the next attempt uses again. Raises `OSError`, and leaves nothing behind.
     """
-    temporary = temporary_name(path)
+    temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)
     with removed_on_error(temporary):
         with open(temporary, "xb") as file:
@@ -126,26 +126,26 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """Write a file as `write_file` does, for what several processes of its owner may write.
+    """Write a file as `write_file` does, safe for several processes of its owner.
 
-    Nobody else can read it, at no moment.
+    Nobody else can read it at any moment.
     """
-    with private_in_place_of(path) as descriptor:
+    with open_private_file(path) as descriptor:
         write_all(descriptor, data)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of it, in as many pieces as the system takes."""
+    """Write all of `data`, in as many pieces as the system takes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 @contextmanager
-def private_in_place_of(path: Path) -> Iterator[int]:
-    """A new file, open for writing, that takes the name `path` at the end; only its owner reads it.
+def open_private_file(path: Path) -> Iterator[int]:
+    """Open a new file that only its owner can read, and rename it to `path` at the end.
 
-    Its own name is drawn, so that two processes with one `path` do not write into each other's.
+    Its temporary name is random, so that two processes with one `path` do not share a file.
     """
     _check_replaceable(path)
     descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
@@ -160,7 +160,7 @@ def private_in_place_of(path: Path) -> Iterator[int]:
 
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove a file where the work on it ends with an error: half of it is worth nothing."""
+    """Remove a file where the work on it ends with an error."""
     try:
         yield
     except BaseException:
@@ -171,7 +171,7 @@ def removed_on_error(path: Path) -> Iterator[None]:
 
 def _replace(temporary: Path, path: Path) -> None:
     _check_replaceable(path)
-    give_name(temporary, path)
+    rename_durably(temporary, path)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -182,19 +182,19 @@ def _check_replaceable(path: Path) -> None:
             raise _not_regular(path)
 
 
-def temporary_name(path: Path) -> Path:
-    """Where a file lies until it is whole."""
+def temporary_path(path: Path) -> Path:
+    """Return the name of a file until it is whole."""
     return path.with_name(path.name + ".tmp")
 
 
-def give_name(temporary: Path, path: Path) -> None:
-    """Rename a file that is whole and synced, and make the renaming durable."""
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole and synced, and sync the directory."""
     os.replace(temporary, path)
     sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:
-    """Make durable which files a directory has."""
+    """Sync a directory, which makes the names of its files durable."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)

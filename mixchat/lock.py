@@ -1,4 +1,4 @@
-"""One process at a time for what must not be written twice: a lock that dies with its process."""
+"""A lock between processes, for files that only one may write; it ends with its process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_LOOK = 0.02  # seconds between two looks whether the lock is free
+_INTERVAL = 0.02  # seconds between two attempts to take the lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -20,37 +20,38 @@ class Busy(Exception):
 
 
 @contextmanager
-def only_one(
-    target: Path, *, wait: Callable[[], object] | None = None, patience: float = math.inf
+def exclusive_lock(
+    target: Path, *, on_wait: Callable[[], object] | None = None, timeout: float = math.inf
 ) -> Iterator[None]:
-    """Hold the right to write `target`, a file or a directory, by a lock file beside it.
+    """Hold the exclusive right to write `target`, a file or a directory, by a lock file beside it.
 
-    Where another process has it, `wait` is called once and then this one waits its turn, for as
-    many seconds as it has `patience`; then, or without `wait`, it raises `Busy`. The file is
-    removed at the end. A disk that has no locks, as some network disks, excludes nobody. Raises
-    `OSError`.
+    Where another process holds it, `on_wait` is called once, and this one waits for `timeout`
+    seconds. Raises `Busy` after that, or at once without `on_wait`, and `OSError`. The lock file is
+    removed at the end. A file system without locks, as some on networks, excludes nobody.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.parent / f".{target.name}.lock"  # nothing of ours begins with a dot
+    path = (
+        target.parent / f".{target.name}.lock"
+    )  # no model, chat or file of mixchat begins with a dot
     if (fd := _try(path)) is None:
-        if wait is None:
+        if on_wait is None:
             raise Busy
-        wait()
-        deadline = time.monotonic() + patience
+        on_wait()
+        deadline = time.monotonic() + timeout
         while (fd := _try(path)) is None:
             if time.monotonic() > deadline:
                 raise Busy
-            time.sleep(_LOOK)
+            time.sleep(_INTERVAL)
     try:
         yield
     finally:
-        with suppress(OSError):  # one that is left locks nothing
+        with suppress(OSError):  # a file that is left locks nothing
             path.unlink()
         os.close(fd)
 
 
 def _try(path: Path) -> int | None:
-    """The open lock file, locked; None where another process has it, or had it until now."""
+    """Return the open lock file, locked; None where another process holds or just removed it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(path, flags, 0o644)
     try:
@@ -75,7 +76,7 @@ def _locked(fd: int) -> bool:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Whoever held the lock before may have removed its file: then this is a lock on nothing."""
+    """Return whether `fd` is the file at `path`: who held the lock before may have removed it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False

@@ -1,4 +1,4 @@
-"""What this machine is, and what it has to spare: processor, memory and disk."""
+"""This machine's processor, memory and disk, and how much of them is free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PAGES = Path("/proc/self/statm")
 
 
 def cpu_name() -> str:
-    """The processor's own name, as far as the system knows it."""
+    """Return the name of the processor, as far as the system knows it."""
     try:
         for line in _CPU_INFO.read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -28,7 +28,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Count of cores that this process may run on, or have the time of."""
+    """Return how many cores this process may use, by its affinity and its quota of CPU time."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -38,19 +38,19 @@ def usable_cores() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of RAM, used or not; no more than the process's control groups may have."""
+    """Return the bytes of RAM, used or not, within the limits of control groups."""
     whole = _installed_memory()
     limit = cgroups.memory_limit()
     return whole if limit is None else min(whole, limit)
 
 
 def free_memory() -> int:
-    """Bytes of RAM that can be taken without pushing anything out, and within all limits."""
+    """Return the bytes of RAM that can be allocated without swapping, within all limits."""
     return min(_free_by_limit().values())
 
 
-def memory_limit() -> str | None:
-    """The limit that leaves less memory than the machine has free; None where none does.
+def tightest_memory_limit() -> str | None:
+    """Return the name of the limit that leaves the least memory; None where the machine does.
 
     It is "control group", which a container, systemd or a batch system sets, or a `ulimit`.
     """
@@ -60,12 +60,12 @@ def memory_limit() -> str | None:
 
 
 def _free_by_limit() -> dict[str, int]:
-    """Bytes that each limit leaves, by its name; "" is the machine itself."""
+    """Return the bytes that each limit leaves, by its name; "" is the machine itself."""
     free = {"": _available_memory()}
     room = cgroups.memory_room()
     if room is not None:
         free["control group"] = room
-    return free | room_by_ulimit()
+    return free | memory_left_by_ulimit()
 
 
 def _available_memory() -> int:
@@ -73,7 +73,7 @@ def _available_memory() -> int:
         fields = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        # macOS says only how much there is in all; half of that is a cautious guess.
+        # macOS reports only the total; half of it is a cautious estimate.
         return _installed_memory() // 2
 
 
@@ -81,11 +81,11 @@ def _installed_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def room_by_ulimit() -> dict[str, int]:
-    """Bytes left of the limits that a shell or a batch system has set for each process."""
+def memory_left_by_ulimit() -> dict[str, int]:
+    """Return the bytes that each `ulimit` of a shell or a batch system leaves, by its name."""
     try:
         pages = [int(field) for field in _PAGES.read_text().split()]  # see proc_pid_statm(5)
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return {}
     limits = (("ulimit -v", resource.RLIMIT_AS, 0), ("ulimit -d", resource.RLIMIT_DATA, 5))
     left: dict[str, int] = {}
@@ -96,23 +96,23 @@ def room_by_ulimit() -> dict[str, int]:
     return left
 
 
-def existing(directory: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+def nearest_existing(directory: Path) -> Path:
+    """Return the directory, or the nearest one above it that exists."""
     return next(place for place in (directory, *directory.parents) if place.exists())
 
 
 def free_disk(directory: Path) -> int:
-    """Bytes that can be written below `directory`, which need not be there yet."""
-    return shutil.disk_usage(existing(directory)).free
+    """Return how many bytes can be written below `directory`, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(directory)).free
 
 
 def same_disk(one: Path, other: Path) -> bool:
-    """Whether both directories, which need not be there yet, are on one disk."""
-    return existing(one).stat().st_dev == existing(other).stat().st_dev
+    """Return whether both directories, which need not exist yet, are on one disk."""
+    return nearest_existing(one).stat().st_dev == nearest_existing(other).stat().st_dev
 
 
 def disk_usage(path: Path) -> int:
-    """Bytes that a file, or the files below a directory, take; holes and links take nothing."""
+    """Return the bytes that a file, or all files in a directory, use; holes and links use none."""
     if path.is_symlink() or not path.exists():
         return 0
     if path.is_file():

@@ -1,4 +1,4 @@
-"""A model's shape, with the keys of Hugging Face's config.json word for word."""
+"""The shape of a model, with the keys of Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class ModelConfig:
 
 
 def checkpoint_dtype(directory: Path) -> str | None:
-    """The type that the checkpoint's weights had, as config.json names it ("float16"), if it does.
+    """Return the type of the checkpoint's weights in config.json ("float16"); None without one.
 
     Raises `CheckpointError` where the file cannot be read.
     """
@@ -120,9 +120,9 @@ def checkpoint_dtype(directory: Path) -> str | None:
 
 
 def advised_sampling(directory: Path) -> dict[str, float]:
-    """What the model's makers advise in generation_config.json, by the names of our own flags.
+    """Return the sampling that generation_config.json recommends, by the names of mixchat's flags.
 
-    Empty where they advise nothing. Raises `CheckpointError` where the file is not JSON.
+    Empty where it recommends nothing. Raises `CheckpointError` where the file is not JSON.
     """
     raw = _generation_config(directory)
     values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
@@ -136,9 +136,9 @@ def advised_sampling(directory: Path) -> dict[str, float]:
 
 
 def advised_length(directory: Path) -> int | None:
-    """Tokens of the longest answer that generation_config.json names; None where it names none.
+    """Return the tokens of the longest answer by generation_config.json; None where it sets none.
 
-    `max_length`, which counts the prompt too, is taken where `max_new_tokens` is not there. Raises
+    `max_length`, which includes the prompt, counts where `max_new_tokens` is missing. Raises
     `CheckpointError` where the file is not JSON.
     """
     raw = _generation_config(directory)
@@ -173,7 +173,7 @@ def _flag(values: dict[str, Any], key: str) -> bool:
 
 
 def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """One of two places for the rotary embedding's settings; only the plain kind is known."""
+    """Return the settings of the rotary embedding under `key`; only the plain kind is supported."""
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")

@@ -1,8 +1,8 @@
-"""Files that a person names for our output: a mistyped name must not cost somebody a file.
+"""Files that a person names for output: a mistyped name must not overwrite another file.
 
-One rule for every flag. A file that is there is only replaced where the same flag wrote it, which
-its first bytes say, or where it is empty. A link that a person names is followed: what it leads to
-counts. A pipe, or a device such as /dev/null or /dev/stdout, is written to where a stream will do.
+One rule for every flag: an existing file is replaced only where the same flag wrote it, which its
+first bytes show, or where it is empty. A link that a person names is followed. A pipe, or a device
+such as /dev/null or /dev/stdout, is written to where a stream is enough.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import BinaryIO
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL, open_regular
 
-_HEAD = 4096  # bytes of a file that say who wrote it
+_HEAD = 4096  # bytes of a file that show which flag wrote it
 
 
 def _never(head: bytes) -> bool:
-    """Nothing is replaced: a person may have edited it."""
+    """Return False for every file: nothing is replaced, since a person may have edited it."""
     return False
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A place that `flag` names. `ours` tells by a file's first bytes whether the flag wrote it.
+    """An output file that `flag` names; `ours` tells by its first bytes whether the flag wrote it.
 
-    `streams`: a pipe or a device will do, too; else the file is replaced as a whole. Raises
-    `UsageError`, with what to do instead, where the place cannot be used.
+    With `streams` a pipe or a device can be used, too; without, the file is replaced as a whole.
+    Raises `UsageError`, with a hint, where the path cannot be used.
     """
 
     flag: str
@@ -40,7 +40,7 @@ class OutputFile:
     streams: bool = True
 
     def check(self) -> OutputFile:
-        """See, before anything is computed, that it can be written to later."""
+        """Check, before anything is computed, that the file can be written later."""
         try:
             mode = self._mode()
             if mode is not None and not self._may_be_replaced(mode):
@@ -52,7 +52,7 @@ class OutputFile:
         return self
 
     def write(self, data: bytes) -> None:
-        """Write all of it; half of it is removed. Raises `ResourceError` where the disk is full."""
+        """Write all of `data`, or leave no file. Raises `ResourceError` where the disk is full."""
         with self.open() as file:
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             try:
@@ -62,31 +62,31 @@ class OutputFile:
                 if regular:
                     with suppress(OSError):
                         self.place.unlink()
-                raise self.not_written(error) from None
+                raise self.write_error(error) from None
 
     def open(self) -> BinaryIO:
-        """The file, empty and open for writing, without a buffer. Raises as `write` does."""
+        """Return the file, empty and open for writing, without a buffer. Raises as `write` does."""
         self.check()
         try:
             return open(self._descriptor(), "wb", buffering=0)
         except OSError as error:
-            raise self.not_written(error) from None
+            raise self.write_error(error) from None
 
-    def not_written(self, error: OSError) -> MixchatError:
-        """The error for a person where the system refuses to write."""
+    def write_error(self, error: OSError) -> MixchatError:
+        """Return the error where the system refuses to write."""
         kind = ResourceError if error.errno in DISK_FULL else UsageError
         return kind(f"{self}: cannot be written ({error.strerror})")
 
     @property
     def place(self) -> Path:
-        """The file that is meant: where a link leads to."""
+        """Return the path of the file itself, links followed."""
         return Path(os.path.realpath(self.path))
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
     def _mode(self) -> int | None:
-        """Return what is there, a link followed; None for nothing."""
+        """Return the mode of the file, links followed; None where there is none."""
         try:
             return os.stat(self.path).st_mode
         except FileNotFoundError:
@@ -110,18 +110,18 @@ class OutputFile:
 
     def _taken(self) -> UsageError:
         if self.ours is _never:
-            hint = "Give a file that is not there yet."
-            return UsageError(f"{self}: the file is there already", hint=hint)
+            hint = "Give a file that does not exist yet."
+            return UsageError(f"{self}: the file exists already", hint=hint)
         return UsageError(
-            f"{self}: this is something else, which is left as it is",
-            hint=f"Give a file that is not there yet, or one that {self.flag} wrote.",
+            f"{self}: exists, and was not written by {self.flag}",
+            hint=f"Give a file that does not exist yet, or one that {self.flag} wrote.",
         )
 
     def _descriptor(self) -> int:
         mode = self._mode()
         if mode is not None and not stat.S_ISREG(mode):
             return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)  # waits for a FIFO's reader
-        new = os.O_CREAT | os.O_EXCL if mode is None else 0  # made by somebody else meanwhile
+        new = os.O_CREAT | os.O_EXCL if mode is None else 0  # not what another process creates now
         descriptor = open_regular(self.place, os.O_RDWR | new, follow=False)
         try:
             if not self._is_ours(os.pread(descriptor, _HEAD, 0)):

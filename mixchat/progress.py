@@ -1,4 +1,4 @@
-"""How long work reports how far it is, without knowing who shows it."""
+"""Progress of long work, reported to whatever shows it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One bar, which several threads may move."""
+    """A progress bar, which several threads may move."""
 
     def advance(self, amount: int) -> None:
         """Move the bar by `amount` bytes."""
 
     def close(self) -> None:
-        """Take the bar away; it may be closed again."""
+        """Remove the bar; closing it again does nothing."""
 
 
 class Progress(Protocol):
-    """Where bars are shown, several at a time, and lines between them."""
+    """Shows several progress bars at a time, and lines between them."""
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
-        """A new bar named `what`, full at `total` bytes, of which `done` were there before."""
+        """Return a new bar named `what`, full at `total` bytes, of which `done` are done."""
 
     def note(self, text: str) -> None:
-        """Say something in a line of its own."""
+        """Print a line of its own."""
 
 
 @contextmanager
 def running(progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Task]:
-    """A bar for as long as the block runs."""
+    """Show a bar while the block runs."""
     task = progress.task(what, total, done)
     try:
         yield task
@@ -38,7 +38,7 @@ def running(progress: Progress, what: str, total: int, done: int = 0) -> Iterato
 
 
 class NoProgress:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
         return _NoTask()

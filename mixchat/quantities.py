@@ -1,4 +1,4 @@
-"""Sizes, rates and times as a person reads them, and an amount of memory as a person writes it."""
+"""Sizes, rates and times as text, and amounts of memory from text."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class MemoryBudget:
         return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
 
     def of(self, whole: int) -> int:
-        """The budget in bytes, where a fraction is taken of `whole` bytes."""
+        """Return the budget in bytes; a fraction is taken of `whole` bytes."""
         return int(self.fraction * whole) if self.fraction is not None else self.size or 0
 
 
 def format_least(size: int) -> str:
-    """A number of bytes that is needed, rounded up: whoever gives what is written gives enough."""
+    """Return a number of bytes that is needed, rounded up, so that the written amount is enough."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             tenths = -(-size * 10 // factor)
@@ -52,7 +52,7 @@ def format_least(size: int) -> str:
 
 
 def format_size(size: int) -> str:
-    """`93405585408` bytes as `93.4 GB`: three digits, decimal units."""
+    """Return `93405585408` bytes as `93.4 GB`: three digits, decimal units."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             value = size / factor
@@ -61,13 +61,13 @@ def format_size(size: int) -> str:
 
 
 def format_rates(low: float, high: float) -> str:
-    """`0.617` and `0.912` as `0.62 to 0.91`: two digits, or one figure where both are the same."""
+    """Return `0.617` and `0.912` as `0.62 to 0.91`: two digits, one figure for equal ones."""
     texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
     return " to ".join(dict.fromkeys(texts))
 
 
 def format_age(seconds: float) -> str:
-    """`7200` as `2 hours ago`; what is younger than a minute, or of a clock set back, as `now`."""
+    """Return `7200` as `2 hours ago`; less than a minute, or a time in the future, is `now`."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         count = int(seconds // length)
         if count >= 1:
@@ -76,7 +76,7 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """`95` as `2 min`: seconds below a minute, minutes below two hours, hours and minutes above."""
+    """Return `95` as `2 min`: seconds below a minute, minutes below two hours, else both."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

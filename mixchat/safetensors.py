@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.errors import CheckpointError
-from mixchat.files import give_name, open_regular, temporary_name
+from mixchat.files import open_regular, rename_durably, temporary_path
 
 ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
@@ -255,7 +255,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         self.path = path
         self._todo = list(specs)[::-1]
-        self._temporary = temporary_name(path)
+        self._temporary = temporary_path(path)
         # A fresh file: a link planted under the temporary name is not written through.
         self._temporary.unlink(missing_ok=True)
         self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed in __exit__
@@ -289,7 +289,7 @@ class SafetensorsWriter:
         assert not self._todo, f"{self._todo[-1].name} was not written"
         self._file.flush()
         os.fsync(self._file.fileno())
-        give_name(self._temporary, self.path)
+        rename_durably(self._temporary, self.path)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""The places of mixchat's files, and what config.toml says."""
+"""The directories of mixchat's files, and the settings in config.toml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_CONFIG = 10**6  # bytes
 
 
 def data_dir() -> Path:
-    """The directory that holds everything mixchat keeps: `MIXCHAT_HOME`, else the system's own."""
+    """Return the directory of mixchat's data: `MIXCHAT_HOME`, else the system's own."""
     if home := os.environ.get("MIXCHAT_HOME"):
         return Path(home).expanduser().absolute()
     import platformdirs
@@ -23,12 +23,12 @@ def data_dir() -> Path:
 
 
 def models_dir() -> Path:
-    """The directory below which each model has one of its own."""
+    """Return the directory in which each model has one of its own."""
     return data_dir() / "models"
 
 
 def config_file() -> Path:
-    """The file of a person's settings: `MIXCHAT_CONFIG`, else config.toml in the system's place."""
+    """Return the file of settings: `MIXCHAT_CONFIG`, else config.toml in the system's place."""
     if name := os.environ.get("MIXCHAT_CONFIG"):
         return Path(name).expanduser().absolute()
     import platformdirs
@@ -37,7 +37,7 @@ def config_file() -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a file of settings says; nothing if it is not there, unless `MIXCHAT_CONFIG` names it.
+    """Return the settings of a file; none where it is missing, unless `MIXCHAT_CONFIG` names it.
 
     Raises `UsageError` where it cannot be read, or is not TOML.
     """
@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
             data = file.read(_LONGEST_CONFIG + 1)
     except FileNotFoundError:
         if os.environ.get("MIXCHAT_CONFIG"):
-            raise UsageError(f"{path}: there is no such file, MIXCHAT_CONFIG names it") from None
+            raise UsageError(f"{path}: there is no such file (MIXCHAT_CONFIG names it)") from None
         return {}
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in its name
         raise UsageError(f"{path}: cannot be read ({_reason(error)})") from None
@@ -66,7 +66,7 @@ def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = toml.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = 'A line is KEY = VALUE, text in quotes: model = "demo".'
+        hint = 'Write each line as KEY = VALUE, text in quotes: model = "demo".'
         raise UsageError(f"{path}: not TOML: {error}", hint=hint) from None
     return settings
 

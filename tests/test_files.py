@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mixchat.errors import CheckpointError, UsageError
-from mixchat.files import not_written, open_regular, read_bytes, write_file, write_private_file
+from mixchat.files import open_regular, read_bytes, write_error, write_file, write_private_file
 
 
 def fifo(path: Path) -> None:
@@ -86,7 +86,7 @@ class TestWriting:
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OSError, match="is not a regular file") as caught:
             write(tmp_path / "fifo", b"data")
-        assert type(not_written(caught.value, tmp_path, "")) is UsageError
+        assert type(write_error(caught.value, tmp_path, "")) is UsageError
         assert (tmp_path / "fifo").is_fifo()
         assert os.listdir(tmp_path) == ["fifo"]
 

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import pytest
 
 from mixchat import lock
-from mixchat.lock import Busy, only_one
+from mixchat.lock import Busy, exclusive_lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from mixchat.lock import only_one
-with only_one(Path(sys.argv[1])):
+from mixchat.lock import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -53,29 +53,29 @@ def lock_file(target: Path) -> Path:
 
 
 def test_it_is_held_by_a_file_beside_the_model_which_is_gone_afterwards(target: Path) -> None:
-    with only_one(target):
+    with exclusive_lock(target):
         assert lock_file(target).exists()
         assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
 
 def test_it_is_given_back_after_an_error(target: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), only_one(target):
+    with pytest.raises(KeyboardInterrupt), exclusive_lock(target):
         raise KeyboardInterrupt
-    with only_one(target):
+    with exclusive_lock(target):
         pass
 
 
 def test_another_process_is_told_to_wait_its_turn(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
-    with pytest.raises(Busy), only_one(target):
+    with pytest.raises(Busy), exclusive_lock(target):
         pass
     assert lock_file(target).exists()
 
 
 def test_other_models_are_not_concerned(target: Path, holder: subprocess.Popen[str]) -> None:
-    with only_one(target.with_name("other")):
+    with exclusive_lock(target.with_name("other")):
         pass
 
 
@@ -89,7 +89,7 @@ def test_one_that_waits_says_so_once_and_goes_on_when_the_other_has_finished(
         assert holder.stdin
         holder.stdin.close()
 
-    with only_one(target, wait=wait):
+    with exclusive_lock(target, on_wait=wait):
         assert holder.wait(60) == 0
         assert lock_file(target).exists()
     assert said == [True]
@@ -99,7 +99,7 @@ def test_one_that_waits_says_so_once_and_goes_on_when_the_other_has_finished(
 def test_one_that_waits_goes_on_when_the_other_is_killed(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
-    with only_one(target, wait=lambda: holder.send_signal(signal.SIGKILL)):
+    with exclusive_lock(target, on_wait=lambda: holder.send_signal(signal.SIGKILL)):
         assert holder.wait(60) == -signal.SIGKILL
     assert not lock_file(target).exists()
 
@@ -107,7 +107,7 @@ def test_one_that_waits_goes_on_when_the_other_is_killed(
 def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
     target.parent.mkdir(parents=True)
     lock_file(target).write_text("")
-    with only_one(target):
+    with exclusive_lock(target):
         pass
     assert not lock_file(target).exists()
 
@@ -129,7 +129,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(
 
     monkeypatch.setattr(fcntl, "flock", race)
     assert lock._try(lock_file(target)) is None
-    with only_one(target), pytest.raises(Busy), only_one(target):
+    with exclusive_lock(target), pytest.raises(Busy), exclusive_lock(target):
         pass
 
 
@@ -142,7 +142,7 @@ def test_a_disk_without_locks_can_be_written_all_the_same(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with only_one(target):
+    with exclusive_lock(target):
         pass
     assert not lock_file(target).exists()
 
@@ -152,7 +152,7 @@ def test_only_one_of_many_is_inside(target: Path) -> None:
 
     def work() -> None:
         for _ in range(5):
-            with only_one(target, wait=lambda: None):
+            with exclusive_lock(target, on_wait=lambda: None):
                 inside[0] += 1
                 most.append(inside[0])
                 time.sleep(0.001)
@@ -175,9 +175,9 @@ def test_who_has_waited_long_enough_is_told(
     now = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
     monkeypatch.setattr(lock, "time", clock)
-    with pytest.raises(Busy), only_one(target, wait=lambda: None, patience=5):
+    with pytest.raises(Busy), exclusive_lock(target, on_wait=lambda: None, timeout=5):
         pass
     holder.kill()
     holder.wait()
-    with only_one(target):
+    with exclusive_lock(target):
         pass

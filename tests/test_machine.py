@@ -21,12 +21,12 @@ def test_free_memory_is_what_machine_and_control_group_both_leave(
 ) -> None:
     whole = machine.free_memory()
     assert whole > 10**8
-    assert machine.memory_limit() is None
+    assert machine.tightest_memory_limit() is None
     monkeypatch.setattr(cgroups, "memory_room", lambda: 450)
-    assert (machine.free_memory(), machine.memory_limit()) == (450, "control group")
+    assert (machine.free_memory(), machine.tightest_memory_limit()) == (450, "control group")
     monkeypatch.setattr(cgroups, "memory_room", lambda: 10**18)
     assert machine.free_memory() > 10**8
-    assert machine.memory_limit() is None
+    assert machine.tightest_memory_limit() is None
 
 
 @pytest.mark.usefixtures("no_limits")
@@ -45,16 +45,16 @@ def test_a_ulimit_leaves_what_the_process_has_not_taken(
     limits = {kind: (1000 * page, 2000 * page)}
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, unlimited))
-    assert (machine.free_memory(), machine.memory_limit()) == (left * page, name)
+    assert (machine.free_memory(), machine.tightest_memory_limit()) == (left * page, name)
     pages.write_text("3000 40 30 20 0 3000 0\n")
     assert machine.free_memory() == 0
     monkeypatch.setattr(machine, "_PAGES", tmp_path / "no Linux")
-    assert machine.memory_limit() is None
+    assert machine.tightest_memory_limit() is None
 
 
 def test_a_directory_that_is_not_there_yet_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
     below = tmp_path / "not" / "yet"
-    assert machine.existing(below) == tmp_path == machine.existing(tmp_path)
+    assert machine.nearest_existing(below) == tmp_path == machine.nearest_existing(tmp_path)
     assert machine.same_disk(below, tmp_path)
     assert machine.free_disk(below) > 0
     assert not machine.same_disk(below, Path("/proc"))

@@ -35,9 +35,9 @@ def test_an_empty_file_is_nobodys_loss(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path, streams: bool) -> None:
     (tmp_path / "f").write_bytes(b"notes")
     for use in (output(tmp_path / "f", streams=streams).check, output(tmp_path / "f").open):
-        with pytest.raises(UsageError, match="something else, which is left as it is") as caught:
+        with pytest.raises(UsageError, match="exists, and was not written by --out") as caught:
             use()
-        assert caught.value.hint == "Give a file that is not there yet, or one that --out wrote."
+        assert caught.value.hint == "Give a file that does not exist yet, or one that --out wrote."
     assert (tmp_path / "f").read_bytes() == b"notes"
 
 
@@ -45,7 +45,7 @@ def test_where_nothing_is_ours_the_hint_does_not_say_so(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"notes")
     with pytest.raises(UsageError) as caught:
         OutputFile("--out", tmp_path / "f").check()
-    assert caught.value.hint == "Give a file that is not there yet."
+    assert caught.value.hint == "Give a file that does not exist yet."
 
 
 def test_a_link_is_followed_also_to_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -55,14 +55,14 @@ def test_a_link_is_followed_also_to_a_file_that_is_not_there_yet(tmp_path: Path)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "f").read_bytes() == OURS
     (tmp_path / "f").write_bytes(b"notes")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="was not written by --out"):
         output(tmp_path / "link").write(OURS)
 
 
 def test_a_device_is_written_to_where_a_stream_will_do() -> None:
     output(Path("/dev/null")).write(OURS)
     assert Path("/dev/null").is_char_device()
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="was not written by --out"):
         output(Path("/dev/null"), streams=False).check()
 
 
@@ -75,7 +75,7 @@ def test_a_pipe_gets_it_all(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_something_else(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="was not written by --out"):
         output(tmp_path).check()
 
 

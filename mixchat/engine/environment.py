@@ -24,7 +24,7 @@ def prepare_environment() -> None:
     # spin on, and a busy core then costs decoding three quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
-        _check_room(machine.room_by_ulimit().get("ulimit -v"))
+        _check_room(machine.memory_left_by_ulimit().get("ulimit -v"))
         with interrupts.starting():
             import torch  # noqa: F401
 

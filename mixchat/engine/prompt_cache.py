@@ -24,7 +24,7 @@ import torch
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.errors import CheckpointError
-from mixchat.files import not_written, private_in_place_of, write_all
+from mixchat.files import open_private_file, write_all, write_error
 from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.weights.format.manifest import Manifest
 
@@ -77,7 +77,7 @@ class PromptCache:
         try:
             _write(self.path, cache, ids, self._engine)
         except OSError as error:
-            raise not_written(error, self.path, "the prompt cache cannot be written") from None
+            raise write_error(error, self.path, "the prompt cache cannot be written") from None
         self._kept = ids
         return True
 
@@ -107,7 +107,7 @@ def _layer_specs(cache: KVCache, layer: int, tokens: int) -> list[TensorSpec]:
 def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> None:
     about = json.dumps(_about(cache, engine, len(ids))).encode()
     digest = hashlib.sha256()
-    with private_in_place_of(path) as descriptor:
+    with open_private_file(path) as descriptor:
 
         def put(data: bytes | memoryview) -> None:
             digest.update(data)

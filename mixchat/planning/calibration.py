@@ -126,7 +126,7 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}",
             f"kernels {KERNELS}",
             f"{device}: {gpu}",
-            f"disk {machine.existing(directory).stat().st_dev}",
+            f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "
             f"{'packed' if w13.packed else 'plain'} {layout.stride}",
         )

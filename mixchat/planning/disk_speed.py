@@ -32,7 +32,7 @@ def measure_disk(
         size = min(size, machine.free_disk(directory) // 10)
         if size < block:
             return None
-        place = machine.existing(directory)
+        place = machine.nearest_existing(directory)
         with tempfile.TemporaryFile(dir=place, buffering=0) as file:
             began = time.perf_counter()
             written = _fill(file.fileno(), size, 4 * seconds)

@@ -12,7 +12,7 @@ from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import CPU, free_memory
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.kernels.pages import Bits
-from mixchat.machine import memory_limit
+from mixchat.machine import tightest_memory_limit
 from mixchat.model_config import ModelConfig
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
@@ -22,7 +22,7 @@ from mixchat.weights.format.blueprint import Blueprint
 class FreeMemory:
     """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does.
 
-    limit: what allows less of the RAM than the machine has free, as `machine.memory_limit` says.
+    limit: as `machine.tightest_memory_limit` returns it.
     """
 
     host: int
@@ -33,7 +33,7 @@ class FreeMemory:
     def now(cls, device: torch.device) -> FreeMemory:
         """What can be taken on this machine, where `device` computes."""
         on_device = None if device == CPU else free_memory(device)
-        return cls(free_memory(CPU), on_device, memory_limit())
+        return cls(free_memory(CPU), on_device, tightest_memory_limit())
 
 
 def context_size(config: ModelConfig, wanted: int | None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 from mixchat.weights.care import convert as convert_module
 from mixchat.weights.care.convert import _Conversion
 
@@ -121,7 +121,7 @@ def test_nothing_in_4_bits_is_refused(mixchat, kept, tiny_checkpoint, keep):
 
 
 def test_one_in_use_is_refused(mixchat, kept):
-    with only_one(kept):
+    with exclusive_lock(kept):
         assert mixchat("convert", "mine").returncode == 2
 
 

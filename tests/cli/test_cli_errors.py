@@ -144,7 +144,7 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     """Under `ulimit -v` most of these ended as "internal error", and the hint named experts."""
     from mixchat.cli.output import failure
 
-    monkeypatch.setattr(failure, "room_by_ulimit", lambda: {"ulimit -v": 5})
+    monkeypatch.setattr(failure, "memory_left_by_ulimit", lambda: {"ulimit -v": 5})
     assert failure.report(error) == 7
     assert capsys.readouterr().err == (
         "error: there is not enough memory\n"

@@ -34,7 +34,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(speeds, "measure", measure)
     monkeypatch.setattr(fitting, "free_memory", lambda device: int(14.5 * GB))
-    monkeypatch.setattr(fitting, "memory_limit", lambda: None)
+    monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(machine, "free_disk", lambda directory: 500 * GB)
     monkeypatch.setattr(thread_count, "settle_threads", lambda blueprint: None)
@@ -303,7 +303,7 @@ def test_what_an_unfinished_download_has_already_is_not_needed_again(run, measur
 
 
 def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch):
-    monkeypatch.setattr(fitting, "memory_limit", lambda: "control group")
+    monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
     assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
     monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
     done = run()

@@ -206,8 +206,8 @@ def test_only_a_picture_of_ours_is_replaced(mixchat, kept, tmp_path):
     before = photograph.read_bytes()
     done = mixchat("stats", "demo", "--png", str(photograph))
     assert done.returncode == 2
-    assert b"this is something else, which is left as it is" in done.stderr
-    assert b"hint: Give a file that is not there yet, or one that --png wrote." in done.stderr
+    assert b"exists, and was not written by" in done.stderr
+    assert b"hint: Give a file that does not exist yet, or one that --png wrote." in done.stderr
     assert photograph.read_bytes() == before
 
 

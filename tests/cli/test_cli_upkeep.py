@@ -9,7 +9,7 @@ from command_line import FAKE
 from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
@@ -97,7 +97,7 @@ class TestRm:
         assert (elsewhere / "mixchat.json").exists()
 
     def test_one_that_is_being_made_is_refused(self, mixchat, half):
-        with only_one(half):
+        with exclusive_lock(half):
             done = mixchat("rm", "half", "-y")
         assert done.returncode == 2
         assert "another mixchat is making" in lines_of(done)[0]
@@ -185,7 +185,7 @@ class TestRepair:
         assert (kept / "mixchat.json").read_bytes() == (from_hub / "mixchat.json").read_bytes()
 
     def test_one_in_use_is_refused(self, mixchat, kept, fake):
-        with only_one(kept):
+        with exclusive_lock(kept):
             assert mixchat("repair", "mine").returncode == 2
 
     def test_an_unfinished_model_is_no_model_to_repair(self, mixchat, half):
@@ -224,7 +224,7 @@ class TestGc:
         assert kept.exists()
 
     def test_a_model_in_use_is_left_alone(self, mixchat, half):
-        with only_one(half):
+        with exclusive_lock(half):
             done = mixchat("gc", "--unfinished")
         assert lines_of(done) == ["freed 0 bytes"]
         assert half.exists()

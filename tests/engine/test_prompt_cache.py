@@ -299,7 +299,7 @@ def test_only_its_owner_reads_it_at_any_time(
         modes.append(stat.S_IMODE(temporary.stat().st_mode))
         os.replace(temporary, path)
 
-    monkeypatch.setattr(files, "give_name", look)
+    monkeypatch.setattr(files, "rename_durably", look)
     path = tmp_path / "f"
     path.touch(0o644)
     before = os.umask(0)

@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_is_an_error_once(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("missing/a.trace", "there is no directory"), (".", "this is something else")],
+    [("missing/a.trace", "there is no directory"), (".", "exists, and was not written by")],
 )
 def test_a_place_that_cannot_be_written_to_is_wrong_use(
     tmp_path: Path, name: str, said: str
@@ -122,7 +122,7 @@ def test_only_a_trace_is_replaced(path: Path) -> None:
         writer(path).close()
     assert read_trace(path).forwards == []
     path.write_text("my notes")
-    with pytest.raises(UsageError, match="this is something else, which is left as it is"):
+    with pytest.raises(UsageError, match="exists, and was not written by"):
         writer(path)
     assert path.read_text() == "my notes"
 

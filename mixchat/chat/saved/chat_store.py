@@ -29,8 +29,8 @@ from mixchat.errors import (
     ResourceError,
     UsageError,
 )
-from mixchat.files import not_written, sync_directory, write_private_file
-from mixchat.lock import Busy, only_one
+from mixchat.files import sync_directory, write_error, write_private_file
+from mixchat.lock import Busy, exclusive_lock
 from mixchat.settings import data_dir
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
@@ -133,7 +133,9 @@ class ChatStore:
         """Keep other sessions from writing chats: between a look at a file and its renaming."""
         with ExitStack() as stack:
             with self._writing(self._path(id)):
-                own = only_one(self.directory / "chats", wait=lambda: None, patience=_PATIENCE)
+                own = exclusive_lock(
+                    self.directory / "chats", on_wait=lambda: None, timeout=_PATIENCE
+                )
                 try:
                     stack.enter_context(own)
                 except Busy:
@@ -150,7 +152,7 @@ class ChatStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield
         except OSError as error:
-            raise not_written(error, path, "the chat cannot be saved") from None
+            raise write_error(error, path, "the chat cannot be saved") from None
 
     def load(self, wanted: str) -> SavedChat:
         """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
@@ -215,7 +217,7 @@ class ChatStore:
             path.unlink(missing_ok=True)
             sync_directory(self.directory)
         except OSError as error:
-            raise not_written(error, path, "the chat cannot be removed") from None
+            raise write_error(error, path, "the chat cannot be removed") from None
         return id
 
     def kv_path(self, id: str) -> Path:

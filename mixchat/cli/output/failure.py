@@ -11,7 +11,7 @@ from contextlib import suppress
 from mixchat.chat.printing import one_line, say, show
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
-from mixchat.machine import room_by_ulimit
+from mixchat.machine import memory_left_by_ulimit
 
 # The words of torch, of the loader of libraries, and of C++, in small letters.
 _NO_MEMORY = (
@@ -71,7 +71,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
 def _memory_hint(error: Exception) -> str:
     if _is_of_gpu(error):
         return "Try a smaller --ctx-size or --device-memory."
-    if limits := " and ".join(room_by_ulimit()):
+    if limits := " and ".join(memory_left_by_ulimit()):
         return f"A limit from outside allows no more ({limits}): raise it."
     return "Close other programs, or try a smaller --ctx-size or --host-memory."
 

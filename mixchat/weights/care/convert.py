@@ -22,7 +22,7 @@ import torch
 
 from mixchat import machine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
-from mixchat.files import give_name, temporary_name
+from mixchat.files import rename_durably, temporary_path
 from mixchat.progress import Progress, Task, running
 from mixchat.quantities import format_least, format_size
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
@@ -170,17 +170,17 @@ class _Conversion:
 
     def _begin(self) -> None:
         """Make the directory appear together with its journal."""
-        fresh = temporary_name(self._work)
+        fresh = temporary_path(self._work)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         Journal(fresh, self._head)
-        give_name(fresh, self._work)
+        rename_durably(fresh, self._work)
 
     def _end(self) -> None:
         """Make it disappear at once; of what is left after a power cut, `gc` knows the name."""
-        finished = temporary_name(self._work)
+        finished = temporary_path(self._work)
         shutil.rmtree(finished, ignore_errors=True)
-        give_name(self._work, finished)
+        rename_durably(self._work, finished)
         shutil.rmtree(finished)
 
     def _convert(self, journal: Journal) -> None:
@@ -198,7 +198,7 @@ class _Conversion:
                     self._move(name)
 
     def _move(self, name: str) -> None:
-        give_name(self._work / name, self._directory / name)
+        rename_durably(self._work / name, self._directory / name)
 
     def _rewrite(self, name: str, task: Task) -> dict[str, str]:
         """Write a file anew, in the new layout; the SHA-256 in hex of each of its tensors."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mixchat import machine
 from mixchat.errors import ModelNotFoundError, UsageError
-from mixchat.lock import Busy, only_one
+from mixchat.lock import Busy, exclusive_lock
 from mixchat.weights import models
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_installed
@@ -53,7 +53,7 @@ def remove(target: Path) -> None:
 def not_in_use(target: Path) -> Iterator[None]:
     """Hold a model's lock. Raises `UsageError` where another process has it."""
     try:
-        with only_one(target):
+        with exclusive_lock(target):
             yield
     except Busy:
         raise UsageError(
@@ -68,7 +68,7 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     Models that somebody is making now are left alone.
     """
     for target in _targets():
-        with suppress(Busy), only_one(target):
+        with suppress(Busy), exclusive_lock(target):
             for leftover in _left_in(target):
                 yield _cleared(leftover, unfinished)
     for path, resumable in _left_in_cache():

@@ -12,7 +12,7 @@ from typing import Any
 from mixchat import machine
 from mixchat.errors import ResourceError, UsageError
 from mixchat.files import DISK_FULL, NOT_WRITABLE
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 from mixchat.progress import Progress
 from mixchat.settings import data_dir
 from mixchat.weights import models
@@ -77,7 +77,7 @@ def download(
     def wait() -> None:
         progress.note(f"another mixchat is making {request.ref.key}; waiting for it")
 
-    with local_errors(), only_one(target, wait=wait):
+    with local_errors(), exclusive_lock(target, on_wait=wait):
         finish_cut_short(target)
         if not _finished_already(request):
             _make(request, target, progress, announce)

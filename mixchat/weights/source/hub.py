@@ -13,7 +13,7 @@ from typing import Any
 
 from mixchat.background import in_background
 from mixchat.errors import CheckpointError, HubError
-from mixchat.files import LONGEST, read_bytes
+from mixchat.files import MAX_SIZE, read_bytes
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import Header, header_length
 from mixchat.weights.source.checkpoint_files import (
@@ -263,5 +263,5 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
 
 
 def _check_small(repo_id: str, file: RemoteFile) -> None:
-    if file.size > LONGEST:
+    if file.size > MAX_SIZE:
         raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any
 
 from mixchat.errors import HubError
-from mixchat.files import give_name, open_regular
+from mixchat.files import open_regular, rename_durably
 from mixchat.progress import Task
 from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, wait_asked_for
@@ -47,7 +47,7 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     attempts = 2 if part.exists() else 1
     for _ in range(attempts):
         if _Download(url, part, size, task, stop).run(sha256):
-            give_name(part, path)
+            rename_durably(part, path)
             return
     raise wrong_bytes(path.name)
 

@@ -477,7 +477,7 @@ def test_export_writes_the_chat_once(session_of, store, tmp_path, name):
     chat = typed(session, "Hi", f"/export {name}", f"/export {name}", store=store)
     (path,) = tmp_path.glob("*.json" if name.endswith("json") else "*.md")
     assert f"(written to {path.name})" in chat.text
-    assert error_of(chat) == f"/export {path.name}: the file is there already"
+    assert error_of(chat) == f"/export {path.name}: the file exists already"
     if name.endswith("json"):
         assert [m["content"] for m in json.loads(path.read_text())["messages"]] == ["Hi", "Hello"]
     else:

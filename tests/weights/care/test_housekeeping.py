@@ -9,7 +9,7 @@ import pytest
 from weight_tools import files_of
 
 from mixchat.errors import ModelNotFoundError, UsageError
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 from mixchat.machine import disk_usage
 from mixchat.weights import models
 from mixchat.weights.care.housekeeping import Leftover, remove, sweep
@@ -94,7 +94,7 @@ class TestRemoving:
 
     def test_one_that_is_being_made_stays(self, finished: Path) -> None:
         before = files_of(finished)
-        with only_one(finished), pytest.raises(UsageError, match="another mixchat") as caught:
+        with exclusive_lock(finished), pytest.raises(UsageError, match="another mixchat") as caught:
             remove(finished)
         assert caught.value.hint
         assert files_of(finished) == before
@@ -165,7 +165,7 @@ class TestLeftovers:
         assert list(models.models_dir().iterdir()) == [finished]
 
     def test_a_model_in_use_is_left_alone_and_its_lock(self, unfinished: Path) -> None:
-        with only_one(unfinished):
+        with exclusive_lock(unfinished):
             assert found() == {}
             assert (models.models_dir() / ".half.lock").exists()
 
@@ -219,6 +219,6 @@ class TestLeftovers:
 
     def test_what_another_process_has_begun_meanwhile_stays(self, unfinished: Path) -> None:
         """Found and removed were once two steps; a download that began between them was lost."""
-        with only_one(unfinished):
+        with exclusive_lock(unfinished):
             assert list(sweep(unfinished=True)) == []
         assert unfinished.exists()

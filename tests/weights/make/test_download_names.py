@@ -13,7 +13,7 @@ from fake_hub import COMMIT, REPO, FakeHub
 from weight_tools import NF4, Meter, files_of, get, left_in
 
 from mixchat.errors import CheckpointError, HubError, UsageError
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import download
@@ -182,7 +182,7 @@ class TestTwoProcesses:
             got.append(get(str(tiny_checkpoint), key="tiny", meter=meter))
 
         waiting = threading.Thread(target=second, daemon=True)
-        with only_one(target):
+        with exclusive_lock(target):
             waiting.start()
             assert said.wait(60)
             request = DownloadRequest(resolve(str(tiny_checkpoint), key="tiny"), NF4)
@@ -195,7 +195,7 @@ class TestTwoProcesses:
     def test_the_second_goes_on_with_what_the_first_left(
         self, tiny_checkpoint: Path, home: Path
     ) -> None:
-        with only_one(home / "models" / "tiny"):
+        with exclusive_lock(home / "models" / "tiny"):
             waiting = threading.Thread(
                 target=get, args=(str(tiny_checkpoint),), kwargs={"key": "tiny"}, daemon=True
             )
