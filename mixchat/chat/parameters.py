@@ -105,8 +105,8 @@ def checked_overflow(text: str, name: str = "overflow") -> Any:
     return text
 
 
-def kept(session: ChatSession) -> dict[str, Any]:
-    """The numbers that are kept with a chat, by their names in Python."""
+def saved_sampling(session: ChatSession) -> dict[str, Any]:
+    """Return the numbers that are saved with a chat, by their names in Python."""
     return dataclasses.asdict(session.sampling)
 
 

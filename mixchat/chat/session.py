@@ -246,7 +246,7 @@ class ChatSession:
         if len(alone) < self.context.tokens:
             error.hint = (
                 "The oldest turns can be left out: --overflow drop-oldest, or in a chat /set "
-                f"overflow drop-oldest; /clear begins anew. {error.hint}"
+                f"overflow drop-oldest; /clear starts a new chat. {error.hint}"
             )
         return error
 

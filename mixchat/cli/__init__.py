@@ -4,7 +4,7 @@
 - run.py: mixchat run: a chat, or one answer
 - start_chat.py: starts or resumes a chat
 - opening.py: from a name and flags to a session that can be asked
-- prompt_cache.py: the file of --prompt-cache: looked at before, written at the end
+- cache_file.py: the KV cache in a file, that of --prompt-cache or that beside a chat
 - download.py: mixchat download
 - models.py: mixchat list, mixchat show
 - upkeep.py: mixchat verify, repair, convert, rm, gc

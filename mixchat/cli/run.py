@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
+from mixchat.cli.cache_file import ChatFile, NamedFile, SavedCache
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import Opening
 from mixchat.cli.output.print_answer import Form, print_answer
-from mixchat.cli.prompt_cache import checked_place, keeping
-from mixchat.cli.start_chat import ChatCache, begin_chat, find_chat, new_saver, saved_turn
+from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
 from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import trace_file
@@ -23,7 +23,7 @@ from mixchat.experts.trace import trace_file
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
 
-# What a kept chat brings with it, unless a flag says otherwise.
+# What a saved chat brings with it, unless a flag is given.
 _RESUMED = ("system", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
 
@@ -72,7 +72,7 @@ def run(
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
     form = Form(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
-    cache_file = checked_place(prompt_cache)
+    named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
         trace_file(trace).check()
     resumed = find_chat(resume)
@@ -100,20 +100,18 @@ def run(
     question = read_prompt(" ".join(prompt) if prompt else None, files, room, quiet)
     form.check(question is None)
     session = opening.open()
-    saver = new_saver(session, model, kept=save)
+    saves = save and (question is None or resumed is not None or is_given(context, "save"))
+    saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
         saver.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session) if verbose else _nothing
-    cache = ChatCache(saver, keep_cache, strict=question is not None)
-    kept = question is None or resumed is not None or (save and is_given(context, "save"))
-    of_chat = cache_file is None and kept
+    chat_file = ChatFile(saver, keep_cache, strict=keep_cache and question is not None)
     try:
-        with cache if of_chat else keeping(cache_file, session.engine):
+        with SavedCache(session.engine, named_file or chat_file) as cache:
             if question is None:
-                own = cache if of_chat else None
-                begin_chat(saver, own, model, files, raw=raw, vi=vi, after_turn=after_turn)
+                start_chat(saver, cache, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
-                with saved_turn(saver, kept):
+                with saved_turn(saver):
                     after_turn(print_answer(session, question, form, model))
     finally:
         _keep_report(session, model)

@@ -101,7 +101,7 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
 
             os.close(opened)
             session = make_session("An answer")
-            saver = new_saver(session, "demo", kept=True)
+            saver = new_saver(session, "demo", autosave=True)
             chat = find_chat(id)
             assert chat
             saver.resume(chat)

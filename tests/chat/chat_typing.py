@@ -9,11 +9,21 @@ from prompt_toolkit.output import DummyOutput
 
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.terminal.active_chat import ActiveChat
+from mixchat.chat.terminal.commands import completions
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.repl import Repl
 from mixchat.chat.terminal.screen import Screen
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
+
+
+class NoCache:
+    """No KV cache is saved."""
+
+    def leave_chat(self): ...
+
+    def enter_chat(self): ...
 
 
 class Chat:
@@ -24,20 +34,21 @@ class Chat:
         with create_pipe_input() as source, create_app_session(source, DummyOutput()):
             source.send_text(keys)
             out = io.StringIO()
-            kept = store is not None
             self.saver = ChatSaver(
-                session, store or ChatStore(Path("/nowhere")), "demo", kept=kept, warn=self.warn
-            )
-            self.repl = Repl(
                 session,
-                Screen(out),
+                store or ChatStore(Path("/nowhere")),
+                "demo",
+                autosave=store is not None,
+                warn=self.warn,
+            )
+            self.active = ActiveChat(
                 self.saver,
-                lambda commands, status: ChatPrompt(None, commands, status),
+                Screen(out),
+                NoCache(),
                 report=self.errors.append,
                 after_turn=after_turn or self.turns.append,
-                model="demo",
             )
-            self.repl.run()
+            Repl(self.active, ChatPrompt(None, completions(self.active), self.active.status)).run()
             self.text = out.getvalue()
 
     def warn(self, error):

@@ -423,7 +423,7 @@ def test_old_turns_are_offered_to_be_left_out_only_where_that_helps(session_of):
     with pytest.raises(PromptError) as second:
         listen(session.ask("x" * 40))
     assert "drop-oldest" in second.value.hint
-    assert second.value.hint.endswith("/clear begins anew. --ctx-size can be up to 32768.")
+    assert second.value.hint.endswith("/clear starts a new chat. --ctx-size can be up to 32768.")
     with pytest.raises(PromptError) as alone:
         listen(session.ask("x" * 70))
     assert alone.value.hint == "--ctx-size can be up to 32768."

@@ -45,7 +45,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(environment, tmp_path):
         terminal.type("Hi" + ENTER)
         terminal.wait_for("xxx")
         terminal.type(CTRL_C)
-        terminal.wait_for("(stopped; /continue goes on)")
+        terminal.wait_for("(stopped; /continue resumes it)")
         terminal.wait_for(">>>")
         terminal.type("Well?" + ENTER)
         terminal.wait_for("Fine")

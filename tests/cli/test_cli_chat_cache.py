@@ -7,7 +7,7 @@ from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
 
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.cli.start_chat import ChatCache
+from mixchat.cli.cache_file import ChatFile, SavedCache
 from mixchat.errors import UsageError
 
 
@@ -28,6 +28,10 @@ def saver_of(tiny_model, tmp_path):
     return new
 
 
+def cache_of(saver, **options):
+    return SavedCache(saver.session.engine, ChatFile(saver, **options))
+
+
 def asked(saver, question):
     """Ask and save; how many tokens of the prompt were in the cache, and how many there were."""
     *_, finished = saver.session.ask(question)
@@ -37,13 +41,13 @@ def asked(saver, question):
 
 def test_a_resumed_chat_reads_only_what_is_new(saver_of):
     saver = saver_of()
-    with ChatCache(saver, wished=True):
+    with cache_of(saver, wanted=True):
         asked(saver, "a long first question")
     chat = saver.chat
     for _ in range(2):  # kept once, it is kept from then on
         again = saver_of()
         again.resume(chat)
-        with ChatCache(again, wished=False):
+        with cache_of(again, wanted=False):
             reused, prompt = asked(again, "next")
             assert prompt - reused < 10
         chat = again.chat
@@ -51,7 +55,7 @@ def test_a_resumed_chat_reads_only_what_is_new(saver_of):
 
 def test_without_a_wish_nothing_is_kept(saver_of):
     saver = saver_of()
-    with ChatCache(saver, wished=False):
+    with cache_of(saver, wanted=False):
         asked(saver, "question")
     assert not saver.kv_path.exists()
 
@@ -60,13 +64,13 @@ def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
     """What it led to was overwritten, with no flag given: a device's node, as root."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
-    for wished in (False, True):
+    for wanted in (False, True):
         saver = saver_of()
         saver.store.directory.mkdir(exist_ok=True)
         saver.kv_path.symlink_to(precious)
-        with ChatCache(saver, wished=wished):
+        with cache_of(saver, wanted=wanted):
             asked(saver, "question")
-        assert saver.kv_path.is_symlink() != wished  # replaced, where a cache is asked for
+        assert saver.kv_path.is_symlink() != wanted  # replaced, where a cache is asked for
         assert precious.read_text() == "precious"
 
 
@@ -74,14 +78,14 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
     saver = saver_of()
     saver.store.directory.mkdir()
     os.mkfifo(saver.kv_path)
-    with ChatCache(saver, wished=False):
+    with cache_of(saver, wanted=False):
         asked(saver, "question")
     assert capsys.readouterr().err == ""
     said = "the prompt cache cannot be written (is not a regular file)"
-    with ChatCache(saver, wished=True):
+    with cache_of(saver, wanted=True):
         asked(saver, "question")
     assert said in capsys.readouterr().err
-    with pytest.raises(UsageError) as caught, ChatCache(saver, wished=True, strict=True):
+    with pytest.raises(UsageError) as caught, cache_of(saver, wanted=True, strict=True):
         asked(saver, "question")
     assert said in str(caught.value)
     assert saver.kv_path.is_fifo()
@@ -89,8 +93,8 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
 
 def test_a_chat_that_is_not_kept_has_no_cache(saver_of):
     saver = saver_of()
-    saver.kept = False
-    with ChatCache(saver, wished=True):
+    saver.autosave = False
+    with cache_of(saver, wanted=True):
         asked(saver, "question")
     assert not saver.kv_path.exists()
 
@@ -98,19 +102,19 @@ def test_a_chat_that_is_not_kept_has_no_cache(saver_of):
 def test_each_chat_of_a_run_has_its_own(saver_of):
     saver = saver_of()
     chats = []
-    with ChatCache(saver, wished=True) as cache:
+    with cache_of(saver, wanted=True) as cache:
         for question in ("the first of two chats", "another one"):
             asked(saver, question)
-            cache.save()
+            cache.leave_chat()
             chats.append(saver.chat)
             saver.session.clear()
-            saver.begin()
+            saver.start_new()
         for chat in chats:
             saver.resume(chat)
-            cache.load()
+            cache.enter_chat()
             reused, prompt = asked(saver, "next")
             assert prompt - reused < 10
-            cache.save()
+            cache.leave_chat()
 
 
 def test_a_chat_without_a_cache_gets_none_of_another_one_s(saver_of):
@@ -118,56 +122,56 @@ def test_a_chat_without_a_cache_gets_none_of_another_one_s(saver_of):
     saver = saver_of()
     asked(saver, "another chat")
     other = saver.chat
-    saver.begin()
+    saver.start_new()
     saver.session.clear()
-    saver.kept = False
-    with ChatCache(saver, wished=True) as cache:
+    saver.autosave = False
+    with cache_of(saver, wanted=True) as cache:
         asked(saver, "a secret")
-        cache.save()
+        cache.leave_chat()
         saver.resume(other)
-        cache.load()
-        saver.kept = True
+        cache.enter_chat()
+        saver.autosave = True
         assert saver.session.engine.held()[0] == []
 
 
 def test_a_chat_that_was_taken_back_has_no_cache(saver_of):
     saver = saver_of()
-    with ChatCache(saver, wished=True) as cache:
+    with cache_of(saver, wanted=True) as cache:
         asked(saver, "question")
-        cache.save()
+        cache.leave_chat()
         saver.session.undo()
     assert not saver.kv_path.exists()
 
 
 def test_what_is_not_new_is_not_written_again(saver_of):
     saver = saver_of()
-    with ChatCache(saver, wished=True):
+    with cache_of(saver, wanted=True):
         asked(saver, "question")
     before = saver.kv_path.stat()
     again = saver_of()
     again.resume(saver.chat)
-    with ChatCache(again, wished=True):
+    with cache_of(again, wanted=True):
         pass
     assert again.kv_path.stat().st_ino == before.st_ino
 
 
 def test_a_damaged_cache_is_said_and_the_chat_goes_on(saver_of, capsys):
     saver = saver_of()
-    with ChatCache(saver, wished=True):
+    with cache_of(saver, wanted=True):
         asked(saver, "question")
     content = bytearray(saver.kv_path.read_bytes())
     content[-1] ^= 1
     saver.kv_path.write_bytes(content)
     again = saver_of()
     again.resume(saver.chat)
-    with ChatCache(again, wished=False):
+    with cache_of(again, wanted=False):
         assert asked(again, "next")[0] == 0
     assert "is damaged" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_said_and_no_more(saver_of, capsys):
     saver = saver_of()
-    with ChatCache(saver, wished=True):
+    with cache_of(saver, wanted=True):
         asked(saver, "question")
         saver.kv_path.mkdir()
     assert "cannot be written" in capsys.readouterr().err

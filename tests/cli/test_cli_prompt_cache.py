@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mixchat.cli.prompt_cache import BEGINNING
+from mixchat.cli.cache_file import BEGINNING
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 
@@ -87,12 +87,12 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
     from mixchat.cli import run
 
-    def chat(saver, cache, model, files, *, raw, vi, after_turn):
+    def chat(saver, cache, files, *, raw, vi, after_turn):
         for question in ("Why?", "Where?"):
             *_, finished = saver.session.ask(question)
             after_turn(finished)
 
-    monkeypatch.setattr(run, "begin_chat", chat)
+    monkeypatch.setattr(run, "start_chat", chat)
     monkeypatch.setattr(run, "read_prompt", lambda *given: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")
@@ -133,7 +133,7 @@ def test_a_file_of_other_bits_is_noted_once_and_written_anew(ask, tmp_path):
     assert (done.stdout, done.returncode) == (expected.stdout, 0)
     line = done.stderr.decode()
     assert line.startswith(f"note: {file} is not of a KV cache of this kind")
-    assert line.endswith("; it is written anew\n")
+    assert line.endswith("; it will be written again\n")
     assert line.count("\n") == 1
     again = ask("Why?", "--prompt-cache", file, "--kv-bits", "8", "--verbose")
     assert reused(again) == 29
@@ -147,7 +147,7 @@ def test_a_file_cut_short_is_noted_and_written_anew(ask, tmp_path, size):
     file.write_bytes(whole[:size])
     done = ask("Why?", "--prompt-cache", str(file))
     assert (done.stdout, done.returncode) == (expected.stdout, 0)
-    assert done.stderr.decode().endswith("; it is written anew\n")
+    assert done.stderr.decode().endswith("; it will be written again\n")
     assert done.stderr.count(b"\n") == 1
     assert file.read_bytes() == whole
 

@@ -20,7 +20,7 @@ from mixchat.chat.terminal.completion import FILES, CommandCompletion, Completes
 from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from mixchat.chat.terminal.repl import Repl
+    from mixchat.chat.terminal.active_chat import ActiveChat
 
 _WIDE = 80  # columns, where there is no terminal
 _SHOWN = 20  # chats that /chats lists
@@ -33,14 +33,14 @@ class Command:
     `detail` is what `/help NAME` says, where `help` has no room for it: half a row.
     """
 
-    run: Callable[[Repl, str], None]
+    run: Callable[[ActiveChat, str], None]
     help: str
     argument: str = ""
     detail: str = ""
-    completes: Callable[[Repl], Completes] | None = None
+    completes: Callable[[ActiveChat], Completes] | None = None
 
 
-def find(name: str) -> Command:
+def find_command(name: str) -> Command:
     """The command of this name or alias. Raises `UsageError`."""
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
@@ -48,15 +48,15 @@ def find(name: str) -> Command:
     return command
 
 
-def run(chat: Repl, name: str, argument: str) -> None:
+def obey(chat: ActiveChat, name: str, argument: str) -> None:
     """Carry a command out. Raises `MixchatError` where that cannot be done."""
-    command = find(name)
+    command = find_command(name)
     if argument and not command.argument:
         raise UsageError(f"/{name} takes nothing behind it, and not {argument!r}")
     command.run(chat, argument)
 
 
-def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
+def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
     """How the prompt completes each command."""
     return {
         name: CommandCompletion(
@@ -67,10 +67,10 @@ def completions(chat: Repl) -> Mapping[str, CommandCompletion]:
     }
 
 
-def _help(chat: Repl, argument: str) -> None:
+def _help(chat: ActiveChat, argument: str) -> None:
     if argument:
         name = argument.lstrip("/")
-        command = find(name)
+        command = find_command(name)
         usage = _usage(ALIASES.get(name, name), command)
         chat.screen.say(f"{usage}  {command.detail or command.help}")
         return
@@ -86,16 +86,16 @@ def _usage(name: str, command: Command) -> str:
     return f"/{name} {command.argument}".rstrip()
 
 
-def _bye(chat: Repl, argument: str) -> None:
+def _bye(chat: ActiveChat, argument: str) -> None:
     chat.leave()
 
 
-def _clear(chat: Repl, argument: str) -> None:
-    chat.begin()
-    chat.screen.say("(a new conversation)")
+def _clear(chat: ActiveChat, argument: str) -> None:
+    chat.start_new()
+    chat.screen.say("(a new chat)")
 
 
-def _set(chat: Repl, argument: str) -> None:
+def _set(chat: ActiveChat, argument: str) -> None:
     # "parameter" is said before the name elsewhere.
     name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
     if not name:
@@ -111,23 +111,23 @@ def _set(chat: Repl, argument: str) -> None:
     chat.screen.say("(from the next answer on)")
 
 
-def _show(chat: Repl, argument: str) -> None:
-    session, kept = chat.session, chat.saver
+def _show(chat: ActiveChat, argument: str) -> None:
+    session, saver = chat.session, chat.saver
     about = {
-        "model": chat.model,
-        "chat": f"{kept.chat.name or kept.chat.id}{'' if kept.kept else ' (not kept)'}",
+        "model": chat.saver.model,
+        "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
         "turns": str(sum(message.role == "user" for message in session.history)),
         "system": "none" if session.system is None else session.system,
     }
     _say_table(chat, {**about, **parameters.values(session)})
 
 
-def _say_table(chat: Repl, rows: Mapping[str, str]) -> None:
+def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
     width = max(map(len, rows))
     chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
 
 
-def _system(chat: Repl, argument: str) -> None:
+def _system(chat: ActiveChat, argument: str) -> None:
     if not argument:
         system = chat.session.system
         chat.screen.say("(no system prompt)" if system is None else system)
@@ -137,7 +137,7 @@ def _system(chat: Repl, argument: str) -> None:
     chat.screen.say("(from the next answer on)")
 
 
-def _save(chat: Repl, argument: str) -> None:
+def _save(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to keep yet")
     chat.saver.rename(parameters.unquoted(argument) or None)
@@ -146,13 +146,13 @@ def _save(chat: Repl, argument: str) -> None:
     chat.screen.say(f"(kept; mixchat run --resume {name} resumes it)")
 
 
-def _load(chat: Repl, argument: str) -> None:
+def _load(chat: ActiveChat, argument: str) -> None:
     if not argument:
         raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
     chat.resume(chat.saver.store.load(parameters.unquoted(argument)))
 
 
-def _chats(chat: Repl, argument: str) -> None:
+def _chats(chat: ActiveChat, argument: str) -> None:
     kept = chat.saver.store.all()
     if not kept:
         chat.screen.say("(no chats are kept yet)")
@@ -162,17 +162,17 @@ def _chats(chat: Repl, argument: str) -> None:
         chat.screen.say(f"({len(kept) - _SHOWN} more: mixchat chats)")
 
 
-def _regen(chat: Repl, argument: str) -> None:
+def _regen(chat: ActiveChat, argument: str) -> None:
     chat.answer(chat.session.ask_again())
 
 
-def _continue(chat: Repl, argument: str) -> None:
+def _continue(chat: ActiveChat, argument: str) -> None:
     answers = [message for message in chat.session.history if message.role == "assistant"]
     said = answers[-1].content if answers else ""
     chat.answer(chat.session.go_on(), said)
 
 
-def _undo(chat: Repl, argument: str) -> None:
+def _undo(chat: ActiveChat, argument: str) -> None:
     turns = _count(argument)
     taken = chat.session.undo(turns)
     if not taken:
@@ -193,14 +193,14 @@ def _count(argument: str) -> int:
     return count
 
 
-def _edit(chat: Repl, argument: str) -> None:
+def _edit(chat: ActiveChat, argument: str) -> None:
     questions = [message for message in chat.session.history if message.role == "user"]
     if not questions:
         raise PromptError("nothing has been asked yet")
     chat.edit(questions[-1].content)
 
 
-def _copy(chat: Repl, argument: str) -> None:
+def _copy(chat: ActiveChat, argument: str) -> None:
     if argument not in ("", "code"):
         raise UsageError("/copy copies the last answer, /copy code its last block of code")
     answers = [m.content for m in chat.session.history if m.role == "assistant"]
@@ -216,7 +216,7 @@ def _copy(chat: Repl, argument: str) -> None:
     chat.screen.say(f"({how}: {len(text):,} characters)")
 
 
-def _read(chat: Repl, argument: str) -> None:
+def _read(chat: ActiveChat, argument: str) -> None:
     if argument == "none":
         chat.attached.clear()
         chat.screen.say("(nothing goes before the next question)")
@@ -228,7 +228,7 @@ def _read(chat: Repl, argument: str) -> None:
     chat.attach(path, read_text(path, chat.session.context))
 
 
-def _tokens(chat: Repl, argument: str) -> None:
+def _tokens(chat: ActiveChat, argument: str) -> None:
     session, size = chat.session, chat.session.engine.context_size
     used, stats = session.used, session.engine.stats
     _say_table(
@@ -241,20 +241,20 @@ def _tokens(chat: Repl, argument: str) -> None:
     )
 
 
-def _experts(chat: Repl, argument: str) -> None:
+def _experts(chat: ActiveChat, argument: str) -> None:
     from mixchat.chat.draw.heatmap import drawn
 
-    report = chat.session.engine.expert_report(chat.model)
+    report = chat.session.engine.expert_report(chat.saver.model)
     chat.screen.draw(drawn(report, chat.screen.out))
 
 
-def _raw(chat: Repl, argument: str) -> None:
+def _raw(chat: ActiveChat, argument: str) -> None:
     chat.screen.raw = not chat.screen.raw
     how = "as they are written" if chat.screen.raw else "as Markdown"
     chat.screen.say(f"(answers are shown {how})")
 
 
-def _export(chat: Repl, argument: str) -> None:
+def _export(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to export yet")
     kept = chat.saver.current()
@@ -263,11 +263,11 @@ def _export(chat: Repl, argument: str) -> None:
     chat.screen.say(f"(written to {one_line(str(path))})")
 
 
-def _names(chat: Repl) -> Completes:
+def _names(chat: ActiveChat) -> Completes:
     return lambda text: [*COMMANDS, *ALIASES]
 
 
-def _parameter_names(chat: Repl) -> Completes:
+def _parameter_names(chat: ActiveChat) -> Completes:
     def complete(text: str) -> Iterable[str]:
         if text.startswith("overflow "):
             return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
@@ -276,7 +276,7 @@ def _parameter_names(chat: Repl) -> Completes:
     return complete
 
 
-def _kept_chats(chat: Repl) -> Completes:
+def _kept_chats(chat: ActiveChat) -> Completes:
     known: dict[int, list[str]] = {}  # by the time at which the directory was changed
 
     def complete(text: str) -> Iterable[str]:
@@ -291,11 +291,11 @@ def _kept_chats(chat: Repl) -> Completes:
     return complete
 
 
-def _files(chat: Repl) -> Completes:
+def _files(chat: ActiveChat) -> Completes:
     return FILES
 
 
-def _code(chat: Repl) -> Completes:
+def _code(chat: ActiveChat) -> Completes:
     return lambda text: ["code"]
 
 

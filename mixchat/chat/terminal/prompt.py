@@ -30,7 +30,7 @@ from mixchat.chat.printing import say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.terminal.editor import edited
 from mixchat.chat.terminal.input_history import InputHistory
-from mixchat.chat.terminal.status import cut
+from mixchat.chat.terminal.status_line import cut
 from mixchat.chat.terminal.typeahead import reading_keys
 from mixchat.errors import MixchatError
 from mixchat.sanitize import VISIBLE, sanitize

@@ -103,7 +103,7 @@ class Screen:
                 self._show_question(message.content)
                 continue
             self._show_whole(message.content)
-            self.say("(unfinished; /continue goes on)\n" if message.partial else "")
+            self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
     def _show_question(self, text: str) -> None:
         """As it was typed; of one with files in it the beginning and the end."""

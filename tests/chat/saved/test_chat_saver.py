@@ -117,7 +117,7 @@ def test_begin_leaves_the_old_chat_as_it_is(session_of, store):
         talk(session, question)
         saver.save()
         session.clear()
-        saver.begin()
+        saver.start_new()
     assert sorted(kept.question for kept in store.all()) == ["one", "two"]
 
 
@@ -279,7 +279,7 @@ def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
     talk(session, "one")
     ChatSaver(session, store, "demo").save()
     other = session_of("c", "d")
-    saver = ChatSaver(other, store, "demo", kept=False)
+    saver = ChatSaver(other, store, "demo", autosave=False)
     talk(other, "mine")
     saver.rename("mine")
     saver.resume(store.load(next(k.id for k in store.all() if k.name is None)))
@@ -291,11 +291,11 @@ def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
 def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):
     """It was kept for ever after one /save in a run with --no-save."""
     session = session_of("a", "b")
-    saver = ChatSaver(session, store, "demo", kept=False)
+    saver = ChatSaver(session, store, "demo", autosave=False)
     talk(session, "one")
     saver.rename("mine")
     session.clear()
-    saver.begin()
+    saver.start_new()
     talk(session, "a secret")
     saver.save()
     assert [kept.question for kept in store.all()] == ["one"]
@@ -307,7 +307,7 @@ def test_a_name_that_another_chat_has_is_refused(session_of, store):
     talk(session, "one")
     saver.rename("mine")
     session.clear()
-    saver.begin()
+    saver.start_new()
     talk(session, "two")
     with pytest.raises(UsageError, match="has the name 'mine' already"):
         saver.rename("mine")

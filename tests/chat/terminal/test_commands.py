@@ -117,7 +117,7 @@ def test_set_parameter_sets_a_parameter(session_of):
 
 def test_every_command_completes(session_of):
     chat = typed(session_of())
-    offered = completions(chat.repl)
+    offered = completions(chat.active)
     assert list(offered) == list(COMMANDS)
     assert all(one.help for one in offered.values())
 
@@ -242,7 +242,7 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
 def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
     session = session_of("Hello", "Fine")
     chat = typed(session, "Hi", store=store)
-    chat.saver.kept = False
+    chat.saver.autosave = False
     store.remove(chat.saver.chat.id)
     chat.saver.save()
     assert store.all() == []
@@ -313,7 +313,7 @@ def test_continue_goes_on_where_the_answer_ended(session_of):
     assert prompts_of(session)[1] == "[user]HiHel"
     assert session.history[-1].content == "Helwor"
     assert session.history[-1].ids == tuple(map(ord, "Helwor"))
-    more = "/continue continues, /set max-tokens N allows more"
+    more = "/continue resumes it, /set max-tokens N allows more"
     assert f"Hel\n(cut off after 3 tokens; {more})\n\nwor" in chat.text
 
 

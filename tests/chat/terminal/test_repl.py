@@ -67,7 +67,7 @@ def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited
 
 
 def test_an_answer_without_a_word_says_so(session_of):
-    assert "(the model has nothing to say)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
+    assert "(the answer is empty)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
 
 
 def test_a_path_is_no_command(session_of):
@@ -95,7 +95,7 @@ def test_control_characters_do_not_reach_the_terminal_and_brackets_do(session_of
     [
         (
             {"max_tokens": 2},
-            "(cut off after 2 tokens; /continue continues, /set max-tokens N allows more)",
+            "(cut off after 2 tokens; /continue resumes it, /set max-tokens N allows more)",
         ),
         ({"context_size": 10, "max_tokens": 0}, "the context is full"),
     ],
@@ -127,7 +127,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
     session = session_of("Hello world", "Fine")
     with ctrl_c_after(session, 3):
         chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
-    assert "(stopped; /continue goes on)\n\nFine" in chat.text
+    assert "(stopped; /continue resumes it)\n\nFine" in chat.text
     said = chat.text.split("\n")[0]
     assert said == "Hell"  # the token that was under way when it was pressed
     assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
@@ -158,7 +158,7 @@ def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
 
     session.engine.generate = slow
     chat = Chat(session, "Hi\r" + CTRL_D)
-    assert chat.text.startswith("H\n(stopped; /continue goes on)")
+    assert chat.text.startswith("H\n(stopped; /continue resumes it)")
     assert session.history[-1].content == "H"
     assert 0.2 < waited[0] < 60
 

@@ -159,4 +159,4 @@ def test_earlier_turns_are_shown_with_what_was_asked():
     out = io.StringIO()
     question, answer = Message("user", "Why\nnot?"), Message("assistant", "**So**", partial=True)
     Screen(out).show_turns([question, answer])
-    assert out.getvalue() == ">>> Why\n... not?\n**So**\n(unfinished; /continue goes on)\n\n"
+    assert out.getvalue() == ">>> Why\n... not?\n**So**\n(unfinished; /continue resumes it)\n\n"

@@ -3,7 +3,7 @@
 import pytest
 from prompt_toolkit.utils import get_cwidth
 
-from mixchat.chat.terminal.status import cut, status_line
+from mixchat.chat.terminal.status_line import cut, status_line
 
 FACTS = {"speed": 31.24, "hit_rate": 0.943, "memory": 24 * 10**9}
 

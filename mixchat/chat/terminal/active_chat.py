@@ -1,0 +1,189 @@
+"""The chat that is open in the terminal: what the loop and the commands act on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mixchat import interrupts
+from mixchat.chat.answer import cut_off
+from mixchat.chat.printing import one_line
+from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures, status_line
+from mixchat.chat.terminal.typeahead import unseen_keys
+from mixchat.errors import MixchatError
+
+if TYPE_CHECKING:
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import Event, Finished
+    from mixchat.chat.terminal.screen import Screen
+
+_ENDINGS = {
+    "interrupted": "(stopped)",
+    "context": "(cut off: the context is full; /clear starts a new chat)",
+}
+
+
+class ChatCache(Protocol):
+    """Saves the engine's KV cache with each chat, where it has a file for each."""
+
+    def leave_chat(self) -> None: ...
+
+    def enter_chat(self) -> None: ...
+
+
+class ActiveChat:
+    """A chat on a screen: its session, the saver that writes it, its KV cache.
+
+    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `attached` has
+    the texts that go before the next question, by the names of their files.
+    """
+
+    def __init__(
+        self,
+        saver: ChatSaver,
+        screen: Screen,
+        cache: ChatCache,
+        *,
+        report: Callable[[Exception], object],
+        after_turn: Callable[[Finished], None],
+    ) -> None:
+        self.session, self.saver, self.screen = saver.session, saver, screen
+        self.report, self._after_turn = report, after_turn
+        self.attached: dict[str, str] = {}
+        self.left = False
+        self._cache = cache
+        self._draft = ""
+        self._warned = False
+        self._figures = Figures(self.session)
+
+    def leave(self) -> None:
+        """Let this turn be the last one."""
+        self.left = True
+
+    def resume(self, chat: SavedChat) -> None:
+        """Continue a saved chat."""
+        self._cache.leave_chat()
+        with interrupts.held():  # else one chat's turns could be saved as another's
+            self.saver.resume(chat)
+            self.attached.clear()
+        self._cache.enter_chat()
+        self.show_last_turn()
+
+    def start_new(self) -> None:
+        """Start a new chat; the old one stays as it was saved."""
+        self._cache.leave_chat()
+        with interrupts.held():
+            self.session.clear()
+            self.saver.start_new()
+            self.attached.clear()
+
+    def show_last_turn(self) -> None:
+        """Show the last turn of a chat that was resumed, and how many came before it."""
+        self.count_figures()
+        history = self.session.history
+        turns = sum(message.role == "user" for message in history)
+        if turns > 1:
+            self.screen.say(f"({turns - 1} earlier {'turn' if turns == 2 else 'turns'})")
+        self.screen.show_turns(history[-2:])
+
+    def attach(self, path: Path, text: str) -> None:
+        """Put the text of a file before the next question."""
+        self.attached[str(path)] = text
+        count = f"{len(text):,} characters"
+        self.screen.say(f"({one_line(path.name)}, {count}: goes before the next question)")
+
+    def edit(self, question: str) -> None:
+        """Offer the last question at the prompt; what is sent there replaces it."""
+        self._draft = question
+
+    def take_draft(self) -> str:
+        """Return the question that `edit` offers, once."""
+        draft, self._draft = self._draft, ""
+        return draft
+
+    def ask(self, text: str, *, instead: bool) -> None:
+        """Ask, with the texts of files before it; `instead` replaces the last question."""
+        question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
+        before = self.session.history
+        try:
+            events = (self.session.ask_instead if instead else self.session.ask)(question)
+        except MixchatError as error:
+            self.report(error)
+            return
+        try:
+            self.answer(events)
+        finally:  # Ctrl-C may come when the answer is there
+            if self.session.history is not before:
+                self.attached.clear()
+        if self.attached:  # there was no answer: nothing is lost, and nothing hidden
+            names = one_line(", ".join(self.attached))
+            self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
+
+    def answer(self, events: Iterator[Event], said: str = "") -> None:
+        """Show an answer, or the rest of one that has `said` something; then save the chat."""
+        before = self.session.history
+        try:
+            with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
+                finished = self._shown(events, said)
+        except KeyboardInterrupt:
+            self.screen.say("(stopped)\n")
+        except Exception as error:
+            self.report(error)
+        else:
+            self._ended(finished, said=self.session.history is not before)
+        finally:  # also where the terminal has been closed
+            if self.session.history is not before:
+                with interrupts.held(), interrupts.saving():
+                    self.saver.save()
+
+    def count_figures(self) -> None:
+        """Count what the status line shows again, after a command may have changed it."""
+        self._figures.count()
+
+    def status(self) -> str:
+        """Return the status line, as wide as the terminal is now."""
+        figures, width = self._figures, shutil.get_terminal_size().columns
+        return status_line(
+            self.saver.model,
+            figures.used,
+            self.session.engine.context_size,
+            speed=figures.speed,
+            hit_rate=figures.hit_rate,
+            memory=figures.memory,
+            width=width,
+        )
+
+    def _shown(self, events: Iterator[Event], said: str) -> Finished:
+        with self.screen.waiting() as self.session.engine.reading:
+            return self.screen.show(events, said)
+
+    def _ended(self, finished: Finished, said: bool) -> None:
+        note = _ENDINGS.get(finished.reason)
+        if finished.reason == "interrupted" and said:
+            note = "(stopped; /continue resumes it)"
+        elif finished.reason == "length":
+            more = "/continue resumes it, /set max-tokens N"
+            note = f"({cut_off(finished.stats.generated_tokens, more)})"
+        elif finished.reason == "context" and self.session.overflow == "drop-oldest":
+            note = "(cut off: the context is full; /continue leaves the oldest turns out)"
+        elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:
+            note = "(the answer is empty)"
+        self.screen.say(f"{note}\n" if note else "")
+        self._figures.turn(finished)
+        self._warn_of_context()
+        self._after_turn(finished)
+
+    def _warn_of_context(self) -> None:
+        used, size = self._figures.used, self.session.engine.context_size
+        full = used >= NEARLY_FULL * size
+        if full and not self._warned:
+            policy = (
+                "the oldest turns will be left out"
+                if self.session.overflow == "drop-oldest"
+                else "/clear starts a new chat, /set overflow drop-oldest leaves old turns out"
+            )
+            self.screen.say(f"({used:,} of {size:,} tokens of the context are used: {policy})\n")
+        self._warned = full
