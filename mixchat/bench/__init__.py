@@ -1,8 +1,7 @@
-"""Speed, measured beside the machine's limits and beside llama.cpp.
+"""Speed, measured beside the machine's limits.
 
-- rounds.py: round by round: limits, mixchat, llama.cpp
-- machine_limits.py: what the machine could do at most
-- work.py: what a token costs
-- synthetic.py: random layers of Mixtral's shapes
-- peer.py, peer_child.py: llama.cpp beside it
+- rounds.py: measures limits and mixchat, round by round
+- machine_limits.py: the most that the machine can do
+- work.py: the work of a token: bytes and operations
+- synthetic.py: a model of Mixtral's layer shapes with random weights
 """

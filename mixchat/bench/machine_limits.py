@@ -1,4 +1,4 @@
-"""What this machine could do at most: the measures that a model's speed is put beside."""
+"""Measures the most that this machine can do: limits to put a model's speed beside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from mixchat.experts.memory import CPU
 from mixchat.planning.disk_speed import measure_disk
 
 _READ = 250_000_000  # floats that are summed: more than any cache of a CPU holds
@@ -19,15 +18,18 @@ _TRIES = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes a second that memory can be read at, and floating-point operations a second of a
-    matrix product in bf16, or fp32 where that is faster; all on the device that computes."""
+    """The limits of the device that computes.
+
+    memory: bytes a second in reading; gemm: floating-point operations a second of a matrix product,
+    in bf16, or fp32 where that is faster.
+    """
 
     memory: float
     gemm: float
 
 
 class LimitsMeter:
-    """Measures them again and again, for a machine does not stay as it is."""
+    """Measures the limits again and again, because they change with what else the machine does."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,7 +45,7 @@ class LimitsMeter:
         self._kind = min((0, 1), key=self._product_seconds)
 
     def measure(self) -> Limits:
-        """The best of a few tries of each."""
+        """Return the best of a few tries of each."""
         memory = min(self._seconds(lambda: self._data.sum()) for _ in range(_TRIES))
         product = min(self._product_seconds(self._kind) for _ in range(2))
         return Limits(self._data.nbytes / memory, 2 * _volume() / product)
@@ -66,14 +68,14 @@ def _volume() -> int:
 
 
 def disk_bandwidth(directory: Path, block: int) -> float | None:
-    """Bytes a second in reads of `block`, nothing in the page cache; None where there is no way."""
+    """Return bytes a second in reads of `block`, none of it cached; None if not measurable."""
     found = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
     return None if found is None else found[1]
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float | None:
-    """Bytes a second from page-locked RAM to a GPU; None where there is none."""
-    if device == CPU or device.type != "cuda":
+    """Return bytes a second from page-locked RAM to a GPU; None for another device."""
+    if device.type != "cuda":
         return None
     source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=device)

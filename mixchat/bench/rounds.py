@@ -1,7 +1,7 @@
-"""Measures a model in rounds: limits, mixchat and llama.cpp one after the other, again and again.
+"""Measures a model in rounds: the machine's limits, then mixchat, again and again.
 
-So that whatever else the machine does meets all of them alike. A ratio is that of one round; what
-is shown is the median of all rounds.
+Whatever else the machine does then slows both alike. A ratio is that of one round; what is shown is
+the median of all rounds.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from operator import methodcaller
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from mixchat.bench.machine_limits import Limits, LimitsMeter, copy_bandwidth, disk_bandwidth
-from mixchat.bench.peer import Peer
 from mixchat.bench.work import bytes_per_token, operations_per_token
 from mixchat.engine.generate import Engine
 from mixchat.engine.sampling import SamplingOptions
@@ -29,45 +27,61 @@ from mixchat.weights.format.installed_model import InstalledModel
 COLD_PROMPT = 12  # tokens
 _GREEDY = SamplingOptions(temperature=0)
 _WARM = 2  # tokens whose time is not taken
+_SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
 
 
 @dataclass(frozen=True)
-class Tasks:
-    """What is measured. `contexts` and `prompts` are counts of tokens."""
+class BenchOptions:
+    """The tasks to measure. `contexts` and `prompts` are counts of tokens.
+
+    tokens: decoded each time; rounds: how many times each task is measured.
+    """
 
     contexts: Sequence[int] = (0,)
     prompts: Sequence[int] = (512,)
     tokens: int = 48
     rounds: int = 5
 
+    @property
+    def context_size(self) -> int:
+        """Return the tokens of a context in which every task fits."""
+        return max([n + self.tokens for n in self.contexts] + list(self.prompts)) + _SPARE
+
 
 @dataclass
-class Row:
-    """One task: tokens a second, and the most that this round's limits allow, of each round."""
+class Task:
+    """Decoding behind `length` tokens, or a prompt of `length` tokens, as measured so far.
 
-    name: str
-    limited_by: str  # "memory" or "compute"
-    ours: list[float] = field(default_factory=list)
-    most: list[float] = field(default_factory=list)
-    peer: list[float] = field(default_factory=list)
+    Of each round: tokens a second, and the most tokens a second that the round's limits allow.
+    """
+
+    kind: Literal["decode", "prompt"]
+    length: int
+    rates: list[float] = field(default_factory=list)
+    limit_rates: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Return the task in words."""
+        return f"{'decode behind' if self.kind == 'decode' else 'prompt of'} {self.length:,} tokens"
+
+    @property
+    def limited_by(self) -> str:
+        """Return the limit that applies."""
+        return "memory" if self.kind == "decode" else "compute"
 
     @property
     def of_limit(self) -> float:
-        """The part of the limit that is reached."""
-        return median(ours / most for ours, most in zip(self.ours, self.most, strict=True))
-
-    @property
-    def to_peer(self) -> float | None:
-        """How many times as fast as the peer; None where that was not measured."""
-        pairs = list(zip(self.ours, self.peer, strict=False))
-        return median(ours / peer for ours, peer in pairs) if pairs else None
+        """Return the part of the limit that is reached, 0 to 1."""
+        return median(rate / most for rate, most in zip(self.rates, self.limit_rates, strict=True))
 
 
 @dataclass(frozen=True)
 class ColdStart:
     """The first token with nothing of the model in memory: seconds from the start, bytes read.
 
-    `disk` and `copy` are what the disk and the way to a GPU give, in bytes a second, if anything.
+    disk, copy: bandwidths of the disk and of copies to a GPU, in bytes a second; None where they
+    cannot be measured.
     """
 
     load_seconds: float
@@ -78,26 +92,26 @@ class ColdStart:
 
 
 class Bench:
-    """A kept model that is measured on a device."""
+    """An installed model that is measured on a device."""
 
-    def __init__(self, directory: Path, options: LoadOptions, tasks: Tasks) -> None:
-        self._directory, self._options, self._tasks = directory, options, tasks
+    def __init__(self, directory: Path, load: LoadOptions, options: BenchOptions) -> None:
+        self._directory, self._load, self._options = directory, load, options
         self._random = random.Random(0)
-        with InstalledModel(directory) as kept:
-            self.blueprint: Blueprint = kept.blueprint
+        with InstalledModel(directory) as installed:
+            self.blueprint: Blueprint = installed.blueprint
         self.engine: Engine
         self.cold_start: ColdStart
         self.limits: list[Limits] = []
-        self.rows = [
-            *(Row(f"decode behind {n:,} tokens", "memory") for n in tasks.contexts),
-            *(Row(f"prompt of {n:,} tokens", "compute") for n in tasks.prompts),
+        self.tasks = [
+            *(Task("decode", length) for length in options.contexts),
+            *(Task("prompt", length) for length in options.prompts),
         ]
 
     def start_cold(self) -> None:
-        """Load with nothing in the page cache, and make the first token. The engine stays."""
+        """Load with nothing in the page cache, and generate the first token. The engine stays."""
         _drop_from_page_cache(self._directory)
         start = time.perf_counter()
-        self.engine = load_engine(self._directory, self._options)
+        self.engine = load_engine(self._directory, self._load)
         loaded = time.perf_counter()
         self._rate(self._prompt(COLD_PROMPT), 0)
         ended = time.perf_counter()
@@ -110,41 +124,29 @@ class Bench:
             copy_bandwidth(self.engine.device, expert),
         )
 
-    def run(self, peer: Peer | None) -> Iterator[None]:
-        """Measure round by round; yields after each task."""
+    def run(self) -> Iterator[Task]:
+        """Measure round by round; yields each task right after it was measured."""
         meter = LimitsMeter(self.engine.device)
         self._rate(self._prompt(64), 1)  # brings the experts in
-        for number in range(self._tasks.rounds):
-            for row, task in zip(self.rows, self._of_a_round(), strict=True):
+        for _ in range(self._options.rounds):
+            for task in self.tasks:
                 self.limits.append(limits := meter.measure())
-                row.most.append(task.most(limits, task.cost))
-                row.ours.append(task.ours())
-                if peer is not None and (number == 0 or not task.peer_is_slow):
-                    row.peer.append(task.peer(peer))
-                yield
+                task.limit_rates.append(self._most(task, limits))
+                task.rates.append(self._measure(task))
+                yield task
 
-    def _of_a_round(self) -> Iterator[_Task]:
-        tasks, blueprint = self._tasks, self.blueprint
-        for context in tasks.contexts:
-            size = bytes_per_token(blueprint, context, self._options.kv_bits)
-            yield _Task(
-                partial(self._decode, context),
-                methodcaller("decode", context, tasks.tokens),
-                lambda limits, size: limits.memory / size,
-                size,
-                peer_is_slow=context > 0,  # which it has to compute first, for minutes
-            )
-        for prompt in tasks.prompts:
-            yield _Task(
-                partial(self._prefill, prompt),
-                methodcaller("prefill", prompt),
-                lambda limits, operations: limits.gemm / operations,
-                operations_per_token(blueprint),
-            )
+    def _most(self, task: Task, limits: Limits) -> float:
+        """Return the most tokens a second that the limits allow."""
+        if task.kind == "prompt":
+            return limits.gemm / operations_per_token(self.blueprint)
+        return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
+
+    def _measure(self, task: Task) -> float:
+        return self._decode(task.length) if task.kind == "decode" else self._prefill(task.length)
 
     def _decode(self, context: int) -> float:
         self.engine.pretend(context)
-        return self._rate([0] * context + self._prompt(1), self._tasks.tokens)
+        return self._rate([0] * context + self._prompt(1), self._options.tokens)
 
     def _prefill(self, tokens: int) -> float:
         self.engine.pretend(0)
@@ -155,7 +157,7 @@ class Bench:
         return [self._random.randrange(5, self.blueprint.config.vocab_size) for _ in range(tokens)]
 
     def _rate(self, prompt: list[int], tokens: int) -> float:
-        """Tokens a second, behind the prompt and a few that are not counted."""
+        """Return tokens a second, behind the prompt and a few that are not counted."""
         made = self.engine.generate(prompt, sampling=_GREEDY, stop_ids=set())
         warm = list(islice(made, 1 + (_WARM if tokens else 0)))
         start = time.perf_counter()
@@ -163,15 +165,6 @@ class Bench:
         assert warm
         assert count == tokens
         return count / (time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class _Task:
-    ours: Callable[[], float]
-    peer: Callable[[Peer], float]
-    most: Callable[[Limits, int], float]
-    cost: int  # of a token, in what it is limited by
-    peer_is_slow: bool = False
 
 
 def _drop_from_page_cache(directory: Path) -> None:

@@ -1,8 +1,8 @@
-"""Writes a kept model with Mixtral's real layer shapes and random weights: for speed, not sense.
+"""Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
 
     python -m mixchat.bench.synthetic DIRECTORY LAYERS        (0.83 GB a layer)
 
-It goes directly into mixchat's format, so that no checkpoint in bf16 is needed.
+It is written in mixchat's format, so that no checkpoint in bf16 is needed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from mixchat.files import write_file
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
+from mixchat.settings import models_dir
 from mixchat.weights.format.blueprint import (
     EMBEDDING,
     SHARED_FILE,
@@ -32,27 +35,23 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
+from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.make.quantize import best_layout
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+@contextmanager
+def synthetic_model(layers: int) -> Iterator[Path]:
+    """Yield the directory of such a model for a while, on the disk that holds the models."""
+    place = models_dir()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
+        directory = Path(temporary) / "synthetic"
+        write_synthetic(directory, layers)
+        yield directory
 
 
 def write_synthetic(directory: Path, layers: int) -> None:
-    """Experts, attention and head in NF4; 4 layers of 32 take 3.6 GB."""
+    """Write experts, attention and head in NF4; 4 of Mixtral's 32 layers take 3.6 GB."""
     config = {**MIXTRAL, "num_hidden_layers": layers}
     quantization = Quantization(layout=best_layout(), attention=True, head=True)
     blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
@@ -84,7 +83,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
     if spec.name.endswith(".absmax"):
         return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
-    # Layers that add little to a large embedding: else all tokens look alike to the routers.
+    # Each layer adds little to a large embedding, or all tokens would look alike to the routers.
     if spec.name == EMBEDDING:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype)
     if spec.name.endswith("norm.weight"):

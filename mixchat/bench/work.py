@@ -1,4 +1,4 @@
-"""What a token costs a model: the bytes that have to be read, and the operations."""
+"""The work of a token: the bytes to read, and the operations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from mixchat.weights.matrix.linear import LinearSpec
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
-    """Bytes that decoding one token reads: attention, K experts a layer, the head, and the keys
-    and values of `context` tokens."""
+    """Return the bytes that decoding one token reads.
+
+    They are attention, `num_experts_per_tok` experts a layer, the head, and the keys and values of
+    `context` tokens.
+    """
     config = blueprint.config
     experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
     head = [blueprint.head] if blueprint.head else []
@@ -21,9 +24,9 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
 
 
 def operations_per_token(blueprint: Blueprint) -> int:
-    """Multiplications and additions of a token of a prompt in matrices with weights.
+    """Return multiplications and additions of a prompt's token in matrices with weights.
 
-    Without the head, which only the last token needs, and without attention's own products.
+    They leave out the head, which only the last token needs, and attention's own products.
     """
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.w13, expert.w2))

@@ -1,9 +1,8 @@
-"""`mixchat bench`: a model's speed beside this machine's limits, and beside llama.cpp."""
+"""`mixchat bench`: a model's speed beside the limits of this machine."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,12 +20,8 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.bench.peer import Peer
-    from mixchat.bench.rounds import Bench, Tasks
-    from mixchat.loading.loader import LoadOptions
+    from mixchat.bench.rounds import Bench
     from mixchat.output_file import OutputFile
-
-_SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
 
 
 def bench(
@@ -35,7 +30,7 @@ def bench(
         typer.Argument(
             metavar="MODEL",
             autocompletion=runnable_models,
-            help="A kept model, as for 'mixchat run -m'.",
+            help="An installed model, as for 'mixchat run -m'.",
         ),
     ] = None,
     synthetic: Annotated[
@@ -44,149 +39,102 @@ def bench(
             metavar="LAYERS",
             min=1,
             max=32,
-            help="Made-up layers of Mixtral's shapes, 0.83 GB each, for as long as it takes.",
+            help="Measure LAYERS layers of Mixtral's shapes with random weights, 0.83 GB of disk "
+            "each, and delete them afterwards.",
         ),
     ] = None,
     context: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", min=0, help="Decode behind N tokens; may be given again.", show_default="0"
+            metavar="N",
+            min=0,
+            help="Decode behind a context of N tokens; may be given again.",
+            show_default="0",
         ),
     ] = None,
     prompt: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", min=1, help="A prompt of N tokens; may be given again.", show_default="512"
+            metavar="N",
+            min=1,
+            help="Process a prompt of N tokens; may be given again.",
+            show_default="512",
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens that are decoded each time.")
+        int, typer.Option(metavar="N", min=1, help="Tokens to decode each time.")
     ] = 48,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often all is measured.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many times to measure each task.")
+    ] = 5,
     kv_bits: model_flags.KVBits = None,
     exact_prompts: model_flags.ExactPrompts = False,
     host_memory: model_flags.HostMemory = None,
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
-    peer: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Measure llama.cpp side by side, in Q4_0."),
-    ] = None,
-    peer_python: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PYTHON", help="A Python with llama-cpp-python.", show_default="this one"
-        ),
-    ] = None,
-    peer_model: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The GGUF file of MODEL that llama.cpp runs."),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
 ) -> None:
     """Measure a model's speed beside the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
-    if peer not in (None, "llama.cpp"):
-        raise UsageError(f"--peer has to be llama.cpp, not {peer!r}")
-    if peer and model and peer_model is None:
-        raise UsageError("--peer needs --peer-model FILE.gguf, the same model for llama.cpp")
     drawing = checked_picture(png)
     budgets = model_flags.budget(host_memory), model_flags.budget(device_memory)
     bits = model_flags.checked_bits(kv_bits)
     prepare_environment()
-    from mixchat.bench.rounds import Tasks
+    from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.loading.loader import LoadOptions
 
-    tasks = Tasks(context or (0,), prompt or (512,), tokens, rounds)
-    longest = max([n + tokens for n in tasks.contexts] + list(tasks.prompts)) + _SPARE
+    options = BenchOptions(context or (0,), prompt or (512,), tokens, rounds)
     load = LoadOptions(
         *budgets,
-        context_size=longest,
+        context_size=options.context_size,
         kv_bits=bits,
         exact_prompts=exact_prompts,
         device=device,
     )
-    with ExitStack() as stack:
-        directory, layers = stack.enter_context(_model(model, synthetic))
-        other = None
-        if peer:
-            found = _peer(peer_python, peer_model, layers, longest)
-            other = stack.enter_context(found)
-        done = _measured(directory, load, tasks, other)
+    with _model(model, synthetic) as directory:
+        done = Bench(directory, load, options)
+        _measure(done, rounds)
         _show(done, as_json, drawing)
 
 
 @contextmanager
-def _model(name: str | None, layers: int | None) -> Iterator[tuple[Path, int | None]]:
-    """The model's directory, for as long as it is needed."""
+def _model(name: str | None, layers: int | None) -> Iterator[Path]:
+    """Yield the model's directory, for as long as it is needed."""
     from mixchat.weights import models
 
     if layers is None:
-        yield models.find(checked(name or "", "the model's name")), None
+        yield models.find(checked(name or "", "the model's name"))
         return
-    from mixchat.bench.synthetic import write_synthetic
+    from mixchat.bench.synthetic import synthetic_model
 
-    with _temporary_directory() as temporary:
-        directory = temporary / "synthetic"
-        with status(f"making up {layers} layers"):
-            write_synthetic(directory, layers)
-        yield directory, layers
-
-
-@contextmanager
-def _peer(
-    python: str | None, model: Path | None, layers: int | None, context: int
-) -> Iterator[Peer]:
-    from mixchat.bench import peer
-
-    python = python or peer.this_python()
-    peer.require(python)
     with ExitStack() as stack:
-        if model is None:
-            assert layers is not None
-            model = stack.enter_context(_temporary_directory()) / "synthetic.gguf"
-            with status("making up the same for llama.cpp"):
-                peer.write_model(python, model, layers)
-        with status("llama.cpp loads"), peer.Peer(python, model, context) as running:
-            yield running
+        with status(f"writing {layers} layers of random weights"):
+            directory = stack.enter_context(synthetic_model(layers))
+        yield directory
 
 
-@contextmanager
-def _temporary_directory() -> Iterator[Path]:
-    """A directory beside the models, where there is room for such, and a disk to be measured."""
-    from mixchat.weights import models
-
-    place = models.models_dir()
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
-        yield Path(temporary)
-
-
-def _measured(directory: Path, load: LoadOptions, tasks: Tasks, peer: Peer | None) -> Bench:
-    from mixchat.bench.rounds import Bench
+def _measure(bench: Bench, rounds: int) -> None:
     from mixchat.planning.thread_count import settle_threads
 
-    bench = Bench(directory, load, tasks)
     settle_threads(bench.blueprint)
     with status("the first token, from disk"):
         bench.start_cold()
-    steps = tasks.rounds * len(bench.rows)
+    steps = rounds * len(bench.tasks)
     with status(f"measuring {steps} times") as update:
-        for number, _ in enumerate(bench.run(peer), 1):
+        for number, _ in enumerate(bench.run(), 1):
             update(f"{number} of {steps} measured")
-    return bench
 
 
 def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
-    from mixchat.cli.output.bench_text import as_dict, as_text, picture
+    from mixchat.cli.output.bench_text import bench_as_dict, bench_as_text, bench_picture
     from mixchat.cli.output.png import write_figure
 
     if as_json:
-        show(json.dumps(as_dict(bench), indent=2))
+        show(json.dumps(bench_as_dict(bench), indent=2))
     else:
-        show_lines(as_text(bench))
+        show_lines(bench_as_text(bench))
     if png is not None:  # last, for it may fail
-        write_figure(png, picture(bench))
+        write_figure(png, bench_picture(bench))
         say(f"wrote {png.path}")

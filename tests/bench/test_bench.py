@@ -1,4 +1,4 @@
-"""The bench on a tiny model, with limits and a peer that are known."""
+"""The bench on a tiny model, with limits that are known."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import torch
 
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
-from mixchat.bench.rounds import Bench, Row, Tasks
+from mixchat.bench.rounds import Bench, BenchOptions, Task
 from mixchat.loading.loader import LoadOptions
 
-TASKS = Tasks(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
+OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 
 
 class KnownLimits:
@@ -21,59 +21,36 @@ class KnownLimits:
         return Limits(memory=1e9, gemm=2e9)
 
 
-class Peer:
-    """Notes what it is asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, int]] = []
-
-    def decode(self, context: int, tokens: int) -> float:
-        assert tokens == 5
-        self.asked.append(("decode", context))
-        return 10.0
-
-    def prefill(self, tokens: int) -> float:
-        self.asked.append(("prefill", tokens))
-        return 100.0
-
-
 @pytest.fixture
 def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
     monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
-    bench = Bench(tiny_model, LoadOptions(device="cpu", context_size=128), TASKS)
+    bench = Bench(tiny_model, LoadOptions(device="cpu", context_size=128), OPTIONS)
     bench.start_cold()
     return bench
 
 
 def test_each_task_is_measured_in_each_round(bench: Bench) -> None:
-    peer = Peer()
-    assert len(list(bench.run(peer))) == 9
-    assert [row.name for row in bench.rows] == [
+    assert list(bench.run()) == bench.tasks * 3
+    assert [task.name for task in bench.tasks] == [
         "decode behind 0 tokens",
         "decode behind 40 tokens",
         "prompt of 16 tokens",
     ]
-    assert all(len(row.ours) == len(row.most) == 3 and min(row.ours) > 0 for row in bench.rows)
+    for task in bench.tasks:
+        assert len(task.rates) == len(task.limit_rates) == 3
+        assert min(task.rates) > 0
     assert len(bench.limits) == 9
 
 
-def test_the_peer_computes_a_long_context_only_once(bench: Bench) -> None:
-    peer = Peer()
-    list(bench.run(peer))
-    assert peer.asked == [
-        *[("decode", 0), ("decode", 40), ("prefill", 16)],
-        *[("decode", 0), ("prefill", 16)] * 2,
-    ]
-
-
 def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
-    list(bench.run(None))
-    here, behind, prompt = bench.rows
-    assert here.most[0] > behind.most[0]  # more bytes, fewer tokens
-    assert here.most[0] == pytest.approx(1e9 / rounds.bytes_per_token(bench.blueprint, 0, None))
-    assert prompt.most[0] == pytest.approx(2e9 / rounds.operations_per_token(bench.blueprint))
-    assert here.to_peer is None
+    list(bench.run())
+    here, behind, prompt = bench.tasks
+    size = rounds.bytes_per_token(bench.blueprint, 0, None)
+    operations = rounds.operations_per_token(bench.blueprint)
+    assert here.limit_rates[0] > behind.limit_rates[0]  # more bytes, fewer tokens
+    assert here.limit_rates[0] == pytest.approx(1e9 / size)
+    assert prompt.limit_rates[0] == pytest.approx(2e9 / operations)
 
 
 def test_decoding_meets_the_context_that_was_asked_for(
@@ -103,6 +80,11 @@ def test_the_cold_start_reads_the_model(bench: Bench) -> None:
 
 
 def test_a_ratio_is_that_of_a_round_not_of_the_medians() -> None:
-    row = Row("task", "memory", ours=[10.0, 20.0, 40.0], most=[20.0, 40.0, 40.0], peer=[5.0])
-    assert row.of_limit == 0.5
-    assert row.to_peer == 2.0
+    task = Task("decode", 0, rates=[10.0, 20.0, 40.0], limit_rates=[20.0, 40.0, 40.0])
+    assert task.of_limit == 0.5
+    assert task.limited_by == "memory"
+
+
+def test_the_context_holds_the_longest_task_and_what_measuring_adds() -> None:
+    assert BenchOptions((0, 300), (200,), tokens=10).context_size > 310
+    assert BenchOptions((0,), (2000,), tokens=10).context_size > 2000

@@ -11,7 +11,7 @@ machine does strikes all alike.
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth, measured right after, and of computing it at the speeds that the round's calibration
 found. The prediction is what `mixchat plan` makes of that calibration. --peer runs
-`mixchat/bench/peer_child.py bench` with that Python.
+`peer_child.py bench` with that Python.
 
 Random weights make routers that choose evenly, and hidden states that change little from layer to
 layer, so that guesses are right more often than with real weights: `--depth 0` goes without them.
@@ -32,16 +32,18 @@ from pathlib import Path
 from statistics import median
 
 from mixchat import machine
-from mixchat.bench import peer_child
 from mixchat.engine.environment import prepare_environment
 
 GIB = 2**30
+PEER = Path(__file__).with_name("peer_child.py")
 PROMPT = 12  # tokens
 SKIPPED = 8  # of the answer: the cache settles
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--free", type=float, nargs="*", default=[])
@@ -87,11 +89,8 @@ def one_round(number: int, model: Path, free: float | None, given: argparse.Name
         print(f"{where}, {budget}: {described(json.loads(done))}", flush=True)
     if given.peer:
         python, gguf = given.peer
-        command = [python, peer_child.__file__, "bench", gguf, str(PROMPT), str(given.tokens)]
-        print(
-            f"{where}, {run(command)}",
-            end="",
-        )
+        command = [python, str(PEER), "bench", gguf, str(PROMPT), str(given.tokens)]
+        print(f"{where}, {run(command)}", end="")
 
 
 def described(figures: dict[str, float]) -> str:

@@ -3,7 +3,7 @@
     python tests/benchmarks/download.py WORK [--layers 4] [--peer LLAMA_CPP_DIRECTORY]
 
 It writes a random checkpoint in bf16 below the directory WORK (2.9 GB a layer, 12 GB for four),
-serves it on this machine, and runs the real command against it. LLAMA_CPP_DIRECTORY holds
+serves it on this machine, and runs the command against it. LLAMA_CPP_DIRECTORY holds
 llama.cpp's convert_hf_to_gguf.py and a built llama-quantize: then its two steps run on the same
 files. All is removed at the end but for the checkpoint.
 """
@@ -27,12 +27,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_hub import REPO, FakeHub
-from synthetic import MIXTRAL
 
 from mixchat.machine import disk_usage
 from mixchat.model_config import ModelConfig
 from mixchat.quantities import format_size
 from mixchat.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.checkpoint_files import INDEX
 from mixchat.weights.source.index import expected_shapes
 
@@ -134,7 +134,9 @@ def measure(what: str, directory: Path, *steps: list[str], **environment: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--peer", type=Path, metavar="LLAMA_CPP_DIRECTORY")

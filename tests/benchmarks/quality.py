@@ -259,7 +259,9 @@ def main(text: Path, windows: int, llama: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--windows", type=int, default=40, help="at least two")
     parser.add_argument("--llama", metavar="PYTHON")

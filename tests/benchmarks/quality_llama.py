@@ -10,30 +10,26 @@ perplexity, KL divergence to F16] as JSON. It imports nothing of mixchat.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
-import llama_cpp
 import numpy as np
 
-FORMATS = {  # the file type, whether all matrices become of it
-    "F16": (llama_cpp.LLAMA_FTYPE_MOSTLY_F16, False),
-    "Q4_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True),
-    "Q4_K_M": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, False),
-}
+FORMATS = {"F16": False, "Q4_0": True, "Q4_K_M": False}  # whether all matrices become of it
 
 
 def requantize(source: Path, target: Path, name: str) -> None:
     """Write the model of `source` to `target` in another format."""
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.pure = FORMATS[name]
+    params.ftype, params.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), FORMATS[name]
     params.allow_requantize = True
     files = str(source).encode(), str(target).encode()
     if llama_cpp.llama_model_quantize(*files, ctypes.byref(params)):
@@ -42,6 +38,8 @@ def requantize(source: Path, target: Path, name: str) -> None:
 
 def bits(path: Path, pattern: str) -> float:
     """Bits a weight of the tensors whose names have `pattern` in them."""
+    import gguf
+
     tensors = [one for one in gguf.GGUFReader(path).tensors if re.search(pattern, one.name)]
     weights = sum(int(one.n_elements) for one in tensors)
     return 8 * sum(int(one.n_bytes) for one in tensors) / weights
@@ -51,6 +49,9 @@ class Llama:
     """A model with a context for one window of tokens."""
 
     def __init__(self, path: Path, window: int) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp
         options = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
@@ -62,15 +63,16 @@ class Llama:
 
     def log_probabilities(self, ids: list[int]) -> np.ndarray:
         """Of each next token [N, V], after each token but the last."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         batch: Any = self._batch
         batch.n_tokens = len(ids)
         for place, token in enumerate(ids):
             batch.token[place], batch.pos[place], batch.logits[place] = token, place, True
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-        if llama_cpp.llama_decode(self._context, batch):
+        if llama.llama_decode(self._context, batch):
             raise SystemExit("llama_decode failed")
-        logits = llama_cpp.llama_get_logits(self._context)
+        logits = llama.llama_get_logits(self._context)
         scores = np.ctypeslib.as_array(logits, (len(ids), self._vocab))[:-1].copy()
         scores -= scores.max(axis=-1, keepdims=True)
         return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
@@ -102,4 +104,11 @@ def main(source: Path, windows: list[list[int]], work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("windows", type=Path, metavar="IDS.json")
+    parser.add_argument("work", type=Path, metavar="WORK")
+    given = parser.parse_args()
+    main(given.source, json.loads(given.windows.read_text()), given.work)

@@ -8,8 +8,8 @@ gives medians over the repeats. The error is ||W - Q|| / ||W|| on normally distr
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -74,4 +74,9 @@ def main(rows: int, columns: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:3] or ("14336", "4096")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=int, nargs="?", default=14336)
+    parser.add_argument("columns", type=int, nargs="?", default=4096)
+    main(**vars(parser.parse_args()))

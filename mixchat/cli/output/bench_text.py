@@ -1,7 +1,8 @@
-"""What `mixchat bench` has found, as a table, as JSON and as a picture."""
+"""The results of `mixchat bench` as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from mixchat.cli.models import aligned
 from mixchat.cli.output.png import new_figure
 
 if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench, Row
+    from mixchat.bench.rounds import Bench, Task
+
+_COLOURS = ("#2a788e", "#e0e0e0", "#a5db36")
 
 
-def as_dict(bench: Bench) -> dict[str, Any]:
-    """All that was measured, of each round; rates in tokens a second, the rest in SI units."""
+def bench_as_dict(bench: Bench) -> dict[str, Any]:
+    """Return the figures of each round; rates in tokens a second, the rest in SI units."""
     cold = bench.cold_start
     return {
         "machine": _machine(bench),
@@ -30,23 +33,30 @@ def as_dict(bench: Bench) -> dict[str, Any]:
             "first_token_seconds": cold.first_token_seconds,
             "bytes": cold.bytes,
         },
-        "tasks": [
-            {
-                "name": row.name,
-                "limited_by": row.limited_by,
-                "mixchat": row.ours,
-                "limit": row.most,
-                "llama.cpp": row.peer,
-                "of_limit": row.of_limit,
-                "to_peer": row.to_peer,
-            }
-            for row in bench.rows
-        ],
+        "tasks": [_task_as_dict(task) for task in bench.tasks],
     }
 
 
-def as_text(bench: Bench) -> str:
-    """A table, and what stands around it."""
+def _task_as_dict(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "limited_by": task.limited_by,
+        "mixchat": task.rates,
+        "limit": task.limit_rates,
+        # Scripts may read these two; tests/benchmarks/side_by_side.py fills them.
+        "llama.cpp": [],
+        "to_peer": None,
+        "of_limit": task.of_limit,
+    }
+
+
+def bench_as_text(bench: Bench) -> str:
+    """Return the machine, the model, the limits, the cold start, and a table of the tasks."""
+    return f"{bench_heading(bench)}\n\n{aligned(task_table(bench.tasks))}"
+
+
+def bench_heading(bench: Bench) -> str:
+    """Return the lines above the table."""
     memory = median(limits.memory for limits in bench.limits) / 1e9
     gemm = median(limits.gemm for limits in bench.limits) / 1e12
     limits = f"Limits: memory {memory:.1f} GB/s, matrix products {gemm:.2f} TFLOP/s"
@@ -55,14 +65,22 @@ def as_text(bench: Bench) -> str:
         limits += f", disk {cold.disk / 1e9:.1f} GB/s"
     if cold.copy is not None:
         limits += f", copies to the GPU {cold.copy / 1e9:.1f} GB/s"
-    return "\n".join(
-        (
-            f"{_machine(bench)}\n{_model(bench)}\n{limits}",
-            f"Cold: first token after {cold.first_token_seconds:.1f} s, "
-            f"{cold.bytes / 1e9:.2f} GB from disk\n",
-            aligned(_table(bench.rows)),
-        )
+    start = (
+        f"Cold: first token after {cold.first_token_seconds:.1f} s, "
+        f"{cold.bytes / 1e9:.2f} GB from disk"
     )
+    return "\n".join((_machine(bench), _model(bench), limits, start))
+
+
+def task_table(tasks: Sequence[Task]) -> list[tuple[str, ...]]:
+    """Return a head and a row for each task, as cells."""
+    return [("", "TOKENS/S", "FROM - TO", "OF THE LIMIT"), *map(_cells, tasks)]
+
+
+def _cells(task: Task) -> tuple[str, ...]:
+    spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
+    limit = f"{task.of_limit:.0%} of {task.limited_by}"
+    return task.name, f"{median(task.rates):.1f}", spread, limit
 
 
 def _machine(bench: Bench) -> str:
@@ -85,37 +103,22 @@ def _model(bench: Bench) -> str:
     )
 
 
-def _table(rows: list[Row]) -> list[tuple[str, ...]]:
-    has_peer = any(row.peer for row in rows)
-    heads = ("", "TOKENS/S", "FROM - TO", "OF THE LIMIT", *(("LLAMA.CPP", "TIMES") * has_peer))
-    return [heads, *(_cells(row, has_peer) for row in rows)]
+def bench_picture(bench: Bench) -> Any:
+    """Draw bars for each task: mixchat, and the most that the limits allow."""
+    return draw_rates(
+        bench, [{"mixchat": task.rates, "limit": task.limit_rates} for task in bench.tasks]
+    )
 
 
-def _cells(row: Row, has_peer: bool) -> tuple[str, ...]:
-    spread = f"{min(row.ours):.1f} - {max(row.ours):.1f}"
-    limit = f"{row.of_limit:.0%} of {row.limited_by}"
-    cells = (row.name, f"{median(row.ours):.1f}", spread, limit)
-    if not has_peer:
-        return cells
-    if row.to_peer is None:
-        return (*cells, "-", "-")
-    return (*cells, f"{median(row.peer):.1f}", f"{row.to_peer:.2f}")
-
-
-def picture(bench: Bench) -> Any:
-    """Bars for each task: mixchat, llama.cpp, and the most that the limits allow."""
-    rows = bench.rows
-    figure = new_figure(3 + 2.5 * len(rows), 5, f"{_model(bench)}, {machine.cpu_name()}")
-    panels = figure.subplots(1, len(rows), squeeze=False)[0]
-    for axes, row in zip(panels, rows, strict=True):
-        bars = {"mixchat": row.ours, "llama.cpp": row.peer, "limit": row.most}
-        bars = {name: rates for name, rates in bars.items() if rates}
-        middle = [median(rates) for rates in bars.values()]
-        spread = [
-            [one - min(rates) for one, rates in zip(middle, bars.values(), strict=True)],
-            [max(rates) - one for one, rates in zip(middle, bars.values(), strict=True)],
-        ]
-        colours = {"mixchat": "#2a788e", "llama.cpp": "#a5db36", "limit": "#e0e0e0"}
-        axes.bar(list(bars), middle, yerr=spread, color=[colours[name] for name in bars])
-        axes.set(title=row.name, ylabel="tokens/s" if row is rows[0] else "")
+def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> Any:
+    """Draw bars for each task of a bench: `rates` are tokens a second of each round, by name."""
+    title = f"{_model(bench)}, {machine.cpu_name()}"
+    figure = new_figure(3 + 2.5 * len(rates), 5, title)
+    panels = figure.subplots(1, len(rates), squeeze=False)[0]
+    for axes, task, bars in zip(panels, bench.tasks, rates, strict=True):
+        middle = [median(values) for values in bars.values()]
+        below = [one - min(values) for one, values in zip(middle, bars.values(), strict=True)]
+        above = [max(values) - one for one, values in zip(middle, bars.values(), strict=True)]
+        axes.bar(list(bars), middle, yerr=[below, above], color=_COLOURS[: len(bars)])
+        axes.set(title=task.name, ylabel="tokens/s" if task is bench.tasks[0] else "")
     return figure

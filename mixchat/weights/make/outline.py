@@ -34,6 +34,7 @@ MIXTRAL: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
+    "bos_token_id": 1,
     "eos_token_id": 2,
 }
 

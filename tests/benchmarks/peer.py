@@ -1,9 +1,8 @@
-"""llama.cpp beside mixchat: its model in a process of its own, measured on request."""
+"""llama.cpp with one model, in a process of its own that measures on request."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ _WARM = 2  # tokens whose time is not taken
 
 
 def write_model(python: str, path: Path, layers: int) -> None:
-    """A GGUF file with as many layers of Mixtral's shapes, in Q4_0."""
+    """Write a GGUF file with as many layers of Mixtral's shapes, in Q4_0."""
     _checked(subprocess.run([python, str(_CHILD), "make", str(path), str(layers)], check=False))
 
 
@@ -25,9 +24,9 @@ def require(python: str) -> None:
     program = "import llama_cpp, gguf"
     if subprocess.run([python, "-c", program], capture_output=True, check=False).returncode:
         raise MissingDependencyError(
-            f"--peer llama.cpp needs llama-cpp-python and gguf, which {python} does not have",
+            f"llama.cpp needs llama-cpp-python and gguf, which {python} does not have",
             hint="CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf, "
-            "or name a Python that has them with --peer-python.",
+            "or name a Python that has them with --python.",
         )
 
 
@@ -36,10 +35,10 @@ class Peer:
 
     def __init__(self, python: str, model: Path, context: int) -> None:
         command = [python, str(_CHILD), "serve", str(model), str(context)]
-        # It may say more than a pipe holds.
-        self._told = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        # A file, because llama.cpp may print more than a pipe holds.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._told, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._output, text=True
         )
         try:
             self._answer()  # it has loaded
@@ -62,16 +61,16 @@ class Peer:
         """End the process."""
         self._process.kill()
         self._process.communicate()
-        self._told.close()
+        self._output.close()
 
     def decode(self, context: int, tokens: int) -> float:
-        """Tokens a second behind `context` tokens, which are computed before."""
+        """Return tokens a second behind `context` tokens, which are computed before."""
         prompt = [context] if context else []
         seconds = self._run([*prompt, *[1] * (tokens + _WARM)])
         return tokens / sum(seconds[len(prompt) + _WARM :])
 
     def prefill(self, tokens: int) -> float:
-        """Tokens a second of a prompt of this length."""
+        """Return tokens a second of a prompt of this length."""
         return tokens / self._run([tokens])[0]
 
     def _run(self, counts: Sequence[int]) -> list[float]:
@@ -84,17 +83,12 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._told.seek(0)
-            told = self._told.read().decode(errors="replace").split("\n") or ["it said nothing"]
-            raise ResourceError(f"llama.cpp ended before its time: {' '.join(told[-3:]).strip()}")
+            self._output.seek(0)
+            last = self._output.read().decode(errors="replace").split("\n")[-3:]
+            raise ResourceError(f"llama.cpp ended early: {' '.join(last).strip()}")
         return line
 
 
 def _checked(done: subprocess.CompletedProcess[bytes]) -> None:
     if done.returncode:
         raise ResourceError(f"llama.cpp's model could not be written (exit {done.returncode})")
-
-
-def this_python() -> str:
-    """The Python that runs mixchat."""
-    return sys.executable

@@ -5,10 +5,10 @@ import stat
 import sys
 from pathlib import Path
 
+import peer
 import pytest
+from peer import Peer
 
-from mixchat.bench import peer
-from mixchat.bench.peer import Peer
 from mixchat.errors import MissingDependencyError, ResourceError
 
 
@@ -37,7 +37,7 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path: Path) -> None:
 
 def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
     program = "import sys; sys.exit('no such model')"
-    with pytest.raises(ResourceError, match=r"^llama\.cpp ended before its time: .*no such model"):
+    with pytest.raises(ResourceError, match=r"^llama\.cpp ended early: .*no such model"):
         Peer(python_that_runs(tmp_path, program), tmp_path / "model.gguf", 100)
 
 

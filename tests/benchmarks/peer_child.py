@@ -5,13 +5,14 @@
     python peer_child.py bench FILE.gguf PROMPT TOKENS
     python peer_child.py serve FILE.gguf CONTEXT
 
-It imports nothing of mixchat. The weights are random as those of `synthetic.py` are: a large
-embedding to which each layer adds little, so that tokens look different to the routers and go to
-experts evenly.
+It imports nothing of mixchat. The weights are random like those of `mixchat/bench/synthetic.py`: a
+large embedding to which each layer adds little, so that tokens look different to the routers and go
+to experts evenly.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import sys
@@ -92,7 +93,7 @@ def _q4_0(random: np.random.Generator, shape: tuple[int, ...], scale: float) -> 
 
 
 class Llama:
-    """A model in llama.cpp, with a context that is begun anew for each measurement.
+    """A model in llama.cpp, with a context that is cleared for each measurement.
 
     `repack`: the weights are copied into the order that its kernels like best, which takes all of
     them in memory; without, they stay in the mapped file, as they must where it is larger.
@@ -156,6 +157,12 @@ def serve(path: str, context: int) -> None:
 
 
 if __name__ == "__main__":
-    command, file, *numbers = sys.argv[1:]
     commands: dict[str, Callable[..., None]] = {"make": make, "bench": bench, "serve": serve}
-    commands[command](file, *map(int, numbers))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("file", metavar="FILE.gguf")
+    parser.add_argument("numbers", type=int, nargs="*")
+    given = parser.parse_args()
+    commands[given.command](given.file, *given.numbers)

@@ -1,0 +1,182 @@
+"""`mixchat bench` with llama.cpp beside it: both measured in the same rounds, one after the other.
+
+    python tests/benchmarks/side_by_side.py MODEL --gguf FILE [--python PYTHON] [options of bench]
+    python tests/benchmarks/side_by_side.py --synthetic LAYERS [--python PYTHON] [...]
+
+FILE is the same model for llama.cpp; of a synthetic model it is written, in Q4_0. PYTHON has
+llama-cpp-python and gguf (see `peer_child.py`). What else the machine does then slows both alike. A
+ratio is that of one round; what is shown is the median of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from peer import Peer, require, write_model
+
+from mixchat.engine.environment import prepare_environment
+from mixchat.errors import MixchatError
+from mixchat.settings import MemoryBudget
+
+if TYPE_CHECKING:
+    from mixchat.bench.rounds import Bench, Task
+    from mixchat.output_file import OutputFile
+
+
+class SideBySide:
+    """A bench, and llama.cpp's tokens a second for each of its tasks."""
+
+    def __init__(self, bench: Bench, peer: Peer, tokens: int) -> None:
+        self.bench, self._peer, self._tokens = bench, peer, tokens
+        self.rates: list[list[float]] = [[] for _ in bench.tasks]
+
+    def run(self) -> Iterator[None]:
+        """Measure round by round; yields after each task."""
+        for number, task in enumerate(self.bench.run()):
+            rates = self.rates[number % len(self.rates)]
+            # It computes a context first, which takes minutes: once has to do.
+            if not (rates and task.kind == "decode" and task.length):
+                rates.append(self._measure(task))
+            yield
+
+    def _measure(self, task: Task) -> float:
+        if task.kind == "decode":
+            return self._peer.decode(task.length, self._tokens)
+        return self._peer.prefill(task.length)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `mixchat bench --json` prints, with llama.cpp's figures."""
+        from mixchat.cli.output.bench_text import bench_as_dict
+
+        found = bench_as_dict(self.bench)
+        for task, ours, theirs in zip(found["tasks"], self.bench.tasks, self.rates, strict=True):
+            task |= {"llama.cpp": theirs, "to_peer": ratio(ours.rates, theirs)}
+        return found
+
+    def as_text(self) -> str:
+        """Return what `mixchat bench` prints, with two columns more."""
+        from mixchat.cli.models import aligned
+        from mixchat.cli.output.bench_text import bench_heading, task_table
+
+        more = [("LLAMA.CPP", "TIMES")]
+        for task, rates in zip(self.bench.tasks, self.rates, strict=True):
+            more.append((f"{median(rates):.1f}", f"{ratio(task.rates, rates):.2f}"))
+        cells = zip(task_table(self.bench.tasks), more, strict=True)
+        return f"{bench_heading(self.bench)}\n\n{aligned([row + two for row, two in cells])}"
+
+    def picture(self) -> Any:
+        """Draw what `mixchat bench --png` draws, with llama.cpp's bars."""
+        from mixchat.cli.output.bench_text import draw_rates
+
+        return draw_rates(
+            self.bench,
+            [
+                {"mixchat": task.rates, "limit": task.limit_rates, "llama.cpp": rates}
+                for task, rates in zip(self.bench.tasks, self.rates, strict=True)
+            ],
+        )
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return how many times as fast mixchat is: the median over rounds in which both ran."""
+    return median(mine / other for mine, other in zip(ours, theirs, strict=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parsed(arguments)
+    prepare_environment()
+    from mixchat.bench.rounds import Bench, BenchOptions
+    from mixchat.cli.output.png import checked_picture
+    from mixchat.loading.loader import LoadOptions
+    from mixchat.planning.thread_count import settle_threads
+
+    png = checked_picture(given.png)
+    contexts, prompts = given.context or (0,), given.prompt or (512,)
+    options = BenchOptions(contexts, prompts, given.tokens, given.rounds)
+    load = LoadOptions(
+        given.host_memory and MemoryBudget.parse(given.host_memory),
+        given.device_memory and MemoryBudget.parse(given.device_memory),
+        context_size=options.context_size,
+        kv_bits=given.kv_bits,
+        exact_prompts=given.exact_prompts,
+        device=given.device,
+    )
+    require(given.python)
+    with models(given.model, given.gguf, given.synthetic, given.python) as (directory, gguf):
+        with Peer(given.python, gguf, options.context_size) as peer:
+            bench = Bench(directory, load, options)
+            settle_threads(bench.blueprint)
+            bench.start_cold()
+            both = SideBySide(bench, peer, given.tokens)
+            for number, _ in enumerate(both.run(), 1):
+                print(f"{number} tasks measured", end="\r", file=sys.stderr)
+        show(both, given.json, png)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL")
+    parser.add_argument("--gguf", type=Path, metavar="FILE")
+    parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--context", type=int, action="append", metavar="N")
+    parser.add_argument("--prompt", type=int, action="append", metavar="N")
+    parser.add_argument("--tokens", type=int, default=48, metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--kv-bits", type=int, choices=(8, 16), metavar="N")
+    parser.add_argument("--exact-prompts", action="store_true")
+    parser.add_argument("--host-memory", metavar="SIZE")
+    parser.add_argument("--device-memory", metavar="SIZE")
+    parser.add_argument("--device", metavar="NAME")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--png", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    if (given.model is None) == (given.synthetic is None):
+        parser.error("give a MODEL, or --synthetic LAYERS")
+    if given.model and given.gguf is None:
+        parser.error("a MODEL needs --gguf FILE, the same model for llama.cpp")
+    return given
+
+
+@contextmanager
+def models(
+    model: str | None, gguf: Path | None, layers: int | None, python: str
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the directory of mixchat's model and the file of llama.cpp's."""
+    from mixchat.bench.synthetic import synthetic_model
+    from mixchat.weights.models import find
+
+    if layers is None:
+        assert model is not None
+        assert gguf is not None
+        yield find(model), gguf
+        return
+    with ExitStack() as stack:
+        directory = stack.enter_context(synthetic_model(layers))
+        gguf = directory.parent / "synthetic.gguf"
+        write_model(python, gguf, layers)
+        yield directory, gguf
+
+
+def show(both: SideBySide, as_json: bool, png: OutputFile | None) -> None:
+    from mixchat.cli.output.png import write_figure
+
+    print(json.dumps(both.as_dict(), indent=2) if as_json else both.as_text())
+    if png is not None:
+        write_figure(png, both.picture())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MixchatError as error:
+        raise SystemExit(f"error: {error}\nhint: {error.hint or 'none'}") from None

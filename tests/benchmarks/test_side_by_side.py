@@ -1,0 +1,162 @@
+"""The script that measures llama.cpp beside mixchat; a program plays llama.cpp."""
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import side_by_side
+import torch
+from side_by_side import SideBySide, ratio
+
+from mixchat.bench import rounds
+from mixchat.bench.machine_limits import Limits
+from mixchat.bench.rounds import Task
+from mixchat.errors import MissingDependencyError
+
+SCRIPTS = sorted(
+    path
+    for path in Path(__file__).parent.glob("*.py")
+    if path.name != "peer.py" and not path.name.startswith("test_")
+)
+ECHO = f"""#!{sys.executable}
+import sys
+if sys.argv[1] != "-c" and sys.argv[2] != "make":
+    assert sys.argv[2] == "serve", sys.argv
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(*(0.5 * int(count) for count in line.split()), flush=True)
+"""
+QUICK = ("--rounds", "2", "--tokens", "3", "--prompt", "16", "--device", "cpu")
+
+
+class KnownLimits:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def measure(self) -> Limits:
+        return Limits(memory=1e9, gemm=2e9)
+
+
+class Peer:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def decode(self, context: int, tokens: int) -> float:
+        assert tokens == 5
+        self.asked.append(("decode", context))
+        return 10.0
+
+    def prefill(self, tokens: int) -> float:
+        self.asked.append(("prefill", tokens))
+        return 100.0
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
+    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """A "Python" that plays llama.cpp."""
+    return program(tmp_path, ECHO)
+
+
+def program(directory: Path, text: str) -> str:
+    path = directory / "python"
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_llama_cpp_computes_a_long_context_only_once() -> None:
+    tasks = [Task("decode", 0), Task("decode", 40), Task("prompt", 16)]
+    bench: Any = SimpleNamespace(tasks=tasks, run=lambda: iter(tasks * 3))
+    peer: Any = Peer()
+    both = SideBySide(bench, peer, tokens=5)
+    assert len(list(both.run())) == 9
+    assert peer.asked == [
+        *[("decode", 0), ("decode", 40), ("prefill", 16)],
+        *[("decode", 0), ("prefill", 16)] * 2,
+    ]
+    assert both.rates == [[10.0] * 3, [10.0], [100.0] * 3]
+
+
+def test_a_ratio_is_that_of_the_rounds_in_which_both_ran() -> None:
+    assert ratio([10.0, 20.0, 40.0], [5.0]) == 2.0
+
+
+def test_llama_cpp_stands_beside(
+    tiny_model: Path, python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
+    side_by_side.main([*arguments, *QUICK])
+    head, decode, prompt = capsys.readouterr().out.splitlines()[5:]
+    assert head.split()[-2:] == ["LLAMA.CPP", "TIMES"]
+    assert decode.split()[-2] == prompt.split()[-2] == "2.0"
+    side_by_side.main([*arguments, *QUICK, "--json"])
+    for task in json.loads(capsys.readouterr().out)["tasks"]:
+        assert task["llama.cpp"] == [pytest.approx(2.0)] * 2
+        assert task["to_peer"] > 0
+    assert not (tmp_path / "home" / "models").exists()
+
+
+def test_random_models_go_as_they_came(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    from mixchat.bench import synthetic
+
+    monkeypatch.setattr(
+        synthetic, "write_synthetic", lambda place, layers: shutil.copytree(tiny_model, place)
+    )
+    side_by_side.main(["--synthetic", "2", "--python", python, *QUICK])
+    assert list((tmp_path / "home" / "models").iterdir()) == []
+
+
+def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
+    side_by_side.main([*arguments, *QUICK, "--png", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give a MODEL, or --synthetic LAYERS"),
+        (("demo", "--synthetic", "4"), "give a MODEL, or --synthetic LAYERS"),
+        (("demo",), "a MODEL needs --gguf FILE"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        side_by_side.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    python = program(tmp_path, "#!/bin/sh\nexit 1\n")
+    with pytest.raises(MissingDependencyError, match="needs llama-cpp-python and gguf"):
+        side_by_side.main([str(tiny_model), "--gguf", "x", "--python", python, *QUICK])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_each_script_has_help(path: Path) -> None:
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"usage: ")
