@@ -11,7 +11,7 @@ from pathlib import Path
 from prompt_toolkit.history import History
 
 from mixchat.files import open_regular, write_private_file
-from mixchat.lock import only_one
+from mixchat.lock import exclusive_lock
 
 _MOST_ENTRIES = 2000
 _MOST_BYTES = 4_000_000  # pasted files are entries, too
@@ -81,7 +81,7 @@ class InputHistory(History):
 
 def _alone(path: Path) -> AbstractContextManager[None]:
     """Keep other chats from writing to the file or replacing it."""
-    return only_one(path, wait=lambda: None)
+    return exclusive_lock(path, wait=lambda: None)
 
 
 def _read(path: Path) -> bytes:
