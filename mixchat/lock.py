@@ -30,9 +30,8 @@ def exclusive_lock(
     removed at the end. A file system without locks, as some on networks, excludes nobody.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = (
-        target.parent / f".{target.name}.lock"
-    )  # no model, chat or file of mixchat begins with a dot
+    # No model, chat or file of mixchat begins with a dot.
+    path = target.parent / f".{target.name}.lock"
     if (fd := _try(path)) is None:
         if on_wait is None:
             raise Busy

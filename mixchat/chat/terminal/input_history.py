@@ -81,7 +81,7 @@ class InputHistory(History):
 
 def _alone(path: Path) -> AbstractContextManager[None]:
     """Keep other chats from writing to the file or replacing it."""
-    return exclusive_lock(path, wait=lambda: None)
+    return exclusive_lock(path, on_wait=lambda: None)
 
 
 def _read(path: Path) -> bytes:
