@@ -1,10 +1,10 @@
 """The chat, as a person sees it.
 
 - session.py: messages and token history; an answer as events
-- answer.py: an answer as it grows
-- parameters.py: what of sampling and of a chat can be changed, and its limits
+- answer.py: an answer while it is generated
+- parameters.py: the parameters that can be changed in a chat, and their limits
 - plain_text.py: untrusted text, checked to be text
-- printing.py: prints all that a person sees, in whole words
+- printing.py: prints everything that a person sees
 - terminal/: the prompt, the commands, the screen
 - draw/: Markdown, code and the heatmap
 - saved/: chats on disk

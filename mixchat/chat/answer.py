@@ -1,4 +1,4 @@
-"""An answer as it grows: its ids, the text that was shown of it, and why it ended."""
+"""An answer while it is generated: its ids, the text that was shown, and why it ended."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _COMPLETE = ("stop", "stop_string")
 
 
 def cut_off(tokens: int, more: str) -> str:
-    """Say that the answer reached its longest length; `more` says what allows more."""
+    """Return the note on an answer that reached its longest length; `more` allows a longer one."""
     return f"cut off after {tokens:,} token{'s' if tokens != 1 else ''}; {more} allows more"
 
 
 class Answer:
     """Takes ids, yields text to show.
 
-    The ids are what the next turn is built from. If the text was cut, they have to end where it
-    does. With the stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`,
-    which ends where the second token does: keep two ids. With `A` `.\\n` `\\nB` no token ends
-    there: keep the text alone, and the template will encode it.
+    The next turn is built from the ids. If the text was cut, they have to end where it does. With
+    the stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`, which ends
+    where the second token does: two ids are remembered. With `A` `.\\n` `\\nB` no token ends there:
+    the text alone is remembered, and the template will encode it.
     """
 
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
@@ -40,13 +40,13 @@ class Answer:
         self._ends: list[int] = []
 
     def add(self, token: int) -> Iterator[str]:
-        """Take the next id; yield the text to show, if there is some."""
+        """Take the next id; yield the text to show, if there is any."""
         self.ids.append(token)
         self._ends.append(self._length)
         yield from self._show(self._detokenizer.add(token))
 
     def end(self, reason: Reason) -> Iterator[str]:
-        """No more ids will come: yield what was held back."""
+        """Yield what was held back: no more ids will come."""
         self.reason = reason
         yield from self._show(self._detokenizer.flush())
         if not self.cut:
@@ -56,7 +56,7 @@ class Answer:
                 yield held
 
     def message(self, before: Message | None = None) -> Message | None:
-        """What to remember, behind what `before` said already; None if nothing new was said."""
+        """Return what to remember, joined to the answer `before`; None if nothing new was shown."""
         if not (self._whole or self.cut or self.text):
             return None
         ids = tuple(self.ids) if self._whole else self._ids_of_text()

@@ -21,7 +21,7 @@ _NONE = ("none", "off", "default")
 
 @dataclass(frozen=True)
 class Number:
-    """A number that steers sampling or the length of an answer: `field` is its name in Python."""
+    """A number that controls sampling or a length; `field` is its name in Python."""
 
     field: str
     kind: Callable[[str], Any]
@@ -29,7 +29,7 @@ class Number:
     limits: str
 
     def read(self, name: str, text: str) -> Any:
-        """The value. Raises `UsageError` where it is no number, or outside the limits."""
+        """Return the value. Raises `UsageError` where it is no number, or outside the limits."""
         try:
             value = self.kind(text)
         except ValueError:
@@ -57,11 +57,11 @@ LENGTHS = {
     "max-tokens": Number("max_tokens", int, lambda x: x >= 0, "1 or more, or 0 for what fits"),
     "ctx-size": Number("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
-NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # that a chat can change
+NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # of what a chat can change
 
 
 def values(session: ChatSession) -> dict[str, str]:
-    """All parameters as they are now."""
+    """Return all parameters as they are now."""
     sampling = {name: getattr(session.sampling, of.field) for name, of in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
     limit = session.longest_answer or "what fits"
@@ -70,9 +70,9 @@ def values(session: ChatSession) -> dict[str, str]:
 
 
 def change(session: ChatSession, name: str, text: str) -> None:
-    """Give a parameter another value from the next turn on; `none` takes it back.
+    """Set a parameter from the next turn on; `none` sets its default.
 
-    Raises `UsageError` where there is none of this name, or the value cannot be.
+    Raises `UsageError` where there is no parameter of this name, or the value is not allowed.
     """
     name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
     name = "temp" if name == "temperature" else name
@@ -88,18 +88,18 @@ def change(session: ChatSession, name: str, text: str) -> None:
         session.overflow = checked_overflow(text)
     else:
         near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(NAMES)}."
+        hint = f"Did you mean {near[0]}?" if near else f"The parameters are {', '.join(NAMES)}."
         raise UsageError(f"there is no parameter {name!r}", hint=hint)
 
 
 def unquoted(text: str) -> str:
-    """The text without quotes around it, which a shell would have taken off."""
+    """Return the text without quotes around it, as a shell would."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text
 
 
 def checked_overflow(text: str, name: str = "overflow") -> Any:
-    """The policy. Raises `UsageError`, which calls it `name`, where there is none like that."""
+    """Return the policy. Raises `UsageError` about `name` where there is none like that."""
     if text not in OVERFLOWS:
         raise UsageError(f"{name} has to be {' or '.join(OVERFLOWS)}, not {text!r}")
     return text
@@ -111,7 +111,7 @@ def saved_sampling(session: ChatSession) -> dict[str, Any]:
 
 
 def restored(numbers: Mapping[str, Any], sampling: SamplingOptions) -> SamplingOptions:
-    """`sampling` with what a kept chat had in place of its own; what cannot be is left out."""
+    """Return `sampling` with these numbers in place of its own; bad ones are ignored."""
     known = {of.field: of for of in SAMPLING.values()}
     good = {
         field: value

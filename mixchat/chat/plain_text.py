@@ -1,4 +1,4 @@
-"""Text from outside that goes into a prompt, made sure to be text."""
+"""Reads untrusted text that goes into a prompt, and checks that it is text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mixchat.context import Context
 from mixchat.errors import PromptError
 
 
-def read_text(path: Path, context: Context) -> str:
-    """The text of a file.
+def read_text_file(path: Path, context: Context) -> str:
+    """Return the text of a file.
 
     Raises `PromptError` where it is empty, not text, too long for the context, or cannot be read.
     """
@@ -25,7 +25,7 @@ def read_text(path: Path, context: Context) -> str:
 
 
 def read_stream(stream: BinaryIO, where: str, context: Context) -> str:
-    """The text that comes in a stream, which need not end: no more is read than the context holds.
+    """Return the text of a stream, which may be endless: no more is read than the context holds.
 
     Raises `PromptError` where there is more, or it is not text.
     """
@@ -36,14 +36,14 @@ def read_stream(stream: BinaryIO, where: str, context: Context) -> str:
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 as text, without a byte order mark and without the newline that ends a file.
+    """Return UTF-8 as text, without a byte order mark and without the newline that ends a file.
 
     Raises `PromptError` with the offset of the first byte that is not text.
     """
     if (offset := data.find(b"\0")) >= 0:
         raise PromptError(
-            f"{where} is not text: it has a NUL byte at offset {offset}",
-            hint="Only text in UTF-8 can be a prompt.",
+            f"{where} is not text: it contains a NUL byte at offset {offset}",
+            hint="A prompt must be text in UTF-8.",
         )
     try:
         text = data.decode("utf-8")

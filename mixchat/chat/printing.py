@@ -1,7 +1,7 @@
-"""The one place through which everything that is printed for a person goes.
+"""Prints everything that a person sees.
 
 No other module of cli/ and chat/ prints: names of files, texts of models and messages of other
-libraries may hold what acts on a terminal, and here it is taken out.
+libraries may contain control characters, which are removed here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TextIO
 
 from mixchat.sanitize import sanitize
 
-# Rows below a wrapped line begin behind a bracket, a label or a first column.
+# The rows below a wrapped line are indented as far as a bracket, a label or a first column.
 _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")
 _SHORT = 2  # columns of an indent where a longer one leaves too few for some word
 
@@ -23,14 +23,14 @@ _SHORT = 2  # columns of an indent where a longer one leaves too few for some wo
 def say(*lines: str, stream: TextIO | None = None) -> None:
     """Print a message on standard error, a row for each of `lines` and more where one is full.
 
-    A name within a line cannot begin another one, whatever it holds.
+    A name within a line cannot start a new line, whatever it contains.
     """
     stream = stream or sys.stderr
     print("\n".join(fitted(one_line(line), stream) for line in lines), file=stream, flush=True)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print what a command was asked for on standard output: a terminal gets it sanitized.
+    """Print the output of a command on standard output: a terminal gets it sanitized.
 
     A program gets every character as it is. The newline at its end may be left out.
     """
@@ -40,7 +40,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 
 def show_lines(text: str, stream: TextIO | None = None) -> None:
-    """Print lines and tables that we wrote: as `show`, but a terminal gets whole words."""
+    """Print our own lines and tables: as `show` does, but a terminal gets whole words."""
     stream = stream or sys.stdout
     if stream.isatty():
         text = "\n".join(fitted(sanitize(line), stream) for line in text.split("\n"))
@@ -48,12 +48,12 @@ def show_lines(text: str, stream: TextIO | None = None) -> None:
 
 
 def show_piece(text: str) -> None:
-    """Hand a program the next piece of a text on standard output, as it is, at once."""
+    """Print the next piece of a text for a program, as it is, at once."""
     print(text, end="", flush=True)
 
 
 def show_path(path: Path) -> None:
-    """Print where something is; a program gets the very bytes, though they may not be UTF-8."""
+    """Print a path; a program gets its very bytes, which may not be UTF-8."""
     if sys.stdout.isatty():
         show(one_line(str(path)))
         return
@@ -63,25 +63,25 @@ def show_path(path: Path) -> None:
 
 
 def draw(text: str, stream: TextIO | None = None) -> None:
-    """Print what we have drawn ourselves, colours and all."""
+    """Print our own drawing, with its escapes for colours."""
     print(text, end="" if text.endswith("\n") else "\n", file=stream or sys.stdout, flush=True)
 
 
 def one_line(text: str) -> str:
-    """The text without what acts on a terminal, its newlines as spaces."""
+    """Return the text without control characters, its newlines as spaces."""
     return sanitize(" ".join(text.splitlines()))
 
 
 def fitted(line: str, stream: TextIO) -> str:
-    """A line for `stream`: on a terminal it is broken between words where a row is full."""
+    """Return a line for `stream`: broken between words on a terminal where a row is full."""
     return wrapped(line, columns(stream)) if stream.isatty() else line
 
 
 def wrapped(line: str, width: int) -> str:
-    """Break a line between words; the rows below are indented as far as its text is.
+    """Return a line broken between words; the rows below are indented as far as its text is.
 
-    `note: a b` at 7 columns becomes `note: a` and `      b`. A word that fits into no row, as a
-    path may be, begins where it is and is left whole, so that it can be copied.
+    `note: a b` at 7 columns becomes `note: a` and `      b`. A word that fits into no row, such
+    as a path, stays where it is and whole, so that it can be copied.
     """
     if _cells(line) <= width:
         return line
@@ -114,7 +114,7 @@ def _cells(text: str) -> int:
 
 
 def columns(stream: TextIO) -> int:
-    """Return how wide the terminal is to which `stream` writes; `COLUMNS` goes before."""
+    """Return the width of the terminal of `stream`; `COLUMNS` takes precedence."""
     try:
         width = os.get_terminal_size(stream.fileno()).columns
     except (AttributeError, OSError, ValueError):

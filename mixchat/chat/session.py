@@ -1,4 +1,4 @@
-"""A conversation: keeps the messages with their token ids, and turns an answer into events."""
+"""A conversation: its messages with their token ids, and an answer as a stream of events."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "drop-oldest"]
-# Parts of the context. Old turns are left out where the answer may not fit into what is left, up to
-# a half, or an eighth if no length was given; then until a quarter is left, because what stays has
-# to be read anew, which is not to happen at each turn.
+# Parts of the context. Old turns are left out where less room is left than the answer may need:
+# its longest length up to a half, or an eighth if no length was given. Then they are left out until
+# a quarter is free, because the rest has to be prefilled again, which should be rare.
 _MOST, _LEAST, _ROOM = 2, 8, 4
-_LONGEST = 4  # part of the context that an answer may take where nobody has said otherwise
+_LONGEST = 4  # part of the context that an answer may take by default
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The oldest turns are no longer in the prompt, because they do not fit; so many in all."""
+    """The oldest turns are no longer in the prompt, because they do not fit: how many in all."""
 
     turns: int
 
@@ -45,7 +45,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of an answer: why it ended, what it took, and the seed it was drawn with."""
+    """The last event of an answer: why it ended, its counts and times, and its seed."""
 
     reason: Reason
     stats: GenerationStats
@@ -56,11 +56,12 @@ Event = LeftOut | TextDelta | Finished
 
 
 class ChatSession:
-    """One conversation with one engine. The text that was shown is what the next turn remembers.
+    """One conversation with one engine. The next turn remembers exactly the text that was shown.
 
     `history` has all questions and answers. `sampling`, `max_tokens`, `stop`, `system` and
-    `overflow` may be changed between turns. `max_tokens` is the longest answer that was asked for,
-    0 what fits, None the default; `advised_tokens` is what the model's makers advise.
+    `overflow` may be changed between turns. `max_tokens` is the longest answer that is
+    allowed, 0 for what fits, None for the default; `advised_tokens` is the advice of the model's
+    makers.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ChatSession:
         overflow: Overflow = "stop",
     ) -> None:
         self.engine = engine
-        self.sampling = self.advised = sampling  # what it was at first
+        self.sampling = self.advised = sampling  # `advised` stays as it was at first
         self.max_tokens, self._advised_tokens = max_tokens, advised_tokens
         self.stop = tuple(stop)
         self.system = system
@@ -87,7 +88,7 @@ class ChatSession:
         self._tokenizer = tokenizer
         self._template = template
         self._turns = 0
-        self._begun = self._interrupted = False
+        self._has_token = self._interrupted = False
 
     @property
     def context(self) -> Context:
@@ -96,14 +97,14 @@ class ChatSession:
 
     @property
     def messages(self) -> list[Message]:
-        """The system prompt, and the history."""
+        """Return the system prompt and the history."""
         return [*self._system(), *self.history]
 
     @property
     def longest_answer(self) -> int | None:
-        """Tokens that an answer may have; None is what fits into the context.
+        """Return how many tokens an answer may have; None for what fits into the context.
 
-        A small model may never end by itself, so there is a limit where nobody has given one.
+        A small model may never end by itself, so there is a limit by default.
         """
         limit = self.max_tokens
         if limit is None:
@@ -112,7 +113,7 @@ class ChatSession:
 
     @property
     def used(self) -> int:
-        """Tokens of the context that the conversation takes now, or more where it does not fit."""
+        """Return how many tokens the conversation takes now, which may be more than fit."""
         if not self.history:
             return 0
         least = _tokens_at_least(self.history[self._first :])
@@ -127,12 +128,12 @@ class ChatSession:
         self.restore([])
 
     def restore(self, history: Sequence[Message]) -> None:
-        """Go on from these questions and answers instead."""
+        """Replace the history by these questions and answers."""
         self.history, self._first = list(history), 0
         self._turns = sum(message.role == "assistant" for message in history)
 
     def undo(self, turns: int = 1) -> int:
-        """Take the last questions and their answers back; how many there were to be taken."""
+        """Remove the last questions and their answers; return how many questions that were."""
         questions = [i for i, message in enumerate(self.history) if message.role == "user"]
         taken = questions[-turns:]
         if taken:
@@ -142,35 +143,35 @@ class ChatSession:
         return len(taken)
 
     def interrupt(self) -> bool:
-        """End the answer that is being given after its next token. A signal handler may call it.
+        """End the answer after its next token. A signal handler may call it.
 
-        False if that may take long, because no token has come yet or this was asked before: then
-        raise `KeyboardInterrupt`, which ends it at once.
+        Returns False if that may take long, because there is no token yet or this is the second
+        call: then raise `KeyboardInterrupt`, which ends it at once.
         """
-        soon = self._begun and not self._interrupted
+        soon = self._has_token and not self._interrupted
         self._interrupted = True
         return soon
 
     def ask(self, text: str) -> Iterator[Event]:
         """Send `text`; yield the answer piece by piece, then `Finished`.
 
-        An answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) is remembered as far
-        as it was shown; if nothing was, or the turn fails, the conversation is as it was before.
-        The first event, or else `PromptError`, says whether the conversation fits the context:
-        where it does not, `overflow` may let turns be left out.
+        Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) the part that was
+        shown is remembered. If nothing was shown, or the turn fails, the conversation is unchanged.
+        Raises `PromptError` in place of the first event where the conversation does not fit the
+        context and `overflow` lets no turns be left out.
         """
         return self._answer([*self.history, Message("user", text)])
 
     def ask_instead(self, text: str) -> Iterator[Event]:
-        """Send `text` in place of the last question. Raises `PromptError` where there is none."""
+        """Send `text` in place of the last question. Raises `PromptError` without one."""
         return self._answer([*self.history[: self._last_question()], Message("user", text)])
 
     def ask_again(self) -> Iterator[Event]:
-        """The last question once more, in place of its answer. Raises `PromptError` without one."""
+        """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
         return self._answer(self.history[: self._last_question() + 1])
 
-    def go_on(self) -> Iterator[Event]:
-        """Let the last answer be continued. Raises `PromptError` where there is none."""
+    def continue_answer(self) -> Iterator[Event]:
+        """Continue the last answer. Raises `PromptError` without one."""
         question = self._last_question()
         return self._answer(self.history[: question + 1], self.history[question + 1])
 
@@ -180,13 +181,13 @@ class ChatSession:
         return len(self.history) - 2
 
     def _answer(self, asked: list[Message], before: Message | None = None) -> Iterator[Event]:
-        """Answer the last of the messages asked; `before` is what has been said of that already."""
-        self._begun = self._interrupted = False
+        """Answer the last of the messages `asked`; `before` is the answer that is continued."""
+        self._has_token = self._interrupted = False
         self.context.check_text(asked[-1].content, "the question")
-        begun = [] if before is None else self._ids_of(before)
-        prompt_ids, first = self._fitted(asked, begun)
+        start = [] if before is None else self._ids_of(before)
+        prompt_ids, first = self._fitted(asked, start)
         if len(prompt_ids) >= self.context.tokens:
-            raise self._too_long(asked[first:], begun, len(prompt_ids))
+            raise self._too_long(asked[first:], start, len(prompt_ids))
         if first > self._first:
             yield LeftOut(sum(message.role == "user" for message in asked[:first]))
         answer = self._start_answer(prompt_ids, before)
@@ -217,32 +218,32 @@ class ChatSession:
     def _ids_of(self, answer: Message) -> Sequence[int]:
         return self._tokenizer.encode(answer.content) if answer.ids is None else answer.ids
 
-    def _fitted(self, asked: Sequence[Message], begun: Sequence[int]) -> tuple[list[int], int]:
-        """The prompt's ids, those of an answer that is `begun` behind them; and which message of
-        those asked is the first in it."""
+    def _fitted(self, asked: Sequence[Message], start: Sequence[int]) -> tuple[list[int], int]:
+        """Return the prompt's ids, with the `start` of an answer behind them, and the number of the
+        first message of `asked` that is in it."""
         first, size = min(self._first, len(asked) - 1), self.engine.context_size
         later = [i for i, message in enumerate(asked) if i > first and message.role == "user"]
         while (known := _tokens_at_least(asked[first:])) > size:  # it need not be encoded
             if self.overflow == "stop" or not later:
-                raise self._too_long(asked[first:], begun, known)
+                raise self._too_long(asked[first:], start, known)
             first = later.pop(0)
-        whole = [*self._template.encode([*self._system(), *asked[first:]]), *begun]
+        whole = [*self._template.encode([*self._system(), *asked[first:]]), *start]
         least = min(self.max_tokens, size // _MOST) if self.max_tokens else size // _LEAST
         room = max(least, size // _ROOM)
         if self.overflow == "stop" or len(whole) + max(least, 1) <= size:
             return whole, first
-        for start in later:
-            ids = [*self._template.encode([*self._system(), *asked[start:]]), *begun]
-            if len(ids) + room <= size or (start == later[-1] and len(ids) < size):
-                return ids, start
+        for at in later:
+            ids = [*self._template.encode([*self._system(), *asked[at:]]), *start]
+            if len(ids) + room <= size or (at == later[-1] and len(ids) < size):
+                return ids, at
         return whole, first  # not even the last question fits
 
-    def _too_long(self, asked: Sequence[Message], begun: Sequence[int], tokens: int) -> PromptError:
-        """The error for a prompt that does not fit, with what helps where old turns could go."""
+    def _too_long(self, asked: Sequence[Message], start: Sequence[int], tokens: int) -> PromptError:
+        """Return the error for a prompt that does not fit; its hint says if old turns could go."""
         error = self.context.prompt_too_long(tokens)
         if len(asked) == 1:
             return error
-        alone = [*self._template.encode([*self._system(), asked[-1]]), *begun]
+        alone = [*self._template.encode([*self._system(), asked[-1]]), *start]
         if len(alone) < self.context.tokens:
             error.hint = (
                 "The oldest turns can be left out: --overflow drop-oldest, or in a chat /set "
@@ -251,8 +252,8 @@ class ChatSession:
         return error
 
     def _start_answer(self, prompt_ids: Sequence[int], before: Message | None) -> Answer:
-        # A completion goes on in the middle of a text, and so does an answer that was broken off:
-        # its spaces depend on what comes before.
+        # A completion, or an answer that is continued, starts in the middle of a text: its spaces
+        # depend on what comes before.
         context: Sequence[int] = ()
         if self._template.continues_prompt:
             context = prompt_ids
@@ -261,7 +262,10 @@ class ChatSession:
         return Answer(Detokenizer(self._tokenizer, context), StopStrings(self.stop))
 
     def _sampling_of_this_turn(self) -> SamplingOptions:
-        """A given seed moves on by one each turn: asked again, a question gets a new answer."""
+        """Return the options with a given seed raised by the turns so far.
+
+        A question that is asked again gets another answer so.
+        """
         if self.sampling.seed is None:
             return self.sampling
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
@@ -275,7 +279,7 @@ class ChatSession:
         )
         with closing(cast("Generator[int, None, None]", generated)) as ids:
             for token in ids:
-                self._begun = True
+                self._has_token = True
                 if token in stop_ids:
                     yield from answer.end("stop")
                     return
@@ -287,7 +291,7 @@ class ChatSession:
 
 
 def _tokens_at_least(messages: Sequence[Message]) -> int:
-    """Return a count of tokens that these have for sure, without encoding them."""
+    """Return how many tokens these have at least, without encoding them."""
     return sum(
         len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
         for message in messages

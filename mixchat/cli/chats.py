@@ -1,4 +1,4 @@
-"""`mixchat chats`: the chats that are kept; one of them as text; or removed."""
+"""`mixchat chats`: lists the saved chats, prints one, or removes one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chats(
 ) -> None:
     """List the saved chats, or print one as Markdown."""
     if rm and (chat is None or as_json):
-        raise UsageError("--rm removes one chat: it takes an ID, and no --json")
+        raise UsageError("--rm removes one chat: give its ID, and no --json")
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
@@ -55,17 +55,17 @@ def _print(store: ChatStore, wanted: str, as_json: bool) -> None:
 
 
 def _list(store: ChatStore, as_json: bool) -> None:
-    kept = store.all()
+    saved = store.all()
     if as_json:
-        show(json.dumps([_as_json(summary) for summary in kept], indent=2))
-    elif kept:
+        show(json.dumps([_as_json(summary) for summary in saved], indent=2))
+    elif saved:
         terminal = sys.stdout.isatty()
-        show(chat_table(kept, columns(sys.stdout) if terminal else None))
-        whole = [summary.id for summary in kept if summary.problem is None]
+        show(chat_table(saved, columns(sys.stdout) if terminal else None))
+        whole = [summary.id for summary in saved if summary.problem is None]
         if whole and terminal:
             say("", f"To resume one: mixchat run --resume {whole[0]}", stream=sys.stdout)
     else:
-        say(f"There are no chats in {store.directory} yet.", "'mixchat run' begins one.")
+        say(f"There are no chats in {store.directory} yet.", "'mixchat run' starts one.")
 
 
 def _as_json(summary: ChatSummary) -> dict[str, Any]:

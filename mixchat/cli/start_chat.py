@@ -30,8 +30,8 @@ def find_chat(wanted: str | None) -> SavedChat | None:
     try:
         return ChatStore().load(wanted)
     except ChatNotFoundError as error:
-        if " " in wanted:  # rather a question
-            error.hint = "A PROMPT goes before --resume, or behind --resume ID."
+        if " " in wanted:  # it looks like a question
+            error.hint = "Put a PROMPT before --resume, or after --resume ID."
         raise
 
 
@@ -63,7 +63,7 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
             with interrupts.held(), interrupts.saving():
                 saver.save_or_raise()
         except MixchatError as error:
-            hint = "The answer is whole. Free some space, or let MIXCHAT_HOME name another place."
+            hint = "The answer is whole. Free some space, or set MIXCHAT_HOME to another place."
             raise ResourceError(str(error), hint=hint) from None
 
 

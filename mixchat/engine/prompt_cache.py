@@ -1,12 +1,12 @@
-"""A file that keeps the KV cache from one run to the next, so that no text is prefilled twice.
+"""A file for the KV cache between two runs, so that no text is prefilled twice.
 
 It is a safetensors file. Its tensors, in this order:
 
     mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
                            "tokens": 700}, and "exact": true where --exact-prompts was given
     ids                    the tokens whose keys and values it has
-    0.keys, 0.values, ...  of each layer what its cache hands out
-    sha256                 that of all the bytes before it
+    0.keys, 0.values, ...  the content of each layer's cache
+    sha256                 of all the bytes before it
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONGEST_ABOUT = 4096  # bytes
 
 
 def identity_of(manifest: Manifest) -> str:
-    """A hash that differs where a model's weights or its config do."""
+    """Return a hash that differs where a model's weights or its config do."""
     weights = {name: record.sha256 for name, record in manifest.weights.items()}
     config = manifest.files.get("config.json")
     known = [weights, config.sha256 if config else None]
@@ -46,39 +46,39 @@ class PromptCache:
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path, self._engine = path, engine
-        self._kept: list[int] = []
+        self._saved: list[int] = []  # the ids in the file
 
     def load(self) -> int:
-        """Put what the file has into an engine that is new; the count of tokens it goes on from.
+        """Load the file into an engine that holds nothing; return how many tokens it holds then.
 
-        Of a conversation longer than the context that is the beginning. Raises `CheckpointError`
-        where the file is damaged, or not of this model and this kind of cache: the engine is new
-        still.
+        Of a conversation longer than the context it takes the beginning. Raises `CheckpointError`
+        where the file is damaged, or not of this model and this kind of cache: the engine still
+        holds nothing.
         """
         _, cache = self._engine.held()
         try:
             with SafetensorsFile(self.path, follow=False) as file:
-                kept = _read(file, cache, self._engine)
+                saved = _read(file, cache, self._engine)
         except BaseException:
             cache.clear()
             raise
-        self._kept = kept
-        self._engine.resume(kept[: cache.capacity])
-        return min(len(kept), cache.capacity)
+        self._saved = saved
+        self._engine.resume(saved[: cache.capacity])
+        return min(len(saved), cache.capacity)
 
     def save(self) -> bool:
-        """Write the file anew, whole or not at all; False where it has all that the engine holds.
+        """Write the file, whole or not at all; return False where it has all that the engine holds.
 
         Raises `ResourceError` where the disk is full, else another `MixchatError`.
         """
         ids, cache = self._engine.held()
-        if ids == self._kept[: len(ids)]:
+        if ids == self._saved[: len(ids)]:
             return False
         try:
             _write(self.path, cache, ids, self._engine)
         except OSError as error:
             raise write_error(error, self.path, "the prompt cache cannot be written") from None
-        self._kept = ids
+        self._saved = ids
         return True
 
 
@@ -88,13 +88,13 @@ def _about(cache: KVCache, engine: Engine, tokens: int) -> dict[str, Any]:
 
 
 def _specs(cache: KVCache, tokens: int, about: int) -> list[TensorSpec]:
-    """All tensors of a file that keeps so many tokens; `about` is the length of its JSON."""
+    """Return all tensors of a file with so many tokens; `about` is the length of its JSON."""
     layers = range(cache.config.num_hidden_layers)
-    kept = (_layer_specs(cache, layer, tokens) for layer in layers)
+    of_layers = (_layer_specs(cache, layer, tokens) for layer in layers)
     return [
         TensorSpec(_ABOUT, torch.uint8, (about,)),
         TensorSpec(_IDS, torch.int64, (tokens,)),
-        *chain.from_iterable(kept),
+        *chain.from_iterable(of_layers),
         TensorSpec(_DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
     ]
 
@@ -124,7 +124,7 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
 
 
 def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
-    """Put what the file has into the cache, as far as it goes; the ids of all that it has."""
+    """Load the file into the cache, as much as fits; return the ids of all tokens in it."""
     tokens = _tokens(file, cache, engine)
     length = min(tokens, cache.capacity)
     start = file.header.start(_ABOUT)
@@ -148,10 +148,10 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 
 
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
-    """How many tokens the file keeps, whose header is then what it should be. Raises."""
+    """Return how many tokens the file has. Raises `CheckpointError` where its header is wrong."""
     about = _read_about(file)
     if about.get("format") != FORMAT:
-        raise CheckpointError(f"{file.path} is of another version of mixchat")
+        raise CheckpointError(f"{file.path} was written by another version of mixchat")
     if about.get("model") != engine.identity:
         raise CheckpointError(f"{file.path} is not of this model")
     if about.get("cache") != cache.form:
@@ -169,7 +169,7 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
 
 
 def _read_about(file: SafetensorsFile) -> dict[str, Any]:
-    """What the file says of itself. Raises `CheckpointError`."""
+    """Return the JSON about the file. Raises `CheckpointError` where there is none."""
     about = None
     if _ABOUT in file.header and file.header.spec(_ABOUT).nbytes <= _LONGEST_ABOUT:
         with suppress(ValueError, RecursionError):

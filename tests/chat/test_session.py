@@ -214,7 +214,7 @@ def test_a_question_asked_instead_replaces_the_last_turn(session_of):
     assert [message.content for message in session.history] == ["one", "a", "three", "c"]
 
 
-@pytest.mark.parametrize("way", ["ask_again", "go_on"])
+@pytest.mark.parametrize("way", ["ask_again", "continue_answer"])
 def test_without_an_answer_there_is_nothing_to_do_again(session_of, way):
     session = session_of()
     with pytest.raises(PromptError, match="nothing has been answered yet"):
@@ -237,7 +237,7 @@ def test_an_answer_is_marked_where_it_was_stopped_before_its_end(session_of, rea
 def test_a_continued_answer_is_one_answer(session_of):
     session = session_of("Hel", "lo, you", "Fine", max_tokens=3)
     turns_of(session, "Hi")
-    text, _ = listen(session.go_on())
+    text, _ = listen(session.continue_answer())
     assert text == "lo,"
     assert prompt_of(session, 1) == "[user]HiHel"
     assert session.history[-1].content == "Hello,"
@@ -249,7 +249,7 @@ def test_a_continued_answer_that_fails_stays_as_it_was(session_of):
     session = session_of("Hel", [RuntimeError("out of order")], max_tokens=3)
     turns_of(session, "Hi")
     with pytest.raises(RuntimeError):
-        listen(session.go_on())
+        listen(session.continue_answer())
     assert session.history[-1].content == "Hel"
 
 

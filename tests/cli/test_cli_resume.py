@@ -152,7 +152,7 @@ def test_the_model_of_the_chat_is_taken_unless_a_flag_says_otherwise(chat, mixch
 def test_a_chat_that_is_not_there_is_an_error(mixchat):
     done = mixchat("run", "--resume", "nothing", "Hi")
     assert (done.returncode, done.stdout) == (4, b"")
-    assert done.stderr.startswith(b"error: no chat 'nothing' is kept")
+    assert done.stderr.startswith(b"error: there is no saved chat 'nothing'")
     assert mixchat("run", "Hi", "--resume").returncode == 4
 
 

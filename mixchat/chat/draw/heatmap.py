@@ -1,4 +1,4 @@
-"""Draws what a run did with its experts: a row for each layer, a cell for each expert."""
+"""Draws the use of the experts in a run: a row for each layer, a cell for each expert."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mixchat.experts.stats import ExpertReport
 from mixchat.quantities import format_size, format_time
 from mixchat.sanitize import sanitize
 
-# How often an expert was used, in multiples of the mean of its layer, which all would have if the
-# router had no favourites. A bound begins a level; level 0 is for what was never used.
+# Uses of an expert in multiples of the mean of its layer, which all would have if the router chose
+# evenly. A level starts at each bound; level 0 is for experts that were never used.
 BOUNDS = (0.5, 0.8, 1.25, 2.0)
 LEVELS = ("never", "<0.5", "<0.8", "<1.25", "<2", "2+")
-# From dark to bright as in viridis, in colours that stay apart where a terminal has 16 only.
+# From dark to bright as in viridis, in colours that differ on a terminal with 16, too.
 STYLES = (
     "",
     "color(15) on color(54)",
@@ -35,7 +35,7 @@ _NARROW = 2  # columns of a cell that has a level and a mark, and no room for a 
 
 
 def drawn(report: ExpertReport, stream: TextIO) -> str:
-    """The heatmap as text with the escapes, width and characters that suit `stream`."""
+    """Return the heatmap as text with the escapes, width and characters that suit `stream`."""
     console = Console(file=stream)
     with console.capture() as capture:  # printing here, Rich would exit at a closed pipe
         console.print(Heatmap(report))
@@ -43,7 +43,7 @@ def drawn(report: ExpertReport, stream: TextIO) -> str:
 
 
 def relative_uses(report: ExpertReport) -> list[list[float]]:
-    """Each expert's uses in multiples of its layer's mean; 0 in a layer without any."""
+    """Return each expert's uses in multiples of its layer's mean; 0 in a layer without any."""
     layers = []
     for hits, misses in zip(report.hits, report.misses, strict=True):
         uses = [hit + miss for hit, miss in zip(hits, misses, strict=True)]
@@ -53,7 +53,7 @@ def relative_uses(report: ExpertReport) -> list[list[float]]:
 
 
 class Heatmap:
-    """What Rich can print: fits the width, and needs neither colours nor more than ASCII."""
+    """A heatmap that Rich can print: it fits the width, and needs neither colours nor Unicode."""
 
     def __init__(self, report: ExpertReport) -> None:
         self._report = report
@@ -78,14 +78,14 @@ class Heatmap:
 
 
 def _cells_a_line(experts: int, fit: int) -> int:
-    """All experts of a layer where they fit, else a multiple of 8 where that is one."""
+    """Return how many experts go on a line: all where they fit, else a multiple of 8 if any."""
     if experts <= fit:
         return experts
     return max(fit // 8 * 8 or fit, 1)
 
 
 def _header(width: int, a_line: int) -> Text:
-    """The numbers of the experts; only each eighth where a cell is too narrow for one."""
+    """Return the numbers of the experts; only every eighth where cells are too narrow."""
     if width == _NARROW:
         names = "".join(f"{i:<{8 * width}}" for i in range(0, a_line, 8))
         names = names[: a_line * width].ljust(a_line * width)
@@ -95,7 +95,7 @@ def _header(width: int, a_line: int) -> Text:
 
 
 def _cell(use: float, share: float, mark: str, width: int) -> tuple[str, str]:
-    """Text and style of an expert; `use` is in multiples of the mean, `share` of all, 0 to 1."""
+    """Return text and style of a cell; `use` in multiples of the mean, `share` of all, 0 to 1."""
     level = bisect_right(BOUNDS, use) + 1 if use else 0
     if width == _NARROW:
         return f"{level}{mark}", STYLES[level]
@@ -104,7 +104,7 @@ def _cell(use: float, share: float, mark: str, width: int) -> tuple[str, str]:
 
 
 def _rows(layer: int, cells: list[tuple[str, str]], a_line: int, rate: str) -> Iterator[Text]:
-    """A layer's line; the experts for which it has no room go on below it."""
+    """Yield a layer's line, and lines below it for the experts that do not fit."""
     for start in range(0, len(cells), a_line):
         line = Text(f"{layer:>3} " if start == 0 else f"{'+' + str(start):<{_BEFORE}}")
         line.append_tokens(cells[start : start + a_line])
@@ -125,7 +125,7 @@ def _legend(width: int, coloured: bool) -> Text:
 
 
 def _places(report: ExpertReport, marks: dict[str, str]) -> Text:
-    """The legend of the marks, with how many experts each is for."""
+    """Return the legend of the marks, with the number of experts at each."""
     counts = Counter(chain(*report.tiers))
     places = []
     for tier, mark in marks.items():

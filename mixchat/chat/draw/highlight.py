@@ -1,4 +1,4 @@
-"""Draws code for a terminal, coloured, and so that its first lines can be shown before its last."""
+"""Draws code in colours, so that its first lines can be shown before the last are known."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 TAB = " " * 4
-FRAME = "dim"  # the style of what is not the model's
+FRAME = "dim"  # the style of what the model did not write
 _BAR = 20  # columns
 _ASCII = str.maketrans("─│•", "-|-")
-# Few, on the terminal's own background: a light and a dark one both show them well.
+# Few colours, which a light and a dark background both show well.
 _COLOURS = {
     "Token.Comment": "dim italic",
     "Token.Keyword": "magenta",
@@ -37,13 +37,13 @@ _COLOURS = {
 
 
 def fitting(frame: str, options: ConsoleOptions) -> str:
-    """The same in ASCII where there is nothing else."""
+    """Return `frame` in ASCII where the terminal has nothing else."""
     return frame.translate(_ASCII) if options.ascii_only else frame
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A line across, with a name in it, as long as the row or `width` columns."""
+    """A horizontal line with a name in it, as long as the row or `width` columns."""
 
     name: str = ""
     width: int | None = None
@@ -59,8 +59,8 @@ class Bar:
 class Code:
     """A code block, or the part of one from line `first` to before line `end`.
 
-    `closed` says that its fence has an end; `resumed`, that what is drawn begins with a frame
-    although it is not the block's beginning.
+    `closed`: its fence has an end. `resumed`: the part is drawn with a frame before it, although
+    it is not the start of the block.
     """
 
     code: str
@@ -72,7 +72,7 @@ class Code:
 
     @property
     def settled(self) -> int:
-        """How many lines keep their colours whatever comes after them."""
+        """Return how many lines keep their colours, whatever follows."""
         return max(_lexed_ends(self.code.count("\n")), default=0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -86,17 +86,17 @@ class Code:
 
 
 def _folded(line: Text, width: int) -> Iterable[Text]:
-    """Code goes on in the next row wherever one is full: its spaces count."""
+    """Return the rows of a line, cut where one is full: spaces in code count."""
     if cell_len(line.plain) <= width:
         return [line]
     return line.divide(accumulate(map(len, chop_cells(line.plain, width)[:-1])))
 
 
 def _lexed_ends(count: int) -> list[int]:
-    """At these lines code is lexed from its beginning: 16, 24, 36...
+    """Return the lines at which code is lexed from its start: 16, 24, 36...
 
-    What the lexer sees of a line's future then depends on the code alone, not on how it came, and
-    all of it takes three times as long as lexing once.
+    So the colours of a line depend on the code alone, not on the pieces in which it came. All of it
+    takes three times as long as lexing once.
     """
     ends, end = [], 16
     while end <= count:
@@ -106,7 +106,7 @@ def _lexed_ends(count: int) -> list[int]:
 
 
 def _highlighted(lines: list[str], language: str, first: int) -> list[Text]:
-    """The lines from `first` on, each as it looked at the next of the `_lexed_ends`."""
+    """Return the lines from `first` on, each with its colours at the next of `_lexed_ends`."""
     drawn: list[Text] = []
     for end in [*_lexed_ends(len(lines)), len(lines)]:
         if (start := first + len(drawn)) < end:

@@ -1,4 +1,4 @@
-"""Draws an answer's Markdown for a terminal, and loses nothing of what the model wrote."""
+"""Draws an answer's Markdown for a terminal, without losing anything the model wrote."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
 _INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
 _CODE, _LINK = "cyan", "underline"
 
-_NARROWEST = 6  # columns for what is indented; with fewer it is not
+_NARROWEST = 6  # columns for indented text; with fewer it is not indented
 _CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn
 
-# A backslash before these is Markdown's; before all others, as in `\(` and `\{`, the text's own.
+# A backslash before these is Markdown's; before others, as in `\(` and `\{`, it is text.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
-# What Unicode has for line and paragraph separators: terminals do not agree on their meaning.
+# Unicode's line and paragraph separators, which terminals show differently.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
 
 
 def render(text: str) -> RenderableType:
-    """What Rich prints for the Markdown `text`: the same that streaming it leaves on screen."""
+    """Return what Rich prints for the Markdown `text`, which equals what streaming it shows."""
     return _Document(text)
 
 
 def cleaned(text: str, encoding: str) -> str:
-    """`text` with nothing that acts on a terminal or cannot be written to it."""
+    """Return `text` without control characters, or others that the encoding lacks."""
     text = sanitize(text).translate(_SEPARATORS)
     return text.encode(encoding, "replace").decode(encoding)
 
 
 @dataclass(frozen=True)
-class Begun:
-    """The state of a code block that is being drawn: `lines` of it are on the screen.
+class PartlyDrawn:
+    """The state of a code block of which `lines` lines are on the screen.
 
-    `path` leads there where it stands in a list's item or a quote: the number of a part in each.
-    `resumed` says that what was drawn of it ended with a frame, so that its rest gets a new one.
+    `path` leads to it where it is in a list's item or a quote: the number of the part in each.
+    `resumed`: what was drawn of it ended with a frame, so its rest gets a new one.
     """
 
     lines: int
@@ -64,13 +64,13 @@ class Begun:
         return drawn
 
 
-NOTHING = Begun(0)
+NOTHING = PartlyDrawn(0)
 
 
-def broken_off(text: str) -> tuple[Block, Begun] | None:
-    """The block at the end of a cleaned text, if it broke off in a fence that has no end yet.
+def broken_off(text: str) -> tuple[MarkdownBlock, PartlyDrawn] | None:
+    """Return the block at the end of a cleaned text, if that ends in a fence that is not closed.
 
-    The line that is not complete has not been drawn: its rest alone would say little.
+    The incomplete line counts as not drawn, because its rest alone would be hard to read.
     """
     found = blocks(text)
     drawn = found[-1].drawn if found else None
@@ -80,7 +80,7 @@ def broken_off(text: str) -> tuple[Block, Begun] | None:
         path = (*path, number)
     if not isinstance(drawn, Code) or drawn.closed:
         return None
-    return found[-1], Begun(drawn.code.count("\n"), path, resumed=True)
+    return found[-1], PartlyDrawn(drawn.code.count("\n"), path, resumed=True)
 
 
 class _Document:
@@ -95,27 +95,29 @@ class _Document:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A paragraph, table, top-level list item...: it begins with line `start` of its text."""
+class MarkdownBlock:
+    """A paragraph, table, top-level list item...: it starts at line `start` of its text."""
 
     start: int
     gap: bool  # a blank line comes before it
     drawn: RenderableType
 
 
-def blocks(text: str) -> list[Block]:
-    """The blocks of a cleaned text, each drawn without looking at any other.
+def blocks(text: str) -> list[MarkdownBlock]:
+    """Return the blocks of a cleaned text, each drawn independently of the others.
 
-    What follows a block cannot change it, once a complete line has begun the next one. That is
-    why references and underlined headings are text here, why blank lines stay where they were
-    written (no list is loose as a whole), and why items have the numbers they were given.
+    A block cannot change once a complete line of the next one is there. That is why references and
+    underlined headings are text here, why blank lines stay where they were written (no list is
+    loose as a whole), and why items have the numbers they were given.
     """
     source = _Source(text.split("\n"))
-    found: list[Block] = []
+    found: list[MarkdownBlock] = []
     for node in _tree(parser().parse(text)):
         is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
         for part in node.children if is_list else [node]:
-            found.append(Block(part.start, bool(found) and source.gap(part), source.drawn(part)))
+            found.append(
+                MarkdownBlock(part.start, bool(found) and source.gap(part), source.drawn(part))
+            )
     return found
 
 
@@ -148,7 +150,7 @@ def _tree(tokens: Sequence[Token]) -> list[_Node]:
 
 
 class _Source:
-    """The lines of a text, and how its nodes are drawn."""
+    """The lines of a text, and the drawing of its nodes."""
 
     def __init__(self, lines: list[str]) -> None:
         self._lines = lines
@@ -157,7 +159,7 @@ class _Source:
         return not self._lines[node.start - 1].strip(" \t>")
 
     def drawn(self, node: _Node) -> RenderableType:
-        """One block with all that is in it."""
+        """Return one block with everything in it."""
         token, children = node.token, node.children
         if node.too_deep:
             return self._as_written(node)
@@ -190,14 +192,14 @@ class _Source:
         return drawn
 
     def _has_cells_too_many(self, table: _Node) -> bool:
-        """Whether some row has more cells than the header, which Markdown leaves out."""
+        """Return whether a row has more cells than the header: Markdown drops them."""
         header, *rows = (row for section in table.children for row in section.children)
         return any(_cells(self._lines[row.start]) > len(header.children) for row in rows)
 
     def _indent(self, paragraph: _Node) -> str:
-        """The spaces before it, which are those of code without a fence.
+        """Return the spaces before a paragraph, which may be code without a fence.
 
-        Within lists they are the list's, and a single one is what tokenizers leave.
+        Within lists they belong to the list, and a single one comes from tokenizers.
         """
         line = self._lines[paragraph.start]
         spaces = len(line) - len(line.lstrip(" "))
@@ -215,7 +217,7 @@ def _is_closed(fence: Token) -> bool:
 
 
 def _indented_text(code: str) -> Text:
-    """Code without a fence: as it was written, for nobody knows where it begins and ends."""
+    """Return code without a fence as it was written, because its start and end are uncertain."""
     lines = code.removesuffix("\n").replace("\t", TAB).split("\n")
     return Text(
         "\n".join(f"{TAB}{line}" if line.strip() else "" for line in lines), overflow="fold"
@@ -228,26 +230,26 @@ def _cells(row: str) -> int:
 
 
 class _Indented:
-    """A list's item or a quote: what is in it, behind its mark."""
+    """A list's item or a quote: its content, behind its mark."""
 
     def __init__(self, first: str, other: str, content: list[RenderableType]) -> None:
         self._first, self._other, self._content = first, other, content
 
     @property
     def last(self) -> tuple[int, RenderableType]:
-        """The last part of what is in it, and its number."""
+        """Return the number of its last part, and that part."""
         number = len(self._content) - 1
         return number, self._content[number] if self._content else Text()
 
-    def resumed(self, part: int, begun: Begun) -> _Indented:
-        """The same from the rest of this part on, with no mark.
+    def resumed(self, part: int, partly: PartlyDrawn) -> _Indented:
+        """Return the same from the rest of this part on, without a mark.
 
-        All of it where there is no such part: what looked like a fence was none.
+        Returns all of it where there is no such part: what looked like a fence was none.
         """
         if part >= len(self._content):
             return self
         rest, *others = self._content[part:]
-        return _Indented(self._other, self._other, [begun.rest_of(rest), *others])
+        return _Indented(self._other, self._other, [partly.rest_of(rest), *others])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first, other = (fitting(mark, options) for mark in (self._first, self._other))
@@ -266,7 +268,7 @@ class _Indented:
 
 
 class _Table:
-    """A table; as it was written where there is no room to draw it."""
+    """A table; as it was written where it cannot be drawn for lack of columns."""
 
     def __init__(self, node: _Node, as_written: Text) -> None:
         self._rows = [row for section in node.children for row in section.children]
@@ -287,7 +289,7 @@ class _Table:
 
 
 def _inline(token: Token, style: str = "", before: str = "") -> Text:
-    """A line of text with its emphasis, code and links, behind the spaces `before` it."""
+    """Return a line of text with its emphasis, code and links, behind the spaces `before` it."""
     text = Text(before, style=style, overflow="fold")
     styles: list[str] = []
     targets: list[tuple[int, str]] = []
@@ -319,6 +321,6 @@ def _leaf(token: Token) -> str:
 
 
 def _target(token: Token, name: str) -> str:
-    """Where a link leads, and its title."""
+    """Return a link's address and its title."""
     title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
     return f"{token.attrs[name]}{title}"

@@ -1,4 +1,4 @@
-"""The Markdown that is understood: nothing in it hides text, or lets later lines change earlier."""
+"""The parser: Markdown without what hides text, or lets later lines change earlier ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import lru_cache
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, newline
 
-DEEPEST = 20  # levels; what is nested deeper, markdown-it drops
+DEEPEST = 20  # levels; markdown-it drops what is nested deeper
 
-# Neither emphasis nor escaped, because it is a formula or code that stands in no fence.
+# Formulas, and code outside a fence: no emphasis in them, and no escapes.
 _VERBATIM = re.compile(
     r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
     | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4
@@ -22,7 +22,7 @@ _VERBATIM = re.compile(
 
 
 class _Parser(MarkdownIt):
-    """Keeps a link's address as it was written, whatever it is."""
+    """Leaves a link's address as it was written, whatever it is."""
 
     def normalizeLink(self, url: str) -> str:
         return url
@@ -33,7 +33,7 @@ class _Parser(MarkdownIt):
 
 @lru_cache(maxsize=1)
 def parser() -> MarkdownIt:
-    """Markdown without what would hide text or let later lines change earlier ones."""
+    """Return the parser; it is built once."""
     made = _Parser("commonmark", {"maxNesting": DEEPEST}).enable(["strikethrough", "table"])
     made.disable(["html_block", "html_inline", "autolink", "entity"])
     made.disable(["reference", "lheading", "text_join"])
@@ -43,7 +43,7 @@ def parser() -> MarkdownIt:
 
 
 def _verbatim(state: StateInline, silent: bool) -> bool:
-    """A rule of the parser: what is text as it stands, though it may not look so."""
+    """Take text of `_VERBATIM` as it is: a rule of the parser."""
     found = _VERBATIM.match(state.src, state.pos, state.posMax)
     if found is None:
         return False
@@ -54,7 +54,7 @@ def _verbatim(state: StateInline, silent: bool) -> bool:
 
 
 def _newline(state: StateInline, silent: bool) -> bool:
-    """The rule of the parser for the end of a line, but the spaces of the next one stay."""
+    """End a line, but leave the spaces of the next one: a rule of the parser."""
     begin = state.pos
     if not newline(state, silent):
         return False

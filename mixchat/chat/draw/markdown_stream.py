@@ -13,58 +13,65 @@ from rich.text import Text
 
 from mixchat import interrupts
 from mixchat.chat.draw.highlight import Code
-from mixchat.chat.draw.markdown import NOTHING, Begun, Block, blocks, broken_off, cleaned
+from mixchat.chat.draw.markdown import (
+    NOTHING,
+    MarkdownBlock,
+    PartlyDrawn,
+    blocks,
+    broken_off,
+    cleaned,
+)
 
-_SHARE = 0.1  # of the time may go into drawing
+_SHARE = 0.1  # of the time may be spent on drawing
 _PAUSE = 0.03  # seconds at least between two frames
-# Seconds without a frame when the window's size has changed: while somebody pulls at it, tmux tells
-# of a new size as late as this, and a tail for the old one might not fit.
+# Seconds without a frame after the window's size has changed: while it is being changed, tmux
+# reports a new size as late as this, and a tail for the old one might not fit.
 _RESIZING = 0.3
 
 # A terminal that knows mode 2026 shows all of a frame at once.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
-# Without mode 7 no line of the tail takes two rows, even where Rich and the terminal do not agree
-# on how wide a character is.
+# Without mode 7 no line of the tail takes two rows, even where Rich and the terminal disagree on a
+# character's width.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-# Not from the first column on: at the screen's beginning tmux takes that for clearing it, and keeps
-# what was there in its history.
+# Not from the first column on: at the top of the screen tmux takes that for clearing it, and copies
+# what was there to its history.
 _ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """The text that is not final, and how it goes on from what is."""
+    """The text that is not final yet, and how it continues what is final."""
 
     parts: list[str]
     gap: bool = False  # a blank line comes before it
-    begun: Begun = NOTHING  # what is final of the code block with which it begins
+    partly: PartlyDrawn = NOTHING  # what is final of the code block at its start
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
 
-    def blocks(self, text: str) -> list[Block]:
-        """Those of `text`, which begins as the rest does, without what is final."""
+    def blocks(self, text: str) -> list[MarkdownBlock]:
+        """Return the blocks of `text`, which starts as the rest does, without what is final."""
         found = blocks(text)
         if not found:
             return []
         first, *others = found
-        return [replace(first, gap=self.gap, drawn=self.begun.rest_of(first.drawn)), *others]
+        return [replace(first, gap=self.gap, drawn=self.partly.rest_of(first.drawn)), *others]
 
 
 class MarkdownStream:
-    """Draws what it is fed; when it is closed, the screen shows what `render` gives for it all.
+    """Draws the text it is fed; when it is closed, the screen shows what `render` gives for all.
 
-    What later words cannot change is printed once. Below it is the tail, cut to the screen's
-    height. Between frames the cursor, hidden, stands where the tail begins: whatever a resized
-    window does to the rows, those from the cursor on are the tail's, and those above are final.
-    A console that is no terminal gets no tail.
+    Text that cannot change any more is printed once. Below it is the tail, cut to the screen's
+    height. Between frames the cursor, hidden, is where the tail starts: whatever a resized window
+    does to the rows, those from the cursor on are the tail's, and those above are final. A console
+    that is no terminal gets no tail.
 
-    Where the text begins in the middle, `before` is what comes before it: if that broke off in a
-    code block, the drawing begins with the block's last line.
+    `before` is the text that the fed text continues: if it ends in a code block, the drawing starts
+    with that block's last line.
 
-    At first the cursor has to be at a line's beginning; nobody else may write before `close`.
+    At first the cursor has to be at the start of a line; nothing else may write before `close`.
     """
 
     def __init__(
@@ -95,30 +102,30 @@ class MarkdownStream:
         self.close()
 
     def feed(self, text: str) -> None:
-        """Take the next piece, and draw unless that would take too much of the time."""
+        """Take the next piece, and draw unless too much time was spent on drawing."""
         if self._before:
             self._rest = self._resumed(cleaned(self._before, self._console.encoding))
             self._before = ""
         self._rest.parts.append(cleaned(text, self._console.encoding))
-        begun = self._clock()
-        if begun < self._next_frame:
+        started = self._clock()
+        if started < self._next_frame:
             return
         if (size := self._console.size) != self._size:
-            self._size, self._next_frame = size, begun + _RESIZING
+            self._size, self._next_frame = size, started + _RESIZING
             return
         with interrupts.held():  # no half frame, and none that is drawn twice
             self._draw()
         now = self._clock()
-        self._next_frame = now + max(_PAUSE, (now - begun) * (1 / _SHARE - 1))
+        self._next_frame = now + max(_PAUSE, (now - started) * (1 / _SHARE - 1))
 
     def pause(self) -> None:
-        """Take the tail away until more is fed: somebody else is about to write."""
+        """Erase the tail until more is fed: something else is about to write."""
         if self._shown is not None and not self._closed:
             self._write([], after=_SHOW_CURSOR)
             self._shown = None
 
     def close(self) -> None:
-        """Draw all that is left, and leave the cursor at the beginning of a line."""
+        """Draw all that is left, and leave the cursor at the start of a line."""
         if self._closed:
             return
         with interrupts.held():  # no half frame, and none that is drawn twice
@@ -130,8 +137,8 @@ class MarkdownStream:
         found = broken_off(before)
         if found is None:
             return _Rest([])
-        block, begun = found
-        return _Rest([_from_line(before, block.start)], begun=begun)
+        block, partly = found
+        return _Rest([_from_line(before, block.start)], partly=partly)
 
     def _draw(self) -> None:
         options = self._console.options
@@ -146,26 +153,26 @@ class MarkdownStream:
         self._rest, self._shown = rest, (tail, options)
 
     def _settled(self) -> tuple[list[str], _Rest]:
-        """The rows that have become final, and the rest.
+        """Return the rows that have become final, and the rest.
 
-        Only the last block of the complete lines can still change, and of code no early line can.
+        Only the last block of the complete lines can still change, but not the early lines of code.
         """
         text = self._rest.text
         found = self._rest.blocks(text[: text.rfind("\n") + 1])
         if not found:
             return [], replace(self._rest, parts=[text])
         *final, last = found
-        rest = _Rest([text], last.gap, NOTHING if final else self._rest.begun)
+        rest = _Rest([text], last.gap, NOTHING if final else self._rest.partly)
         if final:
             rest = replace(rest, parts=[_from_line(text, last.start)])
         if isinstance(last.drawn, Code) and last.drawn.settled > last.drawn.first:
             code = replace(last.drawn, end=last.drawn.settled)
             final.append(replace(last, drawn=code))
-            rest = replace(rest, gap=False, begun=Begun(last.drawn.settled))
+            rest = replace(rest, gap=False, partly=PartlyDrawn(last.drawn.settled))
         return self._rows(final), rest
 
-    def _rows(self, drawn: Iterable[Block]) -> list[str]:
-        """The rows of blocks, as what to write for them."""
+    def _rows(self, drawn: Iterable[MarkdownBlock]) -> list[str]:
+        """Return the rows of blocks, as the text to write."""
         lines = []
         for block in drawn:
             for part in [Text(), block.drawn] if block.gap else [block.drawn]:
@@ -175,7 +182,7 @@ class MarkdownStream:
         return capture.get().split("\n")[:-1]
 
     def _write(self, final: list[str], before: str = "", after: str = "") -> None:
-        """A frame, in one piece: what is final in place of the tail, and a new tail."""
+        """Write a frame in one piece: final rows in place of the tail, then a new tail."""
         frame = "".join(f"{row}\n" for row in final)
         if self._has_tail:
             frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"

@@ -1,4 +1,4 @@
-"""A chat as it is kept, and its file: JSON that is read strictly, whatever bytes are in it."""
+"""A saved chat, and its file: JSON that is read strictly, whatever bytes it has."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mixchat.text.messages import Message
 
 FORMAT = 1
 LONGEST_NAME = 80  # characters
-LAST = "last"  # the chat that was saved last, where a chat is asked for
-# What an ID can begin with; names look otherwise, so that no word means two things.
+LAST = "last"  # in place of an ID: the chat that was saved last
+# The beginning of an ID. No name looks like one, so that no word means two chats.
 BEGINNING = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
-# The beginning of a file, up to its name, which is of 4 bytes a character at most.
+# The beginning of a file, up to its name; and bytes that hold both: 4 a character at most.
 _BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
 
 Number: TypeAlias = int | float | None
@@ -30,10 +30,10 @@ Number: TypeAlias = int | float | None
 
 @dataclass(frozen=True)
 class SavedChat:
-    """A conversation, and all that it takes to go on with it.
+    """A conversation, and all that it takes to resume it.
 
-    `model` is its name as typed, `identity` the hash of its weights. `sampling` are the parameters
-    in force, by name. The system prompt is not among the messages.
+    `model` is its name as typed, `identity` the hash of its weights. `sampling` has the parameters
+    by name. The system prompt is not among the messages.
     """
 
     id: str
@@ -48,12 +48,12 @@ class SavedChat:
 
 
 def now() -> datetime:
-    """The time, for `SavedChat.created` and `SavedChat.updated`."""
+    """Return the time, for `SavedChat.created` and `SavedChat.updated`."""
     return datetime.now(timezone.utc)
 
 
 def checked_name(name: str) -> str:
-    """A name for a chat, without spaces around it. Raises `UsageError` where it cannot be one."""
+    """Return a name without spaces around it. Raises `UsageError` where it cannot be a chat's."""
     name = name.strip()
     problem = None
     if not name:
@@ -74,7 +74,7 @@ def checked_name(name: str) -> str:
 
 
 def serialized(chat: SavedChat) -> bytes:
-    """The file of a chat. Raises `UsageError` where its name cannot be one."""
+    """Return the content of a chat's file. Raises `UsageError` where its name cannot be one."""
     raw = {
         "format": FORMAT,
         "name": None if chat.name is None else checked_name(chat.name),
@@ -86,15 +86,15 @@ def serialized(chat: SavedChat) -> bytes:
         "sampling": dict(chat.sampling),
         "messages": [_message_as_json(message) for message in chat.messages],
     }
-    # Half a character, which UTF-8 does not have, comes back as it was: json.loads knows this way.
+    # A lone surrogate, which UTF-8 does not have, comes back as it was: json.loads reads it.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass")
 
 
 def read_chat(path: Path) -> SavedChat:
-    """The chat in a file, whose name begins with its ID.
+    """Return the chat in a file, whose name without `.json` is its ID.
 
-    Raises `CheckpointError` where it cannot be read, is damaged, or is of a newer mixchat.
+    Raises `CheckpointError` where it cannot be read, is damaged, or is of another version.
     """
     data = read_bytes(path, follow=False)
     try:
@@ -109,13 +109,13 @@ def read_chat(path: Path) -> SavedChat:
         hint = f"To remove it: mixchat chats --rm {path.stem}"
         raise CheckpointError(f"{path} is damaged ({reason})", hint=hint) from None
     raise CheckpointError(
-        f"{path} is of another version of mixchat (its format is {version}, not {FORMAT})",
-        hint="The version of mixchat that wrote it can read it.",
+        f"{path} was written by another version of mixchat (format {version}, not {FORMAT})",
+        hint="Read it with that version.",
     )
 
 
 def read_name(path: Path) -> str | None:
-    """The name of the chat in a file, by its beginning alone; None where that has none.
+    """Return the name of the chat in a file, or None; only the beginning of the file is read.
 
     For the completion of names, which has no time to read whole chats.
     """
@@ -138,9 +138,9 @@ def _message_as_json(message: Message) -> dict[str, Any]:
 
 
 def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
-    """Raises `ValueError` unless everything is there and has the type that it has to have."""
+    """Return the chat. Raises `ValueError` where a key is missing or of another type."""
     known = {"format", *(field.name for field in fields(SavedChat))} - {"id"}
-    _check(raw.keys() == known, f"it has not the keys {', '.join(sorted(known))}, and no other")
+    _check(raw.keys() == known, f"its keys are not {', '.join(sorted(known))}")
     for key in ("model", "identity"):
         _check(isinstance(raw[key], str), f"its {key} is not text")
     for key in ("name", "system"):

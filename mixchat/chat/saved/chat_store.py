@@ -1,4 +1,4 @@
-"""The chats that are kept: one private file each, found by ID or name, written whole."""
+"""The saved chats: one private file each, found by ID or name, written whole."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from mixchat.settings import data_dir
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
 _TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
-_ABANDONED = 3600  # seconds after which nobody writes a file any more
-_PATIENCE = 5.0  # seconds for other sessions to save; it takes them milliseconds
+_ABANDONED = 3600  # seconds after which no process still writes a file
+_PATIENCE = 5.0  # seconds for other sessions to save, which takes milliseconds
 _LISTED = 5  # chats, in a message
 _LONGEST_QUESTION = 200  # characters
 
 
 @dataclass(frozen=True)
 class ChatSummary:
-    """A kept chat in a line. `question` is the beginning of the first one, on one line.
+    """A saved chat in a line. `question` is the beginning of the first one, on one line.
 
     `problem` says why the chat cannot be read: then little else is known, and `updated` is the
     file's own time.
@@ -61,25 +61,25 @@ class ChatSummary:
 
 
 class ChatStore:
-    """The chats in a directory, which is made when the first is saved.
+    """The chats in a directory, which is created when the first is saved.
 
-    Two processes may save one chat at once: each file is whole at every moment, and with
-    `save_over` neither loses what it has. A chat's KV cache may lie beside it, at `kv_path`.
+    Two processes may save one chat at once: each file is whole at every moment, and `save_over`
+    loses nothing of either. A chat's KV cache may lie beside it, at `kv_path`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = data_dir() / "chats" if directory is None else directory
 
-    def new_id(self, began: datetime | None = None) -> str:
-        """An ID that no chat has: when it began, in local time, and three drawn characters."""
-        stamp = (began or now()).astimezone().strftime("%Y%m%d-%H%M")
+    def new_id(self, started: datetime | None = None) -> str:
+        """Return an ID that no chat has: its start, in local time, and 3 random characters."""
+        stamp = (started or now()).astimezone().strftime("%Y%m%d-%H%M")
         while True:
-            drawn = f"{stamp}-{''.join(secrets.choice(_TAIL) for _ in range(3))}"
-            if not self._path(drawn).exists():
-                return drawn
+            id = f"{stamp}-{''.join(secrets.choice(_TAIL) for _ in range(3))}"
+            if not self._path(id).exists():
+                return id
 
     def save(self, chat: SavedChat) -> None:
-        """Write a chat, in place of what its file held; a link there is replaced, not followed.
+        """Write a chat's file, or replace it; a link there is replaced, not followed.
 
         Raises `UsageError` where its name cannot be one or the directory cannot be written to,
         `ResourceError` where the disk is full, else another `MixchatError`.
@@ -90,16 +90,16 @@ class ChatStore:
             write_private_file(path, data)
 
     def save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
-        """Save a chat in place of `known`, which its file should hold (None: no file is there).
+        """Save a chat in place of `known`, which its file should hold (None: there is no file).
 
-        Where the file holds something else, another session has changed it: then that stays, and
-        the chat is saved beside it, under a new ID. Returns it as saved. Raises as `save` does.
+        Where the file holds something else, another session has changed it: it stays, and the chat
+        is saved under a new ID. Returns the chat as it was saved. Raises as `save` does.
         """
         with self._alone(chat.id):
             return self._save_over(known, chat)
 
     def rename(self, chat: SavedChat, name: str) -> SavedChat:
-        """Save a chat, which its file should hold, under a name; returns it as saved.
+        """Save a chat, which its file should hold, under a name; return it as it was saved.
 
         Raises `UsageError` where another chat has that name, and as `save_over` does.
         """
@@ -107,8 +107,8 @@ class ChatStore:
         with self._alone(chat.id):
             taken = [id for id in self._named(name) if id != chat.id]
             if taken:
-                hint = f"Choose another, or remove that one: mixchat chats --rm {taken[0]}"
-                raise UsageError(f"the chat {taken[0]} has the name {name!r} already", hint=hint)
+                hint = f"Choose another name, or remove that chat: mixchat chats --rm {taken[0]}"
+                raise UsageError(f"the chat {taken[0]} already has the name {name!r}", hint=hint)
             return self._save_over(chat, replace(chat, name=name))
 
     def _save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
@@ -130,7 +130,7 @@ class ChatStore:
 
     @contextmanager
     def _alone(self, id: str) -> Iterator[None]:
-        """Keep other sessions from writing chats: between a look at a file and its renaming."""
+        """Keep other sessions from writing chats, from a look at a file to its renaming."""
         with ExitStack() as stack:
             with self._writing(self._path(id)):
                 own = exclusive_lock(
@@ -141,13 +141,13 @@ class ChatStore:
                 except Busy:
                     raise ResourceError(
                         f"{self._path(id)}: the chat cannot be saved (another session is saving)",
-                        hint="Is one suspended? Then continue or end it.",
+                        hint="If one is suspended, continue or end it.",
                     ) from None
             yield
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Make the directory, and say for a person why nothing can be written to it."""
+        """Create the directory; raise `MixchatError` where nothing can be written to it."""
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield
@@ -155,7 +155,7 @@ class ChatStore:
             raise write_error(error, path, "the chat cannot be saved") from None
 
     def load(self, wanted: str) -> SavedChat:
-        """The chat with this ID, a beginning of an ID that no other has, or this name; or the last.
+        """Return the chat of this ID or name, or of a unique prefix of its ID; or the last chat.
 
         Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
         damaged.
@@ -163,7 +163,10 @@ class ChatStore:
         return self.latest() if wanted == LAST else read_chat(self._path(self.find(wanted)))
 
     def find(self, wanted: str) -> str:
-        """The ID of the chat that `wanted` means, damaged or not. Raises `ChatNotFoundError`."""
+        """Return the ID of the chat that `wanted` means, damaged or not.
+
+        Raises `ChatNotFoundError` if there is none, or more than one.
+        """
         wanted = wanted.strip()
         if BEGINNING.fullmatch(wanted.lower()):
             found = [id for id in self.ids() if id.startswith(wanted.lower())]
@@ -173,24 +176,26 @@ class ChatStore:
             return found[0]
         if found:
             raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
-        raise ChatNotFoundError(f"no chat {wanted!r} is kept", hint=self._near_misses(wanted))
+        raise ChatNotFoundError(
+            f"there is no saved chat {wanted!r}", hint=self._near_misses(wanted)
+        )
 
     def latest(self) -> SavedChat:
-        """The chat that was saved last; damaged ones do not count.
+        """Return the chat that was saved last; damaged ones do not count.
 
         Raises `ChatNotFoundError` if there is none.
         """
-        for kept in self.all():
-            if kept.problem is None:
-                return self.load(kept.id)
-        raise ChatNotFoundError("no chat is kept yet")
+        for summary in self.all():
+            if summary.problem is None:
+                return self.load(summary.id)
+        raise ChatNotFoundError("there are no saved chats yet")
 
     def ids(self) -> list[str]:
-        """The ID of every chat, damaged or not, the oldest first. Opens no file."""
+        """Return the ID of every chat, damaged or not, the oldest first. Opens no file."""
         return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
 
     def names(self) -> list[str]:
-        """The names that chats have, that of the newest first; reads the beginnings of the files.
+        """Return the names of chats, that of the newest first; reads the beginnings of the files.
 
         Raises `OSError` if the directory cannot be read.
         """
@@ -198,15 +203,15 @@ class ChatStore:
         return [name for name in names if name is not None]
 
     def all(self) -> list[ChatSummary]:
-        """Every chat in a line, the one saved last first; of a damaged one its problem.
+        """Return a summary of every chat, the one saved last first; of a damaged one its problem.
 
-        Raises `OSError` if the directory cannot be read, as all that looks for a chat does.
+        Raises `OSError` if the directory cannot be read, as every search for a chat does.
         """
         summaries = [summary for id in self.ids() if (summary := self._summary(id))]
         return sorted(summaries, key=lambda summary: (summary.updated, summary.id), reverse=True)
 
     def remove(self, wanted: str) -> str:
-        """Remove the chat that `wanted` means, damaged or not, and its KV cache; returns its ID.
+        """Remove the chat that `wanted` means, damaged or not, and its KV cache; return its ID.
 
         Raises `ChatNotFoundError` as `find` does, and `MixchatError` where it cannot be removed.
         """
@@ -221,14 +226,14 @@ class ChatStore:
         return id
 
     def kv_path(self, id: str) -> Path:
-        """Where a chat's KV cache is kept, if it is. Raises `UsageError` if `id` is no ID."""
+        """Return the place for a chat's KV cache. Raises `UsageError` if `id` is no ID."""
         return self._path(id).with_suffix(".kv")
 
     def sweep(self) -> Iterator[tuple[Path, int]]:
-        """Remove what killed processes have left, as it is found: each path, and its bytes.
+        """Remove what killed processes have left; yield each path, and its bytes.
 
-        That is KV caches without a chat and files that were never whole, an hour old at least,
-        because somebody may be writing them. Raises `OSError`.
+        That is KV caches without a chat and files that were never whole, if they are an hour old:
+        a process may be writing newer ones. Raises `OSError`.
         """
         for path in self._files(".kv", ".tmp"):
             needed = path.suffix == ".kv" and path.with_suffix(".json").exists()
@@ -239,13 +244,13 @@ class ChatStore:
                     yield path, status.st_size
 
     def _path(self, id: str) -> Path:
-        """The file of a chat; nothing outside the directory has a name that is an ID."""
+        """Return the file of a chat: an ID cannot name one outside the directory."""
         if not _ID.fullmatch(id):
             raise UsageError(f"{id!r} is not a chat's ID")
         return self.directory / f"{id}.json"
 
     def _files(self, *suffixes: str) -> list[Path]:
-        """The files in the directory that are ours. Raises `OSError` if it cannot be read."""
+        """Return our files in the directory. Raises `OSError` if it cannot be read."""
         try:
             paths = sorted(self.directory.iterdir())
         except FileNotFoundError:
@@ -254,15 +259,15 @@ class ChatStore:
         return [path for path in ours if path.is_file()]
 
     def _named(self, name: str) -> list[str]:
-        return [kept.id for kept in self.all() if kept.name == name]
+        return [summary.id for summary in self.all() if summary.name == name]
 
     def _near_misses(self, wanted: str) -> str:
-        known = [word for kept in self.all() for word in (kept.id, kept.name) if word]
+        known = [word for chat in self.all() for word in (chat.id, chat.name) if word]
         near = difflib.get_close_matches(wanted, known)
-        return f"There is {_some(near)}." if near else "'mixchat chats' lists those that are."
+        return f"Did you mean {_some(near)}?" if near else "'mixchat chats' lists them."
 
     def _summary(self, id: str) -> ChatSummary | None:
-        """A chat in a line; None if it has just been removed."""
+        """Return a chat in a line; None if it has just been removed."""
         path = self._path(id)
         try:
             changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
@@ -290,6 +295,6 @@ def _summary_of(chat: SavedChat, path: Path) -> ChatSummary:
 
 
 def _some(words: Sequence[str]) -> str:
-    """The first words, and how many more there are."""
+    """Return the first of the words, and how many more there are."""
     more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
     return ", ".join(words[:_LISTED]) + more

@@ -1,4 +1,4 @@
-"""The list of the kept chats, as `mixchat chats` and `/chats` show it."""
+"""The table of the saved chats, as `mixchat chats` and `/chats` show it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_store import ChatSummary
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
-_FEWER = ((0, 1, 2, 3), (0, 1, 2), (0, 1), (0,))  # columns to show, in a narrower and narrower room
+_FEWER = ((0, 1, 2, 3), (0, 1, 2), (0, 1), (0,))  # columns to show, the less room the fewer
 _LEAST, _ELSEWHERE = 20, 60  # cells that a question may take: at least, and not on a terminal
 
 
-def chat_table(kept: Sequence[ChatSummary], width: int | None) -> str:
-    """A row for each chat: columns of equal width, and the name or the question behind them.
+def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
+    """Return a row for each chat: columns of equal width, then its name or its first question.
 
     A terminal of `width` cells gets as many of the columns as leave room for a question.
     """
     from rich.cells import cell_len
 
-    rows = [_HEADINGS, *map(_cells, kept)]
+    rows = [_HEADINGS, *map(_cells, chats)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     shown, room = _fitting(widths, width)
-    last = ["ABOUT", *(_about(summary, room) for summary in kept)]
+    last = ["ABOUT", *(_about(summary, room) for summary in chats)]
     columns = ("  ".join(_padded(row[at], widths[at]) for at in shown) for row in rows)
     return "\n".join(map("  ".join, zip(columns, last, strict=True)))
 
 
 def _fitting(widths: Sequence[int], width: int | None) -> tuple[Sequence[int], int]:
-    """The columns to show, and the cells that are left for a question."""
+    """Return the columns to show, and the cells that are left for a question."""
     if width is None:
         return _FEWER[0], _ELSEWHERE
     for shown in _FEWER:
@@ -55,7 +55,7 @@ def _cells(summary: ChatSummary) -> tuple[str, str, str, str]:
 
 
 def _about(summary: ChatSummary, room: int) -> str:
-    """A name is shown whole, because it can be typed; a question in quotes, as far as it fits."""
+    """Return a name whole, because it can be typed; or a question in quotes, as far as it fits."""
     if summary.problem:
         return f"cannot be read: mixchat chats {summary.id}"  # which says why
     if summary.name:
@@ -64,7 +64,7 @@ def _about(summary: ChatSummary, room: int) -> str:
 
 
 def _shortened(text: str, room: int) -> str:
-    """As much of `text` as takes no more cells than `room`, with dots where something is gone."""
+    """Return as much of `text` as fits into `room` cells, with dots where something is cut off."""
     from rich.cells import cell_len
 
     if cell_len(text) <= room:

@@ -1,4 +1,4 @@
-"""A chat for others to read: as Markdown for people, as JSON for programs."""
+"""Exports a chat: as Markdown for people, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _UNFINISHED = "*(unfinished)*"
 
 
 def to_json(chat: SavedChat) -> str:
-    """The chat as a JSON object, with its messages as OpenAI's API has them.
+    """Return the chat as a JSON object, with its messages in the form of OpenAI's API.
 
     Keys: id, name, model, created, updated (ISO 8601, UTC), system, sampling, and messages, each
-    with role (user, assistant), content, and "partial": true where the answer was stopped; token
+    with role (user, assistant), content, and "partial": true where the answer was stopped. Token
     ids are left out.
     """
     raw = {
@@ -38,16 +38,15 @@ def to_json(chat: SavedChat) -> str:
 
 
 def to_markdown(chat: SavedChat) -> str:
-    """The chat as Markdown (CommonMark), a heading for each turn.
+    """Return the chat as Markdown (CommonMark), a heading for each turn.
 
-    Answers are there word for word. Questions are quoted, so that no heading in them can pass for
-    one of ours; so is an answer that would swallow what follows it, as an unfinished block of code
-    does.
+    Answers are word for word. Questions are quoted, so that no heading in them can pass for one of
+    ours; so is an answer that would swallow what follows it, such as an unfinished block of code.
     """
     title = _escaped(chat.name or _first_question(chat) or "A chat")
     about = [
         f"- Model: {_escaped(chat.model)}",
-        f"- Began: {chat.created.astimezone():%Y-%m-%d %H:%M}",
+        f"- Started: {chat.created.astimezone():%Y-%m-%d %H:%M}",
         f"- ID: {chat.id}",
     ]
     parts = [f"# {title}", "\n".join(about)]
@@ -59,9 +58,9 @@ def to_markdown(chat: SavedChat) -> str:
 
 
 def write_export(chat: SavedChat, path: Path) -> None:
-    """Write a chat to a file that is not there yet: as JSON where its name says so, else Markdown.
+    """Write a chat to a new file: as JSON where its name ends with .json, else as Markdown.
 
-    Raises `UsageError` or `ResourceError` where that cannot be done; there is no file then.
+    Raises `UsageError` or `ResourceError` where that cannot be done; no file is left then.
     """
     text = to_json(chat) if path.suffix == ".json" else to_markdown(chat)
     OutputFile("/export", path, streams=False).write(text.encode())
@@ -84,7 +83,7 @@ def _turn(message: Message) -> list[str]:
 
 
 def _first_question(chat: SavedChat) -> str:
-    """The beginning of the first question, on one line; empty if there is none."""
+    """Return the beginning of the first question, on one line; empty if there is none."""
     for message in chat.messages:
         if message.role == "user":
             line = " ".join(message.content[: 5 * _LONGEST_TITLE].split())
@@ -93,9 +92,9 @@ def _first_question(chat: SavedChat) -> str:
 
 
 def _swallows_what_follows(text: str) -> bool:
-    """Whether a heading behind `text` would not be one: code or HTML in it has no end."""
+    """Return whether `text` has code or HTML without an end, which would swallow a heading."""
     if not any(mark in text for mark in ("```", "~~~", "<")):
-        return False  # which is quicker to find out
+        return False  # without the parser, which is slow to load
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark")
@@ -109,10 +108,10 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A line that Markdown shows as it is."""
+    """Return a line that Markdown shows as it is."""
     return re.sub(r"([\\`*_\[\]<>&#~|])", r"\\\1", " ".join(text.split()))
 
 
 def _well_formed(text: str) -> str:
-    """`text` with a replacement character for each half of a character, which UTF-8 has not."""
+    """Return `text` with a replacement character for each lone surrogate, which UTF-8 lacks."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,11 +1,11 @@
 """The chat in the terminal: the prompt, the commands, the screen.
 
 - repl.py: reads a text, then obeys or asks
-- active_chat.py: the chat that is open: asks, shows answers, resumes, starts anew
-- commands.py, command_help.py: what can be typed after a slash, and what /help says
-- screen.py: says things and shows answers
-- prompt.py: the line a person types at
-- completion.py, input_history.py, editor.py, typeahead.py: what it can do
+- active_chat.py: the chat that is open: asks, answers, resumes a chat, starts a new one
+- commands.py, command_help.py: the commands after a slash, and the text of /help
+- screen.py: shows answers and notes
+- prompt.py: the line where a person types
+- completion.py, input_history.py, editor.py, typeahead.py: its parts
 - status_line.py: the line below it
-- clipboard.py: where /copy puts what it takes
+- clipboard.py: copies text for /copy
 """

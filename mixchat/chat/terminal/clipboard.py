@@ -1,4 +1,4 @@
-"""Puts text into the clipboard: by a tool of the desktop, or by the terminal itself."""
+"""Copies text to the clipboard, by a tool of the desktop or by the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 from mixchat.errors import MissingDependencyError
 
-_LONGEST = 74_994  # bytes that all terminals take which take any
+_LONGEST = 74_994  # bytes: all terminals that can copy take as many
 _SECONDS = 5
 _TOOLS = (
     ("WAYLAND_DISPLAY", ["wl-copy"]),
@@ -21,10 +21,10 @@ _TOOLS = (
 
 
 def copy(text: str, terminal: TextIO) -> str:
-    """Copy; how that was done, for a person. Raises `MissingDependencyError` where it cannot be.
+    """Copy; return how, for a person. Raises `MissingDependencyError` where it is impossible.
 
-    Without a desktop's tool, as over SSH, the terminal is asked to do it (OSC 52): most do, some
-    want to be allowed to, and none says whether it did.
+    Without a desktop's tool, as over SSH, the terminal is asked to copy (OSC 52): most do, some
+    need a permission in their settings, and none replies.
     """
     data = text.encode("utf-8", "replace")
     for variable, command in _TOOLS:
@@ -32,7 +32,7 @@ def copy(text: str, terminal: TextIO) -> str:
             return "copied"
     if not terminal.isatty() or len(data) > _LONGEST:
         raise MissingDependencyError(
-            "nothing here can copy to the clipboard",
+            "no program for the clipboard was found",
             hint="Install wl-copy, xclip or xsel; /export writes a file.",
         )
     terminal.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")

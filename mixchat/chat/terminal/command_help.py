@@ -1,4 +1,4 @@
-"""The text of /help, and the command that may be meant by one that does not exist."""
+"""The text of /help, and hints for commands that do not exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from mixchat.chat.parameters import NAMES
 
-# Names of commands in other programs.
+# The names of our commands in other programs.
 _HABITS = {
     **dict.fromkeys(("retry", "regenerate", "redo", "again", "r"), "/regen"),
     **dict.fromkeys(("new", "reset", "restart", "forget", "cls"), "/clear"),
@@ -29,16 +29,16 @@ _HABITS = {
     "markdown": "/raw",
 }
 _KEYS = (
-    'Alt-Enter, Ctrl-J  a new line; """ begins and ends a text of several lines',
+    'Alt-Enter, Ctrl-J  new line; a text of several lines can be between """ and """',
     "Ctrl-X Ctrl-E      write in your editor",
-    "Ctrl-R             search what was asked before",
+    "Ctrl-R             search your earlier questions",
     "Ctrl-C             stop the answer; at the prompt: clear the line, twice: leave",
     "/help COMMAND      more on a command, as in /help read",
 )
 
 
 def help_text(table: Mapping[str, str], width: int) -> str:
-    """The commands and keys, in two columns where a terminal of `width` cells has room for them.
+    """Return the commands and keys, the commands in two columns where `width` cells have room.
 
     `table` has the help of each command by its usage.
     """
@@ -53,9 +53,9 @@ def help_text(table: Mapping[str, str], width: int) -> str:
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """A hint for somebody who comes from another program, or who mistyped one of `names`."""
+    """Return a hint: the command that another program calls `name`, or one of `names` like it."""
     if name in ("model", "models"):
-        return "A chat keeps its model. For another one: mixchat run -m NAME"
+        return "A chat cannot change its model. For another one: mixchat run -m NAME"
     if name in _HABITS:
         return f"Did you mean {_HABITS[name]}?"
     near = difflib.get_close_matches(name, names, 1)

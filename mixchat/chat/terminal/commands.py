@@ -1,4 +1,4 @@
-"""What can be typed after a `/`: each command with its help, its completion, and what it does."""
+"""The commands after a `/`: each with its help, its completion and its function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.chat import parameters
 from mixchat.chat.draw.code import code_blocks
-from mixchat.chat.plain_text import read_text
+from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import one_line
 from mixchat.chat.saved.chat_table import chat_table
 from mixchat.chat.saved.export import write_export
@@ -28,9 +28,10 @@ _SHOWN = 20  # chats that /chats lists
 
 @dataclass(frozen=True)
 class Command:
-    """`run` gets the chat and what was typed behind the name. `argument` is how help names it.
+    """A command; `run` is called with the chat and with the text behind the name.
 
-    `detail` is what `/help NAME` says, where `help` has no room for it: half a row.
+    `argument` is that text's name in /help. `help` has to fit into half a row of /help; `detail` is
+    the longer text of `/help NAME`.
     """
 
     run: Callable[[ActiveChat, str], None]
@@ -41,23 +42,25 @@ class Command:
 
 
 def find_command(name: str) -> Command:
-    """The command of this name or alias. Raises `UsageError`."""
+    """Return the command of this name or alias. Raises `UsageError` where there is none."""
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
-        raise UsageError(f"/{name} is no command", hint=meant(name.lower(), [*COMMANDS, *ALIASES]))
+        raise UsageError(
+            f"there is no command /{name}", hint=meant(name.lower(), [*COMMANDS, *ALIASES])
+        )
     return command
 
 
 def obey(chat: ActiveChat, name: str, argument: str) -> None:
-    """Carry a command out. Raises `MixchatError` where that cannot be done."""
+    """Run a command. Raises `MixchatError` where it fails."""
     command = find_command(name)
     if argument and not command.argument:
-        raise UsageError(f"/{name} takes nothing behind it, and not {argument!r}")
+        raise UsageError(f"/{name} takes no argument, but got {argument!r}")
     command.run(chat, argument)
 
 
 def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
-    """How the prompt completes each command."""
+    """Return how the prompt completes each command."""
     return {
         name: CommandCompletion(
             f"{command.argument}  {command.detail or command.help}".strip(),
@@ -78,7 +81,7 @@ def _help(chat: ActiveChat, argument: str) -> None:
 
 
 def usages() -> dict[str, str]:
-    """The help of each command by how it is typed."""
+    """Return the help of each command by its usage, such as `/undo [n]`."""
     return {_usage(name, command): command.help for name, command in COMMANDS.items()}
 
 
@@ -96,7 +99,7 @@ def _clear(chat: ActiveChat, argument: str) -> None:
 
 
 def _set(chat: ActiveChat, argument: str) -> None:
-    # "parameter" is said before the name elsewhere.
+    # Other programs have "parameter" before the name.
     name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
     if not name:
         _say_table(chat, parameters.values(chat.session))
@@ -139,11 +142,11 @@ def _system(chat: ActiveChat, argument: str) -> None:
 
 def _save(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:
-        raise PromptError("there is nothing to keep yet")
+        raise PromptError("there is nothing to save yet")
     chat.saver.rename(parameters.unquoted(argument) or None)
-    kept = chat.saver.chat
-    name = shlex.quote(kept.name or kept.id)
-    chat.screen.say(f"(kept; mixchat run --resume {name} resumes it)")
+    saved = chat.saver.chat
+    name = shlex.quote(saved.name or saved.id)
+    chat.screen.say(f"(saved; mixchat run --resume {name} resumes it)")
 
 
 def _load(chat: ActiveChat, argument: str) -> None:
@@ -153,13 +156,13 @@ def _load(chat: ActiveChat, argument: str) -> None:
 
 
 def _chats(chat: ActiveChat, argument: str) -> None:
-    kept = chat.saver.store.all()
-    if not kept:
-        chat.screen.say("(no chats are kept yet)")
+    saved = chat.saver.store.all()
+    if not saved:
+        chat.screen.say("(there are no saved chats yet)")
         return
-    chat.screen.show_table(chat_table(kept[:_SHOWN], chat.screen.width))
-    if len(kept) > _SHOWN:
-        chat.screen.say(f"({len(kept) - _SHOWN} more: mixchat chats)")
+    chat.screen.show_table(chat_table(saved[:_SHOWN], chat.screen.width))
+    if len(saved) > _SHOWN:
+        chat.screen.say(f"({len(saved) - _SHOWN} more: mixchat chats)")
 
 
 def _regen(chat: ActiveChat, argument: str) -> None:
@@ -169,7 +172,7 @@ def _regen(chat: ActiveChat, argument: str) -> None:
 def _continue(chat: ActiveChat, argument: str) -> None:
     answers = [message for message in chat.session.history if message.role == "assistant"]
     said = answers[-1].content if answers else ""
-    chat.answer(chat.session.go_on(), said)
+    chat.answer(chat.session.continue_answer(), said)
 
 
 def _undo(chat: ActiveChat, argument: str) -> None:
@@ -178,7 +181,7 @@ def _undo(chat: ActiveChat, argument: str) -> None:
     if not taken:
         raise PromptError("there is nothing to undo")
     chat.saver.save()
-    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} taken back)")
+    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} removed)")
 
 
 def _count(argument: str) -> int:
@@ -219,13 +222,13 @@ def _copy(chat: ActiveChat, argument: str) -> None:
 def _read(chat: ActiveChat, argument: str) -> None:
     if argument == "none":
         chat.attached.clear()
-        chat.screen.say("(nothing goes before the next question)")
+        chat.screen.say("(no file goes before the next question)")
         return
     if not argument:
         names = one_line(", ".join(chat.attached))
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
-    chat.attach(path, read_text(path, chat.session.context))
+    chat.attach(path, read_text_file(path, chat.session.context))
 
 
 def _tokens(chat: ActiveChat, argument: str) -> None:
@@ -257,9 +260,9 @@ def _raw(chat: ActiveChat, argument: str) -> None:
 def _export(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to export yet")
-    kept = chat.saver.current()
-    path = file_argument(argument) if argument else Path(f"{kept.id}.md")
-    write_export(kept, path)
+    current = chat.saver.current()
+    path = file_argument(argument) if argument else Path(f"{current.id}.md")
+    write_export(current, path)
     chat.screen.say(f"(written to {one_line(str(path))})")
 
 
@@ -276,8 +279,8 @@ def _parameter_names(chat: ActiveChat) -> Completes:
     return complete
 
 
-def _kept_chats(chat: ActiveChat) -> Completes:
-    known: dict[int, list[str]] = {}  # by the time at which the directory was changed
+def _saved_chats(chat: ActiveChat) -> Completes:
+    known: dict[int, list[str]] = {}  # by the time of the directory's last change
 
     def complete(text: str) -> Iterable[str]:
         store = chat.saver.store
@@ -305,30 +308,30 @@ COMMANDS = {
     ),
     "bye": Command(_bye, "leave", detail="leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
     "clear": Command(
-        _clear, "begin a new chat", detail="begin a new conversation; the old one is kept"
+        _clear, "start a new chat", detail="start a new chat; the old one stays saved"
     ),
     "set": Command(
         _set,
         "set a parameter",
         "[NAME VALUE]",
-        "show the parameters, or change one, as in /set temp 0.2; none: back to its default",
+        "show the parameters, or change one, as in /set temp 0.2; none: its default",
         _parameter_names,
     ),
     "show": Command(
         _show, "model and settings", detail="show model, chat, system prompt and parameters"
     ),
     "system": Command(
-        _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: without"
+        _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: no prompt"
     ),
-    "save": Command(_save, "keep under a name", "[NAME]", "keep this chat, under a name"),
-    "load": Command(
-        _load, "resume a chat", "ID or NAME", "resume a chat that is kept", _kept_chats
+    "save": Command(_save, "save under a name", "[NAME]", "save this chat, under a name"),
+    "load": Command(_load, "resume a chat", "ID or NAME", "resume a saved chat", _saved_chats),
+    "chats": Command(_chats, "list saved chats", detail="list the saved chats, the last one first"),
+    "regen": Command(_regen, "answer again", detail="answer the last question again, differently"),
+    "undo": Command(_undo, "remove turns", "[n]", "remove the last turn, or the last n"),
+    "edit": Command(
+        _edit, "reword the question", detail="change the last question, and ask it instead"
     ),
-    "chats": Command(_chats, "list the chats", detail="list the chats that are kept"),
-    "regen": Command(_regen, "answer anew", detail="answer the last question anew"),
-    "undo": Command(_undo, "take turns back", "[n]", "take the last turn, or n turns, back"),
-    "edit": Command(_edit, "reword the question", detail="change the last question, and ask that"),
-    "continue": Command(_continue, "continue the answer", detail="let the last answer continue"),
+    "continue": Command(_continue, "continue the answer", detail="continue the last answer"),
     "copy": Command(
         _copy, "copy the answer", "[code]", "copy the last answer, or its last block of code", _code
     ),
@@ -336,7 +339,7 @@ COMMANDS = {
         _read,
         "ask about a file",
         "FILE",
-        "put a file's text before the next question; none: drop it",
+        "put a file's text before the next question; none: drop all",
         _files,
     ),
     "tokens": Command(_tokens, "room in the context", detail="show how full the context is"),
@@ -356,4 +359,4 @@ COMMANDS = {
 }
 ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
 LEAVING = ("bye", "exit", "quit")
-"""Words that leave though they have no slash, as in a shell or Python."""
+"""Words that leave without a slash, as in a shell or Python."""

@@ -1,4 +1,4 @@
-"""What the prompt offers while a command is typed: commands, and what their arguments can be."""
+"""Completes commands and their arguments while they are typed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mixchat.chat.printing import one_line
 from mixchat.sanitize import sanitize
 
 Completes = Callable[[str], Iterable[str]]
-"""Gives the arguments that may be meant by what was typed of one. It may fail with `OSError`."""
+"""Returns the arguments that the start of one may mean. It may raise `OSError`."""
 
 _QUOTES = ("'", '"')
-_MOST_FILES = 1000  # more than anybody reads, few enough to show at every key
+_MOST_FILES = 1000  # more than anyone reads, few enough to show at every key
 
 
 @dataclass(frozen=True)
 class CommandCompletion:
-    """A command's line in the menu, and how its argument completes: `None` for no argument.
+    """A command's line in the menu, and how its argument completes: None for no argument.
 
-    Of what `argument` gives, only what begins with the text typed so far is offered, unless it is
-    `FILES`.
+    Of the results of `argument`, only those that start with the typed text are offered, unless it
+    is `FILES`.
     """
 
     help: str = ""
@@ -34,10 +34,11 @@ class CommandCompletion:
 
 
 def file_names(text: str) -> Iterator[str]:
-    """The files whose names begin with `text`: directories end with `/`; hidden ones on request.
+    """Yield the files whose names start with `text`; directories end with `/`.
 
-    The whole argument is one name, so spaces need no quotes. A quote that was opened is kept, and
-    closed behind a file's name. What cannot be read has no names.
+    Hidden files are included if a dot was typed. The whole argument is one name, so spaces need no
+    quotes. A quote that was opened stays, and is closed behind a file's name. A directory that
+    cannot be read has no names.
     """
     quote = text[:1] if text[:1] in _QUOTES else ""
     typed = text[len(quote) :]
@@ -55,7 +56,7 @@ FILES: Completes = file_names
 
 
 def file_argument(text: str) -> Path:
-    """The file that an argument names, as `FILES` completes it: quotes off, `~` expanded."""
+    """Return the file that an argument names, without quotes, `~` expanded."""
     text = text.strip()
     if text[:1] in _QUOTES:
         text = text[1:].removesuffix(text[0])
@@ -63,7 +64,7 @@ def file_argument(text: str) -> Path:
 
 
 def _place_of(name: str) -> str:
-    """What keeps a quote or `~` that a name begins with from having a meaning."""
+    """Return `./` before a name that starts with a quote or `~`, which would have a meaning."""
     return "./" if name.startswith((*_QUOTES, "~")) else ""
 
 
@@ -75,7 +76,7 @@ def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
 
 def _offered(name: str, start: str) -> bool:
     hidden = name.startswith(".") and not start.startswith(".")
-    # A name with a newline or an escape in it cannot be typed, or shown as it is.
+    # A name with a newline or an escape cannot be typed, or shown as it is.
     return name.startswith(start) and not hidden and not {"\n", "\t"} & set(name) and _plain(name)
 
 
@@ -91,13 +92,13 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 class CommandCompleter(Completer):
-    """Completes `/commands` and their arguments; a line without a slash is left alone."""
+    """Completes `/commands` and their arguments, but no line without a slash."""
 
     def __init__(self, commands: Mapping[str, CommandCompletion]) -> None:
         self._commands = commands
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        """What fits the text before the cursor."""
+        """Yield what fits the text before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in document.text:
             return
@@ -137,6 +138,6 @@ def _candidates(completes: Completes, typed: str) -> list[str]:
 
 
 def _last_part(path: str) -> str:
-    """`a/b/` and `a/b'` as `b/` and `b'`."""
+    """Return `b/` for `a/b/`, and `b'` for `a/b'`."""
     head, slash = (path[:-1], "/") if path.endswith("/") else (path, "")
     return head.rpartition("/")[2] + slash

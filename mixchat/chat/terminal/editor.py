@@ -1,4 +1,4 @@
-"""Lets somebody write a text in an editor of their own."""
+"""Opens a text in the user's editor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _USUAL = ("editor", "nano", "vim", "vi", "emacs")
 
 
 def edited(text: str) -> str:
-    """`text` as it is when the editor (`VISUAL`, `EDITOR` or a usual one) was left.
+    """Open `text` in the editor (`VISUAL`, `EDITOR` or a usual one); return it as it was saved.
 
     Raises `UsageError` where there is no editor or it fails, as with `:cq`, or leaves no UTF-8.
-    The file it is given can be read by nobody else, and is gone afterwards.
+    Only its owner can read the temporary file, which is removed at the end.
     """
     command = _command()
     with tempfile.TemporaryDirectory(prefix="mixchat-") as folder:
@@ -33,18 +33,18 @@ def edited(text: str) -> str:
 
 
 def _command() -> list[str]:
-    wanted = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    if not wanted:
-        wanted = next(filter(None, map(shutil.which, _USUAL)), None)
-        if wanted is None:
-            raise UsageError("no editor was found", hint="Set EDITOR to the one you like.")
-        return [wanted]
+    named = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not named:
+        named = next(filter(None, map(shutil.which, _USUAL)), None)
+        if named is None:
+            raise UsageError("no editor was found", hint="Set EDITOR to the name of one.")
+        return [named]
     try:
-        command = shlex.split(wanted)
+        command = shlex.split(named)
     except ValueError as error:
-        raise UsageError(f"cannot read EDITOR={wanted!r} ({error})") from None
+        raise UsageError(f"cannot read EDITOR={named!r} ({error})") from None
     if not command:
-        raise UsageError("EDITOR names no editor")
+        raise UsageError("EDITOR is blank")
     return command
 
 
@@ -55,20 +55,23 @@ def _run(command: list[str]) -> None:
     except OSError as error:
         raise UsageError(f"cannot run the editor {command[0]!r} ({error.strerror})") from None
     if code != 0:
-        raise UsageError(f"the editor {command[0]!r} failed: the text is as it was")
+        raise UsageError(f"the editor {command[0]!r} failed: the text is unchanged")
 
 
 def _read(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read what the editor wrote ({error})") from None
+        raise UsageError(f"cannot read the editor's file ({error})") from None
     return text.removesuffix("\n")
 
 
 @contextmanager
 def _ctrl_c_is_the_editors() -> Iterator[None]:
-    """The terminal sends it to both. A handler, unlike ignoring, is not inherited."""
+    """Ignore Ctrl-C, which the terminal sends to both processes.
+
+    The editor does not inherit a handler, but would inherit SIG_IGN.
+    """
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What was typed in the chats before: kept in a file that only its owner can read."""
+"""The history of the prompt, in a file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MOST_BYTES = 4_000_000  # pasted files are entries, too
 class InputHistory(History):
     """Entries in the form of prompt-toolkit's `FileHistory`, in `path`, or in memory if it is None.
 
-    It never raises: what goes wrong with the file is said in `fault`, and then, as without a file,
-    entries live in memory. A link in its place, or what is no regular file, is left as it is.
-    Several chats can write to one file; each sees what the others wrote when it starts.
+    It never raises: an error with the file is described in `fault`, and from then on, as without a
+    file, entries are in memory. A link, or anything but a regular file, is left as it is. Several
+    chats can write to one file; each reads the others' entries when it starts.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -31,15 +31,15 @@ class InputHistory(History):
         self._path = path
         self._entries: list[str] = []
         if path is not None:
-            with self._faults_kept(path):
+            with self._faults_recorded(path):
                 self._open(path)
 
     def load_history_strings(self) -> Iterator[str]:
-        """The entries, the newest first."""
+        """Return the entries, the newest first."""
         return reversed(self._entries)
 
     def append_string(self, string: str) -> None:
-        """Keep an entry, unless it begins with a space or is the same as the one before."""
+        """Save an entry, unless it starts with a space or repeats the one before."""
         if string.startswith(" ") or not string or string in self._entries[-1:]:
             return
         self._entries.append(string)
@@ -48,7 +48,7 @@ class InputHistory(History):
     def store_string(self, string: str) -> None:
         """Add an entry to the file."""
         if self._path is not None:
-            with self._faults_kept(self._path), _alone(self._path):
+            with self._faults_recorded(self._path), _alone(self._path):
                 _append(self._path, _written(string))
 
     def _open(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class InputHistory(History):
             self._compact(path)
 
     def _compact(self, path: Path) -> None:
-        """Read the file, and leave the newest entries in it if they were too many."""
+        """Read the file, and remove the oldest entries if there are too many."""
         data = _read(path)
         entries = _entries_in(data)
         self._entries = entries[-_MOST_ENTRIES:]
@@ -67,25 +67,25 @@ class InputHistory(History):
             write_private_file(path, b"".join(map(_written, self._entries)))
 
     @contextmanager
-    def _faults_kept(self, path: Path) -> Iterator[None]:
-        """Go on in memory if the file cannot be used."""
+    def _faults_recorded(self, path: Path) -> Iterator[None]:
+        """Continue in memory if the file cannot be used."""
         try:
             yield
         except UnicodeDecodeError:
-            self.fault = f"{path} is not UTF-8: what you type is not kept there"
+            self.fault = f"{path} is not UTF-8: what you type is not saved there"
         except OSError as error:
-            self.fault = f"{path}: {error.strerror or error}: what you type is not kept there"
+            self.fault = f"{path}: {error.strerror or error}: what you type is not saved there"
         if self.fault:
             self._path = None
 
 
 def _alone(path: Path) -> AbstractContextManager[None]:
-    """Keep other chats from writing to the file or replacing it."""
+    """Keep other chats from writing or replacing the file meanwhile."""
     return exclusive_lock(path, on_wait=lambda: None)
 
 
 def _read(path: Path) -> bytes:
-    """The end of the file, of at most `_MOST_BYTES`."""
+    """Return the end of the file, at most `_MOST_BYTES`."""
     fd = open_regular(path, follow=False)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
@@ -96,9 +96,9 @@ def _read(path: Path) -> bytes:
 
 
 def _entries_in(data: bytes) -> list[str]:
-    """The entries in a file, the oldest first. Raises `UnicodeDecodeError`."""
+    """Return the entries in a file, the oldest first. Raises `UnicodeDecodeError`."""
     entries: list[list[str]] = [[]]
-    # Not splitlines(), which takes U+2028 and its like for ends of lines.
+    # Not splitlines(), which splits at U+2028 and its like, too.
     for line in data.decode("utf-8").split("\n"):
         if line.startswith("+"):
             entries[-1].append(line[1:])
@@ -113,7 +113,7 @@ def _written(entry: str) -> bytes:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Write all of it, or nothing: half a character would spoil the file."""
+    """Append all of it, or nothing: a cut character would spoil the file. Make it if need be."""
     fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
     with open(fd, "ab", buffering=0) as file:
         os.fchmod(fd, 0o600)

@@ -1,4 +1,4 @@
-"""The line a person types at: history, completion, several lines, an editor, a line of facts."""
+"""The line where a person types: history, completion, several lines, an editor, a status line."""
 
 from __future__ import annotations
 
@@ -37,50 +37,50 @@ from mixchat.sanitize import VISIBLE, sanitize
 
 _PROMPT, _CONTINUED = ">>> ", "... "
 _QUOTES = '"""'
-_ESC_WAIT = 0.05  # seconds until Esc is a key of its own in vi mode, not the start of an arrow's
+_ESC_WAIT = 0.05  # seconds until Esc is a key by itself in vi mode, not the start of an arrow key
 
-# Without colours a suggestion would look like what was typed.
+# Without a style a suggestion would look like typed text.
 _STYLE = Style.from_dict({"auto-suggestion": "#808080 italic"})
 
 
 class ChatPrompt:
-    """Reads what a person has to say, time and again.
+    """Reads one text after the other from the terminal.
 
-    `history` is the file that keeps it, or None for memory alone; `commands` says what completes
-    after a `/`; `toolbar` gives the plain text of the bottom line at every key, so it has to be
-    fast. What does not work (the history's file, the editor) is told to `warn`, between prompts.
+    `history` is the file of earlier texts, or None for memory alone; `commands` has the completions
+    after a `/`; `status` returns the plain text of the status line at every key, so it has to be
+    fast. `warn` is called, between prompts, where the history's file or the editor fails.
     """
 
     def __init__(
         self,
         history: Path | None,
         commands: Mapping[str, CommandCompletion],
-        toolbar: Callable[[], str],
+        status: Callable[[], str],
         vi: bool = False,
         input: Input | None = None,
         output: Output | None = None,
         warn: Callable[[str], object] = say,
     ) -> None:
         self.typed = False
-        """Whether there was text when Ctrl-C was pressed."""
+        """There was text when Ctrl-C was pressed."""
         self.quoted = False
-        """Whether the last text stood in quotes, and so is no command whatever it begins with."""
-        self._toolbar = toolbar
+        """The last text was in quotes, so it is no command, whatever it starts with."""
+        self._status = status
         self._warn = warn
-        self._wants_editor = False
+        self._to_editor = False
         self._history = InputHistory(history)
         self._warned = False
         self._session = self._new_session(commands, vi, input, output)
 
     def read(self, default: str = "") -> str:
-        """What was entered, beginning with `default`, without the newlines at its end.
+        """Return the text, which the user edits from `default`, without newlines at its end.
 
         Raises `EOFError` at Ctrl-D on an empty line, and `KeyboardInterrupt` at Ctrl-C.
         """
         self.typed = self.quoted = False
         self._warn_of_history()
         text = self._ask(default)
-        while self._wants_editor:
+        while self._to_editor:
             text = self._ask(self._edited(text))
         self._warn_of_history()
         within = quoted_text(text)
@@ -88,7 +88,7 @@ class ChatPrompt:
         return _encodable(text if within is None else within).rstrip("\n")
 
     def _ask(self, default: str) -> str:
-        self._wants_editor = self._session.app.erase_when_done = False
+        self._to_editor = self._session.app.erase_when_done = False
         try:
             with reading_keys(self._session.app.input):
                 return self._session.prompt(_PROMPT, default=default)
@@ -118,7 +118,7 @@ class ChatPrompt:
         session: PromptSession[str] = PromptSession(
             history=self._history,
             completer=CommandCompleter(commands),
-            # Room for the menu is kept only where there may be one.
+            # Room for the menu is reserved only where there may be one.
             complete_while_typing=Condition(_begins_like_a_command),
             auto_suggest=AutoSuggestFromHistory(),
             prompt_continuation=_continuation,
@@ -137,7 +137,7 @@ class ChatPrompt:
 
     def _bottom_line(self) -> StyleAndTextTuples:
         app = get_app()
-        text = sanitize(self._toolbar()).replace("\n", " ").replace("\t", " ")
+        text = sanitize(self._status()).replace("\n", " ").replace("\t", " ")
         if app.editing_mode == EditingMode.VI:
             normal = app.vi_state.input_mode == InputMode.NAVIGATION
             text = f"{'[normal]' if normal else '[insert]'} {text}"
@@ -153,23 +153,23 @@ class ChatPrompt:
         # In vi mode this is Esc and then Enter, which sends the text as in every shell.
         keys.add("escape", "enter", filter=inserting & emacs_mode)(_add_line)
         keys.add("enter", filter=inserting & Condition(_within_quotes))(_add_line)
-        keys.add("enter", filter=focused & Condition(_on_directory))(_go_on)
-        keys.add("tab", filter=focused & Condition(_on_the_only_one))(_go_on)
+        keys.add("enter", filter=focused & Condition(_on_directory))(_complete_further)
+        keys.add("tab", filter=focused & Condition(_on_the_only_one))(_complete_further)
         keys.add("c-x", "c-e", filter=focused & emacs_mode)(self._leave_for_editor)
         keys.add("v", filter=focused & vi_navigation_mode)(self._leave_for_editor)
         return keys
 
     def _leave_for_editor(self, event: KeyPressEvent) -> None:
-        """End the prompt, and leave no trace: it begins anew with what the editor wrote."""
-        self._wants_editor = event.app.erase_when_done = True
+        """End the prompt, and erase it: the next one starts with the editor's text."""
+        self._to_editor = event.app.erase_when_done = True
         event.app.exit(result=event.current_buffer.text)
 
 
 def quoted_text(text: str) -> str | None:
-    """What stands in a text of the form `QQQtextQQQ`, of one line or many, or None.
+    """Return the inner text of `QQQtextQQQ`, of one line or many; None for other texts.
 
-    QQQ stands for three double quotes. Quotes that end before the first line does are part of an
-    ordinary text.
+    QQQ stands for three double quotes. Quotes that are closed before the first line ends are part
+    of an ordinary text.
     """
     body = text.strip()
     if not body.startswith(_QUOTES) or _closes_early(body):
@@ -187,14 +187,14 @@ def _closes_early(body: str) -> bool:
 
 
 def _within_quotes() -> bool:
-    """Whether quotes were opened and not closed: Enter goes on to the next line."""
+    """Return whether quotes were opened and not closed: Enter then adds a line."""
     text = get_app().current_buffer.text
     body = text.strip()
     return body.startswith(_QUOTES) and not _closes_early(body) and quoted_text(text) is None
 
 
 def _continuation(width: int, line: int, wraps: int) -> str:
-    """In front of a new line; a line that is only too long for the screen has none."""
+    """Return the mark before a new line; a line that is wrapped has none."""
     return " " * width if wraps else _CONTINUED
 
 
@@ -209,28 +209,28 @@ def _on_directory() -> bool:
 
 
 def _on_the_only_one() -> bool:
-    """Whether the only completion was taken: another Tab would take it back."""
+    """Return whether the only completion was taken: another Tab would take it back."""
     state = get_app().current_buffer.complete_state
     return bool(state and state.current_completion and len(state.completions) == 1)
 
 
-def _go_on(event: KeyPressEvent) -> None:
-    """Keep the completion, and show what can follow, as the files in a directory."""
+def _complete_further(event: KeyPressEvent) -> None:
+    """Keep the completion, and offer what can follow it, such as the files in a directory."""
     event.current_buffer.complete_state = None
     event.current_buffer.start_completion()
 
 
 class _Visible(Processor):
-    """Shows what turns text around, be it typed, recalled or suggested, as a character."""
+    """Shows characters that would reverse the direction of text, typed or not, as visible ones."""
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
-        """One character for one: the cursor stays where it is."""
+        """Replace one character by one, so that the cursor stays where it is."""
         fragments = transformation_input.fragments
         return Transformation([(part[0], part[1].translate(VISIBLE)) for part in fragments])
 
 
 def _ignored(event: KeyPressEvent) -> None:
-    """A key without a meaning."""
+    """Do nothing."""
 
 
 def _add_line(event: KeyPressEvent) -> None:
@@ -238,5 +238,5 @@ def _add_line(event: KeyPressEvent) -> None:
 
 
 def _encodable(text: str) -> str:
-    """`text` without what stands for bytes that are no UTF-8."""
+    """Return `text` with `?` for each byte that was not UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The screen of a chat: says things, shows an answer as it comes, and signs of life before it."""
+"""The screen of a chat: shows notes, the progress of prompt processing, and answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from mixchat.chat.session import Event
     from mixchat.text.messages import Message
 
-_PATIENCE = 1.0  # seconds without a sign of life
-_FRAME = 0.1  # seconds between two of them
+_PATIENCE = 1.0  # seconds before progress is shown
+_FRAME = 0.1  # seconds between two updates of it
 _ERASE = "\r\x1b[K"
-_LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question, and what is shown of a longer one
+_LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question; of a longer one the first and last
 
 
 class _Writer(Protocol):
@@ -36,7 +36,7 @@ class _Writer(Protocol):
 class Screen:
     """Writes to `out`. `raw` switches Markdown off: answers are then shown as they are written.
 
-    Whatever is said or shown, no control character of it reaches the terminal.
+    No control character of any text reaches the terminal.
     """
 
     def __init__(
@@ -49,31 +49,31 @@ class Screen:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
-        self._answer: _Writer | None = None  # that is being shown
+        self._answer: _Writer | None = None  # of the answer that is being shown
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
-        """A line, or several: broken between words where the terminal is too narrow."""
+        """Show one line or several, broken between words where the terminal is too narrow."""
         printing.say(*text.split("\n"), stream=self.out)
 
     def show_table(self, text: str) -> None:
-        """Rows of columns, which fit as they are."""
+        """Show rows of columns, which fit as they are."""
         printing.show(sanitize(f"{text}\n"), self.out)
 
     def draw(self, text: str) -> None:
-        """What we have drawn ourselves, colours and all."""
+        """Show our own drawing, with its escapes for colours."""
         printing.draw(text, self.out)
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal; None where there is none."""
+        """Return the columns of the terminal; None where there is none."""
         return printing.columns(self.out) if self._terminal else None
 
     def show(self, events: Iterator[Event], before: str = "") -> Finished:
-        """Show an answer as it comes; what its last event says. Leaves the cursor at a new line.
+        """Show an answer as it comes; return its last event. Leaves the cursor at a new line.
 
-        `before` is what the answer has said already, and is not shown again. What breaks it off
-        gets through, when all that has come is on the screen.
+        `before` is the earlier part of an answer that is continued, and is not shown again. An
+        exception is passed on when all the text so far is on the screen.
         """
         writer = self._answer = self._writer(before)
         try:
@@ -88,7 +88,7 @@ class Screen:
         finally:
             self._answer = None
             writer.close()
-        raise AssertionError("an answer has an end")
+        raise AssertionError("every answer ends with Finished")
 
     def pause(self) -> None:
         """Leave the terminal in order while the program is suspended."""
@@ -97,7 +97,7 @@ class Screen:
             self._answer.pause()
 
     def show_turns(self, messages: Iterable[Message]) -> None:
-        """Questions and answers of before."""
+        """Show questions and answers of a resumed chat."""
         for message in messages:
             if message.role == "user":
                 self._show_question(message.content)
@@ -106,7 +106,7 @@ class Screen:
             self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
     def _show_question(self, text: str) -> None:
-        """As it was typed; of one with files in it the beginning and the end."""
+        """Show it as it was typed; the beginning and end of one with files in it."""
         lines = text.splitlines() or [""]
         if len(lines) > _LONG:
             hidden = len(lines) - _FIRST - _LAST
@@ -126,15 +126,15 @@ class Screen:
 
     @property
     def _draws(self) -> bool:
-        """Whether answers are drawn as Markdown."""
+        """Return whether answers are drawn as Markdown."""
         return self._terminal and not self.raw
 
     @contextmanager
     def waiting(self) -> Iterator[Callable[[int, int], None]]:
-        """A line that says how much of a prompt has been read, where that takes long.
+        """Yield a function that shows the progress of prompt processing, where it takes long.
 
-        It is given how many tokens have been read, and of how many. It is gone when the first of
-        the answer is to be shown, or at the end.
+        It is called with the tokens processed so far, and with those of the whole prompt. Its line
+        is erased when the answer starts, or at the end.
         """
         line = _WaitingLine(self.out, self._clock, self._terminal)
         self._waiting = line
@@ -155,7 +155,7 @@ class Screen:
 
 
 class _WaitingLine:
-    """`reading 1,234 of 8,000 tokens (15%)`, from the second second on."""
+    """The line `reading 1,234 of 8,000 tokens (15%)`, shown after a second."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float], terminal: bool) -> None:
         self._out, self._clock, self._terminal = out, clock, terminal
@@ -178,7 +178,7 @@ class _WaitingLine:
 
 
 class _Plain:
-    """The answer as it is written."""
+    """Shows an answer as it is written."""
 
     def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
         self._out, self._begin = out, begin
@@ -193,7 +193,7 @@ class _Plain:
             self._at_beginning = clean.endswith("\n")
 
     def pause(self) -> None:
-        """Nothing has to be taken away."""
+        """Do nothing: all that was written stays."""
 
     def close(self) -> None:
         self._begin()
@@ -203,7 +203,7 @@ class _Plain:
 
 
 class _Markdown:
-    """The answer as Markdown; what that takes is loaded with its first piece."""
+    """Shows an answer as Markdown; the libraries for it are loaded with the first one."""
 
     def __init__(self, out: TextIO, begin: Callable[[], None], before: str) -> None:
         from rich.console import Console
@@ -226,6 +226,6 @@ class _Markdown:
 
 
 def left_out(turns: int) -> str:
-    """That so many turns are no longer in the prompt."""
+    """Return the note that so many turns are no longer in the prompt."""
     count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
     return f"the context is full: {count} left out from here on"

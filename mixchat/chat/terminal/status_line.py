@@ -1,4 +1,4 @@
-"""The bottom line of the chat: what the model holds, and how it does, in one line of any width."""
+"""The status line below the prompt: context, speed, hit rate and memory, in any width."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def status_line(
     memory: int | None = None,
     width: int = 80,
 ) -> str:
-    """`demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB`, at most `width` wide.
+    """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB`.
 
     `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
-    `memory` bytes; what is None is left out. Where there is less room, memory, hits, speed and the
-    model go, in this order; then the tokens become `1,234/8,192 (15%)`, and `15%`. From 80% of
-    the context on they begin with `!`.
+    `memory` bytes; what is None is left out. To fit into `width` cells, memory, hits, speed and the
+    model are left out, in this order; then the tokens become `1,234/8,192 (15%)`, then `15%`. From
+    80% of the context on they start with `!`.
     """
     name, tokens = " ".join(sanitize(model).split()), _Tokens(used, size)
     measured = _measured(speed, hit_rate, memory)
@@ -47,16 +47,16 @@ def status_line(
 
 
 def cut(text: str, width: int) -> str:
-    """`text` in at most `width` cells of the terminal, with `…` where something is missing."""
+    """Return `text` in at most `width` cells of the terminal, with `…` where it is cut."""
     if get_cwidth(text) <= width:
         return text
-    kept, cells = "", 1
+    shown, cells = "", 1
     for character in text:
         cells += get_cwidth(character)
         if cells > width:
             break
-        kept += character
-    return kept + "…" if width > 0 else ""
+        shown += character
+    return shown + "…" if width > 0 else ""
 
 
 def _measured(speed: float | None, hit_rate: float | None, memory: int | None) -> list[str]:
@@ -70,7 +70,7 @@ def _measured(speed: float | None, hit_rate: float | None, memory: int | None) -
 
 @dataclass(frozen=True)
 class _Tokens:
-    """How full the context is, in three lengths."""
+    """The use of the context, as text of three lengths."""
 
     used: int
     size: int
@@ -94,7 +94,7 @@ class _Tokens:
 
 
 class Figures:
-    """What the bottom line says, counted once a turn: it is drawn at every key."""
+    """The figures of the status line, counted once a turn because it is drawn at every key."""
 
     def __init__(self, session: ChatSession) -> None:
         self._session = session
@@ -106,15 +106,15 @@ class Figures:
         self.count()
 
     def count(self) -> None:
-        """After something has changed what the conversation is."""
-        with suppress(MixchatError):  # what a template cannot say is said when something is asked
+        """Count again, after the conversation has changed."""
+        with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used
-        self.memory = self._session.engine.experts.bytes_held or None  # at first nothing
+        self.memory = self._session.engine.experts.bytes_held or None  # 0 before the first answer
 
     def turn(self, finished: Finished) -> None:
-        """After an answer."""
+        """Count again, after an answer."""
         stats, experts = finished.stats, self._session.engine.experts.stats.copy()
-        decoded = stats.generated_tokens - 1  # the first token falls out of the prefill
+        decoded = stats.generated_tokens - 1  # the first token comes from the prefill
         if decoded > 0 and stats.decode_seconds > 0:
             self.speed = decoded / stats.decode_seconds
         did, self._before = experts.since(self._before), experts

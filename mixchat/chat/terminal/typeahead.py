@@ -1,4 +1,4 @@
-"""Lines that were typed while nobody read them: during an answer, or while a model loads."""
+"""Keeps what is typed while nothing reads it: during an answer, or while a model loads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
 
 _CTRL_D = b"\x04"
-# A terminal puts these around what is pasted, where it was told to mark that.
+# A terminal puts these around a paste, if it was told to mark pastes.
 _MARK_PASTES, _NO_MARKS = b"\x1b[?2004h", b"\x1b[?2004l"
 _PASTE, _END_OF_PASTE = b"\x1b[200~", b"\x1b[201~"
-_SILENCE = 0.5  # seconds after which the rest of a paste is given up
+_SILENCE = 0.5  # seconds to wait for the rest of a paste
 
 
 @contextmanager
 def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen, where it would stand in the middle of an answer.
-    It is not lost, not even at Ctrl-C, and a paste stays one.
+    """Keep what is typed meanwhile off the screen, where it would be in the middle of an answer.
 
-    Ctrl-Z gives the terminal back as it was, after a `pause`, and `fg` takes it again.
+    It is not lost, not even at Ctrl-C, and a paste stays one. Ctrl-Z calls `pause` and restores the
+    terminal; `fg` takes it again.
     """
     try:
         fd = sys.stdin.fileno()
@@ -69,12 +69,12 @@ def _set(fd: int, attributes: list[Any], marks: bytes) -> None:
 
 @contextmanager
 def reading_keys(source: Input) -> Iterator[None]:
-    """Hand what waits in the terminal to the prompt within, as if it were typed there: each line is
-    sent by its Enter, Ctrl-D leaves, and a marked paste lies there unsent.
+    """Pass what waits in the terminal to the prompt within, as if it were typed there: each line is
+    sent by its Enter, Ctrl-D leaves, and a marked paste is not sent.
 
     Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
-    Ctrl-J: a line would lie there unsent. That also holds for a line that comes after a look at
-    what waits. So there is a second look when the terminal has stopped doing it.
+    Ctrl-J: a line would not be sent. The same is true for a line that comes after the first look
+    at what waits, so there is a second one when the terminal no longer does that.
     """
     _take(source, _waiting_bytes)
     with source.raw_mode():
@@ -86,7 +86,7 @@ def _take(source: Input, read: Callable[[Input], bytes]) -> None:
     try:
         typed = read(source)
     except (OSError, termios.error, NotImplementedError, ValueError):
-        return  # no terminal, or it went away: the prompt will see
+        return  # no terminal, or it went away: the prompt will notice
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
     # Keys that the last prompt got too late come first; what waits may continue them.
     before = get_typeahead(source)
@@ -102,12 +102,12 @@ def _keys(text: str) -> list[KeyPress]:
 
 
 def _waiting_bytes(source: Input) -> bytes:
-    """All whole lines, and the rest of a paste whose end is not a whole line."""
+    """Return all whole lines, and the rest of a paste whose end is not a whole line."""
     fd, typed = source.fileno(), b""
     while (line := _waiting_line(fd)) is not None:
-        typed += line or _CTRL_D  # for what a terminal gives at Ctrl-D is nothing
+        typed += line or _CTRL_D  # a terminal returns nothing for Ctrl-D
         if not line:
-            break  # also where the terminal went away: it gives nothing for ever
+            break  # also where the terminal went away: it returns nothing for ever
     if typed.rfind(_PASTE) <= typed.rfind(_END_OF_PASTE):
         return typed
     with source.raw_mode():
@@ -118,15 +118,15 @@ def _waiting_bytes(source: Input) -> bytes:
 
 
 def _late_bytes(source: Input) -> bytes:
-    """All that waits in a terminal that was just put into raw mode."""
+    """Return all that waits in a terminal that was just put into raw mode."""
     fd, typed = source.fileno(), b""
     while os.isatty(fd) and select.select([fd], [], [], 0)[0] and (piece := os.read(fd, 65536)):
         typed += piece
-    return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode begins
+    return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode starts
 
 
 def _waiting_line(fd: int) -> bytes | None:
-    """The next whole line, which is all that a terminal gives outside a prompt, if there is one."""
+    """Return the next whole line, if there is one: outside a prompt a terminal has only those."""
     if not os.isatty(fd) or not termios.tcgetattr(fd)[3] & termios.ICANON:
         return None
     return os.read(fd, 65536) if select.select([fd], [], [], 0)[0] else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixchat.chat.plain_text import decode, read_stream, read_text
+from mixchat.chat.plain_text import decode, read_stream, read_text_file
 from mixchat.cli.output.failure import note
 from mixchat.context import Context
 from mixchat.errors import PromptError, UsageError
@@ -23,7 +23,9 @@ def read_files(paths: Iterable[Path], context: Context, quiet: bool) -> dict[Pat
     Raises `PromptError` where one of them is empty, not text, or too long for the context.
     """
     return {
-        path: _required_stdin(context, quiet) if str(path) == STDIN else read_text(path, context)
+        path: _required_stdin(context, quiet)
+        if str(path) == STDIN
+        else read_text_file(path, context)
         for path in paths
     }
 

@@ -309,6 +309,6 @@ def test_a_name_that_another_chat_has_is_refused(session_of, store):
     session.clear()
     saver.start_new()
     talk(session, "two")
-    with pytest.raises(UsageError, match="has the name 'mine' already"):
+    with pytest.raises(UsageError, match="already has the name 'mine'"):
         saver.rename("mine")
     assert saver.chat.name is None

@@ -244,7 +244,7 @@ class TestFinding:
         three.rename(three.load("20261124"), "Holiday plans")
         with pytest.raises(ChatNotFoundError) as caught:
             three.load("Holiday plan")
-        assert caught.value.hint == "There is Holiday plans."
+        assert caught.value.hint == "Did you mean Holiday plans?"
         with pytest.raises(ChatNotFoundError) as caught:
             three.load("unheard of")
         assert "mixchat chats" in caught.value.hint
@@ -303,7 +303,7 @@ class TestNames:
     def test_a_name_that_another_chat_has_is_refused(self, three):
         first, second = three.load("20261124"), three.load(ID)
         three.rename(first, "sky")
-        with pytest.raises(UsageError, match="20261124-0900-abc has the name 'sky' already"):
+        with pytest.raises(UsageError, match="20261124-0900-abc already has the name 'sky'"):
             three.rename(second, "sky ")
         assert three.load(ID).name is None
 

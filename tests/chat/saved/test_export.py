@@ -53,7 +53,7 @@ def test_markdown_says_what_it_is_and_who_said_what():
     assert to_markdown(CHAT) == (
         "# How do I print in Python?\n\n"
         "- Model: instruct\n"
-        f"- Began: {BEGAN.astimezone():%Y-%m-%d %H:%M}\n"
+        f"- Started: {BEGAN.astimezone():%Y-%m-%d %H:%M}\n"
         "- ID: 20261125-1630-k3f\n\n"
         "## System prompt\n\n> Be brief.\n\n"
         "## You\n\n> How do I print in Python?\n\n"

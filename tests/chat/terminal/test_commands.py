@@ -57,7 +57,7 @@ def test_help_fits_a_small_terminal_with_the_prompt_below_it(session_of):
 
 def test_help_explains_one_command(session_of):
     assert typed(session_of(), "/help undo", "/help /exit").text == (
-        "/undo [n]  take the last turn, or n turns, back\n"
+        "/undo [n]  remove the last turn, or the last n\n"
         "/bye  leave (also /exit, /quit, exit, quit, bye, Ctrl-D)\n"
     )
 
@@ -70,7 +70,7 @@ def test_help_explains_one_command(session_of):
         ("/h", "Did you mean /help?"),
         ("/Q", "Did you mean /bye?"),
         ("/temp 0.2", "Did you mean /set temp?"),
-        ("/model instruct", "A chat keeps its model. For another one: mixchat run -m NAME"),
+        ("/model instruct", "A chat cannot change its model. For another one: mixchat run -m NAME"),
         ("/regne", "Did you mean /regen?"),
         ("/zzz", "/help shows them all."),
     ],
@@ -124,7 +124,7 @@ def test_every_command_completes(session_of):
 
 def test_an_unknown_command_is_not_sent(session_of):
     session = session_of()
-    assert error_of(typed(session, "/nonsense and more")) == "/nonsense is no command"
+    assert error_of(typed(session, "/nonsense and more")) == "there is no command /nonsense"
     assert session.engine.prompts == []
 
 
@@ -252,7 +252,7 @@ def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
 
 def test_load_keeps_the_chat_as_it_is_where_there_is_no_other(session_of, store):
     session = session_of("Hello")
-    assert "no chat 'nothing' is kept" in error_of(
+    assert "there is no saved chat 'nothing'" in error_of(
         typed(session, "Hi", "/load nothing", store=store)
     )
     assert len(session.history) == 2
@@ -393,7 +393,7 @@ def test_a_file_that_still_waits_after_a_failed_question_is_named(session_of, tm
 def test_a_command_that_takes_nothing_is_not_obeyed_with_something_behind_it(session_of, line):
     session = session_of("Hello")
     chat = typed(session, "Hi", line)
-    assert "takes nothing behind it" in error_of(chat)
+    assert "takes no argument" in error_of(chat)
     assert len(session.history) == 2
 
 

@@ -119,7 +119,7 @@ def test_a_link_in_its_place_is_left_as_it_is(path, tmp_path):
     path.parent.mkdir()
     path.symlink_to(precious)
     history = keep(path, "one")
-    assert history.fault == f"{path}: is a symbolic link: what you type is not kept there"
+    assert history.fault == f"{path}: is a symbolic link: what you type is not saved there"
     assert list(history.load_history_strings()) == ["one"]
     assert path.is_symlink()
     assert (precious.read_text(), rights(precious)) == ("precious", 0o644)
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_used_leaves_the_memory(path, obstacle):
     obstacle(path)
     history = keep(path, "one", "two")
     assert str(path) in history.fault
-    assert "not kept" in history.fault
+    assert "not saved" in history.fault
     assert list(history.load_history_strings()) == ["two", "one"]
 
 

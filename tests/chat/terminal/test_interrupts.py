@@ -109,6 +109,6 @@ def test_a_continued_answer_is_the_one_that_was_not_stopped(open_engine):
     pieces = session_with(open_engine(), max_tokens=8)
     list(pieces.ask("tell me"))
     while len(pieces.history[-1].ids) < len(whole.history[-1].ids):
-        list(pieces.go_on())
+        list(pieces.continue_answer())
     assert pieces.history[-1].ids == whole.history[-1].ids
     assert pieces.history[-1].content == whole.history[-1].content

@@ -60,7 +60,7 @@ def typing(warnings):
             rescue[-1].start()
             options = {"history": None, "warn": warnings.append} | options
             prompt = ChatPrompt(
-                commands=COMMANDS, toolbar=bar, input=source, output=DummyOutput(), **options
+                commands=COMMANDS, status=bar, input=source, output=DummyOutput(), **options
             )
             while True:
                 try:
@@ -300,7 +300,7 @@ class Eyes:
         self._out = os.fdopen(os.dup(self.slave), "w", encoding="utf-8")
         self._in = os.fdopen(os.dup(self.slave), encoding="utf-8")
         output = Vt100_Output(self._out, lambda: Size(rows, width), term="xterm")
-        options = {"history": None, "commands": COMMANDS, "toolbar": bar} | options
+        options = {"history": None, "commands": COMMANDS, "status": bar} | options
         self._source = Vt100Input(self._in)
         self.prompt = ChatPrompt(input=self._source, output=output, **options)
         self._thread = None
@@ -382,7 +382,7 @@ def test_the_bottom_line_shows_its_text_as_it_is():
 
 
 def test_the_bottom_line_is_one_line_of_any_window():
-    with look(width=20, toolbar=lambda: "模型 · 1,234 of\n8,192 tokens\x1b[2J") as screen:
+    with look(width=20, status=lambda: "模型 · 1,234 of\n8,192 tokens\x1b[2J") as screen:
         screen.wait_for("模")
         assert screen.lines[-1].startswith("模型 · 1,234 of 8,1…")
         assert len(screen.lines) == 2
