@@ -32,13 +32,13 @@ _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 
 
-def computes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `matmul` can be used for these."""
+def can_multiply(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether `exact_matmul` can be used for these."""
     alike = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
     return alike and rows.computes(x, x.shape[-1])
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., C] times the transposed weight [R, C]: [..., R]. fp32 or bf16, added up in fp32."""
     height, columns = weight.shape
     weight = weight.contiguous()
@@ -65,12 +65,12 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     module = ir.Module("dense")
     heights, widths = _TILES[instructions]
     lanes = LANES[instructions]
-    tiles = [[_Tile(module, lanes, bf16, rows, width) for width in widths] for rows in heights]
+    tiles = [[_DenseTile(module, lanes, bf16, rows, width) for width in widths] for rows in heights]
     _write_multiply(module, tiles)
     return compile_module(module, instructions)
 
 
-class _Tile:
+class _DenseTile:
     """The product of some rows with some tokens: as many sums as the registers hold."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
@@ -101,7 +101,7 @@ class _Tile:
         function.finish()
 
 
-def _write_multiply(module: Any, tiles: Sequence[Sequence[_Tile]]) -> None:
+def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
     """The product: an item of work is `_GROUP` rows for one chunk of tokens."""
     function = Function(module, "multiply")
     given = _SIGNATURE.read_by(function)
@@ -121,7 +121,7 @@ def _write_multiply(module: Any, tiles: Sequence[Sequence[_Tile]]) -> None:
 
 
 def _write_tokens(
-    function: Function, tiles: Sequence[_Tile], row: Value, start: Value, end: Value
+    function: Function, tiles: Sequence[_DenseTile], row: Value, start: Value, end: Value
 ) -> None:
     """The tokens from `start` to `end` for the rows of one tile, from `row` on."""
     for tile in tiles:

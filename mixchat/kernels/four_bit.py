@@ -33,16 +33,16 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
-from mixchat.kernels.units import UNITS, Unit, UnitName, tables, unit_for
+from mixchat.kernels.units import UNITS, Unit, UnitName, level_tables, unit_for
 
 _BANDS = 4  # of one item of work where there is one token: as many streams from memory
 _X_BYTES = 2**19  # of x at a time, for the second-level cache to hold them
 _DTYPES = (torch.float32, torch.bfloat16)
 
-__all__ = ["available", "matmul", "tables"]
+__all__ = ["available", "level_tables", "packed_matmul"]
 
 
-def matmul(
+def packed_matmul(
     x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
@@ -51,12 +51,14 @@ def matmul(
     *,
     exact: bool = False,
 ) -> torch.Tensor:
-    """x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
+    """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
 
-    codes: uint8 [R * C / 2] and absmax: bf16 [C / 64 * R], layout "cpu-packed"; levels: what
-    `tables` gave. x: fp32 or bf16 (others are computed as fp32), on the CPU. R is a multiple of 32,
-    C of 64. Each row of x is computed by itself: its result depends on the others only in that
-    there are few or many, and with `exact` not even in that: many are computed as one is.
+    x: fp32 or bf16 (other types are computed as fp32), on the CPU. codes: uint8 [R * C / 2] and
+    absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of `level_tables`. R is
+    a multiple of 32, C of 64.
+
+    Each row of x is computed by itself. Its result depends on the others only through their count:
+    many rows are rounded more coarsely than few. With `exact`, many are computed as one is.
     """
     rows, columns = shape
     rounded = x if x.dtype in _DTYPES else x.float()

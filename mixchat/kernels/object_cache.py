@@ -19,7 +19,7 @@ from mixchat.files import write_private_file
 from mixchat.settings import data_dir
 
 _DIGEST = hashlib.sha256().digest_size
-_KEPT = 64  # files: those of some versions and models
+_MOST_FILES = 64  # files: those of some versions and models
 _ABANDONED = 3600  # seconds after which nobody writes a file any more
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _LINKS_REFUSED = os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,7 +62,7 @@ class ObjectCache:
         files = sorted(self._directory.glob("*.o"), key=lambda path: path.lstat().st_mtime)
         old = time.time() - _ABANDONED
         left = [path for path in self._directory.glob("*.tmp") if path.lstat().st_mtime < old]
-        for path in [*files[:-_KEPT], *left]:
+        for path in [*files[:-_MOST_FILES], *left]:
             path.unlink(missing_ok=True)
 
 

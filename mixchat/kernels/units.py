@@ -166,7 +166,7 @@ def unit_for(instructions: InstructionSet, tokens: int) -> UnitName:
     return instructions
 
 
-def tables(levels: torch.Tensor) -> torch.Tensor:
+def level_tables(levels: torch.Tensor) -> torch.Tensor:
     """The 16 levels (fp32, -1 to 1) as all units want them: bytes."""
     words = (levels * Unit.largest_level).round().to(torch.int16).view(torch.uint8)
     assert len(words) == _BYTES_AT

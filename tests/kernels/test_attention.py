@@ -30,8 +30,8 @@ class Pages:
     def __init__(self, shape: CacheShape, tokens: int, dtype: torch.dtype) -> None:
         self.shape = shape
         count = -(-tokens // PAGE)
-        self.kept = [torch.zeros(shape.page_bytes, dtype=torch.uint8) for _ in range(count)]
-        self.addresses = torch.tensor([page.data_ptr() for page in self.kept])
+        self.pages = [torch.zeros(shape.page_bytes, dtype=torch.uint8) for _ in range(count)]
+        self.addresses = torch.tensor([page.data_ptr() for page in self.pages])
         size = (tokens, shape.groups, shape.head_dim)
         self.keys, self.values = (random(size, seed).to(dtype) for seed in (1, 2))
 
@@ -49,7 +49,7 @@ def expected(
 ) -> torch.Tensor:
     shared, end = cache.shape.shared, past + len(queries)
     keys, values = (
-        kept[:end].double().repeat_interleave(shared, dim=1) for kept in (cache.keys, cache.values)
+        rows[:end].double().repeat_interleave(shared, dim=1) for rows in (cache.keys, cache.values)
     )
     scores = torch.einsum("thd,shd->hts", queries.double(), keys) * queries.shape[-1] ** -0.5
     back = torch.arange(past, end)[:, None] - torch.arange(end)

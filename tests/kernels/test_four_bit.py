@@ -11,8 +11,8 @@ from mixchat.weights.matrix.encode import encode_nf4
 
 pytestmark = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
 
-QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.quantize_fp4}
-LEVELS = {kind: four_bit.tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
+QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4}
+LEVELS = {kind: four_bit.level_tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
 
 
 # How far a product may be from the exact one: by the bits that x has.
@@ -53,10 +53,10 @@ class Matrix:
         shape = self.shape = (rows, columns)
         self.kind = kind
         self.exact = nf4.dequantize(codes, absmax.float(), shape, torch.float32, kind).double()
-        self.codes, self.absmax = nf4.pack(codes, absmax, rows, columns)
+        self.codes, self.absmax = nf4.to_packed_layout(codes, absmax, rows, columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bit.matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
+        return four_bit.packed_matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -89,7 +89,7 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: UnitName) -> No
         pytest.skip("that is for speed")
     matrix, x = Matrix(256, 1024), random(4, 1024, seed=1)
     expected = x.double() @ matrix.exact.T
-    codes, absmax = nf4.unpack(matrix.codes, matrix.absmax, *matrix.shape)
+    codes, absmax = nf4.to_bitsandbytes_layout(matrix.codes, matrix.absmax, *matrix.shape)
     levels = nf4.LEVELS["nf4"].bfloat16().double()
     both = torch.stack((codes >> 4, codes & 15), dim=-1).view(256, 1024 // 64, 64).int()
     rounded = levels[both] * absmax.double().view(256, -1, 1)
@@ -139,7 +139,7 @@ def test_the_largest_possible_sum_does_not_overflow(unit: UnitName) -> None:
     absmax = torch.ones(32, dtype=torch.bfloat16)
     for value in (1.0, -1.0):
         x = torch.full((1, 64), value)
-        result = four_bit.matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
+        result = four_bit.packed_matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
         torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
 
 

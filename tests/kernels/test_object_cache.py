@@ -1,4 +1,4 @@
-"""Machine code is kept from run to run, for its owner alone, and never used where it is damaged."""
+"""Machine code is cached from run to run, for its owner alone, and not used where it is damaged."""
 
 import ctypes
 import grp
@@ -14,7 +14,7 @@ from mixchat.kernels import compile as compiling
 from mixchat.kernels import object_cache
 from mixchat.kernels.compile import compile_module, instruction_set
 from mixchat.kernels.emit import Function, i64
-from mixchat.kernels.object_cache import _KEPT, ObjectCache
+from mixchat.kernels.object_cache import _MOST_FILES, ObjectCache
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_was_compiled_before_is_not_compiled_again(
 
 @pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_damaged_code_is_made_anew(place: Path, damage: str) -> None:
+def test_damaged_code_is_compiled_again(place: Path, damage: str) -> None:
     assert adding(2) == 42
     (file,) = place.iterdir()
     content = bytearray(file.read_bytes())
@@ -66,7 +66,7 @@ OTHER = 12345  # a user's number, not ours
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> tuple[Path, ObjectCache, Path]:
+def cached(tmp_path: Path) -> tuple[Path, ObjectCache, Path]:
     """A home, the cache in it, and the file that the cache has written."""
     cache = ObjectCache("source", "target", tmp_path / "home" / "kernels")
     cache.save(b"code")
@@ -75,60 +75,60 @@ def kept(tmp_path: Path) -> tuple[Path, ObjectCache, Path]:
     return tmp_path / "home", cache, file
 
 
-Kept = tuple[Path, ObjectCache, Path]
+Cached = tuple[Path, ObjectCache, Path]
 
 
-def places(kept: Kept) -> dict[str, Path]:
-    home, _, file = kept
+def places(cached: Cached) -> dict[str, Path]:
+    home, _, file = cached
     return {"file": file, "directory": file.parent, "home": home, "above": home.parent}
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o707])
 @pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
-def test_what_others_could_have_written_is_not_used(kept: Kept, place: str, mode: int) -> None:
+def test_what_others_could_have_written_is_not_used(cached: Cached, place: str, mode: int) -> None:
     """In a MIXCHAT_HOME that all can write to, another user's code ran."""
-    path = places(kept)[place]
+    path = places(cached)[place]
     before = stat.S_IMODE(path.stat().st_mode)
     path.chmod(mode)
-    assert kept[1].load() is None
-    kept[1].save(b"new code")
+    assert cached[1].load() is None
+    cached[1].save(b"new code")
     path.chmod(before)
     if place != "file":  # which is replaced by one that nobody else can write
-        assert kept[1].load() == b"code"
+        assert cached[1].load() == b"code"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
-def test_what_belongs_to_another_is_not_used(kept: Kept, place: str) -> None:
-    os.chown(places(kept)[place], OTHER, -1)
-    assert kept[1].load() is None
+def test_what_belongs_to_another_is_not_used(cached: Cached, place: str) -> None:
+    os.chown(places(cached)[place], OTHER, -1)
+    assert cached[1].load() is None
 
 
-def test_a_sticky_directory_above_is_no_harm(kept: Kept) -> None:
-    kept[0].chmod(0o1777)
-    assert kept[1].load() == b"code"
-    kept[2].parent.chmod(0o1777)  # the directory itself: others could make its files
-    assert kept[1].load() is None
+def test_a_sticky_directory_above_is_no_harm(cached: Cached) -> None:
+    cached[0].chmod(0o1777)
+    assert cached[1].load() == b"code"
+    cached[2].parent.chmod(0o1777)  # the directory itself: others could make its files
+    assert cached[1].load() is None
 
 
 def test_a_directory_that_the_users_own_group_can_write_is_no_harm(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
+    cached: Cached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where each user has a group of their own, ~/.local/share has mode 775."""
-    kept[0].chmod(0o775)
+    cached[0].chmod(0o775)
     monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: True)
-    assert kept[1].load() == b"code"
+    assert cached[1].load() == b"code"
     monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: False)
-    assert kept[1].load() is None
+    assert cached[1].load() is None
     monkeypatch.undo()
     user = pwd.getpwuid(os.geteuid())
     mates = grp.struct_group((user.pw_name, "x", user.pw_gid, ["mate"]))
     monkeypatch.setattr(grp, "getgrgid", lambda gid: mates)
-    assert kept[1].load() is None
+    assert cached[1].load() is None
 
 
-def test_links_are_not_followed(kept: Kept, tmp_path: Path) -> None:
-    _, cache, file = kept
+def test_links_are_not_followed(cached: Cached, tmp_path: Path) -> None:
+    _, cache, file = cached
     elsewhere = tmp_path / "elsewhere"
     file.rename(elsewhere)
     file.symlink_to(elsewhere)
@@ -144,18 +144,18 @@ def test_links_are_not_followed(kept: Kept, tmp_path: Path) -> None:
     assert elsewhere.read_bytes() == before
 
 
-def test_a_home_that_is_a_link_is_judged_by_where_it_leads(kept: Kept, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(kept[0])
+def test_a_home_that_is_a_link_is_judged_by_where_it_leads(cached: Cached, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(cached[0])
     linked = ObjectCache("source", "target", tmp_path / "link" / "kernels")
     assert linked.load() == b"code"
-    kept[0].chmod(0o777)
+    cached[0].chmod(0o777)
     assert linked.load() is None
 
 
-def test_a_pipe_in_its_place_is_not_waited_for(kept: Kept) -> None:
-    kept[2].unlink()
-    os.mkfifo(kept[2], 0o600)
-    assert kept[1].load() is None
+def test_a_pipe_in_its_place_is_not_waited_for(cached: Cached) -> None:
+    cached[2].unlink()
+    os.mkfifo(cached[2], 0o600)
+    assert cached[1].load() is None
 
 
 def test_code_belongs_to_its_source_and_its_target(tmp_path: Path) -> None:
@@ -166,14 +166,16 @@ def test_code_belongs_to_its_source_and_its_target(tmp_path: Path) -> None:
 
 
 def test_of_too_many_files_the_oldest_go(tmp_path: Path) -> None:
-    for number in range(_KEPT + 3):
+    for number in range(_MOST_FILES + 3):
         cache = ObjectCache(str(number), "", tmp_path / "k")
         cache.save(b"code")
         os.utime(tmp_path / "k" / cache._name, (number, number))
     left = [
-        number for number in range(_KEPT + 3) if ObjectCache(str(number), "", tmp_path / "k").load()
+        number
+        for number in range(_MOST_FILES + 3)
+        if ObjectCache(str(number), "", tmp_path / "k").load()
     ]
-    assert left == [*range(3, _KEPT + 3)]
+    assert left == [*range(3, _MOST_FILES + 3)]
 
 
 def test_a_place_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ class Recorder:
     def __init__(self, count: int) -> None:
         self._all_there = threading.Barrier(count, timeout=60)
         self.callers: list[int] = []
-        self._kept = CALLBACK(self._called)
-        address = ctypes.cast(self._kept, ctypes.c_void_p).value or 0
-        self.function = NativeFunction(address, owner=self._kept)
+        self._callback = CALLBACK(self._called)
+        address = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+        self.function = NativeFunction(address, owner=self._callback)
 
     def _called(self, _: int) -> None:
         self._all_there.wait()  # so that no thread is called twice

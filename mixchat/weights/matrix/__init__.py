@@ -1,7 +1,7 @@
-"""A matrix, dense or 4-bit: how it is stored and computed.
+"""Matrices, dense or 4-bit: how they are stored and multiplied.
 
 - linear.py: y = x W^T, dense or 4-bit
-- nf4.py: 4-bit codes, their two layouts, bitsandbytes' matmul
-- encode.py: NF4 codes and scales of a matrix, fast
-- bnb_format.py: matrices that bitsandbytes has quantized already
+- nf4.py: 4-bit codes in their two layouts, computed with bitsandbytes
+- encode.py: from a matrix to NF4 codes and scales, fast
+- bnb_format.py: reads matrices that bitsandbytes has quantized already
 """

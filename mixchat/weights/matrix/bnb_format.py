@@ -9,7 +9,7 @@ Such a matrix `X` (a name that ends in ".weight") is several tensors:
     X.nested_quant_map   F32 [256], the numbers that the nested absmax stands for
     X.quant_state.bitsandbytes__nf4   or __fp4: a JSON object in U8, with shape, block sizes, ...
 
-All of it comes from the internet: whatever is wrong with it ends as one line that names the tensor.
+All of it is untrusted: whatever is wrong with it ends as one line that names the tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STATES: dict[FourBit, str] = {
     "fp4": "quant_state.bitsandbytes__fp4",
 }
 _NESTED = ("nested_absmax", "nested_quant_map")
-_PARTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
+_COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
 _MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
 _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
@@ -54,10 +54,15 @@ class Quantized4bit:
     codes: torch.Tensor
     absmax: torch.Tensor
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32), as bitsandbytes does."""
+        shape = (self.rows, self.columns)
+        return nf4.dequantize(self.codes, self.absmax.float(), shape, dtype, self.quant_type)
+
 
 @dataclass(frozen=True)
 class _Nested:
-    """How the absmax is itself quantized."""
+    """The quantization of the absmax itself."""
 
     blocksize: int
     dtype: torch.dtype
@@ -66,28 +71,28 @@ class _Nested:
 
 @dataclass(frozen=True)
 class _State:
-    """What the JSON object says that the names and the shapes do not."""
+    """The values of the JSON object that neither names nor shapes tell."""
 
     blocksize: int
     nested: _Nested | None
 
 
 def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
-    """The tensors that make up the matrix `name`: itself, and those beside it that are there.
+    """Return the names of the tensors that make up the matrix `name`, beginning with its own.
 
     `available` are all names of the checkpoint, as a set or a dictionary.
     """
-    beside = (f"{name}.{part}" for part in _PARTS)
+    beside = (f"{name}.{part}" for part in _COMPONENTS)
     return (name, *(part for part in beside if part in available))
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
-    """Whether any tensor beside `name` says that bitsandbytes has quantized it."""
+    """Return whether the names say that bitsandbytes has quantized the matrix `name`."""
     return len(component_names(name, available)) > 1
 
 
 def quant_type(name: str, available: Collection[str]) -> FourBit | None:
-    """The type of the matrix `name`, from the names alone; None where it is dense.
+    """Return the type of the matrix `name`, from the names alone; None where it is dense.
 
     Raises `CheckpointError` where it is quantized, but to neither NF4 nor FP4, or to both.
     """
@@ -111,28 +116,22 @@ def read_matrix(
 ) -> Quantized4bit:
     """Read and check the quantized matrix `name` of shape [rows, columns].
 
-    `read` gives a tensor by its name. It must not look for NaN: codes can be stored as a float
+    `read` gives a tensor by its name. It must not check for NaN: codes can be stored as a float
     type. Raises `CheckpointError` with one line where anything is not as bitsandbytes writes it.
     """
     kind = quant_type(name, available)
     if kind is None:
         raise CheckpointError(f"{name}: not quantized by bitsandbytes")
-    parts = _Parts(name, read, available)
-    state = _read_state(parts, kind, [rows, columns])
-    _check_table(parts, kind)
-    codes = _read_codes(parts, nf4.codes_size(rows, columns))
-    absmax = _read_absmax(parts, state, rows * columns)
+    matrix = _Components(name, read, available)
+    state = _read_state(matrix, kind, [rows, columns])
+    _check_table(matrix, kind)
+    codes = _read_codes(matrix, nf4.codes_size(rows, columns))
+    absmax = _read_absmax(matrix, state, rows * columns)
     return Quantized4bit(kind, rows, columns, codes, absmax)
 
 
-def dequantize(matrix: Quantized4bit, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [rows, columns] as `dtype` (bf16, fp16 or fp32): what bitsandbytes gives."""
-    shape = (matrix.rows, matrix.columns)
-    return nf4.dequantize(matrix.codes, matrix.absmax.float(), shape, dtype, matrix.quant_type)
-
-
 @dataclass(frozen=True)
-class _Parts:
+class _Components:
     """The tensors of one matrix."""
 
     name: str
@@ -140,13 +139,13 @@ class _Parts:
     available: Collection[str]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, of whatever form."""
+        """Read the tensor `name`, whatever its type and shape."""
         if name not in self.available:
             raise CheckpointError(f"{name}: the tensor is missing")
         return self.get(name)
 
     def numbers(self, part: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """The part of this type, flat, of `count` finite elements."""
+        """Read the component `part`: `count` finite numbers of this type."""
         name = f"{self.name}.{part}"
         tensor = self.read(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
@@ -158,9 +157,9 @@ class _Parts:
         return tensor
 
 
-def _read_state(parts: _Parts, kind: FourBit, shape: list[int]) -> _State:
-    name = f"{parts.name}.{_STATES[kind]}"
-    raw = _parse(name, parts.read(name))
+def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _State:
+    name = f"{matrix.name}.{_STATES[kind]}"
+    raw = _parse(name, matrix.read(name))
 
     def check(key: str, right: bool) -> None:
         if not right:
@@ -174,7 +173,7 @@ def _read_state(parts: _Parts, kind: FourBit, shape: list[int]) -> _State:
     check("blocksize", type(raw["blocksize"]) is int and raw["blocksize"] in _BLOCKSIZES)
     check("dtype", raw["dtype"] in _FLOATS)
     nested = _nested(raw, check) if raw.keys() >= _NESTED_KEYS else None
-    if nested is None and any(f"{parts.name}.{part}" in parts.available for part in _NESTED):
+    if nested is None and any(f"{matrix.name}.{part}" in matrix.available for part in _NESTED):
         raise CheckpointError(f"{name}: does not describe the nested absmax that is there")
     return _State(raw["blocksize"], nested)
 
@@ -189,7 +188,7 @@ def _nested(raw: dict[str, Any], check: Callable[[str, bool], None]) -> _Nested:
 
 
 def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """The JSON object in a tensor, with the right keys."""
+    """Parse the JSON object in a tensor, and check its keys."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _MAX_STATE:
         raise CheckpointError(f"{name}: not a description of at most {_MAX_STATE} bytes")
     try:
@@ -199,22 +198,22 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{name}: not a JSON object")
     if raw.keys() not in (_KEYS, _KEYS | _NESTED_KEYS):
-        raise CheckpointError(f"{name}: has not the keys that bitsandbytes writes")
+        raise CheckpointError(f"{name}: its keys are not those that bitsandbytes writes")
     return raw
 
 
-def _check_table(parts: _Parts, kind: FourBit) -> None:
-    numbers = parts.numbers("quant_map", torch.float32, 16)
+def _check_table(matrix: _Components, kind: FourBit) -> None:
+    numbers = matrix.numbers("quant_map", torch.float32, 16)
     standard = nf4.LEVELS[kind]
-    # Not bit by bit: the kernels have tables of their own, and devices divide differently.
+    # Not bit by bit: devices round the table differently, and the kernels have their own tables.
     if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
-        raise CheckpointError(f"{parts.name}.quant_map: not the table of {kind}")
+        raise CheckpointError(f"{matrix.name}.quant_map: not the table of {kind}")
 
 
-def _read_codes(parts: _Parts, size: int) -> torch.Tensor:
-    """The codes as flat uint8, `size` bytes."""
-    name = parts.name
-    codes = parts.read(name)
+def _read_codes(matrix: _Components, size: int) -> torch.Tensor:
+    """Read the codes as flat uint8, `size` bytes."""
+    name = matrix.name
+    codes = matrix.read(name)
     if codes.dtype not in _STORAGE:
         raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
     if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:
@@ -224,26 +223,29 @@ def _read_codes(parts: _Parts, size: int) -> torch.Tensor:
     return codes.reshape(-1).view(torch.uint8)
 
 
-def _read_absmax(parts: _Parts, state: _State, weights: int) -> torch.Tensor:
-    """fp32, one for each 64 weights."""
+def _read_absmax(matrix: _Components, state: _State, weights: int) -> torch.Tensor:
+    """Read the absmax in fp32, one for each 64 weights."""
     count = -(-weights // state.blocksize)
     if state.nested is None:
-        absmax = parts.numbers("absmax", torch.float32, count)
+        absmax = matrix.numbers("absmax", torch.float32, count)
     else:
-        absmax = _unnest(parts, state.nested, count)
+        absmax = _unnest(matrix, state.nested, count)
     if not torch.isfinite(nf4.round_absmax(absmax)).all():
-        raise CheckpointError(f"{parts.name}.absmax: holds a scale that is too large")
+        raise CheckpointError(f"{matrix.name}.absmax: holds a scale that is too large")
     if state.blocksize == BLOCKSIZE:
         return absmax
     # A scale of a larger block is that of each smaller block within it.
     return absmax.repeat_interleave(state.blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]
 
 
-def _unnest(parts: _Parts, nested: _Nested, count: int) -> torch.Tensor:
-    """What bitsandbytes' `dequantize_blockwise` gives, plus the offset; fp32 [count]."""
-    codes = parts.numbers("absmax", torch.uint8, count)
-    numbers = parts.numbers("nested_quant_map", torch.float32, 256)
-    scales = parts.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
+def _unnest(matrix: _Components, nested: _Nested, count: int) -> torch.Tensor:
+    """Dequantize the absmax as bitsandbytes does (`dequantize_blockwise`, plus the offset).
+
+    Returns fp32 [count].
+    """
+    codes = matrix.numbers("absmax", torch.uint8, count)
+    numbers = matrix.numbers("nested_quant_map", torch.float32, 256)
+    scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
     wide = scales.repeat_interleave(nested.blocksize)[:count]
     # In `nested.dtype`, as bitsandbytes does it: not fp32 if saved after a run on a CPU.
     absmax = (numbers[codes.int()] * wide).to(nested.dtype)

@@ -1,4 +1,4 @@
-"""A linear map y = x W^T whose matrix is dense or 4-bit: how it is stored, and how it is computed.
+"""Linear maps y = x W^T whose matrix is dense or 4-bit: how they are stored and computed.
 
 R = rows (out features), C = columns (in features).
 """
@@ -27,25 +27,25 @@ Layout = Literal["bitsandbytes", "cpu-packed"]
 Scales = Literal["absmax", "search", "given"]
 
 
-_MANY = 32  # tokens from which on widening the weights pays
+_MANY = 32  # tokens from which on it pays to widen the weights to fp32
 _WIDENED = 2**23  # weights that are widened at once
 
 
 class Linear(Protocol):
-    """Maps [..., C] to [..., R]."""
+    """A map from [..., C] to [..., R]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class DenseLinear:
-    """A matrix as it is: weight [R, C]. `exact` as in `LinearSpec`."""
+    """A dense matrix: weight [R, C]. `exact` as in `LinearSpec`."""
 
     def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
         self._weight, self._exact = weight, exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._exact and dense.computes(x, self._weight):
-            return dense.matmul(x, self._weight)
+        if self._exact and dense.can_multiply(x, self._weight):
+            return dense.exact_matmul(x, self._weight)
         if x.device.type != "cpu" or x.dtype == torch.float32:
             return functional.linear(x, self._weight)
         tokens = x.shape[:-1].numel()
@@ -58,10 +58,9 @@ class DenseLinear:
         return functional.linear(x, self._weight)
 
     def _in_fp32(self, x: torch.Tensor) -> torch.Tensor:
-        """Without instructions for 16 bits a product in them takes up to four times as long as one
-        in fp32.
+        """Compute in fp32: on CPUs without instructions for 16 bits it is up to four times as fast.
 
-        Some rows at a time: the wide copy of a large matrix need not be in memory whole.
+        Some rows at a time, to have no fp32 copy of the whole matrix in memory.
         """
         wide, height = x.float(), max(1, _WIDENED // self._weight.shape[1])
         pieces = (
@@ -72,8 +71,11 @@ class DenseLinear:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """For one token in bf16, torch's own product runs as fast as memory can be read, on CPUs with
-    AVX512-BF16 oneDNN's at half of that. `torch.backends.mkldnn.flags` warns about GPUs."""
+    """Compute without oneDNN.
+
+    For one token in bf16, torch's own product is as fast as memory can be read; oneDNN's is half as
+    fast on CPUs with AVX512-BF16. `torch.backends.mkldnn.flags` warns about GPUs.
+    """
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -83,15 +85,15 @@ def _without_onednn() -> Iterator[None]:
 
 
 class FourBitLinear:
-    """4-bit codes in bitsandbytes' own layout: right on every device, slow on a CPU."""
+    """4-bit codes in bitsandbytes' own layout: correct on every device, slow on a CPU."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         self._codes, self._absmax, self._spec = codes, absmax, spec
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # The bytes under `absmax` change when another expert moves into the slot: widen them now.
+        # Not earlier: the bytes of `absmax` change when another expert moves into the slot.
         state = self._spec.quant_state(self._absmax.float(), x.dtype)
-        return nf4.matmul(x, self._codes, state)
+        return nf4.bitsandbytes_matmul(x, self._codes, state)
 
 
 class PackedFourBitLinear:
@@ -100,26 +102,27 @@ class PackedFourBitLinear:
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._levels, self._exact = _tables(spec.quant_type), spec.exact
+        self._levels, self._exact = _level_tables(spec.quant_type), spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bit.matmul(
+        return four_bit.packed_matmul(
             x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
         )
 
 
 @functools.cache
-def _tables(quant_type: nf4.FourBit) -> torch.Tensor:
-    """The levels as the kernel wants them: the same for every matrix."""
-    return four_bit.tables(nf4.LEVELS[quant_type])
+def _level_tables(quant_type: nf4.FourBit) -> torch.Tensor:
+    """Return the levels in the form that the kernel reads: the same for every matrix."""
+    return four_bit.level_tables(nf4.LEVELS[quant_type])
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The way a matrix is stored. `dtype`: of a dense one; `layout`: asked for, of a 4-bit one.
+    """The form in which a matrix is stored.
 
-    `exact` is about computing alone: a token's result has the same bits, however many others are
-    computed with it, where `keeps_tokens_apart`.
+    `dtype` is that of a dense matrix; `layout` is the one asked for of a 4-bit matrix, `packed`
+    tells whether it has it. `exact` concerns computing only: if `keeps_tokens_apart`, a token's
+    result has the same bits however many others are computed with it.
     """
 
     name: str
@@ -140,9 +143,9 @@ class LinearSpec:
 
     @property
     def packed(self) -> bool:
-        """Whether the codes are in the packed layout: wished for, and the shape allows it."""
-        wished = self.quant_type != "none" and self.layout == "cpu-packed"
-        return wished and nf4.can_pack(self.rows, self.columns)
+        """Return whether the codes are in the packed layout: asked for, and the shape allows it."""
+        asked = self.quant_type != "none" and self.layout == "cpu-packed"
+        return asked and nf4.can_pack(self.rows, self.columns)
 
     @property
     def tensors(self) -> list[TensorSpec]:
@@ -157,19 +160,19 @@ class LinearSpec:
         ]
 
     def encode(self, weight: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors that hold `weight` [R, C]."""
+        """Return the tensors that hold `weight` [R, C]."""
         if self.quant_type == "none":
             return [weight.to(self.dtype)]
         if self.quant_type == "fp4":
-            return self._arranged(*nf4.quantize_fp4(weight))
+            return self._arranged(*nf4.encode_fp4(weight))
         return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
 
     def take_over(self, parts: Sequence[Quantized4bit]) -> list[torch.Tensor]:
-        """The tensors that hold these 4-bit matrices, one above the other; no code changes.
+        """Return the tensors that hold these 4-bit matrices, one above the other, as they are.
 
-        Their rows add up to R, each has C columns. Only absmax is rounded, to bf16. Raises
-        `CheckpointError` where a part is of another type than this, or where the blocks of a part
-        would not begin where the one above it ends.
+        Their rows add up to R, each has C columns. No code changes; absmax is rounded to bf16.
+        Raises `CheckpointError` where a part is of another type than this, or where a part above
+        another does not end with a whole block.
         """
         assert sum(part.rows for part in parts) == self.rows
         assert all(part.columns == self.columns for part in parts)
@@ -187,16 +190,16 @@ class LinearSpec:
 
     def _arranged(self, codes: torch.Tensor, absmax: torch.Tensor) -> list[torch.Tensor]:
         if self.packed:
-            codes, absmax = nf4.pack(codes, absmax, self.rows, self.columns)
+            codes, absmax = nf4.to_packed_layout(codes, absmax, self.rows, self.columns)
         return [absmax, codes]
 
     def quant_state(self, absmax: torch.Tensor, dtype: torch.dtype) -> Any:
-        """bitsandbytes' description of a 4-bit matrix; `dtype` is what it becomes in a product."""
+        """Return bitsandbytes' description of a 4-bit matrix, which is multiplied as `dtype`."""
         assert self.quant_type != "none"
         return nf4.quant_state(absmax, self.rows, self.columns, dtype, self.quant_type)
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
-        """The map over these tensors, which are used in place."""
+        """Return the map over these tensors, which are used in place."""
         if self.quant_type == "none":
             return DenseLinear(tensors[0], exact=self.exact)
         kind = PackedFourBitLinear if self.packed else FourBitLinear
@@ -207,7 +210,7 @@ class LinearSpec:
         """Rewrite these tensors in place from this layout to that of `to`; nothing is lost."""
         if self.packed == to.packed:
             return
-        reorder = nf4.unpack if self.packed else nf4.pack
+        reorder = nf4.to_bitsandbytes_layout if self.packed else nf4.to_packed_layout
         absmax, codes = tensors
         new_codes, new_absmax = reorder(codes, absmax, self.rows, self.columns)
         codes.copy_(new_codes)

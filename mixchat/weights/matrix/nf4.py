@@ -1,20 +1,20 @@
-"""4-bit codes with one scale (`absmax`) for each block of 64 weights, and their matmul.
+"""4-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
-A code is a place in a table of 16 numbers from -1 to 1: NF4's, or FP4's (three bits of a float and
-a sign), which only checkpoints quantized elsewhere bring along. A weight is its number times the
-scale of its block.
+A code is an index into a table of 16 levels from -1 to 1: NF4's, or FP4's (three bits of a float
+and a sign), which occurs only in checkpoints that were quantized elsewhere. A weight is its level
+times the scale of its block.
 
-Two orders of the same codes, called `layout`:
+A `layout` is one of two orders of the same codes:
 
 - "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
-  one value a block, in the same order. What `quantize_4bit` gives and every device can read.
-- "cpu-packed": what the kernel for CPUs (`kernels/four_bit.py`) reads, and bitsandbytes' own for
-  AVX512-BF16. Rows are taken 32 at a time; for a pair of columns (2j, 2j+1) the 64 codes row0[2j],
-  row0[2j+1], row1[2j], ... are one line, whose first half fills the low nibbles of 32 bytes and
-  whose second half the high ones. `absmax` is transposed: [columns / 64, rows].
+  one value a block, in the same order. `quantize_4bit` writes it, and every device can read it.
+- "cpu-packed": the kernel for CPUs (`kernels/four_bit.py`) reads it, and bitsandbytes' own kernel
+  for AVX512-BF16. Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
+  row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes: the first 32 codes in the low
+  nibbles, the other 32 in the high ones. `absmax` is transposed: [columns / 64, rows].
 
 Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
-`absmax` is kept in bf16: the largest weight of a block of bf16 weights is a bf16 number. Scales
+`absmax` is stored in bf16: the largest weight of a block of bf16 weights is a bf16 number. Scales
 from elsewhere are rounded by `round_absmax`.
 
 NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314).
@@ -33,8 +33,7 @@ import torch
 FourBit = Literal["nf4", "fp4"]
 BLOCKSIZE = 64
 _ROWS = 32  # rows that the packed layout interleaves
-_QUANTIZE_CHUNK = 2**23  # weights; bounds quantize_4bit's temporary tensors to about 150 MB
-_BAND = 2**23  # weights
+_CHUNK = 2**23  # weights: bounds the temporary tensors, quantize_4bit's to about 150 MB
 
 # fmt: off
 LEVELS: dict[FourBit, torch.Tensor] = {  # as bitsandbytes has them, in the order of the codes
@@ -56,8 +55,8 @@ LEVELS: dict[FourBit, torch.Tensor] = {  # as bitsandbytes has them, in the orde
 
 @functools.cache
 def _package() -> Any:
-    """The package bitsandbytes; imported late, because that takes two seconds."""
-    # It warns that the optional package `kernels`, which would ask the hub, is not there.
+    """Import the package bitsandbytes, late, because that takes two seconds."""
+    # It warns that the optional package `kernels`, which would ask the hub, is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes")
 
@@ -67,39 +66,39 @@ def _functional() -> Any:
 
 
 def can_pack(rows: int, columns: int) -> bool:
-    """Whether a matrix of this shape has a packed layout."""
+    """Return whether a matrix of this shape has a packed layout."""
     return rows % _ROWS == 0 and columns % BLOCKSIZE == 0
 
 
 def codes_size(rows: int, columns: int) -> int:
-    """Bytes of the codes of a matrix."""
+    """Return the bytes of a matrix's codes."""
     return (rows * columns + 1) // 2
 
 
 def absmax_size(rows: int, columns: int) -> int:
-    """Count of the scales of a matrix."""
+    """Return the count of a matrix's scales."""
     return -(-rows * columns // BLOCKSIZE)
 
 
-def quantize_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (uint8) and absmax (bf16) of a matrix in FP4, in the "bitsandbytes" layout.
+def encode_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes (uint8) and absmax (bf16) of a matrix in FP4, in the layout "bitsandbytes".
 
-    weight: [rows, columns], any float type. For the dense parts of a checkpoint whose other parts
-    are FP4; NF4 is made by `quantizer`.
+    weight: [rows, columns], any float type. Needed for the dense matrices of a checkpoint whose
+    other matrices are FP4. For NF4 there is `encode_nf4`.
     """
     flat = weight.to(torch.bfloat16).reshape(-1)
     pieces = [
         _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
-        for piece in torch.split(flat, _QUANTIZE_CHUNK)
+        for piece in torch.split(flat, _CHUNK)
     ]
     codes = torch.cat([piece.view(-1) for piece, _ in pieces])
     return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
 
 
-def pack(
+def to_packed_layout(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the "bitsandbytes" layout to "cpu-packed"; new tensors on the same device."""
+    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device."""
     packed = torch.empty_like(codes)
     for old, new in _bands(codes, packed, columns):
         nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
@@ -110,10 +109,10 @@ def pack(
     return packed, scales.view(-1)
 
 
-def unpack(
+def to_bitsandbytes_layout(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the "cpu-packed" layout to "bitsandbytes"; the inverse of `pack`."""
+    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
     flat = torch.empty_like(codes)
     for old, new in _bands(codes, flat, columns):
         packed = old.view(-1, _ROWS)
@@ -127,18 +126,18 @@ def unpack(
 def _bands(
     old: torch.Tensor, new: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both in pieces of some rows, a multiple of 32: bounds the temporary tensors to 16 MB."""
-    rows = max(_ROWS, _BAND // columns // _ROWS * _ROWS)
+    """Split both into pieces of some rows, a multiple of 32: bounds temporary tensors to 16 MB."""
+    rows = max(_ROWS, _CHUNK // columns // _ROWS * _ROWS)
     size = rows * columns // 2
     return zip(torch.split(old, size), torch.split(new, size), strict=True)
 
 
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """Scales as they are kept: rounded to bf16, which changes one by 1 part in 256 at most.
+    """Round scales to bf16, as they are stored; this changes one by 1 part in 256 at most.
 
-    The only place where taking over a quantized checkpoint loses anything. The packed kernel reads
-    bf16, and bitsandbytes itself rounds so on CPUs that have it. Scales that were taken from bf16
-    weights and not quantized once more (no "double quantization") are bf16 numbers: they stay.
+    Nothing else of a quantized checkpoint changes. The packed kernel reads bf16, and bitsandbytes
+    itself rounds so on CPUs that have it. Scales that were taken from bf16 weights and not
+    quantized themselves (no "double quantization") are bf16 numbers already.
     """
     return absmax.to(torch.bfloat16)
 
@@ -150,7 +149,7 @@ def quant_state(
     dtype: torch.dtype = torch.bfloat16,
     quant_type: FourBit = "nf4",
 ) -> Any:
-    """bitsandbytes' description of a matrix, for `matmul`."""
+    """Return bitsandbytes' description of a matrix, for `bitsandbytes_matmul`."""
     functional = _functional()
     return functional.QuantState(
         absmax=absmax,
@@ -167,11 +166,11 @@ def _levels_on(quant_type: FourBit, device: torch.device) -> torch.Tensor:
     return LEVELS[quant_type].to(device)
 
 
-def matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """x [..., columns] times the transposed matrix: [..., rows]. Layout "bitsandbytes"."""
+def bitsandbytes_matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return x [..., columns] times the transposed matrix: [..., rows]. Layout "bitsandbytes"."""
     rows, columns = state.shape
     if x.device.type == "cpu" and columns % BLOCKSIZE:
-        # bitsandbytes' AVX512 kernel is wrong here: it lets a block begin with each row.
+        # bitsandbytes' AVX512 kernel is wrong here: it starts a new block with each row.
         weight = dequantize(codes, state.absmax, (rows, columns), x.dtype, state.quant_type)
         return torch.nn.functional.linear(x, weight)
     result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
@@ -185,9 +184,9 @@ def dequantize(
     dtype: torch.dtype,
     quant_type: FourBit = "nf4",
 ) -> torch.Tensor:
-    """The matrix of this shape as `dtype`; absmax fp32. Layout "bitsandbytes"."""
-    # As one long row: on a CPU, bitsandbytes reads the blocks of others wrongly where the columns
-    # are 16, 32, 48, 80, ... and compiles a kernel first where their count is odd.
+    """Return the matrix of this shape as `dtype`; absmax fp32. Layout "bitsandbytes"."""
+    # As one long row: on a CPU, bitsandbytes reads wrong blocks where there are 16, 32, 48, 80, ...
+    # columns, and compiles a kernel first where their count is odd.
     state = quant_state(absmax, 1, 2 * codes.numel(), dtype, quant_type)
     flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
     return flat.view(-1)[: shape[0] * shape[1]].view(shape)

@@ -90,7 +90,7 @@ class SourceIndex:
         if self.quant_type(matrix) is None:
             tensor = read(matrix)
         else:
-            tensor = bnb_format.dequantize(self.read_4bit(matrix, read), torch.bfloat16)
+            tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
         least, most = tensor.aminmax()  # NaN wins; unlike isfinite() it needs no second tensor
         if not (torch.isfinite(least) and torch.isfinite(most)):
             kind = "NaN" if torch.isnan(least) else "infinity"

@@ -18,7 +18,6 @@ from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.bnb_format import (
     Quantized4bit,
     component_names,
-    dequantize,
     is_quantized,
     quant_type,
     read_matrix,
@@ -86,14 +85,14 @@ def test_every_form_is_read_as_bitsandbytes_reads_it(
     assert (matrix.quant_type, matrix.rows, matrix.columns) == (kind, ROWS, COLUMNS)
     assert (matrix.codes.dtype, matrix.codes.shape) == (torch.uint8, (ROWS * COLUMNS // 2,))
     assert (matrix.absmax.dtype, matrix.absmax.shape) == (torch.float32, (ROWS * COLUMNS // 64,))
-    assert torch.equal(dequantize(matrix, torch.float32), expected)
+    assert torch.equal(matrix.dense(torch.float32), expected)
 
 
 @pytest.mark.parametrize("storage", [torch.int8, torch.float64], ids=str)
 def test_rare_storage_types_are_the_same_bytes(storage: torch.dtype) -> None:
     tensors, expected = quantized()
     tensors[NAME] = tensors[NAME].view(-1).view(storage).view(-1, 1)
-    assert torch.equal(dequantize(read(tensors), torch.float32), expected)
+    assert torch.equal(read(tensors).dense(torch.float32), expected)
 
 
 @each_type
@@ -102,7 +101,7 @@ def test_a_dense_matrix_is_that_of_bitsandbytes_in_every_type(
     kind: str, dtype: torch.dtype
 ) -> None:
     tensors, _ = quantized(kind, shape=(8, 64), dtype=torch.float16)
-    assert torch.equal(dequantize(read(tensors, (8, 64)), dtype), oracle(tensors, dtype))
+    assert torch.equal(read(tensors, (8, 64)).dense(dtype), oracle(tensors, dtype))
 
 
 @nested_or_not
@@ -114,7 +113,7 @@ def test_larger_blocks_become_blocks_of_64_without_loss(
     tensors, expected = quantized(nested=nested, blocksize=blocksize, shape=(5, columns))
     matrix = read(tensors, (5, columns))
     assert matrix.absmax.shape == (nf4.absmax_size(5, columns),)
-    assert torch.equal(dequantize(matrix, torch.float32), expected)
+    assert torch.equal(matrix.dense(torch.float32), expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,13 +130,13 @@ def test_every_shape_is_read_as_bitsandbytes_reads_it(
 ) -> None:
     shape = (rows, 2 * half)
     tensors, expected = quantized(kind, nested, shape=shape, dtype=dtype, seed=seed)
-    assert torch.equal(dequantize(read(tensors, shape), torch.float32), expected)
+    assert torch.equal(read(tensors, shape).dense(torch.float32), expected)
 
 
 def test_an_odd_count_of_weights_leaves_half_a_byte() -> None:
     even, expected = quantized(shape=(1, 36), nested=False)
     even[STATE] = description({**described(even), "shape": [5, 7]})
-    matrix = dequantize(read(even, (5, 7)), torch.float32)
+    matrix = read(even, (5, 7)).dense(torch.float32)
     assert torch.equal(matrix.view(-1), expected.view(-1)[:35])
 
 
@@ -153,7 +152,7 @@ def test_what_a_linear_layer_saves_is_read(nested: bool, tmp_path: Path) -> None
     tensors = load_file(tmp_path / "model.safetensors")
     assert set(component_names(NAME, tensors)) == set(tensors)
     expected = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert torch.equal(dequantize(read(tensors), torch.float32), expected)
+    assert torch.equal(read(tensors).dense(torch.float32), expected)
 
 
 @pytest.mark.parametrize("nested_dtype", ["bfloat16", "float16"])
@@ -163,7 +162,7 @@ def test_a_nested_absmax_in_half_precision_is_read_as_bitsandbytes_reads_it(
     """bitsandbytes writes one where a model has run on a CPU before it was saved."""
     tensors, _ = quantized()
     tensors[STATE] = description({**described(tensors), "nested_dtype": nested_dtype})
-    assert torch.equal(dequantize(read(tensors), torch.float32), oracle(tensors))
+    assert torch.equal(read(tensors).dense(torch.float32), oracle(tensors))
 
 
 def test_transformers_saves_a_mixtral_that_is_read(tmp_path: Path) -> None:
@@ -199,7 +198,7 @@ def test_transformers_saves_a_mixtral_that_is_read(tmp_path: Path) -> None:
     matrix = read_matrix(name, tensors.__getitem__, tensors, rows=32, columns=64)
     weight = attention.k_proj.weight
     expected = bnb.dequantize_4bit(weight.data, weight.quant_state)
-    assert torch.equal(dequantize(matrix, torch.float32), expected)
+    assert torch.equal(matrix.dense(torch.float32), expected)
 
 
 @each_type
@@ -304,9 +303,9 @@ NESTED_FAULTS: dict[str, tuple[Damage, str]] = {
         put("quant_state.bitsandbytes__nf4", lambda t: t[None]),
         "at most 4096 bytes",
     ),
-    "a missing key": (forget("blocksize"), "has not the keys"),
-    "a missing nested key": (forget("nested_offset"), "has not the keys"),
-    "an unknown key": (say(zero_point=1), "has not the keys"),
+    "a missing key": (forget("blocksize"), "its keys are not those"),
+    "a missing nested key": (forget("nested_offset"), "its keys are not those"),
+    "an unknown key": (say(zero_point=1), "its keys are not those"),
     "another quant_type": (say(quant_type="fp4"), "quant_type 'fp4'"),
     "a quant_type with lines": (say(quant_type="a\nb\u2028c\ud800"), r"quant_type 'a\\nb"),
     "a quant_type that is a list": (say(quant_type=["nf4"]), "quant_type"),
@@ -430,7 +429,7 @@ def test_no_description_causes_anything_but_a_checkpoint_error(changes: dict[str
     except CheckpointError:
         return
     if not changes.keys() & {"nested_offset", "nested_dtype"}:
-        assert torch.equal(dequantize(matrix, torch.float32), expected)
+        assert torch.equal(matrix.dense(torch.float32), expected)
 
 
 @settings(max_examples=100, deadline=None)

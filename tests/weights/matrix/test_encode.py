@@ -108,16 +108,16 @@ def test_neither_pieces_nor_threads_nor_neighbours_change_a_block(
     monkeypatch: pytest.MonkeyPatch, search: bool
 ) -> None:
     weight = random_weight(63, 193)
-    codes, kept_scales = encode_nf4(weight, search=search)
+    codes, scales = encode_nf4(weight, search=search)
     monkeypatch.setattr(encode, "_PIECE", 7 * BLOCKSIZE)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     again = encode_nf4(weight, search=search)
     assert torch.equal(codes, again[0])
-    assert torch.equal(kept_scales, again[1])
+    assert torch.equal(scales, again[1])
     for block in range(0, 189, 17):
         alone = encode_nf4(weight.view(1, -1)[:, block * 64 : (block + 1) * 64], search=search)
         assert torch.equal(alone[0], codes[block * 32 : (block + 1) * 32])
-        assert torch.equal(alone[1], kept_scales[block : block + 1])
+        assert torch.equal(alone[1], scales[block : block + 1])
 
 
 @each_way
@@ -181,11 +181,11 @@ def test_the_search_finds_the_scale_of_weights_that_are_levels() -> None:
 
 def test_bitsandbytes_decodes_the_scales_of_the_search_negative_ones_too() -> None:
     weight = random_weight(32, 128)
-    codes, kept_scales = encode_nf4(weight, search=True)
-    assert (kept_scales < 0).any()
-    assert (kept_scales > 0).any()
+    codes, scales = encode_nf4(weight, search=True)
+    assert (scales < 0).any()
+    assert (scales > 0).any()
     _, state = bnb.quantize_4bit(weight.float(), blocksize=BLOCKSIZE, quant_type="nf4")
-    state.absmax = kept_scales.float()
+    state.absmax = scales.float()
     decoded = bnb.dequantize_4bit(codes.view(-1, 1), state)
     error = (decoded.double() - weight.double()).square().view(-1, BLOCKSIZE).sum(-1)
-    torch.testing.assert_close(error, squared_errors(weight, codes, kept_scales))
+    torch.testing.assert_close(error, squared_errors(weight, codes, scales))

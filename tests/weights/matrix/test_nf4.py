@@ -14,7 +14,7 @@ from mixchat.weights.matrix.linear import Layout, LinearSpec, QuantType
 needs_kernel = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
 
 each_type = pytest.mark.parametrize("kind", ["nf4", "fp4"])
-QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.quantize_fp4}
+QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4}
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_large_matrices_are_quantized_in_pieces_without_a_seam(
 ) -> None:
     weight = random_weight(64, 192)
     whole = QUANTIZE[kind](weight)
-    monkeypatch.setattr(nf4, "_QUANTIZE_CHUNK", 64 * 7)
+    monkeypatch.setattr(nf4, "_CHUNK", 64 * 7)
     for one, other in zip(whole, QUANTIZE[kind](weight), strict=True):
         assert torch.equal(one, other)
 
@@ -71,7 +71,7 @@ def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> N
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     weight = random_weight(rows, columns)
-    packed, scales = nf4.pack(*encode_nf4(weight), rows, columns)
+    packed, scales = nf4.to_packed_layout(*encode_nf4(weight), rows, columns)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     expected, state = _convert_weight_packed_for_cpu(codes, state)
     assert torch.equal(packed, expected.view(-1))
@@ -83,7 +83,9 @@ def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> N
 def test_packing_loses_nothing(bands: int, blocks: int, seed: int) -> None:
     rows, columns = 32 * bands, 64 * blocks
     codes, absmax = encode_nf4(random_weight(rows, columns, seed))
-    again = nf4.unpack(*nf4.pack(codes, absmax, rows, columns), rows, columns)
+    again = nf4.to_bitsandbytes_layout(
+        *nf4.to_packed_layout(codes, absmax, rows, columns), rows, columns
+    )
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], absmax)
 
@@ -93,7 +95,7 @@ def test_a_code_lies_where_the_layout_says() -> None:
     rows, columns = 32, 64
     codes = torch.zeros(rows * columns // 2, dtype=torch.uint8)
     codes[(3 * columns + 10) // 2] = 0xF0  # an even column is the high nibble
-    packed, _ = nf4.pack(codes, torch.ones(32, dtype=torch.bfloat16), rows, columns)
+    packed, _ = nf4.to_packed_layout(codes, torch.ones(32, dtype=torch.bfloat16), rows, columns)
     assert packed.nonzero().tolist() == [[5 * 32 + 6]]
     assert packed[5 * 32 + 6] == 0x0F
 
@@ -105,7 +107,7 @@ def test_the_portable_matmul_is_exact_in_fp32(tokens: int, columns: int, kind: n
     weight, x = random_weight(40, columns), random_weight(tokens, columns, seed=1).float()
     codes, absmax = QUANTIZE[kind](weight)
     state = nf4.quant_state(absmax.float(), 40, columns, torch.float32, kind)
-    result = nf4.matmul(x, codes, state)
+    result = nf4.bitsandbytes_matmul(x, codes, state)
     torch.testing.assert_close(result, x @ dequantized(weight, kind).T, rtol=1e-5, atol=1e-4)
 
 
@@ -207,11 +209,11 @@ def test_converting_in_place_gives_what_encoding_gives(
 
 
 def test_a_shape_the_packed_layout_cannot_take_stays_portable() -> None:
-    wished = spec("cpu-packed", rows=40, columns=128)
-    assert not wished.packed
-    tensors = wished.encode(random_weight(40, 128))
+    asked = spec("cpu-packed", rows=40, columns=128)
+    assert not asked.packed
+    tensors = asked.encode(random_weight(40, 128))
     before = [tensor.clone() for tensor in tensors]
-    wished.convert(tensors, spec("bitsandbytes", rows=40))
+    asked.convert(tensors, spec("bitsandbytes", rows=40))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
