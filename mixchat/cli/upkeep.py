@@ -1,4 +1,4 @@
-"""`mixchat rm`, `verify`, `repair`, `convert` and `gc`: what is kept, looked after."""
+"""`mixchat rm`, `verify`, `repair`, `convert` and `gc`: upkeep of installed models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=runnable_models,
-        help="A name, as 'mixchat list' has it.",
+        help="A model's name; 'mixchat list' shows them.",
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-_SHOWN = 20
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+_SHOWN = 20  # damages
 
 
 def rm(model: Model, yes: Yes = False) -> None:
@@ -68,17 +68,17 @@ def verify(model: Model) -> None:
             f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
             hint=repair_hint(directory),
         )
-    say(f"{model} is whole{_half_converted(directory)}")
+    say(f"{model} is intact{_half_converted_note(directory)}")
 
 
 def repair(model: Model) -> None:
-    """Fetch and rewrite what is damaged of a model, and nothing else."""
+    """Repair the damaged parts of a model; only what they are made of is fetched."""
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.housekeeping import not_in_use
-    from mixchat.weights.care.verify import repair as repair_model
+    from mixchat.weights.care.repair import repair as repair_model
     from mixchat.weights.care.verify import verify
     from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
     from mixchat.weights.make.download import local_errors
@@ -93,35 +93,36 @@ def repair(model: Model) -> None:
             with open_origin(source, directory, progress) as origin:
                 repair_model(directory, damages, origin, progress)
     again = " again" if damages else ""
-    say(f"{model} is whole{again}{_half_converted(directory)}")
+    say(f"{model} is intact{again}{_half_converted_note(directory)}")
 
 
 def convert(
     model: Model,
     layout: Annotated[
         Literal["cpu-packed", "bitsandbytes"] | None,
-        typer.Option(help="The layout; left out, the one that this machine computes fastest."),
+        typer.Option(help="The new layout; by default the one that is fastest on this machine."),
     ] = None,
 ) -> None:
     """Rewrite a model's 4-bit codes in their other layout, losslessly.
 
-    The codes lie in the order that mixchat's kernels for CPUs read (cpu-packed) or in the one that
-    a GPU reads (bitsandbytes). A model in the other order runs too, but each expert is reordered
-    whenever it is loaded, about a second on a CPU. The same command resumes an interrupted one.
+    The layout cpu-packed is the order of codes that mixchat's kernels for CPUs read, bitsandbytes
+    the one that a GPU reads. A model in the other layout runs too, but each expert is reordered
+    whenever it is loaded, which takes a CPU about a second. An interrupted conversion is resumed
+    by the same command.
     """
     from mixchat.weights import models
 
     directory = models.find(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.convert import convert as convert_model
-    from mixchat.weights.care.convert import layout_to_take
+    from mixchat.weights.care.convert import target_layout
     from mixchat.weights.care.housekeeping import not_in_use
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        wanted = layout_to_take(directory, layout)
-        changed = convert_model(directory, wanted, progress)
-    say(f"{model} has the layout {wanted} {'now' if changed else 'already'}")
+        target = target_layout(directory, layout)
+        changed = convert_model(directory, target, progress)
+    say(f"{model} has the layout {target} {'now' if changed else 'already'}")
 
 
 def gc(
@@ -132,7 +133,7 @@ def gc(
         ),
     ] = False,
 ) -> None:
-    """Remove what interrupted commands left behind."""
+    """Remove the leftovers of interrupted commands."""
     prepare_environment()
     from mixchat.chat.saved.chat_store import ChatStore
     from mixchat.weights.care import housekeeping
@@ -146,7 +147,7 @@ def gc(
                 freed += leftover.bytes
                 say(f"removed: {what}")
             else:
-                say(f"left: {what}, which a download can go on with")
+                say(f"left: {what}, which a download can resume")
         for path, size in ChatStore().sweep():
             freed += size
             say(f"removed: {path} ({format_size(size)})")
@@ -154,15 +155,18 @@ def gc(
 
 
 def _ask(question: str) -> None:
-    """Go on only if somebody says yes. Raises `UsageError` where nobody can be asked."""
+    """Ask for confirmation. Raises `typer.Abort` without it, `UsageError` without a terminal."""
     if not stdin_is_terminal():
-        raise UsageError("nobody is there to be asked", hint="Say --yes to do it without asking.")
+        raise UsageError(
+            "cannot ask for confirmation: standard input is not a terminal",
+            hint="Use --yes to do it without asking.",
+        )
     if not confirmed(question):
         raise typer.Abort
 
 
-def _half_converted(directory: Path) -> str:
-    """What to add where a model, whole or not, cannot be loaded before a command is run again."""
+def _half_converted_note(directory: Path) -> str:
+    """Return what to add to the line of a model that cannot be loaded before it is converted."""
     from mixchat.weights.format.manifest import CONVERSION_DIR
 
     if not (directory / CONVERSION_DIR).exists():

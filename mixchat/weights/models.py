@@ -11,7 +11,7 @@ from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, Us
 from mixchat.machine import disk_usage
 from mixchat.model_config import ModelConfig
 from mixchat.settings import models_dir as models_dir
-from mixchat.weights.format.journal import begun_from
+from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import (
     CONVERSION_DIR,
     Source,
@@ -171,7 +171,7 @@ def entry_of(directory: Path) -> ModelEntry:
     """Return what is known of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
     if not is_installed(directory):
-        source = begun_from(directory) or Source("")
+        source = unfinished_source(directory) or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     if (directory / CONVERSION_DIR).exists():
         return replace(entry, problem="half converted")

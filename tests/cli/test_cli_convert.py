@@ -8,7 +8,7 @@ import pytest
 
 from mixchat.lock import exclusive_lock
 from mixchat.weights.care import convert as convert_module
-from mixchat.weights.care.convert import _Conversion
+from mixchat.weights.care.convert import _Converter
 
 FILES = ("shared.safetensors", "experts-000.safetensors", "experts-001.safetensors")
 
@@ -20,7 +20,7 @@ def both(tiny_checkpoint, keep):
 
 
 @pytest.fixture
-def kept(both, environment):
+def installed(both, environment):
     models = Path(environment["MIXCHAT_HOME"]) / "models"
     models.mkdir(parents=True)
     return Path(shutil.copytree(both["bitsandbytes"], models / "mine"))
@@ -36,41 +36,43 @@ def lines_of(done):
 
 def cut_off(monkeypatch, error):
     """Stops a conversion at its second file."""
-    rewrite = _Conversion._rewrite
+    rewrite = _Converter._rewrite
 
     def stopping(self, name, task):
         if name == FILES[2]:
             raise error
         return rewrite(self, name, task)
 
-    monkeypatch.setattr(_Conversion, "_rewrite", stopping)
+    monkeypatch.setattr(_Converter, "_rewrite", stopping)
 
 
-def test_into_the_layout_asked_for(mixchat, kept, both):
+def test_into_the_layout_asked_for(mixchat, installed, both):
     done = mixchat("convert", "mine", "--layout", "cpu-packed")
     assert (done.stdout, done.returncode) == (b"", 0)
     assert lines_of(done)[-1] == "mine has the layout cpu-packed now"
-    assert same(kept, both["cpu-packed"])
+    assert same(installed, both["cpu-packed"])
     assert mixchat("verify", "mine").returncode == 0
     assert b"layout           cpu-packed\n" in mixchat("show", "mine").stdout
 
 
-def test_already_so_is_said_in_one_line(mixchat, kept, both):
+def test_already_so_is_said_in_one_line(mixchat, installed, both):
     done = mixchat("convert", "mine", "--layout", "bitsandbytes")
     assert (done.stdout, done.returncode) == (b"", 0)
     assert lines_of(done) == ["mine has the layout bitsandbytes already"]
-    assert same(kept, both["bitsandbytes"])
+    assert same(installed, both["bitsandbytes"])
 
 
 @pytest.mark.parametrize("best", ["bitsandbytes", "cpu-packed"])
-def test_without_a_layout_it_is_the_one_for_this_machine(mixchat, kept, both, monkeypatch, best):
+def test_without_a_layout_it_is_the_one_for_this_machine(
+    mixchat, installed, both, monkeypatch, best
+):
     monkeypatch.setattr(convert_module, "best_layout", lambda: best)
     assert mixchat("convert", "mine").returncode == 0
-    assert same(kept, both[best])
+    assert same(installed, both[best])
 
 
 def test_cut_off_it_is_refused_elsewhere_and_goes_on_when_run_again(
-    mixchat, kept, both, monkeypatch
+    mixchat, installed, both, monkeypatch
 ):
     with monkeypatch.context() as patch:
         cut_off(patch, KeyboardInterrupt)
@@ -79,60 +81,58 @@ def test_cut_off_it_is_refused_elsewhere_and_goes_on_when_run_again(
         assert lines_of(stopped)[-1] == "interrupted; the same command resumes"
     done = mixchat("run", "-m", "mine", "Hi", fake=False)
     assert done.returncode == 6
-    assert "was cut off" in lines_of(done)[0]
+    assert "was interrupted" in lines_of(done)[0]
     assert lines_of(done)[1].endswith("mixchat convert mine")
     assert b"half converted" in mixchat("list").stdout
     done = mixchat("verify", "mine")
     assert (done.stdout, done.returncode) == (b"", 0)
-    said = "mine is whole, but half converted; to finish that: mixchat convert mine"
+    said = "mine is intact, but half converted; to finish that: mixchat convert mine"
     assert lines_of(done)[-1] == said
     done = mixchat("convert", "mine", "--layout", "bitsandbytes")
     assert (done.returncode, len(lines_of(done))) == (2, 2)
     monkeypatch.setattr(convert_module, "best_layout", lambda: "bitsandbytes")
     done = mixchat("convert", "mine")
     assert lines_of(done)[-1] == "mine has the layout cpu-packed now"
-    assert same(kept, both["cpu-packed"])
+    assert same(installed, both["cpu-packed"])
 
 
-def test_a_full_disk_is_one_clear_line(mixchat, kept, monkeypatch):
+def test_a_full_disk_is_one_clear_line(mixchat, installed, monkeypatch):
     cut_off(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     done = mixchat("convert", "mine", "--layout", "cpu-packed")
     assert done.returncode == 7
     assert any(line.startswith("error: the disk is full") for line in lines_of(done))
 
 
-def test_damage_is_named(mixchat, kept):
-    data = bytearray((kept / FILES[1]).read_bytes())
+def test_damage_is_named(mixchat, installed):
+    data = bytearray((installed / FILES[1]).read_bytes())
     data[-5000] ^= 1
-    (kept / FILES[1]).write_bytes(data)
+    (installed / FILES[1]).write_bytes(data)
     done = mixchat("convert", "mine", "--layout", "cpu-packed")
     assert done.returncode == 6
     assert f"{FILES[1]}: 3.w2.codes is damaged" in done.stderr.decode()
-    assert (kept / FILES[1]).read_bytes() == data
+    assert (installed / FILES[1]).read_bytes() == data
 
 
-def test_nothing_in_4_bits_is_refused(mixchat, kept, tiny_checkpoint, keep):
-    shutil.copytree(keep(tiny_checkpoint, quant_type="none"), kept.parent / "dense")
+def test_nothing_in_4_bits_is_refused(mixchat, installed, tiny_checkpoint, keep):
+    shutil.copytree(keep(tiny_checkpoint, quant_type="none"), installed.parent / "dense")
     done = mixchat("convert", "dense")
     assert done.returncode == 2
-    assert lines_of(done)[0] == (
-        "error: nothing of 'dense' is in 4 bits: there is no layout to change"
-    )
+    assert lines_of(done)[0] == ("error: 'dense' has no weights in 4 bits, so no layout to change")
 
 
-def test_one_in_use_is_refused(mixchat, kept):
-    with exclusive_lock(kept):
+def test_one_in_use_is_refused(mixchat, installed):
+    with exclusive_lock(installed):
         assert mixchat("convert", "mine").returncode == 2
 
 
 @pytest.mark.parametrize("name", ["nothing", "org/name", "../escape", "instruct"])
-def test_one_that_is_not_here(mixchat, kept, name):
+def test_one_that_is_not_here(mixchat, installed, name):
     done = mixchat("convert", name)
     assert done.returncode == 4
     assert lines_of(done)[0].startswith("error: ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["mine", "--layout", "gguf"], ["mine", "--layout"]])
-def test_wrong_use_changes_nothing(mixchat, kept, both, arguments):
+def test_wrong_use_changes_nothing(mixchat, installed, both, arguments):
     assert mixchat("convert", *arguments).returncode == 2
-    assert same(kept, both["bitsandbytes"])
+    assert same(installed, both["bitsandbytes"])

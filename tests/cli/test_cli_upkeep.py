@@ -25,14 +25,14 @@ def models(environment):
 
 @pytest.fixture(scope="module")
 def from_hub(tiny_checkpoint, tmp_path_factory):
-    target = tmp_path_factory.mktemp("from-hub") / "kept"
+    target = tmp_path_factory.mktemp("from-hub") / "installed"
     origin = LocalOrigin(tiny_checkpoint, Source(REPO, COMMIT))
     build(origin, target, blueprint_of(origin.index, QuantizeOptions()))
     return target
 
 
 @pytest.fixture
-def kept(from_hub, models):
+def installed(from_hub, models):
     return Path(shutil.copytree(from_hub, models / "mine"))
 
 
@@ -54,41 +54,43 @@ def lines_of(done):
 
 
 class TestRm:
-    def test_with_yes_it_does_not_ask(self, mixchat, kept, models):
+    def test_with_yes_it_does_not_ask(self, mixchat, installed, models):
         done = mixchat("rm", "mine", "--yes")
         assert (done.stdout, done.returncode) == (b"", 0)
         assert lines_of(done)[0].startswith("removed mine: ")
         assert os.listdir(models) == []
 
-    def test_what_was_counted_of_its_last_run_goes_with_it(self, mixchat, kept, models):
+    def test_what_was_counted_of_its_last_run_goes_with_it(self, mixchat, installed, models):
         report = models.parent / "stats" / "mine.json"
         report.parent.mkdir()
         report.write_text("{}")
         assert mixchat("rm", "mine", "--yes").returncode == 0
         assert not report.exists()
 
-    def test_where_nobody_can_be_asked_it_does_nothing(self, mixchat, kept):
+    def test_where_nobody_can_be_asked_it_does_nothing(self, mixchat, installed):
         done = mixchat("rm", "mine", stdin=b"y\n")
         assert done.returncode == 2
         assert "--yes" in lines_of(done)[1]
-        assert (kept / "mixchat.json").exists()
+        assert (installed / "mixchat.json").exists()
 
     @pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("n\n", False), ("\n", False)])
-    def test_on_a_terminal_it_asks_and_no_is_the_default(self, environment, kept, answer, gone):
+    def test_on_a_terminal_it_asks_and_no_is_the_default(
+        self, environment, installed, answer, gone
+    ):
         with Terminal([*FAKE, "rm", "mine"], environment) as terminal:
             question = terminal.wait_for("]:")
             assert "Remove mine (" in question
             terminal.type(answer)
             code = terminal.wait_for_end()
-        assert kept.exists() != gone
+        assert installed.exists() != gone
         assert (code == 0) == gone
 
     def test_unfinished_work_is_removed_too(self, mixchat, half):
         assert mixchat("rm", "half", "-y").returncode == 0
         assert not half.exists()
 
-    def test_of_a_link_only_the_link_and_it_claims_no_more(self, mixchat, kept, models):
-        elsewhere = kept.rename(models.parent / "elsewhere")
+    def test_of_a_link_only_the_link_and_it_claims_no_more(self, mixchat, installed, models):
+        elsewhere = installed.rename(models.parent / "elsewhere")
         (models / "link").symlink_to(elsewhere)
         done = mixchat("rm", "link", "-y")
         assert done.returncode == 0
@@ -100,24 +102,24 @@ class TestRm:
         with exclusive_lock(half):
             done = mixchat("rm", "half", "-y")
         assert done.returncode == 2
-        assert "another mixchat is making" in lines_of(done)[0]
+        assert "another mixchat is working on" in lines_of(done)[0]
         assert half.exists()
 
     @pytest.mark.parametrize("name", ["nothing", "org/name", "../escape", "instruct"])
-    def test_one_that_is_not_here(self, mixchat, kept, name):
+    def test_one_that_is_not_here(self, mixchat, installed, name):
         assert mixchat("rm", name, "-y").returncode == 4
-        assert kept.exists()
+        assert installed.exists()
 
 
 class TestVerify:
-    def test_a_whole_model(self, mixchat, kept):
+    def test_a_whole_model(self, mixchat, installed):
         done = mixchat("verify", "mine")
         assert (done.stdout, done.returncode) == (b"", 0)
-        assert lines_of(done)[-1] == "mine is whole"
+        assert lines_of(done)[-1] == "mine is intact"
 
-    def test_what_is_damaged_is_named_on_stdout(self, mixchat, kept):
-        flip(kept / "experts-001.safetensors", -5000)
-        (kept / "generation_config.json").unlink()
+    def test_what_is_damaged_is_named_on_stdout(self, mixchat, installed):
+        flip(installed / "experts-001.safetensors", -5000)
+        (installed / "generation_config.json").unlink()
         done = mixchat("verify", "mine")
         assert done.returncode == 6
         assert done.stdout.decode().splitlines() == [
@@ -128,9 +130,9 @@ class TestVerify:
         assert error == "error: mine is damaged (2 places)"
         assert "mixchat repair mine" in hint
 
-    def test_no_more_than_a_screenful_is_named(self, mixchat, kept):
+    def test_no_more_than_a_screenful_is_named(self, mixchat, installed):
         for name in ("shared", "experts-000", "experts-001"):
-            os.truncate(kept / f"{name}.safetensors", 0)
+            os.truncate(installed / f"{name}.safetensors", 0)
         lines = mixchat("verify", "mine").stdout.decode().splitlines()
         assert len(lines) == 21
         assert lines[-1].startswith("and ")
@@ -151,15 +153,15 @@ class TestRepair:
             monkeypatch.setenv("HF_ENDPOINT", hub.url)
             yield hub
 
-    def test_what_is_damaged_comes_back(self, mixchat, kept, from_hub, fake):
-        flip(kept / "experts-001.safetensors", -5000)
-        (kept / "config.json").unlink()
+    def test_what_is_damaged_comes_back(self, mixchat, installed, from_hub, fake):
+        flip(installed / "experts-001.safetensors", -5000)
+        (installed / "config.json").unlink()
         done = mixchat("repair", "mine")
         assert done.returncode == 0
         assert b"damaged: config.json\n" in done.stdout
-        assert lines_of(done)[-1] == "mine is whole again"
+        assert lines_of(done)[-1] == "mine is intact again"
         for path in from_hub.iterdir():
-            assert (kept / path.name).read_bytes() == path.read_bytes()
+            assert (installed / path.name).read_bytes() == path.read_bytes()
         assert mixchat("verify", "mine").returncode == 0
 
     def test_one_made_of_a_directory_takes_it_from_there(
@@ -173,19 +175,19 @@ class TestRepair:
         assert (models / "local" / "shared.safetensors").read_bytes() == whole
         assert not fake.requests
 
-    def test_a_whole_model_asks_the_hub_nothing(self, mixchat, kept, fake):
+    def test_a_whole_model_asks_the_hub_nothing(self, mixchat, installed, fake):
         done = mixchat("repair", "mine")
-        assert lines_of(done)[-1] == "mine is whole"
+        assert lines_of(done)[-1] == "mine is intact"
         assert not fake.requests
 
-    def test_a_manifest_alone_needs_no_hub(self, mixchat, kept, from_hub, fake):
-        (kept / "mixchat.json").write_bytes(b"junk")
+    def test_a_manifest_alone_needs_no_hub(self, mixchat, installed, from_hub, fake):
+        (installed / "mixchat.json").write_bytes(b"junk")
         assert mixchat("repair", "mine").returncode == 0
         assert not fake.requests
-        assert (kept / "mixchat.json").read_bytes() == (from_hub / "mixchat.json").read_bytes()
+        assert (installed / "mixchat.json").read_bytes() == (from_hub / "mixchat.json").read_bytes()
 
-    def test_one_in_use_is_refused(self, mixchat, kept, fake):
-        with exclusive_lock(kept):
+    def test_one_in_use_is_refused(self, mixchat, installed, fake):
+        with exclusive_lock(installed):
             assert mixchat("repair", "mine").returncode == 2
 
     def test_an_unfinished_model_is_no_model_to_repair(self, mixchat, half):
@@ -199,29 +201,29 @@ class TestGc:
     def no_cache(self, cache):
         """Not this machine's own."""
 
-    def test_nothing_to_do(self, mixchat, kept):
+    def test_nothing_to_do(self, mixchat, installed):
         done = mixchat("gc")
         assert (done.stdout, done.returncode) == (b"", 0)
         assert lines_of(done) == ["freed 0 bytes"]
 
-    def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, kept, half, models):
-        (kept / "source").mkdir()
-        (kept / "source" / "model.safetensors").write_bytes(b"x" * 100_000)
+    def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, installed, half, models):
+        (installed / "source").mkdir()
+        (installed / "source" / "model.safetensors").write_bytes(b"x" * 100_000)
         (models / ".gone.lock").write_text("")
         done = mixchat("gc")
         lines = lines_of(done)
         assert [line.split()[0] for line in lines] == ["left:", "removed:", "freed"]
-        assert "which a download can go on with" in lines[0]
-        assert not (kept / "source").exists()
-        assert (kept / "mixchat.json").exists()
+        assert "which a download can resume" in lines[0]
+        assert not (installed / "source").exists()
+        assert (installed / "mixchat.json").exists()
         assert half.exists()
         assert not (models / ".gone.lock").exists()
 
-    def test_unfinished_work_goes_when_asked_for(self, mixchat, kept, half):
+    def test_unfinished_work_goes_when_asked_for(self, mixchat, installed, half):
         done = mixchat("gc", "--unfinished")
         assert done.returncode == 0
         assert not half.exists()
-        assert kept.exists()
+        assert installed.exists()
 
     def test_a_model_in_use_is_left_alone(self, mixchat, half):
         with exclusive_lock(half):

@@ -1,6 +1,8 @@
-"""Installed models, looked after.
+"""Upkeep of installed models.
 
-- verify.py: every byte checked, what is damaged made again
-- convert.py: the codes of an installed model in their other layout, file by file
+- verify.py: compares every byte with the manifest
+- repair.py: rebuilds what is damaged
+- convert.py: rewrites the 4-bit codes in their other layout, file by file
+- half_converted.py: which layout each file has while a conversion is unfinished
 - housekeeping.py: removes models and leftovers
 """

@@ -1,4 +1,4 @@
-"""Removes models, and what killed processes have left behind."""
+"""Removes models, and the leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mixchat.weights.source.transfer import PART_SUFFIX
 class Leftover:
     """Something that no finished model needs, its bytes, and whether it has been removed.
 
-    `resumable`: it is work that a download can go on with.
+    `resumable`: it is work that a download can resume.
     """
 
     path: Path
@@ -36,14 +36,14 @@ class Leftover:
 
 
 def remove(target: Path) -> None:
-    """Remove a model, finished or not. Raises `UsageError` while another process makes it."""
+    """Remove a model, finished or not. Raises `UsageError` where another process uses it."""
     if not target.is_symlink() and not target.is_dir():
         raise ModelNotFoundError(f"the model {target.name!r} is not on this machine")
     with not_in_use(target):
         if target.is_symlink():
             target.unlink()
             return
-        # First what makes it look finished: whatever happens then, nothing trusts the rest.
+        # The manifests first: without them nothing takes the rest for a model.
         for name in (MANIFEST_COPY, MANIFEST_FILE):
             (target / name).unlink(missing_ok=True)
         shutil.rmtree(target)
@@ -57,15 +57,16 @@ def not_in_use(target: Path) -> Iterator[None]:
             yield
     except Busy:
         raise UsageError(
-            f"another mixchat is making the model {target.name!r}",
+            f"another mixchat is working on the model {target.name!r}",
             hint="Wait until it has finished, or stop it.",
         ) from None
 
 
 def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
-    """Remove what killed processes have left, as it is found; what can be gone on with, if asked.
+    """Remove the leftovers of killed processes; yield each as it is found.
 
-    Models that somebody is making now are left alone.
+    Resumable work is removed only with `unfinished`. Models that another process is working on are
+    left alone.
     """
     for target in _targets():
         with suppress(Busy), exclusive_lock(target):
@@ -78,14 +79,15 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
 
 
 def _left_in_cache() -> Iterator[tuple[Path, bool]]:
-    """Parts of ours in huggingface_hub's cache, and of its own what it never goes on with.
+    """Yield our partial files in huggingface_hub's cache, and its own, which it never resumes.
 
-    The latter only of models that we have: what other tools have left is theirs to judge.
+    Each comes with whether a download can resume it. huggingface_hub's own are only those of models
+    that are installed here: other tools may still need the others.
     """
     for part in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         yield part, True
-    kept = models.list_models()
-    for repo in sorted({model.source for model in kept} | {model.key for model in kept}):
+    here = models.list_models()
+    for repo in sorted({model.source for model in here} | {model.key for model in here}):
         for path in sorted(hub.repo_dir(repo).glob("blobs/*.incomplete")):
             yield path, False
 
@@ -101,7 +103,7 @@ def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
 
 
 def _targets() -> list[Path]:
-    """The directories of models, and those of which only a lock is left."""
+    """Return the directories of models, and those of which only a lock is left."""
     try:
         entries = sorted(models.models_dir().iterdir())
     except OSError:

@@ -1,8 +1,8 @@
 """The format on disk of an installed model.
 
-- blueprint.py: which tensors an installed model has, in which file
-- file_layout.py: where each tensor's bytes lie
-- manifest.py: mixchat.json
-- journal.py: what is done of an unfinished model
+- blueprint.py: the tensors of an installed model, by file
+- file_layout.py: the place of each tensor's bytes in its file
+- manifest.py: mixchat.json: source, quantization, sizes and SHA-256s
+- journal.py: the finished tensors of an unfinished model
 - installed_model.py: opens an installed model and rejects what is not exactly one
 """

@@ -1,12 +1,13 @@
-"""What a kept model consists of: which tensors, of which form, in which file.
+"""The tensors of an installed model: their names, types and shapes, by file.
 
-A kept model is `shared.safetensors` (all that every token needs) and one `experts-LLL.safetensors`
-a layer. Three of Mixtral's matrices are kept fused, because one large multiplication is faster
-than two or three small ones: `qkv_proj` is q above k above v, and an expert's `w13` is w1 (gate)
-above w3 (up). w2 is the down projection: out = w2(silu(w1 x) * w3 x).
+An installed model is `shared.safetensors` (all that every token needs) and, for each layer, one
+`experts-LLL.safetensors`. Some of Mixtral's matrices are stored fused, because one large
+multiplication is faster than two or three small ones: `qkv_proj` is q above k above v, and an
+expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection:
+out = w2(silu(w1 x) * w3 x).
 
 An expert is one contiguous block: w13, then w2, then zeros up to a multiple of 4096 bytes, so that
-it begins on a page boundary on disk and in memory. For Mixtral 8x7B in NF4:
+each begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
     w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
     = 93,585,408 bytes = 22,848 pages, no padding
@@ -34,13 +35,16 @@ HEAD = "lm_head"
 
 
 def experts_file(layer: int) -> str:
-    """Name of the file with a layer's experts."""
+    """Return the name of the file with a layer's experts."""
     return f"experts-{layer:03d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is 4-bit and how it lies in memory; `dtype` is that of everything else."""
+    """The matrices that are in 4 bits, and how; `dtype` is the type of all other tensors.
+
+    The experts are of `quant_type`, the attention and the head too where these are true.
+    """
 
     quant_type: QuantType = "nf4"
     layout: Layout = "bitsandbytes"
@@ -50,7 +54,7 @@ class Quantization:
     scales: Scales = "absmax"
 
     def description(self) -> dict[str, Any]:
-        """The same as the manifest has it."""
+        """Return it in the form that the manifest has."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
 
@@ -87,7 +91,7 @@ class ExpertLayout:
         return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
     def tensors(self, expert: int) -> list[TensorSpec]:
-        """The block as tensors of a safetensors file, which allows no holes between them."""
+        """Return the block as tensors of a safetensors file, which allows no holes between them."""
         specs = [
             replace(spec, name=f"{expert}.{spec.name}")
             for spec in (*self.w13.tensors, *self.w2.tensors)
@@ -98,7 +102,7 @@ class ExpertLayout:
         return specs
 
     def build(self, block: torch.Tensor) -> Expert:
-        """The expert over a block of `stride` bytes, which is used in place."""
+        """Return the expert over a block of `stride` bytes, which is used in place."""
         w13, w2 = self._views(block)
         return Expert(self.w13.build(w13), self.w2.build(w2))
 
@@ -119,7 +123,7 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The tensors of a kept model of this shape and quantization, and how they are computed."""
+    """The tensors of a model of this shape and quantization, and how they are computed."""
 
     config: ModelConfig
     quantization: Quantization
@@ -127,7 +131,7 @@ class Blueprint:
 
     @cached_property
     def expert(self) -> ExpertLayout:
-        """The block of one expert; all are alike."""
+        """The layout of an expert's block; all experts have the same."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return ExpertLayout(
             w13=self._linear("w13", 2 * inner, hidden, quantized=True),
@@ -135,14 +139,14 @@ class Blueprint:
         )
 
     def qkv(self, layer: int) -> LinearSpec:
-        """q above k above v of one layer."""
+        """Return the fused q, k and v projection of a layer."""
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
         return self._linear(name, rows, config.hidden_size, self.quantization.attention)
 
     def o(self, layer: int) -> LinearSpec:
-        """The attention's output projection of one layer."""
+        """Return the attention's output projection of a layer."""
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
         return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
@@ -156,7 +160,7 @@ class Blueprint:
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
-        """The weights of the norms before attention and before the experts."""
+        """Return the weights of a layer's norms before attention and before the experts."""
         prefix, shape = layer_prefix(layer), (self.config.hidden_size,)
         return (
             TensorSpec(f"{prefix}input_layernorm.weight", self.quantization.dtype, shape),
@@ -164,7 +168,7 @@ class Blueprint:
         )
 
     def gate(self, layer: int) -> TensorSpec:
-        """The router's matrix, which is never quantized."""
+        """Return the matrix of a layer's router, which is never quantized."""
         shape = (self.config.num_local_experts, self.config.hidden_size)
         name = f"{layer_prefix(layer)}block_sparse_moe.gate.weight"
         return TensorSpec(name, self.quantization.dtype, shape)
@@ -181,7 +185,7 @@ class Blueprint:
         return TensorSpec(NORM, self.quantization.dtype, (self.config.hidden_size,))
 
     def shared_tensors(self) -> Iterator[TensorSpec]:
-        """The tensors of `shared.safetensors`, in their order."""
+        """Yield the tensors of `shared.safetensors`, in their order."""
         yield self.embedding
         for layer in range(self.config.num_hidden_layers):
             yield from self.norms(layer)
@@ -193,12 +197,12 @@ class Blueprint:
             yield from self.head.tensors
 
     def expert_tensors(self) -> Iterator[TensorSpec]:
-        """The tensors of an `experts-LLL.safetensors`, in their order."""
+        """Yield the tensors of an `experts-LLL.safetensors`, in their order."""
         for expert in range(self.config.num_local_experts):
             yield from self.expert.tensors(expert)
 
     def files(self) -> dict[str, list[TensorSpec]]:
-        """The files of weights by name, each with its tensors in their order."""
+        """Return the files of weights by name, each with its tensors in their order."""
         experts = list(self.expert_tensors())
         layers = range(self.config.num_hidden_layers)
         return {SHARED_FILE: list(self.shared_tensors())} | {
@@ -216,30 +220,23 @@ class Blueprint:
         return self.config.num_hidden_layers * self.config.num_local_experts
 
     def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:
-        """The same model with its codes in the order in which this device computes fastest."""
+        """Return the same model with its codes in the layout that this device computes fastest."""
         packed = device.type == "cpu" and four_bit.available()
         used = self.in_layout("cpu-packed" if packed else "bitsandbytes")
         return replace(used, exact=exact)
 
     def in_layout(self, layout: Layout) -> Blueprint:
-        """The same model with its codes in another order."""
+        """Return the same model with its codes in this layout."""
         return replace(self, quantization=replace(self.quantization, layout=layout))
 
     def _linear(self, name: str, rows: int, columns: int, quantized: bool) -> LinearSpec:
         how = self.quantization
         quant_type: QuantType = how.quant_type if quantized else "none"
         return LinearSpec(
-            name,
-            rows,
-            columns,
-            quant_type,
-            how.layout,
-            how.dtype,
-            scales=how.scales,
-            exact=self.exact,
+            name, rows, columns, quant_type, how.layout, how.dtype, how.scales, self.exact
         )
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors begin with."""
+    """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."

@@ -1,4 +1,4 @@
-"""The layout of a model's files of weights: where each tensor's bytes lie."""
+"""The layout of a model's files of weights: the place of each tensor's bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mixchat.weights.format.blueprint import Blueprint
 
 
 class FileLayout:
-    """One file: its first bytes, and where its tensors lie behind them."""
+    """One file: its first bytes (`start`), its size, and its header with the tensors' places."""
 
     def __init__(self, name: str, specs: Sequence[TensorSpec]) -> None:
         self.start = header_bytes(specs)
@@ -18,5 +18,5 @@ class FileLayout:
 
 
 def layouts(blueprint: Blueprint) -> dict[str, FileLayout]:
-    """Every file of weights of a model, by name."""
+    """Return the layout of each file of weights of a model, by the file's name."""
     return {name: FileLayout(name, specs) for name, specs in blueprint.files().items()}

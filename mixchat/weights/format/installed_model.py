@@ -1,4 +1,4 @@
-"""The reader of a kept model: opens its files and rejects what is not exactly what it should be."""
+"""Opens an installed model for reading; refuses files that are not exactly what they should be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mixchat.weights.format.manifest import (
 )
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
-Stamp: TypeAlias = tuple[int, ...] | None  # which manifest it is; None where there is none
+Stamp: TypeAlias = tuple[int, ...] | None  # identifies a manifest file; None where there is none
 
 
 def _stamp(directory: Path) -> Stamp:
@@ -35,7 +35,10 @@ def _stamp(directory: Path) -> Stamp:
 
 
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
-    """The blueprint of a kept model. Raises `CheckpointError` where the manifest has another's."""
+    """Return the blueprint of an installed model.
+
+    Raises `CheckpointError` where the manifest does not list the same tensors.
+    """
     config = ModelConfig.from_file(directory / "config.json")
     blueprint = Blueprint(config, Quantization.described(manifest.quantization))
     for name, specs in blueprint.files().items():
@@ -46,11 +49,11 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
 
 
 class InstalledModel:
-    """A kept model, open for reading.
+    """An installed model, open for reading.
 
     Opening checks the manifest, each file's size, and that each header names exactly the tensors,
     types and shapes that the config asks for. Bytes are not hashed: 24 GB would take half a minute.
-    What is open stays as it was, whatever another process puts in a file's place. Raises
+    The open files stay as they are, even if another process replaces them. Raises
     `CheckpointError`, also where the model was changed while its files were opened.
     """
 
@@ -76,17 +79,17 @@ class InstalledModel:
             raise
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """A shared tensor, on the CPU."""
+        """Read a shared tensor; it is on the CPU."""
         return self._shared.read(spec.name)
 
     def linear(self, spec: LinearSpec, target: LinearSpec, device: torch.device) -> Linear:
-        """A shared linear map on `device`, its codes in the layout of `target`."""
+        """Read a shared linear map to `device`, its codes in the layout of `target`."""
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
         spec.convert(tensors, target)
         return target.build(tensors)
 
     def open_direct(self) -> bool:
-        """Whether experts can be read past the system's page cache; from now on they can."""
+        """Prepare `direct` reads, past the page cache; return whether they are possible."""
         return all(file.open_direct() for file in self._experts)
 
     def read_expert(
@@ -94,7 +97,7 @@ class InstalledModel:
     ) -> None:
         """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
 
-        The whole of it has `stride` bytes. With `direct`, the page cache has no part in it; then
+        An expert has `stride` bytes. With `direct`, the read goes past the page cache; then
         `begin`, the block's address and its length have to be multiples of 4096.
         """
         start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin
@@ -117,16 +120,16 @@ class InstalledModel:
         self.close()
 
     def _check_unchanged(self, before: Stamp) -> None:
-        """See that all files are of the layout that the manifest names.
+        """Ensure that all files have the layout that the manifest names.
 
         A conversion makes its directory before it replaces the first file, and writes the manifest
-        before it removes that: so the directory has to be looked for first.
+        before it removes the directory: so the directory has to be checked first.
         """
         converting = (self.directory / CONVERSION_DIR).exists()
         if converting or _stamp(self.directory) != before:
             raise CheckpointError(
                 f"{self.directory}: the model was changed while it was being loaded",
-                hint="Try again when what changes it has finished.",
+                hint="Try again when the other command has finished.",
             )
 
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:

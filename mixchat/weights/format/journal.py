@@ -1,8 +1,8 @@
-"""What has been made so far of an unfinished model, written down so that it is not made twice.
+"""The record of an unfinished model's finished tensors, so that none is made twice.
 
-`journal.jsonl` begins with a line that says what is being made of what. Each further line names the
-tensors that are written and synced, with their SHA-256. A line cut off by a power cut counts for
-nothing.
+The first line of `journal.jsonl`, the head, says what is being made, and of what. Each further line
+names tensors that are written and synced, with their SHA-256s. A line that a power cut has cut
+short is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ JOURNAL_FILE = "journal.jsonl"
 
 
 class Journal:
-    """The journal in `directory`, which must be about `head`; `made` maps a file to its tensors."""
+    """The journal in `directory`; `made` maps a file to its tensors and their SHA-256s.
+
+    A journal with another head is replaced by an empty one.
+    """
 
     def __init__(self, directory: Path, head: dict[str, Any]) -> None:
         self._path, self._head = directory / JOURNAL_FILE, head
@@ -33,11 +36,11 @@ class Journal:
             write_file(self._path, json.dumps(head).encode() + b"\n")
 
     def add(self, file: str, digests: dict[str, str]) -> None:
-        """Note tensors of `file` that are written, not yet durably."""
+        """Note tensors of `file` that are written, though not yet durably."""
         self._unsaved.append((file, digests))
 
     def save(self) -> None:
-        """Make durable what was added; the tensors themselves must be so already."""
+        """Make the notes durable; the tensors themselves must be durable already."""
         with self._opened() as journal:
             journal.write(b"".join(_line(file, made) for file, made in self._unsaved))
             journal.flush()
@@ -47,7 +50,7 @@ class Journal:
         self._unsaved.clear()
 
     def forget(self, lost: Mapping[str, Collection[str]]) -> None:
-        """Take back, durably, that these tensors of these files are made."""
+        """Remove these tensors of these files from the record, durably."""
         if not lost:
             return
         for file, tensors in lost.items():
@@ -57,7 +60,7 @@ class Journal:
         write_file(self._path, b"".join([json.dumps(self._head).encode() + b"\n", *lines]))
 
     def _opened(self) -> BinaryIO:
-        """The file, to write at its end; a link in its place is not written through."""
+        """Open the file to write at its end; a link in its place is refused."""
         return open(open_regular(self._path, os.O_WRONLY | os.O_APPEND, follow=False), "ab")
 
 
@@ -66,7 +69,10 @@ def _line(file: str, made: Mapping[str, str]) -> bytes:
 
 
 def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[str, str]], int]:
-    """What is made, by file, and how many bytes of the journal say so: 0 if it has another head."""
+    """Return the finished tensors by file, and how many bytes of the journal are valid.
+
+    With another head than `head`, no byte is.
+    """
     if read_head(directory) != head:
         return {}, 0
     made: dict[str, dict[str, str]] = {}
@@ -84,7 +90,7 @@ def read_journal(directory: Path, head: dict[str, Any]) -> tuple[dict[str, dict[
 
 
 def read_head(directory: Path) -> dict[str, Any] | None:
-    """The first line of a directory's journal; None where there is none that can be read."""
+    """Return the head of a directory's journal; None where there is none that can be read."""
     try:
         with open(open_regular(directory / JOURNAL_FILE, follow=False), "rb") as journal:
             line = journal.readline(1 << 20)
@@ -94,8 +100,8 @@ def read_head(directory: Path) -> dict[str, Any] | None:
     return head if isinstance(head, dict) else None
 
 
-def begun_from(directory: Path) -> Source | None:
-    """The source of the unfinished work in a directory; None where nothing says it."""
+def unfinished_source(directory: Path) -> Source | None:
+    """Return the source of the unfinished model in a directory; None where it is not recorded."""
     head = read_head(directory) or {}
     try:
         source = Source(**head["source"])

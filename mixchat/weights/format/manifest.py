@@ -1,4 +1,4 @@
-"""The manifest of a kept model, `mixchat.json`: written last, so that its presence means "whole".
+"""The manifest of an installed model, `mixchat.json`, written last: it marks a finished model.
 
 {"format": 2,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
@@ -8,9 +8,9 @@
  "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},
  "sha256": "..."}
 
-Weights have a SHA-256 for each tensor, so that a damaged one can be named and made again alone.
-The last one is that of all the rest, as `_digest` writes it down. The same bytes are kept once more
-as `mixchat.copy.json`: nothing else could tell what the manifest was.
+Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone. The
+last SHA-256 is the manifest's own, of all other keys (`_digest`). The same bytes are stored once
+more as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _QUANTIZATION = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a kept model came from: a hub id with its commit, a directory's path, or "demo".
+    """The origin of an installed model: a hub id with its commit, a directory's path, or "demo".
 
     `revision` is the branch, tag or commit that was asked for.
     """
@@ -73,7 +73,7 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `mixchat.json` says. `quantization` has the keys shown at the top of this module."""
+    """The content of `mixchat.json`; `quantization` has the keys shown above."""
 
     source: Source
     quantization: dict[str, Any]
@@ -82,23 +82,23 @@ class Manifest:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file, by name."""
+        """The size in bytes of each file, by name."""
         return {name: record.size for name, record in (self.files | self.weights).items()}
 
     @property
     def size(self) -> int:
-        """Bytes of the files of weights, as a plan gives them beforehand."""
+        """Bytes of all files of weights together, as a download's plan predicts them."""
         return sum(record.size for record in self.weights.values())
 
     def serialized(self) -> bytes:
-        """The bytes of `mixchat.json`."""
+        """Return the bytes of `mixchat.json`."""
         document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         document["quantization"] = {key: self.quantization[key] for key in _QUANTIZATION}
         return (json.dumps({**document, "sha256": _digest(document)}, indent=1) + "\n").encode()
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
-    """Read and check a kept model's manifest. Raises `CheckpointError` with one clear line."""
+    """Read and check a model's manifest. Raises `CheckpointError` with one clear line."""
     if not is_installed(directory):
         raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
     try:
@@ -109,21 +109,21 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
 
 
 def repair_hint(directory: Path) -> str:
-    """The hint where something of an installed model is damaged."""
+    """Return the hint for an installed model with a damaged file."""
     return _elsewhere(directory) or (
         f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
     )
 
 
 def _elsewhere(directory: Path) -> str | None:
-    """The hint for a model outside of the data directory, where no name leads to it."""
+    """Return the hint for a model outside of the data directory, which has no name."""
     if directory.absolute().parent == models_dir():
         return None
-    return f"Copy it again: 'mixchat repair' mends only what is in {models_dir()}."
+    return f"Copy it again: 'mixchat repair' works only on models in {models_dir()}."
 
 
 def _remedy(directory: Path) -> str:
-    """The hint where the manifest cannot be read: the other of the two can be, or neither."""
+    """Return the hint for a manifest that cannot be read, while its copy can be read or cannot."""
     if any(is_manifest(directory / name) for name in MANIFESTS):
         return repair_hint(directory)
     return _elsewhere(directory) or (
@@ -162,12 +162,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def is_installed(directory: Path) -> bool:
-    """Whether a directory has a manifest, or its copy: they are written last."""
+    """Return whether a directory has a manifest, or its copy: they are written last."""
     return any((directory / name).is_file() for name in MANIFESTS)
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether the file is, to the byte, the manifest that it says it is."""
+    """Return whether the file is a manifest that can be read, to the byte as mixchat writes it."""
     try:
         return read_bytes(path) == _read(path).serialized()
     except CheckpointError:
@@ -175,7 +175,10 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_either_manifest(directory: Path) -> Manifest:
-    """The manifest, or its copy where only that is whole. Raises `CheckpointError` for neither."""
+    """Read the manifest, or its copy where only that is intact.
+
+    Raises `CheckpointError` where neither is.
+    """
     try:
         return read_manifest(directory)
     except CheckpointError:
@@ -185,7 +188,10 @@ def read_either_manifest(directory: Path) -> Manifest:
 
 
 def restore_manifests(directory: Path) -> None:
-    """Write the one of the two that is whole over the other. Raises `CheckpointError` for none."""
+    """Write the intact one of manifest and copy over the other.
+
+    Raises `CheckpointError` where neither is intact.
+    """
     manifest = read_either_manifest(directory)
     for name in MANIFESTS:
         if not is_manifest(directory / name):
@@ -193,13 +199,13 @@ def restore_manifests(directory: Path) -> None:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """See that a model can be loaded: it is not half converted, and each file has its size.
+    """Ensure that a model can be loaded: it is not half converted, and each file has its size.
 
     Raises `CheckpointError` with the first fault.
     """
     if (directory / CONVERSION_DIR).exists():
         raise CheckpointError(
-            f"{directory}: the conversion to another layout is under way, or was cut off",
+            f"{directory}: the conversion to another layout is running or was interrupted",
             hint=f"To finish it: mixchat convert {directory.name}",
         )
     check_sizes(directory, manifest)
@@ -219,7 +225,7 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """SHA-256 of a document's canonical form: keys sorted, no spaces."""
+    """Return the SHA-256 of a document's canonical form: keys sorted, no spaces."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

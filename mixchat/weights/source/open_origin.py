@@ -11,7 +11,7 @@ from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.files import read_bytes
 from mixchat.progress import Progress
 from mixchat.weights import models
-from mixchat.weights.format.journal import begun_from
+from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import demo, hub
 from mixchat.weights.source.checkpoint_files import INDEX, weight_files
@@ -26,7 +26,7 @@ def source_of(ref: models.ModelRef, target: Path, revision: str | None) -> Sourc
 
     Raises `ModelNotFoundError` where nothing says what an unfinished model was made of.
     """
-    begun = begun_from(target)
+    begun = unfinished_source(target)
     if ref.demo:
         return Source(models.DEMO)
     if ref.path is not None:

@@ -1,4 +1,4 @@
-"""What is removed and what is left alone: nothing outside, nothing that somebody is making."""
+"""Leftovers are removed; nothing outside is, and nothing that another process is working on."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def write(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def found() -> dict[str, bool]:
-    """What lies around, by its path below the models, and whether work can go on with it.
+    """Return the leftovers, by their paths below the models, and whether each can be resumed.
 
-    What cannot be gone on with is removed by this.
+    The others are removed by this.
     """
     base = models.models_dir()
     return {str(left.path.relative_to(base)): left.resumable for left in sweep()}
@@ -197,7 +197,7 @@ class TestLeftovers:
     def test_what_the_hubs_own_client_left_of_a_model_of_ours_goes(
         self, finished: Path, cache: Path
     ) -> None:
-        """Killed while it fetched a small file, it leaves one that it never goes on with."""
+        """Killed while it fetched a small file, it leaves one that it never resumes."""
         ours, other = hub.repo_dir("done") / "blobs", hub.repo_dir("org/other") / "blobs"
         for blobs in (ours, other):
             write(blobs, {"abc.1f2e.incomplete": b"half"})
@@ -217,7 +217,7 @@ class TestLeftovers:
         (leftover,) = sweep(unfinished=True)
         assert leftover.removed
 
-    def test_what_another_process_has_begun_meanwhile_stays(self, unfinished: Path) -> None:
+    def test_what_another_process_has_started_meanwhile_stays(self, unfinished: Path) -> None:
         """Found and removed were once two steps; a download that began between them was lost."""
         with exclusive_lock(unfinished):
             assert list(sweep(unfinished=True)) == []

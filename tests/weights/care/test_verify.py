@@ -1,4 +1,4 @@
-"""Any damaged byte of a kept model is found and named."""
+"""Any damaged byte of an installed model is found and named."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SHARED = "shared.safetensors"
 
 
 @pytest.fixture
-def kept(made: Path, tmp_path: Path) -> Path:
+def installed(made: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(made, tmp_path / "kept"))
+    return Path(shutil.copytree(made, tmp_path / "installed"))
 
 
 def verify(directory: Path) -> list[Damage]:
@@ -65,66 +65,70 @@ class TestFinding:
         assert bar.closed
 
     @pytest.mark.parametrize("name", [SHARED, EXPERTS, "experts-001.safetensors"])
-    def test_a_flipped_byte_anywhere_is_named_with_its_tensor(self, kept: Path, name: str) -> None:
-        path, draw = kept / name, random.Random(name)
+    def test_a_flipped_byte_anywhere_is_named_with_its_tensor(
+        self, installed: Path, name: str
+    ) -> None:
+        path, draw = installed / name, random.Random(name)
         size = path.stat().st_size
         for offset in (0, 8, size - 1, *(draw.randrange(size) for _ in range(8))):
             what = at(path, offset)
             flip(path, offset)
-            assert verify(kept) == [Damage(name, what)], offset
+            assert verify(installed) == [Damage(name, what)], offset
             flip(path, offset)
 
-    def test_a_flipped_byte_of_any_small_file_is_named(self, kept: Path) -> None:
-        for name in sorted(set(os.listdir(kept)) - set(os.listdir(kept.parent))):
+    def test_a_flipped_byte_of_any_small_file_is_named(self, installed: Path) -> None:
+        for name in sorted(set(os.listdir(installed)) - set(os.listdir(installed.parent))):
             if name.endswith(".safetensors"):
                 continue
-            for offset in (0, (kept / name).stat().st_size // 2, -1):
-                flip(kept / name, offset)
-                assert verify(kept) == [Damage(name)], (name, offset)
-                flip(kept / name, offset)
+            for offset in (0, (installed / name).stat().st_size // 2, -1):
+                flip(installed / name, offset)
+                assert verify(installed) == [Damage(name)], (name, offset)
+                flip(installed / name, offset)
 
-    def test_several_damages_are_all_named(self, kept: Path) -> None:
+    def test_several_damages_are_all_named(self, installed: Path) -> None:
         for name in (SHARED, EXPERTS):
             for offset in (5000, -1):
-                flip(kept / name, offset)
-        found = {(damage.file, damage.what) for damage in verify(kept)}
+                flip(installed / name, offset)
+        found = {(damage.file, damage.what) for damage in verify(installed)}
         assert found == {
-            (name, at(kept / name, offset % (kept / name).stat().st_size))
+            (name, at(installed / name, offset % (installed / name).stat().st_size))
             for name in (SHARED, EXPERTS)
             for offset in (5000, -1)
         }
 
-    def test_a_file_cut_short_is_named_with_what_is_gone(self, kept: Path) -> None:
-        size = (kept / EXPERTS).stat().st_size
-        last = at(kept / EXPERTS, size - 1)
-        os.truncate(kept / EXPERTS, size - 1)
-        assert verify(kept) == [Damage(EXPERTS, SIZE), Damage(EXPERTS, last)]
-        os.truncate(kept / EXPERTS, 10)
-        with SafetensorsFile(kept / SHARED):
+    def test_a_file_cut_short_is_named_with_what_is_gone(self, installed: Path) -> None:
+        size = (installed / EXPERTS).stat().st_size
+        last = at(installed / EXPERTS, size - 1)
+        os.truncate(installed / EXPERTS, size - 1)
+        assert verify(installed) == [Damage(EXPERTS, SIZE), Damage(EXPERTS, last)]
+        os.truncate(installed / EXPERTS, 10)
+        with SafetensorsFile(installed / SHARED):
             pass
-        names = [spec.name for spec in specs_of(kept, EXPERTS)]
+        names = [spec.name for spec in specs_of(installed, EXPERTS)]
         found = [Damage(EXPERTS, what) for what in (SIZE, HEADER, *names)]
-        assert verify(kept) == found
+        assert verify(installed) == found
 
-    def test_an_overlong_file_is_named(self, kept: Path) -> None:
-        with open(kept / EXPERTS, "ab") as file:
+    def test_an_overlong_file_is_named(self, installed: Path) -> None:
+        with open(installed / EXPERTS, "ab") as file:
             file.write(b"!")
-        assert verify(kept) == [Damage(EXPERTS, SIZE)]
+        assert verify(installed) == [Damage(EXPERTS, SIZE)]
 
     @pytest.mark.parametrize("name", [SHARED, EXPERTS])
-    def test_a_missing_file_of_weights_is_named(self, kept: Path, name: str) -> None:
-        (kept / name).unlink()
-        assert verify(kept) == [Damage(name, MISSING)]
+    def test_a_missing_file_of_weights_is_named(self, installed: Path, name: str) -> None:
+        (installed / name).unlink()
+        assert verify(installed) == [Damage(name, MISSING)]
 
     @pytest.mark.parametrize("name", ["generation_config.json", MANIFEST_COPY, MANIFEST_FILE])
-    def test_a_missing_small_file_is_named(self, kept: Path, name: str) -> None:
-        (kept / name).unlink()
-        assert verify(kept) == [Damage(name)]
+    def test_a_missing_small_file_is_named(self, installed: Path, name: str) -> None:
+        (installed / name).unlink()
+        assert verify(installed) == [Damage(name)]
 
-    def test_with_a_damaged_config_nothing_can_be_said_of_the_weights(self, kept: Path) -> None:
-        (kept / "config.json").write_bytes(b"{}")
-        flip(kept / EXPERTS, -1)
-        assert verify(kept) == [Damage("config.json")]
+    def test_with_a_damaged_config_nothing_can_be_said_of_the_weights(
+        self, installed: Path
+    ) -> None:
+        (installed / "config.json").write_bytes(b"{}")
+        flip(installed / EXPERTS, -1)
+        assert verify(installed) == [Damage("config.json")]
 
     def test_a_damage_says_what_and_where(self) -> None:
         assert str(Damage("a", "b")) == "a: b"
@@ -153,34 +157,34 @@ class TestManifest:
         ],
     )
     def test_either_is_damaged_and_the_other_tells(
-        self, kept: Path, made: Path, name: str, damage: Callable[[bytes], bytes]
+        self, installed: Path, made: Path, name: str, damage: Callable[[bytes], bytes]
     ) -> None:
-        (kept / name).write_bytes(damage((kept / name).read_bytes()))
-        assert verify(kept) == [Damage(name)]
+        (installed / name).write_bytes(damage((installed / name).read_bytes()))
+        assert verify(installed) == [Damage(name)]
 
     @pytest.mark.parametrize("name", [MANIFEST_FILE, MANIFEST_COPY])
     def test_the_whole_one_is_written_over_the_other_and_no_source_is_needed(
-        self, kept: Path, made: Path, name: str
+        self, installed: Path, made: Path, name: str
     ) -> None:
-        flip(kept / name, -1)
-        restore_manifests(kept)
-        assert files_of(kept) == files_of(made)
+        flip(installed / name, -1)
+        restore_manifests(installed)
+        assert files_of(installed) == files_of(made)
 
-    def test_both_are_damaged(self, kept: Path) -> None:
+    def test_both_are_damaged(self, installed: Path) -> None:
         for name in (MANIFEST_FILE, MANIFEST_COPY):
-            (kept / name).write_bytes(b"{}")
+            (installed / name).write_bytes(b"{}")
         with pytest.raises(CheckpointError, match=MANIFEST_FILE):
-            verify(kept)
+            verify(installed)
 
-    def test_neither_is_there(self, kept: Path) -> None:
+    def test_neither_is_there(self, installed: Path) -> None:
         for name in (MANIFEST_FILE, MANIFEST_COPY):
-            (kept / name).unlink()
+            (installed / name).unlink()
         with pytest.raises(CheckpointError, match="not a finished model"):
-            verify(kept)
+            verify(installed)
 
-    def test_one_that_lies_about_a_hash_is_damaged_by_its_own(self, kept: Path) -> None:
-        raw = json.loads((kept / MANIFEST_FILE).read_bytes())
+    def test_one_that_lies_about_a_hash_is_damaged_by_its_own(self, installed: Path) -> None:
+        raw = json.loads((installed / MANIFEST_FILE).read_bytes())
         raw["files"]["config.json"]["sha256"] = "0" * 64
-        (kept / MANIFEST_FILE).write_text(json.dumps(raw))
+        (installed / MANIFEST_FILE).write_text(json.dumps(raw))
         with pytest.raises(CheckpointError, match="damaged"):
-            read_manifest(kept)
+            read_manifest(installed)

@@ -13,79 +13,79 @@ from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, read_m
 
 
 @pytest.fixture
-def kept(tiny_model: Path, tmp_path: Path) -> Path:
+def installed(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "kept"))
+    return Path(shutil.copytree(tiny_model, tmp_path / "installed"))
 
 
-def edit_manifest(kept: Path, **changes: Any) -> None:
+def edit_manifest(installed: Path, **changes: Any) -> None:
     """Change the manifest, and its own SHA-256 with it."""
-    path = kept / MANIFEST_FILE
+    path = installed / MANIFEST_FILE
     document = {**json.loads(path.read_text()), **changes}
     del document["sha256"]
     path.write_text(json.dumps({**document, "sha256": manifest._digest(document)}))
 
 
-def refusal(kept: Path) -> str:
+def refusal(installed: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        InstalledModel(kept)
+        InstalledModel(installed)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_whole_model_opens(kept: Path) -> None:
-    with InstalledModel(kept) as model:
+def test_a_whole_model_opens(installed: Path) -> None:
+    with InstalledModel(installed) as model:
         assert model.blueprint.expert_count == 8
 
 
-def test_a_directory_without_a_manifest_is_unfinished(kept: Path) -> None:
-    (kept / MANIFEST_FILE).unlink()
-    assert "mixchat.json: the file is missing" in refusal(kept)  # its copy says what it was
-    (kept / MANIFEST_COPY).unlink()
-    assert "not a finished model" in refusal(kept)
+def test_a_directory_without_a_manifest_is_unfinished(installed: Path) -> None:
+    (installed / MANIFEST_FILE).unlink()
+    assert "mixchat.json: the file is missing" in refusal(installed)  # its copy says what it was
+    (installed / MANIFEST_COPY).unlink()
+    assert "not a finished model" in refusal(installed)
 
 
 @pytest.mark.parametrize("name", ["shared.safetensors", "experts-001.safetensors", "config.json"])
-def test_a_short_long_or_missing_file_is_named(kept: Path, name: str) -> None:
-    size = (kept / name).stat().st_size
-    os.truncate(kept / name, size - 1)
-    assert f"{name}: {size - 1} bytes, but the manifest says {size}" in refusal(kept)
-    os.truncate(kept / name, size + 1)
-    assert f"{name}: {size + 1} bytes, but the manifest says {size}" in refusal(kept)
-    (kept / name).unlink()
-    assert f"{name}: the file is missing" in refusal(kept)
+def test_a_short_long_or_missing_file_is_named(installed: Path, name: str) -> None:
+    size = (installed / name).stat().st_size
+    os.truncate(installed / name, size - 1)
+    assert f"{name}: {size - 1} bytes, but the manifest says {size}" in refusal(installed)
+    os.truncate(installed / name, size + 1)
+    assert f"{name}: {size + 1} bytes, but the manifest says {size}" in refusal(installed)
+    (installed / name).unlink()
+    assert f"{name}: the file is missing" in refusal(installed)
 
 
-def test_files_of_another_layer_count_are_refused(kept: Path) -> None:
-    config = json.loads((kept / "config.json").read_text())
+def test_files_of_another_layer_count_are_refused(installed: Path) -> None:
+    config = json.loads((installed / "config.json").read_text())
     config["num_hidden_layers"] = 3
     text = json.dumps(config, indent=2)
-    (kept / "config.json").write_text(text)
-    files = json.loads((kept / MANIFEST_FILE).read_text())["files"]
+    (installed / "config.json").write_text(text)
+    files = json.loads((installed / MANIFEST_FILE).read_text())["files"]
     files["config.json"]["size"] = len(text)
-    edit_manifest(kept, files=files)
-    assert "its tensors are not those of this model" in refusal(kept)
+    edit_manifest(installed, files=files)
+    assert "its tensors are not those of this model" in refusal(installed)
 
 
-def test_a_file_of_another_model_is_refused(kept: Path) -> None:
-    shared, experts = kept / "shared.safetensors", kept / "experts-000.safetensors"
+def test_a_file_of_another_model_is_refused(installed: Path) -> None:
+    shared, experts = installed / "shared.safetensors", installed / "experts-000.safetensors"
     shutil.copy(experts, shared)
-    weights = json.loads((kept / MANIFEST_FILE).read_text())["weights"]
+    weights = json.loads((installed / MANIFEST_FILE).read_text())["weights"]
     weights["shared.safetensors"] = weights["experts-000.safetensors"]
-    edit_manifest(kept, weights=weights)
-    assert "its tensors are not those of this model" in refusal(kept)
+    edit_manifest(installed, weights=weights)
+    assert "its tensors are not those of this model" in refusal(installed)
 
 
-def test_a_changed_manifest_is_found_by_its_own_hash(kept: Path) -> None:
-    path = kept / MANIFEST_FILE
+def test_a_changed_manifest_is_found_by_its_own_hash(installed: Path) -> None:
+    path = installed / MANIFEST_FILE
     path.write_text(path.read_text().replace('"nf4"', '"fp4"'))
-    assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(kept)
+    assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(installed)
 
 
-def test_another_format_says_what_to_do(kept: Path) -> None:
-    edit_manifest(kept, format=99)
+def test_another_format_says_what_to_do(installed: Path) -> None:
+    edit_manifest(installed, format=99)
     with pytest.raises(CheckpointError, match="format 99") as caught:
-        read_manifest(kept)
+        read_manifest(installed)
     assert caught.value.hint is not None
 
 
@@ -111,29 +111,29 @@ def test_another_format_says_what_to_do(kept: Path) -> None:
         {"weights": {"a": {"size": True, "sha256": {}}}},
     ],
 )
-def test_a_malformed_manifest_is_refused(kept: Path, changes: dict[str, Any]) -> None:
-    edit_manifest(kept, **changes)
-    assert MANIFEST_FILE in refusal(kept)
+def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any]) -> None:
+    edit_manifest(installed, **changes)
+    assert MANIFEST_FILE in refusal(installed)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("quant_type", "int2"), ("layout", []), ("blocksize", 128), ("head", 1)]
 )
-def test_an_unknown_quantization_is_refused(kept: Path, key: str, value: object) -> None:
-    quantization = json.loads((kept / MANIFEST_FILE).read_text())["quantization"]
-    edit_manifest(kept, quantization={**quantization, key: value})
-    assert key in refusal(kept)
+def test_an_unknown_quantization_is_refused(installed: Path, key: str, value: object) -> None:
+    quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
+    edit_manifest(installed, quantization={**quantization, key: value})
+    assert key in refusal(installed)
 
 
-def test_a_model_in_fp4_opens(kept: Path) -> None:
-    quantization = json.loads((kept / MANIFEST_FILE).read_text())["quantization"]
-    edit_manifest(kept, quantization={**quantization, "quant_type": "fp4"})
-    with InstalledModel(kept) as model:
+def test_a_model_in_fp4_opens(installed: Path) -> None:
+    quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
+    edit_manifest(installed, quantization={**quantization, "quant_type": "fp4"})
+    with InstalledModel(installed) as model:
         assert model.blueprint.expert.w13.quant_type == "fp4"
         assert model.blueprint.gate(0).dtype == model.blueprint.quantization.dtype
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", "null"])
-def test_a_manifest_that_is_no_object_is_refused(kept: Path, text: str) -> None:
-    (kept / MANIFEST_FILE).write_text(text)
-    assert MANIFEST_FILE in refusal(kept)
+def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> None:
+    (installed / MANIFEST_FILE).write_text(text)
+    assert MANIFEST_FILE in refusal(installed)

@@ -50,10 +50,10 @@ def test_a_torn_line_counts_for_nothing(
     tmp_path: Path,
     tear: Callable[[bytes], bytes],
 ) -> None:
-    journal = unfinished(checkpoint, tmp_path / "kept")
+    journal = unfinished(checkpoint, tmp_path / "installed")
     journal.write_bytes(tear(journal.read_bytes()))
-    run(fetching(checkpoint, tmp_path / "kept"), tmp_path / "kept")
-    assert made_of(tmp_path / "kept") == whole
+    run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
+    assert made_of(tmp_path / "installed") == whole
 
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
@@ -61,11 +61,11 @@ def test_a_file_that_no_model_has_counts_for_nothing(
     checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
     """A name that was too long for the disk ended the download as a fault of our own."""
-    journal = unfinished(checkpoint, tmp_path / "kept")
+    journal = unfinished(checkpoint, tmp_path / "installed")
     line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
     journal.write_bytes(journal.read_bytes() + line)
-    run(fetching(checkpoint, tmp_path / "kept"), tmp_path / "kept")
-    assert made_of(tmp_path / "kept") == whole
+    run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
+    assert made_of(tmp_path / "installed") == whole
 
 
 def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
@@ -107,18 +107,18 @@ def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:
 def test_that_of_other_options_is_not_gone_on_with(
     checkpoint: Path, tmp_path: Path, making: Making, other: QuantizeOptions
 ) -> None:
-    unfinished(checkpoint, tmp_path / "kept")
+    unfinished(checkpoint, tmp_path / "installed")
     making.again()
-    origin = fetching(checkpoint, tmp_path / "kept")
-    run(origin, tmp_path / "kept", other)
+    origin = fetching(checkpoint, tmp_path / "installed")
+    run(origin, tmp_path / "installed", other)
     assert len(making.names) == len(list(parts(blueprint_of(origin.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
-    assert made_of(tmp_path / "kept") == files_of(tmp_path / "other")
+    assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
 
 def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
-    unfinished(checkpoint, tmp_path / "kept")
-    origin = fetching(checkpoint, tmp_path / "kept")
+    unfinished(checkpoint, tmp_path / "installed")
+    origin = fetching(checkpoint, tmp_path / "installed")
     blueprint = blueprint_of(origin.index, QuantizeOptions())
-    assert read_head(tmp_path / "kept") == head(origin, blueprint)
+    assert read_head(tmp_path / "installed") == head(origin, blueprint)
     assert json.loads(json.dumps(head(origin, blueprint))) == head(origin, blueprint)

@@ -14,7 +14,7 @@ DAMAGES = ["", "{", "[1]", '{"format": 2}', '{"format": 2, "sha256": "0"}']
 
 
 @pytest.fixture
-def kept(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def installed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model among the installed ones, which may be written into."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     target = tmp_path / "models" / "mine"
@@ -30,36 +30,36 @@ def hint_of(directory: Path) -> str:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_manifest_has_a_copy_from_which_repair_makes_it_again(
-    kept: Path, damage: str
+    installed: Path, damage: str
 ) -> None:
     """A broken one came without a hint, though `repair` mends it."""
-    (kept / MANIFEST_FILE).write_text(damage)
-    assert "mixchat repair mine" in hint_of(kept)
+    (installed / MANIFEST_FILE).write_text(damage)
+    assert "mixchat repair mine" in hint_of(installed)
 
 
-def test_a_missing_manifest_too(kept: Path) -> None:
-    (kept / MANIFEST_FILE).unlink()
-    assert "mixchat repair mine" in hint_of(kept)
+def test_a_missing_manifest_too(installed: Path) -> None:
+    (installed / MANIFEST_FILE).unlink()
+    assert "mixchat repair mine" in hint_of(installed)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_with_the_copy_damaged_too_only_a_new_download_helps(kept: Path, damage: str) -> None:
+def test_with_the_copy_damaged_too_only_a_new_download_helps(installed: Path, damage: str) -> None:
     for name in (MANIFEST_FILE, MANIFEST_COPY):
-        (kept / name).write_text(damage)
-    assert "mixchat rm mine" in hint_of(kept)
-    assert "download" in hint_of(kept)
-    assert "mixchat repair" not in hint_of(kept)
+        (installed / name).write_text(damage)
+    assert "mixchat rm mine" in hint_of(installed)
+    assert "download" in hint_of(installed)
+    assert "mixchat repair" not in hint_of(installed)
 
 
-def test_a_damaged_file_is_mended_by_its_models_name(kept: Path) -> None:
+def test_a_damaged_file_is_mended_by_its_models_name(installed: Path) -> None:
     """The hint had the word MODEL where the name has to stand."""
-    (kept / "experts-001.safetensors").unlink()
-    assert hint_of(kept) == "Run: mixchat repair mine (it fetches only what is damaged)."
+    (installed / "experts-001.safetensors").unlink()
+    assert hint_of(installed) == "Run: mixchat repair mine (it fetches only what is damaged)."
 
 
-def test_repair_is_not_offered_where_it_cannot_help(kept: Path, tmp_path: Path) -> None:
+def test_repair_is_not_offered_where_it_cannot_help(installed: Path, tmp_path: Path) -> None:
     """It mends models in the data directory alone."""
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(kept, elsewhere)
+    shutil.copytree(installed, elsewhere)
     (elsewhere / "experts-001.safetensors").unlink()
     assert hint_of(elsewhere).startswith("Copy it again: ")

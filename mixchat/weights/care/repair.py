@@ -1,0 +1,77 @@
+"""Rebuilds the damaged parts of an installed model from the checkpoint that it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from mixchat.errors import CheckpointError
+from mixchat.files import read_bytes, write_file
+from mixchat.progress import Progress, running
+from mixchat.safetensors import tensor_bytes
+from mixchat.weights.care.half_converted import manifest_of_files, parts_of_files
+from mixchat.weights.care.verify import MISSING, Damage, verify
+from mixchat.weights.format.installed_model import installed_blueprint
+from mixchat.weights.format.manifest import Manifest, read_either_manifest
+from mixchat.weights.make.parts import Part
+from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.source.checkpoint_files import CONFIG
+from mixchat.weights.source.origin import Origin, Readers
+
+
+def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress: Progress) -> None:
+    """Rebuild what is damaged; only the tensors needed for it are read.
+
+    Raises `CheckpointError` where the origin no longer gives the same bytes, and what reading it
+    raises. May be repeated after a failure.
+    """
+    manifest = manifest_of_files(directory, read_either_manifest(directory))
+    for name in sorted({damage.file for damage in damages} & set(manifest.files)):
+        data = read_bytes(origin.companions() / name)
+        _check_digest(manifest.files[name].sha256, data, name)
+        write_file(directory / name, data)
+    if Damage(CONFIG) in damages:
+        damages = verify(directory, progress)
+    _repair_weights(directory, manifest, damages, origin, progress)
+
+
+def _repair_weights(
+    directory: Path,
+    manifest: Manifest,
+    damages: Sequence[Damage],
+    origin: Origin,
+    progress: Progress,
+) -> None:
+    """Rebuild the parts with damaged tensors; opening a file repairs its header and its size."""
+    blueprint, index = installed_blueprint(directory, manifest), origin.index
+    damaged = [part for part in parts_of_files(directory, blueprint) if _is_damaged(part, damages)]
+    total = sum(index.nbytes(part.components(index)) for part in damaged)
+    with (
+        closing(ModelWriter(directory, blueprint)) as files,
+        Readers(origin) as readers,
+        running(progress, f"repairing {directory.name}", total) as task,
+    ):
+        for part in damaged:
+            tensors = part.make(index, readers.read)
+            for spec, tensor in zip(part.tensors, tensors, strict=True):
+                expected = manifest.weights[part.file].sha256[spec.name]
+                _check_digest(expected, tensor_bytes(tensor), spec.name)
+            files.write(part, tensors)
+            task.advance(index.nbytes(part.components(index)))
+        files.finish()
+
+
+def _is_damaged(part: Part, damages: Sequence[Damage]) -> bool:
+    return Damage(part.file, MISSING) in damages or any(
+        Damage(part.file, spec.name) in damages for spec in part.tensors
+    )
+
+
+def _check_digest(sha256: str, data: bytes | memoryview, name: str) -> None:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(
+            f"{name}: its source no longer gives the bytes that were installed",
+            hint="Remove the model (mixchat rm) and download it again.",
+        )
