@@ -30,7 +30,7 @@ class SparseMoE:
 
         All in fp32: rounding the logits could change which expert comes second.
         """
-        if router.can_route(hidden_states, self._gate):
+        if router.computes(hidden_states, self._gate):
             return router.route(hidden_states, self._gate, self._experts_per_token)
         router_logits = functional.linear(hidden_states.float(), self._gate)  # [T, E]
         kept, selected_experts = router_logits.topk(self._experts_per_token, dim=-1)

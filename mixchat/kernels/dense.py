@@ -34,8 +34,9 @@ _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk
 
 def can_multiply(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether `exact_matmul` can be used for these."""
-    alike = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
-    return alike and rows.computes(x, x.shape[-1])
+    columns = weight.shape[1]
+    alike = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[-1] == columns
+    return alike and rows.takes(x.dtype, columns)
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,8 @@ _SIGNATURE = Signature(
 )
 
 
-def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Return whether `route` can be used for these."""
+def computes(x: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Whether `route` can be used for these."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     instructions = instruction_set()
