@@ -68,8 +68,8 @@ def test_it_is_listed_and_says_plainly_what_it_is(home: Path) -> None:
 
 def test_chat_turns_prefill_only_what_is_new(home: Path) -> None:
     from mixchat.chat.session import ChatSession
-    from mixchat.engine.sampling import SamplingOptions
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import load_engine
+    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.text.choose import load_template, load_tokenizer
 
     directory = home / "models" / "demo"

@@ -19,8 +19,8 @@ from typing import Literal
 from mixchat.bench.machine_limits import Limits, LimitsMeter, copy_bandwidth, disk_bandwidth
 from mixchat.bench.work import bytes_per_token, operations_per_token
 from mixchat.engine.generate import Engine
-from mixchat.engine.sampling import SamplingOptions
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 

@@ -13,7 +13,7 @@ from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
-    from mixchat.engine.sampling import SamplingOptions
+    from mixchat.options import SamplingOptions
 
 OVERFLOWS = ("stop", "drop-oldest")
 _NONE = ("none", "off", "default")

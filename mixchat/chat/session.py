@@ -17,7 +17,7 @@ from mixchat.text.stop import StopStrings
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine, GenerationStats
-    from mixchat.engine.sampling import SamplingOptions
+    from mixchat.options import SamplingOptions
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 

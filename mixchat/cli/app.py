@@ -26,7 +26,7 @@ from mixchat.cli.flags.shell_completion import (
     show_completion,
 )
 from mixchat.cli.models import list_models, show
-from mixchat.cli.output.failure import report
+from mixchat.cli.output.failure import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
 from mixchat.cli.simulate import simulate
@@ -138,7 +138,7 @@ def _code_of(error: Exception) -> int:
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
         return INTERRUPTED
-    return CLOSED_PIPE if _is_closed_pipe(error) else report(error)
+    return CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -193,7 +193,7 @@ def _prepare_streams() -> None:
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         hint = "To print nothing, send it to /dev/null: >/dev/null"
-        sys.exit(report(MixchatError("standard output is closed", hint=hint)))
+        sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")

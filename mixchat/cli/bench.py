@@ -13,11 +13,13 @@ import typer
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.png import PNG_HELP, checked_picture
 from mixchat.cli.output.show_progress import status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
+from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench
@@ -79,17 +81,15 @@ def bench(
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
     drawing = checked_picture(png)
-    budgets = model_flags.budget(host_memory), model_flags.budget(device_memory)
-    bits = model_flags.checked_bits(kv_bits)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
-    from mixchat.loading.loader import LoadOptions
 
     options = BenchOptions(context or (0,), prompt or (512,), tokens, rounds)
     load = LoadOptions(
-        *budgets,
+        host_memory=model_flags.budget(host_memory),
+        device_memory=model_flags.budget(device_memory),
         context_size=options.context_size,
-        kv_bits=bits,
+        kv_bits=checked_bits(kv_bits),
         exact_prompts=exact_prompts,
         device=device,
     )

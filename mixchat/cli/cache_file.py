@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat import interrupts
-from mixchat.cli.output.failure import note, report
+from mixchat.cli.output.failure import note, print_error
 from mixchat.cli.output.show_progress import status
 from mixchat.errors import CheckpointError, MixchatError
 from mixchat.output_file import OutputFile
@@ -114,12 +114,12 @@ class SavedCache:
         elif self._place.strict:
             self._save()
         else:
-            self._save_or_tell(report)
+            self._save_or_tell(print_error)
 
     def leave_chat(self) -> None:
         """Save the cache of a chat, before another one is started or resumed."""
         if self._place.per_chat:
-            self._save_or_tell(report)
+            self._save_or_tell(print_error)
 
     def enter_chat(self) -> None:
         """Load the cache of a chat that was resumed."""

@@ -11,9 +11,9 @@ import typer
 
 from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.flags.config_defaults import config_defaults, takes_number
-from mixchat.cli.flags.config_flag import AGAIN, Origin, explained, origin, settings_of
+from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
 from mixchat.cli.models import aligned
-from mixchat.cli.output.failure import report
+from mixchat.cli.output.failure import print_error
 from mixchat.errors import UsageError
 from mixchat.settings import config_file
 
@@ -26,7 +26,7 @@ class Holding:
 
     key: str
     value: Any
-    origin: Origin
+    given_by: ValueSource
     parameter: Any
     problem: Exception | None = None
 
@@ -34,7 +34,7 @@ class Holding:
     def source(self) -> str:
         """The variable's name, the file's, or `default`."""
         named = {"variable": str(self.parameter.envvar), "file": config_file().name}
-        return named.get(self.origin, "default")
+        return named.get(self.given_by, "default")
 
 
 def config(
@@ -81,7 +81,7 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         show(json.dumps(_as_dict(held), indent=2))
     else:
         show_lines(_as_text(held))
-    codes = [report(problem) for problem in problems]
+    codes = [print_error(problem) for problem in problems]
     if codes:
         raise typer.Exit(codes[0])
 
@@ -100,7 +100,7 @@ def _holding(command: Any, given: dict[str, Any]) -> Iterator[Holding]:
         value = context.params.get(parameter.name)
         nothing = value is None or value == [] or value == ()
         yield Holding(
-            key, None if nothing else value, origin(context, parameter), parameter, problem
+            key, None if nothing else value, value_source(context, parameter), parameter, problem
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.printing import show, show_lines
+from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.model_flags import (
     ContextSize,
     Device,
@@ -15,14 +16,14 @@ from mixchat.cli.flags.model_flags import (
     HostMemory,
     KVBits,
     budget,
-    checked_bits,
     model_argument,
 )
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
+from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
-    from mixchat.planning.plan import MachinePlan, Wishes
+    from mixchat.planning.plan import MachinePlan
     from mixchat.weights.make.outline import Outline
 
 
@@ -49,36 +50,41 @@ def plan(
     computes. The figures stay in the file machine.json of the data directory (MIXCHAT_HOME), with
     their date; 'run --verbose' shows the speed that they promise, too.
     """
-    budgets, bits = (budget(host_memory), budget(device_memory)), checked_bits(kv_bits)
+    options = LoadOptions(
+        host_memory=budget(host_memory),
+        device_memory=budget(device_memory),
+        context_size=ctx_size,
+        kv_bits=checked_bits(kv_bits),
+        device=device,
+    )
     from mixchat.weights import models
 
-    models.resolve(model)  # what means nothing need not wait for torch
+    models.resolve(model)  # an unknown name need not wait for torch
     prepare_environment()
     from mixchat.cli.output.plan_text import as_dict, as_text
-    from mixchat.planning.plan import Wishes
     from mixchat.weights.make.outline import outline
 
     with show_progress() as progress:
         found = outline(model, progress)
-    made = _plan(found, device, Wishes(*budgets, ctx_size, bits), measure)
+    made = _plan(found, options, measure)
     if as_json:
         show(json.dumps(as_dict(found, made), indent=2))
     else:
         show_lines(as_text(found, made))
 
 
-def _plan(found: Outline, device_name: str | None, wishes: Wishes, anew: bool) -> MachinePlan:
+def _plan(found: Outline, options: LoadOptions, again: bool) -> MachinePlan:
     from mixchat.loading.loader import choose_device
     from mixchat.planning.plan import fit, look, plan_model
     from mixchat.planning.speeds import known_speeds, measure_speeds
     from mixchat.planning.thread_count import settle_threads
 
-    device, blueprint = choose_device(device_name), found.blueprint
+    device, blueprint = choose_device(options.device), found.blueprint
     there = look(found.directory, device)
-    fit(blueprint, there.free, wishes)  # what cannot be is said before it is measured
+    fit(blueprint, there.free, options)  # raises before 10 s are spent on measuring
     settle_threads(blueprint)
-    measured = None if anew else known_speeds(blueprint, found.directory, device)
+    measured = None if again else known_speeds(blueprint, found.directory, device)
     if measured is None:
         with status("measuring this machine (about 10 s)"):
             measured = measure_speeds(blueprint, found.directory, device)
-    return plan_model(blueprint, device, there, measured, wishes)
+    return plan_model(blueprint, device, there, measured, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,19 +13,21 @@ from mixchat.chat.parameters import checked_overflow
 from mixchat.cli.cache_file import ChatFile, NamedFile, SavedCache
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
+from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
-from mixchat.cli.opening import Opening
+from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
-from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import trace_file
+from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
 
-# What a saved chat brings with it, unless a flag is given.
-_RESUMED = ("system", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
+# The parameters of `run` that are options of sampling have the names of these.
+_SAMPLING = tuple(field.name for field in fields(SamplingOptions))
+_RESUMED = ("system", *_SAMPLING)  # what a saved chat brings with it, unless a flag is given
 
 
 def run(
@@ -78,28 +81,30 @@ def run(
     resumed = find_chat(resume)
     if resumed is not None and not is_given(context, "model"):
         model = resumed.model
-    opening = Opening(
-        model=model,
-        system=system or None,
-        stop=stop or [],
-        sampling=model_flags.Sampling(temperature, top_p, top_k, min_p, repeat_penalty, seed),
-        max_tokens=max_tokens,
-        context_size=ctx_size,
-        overflow=checked_overflow(overflow),
-        kv_bits=model_flags.checked_bits(kv_bits),
-        exact_prompts=exact_prompts,
+    load = LoadOptions(
         host_memory=model_flags.budget(host_memory),
         device_memory=model_flags.budget(device_memory),
+        context_size=ctx_size,
+        kv_bits=checked_bits(kv_bits),
+        exact_prompts=exact_prompts,
         device=device,
         cache_policy=cache_policy,
         trace=trace,
-        quiet=quiet,
     )
-    room = opening.context()
-    files = read_files(file or [], room, quiet)
-    question = read_prompt(" ".join(prompt) if prompt else None, files, room, quiet)
+    room = context_of(model, ctx_size)
+    files = read_files(file or [], room, form.note)
+    question = read_prompt(" ".join(prompt) if prompt else None, files, room, form.note)
     form.check(question is None)
-    session = opening.open()
+    session = open_session(
+        model,
+        load,
+        form,
+        sampling={name: context.params[name] for name in _SAMPLING},
+        system=system or None,
+        max_tokens=max_tokens,
+        stop=stop or [],
+        overflow=checked_overflow(overflow),
+    )
     saves = save and (question is None or resumed is not None or is_given(context, "save"))
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
@@ -114,12 +119,14 @@ def run(
                 with saved_turn(saver):
                     after_turn(print_answer(session, question, form, model))
     finally:
-        _keep_report(session, model)
+        _save_report(session, model)
 
 
-def _keep_report(session: ChatSession, model: str) -> None:
-    """For `mixchat stats`. A full disk is no reason to complain about a good answer, nor is it that
-    the model was removed meanwhile."""
+def _save_report(session: ChatSession, model: str) -> None:
+    """Save what `mixchat stats` shows.
+
+    A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
+    """
     from mixchat.cli.reports import report_path, save_report
 
     with suppress(OSError, ModelNotFoundError):
@@ -133,4 +140,4 @@ def _verbose_report(session: ChatSession) -> Callable[[Finished], None]:
 
 
 def _nothing(finished: Finished) -> None:
-    """What follows a turn unless --verbose asks for more."""
+    """Print nothing after a turn."""

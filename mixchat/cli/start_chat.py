@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mixchat import interrupts
-from mixchat.cli.output.failure import note, report
+from mixchat.cli.output.failure import note, print_error
 from mixchat.errors import ChatNotFoundError, MixchatError, ResourceError
 from mixchat.settings import data_dir
 
@@ -40,7 +40,7 @@ def new_saver(session: ChatSession, model: str, *, autosave: bool) -> ChatSaver:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.saved.chat_store import ChatStore
 
-    return ChatSaver(session, ChatStore(), model, autosave=autosave, warn=report, note=note)
+    return ChatSaver(session, ChatStore(), model, autosave=autosave, warn=print_error, note=note)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def start_chat(
 
     screen = Screen(raw=raw)
     screen.say(f"{saver.model}; /help shows the commands, Ctrl-D leaves")
-    chat = ActiveChat(saver, screen, cache, report=report, after_turn=after_turn)
+    chat = ActiveChat(saver, screen, cache, report=print_error, after_turn=after_turn)
     if saver.session.history:
         chat.show_last_turn()
     for path, text in files.items():

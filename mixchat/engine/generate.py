@@ -14,11 +14,12 @@ from mixchat import interrupts
 from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
-from mixchat.engine.sampling import Sampler, SamplingOptions
+from mixchat.engine.sampling import Sampler
 from mixchat.errors import CheckpointError, PromptError, ResourceError
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertReport
+from mixchat.options import SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import SpeedRange

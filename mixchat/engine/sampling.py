@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
 
 import torch
 
+from mixchat.options import SamplingOptions
+
 GREEDY_BELOW = 1e-5  # temperatures that leave no doubt, and would only overflow
 REPEAT_WINDOW = 64  # tokens that `repeat_penalty` looks back on, as llama.cpp and ollama do
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to choose. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and
-    `repeat_penalty` 1 switch that filter off; `seed` None draws one."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    seed: int | None = None
 
 
 class Sampler:

@@ -168,4 +168,3 @@ POLICIES: dict[str, Callable[[Passes], Policy]] = {
     "lru": lambda passes: LRU(),
     "lfu": lambda passes: LFU(),
 }
-DEFAULT_POLICY = "layered"

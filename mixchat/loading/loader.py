@@ -1,9 +1,8 @@
-"""The composition root: builds an `Engine` out of a kept model, a device and a budget."""
+"""Builds an `Engine` out of an installed model, a device and options: the composition root."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,62 +14,38 @@ from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.errors import UsageError
-from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.runner import ExpertRunner
 from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.kernels import attention, rows
-from mixchat.kernels.pages import Bits
-from mixchat.loading.tiers import build_experts
+from mixchat.loading.tiers import Note, build_experts
+from mixchat.options import LoadOptions
 from mixchat.planning.expectation import predicted
 from mixchat.planning.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.planning.thread_count import settle_threads
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear
 from mixchat.weights.models import models_dir
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load. None chooses from what the machine has.
+def load_engine(directory: Path, options: LoadOptions, note: Note = lambda text: None) -> Engine:
+    """Build the engine of an installed model. The experts stay in their files until they are used.
 
-    host_memory: RAM for experts; device_memory: all that may be taken on a GPU; cache_policy: one
-    of `policies.POLICIES`; kv_bits: those of a number in the KV cache, None for the model's own;
-    exact_prompts: compute the tokens of a prompt to the bit as decoded ones; trace: a file that
-    gets the routing; note: gets what a person should hear of.
-    """
-
-    host_memory: MemoryBudget | None = None
-    device_memory: MemoryBudget | None = None
-    context_size: int | None = None
-    kv_bits: Bits | None = None
-    exact_prompts: bool = False
-    device: str | None = None
-    cache_policy: str = DEFAULT_POLICY
-    trace: Path | None = None
-    note: Callable[[str], object] = lambda text: None
-
-
-def load_engine(directory: Path, options: LoadOptions) -> Engine:
-    """Build the engine of a kept model.
-
-    The experts stay in their files until they are used.
-
-    Raises `CheckpointError` where the model is damaged, `UsageError` where an option cannot be,
-    `ResourceError` where it does not fit.
+    `note` is called with each message for the person that is no error. Raises `CheckpointError`
+    where the model is damaged, `UsageError` where an option cannot be used, `ResourceError` where
+    the model does not fit.
     """
     device = choose_device(options.device)
-    kept = InstalledModel(directory)
+    installed = InstalledModel(directory)
     try:
-        return _assemble(kept, options, device)
+        return _assemble(installed, options, device, note)
     except BaseException:
-        kept.close()
+        installed.close()
         raise
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, else the first GPU, else the CPU. Raises `UsageError`."""
+    """Return the named device, else the first GPU, else the CPU. Raises `UsageError`."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -86,8 +61,10 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def _assemble(kept: InstalledModel, options: LoadOptions, device: torch.device) -> Engine:
-    config, stored = kept.config, kept.blueprint
+def _assemble(
+    installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
+) -> Engine:
+    config, stored = installed.config, installed.blueprint
     exact = options.exact_prompts
     used = stored.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
@@ -97,11 +74,11 @@ def _assemble(kept: InstalledModel, options: LoadOptions, device: torch.device) 
     settle_threads(stored)
     runner: ExpertRunner
     runner, fetcher = build_experts(
-        kept, placement, device, options.cache_policy, options.note, exact=exact
+        installed, placement, device, options.cache_policy, note, exact=exact
     )
     if options.trace is not None:
-        runner = TracingRunner(runner, _trace_writer(options.trace, kept))
-    model = _build_model(kept, used, runner, context, device)
+        runner = TracingRunner(runner, _trace_writer(options.trace, installed))
+    model = _build_model(installed, used, runner, context, device)
     return Engine(
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
@@ -109,23 +86,24 @@ def _assemble(kept: InstalledModel, options: LoadOptions, device: torch.device) 
         prefill_chunk=1 if exact and not keeps_tokens_apart(used, device) else PREFILL_CHUNK,
         exact_prompts=exact,
         expected=lambda: predicted(
-            stored, kept.directory, device, replace(placement, slots=fetcher.slots)
+            stored, installed.directory, device, replace(placement, slots=fetcher.slots)
         ),
-        note=options.note,
-        identity=identity_of(kept.manifest),
-        name=_name_of(kept.directory),
+        note=note,
+        identity=identity_of(installed.manifest),
+        name=_name_of(installed.directory),
     )
 
 
 def _name_of(directory: Path) -> str:
-    """The name of an installed model, as commands take it; the path of one elsewhere."""
+    """Return the name of an installed model, as commands take it; the path of one elsewhere."""
     return directory.name if directory.parent == models_dir() else str(directory)
 
 
 def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
-    """Return whether a token's numbers have the same bits in a prompt's chunk of any size as alone.
+    """Return whether a token gets the same bits in a chunk of any size as alone.
 
-    On a CPU the kernels can compute so. Elsewhere a prompt has to be read token by token for that.
+    The kernels for CPUs can compute like that. Elsewhere a prompt has to be processed token by
+    token for it.
     """
     if device.type != "cpu" or not attention.available():
         return False
@@ -135,11 +113,11 @@ def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
     )
 
 
-def _trace_writer(path: Path, kept: InstalledModel) -> TraceWriter:
-    config = kept.config
+def _trace_writer(path: Path, installed: InstalledModel) -> TraceWriter:
+    config = installed.config
     return TraceWriter(
         path,
-        kept.manifest.source.repo,
+        installed.manifest.source.repo,
         config.num_hidden_layers,
         config.num_local_experts,
         config.num_experts_per_tok,
@@ -147,20 +125,24 @@ def _trace_writer(path: Path, kept: InstalledModel) -> TraceWriter:
 
 
 def _build_model(
-    kept: InstalledModel, used: Blueprint, runner: ExpertRunner, context: int, device: torch.device
+    installed: InstalledModel,
+    used: Blueprint,
+    runner: ExpertRunner,
+    context: int,
+    device: torch.device,
 ) -> Model:
-    config, stored = kept.config, kept.blueprint
+    config, stored = installed.config, installed.blueprint
     dtype = stored.quantization.dtype
     rope = RotaryEmbedding(config.head_dim, config.rope_theta, context, dtype, device)
 
     def block(layer: int) -> Block:
         attention_norm, moe_norm = (
-            RMSNorm(kept.tensor(spec).to(device), config.rms_norm_eps)
+            RMSNorm(installed.tensor(spec).to(device), config.rms_norm_eps)
             for spec in stored.norms(layer)
         )
-        qkv_proj = kept.linear(stored.qkv(layer), used.qkv(layer), device)
-        o_proj = kept.linear(stored.o(layer), used.o(layer), device)
-        gate = kept.tensor(stored.gate(layer)).to(device)
+        qkv_proj = installed.linear(stored.qkv(layer), used.qkv(layer), device)
+        o_proj = installed.linear(stored.o(layer), used.o(layer), device)
+        gate = installed.tensor(stored.gate(layer)).to(device)
         return Block(
             attention_norm,
             Attention(layer, config, qkv_proj, o_proj, rope),
@@ -168,10 +150,10 @@ def _build_model(
             SparseMoE(layer, gate, config.num_experts_per_tok, runner),
         )
 
-    embedding = kept.tensor(stored.embedding).to(device)
+    embedding = installed.tensor(stored.embedding).to(device)
     head: Linear = DenseLinear(embedding, exact=used.exact)
     if stored.head is not None and used.head is not None:
-        head = kept.linear(stored.head, used.head, device)
-    norm = RMSNorm(kept.tensor(stored.norm).to(device), config.rms_norm_eps)
+        head = installed.linear(stored.head, used.head, device)
+    norm = RMSNorm(installed.tensor(stored.norm).to(device), config.rms_norm_eps)
     blocks = [block(layer) for layer in range(config.num_hidden_layers)]
     return Model(config, embedding, blocks, norm, head)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from mixchat.experts.placement import Placement
-from mixchat.experts.policies import DEFAULT_POLICY
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
+from mixchat.options import DEFAULT_POLICY
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.cost import Shape, TokenCost, moving_cost, token_cost
 from mixchat.planning.simulate import replay, synthetic_trace

@@ -10,7 +10,7 @@ import torch
 from mixchat import machine
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.experts.placement import MIN_SLOTS, Demand, Placement
-from mixchat.kernels.pages import Bits
+from mixchat.options import LoadOptions
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.cost import TokenCost
 from mixchat.planning.expectation import (
@@ -40,16 +40,6 @@ class Machine:
     disk_free: int
     gpu: str | None = None
     gpu_memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What a person has asked for; None chooses from what there is."""
-
-    host_memory: MemoryBudget | None = None
-    device_memory: MemoryBudget | None = None
-    context_size: int | None = None
-    kv_bits: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +107,12 @@ def look(directory: Path, device: torch.device) -> Machine:
     )
 
 
-def fit(blueprint: Blueprint, free: FreeMemory, wishes: Wishes) -> Fit:
+def fit(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
     """Where the model goes, as loading it now would have it; raises the same."""
-    context = context_size(blueprint.config, wishes.context_size)
-    demand = demand_of(blueprint, context, wishes.kv_bits)
-    placement = place(demand, free, wishes.host_memory, wishes.device_memory)
-    return Fit(context, _largest_context(blueprint, free, wishes, placement), demand, placement)
+    context = context_size(blueprint.config, options.context_size)
+    demand = demand_of(blueprint, context, options.kv_bits)
+    placement = place(demand, free, options.host_memory, options.device_memory)
+    return Fit(context, _largest_context(blueprint, free, options, placement), demand, placement)
 
 
 def plan_model(
@@ -130,10 +120,10 @@ def plan_model(
     device: torch.device,
     there: Machine,
     measured: Measurement,
-    wishes: Wishes,
+    options: LoadOptions,
 ) -> MachinePlan:
     """What the model will do on a machine that was looked at and measured. Raises as `fit`."""
-    fitted, speeds = fit(blueprint, there.free, wishes), measured.typical
+    fitted, speeds = fit(blueprint, there.free, options), measured.typical
     rates = hit_rates(blueprint, device, fitted.placement)
     return MachinePlan(
         machine=there,
@@ -148,22 +138,22 @@ def plan_model(
         measured_at=measured.measured_at,
         samples=len(measured.samples),
         first_token=first_token(blueprint, device, speeds),
-        what_more_buys=_what_more_buys(blueprint, device, there.free, measured, wishes),
+        what_more_buys=_what_more_buys(blueprint, device, there.free, measured, options),
     )
 
 
 def _largest_context(
-    blueprint: Blueprint, free: FreeMemory, wishes: Wishes, placement: Placement
+    blueprint: Blueprint, free: FreeMemory, options: LoadOptions, placement: Placement
 ) -> int:
     config, least = blueprint.config, MIN_SLOTS
     if free.device is None:
         room = free.host
-        if wishes.host_memory is not None:  # what was asked for, it gets
+        if options.host_memory is not None:  # what was asked for, it gets
             least = placement.slots
     else:
-        room = wishes.device_memory.of(free.device) if wishes.device_memory else free.device
+        room = options.device_memory.of(free.device) if options.device_memory else free.device
     room -= blueprint.shared_size + least * blueprint.expert.stride
-    token = cache_bytes(config, 1, blueprint.quantization.dtype, wishes.kv_bits)
+    token = cache_bytes(config, 1, blueprint.quantization.dtype, options.kv_bits)
     return min(room // token, config.max_position_embeddings)
 
 
@@ -172,15 +162,15 @@ def _what_more_buys(
     device: torch.device,
     free: FreeMemory,
     measured: Measurement,
-    wishes: Wishes,
+    options: LoadOptions,
 ) -> tuple[More, ...]:
     ways = [("host", step) for step in STEPS]
     if free.device is not None:
         ways.append(("device", STEPS[0]))
     found: list[More] = []
-    seen = {_counts(fit(blueprint, free, wishes).placement)}
+    seen = {_counts(fit(blueprint, free, options).placement)}
     for tier, step in ways:
-        placement = fit(blueprint, *_with_more(blueprint, free, wishes, tier, step)).placement
+        placement = fit(blueprint, *_with_more(blueprint, free, options, tier, step)).placement
         cost = decode_cost(blueprint, device, measured.typical, placement)
         speed = speed_range(blueprint, device, measured, placement)
         if cost is not None and speed is not None and _counts(placement) not in seen:
@@ -194,16 +184,16 @@ def _counts(placement: Placement) -> tuple[int, int]:
 
 
 def _with_more(
-    blueprint: Blueprint, free: FreeMemory, wishes: Wishes, tier: str, step: int
-) -> tuple[FreeMemory, Wishes]:
+    blueprint: Blueprint, free: FreeMemory, options: LoadOptions, tier: str, step: int
+) -> tuple[FreeMemory, LoadOptions]:
     """The same with `step` bytes more, of which all go to the model where it has a budget."""
     if tier == "host":
         whole = blueprint.expert_count * blueprint.expert.stride
-        budget = _raised(wishes.host_memory, whole, step)
-        return replace(free, host=free.host + step), replace(wishes, host_memory=budget)
+        budget = _raised(options.host_memory, whole, step)
+        return replace(free, host=free.host + step), replace(options, host_memory=budget)
     assert free.device is not None
-    budget = _raised(wishes.device_memory, free.device, step)
-    return replace(free, device=free.device + step), replace(wishes, device_memory=budget)
+    budget = _raised(options.device_memory, free.device, step)
+    return replace(free, device=free.device + step), replace(options, device_memory=budget)
 
 
 def _raised(budget: MemoryBudget | None, whole: int, step: int) -> MemoryBudget | None:

@@ -8,7 +8,7 @@ import torch
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import Bench, BenchOptions, Task
-from mixchat.loading.loader import LoadOptions
+from mixchat.options import LoadOptions
 
 OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 

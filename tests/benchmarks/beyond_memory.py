@@ -117,11 +117,11 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     prepare_environment()
     import torch
 
-    from mixchat.engine.sampling import SamplingOptions
     from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import load_engine
+    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import decode_cost, hit_rates
     from mixchat.planning.speeds import known_speeds

@@ -37,7 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from mixchat.kernels import four_bit
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions
 from mixchat.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.blueprint import Blueprint

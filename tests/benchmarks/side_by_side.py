@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.png import checked_picture
-    from mixchat.loading.loader import LoadOptions
+    from mixchat.options import LoadOptions
     from mixchat.planning.thread_count import settle_threads
 
     png = checked_picture(given.png)

@@ -59,10 +59,11 @@ class Presser:
 
 def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
-    from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
+    from chat_doubles import CharacterTokenizer, TinyTemplate
 
     from mixchat.chat.session import ChatSession
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import load_engine
+    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 

@@ -122,11 +122,11 @@ def fork(work: Callable[[], object], output: Path | None = None) -> int:
     except SystemExit as ending:
         code = int(ending.code or 0)
     except Exception as error:
-        from mixchat.cli.output.failure import MixchatError, report
+        from mixchat.cli.output.failure import MixchatError, print_error
 
         if not isinstance(error, MixchatError):
             os.environ["MIXCHAT_DEBUG"] = "1"
-        code = report(error)
+        code = print_error(error)
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertReport, ExpertStats
+from mixchat.options import SamplingOptions
 
 STOP = 0
 KEY = ExpertKey(0, 0)
@@ -29,18 +30,6 @@ class Experts:
     stats: ExpertStats = field(default_factory=ExpertStats)
     slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
     bytes_held: int = 16_000_000
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """As in mixchat.engine.sampling, which takes two seconds to import (torch)."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repeat_penalty: float = 1.0
-    seed: int | None = None
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from contextlib import closing
 
 import pytest
-from chat_doubles import CharacterTokenizer, PlainTemplate, SamplingOptions, ScriptedEngine
+from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine
 
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import PromptError
+from mixchat.options import SamplingOptions
 from mixchat.text.messages import Message
 
 

@@ -46,7 +46,6 @@ def process(environment):
 def mixchat(environment, monkeypatch, capsysbinary):
     """Runs `mixchat ARGS` inside the test, with a scripted engine (`fake=False`: without)."""
     from mixchat.cli.app import run as run_app
-    from mixchat.cli.opening import Opening
 
     def run(*arguments, stdin=b"", fake=True, **variables):
         with monkeypatch.context() as patch:
@@ -56,9 +55,7 @@ def mixchat(environment, monkeypatch, capsysbinary):
                 patch.setenv(key, str((environment | variables)[key]))
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             if fake:
-                light = fake_mixchat.LIGHT_SAMPLING
-                patch.setitem(sys.modules, "mixchat.engine.sampling", light)
-                patch.setattr(Opening, "open", fake_mixchat.open_fake)
+                patch.setattr("mixchat.cli.run.open_session", fake_mixchat.open_fake)
             with pytest.raises(SystemExit) as ending:
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()

@@ -10,17 +10,14 @@ import json
 import os
 import sys
 import time
-import types
 from pathlib import Path
 
 import mixchat.errors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
-import chat_doubles
 from chat_doubles import make_session
 
-# In place of the real module, which imports torch: that would cost two seconds a process.
-LIGHT_SAMPLING = types.SimpleNamespace(SamplingOptions=chat_doubles.SamplingOptions)
+from mixchat.cli.opening import resolve_sampling
 
 
 def answers():
@@ -33,15 +30,12 @@ def make_error(spec):
     return getattr(module, spec["raise"])(spec["with"])
 
 
-def open_fake(opening):
+def open_fake(model, load, form, *, sampling, **options):
     session = make_session(
         *answers(),
-        context_size=opening.context_size or 1000,
-        system=opening.system,
-        sampling=opening.sampling.options(),
-        max_tokens=opening.max_tokens,
-        stop=opening.stop,
-        overflow=opening.overflow,
+        context_size=load.context_size or 1000,
+        sampling=resolve_sampling(sampling, {}),
+        **options,
     )
     if delay := float(os.environ.get("DELAY", "0")):
         slow_down(session.engine, delay)
@@ -73,9 +67,7 @@ def record(engine, path):
 
 
 if __name__ == "__main__":
-    from mixchat.cli.app import run
-    from mixchat.cli.opening import Opening
+    from mixchat.cli import app, run
 
-    sys.modules["mixchat.engine.sampling"] = LIGHT_SAMPLING
-    Opening.open = open_fake
-    run(sys.argv[1:])
+    run.open_session = open_fake
+    app.run(sys.argv[1:])

@@ -3,19 +3,21 @@
 import os
 
 import pytest
-from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
+from chat_doubles import CharacterTokenizer, TinyTemplate
 
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.cache_file import ChatFile, SavedCache
 from mixchat.errors import UsageError
+from mixchat.options import SamplingOptions
 
 
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
     from mixchat.chat.session import ChatSession
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import load_engine
+    from mixchat.options import LoadOptions
 
     def new():
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))

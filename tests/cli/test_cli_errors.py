@@ -113,10 +113,10 @@ def test_each_error_has_its_exit_code(mixchat, kind, code):
 
 @pytest.mark.parametrize("base", [MemoryError, RuntimeError])
 def test_a_gpus_memory_that_runs_out_says_what_to_try(capsys, base):
-    from mixchat.cli.output.failure import report
+    from mixchat.cli.output.failure import print_error
 
     error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
-    assert report(error) == 7
+    assert print_error(error) == 7
     assert capsys.readouterr().err == (
         "error: there is not enough memory\nhint: Try a smaller --ctx-size or --device-memory.\n"
     )
@@ -145,7 +145,7 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     from mixchat.cli.output import failure
 
     monkeypatch.setattr(failure, "memory_left_by_ulimit", lambda: {"ulimit -v": 5})
-    assert failure.report(error) == 7
+    assert failure.print_error(error) == 7
     assert capsys.readouterr().err == (
         "error: there is not enough memory\n"
         "hint: A limit from outside allows no more (ulimit -v): raise it.\n"
@@ -161,9 +161,9 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     ],
 )
 def test_other_faults_are_not_taken_for_a_lack_of_memory(capsys, error):
-    from mixchat.cli.output.failure import report
+    from mixchat.cli.output.failure import print_error
 
-    assert report(error) == 1
+    assert print_error(error) == 1
     assert "internal error" in capsys.readouterr().err
 
 

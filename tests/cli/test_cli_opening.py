@@ -27,7 +27,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     class Engine:
         config = Config()
 
-    def load_engine(directory, options):
+    def load_engine(directory, options, note):
         seen["directory"], seen["load"] = directory, options
         return Engine()
 

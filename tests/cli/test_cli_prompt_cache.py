@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -41,23 +42,19 @@ def exact_model(tiny_checkpoint, keep):
 def ask(mixchat, monkeypatch, exact_model):
     """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
     from mixchat.chat.session import ChatSession
-    from mixchat.cli.opening import Opening
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.cli.opening import resolve_sampling
+    from mixchat.loading.loader import load_engine
 
-    def opened(opening):
-        options = LoadOptions(
-            device="cpu", kv_bits=opening.kv_bits, context_size=opening.context_size
-        )
+    def opened(model, load, form, *, sampling, **options):
         return ChatSession(
-            load_engine(exact_model, options),
+            load_engine(exact_model, replace(load, device="cpu")),
             Tokenizer(),
             Template(),
-            system=opening.system,
-            sampling=opening.sampling.options(),
-            max_tokens=opening.max_tokens,
+            sampling=resolve_sampling(sampling, {}),
+            **options,
         )
 
-    monkeypatch.setattr(Opening, "open", opened)
+    monkeypatch.setattr("mixchat.cli.run.open_session", opened)
     return lambda *arguments: mixchat(
         *("run", "-s", "A long text.", "--temp", "0", "-n", "8", *arguments), fake=False
     )

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mixchat.engine.generate import Engine
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.safetensors import SafetensorsFile
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]

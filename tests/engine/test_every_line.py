@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from mixchat.engine import generate
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.experts import cache, fetcher, mover
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 

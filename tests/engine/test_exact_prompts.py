@@ -10,11 +10,11 @@ import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError
 from mixchat.kernels import four_bit
-from mixchat.loading.loader import LoadOptions, keeps_tokens_apart, load_engine
+from mixchat.loading.loader import keeps_tokens_apart, load_engine
 from mixchat.model_config import ModelConfig
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 

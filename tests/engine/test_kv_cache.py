@@ -14,10 +14,10 @@ from mixchat.engine.kv_cache import (
     cache_bytes,
     new_cache,
 )
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.kernels import attention
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
 from mixchat.model_config import ModelConfig
+from mixchat.options import LoadOptions, SamplingOptions
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_dict(

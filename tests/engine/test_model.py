@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixchat.experts.runner import CachedExpertRunner
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
 
 CPU = LoadOptions(device="cpu")

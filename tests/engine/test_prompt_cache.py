@@ -18,9 +18,9 @@ from mixchat.engine import kv_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 
 GREEDY = SamplingOptions(temperature=0)

@@ -12,7 +12,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mixchat.engine.sampling import Sampler, SamplingOptions, filtered_probabilities, penalize
+from mixchat.engine.sampling import Sampler, filtered_probabilities, penalize
+from mixchat.options import SamplingOptions
 
 
 def random_logits(seed: int, size: int = 50) -> torch.Tensor:

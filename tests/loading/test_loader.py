@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import free_memory
-from mixchat.loading.loader import LoadOptions, choose_device, load_engine
+from mixchat.loading.loader import choose_device, load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from mixchat.engine.generate import Engine
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.sources import HostTier
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.loading.tiers import Note
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
@@ -65,7 +66,9 @@ def text(engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
     return list(engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=24))
 
 
-def load(model: Path, slots: int, host: int, expert: int, **options: Any) -> Engine:
+def load(
+    model: Path, slots: int, host: int, expert: int, note: Note = lambda text: None, **options: Any
+) -> Engine:
     """An engine on "cpu:0" with so many slots there and in RAM."""
     with InstalledModel(model) as kept:
         shared = kept.blueprint.shared_size
@@ -78,6 +81,7 @@ def load(model: Path, slots: int, host: int, expert: int, **options: Any) -> Eng
             device="cpu:0",
             **options,
         ),
+        note,
     )
 
 

@@ -12,13 +12,14 @@ import torch
 
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Placement
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
 from mixchat.model_config import ModelConfig
+from mixchat.options import LoadOptions
 from mixchat.planning import fitting, speeds
 from mixchat.planning.calibration import SAMPLES, Calibration, Measurement
 from mixchat.planning.expectation import predicted
 from mixchat.planning.fitting import FreeMemory
-from mixchat.planning.plan import Machine, MachinePlan, Wishes, fit, look, plan_model
+from mixchat.planning.plan import Machine, MachinePlan, fit, look, plan_model
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
@@ -49,12 +50,14 @@ def measured(*samples: Calibration) -> Measurement:
     return Measurement(1.7e9, samples)
 
 
-def on_cpu(ram: float, **wishes: Any) -> MachinePlan:
-    return plan_model(BLUEPRINT, CPU, machine(ram), measured(SPEEDS), Wishes(**wishes))
+def on_cpu(ram: float, **options: Any) -> MachinePlan:
+    return plan_model(BLUEPRINT, CPU, machine(ram), measured(SPEEDS), LoadOptions(**options))
 
 
-def on_gpu(gpu: float, ram: float, **wishes: Any) -> MachinePlan:
-    return plan_model(BLUEPRINT, GPU, machine(ram, gpu), measured(GPU_SPEEDS), Wishes(**wishes))
+def on_gpu(gpu: float, ram: float, **options: Any) -> MachinePlan:
+    return plan_model(
+        BLUEPRINT, GPU, machine(ram, gpu), measured(GPU_SPEEDS), LoadOptions(**options)
+    )
 
 
 def speed(found: MachinePlan) -> float:
@@ -142,24 +145,24 @@ def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "wishes"),
+    ("there", "options"),
     [
-        (machine(6), Wishes()),
-        (machine(64), Wishes(host_memory=MemoryBudget(fraction=1.0))),
-        (machine(29.5), Wishes(host_memory=MemoryBudget(fraction=1.0))),
-        (machine(64, 5.2), Wishes()),
-        (machine(64, 24), Wishes(device_memory=MemoryBudget(size=5 * GB))),
+        (machine(6), LoadOptions()),
+        (machine(64), LoadOptions(host_memory=MemoryBudget(fraction=1.0))),
+        (machine(29.5), LoadOptions(host_memory=MemoryBudget(fraction=1.0))),
+        (machine(64, 5.2), LoadOptions()),
+        (machine(64, 24), LoadOptions(device_memory=MemoryBudget(size=5 * GB))),
     ],
     ids=["little RAM", "much RAM", "a budget", "a GPU", "a budget on a GPU"],
 )
 def test_the_largest_context_fits_and_one_token_more_does_not(
-    there: Machine, wishes: Wishes
+    there: Machine, options: LoadOptions
 ) -> None:
-    largest = fit(BLUEPRINT, there.free, wishes).largest_context
+    largest = fit(BLUEPRINT, there.free, options).largest_context
     assert 8192 <= largest <= 32768
-    fit(BLUEPRINT, there.free, replace(wishes, context_size=largest))
+    fit(BLUEPRINT, there.free, replace(options, context_size=largest))
     with pytest.raises((ResourceError, UsageError)):
-        fit(BLUEPRINT, there.free, replace(wishes, context_size=largest + 1))
+        fit(BLUEPRINT, there.free, replace(options, context_size=largest + 1))
 
 
 def test_what_does_not_fit_is_refused_as_loading_refuses_it() -> None:
@@ -181,7 +184,7 @@ def test_a_plan_places_what_loading_places(
 ) -> None:
     free = GB + 300_000  # so that all but some of the memory is the reserve
     with InstalledModel(tiny_model) as kept:
-        planned = fit(kept.blueprint, FreeMemory(free), Wishes(budget, None, context))
+        planned = fit(kept.blueprint, FreeMemory(free), LoadOptions(budget, None, context))
     monkeypatch.setattr("mixchat.planning.fitting.free_memory", lambda device: free)
     options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
     engine = load_engine(tiny_model, options)
@@ -192,8 +195,8 @@ def test_a_plan_places_what_loading_places(
 def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> None:
     """One sample gave 0.99 tokens a second where others gave 0.53 to 0.81."""
     samples = [replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)]
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(*samples), Wishes())
-    alone = [plan_model(BLUEPRINT, CPU, machine(14.5), measured(s), Wishes()) for s in samples]
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(*samples), LoadOptions())
+    alone = [plan_model(BLUEPRINT, CPU, machine(14.5), measured(s), LoadOptions()) for s in samples]
     assert found.speed is not None
     assert (found.speed.low, found.speed.high) == (speed(alone[2]), speed(alone[0]))
     assert speed(found) == speed(alone[1])
@@ -204,7 +207,7 @@ def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> No
 
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
     blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(blind), Wishes())
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(blind), LoadOptions())
     assert found.speed is None
     assert (found.cost, found.first_token, found.tokens_per_second) == (None, None, None)
     # What holds all needs no disk to decode.
@@ -275,7 +278,7 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     key = speeds.calibration_key(BLUEPRINT, home, CPU)
     content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
     speeds.calibration_path().write_text(json.dumps(content))
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(SPEEDS, slow), Wishes())
+    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(SPEEDS, slow), LoadOptions())
     assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.speed
     assert predicted(BLUEPRINT, home, GPU, placement) is None
     assert counted == []

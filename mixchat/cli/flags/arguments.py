@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
-from mixchat.cli.output.failure import note
 from mixchat.context import Context
 from mixchat.errors import PromptError, UsageError
 
+Note = Callable[[str], object]  # prints a line that a person should see
 STDIN = "-"
 _PATIENCE = 1.0  # seconds
 
 
-def read_files(paths: Iterable[Path], context: Context, quiet: bool) -> dict[Path, str]:
+def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path, str]:
     """The texts of files, by path; that of `-` is standard input's.
 
     Raises `PromptError` where one of them is empty, not text, or too long for the context.
     """
     return {
-        path: _required_stdin(context, quiet)
+        path: _required_stdin(context, note)
         if str(path) == STDIN
         else read_text_file(path, context)
         for path in paths
@@ -31,7 +31,7 @@ def read_files(paths: Iterable[Path], context: Context, quiet: bool) -> dict[Pat
 
 
 def read_prompt(
-    argument: str | None, files: Mapping[Path, str], context: Context, quiet: bool
+    argument: str | None, files: Mapping[Path, str], context: Context, note: Note
 ) -> str | None:
     """The prompt: standard input if it is not a terminal, then the texts of files, then `argument`;
     a blank line between them.
@@ -42,7 +42,7 @@ def read_prompt(
     """
     named, piped = STDIN in map(str, files), None
     if not named and (argument == STDIN or not stdin_is_terminal()):
-        piped = _read_stdin(context, quiet)
+        piped = _read_stdin(context, note)
     argument = None if argument == STDIN else argument
     if argument is not None and not _is_text(argument):
         decode(_bytes_of(argument), "the prompt")
@@ -71,25 +71,25 @@ def checked(argument: str, what: str) -> str:
     return argument
 
 
-def _required_stdin(context: Context, quiet: bool) -> str:
-    text = _read_stdin(context, quiet)
+def _required_stdin(context: Context, note: Note) -> str:
+    text = _read_stdin(context, note)
     if not text.strip():
         raise PromptError("standard input is empty")
     return text
 
 
-def _read_stdin(context: Context, quiet: bool) -> str:
+def _read_stdin(context: Context, note: Note) -> str:
     if sys.stdin is None:  # closed
         return ""
-    with _said_if_it_takes_long(quiet):
+    with _said_if_it_takes_long(note):
         # Python would decode it by the locale, and let bytes that are no text through in some.
         return read_stream(sys.stdin.buffer, "standard input", context)
 
 
 @contextmanager
-def _said_if_it_takes_long(quiet: bool) -> Iterator[None]:
+def _said_if_it_takes_long(note: Note) -> Iterator[None]:
     """Tell whoever sits at the terminal what is waited for: it may well be nothing."""
-    if quiet or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         yield
         return
     how = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"

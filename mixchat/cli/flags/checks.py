@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast, get_args
 
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import checked
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
+from mixchat.options import CacheBits
 
 # By their names in Python: the flag, and what its value has to be.
 _NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}
-
-
-def fits(name: str, value: Any) -> bool:
-    """Whether a value is within the limits of a flag of sampling or of a length."""
-    return _NUMBERS[name][1].fits(value)
 
 
 def within_limits(name: str) -> Callable[[Any], None]:
     """A check that raises `UsageError` for a value outside the limits of a flag; NaN always is."""
     flag, number = _NUMBERS[name]
     return lambda value: number.check(flag, value)
+
+
+def checked_bits(bits: int | None) -> CacheBits | None:
+    """Return the bits, if a number of the KV cache can have them. Raises `UsageError`."""
+    if bits in (None, *get_args(CacheBits)):
+        return cast("CacheBits | None", bits)
+    raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
 
 
 def checked_policy(name: str) -> str:

@@ -17,8 +17,8 @@ _DAMAGE = (
 
 AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
 
-Origin = Literal["flag", "variable", "file", "default"]
-_ORIGINS: dict[str, Origin] = {
+ValueSource = Literal["flag", "variable", "file", "default"]
+_SOURCES: dict[str, ValueSource] = {
     "COMMANDLINE": "flag",
     "ENVIRONMENT": "variable",
     "DEFAULT_MAP": "file",
@@ -47,16 +47,16 @@ def settings_of(command: Any) -> dict[str, Any]:
     return {key: parameter for parameter in command.params if (key := _key(parameter))}
 
 
-def origin(context: typer.Context, parameter: Any) -> Origin:
-    """Where the value of a parameter is from."""
+def value_source(context: typer.Context, parameter: Any) -> ValueSource:
+    """Return where the value of a parameter comes from."""
     source = context.get_parameter_source(parameter.name)
-    return _ORIGINS.get(source.name, "default") if source else "default"
+    return _SOURCES.get(source.name, "default") if source else "default"
 
 
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether a flag gives a parameter, by its name in Python."""
     source = context.get_parameter_source(name)
-    return source is not None and _ORIGINS.get(source.name) == "flag"
+    return source is not None and _SOURCES.get(source.name) == "flag"
 
 
 def mark_damaged(context: typer.Context, error: UsageError) -> None:
@@ -67,7 +67,7 @@ def mark_damaged(context: typer.Context, error: UsageError) -> None:
 def explained(error: typer.BadParameter) -> Exception:
     """The error, naming the variable or the file if the value is from there."""
     context: Any = error.ctx
-    if context is None or origin(context, error.param) in ("flag", "default"):
+    if context is None or value_source(context, error.param) in ("flag", "default"):
         return error
     return _named(context, error.param, error.message, None)
 
@@ -94,7 +94,7 @@ def _named(context: typer.Context, parameter: Any, message: str, hint: str | Non
     where = {
         "variable": parameter.envvar,
         "file": f"{config_file()}: {_key(parameter)}",
-    }.get(origin(context, parameter))
+    }.get(value_source(context, parameter))
     if where is None:
         return UsageError(message, hint=hint)
     flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 
 from mixchat.cli.flags.checks import (
+    checked_bits,
     checked_device,
     checked_model,
     checked_policy,
     checked_stops,
     checked_system,
-    fits,
     within_limits,
 )
 from mixchat.cli.flags.config_flag import AGAIN, setting, setting_argument
 from mixchat.cli.flags.shell_completion import among, runnable_models
-from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
 from mixchat.quantities import MemoryBudget
-
-if TYPE_CHECKING:
-    from mixchat.engine.sampling import SamplingOptions
-
-
-def checked_bits(bits: int | None) -> Literal[8, 16] | None:
-    """The bits, if a KV cache can have them. Raises `UsageError`."""
-    if bits is None or bits == 8 or bits == 16:
-        return cast("Literal[8, 16] | None", bits)
-    raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
-
 
 # Where a flag is not given, the model's generation_config.json decides, then the engine.
 Model = Annotated[
@@ -246,32 +231,6 @@ def model_argument(help: str) -> Any:
         autocompletion=runnable_models,
         help=help,
     )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """`SamplingOptions` as the command line gives them; None is what was not given."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-    seed: int | None = None
-
-    def options(self, own: Mapping[str, Any] = MappingProxyType({})) -> SamplingOptions:
-        """The same for the engine, `own` being what the model's makers advise.
-
-        What they advise beyond the limits is left out. A seed is drawn here, so that it can be
-        shown and repeated.
-        """
-        import secrets
-
-        from mixchat.engine.sampling import SamplingOptions
-
-        advised = {k: v for k, v in own.items() if fits(k, v)}
-        given = {key: value for key, value in asdict(self).items() if value is not None}
-        return SamplingOptions(**{"seed": secrets.randbelow(2**32), **advised, **given})
 
 
 def budget(text: str | None) -> MemoryBudget | None:

@@ -35,7 +35,7 @@ def confirmed(question: str) -> bool:
     return typer.confirm(one_line(question), err=True)
 
 
-def report(error: Exception) -> int:
+def print_error(error: Exception) -> int:
     """Print one line for `error`, and a second one if there is a hint. Returns the exit code."""
     known = _as_ours(error)
     if known is None:

@@ -27,6 +27,11 @@ class Form:
     raw: bool = False
     quiet: bool = False
 
+    def note(self, text: str) -> None:
+        """Print a note on standard error, unless it is to be quiet."""
+        if not self.quiet:
+            note(text)
+
     def check(self, chat: bool) -> None:
         """Raise `UsageError` for what cannot be together, or not in a chat."""
         if self.as_json and self.extract:
@@ -45,25 +50,25 @@ def print_answer(session: ChatSession, question: str, form: Form, model: str) ->
     that could be extracted. A reader that goes away is noticed at the next token.
     """
     if form.as_json or form.extract or not form.stream:
-        finished = _listen(session, question, lambda text: None, form.quiet)
+        finished = _listen(session, question, lambda text: None, form)
         _raise_if_interrupted(finished)
         _print_whole(session, finished, form, model)
     elif sys.stdout.isatty():
         finished = _draw(session, question, form.raw)
     else:
-        finished = _pipe(session, question, form.quiet)
+        finished = _pipe(session, question, form)
     _raise_if_interrupted(finished)
-    if finished.reason == "context" and not form.quiet:
-        note(f"cut off, the context of {session.engine.context_size} tokens is full")
-    if finished.reason == "length" and session.max_tokens is None and not form.quiet:
+    if finished.reason == "context":
+        form.note(f"cut off, the context of {session.engine.context_size} tokens is full")
+    if finished.reason == "length" and session.max_tokens is None:
         from mixchat.chat.answer import cut_off
 
-        note(cut_off(finished.stats.generated_tokens, "-n N"))
+        form.note(cut_off(finished.stats.generated_tokens, "-n N"))
     return finished
 
 
 def _listen(
-    session: ChatSession, question: str, take: Callable[[str], object], quiet: bool
+    session: ChatSession, question: str, take: Callable[[str], object], form: Form
 ) -> Finished:
     from mixchat.chat.session import LeftOut, TextDelta
     from mixchat.chat.terminal.screen import left_out
@@ -73,8 +78,7 @@ def _listen(
             if isinstance(event, TextDelta):
                 take(event.text)
             elif isinstance(event, LeftOut):
-                if not quiet:
-                    note(left_out(event.turns))
+                form.note(left_out(event.turns))
             else:
                 return event
     raise AssertionError("an answer has an end")
@@ -89,7 +93,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
         return screen.show(session.ask(question))
 
 
-def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
+def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
     """For a program that reads: what the model wrote, each piece at once, and a last newline."""
     last = ""
 
@@ -98,7 +102,7 @@ def _pipe(session: ChatSession, question: str, quiet: bool) -> Finished:
         last = text
         show_piece(text)
 
-    finished = _listen(session, question, take, quiet)
+    finished = _listen(session, question, take, form)
     show_piece("" if last.endswith("\n") else "\n")
     return finished
 

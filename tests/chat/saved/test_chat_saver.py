@@ -5,12 +5,12 @@ import os
 import threading
 
 import pytest
-from chat_doubles import SamplingOptions
 
 from mixchat.chat.saved import chat_store
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import UsageError
+from mixchat.options import SamplingOptions
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 import signal
 
 import pytest
-from chat_doubles import SamplingOptions
 from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 
 from mixchat.chat.saved.chat_store import ChatStore
@@ -16,6 +15,7 @@ from mixchat.chat.terminal.command_help import help_text
 from mixchat.chat.terminal.commands import ALIASES, COMMANDS, completions, usages
 from mixchat.chat.terminal.screen import Screen
 from mixchat.errors import MixchatError
+from mixchat.options import SamplingOptions
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import signal
 from contextlib import closing
 
 import pytest
-from chat_doubles import CharacterTokenizer, SamplingOptions, TinyTemplate
+from chat_doubles import CharacterTokenizer, TinyTemplate
+
+from mixchat.options import SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0)
 
@@ -20,7 +22,8 @@ def exact_model(tiny_checkpoint, keep):
 
 @pytest.fixture
 def open_engine(exact_model):
-    from mixchat.loading.loader import LoadOptions, load_engine
+    from mixchat.loading.loader import load_engine
+    from mixchat.options import LoadOptions
 
     return lambda: load_engine(exact_model, LoadOptions(device="cpu", context_size=128))
 

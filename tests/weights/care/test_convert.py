@@ -15,9 +15,9 @@ from test_repair import flip, mend, verify
 from weight_tools import Meter, files_of
 
 from mixchat import machine
-from mixchat.engine.sampling import SamplingOptions
 from mixchat.errors import CheckpointError, ResourceError, UsageError
-from mixchat.loading.loader import LoadOptions, load_engine
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import NoProgress
 from mixchat.safetensors import SafetensorsWriter
 from mixchat.weights import models

@@ -1,0 +1,48 @@
+"""The options of sampling and of loading a model, which flags give and the engine takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mixchat.quantities import MemoryBudget
+
+CacheBits = Literal[8, 16]
+DEFAULT_POLICY = "layered"  # of `experts.policies.POLICIES`
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the sampler chooses a token.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
+    filter off; `seed` None draws one.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, or would be. None chooses from what the machine has.
+
+    host_memory: RAM for experts; device_memory: all that may be taken on a GPU; context_size: in
+    tokens; kv_bits: bits of a number in the KV cache, None for those of the model's own dtype;
+    exact_prompts: compute the tokens of a prompt to the bit as decoded ones; device: torch's name;
+    cache_policy: a key of `experts.policies.POLICIES`; trace: a file that gets the routing.
+    """
+
+    host_memory: MemoryBudget | None = None
+    device_memory: MemoryBudget | None = None
+    context_size: int | None = None
+    kv_bits: CacheBits | None = None
+    exact_prompts: bool = False
+    device: str | None = None
+    cache_policy: str = DEFAULT_POLICY
+    trace: Path | None = None
