@@ -1,17 +1,19 @@
-"""Vector code for CPUs, written in Python and compiled by LLVM where it runs.
+"""Vector code for CPUs, written in Python and compiled by LLVM on the machine where it runs.
+
+Read emit.py first, then units.py, tile.py and four_bit.py: from single instructions to a product.
 
 - emit.py: a small language for writing vector code in Python
-- arithmetic.py: what no single instruction computes
-- compile.py: machine code of this CPU
-- object_cache.py: the same, cached from run to run
-- threads.py: runs it on all cores, with torch's threads
+- arithmetic.py: functions of numbers that no single instruction computes
+- compile.py: compiles it to machine code of this CPU
+- object_cache.py: caches machine code from run to run
+- threads.py: runs it on several cores, with torch's threads
 - signature.py: the arguments of a kernel
+- units.py: looks codes up and multiplies: AVX2, AVX-512, AVX-512 with bytes
+- tile.py: some rows of a 4-bit matrix times some tokens, in registers
 - four_bit.py: x times a matrix of 4-bit codes
-- tile.py: some rows of it with some tokens, in registers
-- units.py: the instructions: AVX2, AVX-512, AVX-512 with bytes
 - rows.py: norm, rotation, gating, weighted sums: a token's row in one pass
 - router.py: the best experts of a token
 - pages.py: keys and values in pages
-- attention.py: attention over them
-- dense.py: x times a matrix that is not quantized, each row of x by itself
+- attention.py: attention over these pages
+- dense.py: x times a dense matrix, each row of x by itself
 """

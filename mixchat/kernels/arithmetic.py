@@ -1,4 +1,4 @@
-"""Functions of floats, or vectors of them, that no single instruction computes."""
+"""Functions of numbers, or vectors of them, that no single instruction computes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from typing import Any, Literal
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, vector
 
 _LOG2_E = 1.4426950408889634
-_LEAST = -126.0  # powers of two below this are no normal floats
-# 2^x for x from -1/2 to 1/2: the Taylor series, whose first term left out is 2e-8 of the result.
+_LEAST = -126.0  # the exponent of the least normal float
+# The Taylor series of 2^x, for x from -1/2 to 1/2: the next term would be 2e-8 of the result.
 _SERIES = (1.0, 0.6931471806, 0.2402265070, 0.0555041087, 0.0096181291, 0.0013333558, 0.0001540353)
 
 
 def exponential(function: Function, x: Value) -> Value:
-    """e^x for a float or a vector of them, x <= 0, to 3e-7 of the result; 0 below e^-87."""
-    whole_type = _as_many(i32, x)
+    """Return e^x for floats x <= 0, with a relative error of 3e-7; 0 where it is below e^-87."""
+    integers = _as_many(i32, x)
     power = x * _LOG2_E
-    is_seen = power.compare(">", _LEAST)
-    power = is_seen.choose(power, _LEAST)
+    is_normal = power.compare(">", _LEAST)
+    power = is_normal.choose(power, _LEAST)
     whole = function.rounded(power)
     rest = power - whole
     result = function.constant(x.type, _SERIES[-1])
     for factor in reversed(_SERIES[:-1]):
         result = function.multiply_add(result, rest, function.constant(x.type, factor))
     # A float times 2^n: n is added to its exponent, which begins at bit 23.
-    bits = result.bits_as(whole_type) + (whole.as_whole(whole_type) << 23)
-    return is_seen.choose(bits.bits_as(x.type), 0.0)
+    bits = result.bits_as(integers) + (whole.as_integer(integers) << 23)
+    return is_normal.choose(bits.bits_as(x.type), 0.0)
 
 
 def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None) -> Value:
     """Load number `place` of a tensor in bf16 (`bf16`) or fp32, or `count` numbers from there."""
-    short, whole, real = (
+    short, integer, real = (
         kind if count is None else vector(kind, count) for kind in (i16, i32, f32)
     )
     if not bf16:
         return pointer.load(real, place * 4)
-    return (pointer.load(short, place * 2).widened(whole) << 16).bits_as(real)
+    return (pointer.load(short, place * 2).widened(integer) << 16).bits_as(real)
 
 
 def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None:
-    """Store fp32 numbers from number `place` of a tensor on, in bf16 (`bf16`) rounded."""
+    """Store fp32 numbers in a tensor, from its number `place` on; rounded if it is in `bf16`."""
     if bf16:
         pointer.store(rounded_to_bf16(value), place * 2)
     else:
@@ -47,7 +47,7 @@ def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None
 
 
 def rounded_to_bf16(value: Value) -> Value:
-    """The upper half, to the nearest, to even where two are as near; NaN stays NaN."""
+    """Round fp32 to the nearest bf16, ties to even; return its bits (i16). NaN stays NaN."""
     bits = value.bits_as(_as_many(i32, value))
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
@@ -55,7 +55,10 @@ def rounded_to_bf16(value: Value) -> Value:
 
 
 def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> Value:
-    """The sum of a vector's numbers, or the largest of them, halved again and again."""
+    """Return the sum or the maximum of a vector, whose halves are combined again and again.
+
+    A sum is rounded differently in `Function.total`, which adds from the first to the last.
+    """
     count = value.type.count
     while count > 1:
         count //= 2
@@ -66,6 +69,6 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
 
 
 def _as_many(element: Any, value: Value) -> Any:
-    """The type of as many of these as the value has."""
+    """Return the type of a vector of `element`, as long as the value; or `element` for a number."""
     count = getattr(value.type, "count", None)
     return element if count is None else vector(element, count)

@@ -1,8 +1,8 @@
 """Attention of new tokens over a cache in pages, at the speed at which memory can be read.
 
-All is computed in fp32. Softmax is done as the keys come by (Milakov & Gimelshein,
-arXiv:1805.02867), for 512 of them as one item of work, and then put together. A row is a pair of
-new token and head. Each row is computed by itself: its result does not depend on the others.
+Everything is computed in fp32. `attend` computes an online softmax (Milakov & Gimelshein,
+arXiv:1805.02867) over 512 keys in each item of work; `merge` combines these parts. A row is a pair
+of new token and head. Each row is computed by itself: its result does not depend on the others.
 
 T = new tokens, P = tokens before them, H = heads, G = groups (of R = H / G heads), h = head_dim.
 """
@@ -32,9 +32,9 @@ from mixchat.kernels.signature import Signature
 
 _KEYS = 64  # that are scored before their values are added
 _SPLIT = PAGE  # keys of one item of work
-_ROWS = 32  # of one item of work, or those of one token where it has more
-_TILE = 4  # rows that are computed together
-_VECTORS = 2  # of keys, or of a value's width, that are computed together
+_ROWS = 32  # of one item of work, unless one token has more
+_TILE = 4  # rows that are computed at once
+_VECTORS = 2  # of keys, or of a value's numbers, that are computed at once
 _MASKED, _LOWEST = -3e38, -1e38  # scores; e^(masked - lowest) is 0
 _NO_WINDOW = 2**30  # tokens
 _SIGNATURE = Signature(
@@ -48,10 +48,11 @@ __all__ = ["attend", "available"]
 def attend(
     shape: CacheShape, pages: torch.Tensor, past: int, queries: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """What the tokens of `queries` [T, H, h] see of the cache, which has their own keys too.
+    """Return the attention [T, H, h] of `queries` [T, H, h] over the cache, in their type.
 
-    Each sees itself and all before it, with a sliding window the last `window` of these. Returns
-    [T, H, h] in the type of the queries, fp32 or bf16. `pages` as for `store`.
+    fp32 or bf16. The cache holds the keys and values of these tokens already. A token attends to
+    itself and all before it; with a sliding window, to the last `window` of these. `pages` as for
+    `store`.
     """
     queries = queries.contiguous()
     tokens = queries.shape[0]
@@ -78,13 +79,13 @@ def attend(
 
 
 def _rows(shape: CacheShape) -> int:
-    """Rows of one item of work, at most."""
+    """Return the most rows of one item of work."""
     return max(_ROWS, shape.shared)
 
 
 @functools.cache
 def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """The functions for new tokens in bf16 (`bf16`) or fp32."""
+    """Compile the functions for new tokens in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("attention")
     _Attend(module, shape, LANES[instructions], bf16).write()
@@ -93,9 +94,10 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
 
 
 class _Attend:
-    """Some rows of a group over up to `_SPLIT` keys: largest score, sum of weights, sum of values.
+    """The function `attend`: some rows of a group over one split, which is up to `_SPLIT` keys.
 
-    These three, width + 2 floats, are put down for each row and split, for `merge`.
+    For each row and split it stores largest score, sum of weights and weighted sum of values, which
+    are width + 2 floats, for `merge`.
     """
 
     def __init__(self, module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
@@ -106,9 +108,7 @@ class _Attend:
         self._queries = function.scratch(_rows(shape) * shape.width * 4)
         self._scores = function.scratch(_rows(shape) * _KEYS * 4)
         self._sums = function.scratch(_rows(shape) * shape.width * 4)
-        self._state = function.scratch(
-            _rows(shape) * 8
-        )  # of each row the largest score, the weights
+        self._state = function.scratch(_rows(shape) * 8)  # largest score, sum of weights
 
     def write(self) -> None:
         function, given, shape = self.function, self._given, self.shape
@@ -118,17 +118,14 @@ class _Attend:
         with function.each_item(function.pointer, blocks * splits * shape.groups) as item:
             split, rest = item % splits, item // splits
             group, first = rest % shape.groups, rest // shape.groups * per_item
-            end = first + per_item
-            end = end.compare("<", tokens).choose(end, tokens)
+            end = function.minimum(first + per_item, tokens)
             rows = (end - first) * shape.shared
             self._begin(first, group, rows)
-            # The window of the first token, and what the last one sees.
+            # From the window of the first token to the last token itself.
             lowest = past + first + 1 - given.number("window")
             start = split * _SPLIT
-            lowest = lowest // _KEYS * _KEYS
-            start_at = lowest.compare(">", start).choose(lowest, start)
-            limit, seen = start + _SPLIT, past + end
-            limit = limit.compare("<", seen).choose(limit, seen)
+            start_at = function.maximum(lowest // _KEYS * _KEYS, start)
+            limit = function.minimum(start + _SPLIT, past + end)
             with function.loop(start_at, limit, _KEYS) as (key, _):
                 page = group_part(given, shape, key, group)
                 following = key + _KEYS
@@ -141,12 +138,12 @@ class _Attend:
         function.finish()
 
     def _row(self, row: Value, first: Value, group: Value) -> Value:
-        """The number of a row of this item among all T * H."""
+        """Return the number of a row of this item among all T * H rows."""
         shared = self.shape.shared
         return (first + row // shared) * self.shape.heads + group * shared + row % shared
 
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
-        """The queries as fp32, times 1 / sqrt(h); nothing seen yet."""
+        """Prepare the queries in fp32, times 1 / sqrt(h), and an empty state."""
         function, shape, lanes = self.function, self.shape, self.lanes
         queries, bf16 = self._given.pointer("queries"), self._bf16
         zeros = function.constant(self.floats, 0.0)
@@ -163,32 +160,32 @@ class _Attend:
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
 
     def _unpacked(self, words: Value) -> list[Value]:
-        """The numbers of the words, as floats: those in the low bits first."""
+        """Return the numbers in the words, as floats: those in the low bits first."""
         if self.shape.bits == 32:
             return [words.bits_as(self.floats)]
         if self.shape.bits == 16:
             both = words << 16, words & 0xFFFF0000
             return [words.bits_as(self.floats) for words in both]
         return [
-            (words << (24 - 8 * number)).sign_shifted(24).as_float(self.floats)
+            (words << (24 - 8 * number)).arithmetic_shift(24).as_float(self.floats)
             for number in range(4)
         ]
 
     def _tiles(
         self, rows: Value
     ) -> Iterator[tuple[int, AbstractContextManager[tuple[Value, list[Value]]]]]:
-        """The rows in tiles: the rows of each, and a loop over the first of them."""
+        """Divide the rows into tiles: yield the rows of a tile, and a loop over such tiles."""
         whole = rows // _TILE * _TILE
         yield _TILE, self.function.loop(0, whole, _TILE)
         yield 1, self.function.loop(whole, rows, 1)
 
     def _score(self, page: Pointer, here: Value, rows: Value) -> None:
-        """Queries times keys."""
+        """Compute the scores: queries times keys."""
         function, shape, lanes = self.function, self.shape, self.lanes
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
         block_bytes = words * BLOCK * 4
-        # Both take as many bytes a token: what is read of the keys is fetched of the values too.
+        # Keys and values of a token have as many bytes: while keys are read, values are prefetched.
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
@@ -223,7 +220,7 @@ class _Attend:
                         self._scores.store(score if scale is None else score * scale, where * 4)
 
     def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
-        """From scores to weights e^(score - largest); what has been added up is scaled down."""
+        """Turn scores into weights e^(score - largest), and scale down the sums so far."""
         function, shape, lanes = self.function, self.shape, self.lanes
         past = self._given.number("past")
         window = self._given.number("window").narrowed(i32).spread(lanes)
@@ -234,7 +231,7 @@ class _Attend:
             token = past + first + row // shape.shared
             scores = []
             for number in range(count):
-                # How many tokens back it lies: 0 is the token itself.
+                # The distance back from the token: 0 is the token itself.
                 back = (token - key - number * lanes).narrowed(i32).spread(lanes) - steps
                 seen = back.compare(">=", 0) & back.compare("<", window)
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
@@ -263,7 +260,7 @@ class _Attend:
     def _add_values(
         self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value
     ) -> None:
-        """Weights times values, added to what is there."""
+        """Add weights times values to the sums."""
         function, shape, lanes = self.function, self.shape, self.lanes
         per_word = shape.per_word
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
@@ -298,6 +295,7 @@ class _Attend:
                     self._sums.store(total, target)
 
     def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
+        """Store the results of this split."""
         function, shape, lanes = self.function, self.shape, self.lanes
         parts, size = self._given.pointer("parts"), shape.width + 2
         with function.loop(0, rows, 1) as (row, _):
@@ -309,7 +307,7 @@ class _Attend:
 
 
 def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
-    """The parts of a row put together: a row is an item of work."""
+    """Write `merge`, which combines the splits of a row. An item of work is a row."""
     function = Function(module, "merge")
     given = _SIGNATURE.read_by(function)
     parts, out, splits = given.pointer("parts"), given.pointer("out"), given.number("splits")

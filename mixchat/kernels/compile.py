@@ -1,4 +1,4 @@
-"""From LLVM's intermediate representation to functions of this CPU, run on all of its cores."""
+"""Compiles LLVM's intermediate representation to functions for this CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
-# Counts up when kernels become faster or slower, or are compiled otherwise: what was measured
-# before is void then, and so is the machine code that was kept.
+# Increase it when kernels become faster or slower, or are compiled differently: then earlier
+# measurements and cached machine code are no longer used.
 KERNELS = 2
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
@@ -21,16 +21,15 @@ _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx2": ("avx2", "fma"),
 }
 LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}  # fp32 numbers in a register
-# LLVM would rather use half of the width on some CPUs, which splits what is written for the whole.
+# On some CPUs LLVM prefers vectors of 256 bits, and would split those of 512 bits.
 _FULL_WIDTH = "-prefer-256-bit"
 
 
 @functools.cache
 def instruction_set() -> InstructionSet | None:
-    """The best of those that code is written for; None where the CPU has none of them.
+    """Return the best instruction set that kernels are written for; None if the CPU has none.
 
-    As for torch's kernels, `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment asks for
-    less than there is.
+    As with torch's kernels, `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX512", "AVX2"):
@@ -42,14 +41,14 @@ def instruction_set() -> InstructionSet | None:
 
 
 class Compiled:
-    """The functions of one module. Each takes one pointer, to its arguments."""
+    """The compiled functions of a module. Each takes one pointer, to its arguments."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._functions: dict[str, NativeFunction] = {}
 
     def function(self, name: str) -> NativeFunction:
-        """The one of this name."""
+        """Return the function of this name."""
         if name not in self._functions:
             address = self._engine.get_function_address(name)
             self._functions[name] = NativeFunction(address, owner=self._engine)
@@ -57,19 +56,18 @@ class Compiled:
 
 
 def available() -> bool:
-    """Whether this CPU can run kernels: they take AVX2."""
+    """Return whether this CPU can run kernels: they need AVX2."""
     return instruction_set() is not None
 
 
 @functools.cache
 def has_feature(name: str) -> bool:
-    """Whether the CPU has this feature, by LLVM's name."""
+    """Return whether the CPU has this feature, by LLVM's name."""
     return bool(llvm.get_host_cpu_features().get(name, False))
 
 
 def multiplies_bf16() -> bool:
-    """Whether torch multiplies matrices in bf16 at full speed here; of other CPUs than x86 that is
-    assumed."""
+    """Return whether torch multiplies bf16 matrices at full speed here; assumed if it is no x86."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     native = has_feature("avx512bf16") or has_feature("amx-bf16")
@@ -77,7 +75,7 @@ def multiplies_bf16() -> bool:
 
 
 def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
-    """Machine code of a module for this CPU; no other instructions than these are used."""
+    """Compile a module for this CPU, with no other instructions than these."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
@@ -104,7 +102,7 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
 
 
 def _optimize(parsed: Any, machine: Any) -> None:
-    # The loops are unrolled and vectorized as they are written: LLVM's own ideas cost registers.
+    # Loops are unrolled and vectorized as they are written; LLVM's own choices cost registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)

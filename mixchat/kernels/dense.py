@@ -1,8 +1,8 @@
-"""x times a dense matrix, each row of x by itself: many rows give the very bits that one gives.
+"""x times a dense matrix, each row of x by itself: many rows give the same bits as one alone.
 
-torch computes one token and many by different orders of the same sums. Here each number of the
-result is the sum of one vector of fp32 numbers, which goes over the columns from the first to the
-last, whatever is computed beside it: tokens, rows and threads do not show in the result.
+torch adds up the products of one token and of many in different orders. Here each number of the
+result is the sum of a vector of fp32 numbers, to which products are added from the first column to
+the last. So the result depends neither on other tokens or rows nor on the count of threads.
 
 N = tokens, R = rows (out features), C = columns (in features).
 """
@@ -23,8 +23,8 @@ from mixchat.kernels.emit import Function, Value, f32, vector
 from mixchat.kernels.signature import Signature
 
 _GROUP = 32  # rows of one item of work
-_X_BYTES = 2**18  # of x at a time, for the second-level cache to hold them
-# Rows and tokens that are computed together, the most first: as many as there are registers for.
+_X_BYTES = 2**18  # of x in one item of work: they fit in the second-level cache
+# Rows and tokens that are computed at once, the most first: as many as there are registers for.
 _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "avx512": ((8, 1), (3, 1)),
     "avx2": ((4, 1), (2, 1)),
@@ -40,7 +40,10 @@ def can_multiply(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., C] times the transposed weight [R, C]: [..., R]. fp32 or bf16, added up in fp32."""
+    """Return x [..., C] times the transposed weight [R, C]: [..., R].
+
+    fp32 or bf16, added up in fp32. Each row of x is computed as it would be alone.
+    """
     height, columns = weight.shape
     weight = weight.contiguous()
     flat = x.reshape(-1, columns).contiguous()
@@ -61,7 +64,7 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """The function for numbers in bf16 (`bf16`) or fp32."""
+    """Compile the function for numbers in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("dense")
     heights, widths = _TILES[instructions]
@@ -72,7 +75,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _DenseTile:
-    """The product of some rows with some tokens: as many sums as the registers hold."""
+    """A function for the product of some rows with some tokens; the sums fit in registers."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16
@@ -103,20 +106,21 @@ class _DenseTile:
 
 
 def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
-    """The product: an item of work is `_GROUP` rows for one chunk of tokens."""
+    """Write `multiply`: an item of work is `_GROUP` rows and one chunk of tokens."""
     function = Function(module, "multiply")
     given = _SIGNATURE.read_by(function)
     height, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
     groups, chunks = (height + (_GROUP - 1)) // _GROUP, (tokens + chunk - 1) // chunk
     with function.each_item(function.pointer, groups * chunks) as item:
         start = item // groups * chunk
-        end = _smaller(start + chunk, tokens)
+        end = function.minimum(start + chunk, tokens)
         row = item % groups * _GROUP
-        last = _smaller(row + _GROUP, height)
-        for abreast in tiles:
-            after = row + (last - row) // abreast[0].rows * abreast[0].rows
-            with function.loop(row, after, abreast[0].rows) as (here, _):
-                _write_tokens(function, abreast, here, start, end)
+        last = function.minimum(row + _GROUP, height)
+        for of_one_height in tiles:
+            step = of_one_height[0].rows
+            after = row + (last - row) // step * step
+            with function.loop(row, after, step) as (here, _):
+                _write_tokens(function, of_one_height, here, start, end)
             row = after
     function.finish()
 
@@ -124,13 +128,9 @@ def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
 def _write_tokens(
     function: Function, tiles: Sequence[_DenseTile], row: Value, start: Value, end: Value
 ) -> None:
-    """The tokens from `start` to `end` for the rows of one tile, from `row` on."""
+    """Write the product of the tokens from `start` to `end` with a tile's rows, from `row` on."""
     for tile in tiles:
         after = start + (end - start) // tile.tokens * tile.tokens
         with function.loop(start, after, tile.tokens) as (token, _):
             function.call_own(tile.function, function.pointer, row, token)
         start = after
-
-
-def _smaller(one: Value, other: Value) -> Value:
-    return one.compare("<", other).choose(one, other)

@@ -1,8 +1,17 @@
 """A small language for writing vector code in Python: values with operators, pointers, loops.
 
-What is written here becomes a module of LLVM's intermediate representation, which `compile.py`
-turns into machine code. A vector of n numbers of 16 bits is `vector(i16, n)`. Python's numbers
-stand for constants, in a vector for the same number everywhere.
+The Python code runs once, and what it does with values is written down as instructions: `a + b`
+adds nothing, it writes an addition. The result is a module of LLVM's intermediate representation,
+which `compile.py` turns into machine code. A function that doubles n numbers, 8 at a time:
+
+    function = Function(module, "double", numbers=1)
+    pointer, (n,) = function.pointer, function.numbers
+    with function.loop(0, n, 8) as (place, _):
+        pointer.store(pointer.load(vector(f32, 8), place * 4) * 2, place * 4)
+    function.finish()
+
+`vector(f32, 8)` is the type of 8 fp32 numbers side by side, offsets are in bytes, and a Python
+number stands for a constant, in a vector for the same one in every place.
 """
 
 from __future__ import annotations
@@ -20,12 +29,12 @@ _byte_pointer = i8.as_pointer()
 
 
 def vector(element: Any, count: int) -> Any:
-    """The type of `count` numbers side by side."""
+    """Return the type of `count` numbers side by side."""
     return ir.VectorType(element, count)
 
 
 class Value:
-    """A number, or a vector of them, in a function that is being written."""
+    """A number, or a vector of numbers, in a function that is being written."""
 
     def __init__(self, function: Function, raw: Any) -> None:
         self._function, self._builder, self.raw = function, function.builder, raw
@@ -39,8 +48,8 @@ class Value:
     def _is_float(self) -> bool:
         return bool(getattr(self.type, "element", self.type) == f32)
 
-    def _binary(self, other: Value | float, whole: str, real: str | None = None) -> Value:
-        operation = real if self._is_float else whole
+    def _binary(self, other: Value | float, integer: str, real: str | None = None) -> Value:
+        operation = real if self._is_float else integer
         assert operation is not None
         right = self._function.constant(self.type, other)
         return self._wrap(getattr(self._builder, operation)(self.raw, right.raw))
@@ -78,100 +87,100 @@ class Value:
         return self._binary(other, "shl")
 
     def __rshift__(self, other: int) -> Value:
-        """Zeros come in from the left."""
+        """Zeros are shifted in from the left."""
         return self._binary(other, "lshr")
 
     def __neg__(self) -> Value:
         return self * -1
 
     def compare(self, operator: str, other: Value | float) -> Value:
-        """A bit, or a vector of bits: `operator` is <, <=, ==, ...; numbers have a sign."""
+        """Return a bit, or a vector of bits. `operator` is <, <=, ==, ...; integers are signed."""
         right = self._function.constant(self.type, other).raw
         if self._is_float:
             return self._wrap(self._builder.fcmp_ordered(operator, self.raw, right))
         return self._wrap(self._builder.icmp_signed(operator, self.raw, right))
 
     def choose(self, yes: Value, no: Value | float) -> Value:
-        """`yes` where this bit is set, else `no`."""
+        """Return `yes` where this bit is set, else `no`."""
         other = self._function.constant(yes.type, no)
         return self._wrap(self._builder.select(self.raw, yes.raw, other.raw))
 
     def bits_as(self, kind: Any) -> Value:
-        """The same bits read as another type."""
+        """Return the same bits, read as another type."""
         return self._wrap(self._builder.bitcast(self.raw, kind))
 
     def widened(self, kind: Any) -> Value:
-        """Whole numbers without a sign in more bits."""
+        """Return unsigned integers in more bits."""
         return self._wrap(self._builder.zext(self.raw, kind))
 
     def narrowed(self, kind: Any) -> Value:
-        """The lowest bits."""
+        """Return the lowest bits."""
         return self._wrap(self._builder.trunc(self.raw, kind))
 
     def as_float(self, kind: Any) -> Value:
-        """Whole numbers with a sign as floats."""
+        """Convert signed integers to floats."""
         return self._wrap(self._builder.sitofp(self.raw, kind))
 
-    def as_whole(self, kind: Any) -> Value:
-        """Floats without what is behind the point."""
+    def as_integer(self, kind: Any) -> Value:
+        """Convert floats to signed integers; digits after the point are dropped."""
         return self._wrap(self._builder.fptosi(self.raw, kind))
 
-    def sign_shifted(self, bits: int) -> Value:
-        """Shifted to the right; the sign comes in from the left."""
+    def arithmetic_shift(self, bits: int) -> Value:
+        """Shift to the right; copies of the sign bit are shifted in from the left."""
         return self._binary(bits, "ashr")
 
     def spread(self, count: int) -> Value:
-        """A vector that has this number everywhere."""
+        """Broadcast this number: return a vector that has it in every place."""
         kind = vector(self.type, count)
         first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, i32(0))
         return self._wrap(first).picked([0] * count)
 
     def picked(self, places: Sequence[int], other: Value | None = None) -> Value:
-        """The elements at these places of this vector and, behind it, the other."""
+        """Shuffle: return the elements at these places of this vector and, behind it, `other`."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
         mask = ir.Constant(vector(i32, len(places)), list(places))
         return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
 
 
 def _suffix(kind: Any) -> str:
-    """What LLVM puts behind the name of a function for floats of this type."""
+    """Return LLVM's ending of the name of a function for floats of this type."""
     return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
 
 
 class Pointer:
-    """An address of a byte."""
+    """The address of a byte."""
 
     def __init__(self, function: Function, raw: Any) -> None:
         self._function, self._builder, self.raw = function, function.builder, raw
 
     def plus(self, offset: Value | int) -> Pointer:
-        """So many bytes further."""
+        """Return the pointer `offset` bytes further."""
         moved = self._builder.gep(self.raw, [self._function.constant(i64, offset).raw])
         return Pointer(self._function, moved)
 
     def load(self, kind: Any, offset: Value | int = 0) -> Value:
-        """What lies there; it need not be aligned."""
+        """Load a value of this type; it need not be aligned."""
         address = self._builder.bitcast(self.plus(offset).raw, kind.as_pointer())
         return Value(self._function, self._builder.load(address, align=1))
 
     def store(self, value: Value, offset: Value | int = 0) -> None:
-        """Put it there; it need not be aligned."""
+        """Store the value; it need not be aligned."""
         address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
         self._builder.store(value.raw, address, align=1)
 
     def prefetch(self, offset: Value | int) -> None:
-        """Ask for the cache line; an address that does not exist does no harm."""
+        """Prefetch the cache line; an address that does not exist does no harm."""
         read, keep, data = (self._function.constant(i32, number) for number in (0, 2, 1))
         self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
-        """Add one to the number of 64 bits there, whoever else does so; what it was before."""
+        """Atomically add one to the 64-bit number there; return the old number."""
         address = self._builder.bitcast(self.raw, i64.as_pointer())
         return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
 
 
 class Function:
-    """A function that is being written: it takes a pointer and numbers of 64 bits."""
+    """A function that is being written; it takes a pointer and `numbers` 64-bit integers."""
 
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
         kind = ir.FunctionType(_void, [_byte_pointer] + [i64] * numbers)
@@ -183,7 +192,7 @@ class Function:
         self.numbers = [Value(self, number) for number in rest]
 
     def constant(self, kind: Any, number: Value | float | Sequence[int]) -> Value:
-        """The number as a constant of this type, or the value itself."""
+        """Return the number as a constant of this type; a `Value` as it is."""
         if isinstance(number, Value):
             return number
         if not isinstance(kind, ir.VectorType):
@@ -192,11 +201,11 @@ class Function:
         return Value(self, ir.Constant(kind, [kind.element(one) for one in numbers]))
 
     def address(self, number: Value) -> Pointer:
-        """A number of 64 bits as a pointer."""
+        """Return a 64-bit number as a pointer."""
         return Pointer(self, self.builder.inttoptr(number.raw, _byte_pointer))
 
     def call(self, name: str, returns: Any, *arguments: Value | Pointer) -> Value:
-        """Call one of LLVM's own functions, for instance an instruction of the CPU."""
+        """Call one of LLVM's own functions; many of them stand for an instruction of the CPU."""
         raw = [argument.raw for argument in arguments]
         function = self._module.globals.get(name)
         if function is None:
@@ -205,24 +214,28 @@ class Function:
         return Value(self, self.builder.call(function, raw))
 
     def maximum(self, one: Value, other: Value) -> Value:
-        """The larger of two floats, place by place."""
+        """Return the larger of two numbers, place by place; signed if they are integers."""
         return one.compare(">", other).choose(one, other)
 
+    def minimum(self, one: Value, other: Value) -> Value:
+        """Return the smaller of two numbers, place by place; signed if they are integers."""
+        return one.compare("<", other).choose(one, other)
+
     def multiply_add(self, one: Value, other: Value, third: Value) -> Value:
-        """one * other + third, rounded once."""
+        """Return one * other + third of floats, rounded once."""
         return self.call(f"llvm.fma.{_suffix(one.type)}", one.type, one, other, third)
 
     def total(self, value: Value) -> Value:
-        """The sum of a vector of floats."""
+        """Return the sum of a vector of floats, added up from the first to the last."""
         name = f"llvm.vector.reduce.fadd.{_suffix(value.type)}"
         return self.call(name, f32, self.constant(f32, 0.0), value)
 
     def rounded(self, value: Value) -> Value:
-        """The nearest whole numbers, as floats."""
+        """Round floats to the nearest integers, which are floats too."""
         return self.call(f"llvm.rint.{_suffix(value.type)}", value.type, value)
 
     def scratch(self, size: int) -> Pointer:
-        """So many bytes of the stack of the thread that runs this."""
+        """Reserve `size` bytes on the stack of the thread that runs the function."""
         kind = ir.ArrayType(i8, size)
         with self.builder.goto_entry_block():
             space = self.builder.alloca(kind)
@@ -230,17 +243,17 @@ class Function:
         return Pointer(self, self.builder.bitcast(space, _byte_pointer))
 
     def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
-        """Call a function of this module."""
+        """Call a function that is written in the same module."""
         self.builder.call(other.raw, [pointer.raw, *(number.raw for number in numbers)])
 
     @contextmanager
     def loop(
         self, start: Value | int, end: Value | int, step: int, carried: Sequence[Value] = ()
     ) -> Iterator[tuple[Value, list[Value]]]:
-        """Python's range(start, end, step) around what is written inside.
+        """Loop over what is written inside, as Python does over range(start, end, step).
 
-        Yields the counter and a list of values that go from turn to turn: replace its elements.
-        Afterwards the list holds what the last turn left.
+        Yields the counter, and a list of the values carried from one turn to the next: each turn
+        replaces its elements. After the loop the list holds the values of the last turn.
         """
         builder = self.builder
         first, last = self.constant(i64, start).raw, self.constant(i64, end).raw
@@ -266,16 +279,16 @@ class Function:
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """What is written inside happens where the condition holds."""
+        """Run what is written inside only if the condition is true."""
         with self.builder.if_then(condition.raw):
             yield
 
     @contextmanager
     def each_item(self, counter: Pointer, count: Value) -> Iterator[Value]:
-        """What is written inside happens once for each number below `count`.
+        """Run what is written inside once for each item of work, a number below `count`.
 
-        Threads that run this function together share the numbers: each takes the next one that
-        nobody has, so that a fast core does more of them than a slow one.
+        Threads that run this function together share the items: each takes the next free one, so
+        that a fast core does more of them than a slow one.
         """
         builder = self.builder
         head, body, after = (self.raw.append_basic_block() for _ in range(3))
@@ -289,5 +302,5 @@ class Function:
         builder.position_at_end(after)
 
     def finish(self) -> None:
-        """The end of the function."""
+        """End the function."""
         self.builder.ret_void()

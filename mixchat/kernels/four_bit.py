@@ -1,15 +1,15 @@
 """x times a matrix of 4-bit codes, at the speed at which memory can be read.
 
-The codes are read in the layout "cpu-packed" of `weights/matrix/nf4.py`: 32 rows, a band, lie
-interleaved, pair of columns by pair of columns. A code is looked up as a whole number, and x is
-rounded to whole numbers too, 64 columns at a time with a scale of their own. Their products are
-added up exactly; only the sum over 64 columns becomes a float, and is multiplied with both scales.
-`units.py` has the instructions for that.
+The codes are in the layout "cpu-packed" of `weights/matrix/nf4.py`: 32 rows, a band, lie
+interleaved, pair of columns by pair of columns. First `round_x` rounds x to integers, in blocks of
+64 columns with a scale for each. Then `multiply` looks up the codes as integers (`units.py`), adds
+the products up exactly, and turns only the sum over a block into a float, times the scales of the
+weights and of x (`tile.py`).
 
 For a few tokens x has 13 bits and a sign: the error against a product in double precision is about
-1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For many, where
-computing and not memory is the limit, and where the CPU multiplies bytes, it has 7 bits and a sign:
-8e-3 of the result, where rounding the weights to 4 bits has cost 9e-2.
+1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For many tokens the
+limit is computing and not memory; there x has 7 bits and a sign if the CPU multiplies bytes. The
+error is 8e-3 of the result, while rounding the weights to 4 bits has cost 9e-2.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
 """
@@ -35,8 +35,8 @@ from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import UNITS, Unit, UnitName, level_tables, unit_for
 
-_BANDS = 4  # of one item of work where there is one token: as many streams from memory
-_X_BYTES = 2**19  # of x at a time, for the second-level cache to hold them
+_BANDS = 4  # of one item of work; with one token they are read as four streams from memory
+_X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
 __all__ = ["available", "level_tables", "packed_matmul"]
@@ -68,14 +68,14 @@ def packed_matmul(
     assert instructions is not None
     name = unit_for(instructions, 1 if exact else tokens)
     size = UNITS[name].x_type.width // 8
-    # One allocation in place of three, for one token they take as long as rounding it.
+    # One allocation instead of three, which would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
     scratch = torch.empty(blocks * (8 + BLOCK * size), dtype=torch.uint8)
     out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
-        whole_x=start,
+        x_integers=start,
         x_scales=start + blocks * BLOCK * size,
         x_sums=start + blocks * (BLOCK * size + 4),
         codes=codes.data_ptr(),
@@ -97,7 +97,7 @@ def packed_matmul(
 
 @functools.cache
 def _compiled(instructions: InstructionSet, name: UnitName, bf16: bool) -> Compiled:
-    """Both functions for x in bf16 (`bf16`) or fp32."""
+    """Compile both functions for x in bf16 (`bf16`) or fp32."""
     module, unit = ir.Module("four_bit"), UNITS[name]
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _BANDS, 1)
@@ -107,10 +107,10 @@ def _compiled(instructions: InstructionSet, name: UnitName, bf16: bool) -> Compi
 
 
 def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
-    """x as whole numbers, and a scale for each block: a token is an item of work."""
+    """Write `round_x`: x as integers, and a scale for each block. An item of work is a token."""
     function = Function(module, "round_x")
     given = SIGNATURE.read_by(function)
-    x, whole_x = given.pointer("x"), given.pointer("whole_x")
+    x, x_integers = given.pointer("x"), given.pointer("x_integers")
     scales, sums = given.pointer("x_scales"), given.pointer("x_sums")
     columns, lanes = given.number("columns"), unit.lanes
     blocks, size = columns // BLOCK, unit.x_type.width // 8
@@ -128,11 +128,10 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
         scales.store(scale, (token * blocks + block) * 4)
         total = function.constant(integers, 0)
         for place, piece in enumerate(pieces):
-            whole = function.rounded(piece * factor.spread(lanes)).as_whole(integers)
-            total = total + whole
-            whole_x.store(
-                whole.narrowed(vector(unit.x_type, lanes)), (first + place * lanes) * size
-            )
+            rounded = function.rounded(piece * factor.spread(lanes)).as_integer(integers)
+            total = total + rounded
+            narrow = rounded.narrowed(vector(unit.x_type, lanes))
+            x_integers.store(narrow, (first + place * lanes) * size)
         if unit.offset:
             total_of_lanes = function.call(f"llvm.vector.reduce.add.v{lanes}i32", i32, total)
             sums.store(total_of_lanes * -unit.offset, (token * blocks + block) * 4)
@@ -140,10 +139,10 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
 
 
 def _largest(function: Function, pieces: Sequence[Value]) -> Value:
-    """The largest magnitude.
+    """Return the largest magnitude.
 
-    Of numbers without their sign, the bits are in the order of the numbers; NaN comes last, so that
-    it gets into the scale and from there into every result.
+    Without the sign, the bits of floats have the order of the floats. NaN comes last: it becomes
+    the scale, and so every result is NaN.
     """
     lanes = pieces[0].type.count
     bits = [piece.bits_as(vector(i32, lanes)) & 0x7FFFFFFF for piece in pieces]
@@ -152,7 +151,7 @@ def _largest(function: Function, pieces: Sequence[Value]) -> Value:
 
 
 def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
-    """The product: an item of work is `_BANDS` bands for one chunk of tokens."""
+    """Write `multiply`: an item of work is `_BANDS` bands and one chunk of tokens."""
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
     rows, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
@@ -161,9 +160,9 @@ def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
     chunks = (tokens + chunk - 1) // chunk
     with function.each_item(function.pointer, groups * chunks) as item:
         start = item // groups * chunk
-        end = _smaller(start + chunk, tokens)
+        end = function.minimum(start + chunk, tokens)
         first = item % groups * _BANDS
-        last = _smaller(first + _BANDS, bands)
+        last = function.minimum(first + _BANDS, bands)
         together = tokens.compare("==", 1) & (last - first).compare("==", _BANDS)
         with function.when(together):
             function.call_own(wide.function, function.pointer, first, start)
@@ -178,7 +177,3 @@ def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
                     function.call_own(tile.function, function.pointer, band, token)
                 done = done + turns
     function.finish()
-
-
-def _smaller(one: Value, other: Value) -> Value:
-    return one.compare("<", other).choose(one, other)

@@ -1,13 +1,13 @@
-"""Keys and values of the tokens seen so far, in pages, as the attention kernel reads them.
+"""Stores keys and values of the tokens seen so far in pages, as the attention kernel reads them.
 
 A page holds 512 tokens of a layer. In it each group (the heads that share keys) has its keys, then
-its values, as words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits):
+its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits):
 
-- keys in blocks of 16 tokens: for each word of the head's width one vector, a token in each lane;
-- values: for each word of tokens (1, 2 or 4 of them) the width of the head, a number in each lane.
+- keys in blocks of 16 tokens: for each word of a key one vector, with a token in each lane;
+- values: for each word of tokens (1, 2 or 4 of them) vectors, a number of the head in each lane.
 
-So shifts unpack a word, and what belongs together lies in one lane. With 8 bits each key and each
-value has a scale of its own, behind the values.
+Shifts unpack a word without moving numbers between lanes. With 8 bits each key and each value has a
+scale of its own, behind the values.
 
 For instance bf16, h = 128, token 37 of a page: its key's numbers 6 and 7 are the word 3 of block 2,
 lane 5; its value's number 6 is the upper half of word 18, lane 6.
@@ -32,16 +32,16 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
 from mixchat.kernels.signature import Arguments, Signature
 
 Bits = Literal[32, 16, 8]
-PAGE = 512  # tokens: 2 MB of Mixtral in bf16, which is a large page of memory
+PAGE = 512  # tokens: 2 MB of Mixtral in bf16, as much as a large page of memory
 BLOCK = 16  # tokens whose keys lie side by side
-_WIDTH = 32  # h is filled up to a multiple of this
-_LARGEST = 127  # of 8 bits
+_WIDTH = 32  # h is padded to a multiple of this
+_LARGEST = 127  # of signed 8-bit numbers
 _SIGNATURE = Signature("pages", "keys", "values", "past", "tokens")
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """How keys and values lie in a page. `bits` are those of a number in it."""
+    """The layout of keys and values in a page; `bits` is the size of a stored number."""
 
     heads: int
     groups: int
@@ -50,46 +50,46 @@ class CacheShape:
 
     @property
     def shared(self) -> int:
-        """Heads that share a key."""
+        """The heads that share a key."""
         return self.heads // self.groups
 
     @property
     def width(self) -> int:
-        """Numbers of a key, with zeros behind."""
+        """The numbers of a key, with padding."""
         return -(-self.head_dim // _WIDTH) * _WIDTH
 
     @property
     def per_word(self) -> int:
-        """Numbers in 32 bits."""
+        """The numbers in a word of 32 bits."""
         return 32 // self.bits
 
     @property
     def values_at(self) -> int:
-        """Where in a group's part of a page the values begin: bytes."""
+        """The offset of the values in a group's part of a page, in bytes."""
         return PAGE * self.width * self.bits // 8
 
     @property
     def scales_at(self) -> int:
-        """Where the scales of keys begin; those of values are behind them."""
+        """The offset of the keys' scales, in bytes; behind them are the values' scales."""
         return 2 * self.values_at
 
     @property
     def group_bytes(self) -> int:
-        """A group's part of a page."""
+        """The bytes of a group's part of a page."""
         return self.scales_at + (2 * PAGE * 4 if self.bits == 8 else 0)
 
     @property
     def page_bytes(self) -> int:
-        """A page of one layer."""
+        """The bytes of a page."""
         return self.groups * self.group_bytes
 
 
 def store(
     shape: CacheShape, pages: torch.Tensor, past: int, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Put keys and values [T, G, h], fp32 or bf16, behind the first `past` tokens.
+    """Store keys and values [T, G, h], fp32 or bf16, behind the first `past` tokens.
 
-    pages: int64, the addresses of a layer's pages, which are zero where nothing has been put.
+    pages: int64, the addresses of a layer's pages, which hold zeros at first.
     """
     keys, values = keys.contiguous(), values.contiguous()
     tokens = keys.shape[0]
@@ -105,7 +105,7 @@ def store(
 
 
 def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
-    """A group's part of the page that has this token."""
+    """Return the address of a group's part of the page with this token."""
     page = given.pointer("pages").load(i64, token // PAGE * 8)
     return given.function.address(page + group * shape.group_bytes)
 
@@ -119,7 +119,7 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
 
 
 class _Store:
-    """Number by number, for a token has few; a token is an item of work."""
+    """The function `store`, which goes number by number. An item of work is a token."""
 
     def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
         self.shape, self._bf16 = shape, bf16
@@ -150,18 +150,18 @@ class _Store:
     def _encoded(
         self, source: Pointer, first: Value, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """A loop over a head's numbers: the place of each, and what of it is kept."""
+        """Loop over a head's numbers: yield the place of each, and the number as it is stored."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
         with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
             number = as_fp32(source, first + place, self._bf16)
             if factor is not None:
-                kept = self.function.rounded(number * factor).as_whole(i32).narrowed(i8)
+                stored = self.function.rounded(number * factor).as_integer(i32).narrowed(i8)
             else:
-                kept = number if self.shape.bits == 32 else rounded_to_bf16(number)
-            yield place, kept
+                stored = number if self.shape.bits == 32 else rounded_to_bf16(number)
+            yield place, stored
 
     def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
-        """Put down the scale of a head's numbers; what they are multiplied with."""
+        """Store the scale of a head's numbers; return the factor that they are multiplied with."""
         function, zero = self.function, self.function.constant(f32, 0.0)
         with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
             number = as_fp32(source, first + place, self._bf16)

@@ -1,4 +1,4 @@
-"""The arguments of a kernel: one array of 64-bit numbers, written by Python, read by the code."""
+"""The arguments of a kernel: an array of 64-bit numbers that Python writes and the kernel reads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ Numbers = ctypes.Array[ctypes.c_int64]
 
 
 class Signature:
-    """The names of the arguments, in their order. The first counts the items that are taken."""
+    """The names of a kernel's arguments, in their order.
+
+    Before them comes the counter of `Function.each_item`, which starts at 0.
+    """
 
     def __init__(self, *names: str) -> None:
         self._places = {name: place for place, name in enumerate(("next", *names))}
         self._array: type[Numbers] = ctypes.c_int64 * len(self._places)
 
     def numbers(self, **given: int) -> Numbers:
-        """The array with these arguments; the others are 0."""
+        """Return the array with these arguments; the others are 0."""
         array = self._array()
         for name, number in given.items():
             array[self._places[name]] = number
         return array
 
     def read_by(self, function: Function) -> Arguments:
-        """The arguments as the function sees them."""
+        """Return the arguments as the function reads them."""
         return Arguments(function, self._places)
 
 
@@ -36,13 +39,13 @@ class Arguments:
         self.function, self._places = function, places
 
     def load(self, name: str, kind: Any) -> Value:
-        """One of another type than a number of 64 bits, in the lowest of them."""
+        """Load an argument of this type, from the lowest of its 64 bits."""
         return self.function.pointer.load(kind, 8 * self._places[name])
 
     def number(self, name: str) -> Value:
-        """A number of 64 bits."""
+        """Load a 64-bit number."""
         return self.load(name, i64)
 
     def pointer(self, name: str) -> Pointer:
-        """An address."""
+        """Load an address."""
         return self.function.address(self.number(name))

@@ -1,4 +1,4 @@
-"""Runs one native function on several cores at once, on the threads that torch uses too."""
+"""Runs a compiled function on several cores at once, on the threads that torch uses too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class NativeFunction:
-    """A function at an address, which takes a pointer. `owner` keeps the code there."""
+    """A compiled function, which takes a pointer. The code lives as long as `owner`."""
 
     def __init__(self, address: int, owner: object) -> None:
         self._address, self._owner = address, owner
@@ -19,7 +19,7 @@ class NativeFunction:
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads, of which this is one, and wait for all of them.
 
-        Each gets the address of `arguments`; how they share the work is the function's business.
+        Each is called with the address of `arguments`; the function itself shares out the work.
         """
         where = ctypes.addressof(arguments)
         if threads == 1:
@@ -37,8 +37,10 @@ class NativeFunction:
 
 @functools.cache
 def _openmp() -> Any:
-    """The entry of the OpenMP library that torch has loaded: a second one would have threads of
-    its own, in the way of torch's. None where it cannot be found."""
+    """Return the entry of the OpenMP library that torch has loaded; None if there is none.
+
+    A second library would have threads of its own, which compete with torch's.
+    """
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

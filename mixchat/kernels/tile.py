@@ -1,4 +1,8 @@
-"""The product of some rows of a 4-bit matrix with some tokens, in the CPU's registers."""
+"""The product of some rows of a 4-bit matrix with some tokens, in the CPU's registers.
+
+A band is 32 rows, which lie interleaved in the layout "cpu-packed". A block is 64 columns, whose
+weights share a scale (`absmax`) in each row; x has a scale for each block too (`x_scales`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ from mixchat.kernels.units import LINE, Unit
 
 BAND = 32  # rows
 BLOCK = 64  # columns
-_AHEAD = 8  # blocks: how early their scales, which lie far apart, are asked for
+_AHEAD = 8  # blocks: how early their scales, which lie far apart, are prefetched
 
 SIGNATURE = Signature(
     "x",
-    "whole_x",
+    "x_integers",
     "x_scales",
     "x_sums",
     "codes",
@@ -30,9 +34,11 @@ SIGNATURE = Signature(
 
 
 class Tile:
-    """The product of `bands` bands with `tokens` tokens: as much as the registers hold the sums of.
+    """A function for the product of `bands` bands with `tokens` tokens; the sums fit in registers.
 
-    For each block the products are added up as whole numbers, then once as floats.
+    In each block products of integers are added up, without rounding. The sum is multiplied with
+    both scales and added to the result as a float. The function's numbers are the first band and
+    the first token; its other arguments are `SIGNATURE`.
     """
 
     def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
@@ -40,7 +46,7 @@ class Tile:
         self.function = Function(module, f"tile_{bands}_{tokens}", numbers=2)
         given = SIGNATURE.read_by(self.function)
         self._unit, self._bf16 = unit(self.function, given.pointer("levels")), bf16
-        self._x, self._codes = given.pointer("whole_x"), given.pointer("codes")
+        self._x, self._codes = given.pointer("x_integers"), given.pointer("codes")
         self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
         self._rows, self._columns = given.number("rows"), given.number("columns")
@@ -51,7 +57,7 @@ class Tile:
             self._codes.plus((band + number) * self._columns * (BAND // 2))
             for number in range(bands)
         ]
-        self._parts = BAND // unit.lanes  # vectors that hold a number for each row of a band
+        self._parts = BAND // unit.lanes  # vectors for one number of each row of a band
         self._write()
 
     def _write(self) -> None:
@@ -66,12 +72,12 @@ class Tile:
         function.finish()
 
     def _split(self, place: int) -> tuple[int, int, int]:
-        """Band, token and part of a place in the list of sums."""
+        """Return band, token and part of a place in the list of sums."""
         tokens, parts = self.tokens, self._parts
         return place // (tokens * parts), place // parts % tokens, place % parts
 
     def _sums(self, block: Value) -> list[Value]:
-        """The sums of one block's products, in the unit's order of the rows."""
+        """Return the sums of one block's products, in the unit's order of the rows."""
         unit, parts = self._unit, self._parts
         starts = self._starts(block)
         steps = BLOCK // 2 // unit.lines
@@ -88,7 +94,7 @@ class Tile:
         return sums
 
     def _starts(self, block: Value) -> list[Value]:
-        """Where the sums begin: at what the unit's offset adds to them, taken off."""
+        """Return the first values of the sums: minus what the unit's offset will add to them."""
         unit, whole = self._unit, vector(i32, self._unit.lanes)
         if not unit.offset:
             count = self.bands * self.tokens * self._parts
@@ -100,15 +106,16 @@ class Tile:
         return [one for one in offsets for _ in range(self._parts)] * self.bands
 
     def _x_at(self, token: int, column: Value) -> Value:
-        """32 bits of x."""
+        """Load 32 bits of x."""
         place = (self._token + token) * self._columns + column
         return self._x.load(i32, place * (self._unit.x_type.width // 8))
 
     def _block_of(self, token: int, block: Value) -> Value:
-        """Where a block's scale and sum lie, of x."""
+        """Return the offset in bytes of a block in `x_scales` and `x_sums`."""
         return ((self._token + token) * self._blocks + block) * 4
 
     def _add(self, block: Value, sums: list[Value], totals: list[Value]) -> None:
+        """Add a block's sums, times their scales, to the totals."""
         function, unit, parts = self.function, self._unit, self._parts
         floats = vector(f32, unit.lanes)
         x_scales = [

@@ -94,7 +94,7 @@ def test_vectors_are_spread_picked_and_converted() -> None:
         function.pointer.store(swapped, 8)
         function.pointer.store(pair.picked([0, 2], swapped).widened(vector(i64, 2)), 16)
         floats = function.constant(vector(f32, 2), [1.5, -2.5]) * 2.0
-        function.pointer.store(floats.as_whole(vector(i32, 2)), 32)
+        function.pointer.store(floats.as_integer(vector(i32, 2)), 32)
         function.pointer.store(function.constant(i32, 9).spread(2), 40)
 
     low, high = 3, 4

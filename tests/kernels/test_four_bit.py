@@ -46,7 +46,7 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 class Matrix:
-    """A random matrix, packed, and what its codes stand for."""
+    """A random matrix: packed, and as the numbers that its codes stand for."""
 
     def __init__(self, rows: int, columns: int, kind: nf4.FourBit = "nf4") -> None:
         codes, absmax = QUANTIZE[kind](random(rows, columns).bfloat16())

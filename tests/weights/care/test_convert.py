@@ -220,7 +220,7 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Kills at the step numbered `at` of those that change what is on the disk for good."""
+    """Kills at the step numbered `at` of those that change the disk for good."""
 
     def __init__(self, at: int) -> None:
         self._at, self.steps = at, 0
@@ -286,7 +286,7 @@ class TestCutOff:
         return True
 
     def sweep(self, installed: Path) -> None:
-        """What `gc` removes of a finished model."""
+        """Remove what `gc` removes of a finished model."""
         for leftover in housekeeping._left_in(installed):
             assert not leftover.resumable
             housekeeping._cleared(leftover, unfinished=False)

@@ -47,7 +47,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def at(path: Path, offset: int) -> str:
-    """What lies there: a tensor's name, or the header."""
+    """Return the name of the tensor with this byte, or `HEADER`."""
     with SafetensorsFile(path) as file:
         for spec in file.header.specs:
             start = file.header.start(spec.name)

@@ -1,4 +1,4 @@
-"""The manifest: what is said where it, its copy, or both cannot be read."""
+"""The manifest: errors and hints where it, its copy, or both cannot be read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hint_of(directory: Path) -> str:
 def test_a_damaged_manifest_has_a_copy_from_which_repair_makes_it_again(
     installed: Path, damage: str
 ) -> None:
-    """A broken one came without a hint, though `repair` mends it."""
+    """A broken one came without a hint, though `repair` repairs it."""
     (installed / MANIFEST_FILE).write_text(damage)
     assert "mixchat repair mine" in hint_of(installed)
 
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_mended_by_its_models_name(installed: Path) -> None:
 
 
 def test_repair_is_not_offered_where_it_cannot_help(installed: Path, tmp_path: Path) -> None:
-    """It mends models in the data directory alone."""
+    """It repairs models in the data directory alone."""
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(installed, elsewhere)
     (elsewhere / "experts-001.safetensors").unlink()

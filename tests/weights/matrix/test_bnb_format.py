@@ -59,7 +59,7 @@ def quantized(
 
 
 def oracle(tensors: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What bitsandbytes itself reads from saved tensors.
+    """Return the matrix that bitsandbytes itself reads from saved tensors.
 
     As one row: its AVX512 kernel lets a block begin with each row, which is wrong for many shapes.
     """
@@ -237,7 +237,7 @@ Damage = Callable[[Tensors], Any]
 
 
 def say(**values: Any) -> Damage:
-    """Change what the description says."""
+    """Change keys of the description."""
     return lambda tensors: tensors.update({STATE: description({**described(tensors), **values})})
 
 
