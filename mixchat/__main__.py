@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-# First of all, since all imports take a moment: Python's own handler would print a traceback.
+# Before the imports, which take a moment: Python's own handler would print a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -21,13 +21,13 @@ def main() -> None:
         try:
             run()
         finally:
-            interrupts.use_defaults()  # all is done and said
-    except KeyboardInterrupt:  # before `run` listened, or after it
+            interrupts.use_defaults()  # all work is done
+    except KeyboardInterrupt:  # before `run` installs its handlers, or after it
         sys.exit(130)
     except SystemExit as ending:
         if "torch" in sys.modules and isinstance(ending.code, int):
-            # All is closed and flushed by now. Taking torch down in order takes another second,
-            # in which somebody who pressed Ctrl-C waits.
+            # All is closed and flushed by now. An orderly exit of torch takes another second, in
+            # which a person who pressed Ctrl-C waits.
             os._exit(ending.code)
         raise
 

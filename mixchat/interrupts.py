@@ -1,16 +1,16 @@
-"""Ctrl-C, SIGTERM and SIGHUP: one place decides when a signal is acted on.
+"""Ctrl-C, SIGTERM and SIGHUP: this module decides when a signal takes effect.
 
 A process goes through three states:
 
 - It starts, and nothing is open yet (`use_defaults`, `starting`). The system's default action ends
-  it at once. An exception would be swallowed by an import, or break it, and while a large library
-  is loaded Python runs no handler.
+  it at once. An exception would be swallowed by an import, or break it, and Python runs no handler
+  while a large library is loaded.
 - Ordinary code. A signal raises `KeyboardInterrupt` or `SystemExit(128 + number)`.
-- `held` code, whose bookkeeping must not be left between any two lines. A signal is remembered.
-  `check` raises for it where nothing is half done, and so does the end of `held`.
+- Code in `deferred`, whose bookkeeping must not be interrupted between two lines. A signal is
+  stored. `check` raises its exception where nothing is half done, and so does the block's end.
 
-SIGTERM and SIGHUP end the process within a second, except where something is being saved, or
-native code runs that takes longer.
+SIGTERM and SIGHUP end the process within a second, except while something is being saved, or native
+code runs longer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _SIGNALS = (signal.SIGINT, *_ENDING)
-_PATIENCE = 0.3  # seconds that the first Ctrl-C waits for a token
-_GRACE = 0.7  # seconds until a process that has to end is ended
+_PATIENCE = 0.3  # seconds that the first Ctrl-C waits for the end of an answer
+_GRACE = 0.7  # seconds until a process that must end is ended
 _AGAIN = 0.01  # seconds until an exception that was swallowed is raised again
 _MAIN = threading.main_thread().ident
 
@@ -37,15 +37,15 @@ _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
 
 
 class _State:
-    """The state of the main thread; there is one, as there is one of each signal."""
+    """The state of the main thread; there is one, as there is one handler of each signal."""
 
-    held = 0  # how many `held` it is in
-    saving = 0  # how many `saving` it is in
-    pending: int | None = None  # a signal that came meanwhile
+    deferred = 0  # how many `deferred` blocks it is in
+    saving = 0  # how many `saving` blocks it is in
+    pending: int | None = None  # a signal that came in a `deferred` block
     ending: int | None = None  # the signal that ends the process
-    swallowed = False  # the exception that was to do so
-    asking: Callable[[], bool] | None = None  # of `stopping`
-    overdue: Callable[[], bool] | None = None  # of these, the one whose patience is over
+    swallowed = False  # whether the exception of `ending` was swallowed
+    stop: Callable[[], bool] | None = None  # of the `stopping` block it is in
+    overdue: Callable[[], bool] | None = None  # the `stop` that was called too long ago
     terminal: list[Any] | None = None  # its attributes at the beginning
 
 
@@ -54,26 +54,26 @@ _state = _State()
 
 def use_defaults() -> None:
     """Let a signal end the process at once. One that is ignored, as after `nohup`, stays so."""
-    for number in _heard():
+    for number in _handled():
         signal.signal(number, signal.SIG_DFL)
 
 
 def install() -> None:
-    """Handle the signals from here on. One that is ignored, as after `nohup`, stays so."""
+    """Install our handlers. A signal that is ignored, as after `nohup`, stays so."""
     _state.terminal = _terminal_attributes()
     if not isinstance(sys.unraisablehook, _RaiseAgain):
         sys.unraisablehook = _RaiseAgain(sys.unraisablehook)
-    for number in _heard():
+    for number in _handled():
         signal.signal(number, _handle)
 
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Let a signal end the process at once within: for large imports, while nothing is open."""
+    """Let a signal end the process at once in this block: for large imports, with nothing open."""
     if not _is_main():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _heard()}
+    before = {number: signal.getsignal(number) for number in _handled()}
     use_defaults()
     try:
         yield
@@ -82,17 +82,17 @@ def starting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def held() -> _Held:
-    """Let no signal interrupt what is done within; `check` says where one may.
+def deferred() -> _Deferred:
+    """Defer signals until the end of this block, or until `check` is called in it.
 
-    In other threads than the main one, which gets no signals, this does nothing.
+    It does nothing in other threads than the main one, since they get no signals.
     """
-    return _Held()
+    return _Deferred()
 
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Keep the grace from ending the process within; the exception of a signal still comes."""
+    """Do not end the process by force in this block; a signal still raises its exception."""
     _state.saving += 1
     try:
         yield
@@ -101,33 +101,33 @@ def saving() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise for a signal that came within `held`. Nothing is to be half done here."""
+    """Raise the exception of a deferred signal. Call it only where nothing is half done."""
     if _state.pending is not None and _is_main():
         number, _state.pending = _state.pending, None
         raise _exception(number)
 
 
 @contextmanager
-def stopping(ask: Callable[[], bool]) -> Iterator[None]:
-    """Let the first Ctrl-C `ask` for the end of an answer; it says whether that will come soon.
+def stopping(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let the first Ctrl-C call `stop`, which returns whether the answer will end soon.
 
-    If not, or if the answer has not ended 0.3 s later, Ctrl-C is acted on as elsewhere.
+    If it will not, or if it has not ended 0.3 s later, Ctrl-C raises as in ordinary code.
     """
     before = _take_ctrl_c()
-    _state.asking = ask
+    _state.stop = stop
     try:
         yield
     finally:
-        _state.asking = None  # first of all: what comes now is not for this answer
+        _state.stop = None  # first of all: a signal that comes now is not for this answer
         _give_back(before)
 
 
 def exit_code(code: int) -> int:
-    """The exit code of a command that ended with `code`: a signal's, where one ends the process."""
+    """Return `code`, or the exit code of the signal that ends the process."""
     return code if _state.ending is None else 128 + _state.ending
 
 
-class _Held:
+class _Deferred:
     def __init__(self) -> None:
         self._main = _is_main()
         self._before: Callable[..., Any] | None = None
@@ -135,7 +135,7 @@ class _Held:
     def __enter__(self) -> None:
         if self._main:
             self._before = _take_ctrl_c()
-            _state.held += 1
+            _state.deferred += 1
 
     def __exit__(
         self,
@@ -145,9 +145,9 @@ class _Held:
     ) -> None:
         if not self._main:
             return
-        _state.held -= 1
+        _state.deferred -= 1
         _give_back(self._before)
-        if not _state.held and _state.pending is not None:
+        if not _state.deferred and _state.pending is not None:
             number, _state.pending = _state.pending, None
             if self._before is not None and number == signal.SIGINT:
                 self._before(number, None)
@@ -157,40 +157,41 @@ class _Held:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
-        if _state.ending is not None or _is_asked():
+        if _state.ending is not None or _stop_answer():
             return
     elif _state.ending is None:
         _state.ending = number
         _in_thread(_end_in_time)
-    elif not _state.swallowed:  # once is enough: a chat may be being saved
+    elif not _state.swallowed:  # once is enough: a chat may just be saved
         return
     _state.swallowed = False
     if _state.pending not in _ENDING:
         _state.pending = number
-    if not _state.held:
+    if not _state.deferred:
         check()
 
 
-def _is_asked() -> bool:
-    """Ask for the end of an answer that is being given, unless its patience is over."""
+def _stop_answer() -> bool:
+    """Stop the current answer, if there is one; return whether that is enough."""
     overdue, _state.overdue = _state.overdue, None
     if overdue is not None:
-        return overdue is not _state.asking  # that answer has ended meanwhile
-    if _state.asking is None or not _state.asking():
+        return overdue is not _state.stop  # that answer has ended meanwhile
+    if _state.stop is None or not _state.stop():
         return False
-    _in_thread(_lose_patience, _state.asking)
+    _in_thread(_lose_patience, _state.stop)
     return True
 
 
-def _lose_patience(asking: Callable[[], bool]) -> None:
+def _lose_patience(stop: Callable[[], bool]) -> None:
+    """Send Ctrl-C again where the answer that `stop` should end still runs."""
     time.sleep(_PATIENCE)
-    if _state.asking is asking and _MAIN is not None:
-        _state.overdue = asking
+    if _state.stop is stop and _MAIN is not None:
+        _state.overdue = stop
         signal.pthread_kill(_MAIN, signal.SIGINT)
 
 
 def _end_in_time() -> None:
-    """End the process although the main thread is stuck, or has lost the exception."""
+    """End the process where the main thread is stuck, or has lost the exception."""
     time.sleep(_GRACE)
     while _state.saving:
         time.sleep(0.01)
@@ -199,9 +200,9 @@ def _end_in_time() -> None:
 
 
 class _RaiseAgain:
-    """Hears of exceptions that were swallowed, as by a callback of the import system.
+    """A hook for exceptions that were swallowed, as by a callback of the import system.
 
-    One of ours is raised again, a little later and elsewhere; `others` gets what is not ours.
+    One of ours is raised again, a little later and elsewhere; `others` gets all other exceptions.
     """
 
     def __init__(self, others: Callable[[Any], object]) -> None:
@@ -225,12 +226,12 @@ def _send_again(number: int) -> None:
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
     # Not `threading.Thread`: the handler may run while the main thread holds that module's locks.
-    with suppress(RuntimeError):  # no more threads: then it has to go without
+    with suppress(RuntimeError):  # the limit of threads is reached
         _thread.start_new_thread(work, arguments)
 
 
-def _heard() -> list[signal.Signals]:
-    """The signals that are not ignored, and not handled by somebody beyond Python."""
+def _handled() -> list[signal.Signals]:
+    """Return the signals that are not ignored, and not handled outside of Python."""
     return [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
 
@@ -243,7 +244,7 @@ def _is_main() -> bool:
 
 
 def _take_ctrl_c() -> Callable[..., Any] | None:
-    """Handle Ctrl-C, if it is not done yet, in place of the handler that is returned."""
+    """Install our handler of Ctrl-C, if it is not installed, and return the one it replaces."""
     before = signal.getsignal(signal.SIGINT)
     if before is _handle or not callable(before) or not _is_main():
         return None
@@ -266,7 +267,7 @@ def _terminal_attributes() -> list[Any] | None:
 
 
 def _restore_terminal() -> None:
-    """Undo what an answer or a bar has changed, which nobody else does where the end is hard."""
+    """Restore the terminal that an answer or a bar has changed, since the process ends by force."""
     if _state.terminal is None:
         return
     import termios

@@ -40,10 +40,10 @@ def test_ctrl_c_waits_for_the_end_of_what_is_held() -> None:
     done = []
 
     def work() -> None:
-        with interrupts.held():
+        with interrupts.deferred():
             press()
             done.append("one")
-            with interrupts.held():
+            with interrupts.deferred():
                 done.append("two")
             done.append("three")
 
@@ -53,7 +53,7 @@ def test_ctrl_c_waits_for_the_end_of_what_is_held() -> None:
 
 
 def test_ctrl_c_is_raised_once_where_nothing_is_half_done() -> None:
-    with interrupts.held():
+    with interrupts.deferred():
         interrupts.check()
         press()
         with pytest.raises(KeyboardInterrupt):
@@ -65,14 +65,14 @@ def test_another_thread_neither_holds_nor_hears_signals() -> None:
     heard: list[BaseException] = []
 
     def other() -> None:
-        with interrupts.held():
+        with interrupts.deferred():
             try:
                 interrupts.check()
             except BaseException as error:
                 heard.append(error)
 
     thread = threading.Thread(target=other)
-    with interrupts.held():
+    with interrupts.deferred():
         press()
         thread.start()
         thread.join()
@@ -122,13 +122,13 @@ def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_process_that_is_stuck(number: int) -> None:
     """As in a native function that does not come back: nothing hears of the exception."""
-    done = run(f"with interrupts.held():\n    send({number:d})\n    time.sleep(50)")
+    done = run(f"with interrupts.deferred():\n    send({number:d})\n    time.sleep(50)")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
 def test_what_is_being_saved_is_saved_before_the_process_ends() -> None:
     code = (
-        "with interrupts.held(), interrupts.saving():\n"
+        "with interrupts.deferred(), interrupts.saving():\n"
         f"    send({signal.SIGTERM:d})\n"
         "    time.sleep(2)\n"
         "    print('saved', flush=True)\n"

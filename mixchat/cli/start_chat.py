@@ -55,12 +55,12 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
         yield
     except BaseException:
         if saver.session.history is not before:
-            with interrupts.held(), interrupts.saving():
+            with interrupts.deferred(), interrupts.saving():
                 saver.save()
         raise
     if saver.session.history is not before:
         try:
-            with interrupts.held(), interrupts.saving():
+            with interrupts.deferred(), interrupts.saving():
                 saver.save_or_raise()
         except MixchatError as error:
             hint = "The answer is whole. Free some space, or set MIXCHAT_HOME to another place."

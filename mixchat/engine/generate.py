@@ -203,7 +203,7 @@ class Engine:
             if old != new:
                 break
             shared += 1
-        with interrupts.held():
+        with interrupts.deferred():
             del self._ids[shared:]
             self._cache.length = shared
         return shared
@@ -230,7 +230,7 @@ class Engine:
             after_layer(layer)
 
         start = time.perf_counter()
-        with interrupts.held(), torch.inference_mode():
+        with interrupts.deferred(), torch.inference_mode():
             device_ids = torch.tensor(ids, device=self._model.device)
             logits = self._within_memory(device_ids, between_layers)
             self._ids += ids

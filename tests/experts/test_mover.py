@@ -369,7 +369,7 @@ def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work: Work) -> N
     """As from a disk that hangs, where nothing between two layers is reached."""
     held = work.hold()
     transfer = work.begin("a")
-    with interrupts.held():
+    with interrupts.deferred():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             transfer.wait()

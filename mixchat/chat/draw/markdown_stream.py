@@ -113,7 +113,7 @@ class MarkdownStream:
         if (size := self._console.size) != self._size:
             self._size, self._next_frame = size, started + _RESIZING
             return
-        with interrupts.held():  # no half frame, and none that is drawn twice
+        with interrupts.deferred():  # no half frame, and none that is drawn twice
             self._draw()
         now = self._clock()
         self._next_frame = now + max(_PAUSE, (now - started) * (1 / _SHARE - 1))
@@ -128,7 +128,7 @@ class MarkdownStream:
         """Draw all that is left, and leave the cursor at the start of a line."""
         if self._closed:
             return
-        with interrupts.held():  # no half frame, and none that is drawn twice
+        with interrupts.deferred():  # no half frame, and none that is drawn twice
             final = self._rows(self._rest.blocks(self._rest.text))
             self._write(final, after=_SHOW_CURSOR)
             self._closed = True

@@ -66,7 +66,7 @@ class ActiveChat:
     def resume(self, chat: SavedChat) -> None:
         """Continue a saved chat."""
         self._cache.leave_chat()
-        with interrupts.held():  # else one chat's turns could be saved as another's
+        with interrupts.deferred():  # else one chat's turns could be saved as another's
             self.saver.resume(chat)
             self.attached.clear()
         self._cache.enter_chat()
@@ -75,7 +75,7 @@ class ActiveChat:
     def start_new(self) -> None:
         """Start a new chat; the old one stays as it was saved."""
         self._cache.leave_chat()
-        with interrupts.held():
+        with interrupts.deferred():
             self.session.clear()
             self.saver.start_new()
             self.attached.clear()
@@ -136,7 +136,7 @@ class ActiveChat:
             self._ended(finished, said=self.session.history is not before)
         finally:  # also where the terminal has been closed
             if self.session.history is not before:
-                with interrupts.held(), interrupts.saving():
+                with interrupts.deferred(), interrupts.saving():
                     self.saver.save()
 
     def count_figures(self) -> None:
