@@ -6,7 +6,7 @@ in one place and prints `error: <message>` and the hint. Any other error that es
 | exit code | meaning                                                          |
 | --------- | ---------------------------------------------------------------- |
 | 0         | done                                                             |
-| 1         | a fault of mixchat's own, or of the system beneath it            |
+| 1         | a fault of mixchat itself, or of the operating system            |
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model or chat, or it is not on this machine     |
@@ -14,7 +14,7 @@ in one place and prints `error: <message>` and the hint. Any other error that es
 | 6         | a checkpoint, model or saved chat is damaged or unsupported      |
 | 7         | not enough disk or memory, or a chat that cannot be saved        |
 | 8         | something else has to be installed first                         |
-| 9         | the answer has no block of code, which --extract asked for       |
+| 9         | the answer contains no code block, which --extract asked for     |
 | 130       | interrupted (Ctrl-C)                                             |
 | 141       | the reader of the output went away (closed pipe)                 |
 """

@@ -30,7 +30,7 @@ class MemoryBudget:
             )
         number, percent, unit = float(match[1]), match[2], (match[3] or "").upper()
         if number > 1e18:
-            raise UsageError(f"{text[:20]}... is more memory than there can be")
+            raise UsageError(f"{text[:20]}... is more memory than any machine has")
         if percent:
             if not 0 < number <= 100:
                 raise UsageError(f"{text!r} is not between 0% and 100%")

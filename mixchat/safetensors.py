@@ -1,8 +1,8 @@
-"""Reading and writing safetensors files with plain reads and writes: no mapping, nothing executed.
+"""Safetensors files, read and written with plain reads and writes: no mapping, nothing executed.
 
-A mapped file that is cut short kills the process with SIGBUS; a short `pread` is an error with a
-name. The format (github.com/huggingface/safetensors): eight bytes with the header's length, little
-endian; the header, JSON; the tensors' bytes, one behind the other without holes.
+A mapped file that is cut short kills the process with SIGBUS; a short `pread` is a clear error. The
+format (github.com/huggingface/safetensors): eight bytes with the header's length, little endian;
+the header, JSON; the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's name, element type and shape: what a header says of it, less its place."""
+    """A tensor's name, element type and shape: its entry in a header, without its offsets."""
 
     name: str
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Return the size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -64,7 +64,7 @@ class _Entry:
 
 
 class Header:
-    """What a safetensors file's header says: the tensors, in the order of their bytes.
+    """The header of a safetensors file: the tensors, in the order of their bytes.
 
     `size` is the whole file's, in bytes. Raises `CheckpointError`, which names the file as `where`,
     where the header is not what the format allows, or does not account for every byte.
@@ -80,18 +80,18 @@ class Header:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """The tensors, in the order of their bytes in the file."""
+        """Return the tensors, in the order of their bytes in the file."""
         return [entry.spec for entry in self._entries.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def spec(self, name: str) -> TensorSpec:
-        """The tensor of this name. Raises `CheckpointError` where there is none."""
+        """Return the tensor of this name. Raises `CheckpointError` where there is none."""
         return self._entry(name).spec
 
     def start(self, name: str) -> int:
-        """Where the tensor's bytes begin, counted from the beginning of the file."""
+        """Return the offset of the tensor's bytes from the beginning of the file."""
         return self._entry(name).start
 
     def _entry(self, name: str) -> _Entry:
@@ -102,7 +102,10 @@ class Header:
 
 
 def header_length(first: bytes | bytearray, size: int, where: str) -> int:
-    """Bytes of the header's text, out of a file's first eight. Raises `CheckpointError`."""
+    """Return the length of the header, which is in a file's first eight bytes.
+
+    Raises `CheckpointError`.
+    """
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or length > min(_MAX_HEADER, size - 8):
         raise CheckpointError(f"{where}: not a safetensors file, or cut short")
@@ -112,7 +115,7 @@ def header_length(first: bytes | bytearray, size: int, where: str) -> int:
 class SafetensorsFile:
     """An open safetensors file, whose `header` has been read and checked.
 
-    It is closed when nobody knows it any more, if not before. Raises `CheckpointError` where the
+    It is closed when it is garbage collected, if not before. Raises `CheckpointError` where the
     file is missing, cut short, or not what the format allows.
     """
 
@@ -135,16 +138,16 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str) -> torch.Tensor:
-        """A new tensor with the bytes of `name`. Raises `CheckpointError` where they are short."""
+        """Return a new tensor with the bytes of `name`. Raises `CheckpointError` if some miss."""
         spec = self.header.spec(name)
         block = torch.empty(spec.nbytes, dtype=torch.uint8)
         self.read_into(block, self.header.start(name))
         return block.view(spec.dtype).view(spec.shape)
 
     def open_direct(self) -> bool:
-        """Open the file a second time, past the page cache; False where that cannot be done.
+        """Open the file again, past the page cache; return whether that is possible.
 
-        Another process may have put another file in its place: that one is not read.
+        Another process may have replaced the file since: the new one is not read.
         """
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
@@ -156,10 +159,10 @@ class SafetensorsFile:
         return self._direct_fd >= 0
 
     def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:
-        """Fill `block` (uint8, contiguous, on the CPU) from byte `start` of the file on.
+        """Fill `block` (uint8, contiguous, on the CPU) with the bytes of the file from `start` on.
 
-        `direct`, after `open_direct`, goes past the page cache: start, address and length then have
-        to be multiples of the disk's blocks.
+        `direct`, after `open_direct`, reads past the page cache: start, address and length must
+        then be multiples of the disk's block size.
         """
         descriptor = self._direct_fd if direct else self._fd
         view, done = block.numpy().data, 0
@@ -186,8 +189,8 @@ class SafetensorsFile:
         self._fd = self._direct_fd = -1
 
     def __del__(self) -> None:
-        # An engine that is dropped would leave 33 files open: some thirty of them, and a terminal's
-        # library, which uses select(), goes round in circles.
+        # An engine that is dropped would leave 33 files open. After some thirty engines the
+        # terminal's library, which uses select(), would loop forever.
         self.close()
 
     def __enter__(self) -> SafetensorsFile:
@@ -208,7 +211,7 @@ class SafetensorsFile:
 
 
 def _check_header(where: str, header: Any, base: int, size: int) -> dict[str, _Entry]:
-    """The header's entries in the order of their bytes; every byte of the file is accounted for."""
+    """Return the header's entries in the order of their bytes, which must fill the file."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{where}: not a safetensors file (bad header)")
     header.pop("__metadata__", None)
@@ -248,15 +251,15 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> _Entry:
 class SafetensorsWriter:
     """Writes one file whose tensors are known beforehand, in their order: a context manager.
 
-    The bytes go to `<name>.tmp`, which at the end is synced and given its name, so that a file
-    under its own name is always whole; it is removed where something goes wrong.
+    The bytes go to `<name>.tmp`, which is synced and renamed at the end, so that a file under its
+    own name is always whole. After an error the temporary file is removed.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         self.path = path
         self._todo = list(specs)[::-1]
         self._temporary = temporary_path(path)
-        # A fresh file: a link planted under the temporary name is not written through.
+        # A new file, so that nothing is written through a link planted under the temporary name.
         self._temporary.unlink(missing_ok=True)
         self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed in __exit__
         self._file.write(header_bytes(self._todo[::-1]))
@@ -293,18 +296,18 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, in place where it is contiguous."""
+    """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
     view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return view
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's bytes in hex, as manifests have it."""
+    """Return the SHA-256 of a tensor's bytes in hex, as in manifests."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
-    """What a file with these tensors begins with; their data starts on a 4096-byte boundary."""
+    """Return the header of a file with these tensors; their data starts at a multiple of 4096."""
     entries, end = {}, 0
     for spec in specs:
         entries[spec.name] = {
