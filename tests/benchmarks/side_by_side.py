@@ -23,7 +23,7 @@ from peer import Peer, require, write_model
 
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError
-from mixchat.settings import MemoryBudget
+from mixchat.quantities import MemoryBudget
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench, Task
