@@ -25,7 +25,7 @@ from mixchat.cli.flags.shell_completion import (
     install_completion,
     show_completion,
 )
-from mixchat.cli.models import list_models, show
+from mixchat.cli.models import list_models, show_model
 from mixchat.cli.output.failure import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
@@ -53,7 +53,7 @@ app.command(
 app.command("download")(download)
 app.command("plan")(plan)
 app.command("list")(list_models)
-app.command("show")(show)
+app.command("show")(show_model)
 app.command("verify")(verify)
 app.command("repair")(repair)
 app.command("convert")(convert)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.engine.prompt_cache import PromptCache
 
-# The beginning of such a file, behind the length of its header: engine/prompt_cache.py writes it.
-BEGINNING = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
-_LENGTH_BEGINS = b"\xf8"  # for it is 8 less than a multiple of 4096
+# The start of such a file, behind the length of its header: engine/prompt_cache.py writes it.
+FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
+_LENGTH_START = b"\xf8"  # its lowest byte: the length is 8 less than a multiple of 4096
 
 
 class Place(Protocol):
@@ -164,7 +164,7 @@ def _output(path: Path) -> OutputFile:
 
 def _is_ours(head: bytes) -> bool:
     """Return whether a file is, or before some damage was, a prompt cache, by its beginning."""
-    return head[:1] == _LENGTH_BEGINS and BEGINNING.startswith(head[8 : 8 + len(BEGINNING)])
+    return head[:1] == _LENGTH_START and FILE_START.startswith(head[8 : 8 + len(FILE_START)])
 
 
 def _has_content(path: Path) -> bool:

@@ -11,7 +11,7 @@ import typer
 from mixchat.chat.printing import columns, say, show
 from mixchat.chat.saved.chat_table import chat_table
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.shell_completion import kept_chats
+from mixchat.cli.flags.shell_completion import saved_chats
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def chats(
         str | None,
         typer.Argument(
             metavar="ID",
-            autocompletion=kept_chats,
+            autocompletion=saved_chats,
             help="The chat's ID, a unique prefix of it, or its name.",
         ),
     ] = None,

@@ -50,7 +50,7 @@ def _row(model: ModelEntry) -> dict[str, Any]:
     return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 
-def show(
+def show_model(
     model: Annotated[
         str,
         typer.Argument(

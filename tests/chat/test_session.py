@@ -63,7 +63,7 @@ def test_max_tokens_ends_with_length(session_of):
     assert session.messages[-1].ids == tuple(map(ord, "Hel"))
 
 
-def test_an_answer_is_a_quarter_of_the_context_long_where_nobody_says_otherwise(session_of):
+def test_an_answer_is_a_quarter_of_the_context_long_by_default(session_of):
     """Three of ten first questions to a small model never ended before the context was full."""
     session = session_of("Hello, and on and on" * 5, context_size=80)
     text, finished = listen(session.ask("Hi"))
@@ -187,7 +187,7 @@ class SpacelessTokenizer(CharacterTokenizer):
 
 
 @pytest.mark.parametrize(("continues", "text"), [(True, " world"), (False, "world")])
-def test_a_completion_keeps_the_space_that_it_goes_on_with(continues, text):
+def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
     session = ChatSession(engine, SpacelessTokenizer(), template, sampling=SamplingOptions())
@@ -294,7 +294,7 @@ def test_old_turns_are_left_out_whole_where_the_context_is_full(session_of):
     dropped = [left_out for left_out, _ in seen if left_out]
     assert len(dropped) > 1
     assert dropped == sorted(set(dropped))  # said whenever it grows, and only then
-    assert len(session.history) == 24  # what is left out of the prompt is kept
+    assert len(session.history) == 24  # what is left out of the prompt stays
     assert session.used < 200
 
 
@@ -376,7 +376,7 @@ def test_an_answer_that_begins_with_a_stop_string_is_an_empty_one(session_of):
     assert session.history[-1].partial is False
 
 
-def test_a_restored_chat_goes_on_with_its_seeds(session_of):
+def test_a_restored_chat_continues_with_its_seeds(session_of):
     """/regen after a resume gave the same answer again."""
     session = session_of("a", "b", sampling=SamplingOptions(seed=5))
     turns_of(session, "one", "two")

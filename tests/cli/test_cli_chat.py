@@ -33,7 +33,7 @@ def test_a_chat_from_hello_to_goodbye(environment, tmp_path):
     assert prompts[2].count("[user]How are you?") == 2
 
 
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(environment, tmp_path):
+def test_ctrl_c_stops_an_answer_and_the_chat_continues(environment, tmp_path):
     answer = "x" * 2000
     variables = environment | {
         "SCRIPT": f'["{answer}", "Fine"]',
@@ -61,7 +61,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(environment, tmp_path):
     assert set(said) == {"x"}
 
 
-def test_an_error_in_a_turn_is_one_line_and_the_chat_goes_on(environment):
+def test_an_error_in_a_turn_is_one_line_and_the_chat_continues(environment):
     variables = environment | {
         "SCRIPT": '[[{"raise": "PromptError", "with": "too long"}], "Fine"]',
     }

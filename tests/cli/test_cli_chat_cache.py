@@ -1,4 +1,4 @@
-"""A chat's KV cache, kept beside it: what was read is not read again."""
+"""A chat's KV cache, saved beside it: what was read is not read again."""
 
 import os
 
@@ -46,7 +46,7 @@ def test_a_resumed_chat_reads_only_what_is_new(saver_of):
     with cache_of(saver, wanted=True):
         asked(saver, "a long first question")
     chat = saver.chat
-    for _ in range(2):  # kept once, it is kept from then on
+    for _ in range(2):  # saved once, it is saved from then on
         again = saver_of()
         again.resume(chat)
         with cache_of(again, wanted=False):
@@ -55,7 +55,7 @@ def test_a_resumed_chat_reads_only_what_is_new(saver_of):
         chat = again.chat
 
 
-def test_without_a_wish_nothing_is_kept(saver_of):
+def test_nothing_is_saved_unless_that_is_wanted(saver_of):
     saver = saver_of()
     with cache_of(saver, wanted=False):
         asked(saver, "question")
@@ -93,7 +93,7 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
     assert saver.kv_path.is_fifo()
 
 
-def test_a_chat_that_is_not_kept_has_no_cache(saver_of):
+def test_a_chat_that_is_not_saved_has_no_cache(saver_of):
     saver = saver_of()
     saver.autosave = False
     with cache_of(saver, wanted=True):
@@ -157,7 +157,7 @@ def test_what_is_not_new_is_not_written_again(saver_of):
     assert again.kv_path.stat().st_ino == before.st_ino
 
 
-def test_a_damaged_cache_is_said_and_the_chat_goes_on(saver_of, capsys):
+def test_a_damaged_cache_is_said_and_the_chat_continues(saver_of, capsys):
     saver = saver_of()
     with cache_of(saver, wanted=True):
         asked(saver, "question")

@@ -77,7 +77,7 @@ def test_wrong_use_is_one_line_and_a_hint(mixchat, arguments):
         (["  "], b"\n", "the prompt is empty"),
         ([], b"caf\xe9 noir", "standard input is not UTF-8: the byte 0xe9 at offset 3"),
         (["Hi"], b"ok \xf0\x9f", "standard input is not UTF-8: the byte 0xf0 at offset 3"),
-        ([], b"\x7fELF\x00\x01", "standard input is not text: it has a NUL byte at offset 4"),
+        ([], b"\x7fELF\x00\x01", "standard input is not text: it contains a NUL byte at offset 4"),
         ([b"caf\xe9"], b"", "the prompt is not UTF-8: the byte 0xe9 at offset 3"),
         (["h\u00e9".encode() + b"\xff"], b"", "the prompt is not UTF-8: the byte 0xff at offset 3"),
     ],

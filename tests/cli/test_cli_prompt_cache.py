@@ -1,4 +1,4 @@
-"""`mixchat run --prompt-cache FILE`: the next run goes on from what the last one has read."""
+"""`mixchat run --prompt-cache FILE`: the next run starts from what the last one has read."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.cli.cache_file import BEGINNING
+from mixchat.cli.cache_file import FILE_START
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 
@@ -33,8 +33,8 @@ class Template:
 
 @pytest.fixture
 def exact_model(tiny_checkpoint, keep):
-    """A model in fp32: a prompt that is read in other pieces is rounded so little otherwise that no
-    token changes."""
+    """A model in fp32: reading a prompt in other pieces changes its numbers too little to change a
+    token."""
     return keep(tiny_checkpoint, quant_type="none")
 
 
@@ -78,10 +78,10 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
         assert ask("Why?", "--prompt-cache", str(file)).stderr == b""
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(tmp_path.glob("f*")) == [file]
-    assert file.read_bytes()[8:].startswith(BEGINNING)
+    assert file.read_bytes()[8:].startswith(FILE_START)
 
 
-def test_a_chat_is_kept_at_its_end(ask, tmp_path, monkeypatch):
+def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
     from mixchat.cli import run
 
     def chat(saver, cache, files, *, raw, vi, after_turn):
@@ -114,7 +114,7 @@ def interrupting(monkeypatch, error):
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 7), (SystemExit(143), 143)]
 )
-def test_what_was_read_is_kept_when_the_answer_is_cut_off(ask, tmp_path, monkeypatch, error, code):
+def test_what_was_read_is_saved_when_the_answer_is_cut_off(ask, tmp_path, monkeypatch, error, code):
     flags = ("Why?", "--prompt-cache", str(tmp_path / "f"))
     with monkeypatch.context() as patch:
         interrupting(patch, error)
@@ -122,7 +122,7 @@ def test_what_was_read_is_kept_when_the_answer_is_cut_off(ask, tmp_path, monkeyp
     assert reused(ask(*flags, "--verbose")) == 29
 
 
-def test_a_file_of_other_bits_is_noted_once_and_written_anew(ask, tmp_path):
+def test_a_file_of_other_bits_is_noted_once_and_written_again(ask, tmp_path):
     file = str(tmp_path / "f")
     ask("Why?", "--prompt-cache", file)
     expected = ask("Why?", "--kv-bits", "8")
@@ -137,7 +137,7 @@ def test_a_file_of_other_bits_is_noted_once_and_written_anew(ask, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 40, 100, 4096, 4200, 9000])
-def test_a_file_cut_short_is_noted_and_written_anew(ask, tmp_path, size):
+def test_a_file_cut_short_is_noted_and_written_again(ask, tmp_path, size):
     file = tmp_path / "f"
     expected = ask("Why?", "--prompt-cache", str(file))
     whole = file.read_bytes()

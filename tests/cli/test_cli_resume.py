@@ -1,4 +1,4 @@
-"""Chats that are kept, and gone on with: `--resume`, `--no-save`, `--keep-cache`."""
+"""Saved chats, and resumed ones: `--resume`, `--no-save`, `--keep-cache`."""
 
 import errno
 import json
@@ -38,28 +38,28 @@ def chat(environment, tmp_path):
 
 @pytest.fixture
 def ids(environment, tmp_path):
-    """The IDs of the kept chats, the oldest first."""
+    """The IDs of the saved chats, the oldest first."""
     return lambda: sorted(path.stem for path in (tmp_path / "home/chats").glob("*.json"))
 
 
-def test_a_chat_is_kept_and_resumed(chat, ids):
+def test_a_chat_is_saved_and_resumed(chat, ids):
     chat("-s", "Be brief", answers=["Hello"], questions=["Hi"])
-    (kept,) = ids()
-    for count, wanted in enumerate([("--resume",), ("-r", kept), (f"--resume={kept[:12]}",)], 1):
+    (saved,) = ids()
+    for count, wanted in enumerate([("--resume",), ("-r", saved), (f"--resume={saved[:12]}",)], 1):
         prompts = chat(*wanted, answers=[f"Fine {count}"], questions=["Again"])
         assert prompts[0].startswith("[system]Be brief[user]Hi[assistant]Hello[user]Again")
         assert prompts[0].count("[assistant]") == count
-        assert ids() == [kept]
+        assert ids() == [saved]
 
 
-def test_a_prompt_goes_on_with_a_chat_and_is_kept(chat, mixchat, ids):
+def test_a_prompt_continues_a_chat_and_is_saved(chat, mixchat, ids):
     chat(answers=["Hello"], questions=["Hi"])
     done = mixchat("run", "--resume", ids()[0], "Again", SCRIPT='["Fine"]')
     assert (done.returncode, done.stdout) == (0, b"Fine\n")
     assert "Again[assistant]Fine" in chat("-r", answers=["So"], questions=["More"])[0]
 
 
-def test_a_turn_that_fails_to_be_printed_is_kept_all_the_same(chat, mixchat, process, ids):
+def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(chat, mixchat, process, ids):
     """With -x, an answer without code was computed, not printed, and gone."""
     chat(answers=["Hello"], questions=["Hi"])
     assert mixchat("run", "-x", "-r", ids()[0], "Again", SCRIPT='["No code"]').returncode == 9
@@ -80,7 +80,7 @@ def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, p
     assert shown["messages"][1]["partial"] is True
 
 
-def test_one_answer_is_not_kept_unless_that_is_asked_for(mixchat, ids):
+def test_one_answer_is_not_saved_unless_that_is_asked_for(mixchat, ids):
     mixchat("run", "Hi")
     assert ids() == []
     mixchat("run", "Hi", MIXCHAT_SAVE="1")
@@ -108,14 +108,14 @@ def test_an_answer_that_cannot_be_saved_is_there_and_the_exit_code_says_it(
 
 def test_a_turn_that_cannot_be_saved_says_so_too(mixchat, ids, monkeypatch):
     assert mixchat("run", "--save", "Hi").returncode == 0
-    (kept,) = ids()
+    (saved,) = ids()
     with monkeypatch.context() as patch:
         patch.setattr(
             "mixchat.chat.saved.chat_store.write_private_file", lambda *given: os.stat("/no/such")
         )
-        assert mixchat("run", "--resume", kept, "Again").returncode == 7
+        assert mixchat("run", "--resume", saved, "Again").returncode == 7
     failing = json.dumps([["x", {"raise": "RuntimeError", "with": "out of order"}]])
-    assert mixchat("run", "--resume", kept, "Again", SCRIPT=failing).returncode == 1
+    assert mixchat("run", "--resume", saved, "Again", SCRIPT=failing).returncode == 1
 
 
 def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids, tmp_path):
@@ -136,13 +136,13 @@ def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(chat, ids
     assert prompts[0].startswith("[system]Be old[user]Hi")
 
 
-def test_a_chat_that_is_not_to_be_kept_leaves_nothing(chat, ids, tmp_path):
+def test_a_chat_that_is_not_to_be_saved_leaves_nothing(chat, ids, tmp_path):
     chat("--no-save", answers=["Hello"], questions=["Hi"])
     assert ids() == []
     assert not (tmp_path / "home/history").exists()
 
 
-def test_the_model_of_the_chat_is_taken_unless_a_flag_says_otherwise(chat, mixchat, ids):
+def test_the_model_of_the_chat_is_taken_unless_a_flag_names_another(chat, mixchat, ids):
     chat("-m", "demo", answers=["Hello"], questions=["Hi"])
     run = ("run", "--json", "--resume", ids()[0], "Again")
     assert json.loads(mixchat(*run).stdout)["model"] == "demo"

@@ -1,4 +1,4 @@
-"""The KV cache in a file: the next run goes on from it as if it had been the same run."""
+"""The KV cache in a file: the next run continues from it as if it had been the same run."""
 
 import errno
 import hashlib
@@ -76,7 +76,7 @@ def rewritten(path: Path, about: dict[str, Any] | None = None, **tensors: torch.
 
 
 @pytest.mark.parametrize("bits", [8, 16, None])
-def test_the_next_run_goes_on_as_if_it_had_been_the_same(
+def test_the_next_run_continues_as_if_it_had_been_the_same(
     open_engine: Open, tmp_path: Path, bits: int | None
 ) -> None:
     one = open_engine(kv_bits=bits)
@@ -91,7 +91,7 @@ def test_the_next_run_goes_on_as_if_it_had_been_the_same(
 
 
 @pytest.mark.parametrize("bits", [8, 16, None])
-def test_a_conversation_of_several_pages_is_kept(
+def test_a_conversation_of_several_pages_is_saved(
     open_engine: Open, tmp_path: Path, long_model: Path, bits: int | None
 ) -> None:
     document = torch.randint(3, 97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -134,15 +134,15 @@ def test_what_the_file_has_is_not_written_again(open_engine: Open, tmp_path: Pat
     saved(path, open_engine())
     before = path.stat().st_ino
     engine = open_engine()
-    kept = PromptCache(path, engine)
-    kept.load()
-    assert not kept.save()
+    cache = PromptCache(path, engine)
+    cache.load()
+    assert not cache.save()
     answer(engine, PROMPT[:5], 1)  # less than there is
-    assert not kept.save()
+    assert not cache.save()
     assert path.stat().st_ino == before
     answer(engine, [*PROMPT[:5], 33], 1)
-    assert kept.save()
-    assert not kept.save()
+    assert cache.save()
+    assert not cache.save()
 
 
 def test_an_engine_that_has_read_nothing_writes_nothing(open_engine: Open, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_directory_that_is_gone_is_one_clear_line(open_engine: Open, tmp_path:
         PromptCache(tmp_path / "gone" / "f", engine).save()
 
 
-def test_after_a_pass_that_was_broken_off_what_is_whole_is_kept(
+def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
     open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mixchat.engine.moe import SparseMoE

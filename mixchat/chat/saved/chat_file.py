@@ -20,7 +20,7 @@ FORMAT = 1
 LONGEST_NAME = 80  # characters
 LAST = "last"  # in place of an ID: the chat that was saved last
 # The beginning of an ID. No name looks like one, so that no word means two chats.
-BEGINNING = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
+ID_PREFIX = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
 # The beginning of a file, up to its name; and bytes that hold both: 4 a character at most.
 _BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
@@ -64,7 +64,7 @@ def checked_name(name: str) -> str:
         problem = "is not one line of text"
     elif name == LAST:
         problem = f"means the last chat: {name!r}"
-    elif BEGINNING.fullmatch(name.lower()):
+    elif ID_PREFIX.fullmatch(name.lower()):
         problem = f"looks like a chat's ID: {name!r}"
     elif name.startswith("-"):
         problem = f"looks like a flag: {name!r}"

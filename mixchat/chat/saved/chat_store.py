@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from mixchat.chat.saved.chat_file import (
-    BEGINNING,
+    ID_PREFIX,
     LAST,
     SavedChat,
     checked_name,
@@ -168,7 +168,7 @@ class ChatStore:
         Raises `ChatNotFoundError` if there is none, or more than one.
         """
         wanted = wanted.strip()
-        if BEGINNING.fullmatch(wanted.lower()):
+        if ID_PREFIX.fullmatch(wanted.lower()):
             found = [id for id in self.ids() if id.startswith(wanted.lower())]
         else:
             found = self._named(wanted)

@@ -1,4 +1,4 @@
-"""The loop of the chat in the terminal: reads a text, obeys or asks, until somebody leaves."""
+"""The loop of the chat in the terminal: reads a text, obeys or asks, until the user leaves."""
 
 from __future__ import annotations
 

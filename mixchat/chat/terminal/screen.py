@@ -180,24 +180,24 @@ class _WaitingLine:
 class _Plain:
     """Shows an answer as it is written."""
 
-    def __init__(self, out: TextIO, begin: Callable[[], None]) -> None:
-        self._out, self._begin = out, begin
-        self._at_beginning = True
+    def __init__(self, out: TextIO, erase: Callable[[], None]) -> None:
+        self._out, self._erase = out, erase
+        self._at_line_start = True
 
     def feed(self, text: str) -> None:
-        self._begin()
+        self._erase()
         clean = sanitize(text)
         self._out.write(clean)
         self._out.flush()
         if clean:
-            self._at_beginning = clean.endswith("\n")
+            self._at_line_start = clean.endswith("\n")
 
     def pause(self) -> None:
         """Do nothing: all that was written stays."""
 
     def close(self) -> None:
-        self._begin()
-        if not self._at_beginning:
+        self._erase()
+        if not self._at_line_start:
             self._out.write("\n")
             self._out.flush()
 
@@ -205,23 +205,23 @@ class _Plain:
 class _Markdown:
     """Shows an answer as Markdown; the libraries for it are loaded with the first one."""
 
-    def __init__(self, out: TextIO, begin: Callable[[], None], before: str) -> None:
+    def __init__(self, out: TextIO, erase: Callable[[], None], before: str) -> None:
         from rich.console import Console
 
         from mixchat.chat.draw.markdown_stream import MarkdownStream
 
-        self._begin = begin
+        self._erase = erase
         self._stream = MarkdownStream(Console(file=out, highlight=False), before=before)
 
     def feed(self, text: str) -> None:
-        self._begin()
+        self._erase()
         self._stream.feed(text)
 
     def pause(self) -> None:
         self._stream.pause()
 
     def close(self) -> None:
-        self._begin()
+        self._erase()
         self._stream.close()
 
 

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
-from mixchat.cli.flags.shell_completion import among, kept_chats
+from mixchat.cli.flags.shell_completion import among, saved_chats
 from mixchat.errors import UsageError
 
 _RESUME = ("-r", "--resume")
@@ -39,7 +39,7 @@ Resume = Annotated[
     typer.Option(
         *_RESUME,
         metavar="[ID]",
-        autocompletion=kept_chats,
+        autocompletion=saved_chats,
         help="Resume a saved chat, by ID or name; without one, the last.",
     ),
 ]

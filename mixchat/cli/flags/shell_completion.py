@@ -139,7 +139,7 @@ def runnable_models(incomplete: str) -> list[str]:
     return among(*dict.fromkeys([*ALIASES, DEMO, *_kept()]))(incomplete)
 
 
-def kept_chats(incomplete: str) -> list[str]:
+def saved_chats(incomplete: str) -> list[str]:
     """Complete to a chat's name, if a shell can be given it, or to its ID; the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore
 

@@ -174,7 +174,7 @@ def test_resizing_loses_and_repeats_nothing(seed, reflows):
     assert re.findall(r"w\d{3}", "".join(terminal.rows)) == [f"w{i:03}" for i in range(count)]
 
 
-def test_no_frame_is_drawn_while_somebody_pulls_at_the_window():
+def test_no_frame_is_drawn_while_the_window_is_being_resized():
     """tmux tells of the new size up to a quarter of a second late."""
     terminal, clock = Terminal(40, 20), Clock()
     with MarkdownStream(terminal.console, clock=clock) as stream:

@@ -24,7 +24,7 @@ def talk(session, *questions):
 
 
 def gone_on_with(store, session, question, **options):
-    """The saver of another run, in which the last chat was gone on with."""
+    """The saver of another run, in which the last chat was resumed."""
     saver = ChatSaver(session, store, "demo", **options)
     saver.resume(store.latest())
     talk(session, question)
@@ -43,8 +43,8 @@ def test_each_save_has_all_that_was_said(session_of, store):
     for question, turns in (("Hi", 1), ("And you?", 2)):
         talk(session, question)
         saver.save()
-        (kept,) = store.all()
-        assert (kept.turns, kept.question, kept.model) == (turns, "Hi", "demo")
+        (saved,) = store.all()
+        assert (saved.turns, saved.question, saved.model) == (turns, "Hi", "demo")
 
 
 def test_a_chat_comes_back_as_it_was(session_of, store):
@@ -68,7 +68,7 @@ def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
     talk(session, "Hi")
     first.save()
     gone_on_with(store, session_of("Fine"), "Again")
-    assert [(kept.id, kept.turns) for kept in store.all()] == [(first.chat.id, 2)]
+    assert [(saved.id, saved.turns) for saved in store.all()] == [(first.chat.id, 2)]
 
 
 def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):
@@ -118,10 +118,10 @@ def test_begin_leaves_the_old_chat_as_it_is(session_of, store):
         saver.save()
         session.clear()
         saver.start_new()
-    assert sorted(kept.question for kept in store.all()) == ["one", "two"]
+    assert sorted(saved.question for saved in store.all()) == ["one", "two"]
 
 
-def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session_of, tmp_path):
+def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_continues(session_of, tmp_path):
     (tmp_path / "file").write_text("")
     session, said = session_of("a", "b", "c"), []
     saver = ChatSaver(session, ChatStore(tmp_path / "file" / "chats"), "demo", warn=said.append)
@@ -132,7 +132,7 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_goes_on(session
     assert len(session.history) == 6
 
 
-def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, store):
+def test_a_chat_that_was_changed_in_another_session_is_saved_beside_it(session_of, store):
     """The one that was saved last won, and the other's turns were gone."""
     session, said = session_of("Hello", "here"), []
     first = ChatSaver(session, store, "demo", note=said.append)
@@ -143,7 +143,9 @@ def test_a_chat_that_was_gone_on_with_elsewhere_is_kept_beside_it(session_of, st
     talk(session, "first")
     first.save()
     assert said == [f"this chat was changed in another session; saved as {first.chat.id}"]
-    contents = {kept.id: [m.content for m in store.load(kept.id).messages] for kept in store.all()}
+    contents = {
+        saved.id: [m.content for m in store.load(saved.id).messages] for saved in store.all()
+    }
     assert contents == {
         second.chat.id: ["Hi", "Hello", "second", "there"],
         first.chat.id: ["Hi", "Hello", "first", "here"],
@@ -162,8 +164,8 @@ def resumed(store, session, question, **options):
 
 def questions_in(store):
     return sorted(
-        [m.content for m in store.load(kept.id).messages if m.role == "user"]
-        for kept in store.all()
+        [m.content for m in store.load(saved.id).messages if m.role == "user"]
+        for saved in store.all()
     )
 
 
@@ -190,7 +192,9 @@ def test_a_turn_is_not_lost_where_another_is_saved_between_the_look_and_the_writ
     others[0].join(20)
     assert questions_in(store) == [["Hi", "first"], ["Hi", "second"]]
     assert said == [f"this chat was changed in another session; saved as {second.chat.id}"]
-    assert sorted(os.listdir(store.directory)) == sorted(f"{kept.id}.json" for kept in store.all())
+    assert sorted(os.listdir(store.directory)) == sorted(
+        f"{saved.id}.json" for saved in store.all()
+    )
 
 
 def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, monkeypatch):
@@ -227,7 +231,7 @@ def test_a_file_that_cannot_be_read_any_more_is_not_overwritten(session_of, stor
 
 
 def questions_in_whole(store):
-    whole = [kept.id for kept in store.all() if kept.problem is None]
+    whole = [saved.id for saved in store.all() if saved.problem is None]
     return [[m.content for m in store.load(id).messages[::2]] for id in whole]
 
 
@@ -274,7 +278,7 @@ def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
     assert store.load(saver.chat.id).messages == ()
 
 
-def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
+def test_a_loaded_chat_is_saved_only_where_all_are(session_of, store):
     session = session_of("a", "b")
     talk(session, "one")
     ChatSaver(session, store, "demo").save()
@@ -285,11 +289,11 @@ def test_a_loaded_chat_is_kept_only_where_all_are(session_of, store):
     saver.resume(store.load(next(k.id for k in store.all() if k.name is None)))
     talk(other, "a secret")
     saver.save()
-    assert sorted(kept.turns for kept in store.all()) == [1, 1]
+    assert sorted(saved.turns for saved in store.all()) == [1, 1]
 
 
-def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):
-    """It was kept for ever after one /save in a run with --no-save."""
+def test_after_clear_a_chat_is_saved_only_where_all_are(session_of, store):
+    """It was saved for ever after one /save in a run with --no-save."""
     session = session_of("a", "b")
     saver = ChatSaver(session, store, "demo", autosave=False)
     talk(session, "one")
@@ -298,7 +302,7 @@ def test_after_clear_a_chat_is_kept_only_where_all_are(session_of, store):
     saver.start_new()
     talk(session, "a secret")
     saver.save()
-    assert [kept.question for kept in store.all()] == ["one"]
+    assert [saved.question for saved in store.all()] == ["one"]
 
 
 def test_a_name_that_another_chat_has_is_refused(session_of, store):

@@ -1,4 +1,4 @@
-"""Kept chats: what is saved comes back, what is damaged is refused, nothing is half-written."""
+"""Saved chats: what is saved comes back, what is damaged is refused, nothing is half-written."""
 
 import errno
 import json
@@ -398,7 +398,7 @@ class TestRemoving:
             three.remove(ID)
 
     def test_the_sweep_takes_old_leftovers_and_nothing_else(self, three):
-        kept = sorted(os.listdir(three.directory))
+        before = sorted(os.listdir(three.directory))
         names = ["20261120-0000-aaa.kv", f"{ID}.json.x1.tmp", f"{ID}.kv.x1.tmp", f"{ID}-x.kv"]
         for name in [*names, f"{ID}.kv", "notes.tmp"]:
             (three.directory / name).write_bytes(b"xyz")
@@ -406,7 +406,7 @@ class TestRemoving:
         for path in three.directory.iterdir():
             os.utime(path, (0, 0))
         assert sorted(three.sweep()) == sorted((three.directory / name, 3) for name in names)
-        assert sorted(os.listdir(three.directory)) == sorted([*kept, f"{ID}.kv", "notes.tmp"])
+        assert sorted(os.listdir(three.directory)) == sorted([*before, f"{ID}.kv", "notes.tmp"])
 
     def test_there_is_nothing_to_sweep_where_nothing_is(self, store):
         assert list(store.sweep()) == []

@@ -164,11 +164,11 @@ def test_ctrl_c_within_clear_overwrites_no_chat(session_of, store, monkeypatch):
     assert asked == {"Hi", "Again"}
 
 
-def test_clear_begins_a_new_conversation_and_the_old_one_is_kept(session_of, store):
+def test_clear_starts_a_new_chat_and_the_old_one_is_saved(session_of, store):
     session = session_of("Hello", "Fine")
     typed(session, "Hi", "/clear", "Again", store=store)
     assert prompts_of(session)[1] == "[user]Again"
-    assert [kept.question for kept in store.all()] == ["Again", "Hi"]
+    assert [saved.question for saved in store.all()] == ["Again", "Hi"]
 
 
 def test_set_changes_a_parameter_in_the_middle_of_a_chat(session_of):
@@ -236,10 +236,10 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
     assert "mixchat run --resume weather" in chat.text
     assert ">>> Hi\nHello" in chat.text
     assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]Again"
-    assert [(kept.name, kept.turns) for kept in store.all()] == [("weather", 2)]
+    assert [(saved.name, saved.turns) for saved in store.all()] == [("weather", 2)]
 
 
-def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
+def test_a_chat_that_is_not_saved_is_from_save_on(session_of, store):
     session = session_of("Hello", "Fine")
     chat = typed(session, "Hi", store=store)
     chat.saver.autosave = False
@@ -247,7 +247,7 @@ def test_a_chat_that_is_not_kept_is_from_save_on(session_of, store):
     chat.saver.save()
     assert store.all() == []
     chat.saver.rename(None)
-    assert [kept.turns for kept in store.all()] == [1]
+    assert [saved.turns for saved in store.all()] == [1]
 
 
 def test_load_keeps_the_chat_as_it_is_where_there_is_no_other(session_of, store):
@@ -307,7 +307,7 @@ def test_an_edit_that_is_given_up_changes_nothing(session_of):
     assert prompts_of(session)[1] == "[user]one[assistant]a[user]two"
 
 
-def test_continue_goes_on_where_the_answer_ended(session_of):
+def test_continue_continues_where_the_answer_ended(session_of):
     session = session_of("Hello", "world", max_tokens=3)
     chat = typed(session, "Hi", "/continue")
     assert prompts_of(session)[1] == "[user]HiHel"

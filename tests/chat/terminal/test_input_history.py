@@ -24,7 +24,7 @@ def keep(path, *entries):
     return history
 
 
-def kept(path):
+def saved(path):
     """What a new chat finds, the oldest first."""
     history = InputHistory(path)
     assert history.fault is None
@@ -49,7 +49,7 @@ ODD = [
 
 def test_entries_come_back_as_they_were(path):
     keep(path, "one", *ODD)
-    assert kept(path) == ["one", *ODD]
+    assert saved(path) == ["one", *ODD]
 
 
 def test_prompt_toolkits_own_class_reads_them_too(path):
@@ -69,20 +69,20 @@ def test_only_the_owner_can_read_them(path):
 def test_a_file_with_other_rights_gets_the_right_ones(path):
     path.parent.mkdir(mode=0o755)
     path.touch(mode=0o644)
-    assert kept(path) == []
+    assert saved(path) == []
     assert rights(path) == 0o600
     assert rights(path.parent) == 0o755
 
 
-def test_a_line_that_begins_with_a_space_is_not_kept(path):
+def test_a_line_that_begins_with_a_space_is_not_saved(path):
     assert list(keep(path, "one", " secret").load_history_strings()) == ["one"]
-    assert kept(path) == ["one"]
+    assert saved(path) == ["one"]
 
 
-def test_equal_neighbours_are_kept_once(path):
+def test_equal_neighbours_are_saved_once(path):
     keep(path, "one", "one", "two", "one")
     keep(path, "one")
-    assert kept(path) == ["one", "two", "one"]
+    assert saved(path) == ["one", "two", "one"]
 
 
 def test_without_a_file_it_remembers_until_it_ends():
@@ -97,7 +97,7 @@ def test_what_was_typed_before_loading_is_there_once(path):
 def test_the_newest_stay_where_there_are_too_many(path, monkeypatch):
     monkeypatch.setattr(input_history, "_MOST_ENTRIES", 3)
     keep(path, *"abcde")
-    assert kept(path) == ["c", "d", "e"]
+    assert saved(path) == ["c", "d", "e"]
     assert path.read_text().count("+") == 3
     assert rights(path) == 0o600
     assert os.listdir(path.parent) == ["history"]
@@ -106,7 +106,7 @@ def test_the_newest_stay_where_there_are_too_many(path, monkeypatch):
 def test_a_file_that_is_too_long_keeps_its_end(path, monkeypatch):
     monkeypatch.setattr(input_history, "_MOST_BYTES", 500)
     keep(path, *(f"é number {number}" for number in range(100)))
-    entries = kept(path)
+    entries = saved(path)
     assert entries[-1] == "é number 99"
     assert 2 < len(entries) < 20
     assert path.stat().st_size < 500
@@ -130,7 +130,7 @@ def test_two_chats_do_not_break_each_others(path):
     first.append_string("a\nb")
     second.append_string("c")
     first.append_string("d")
-    assert kept(path) == ["a\nb", "c", "d"]
+    assert saved(path) == ["a\nb", "c", "d"]
 
 
 def test_an_entry_that_is_added_after_another_chat_shortened_the_file_is_there(path, monkeypatch):
@@ -138,7 +138,7 @@ def test_an_entry_that_is_added_after_another_chat_shortened_the_file_is_there(p
     monkeypatch.setattr(input_history, "_MOST_ENTRIES", 2)
     InputHistory(path)
     first.append_string("e")
-    assert kept(path) == ["d", "e"]
+    assert saved(path) == ["d", "e"]
 
 
 MANY = """
@@ -157,7 +157,7 @@ def test_chats_that_start_and_write_at_the_same_time_lose_nothing(path):
     others = [subprocess.Popen([sys.executable, "-c", MANY, path, name]) for name in "xy"]
     assert [other.wait(60) for other in others] == [0, 0]
     wanted = [f"{name}{number}\nsecond line" for name in "xy" for number in range(40)]
-    assert sorted(kept(path)[-80:]) == sorted(wanted)
+    assert sorted(saved(path)[-80:]) == sorted(wanted)
 
 
 def no_directory(path):
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_was(path):
     assert path.read_bytes() == before
 
 
-def test_a_read_only_disk_still_gives_what_was_kept(path, monkeypatch):
+def test_a_read_only_disk_still_gives_what_was_saved(path, monkeypatch):
     keep(path, "old")
     opened = os.open
 
@@ -217,10 +217,10 @@ def test_a_disk_that_fills_up_leaves_no_half_entry(path, monkeypatch):
     assert "full" in history.fault
     monkeypatch.undo()
     history.append_string("in memory")
-    assert kept(path) == ["one"]
+    assert saved(path) == ["one"]
     assert list(history.load_history_strings()) == ["in memory", "é" * 50, "one"]
 
 
-def test_bytes_that_are_no_text_are_kept_as_question_marks(path):
+def test_bytes_that_are_no_text_are_saved_as_question_marks(path):
     keep(path, "a\udcffb")
-    assert kept(path) == ["a?b"]
+    assert saved(path) == ["a?b"]

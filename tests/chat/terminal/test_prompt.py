@@ -197,7 +197,7 @@ def test_a_key_takes_the_suggestion(typing, tmp_path, key):
         assert screen.read() == "a long question"
 
 
-def test_a_history_that_cannot_be_kept_is_told_once(typing, tmp_path, warnings):
+def test_a_history_that_cannot_be_saved_is_told_once(typing, tmp_path, warnings):
     assert typing("a\rb\r", history=tmp_path) == ["a", "b"]
     assert len(warnings) == 1
     assert str(tmp_path) in warnings[0]
@@ -557,7 +557,7 @@ def test_a_marked_paste_from_before_the_prompt_is_one_text_that_waits(last):
         assert screen.read() == "a\n/b\n" + last.replace(ENTER, "\n") + "!"
 
 
-def test_half_a_line_from_before_the_prompt_goes_on():
+def test_half_a_line_from_before_the_prompt_continues():
     with look(ask=False) as screen:
         screen.type("one ")
         screen.ask()

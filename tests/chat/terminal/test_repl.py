@@ -13,7 +13,7 @@ from mixchat.errors import PromptError
 
 
 @pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, CTRL_C * 2])
-def test_it_answers_turn_after_turn_until_somebody_leaves(session_of, leave):
+def test_it_answers_turn_after_turn_until_the_user_leaves(session_of, leave):
     session = session_of("Hello", "Fine")
     chat = Chat(session, "Hi\rHow are you?\r" + leave)
     assert chat.text.startswith("Hello\n\nFine\n\n")
@@ -77,7 +77,7 @@ def test_a_path_is_no_command(session_of):
 
 
 @pytest.mark.parametrize("error", [PromptError("too long"), RuntimeError("broken")])
-def test_a_failing_turn_is_reported_and_the_chat_goes_on(session_of, error):
+def test_a_failing_turn_is_reported_and_the_chat_continues(session_of, error):
     session = session_of([*"Hal", error], "Fine")
     chat = Chat(session, "Hi\rAgain\r" + CTRL_D)
     assert chat.errors == [error]

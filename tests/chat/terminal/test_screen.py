@@ -55,7 +55,7 @@ def test_in_a_terminal_an_answer_is_drawn_as_markdown():
     assert "**" not in text
 
 
-def test_the_rest_of_an_answer_is_drawn_as_what_it_goes_on_with():
+def test_the_rest_of_an_answer_is_drawn_as_what_it_continues_with():
     """/continue drew code as prose: its comments became headings."""
     out = Tty()
     Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
