@@ -74,12 +74,12 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def keep(checkpoint: Path, **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
         from mixchat.weights.make.build import build
-        from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-        from mixchat.weights.source.origin import LocalOrigin
+        from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+        from mixchat.weights.source.directory_origin import DirectoryOrigin
 
         target = tmp_path_factory.mktemp("kept") / "model"
-        origin = LocalOrigin(checkpoint, Source("test"))
-        build(origin, target, blueprint_of(origin.index, QuantizeOptions(**options)))
+        origin = DirectoryOrigin(checkpoint, Source("test"))
+        build(origin, target, make_blueprint(origin.index, QuantizeOptions(**options)))
         return target
 
     return keep

@@ -36,7 +36,7 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.make.quantize import best_layout
+from mixchat.weights.make.quantize_options import best_layout
 
 
 @contextmanager

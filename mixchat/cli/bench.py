@@ -105,7 +105,7 @@ def _model(name: str | None, layers: int | None) -> Iterator[Path]:
     from mixchat.weights import models
 
     if layers is None:
-        yield models.find(checked(name or "", "the model's name"))
+        yield models.installed_directory(checked(name or "", "the model's name"))
         return
     from mixchat.bench.synthetic import synthetic_model
 

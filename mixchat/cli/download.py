@@ -1,4 +1,4 @@
-"""`mixchat download`: fetches a model and keeps it in 4 bits."""
+"""`mixchat download`: downloads a model and stores it in 4 bits."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def download(
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Keep it under this name.")
+        str | None, typer.Option(metavar="NAME", help="Install it under this name.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="A commit, branch or tag on the hub.")
     ] = None,
     quant_type: Annotated[
         Literal["nf4", "none"],
-        typer.Option(help="Experts in 4 bits (nf4), or as they are (none)."),
+        typer.Option(help="Experts in 4 bits (nf4), or unquantized (none)."),
     ] = "nf4",
     quantize_attention: Annotated[
-        bool, typer.Option("--quantize-attention", help="The attention in 4 bits, too.")
+        bool, typer.Option("--quantize-attention", help="Also quantize the attention to 4 bits.")
     ] = False,
     quantize_head: Annotated[
-        bool, typer.Option("--quantize-head", help="The output head in 4 bits, too.")
+        bool, typer.Option("--quantize-head", help="Also quantize the output head to 4 bits.")
     ] = False,
     scales: Annotated[
         Literal["search", "absmax"],
@@ -56,34 +56,34 @@ def download(
     ] = "absmax",
     keep_source: Annotated[
         bool,
-        typer.Option("--keep-source", help="Leave what is fetched in Hugging Face's cache."),
+        typer.Option("--keep-source", help="Keep the fetched files in Hugging Face's cache."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and do nothing.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
     ] = False,
 ) -> None:
-    """Download a model and store it in 4 bits, or resume doing so.
+    """Download a model and store it in 4 bits, or resume a download.
 
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
-    same command resumes where it was interrupted; what is there already is checked first, about
-    1 GB a second. Only safetensors, JSON and tokenizer files are fetched.
+    same command resumes an interrupted download; it first checks what is there, about 1 GB a
+    second. Only safetensors, JSON and tokenizer files are fetched.
 
-    A checkpoint that bitsandbytes has quantized (NF4 or FP4) is taken over without rounding again.
+    A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
     --quantize-attention and --quantize-head save 2.2 GB of Mixtral, at some cost in quality.
-    --quant-type none stores bf16, fp16 and fp32 as they are.
+    --quant-type none stores bf16, fp16 and fp32 unquantized.
     """
     from mixchat.weights import models
 
     ref = models.resolve(checked(model, "the model's name"), key=name)
     if quant_type == "none" and (quantize_attention or quantize_head):
-        raise UsageError("--quant-type none keeps the attention and the head as they are, too")
+        raise UsageError("--quant-type none leaves the attention and the head unquantized, too")
     prepare_environment()
     from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.quantize import QuantizeOptions
+    from mixchat.weights.make.quantize_options import QuantizeOptions
 
     options = QuantizeOptions(quant_type, quantize_attention, quantize_head, scales)
     if revision is not None:
@@ -91,38 +91,37 @@ def download(
     request = DownloadRequest(ref, options, revision, keep_source, check=check_text)
     with show_progress() as progress:
         if dry_run:
-            _only_plan(request, progress, as_json)
+            _show_plan(request, progress, as_json)
             return
-        made = _download(request, progress)
+        done = _download(request, progress)
     if as_json:
-        show(json.dumps(made, indent=2))
-    say(f"{ref.key} is ready in {made['path']}")
+        show(json.dumps(done, indent=2))
+    say(f"{ref.key} is ready in {done['path']}")
 
 
 def check_text(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose tokenizer or template cannot be used, before its weights come."""
+    """Raise where a checkpoint's tokenizer or template cannot be used."""
     from mixchat.text.checkpoint_text import CheckpointText
 
     with closing(CheckpointText(checkpoint)) as text:
         text.template()
 
 
-def _only_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
-    from mixchat.weights import models
+def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
     from mixchat.weights.make.download import plan_download
 
-    made = plan_download(request, progress)
+    plan, ref = plan_download(request, progress), request.ref
     if as_json:
-        finished = {"name": request.ref.key, "path": str(models.model_dir(request.ref))}
-        show(json.dumps(finished if made is None else as_dict(made), indent=2))
+        installed = {"name": ref.key, "path": str(ref.directory)}
+        show(json.dumps(installed if plan is None else as_dict(plan), indent=2))
     else:
-        show_lines(f"{request.ref.key} is kept already" if made is None else as_text(made))
-    if made is not None:
-        made.check()
+        show_lines(f"{ref.key} is already installed" if plan is None else as_text(plan))
+    if plan is not None:
+        plan.check()
 
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
-    """The plan as JSON has it, or as much of it as there was to do, once the model is there."""
+    """Download the model; return the plan as JSON has it, or name and path if it was installed."""
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
@@ -131,29 +130,28 @@ def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
         announced.update(as_dict(plan))
         progress.note(as_text(plan))
 
-    # The demo is built within seconds, always from its beginning.
-    with resumable(progress, resumes=not request.ref.demo):
+    with resumable(progress):
         directory = download_model(request, progress, announce=announce)
     return {**announced, "name": request.ref.key, "path": str(directory)}
 
 
 def as_text(plan: DownloadPlan) -> str:
-    """A plan as lines for a person."""
+    """Return a plan as lines of text."""
     commit = f" at {plan.commit[:12]}" if plan.commit else ""
     fetch = format_size(plan.fetch)
     if plan.fetch < plan.checkpoint:
         fetch += (
-            f" of {format_size(plan.checkpoint)}, the rest is done or here" if plan.commit else ""
+            f" of {format_size(plan.checkpoint)}; the rest is here already" if plan.commit else ""
         )
     rows = [
         ("from", plan.source + commit),
         ("fetch", fetch),
-        ("keep", f"{format_size(plan.kept)} in {plan.target}"),
+        ("install", f"{format_size(plan.installed)} in {plan.target}"),
         *(("disk", f"{_need(need)} in {need.place}") for need in plan.disk),
         ("memory", _need(plan.memory)),
     ]
     if plan.seconds is not None:
-        rate = f", at {format_size(int(plan.rate))}/s as now" if plan.rate else ""
+        rate = f", at {format_size(int(plan.rate))}/s as measured now" if plan.rate else ""
         rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
     if plan.rounded_from is not None:
         stored = "are stored as bf16, which rounds them to 8 bits of precision"
@@ -162,7 +160,7 @@ def as_text(plan: DownloadPlan) -> str:
 
 
 def as_dict(plan: DownloadPlan) -> dict[str, Any]:
-    """A plan as JSON has it: sizes in bytes."""
+    """Return a plan as JSON has it: sizes in bytes."""
     return {
         "name": plan.name,
         "path": str(plan.target),
@@ -171,7 +169,7 @@ def as_dict(plan: DownloadPlan) -> dict[str, Any]:
         "quantization": dict(plan.quantization),
         "checkpoint_bytes": plan.checkpoint,
         "fetch_bytes": plan.fetch,
-        "kept_bytes": plan.kept,
+        "kept_bytes": plan.installed,
         "disk": disk_as_dicts(plan.disk),
         "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
         "bytes_per_second": plan.rate,
@@ -181,7 +179,7 @@ def as_dict(plan: DownloadPlan) -> dict[str, Any]:
 
 
 def disk_as_dicts(disk: Sequence[Need]) -> list[dict[str, Any]]:
-    """Return what is needed on each disk, as JSON has it."""
+    """Return the needs of each disk as JSON has them."""
     return [
         {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
         for need in disk

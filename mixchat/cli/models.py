@@ -77,7 +77,7 @@ def show_model(
 
         printing.show_lines(ABOUT.strip() + "\n\n")
     try:
-        directory = models.find(name)
+        directory = models.installed_directory(name)
     except ModelNotFoundError:
         if as_json or not models.resolve(name).demo:
             raise
@@ -108,10 +108,10 @@ def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[st
     files of weights; scales, layout: how the experts' codes were made, and lie; attention, head:
     what their weights are in; layers, experts_per_layer, experts_per_token, hidden_size.
     """
-    from mixchat.weights.models import entry_of
+    from mixchat.weights.models import describe
 
     # Of a damaged model, too, what its manifest says: `problem` says the rest.
-    entry, how = entry_of(directory), manifest.quantization
+    entry, how = describe(directory), manifest.quantization
     known = {
         "quantization": how["quant_type"],
         "context": config.max_position_embeddings,

@@ -28,7 +28,7 @@ def context_of(model: str, size: int | None) -> Context:
     from mixchat.weights import models
 
     try:
-        config = ModelConfig.from_file(models.find(model) / "config.json")
+        config = ModelConfig.from_file(models.installed_directory(model) / "config.json")
     except MixchatError:  # open_session raises it again, or builds the demo
         return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
     return Context.of(config, size)
@@ -90,13 +90,13 @@ def find_or_build(name: str) -> Path:
     from mixchat.weights import models
 
     try:
-        return models.find(name)
+        return models.installed_directory(name)
     except ModelNotFoundError:
         if not models.resolve(name).demo:
             raise
     prepare_environment()
     from mixchat.weights.make.download import DownloadRequest, download
-    from mixchat.weights.make.quantize import QuantizeOptions
+    from mixchat.weights.make.quantize_options import QuantizeOptions
 
     with show_progress() as progress:
         return download(DownloadRequest(models.resolve(name), QuantizeOptions()), progress)

@@ -37,8 +37,8 @@ def rm(model: Model, yes: Yes = False) -> None:
     from mixchat.cli.reports import path_of
     from mixchat.weights import models
 
-    target = models.locate(checked(model, "the model's name"))
-    size = 0 if target.is_symlink() else models.entry_of(target).size
+    target = models.existing_directory(checked(model, "the model's name"))
+    size = 0 if target.is_symlink() else models.describe(target).size
     if not yes:
         _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
     prepare_environment()
@@ -55,7 +55,7 @@ def verify(model: Model) -> None:
     """Compare every byte of a model with its manifest."""
     from mixchat.weights import models
 
-    directory = models.find(checked(model, "the model's name"))
+    directory = models.installed_directory(checked(model, "the model's name"))
     prepare_environment()
     from mixchat.weights.care.verify import verify as verify_model
     from mixchat.weights.format.manifest import repair_hint
@@ -75,7 +75,7 @@ def repair(model: Model) -> None:
     """Repair the damaged parts of a model; only what they are made of is fetched."""
     from mixchat.weights import models
 
-    directory = models.find(checked(model, "the model's name"), anywhere=False)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.housekeeping import not_in_use
     from mixchat.weights.care.repair import repair as repair_model
@@ -112,7 +112,7 @@ def convert(
     """
     from mixchat.weights import models
 
-    directory = models.find(checked(model, "the model's name"), anywhere=False)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.convert import convert as convert_model
     from mixchat.weights.care.convert import target_layout

@@ -1,4 +1,4 @@
-"""The models on this machine: what a name means, where a model is kept, which ones there are."""
+"""The models on this machine: from a name to a model, its directory and its state."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _NAMES_HINT = (
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What a name means. `key` is the directory that keeps the model, below `models_dir()`.
+    """The model that a name means. `key` is the name of its directory below `models_dir()`.
 
     One of three is set: `repo` (on the hub), `path` (a directory, absolute), or `demo`; none of
-    them for a model that is already kept under a key of its own.
+    them for a model that has a directory under a key of its own.
     """
 
     name: str
@@ -52,13 +52,41 @@ class ModelRef:
     path: Path | None = None
     demo: bool = False
 
+    @property
+    def directory(self) -> Path:
+        """The directory in which the model is installed, or will be."""
+        assert _is_key(self.key), self  # every ref comes out of resolve, which checked it
+        return models_dir() / self.key
+
+    @property
+    def origin(self) -> str | None:
+        """The `repo` of its `Source`; None where only the model's directory can say it."""
+        return DEMO if self.demo else str(self.path) if self.path else self.repo
+
+    def source(self, revision: str | None = None) -> Source:
+        """Return where to download it from: the commit that an unfinished download started with.
+
+        Raises `ModelNotFoundError` for an unfinished model whose directory names no source.
+        """
+        unfinished = unfinished_source(self.directory)
+        if self.origin is None:
+            if unfinished is None:
+                raise ModelNotFoundError(
+                    f"the unfinished model {self.key!r} does not say where it came from",
+                    hint=f"Remove it (mixchat rm {self.key}) and download it again.",
+                )
+            return unfinished
+        if unfinished and (unfinished.repo, unfinished.revision) == (self.origin, revision):
+            return unfinished
+        return Source(self.origin, None, revision)
+
 
 @dataclass(frozen=True)
 class ModelEntry:
     """A model in the data directory; `problem` is None where it is finished and can be read.
 
-    `bytes` is what it takes on disk, `weights` what its files of weights have of that: the figure
-    that a plan gives beforehand. `context` is the longest conversation in tokens.
+    `bytes` is its size on disk, `weights` that of its files of weights alone: the figure that a
+    plan gives beforehand. `context` is the longest conversation in tokens.
     """
 
     key: str
@@ -73,21 +101,22 @@ class ModelEntry:
 
     @property
     def size(self) -> int:
-        """Bytes to show to a person: the same figure before and after a download."""
+        """Return the bytes to show to a person: the same before and after a download."""
         return self.bytes if self.weights is None else self.weights
 
 
 def resolve(name: str, *, key: str | None = None) -> ModelRef:
-    """What `name` means: an alias, `demo`, a kept model's key, ORG/NAME on the hub, a directory.
+    """Return the model that `name` means: an alias, `demo`, a key, ORG/NAME or a directory.
 
-    ORG/NAME always means the hub; write ./ORG/NAME for a directory. `key` keeps the model under
-    another name than its own. Raises `ModelNotFoundError` where it means nothing, `UsageError`
-    where the key cannot be a directory's name. Touches no network.
+    ORG/NAME always means the hub; write ./ORG/NAME for a directory. `key` is the name to install
+    the model under, if not its own. Raises `ModelNotFoundError` where `name` means nothing,
+    `UsageError` where the key cannot be a directory's name. Touches no network.
     """
     if key is not None and not _is_own_key(key):
         raise UsageError(
-            f"a model cannot be kept under the name {_shown(key)}",
-            hint="Use letters, digits, '_', single '-' and '.' between, no name of mixchat's.",
+            f"{_shown(key)} cannot be a model's name",
+            hint="Use letters, digits and '_', with single '-' or '.' between them; not a name "
+            "that mixchat gives itself.",
         )
     if name == DEMO:
         return ModelRef(name, key or DEMO, demo=True)
@@ -104,29 +133,23 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
     raise ModelNotFoundError(f"there is no model {_shown(name)}", hint=_NAMES_HINT)
 
 
-def model_dir(ref: ModelRef) -> Path:
-    """Where the model of `ref` is kept, or will be."""
-    assert _is_key(ref.key), ref  # every ref comes out of resolve, which checked it
-    return models_dir() / ref.key
+def installed_directory(name: str, *, anywhere: bool = True) -> Path:
+    """Return the directory of an installed model. Raises `ModelNotFoundError` if there is none.
 
-
-def find(name: str, *, anywhere: bool = True) -> Path:
-    """The directory of a kept, finished model. Raises `ModelNotFoundError` where there is none.
-
-    With `anywhere`, a directory elsewhere that is itself a kept model may be named too.
+    With `anywhere`, `name` may also be the path of an installed model outside the data directory.
     """
     ref = resolve(name)
     if anywhere and ref.path is not None and is_installed(ref.path):
         return ref.path
-    directory = model_dir(ref)
+    directory = ref.directory
     if is_installed(directory):
         return directory
     if directory.is_dir():
         raise ModelNotFoundError(
             f"the model {_shown(name)} is unfinished: its download was interrupted",
-            hint=f"To go on with it: mixchat download {name}",
+            hint=f"To resume it: mixchat download {name}",
         )
-    hint = f"Fetch it first: mixchat download {name}"
+    hint = f"Download it first: mixchat download {name}"
     if ref.repo in ALIASES.values():
         hint += f" ({_FETCHED}). 'mixchat plan {name}' says how it would run on this machine, and "
         hint += f"'mixchat run -m {DEMO}' tries a small model."
@@ -134,23 +157,23 @@ def find(name: str, *, anywhere: bool = True) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Return whether it names a model: an alias, `demo`, or one here, finished or not."""
+    """Return whether `name` means an alias, `demo`, or a model here, finished or not."""
     if name in ALIASES or name == DEMO:
         return True
     try:
         ref = resolve(name)
     except MixchatError:
         return False
-    return model_dir(ref).is_dir() or (ref.path is not None and is_installed(ref.path))
+    return ref.directory.is_dir() or (ref.path is not None and is_installed(ref.path))
 
 
-def locate(name: str) -> Path:
-    """The directory of a model in the data directory, whatever its state.
+def existing_directory(name: str) -> Path:
+    """Return the directory of a model in the data directory, whatever its state.
 
     Raises `ModelNotFoundError` where there is none.
     """
     ref = resolve(name)
-    directory = model_dir(ref)
+    directory = ref.directory
     if ref.path is not None or not directory.is_dir():
         raise ModelNotFoundError(
             f"the model {_shown(name)} is not on this machine", hint="See: mixchat list"
@@ -159,16 +182,16 @@ def locate(name: str) -> Path:
 
 
 def list_models() -> list[ModelEntry]:
-    """Every model below `models_dir()`, by key; damaged and unfinished ones say so in `problem`."""
+    """Return every model below `models_dir()`, by key; damaged and unfinished ones, too."""
     try:
         entries = sorted(models_dir().iterdir())
     except OSError:
         return []
-    return [entry_of(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
+    return [describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
 
 
-def entry_of(directory: Path) -> ModelEntry:
-    """Return what is known of the model in a directory, whatever its state."""
+def describe(directory: Path) -> ModelEntry:
+    """Return the entry of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
     if not is_installed(directory):
         source = unfinished_source(directory) or Source("")
@@ -219,15 +242,15 @@ def _is_key(name: str) -> bool:
 
 
 def _is_own_key(key: str) -> bool:
-    """Whether a person may choose the key: not one that an alias, the demo or a repo would have."""
+    """Return whether a user may choose the key: no alias, demo or repo has it."""
     return _is_key(key) and "--" not in key and key not in ALIASES and key != DEMO
 
 
 def _is_clean(name: str) -> bool:
-    """Whether the name can be shown and looked up: no control characters, not absurdly long."""
+    """Return whether the name can be looked up: no control characters, not absurdly long."""
     return 0 < len(name) < 4096 and name.isprintable()
 
 
 def _shown(name: str) -> str:
-    """The name on one line, short, with everything unprintable escaped."""
+    """Return the name on one line, short, with everything unprintable escaped."""
     return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -34,7 +34,7 @@ from mixchat.quantities import format_size
 from mixchat.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.checkpoint_files import INDEX
-from mixchat.weights.source.index import expected_shapes
+from mixchat.weights.source.checkpoint_index import expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them
 NOISE = 200_000_000  # weights; slices of it are the matrices

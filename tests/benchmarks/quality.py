@@ -44,9 +44,9 @@ from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
-from mixchat.weights.source.origin import LocalOrigin
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 
 WINDOW = 512  # tokens
 GROUP = 64  # weights that share a scale
@@ -152,8 +152,8 @@ def changed(checkpoint: Path, target: Path, change: Callable[[torch.Tensor], tor
 
 def kept(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
     """Make the kept model of a checkpoint."""
-    origin = LocalOrigin(checkpoint, Source("demo"))
-    blueprint = blueprint_of(origin.index, options)
+    origin = DirectoryOrigin(checkpoint, Source("demo"))
+    blueprint = make_blueprint(origin.index, options)
     build(origin, target, blueprint)
     return blueprint
 

@@ -168,7 +168,7 @@ def texts(count: int) -> list[str]:
     from mixchat.text.messages import Message
     from mixchat.weights import models
 
-    directory = models.find("demo")
+    directory = models.installed_directory("demo")
     tokenizer = load_tokenizer(directory)
     template, control = load_template(directory, tokenizer), set(tokenizer.control_tokens.values())
     spelled = [*tokenizer.control_tokens, "</s>", "<s>", "[INST]", "[/INST]", "<|im_end|>"]

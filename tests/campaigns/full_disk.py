@@ -77,7 +77,7 @@ def _download(
         from mixchat.cli.output import show_progress
         from mixchat.weights import models
         from mixchat.weights.make import download
-        from mixchat.weights.make.quantize import QuantizeOptions
+        from mixchat.weights.make.quantize_options import QuantizeOptions
 
         ref = models.resolve(rig.REPO)
         request = download.Request(ref, QuantizeOptions(), keep_source=keep)
@@ -130,7 +130,7 @@ def _round(
         if len(errors) != 1 or "disk is full" not in errors[0] or "Traceback" in text:
             failures.append(f"not one clear line: {text[-600:]}")
         if rig.wait(rig.fork(_find, work / "out")) != 4:
-            failures.append("models.find takes it for a model")
+            failures.append("models.installed_directory takes it for a model")
         if rig.wait(rig.fork(rig.mixchat("verify", rig.REPO), work / "out")) not in (4, 6):
             failures.append(f"verify: {(work / 'out').read_text()[-300:]}")
     (disk / "filling").unlink(missing_ok=True)
@@ -146,7 +146,7 @@ def _round(
 def _find() -> object:
     from mixchat.weights import models
 
-    return models.find(rig.REPO) and 0
+    return models.installed_directory(rig.REPO) and 0
 
 
 def _place(target: Path) -> str:

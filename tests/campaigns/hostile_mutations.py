@@ -155,19 +155,20 @@ def _edited(chance: random.Random, name: str, data: bytes) -> bytes:
 def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import build
-    from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-    from mixchat.weights.source.origin import LocalOrigin, Readers
+    from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+    from mixchat.weights.source.directory_origin import DirectoryOrigin
+    from mixchat.weights.source.origin import CheckpointReader
 
-    origin = LocalOrigin(copy, Source(str(copy)))
-    blueprint = blueprint_of(origin.index, QuantizeOptions())
+    origin = DirectoryOrigin(copy, Source(str(copy)))
+    blueprint = make_blueprint(origin.index, QuantizeOptions())
     if chance.random() < 0.1:
         target = copy.with_name("target")
         shutil.rmtree(target, ignore_errors=True)
         build(origin, target, blueprint)
         return "built"
-    from mixchat.weights.source.index import expected_shapes
+    from mixchat.weights.source.checkpoint_index import expected_shapes
 
-    with Readers(origin) as readers:
+    with CheckpointReader(origin) as readers:
         for tensor in expected_shapes(origin.index.config):
             origin.index.read_dense(tensor, readers.read)
     return "read"
@@ -182,7 +183,7 @@ def _open_kept(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.care.verify import verify
     from mixchat.weights.format.installed_model import InstalledModel
 
-    models.entry_of(copy)
+    models.describe(copy)
     damages = chance.random() < 0.5 and verify(copy, NoProgress())
     with InstalledModel(copy) as model:
         for spec in model.blueprint.shared_tensors():

@@ -158,12 +158,12 @@ def make_model(work: Path) -> Path:
 
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import build
-    from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-    from mixchat.weights.source.origin import LocalOrigin
+    from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+    from mixchat.weights.source.directory_origin import DirectoryOrigin
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
-    origin = LocalOrigin(checkpoint, Source("test"))
-    build(origin, work / "model", blueprint_of(origin.index, QuantizeOptions(quant_type="none")))
+    origin = DirectoryOrigin(checkpoint, Source("test"))
+    build(origin, work / "model", make_blueprint(origin.index, QuantizeOptions(quant_type="none")))
     return work / "model"
 
 

@@ -74,7 +74,7 @@ def make_checkpoint(
     from safetensors.torch import save_file
 
     from mixchat.model_config import ModelConfig
-    from mixchat.weights.source.index import expected_shapes
+    from mixchat.weights.source.checkpoint_index import expected_shapes
 
     directory.mkdir(parents=True)
     config = CONFIG | shape

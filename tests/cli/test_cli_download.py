@@ -11,7 +11,6 @@ from tiny_tokenizer import write_tokenizer
 from mixchat import machine
 from mixchat.errors import HubError
 from mixchat.progress import running
-from mixchat.weights import models
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def calls(monkeypatch):
         made.append(request)
         with running(progress, "quantizing", 1000) as task:
             task.advance(1000)
-        return models.model_dir(request.ref)
+        return request.ref.directory
 
     monkeypatch.setattr("mixchat.weights.make.download.download", download)
     return made
@@ -134,7 +133,7 @@ def test_what_it_takes_is_said_before_it_is_done(mixchat, environment, checkpoin
     done = mixchat("download", str(checkpoint))
     lines = done.stderr.decode().splitlines()
     said = [line.split()[0] for line in lines]
-    assert said[:5] == ["from", "fetch", "keep", "disk", "memory"]
+    assert said[:5] == ["from", "fetch", "install", "disk", "memory"]
     assert said.index("memory") < said.index("quantizing:")
     assert lines[-1] == f"checkpoint is ready in {home_of(environment) / 'models' / 'checkpoint'}"
     assert (done.stdout, done.returncode) == (b"", 0)
@@ -159,7 +158,7 @@ def test_a_dry_run_from_the_hub_says_what_it_would_take_and_does_nothing(
     assert done.returncode == 0
     rows = dict(line.split(maxsplit=1) for line in done.stdout.decode().splitlines())
     assert rows["from"] == f"{REPO} at {COMMIT[:12]}"
-    assert set(rows) == {"from", "fetch", "keep", "disk", "memory", "time", "note"}
+    assert set(rows) == {"from", "fetch", "install", "disk", "memory", "time", "note"}
     assert not home_of(environment).exists()
 
 
@@ -215,7 +214,10 @@ def test_a_dry_run_that_would_not_fit_says_so_and_by_how_much(
 
 def test_a_dry_run_of_what_is_kept_already_says_so(mixchat, checkpoint):
     mixchat("download", str(checkpoint))
-    assert mixchat("download", "checkpoint", "--dry-run").stdout == b"checkpoint is kept already\n"
+    assert (
+        mixchat("download", "checkpoint", "--dry-run").stdout
+        == b"checkpoint is already installed\n"
+    )
     made = json.loads(mixchat("download", "checkpoint", "--dry-run", "--json").stdout)
     assert made["name"] == "checkpoint"
 

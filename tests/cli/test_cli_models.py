@@ -7,7 +7,6 @@ import pytest
 from mixchat.cli.opening import find_or_build
 from mixchat.errors import ModelNotFoundError
 from mixchat.progress import running
-from mixchat.weights import models
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -186,7 +185,7 @@ def calls(monkeypatch):
         made.append(request)
         with running(progress, "quantizing", 1000) as task:
             task.advance(1000)
-        return models.model_dir(request.ref)
+        return request.ref.directory
 
     monkeypatch.setattr("mixchat.weights.make.download.download", download)
     return made

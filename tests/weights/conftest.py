@@ -11,8 +11,8 @@ from weight_tools import Making, files_of, quantize, shard
 
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make import build
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-from mixchat.weights.source.origin import LocalOrigin
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def save_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kept model of `two_shards`, as if from the hub. Do not write into it."""
     target = tmp_path_factory.mktemp("made") / "kept"
-    origin = LocalOrigin(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
-    build.build(origin, target, blueprint_of(origin.index, QuantizeOptions()))
+    origin = DirectoryOrigin(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
+    build.build(origin, target, make_blueprint(origin.index, QuantizeOptions()))
     return target

@@ -124,7 +124,7 @@ class TestResolve:
     def test_a_hub_id(self, name: str, home: Path) -> None:
         ref = models.resolve(name)
         assert (ref.repo, ref.path) == (name, None)
-        assert models.model_dir(ref).parent == home / "models"
+        assert ref.directory.parent == home / "models"
 
     @pytest.mark.parametrize("name", HOSTILE)
     def test_a_hostile_name_means_nothing(self, name: str) -> None:
@@ -150,7 +150,7 @@ class TestResolve:
             shown = str(error)
         else:
             shown = ""
-            place = models.model_dir(ref)
+            place = ref.directory
             assert place.parent == models.models_dir()
             assert os.path.normpath(place) == str(place)
         assert shown == "" or shown.isprintable()
@@ -208,61 +208,65 @@ class TestResolve:
 class TestFind:
     def test_a_kept_model(self) -> None:
         directory = keep("org--name")
-        assert models.find("org/name") == models.find("org--name") == directory
+        assert (
+            models.installed_directory("org/name")
+            == models.installed_directory("org--name")
+            == directory
+        )
 
     def test_one_that_is_not_here(self) -> None:
         with pytest.raises(ModelNotFoundError, match="not on this machine") as caught:
-            models.find("demo")
+            models.installed_directory("demo")
         assert "mixchat download demo" in caught.value.hint
 
     def test_an_unfinished_one_says_so(self) -> None:
         keep("org--name", finished=False)
         with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
-            models.find("org/name")
+            models.installed_directory("org/name")
         assert "mixchat download org/name" in caught.value.hint
 
     def test_a_directory_that_is_a_kept_model(self) -> None:
         place = keep("elsewhere").rename(Path.cwd() / "moved")
-        assert models.find("./moved") == place
+        assert models.installed_directory("./moved") == place
 
 
 class TestLocate:
     def test_finds_what_is_there_whatever_its_state(self) -> None:
         for key, finished in (("org--name", True), ("half", False)):
             directory = keep(key, finished=finished)
-            assert models.locate(key) == directory
-        assert models.locate("org/name") == models.models_dir() / "org--name"
+            assert models.existing_directory(key) == directory
+        assert models.existing_directory("org/name") == models.models_dir() / "org--name"
 
     def test_one_that_is_not_here(self) -> None:
         for name in ("org/name", "demo", "instruct"):
             with pytest.raises(ModelNotFoundError, match="not on this machine"):
-                models.locate(name)
+                models.existing_directory(name)
 
     def test_a_kept_model_elsewhere_only_where_it_is_asked_for(self) -> None:
         place = keep("elsewhere").rename(Path.cwd() / "moved")
-        assert models.find("./moved") == place
+        assert models.installed_directory("./moved") == place
         with pytest.raises(ModelNotFoundError):
-            models.find("./moved", anywhere=False)
+            models.installed_directory("./moved", anywhere=False)
 
     def test_a_directory_is_not_the_model_that_has_its_name(self) -> None:
         """`rm ./half` once meant the kept model `half`."""
         keep("half")
         (Path.cwd() / "half").mkdir()
         with pytest.raises(ModelNotFoundError):
-            models.locate("./half")
+            models.existing_directory("./half")
 
     def test_one_of_the_two_manifests_makes_it_a_kept_model(self) -> None:
         """Without `mixchat.json` it was taken for unfinished: `gc` removed what `repair` mends."""
         directory = keep("good")
         (directory / "mixchat.json").rename(directory / "mixchat.copy.json")
-        assert models.find("good") == directory
+        assert models.installed_directory("good") == directory
         (entry,) = models.list_models()
         assert entry.problem == "damaged"
 
     def test_a_link_to_a_directory_is_the_link(self, tmp_path: Path) -> None:
         keep("good")
         (models.models_dir() / "link").symlink_to(models.models_dir() / "good")
-        assert models.locate("link") == models.models_dir() / "link"
+        assert models.existing_directory("link") == models.models_dir() / "link"
 
 
 class TestList:

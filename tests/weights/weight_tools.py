@@ -17,9 +17,9 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.download import DownloadRequest, download
 from mixchat.weights.make.parts import Part
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import resolve
-from mixchat.weights.source.origin import LocalOrigin
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 
 Place = Callable[[str], int]
 
@@ -60,8 +60,8 @@ def quantize(
     checkpoint: Path, target: Path, options: QuantizeOptions | None = None, **how: Any
 ) -> None:
     """Make a kept model of a directory, as `download` does."""
-    origin = LocalOrigin(checkpoint, Source("org/repo", "c0ffee"))
-    build(origin, target, blueprint_of(origin.index, options or QuantizeOptions()), **how)
+    origin = DirectoryOrigin(checkpoint, Source("org/repo", "c0ffee"))
+    build(origin, target, make_blueprint(origin.index, options or QuantizeOptions()), **how)
 
 
 class Bar:
@@ -103,7 +103,7 @@ class Meter:
         return found
 
 
-class Fetching(LocalOrigin):
+class Fetching(DirectoryOrigin):
     """A directory that behaves like a hub: shards are copied to `place` and removed on release."""
 
     def __init__(self, directory: Path, place: Path) -> None:
@@ -173,7 +173,7 @@ def run(
     origin: Fetching, target: Path, options: QuantizeOptions | None = None, **how: Any
 ) -> Meter:
     meter = Meter()
-    blueprint = blueprint_of(origin.index, options or QuantizeOptions())
+    blueprint = make_blueprint(origin.index, options or QuantizeOptions())
     build(origin, target, blueprint, meter, **how)
     return meter
 

@@ -14,7 +14,7 @@ from mixchat.cli.download import disk_as_dicts
 from mixchat.cli.models import aligned
 from mixchat.planning.expectation import PROMPT
 from mixchat.quantities import format_age, format_least, format_rates, format_size, format_time
-from mixchat.weights.make.download_plan import installed_size
+from mixchat.weights.make.download_plan import weights_size
 
 if TYPE_CHECKING:
     from mixchat.planning.cost import TokenCost
@@ -53,7 +53,7 @@ def as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "model": found.name,
         "path": str(found.directory),
         "kept": found.kept,
-        "kept_bytes": installed_size(found.blueprint),
+        "kept_bytes": weights_size(found.blueprint),
         "quantization": found.blueprint.quantization.description(),
         "fits": not found.lacking,
         "disk": disk_as_dicts(found.disk),
@@ -124,7 +124,7 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "shared", f"{format_size(demand.shared)} that every token needs"
     yield "context", f"{format_size(demand.context)} for {plan.fit.context} tokens"
     when = "here already" if found.kept else "once it is downloaded"
-    yield "disk", f"{format_size(installed_size(found.blueprint))}, {when}"
+    yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
 
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:

@@ -40,7 +40,7 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.parts import Part
-from mixchat.weights.make.quantize import best_layout
+from mixchat.weights.make.quantize_options import best_layout
 from mixchat.weights.matrix.linear import Layout
 
 _SMALL_FILES = 4_000_000  # bytes: journal and manifests

@@ -15,10 +15,10 @@ from mixchat.lock import Busy, exclusive_lock
 from mixchat.weights import models
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_installed
-from mixchat.weights.make.spill import ASIDE_PREFIX
+from mixchat.weights.make.spill import SPILL_PREFIX
 from mixchat.weights.source import hub
+from mixchat.weights.source.demo_origin import BUILD_DIR
 from mixchat.weights.source.hub_origin import SOURCE_DIR
-from mixchat.weights.source.open_origin import BUILD_DIR
 from mixchat.weights.source.transfer import PART_SUFFIX
 
 
@@ -119,6 +119,6 @@ def _left_in(target: Path) -> Iterator[Leftover]:
     if not is_installed(target):
         yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
         return
-    names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{ASIDE_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")
+    names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")
     for path in sorted(path for name in names for path in target.glob(name)):
         yield Leftover(path, machine.disk_usage(path), resumable=False)

@@ -18,7 +18,7 @@ from mixchat.weights.format.manifest import Manifest, read_either_manifest
 from mixchat.weights.make.parts import Part
 from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint_files import CONFIG
-from mixchat.weights.source.origin import Origin, Readers
+from mixchat.weights.source.origin import CheckpointReader, Origin
 
 
 def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress: Progress) -> None:
@@ -50,7 +50,7 @@ def _repair_weights(
     total = sum(index.nbytes(part.components(index)) for part in damaged)
     with (
         closing(ModelWriter(directory, blueprint)) as files,
-        Readers(origin) as readers,
+        CheckpointReader(origin) as readers,
         running(progress, f"repairing {directory.name}", total) as task,
     ):
         for part in damaged:

@@ -1,9 +1,9 @@
-"""Builds a kept model out of shards as they come, and goes on where it was cut off.
+"""Builds an installed model out of shards as they come, and resumes where it was cut off.
 
-While one shard is quantized, a thread fetches the next; a shard is let go as soon as all of its
-tensors have been taken. What an unfinished part needs of it, since the rest lies in a later shard,
-is put aside in a small file. The journal says what is done: at most a few seconds of quantizing
-are lost, whatever happens. What it says is compared with the disk before work continues.
+While one shard is quantized, a thread fetches the next; a shard is released as soon as all of its
+tensors have been used. Tensors of parts that also need a later shard are spilled to a small file.
+The journal records what is done, so that at most a few seconds of quantizing are lost. Before work
+continues, the files are checked against it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.parts import Part, parts
-from mixchat.weights.make.recheck import damaged
-from mixchat.weights.make.spill import ASIDE_PREFIX, Spill
+from mixchat.weights.make.recheck import find_damaged
+from mixchat.weights.make.spill import SPILL_PREFIX, Spill
 from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint_files import COMPANION_FILES
 from mixchat.weights.source.origin import Origin
@@ -56,18 +56,19 @@ def build(
     *,
     ahead: bool = True,
 ) -> None:
-    """Make the kept model of `origin` in the directory `target`, or go on making it.
+    """Build the model `blueprint` of `origin` in the directory `target`, or resume building it.
 
     `ahead`: fetch the next shard while one is quantized, which takes the disk of both.
-    The manifest comes last: until then nothing trusts `target`. Raises `CheckpointError` where the
-    checkpoint is not what its headers said, or not finite, and what fetching raises.
+    The manifest is written last: until then the model does not count as installed. Raises
+    `CheckpointError` where the checkpoint is not what its headers said, or not finite, and what
+    fetching raises.
     """
     target.mkdir(parents=True, exist_ok=True)
     _Build(origin, target, blueprint, progress, ahead).run()
 
 
-def head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
-    """The first line of the journal: work that another line began is not gone on with."""
+def journal_head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
+    """Return the first line of the journal; work under another first line is not resumed."""
     return {
         "format": FORMAT,
         "source": vars(origin.source),
@@ -76,30 +77,30 @@ def head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
     }
 
 
-def finish_cut_short(target: Path) -> None:
-    """Take the last steps after a manifest has been written; another process may have been at it.
+def finish_interrupted(target: Path) -> None:
+    """Take the last steps of a build whose process was killed after it wrote the manifest.
 
-    The journal goes last: with it, a model is not finished.
+    The journal is removed last: with it, a model is unfinished.
     """
     if not (target / JOURNAL_FILE).exists() or not is_installed(target):
         return
     restore_manifests(target)
-    for path in target.glob(ASIDE_PREFIX + "*"):
+    for path in target.glob(SPILL_PREFIX + "*"):
         path.unlink()
     (target / JOURNAL_FILE).unlink()
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is still to be made of a model, and the shards that are needed for it, in order."""
+    """The parts of a model that are not made yet, and the shards they need, in order."""
 
     parts: list[Part]
     shards: list[str]
 
 
-def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
-    """What `build` will do in `target`. Changes nothing there."""
-    recorded, _ = read_journal(target, head(origin, blueprint))
+def find_remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
+    """Return what `build` has left to do in `target`. Changes nothing there."""
+    recorded, _ = read_journal(target, journal_head(origin, blueprint))
     made = _with_their_size(recorded, target, blueprint)
     todo = [
         part
@@ -114,7 +115,7 @@ def remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
 def _with_their_size(
     made: dict[str, dict[str, str]], target: Path, blueprint: Blueprint
 ) -> dict[str, dict[str, str]]:
-    """Return the journal's entries of those files that are there in their full size."""
+    """Return the journal's entries of the files that have their full size."""
     sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
     return {
         name: digests
@@ -128,7 +129,7 @@ def _size(path: Path) -> int | None:
 
 
 class _Build:
-    """One model on its way into `target`."""
+    """The build of one model in `target`."""
 
     def __init__(
         self,
@@ -140,23 +141,24 @@ class _Build:
     ) -> None:
         self._origin, self._index, self._target = origin, origin.index, target
         self._blueprint, self._progress, self._ahead = blueprint, progress, ahead
-        self._journal = Journal(target, head(origin, blueprint))
-        self._forget_what_is_damaged()
-        left = remaining(origin, target, blueprint)
+        self._companions = _read_companions(origin.companions())
+        self._journal = Journal(target, journal_head(origin, blueprint))
+        self._forget_damaged()
+        left = find_remaining(origin, target, blueprint)
         self._todo, self._shards = left.parts, left.shards
-        self._aside = Spill(target, self._journal.made)
+        self._spill = Spill(target, self._journal.made)
 
     def run(self) -> None:
         with closing(ModelWriter(self._target, self._blueprint)) as files:
             self._make_all(files)
             self._finish(files)
 
-    def _forget_what_is_damaged(self) -> None:
-        lost = damaged(self._target, self._blueprint, self._journal.made, self._progress)
+    def _forget_damaged(self) -> None:
+        lost = find_damaged(self._target, self._blueprint, self._journal.made, self._progress)
         self._journal.forget(lost)
         if count := sum(len(tensors) for tensors in lost.values()):
             tensors = "1 tensor" if count == 1 else f"{count} tensors"
-            self._progress.note(f"damaged since the last run: {tensors}; making them again")
+            self._progress.note(f"damaged since the last run: {tensors}; quantizing again")
 
     def _make_all(self, files: ModelWriter) -> None:
         for shard in self._index.shards:
@@ -173,27 +175,27 @@ class _Build:
                 self._origin.release(shard)
 
     def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
-        """Make the parts that can be made now, and put aside what the others need of this shard."""
+        """Make the parts that can be made now, and spill what the others need of this shard."""
         with SafetensorsFile(path) as file:
             if file.header.specs != self._index.header(shard).specs:
-                raise HubError(f"{path}: not the tensors that were found there at first")
+                raise HubError(f"{path}: not the tensors that its header listed at first")
             here = {spec.name for spec in file.header.specs} & self._of_shard(shard)
             saved = time.monotonic()
             later = []
             for part in self._todo:
-                if not set(part.components(self._index)) <= here | self._aside.names:
+                if not set(part.components(self._index)) <= here | self._spill.names:
                     later.append(part)
                     continue
                 self._make(part, file, files, task)
                 if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                     self._save(files)
                     saved = time.monotonic()
-            wanted = {name for part in later for name in part.components(self._index)}
-            if new := sorted(wanted & here - self._aside.names):
-                self._journal.add(*self._aside.put(shard, file, new))
+            needed = {name for part in later for name in part.components(self._index)}
+            if new := sorted(needed & here - self._spill.names):
+                self._journal.add(*self._spill.write(shard, file, new))
         self._save(files)
         self._todo = later
-        self._aside.drop_all_but(wanted)
+        self._spill.keep_only(needed)
 
     def _of_shard(self, shard: str) -> set[str]:
         names = (name for part in self._todo for name in part.components(self._index))
@@ -201,7 +203,7 @@ class _Build:
 
     def _make(self, part: Part, file: SafetensorsFile, files: ModelWriter, task: Task) -> None:
         def read(name: str) -> torch.Tensor:
-            return self._aside.read(name) if name in self._aside.names else file.read(name)
+            return self._spill.read(name) if name in self._spill.names else file.read(name)
 
         digests = files.write(part, part.make(self._index, read))
         self._journal.add(part.file, digests)
@@ -216,13 +218,9 @@ class _Build:
 
     def _finish(self, files: ModelWriter) -> None:
         records = {}
-        companions = self._origin.companions()
-        for name in COMPANION_FILES:
-            path = companions / name
-            if path.exists():
-                data = read_bytes(path)
-                write_file(self._target / name, data)
-                records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        for name, data in self._companions.items():
+            write_file(self._target / name, data)
+            records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
         weights = {}
         for name, size in files.finish().items():
             made = self._journal.made[name]
@@ -230,18 +228,24 @@ class _Build:
             weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
         description = self._blueprint.quantization.description()
         write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
-        finish_cut_short(self._target)
+        finish_interrupted(self._target)
+
+
+def _read_companions(directory: Path) -> dict[str, bytes]:
+    """Read the small files now: hours later they may be gone, or the hub out of reach."""
+    paths = {name: directory / name for name in COMPANION_FILES}
+    return {name: read_bytes(path) for name, path in paths.items() if path.exists()}
 
 
 def _fetched(
     origin: Origin, shards: list[str], progress: Progress, ahead: bool
 ) -> Generator[tuple[str, Path], None, None]:
-    """Each shard's name and path; `ahead`: while a thread fetches the next one."""
+    """Yield each shard's name and path; `ahead`: while a thread fetches the next one."""
     missing = sum(origin.missing(shard) for shard in shards)
-    whole = sum(origin.index.header(shard).size for shard in origin.index.shards)
-    where = progress if missing else NO_PROGRESS
+    shown = progress if missing else NO_PROGRESS
+    what, done = f"fetching {origin.source.repo}", origin.size - missing
     stop = threading.Event()
-    with running(where, f"fetching {origin.source.repo}", whole, whole - missing) as task:
+    with running(shown, what, origin.size, done) as task:
         coming: Future[Path] | None = None
         try:
             for number, shard in enumerate(shards):

@@ -1,4 +1,4 @@
-"""What a download will take, known before the first byte: bytes, disk, memory, time."""
+"""The plan of a download: the bytes, disk, memory and time that it will take."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mixchat.errors import ResourceError
 from mixchat.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import layouts
-from mixchat.weights.make.build import remaining
+from mixchat.weights.make.build import Remaining, find_remaining
 from mixchat.weights.make.parts import Part, parts
-from mixchat.weights.make.quantize import rounded_from
-from mixchat.weights.source.index import SourceIndex, expert_tensor
+from mixchat.weights.make.quantize_options import rounded_from
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, expert_tensor
 from mixchat.weights.source.origin import Origin
 
 # The process with torch in it, before it has touched a weight.
 _BASE_MEMORY = 400_000_000
 _SMALL_FILES = 16_000_000  # manifest, journal, tokenizer
 _SAMPLE = (1024, 4096)
-_COPY_RATE = 5e8  # weights a second that are read, hashed and written at best
+_COPY_RATE = 5e8  # weights a second: the most that are read, hashed and written
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes needed in a place, and bytes free there."""
+    """The bytes needed in a place, and the bytes free there."""
 
     place: Path
     needed: int
@@ -43,12 +43,13 @@ class Need:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download takes. Sizes in bytes, `rate` in bytes a second, `seconds` for all of it.
+    """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
 
-    `checkpoint` is the size of the weights at the source, `fetch` what of them is still to come,
-    `kept` the finished model's. `disk` is the most that will be taken at once beyond what is there.
-    `ahead`: whether the disk has room to fetch a shard while the one before is quantized.
-    `rounded_from`: the type of weights ("fp16") that are rounded to bf16, if they are.
+    `checkpoint` is the size of the weights at the origin, `fetch` what of it is still missing,
+    `installed` the size of the installed weights. `disk` is the most that is needed at once, beyond
+    what is there. `remaining`: the work that is left. `ahead`: the disk has room to fetch a shard
+    while another one is quantized. `rounded_from`: the type of weights ("fp16") that are rounded
+    to bf16, if any are.
     """
 
     name: str
@@ -58,9 +59,10 @@ class DownloadPlan:
     quantization: Mapping[str, object]
     checkpoint: int
     fetch: int
-    kept: int
+    installed: int
     disk: tuple[Need, ...]
     memory: Need
+    remaining: Remaining
     ahead: bool = True
     rate: float | None = None
     seconds: float | None = None
@@ -68,11 +70,11 @@ class DownloadPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether disk and memory suffice."""
+        """Return whether disk and memory suffice."""
         return all(need.suffices for need in (*self.disk, self.memory))
 
     def check(self) -> None:
-        """Raise `ResourceError`, with what is needed and what there is, where it cannot fit."""
+        """Raise `ResourceError`, with the bytes needed and free, where disk or memory is short."""
         for need in self.disk:
             if not need.suffices:
                 raise ResourceError(
@@ -89,68 +91,66 @@ class DownloadPlan:
             )
 
 
-def plan_of(
-    name: str, target: Path, origin: Origin, blueprint: Blueprint, cache: Path | None
-) -> DownloadPlan:
-    """The plan for the checkpoint of `origin`; `cache` is where its shards stay, if they do."""
-    index = origin.index
-    fetch = sum(origin.missing(shard) for shard in remaining(origin, target, blueprint).shards)
-    elsewhere = [(cache, fetch)] if cache else []
-    disk, ahead = disk_needs(target, index, blueprint, origin.temporary, elsewhere)
+def make_plan(target: Path, origin: Origin, blueprint: Blueprint) -> DownloadPlan:
+    """Make the plan for the model `blueprint` of `origin` in the directory `target`."""
+    index, remaining = origin.index, find_remaining(origin, target, blueprint)
+    fetch = sum(origin.missing(shard) for shard in remaining.shards)
+    elsewhere = [(origin.cache, fetch)] if origin.cache else []
+    disk, ahead = find_disk_needs(target, index, blueprint, origin.temporary, elsewhere)
     return DownloadPlan(
-        name=name,
+        name=target.name,
         target=target,
         source=origin.source.repo,
         commit=origin.source.commit,
         quantization=blueprint.quantization.description(),
-        checkpoint=sum(index.header(shard).size for shard in index.shards),
+        checkpoint=origin.size,
         fetch=fetch,
-        kept=installed_size(blueprint),
+        installed=weights_size(blueprint),
         disk=disk,
-        memory=memory_need(index, blueprint),
+        memory=find_memory_need(index, blueprint),
+        remaining=remaining,
         ahead=ahead,
         rounded_from=rounded_from(index, blueprint),
     )
 
 
-def with_time(
+def estimate_time(
     plan: DownloadPlan, origin: Origin, blueprint: Blueprint, *, keep: bool
 ) -> DownloadPlan:
-    """The plan with an estimate of its time; what is fetched for it is kept if `keep`."""
-    left = remaining(origin, plan.target, blueprint)
-    rate = origin.rate(left.shards, keep=keep)
+    """Return the plan with its time, by fetching for a second; with `keep`, those bytes stay."""
+    rate = origin.rate(plan.remaining.shards, keep=keep)
     if rate is None and plan.fetch:
         return plan
     fetching = plan.fetch / rate if rate else 0
-    share = sum(part.nbytes for part in left.parts) / plan.kept
+    share = sum(part.nbytes for part in plan.remaining.parts) / plan.installed
     quantizing = share * _quantizing_seconds(origin.index, blueprint)
     seconds = max(fetching, quantizing) if plan.ahead else fetching + quantizing
     return replace(plan, rate=rate, seconds=seconds)
 
 
-def disk_needs(
+def find_disk_needs(
     target: Path,
-    index: SourceIndex,
+    index: CheckpointIndex,
     blueprint: Blueprint,
     temporary: Callable[[str], int],
     elsewhere: Sequence[tuple[Path, int]] = (),
 ) -> tuple[tuple[Need, ...], bool]:
     """Return the need of each disk beyond what is in `target`, and whether there is room to fetch
-    ahead; without such room less is needed. `temporary` as for `peak_disk`."""
+    ahead; without that room, less is needed. `temporary` is as for `estimate_peak_disk`."""
     here = machine.disk_usage(target)
 
-    def disk(ahead: bool) -> tuple[Need, ...]:
-        peak = peak_disk(index, blueprint, temporary, ahead=ahead)
-        return needs((target, max(0, peak - here)), *elsewhere)
+    def needs(ahead: bool) -> tuple[Need, ...]:
+        peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)
+        return add_up_needs((target, max(0, peak - here)), *elsewhere)
 
-    ahead = all(need.suffices for need in disk(True))
-    return disk(ahead), ahead
+    ahead = all(need.suffices for need in needs(True))
+    return needs(ahead), ahead
 
 
-def needs(*wanted: tuple[Path, int]) -> tuple[Need, ...]:
-    """What is needed on each disk; places on the same one are added up."""
+def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
+    """Return the need of each disk: the bytes of places on the same disk are added up."""
     found: list[Need] = []
-    for place, size in wanted:
+    for place, size in needed:
         for number, need in enumerate(found):
             if machine.same_disk(need.place, place):
                 found[number] = Need(need.place, need.needed + size, need.free)
@@ -160,48 +160,52 @@ def needs(*wanted: tuple[Path, int]) -> tuple[Need, ...]:
     return tuple(found)
 
 
-def installed_size(blueprint: Blueprint) -> int:
-    """Bytes that the files of weights of a kept model take."""
+def weights_size(blueprint: Blueprint) -> int:
+    """Return the bytes of the files of weights of the installed model."""
     return sum(layout.size for layout in layouts(blueprint).values())
 
 
-def peak_disk(
-    index: SourceIndex, blueprint: Blueprint, temporary: Callable[[str], int], *, ahead: bool = True
+def estimate_peak_disk(
+    index: CheckpointIndex,
+    blueprint: Blueprint,
+    temporary: Callable[[str], int],
+    *,
+    ahead: bool = True,
 ) -> int:
-    """The most bytes that a model takes while it is made: what is written, aside and fetched.
+    """Return the most bytes on disk during a build: model, spilled tensors and fetched shards.
 
     `temporary` gives the bytes that a shard takes until it is released. Shards come in their order;
-    `ahead`: while one is quantized, the next one is on its way.
+    `ahead`: while one is quantized, the next one is fetched.
     """
     place = {shard: number for number, shard in enumerate(index.shards)}
     written = [0] * len(place)
-    # What is put aside of a shard, and until which one: as a whole, until the last of it is used.
-    aside, until = [0] * len(place), [0] * len(place)
+    # The bytes spilled of a shard, and until which shard: the spill file stays until then.
+    spilled, until = [0] * len(place), [0] * len(place)
     for part in parts(blueprint):
         where = {name: place[index.shard_of(name)] for name in part.components(index)}
         last = max(where.values())
         written[last] += part.nbytes
         for name, first in where.items():
             if first < last:
-                aside[first] += index.nbytes([name])
+                spilled[first] += index.nbytes([name])
                 until[first] = max(until[first], last)
     peak = total = 0
     for number in range(len(place)):
         total += written[number]
         fetched = sum(temporary(shard) for shard in index.shards[number : number + 1 + ahead])
-        held = sum(aside[n] for n in range(number + 1) if number <= until[n])
+        held = sum(spilled[n] for n in range(number + 1) if number <= until[n])
         peak = max(peak, total + fetched + held)
     return peak + _SMALL_FILES
 
 
-def memory_need(index: SourceIndex, blueprint: Blueprint) -> Need:
-    """The most bytes that quantizing takes, those of the largest part, and what is free."""
+def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
+    """Return the bytes of memory that quantizing the largest part takes, and those free."""
     most = max(_part_memory(part, index) for part in parts(blueprint))
     return Need(Path(), _BASE_MEMORY + most, machine.free_memory())
 
 
-def _part_memory(part: Part, index: SourceIndex) -> int:
-    """Bytes of the matrices as they are read, one after the other, and of what is made of them."""
+def _part_memory(part: Part, index: CheckpointIndex) -> int:
+    """Return the bytes of a part and, while it is made, of its matrices: one at a time."""
     sources = [index.nbytes(index.components(name)) for name in part.sources]
     stacked = 0
     if part.linear is not None and len(sources) > 1:
@@ -212,16 +216,16 @@ def _part_memory(part: Part, index: SourceIndex) -> int:
     return stacked + max(sources) + 2 * part.nbytes
 
 
-def _quantizing_seconds(index: SourceIndex, blueprint: Blueprint) -> float:
-    """How long this machine quantizes all experts, by trying some weights."""
+def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
+    """Return how many seconds this machine quantizes all experts, by trying some weights."""
     layout = blueprint.expert
     weights = layout.w13.rows * layout.w13.columns + layout.w2.rows * layout.w2.columns
     spec = replace(layout.w2, rows=_SAMPLE[0], columns=_SAMPLE[1])
     if index.quant_type(expert_tensor(0, 0, "w1")):
-        spec = replace(spec, quant_type="none")  # taken over: as good as copied
+        spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
     sample = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    spec.encode(sample)  # what is loaded the first time does not count
-    began = time.perf_counter()
+    spec.encode(sample)  # the first time, code is loaded: not counted
+    start = time.perf_counter()
     spec.encode(sample)
-    rate = sample.numel() / (time.perf_counter() - began)
+    rate = sample.numel() / (time.perf_counter() - start)
     return weights * blueprint.expert_count / min(rate, _COPY_RATE)

@@ -12,12 +12,10 @@ from mixchat.progress import Progress
 from mixchat.weights import models
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import check_files, read_manifest
-from mixchat.weights.make.download import DownloadRequest, plan_download
-from mixchat.weights.make.download_plan import DownloadPlan, Need, disk_needs, plan_of
-from mixchat.weights.make.quantize import QuantizeOptions, best_layout, blueprint_of
-from mixchat.weights.source import demo
-from mixchat.weights.source.index import expected_index
-from mixchat.weights.source.open_origin import open_origin, source_of
+from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
+from mixchat.weights.make.quantize_options import QuantizeOptions, best_layout, make_blueprint
+from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.source.open_origin import open_origin
 
 # Both of `models.ALIASES`, as their config.json has it; no hub has to be asked.
 MIXTRAL: dict[str, Any] = {
@@ -66,10 +64,10 @@ def outline(name: str, progress: Progress) -> Outline:
     """What `name` stands for, kept or not, made with the default options where not.
 
     Asks the hub only for a model of it that is neither kept nor in `models.ALIASES`.
-    Raises what `models.find` and opening a checkpoint raise.
+    Raises what `models.installed_directory` and opening a checkpoint raise.
     """
     try:
-        directory = models.find(name)
+        directory = models.installed_directory(name)
     except ModelNotFoundError:
         return _to_come(models.resolve(name), progress)
     manifest = read_manifest(directory)
@@ -80,21 +78,15 @@ def outline(name: str, progress: Progress) -> Outline:
 
 
 def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
-    target = models.model_dir(ref)
+    target = ref.directory
     if ref.repo in models.ALIASES.values():
         quantization = Quantization(layout=best_layout())
         config = ModelConfig.from_dict(MIXTRAL)
         blueprint = Blueprint(config, quantization)
         index = expected_index(config, ref.name, _SHARD)
-        disk, _ = disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
+        disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
         return Outline(ref.name, blueprint, target, kept=False, disk=disk)
-    options = QuantizeOptions()
-    if ref.demo:
-        blueprint = blueprint_of(demo.index_to_come(), options)
-        download = plan_download(DownloadRequest(ref, options), progress)
-        disk = download.disk if download else ()
-        return Outline(ref.name, blueprint, target, kept=False, disk=disk, download=download)
-    with open_origin(source_of(ref, target, None), target, progress) as origin:
-        blueprint = blueprint_of(origin.index, options)
-        plan = plan_of(ref.key, target, origin, blueprint, None)
+    with open_origin(ref.source(), target, progress) as origin:
+        blueprint = make_blueprint(origin.index, QuantizeOptions())
+        plan = make_plan(target, origin, blueprint)
     return Outline(ref.name, blueprint, target, kept=False, disk=plan.disk, download=plan)

@@ -21,7 +21,7 @@ from mixchat.weights.format.blueprint import (
     layer_prefix,
 )
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.source.index import Read, SourceIndex, expert_tensor
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, expert_tensor
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Part:
         """Bytes on disk."""
         return sum(spec.nbytes for spec in self.tensors)
 
-    def components(self, index: SourceIndex) -> list[str]:
+    def components(self, index: CheckpointIndex) -> list[str]:
         """The names of the checkpoint's tensors that have to be read."""
         return [name for source in self.sources for name in index.components(source)]
 
-    def make(self, index: SourceIndex, read: Read) -> list[torch.Tensor]:
+    def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
         """The tensors of this part. `read` gives a tensor of the checkpoint by its name.
 
         Raises `CheckpointError` where a weight is not finite.
@@ -62,7 +62,7 @@ class Part:
         padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
         return made + padding
 
-    def _stacked(self, linear: LinearSpec, index: SourceIndex, read: Read) -> torch.Tensor:
+    def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """The matrices one above the other; no more than one of them is in memory besides."""
         if len(self.sources) == 1:
             return index.read_dense(self.sources[0], read)

@@ -1,7 +1,7 @@
 """Checks the finished parts of an unfinished model against its journal.
 
-A disk may have changed a byte since it was written. In the finished model it would stand under the
-SHA-256 of the right bytes, and `verify` alone would find it.
+A disk may have changed a byte since it was written. The finished model's manifest would list the
+SHA-256 of the right bytes, and only `verify` would find the fault.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from mixchat.progress import NoProgress, Progress, Task, running
 from mixchat.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import layouts
-from mixchat.weights.make.spill import ASIDE_PREFIX
+from mixchat.weights.make.spill import SPILL_PREFIX
 
 Digests = Mapping[str, Mapping[str, str]]
 
 
-def damaged(
+def find_damaged(
     directory: Path, blueprint: Blueprint, made: Digests, progress: Progress
 ) -> dict[str, set[str]]:
-    """The tensors of `made` whose bytes are no longer those that were written, by file."""
+    """Return the tensors of `made` whose bytes have changed since they were written, by file."""
     headers = {name: layout.header for name, layout in layouts(blueprint).items()}
-    headers |= _headers_aside(directory)
+    headers |= _spill_headers(directory)
     found = {}
     here = {name: _known(headers[name], made[name]) for name in made if name in headers}
     whole = sum(headers[name].spec(tensor).nbytes for name in here for tensor in here[name])
-    with running(progress if whole else NoProgress(), "checking what is done", whole) as task:
+    with running(progress if whole else NoProgress(), "checking finished parts", whole) as task:
         for name, digests in here.items():
             wrong = set(_wrong(directory / name, headers[name], digests, task))
-            # What was put aside is one file, which is written again as a whole.
-            found[name] = set(made[name]) if wrong and name.startswith(ASIDE_PREFIX) else wrong
+            # A spill file is written again as a whole.
+            found[name] = set(made[name]) if wrong and name.startswith(SPILL_PREFIX) else wrong
     return {name: wrong for name, wrong in found.items() if wrong}
 
 
-def _headers_aside(directory: Path) -> dict[str, Header]:
+def _spill_headers(directory: Path) -> dict[str, Header]:
     headers = {}
-    for path in directory.glob(ASIDE_PREFIX + "*"):
+    for path in directory.glob(SPILL_PREFIX + "*"):
         with suppress(CheckpointError), SafetensorsFile(path) as file:
             headers[path.name] = file.header
     return headers
 
 
 def _known(header: Header, digests: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tensors that the file has, in the order of their bytes."""
+    """Return the digests of the tensors that the file has, in the order of their bytes."""
     return {spec.name: digests[spec.name] for spec in header.specs if spec.name in digests}
 
 
@@ -67,7 +67,7 @@ def _wrong(path: Path, header: Header, digests: Mapping[str, str], task: Task) -
 
 
 def read_most(file: FileIO, size: int) -> memoryview:
-    """The next `size` bytes, fewer where the file ends before."""
+    """Return the next `size` bytes, or fewer where the file ends before."""
     data, done = memoryview(bytearray(size)), 0
     while done < size and (count := file.readinto(data[done:])):
         done += count

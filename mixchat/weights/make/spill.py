@@ -1,4 +1,4 @@
-"""Tensors put aside until a later shard comes, with which a part can be made of them."""
+"""Tensors spilled to disk: the part that needs them also needs a later shard."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from mixchat.errors import CheckpointError
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 
-ASIDE_PREFIX = "aside-"
+SPILL_PREFIX = "aside-"
 
 
 class Spill:
-    """The files of them in `directory`, one for each shard that some were taken of.
+    """The spill files in `directory`, one for each shard that has spilled tensors.
 
-    `recorded` is what the journal says, by file: what it does not name is as if it were not there.
+    `recorded` is the journal's record, by file: a file that is not in it is ignored.
     """
 
     def __init__(self, directory: Path, recorded: Mapping[str, Collection[str]]) -> None:
         self._directory = directory
         self._files: dict[str, set[str]] = {}
-        for path in directory.glob(ASIDE_PREFIX + "*"):
-            # A file of this name is whole, unless the disk went wrong: then it is as if not there.
+        for path in directory.glob(SPILL_PREFIX + "*"):
+            # A file of this name is complete, unless the disk is at fault: then it is ignored.
             with suppress(CheckpointError), SafetensorsFile(path) as file:
                 here = {spec.name for spec in file.header.specs}
                 if here <= set(recorded.get(path.name, ())):
@@ -32,20 +32,20 @@ class Spill:
 
     @property
     def names(self) -> set[str]:
-        """The tensors that are here."""
+        """The names of the tensors that are spilled."""
         return set().union(*self._files.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """One of them."""
+        """Read a spilled tensor."""
         holder = next(file for file, names in self._files.items() if name in names)
         with SafetensorsFile(self._directory / holder) as file:
             return file.read(name)
 
-    def put(
+    def write(
         self, shard: str, file: SafetensorsFile, names: list[str]
     ) -> tuple[str, dict[str, str]]:
-        """Copy these tensors of `file`; the copy's name, and the SHA-256 in hex of each of them."""
-        path, digests = self._directory / f"{ASIDE_PREFIX}{shard}", {}
+        """Copy tensors of `file`; return the copy's name and the SHA-256 in hex of each tensor."""
+        path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
         with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
             for name in names:
                 tensor = file.read(name)
@@ -54,8 +54,8 @@ class Spill:
         self._files[path.name] = set(names)
         return path.name, digests
 
-    def drop_all_but(self, names: set[str]) -> None:
-        """Remove the files with nothing of `names` in them."""
+    def keep_only(self, names: set[str]) -> None:
+        """Remove the files that hold none of `names`."""
         for holder in [file for file, held in self._files.items() if not held & names]:
             (self._directory / holder).unlink()
             del self._files[holder]

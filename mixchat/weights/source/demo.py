@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
 from mixchat.model_config import ModelConfig
 from mixchat.progress import Progress, running
+from mixchat.weights.source.checkpoint_files import SINGLE
 
 if TYPE_CHECKING:
-    from mixchat.weights.source.index import SourceIndex
+    from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 ABOUT = """\
 A small dense model in a mixture's clothes, to try mixchat with: not Mixtral. Each layer's eight
@@ -95,11 +96,11 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         upcycle(gguf, target, CONFIG, GENERATION, progress)
 
 
-def index_to_come() -> SourceIndex:
-    """The tensors of the checkpoint that `build_checkpoint` writes."""
-    from mixchat.weights.source.index import expected_index
+def checkpoint_index() -> CheckpointIndex:
+    """Return the index of the checkpoint that `build_checkpoint` writes, without building it."""
+    from mixchat.weights.source.checkpoint_index import expected_index
 
-    return expected_index(ModelConfig.from_dict(CONFIG), "demo")
+    return expected_index(ModelConfig.from_dict(CONFIG), SINGLE)
 
 
 def _require_gguf() -> None:

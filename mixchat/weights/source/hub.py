@@ -23,8 +23,8 @@ from mixchat.weights.source.checkpoint_files import (
     read_weight_map,
     weight_files,
 )
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
-from mixchat.weights.source.index import SourceIndex
 from mixchat.weights.source.transfer import read_range
 
 _LISTING_TIMEOUT = 30.0  # seconds
@@ -58,7 +58,7 @@ class RemoteCheckpoint:
     commit: str
     small: tuple[RemoteFile, ...]
     shards: dict[str, RemoteFile]
-    index: SourceIndex
+    index: CheckpointIndex
 
     def url(self, name: str) -> str:
         """Where a file is served."""
@@ -86,7 +86,7 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
             _check_small(repo_id, file)
         headers = _headers(repo_id, commit, shards)
     weight_map = None if index is None else read_weight_map(index, where=repo_id)
-    source_index = SourceIndex(config, headers, weight_map, repo_id)
+    source_index = CheckpointIndex(config, headers, weight_map, repo_id)
     return RemoteCheckpoint(repo_id, commit, small, shards, source_index)
 
 

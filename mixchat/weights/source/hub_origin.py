@@ -19,7 +19,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.hub import RemoteCheckpoint, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
-from mixchat.weights.source.origin import Stopped, TensorReader
+from mixchat.weights.source.origin import ShardReader, Stopped
 from mixchat.weights.source.transfer import (
     fetch_file,
     is_whole,
@@ -47,8 +47,8 @@ class HubOrigin:
         self, remote: RemoteCheckpoint, source: Source, target: Path, *, keep_source: bool = False
     ) -> None:
         self.source, self.index = source, remote.index
-        self.fingerprint = remote.commit
-        self.keep_source = keep_source
+        self.size, self.fingerprint = remote.index.size, remote.commit
+        self.cache = hub.cache_dir() if keep_source else None
         self._remote, self._directory = remote, target / SOURCE_DIR
 
     def companions(self) -> Path:
@@ -67,15 +67,15 @@ class HubOrigin:
 
     def temporary(self, shard: str) -> int:
         file = self._remote.shards[shard]
-        return 0 if self.keep_source or self._cached(file) else file.size
+        return 0 if self.cache or self._cached(file) else file.size
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
         cached, blob = self._cached(file), self._blob(file)
-        in_cache = self.keep_source or blob.exists()
+        in_cache = self.cache or blob.exists()
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
             if cached and is_whole(cached, file.size, str(file.sha256), stop):
-                return self._linked(file, cached) if self.keep_source else cached
+                return self._linked(file, cached) if self.cache else cached
             if in_cache:
                 with self._cache_lock(file, stop):
                     self._fill(file, task, stop)
@@ -83,12 +83,12 @@ class HubOrigin:
             return self._bring(file, task, stop)
 
     def release(self, shard: str) -> None:
-        if not self.keep_source:
+        if not self.cache:
             path = self._directory / shard
             path.unlink(missing_ok=True)
             part_path(path).unlink(missing_ok=True)
 
-    def open(self, shard: str) -> TensorReader:
+    def open(self, shard: str) -> ShardReader:
         file = self._remote.shards[shard]
         cached = self._cached(file)
         return SafetensorsFile(cached) if cached else _RemoteShard(self._remote, shard)
@@ -139,7 +139,7 @@ class HubOrigin:
 
     def _path(self, file: RemoteFile) -> Path:
         """Where the file goes if it is not in the cache."""
-        return self._blob(file) if self.keep_source else self._directory / file.path
+        return self._blob(file) if self.cache else self._directory / file.path
 
     def _blob(self, file: RemoteFile) -> Path:
         return hub.repo_dir(self._remote.repo_id) / "blobs" / str(file.sha256)

@@ -1,82 +1,62 @@
-"""From what a manifest or a person calls a source to the checkpoint itself, opened."""
+"""Opens the origin that a source names."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.files import read_bytes
 from mixchat.progress import Progress
-from mixchat.weights import models
-from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source import demo, hub
+from mixchat.weights.models import DEMO
+from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint_files import INDEX, weight_files
+from mixchat.weights.source.demo_origin import DemoOrigin
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 from mixchat.weights.source.hub_origin import HubOrigin
-from mixchat.weights.source.origin import LocalOrigin, Origin
-
-BUILD_DIR = "build"
-
-
-def source_of(ref: models.ModelRef, target: Path, revision: str | None) -> Source:
-    """Where the model of `ref` comes from, its commit where it was begun from one.
-
-    Raises `ModelNotFoundError` where nothing says what an unfinished model was made of.
-    """
-    begun = unfinished_source(target)
-    if ref.demo:
-        return Source(models.DEMO)
-    if ref.path is not None:
-        return Source(str(ref.path))
-    if ref.repo is not None:
-        if begun is not None and (begun.repo, begun.revision) == (ref.repo, revision):
-            return begun
-        return Source(ref.repo, None, revision)
-    if begun is None:
-        raise ModelNotFoundError(
-            f"nothing says what the unfinished model {ref.key!r} was made of",
-            hint=f"Remove it (mixchat rm {ref.key}) and download it again.",
-        )
-    return begun
+from mixchat.weights.source.origin import Origin
 
 
 @contextmanager
 def open_origin(
-    source: Source, target: Path, progress: Progress, *, keep_source: bool = False
+    source: Source,
+    target: Path,
+    progress: Progress,
+    *,
+    keep_source: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Iterator[Origin]:
-    """The checkpoint of `source`, for a model in `target`; the demo's is built for the while.
+    """Open the checkpoint of `source` for a model in `target`.
 
-    Raises what opening a directory, asking the hub or building the demo model raise.
+    `check` is called with the directory of its small files, and may raise. The demo's are pinned by
+    a hash and need no check. Raises what opening a directory or asking the hub raises.
     """
-    if source.repo == models.DEMO:
-        with _built_demo(target / BUILD_DIR, progress) as checkpoint:
-            yield LocalOrigin(checkpoint, source, fingerprint=demo.WHEEL_SHA256)
-    elif Path(source.repo).is_absolute():
-        yield LocalOrigin(Path(source.repo), source)
-    elif cached := _offline_copy(source):
-        commit = Source(source.repo, cached.name, source.revision)
-        yield LocalOrigin(cached, commit, fingerprint=cached.name)
-    else:
-        remote = _look_up(source)
-        resolved = Source(source.repo, remote.commit, source.revision)
-        yield HubOrigin(remote, resolved, target, keep_source=keep_source)
+    if source.repo == DEMO:
+        with closing(DemoOrigin(target, progress)) as built:
+            yield built
+        return
+    origin = _open_checkpoint(source, target, keep_source)
+    if check is not None:
+        check(origin.companions())
+    yield origin
 
 
-@contextmanager
-def _built_demo(directory: Path, progress: Progress) -> Iterator[Path]:
-    shutil.rmtree(directory, ignore_errors=True)
-    try:
-        demo.build_checkpoint(directory / "checkpoint", progress)
-        yield directory / "checkpoint"
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Origin:
+    if Path(source.repo).is_absolute():
+        return DirectoryOrigin(Path(source.repo), source)
+    if snapshot := _offline_snapshot(source):
+        commit = snapshot.name
+        return DirectoryOrigin(snapshot, replace(source, commit=commit), fingerprint=commit)
+    remote = _look_up(source)
+    resolved = replace(source, commit=remote.commit)
+    return HubOrigin(remote, resolved, target, keep_source=keep_source)
 
 
 def _look_up(source: Source) -> hub.RemoteCheckpoint:
-    """What the hub has: the commit that was begun, else what the revision stands for now."""
+    """Look up the commit that the download started with, else the revision's commit of today."""
     if source.commit is not None:
         try:
             return hub.look_up(source.repo, source.commit)
@@ -85,10 +65,10 @@ def _look_up(source: Source) -> hub.RemoteCheckpoint:
     return hub.look_up(source.repo, source.revision)
 
 
-def _offline_copy(source: Source) -> Path | None:
-    """The snapshot in huggingface_hub's cache, where `HF_HUB_OFFLINE` forbids to ask the hub.
+def _offline_snapshot(source: Source) -> Path | None:
+    """Return the snapshot in huggingface_hub's cache if `HF_HUB_OFFLINE` is set, else None.
 
-    Raises `HubError` where it does, and the snapshot is not there or not whole.
+    Raises `HubError` if it is set and the snapshot is not complete.
     """
     from huggingface_hub import constants
 
@@ -101,16 +81,16 @@ def _offline_copy(source: Source) -> Path | None:
     except (CheckpointError, ValueError):
         commit = revision
     snapshot = repo / "snapshots" / commit
-    if hub.COMMIT.fullmatch(commit) and _is_whole(snapshot):
+    if hub.COMMIT.fullmatch(commit) and _is_complete(snapshot):
         return snapshot
     raise HubError(
-        f"{source.repo} is not whole in Hugging Face's cache, and HF_HUB_OFFLINE is set",
+        f"{source.repo} is not complete in Hugging Face's cache, and HF_HUB_OFFLINE is set",
         hint="Unset it, or name a directory that holds the checkpoint.",
     )
 
 
-def _is_whole(snapshot: Path) -> bool:
-    """Whether the shards are there, too: the small files of a model come without them."""
+def _is_complete(snapshot: Path) -> bool:
+    """Return whether the shards are there, too: the cache may hold the small files alone."""
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
         index = read_bytes(snapshot / INDEX) if INDEX in names else None

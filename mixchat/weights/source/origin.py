@@ -1,8 +1,7 @@
-"""Where a checkpoint's files come from, one shard at a time: what a directory and the hub share."""
+"""The origin of a checkpoint's files: what a directory, the hub and the demo have in common."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,28 +11,17 @@ from typing import Protocol
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, require_regular
-from mixchat.model_config import ModelConfig
 from mixchat.progress import Task
-from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source.checkpoint_files import (
-    COMPANION_FILES,
-    CONFIG,
-    INDEX,
-    read_weight_map,
-    weight_files,
-)
-from mixchat.weights.source.index import SourceIndex
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 
-class TensorReader(Protocol):
-    """Reads the tensors of one shard: a context manager."""
+class ShardReader(Protocol):
+    """Reads single tensors of one shard: a context manager."""
 
     def read(self, name: str) -> torch.Tensor: ...
 
-    def __enter__(self) -> TensorReader: ...
+    def __enter__(self) -> ShardReader: ...
 
     def __exit__(
         self,
@@ -44,104 +32,57 @@ class TensorReader(Protocol):
 
 
 class Origin(Protocol):
-    """A checkpoint, here or elsewhere. `fingerprint` differs where its weights do."""
+    """A checkpoint, on this machine or elsewhere.
+
+    `size`: bytes to fetch for all of its weights. `fingerprint` differs where its weights differ.
+    `cache`: the directory in which fetched shards stay; None where they do not stay.
+    """
 
     source: Source
-    index: SourceIndex
+    index: CheckpointIndex
+    size: int
     fingerprint: str
+    cache: Path | None
 
     def companions(self) -> Path:
-        """The directory with the small files: config, tokenizer, template."""
+        """Return the directory with the small files (config, tokenizer, template); fetch them."""
 
     def missing(self, shard: str) -> int:
-        """Bytes of a shard that would have to be fetched."""
+        """Return how many bytes of a shard have to be fetched."""
 
     def temporary(self, shard: str) -> int:
-        """Bytes of disk that a shard takes until it is released."""
+        """Return the bytes of disk that a shard takes until it is released."""
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
-        """Bring a shard onto this disk, whole and checked, moving the bar by `missing` bytes.
+        """Bring a shard onto this disk, complete and checked; advance `task` by `missing` bytes.
 
-        Ends early, with `Stopped`, once `stop` is set.
+        Raises `Stopped` soon after `stop` is set.
         """
 
     def release(self, shard: str) -> None:
-        """Let go of a shard whose tensors have all been taken."""
+        """Delete a shard that was fetched, once all of its tensors have been used."""
 
-    def open(self, shard: str) -> TensorReader:
-        """Read a few tensors of a shard, without fetching all of it."""
+    def open(self, shard: str) -> ShardReader:
+        """Return a reader for a few tensors of a shard that need not be fetched."""
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
-        """Bytes a second at which these shards come now; None where nothing has to, or does.
+        """Measure for a second how fast these shards come, in bytes a second.
 
-        It tries for a second; `keep` what comes, for `fetch` to go on with.
+        None where nothing has to be fetched, or nothing comes. With `keep`, `fetch` continues
+        behind the bytes that came.
         """
 
 
 class Stopped(Exception):
-    """The work was called off."""
+    """The caller set `stop`."""
 
 
-class LocalOrigin:
-    """A checkpoint in a directory. Opening it reads every shard's header.
-
-    `fingerprint` is the files' sizes and times, unless given. Raises `CheckpointError` where it is
-    not a whole Mixtral in safetensors.
-    """
-
-    def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
-        self.source, self._directory = source, directory
-        config = ModelConfig.from_file(directory / CONFIG)
-        where = str(directory)
-        try:
-            names = [entry.name for entry in directory.iterdir()]
-        except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
-        for name in COMPANION_FILES:  # before hours of work, not after them
-            if (directory / name).exists():
-                require_regular(directory / name)
-        index = read_bytes(directory / INDEX) if INDEX in names else None
-        headers = {}
-        for name in weight_files(names, index, where=where):
-            with SafetensorsFile(directory / name) as file:
-                headers[name] = file.header
-        weight_map = None if index is None else read_weight_map(index, where=where)
-        self.index = SourceIndex(config, headers, weight_map, where)
-        self.fingerprint = fingerprint or self._fingerprint()
-
-    def companions(self) -> Path:
-        return self._directory
-
-    def missing(self, shard: str) -> int:
-        return 0
-
-    def temporary(self, shard: str) -> int:
-        return 0
-
-    def fetch(self, shard: str, task: Task, stop: Event) -> Path:
-        return self._directory / shard
-
-    def release(self, shard: str) -> None:
-        pass
-
-    def open(self, shard: str) -> TensorReader:
-        return SafetensorsFile(self._directory / shard)
-
-    def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
-        return None
-
-    def _fingerprint(self) -> str:
-        stats = [(name, (self._directory / name).stat()) for name in self.index.shards]
-        text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Readers:
-    """Finds a tensor in whichever of an origin's shards it lies: a context manager."""
+class CheckpointReader:
+    """Reads a tensor from the shard of an origin that holds it: a context manager."""
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
-        self._open: dict[str, TensorReader] = {}
+        self._open: dict[str, ShardReader] = {}
         self._stack = ExitStack()
 
     def read(self, name: str) -> torch.Tensor:
@@ -150,7 +91,7 @@ class Readers:
             self._open[shard] = self._stack.enter_context(self._origin.open(shard))
         return self._open[shard].read(name)
 
-    def __enter__(self) -> Readers:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(

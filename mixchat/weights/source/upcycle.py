@@ -9,7 +9,7 @@ the dense model's whatever the router, which is random, picks. (Komatsuzaki et a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from mixchat.files import write_file
 from mixchat.model_config import ModelConfig
 from mixchat.progress import Progress, running
 from mixchat.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.weights.source.checkpoint_files import INDEX
+from mixchat.weights.source.checkpoint_files import SINGLE
+from mixchat.weights.source.checkpoint_index import expected_shapes
 from mixchat.weights.source.gguf_tokenizer import write_tokenizer
-from mixchat.weights.source.index import expected_shapes
 
 SEED = 0
 ROUTER_STD = 0.02
-_SHARD_BYTES = 250_000_000
 Floats = npt.NDArray[np.float32]
 
 
@@ -57,7 +56,7 @@ def upcycle(
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", generation)
     dense = _Dense({tensor.name: tensor for tensor in reader.tensors}, shape)
-    _write_shards(target, shape, dense.sparse_tensors(), progress)
+    _write_weights(target / SINGLE, shape, dense.sparse_tensors(), progress)
 
 
 class _Dense:
@@ -129,8 +128,8 @@ def _to_bf16(values: Floats) -> torch.Tensor:
     return torch.from_numpy(owned).to(torch.bfloat16)
 
 
-def _write_shards(
-    target: Path,
+def _write_weights(
+    path: Path,
     config: ModelConfig,
     tensors: Iterator[tuple[str, torch.Tensor]],
     progress: Progress,
@@ -139,31 +138,14 @@ def _write_shards(
         TensorSpec(name, torch.bfloat16, shape) for name, shape in expected_shapes(config).items()
     ]
     total = sum(spec.nbytes for spec in specs)
-    shards = list(_shards(specs))
-    weight_map = {}
-    with running(progress, "building the demo model", total) as task:
-        for number, shard in enumerate(shards, 1):
-            path = target / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            with SafetensorsWriter(path, shard) as writer:
-                for spec in shard:
-                    name, tensor = next(tensors)
-                    _check(spec, name, tensor)
-                    writer.write(name, tensor)
-                    task.advance(spec.nbytes)
-                    weight_map[name] = path.name
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(target / INDEX, index)
-
-
-def _shards(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """The tensors in groups of about `_SHARD_BYTES`."""
-    shard: list[TensorSpec] = []
-    for spec in specs:
-        if shard and sum(one.nbytes for one in shard) + spec.nbytes > _SHARD_BYTES:
-            yield shard
-            shard = []
-        shard.append(spec)
-    yield shard
+    with (
+        running(progress, "building the demo model", total) as task,
+        SafetensorsWriter(path, specs) as writer,
+    ):
+        for spec, (name, tensor) in zip(specs, tensors, strict=True):
+            _check(spec, name, tensor)
+            writer.write(name, tensor)
+            task.advance(spec.nbytes)
 
 
 def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:

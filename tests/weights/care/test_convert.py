@@ -25,7 +25,7 @@ from mixchat.weights.care import housekeeping
 from mixchat.weights.care.convert import _Converter, convert, target_layout
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import CONVERSION_DIR, read_manifest
-from mixchat.weights.make import quantize as quantize_module
+from mixchat.weights.make import quantize_options as quantize_module
 from mixchat.weights.matrix.linear import Layout
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
@@ -356,7 +356,7 @@ class TestCutOff:
         stop_at(monkeypatch, LAST, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             pack(installed)
-        assert models.entry_of(installed).problem == "half converted"
+        assert models.describe(installed).problem == "half converted"
         assert list(housekeeping._left_in(installed)) == []
 
     def test_a_journal_that_cannot_be_read_is_refused(

@@ -26,8 +26,8 @@ from mixchat.weights.format.manifest import (
     read_either_manifest,
     restore_manifests,
 )
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 from mixchat.weights.source.open_origin import open_origin
-from mixchat.weights.source.origin import LocalOrigin
 
 EXPERTS = "experts-000.safetensors"
 SHARED = "shared.safetensors"
@@ -52,7 +52,7 @@ def flip(path: Path, offset: int) -> None:
 def mend(directory: Path, checkpoint: Path) -> None:
     damages = verify(directory)
     restore_manifests(directory)
-    repair(directory, damages, LocalOrigin(checkpoint, Source(str(checkpoint))), NoProgress())
+    repair(directory, damages, DirectoryOrigin(checkpoint, Source(str(checkpoint))), NoProgress())
 
 
 class TestRepair:
@@ -104,7 +104,7 @@ class TestRepair:
             SafetensorsFile, "read", lambda file, name: names.append(name) or read(file, name)
         )
         meter = Meter()
-        origin = LocalOrigin(two_shards, Source("x"))
+        origin = DirectoryOrigin(two_shards, Source("x"))
         repair(installed, verify(installed), origin, meter)
         assert names == ["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
         bar = meter.bar("repairing")
@@ -146,7 +146,7 @@ class TestRepairFromTheHub:
         flip(installed / SHARED, 4096)
         self.mend(installed)
         assert files_of(installed) == files_of(made)
-        index = LocalOrigin(two_shards, Source("x")).index
+        index = DirectoryOrigin(two_shards, Source("x")).index
         needed = set()
         for name in (
             "model.layers.0.block_sparse_moe.experts.3.w2.weight",

@@ -11,9 +11,9 @@ import pytest
 from weight_tools import Making, fetching, files_of, made_of, quantize, run, shard
 
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_head
-from mixchat.weights.make.build import head
+from mixchat.weights.make.build import journal_head
 from mixchat.weights.make.parts import parts
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 
 
 def unfinished(checkpoint: Path, target: Path) -> Path:
@@ -111,7 +111,7 @@ def test_that_of_other_options_is_not_gone_on_with(
     making.again()
     origin = fetching(checkpoint, tmp_path / "installed")
     run(origin, tmp_path / "installed", other)
-    assert len(making.names) == len(list(parts(blueprint_of(origin.index, other))))
+    assert len(making.names) == len(list(parts(make_blueprint(origin.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
     assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
@@ -119,6 +119,8 @@ def test_that_of_other_options_is_not_gone_on_with(
 def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
     unfinished(checkpoint, tmp_path / "installed")
     origin = fetching(checkpoint, tmp_path / "installed")
-    blueprint = blueprint_of(origin.index, QuantizeOptions())
-    assert read_head(tmp_path / "installed") == head(origin, blueprint)
-    assert json.loads(json.dumps(head(origin, blueprint))) == head(origin, blueprint)
+    blueprint = make_blueprint(origin.index, QuantizeOptions())
+    assert read_head(tmp_path / "installed") == journal_head(origin, blueprint)
+    assert json.loads(json.dumps(journal_head(origin, blueprint))) == journal_head(
+        origin, blueprint
+    )

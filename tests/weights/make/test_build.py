@@ -25,8 +25,8 @@ from mixchat.errors import MixchatError
 from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.make import build as build_module
 from mixchat.weights.make.parts import parts
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-from mixchat.weights.make.spill import ASIDE_PREFIX
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.make.spill import SPILL_PREFIX
 
 EXPERT = "layers.0.block_sparse_moe.experts.1"
 
@@ -83,7 +83,7 @@ class TestShards:
         quantize(shard(small, tmp_path / "shards", 3), tmp_path / "kept")
         names = {path.name for path in (tmp_path / "kept").iterdir()}
         assert JOURNAL_FILE not in names
-        assert not [name for name in names if name.startswith(ASIDE_PREFIX) or "tmp" in name]
+        assert not [name for name in names if name.startswith(SPILL_PREFIX) or "tmp" in name]
 
     def test_a_shard_that_is_not_what_its_header_said_is_refused(
         self, small: Path, tmp_path: Path
@@ -107,7 +107,7 @@ class TestGoingOn:
     ) -> None:
         two_shards = shard(small, tmp_path / "shards", 2)
         origin = fetching(two_shards, tmp_path / "kept")
-        every = list(parts(blueprint_of(origin.index, QuantizeOptions())))
+        every = list(parts(make_blueprint(origin.index, QuantizeOptions())))
         for stop in range(len(every)):
             target = tmp_path / "kept"
             making.again(fail_at=stop)
@@ -224,7 +224,7 @@ class TestGoingOn:
             origin.fail_at = shard_names(3)[2]
             with pytest.raises(ConnectionError):
                 run(origin, target)
-            for path in list(target.glob(ASIDE_PREFIX + "*")):
+            for path in list(target.glob(SPILL_PREFIX + "*")):
                 spoil(path)
             again = fetching(checkpoint, target)
             run(again, target)

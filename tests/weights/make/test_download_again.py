@@ -17,7 +17,7 @@ from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import build
 from mixchat.weights.make.download import DownloadRequest, plan_download
 from mixchat.weights.make.parts import Part
-from mixchat.weights.make.quantize import QuantizeOptions
+from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
 from mixchat.weights.source import hub
 
@@ -109,7 +109,7 @@ def test_with_other_options_it_begins_anew_but_for_the_shards_that_are_there(
     path = get(REPO, options=QuantizeOptions(attention=True), meter=meter)
     assert read_manifest(path).quantization["attention"] is True
     assert meter.bar("quantizing").first == 0
-    assert "making it anew" in meter.notes[0]
+    assert "starting again" in meter.notes[0]
 
 
 def test_under_its_own_key_it_needs_no_other_name(fake: FakeHub, made: Path) -> None:
@@ -215,5 +215,5 @@ def test_a_commit_may_be_shortened_to_seven_digits(
     if same:
         assert get(REPO, revision=revision) == path
     else:  # it may be a branch's name
-        with pytest.raises(UsageError, match="already kept, from revision"):
+        with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision=revision)

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file
 from weight_tools import NF4, Meter, files_of, get, left_in
 
 from mixchat.errors import CheckpointError, HubError, UsageError
 from mixchat.lock import exclusive_lock
+from mixchat.safetensors import SafetensorsWriter
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import download
 from mixchat.weights.make.download import DownloadRequest
-from mixchat.weights.make.quantize import QuantizeOptions
+from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
 from mixchat.weights.source import demo
+from mixchat.weights.source.checkpoint_files import SINGLE
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ class TestLocal:
     ) -> None:
         get(str(tiny_checkpoint), key="tiny")
         shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
-        with pytest.raises(UsageError, match="already kept; it came from") as caught:
+        with pytest.raises(UsageError, match="already installed; it came from") as caught:
             get(str(tmp_path / "tiny"))
         assert "--name" in (caught.value.hint or "")
 
@@ -51,7 +54,7 @@ class TestLocal:
 
     def test_a_kept_model_cannot_have_another_name(self, tiny_model: Path) -> None:
         """It was said to be ready under the name, under which nothing was found afterwards."""
-        with pytest.raises(UsageError, match="kept model already"):
+        with pytest.raises(UsageError, match="is an installed model"):
             get(str(tiny_model), key="other")
 
     def test_only_pickles(self, tiny_checkpoint: Path, tmp_path: Path, home: Path) -> None:
@@ -94,10 +97,15 @@ class TestDemo:
     def tiny_demo(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         """Builds the tiny Mixtral instead; the list tells where."""
         built: list[Path] = []
+        tensors = load_file(tiny_checkpoint / SINGLE)
 
         def build(target: Path, progress: object) -> None:
             built.append(target)
             shutil.copytree(tiny_checkpoint, target)
+            specs = demo.checkpoint_index().header(SINGLE).specs
+            with SafetensorsWriter(target / SINGLE, specs) as writer:
+                for spec in specs:
+                    writer.write(spec.name, tensors[spec.name].to(spec.dtype))
 
         config = json.loads((tiny_checkpoint / "config.json").read_bytes())
         monkeypatch.setattr(demo, "CONFIG", config)
@@ -109,7 +117,7 @@ class TestDemo:
         self, tiny_demo: list[Path], home: Path
     ) -> None:
         path = get("demo")
-        assert get("demo") == path == models.find("demo")
+        assert get("demo") == path == models.installed_directory("demo")
         assert read_manifest(path).source.repo == "demo"
         assert tiny_demo == [path / "build" / "checkpoint"]
         assert not (path / "build").exists()
@@ -186,10 +194,10 @@ class TestTwoProcesses:
             waiting.start()
             assert said.wait(60)
             request = DownloadRequest(resolve(str(tiny_checkpoint), key="tiny"), NF4)
-            download._make(request, target, Meter(), lambda plan: None)
+            download._install(request, target, Meter(), lambda plan: None)
         waiting.join(60)
         assert got == [target]
-        assert meter.notes == ["another mixchat is making tiny; waiting for it"]
+        assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
         assert meter.bars == []
 
     def test_the_second_goes_on_with_what_the_first_left(
@@ -219,7 +227,7 @@ class TestAlreadyKept:
     ) -> None:
         kept = get(str(tiny_checkpoint), key="mine")
         assert get(str(tiny_checkpoint), key="mine") == kept
-        with pytest.raises(UsageError, match="quantized otherwise") as caught:
+        with pytest.raises(UsageError, match="quantized differently") as caught:
             get(str(tiny_checkpoint), key="mine", options=other)
         assert "mixchat rm mine" in (caught.value.hint or "")
 
@@ -238,7 +246,7 @@ class TestAlreadyKept:
         assert get(REPO, revision="main") == kept
         assert get(REPO, revision=COMMIT[:8]) == kept
         assert get(REPO) == kept
-        with pytest.raises(UsageError, match="already kept, from revision"):
+        with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision="other")
 
     @pytest.mark.parametrize("name", ["demo", "."])

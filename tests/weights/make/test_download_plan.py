@@ -17,23 +17,23 @@ from mixchat.machine import disk_usage
 from mixchat.model_config import ModelConfig
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.make import download_plan
-from mixchat.weights.make.build import build
+from mixchat.weights.make.build import Remaining, build
 from mixchat.weights.make.download_plan import (
     DownloadPlan,
     Need,
-    installed_size,
-    memory_need,
-    needs,
-    peak_disk,
-    plan_of,
+    add_up_needs,
+    estimate_peak_disk,
+    find_memory_need,
+    make_plan,
+    weights_size,
 )
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.spill import Spill
 from mixchat.weights.source import hub
+from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.source.directory_origin import DirectoryOrigin
 from mixchat.weights.source.hub_origin import HubOrigin
-from mixchat.weights.source.index import expected_index
-from mixchat.weights.source.origin import LocalOrigin
 
 MB = 1_000_000
 PLACES = {
@@ -68,9 +68,9 @@ class TestDisk:
         target, source = tmp_path / "kept", tmp_path / "kept" / "source"
         checkpoint = shard(large, tmp_path / "shards", place)
         origin = Fetching(checkpoint, source)
-        blueprint = blueprint_of(origin.index, QuantizeOptions())
-        most, peak = [0], peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
-        drop = Spill.drop_all_but
+        blueprint = make_blueprint(origin.index, QuantizeOptions())
+        most, peak = [0], estimate_peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
+        drop = Spill.keep_only
 
         def measure(aside: Spill, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
@@ -79,34 +79,34 @@ class TestDisk:
             most.append(disk_usage(target))
             drop(aside, names)
 
-        monkeypatch.setattr(Spill, "drop_all_but", measure)
+        monkeypatch.setattr(Spill, "keep_only", measure)
         build(origin, target, blueprint, ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
     def test_a_finished_models_size_is_known_beforehand(
         self, tiny_checkpoint: Path, keep: Callable[..., Path]
     ) -> None:
-        index = LocalOrigin(tiny_checkpoint, Source("x")).index
+        index = DirectoryOrigin(tiny_checkpoint, Source("x")).index
         for attention in (False, True):
             for head in (False, True):
                 options = {"attention": attention, "head": head}
                 kept = keep(tiny_checkpoint, **options)
                 weights = read_manifest(kept).weights.values()
-                size = installed_size(blueprint_of(index, QuantizeOptions(**options)))
+                size = weights_size(make_blueprint(index, QuantizeOptions(**options)))
                 assert size == sum(record.size for record in weights)
 
     def test_a_shard_that_takes_no_room_is_not_counted(self, large: Path, tmp_path: Path) -> None:
-        origin = LocalOrigin(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
-        blueprint = blueprint_of(origin.index, QuantizeOptions())
-        peak = peak_disk(origin.index, blueprint, origin.temporary)
-        assert 0 <= peak - installed_size(blueprint) - download_plan._SMALL_FILES + 5 * 4096 < MB
+        origin = DirectoryOrigin(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
+        blueprint = make_blueprint(origin.index, QuantizeOptions())
+        peak = estimate_peak_disk(origin.index, blueprint, origin.temporary)
+        assert 0 <= peak - weights_size(blueprint) - download_plan._SMALL_FILES + 5 * 4096 < MB
 
     def test_places_on_one_disk_are_added_up(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
         one, other = tmp_path / "one", tmp_path / "other"
-        assert needs((one, 5), (other, 6)) == (Need(one, 11, 7),)
+        assert add_up_needs((one, 5), (other, 6)) == (Need(one, 11, 7),)
 
     def test_places_on_different_disks_are_not(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,15 +115,18 @@ class TestDisk:
         monkeypatch.setattr(machine, "same_disk", lambda a, b: a.parent == b.parent)
         one, other = tmp_path / "a" / "one", tmp_path / "b" / "other"
         third = tmp_path / "a" / "third"
-        assert needs((one, 5), (other, 6), (third, 1)) == (Need(one, 6, 7), Need(other, 6, 9))
+        assert add_up_needs((one, 5), (other, 6), (third, 1)) == (
+            Need(one, 6, 7),
+            Need(other, 6, 9),
+        )
 
 
 class TestMemory:
     def test_the_largest_matrix_decides(self, large: Path, tiny_checkpoint: Path) -> None:
         sizes = []
         for checkpoint in (large, tiny_checkpoint):
-            index = LocalOrigin(checkpoint, Source("x")).index
-            sizes.append(memory_need(index, blueprint_of(index, QuantizeOptions())).needed)
+            index = DirectoryOrigin(checkpoint, Source("x")).index
+            sizes.append(find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed)
         matrices = 3 * 512 * 256 * 4
         assert 0 < sizes[0] - sizes[1] < 2 * matrices
 
@@ -132,8 +135,10 @@ class TestMemory:
     ) -> None:
         more = make_checkpoint(num_hidden_layers=5, num_local_experts=8)
         needed = {
-            memory_need(index, blueprint_of(index, QuantizeOptions())).needed
-            for index in (LocalOrigin(path, Source("x")).index for path in (more, tiny_checkpoint))
+            find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
+            for index in (
+                DirectoryOrigin(path, Source("x")).index for path in (more, tiny_checkpoint)
+            )
         }
         assert len(needed) == 1
 
@@ -141,8 +146,8 @@ class TestMemory:
         self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(machine, "free_memory", lambda: 123)
-        index = LocalOrigin(tiny_checkpoint, Source("x")).index
-        assert memory_need(index, blueprint_of(index, QuantizeOptions())).free == 123
+        index = DirectoryOrigin(tiny_checkpoint, Source("x")).index
+        assert find_memory_need(index, make_blueprint(index, QuantizeOptions())).free == 123
 
 
 class TestPlan:
@@ -150,9 +155,9 @@ class TestPlan:
         remote = hub.look_up(REPO)
         keep = cache is not None
         origin = HubOrigin(remote, Source(REPO, remote.commit), target, keep_source=keep)
-        blueprint = blueprint_of(origin.index, QuantizeOptions())
-        made = plan_of("tiny", target, origin, blueprint, cache)
-        return download_plan.with_time(made, origin, blueprint, keep=False)
+        blueprint = make_blueprint(origin.index, QuantizeOptions())
+        made = make_plan(target, origin, blueprint)
+        return download_plan.estimate_time(made, origin, blueprint, keep=False)
 
     def test_of_a_hub_says_what_will_come_and_what_it_becomes(
         self, fake: FakeHub, tmp_path: Path
@@ -160,10 +165,10 @@ class TestPlan:
         made = self.made(fake, tmp_path / "target")
         shards = sum(len(data) for name, data in fake.files.items() if "safetensors" in name[-11:])
         assert made.checkpoint == made.fetch == shards
-        assert (made.name, made.source, made.commit) == ("tiny", REPO, fake.commit)
-        assert 0 < made.kept < shards
+        assert (made.name, made.source, made.commit) == ("target", REPO, fake.commit)
+        assert 0 < made.installed < shards
         (need,) = made.disk
-        assert need.needed > made.kept
+        assert need.needed > made.installed
         assert made.rate is not None
         assert made.seconds is not None
         assert made.seconds >= made.fetch / made.rate
@@ -187,7 +192,7 @@ class TestPlan:
         made = self.made(fake, tmp_path / "target", cache)
         target, there = made.disk
         assert (there.place, there.needed) == (cache, made.fetch)
-        assert target.needed < made.kept + download_plan._SMALL_FILES + MB
+        assert target.needed < made.installed + download_plan._SMALL_FILES + MB
 
     def test_without_room_for_two_shards_one_comes_after_the_other(
         self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,18 +208,18 @@ class TestPlan:
         made.check()
 
     def test_of_a_directory_fetches_nothing(self, two_shards: Path, tmp_path: Path) -> None:
-        origin = LocalOrigin(two_shards, Source(str(two_shards)))
-        blueprint = blueprint_of(origin.index, QuantizeOptions())
-        made = plan_of("tiny", tmp_path / "target", origin, blueprint, None)
-        made = download_plan.with_time(made, origin, blueprint, keep=False)
+        origin = DirectoryOrigin(two_shards, Source(str(two_shards)))
+        blueprint = make_blueprint(origin.index, QuantizeOptions())
+        made = make_plan(tmp_path / "target", origin, blueprint)
+        made = download_plan.estimate_time(made, origin, blueprint, keep=False)
         assert (made.fetch, made.rate, made.commit) == (0, None, None)
         assert made.seconds is not None
 
     def test_quantizing_time_grows_with_the_model(
         self, large: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        index = LocalOrigin(large, Source("x")).index
-        blueprint = blueprint_of(index, QuantizeOptions())
+        index = DirectoryOrigin(large, Source("x")).index
+        blueprint = make_blueprint(index, QuantizeOptions())
         assert 0 < download_plan._quantizing_seconds(index, blueprint) < 60
         monkeypatch.setattr(download_plan, "_COPY_RATE", 1.0)
         assert download_plan._quantizing_seconds(index, blueprint) == 12 * 3 * 512 * 256
@@ -228,9 +233,10 @@ ENOUGH = DownloadPlan(
     quantization={},
     checkpoint=1,
     fetch=1,
-    kept=1,
+    installed=1,
     disk=(Need(Path("/models/tiny"), 5_000_000_000, 5_000_000_000),),
     memory=Need(Path(), 1_000_000_000, 1_000_000_000),
+    remaining=Remaining([], []),
 )
 
 
@@ -258,9 +264,10 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
     narrow = make_checkpoint(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
     )
-    wide, half = (LocalOrigin(path, Source("x")).index for path in (large, narrow))
+    wide, half = (DirectoryOrigin(path, Source("x")).index for path in (large, narrow))
     needed = [
-        memory_need(index, blueprint_of(index, QuantizeOptions())).needed for index in (wide, half)
+        find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
+        for index in (wide, half)
     ]
     assert needed[0] >= needed[1]
 

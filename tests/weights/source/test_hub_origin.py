@@ -19,7 +19,7 @@ from mixchat.errors import HubError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub, hub_origin
 from mixchat.weights.source.hub_origin import HubOrigin
-from mixchat.weights.source.origin import Readers, Stopped
+from mixchat.weights.source.origin import CheckpointReader, Stopped
 from mixchat.weights.source.transfer import part_path
 
 SHARDS = shard_names(2)
@@ -321,7 +321,7 @@ class TestReading:
         header = origin.index.header(SHARDS[0])
         tensors = load_file(two_shards / SHARDS[0])
         name = header.specs[3].name
-        with Readers(origin) as readers:
+        with CheckpointReader(origin) as readers:
             assert torch.equal(readers.read(name), tensors[name])
         start = header.start(name)
         assert asked(fake) == [f"bytes={start}-{start + header.spec(name).nbytes - 1}"]
@@ -330,7 +330,7 @@ class TestReading:
         self, fake: FakeHub, target: Path, two_shards: Path
     ) -> None:
         origin = origin_for(target)
-        with Readers(origin) as readers:
+        with CheckpointReader(origin) as readers:
             for shard in SHARDS:
                 for name, tensor in load_file(two_shards / shard).items():
                     assert torch.equal(readers.read(name), tensor)
@@ -341,7 +341,7 @@ class TestReading:
         bring(origin_for(tmp_path / "other", keep_source=True))
         origin = origin_for(target)
         fake.requests.clear()
-        with Readers(origin) as readers:
+        with CheckpointReader(origin) as readers:
             readers.read(origin.index.header(SHARDS[0]).specs[0].name)
         assert not fake.requests
 

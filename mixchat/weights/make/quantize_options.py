@@ -9,7 +9,11 @@ import torch
 from mixchat.kernels import four_bit
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout, QuantType, Scales
-from mixchat.weights.source.index import SourceIndex, attention_tensors, expert_tensor
+from mixchat.weights.source.checkpoint_index import (
+    CheckpointIndex,
+    attention_tensors,
+    expert_tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ def best_layout() -> Layout:
     return "cpu-packed"
 
 
-def blueprint_of(index: SourceIndex, options: QuantizeOptions) -> Blueprint:
+def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """The kept model that these options make of this checkpoint.
 
     What bitsandbytes has quantized already stays so: experts decide the type, attention and head
@@ -53,28 +57,28 @@ def blueprint_of(index: SourceIndex, options: QuantizeOptions) -> Blueprint:
     return Blueprint(index.config, quantization)
 
 
-def rounded_from(index: SourceIndex, blueprint: Blueprint) -> str | None:
+def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
     """The checkpoint's type ("fp16", "fp32") where it is rounded to bf16; None where it is not."""
     if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
         return None
     return "fp32" if torch.float32 in index.dtypes else "fp16"
 
 
-def _exact_dtype(index: SourceIndex) -> torch.dtype:
+def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
     """The type that holds all weights as they are; bf16 where fp16 is mixed with it."""
     if index.dtype == torch.float32:
         return torch.float32
     return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16
 
 
-def _attention(index: SourceIndex) -> list[str]:
+def _attention(index: CheckpointIndex) -> list[str]:
     layers = range(index.config.num_hidden_layers)
     return [name for layer in layers for name in attention_tensors(layer)]
 
 
-def _head(index: SourceIndex) -> list[str]:
+def _head(index: CheckpointIndex) -> list[str]:
     return [EMBEDDING if index.config.tie_word_embeddings else f"{HEAD}.weight"]
 
 
-def _all_4bit(index: SourceIndex, kind: str | None, matrices: list[str]) -> bool:
+def _all_4bit(index: CheckpointIndex, kind: str | None, matrices: list[str]) -> bool:
     return kind is not None and all(index.quant_type(matrix) == kind for matrix in matrices)

@@ -25,7 +25,7 @@ _IGNORED = ("rotary_emb.inv_freq",)
 Read = Callable[[str], torch.Tensor]
 
 
-class SourceIndex:
+class CheckpointIndex:
     """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
 
     `weight_map` is the index file's, None for a checkpoint of one file; `where` names it in
@@ -54,8 +54,13 @@ class SourceIndex:
         """The names of the files, in their order."""
         return sorted(self._headers)
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of all files together."""
+        return sum(header.size for header in self._headers.values())
+
     def header(self, shard: str) -> Header:
-        """The header of a file."""
+        """Return the header of a file."""
         return self._headers[shard]
 
     def shard_of(self, tensor: str) -> str:
@@ -169,7 +174,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_index(config: ModelConfig, where: str, shard_bytes: float = math.inf) -> SourceIndex:
+def expected_index(
+    config: ModelConfig, where: str, shard_bytes: float = math.inf
+) -> CheckpointIndex:
     """The tensors of a checkpoint in bf16, known without it, in shards of at most so many bytes."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
@@ -183,7 +190,7 @@ def expected_index(config: ModelConfig, where: str, shard_bytes: float = math.in
     names = [f"{where}-{number:05}" for number in range(len(shards))] if shards[1:] else [where]
     headers = {name: _header(specs, name) for name, specs in zip(names, shards, strict=True)}
     weight_map = {spec.name: name for name in names for spec in headers[name].specs}
-    return SourceIndex(config, headers, weight_map, where)
+    return CheckpointIndex(config, headers, weight_map, where)
 
 
 def _header(specs: Sequence[TensorSpec], where: str) -> Header:
