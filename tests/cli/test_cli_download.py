@@ -1,4 +1,4 @@
-"""`download`: what it asks for, what it says it will take, and what a program can read of it."""
+"""`download`: its flags, its plan, and its JSON."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from mixchat.progress import running
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for the download: notes what it was asked for, and reports progress."""
+    """Replaces the download: records the requests and reports progress."""
     made = []
 
     def download(request, progress, *, announce=None):
@@ -61,7 +61,7 @@ def test_its_flags_are_passed_on(mixchat, calls):
     assert lines[2].startswith("mine is ready in ")
 
 
-def test_the_experts_alone_are_quantized_unless_told_otherwise(mixchat, calls):
+def test_the_experts_alone_are_quantized_unless_requested(mixchat, calls):
     mixchat("download", "demo")
     (request,) = calls
     options = request.options
@@ -81,7 +81,7 @@ def test_an_error_comes_after_its_bar_is_closed(mixchat, monkeypatch):
     assert lines == ["fetching: 1 kB", "fetching: 0 bytes in less than 1 s", "error: no network"]
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(mixchat, monkeypatch):
+def test_ctrl_c_says_that_the_same_command_resumes(mixchat, monkeypatch):
     def download(request, progress, *, announce=None):
         raise KeyboardInterrupt
 
@@ -92,7 +92,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(mixchat, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--quantize-attention", "--quantize-head"])
-def test_4_bits_for_a_part_of_what_is_kept_as_it_is_are_refused(mixchat, calls, flag):
+def test_4_bits_for_a_part_of_what_stays_unquantized_are_refused(mixchat, calls, flag):
     done = mixchat("download", "org/name", "--quant-type", "none", flag)
     assert (done.returncode, calls) == (2, [])
 
@@ -145,8 +145,8 @@ def test_as_json_it_tells_the_plan_and_the_place(mixchat, environment, checkpoin
     place = home_of(environment) / "models" / "checkpoint"
     assert (made["name"], made["path"]) == ("checkpoint", str(place))
     assert (made["source"], made["commit"], made["fetch_bytes"]) == (str(checkpoint), None, 0)
-    kept = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-    assert made["kept_bytes"] == kept
+    installed = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    assert made["kept_bytes"] == installed
     again = json.loads(mixchat("download", str(checkpoint), "--json").stdout)
     assert again == {"name": "checkpoint", "path": str(place)}
 
@@ -212,7 +212,7 @@ def test_a_dry_run_that_would_not_fit_says_so_and_by_how_much(
     assert b"needed, 1 kB free" in done.stderr
 
 
-def test_a_dry_run_of_what_is_kept_already_says_so(mixchat, checkpoint):
+def test_a_dry_run_of_what_is_installed_already_says_so(mixchat, checkpoint):
     mixchat("download", str(checkpoint))
     assert (
         mixchat("download", "checkpoint", "--dry-run").stdout

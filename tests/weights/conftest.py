@@ -58,15 +58,15 @@ def small(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the kept model of `small`, made in one go."""
-    target = tmp_path_factory.mktemp("whole") / "kept"
+    """The files of the installed model of `small`, made in one go."""
+    target = tmp_path_factory.mktemp("whole") / "model"
     quantize(small, target)
     return files_of(target)
 
 
 @pytest.fixture
 def making(monkeypatch: pytest.MonkeyPatch) -> Making:
-    """Counts the parts that are made, and fails where it is told to."""
+    """Counts the parts that are made, and fails at `fail_at`."""
     return Making(monkeypatch)
 
 
@@ -78,8 +78,8 @@ def save_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kept model of `two_shards`, as if from the hub. Do not write into it."""
-    target = tmp_path_factory.mktemp("made") / "kept"
+    """The installed model of `two_shards`, as if from the hub. Do not write into it."""
+    target = tmp_path_factory.mktemp("made") / "model"
     origin = DirectoryOrigin(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
     build.build(origin, target, make_blueprint(origin.index, QuantizeOptions()))
     return target

@@ -1,4 +1,4 @@
-"""Names of models, and the models that are kept on this machine."""
+"""Names of models, and the models on this machine."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
 
 class TestResolve:
     @pytest.mark.parametrize("alias", sorted(models.ALIASES))
-    def test_an_alias_is_kept_where_its_repo_is(self, alias: str) -> None:
+    def test_an_alias_is_installed_where_its_repo_is(self, alias: str) -> None:
         ref = models.resolve(alias)
         assert ref.repo == models.ALIASES[alias]
         assert ref.key == models.resolve(ref.repo).key == ref.repo.replace("/", "--")
@@ -180,7 +180,9 @@ class TestResolve:
         assert models.resolve("./org/name").path == Path("org/name").absolute()
 
     @pytest.mark.parametrize("name", [".", "./", "../here", "sub/.."])
-    def test_a_directory_by_a_relative_path_is_kept_under_its_own_name(self, name: str) -> None:
+    def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(
+        self, name: str
+    ) -> None:
         Path("sub").mkdir()
         assert models.resolve(name).path == Path.cwd()
         assert models.resolve(name).key == "here"
@@ -206,7 +208,7 @@ class TestResolve:
 
 
 class TestFind:
-    def test_a_kept_model(self) -> None:
+    def test_an_installed_model(self) -> None:
         directory = keep("org--name")
         assert (
             models.installed_directory("org/name")
@@ -225,7 +227,7 @@ class TestFind:
             models.installed_directory("org/name")
         assert "mixchat download org/name" in caught.value.hint
 
-    def test_a_directory_that_is_a_kept_model(self) -> None:
+    def test_a_directory_that_is_an_installed_model(self) -> None:
         place = keep("elsewhere").rename(Path.cwd() / "moved")
         assert models.installed_directory("./moved") == place
 
@@ -242,20 +244,20 @@ class TestLocate:
             with pytest.raises(ModelNotFoundError, match="not on this machine"):
                 models.existing_directory(name)
 
-    def test_a_kept_model_elsewhere_only_where_it_is_asked_for(self) -> None:
+    def test_an_installed_model_elsewhere_only_where_it_is_requested(self) -> None:
         place = keep("elsewhere").rename(Path.cwd() / "moved")
         assert models.installed_directory("./moved") == place
         with pytest.raises(ModelNotFoundError):
             models.installed_directory("./moved", anywhere=False)
 
     def test_a_directory_is_not_the_model_that_has_its_name(self) -> None:
-        """`rm ./half` once meant the kept model `half`."""
+        """`rm ./half` once meant the installed model `half`."""
         keep("half")
         (Path.cwd() / "half").mkdir()
         with pytest.raises(ModelNotFoundError):
             models.existing_directory("./half")
 
-    def test_one_of_the_two_manifests_makes_it_a_kept_model(self) -> None:
+    def test_one_of_the_two_manifests_makes_it_an_installed_model(self) -> None:
         """Without `mixchat.json` it was taken for unfinished: `gc` removed what `repair` mends."""
         directory = keep("good")
         (directory / "mixchat.json").rename(directory / "mixchat.copy.json")
@@ -274,7 +276,7 @@ class TestList:
         assert models.list_models() == []
         assert not home.exists()
 
-    def test_the_kept_ones_by_key(self) -> None:
+    def test_the_installed_ones_by_key(self) -> None:
         path = keep("org--name")
         keep("demo", source="demo")
         demo, other = models.list_models()
@@ -300,8 +302,8 @@ class TestList:
         keep("good")
         (keep("bad") / "mixchat.json").write_bytes(manifest)
         keep("half", finished=False)
-        kept = {model.key: model.problem for model in models.list_models()}
-        assert kept == {"bad": "damaged", "good": None, "half": "unfinished"}
+        installed = {model.key: model.problem for model in models.list_models()}
+        assert installed == {"bad": "damaged", "good": None, "half": "unfinished"}
 
     def test_what_is_no_model_is_left_out(self) -> None:
         keep("good")

@@ -59,7 +59,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def quantize(
     checkpoint: Path, target: Path, options: QuantizeOptions | None = None, **how: Any
 ) -> None:
-    """Make a kept model of a directory, as `download` does."""
+    """Make an installed model of a directory, as `download` does."""
     origin = DirectoryOrigin(checkpoint, Source("org/repo", "c0ffee"))
     build(origin, target, make_blueprint(origin.index, options or QuantizeOptions()), **how)
 

@@ -1,6 +1,6 @@
-"""A kept model cut into parts, each of which is made of a few matrices of the checkpoint, alone.
+"""The parts of an installed model, each made of a few matrices of the checkpoint.
 
-A part is the unit of work: it can be made in any order, made again, and needs nothing else in
+A part is the unit of work: parts can be made in any order and made again, and only one is in
 memory. An expert is two of them: `w13` (of w1 and w3), and `w2` with the zeros behind it.
 """
 
@@ -26,9 +26,9 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, exper
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that lie one behind the other in `file`, and the matrices they are made of.
+    """Consecutive tensors in `file`, and the checkpoint's matrices they are made of.
 
-    `linear` is None for what is kept as it is (norms, gates, the embedding).
+    `linear` is None for tensors that are never quantized (norms, gates, the embedding).
     """
 
     file: str
@@ -38,15 +38,15 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Return the bytes on disk."""
         return sum(spec.nbytes for spec in self.tensors)
 
     def components(self, index: CheckpointIndex) -> list[str]:
-        """The names of the checkpoint's tensors that have to be read."""
+        """Return the names of the checkpoint's tensors that have to be read."""
         return [name for source in self.sources for name in index.components(source)]
 
     def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
-        """The tensors of this part. `read` gives a tensor of the checkpoint by its name.
+        """Return the tensors of this part. `read` reads a tensor of the checkpoint by its name.
 
         Raises `CheckpointError` where a weight is not finite.
         """
@@ -63,7 +63,7 @@ class Part:
         return made + padding
 
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        """The matrices one above the other; no more than one of them is in memory besides."""
+        """Return the matrices one above the other; besides, one at a time is in memory."""
         if len(self.sources) == 1:
             return index.read_dense(self.sources[0], read)
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
@@ -76,7 +76,7 @@ class Part:
 
 
 def parts(blueprint: Blueprint) -> Iterator[Part]:
-    """All parts of the model, in the order in which they lie on disk."""
+    """Yield all parts of the model, in their order on disk."""
     yield _plain(blueprint.embedding)
     for layer in range(blueprint.config.num_hidden_layers):
         prefix = layer_prefix(layer)

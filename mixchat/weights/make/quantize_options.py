@@ -1,4 +1,4 @@
-"""What of a model becomes 4 bits: what was asked for, fitted to what the checkpoint is."""
+"""The options of quantization, and the model that they make of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from mixchat.weights.source.checkpoint_index import (
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What becomes 4 bits. `quant_type` is the experts': "nf4", or "none" to keep them as they are.
+    """The matrices to quantize to 4 bits. `quant_type` is the experts': "nf4", or "none".
 
-    `scales` is how the scale of each block is chosen; `layout` None takes what this machine runs
-    best.
+    `scales` says how the scale of each block is chosen; `layout` None takes `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
@@ -32,40 +31,40 @@ class QuantizeOptions:
 
 
 def best_layout() -> Layout:
-    """The layout this machine computes with: a GPU reads bitsandbytes' own."""
+    """Return the layout this machine computes with: a GPU reads bitsandbytes' own."""
     if torch.cuda.is_available() or not four_bit.available():
         return "bitsandbytes"
     return "cpu-packed"
 
 
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
-    """The kept model that these options make of this checkpoint.
+    """Return the blueprint of the model that these options make of this checkpoint.
 
-    What bitsandbytes has quantized already stays so: experts decide the type, attention and head
-    follow where all of their matrices are of it.
+    Matrices that bitsandbytes has quantized stay so: the experts decide the type; attention and
+    head follow where all of their matrices have it.
     """
-    kept_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
-    as_it_is = options.quant_type == "none" and kept_4bit is None
+    given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
+    unquantized = options.quant_type == "none" and given_4bit is None
     quantization = Quantization(
-        quant_type=kept_4bit or options.quant_type,
+        quant_type=given_4bit or options.quant_type,
         layout=options.layout or best_layout(),
-        attention=options.attention or _all_4bit(index, kept_4bit, _attention(index)),
-        head=options.head or _all_4bit(index, kept_4bit, _head(index)),
-        dtype=_exact_dtype(index) if as_it_is else torch.bfloat16,
-        scales="given" if kept_4bit or options.quant_type == "none" else options.scales,
+        attention=options.attention or _all_4bit(index, given_4bit, _attention(index)),
+        head=options.head or _all_4bit(index, given_4bit, _head(index)),
+        dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
+        scales="given" if given_4bit or options.quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
-    """The checkpoint's type ("fp16", "fp32") where it is rounded to bf16; None where it is not."""
+    """Return the checkpoint's type ("fp16", "fp32") if it is rounded to bf16; None if not."""
     if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
         return None
     return "fp32" if torch.float32 in index.dtypes else "fp16"
 
 
 def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
-    """The type that holds all weights as they are; bf16 where fp16 is mixed with it."""
+    """Return the type that holds all weights exactly; bf16 where fp16 is mixed with it."""
     if index.dtype == torch.float32:
         return torch.float32
     return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16

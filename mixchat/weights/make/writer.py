@@ -19,8 +19,8 @@ from mixchat.weights.make.parts import Part
 class ModelWriter:
     """The files of weights below `directory`, open for writing.
 
-    They have their full size and their names from the beginning, with holes where nothing has been
-    written: it is the manifest that makes them a model.
+    They have their full size and their names from the start, with holes where nothing is written
+    yet: without a manifest they are not a model.
     """
 
     def __init__(self, directory: Path, blueprint: Blueprint) -> None:
@@ -31,7 +31,7 @@ class ModelWriter:
         self._unnamed = False
 
     def write(self, part: Part, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
-        """Write the tensors of a part to their places; the SHA-256 in hex of each, by name."""
+        """Write the tensors of a part; return the SHA-256 in hex of each, by name."""
         fd = self._open(part.file)
         header = self._layouts[part.file].header
         digests = {}
@@ -44,7 +44,7 @@ class ModelWriter:
         return digests
 
     def sync(self) -> None:
-        """Make durable what has been written, and the files' names."""
+        """Make the written bytes and the files' names durable."""
         for name in self._unsynced:
             os.fsync(self._fds[name])
         self._unsynced.clear()
@@ -53,7 +53,7 @@ class ModelWriter:
             self._unnamed = False
 
     def finish(self) -> dict[str, int]:
-        """Make all files durable; the size in bytes of each."""
+        """Make all files durable and return the size in bytes of each."""
         for name in self._layouts:
             self._open(name)
         self.sync()

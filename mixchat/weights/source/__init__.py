@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a directory, the hub, the demo.
+"""The origins of a checkpoint: a directory, the hub, the demo.
 
 - open_origin.py: from a source to its origin
 - origin.py: what all origins have in common

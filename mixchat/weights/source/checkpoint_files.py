@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint: safetensors and the small files beside them, no pickles."""
+"""The files of a checkpoint: safetensors and the small files beside them, no pickles."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 
 
-def weight_files(names: Collection[str], index: bytes | None, *, where: str) -> tuple[str, ...]:
-    """The safetensors files to read out of a checkpoint whose top level holds `names`.
+def read_weight_map(
+    names: Collection[str], index: bytes | None, *, where: str
+) -> dict[str, str] | None:
+    """Return the shard of each tensor, for a checkpoint with the files `names` at its top level.
 
-    `index` is the content of `model.safetensors.index.json` where there is one; it decides, so that
-    copies (`consolidated.*`) and adapters lying beside the shards are left alone. `where` names the
-    checkpoint in messages. Raises `CheckpointError` where there is nothing that can be read.
+    `index` is the content of `model.safetensors.index.json`. Only the shards that it names are
+    read: copies (`consolidated.*`) and adapters beside them are ignored. None where there is no
+    index: then all tensors are in `model.safetensors`. `where` names the checkpoint in messages.
+    Raises `CheckpointError` where there is nothing that can be read.
     """
     if index is not None:
-        shards = tuple(sorted(set(read_weight_map(index, where=where).values())))
-        if missing := [shard for shard in shards if shard not in names]:
+        weight_map = _parse(index, where)
+        if missing := sorted(set(weight_map.values()) - set(names)):
             raise CheckpointError(
                 f"{where}: {INDEX} names {missing[0]}, which is not there"
                 + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
             )
-        return shards
+        return weight_map
     if SINGLE in names:
-        return (SINGLE,)
+        return None
     if any(name.endswith(_PICKLES) for name in names):
         raise CheckpointError(
             f"{where}: there are only pickled weights, which mixchat never opens",
@@ -53,11 +56,13 @@ def weight_files(names: Collection[str], index: bytes | None, *, where: str) -> 
     )
 
 
-def read_weight_map(index: bytes, *, where: str) -> dict[str, str]:
-    """The index's map from tensor to file; a file that is not a shard in the directory is refused.
+def shard_files(weight_map: dict[str, str] | None) -> list[str]:
+    """Return the names of the files with weights."""
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
 
-    Raises `CheckpointError`.
-    """
+
+def _parse(index: bytes, where: str) -> dict[str, str]:
+    """Return the index's map from tensor to file. Raises unless each is a shard's plain name."""
     try:
         weight_map = dict(json.loads(index)["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -69,7 +74,7 @@ def read_weight_map(index: bytes, *, where: str) -> dict[str, str]:
             or not shard.endswith(".safetensors")
             or shard.startswith("consolidated")
         ):
-            raise CheckpointError(f"{where}: {INDEX} names what is no shard: {shard!r:.80}")
+            raise CheckpointError(f"{where}: {INDEX} names a file that is no shard: {shard!r:.80}")
     if not weight_map:
         raise CheckpointError(f"{where}: {INDEX} names no files")
     return weight_map

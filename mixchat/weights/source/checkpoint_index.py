@@ -1,6 +1,6 @@
-"""A checkpoint as Hugging Face keeps it: which tensor lies in which shard, all of them checked.
+"""The index of a Hugging Face checkpoint: the shard of each tensor, and its checked shape.
 
-Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never touched.
+Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CheckpointIndex:
 
     @property
     def shards(self) -> list[str]:
-        """The names of the files, in their order."""
+        """Return the names of the files, in their order."""
         return sorted(self._headers)
 
     @property
@@ -64,34 +64,34 @@ class CheckpointIndex:
         return self._headers[shard]
 
     def shard_of(self, tensor: str) -> str:
-        """The file with this tensor."""
+        """Return the file that holds a tensor."""
         return self._weight_map[tensor]
 
     def nbytes(self, tensors: Iterable[str]) -> int:
-        """Bytes of these tensors together."""
+        """Return the bytes of these tensors together."""
         return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
 
     def components(self, matrix: str) -> tuple[str, ...]:
-        """The tensors that make up a matrix: itself, and bitsandbytes' own if it quantized it."""
+        """Return the tensors that make up a matrix: more than one if bitsandbytes quantized it."""
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> FourBit | None:
-        """What bitsandbytes quantized a matrix to; None where it is dense."""
+        """Return the type to which bitsandbytes quantized a matrix; None where it is dense."""
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the embedding, which stands for the whole."""
+        """Return the type of the embedding, which stands for the checkpoint's."""
         return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """The types of all matrices and vectors that are not quantized already."""
+        """Return the types of all matrices and vectors that are not quantized already."""
         dense = (name for name in self._shapes if self.quant_type(name) is None)
         return {self._headers[self._weight_map[name]].spec(name).dtype for name in dense}
 
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
-        """A matrix or vector in floats. Raises `CheckpointError` where it holds NaN or infinity."""
+        """Read a matrix or vector as floats. Raises `CheckpointError` for NaN or infinity."""
         if self.quant_type(matrix) is None:
             tensor = read(matrix)
         else:
@@ -103,7 +103,7 @@ class CheckpointIndex:
         return tensor.view(self._shapes[matrix])
 
     def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
-        """A matrix that bitsandbytes quantized. Raises `CheckpointError` where it is malformed."""
+        """Read a matrix that bitsandbytes quantized. Raises `CheckpointError` if malformed."""
         rows, columns = self._shapes[matrix]
         return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
@@ -141,17 +141,17 @@ class CheckpointIndex:
 
 
 def expert_tensor(layer: int, expert: int, matrix: str) -> str:
-    """Name of `w1`, `w2` or `w3` of an expert."""
+    """Return the name of `w1`, `w2` or `w3` of an expert."""
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
 
 
 def attention_tensors(layer: int) -> tuple[str, ...]:
-    """Names of a layer's four attention matrices."""
+    """Return the names of a layer's four attention matrices."""
     return tuple(f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Mixtral checkpoint, by name, with its shape."""
+    """Return the shape of every tensor of a Mixtral checkpoint, by name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
@@ -177,7 +177,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def expected_index(
     config: ModelConfig, where: str, shard_bytes: float = math.inf
 ) -> CheckpointIndex:
-    """The tensors of a checkpoint in bf16, known without it, in shards of at most so many bytes."""
+    """Return the index of a bf16 checkpoint without reading it, in shards of so many bytes."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for name, shape in expected_shapes(config).items():

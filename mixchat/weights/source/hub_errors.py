@@ -1,4 +1,4 @@
-"""What goes wrong with the hub, told in one line each, and huggingface_hub's own voice off."""
+"""Turns the hub's failures into errors of one line, and silences huggingface_hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 
 
 def endpoint() -> str:
-    """The hub's address: `HF_ENDPOINT`, else its usual one. Raises `UsageError` where it is none.
+    """Return the hub's address: `HF_ENDPOINT`, or its usual one. Raises `UsageError` if invalid.
 
-    Read at each call and handed to huggingface_hub, which by itself reads it once, at import.
+    It is read at each call and passed on, because huggingface_hub reads it once, at import.
     """
     from huggingface_hub import constants
 
@@ -40,11 +40,11 @@ def endpoint() -> str:
 
 @contextmanager
 def plain_errors(repo_id: str, home: str = "HF_HOME") -> Iterator[None]:
-    """Turn whatever huggingface_hub raises inside into one of our errors, and keep it quiet.
+    """Turn whatever huggingface_hub raises inside into one of our errors, and silence it.
 
-    `home` is the variable that says where the disk is that is written to.
+    `home` is the variable that names the directory written to.
     """
-    _hush()
+    _silence()
     from huggingface_hub import errors
 
     # The base of refusals and of failed connections; httpx's in 1.x, httpx2's in 2.x.
@@ -55,9 +55,9 @@ def plain_errors(repo_id: str, home: str = "HF_HOME") -> Iterator[None]:
         raise _translate(error, repo_id, home) from error
 
 
-def _hush() -> None:
-    """No warnings and no bars of huggingface_hub's between ours."""
-    # What it warns of is laid at its own door or, by stacklevel, at that of its caller.
+def _silence() -> None:
+    """Turn off the warnings, bars and logs of huggingface_hub."""
+    # By stacklevel, some of its warnings name our modules as their source.
     for module in ("huggingface_hub", r"mixchat\.weights"):
         warnings.filterwarnings("ignore", module=module)
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def _hush() -> None:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed in a while: a lost connection, a busy server."""
+    """Return whether the same request may succeed later: a lost connection, a busy server."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -76,7 +76,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
-    """The one line for `error`. The classes are nested: the narrow ones come first."""
+    """Return our error for `error`. The classes are nested: the narrow ones come first."""
     from huggingface_hub import errors
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]
@@ -102,14 +102,14 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(_status(error), repo_id, host)
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return _behind(error.__cause__, repo_id, host, home)
+        return _explain_cause(error.__cause__, repo_id, host, home)
     if isinstance(error, OSError):
         return _failed_here(error, repo_id, home)
     return _no_answer(error, host)
 
 
-def _behind(cause: BaseException | None, repo_id: str, host: str, home: str) -> MixchatError:
-    """huggingface_hub wraps a failed look-up of one file, whatever failed."""
+def _explain_cause(cause: BaseException | None, repo_id: str, host: str, home: str) -> MixchatError:
+    """Return our error for a failed look-up of one file: huggingface_hub wraps its cause."""
     from huggingface_hub import errors
 
     if isinstance(cause, errors.FileMetadataError):
@@ -129,12 +129,12 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
         return ModelNotFoundError(f"there is no model {repo_id} on {host}")
     if status == 429:
         return HubError(
-            f"{host} answers no more for now: too many requests (429)",
+            f"{host} refuses further requests for now: too many requests (429)",
             hint="Wait some minutes and run the same command again; it continues where it stopped.",
         )
     if status >= 500:
         return HubError(
-            f"{host} has a fault of its own ({status})",
+            f"{host} reports an error of its own ({status})",
             hint="Run the same command again later; it continues where it stopped.",
         )
     return HubError(f"{host} refuses the request for {repo_id} ({status})")
@@ -145,22 +145,22 @@ def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
         return ResourceError(
             f"the disk is full while fetching {repo_id}",
             hint=f"Free some space, or set {home} to a directory on a larger disk. "
-            "What has come is kept; the same command continues there.",
+            "What was fetched stays; the same command continues there.",
         )
     if error.errno in NOT_WRITABLE:
         return UsageError(
             f"cannot write {error.filename}: {error.strerror}",
             hint=f"Set {home} to a directory that can be written.",
         )
-    reason = error.strerror or "the data did not come whole"
+    reason = error.strerror or "the data is incomplete"
     return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
 
 
 def _no_answer(error: BaseException | None, host: str) -> HubError:
-    # By name, since the classes are those of a client library that differs between releases.
+    # By name, because the classes belong to a client library that differs between releases.
     if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
         return HubError(
-            f"the connection to the hub at {host} broke off",
+            f"the connection to the hub at {host} broke",
             hint="Run the same command again; it continues where it stopped.",
         )
     return HubError(

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub, fetched shard by shard: beside the model it becomes, or to the cache."""
+"""A checkpoint on the hub, fetched shard by shard: beside the model, or to the cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.origin import ShardReader, Stopped
 from mixchat.weights.source.transfer import (
     fetch_file,
-    is_whole,
+    is_intact,
     listen,
     part_path,
     read_range,
@@ -38,9 +38,9 @@ class HubOrigin:
     """The files of one commit.
 
     A shard is fetched to `source/` below `target` and removed when it is released; with
-    `keep_source` it goes into huggingface_hub's cache, where other tools find it, and stays there.
-    One that this cache has already is used and stays; where its bytes are not those after which it
-    is named, it is fetched anew. Nothing is removed from the cache, whatever the hub lists.
+    `keep_source` it is fetched to huggingface_hub's cache, where other tools find it, and stays.
+    One that is in this cache already is used and stays; if its bytes do not have the hash after
+    which it is named, it is fetched again. Nothing is removed from the cache.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HubOrigin:
         cached, blob = self._cached(file), self._blob(file)
         in_cache = self.cache or blob.exists()
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
-            if cached and is_whole(cached, file.size, str(file.sha256), stop):
+            if cached and is_intact(cached, file.size, str(file.sha256), stop):
                 return self._linked(file, cached) if self.cache else cached
             if in_cache:
                 with self._cache_lock(file, stop):
@@ -99,7 +99,7 @@ class HubOrigin:
             return None
         shard, came, stop = missing[0], _Count(), Event()
         timer = Timer(_PROBE_SECONDS, stop.set)
-        began = time.monotonic()
+        start = time.monotonic()
         timer.start()
         try:
             if keep:
@@ -110,27 +110,27 @@ class HubOrigin:
             pass
         finally:
             timer.cancel()
-        return came.bytes / (time.monotonic() - began) if came.bytes > 0 else None
+        return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
 
     def _listen(self, shard: str, came: Task, stop: Event) -> None:
-        # Whatever is wrong, this only asks how fast it is.
+        # An error here is no reason to fail: this only measures the speed.
         with suppress(HubError), plain_errors(self._remote.repo_id):
             listen(self._remote.url(shard), came, stop)
 
     def _bring(self, file: RemoteFile, task: Task, stop: Event) -> Path:
-        """The file beside the model."""
+        """Return the file in `source/`, fetched if need be."""
         path = self._directory / file.path
         if not path.exists():
             self._fetch(file, path, task, stop)
-        elif not is_whole(path, file.size, str(file.sha256), stop):
+        elif not is_intact(path, file.size, str(file.sha256), stop):
             path.unlink()
             raise wrong_bytes(file.path)
         return path
 
     def _fill(self, file: RemoteFile, task: Task, stop: Event) -> None:
-        """Fetch the cache's blob, unless it is there whole; one that is damaged is replaced."""
+        """Fetch the cache's blob, unless it is there and undamaged."""
         blob = self._blob(file)
-        if not blob.exists() or not is_whole(blob, file.size, str(file.sha256), stop):
+        if not blob.exists() or not is_intact(blob, file.size, str(file.sha256), stop):
             self._fetch(file, blob, task, stop)
 
     def _fetch(self, file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
@@ -138,14 +138,14 @@ class HubOrigin:
         fetch_file(url, path, file.size, str(file.sha256), task, stop)
 
     def _path(self, file: RemoteFile) -> Path:
-        """Where the file goes if it is not in the cache."""
+        """Return the path to which the file is fetched."""
         return self._blob(file) if self.cache else self._directory / file.path
 
     def _blob(self, file: RemoteFile) -> Path:
         return hub.repo_dir(self._remote.repo_id) / "blobs" / str(file.sha256)
 
     def _cached(self, file: RemoteFile) -> Path | None:
-        """The file in huggingface_hub's cache, if it is there, by the name of its blob.
+        """Return the file in huggingface_hub's cache, if it is there: by the name of its blob.
 
         In a cache without links it has no such name: then by its size.
         """
@@ -162,9 +162,9 @@ class HubOrigin:
         return hub.snapshot_dir(self._remote.repo_id, self._remote.commit) / file.path
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
-        """The cache's documented layout: snapshots/<commit>/<name> links to blobs/<hash>.
+        """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache's layout asks; return it.
 
-        Where something else has that name already it stays, and the blob is used.
+        Where something else has that name already it stays, and the blob is returned.
         """
         pointer = self._pointer(file)
         if not pointer.exists():
@@ -176,7 +176,7 @@ class HubOrigin:
 
     @contextmanager
     def _cache_lock(self, file: RemoteFile, stop: Event) -> Iterator[None]:
-        """The lock of the cache's blob, waited for until `stop` is set."""
+        """Hold the lock of the cache's blob; wait for it until `stop` is set."""
         repo = hub.repo_dir(self._remote.repo_id).name
         with ExitStack() as stack:
             while not stop.is_set():
@@ -190,7 +190,7 @@ class HubOrigin:
 
 
 class _Count:
-    """A bar that nobody sees."""
+    """Counts bytes, as a `Task` that is not shown."""
 
     bytes = 0
 
@@ -202,7 +202,7 @@ class _Count:
 
 
 class _RemoteShard:
-    """Reads single tensors of a shard that stays on the hub."""
+    """Reads single tensors of a shard on the hub, without fetching the shard."""
 
     def __init__(self, remote: RemoteCheckpoint, shard: str) -> None:
         self._remote, self._shard = remote, shard

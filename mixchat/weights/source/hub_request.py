@@ -1,7 +1,7 @@
-"""A request for bytes of a file on the hub, and whether the answer is one to it.
+"""Requests bytes of a file on the hub, and checks that the answer holds them.
 
-Between us and the hub may be a proxy that sends other bytes than asked for, or a network that sends
-a page to log in. Neither may cost what has arrived, nor pass for the file.
+A proxy may send other bytes than requested, and a network may send a page to log in. Neither may be
+taken for the file, nor cost the bytes that have arrived.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BUSY = (429, 503)
 
 
 class WrongAnswer(HubError):
-    """Something else was sent than asked for; another attempt may bring what was."""
+    """The answer holds other bytes than requested; another attempt may bring the right ones."""
 
 
 @dataclass
 class RemoteBytes:
-    """A file on the hub. `size` is that of the whole, None where it is not known.
+    """A file on the hub. `size` is that of the whole file, None where it is not known.
 
-    `ranges`: whether parts of it are asked for; no longer once another part has come instead.
+    `ranges`: request parts of it; False once the hub has sent another part than requested.
     """
 
     url: str
@@ -40,9 +40,9 @@ class RemoteBytes:
 
     @contextmanager
     def stream(self, start: int, end: int | None) -> Iterator[tuple[Any, int]]:
-        """The answer, and the byte it begins with: `start`, or 0 where the whole file is sent.
+        """Yield the answer and its first byte: `start`, or 0 where the whole file is sent.
 
-        Raises `WrongAnswer` where it is another file, or another part of it.
+        Raises `WrongAnswer` where another file is sent, or another part of it.
         """
         from huggingface_hub import get_session
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ class RemoteBytes:
     def _wrong_range(self) -> WrongAnswer:
         self.ranges = False
         return WrongAnswer(
-            f"the hub sends another part of {self._name} than asked for",
+            f"the hub sends another part of {self._name} than requested",
             hint="A proxy may be at fault. Try another network, or run the same command later; "
             "it continues where it stopped.",
         )
@@ -100,7 +100,7 @@ class RemoteBytes:
 
 
 def wait_asked_for(failure: Exception | None) -> float:
-    """The seconds that a busy server asks to wait (Retry-After), five minutes at most; else 0."""
+    """Return the seconds that a busy server asks to wait (Retry-After), 300 at most; else 0."""
     response = getattr(failure, "response", None)
     if response is None or response.status_code not in _BUSY:
         return 0.0
@@ -109,7 +109,7 @@ def wait_asked_for(failure: Exception | None) -> float:
 
 
 def _seconds(retry_after: str) -> float:
-    """Seconds from now; the header has them, or a date. What is neither asks for nothing."""
+    """Return the seconds that the header gives, as a number or as a date; 0 if neither."""
     if retry_after.isdecimal():
         return float(retry_after)
     try:

@@ -13,7 +13,7 @@ from mixchat.progress import Progress
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
-from mixchat.weights.source.checkpoint_files import INDEX, weight_files
+from mixchat.weights.source.checkpoint_files import INDEX, read_weight_map
 from mixchat.weights.source.demo_origin import DemoOrigin
 from mixchat.weights.source.directory_origin import DirectoryOrigin
 from mixchat.weights.source.hub_origin import HubOrigin
@@ -94,6 +94,7 @@ def _is_complete(snapshot: Path) -> bool:
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
         index = read_bytes(snapshot / INDEX) if INDEX in names else None
-        return bool(weight_files(names, index, where=str(snapshot)))
+        read_weight_map(names, index, where=str(snapshot))
     except (OSError, CheckpointError):
         return False
+    return True

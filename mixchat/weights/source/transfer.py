@@ -1,8 +1,8 @@
-"""Bytes from the hub: a file so that what has arrived is kept, or a range of one.
+"""Fetches bytes from the hub: a file, resumed where it was cut off, or a range of one.
 
-huggingface_hub starts a file anew after an interruption and compares sizes, not hashes. Here the
-bytes go to `<file>.mixchat.part`; the next attempt, also of the next process, goes on behind them,
-and a file gets its name only if its SHA-256 is the one that the hub lists.
+huggingface_hub restarts a file after an interruption and compares sizes, not hashes. Here the bytes
+go to `<file>.mixchat.part`; the next attempt, also of the next process, continues behind them, and
+the SHA-256 of the complete file is checked before it gets its name.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from mixchat.weights.source.origin import Stopped
 PART_SUFFIX = ".mixchat.part"
 _CHUNK = 1 << 20  # bytes
 _SYNC = 1 << 28  # bytes that a power cut can take back
-# Seconds before each further attempt; counted anew whenever more bytes are there than ever before.
+# Seconds before each further attempt; the list starts again whenever new bytes have come.
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def part_path(path: Path) -> Path:
-    """Where a file's bytes lie until they are all there."""
+    """Return the path of a file's bytes until all have come."""
     return path.with_name(path.name + PART_SUFFIX)
 
 
 def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: Event) -> None:
-    """Fetch `url` to `path`, going on behind the bytes that an earlier attempt left.
+    """Fetch `url` to `path`, resuming behind the bytes that an earlier attempt left.
 
-    Moves the bar by the bytes that come. Raises `HubError` where they are not those hashed,
-    `Stopped` once `stop` is set, and whatever huggingface_hub raises where the last attempt fails.
+    Advances `task` by the bytes that come. Raises `HubError` where they have another SHA-256,
+    `Stopped` once `stop` is set, and what huggingface_hub raises where the last attempt fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(path)
-    if part.is_symlink() or not part.is_file():  # planted: it is not written through
+    if part.is_symlink() or not part.is_file():  # a planted link must not be followed
         part.unlink(missing_ok=True)
-    # What an earlier attempt left may have suffered from a power cut: then try once without it.
+    # A power cut may have damaged what an earlier attempt left: then try once without it.
     attempts = 2 if part.exists() else 1
     for _ in range(attempts):
         if _Download(url, part, size, task, stop).run(sha256):
@@ -52,8 +52,8 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     raise wrong_bytes(path.name)
 
 
-def is_whole(path: Path, size: int, sha256: str, stop: Event) -> bool:
-    """Whether a file that is there is the one expected, by its hash."""
+def is_intact(path: Path, size: int, sha256: str, stop: Event) -> bool:
+    """Return whether a file has the expected size and SHA-256."""
     digest = hashlib.sha256()
     if path.stat().st_size == size:
         _hash_into(digest, path, stop)
@@ -61,7 +61,7 @@ def is_whole(path: Path, size: int, sha256: str, stop: Event) -> bool:
 
 
 def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
-    """`size` bytes of `url` from byte `start` on; `of` is the size of the whole, where known.
+    """Return `size` bytes of `url` from byte `start` on; `of` is the size of the file, if known.
 
     Raises as `fetch_file` does.
     """
@@ -79,12 +79,12 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
                 if len(got) == size:
                     return
 
-    _patiently(attempt, lambda: len(got), size, stop, url)
+    _retry(attempt, lambda: len(got), size, stop, url)
     return got
 
 
 def listen(url: str, task: Task, stop: Event) -> None:
-    """Take what comes from `url` and throw it away, until `stop` is set."""
+    """Fetch `url` and discard the bytes, until `stop` is set."""
     with RemoteBytes(url, None).stream(0, None) as (response, _):
         for chunk in response.iter_bytes():
             task.advance(len(chunk))
@@ -93,15 +93,15 @@ def listen(url: str, task: Task, stop: Event) -> None:
 
 
 def wrong_bytes(name: str) -> HubError:
-    """The error for a file with another hash than it should have, which has been removed."""
+    """Return the error for a file that had the wrong hash and has been removed."""
     return HubError(
-        f"{name}: the bytes are not those that the hub lists (SHA-256); they were removed",
+        f"{name}: the bytes differ from those that the hub lists (SHA-256); they were removed",
         hint="Run the same command again.",
     )
 
 
 class _Download:
-    """One file on its way: the part on disk, and the hash of what it holds."""
+    """The download of one file: the part on disk, and the hash of what it holds."""
 
     def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
         self._url, self._part, self._size = url, part, size
@@ -111,14 +111,14 @@ class _Download:
         self._digest = hashlib.sha256()
 
     def run(self, sha256: str) -> bool:
-        """Fetch what is missing; False, with nothing left, where the whole has another hash."""
+        """Fetch the missing bytes; remove all and return False where the hash is wrong."""
         if self._part.exists():
             if self._part.stat().st_size > self._size:
                 self._part.unlink()
             else:
                 self._done = _hash_into(self._digest, self._part, self._stop)
         self._part.touch()
-        _patiently(self._attempt, lambda: self._done, self._size, self._stop, self._url)
+        _retry(self._attempt, lambda: self._done, self._size, self._stop, self._url)
         if self._digest.hexdigest() == sha256:
             return True
         self._restart()
@@ -159,12 +159,12 @@ class _Download:
         self._digest = hashlib.sha256()
 
 
-def _patiently(
+def _retry(
     attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, url: str
 ) -> None:
-    """Repeat `attempt` until `done` is `size`, with pauses that begin anew when bytes have come.
+    """Repeat `attempt` until `done` is `size`, with pauses that start short again after progress.
 
-    Bytes that were there once and are fetched again do not count: that could go on for ever.
+    Bytes that are fetched a second time are no progress: that could repeat for ever.
     """
     waits, most = iter(_WAITS), done()
     while done() < size:
@@ -181,7 +181,7 @@ def _patiently(
 
 
 def _failure(attempt: Callable[[], None]) -> Exception | None:
-    """What made an attempt fail, if it may be tried again."""
+    """Return the error of an attempt if another attempt may succeed; raise it if not."""
     from huggingface_hub import errors
 
     http_error: type[Exception] = vars(errors)["HTTPError"]
@@ -197,7 +197,7 @@ def _failure(attempt: Callable[[], None]) -> Exception | None:
 
 
 def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
-    """Feed the file to `digest`; its size in bytes."""
+    """Feed the file to `digest` and return its size in bytes."""
     done = 0
     with open(open_regular(path), "rb") as file:
         while chunk := file.read(_CHUNK):

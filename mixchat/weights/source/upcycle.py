@@ -1,9 +1,9 @@
-"""Sparse upcycling: a dense Llama in GGUF becomes a Mixtral checkpoint that computes the same.
+"""Sparse upcycling: turns a dense Llama in GGUF into a Mixtral checkpoint that computes the same.
 
-Every expert is the dense feed-forward block under a permutation of its own of the inner channels:
-the function stays, but no two experts have the same bytes, so that mixing up their matrices ruins
-the text instead of passing unseen. The routing weights of a token sum to one, hence the output is
-the dense model's whatever the router, which is random, picks. (Komatsuzaki et al., 2212.05055.)
+Every expert is the dense feed-forward block with its own permutation of the inner channels: all
+compute the same function, but no two have the same bytes, so that mixed-up matrices ruin the text
+and are noticed. The router is random. The routing weights of a token sum to one, so the output is
+the dense model's whichever experts it picks. (Komatsuzaki et al., 2212.05055.)
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class _Dense:
 
     def __init__(self, tensors: dict[str, Any], config: ModelConfig) -> None:
         self._tensors, self._config = tensors, config
-        # Not numpy's newer Generator: its streams may change between releases, this one's may not.
+        # Not numpy's newer Generator, whose streams may change between releases.
         self._random = np.random.RandomState(SEED)
 
     def sparse_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the Mixtral, bf16, in the order of `expected_shapes`."""
+        """Yield every tensor of the Mixtral, in bf16, in the order of `expected_shapes`."""
         yield "model.embed_tokens.weight", self._bf16("token_embd")
         for layer in range(self._config.num_hidden_layers):
             yield from self._layer(f"model.layers.{layer}.", f"blk.{layer}.")

@@ -1,4 +1,4 @@
-"""The kept model depends on the weights alone: not on shards, their order, or interruptions."""
+"""The installed model depends on the weights alone: not on shards, order, or interruptions."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TestShards:
     def test_an_expert_that_spans_several_is_the_same(
         self, small: Path, whole: dict[str, bytes], tmp_path: Path, count: int
     ) -> None:
-        origin = fetching(shard(small, tmp_path / "shards", count), tmp_path / "kept")
-        run(origin, tmp_path / "kept")
-        assert made_of(tmp_path / "kept") == whole
+        origin = fetching(shard(small, tmp_path / "shards", count), tmp_path / "model")
+        run(origin, tmp_path / "model")
+        assert made_of(tmp_path / "model") == whole
 
     @pytest.mark.parametrize("order", list(permutations(["w1", "w2", "w3"])))
     def test_the_matrices_of_an_expert_come_in_any_order(
@@ -49,22 +49,22 @@ class TestShards:
         order: tuple[str, ...],
     ) -> None:
         place = order_of([f"{EXPERT}.{name}" for name in order])
-        origin = fetching(shard(small, tmp_path / "shards", place), tmp_path / "kept")
-        run(origin, tmp_path / "kept")
-        assert made_of(tmp_path / "kept") == whole
+        origin = fetching(shard(small, tmp_path / "shards", place), tmp_path / "model")
+        run(origin, tmp_path / "model")
+        assert made_of(tmp_path / "model") == whole
 
     def test_layers_come_in_any_order(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         place = order_of(["lm_head", "layers.1.", "model.norm", "layers.0."])
-        origin = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "kept")
-        run(origin, tmp_path / "kept")
+        origin = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "model")
+        run(origin, tmp_path / "model")
         quantize(tiny_checkpoint, tmp_path / "whole")
-        assert made_of(tmp_path / "kept") == files_of(tmp_path / "whole")
+        assert made_of(tmp_path / "model") == files_of(tmp_path / "whole")
 
     @pytest.mark.parametrize(("ahead", "most"), [(True, 2), (False, 1)])
     def test_each_is_fetched_once_and_let_go_before_the_one_after_the_next_comes(
         self, small: Path, tmp_path: Path, ahead: bool, most: int
     ) -> None:
-        target = tmp_path / "kept"
+        target = tmp_path / "model"
         origin = fetching(shard(small, tmp_path / "shards", 5), target)
         held: list[int] = []
         release = origin.release
@@ -80,8 +80,8 @@ class TestShards:
         assert list(origin.place.iterdir()) == []
 
     def test_nothing_but_the_model_is_left(self, small: Path, tmp_path: Path) -> None:
-        quantize(shard(small, tmp_path / "shards", 3), tmp_path / "kept")
-        names = {path.name for path in (tmp_path / "kept").iterdir()}
+        quantize(shard(small, tmp_path / "shards", 3), tmp_path / "model")
+        names = {path.name for path in (tmp_path / "model").iterdir()}
         assert JOURNAL_FILE not in names
         assert not [name for name in names if name.startswith(SPILL_PREFIX) or "tmp" in name]
 
@@ -89,11 +89,11 @@ class TestShards:
         self, small: Path, tmp_path: Path
     ) -> None:
         checkpoint = shard(small, tmp_path / "shards", 2)
-        origin = fetching(checkpoint, tmp_path / "kept")
+        origin = fetching(checkpoint, tmp_path / "model")
         one, two = shard_names(2)
         shutil.copy(checkpoint / two, checkpoint / one)
         with pytest.raises(MixchatError, match="not the tensors"):
-            run(origin, tmp_path / "kept")
+            run(origin, tmp_path / "model")
 
 
 class TestGoingOn:
@@ -106,10 +106,10 @@ class TestGoingOn:
         save_each_part: None,
     ) -> None:
         two_shards = shard(small, tmp_path / "shards", 2)
-        origin = fetching(two_shards, tmp_path / "kept")
+        origin = fetching(two_shards, tmp_path / "model")
         every = list(parts(make_blueprint(origin.index, QuantizeOptions())))
         for stop in range(len(every)):
-            target = tmp_path / "kept"
+            target = tmp_path / "model"
             making.again(fail_at=stop)
             with pytest.raises(ConnectionError):
                 run(fetching(two_shards, target), target)
@@ -126,7 +126,7 @@ class TestGoingOn:
     def test_after_a_failure_at_any_shard_the_ones_before_are_not_needed_again(
         self, small: Path, whole: dict[str, bytes], tmp_path: Path, stop: int
     ) -> None:
-        checkpoint, target = shard(small, tmp_path / "shards", 5), tmp_path / "kept"
+        checkpoint, target = shard(small, tmp_path / "shards", 5), tmp_path / "model"
         first, second = fetching(checkpoint, target), fetching(checkpoint, target)
         first.fail_at = shard_names(5)[stop]
         with pytest.raises(ConnectionError):
@@ -143,7 +143,7 @@ class TestGoingOn:
         making: Making,
         save_each_part: None,
     ) -> None:
-        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         for _ in range(100):
             making.again(fail_at=1)
             try:
@@ -158,15 +158,15 @@ class TestGoingOn:
     ) -> None:
         making.fail_at = 7
         with pytest.raises(ConnectionError):
-            quantize(small, tmp_path / "kept")
+            quantize(small, tmp_path / "model")
         lost = set(making.names)
         making.again()
-        quantize(small, tmp_path / "kept")
+        quantize(small, tmp_path / "model")
         assert lost <= set(making.names)
-        assert files_of(tmp_path / "kept") == whole
+        assert files_of(tmp_path / "model") == whole
 
     def test_the_bars_begin_where_they_stopped(self, small: Path, tmp_path: Path) -> None:
-        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         origin = fetching(checkpoint, target)
         origin.fail_at = shard_names(3)[2]
         with pytest.raises(ConnectionError):
@@ -180,7 +180,7 @@ class TestGoingOn:
     def test_a_finished_part_that_only_waited_for_the_manifest_needs_no_shard(
         self, small: Path, whole: dict[str, bytes], tmp_path: Path, making: Making
     ) -> None:
-        target = tmp_path / "kept"
+        target = tmp_path / "model"
         first = fetching(small, target)
         finish = build_module._Build._finish
 
@@ -204,7 +204,7 @@ class TestGoingOn:
         self, small: Path, whole: dict[str, bytes], tmp_path: Path, spoil: Callable[[Path], None]
     ) -> None:
         """The journal was believed: the finished model had holes under the right hashes."""
-        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "kept"
+        checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         origin = fetching(checkpoint, target)
         origin.fail_at = shard_names(3)[2]
         with pytest.raises(ConnectionError):
@@ -214,12 +214,12 @@ class TestGoingOn:
         run(fetching(checkpoint, target), target)
         assert made_of(target) == whole
 
-    def test_what_was_put_aside_and_is_lost_is_taken_from_its_shard_again(
+    def test_what_was_spilled_and_is_lost_is_taken_from_its_shard_again(
         self, small: Path, whole: dict[str, bytes], tmp_path: Path
     ) -> None:
         checkpoint = shard(small, tmp_path / "shards", 3)
         for number, spoil in enumerate((Path.unlink, lambda path: path.write_bytes(b"junk"))):
-            target = tmp_path / f"kept{number}"
+            target = tmp_path / f"model{number}"
             origin = fetching(checkpoint, target)
             origin.fail_at = shard_names(3)[2]
             with pytest.raises(ConnectionError):
@@ -236,7 +236,7 @@ def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(
     two_shards: Path, tmp_path: Path, making: Making
 ) -> None:
     """The thread that waits for a silent hub is told to stop, and left where it does not hear."""
-    origin = fetching(two_shards, tmp_path / "kept")
+    origin = fetching(two_shards, tmp_path / "model")
     fetch = origin.fetch
     stops = []
 
@@ -249,5 +249,5 @@ def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(
     origin.fetch = stalled  # type: ignore[method-assign]
     making.fail_at = 1
     with pytest.raises(ConnectionError):
-        run(origin, tmp_path / "kept")
+        run(origin, tmp_path / "model")
     assert stops[0].is_set()

@@ -1,4 +1,4 @@
-"""From a name to a kept model: what is checked first, and what is left when something fails."""
+"""From a name to an installed model: the checks before it, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuse(*_: object, **__: object) -> None:
 
 
 class TestHub:
-    def test_makes_a_kept_model(self, fake: FakeHub, home: Path, made: Path) -> None:
+    def test_makes_an_installed_model(self, fake: FakeHub, home: Path, made: Path) -> None:
         fake.files["pytorch_model.bin"] = b"pickle" * 1000
         path = get(REPO)
         assert path == home / "models" / "org--tiny-mixtral" == models.installed_directory(REPO)
@@ -68,7 +68,7 @@ class TestHub:
             < 100_000
         )
 
-    def test_asks_nobody_where_the_model_is_kept_already(
+    def test_asks_nobody_where_the_model_is_installed_already(
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = get(REPO)
@@ -155,7 +155,7 @@ class TestRoom:
         with pytest.raises(ResourceError, match=r"needed, 1\.5 GB free"):
             get("demo")
 
-    def test_a_disk_that_fills_up_meanwhile_keeps_what_is_done(
+    def test_a_disk_that_fills_up_meanwhile_leaves_what_is_done(
         self, two_shards: Path, home: Path, monkeypatch: pytest.MonkeyPatch, save_each_part: None
     ) -> None:
         def full(part: Part, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""A download that was cut off, and the next one: what it goes on with, and when it begins anew."""
+"""A download that was cut off, and the next one: it resumes, or starts again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def home(no_settings: Path) -> Path:
     return no_settings
 
 
-def test_a_failed_download_keeps_what_came_and_the_next_one_goes_on(
+def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(
     fake: FakeHub, home: Path, made: Path, making: Making
 ) -> None:
     fail_second(fake)
@@ -47,7 +47,7 @@ def test_a_failed_download_keeps_what_came_and_the_next_one_goes_on(
     assert meter.notes == []
 
 
-def test_a_shard_that_is_used_up_is_neither_planned_nor_asked_for_again(fake: FakeHub) -> None:
+def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake: FakeHub) -> None:
     """A resumed download announced all shards, and measured the hub's rate on the first."""
     fail_second(fake)
     with pytest.raises(HubError):
@@ -62,7 +62,7 @@ def test_a_shard_that_is_used_up_is_neither_planned_nor_asked_for_again(fake: Fa
     assert ranges == {f"bytes=0-{hub._FIRST_READ - 1}"}  # its header
 
 
-def test_it_goes_on_after_ctrl_c(
+def test_it_resumes_after_ctrl_c(
     fake: FakeHub, made: Path, making: Making, save_each_part: None
 ) -> None:
     make = Part.make
@@ -75,7 +75,7 @@ def test_it_goes_on_after_ctrl_c(
     assert not set(making.names[:before]) & set(making.names[before:])
 
 
-def test_it_goes_on_with_the_commit_it_began_though_the_branch_moved(fake: FakeHub) -> None:
+def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake: FakeHub) -> None:
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO)
@@ -86,7 +86,7 @@ def test_it_goes_on_with_the_commit_it_began_though_the_branch_moved(fake: FakeH
     assert meter.bar("quantizing").first > 0
 
 
-def test_it_begins_anew_where_the_hub_has_forgotten_that_commit(fake: FakeHub) -> None:
+def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake: FakeHub) -> None:
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO)
@@ -98,7 +98,7 @@ def test_it_begins_anew_where_the_hub_has_forgotten_that_commit(fake: FakeHub) -
     assert len(meter.notes) == 1
 
 
-def test_with_other_options_it_begins_anew_but_for_the_shards_that_are_there(
+def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
     fake: FakeHub, home: Path
 ) -> None:
     fail_second(fake)
@@ -137,7 +137,7 @@ def test_what_is_not_its_work_is_removed(fake: FakeHub, home: Path) -> None:
     assert not (stale.parent / "old").exists()
 
 
-def test_a_directory_that_changed_meanwhile_begins_anew(
+def test_a_directory_that_changed_meanwhile_starts_again(
     two_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
@@ -149,10 +149,10 @@ def test_a_directory_that_changed_meanwhile_begins_anew(
     path = checkpoint / SHARDS[0]
     save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
     meter = Meter()
-    kept = get(str(checkpoint), meter=meter)
+    installed = get(str(checkpoint), meter=meter)
     assert meter.bar("quantizing").first == 0
-    assert files_of(kept) == files_of(get(str(checkpoint), key="again")) | {
-        name: (kept / name).read_bytes() for name in ("mixchat.json", "mixchat.copy.json")
+    assert files_of(installed) == files_of(get(str(checkpoint), key="again")) | {
+        name: (installed / name).read_bytes() for name in ("mixchat.json", "mixchat.copy.json")
     }
 
 

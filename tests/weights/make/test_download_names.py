@@ -1,4 +1,4 @@
-"""Downloads of directories and of the demo, and names under which something is kept already."""
+"""Downloads of directories and of the demo, and names under which a model is installed already."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def home(no_settings: Path) -> Path:
 
 
 class TestLocal:
-    def test_makes_a_kept_model_and_leaves_the_source_alone(self, tiny_checkpoint: Path) -> None:
+    def test_makes_an_installed_model_and_leaves_the_source_alone(
+        self, tiny_checkpoint: Path
+    ) -> None:
         before = files_of(tiny_checkpoint)
         path = get(str(tiny_checkpoint), key="tiny")
         assert read_manifest(path).source.repo == str(tiny_checkpoint)
@@ -48,11 +50,11 @@ class TestLocal:
             get(str(tmp_path / "tiny"))
         assert "--name" in (caught.value.hint or "")
 
-    def test_a_kept_model_needs_nothing(self, tiny_model: Path, home: Path) -> None:
+    def test_an_installed_model_needs_nothing(self, tiny_model: Path, home: Path) -> None:
         assert get(str(tiny_model)) == tiny_model
         assert not home.exists()
 
-    def test_a_kept_model_cannot_have_another_name(self, tiny_model: Path) -> None:
+    def test_an_installed_model_cannot_have_another_name(self, tiny_model: Path) -> None:
         """It was said to be ready under the name, under which nothing was found afterwards."""
         with pytest.raises(UsageError, match="is an installed model"):
             get(str(tiny_model), key="other")
@@ -73,7 +75,7 @@ class TestLocal:
             get(str(tmp_path / "empty"))
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError, HubError])
-    def test_whatever_goes_wrong_leaves_no_model_but_work_to_go_on_with(
+    def test_whatever_goes_wrong_leaves_no_model_but_work_to_resume(
         self,
         tiny_checkpoint: Path,
         home: Path,
@@ -142,7 +144,7 @@ class TestDemo:
             get("demo")
         assert left_in(home) in (["models"], ["models", "models/demo"])
 
-    def test_what_a_killed_build_left_is_built_anew(
+    def test_what_a_killed_build_left_is_built_again(
         self, tiny_demo: list[Path], home: Path
     ) -> None:
         stale = home / "models" / "demo" / "build" / "checkpoint"
@@ -153,7 +155,7 @@ class TestDemo:
         assert is_installed(path)
         assert not (path / "build").exists()
 
-    def test_goes_on_where_it_was_cut_off(
+    def test_resumes_where_it_was_cut_off(
         self, tiny_demo: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from mixchat.weights.make import build as build_module
@@ -200,7 +202,7 @@ class TestTwoProcesses:
         assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
         assert meter.bars == []
 
-    def test_the_second_goes_on_with_what_the_first_left(
+    def test_the_second_resumes_what_the_first_left(
         self, tiny_checkpoint: Path, home: Path
     ) -> None:
         with exclusive_lock(home / "models" / "tiny"):
@@ -212,7 +214,7 @@ class TestTwoProcesses:
         assert is_installed(home / "models" / "tiny")
 
 
-class TestAlreadyKept:
+class TestAlreadyInstalled:
     @pytest.mark.parametrize(
         "other",
         [
@@ -222,30 +224,30 @@ class TestAlreadyKept:
             QuantizeOptions(scales="search"),
         ],
     )
-    def test_with_other_quantization_it_is_not_passed_off_as_what_was_asked_for(
+    def test_with_other_quantization_it_is_not_taken_for_what_was_requested(
         self, tiny_checkpoint: Path, other: QuantizeOptions
     ) -> None:
-        kept = get(str(tiny_checkpoint), key="mine")
-        assert get(str(tiny_checkpoint), key="mine") == kept
+        installed = get(str(tiny_checkpoint), key="mine")
+        assert get(str(tiny_checkpoint), key="mine") == installed
         with pytest.raises(UsageError, match="quantized differently") as caught:
             get(str(tiny_checkpoint), key="mine", options=other)
         assert "mixchat rm mine" in (caught.value.hint or "")
 
     def test_damaged_it_is_not_called_ready(self, tiny_checkpoint: Path) -> None:
-        kept = get(str(tiny_checkpoint), key="mine")
-        (kept / "experts-001.safetensors").unlink()
+        installed = get(str(tiny_checkpoint), key="mine")
+        (installed / "experts-001.safetensors").unlink()
         with pytest.raises(
             CheckpointError, match=r"experts-001\.safetensors: the file is missing"
         ) as caught:
             get(str(tiny_checkpoint), key="mine")
         assert "mixchat repair" in (caught.value.hint or "")
 
-    def test_the_same_revision_may_be_asked_for_again(self, fake: FakeHub) -> None:
-        kept = get(REPO, revision="main")
-        assert read_manifest(kept).source.revision == "main"
-        assert get(REPO, revision="main") == kept
-        assert get(REPO, revision=COMMIT[:8]) == kept
-        assert get(REPO) == kept
+    def test_the_same_revision_may_be_requested_again(self, fake: FakeHub) -> None:
+        installed = get(REPO, revision="main")
+        assert read_manifest(installed).source.revision == "main"
+        assert get(REPO, revision="main") == installed
+        assert get(REPO, revision=COMMIT[:8]) == installed
+        assert get(REPO) == installed
         with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision="other")
 

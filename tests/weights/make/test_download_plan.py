@@ -1,4 +1,4 @@
-"""What a download will take, against what it does take."""
+"""The plan of a download, compared with what the download takes."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ class TestDisk:
         ahead: bool,
     ) -> None:
         monkeypatch.setattr(download_plan, "_SMALL_FILES", 0)
-        target, source = tmp_path / "kept", tmp_path / "kept" / "source"
+        target, source = tmp_path / "model", tmp_path / "model" / "source"
         checkpoint = shard(large, tmp_path / "shards", place)
         origin = Fetching(checkpoint, source)
         blueprint = make_blueprint(origin.index, QuantizeOptions())
         most, peak = [0], estimate_peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
         drop = Spill.keep_only
 
-        def measure(aside: Spill, names: set[str]) -> None:
+        def measure(spill: Spill, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
             coming = [origin.arrived[name] for name in origin.index.shards[: len(most) + ahead]]
             assert all(event.wait(60) for event in coming)
             most.append(disk_usage(target))
-            drop(aside, names)
+            drop(spill, names)
 
         monkeypatch.setattr(Spill, "keep_only", measure)
         build(origin, target, blueprint, ahead=ahead)
@@ -90,8 +90,8 @@ class TestDisk:
         for attention in (False, True):
             for head in (False, True):
                 options = {"attention": attention, "head": head}
-                kept = keep(tiny_checkpoint, **options)
-                weights = read_manifest(kept).weights.values()
+                installed = keep(tiny_checkpoint, **options)
+                weights = read_manifest(installed).weights.values()
                 size = weights_size(make_blueprint(index, QuantizeOptions(**options)))
                 assert size == sum(record.size for record in weights)
 
@@ -264,10 +264,10 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
     narrow = make_checkpoint(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
     )
-    wide, half = (DirectoryOrigin(path, Source("x")).index for path in (large, narrow))
+    wide, narrow_index = (DirectoryOrigin(path, Source("x")).index for path in (large, narrow))
     needed = [
         find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
-        for index in (wide, half)
+        for index in (wide, narrow_index)
     ]
     assert needed[0] >= needed[1]
 

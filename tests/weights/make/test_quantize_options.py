@@ -1,4 +1,4 @@
-"""A checkpoint becomes a kept model: what is taken over as it is, and what is refused."""
+"""From a checkpoint to an installed model: 4-bit codes that are copied, checkpoints refused."""
 
 import hashlib
 import json
@@ -50,20 +50,20 @@ def change(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], None]) ->
 def test_the_manifest_says_where_it_came_from_and_what_was_done(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    quantize(tiny_checkpoint, tmp_path / "kept")
-    manifest = read_manifest(tmp_path / "kept")
+    quantize(tiny_checkpoint, tmp_path / "model")
+    manifest = read_manifest(tmp_path / "model")
     assert manifest.source == Source("org/repo", "c0ffee")
     assert manifest.quantization["quant_type"] == "nf4"
     names = set(manifest.files) | set(manifest.weights) | {MANIFEST_FILE, MANIFEST_COPY}
-    assert names == set(files_of(tmp_path / "kept"))
-    assert InstalledModel(tmp_path / "kept").config.hidden_size == 64
+    assert names == set(files_of(tmp_path / "model"))
+    assert InstalledModel(tmp_path / "model").config.hidden_size == 64
 
 
 def test_the_manifest_has_the_hash_of_every_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    quantize(tiny_checkpoint, tmp_path / "kept")
-    for name, record in read_manifest(tmp_path / "kept").weights.items():
-        data = (tmp_path / "kept" / name).read_bytes()
-        with SafetensorsFile(tmp_path / "kept" / name) as file:
+    quantize(tiny_checkpoint, tmp_path / "model")
+    for name, record in read_manifest(tmp_path / "model").weights.items():
+        data = (tmp_path / "model" / name).read_bytes()
+        with SafetensorsFile(tmp_path / "model" / name) as file:
             header = file.header
         assert record.size == len(data)
         assert list(record.sha256) == [spec.name for spec in header.specs]
@@ -76,13 +76,13 @@ def test_the_manifest_has_the_hash_of_every_tensor(tiny_checkpoint: Path, tmp_pa
 def test_the_gate_and_the_attention_keep_their_values(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    quantize(tiny_checkpoint, tmp_path / "kept")
+    quantize(tiny_checkpoint, tmp_path / "model")
     source = load_file(tiny_checkpoint / "model.safetensors")
-    with InstalledModel(tmp_path / "kept") as kept:
-        gate = kept.tensor(kept.blueprint.gate(1))
+    with InstalledModel(tmp_path / "model") as installed:
+        gate = installed.tensor(installed.blueprint.gate(1))
         name = "model.layers.1.block_sparse_moe.gate.weight"
         assert torch.equal(gate, source[name].to(torch.bfloat16))
-        qkv = kept.tensor(kept.blueprint.qkv(0).tensors[0])
+        qkv = installed.tensor(installed.blueprint.qkv(0).tensors[0])
         parts = [source[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]
         assert torch.equal(qkv, torch.cat(parts).to(torch.bfloat16))
 
@@ -90,19 +90,19 @@ def test_the_gate_and_the_attention_keep_their_values(
 def test_an_expert_is_its_three_matrices_one_behind_the_other(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    quantize(tiny_checkpoint, tmp_path / "kept", QuantizeOptions(quant_type="none"))
+    quantize(tiny_checkpoint, tmp_path / "model", QuantizeOptions(quant_type="none"))
     source = load_file(tiny_checkpoint / "model.safetensors")
-    with InstalledModel(tmp_path / "kept") as kept:
-        layout = kept.blueprint.expert
+    with InstalledModel(tmp_path / "model") as installed:
+        layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
-        kept.read_expert(1, 3, block)
+        installed.read_expert(1, 3, block)
         prefix = "model.layers.1.block_sparse_moe.experts.3."
         parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3", "w2")]
         assert torch.equal(block[: layout.nbytes].view(torch.float32), torch.cat(parts))
 
 
 @pytest.mark.parametrize(
-    ("embedding", "others", "kept"),
+    ("embedding", "others", "installed"),
     [
         (torch.float16, torch.float16, torch.float16),
         (torch.float16, torch.bfloat16, torch.bfloat16),
@@ -117,7 +117,7 @@ def test_none_keeps_the_type_that_holds_all_weights(
     tmp_path: Path,
     embedding: torch.dtype,
     others: torch.dtype,
-    kept: torch.dtype,
+    installed: torch.dtype,
 ) -> None:
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     tensors = load_file(checkpoint / "model.safetensors")
@@ -125,7 +125,7 @@ def test_none_keeps_the_type_that_holds_all_weights(
         tensors[name] = tensor.to(embedding if "embed" in name else others)
     save_file(tensors, checkpoint / "model.safetensors")
     index = DirectoryOrigin(checkpoint, Source("x")).index
-    assert make_blueprint(index, QuantizeOptions("none")).quantization.dtype == kept
+    assert make_blueprint(index, QuantizeOptions("none")).quantization.dtype == installed
     assert make_blueprint(index, QuantizeOptions()).quantization.dtype == torch.bfloat16
 
 
@@ -163,24 +163,24 @@ def test_a_checkpoint_that_is_wrong_is_refused_and_not_trusted_later(
 ) -> None:
     change(checkpoint, edit)
     with pytest.raises(CheckpointError, match=message) as caught:
-        quantize(checkpoint, tmp_path / "kept")
+        quantize(checkpoint, tmp_path / "model")
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="not a finished model"):
-        InstalledModel(tmp_path / "kept")
+        InstalledModel(tmp_path / "model")
 
 
 def test_pickles_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only pickled weights") as caught:
-        quantize(checkpoint, tmp_path / "kept")
+        quantize(checkpoint, tmp_path / "model")
     assert caught.value.hint is not None
 
 
 def test_buffers_of_old_transformers_are_ignored(checkpoint: Path, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(checkpoint, lambda tensors: tensors.update({name: torch.ones(8)}))
-    quantize(checkpoint, tmp_path / "kept")
-    assert InstalledModel(tmp_path / "kept").config.num_hidden_layers == 2
+    quantize(checkpoint, tmp_path / "model")
+    assert InstalledModel(tmp_path / "model").config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_buffers_of_old_transformers_are_ignored(checkpoint: Path, tmp_path: Pat
 def test_an_index_that_leaves_the_directory_is_refused(checkpoint: Path, name: object) -> None:
     index = {"weight_map": {"lm_head.weight": name}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names what is no shard"):
+    with pytest.raises(CheckpointError, match="names a file that is no shard"):
         DirectoryOrigin(checkpoint, Source("x"))
 
 
@@ -269,7 +269,7 @@ def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: to
     index = DirectoryOrigin(checkpoint, Source("x")).index
     need = find_memory_need(index, make_blueprint(index, QuantizeOptions()))
     try:
-        peak = peak_memory(checkpoint, tmp_path / "kept")
+        peak = peak_memory(checkpoint, tmp_path / "model")
         assert peak < 1.5e9
         assert peak < need.needed
     finally:

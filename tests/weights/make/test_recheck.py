@@ -27,11 +27,11 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def unfinished(checkpoint: Path, tmp_path: Path) -> Path:
     """A model that lacks the last shard."""
-    origin = fetching(checkpoint, tmp_path / "kept")
+    origin = fetching(checkpoint, tmp_path / "model")
     origin.fail_at = origin.index.shards[-1]
     with pytest.raises(ConnectionError):
-        run(origin, tmp_path / "kept")
-    return tmp_path / "kept"
+        run(origin, tmp_path / "model")
+    return tmp_path / "model"
 
 
 def flip(path: Path, place: int) -> None:
@@ -78,7 +78,7 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(
     def fail(*_: object) -> None:
         raise ConnectionError
 
-    target = tmp_path / "kept"
+    target = tmp_path / "model"
     with monkeypatch.context() as patch:
         patch.setattr("mixchat.weights.make.build._Build._finish", fail)
         with pytest.raises(ConnectionError):
@@ -90,13 +90,13 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(
     assert again.fetched == ["model.safetensors"]
 
 
-def test_a_flipped_byte_of_what_was_put_aside_does_not_get_into_a_part(
+def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(
     checkpoint: Path, unfinished: Path, whole: dict[str, bytes]
 ) -> None:
     """Nothing could tell: the part was made of it, and hashed afterwards."""
-    aside = sorted(unfinished.glob(SPILL_PREFIX + "*"))
-    assert aside
-    for path in aside:
+    spill = sorted(unfinished.glob(SPILL_PREFIX + "*"))
+    assert spill
+    for path in spill:
         flip(path, -1)
     again = fetching(checkpoint, unfinished)
     run(again, unfinished)

