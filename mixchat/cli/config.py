@@ -12,8 +12,8 @@ import typer
 from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.flags.config_defaults import config_defaults, takes_number
 from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
-from mixchat.cli.models import aligned
 from mixchat.cli.output.failure import print_error
+from mixchat.cli.output.table import aligned
 from mixchat.errors import UsageError
 from mixchat.settings import config_file
 

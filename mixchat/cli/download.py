@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,16 +12,14 @@ import typer
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.cli.models import aligned
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
-from mixchat.quantities import format_least, format_size, format_time
 
 if TYPE_CHECKING:
     from mixchat.progress import Progress
     from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.download_plan import DownloadPlan, Need
+    from mixchat.weights.make.download_plan import DownloadPlan
 
 
 def download(
@@ -108,6 +105,7 @@ def check_text(checkpoint: Path) -> None:
 
 
 def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
+    from mixchat.cli.output.download_text import as_dict, as_text
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
@@ -122,6 +120,7 @@ def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> N
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     """Download the model; return the plan as JSON has it, or name and path if it was installed."""
+    from mixchat.cli.output.download_text import as_dict, as_text
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
@@ -133,58 +132,3 @@ def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     with resumable(progress):
         directory = download_model(request, progress, announce=announce)
     return {**announced, "name": request.ref.key, "path": str(directory)}
-
-
-def as_text(plan: DownloadPlan) -> str:
-    """Return a plan as lines of text."""
-    commit = f" at {plan.commit[:12]}" if plan.commit else ""
-    fetch = format_size(plan.fetch)
-    if plan.fetch < plan.checkpoint:
-        fetch += (
-            f" of {format_size(plan.checkpoint)}; the rest is here already" if plan.commit else ""
-        )
-    rows = [
-        ("from", plan.source + commit),
-        ("fetch", fetch),
-        ("install", f"{format_size(plan.installed)} in {plan.target}"),
-        *(("disk", f"{_need(need)} in {need.place}") for need in plan.disk),
-        ("memory", _need(plan.memory)),
-    ]
-    if plan.seconds is not None:
-        rate = f", at {format_size(int(plan.rate))}/s as measured now" if plan.rate else ""
-        rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
-    if plan.rounded_from is not None:
-        stored = "are stored as bf16, which rounds them to 8 bits of precision"
-        rows.append(("note", f"{plan.rounded_from} weights {stored}"))
-    return aligned(rows)
-
-
-def as_dict(plan: DownloadPlan) -> dict[str, Any]:
-    """Return a plan as JSON has it: sizes in bytes."""
-    return {
-        "name": plan.name,
-        "path": str(plan.target),
-        "source": plan.source,
-        "commit": plan.commit,
-        "quantization": dict(plan.quantization),
-        "checkpoint_bytes": plan.checkpoint,
-        "fetch_bytes": plan.fetch,
-        "kept_bytes": plan.installed,
-        "disk": disk_as_dicts(plan.disk),
-        "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
-        "bytes_per_second": plan.rate,
-        "seconds": plan.seconds,
-        "rounded_from": plan.rounded_from,
-    }
-
-
-def disk_as_dicts(disk: Sequence[Need]) -> list[dict[str, Any]]:
-    """Return the needs of each disk as JSON has them."""
-    return [
-        {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
-        for need in disk
-    ]
-
-
-def _need(need: Need) -> str:
-    return f"{format_least(need.needed)} at most, {format_size(need.free)} free"

@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mixchat.chat import printing
-from mixchat.chat.printing import one_line, say
+from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.quantities import format_size
-
-if TYPE_CHECKING:
-    from mixchat.model_config import ModelConfig
-    from mixchat.weights.format.manifest import Manifest
-    from mixchat.weights.models import ModelEntry
 
 
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """List the models on this machine."""
+    from mixchat.cli.output.model_text import entry_as_dict, list_as_text
     from mixchat.weights import models
 
-    kept = models.list_models()
+    installed = models.list_models()
     if as_json:
-        printing.show(json.dumps([_row(model) for model in kept], indent=2))
-    elif kept:
-        table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
-        for model in kept:
-            quantization, context = model.problem or model.quantization, str(model.context or "-")
-            size, commit = format_size(model.size), (model.commit or "-")[:12]
-            table.append((model.key, size, quantization, context, commit, model.source or "-"))
-        printing.show_lines(aligned(table))
+        printing.show(json.dumps([entry_as_dict(model) for model in installed], indent=2))
+    elif installed:
+        printing.show_lines(list_as_text(installed))
     else:
         say(
             f"There are no models in {models.models_dir()} yet.",
             "'mixchat download demo' builds a small one, to try the tool.",
         )
-
-
-def _row(model: ModelEntry) -> dict[str, Any]:
-    keys = ("bytes", "quantization", "context", "source", "commit", "problem")
-    return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 
 def show_model(
@@ -89,6 +73,7 @@ def show_model(
 
 def _show(directory: Path, as_json: bool) -> None:
     """Print what is known of an installed model; then raise `CheckpointError` if it is damaged."""
+    from mixchat.cli.output.model_text import as_dict, as_text
     from mixchat.model_config import ModelConfig
     from mixchat.weights.format.manifest import check_files, read_manifest
 
@@ -97,72 +82,5 @@ def _show(directory: Path, as_json: bool) -> None:
     if as_json:
         printing.show(json.dumps(as_dict(directory, manifest, config), indent=2))
     else:
-        printing.show_lines(aligned(describe(directory, manifest, config)))
+        printing.show_lines(as_text(directory, manifest, config))
     check_files(directory, manifest)
-
-
-def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
-    """An installed model for programs: the keys of `mixchat list --json`, and
-
-    revision: the branch, tag or commit that was asked for, or null; weight_bytes: bytes of the
-    files of weights; scales, layout: how the experts' codes were made, and lie; attention, head:
-    what their weights are in; layers, experts_per_layer, experts_per_token, hidden_size.
-    """
-    from mixchat.weights.models import describe
-
-    # Of a damaged model, too, what its manifest says: `problem` says the rest.
-    entry, how = describe(directory), manifest.quantization
-    known = {
-        "quantization": how["quant_type"],
-        "context": config.max_position_embeddings,
-        "source": manifest.source.repo,
-        "commit": manifest.source.commit,
-        "problem": entry.problem,
-    }
-    return {
-        **_row(entry),
-        **known,
-        "revision": manifest.source.revision,
-        "weight_bytes": manifest.size,
-        "scales": how["scales"],
-        "layout": how["layout"],
-        "attention": how["quant_type"] if how["attention"] else how["dtype"],
-        "head": how["quant_type"] if how["head"] else how["dtype"],
-        "layers": config.num_hidden_layers,
-        "experts_per_layer": config.num_local_experts,
-        "experts_per_token": config.num_experts_per_tok,
-        "hidden_size": config.hidden_size,
-    }
-
-
-def describe(directory: Path, manifest: Manifest, config: ModelConfig) -> list[tuple[str, str]]:
-    """Return what the manifest and the config of an installed model say, as names and values."""
-    from mixchat.model_config import checkpoint_dtype
-
-    how, before = manifest.quantization, checkpoint_dtype(directory)
-    rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""
-    return [
-        ("path", str(directory)),
-        ("source", manifest.source.repo),
-        ("commit", manifest.source.commit or "none"),
-        ("revision", manifest.source.revision or "none asked for"),
-        ("size", format_size(manifest.size)),
-        ("experts", str(how["quant_type"])),
-        ("scales", str(how["scales"])),
-        ("layout", str(how["layout"])),
-        ("attention", str(how["quant_type"] if how["attention"] else how["dtype"])),
-        ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
-        ("dtype", f"{how['dtype']}{rounded}"),
-        ("layers", str(config.num_hidden_layers)),
-        ("experts a layer", f"{config.num_local_experts}, {config.num_experts_per_tok} a token"),
-        ("hidden size", str(config.hidden_size)),
-        ("context", f"{config.max_position_embeddings} tokens"),
-    ]
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns of equal width, two spaces apart."""
-    cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = (map(str.ljust, row, widths) for row in cells)
-    return "\n".join("  ".join(row).rstrip() for row in padded)

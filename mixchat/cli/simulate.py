@@ -11,8 +11,8 @@ import typer
 
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.models import aligned
 from mixchat.cli.output.show_progress import status
+from mixchat.cli.output.table import aligned
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:

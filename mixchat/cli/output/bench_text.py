@@ -7,8 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mixchat import machine
-from mixchat.cli.models import aligned
 from mixchat.cli.output.png import new_figure
+from mixchat.cli.output.table import aligned
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench, Task

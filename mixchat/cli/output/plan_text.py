@@ -8,10 +8,8 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from mixchat.cli.download import as_dict as download_as_dict
-from mixchat.cli.download import as_text as download_as_text
-from mixchat.cli.download import disk_as_dicts
-from mixchat.cli.models import aligned
+from mixchat.cli.output import download_text
+from mixchat.cli.output.table import aligned
 from mixchat.planning.expectation import PROMPT
 from mixchat.quantities import format_age, format_least, format_rates, format_size, format_time
 from mixchat.weights.make.download_plan import weights_size
@@ -56,10 +54,10 @@ def as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "kept_bytes": weights_size(found.blueprint),
         "quantization": found.blueprint.quantization.description(),
         "fits": not found.lacking,
-        "disk": disk_as_dicts(found.disk),
+        "disk": download_text.disk_as_dicts(found.disk),
         "tokens_per_second": plan.tokens_per_second,
         **made,
-        "download": None if found.download is None else download_as_dict(found.download),
+        "download": None if found.download is None else download_text.as_dict(found.download),
     }
 
 
@@ -190,7 +188,7 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _download(found: Outline) -> str:
     if found.download is not None:
-        return download_as_text(found.download)
+        return download_text.as_text(found.download)
     return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
 
 

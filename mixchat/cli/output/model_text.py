@@ -1,0 +1,90 @@
+"""The models on this machine, as text for a person and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.cli.output.table import aligned
+from mixchat.model_config import checkpoint_dtype
+from mixchat.quantities import format_size
+from mixchat.weights.models import describe
+
+if TYPE_CHECKING:
+    from mixchat.model_config import ModelConfig
+    from mixchat.weights.format.manifest import Manifest
+    from mixchat.weights.models import ModelEntry
+
+
+def list_as_text(models: Sequence[ModelEntry]) -> str:
+    """Return a table of the models."""
+    table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
+    for model in models:
+        quantization, context = model.problem or model.quantization, str(model.context or "-")
+        size, commit = format_size(model.size), (model.commit or "-")[:12]
+        table.append((model.key, size, quantization, context, commit, model.source or "-"))
+    return aligned(table)
+
+
+def entry_as_dict(model: ModelEntry) -> dict[str, Any]:
+    """Return a model of the list as JSON has it."""
+    keys = ("bytes", "quantization", "context", "source", "commit", "problem")
+    return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
+
+
+def as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
+    """Return what the manifest and the config of an installed model say, a line for each value."""
+    how, before = manifest.quantization, checkpoint_dtype(directory)
+    rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""
+    rows = [
+        ("path", str(directory)),
+        ("source", manifest.source.repo),
+        ("commit", manifest.source.commit or "none"),
+        ("revision", manifest.source.revision or "none asked for"),
+        ("size", format_size(manifest.size)),
+        ("experts", str(how["quant_type"])),
+        ("scales", str(how["scales"])),
+        ("layout", str(how["layout"])),
+        ("attention", str(how["quant_type"] if how["attention"] else how["dtype"])),
+        ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
+        ("dtype", f"{how['dtype']}{rounded}"),
+        ("layers", str(config.num_hidden_layers)),
+        ("experts a layer", f"{config.num_local_experts}, {config.num_experts_per_tok} a token"),
+        ("hidden size", str(config.hidden_size)),
+        ("context", f"{config.max_position_embeddings} tokens"),
+    ]
+    return aligned(rows)
+
+
+def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
+    """Return an installed model as JSON has it: the keys of `mixchat list --json`, and
+
+    revision: the branch, tag or commit that was asked for, or null; weight_bytes: bytes of the
+    files of weights; scales, layout: how the experts' codes were chosen, and their order;
+    attention, head: the format of their weights; layers, experts_per_layer, experts_per_token,
+    hidden_size.
+    """
+    # The manifest's values, even of a damaged model: `problem` names the damage.
+    entry, how = describe(directory), manifest.quantization
+    known = {
+        "quantization": how["quant_type"],
+        "context": config.max_position_embeddings,
+        "source": manifest.source.repo,
+        "commit": manifest.source.commit,
+        "problem": entry.problem,
+    }
+    return {
+        **entry_as_dict(entry),
+        **known,
+        "revision": manifest.source.revision,
+        "weight_bytes": manifest.size,
+        "scales": how["scales"],
+        "layout": how["layout"],
+        "attention": how["quant_type"] if how["attention"] else how["dtype"],
+        "head": how["quant_type"] if how["head"] else how["dtype"],
+        "layers": config.num_hidden_layers,
+        "experts_per_layer": config.num_local_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "hidden_size": config.hidden_size,
+    }
