@@ -37,14 +37,14 @@ def _stamp(directory: Path) -> Stamp:
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     """Return the blueprint of an installed model.
 
-    Raises `CheckpointError` where the manifest does not list the same tensors.
+    Raises `CheckpointError` where the manifest lists other tensors.
     """
     config = ModelConfig.from_file(directory / "config.json")
     blueprint = Blueprint(config, Quantization.described(manifest.quantization))
     for name, specs in blueprint.files().items():
         record = manifest.weights.get(name)
         if record is None or {spec.name for spec in specs} != set(record.sha256):
-            raise CheckpointError(f"{directory}: the manifest does not list the tensors of {name}")
+            raise _other_tensors(directory / name)
     return blueprint
 
 
@@ -62,8 +62,8 @@ class InstalledModel:
         before = _stamp(directory)
         self.manifest = read_manifest(directory)
         check_files(directory, self.manifest)
-        self.config = ModelConfig.from_file(directory / "config.json")
-        self.blueprint = Blueprint(self.config, Quantization.described(self.manifest.quantization))
+        self.blueprint = installed_blueprint(directory, self.manifest)
+        self.config = self.blueprint.config
         self._files: list[SafetensorsFile] = []
         try:
             self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
@@ -133,13 +133,14 @@ class InstalledModel:
             )
 
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
-        if name not in self.manifest.weights:
-            raise CheckpointError(f"{self.directory}: the manifest does not list {name}")
         file = SafetensorsFile(self.directory / name)
         self._files.append(file)
         if file.header.specs != list(expected):
-            raise CheckpointError(
-                f"{file.path}: its tensors are not those of this model",
-                hint=repair_hint(self.directory),
-            )
+            raise _other_tensors(file.path)
         return file
+
+
+def _other_tensors(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its tensors are not those of this model", hint=repair_hint(path.parent)
+    )

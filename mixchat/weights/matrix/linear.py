@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn import functional
@@ -88,12 +88,14 @@ class FourBitLinear:
     """4-bit codes in bitsandbytes' own layout: correct on every device, slow on a CPU."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
-        self._codes, self._absmax, self._spec = codes, absmax, spec
+        assert spec.quant_type != "none"
+        self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
+        self._quant_type = spec.quant_type
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Not earlier: the bytes of `absmax` change when another expert moves into the slot.
-        state = self._spec.quant_state(self._absmax.float(), x.dtype)
-        return nf4.bitsandbytes_matmul(x, self._codes, state)
+        absmax = self._absmax.float()
+        return nf4.bitsandbytes_matmul(x, self._codes, absmax, self._shape, self._quant_type)
 
 
 class PackedFourBitLinear:
@@ -192,11 +194,6 @@ class LinearSpec:
         if self.packed:
             codes, absmax = nf4.to_packed_layout(codes, absmax, self.rows, self.columns)
         return [absmax, codes]
-
-    def quant_state(self, absmax: torch.Tensor, dtype: torch.dtype) -> Any:
-        """Return bitsandbytes' description of a 4-bit matrix, which is multiplied as `dtype`."""
-        assert self.quant_type != "none"
-        return nf4.quant_state(absmax, self.rows, self.columns, dtype, self.quant_type)
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """Return the map over these tensors, which are used in place."""

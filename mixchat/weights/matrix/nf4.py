@@ -142,18 +142,13 @@ def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
     return absmax.to(torch.bfloat16)
 
 
-def quant_state(
-    absmax: torch.Tensor,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype = torch.bfloat16,
-    quant_type: FourBit = "nf4",
+def _quant_state(
+    absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, quant_type: FourBit
 ) -> Any:
-    """Return bitsandbytes' description of a matrix, for `bitsandbytes_matmul`."""
-    functional = _functional()
-    return functional.QuantState(
+    """Return bitsandbytes' description of a matrix, which becomes `dtype` when it is computed."""
+    return _functional().QuantState(
         absmax=absmax,
-        shape=torch.Size((rows, columns)),
+        shape=torch.Size(shape),
         code=_levels_on(quant_type, absmax.device),
         blocksize=BLOCKSIZE,
         quant_type=quant_type,
@@ -166,13 +161,22 @@ def _levels_on(quant_type: FourBit, device: torch.device) -> torch.Tensor:
     return LEVELS[quant_type].to(device)
 
 
-def bitsandbytes_matmul(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """Return x [..., columns] times the transposed matrix: [..., rows]. Layout "bitsandbytes"."""
-    rows, columns = state.shape
-    if x.device.type == "cpu" and columns % BLOCKSIZE:
+def bitsandbytes_matmul(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    quant_type: FourBit,
+) -> torch.Tensor:
+    """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R].
+
+    absmax: fp32. Layout "bitsandbytes".
+    """
+    if x.device.type == "cpu" and shape[1] % BLOCKSIZE:
         # bitsandbytes' AVX512 kernel is wrong here: it starts a new block with each row.
-        weight = dequantize(codes, state.absmax, (rows, columns), x.dtype, state.quant_type)
+        weight = dequantize(codes, absmax, shape, x.dtype, quant_type)
         return torch.nn.functional.linear(x, weight)
+    state = _quant_state(absmax, shape, x.dtype, quant_type)
     result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
     return result
 
@@ -187,6 +191,6 @@ def dequantize(
     """Return the matrix of this shape as `dtype`; absmax fp32. Layout "bitsandbytes"."""
     # As one long row: on a CPU, bitsandbytes reads wrong blocks where there are 16, 32, 48, 80, ...
     # columns, and compiles a kernel first where their count is odd.
-    state = quant_state(absmax, 1, 2 * codes.numel(), dtype, quant_type)
+    state = _quant_state(absmax, (1, 2 * codes.numel()), dtype, quant_type)
     flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
     return flat.view(-1)[: shape[0] * shape[1]].view(shape)

@@ -106,8 +106,7 @@ def test_a_code_lies_where_the_layout_says() -> None:
 def test_the_portable_matmul_is_exact_in_fp32(tokens: int, columns: int, kind: nf4.FourBit) -> None:
     weight, x = random_weight(40, columns), random_weight(tokens, columns, seed=1).float()
     codes, absmax = QUANTIZE[kind](weight)
-    state = nf4.quant_state(absmax.float(), 40, columns, torch.float32, kind)
-    result = nf4.bitsandbytes_matmul(x, codes, state)
+    result = nf4.bitsandbytes_matmul(x, codes, absmax.float(), (40, columns), kind)
     torch.testing.assert_close(result, x @ dequantized(weight, kind).T, rtol=1e-5, atol=1e-4)
 
 
