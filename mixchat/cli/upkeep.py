@@ -52,7 +52,7 @@ def rm(model: Model, yes: Yes = False) -> None:
 
 
 def verify(model: Model) -> None:
-    """Compare every byte of a model with its manifest."""
+    """Check every byte of a model against the SHA-256s in its manifest."""
     from mixchat.weights import models
 
     directory = models.installed_directory(checked(model, "the model's name"))
@@ -72,7 +72,7 @@ def verify(model: Model) -> None:
 
 
 def repair(model: Model) -> None:
-    """Repair the damaged parts of a model; only what they are made of is fetched."""
+    """Repair a model: fetch and rewrite its damaged parts, and nothing else."""
     from mixchat.weights import models
 
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)

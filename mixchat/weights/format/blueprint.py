@@ -59,7 +59,7 @@ class Quantization:
         return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
 
     @classmethod
-    def described(cls, description: dict[str, Any]) -> Quantization:
+    def from_description(cls, description: dict[str, Any]) -> Quantization:
         """Read a manifest's description, which has been checked."""
         values = {key: value for key, value in description.items() if key != "blocksize"}
         return cls(**{**values, "dtype": getattr(torch, values["dtype"])})

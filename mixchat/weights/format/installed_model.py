@@ -40,7 +40,7 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     Raises `CheckpointError` where the manifest lists other tensors.
     """
     config = ModelConfig.from_file(directory / "config.json")
-    blueprint = Blueprint(config, Quantization.described(manifest.quantization))
+    blueprint = Blueprint(config, Quantization.from_description(manifest.quantization))
     for name, specs in blueprint.files().items():
         record = manifest.weights.get(name)
         if record is None or {spec.name for spec in specs} != set(record.sha256):

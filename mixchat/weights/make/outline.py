@@ -73,7 +73,7 @@ def outline(name: str, progress: Progress) -> Outline:
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = ModelConfig.from_file(directory / "config.json")
-    how = Quantization.described(manifest.quantization)
+    how = Quantization.from_description(manifest.quantization)
     return Outline(name, Blueprint(config, how), directory, kept=True)
 
 

@@ -141,7 +141,7 @@ def specs_of(directory: Path, name: str) -> list[Any]:
 
     manifest = read_either_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
-    blueprint = Blueprint(config, Quantization.described(manifest.quantization))
+    blueprint = Blueprint(config, Quantization.from_description(manifest.quantization))
     return blueprint.files()[name]
 
 
