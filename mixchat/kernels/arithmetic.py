@@ -62,8 +62,8 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
     count = value.type.count
     while count > 1:
         count //= 2
-        other = value.picked([*range(count, 2 * count)])
-        value = value.picked([*range(count)])
+        other = value.shuffled([*range(count, 2 * count)])
+        value = value.shuffled([*range(count)])
         value = value + other if how == "fadd" else function.maximum(value, other)
     return Value(function, function.builder.extract_element(value.raw, i32(0)))
 

@@ -204,7 +204,7 @@ class _Attend:
                     for tiled in range(count):
                         query = (row + tiled) * shape.width + word * per_word
                         for number in range(per_word):
-                            factor = self._queries.load(f32, (query + number) * 4).spread(lanes)
+                            factor = self._queries.load(f32, (query + number) * 4).broadcast(lanes)
                             for place in range(_VECTORS):
                                 at = tiled * _VECTORS + place
                                 sums[at] = function.multiply_add(
@@ -223,7 +223,7 @@ class _Attend:
         """Turn scores into weights e^(score - largest), and scale down the sums so far."""
         function, shape, lanes = self.function, self.shape, self.lanes
         past = self._given.number("past")
-        window = self._given.number("window").narrowed(i32).spread(lanes)
+        window = self._given.number("window").narrowed(i32).broadcast(lanes)
         count = _KEYS // lanes
         places = vector(i32, lanes)
         steps = function.constant(places, range(lanes))
@@ -232,7 +232,7 @@ class _Attend:
             scores = []
             for number in range(count):
                 # The distance back from the token: 0 is the token itself.
-                back = (token - key - number * lanes).narrowed(i32).spread(lanes) - steps
+                back = (token - key - number * lanes).narrowed(i32).broadcast(lanes) - steps
                 seen = back.compare(">=", 0) & back.compare("<", window)
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
                 scores.append(seen.choose(score, _MASKED))
@@ -242,7 +242,7 @@ class _Attend:
             largest = function.maximum(largest, before)
             total = function.constant(self.floats, 0.0)
             for number, score in enumerate(scores):
-                weight = exponential(function, score - largest.spread(lanes))
+                weight = exponential(function, score - largest.broadcast(lanes))
                 total = total + weight
                 if shape.bits == 8:
                     scale = (key % PAGE + number * lanes) * 4 + (shape.scales_at + PAGE * 4)
@@ -255,7 +255,7 @@ class _Attend:
             with function.when(factor.compare("<", 1.0)):
                 for start in range(0, shape.width, lanes):
                     at = (row * shape.width + start) * 4
-                    self._sums.store(self._sums.load(self.floats, at) * factor.spread(lanes), at)
+                    self._sums.store(self._sums.load(self.floats, at) * factor.broadcast(lanes), at)
 
     def _add_values(
         self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value
@@ -285,7 +285,7 @@ class _Attend:
                     for tiled in range(count):
                         weight = (row + tiled) * _KEYS + word * per_word
                         for number in range(per_word):
-                            factor = self._scores.load(f32, (weight + number) * 4).spread(lanes)
+                            factor = self._scores.load(f32, (weight + number) * 4).broadcast(lanes)
                             for part in range(_VECTORS):
                                 which = tiled * _VECTORS + part
                                 sums[which] = function.multiply_add(
@@ -328,10 +328,10 @@ def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None
             for number in range(vectors):
                 values = part.load(floats, 8 + number * lanes * 4)
                 sums[1 + number] = function.multiply_add(
-                    values, factor.spread(lanes), sums[1 + number]
+                    values, factor.broadcast(lanes), sums[1 + number]
                 )
         for number in range(vectors):
-            line.store(sums[1 + number] / sums[0].spread(lanes), number * lanes * 4)
+            line.store(sums[1 + number] / sums[0].broadcast(lanes), number * lanes * 4)
         with function.loop(0, shape.head_dim, 1) as (at, _):
             value, place = line.load(f32, at * 4), row * shape.head_dim + at
             store_fp32(out, value, place, bf16)

@@ -129,14 +129,14 @@ class Value:
         """Shift to the right; copies of the sign bit are shifted in from the left."""
         return self._binary(bits, "ashr")
 
-    def spread(self, count: int) -> Value:
-        """Broadcast this number: return a vector that has it in every place."""
+    def broadcast(self, count: int) -> Value:
+        """Return a vector that has this number in every place."""
         kind = vector(self.type, count)
         first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, i32(0))
-        return self._wrap(first).picked([0] * count)
+        return self._wrap(first).shuffled([0] * count)
 
-    def picked(self, places: Sequence[int], other: Value | None = None) -> Value:
-        """Shuffle: return the elements at these places of this vector and, behind it, `other`."""
+    def shuffled(self, places: Sequence[int], other: Value | None = None) -> Value:
+        """Return the elements at these places of this vector and, behind it, `other`."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
         mask = ir.Constant(vector(i32, len(places)), list(places))
         return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))

@@ -128,7 +128,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
         scales.store(scale, (token * blocks + block) * 4)
         total = function.constant(integers, 0)
         for place, piece in enumerate(pieces):
-            rounded = function.rounded(piece * factor.spread(lanes)).as_integer(integers)
+            rounded = function.rounded(piece * factor.broadcast(lanes)).as_integer(integers)
             total = total + rounded
             narrow = rounded.narrowed(vector(unit.x_type, lanes))
             x_integers.store(narrow, (first + place * lanes) * size)

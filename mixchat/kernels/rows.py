@@ -163,7 +163,7 @@ class _RMSNorm(_Rows):
             sums[0] = function.multiply_add(numbers, numbers, sums[0])
         mean = function.total(sums[0]) / self.columns.as_float(f32) + self.given.load("eps", f32)
         root = function.call("llvm.sqrt.f32", f32, mean)
-        factor = (function.constant(f32, 1.0) / root).spread(lanes)
+        factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
         with function.loop(0, self.columns, lanes) as (column, _):
             normed = self.rounded(self.load(self.x, first + column) * factor)
             weights = self.load(self.given.pointer("weight"), column)
@@ -217,7 +217,7 @@ class _WeightedSum(_Rows):
         with function.loop(0, self.columns, self.lanes) as (column, _):
             with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
                 row = token * count + choice
-                weight = weights.load(f32, row * 4).spread(self.lanes)
+                weight = weights.load(f32, row * 4).broadcast(self.lanes)
                 numbers = self.load(self.x, row * self.columns + column)
                 sums[0] = function.multiply_add(numbers, weight, sums[0])
             self.store(sums[0], token * self.columns + column)

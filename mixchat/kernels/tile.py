@@ -100,7 +100,7 @@ class Tile:
             count = self.bands * self.tokens * self._parts
             return [self.function.constant(whole, 0)] * count
         offsets = [
-            self._x_sums.load(i32, self._block_of(token, block)).spread(unit.lanes)
+            self._x_sums.load(i32, self._block_of(token, block)).broadcast(unit.lanes)
             for token in range(self.tokens)
         ]
         return [one for one in offsets for _ in range(self._parts)] * self.bands
@@ -119,7 +119,7 @@ class Tile:
         function, unit, parts = self.function, self._unit, self._parts
         floats = vector(f32, unit.lanes)
         x_scales = [
-            self._x_scales.load(f32, self._block_of(token, block)).spread(unit.lanes)
+            self._x_scales.load(f32, self._block_of(token, block)).broadcast(unit.lanes)
             for token in range(self.tokens)
         ]
         for band in range(self.bands):

@@ -75,7 +75,7 @@ class Avx512(Unit):
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
         self._words = vector(i16, 32)
-        self._twice = table.load(vector(i16, 16)).picked([*range(16), *range(16)])
+        self._twice = table.load(vector(i16, 16)).shuffled([*range(16), *range(16)])
 
     def levels(self, lines: Value) -> list[Value]:
         """Return the levels of rows 0 to 15, and of rows 16 to 31."""
@@ -87,7 +87,7 @@ class Avx512(Unit):
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """Add both products of each pair; with VNNI, LLVM makes one instruction of it."""
-        pairs = x.spread(self.lanes).bits_as(self._words)
+        pairs = x.broadcast(self.lanes).bits_as(self._words)
         name, kind = "llvm.x86.avx512.pmaddw.d.512", vector(i32, self.lanes)
         return sums + self.function.call(name, kind, levels, pairs)
 
@@ -101,7 +101,7 @@ class Avx2(Unit):
         super().__init__(function, table)
         self._bytes, self._words = vector(i8, 32), vector(i16, 16)
         both = table.load(self._bytes)
-        self._low, self._high = (both.picked(2 * [*range(odd, 32, 2)]) for odd in (0, 1))
+        self._low, self._high = (both.shuffled(2 * [*range(odd, 32, 2)]) for odd in (0, 1))
 
     def levels(self, lines: Value) -> list[Value]:
         """Return the levels of rows 0-3 and 8-11, of 4-7 and 12-15, and the same from row 16 on."""
@@ -114,13 +114,13 @@ class Avx2(Unit):
             )
             for start in (0, 8):  # within each half of the vector, as the instruction does it
                 where = [*range(start, start + 8), *range(start + 16, start + 24)]
-                mixed = low.picked([place + 32 * odd for place in where for odd in (0, 1)], high)
+                mixed = low.shuffled([place + 32 * odd for place in where for odd in (0, 1)], high)
                 found.append(mixed.bits_as(self._words))
         return found
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """Add both products of each pair."""
-        pairs = x.spread(self.lanes).bits_as(self._words)
+        pairs = x.broadcast(self.lanes).bits_as(self._words)
         name, kind = "llvm.x86.avx2.pmadd.wd", vector(i32, self.lanes)
         return sums + self.function.call(name, kind, levels, pairs)
 
@@ -128,7 +128,7 @@ class Avx2(Unit):
         """Return the sums in the order of the rows, out of that of `levels`."""
         lower, upper = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         return [
-            one.picked(rows, other)
+            one.shuffled(rows, other)
             for one, other in (sums[:2], sums[2:])
             for rows in (lower, upper)
         ]
@@ -143,12 +143,12 @@ class Avx512Bytes(Unit):
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
         self._bytes, self._words = vector(i8, 64), vector(i16, 32)
-        self._levels = table.plus(_BYTES_AT).load(vector(i8, 16)).picked([*range(16)] * 4)
+        self._levels = table.plus(_BYTES_AT).load(vector(i8, 16)).shuffled([*range(16)] * 4)
 
     def levels(self, lines: Value) -> list[Value]:
         """Return the levels of rows 0 to 15, and of rows 16 to 31: four columns of a row a lane."""
         together = [place for pair in range(16) for place in (pair, pair + 16)]
-        mixed = lines.bits_as(self._words).picked(together)
+        mixed = lines.bits_as(self._words).shuffled(together)
         shifted = (mixed >> 4).bits_as(self._bytes)
         return [
             self.function.call("llvm.x86.avx512.pshuf.b.512", self._bytes, self._levels, places)
@@ -159,7 +159,7 @@ class Avx512Bytes(Unit):
         """Add all four products of each lane."""
         # LLVM 20 declares the operands as 32-bit numbers; later versions accept that.
         name, kind = "llvm.x86.avx512.vpdpbusd.512", vector(i32, self.lanes)
-        return self.function.call(name, kind, sums, levels.bits_as(kind), x.spread(self.lanes))
+        return self.function.call(name, kind, sums, levels.bits_as(kind), x.broadcast(self.lanes))
 
 
 UNITS: dict[UnitName, type[Unit]] = {

@@ -90,12 +90,12 @@ def test_threads_share_the_items_between_them(threads: int) -> None:
 def test_vectors_are_spread_picked_and_converted() -> None:
     def write(function: Function) -> None:
         pair = function.pointer.load(vector(i32, 2))  # the halves of the first number
-        swapped = pair.picked([1, 0])
+        swapped = pair.shuffled([1, 0])
         function.pointer.store(swapped, 8)
-        function.pointer.store(pair.picked([0, 2], swapped).widened(vector(i64, 2)), 16)
+        function.pointer.store(pair.shuffled([0, 2], swapped).widened(vector(i64, 2)), 16)
         floats = function.constant(vector(f32, 2), [1.5, -2.5]) * 2.0
         function.pointer.store(floats.as_integer(vector(i32, 2)), 32)
-        function.pointer.store(function.constant(i32, 9).spread(2), 40)
+        function.pointer.store(function.constant(i32, 9).broadcast(2), 40)
 
     low, high = 3, 4
     both = run(write, low | high << 32, 0, 0, 0, 0, 0)
