@@ -153,18 +153,20 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
     if about.get("model") != engine.identity:
-        raise CheckpointError(f"{file.path} is not of this model")
+        raise CheckpointError(f"{file.path} was written for another model")
     if about.get("cache") != cache.form:
-        raise CheckpointError(f"{file.path} is not of a KV cache of this kind ({cache.form})")
+        raise CheckpointError(
+            f"{file.path} was written for another kind of KV cache, not {cache.form}"
+        )
     if about.get("exact", False) != engine.exact_prompts:
         how = "not written" if engine.exact_prompts else "written"
         raise CheckpointError(f"{file.path} was {how} with --exact-prompts")
     tokens = about.get("tokens")
     length = file.header.spec(_ABOUT).nbytes
     if type(tokens) is not int or not 0 < tokens < 2**31:
-        raise CheckpointError(f"{file.path} is damaged (it has no count of tokens)")
+        raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
     if file.header.specs != _specs(cache, tokens, length):
-        raise CheckpointError(f"{file.path} is damaged (its tensors are not those it should have)")
+        raise CheckpointError(f"{file.path} is damaged (its tensors do not match its description)")
     return tokens
 
 
@@ -175,5 +177,5 @@ def _read_about(file: SafetensorsFile) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             about = json.loads(bytes(tensor_bytes(file.read(_ABOUT))))
     if not isinstance(about, dict):
-        raise CheckpointError(f"{file.path} is damaged (it does not say what it is of)")
+        raise CheckpointError(f"{file.path} is damaged (its description is missing)")
     return about

@@ -202,7 +202,9 @@ def test_a_file_of_another_model_is_refused(
     open_engine: Open, tmp_path: Path, make_checkpoint: Any, keep: Any
 ) -> None:
     saved(tmp_path / "f", open_engine())
-    refused(tmp_path / "f", open_engine(keep(make_checkpoint(seed=1))), "is not of this model")
+    refused(
+        tmp_path / "f", open_engine(keep(make_checkpoint(seed=1))), "was written for another model"
+    )
 
 
 def test_the_config_is_part_of_the_model(
@@ -211,12 +213,12 @@ def test_the_config_is_part_of_the_model(
     """With another rope_theta the same weights make other keys."""
     saved(tmp_path / "f", open_engine())
     other = keep(make_checkpoint(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}))
-    refused(tmp_path / "f", open_engine(other), "is not of this model")
+    refused(tmp_path / "f", open_engine(other), "was written for another model")
 
 
 def test_a_file_of_other_bits_is_refused(open_engine: Open, tmp_path: Path) -> None:
     saved(tmp_path / "f", open_engine(kv_bits=16))
-    refused(tmp_path / "f", open_engine(kv_bits=8), "of a KV cache of this kind")
+    refused(tmp_path / "f", open_engine(kv_bits=8), "another kind of KV cache")
 
 
 @needs_kernel
@@ -228,25 +230,25 @@ def test_a_file_of_the_other_kind_is_refused(
     saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
     monkeypatch.setattr(kv_cache.attention, "available", lambda: not kernel)
     other = load_engine(tiny_model, LoadOptions(device="cpu"))
-    refused(tmp_path / "f", other, "of a KV cache of this kind")
+    refused(tmp_path / "f", other, "another kind of KV cache")
 
 
 @pytest.mark.parametrize(
     ("about", "message"),
     [
         ({"format": 2}, "another version"),
-        ({"format": True, "model": None}, "not of this model"),
-        ({"model": "0" * 64}, "not of this model"),
-        ({"cache": ["pages"]}, "this kind"),
-        ({"tokens": 22}, "its tensors are not those"),
-        ({"tokens": 2**30}, "its tensors are not those"),
-        ({"tokens": 2**70}, "no count of tokens"),
-        ({"tokens": 0}, "no count of tokens"),
-        ({"tokens": -1}, "no count of tokens"),
-        ({"tokens": True}, "no count of tokens"),
-        ({"tokens": "23"}, "no count of tokens"),
-        ({"tokens": None}, "no count of tokens"),
-        ({"more": "x" * 5000}, "does not say what it is of"),
+        ({"format": True, "model": None}, "another model"),
+        ({"model": "0" * 64}, "another model"),
+        ({"cache": ["pages"]}, "another kind"),
+        ({"tokens": 22}, "its tensors do not match"),
+        ({"tokens": 2**30}, "its tensors do not match"),
+        ({"tokens": 2**70}, "count of tokens is wrong"),
+        ({"tokens": 0}, "count of tokens is wrong"),
+        ({"tokens": -1}, "count of tokens is wrong"),
+        ({"tokens": True}, "count of tokens is wrong"),
+        ({"tokens": "23"}, "count of tokens is wrong"),
+        ({"tokens": None}, "count of tokens is wrong"),
+        ({"more": "x" * 5000}, "its description is missing"),
     ],
 )
 def test_what_a_file_says_of_itself_is_checked(
@@ -262,7 +264,7 @@ def test_text_that_is_no_object_is_refused(open_engine: Open, tmp_path: Path, te
     saved(tmp_path / "f", open_engine())
     bad = torch.tensor(list(text), dtype=torch.uint8)
     rewritten(tmp_path / "f", mixchat_prompt_cache=bad)
-    refused(tmp_path / "f", open_engine(), "does not say what it is of")
+    refused(tmp_path / "f", open_engine(), "its description is missing")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_tensors_of_another_shape_or_type_are_refused(
 ) -> None:
     saved(tmp_path / "f", open_engine())
     rewritten(tmp_path / "f", **tensors)
-    refused(tmp_path / "f", open_engine(), "its tensors are not those")
+    refused(tmp_path / "f", open_engine(), "its tensors do not match")
 
 
 def test_a_file_that_was_changed_right_is_taken(open_engine: Open, tmp_path: Path) -> None:

@@ -35,11 +35,10 @@ class ChatSaver:
         warn: Callable[[Exception], object] = lambda error: None,
         note: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.store, self.autosave = store, autosave
-        self._autosave_at_first = autosave
-        self.session, self.model, self._warn, self._note = session, model, warn, note
+        self.session, self.store, self.model = session, store, model
+        self._autosave_at_first, self._warn, self._note = autosave, warn, note
         self._warned = False
-        self.chat = self._new_chat()
+        self.start_new()
 
     @property
     def kv_path(self) -> Path:
@@ -48,7 +47,8 @@ class ChatSaver:
 
     def start_new(self) -> None:
         """Start a new chat; the old one stays as it was saved."""
-        self.chat, self.autosave = self._new_chat(), self._autosave_at_first
+        self.chat, self._has_file = self._new_chat(), False
+        self.autosave = self._autosave_at_first
 
     def save(self) -> None:
         """Write the chat as it is now, if it is to be saved; pass an error to `warn`."""
@@ -89,7 +89,8 @@ class ChatSaver:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in but}
         session.sampling = parameters.restored(saved, session.sampling)
-        self.chat, self.autosave, self._has_file = chat, self._autosave_at_first, True
+        self.chat, self._has_file = chat, True
+        self.autosave = self._autosave_at_first
 
     def current(self) -> SavedChat:
         """Return the chat as it is now."""
@@ -113,7 +114,7 @@ class ChatSaver:
         self.chat, self._has_file = chat, True
 
     def _new_chat(self) -> SavedChat:
-        started, self._has_file = now(), False
+        started = now()
         return SavedChat(
             id=self.store.new_id(started),
             name=None,

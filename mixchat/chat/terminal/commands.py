@@ -111,7 +111,7 @@ def _set(chat: ActiveChat, argument: str) -> None:
         raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
-    chat.screen.say("(from the next answer on)")
+    chat.screen.say("(takes effect with the next answer)")
 
 
 def _show(chat: ActiveChat, argument: str) -> None:
@@ -137,7 +137,7 @@ def _system(chat: ActiveChat, argument: str) -> None:
         return
     chat.session.system = None if argument.lower() == "none" else argument
     chat.saver.save()
-    chat.screen.say("(from the next answer on)")
+    chat.screen.say("(takes effect with the next answer)")
 
 
 def _save(chat: ActiveChat, argument: str) -> None:

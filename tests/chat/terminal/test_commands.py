@@ -99,7 +99,9 @@ def test_a_question_that_only_begins_like_it_is_asked(session_of, line):
 def test_set_system_sets_the_system_prompt(session_of, line):
     """As elsewhere; it said "Did you mean temp?"."""
     session = session_of("a")
-    assert typed(session, line, "/set system").text == "(from the next answer on)\nbe nice\n"
+    assert (
+        typed(session, line, "/set system").text == "(takes effect with the next answer)\nbe nice\n"
+    )
     assert session.system == "be nice"
 
 
