@@ -1,4 +1,4 @@
-"""Tiny models: random Mixtrals as transformers writes them, and the kept models made of them."""
+"""Tiny models: random Mixtrals as transformers writes them, and the models installed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-# Nor may anything be left in the place of the person who runs this.
+# Nor may anything be written to the data directory of the person who runs this.
 _HOME = tempfile.TemporaryDirectory(prefix="mixchat-tests-")
 os.environ["MIXCHAT_HOME"] = _HOME.name
 
@@ -69,7 +69,7 @@ def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a kept model of a checkpoint, with `QuantizeOptions` as asked."""
+    """Install a checkpoint, with `QuantizeOptions` as given, and return the model's directory."""
 
     def keep(checkpoint: Path, **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
@@ -77,7 +77,7 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
         from mixchat.weights.source.directory_origin import DirectoryOrigin
 
-        target = tmp_path_factory.mktemp("kept") / "model"
+        target = tmp_path_factory.mktemp("installed") / "model"
         origin = DirectoryOrigin(checkpoint, Source("test"))
         build(origin, target, make_blueprint(origin.index, QuantizeOptions(**options)))
         return target
@@ -87,13 +87,13 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path, keep: Callable[..., Path]) -> Path:
-    """The kept model, in NF4, of `tiny_checkpoint`. Do not write into it."""
+    """The model installed from `tiny_checkpoint`, in NF4. Do not write into it."""
     return keep(tiny_checkpoint)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of huggingface_hub's, no token, and no patience between attempts."""
+    """An empty cache of huggingface_hub, without a token and without waits between attempts."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -106,7 +106,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(transfer, "_WAITS", (0.0,) * 5)
-    # The client's own patience, with which it fetches the small files.
-    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr(_http, "time", impatient)
+    # The client's own waits, when it fetches the small files.
+    no_wait = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(_http, "time", no_wait)
     return tmp_path / "cache"

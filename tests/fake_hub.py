@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the protocol as huggingface_hub's client uses, and its faults.
+"""A local hub: the part of the protocol that huggingface_hub's client uses, and its faults.
 
 Two servers on 127.0.0.1: the hub itself, and the store of large files on another port, as the real
 hub has one on another host. One repo at one commit. Every request is written down.
@@ -34,10 +34,10 @@ class Request:
 
 @dataclass
 class Fault:
-    """What the next `times` requests get whose path matches, once `after` of them were served.
+    """A fault in the answers to the next `times` requests for `path`, after the first `after`.
 
-    An error, a connection cut off, a page of HTML, or a range that begins so many bytes `earlier`
-    than asked for. `headers` are added to it. `ranged`: only requests for a part get it.
+    It is an error, a connection cut off, a page of HTML, or a range that begins some bytes
+    `earlier` than requested. `headers` are added. With `ranged` it affects only requests for parts.
     """
 
     path: str
@@ -59,7 +59,7 @@ class FakeHub:
 
     `files` maps names to content; those larger than `lfs_limit` bytes live in the store and have a
     SHA-256. `serve` replaces the content that is sent (not the one listed), `listing` edits the
-    answer to a look-up.
+    answer to a query.
     """
 
     files: dict[str, bytes]
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def look_up(self, path: str) -> None:
         match = re.fullmatch(rf"/api/models/{self.hub.repo}(?:/revision/(.+))?", path)
         if match is None:
-            # What the real hub says to a stranger, so as not to betray which private repos exist.
+            # The real hub answers so without a token, in order to hide which private repos exist.
             self.answer(401, b"{}", **{"X-Error-Code": "RepoNotFound"})
         elif match[1] not in (None, "main", self.hub.commit, *self.hub.history):
             self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})

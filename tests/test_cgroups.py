@@ -51,13 +51,13 @@ def version_2(group: str, limit: str, used: int, inactive: int = 0) -> dict[str,
     }
 
 
-def test_a_container_s_limit_counts_and_files_read_before_do_not(tree: Tree) -> None:
+def test_the_limit_of_a_container_counts_and_cached_files_do_not(tree: Tree) -> None:
     process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "1000", 700, 150))
     assert cgroups.memory_room(process) == 450
     assert cgroups.memory_limit(process) == 1000
 
 
-def test_more_taken_than_allowed_leaves_nothing(tree: Tree) -> None:
+def test_more_memory_used_than_allowed_leaves_none(tree: Tree) -> None:
     process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "500", 700, 150))
     assert cgroups.memory_room(process) == 0
 
@@ -82,7 +82,7 @@ def test_the_tightest_limit_of_all_levels_wins(tree: Tree) -> None:
     assert cgroups.memory_limit(process) == 5000
 
 
-def test_what_slows_a_process_down_until_it_hardly_runs_is_a_limit(tree: Tree) -> None:
+def test_a_limit_that_only_slows_a_process_down_counts(tree: Tree) -> None:
     files = {**version_2("v2/a", "5000", 1000), "v2/a/memory.high": "3000"}
     process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, files)
     assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (2000, 3000)
@@ -141,7 +141,7 @@ def test_a_mount_point_may_have_a_space_in_its_name(tree: Tree, tmp_path: Path) 
     assert cgroups.memory_room(process) == 300
 
 
-def test_mounts_that_are_not_there_are_no_limit(tree: Tree) -> None:
+def test_missing_mounts_are_no_limit(tree: Tree) -> None:
     process = tree("4:memory:/a\n0::/a\n", {}, {})
     assert cgroups.memory_room(process) is None
     (process / "mountinfo").write_text("garbage\n\n")

@@ -14,7 +14,7 @@ from mixchat.context import Context
     ],
 )
 def test_a_larger_context_is_only_offered_where_it_would_be_large_enough(context, tokens, hint):
-    """A prompt longer than the largest context was told that --ctx-size could be larger."""
+    """For a prompt longer than the largest context, the hint advised a larger --ctx-size."""
     error = context.prompt_too_long(tokens)
     assert str(error).startswith(f"the prompt is too long: {tokens} tokens, the context holds")
     assert error.hint == hint

@@ -1,4 +1,4 @@
-"""Small files: only regular ones are read, and one that is written is there whole or not at all."""
+"""Small files: only regular ones are read, and each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def device(path: Path) -> None:
 
 @pytest.fixture(params=[fifo, a_socket, device])
 def irregular(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Something under a file's name that is not a file. (The path of a socket has to be short.)"""
+    """Something that is not a regular file. (The path of a socket has to be short.)"""
     monkeypatch.chdir(tmp_path)
     request.param(Path("thing"))
     return Path("thing")
 
 
-def test_what_is_not_a_regular_file_is_not_read(irregular: Path) -> None:
-    """A checkpoint whose config.json was a FIFO hung for ever, and /dev/zero filled the memory."""
+def test_only_a_regular_file_is_read(irregular: Path) -> None:
+    """A checkpoint whose config.json was a FIFO hung forever, and /dev/zero filled the memory."""
     with pytest.raises(CheckpointError, match=r"thing: cannot be read \(is not a regular file\)"):
         read_bytes(irregular)
 
@@ -47,8 +47,8 @@ def test_a_directory_is_not_read(tmp_path: Path) -> None:
         read_bytes(tmp_path)
 
 
-def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
-    """huggingface_hub's cache is made of links; among our own files there is none."""
+def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
+    """huggingface_hub's cache consists of links; mixchat's own files are none."""
     (tmp_path / "file").write_bytes(b"data")
     link = tmp_path / "link"
     link.symlink_to("file")
@@ -57,7 +57,7 @@ def test_a_link_is_followed_only_where_it_may_be(tmp_path: Path) -> None:
         read_bytes(link, follow=False)
 
 
-def test_nothing_stays_open_where_opening_is_refused(tmp_path: Path) -> None:
+def test_a_refused_file_is_closed_again(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
@@ -68,10 +68,10 @@ def test_nothing_stays_open_where_opening_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_file, write_private_file])
 class TestWriting:
-    def test_a_link_is_replaced_and_what_it_names_is_left_as_it_is(
+    def test_a_link_is_replaced_and_its_target_is_not_changed(
         self, tmp_path: Path, write: Callable[[Path, bytes], None]
     ) -> None:
-        """A link to another's file, where a file of ours belongs, was written through."""
+        """A link in place of our file was followed, and its target overwritten."""
         precious, link = tmp_path / "precious", tmp_path / "report.json"
         precious.write_text("precious")
         link.symlink_to(precious)
@@ -79,10 +79,10 @@ class TestWriting:
         assert (precious.read_text(), link.read_bytes()) == ("precious", b"data")
         assert not link.is_symlink()
 
-    def test_what_is_not_a_regular_file_is_left_as_it_is(
+    def test_anything_but_a_regular_file_is_not_replaced(
         self, tmp_path: Path, write: Callable[[Path, bytes], None]
     ) -> None:
-        """A device's name was given to a file of ours, as root."""
+        """As root, a device was replaced by our file."""
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OSError, match="is not a regular file") as caught:
             write(tmp_path / "fifo", b"data")
@@ -90,10 +90,10 @@ class TestWriting:
         assert (tmp_path / "fifo").is_fifo()
         assert os.listdir(tmp_path) == ["fifo"]
 
-    def test_a_full_disk_leaves_nothing_behind_and_the_old_file_as_it_was(
+    def test_a_full_disk_leaves_no_temporary_file_and_the_old_file_unchanged(
         self, tmp_path: Path, write: Callable[[Path, bytes], None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After a run on a full disk stats/demo.json.tmp was left."""
+        """After a run on a full disk stats/demo.json.tmp remained."""
         write(tmp_path / "file", b"old")
 
         def full(descriptor: int) -> None:
@@ -106,6 +106,6 @@ class TestWriting:
         assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_a_private_file(tmp_path: Path) -> None:
     write_private_file(tmp_path / "file", b"data")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600

@@ -1,4 +1,4 @@
-"""One process at a time for each model or chat, also when one of them is killed."""
+"""Locks between processes, also when one of them is killed."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def lock_file(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
-def test_it_is_held_by_a_file_beside_the_model_which_is_gone_afterwards(target: Path) -> None:
+def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target: Path) -> None:
     with exclusive_lock(target):
         assert lock_file(target).exists()
         assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
 
-def test_it_is_given_back_after_an_error(target: Path) -> None:
+def test_the_lock_is_released_after_an_error(target: Path) -> None:
     with pytest.raises(KeyboardInterrupt), exclusive_lock(target):
         raise KeyboardInterrupt
     with exclusive_lock(target):
         pass
 
 
-def test_another_process_is_told_to_wait_its_turn(
+def test_a_second_process_is_busy_while_the_first_holds_the_lock(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(Busy), exclusive_lock(target):
@@ -74,29 +74,29 @@ def test_another_process_is_told_to_wait_its_turn(
     assert lock_file(target).exists()
 
 
-def test_other_models_are_not_concerned(target: Path, holder: subprocess.Popen[str]) -> None:
+def test_other_models_are_not_locked(target: Path, holder: subprocess.Popen[str]) -> None:
     with exclusive_lock(target.with_name("other")):
         pass
 
 
-def test_one_that_waits_says_so_once_and_goes_on_when_the_other_has_finished(
+def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_finished(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
-    said = []
+    calls = []
 
     def wait() -> None:
-        said.append(True)
+        calls.append(True)
         assert holder.stdin
         holder.stdin.close()
 
     with exclusive_lock(target, on_wait=wait):
         assert holder.wait(60) == 0
         assert lock_file(target).exists()
-    assert said == [True]
+    assert calls == [True]
     assert not lock_file(target).exists()
 
 
-def test_one_that_waits_goes_on_when_the_other_is_killed(
+def test_a_process_that_waits_continues_when_the_other_is_killed(
     target: Path, holder: subprocess.Popen[str]
 ) -> None:
     with exclusive_lock(target, on_wait=lambda: holder.send_signal(signal.SIGKILL)):
@@ -112,10 +112,10 @@ def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
     assert not lock_file(target).exists()
 
 
-def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(
+def test_a_lock_on_a_file_that_was_removed_is_not_a_lock(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened before the holder removed it and locked after: two would have held "the" lock."""
+    """Opened before the holder removed it and locked afterwards: two would hold the lock."""
     import fcntl
 
     target.parent.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(
         pass
 
 
-def test_a_disk_without_locks_can_be_written_all_the_same(
+def test_a_disk_without_locks_can_still_be_written(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fcntl
@@ -147,7 +147,7 @@ def test_a_disk_without_locks_can_be_written_all_the_same(
     assert not lock_file(target).exists()
 
 
-def test_only_one_of_many_is_inside(target: Path) -> None:
+def test_only_one_of_many_threads_holds_the_lock(target: Path) -> None:
     inside, most, done = [0], [0], []
 
     def work() -> None:
@@ -168,10 +168,10 @@ def test_only_one_of_many_is_inside(target: Path) -> None:
     assert list(target.parent.iterdir()) == []
 
 
-def test_who_has_waited_long_enough_is_told(
+def test_a_process_does_not_wait_longer_than_its_timeout(
     target: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that was suspended while it saved made all others wait, deaf to Ctrl-C."""
+    """A session that was suspended while it saved made all others wait, without Ctrl-C."""
     now = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
     monkeypatch.setattr(lock, "time", clock)

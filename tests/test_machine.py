@@ -16,7 +16,7 @@ def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_free_memory_is_what_machine_and_control_group_both_leave(
+def test_free_memory_is_within_the_machine_and_its_control_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = machine.free_memory()
@@ -34,10 +34,10 @@ def test_free_memory_is_what_machine_and_control_group_both_leave(
     ("kind", "name", "left"),
     [(resource.RLIMIT_AS, "ulimit -v", 700), (resource.RLIMIT_DATA, "ulimit -d", 900)],
 )
-def test_a_ulimit_leaves_what_the_process_has_not_taken(
+def test_a_ulimit_leaves_what_the_process_has_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, name: str, left: int
 ) -> None:
-    """Under `ulimit -v` mixchat planned with all of the machine's memory, and then failed."""
+    """Under `ulimit -v` mixchat planned with all of the machine's memory, and failed."""
     pages = tmp_path / "statm"
     pages.write_text("300 40 30 20 0 100 0\n")
     monkeypatch.setattr(machine, "_PAGES", pages)
@@ -52,7 +52,7 @@ def test_a_ulimit_leaves_what_the_process_has_not_taken(
     assert machine.tightest_memory_limit() is None
 
 
-def test_a_directory_that_is_not_there_yet_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
+def test_a_missing_directory_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
     below = tmp_path / "not" / "yet"
     assert machine.nearest_existing(below) == tmp_path == machine.nearest_existing(tmp_path)
     assert machine.same_disk(below, tmp_path)
@@ -60,7 +60,7 @@ def test_a_directory_that_is_not_there_yet_is_on_the_disk_of_the_one_above(tmp_p
     assert not machine.same_disk(below, Path("/proc"))
 
 
-def test_the_disk_that_files_take_is_without_their_holes(tmp_path: Path) -> None:
+def test_the_disk_usage_of_files_excludes_holes(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "full").write_bytes(b"x" * 100_000)
     with open(tmp_path / "hole", "wb") as file:
@@ -70,7 +70,7 @@ def test_the_disk_that_files_take_is_without_their_holes(tmp_path: Path) -> None
     assert machine.disk_usage(tmp_path / "nowhere") == 0
 
 
-def test_the_processor_is_called_what_it_calls_itself(
+def test_the_processor_is_named_as_the_system_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = tmp_path / "cpuinfo"
@@ -80,7 +80,7 @@ def test_the_processor_is_called_what_it_calls_itself(
 
 
 @pytest.mark.parametrize("text", [None, "", "model name\t:\n", "CPU part\t: 0xd0c\n"])
-def test_a_processor_without_a_name_is_called_by_its_kind(
+def test_a_processor_without_a_name_is_named_by_its_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
 ) -> None:
     info = tmp_path / "cpuinfo"
@@ -93,7 +93,7 @@ def test_a_processor_without_a_name_is_called_by_its_kind(
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_outside_of_affinity_and_quota_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert machine.usable_cores() == 3
     monkeypatch.setattr(cgroups, "cores", lambda: 2)
@@ -105,7 +105,7 @@ def test_cores_that_are_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_memory_in_all_is_what_a_container_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_total_memory_is_within_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = machine.total_memory()
     assert machine.free_memory() < whole
     monkeypatch.setattr(cgroups, "memory_limit", lambda: 10**18)

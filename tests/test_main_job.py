@@ -49,7 +49,7 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) ->
     assert "240 host slots" in answers["100%"].stderr
 
 
-def test_standard_input_goes_before_the_prompt(home: Path) -> None:
+def test_standard_input_precedes_the_prompt(home: Path) -> None:
     answer = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", QUESTION)
     piped = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", stdin=QUESTION)
     assert piped.stdout == answer.stdout
@@ -58,7 +58,7 @@ def test_standard_input_goes_before_the_prompt(home: Path) -> None:
     assert both.stdout == joined.stdout
 
 
-def test_it_is_listed_and_says_plainly_what_it_is(home: Path) -> None:
+def test_the_demo_is_listed_and_described(home: Path) -> None:
     (model,) = json.loads(mixchat(home, "list", "--json").stdout)
     assert (model["name"], model["quantization"], model["problem"]) == ("demo", "nf4", None)
     shown = mixchat(home, "show", "demo").stdout
@@ -66,7 +66,7 @@ def test_it_is_listed_and_says_plainly_what_it_is(home: Path) -> None:
     assert "SmolLM2-135M-Instruct" in shown
 
 
-def test_chat_turns_prefill_only_what_is_new(home: Path) -> None:
+def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.options import LoadOptions, SamplingOptions

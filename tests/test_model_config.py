@@ -83,13 +83,13 @@ def test_eos_may_be_a_list() -> None:
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )
-def test_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_an_error_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ModelConfig.from_dict({**MIXTRAL, **change})
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\xff"])
-def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_object_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -107,13 +107,13 @@ def test_reads_a_file(tmp_path: Path) -> None:
     assert ModelConfig.from_file(path) == ModelConfig.from_dict(MIXTRAL)
 
 
-def test_a_directory_in_its_place_is_named(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         ModelConfig.from_file(tmp_path / "config.json")
 
 
-def test_advice_on_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None:
+def test_recommended_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None:
     assert advised_sampling(tmp_path) == {}
     advice = {"temperature": 0.2, "top_p": "0.9", "top_k": 5, "min_p": True}
     (tmp_path / "generation_config.json").write_text(
@@ -141,7 +141,7 @@ def test_a_file_that_is_far_too_large_is_not_read_to_its_end(tmp_path: Path) -> 
         ({"max_new_tokens": True}, None),
     ],
 )
-def test_advice_on_the_length_of_an_answer_is_read_where_it_is_a_number(
+def test_the_recommended_length_of_an_answer_is_read_where_it_is_a_number(
     tmp_path: Path, advice: dict[str, object], length: int | None
 ) -> None:
     assert advised_length(tmp_path) is None

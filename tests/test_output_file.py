@@ -1,4 +1,4 @@
-"""A file that a person names for output: another's is never replaced, whatever the name was."""
+"""A file that a person names for output: another file is never replaced."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def output(path: Path, **options: bool) -> OutputFile:
     return OutputFile("--out", path, lambda head: head.startswith(OURS), **options)
 
 
-def test_a_file_that_is_not_there_is_made_and_one_of_ours_is_replaced(tmp_path: Path) -> None:
+def test_a_new_file_is_created_and_one_that_the_flag_wrote_is_replaced(tmp_path: Path) -> None:
     for data in (OURS + b"a long first text", OURS + b"short"):
         output(tmp_path / "f").write(data)
         assert (tmp_path / "f").read_bytes() == data
 
 
-def test_an_empty_file_is_nobodys_loss(tmp_path: Path) -> None:
+def test_an_empty_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     output(tmp_path / "f").write(OURS)
     assert (tmp_path / "f").read_bytes() == OURS
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path, streams: bool) -> None:
+def test_a_file_that_the_flag_did_not_write_is_not_replaced(tmp_path: Path, streams: bool) -> None:
     (tmp_path / "f").write_bytes(b"notes")
     for use in (output(tmp_path / "f", streams=streams).check, output(tmp_path / "f").open):
         with pytest.raises(UsageError, match="exists, and was not written by --out") as caught:
@@ -41,14 +41,14 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path, streams: bool) 
     assert (tmp_path / "f").read_bytes() == b"notes"
 
 
-def test_where_nothing_is_ours_the_hint_does_not_say_so(tmp_path: Path) -> None:
+def test_the_hint_of_a_flag_that_never_replaces_names_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"notes")
     with pytest.raises(UsageError) as caught:
         OutputFile("--out", tmp_path / "f").check()
     assert caught.value.hint == "Give a file that does not exist yet."
 
 
-def test_a_link_is_followed_also_to_a_file_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_a_link_is_followed_also_to_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("f")
     for _ in range(2):
         output(tmp_path / "link").write(OURS)
@@ -59,14 +59,14 @@ def test_a_link_is_followed_also_to_a_file_that_is_not_there_yet(tmp_path: Path)
         output(tmp_path / "link").write(OURS)
 
 
-def test_a_device_is_written_to_where_a_stream_will_do() -> None:
+def test_a_device_is_written_to_where_a_stream_is_enough() -> None:
     output(Path("/dev/null")).write(OURS)
     assert Path("/dev/null").is_char_device()
     with pytest.raises(UsageError, match="was not written by --out"):
         output(Path("/dev/null"), streams=False).check()
 
 
-def test_a_pipe_gets_it_all(tmp_path: Path) -> None:
+def test_a_pipe_receives_all_data(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     output(Path(f"/dev/fd/{writer}")).write(OURS)
     os.close(writer)
@@ -74,17 +74,17 @@ def test_a_pipe_gets_it_all(tmp_path: Path) -> None:
         assert file.read() == OURS
 
 
-def test_a_directory_is_something_else(tmp_path: Path) -> None:
+def test_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was not written by --out"):
         output(tmp_path).check()
 
 
-def test_a_directory_that_is_not_there_is_found_beforehand(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported_beforehand(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no directory"):
         output(tmp_path / "typo" / "f").check()
 
 
-def test_a_file_that_somebody_made_since_the_look_is_left_as_it_is(
+def test_a_file_created_since_the_check_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = output(tmp_path / "f")
@@ -97,13 +97,13 @@ def test_a_file_that_somebody_made_since_the_look_is_left_as_it_is(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_is_an_error_of_its_own() -> None:
+def test_a_full_disk_has_its_own_error() -> None:
     with pytest.raises(ResourceError, match="No space left"):
         output(Path("/dev/full")).write(OURS)
     assert Path("/dev/full").exists()
 
 
-def test_what_is_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_written_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __init__(self, file: int) -> None:
             self.fileno = lambda: file

@@ -20,7 +20,7 @@ def test_a_budget_in_bytes(text: str, size: int) -> None:
     assert MemoryBudget.parse(text).of(10**12) == size
 
 
-def test_a_budget_as_a_share() -> None:
+def test_a_budget_as_a_percentage() -> None:
     assert MemoryBudget.parse("50%").of(1000) == 500
     assert MemoryBudget.parse("100 %").of(1000) == 1000
 
@@ -29,7 +29,7 @@ def test_a_budget_as_a_share() -> None:
     "text",
     ["", "9" * 400, "MB", "-3MB", "3 apples", "1e3", "300MiBB", "0%", "101%", "5%%", "٣MB", "inf"],
 )
-def test_what_cannot_be_read_is_refused(text: str) -> None:
+def test_a_malformed_budget_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         MemoryBudget.parse(text)
 
@@ -50,7 +50,7 @@ def test_sizes_are_written_with_three_digits(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 999, 1001, 24_576, 187_170_816, 10**9, 4_199_999_999])
-def test_the_least_that_is_shown_is_enough(size: int) -> None:
+def test_a_minimum_is_rounded_up(size: int) -> None:
     shown = MemoryBudget.parse(format_least(size).replace("bytes", "")).of(0)
     assert size <= shown <= 1.1 * size
 

@@ -1,4 +1,4 @@
-"""README keeps its word: its commands, exit codes, rooms and test command are the real ones."""
+"""README is right: its commands, exit codes, rooms and test command are the real ones."""
 
 import re
 import shlex
@@ -48,8 +48,8 @@ def test_readme_is_short_enough_to_be_read() -> None:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_a_command_that_readme_shows_can_be_given(line: str) -> None:
-    """Its name, flags and arguments are read as on the command line; nothing is run."""
+def test_a_command_in_readme_is_valid(line: str) -> None:
+    """Its name, flags and arguments are parsed as on the command line; nothing is run."""
     name, *arguments = shlex.split(line)[1:]
     group: Any = typer.main.get_command(app)
     assert name in group.commands
@@ -58,7 +58,7 @@ def test_a_command_that_readme_shows_can_be_given(line: str) -> None:
 
 @pytest.mark.parametrize("name", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 def test_each_flag_says_in_help_what_it_does(name: str) -> None:
-    """`--help` is the only reference, so no flag may be there without a meaning."""
+    """`--help` is the only reference, so each flag needs a description."""
     command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert command.help
     assert [p.name for p in command.params if not (p.help or "").strip()] == []

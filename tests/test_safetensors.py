@@ -77,7 +77,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_header_alone_tells_where_each_tensor_lies(tmp_path: Path) -> None:
+def test_a_header_has_the_offset_of_each_tensor(tmp_path: Path) -> None:
     write(tmp_path / "x", TENSORS)
     data = (tmp_path / "x").read_bytes()
     length = header_length(data[:8], len(data), "x")

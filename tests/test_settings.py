@@ -18,7 +18,7 @@ def test_the_environment_chooses_the_data_directory(
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where config.toml belongs; it is not there yet."""
+    """The path of config.toml, which does not exist yet."""
     monkeypatch.delenv("MIXCHAT_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "mixchat").mkdir()
@@ -38,7 +38,7 @@ def test_the_settings_are_where_xdg_has_them_unless_a_variable_names_a_file(
     assert config_file() == Path.cwd() / "mine.toml"
 
 
-def test_a_file_of_settings_need_not_be_there_unless_it_is_named(
+def test_a_file_of_settings_may_be_missing_unless_a_variable_names_it(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read_config(config) == {}
@@ -64,9 +64,7 @@ def test_a_file_of_settings_is_toml(config: Path, text: str) -> None:
         (b"#" * (10**6 + 1), "too large"),
     ],
 )
-def test_what_is_wrong_with_a_file_of_settings_is_said(
-    config: Path, data: bytes, message: str
-) -> None:
+def test_a_damaged_file_of_settings_is_described(config: Path, data: bytes, message: str) -> None:
     config.write_bytes(data)
     with pytest.raises(UsageError, match=message) as caught:
         read_config(config)
@@ -74,14 +72,14 @@ def test_what_is_wrong_with_a_file_of_settings_is_said(
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_is_no_file_of_settings(config: Path) -> None:
+def test_a_directory_is_not_a_file_of_settings(config: Path) -> None:
     config.mkdir()
     with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
         read_config(config)
 
 
 @pytest.mark.parametrize("name", ["nul\0byte", "loop"])
-def test_a_name_that_cannot_be_a_file_is_said(config: Path, name: str) -> None:
+def test_an_impossible_file_name_is_an_error(config: Path, name: str) -> None:
     if name == "loop":
         (config.parent / name).symlink_to(name)
     with pytest.raises(UsageError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""Signals raise in ordinary code; in bookkeeping they wait until nothing is half done."""
+"""Signals raise in ordinary code; in bookkeeping they are deferred until nothing is half done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def send(number):
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """Python's own handler, whatever ran before; and each is given back."""
+    """Python's own handler before each test, and after it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -36,7 +36,7 @@ def press() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_waits_for_the_end_of_what_is_held() -> None:
+def test_ctrl_c_is_deferred_to_the_end_of_the_outer_block() -> None:
     done = []
 
     def work() -> None:
@@ -52,7 +52,7 @@ def test_ctrl_c_waits_for_the_end_of_what_is_held() -> None:
     assert done == ["one", "two", "three"]
 
 
-def test_ctrl_c_is_raised_once_where_nothing_is_half_done() -> None:
+def test_a_deferred_ctrl_c_is_raised_once_by_check() -> None:
     with interrupts.deferred():
         interrupts.check()
         press()
@@ -61,7 +61,7 @@ def test_ctrl_c_is_raised_once_where_nothing_is_half_done() -> None:
         interrupts.check()
 
 
-def test_another_thread_neither_holds_nor_hears_signals() -> None:
+def test_another_thread_neither_defers_nor_raises_signals() -> None:
     heard: list[BaseException] = []
 
     def other() -> None:
@@ -81,7 +81,7 @@ def test_another_thread_neither_holds_nor_hears_signals() -> None:
     assert heard == []
 
 
-def test_the_first_ctrl_c_asks_for_the_end_of_an_answer_and_the_second_one_ends_it() -> None:
+def test_the_first_ctrl_c_stops_an_answer_and_the_second_one_raises() -> None:
     asked: list[bool] = []
 
     def ask() -> bool:
@@ -104,13 +104,13 @@ def test_an_answer_that_does_not_end_soon_is_ended() -> None:
 def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its patience may be over in the very moment in which the answer ends."""
+    """The time limit may pass in the moment in which the answer ends."""
     first, second = (lambda: True), (lambda: True)
     with interrupts.stopping(first):
         press()
     with interrupts.stopping(second):
         monkeypatch.setattr(interrupts._state, "overdue", first)
-        press()  # which is that of the timer
+        press()  # as the timer does
         assert interrupts._state.overdue is None
 
 
@@ -121,12 +121,12 @@ def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_process_that_is_stuck(number: int) -> None:
-    """As in a native function that does not come back: nothing hears of the exception."""
+    """As in a native function that does not return: no code gets the exception."""
     done = run(f"with interrupts.deferred():\n    send({number:d})\n    time.sleep(50)")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-def test_what_is_being_saved_is_saved_before_the_process_ends() -> None:
+def test_saving_is_finished_before_the_process_ends() -> None:
     code = (
         "with interrupts.deferred(), interrupts.saving():\n"
         f"    send({signal.SIGTERM:d})\n"
@@ -137,7 +137,7 @@ def test_what_is_being_saved_is_saved_before_the_process_ends() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "saved\n", "")
 
 
-def test_a_second_signal_does_not_disturb_the_first_ones_cleaning() -> None:
+def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first() -> None:
     code = (
         "try:\n"
         f"    send({signal.SIGHUP:d})\n"
@@ -152,8 +152,8 @@ def test_a_second_signal_does_not_disturb_the_first_ones_cleaning() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_python_swallows_ends_the_process_all_the_same(number: int) -> None:
-    """Exceptions out of callbacks are printed and forgotten: a run went on to exit code 0."""
+def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number: int) -> None:
+    """Exceptions in callbacks are printed and ignored: a run continued to exit code 0."""
     code = (
         "class Gone:\n"
         "    def __del__(self):\n"
@@ -169,13 +169,13 @@ def test_a_signal_that_python_swallows_ends_the_process_all_the_same(number: int
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-def test_what_else_is_swallowed_is_printed_as_always() -> None:
-    done = run("class Gone:\n    def __del__(self): raise ValueError('told')\nGone()")
+def test_other_swallowed_exceptions_are_printed_as_always() -> None:
+    done = run("class Gone:\n    def __del__(self): raise ValueError('lost')\nGone()")
     assert done.returncode == 0
-    assert "ValueError: told" in done.stderr
+    assert "ValueError: lost" in done.stderr
 
 
-def test_a_process_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
+def test_a_process_under_nohup_continues_when_its_terminal_is_closed() -> None:
     code = (
         "with interrupts.starting():\n"
         f"    send({signal.SIGHUP:d})\n"

@@ -1,8 +1,8 @@
-"""A chat with the demo model in a real terminal, mistreated; and texts that want to act on it.
+"""Stress of a chat with the demo model in a real terminal, and texts that could act on it.
 
     python tests/campaigns/chat.py [--interrupts 50] [--pipes 100] [--payloads 200] [--texts 1000]
 
-The demo model has to be kept already. Exit code 0: no fault was found.
+The demo model must be installed. Exit code 0: no fault was found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG = "Tell me a very long story about the sea."
 
 
 def interrupts(rounds: int, work: Path) -> list[str]:
-    """Ctrl-C at drawn moments of an answer: how long until the prompt is there again."""
+    """Press Ctrl-C at random moments of an answer, and measure when the prompt is back."""
     from terminal import Terminal
 
     environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
@@ -47,7 +47,7 @@ def interrupts(rounds: int, work: Path) -> list[str]:
             terminal.type(CTRL_C)
             terminal.wait_for(PROMPT)
             seconds.append(time.perf_counter() - pressed)
-            if number % 10 == 9:  # a short question is answered as if nothing had happened
+            if number % 10 == 9:  # a short question is still answered well
                 terminal.type("/clear" + ENTER)
                 terminal.wait_for(PROMPT)
                 terminal.type("What is the capital of France?" + ENTER)
@@ -64,7 +64,7 @@ def interrupts(rounds: int, work: Path) -> list[str]:
 
 
 def pipes(rounds: int, work: Path) -> list[str]:
-    """A reader that goes away after the first line: nothing is said, and it soon ends."""
+    """Close the reader after the first line: mixchat prints no error and ends soon."""
     environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
     faults, seconds = [], []
     command = [*MIXCHAT, "run", "-m", "demo", "Write a list of ten animals, one on each line."]
@@ -130,7 +130,7 @@ FORBIDDEN |= {chr(c) for c in range(0x2066, 0x206A)} - {"\n"}
 FORBIDDEN -= {"\n", "\t", "\r"}
 
 
-# A terminal of 16 colours is told no other ones: those of the payloads are not Rich's.
+# Rich uses only 16 colours here, so other colours are those of the payloads.
 STYLES = re.compile(r"\x1b\[(?!38;5)[0-9;]*m")
 
 
@@ -188,7 +188,7 @@ def texts(count: int) -> list[str]:
 
 
 def home(work: Path) -> Path:
-    """A place for chats of its own, with the models that are kept."""
+    """Return a data directory with chats of its own and the installed models."""
     from mixchat.settings import data_dir
 
     place = work / "home"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -26,22 +27,22 @@ class Hub:
             text=True,
             start_new_session=True,
         )
-        self.url = self.tell(step=step, delay=delay)["url"]
+        self.url = self.set(step=step, delay=delay)["url"]
         os.environ["HF_ENDPOINT"] = self.url
 
-    def tell(self, **what: Any) -> dict[str, Any]:
+    def set(self, **settings: Any) -> dict[str, Any]:
         """Set `step`, `delay`, `session`, `directory` (of the files), `siblings` (more of them in
-        the listing), `listing` (what else it says), `faults` (in place of those before, as
-        `Fault` has them), `omit` (headers); the log comes back if asked."""
+        the listing), `listing` (its other keys), `faults` (the keys of `Fault`; they replace the
+        earlier ones) or `omit` (headers); return the log if `log` is set."""
         assert self._process.stdin
         assert self._process.stdout
-        print(json.dumps(what), file=self._process.stdin, flush=True)
+        print(json.dumps(settings), file=self._process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
     def log(self) -> list[dict[str, Any]]:
-        """Requests since this was last asked: where, name, first, last, sent, session."""
-        entries: list[dict[str, Any]] = self.tell(log=True)["log"]
+        """Return the requests since the last call: where, name, first, last, sent, session."""
+        entries: list[dict[str, Any]] = self.set(log=True)["log"]
         return entries
 
     def close(self) -> None:
@@ -58,7 +59,7 @@ def _serve(directory: Path) -> None:
 
     class Handler(fake_hub._Handler):
         def setup(self) -> None:
-            # Few bytes under way, so that what is sent is nearly what arrives.
+            # A small buffer, so that nearly all bytes that are sent also arrive.
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             super().setup()
 
@@ -78,7 +79,7 @@ def _serve(directory: Path) -> None:
         do_HEAD = do_GET
 
         def _count(self, entry: Any, write: Callable[[Any], int], data: Any) -> int:
-            # A body's pieces are memoryviews, the headers are bytes.
+            # Parts of a body are memoryviews, headers are bytes.
             done = write(data)
             entry["sent"] += len(data) if isinstance(data, memoryview) else 0
             return done
@@ -97,26 +98,30 @@ def _serve(directory: Path) -> None:
 
     with Cached(files(directory)) as hub:
         for line in sys.stdin:
-            what = json.loads(line)
-            hub.step, hub.delay = what.get("step", hub.step), what.get("delay", hub.delay)
-            session[0] = what.get("session", session[0])
-            if "directory" in what:
+            settings = json.loads(line)
+            hub.step, hub.delay = settings.get("step", hub.step), settings.get("delay", hub.delay)
+            session[0] = settings.get("session", session[0])
+            if "directory" in settings:
                 Cached.describe.cache_clear()
-                hub.files = files(Path(what["directory"]))
-            if "faults" in what:
-                hub.faults = [fake_hub.Fault(**fault) for fault in what["faults"]]
-            hub.omit_headers = set(what.get("omit", hub.omit_headers))
-            if "listing" in what or "siblings" in what:
-                extra, more = what.get("listing", {}), what.get("siblings", [])
+                hub.files = files(Path(settings["directory"]))
+            if "faults" in settings:
+                hub.faults = [fake_hub.Fault(**fault) for fault in settings["faults"]]
+            hub.omit_headers = set(settings.get("omit", hub.omit_headers))
+            if "listing" in settings or "siblings" in settings:
+                extra, more = settings.get("listing", {}), settings.get("siblings", [])
                 hub.listing = lambda answer, extra=extra, more=more: {
                     **answer,
                     "siblings": answer["siblings"] + more,
                     **extra,
                 }
-            print(json.dumps({"url": hub.url, "log": log if what.get("log") else []}), flush=True)
-            if what.get("log"):
+            print(
+                json.dumps({"url": hub.url, "log": log if settings.get("log") else []}), flush=True
+            )
+            if settings.get("log"):
                 log.clear()
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    _serve(parser.parse_args().directory)

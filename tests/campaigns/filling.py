@@ -1,4 +1,4 @@
-"""Fills a disk in the midst of a download."""
+"""Fills a disk during a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Filling:
-    """Fills the disk but for `room` when `when` (0 to 1) of the weights are made; 0 is at once."""
+    """Fills the disk but for `room` when the share `when` of the weights is made; 0 is at once."""
 
     def __init__(self, shown: Any, disk: Path, room: int | None, when: float) -> None:
         self.shown, self.disk, self.room, self.when = shown, disk, room, when

@@ -1,4 +1,4 @@
-"""Flips single bytes of a kept model: each is found and named, and repaired to the same bytes."""
+"""Flips single bytes of an installed model: each is found, named and repaired."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORCED = ("mixchat.json", "mixchat.copy.json", "config.json", "tokenizer.model")
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=500)
     parser.add_argument("--real", type=int, default=10, help="by the real commands, of all")
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def _choose(model: Path, chance: random.Random, number: int) -> tuple[str, int]:
-    """A file and a byte of it: weighted by size, but every kind is among the first sixty."""
+    """Return a file and a byte of it, weighted by size; every kind is among the first sixty."""
     sizes = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
     if number < 60:
         forced = (*FORCED, "shared.safetensors", "experts-001.safetensors")[number // 2 % 6]
@@ -99,7 +99,7 @@ def _choose(model: Path, chance: random.Random, number: int) -> tuple[str, int]:
 
 
 def _expected(model: Path, file: str, place: int) -> tuple[str, str]:
-    """What kind of place it is, and how verify should name it; read here by other means."""
+    """Return the kind of the place, and the name that verify should give it."""
     if not file.endswith(".safetensors"):
         return ("the manifest or its copy" if "mixchat" in file else "a small file"), file
     data = (model / file).read_bytes()
@@ -123,7 +123,7 @@ def _flip(path: Path, place: int, mask: int) -> None:
 
 
 def _by_call(model: Path, expected: str) -> str | None:
-    """What is wrong with the commands' answers, run in this process."""
+    """Return what is wrong with the output of the commands, run in this process."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
@@ -138,7 +138,7 @@ def _by_call(model: Path, expected: str) -> str | None:
 
 
 def _by_command(model: Path, expected: str) -> str | None:
-    """The same of the real commands."""
+    """Return what is wrong with the output of the real commands."""
     mixchat = str(Path(sys.executable).with_name("mixchat"))
     answers = []
     for command in COMMANDS:

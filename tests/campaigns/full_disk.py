@@ -1,4 +1,4 @@
-"""Fills a small disk at forty moments of a download, and goes on when there is room again."""
+"""Fills a small disk at forty moments of a download, and resumes it when there is room."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FULL = 7
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +150,7 @@ def _find() -> object:
 
 
 def _place(target: Path) -> str:
-    """What the download was at, by what lies there."""
+    """Return the stage of the download, by its files."""
     names = [path.name for path in target.iterdir()] if target.is_dir() else []
     if "journal.jsonl" not in names:
         return "before the journal"
@@ -162,7 +162,7 @@ def _place(target: Path) -> str:
 
 
 def _beforehand(work: Path, disk: Path) -> list[str]:
-    """The real command refuses, with both numbers, before it fetches a shard."""
+    """Check that the real command refuses, with both numbers, before it fetches a shard."""
     failures = []
     for room, said in ((10_000_000, "10 MB free"), (8192, "8.19 kB free"), (0, "0 bytes free")):
         with open(disk / "filling", "wb") as file:

@@ -20,7 +20,7 @@ LINE = 400  # characters of an error's line
 
 @dataclass
 class Found:
-    """What a part of the campaign found: how often what, and what went wrong."""
+    """The results of a part of the campaign: counts, and failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Found:
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     import hostile_files
     import hostile_mutations
     import hostile_names
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def judged(work: Callable[[], object], output: Path, label: str, found: Found) -> int | None:
-    """Run `work` in a child with little memory; whatever is not done or one clear line is noted."""
+    """Run `work` in a child with little memory; it must succeed or print one clear line."""
 
     def limited() -> object:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
@@ -102,7 +102,7 @@ def judged(work: Callable[[], object], output: Path, label: str, found: Found) -
 
 
 def surroundings(directory: Path) -> dict[str, str]:
-    """Everything below, by its path: a file's hash, a link's goal."""
+    """Return everything below by its path: a file's hash, a link's target."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_symlink():

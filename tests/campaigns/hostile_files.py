@@ -20,7 +20,7 @@ HARMLESS = ("a duplicate key", "metadata that is no object", "an empty tensor mo
 
 
 def campaign(work: Path, found: Found, options: Namespace) -> None:
-    """Every malformed file as a local shard and as one on the hub."""
+    """Try every malformed file as a local shard and as one on the hub."""
     whole = rig.make_checkpoint(work / "whole", 2, 1 << 40, **rig.TINY)
     (shard,) = whole.glob("*-of-*")
     (whole / "model.safetensors.index.json").unlink()
@@ -32,7 +32,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
     try:
         for label, data in _malformed((whole / NAME).read_bytes()):
             (source / NAME).write_bytes(data)
-            hub.tell(directory=str(source))
+            hub.set(directory=str(source))
             for where, model in (("here", str(source)), ("on the hub", rig.REPO)):
                 for directory in (home, cache):
                     shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Thousands of mutated shards and kept models, opened by what opens them: one line or nothing."""
+"""Thousands of mutated shards and installed models: each opens, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
     for path in (source, spoken):
         code = rig.wait(rig.fork(rig.mixchat("download", str(path), "--name", path.name)))
         assert code == 0
-    kept = Path(os.environ["MIXCHAT_HOME"]) / "models"
+    models = Path(os.environ["MIXCHAT_HOME"]) / "models"
     for first in range(0, options.mutations, BATCH):
         report, output = work / "report", work / "out"
         report.write_text("")
@@ -46,7 +46,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
                     print(json.dumps(["begun", number]), file=lines)
                     chance = random.Random(f"{options.seed} {number}")
                     began = time.monotonic()
-                    outcome = _one(chance, work, source, kept, spoken)
+                    outcome = _one(chance, work, source, models, spoken)
                     outcome += [time.monotonic() - began]
                     print(json.dumps([number, *outcome]), file=lines)
                 usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -76,12 +76,12 @@ def _collect(lines: list[list[Any]], found: Found) -> None:
             found.failures.append(f"mutation {number} ({target}, {kind}): {seconds:.0f} s")
 
 
-def _one(chance: random.Random, work: Path, source: Path, kept: Path, spoken: Path) -> list[Any]:
+def _one(chance: random.Random, work: Path, source: Path, models: Path, spoken: Path) -> list[Any]:
     """One mutation: what was mutated and how, what came of it, and what is wrong with that."""
     from mixchat.errors import MixchatError
 
     local = chance.random() < 0.5
-    origin = source if local else kept / ("spoken" if chance.random() < 0.02 else "source")
+    origin = source if local else models / ("spoken" if chance.random() < 0.02 else "source")
     copy = work / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(origin, copy, copy_function=os.link)
@@ -92,7 +92,7 @@ def _one(chance: random.Random, work: Path, source: Path, kept: Path, spoken: Pa
     (copy / name).write_bytes(data)
     what = name.split("-")[0]
     try:
-        outcome = (_open_source if local else _open_kept)(copy, chance, name)
+        outcome = (_open_source if local else _open_installed)(copy, chance, name)
     except MixchatError as error:
         text = str(error)
         fine = len(text) < LINE and text.isprintable()
@@ -174,7 +174,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     return "read"
 
 
-def _open_kept(copy: Path, chance: random.Random, name: str) -> str:
+def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     import torch
 
     from mixchat.cli.download import check_text

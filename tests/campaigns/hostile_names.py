@@ -39,7 +39,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
             for directory in (home, cache):
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir()
-            hub.tell(directory=str(source), listing={}, siblings=[])
+            hub.set(directory=str(source), listing={}, siblings=[])
             (outside / "precious").write_text("precious")
             (outside / "absent").unlink(missing_ok=True)
             prepare()
@@ -69,13 +69,13 @@ def _cases(
         yield f"rm, verify: {name!r:.40}", _nothing, [["rm", "-y", name], ["verify", name]]
     for name in (*evil, None, 5, ["x"]):
         sibling = {"rfilename": name, "size": 5, "blobId": "0" * 40}
-        yield f"listing: {name!r:.40}", lambda s=sibling: hub.tell(siblings=[s]), download
-        yield f"commit: {name!r:.40}", lambda n=name: hub.tell(listing={"sha": n}), download
+        yield f"listing: {name!r:.40}", lambda s=sibling: hub.set(siblings=[s]), download
+        yield f"commit: {name!r:.40}", lambda n=name: hub.set(listing={"sha": n}), download
         shard = f"{name}.safetensors" if isinstance(name, str) else name
         local = work / f"map{abs(hash(str(name)))}"
         _index(source, local, shard)
         yield f"index: {name!r:.40}", _nothing, [["download", str(local), "--name", "x"]]
-        served = lambda d=local: hub.tell(directory=str(d))  # noqa: E731
+        served = lambda d=local: hub.set(directory=str(d))  # noqa: E731
         yield f"index on the hub: {name!r:.40}", served, download
     for key, value in _configs():
         local = work / f"config{abs(hash((key, str(value))))}"
@@ -84,14 +84,14 @@ def _cases(
         (local / "config.json").write_text(json.dumps(config))
         command = [["download", str(local), "--name", "x"]]
         yield f"config.json: {key} {value!r:.30}", _nothing, command
-    keep = work / "kept"
-    judged(rig.mixchat("download", str(source), "--name", "kept"), work / "o", "keep", Found())
-    shutil.move(home / "models/kept", keep)
-    whole = [["verify", "kept"], ["show", "kept"], ["list"], ["repair", "kept"]]
+    installed = work / "installed"
+    judged(rig.mixchat("download", str(source), "--name", "tiny"), work / "o", "install", Found())
+    shutil.move(home / "models/tiny", installed)
+    whole = [["verify", "tiny"], ["show", "tiny"], ["list"], ["repair", "tiny"]]
     for name in evil:
         for part in ("files", "weights"):
-            manifest = lambda n=name, p=part: _manifest(keep, home, n, p)  # noqa: E731
-            yield f"manifest: {part} {name!r:.40}", manifest, [*whole, ["rm", "-y", "kept"]]
+            manifest = lambda n=name, p=part: _manifest(installed, home, n, p)  # noqa: E731
+            yield f"manifest: {part} {name!r:.40}", manifest, [*whole, ["rm", "-y", "tiny"]]
         for key in ("repo", "commit", "revision", "file"):
             journal = lambda n=name, k=key: _journal(home, k, n)  # noqa: E731
             yield f"journal: {key} {name!r:.40}", journal, download
@@ -150,10 +150,10 @@ def _configs() -> Iterator[tuple[str, Any]]:
     yield "_name_or_path", "../../evil"
 
 
-def _manifest(keep: Path, home: Path, name: str, part: str) -> None:
-    """A kept model whose manifest, with its right digest, lists another file."""
-    model = home / "models/kept"
-    shutil.copytree(keep, model)
+def _manifest(installed: Path, home: Path, name: str, part: str) -> None:
+    """Write a model whose manifest, with its right digest, lists another file."""
+    model = home / "models/tiny"
+    shutil.copytree(installed, model)
     raw = json.loads((model / "mixchat.json").read_text())
     raw.pop("sha256")
     raw[part][name] = {"size": 5, "sha256": "0" * 64 if part == "files" else {}}

@@ -44,7 +44,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
     index = "model.safetensors.index.json"
 
     def attempt(label: str, source: Path, planted: str, refused: bool) -> None:
-        hub.tell(directory=str(source))
+        hub.set(directory=str(source))
         hub.log()
         for where, model in (("here", [str(source), "--name", "x"]), ("on the hub", [rig.REPO])):
             for directory in (home, cache):

@@ -20,7 +20,7 @@ HARMLESS = ("id of 4,294,967,295",)
 
 
 def campaign(work: Path, found: Found, options: Namespace) -> None:
-    """Every hostile program in a checkpoint that is otherwise good."""
+    """Download a good checkpoint with each hostile program."""
     whole = rig.make_checkpoint(work / "whole", 3, 1 << 40, **{**rig.TINY, "vocab_size": 512})
     (whole / "tokenizer.model").unlink()
     rows: dict[str, object] = {}
@@ -33,7 +33,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
         code = judged(rig.mixchat("download", str(source)), work / "out", label, found)
         rows[label] = f"{time.monotonic() - began:4.1f} s, {found.memory // 10**6:4} MB"
         most = max(most, found.memory)
-        found.counts["refused" if code == 6 else "taken"] += 1
+        found.counts["refused" if code == 6 else "accepted"] += 1
         if code != 6 and label not in HARMLESS:
             found.failures.append(f"{label}: exit {code}")
         shutil.rmtree(source)

@@ -1,7 +1,7 @@
-"""Downloads from a hub that lies, breaks off and refuses, onto a disk that flips bytes meanwhile.
+"""Downloads from a hub that lies, breaks off and refuses, onto a disk that flips bytes.
 
-Each download ends whole or with one line and exit code 5; without the faults the next one is whole.
-What of Hugging Face's cache was good stays there.
+Each download ends whole, or with one line and exit code 5; the next one, without faults, is whole.
+The good files in Hugging Face's cache stay there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANY = "safetensors|config.json|tokenizer.model"
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +78,7 @@ def _round(
         good = _good_blobs(work)
         omit = [name for name in ("Content-Length", "Content-Range") if chance.random() < 0.1]
         faults = [_fault(chance) for _ in range(chance.randrange(1, 5))]
-        hub.tell(faults=faults, omit=omit)
+        hub.set(faults=faults, omit=omit)
         code = _download(work, keep)
         ends[f"ended with exit code {code}"] += 1
         problems += _judge(work, code, reference, f"{faults} {omit}")
@@ -87,7 +87,7 @@ def _round(
             break
         if _flip(work, chance):
             ends["bytes flipped in an unfinished model"] += 1
-    hub.tell(faults=[], omit=[])
+    hub.set(faults=[], omit=[])
     code = _download(work, keep)
     if code == 5:  # what was damaged on this disk may have to be removed first
         code = _download(work, keep)

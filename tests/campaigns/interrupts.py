@@ -1,10 +1,10 @@
-"""Ctrl-C at drawn moments, with experts on disk: no answer hangs, and the next one is right.
+"""Ctrl-C at random moments, with experts on disk: no answer hangs, and the next one is right.
 
     python tests/campaigns/interrupts.py [--rounds 20000] [--seed 0]
 
-In each round a question is asked and interrupted: as in a chat, or as for one answer. Every next
-answer, which nothing interrupts, has to equal that of an engine that holds all experts and was
-never interrupted. The cache holds 4 of 16 experts. Exit code 0: no fault was found.
+In each round a question is asked and interrupted, as in a chat or as for one answer. The next
+answer, which is not interrupted, must equal that of an engine that holds all experts. The cache
+holds 4 of 16 experts. Exit code 0: no fault was found.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ LONGEST = 6  # tokens of an answer
 
 
 class Presser:
-    """Sends SIGINT to the main thread, so many seconds after it was told to."""
+    """Sends SIGINT to the main thread, some seconds after it was started."""
 
     def __init__(self) -> None:
-        self._told, self.sent = threading.Event(), threading.Event()
+        self._started, self.sent = threading.Event(), threading.Event()
         self._seconds = 0.0
         threading.Thread(target=self._press, daemon=True).start()
 
     def press(self, seconds: float) -> None:
         self.sent.clear()
         self._seconds = seconds
-        self._told.set()
+        self._started.set()
 
     def _press(self) -> None:
         main = threading.main_thread().ident
         assert main is not None
         while True:
-            self._told.wait()
-            self._told.clear()
+            self._started.wait()
+            self._started.clear()
             end = time.perf_counter() + self._seconds
             while (left := end - time.perf_counter()) > 0:
                 time.sleep(left if left > 0.001 else 0)

@@ -1,4 +1,4 @@
-"""Kills downloads with SIGKILL at random moments and goes on with them until they are whole."""
+"""Kills downloads with SIGKILL at random moments, and resumes them until they are whole."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import rig
 from counted_hub import Hub
 from kill_count import CHUNK, Found, count, report, shards_on_disk
 
-PACE = 0.004  # seconds for each 64 KiB where fetching shall be the slow half
+PACE = 0.004  # seconds for each 64 KiB, where fetching should be slower than quantizing
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +42,7 @@ def main() -> int:
 
 def _uninterrupted(work: Path, hub: Hub) -> tuple[dict[str, str], float]:
     """A download left in peace, and how long it took at the slow pace."""
-    hub.tell(delay=PACE)
+    hub.set(delay=PACE)
     began = time.monotonic()
     code = rig.wait(rig.fork(rig.mixchat("download", rig.REPO), work / "out"))
     assert code == 0, (work / "out").read_text()
@@ -64,10 +64,10 @@ def _model(
 ) -> None:
     """One model, killed until it is whole."""
     keep = ["--keep-source"] if found.models % 4 == 3 else []
-    hub.tell(delay=(0, PACE)[found.models % 2])
+    hub.set(delay=(0, PACE)[found.models % 2])
     kills, parts = 0, {}
     while True:
-        hub.tell(session=kills)
+        hub.set(session=kills)
         real = chance.random() < 0.1
         last = found.kills >= rounds
         # Longer and longer, so that each model is killed a few times and then is whole.
@@ -117,8 +117,8 @@ def _where(work: Path) -> str:
     if not (target / "journal.jsonl").exists():
         return "before the first file, or after the last"
     made = len((target / "journal.jsonl").read_bytes().splitlines()) > 1
-    aside = any(target.glob("aside-*"))
-    return "fetching, nothing made" if not made else "making" + (", tensors aside" * aside)
+    spilled = any(target.glob("aside-*"))
+    return "fetching, nothing made" if not made else "making" + (", tensors spilled" * spilled)
 
 
 def _compare(work: Path, reference: dict[str, str], keep: list[str], found: Found) -> None:

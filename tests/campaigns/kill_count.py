@@ -1,4 +1,4 @@
-"""What killed downloads cost: bytes that the hub sent twice, and why."""
+"""The cost of killed downloads: bytes that the hub sent twice, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 1_000_000
 
 @dataclass
 class Found:
-    """What a campaign counts."""
+    """The counts of a campaign."""
 
     kills: int = 0
     models: int = 0
@@ -30,7 +30,7 @@ class Found:
 
 
 def shards_on_disk(work: Path) -> dict[str, int]:
-    """Bytes of each shard on disk, by its name in the model's directory."""
+    """Return the bytes of each shard on disk, by its name in the model's directory."""
     shards = {
         hashlib.sha256(path.read_bytes()).hexdigest(): path.name
         for path in (work / "source").glob("*-of-*")
@@ -46,7 +46,7 @@ def shards_on_disk(work: Path) -> dict[str, int]:
 def count(
     log: list[dict[str, Any]], parts: dict[int, dict[str, int]], kills: int, found: Found
 ) -> None:
-    """What of each shard was sent twice, and why."""
+    """Count the bytes of each shard that were sent twice, and why."""
     found.sent += sum(entry["sent"] for entry in log)
     store = [entry for entry in log if entry["where"] == "store" and "-of-" in entry["name"]]
     found.headers += sum(entry["sent"] for entry in store if entry["last"] != "")

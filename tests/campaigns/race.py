@@ -20,7 +20,7 @@ WAITING = "waiting for it"
 
 
 def main() -> int:
-    """Run the campaign; the exit code."""
+    """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=8)
@@ -118,7 +118,7 @@ def _text(path: Path) -> str:
 
 
 def _sent(log: list[dict[str, Any]]) -> tuple[int, int]:
-    """Bytes of shards that were sent to be kept, and how many of them were not the first ones."""
+    """Return the bytes of shards that were sent, and how many of them were sent again."""
     shards = [e for e in log if e["where"] == "store" and "-of-" in e["name"] and e["last"] == ""]
     reached: dict[str, int] = {}
     twice = 0

@@ -4,7 +4,7 @@
 
 With `--real` each process is the command, `mixchat run --resume ID`, which takes seconds a race;
 without, it is what that command does once the answer is there, for which only the disk is slow.
-Exit code 0: no turn was lost, and whoever was not the first was told.
+Exit code 0: no turn was lost, and each process but the first reported the change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import rig
 
 sys.path.insert(0, str(rig.HERE.parent / "chat"))
-TOLD = "this chat was changed in another session; saved as "
+CHANGED = "this chat was changed in another session; saved as "
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--real", metavar="MODEL")
     options = parser.parse_args()
     models = Path(os.environ.get("MIXCHAT_HOME", "")) / "models"
-    began, lost, untold, failed = time.monotonic(), 0, 0, 0
+    began, lost, unreported, failed = time.monotonic(), 0, 0, 0
     with rig.workplace() as work:
         if options.real:
             (work / "home").mkdir()
@@ -44,15 +44,19 @@ def main() -> int:
             outputs = [work / f"out{n}" for n in range(options.processes)]
             codes = race(before, questions, outputs)
             failed += sum(code != 0 for code in codes)
-            kept = _asked()
-            lost += sum(question not in kept for question in questions)
-            told = sum(TOLD in output.read_text() for output in outputs)
-            untold += options.processes - 1 - told
+            saved = _asked()
+            lost += sum(question not in saved for question in questions)
+            reported = sum(CHANGED in output.read_text() for output in outputs)
+            unreported += options.processes - 1 - reported
     rig.table(
         f"{options.races} races of {options.processes}, {time.monotonic() - began:.0f} s",
-        {"turns in no file": lost, "not told": untold, "processes that failed": failed},
+        {
+            "turns in no file": lost,
+            "changes not reported": unreported,
+            "processes that failed": failed,
+        },
     )
-    return 1 if lost or untold or failed else 0
+    return 1 if lost or unreported or failed else 0
 
 
 def _imported() -> None:

@@ -1,4 +1,4 @@
-"""What the campaigns share: a workplace, a checkpoint, children forked warm, tables."""
+"""Tools for all campaigns: a directory, a checkpoint, forked children, tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = {
 
 @contextlib.contextmanager
 def workplace(**more: str) -> Iterator[Path]:
-    """A directory for everything, with the environment pointing into it; removed at the end."""
+    """Create a directory for everything, set the environment to it, and remove it at the end."""
     work = Path(tempfile.mkdtemp(prefix="mixchat-campaign-"))
     os.environ.update(
         HF_HOME=str(work / "hf"),
@@ -68,7 +68,7 @@ def warm_up() -> None:
 def make_checkpoint(
     directory: Path, seed: int = 0, shard: int = 2_500_000, dtype: Any = None, **shape: int
 ) -> Path:
-    """A random Mixtral whose shards cut experts apart; in the last layers w1 and w3 lie far off."""
+    """Write a random Mixtral whose shards split experts; in the last layers w1 is far from w3."""
     import mistral_common
     import torch
     from safetensors.torch import save_file
@@ -108,7 +108,7 @@ def make_checkpoint(
 
 
 def fork(work: Callable[[], object], output: Path | None = None) -> int:
-    """Run `work` in a child, its output in a file; the child's id. Exits as `mixchat` would."""
+    """Run `work` in a child that exits as `mixchat` would, its output in a file; return its id."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -135,14 +135,14 @@ def fork(work: Callable[[], object], output: Path | None = None) -> int:
 
 
 def mixchat(*arguments: str) -> Callable[[], object]:
-    """The command line, for `fork`."""
+    """Return the command line as work for `fork`."""
     from mixchat.cli.app import run
 
     return lambda: run(arguments)
 
 
 def wait(pid: int, seconds: float = 120.0) -> int | None:
-    """The exit code, negative for a signal; None, after killing it, where it takes too long."""
+    """Return the exit code, negative for a signal; None for a child that had to be killed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -155,7 +155,7 @@ def wait(pid: int, seconds: float = 120.0) -> int | None:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file below, by its path."""
+    """Return the SHA-256 of every file below, by its path."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
@@ -164,7 +164,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def table(title: str, rows: dict[str, object]) -> None:
-    """Print what was found."""
+    """Print a table of results."""
     print(f"\n{title}")
     for name, value in rows.items():
         print(f"  {name:<58} {value}")

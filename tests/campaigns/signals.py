@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and SIGINT at drawn moments of a start, an answer and a chat of the demo.
+"""SIGTERM, SIGHUP and SIGINT at random moments of a start, an answer and a chat of the demo.
 
     python tests/campaigns/signals.py [--one 300] [--chats 100] [--at-once 1]
 
@@ -71,7 +71,7 @@ class Found:
 
 
 def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
-    """`mixchat run -m demo -n 1 hi`, ended at a drawn moment."""
+    """`mixchat run -m demo -n 1 hi`, ended at a random moment."""
     found, chance = Found(), random.Random(seed)
     environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
     command = [*MIXCHAT, "run", "-m", "demo", "-n", "1", "hi"]
@@ -79,7 +79,7 @@ def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
     subprocess.run(command, env=environment, capture_output=True, check=True)
     whole = time.monotonic() - began
     print(f"left in peace, one answer takes {whole:.1f} s")
-    drawn = [(chance.choice(SIGNALS), chance.random() * min(whole, LATEST)) for _ in range(count)]
+    moments = [(chance.choice(SIGNALS), chance.random() * min(whole, LATEST)) for _ in range(count)]
 
     def one(what: tuple[signal.Signals, float]) -> None:
         number, at = what
@@ -107,7 +107,7 @@ def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
         found.add("one", number, at, process.returncode, seconds, errors)
 
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(one, drawn))
+        list(pool.map(one, moments))
     return found
 
 
@@ -150,14 +150,14 @@ def home_of_its_own(work: Path, turn: int) -> Path:
 
 
 def lost(screen: str, place: Path) -> Iterator[str]:
-    """What was said and is not in a kept chat: the answer's first words."""
+    """Yield what was printed and is in no saved chat: the answer's first words."""
     _, _, said = screen.partition("\x1b[?2004l")
     said = re.sub(r"reading [\d,]+ of [\d,]+ tokens", "", said)
     words = [word for word in said.split() if word.isalpha()]
-    kept = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
-    text = " ".join(message["content"] for chat in kept for message in chat["messages"])
+    saved = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
+    text = " ".join(message["content"] for chat in saved for message in chat["messages"])
     if missing := [word for word in words[:5] if word not in text]:
-        yield f"{missing} were said and not kept"
+        yield f"{missing} were printed and not saved"
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ TEMPLATES = {
 
 
 def template(directory: Path, source: str) -> Path:
-    """A directory with a good tokenizer and this template."""
+    """Write a checkpoint with a good tokenizer and this template; return its directory."""
     return build.write_checkpoint(directory, build.byte_level(), template=source)
 
 
@@ -80,7 +80,7 @@ _FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def _changed(directory: Path, change: Callable[[Any], object]) -> None:
-    """A tokenizer.json that is good but for a change."""
+    """Write a good tokenizer.json with one change."""
     spec = json.loads(build.byte_level().to_str())
     change(spec)
     (directory / "tokenizer.json").write_text(json.dumps(spec))
@@ -134,7 +134,7 @@ TOKENIZERS: dict[str, Callable[[Path], object]] = {
 
 
 def tokenizer(directory: Path, name: str) -> Path:
-    """A directory with this tokenizer, and a template that is good."""
+    """Write a checkpoint with this tokenizer and a good template; return its directory."""
     build.write_checkpoint(directory, build.byte_level(), template=build.CHATML)
     if "SentencePiece" in name or "model" in name or "page" in name:
         (directory / "tokenizer.json").unlink()

@@ -24,7 +24,7 @@ def instruct(v1: Any) -> InstructTemplate:
 
 @pytest.fixture(scope="session")
 def oracle() -> Callable[[list[Message]], list[int]]:
-    """mistral-common's ids of a conversation that ends with a question."""
+    """Return mistral-common's ids of a conversation that ends with a question."""
     from mistral_common.protocol.instruct.messages import (
         AssistantMessage,
         SystemMessage,
@@ -95,7 +95,7 @@ def test_the_segments_are_not_one_string(instruct: InstructTemplate, v1: Any) ->
 
 
 def test_an_answers_own_ids_go_into_the_next_prompt(instruct: InstructTemplate) -> None:
-    """Encoding its text again can give other ids, and the model's memory would not fit them."""
+    """Encoding its text again can give other ids, which the KV cache would not match."""
     ids = (16230, 28705, 13)
     messages = [Message("user", "Hi"), Message("assistant", "Hello", ids), Message("user", "Hi")]
     prompt, again = instruct.encode(messages[:1]), instruct.encode(messages)
@@ -129,7 +129,7 @@ def test_there_must_be_a_question(
             template.encode([Message(role, "x") for role in roles])
 
 
-def test_a_base_model_goes_on_from_the_text(v1: Any) -> None:
+def test_a_base_model_continues_the_text(v1: Any) -> None:
     template = CompletionTemplate(v1)
     assert template.continues_prompt
     assert template.encode([Message("user", "Once upon</s>")]) == [1, *v1.encode("Once upon</s>")]
@@ -140,7 +140,7 @@ def test_a_base_model_goes_on_from_the_text(v1: Any) -> None:
     assert template.encode([Message("system", "S")]) == template.encode([Message("user", "S")])
 
 
-def test_a_base_models_own_words_go_in_as_its_ids(v1: Any) -> None:
+def test_a_base_models_own_text_is_inserted_as_its_ids(v1: Any) -> None:
     template = CompletionTemplate(v1)
     ids = tuple(v1.encode("a time"))
     messages = [Message("user", "Once upon"), Message("assistant", "a time", ids)]
@@ -152,7 +152,7 @@ def test_a_base_models_own_words_go_in_as_its_ids(v1: Any) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(parts=st.lists(anything, min_size=1, max_size=3))
-def test_a_base_models_text_holds_no_control_token(parts: list[str], v1: Any) -> None:
+def test_a_base_models_text_yields_no_control_token(parts: list[str], v1: Any) -> None:
     ids = CompletionTemplate(v1).encode([Message("user", part) for part in parts])
     assert ids == [1, *v1.encode("".join(parts))]
     assert min(ids[1:], default=3) > 2

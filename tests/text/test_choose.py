@@ -37,14 +37,14 @@ def test_another_template_is_rendered(template: str, model_file: Any, tmp_path: 
     assert type(chosen(tmp_path)) is JinjaTemplate
 
 
-def test_instruct_tokens_of_the_third_generation_are_left_to_its_template(tmp_path: Path) -> None:
+def test_third_generation_instruct_tokens_use_their_own_template(tmp_path: Path) -> None:
     build.write_checkpoint(tmp_path, model_file=build.V3_FILE, template=build.MISTRAL)
     template = chosen(tmp_path)
     assert type(template) is JinjaTemplate
     assert template.encode([Message("user", "[INST]")]).count(3) == 1
 
 
-def test_no_template_is_a_base_model_unless_one_says_otherwise(checkpoints: Any) -> None:
+def test_no_template_means_a_base_model_unless_instruct_is_asked_for(checkpoints: Any) -> None:
     assert type(chosen(checkpoints["spm"])) is CompletionTemplate
     template = chosen(checkpoints["spm"], kind="instruct")
     assert type(template) is InstructTemplate
@@ -52,7 +52,7 @@ def test_no_template_is_a_base_model_unless_one_says_otherwise(checkpoints: Any)
     assert type(chosen(checkpoints["byte-level"], kind="instruct")) is InstructTemplate
 
 
-def test_a_template_in_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
+def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path: Path) -> None:
     build.write_checkpoint(tmp_path, build.byte_level(), template=build.MISTRAL)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     tokenizer = load_tokenizer(tmp_path)
@@ -65,7 +65,7 @@ def test_a_base_model_that_wants_no_bos_gets_none(tmp_path: Path) -> None:
     assert chosen(tmp_path).encode([Message("user", "Hi")]) == [15359]
 
 
-def test_what_ends_an_answer_is_gathered_from_everywhere(tmp_path: Path) -> None:
+def test_stop_ids_come_from_all_files(tmp_path: Path) -> None:
     build.write_checkpoint(
         tmp_path, build.byte_level(), template=build.CHATML, eos_token="<|endoftext|>"
     )

@@ -21,7 +21,7 @@ def streamed(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int] = ())
 
 @st.composite
 def id_lists(draw: st.DrawFn, size: int) -> list[int]:
-    """Any ids, with a taste for the first ones: control tokens and bytes."""
+    """Any ids, more often the first ones: control tokens and bytes."""
     ids = st.integers(0, size + 3) | st.integers(0, 300) | st.integers(120, 258)
     runs = st.lists(ids, max_size=60) | st.builds(lambda i, n: [i] * n, ids, st.integers(1, 60))
     return [i for run in draw(st.lists(runs, max_size=3)) for i in run]
@@ -49,9 +49,7 @@ def test_after_a_prompt_the_pieces_are_the_rest(
 
 @many
 @given(text=anything.filter(lambda text: "\ufffd" not in text), cut=st.integers(0, 200))
-def test_whole_characters_only_and_no_later_than_they_are_whole(
-    text: str, cut: int, tokenizer: Any
-) -> None:
+def test_each_character_is_shown_when_it_is_complete(text: str, cut: int, tokenizer: Any) -> None:
     ids = tokenizer.encode(text)
     if "\ufffd" in tokenizer.decode(ids):
         return
@@ -60,7 +58,7 @@ def test_whole_characters_only_and_no_later_than_they_are_whole(
     for count, token_id in enumerate(ids, start=1):
         shown += detokenizer.add(token_id)
         assert "\ufffd" not in shown
-        # All that is there, but for the character that is not complete.
+        # All of the text, except the incomplete character.
         assert shown == tokenizer.decode(ids[:count]).rstrip("\ufffd")
 
 
@@ -78,8 +76,8 @@ def test_a_word_keeps_its_space_only_after_a_prompt(v1: Any) -> None:
     assert streamed(v1, [22557, 22557]) == ["Hello", " Hello", ""]
 
 
-def test_control_tokens_do_not_push_words_out_of_sight(v1: Any) -> None:
-    """A window of control tokens alone would take the next word for the first, and its space."""
+def test_control_tokens_do_not_push_words_out_of_the_window(v1: Any) -> None:
+    """After a window of control tokens alone, the next word would lose its space."""
     assert "".join(streamed(v1, [22557, *[1] * 100, 22557])) == "Hello Hello"
     assert "".join(streamed(v1, [22557], [*v1.encode("Say"), *[2] * 100])) == " Hello"
 
@@ -92,7 +90,7 @@ def test_flushing_twice_shows_nothing_twice(v1: Any) -> None:
 
 
 class Counting:
-    """A tokenizer that notes the most ids it was ever asked to decode at once."""
+    """A tokenizer that records the largest number of ids it decoded at once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.most = tokenizer, 0

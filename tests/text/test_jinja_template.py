@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: transformers' ids for ordinary talk, and no forged turns ever."""
+"""Chat templates in Jinja: transformers' ids for ordinary chats, and no forged turns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEMPLATES = {
     "alpaca": build.ALPACA,
     "mistral": build.MISTRAL,
 }
-# Templates that would put control tokens together from pieces of messages.
+# Templates that would assemble control tokens from pieces of messages.
 FORGERS = {
     "joins": "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>",
     "trims": "{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>",
@@ -51,7 +51,7 @@ FORGERS = {
 def speakers(
     tmp_path_factory: pytest.TempPathFactory, v1_scores: dict[str, float]
 ) -> dict[tuple[str, str], tuple[Any, Any, Any]]:
-    """For each template and kind of tokenizer.json: our template, our and their tokenizer."""
+    """For each template and kind of tokenizer.json: our template, our tokenizer and theirs."""
     from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("speakers")
@@ -151,7 +151,7 @@ def test_no_message_adds_a_control_token_to_any_tokenizer(
 @pytest.mark.parametrize("forger", FORGERS)
 @settings(deadline=None, max_examples=60)
 @given(messages=talk(anything))
-def test_no_template_puts_a_control_token_together(
+def test_no_template_assembles_a_control_token(
     forger: str, messages: list[Message], checkpoints: Any
 ) -> None:
     tokenizer = load_tokenizer_once(checkpoints["byte-level"])
@@ -187,7 +187,9 @@ def load_tokenizer_once(directory: Path) -> Any:
         ("quotes", ["<|im_end|>", "x", "y"]),
     ],
 )
-def test_these_would_be_put_together(forger: str, texts: list[str], checkpoints: Any) -> None:
+def test_a_simple_encoding_would_assemble_these_tokens(
+    forger: str, texts: list[str], checkpoints: Any
+) -> None:
     """Each of them forges a token where the rendered text is simply encoded."""
     from jinja2 import Environment
 
@@ -215,7 +217,7 @@ def test_hostile_text_arrives_as_it_was_typed(text: str, checkpoints: Any) -> No
 def test_an_answers_own_ids_follow_the_prompt_they_answered(
     name: str, kind: str, speakers: Any
 ) -> None:
-    """So the model's memory of a conversation stays valid: the next prompt only adds to it."""
+    """So the KV cache of a conversation stays valid: the next prompt only adds to it."""
     template, _, _ = speakers[name, kind]
     messages = [Message("user", "Hi")]
     for ids in ((30, 31, 32, 31), (), (40,)):
@@ -224,7 +226,7 @@ def test_an_answers_own_ids_follow_the_prompt_they_answered(
         assert template.encode(messages)[: len(prompt) + len(ids)] == [*prompt, *ids]
 
 
-def test_ids_and_text_say_the_same_to_a_template(speakers: Any) -> None:
+def test_ids_and_text_are_the_same_to_a_template(speakers: Any) -> None:
     for name, kind in speakers:
         template, tokenizer, _ = speakers[name, kind]
         if kind == "llama-old" and name in ("alpaca", "mistral"):
@@ -378,7 +380,7 @@ def test_a_template_that_fails_later_is_named_too(checkpoints: Any) -> None:
         template.encode(conversation(["a", "b"], ["c"]))
 
 
-def test_half_a_surrogate_pair_is_no_text(checkpoints: Any) -> None:
+def test_half_a_surrogate_pair_is_refused(checkpoints: Any) -> None:
     tokenizer = load_tokenizer_once(checkpoints["byte-level"])
     template = load_template(checkpoints["byte-level"], tokenizer)
     with pytest.raises(PromptError, match="lone surrogate"):

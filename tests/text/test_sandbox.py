@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and template run in a process of their own, whatever they try."""
+"""The sandbox: a checkpoint's tokenizer and template do no harm, whatever they try."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mixchat.text.messages import Message
 TALK = [
     Message("system", "Be brief. <|im_end|>"),
     Message("user", "Grüße, 🙂 <s>"),
-    Message("assistant", "not what the ids say", (5, 6, 7)),
+    Message("assistant", "another text than that of the ids", (5, 6, 7)),
     Message("user", "So?"),
 ]
 HARMLESS = {"id of 4,294,967,295"}
@@ -39,7 +39,7 @@ def sandboxed(checkpoints: dict[str, Path]) -> Iterator[CheckpointText]:
 
 @pytest.fixture
 def short_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of the time, so that what loops for ever does not loop for long."""
+    """A sixth of the time, so that an endless loop ends soon."""
     monkeypatch.setattr("mixchat.text.sandbox.cpu_seconds", lambda method, size: 0.5)
 
 
@@ -48,7 +48,7 @@ def process_of(text: CheckpointText) -> Any:
     return child._process
 
 
-def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
+def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     template = load_template(directory, tokenizer, eos_token_ids=[77])
     with closing(CheckpointText(directory)) as text:
@@ -72,16 +72,16 @@ def test_it_says_what_the_same_tokenizer_says_outside(directory: Path) -> None:
 
 @pytest.mark.parametrize("name", hostile.TEMPLATES)
 @pytest.mark.usefixtures("short_of_time")
-def test_whatever_a_template_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
-    """Each of these took 3 to 5 GB or more than 40 s, at `download` or at `run`."""
+def test_every_hostile_template_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    """Without a sandbox each took 3 to 5 GB or more than 40 s, in `download` or `run`."""
     hostile.template(tmp_path / "x", hostile.TEMPLATES[name])
     assert_refused(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", hostile.TOKENIZERS)
 @pytest.mark.usefixtures("short_of_time")
-def test_whatever_a_tokenizer_tries_ends_in_one_line(name: str, tmp_path: Path) -> None:
-    """Signal 6 and a page of backtrace, half a minute and 1.3 GB, or "internal error" before."""
+def test_every_hostile_tokenizer_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    """Without a sandbox: signal 6 and a backtrace, 30 s and 1.3 GB, or an internal error."""
     hostile.tokenizer(tmp_path / "x", name)
     if name not in HARMLESS:
         assert_refused(tmp_path / "x")
@@ -97,8 +97,8 @@ def assert_refused(directory: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_may_only_become_hostile_later(tmp_path: Path) -> None:
-    """A chat loses that turn alone: the next one has a new process."""
+def test_a_template_may_become_hostile_later(tmp_path: Path) -> None:
+    """A chat loses only that turn: the next one has a new process."""
     source = "{% if messages | length > 1 %}{{ 'x'.ljust(10 ** 10) }}{% endif %}ok"
     hostile.template(tmp_path / "x", source)
     with closing(CheckpointText(tmp_path / "x")) as text:
@@ -111,7 +111,7 @@ def test_a_template_may_only_become_hostile_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
-def test_a_child_that_dies_is_followed_by_another(number: int, sandboxed: CheckpointText) -> None:
+def test_a_child_that_ends_is_replaced(number: int, sandboxed: CheckpointText) -> None:
     tokenizer = sandboxed.tokenizer()
     ids = tokenizer.encode("Hello")
     process_of(sandboxed).send_signal(number)
@@ -120,7 +120,7 @@ def test_a_child_that_dies_is_followed_by_another(number: int, sandboxed: Checkp
     assert tokenizer.encode("Hello") == ids
 
 
-def test_after_ctrl_c_no_reply_is_taken_for_anothers(
+def test_after_ctrl_c_no_reply_is_taken_for_that_of_another_request(
     sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = sandboxed.tokenizer()
@@ -136,10 +136,10 @@ def test_after_ctrl_c_no_reply_is_taken_for_anothers(
     assert tokenizer.encode("two") == expected
 
 
-def test_one_that_waits_is_not_waited_for(
+def test_a_child_that_waits_is_ended(
     sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It computes nothing, so its own limit does not end it."""
+    """It computes nothing, so its limit of CPU time does not end it."""
     tokenizer = sandboxed.tokenizer()
     process_of(sandboxed).send_signal(signal.SIGSTOP)
     monkeypatch.setattr("mixchat.text.sandbox.reply_seconds", lambda seconds: 0.1)
@@ -158,10 +158,10 @@ def test_one_that_waits_is_not_waited_for(
         b"\x40\x0d\x03\x00" + b"[" * 200_000,
     ],
 )
-def test_a_child_may_say_anything(
+def test_a_child_may_send_anything(
     reply: bytes, sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who can break a tokenizer can write what he likes into the socket."""
+    """A program that breaks the tokenizer can write anything into the socket."""
     import socket
 
     tokenizer = sandboxed.tokenizer()
@@ -173,8 +173,8 @@ def test_a_child_may_say_anything(
             tokenizer.encode("Hello")
 
 
-def test_it_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
-    """Also where the parent has no time to say so."""
+def test_the_child_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
+    """Also where the parent is killed."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -204,7 +204,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_it_has_nothing_of_its_parents(sandboxed: CheckpointText) -> None:
+def test_the_child_inherits_nothing_of_its_parent(sandboxed: CheckpointText) -> None:
     sandboxed.tokenizer()
     process = Path(f"/proc/{process_of(sandboxed).pid}")
     assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
@@ -217,7 +217,7 @@ def test_it_has_nothing_of_its_parents(sandboxed: CheckpointText) -> None:
     assert "libtorch" not in loaded
 
 
-def test_what_lies_in_the_current_directory_is_not_run(
+def test_modules_in_the_current_directory_are_not_imported(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("jinja2", "tokenizers", "mixchat", "json"):
@@ -227,12 +227,12 @@ def test_what_lies_in_the_current_directory_is_not_run(
         assert text.tokenizer().vocab_size
 
 
-def test_a_text_beyond_all_contexts_is_the_persons_fault(sandboxed: CheckpointText) -> None:
+def test_a_text_longer_than_all_contexts_is_a_prompt_error(sandboxed: CheckpointText) -> None:
     with pytest.raises(PromptError, match=r"too long for a tokenizer: 4\.0 MB"):
         sandboxed.tokenizer().encode("x" * 4_000_000)
 
 
-def test_a_refusal_of_the_template_and_half_a_surrogate_come_through(tmp_path: Path) -> None:
+def test_a_refusal_and_a_lone_surrogate_are_prompt_errors(tmp_path: Path) -> None:
     source = "{{ messages[0].content }}{% if messages | length > 1 %}{{ raise_exception('No') }}"
     hostile.template(tmp_path / "x", source + "{% endif %}")
     with closing(CheckpointText(tmp_path / "x")) as text:
@@ -242,7 +242,7 @@ def test_a_refusal_of_the_template_and_half_a_surrogate_come_through(tmp_path: P
             text.template().encode([Message("user", "a\udc80")])
 
 
-def test_a_large_vocabulary_is_no_fault(tmp_path: Path) -> None:
+def test_a_large_vocabulary_loads(tmp_path: Path) -> None:
     """As many pieces as Llama 3 has, 128,000."""
     build.write_checkpoint(tmp_path, large_vocabulary(128_000), template=build.CHATML)
     with closing(CheckpointText(tmp_path)) as text:
@@ -252,7 +252,7 @@ def test_a_large_vocabulary_is_no_fault(tmp_path: Path) -> None:
 
 
 def large_vocabulary(size: int) -> Any:
-    """A byte-level BPE in which each piece is one that was there and a byte more."""
+    """Return a byte-level BPE in which each piece is an earlier one and a byte more."""
     from itertools import product
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

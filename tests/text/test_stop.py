@@ -1,4 +1,4 @@
-"""Stop strings: found over any cut, never shown, and text is held back no longer than needed."""
+"""Stop strings: found wherever the stream is cut, never shown, and no other text is held back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shown(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
 
 
 def reference(stops: list[str], text: str) -> tuple[str, bool]:
-    """Cut before the stop string that ends first, the longest of those that end there."""
+    """Return the text before the stop string that ends first, the longest one that ends there."""
     for end in range(1, len(text) + 1):
         found = [s for s in stops if s and text[:end].endswith(s)]
         if found:
@@ -67,7 +67,7 @@ def test_the_one_that_ends_first_counts_even_in_one_chunk() -> None:
     assert shown(["b", "ab"], ["ab"]) == shown(["b", "ab"], ["a", "b"]) == ("", True)
 
 
-def test_what_turns_out_to_be_no_stop_string_is_shown() -> None:
+def test_text_that_is_not_a_stop_string_after_all_is_shown() -> None:
     stop = StopStrings(["\nUser:"])
     assert stop.add("a\nUs") == ("a", False)
     assert stop.add("a") == ("\nUsa", False)

@@ -1,4 +1,4 @@
-"""Tokenizers: ordinary text as the originals encode it, and no control token from what is typed."""
+"""Tokenizers: ordinary text as the originals encode it, no control token from untrusted text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ few = settings(deadline=None, max_examples=80)
 
 
 def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The control tokens among ids. A character outside the vocabulary is honestly <unk>."""
+    """Return the control tokens among ids; a character outside the vocabulary is <unk>."""
     control = set(tokenizer.control_tokens.values()) - {tokenizer.token_id("<unk>")}
     return [i for i in ids if i in control]
 
@@ -73,14 +73,14 @@ def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
 
 @few
 @given(text=anything)
-def test_what_is_typed_comes_back(text: str, v1: Any) -> None:
-    # SentencePiece writes a space as U+2581 and cannot tell it from one that was typed.
+def test_typed_text_decodes_to_itself(text: str, v1: Any) -> None:
+    # SentencePiece writes a space as U+2581, so a typed U+2581 becomes a space.
     assert v1.decode(v1.encode(text)) == text.replace("\u2581", " ")
 
 
 @few
 @given(text=anything)
-def test_what_is_typed_comes_back_from_bytes_too(text: str, checkpoints: Any) -> None:
+def test_typed_text_decodes_to_itself_from_bytes_too(text: str, checkpoints: Any) -> None:
     tokenizer = loaded(checkpoints["byte-level"])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -101,7 +101,7 @@ def test_a_template_may_write_control_tokens(tokenizer: Any) -> None:
         )
 
 
-def test_nothing_is_added_in_front(tokenizer: Any) -> None:
+def test_nothing_is_prepended(tokenizer: Any) -> None:
     assert tokenizer.encode("") == []
     assert tokenizer.encode_template("") == []
     for ids in (tokenizer.encode("a"), tokenizer.encode_template("a")):
@@ -116,17 +116,17 @@ def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
     assert tokenizer.encode_template("x", {"x": f"a {name} b"}) == tokenizer.encode(f"a {name} b")
 
 
-def test_text_goes_on_after_inserted_ids_without_a_space(tokenizer: Any, kind: str) -> None:
+def test_text_continues_inserted_ids_without_a_space(tokenizer: Any, kind: str) -> None:
     if kind == "unigram":
-        pytest.skip("has no new line: it cannot tell text that goes on")
+        pytest.skip("has no newline token, so it cannot encode text that continues")
     word = tokenizer.encode("go")
     ids = tokenizer.encode_template("ax on\n\nxgo", {"x": tuple(word)})
     spaced = kind not in ("byte-level", "whole-words")  # the word itself begins with a space
     assert tokenizer.decode(ids) == ("a go on\n\n gogo" if spaced else "ago on\n\ngogo")
 
 
-def test_text_that_goes_on_may_melt_into_the_line_before_it(tmp_path: Path) -> None:
-    """Where a new line is a token with what follows, the trick that spares the space is off."""
+def test_text_that_merges_with_a_newline_keeps_its_space(tmp_path: Path) -> None:
+    """Where a newline and the text after it are one token, the newline cannot be dropped."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     pieces += ["\u2581", "a", "\n", "\n\n"]
     tokenizer = build.llama_style({p: -float(i) for i, p in enumerate(pieces)}, legacy=True)
@@ -151,7 +151,7 @@ def test_ids_of_control_tokens_are_known_by_their_text(tokenizer: Any) -> None:
     assert max(tokenizer.control_tokens.values()) < tokenizer.vocab_size
 
 
-def test_half_a_surrogate_pair_is_no_text(tokenizer: Any) -> None:
+def test_half_a_surrogate_pair_is_refused(tokenizer: Any) -> None:
     with pytest.raises(PromptError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\udc80")
     with pytest.raises(PromptError, match="lone surrogate"):
@@ -168,7 +168,7 @@ def test_mistrals_own_ids(v1: Any) -> None:
     assert v1.encode_template("</s>") == [2]
 
 
-def test_a_fine_tunes_tokens_are_found_behind_sentencepieces(checkpoints: Any, v1: Any) -> None:
+def test_added_tokens_follow_those_of_sentencepiece(checkpoints: Any, v1: Any) -> None:
     tokenizer = load_tokenizer(checkpoints["spm-added"])
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (32002, 32001)
@@ -187,7 +187,7 @@ def test_added_tokens_json_counts_too(tmp_path: Path) -> None:
     assert 32001 not in tokenizer.encode("<|im_end|>")
 
 
-def test_without_the_old_habit_text_after_a_control_token_gets_no_space(tmp_path: Path) -> None:
+def test_without_legacy_text_after_a_control_token_gets_no_space(tmp_path: Path) -> None:
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE, legacy=False)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode_template("a</s>b")) == "ab"
@@ -231,7 +231,7 @@ def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) ->
         assert tokenizer.encode(text) == original.encode(text)
 
 
-def test_added_words_that_are_no_markup_stay_what_they_are(checkpoints: Any) -> None:
+def test_added_words_that_are_not_markup_are_unchanged(checkpoints: Any) -> None:
     tokenizer = load_tokenizer(checkpoints["byte-level"])
     assert len(tokenizer.encode("blockchain")) == 1
     assert tokenizer.token_id("blockchain") is None
@@ -242,7 +242,7 @@ def test_added_words_that_are_no_markup_stay_what_they_are(checkpoints: Any) -> 
 
 
 def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None], **config: Any) -> Path:
-    """A byte-level checkpoint whose tokenizer.json was changed."""
+    """Return a byte-level checkpoint whose tokenizer.json was changed."""
     build.write_checkpoint(tmp_path, build.byte_level(), **config)
     file = tmp_path / "tokenizer.json"
     spec = json.loads(file.read_text())
@@ -252,7 +252,7 @@ def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None], **config: A
 
 
 def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path: Path) -> None:
-    """With merges that lead to it; the original's added token only hides that way."""
+    """Its merges lead to it; in the original the added token is found first."""
     merges = [["<", "s"], ["<s", ">"]]
 
     def change(spec: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
     assert size not in tokenizer.encode("<|tool|>")
 
 
-def test_a_token_that_must_stand_alone_is_no_token_inside_a_word(tmp_path: Path) -> None:
+def test_a_single_word_token_is_not_found_inside_a_word(tmp_path: Path) -> None:
     def change(spec: dict[str, Any]) -> None:
         spec["added_tokens"][2]["single_word"] = True
 
@@ -309,7 +309,7 @@ def test_a_token_that_must_stand_alone_is_no_token_inside_a_word(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("setting", "adds"), [(None, True), (True, True), (False, False)])
-def test_whether_a_text_begins_with_bos_is_the_checkpoints_word(
+def test_the_checkpoint_decides_whether_a_text_begins_with_bos(
     setting: bool | None, adds: bool, checkpoints: Any, tmp_path: Path
 ) -> None:
     config = {} if setting is None else {"add_bos_token": setting}
@@ -322,8 +322,8 @@ def test_whether_a_text_begins_with_bos_is_the_checkpoints_word(
     assert not load_tokenizer(checkpoints["byte-level"]).adds_bos
 
 
-def test_broken_bytes_spoil_only_themselves(tokenizer: Any, kind: str) -> None:
-    """The package tokenizers gives up on a whole run of byte tokens for one that is wrong."""
+def test_broken_bytes_do_not_change_their_neighbours(tokenizer: Any, kind: str) -> None:
+    """The package tokenizers rejects a whole run of byte tokens for one that is wrong."""
     if not kind.startswith(("llama", "spm")):
         pytest.skip("has no byte tokens")
     first = 3  # the id of <0x00>
@@ -337,7 +337,7 @@ def test_broken_bytes_spoil_only_themselves(tokenizer: Any, kind: str) -> None:
 
 
 def test_a_character_may_have_a_control_token_inside(tokenizer: Any, kind: str) -> None:
-    """They have no text, so they do not break what they stand in; nor does an unknown id."""
+    """Control tokens and unknown ids have no text, so they do not break a character."""
     if not kind.startswith(("llama", "spm")):
         pytest.skip("has no byte tokens")
     one, two, three = (3 + byte for byte in "€".encode())
@@ -359,7 +359,7 @@ def test_a_character_may_have_a_control_token_inside(tokenizer: Any, kind: str) 
         ),
     ],
 )  # fmt: skip
-def test_which_file_counts_when_there_are_both(template: Any, kind: type, tmp_path: Path) -> None:
+def test_the_choice_between_both_files(template: Any, kind: type, tmp_path: Path) -> None:
     build.write_checkpoint(
         tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
     )
@@ -414,7 +414,7 @@ def test_a_file_cut_short_is_damaged(checkpoints: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-def test_a_directory_is_no_file(name: str, tmp_path: Path) -> None:
+def test_a_directory_is_not_a_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         load_tokenizer(tmp_path)

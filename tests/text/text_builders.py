@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that checkpoints bring, written as checkpoints write them."""
+"""Small tokenizers of every kind, in the files that checkpoints have."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def byte_level(
     ignore_merges: bool = False,
     plain: Iterable[str] = (),
 ) -> Tokenizer:
-    """A byte-level BPE as GPT-2's; `plain` are added tokens that are not special."""
+    """Return a byte-level BPE like GPT-2's; `plain` are added tokens that are not special."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,7 +102,7 @@ def byte_level(
 def llama_style(
     scores: dict[str, float], specials: Iterable[str] = (), *, legacy: bool
 ) -> Tokenizer:
-    """SentencePiece BPE as transformers converts it: Llama's tokenizer.json, of either age.
+    """Return a SentencePiece BPE as transformers converts it: Llama's tokenizer.json, old or new.
 
     `scores` are the pieces by id, control tokens and bytes in front.
     """
@@ -139,7 +139,7 @@ def llama_style(
 
 
 def unigram() -> Tokenizer:
-    """A Unigram model whose vocabulary spells its control tokens, as T5's does."""
+    """Return a Unigram model whose vocabulary spells its control tokens, as T5's does."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -162,7 +162,7 @@ def write_checkpoint(
     model_file: Path | None = None,
     **config: Any,
 ) -> Path:
-    """Write tokenizer.json, tokenizer.model and tokenizer_config.json, those that are asked for."""
+    """Write tokenizer.json, tokenizer.model and tokenizer_config.json, as far as they are given."""
     directory.mkdir(exist_ok=True, parents=True)
     if tokenizer is not None:
         tokenizer.save(str(directory / "tokenizer.json"))
@@ -171,7 +171,7 @@ def write_checkpoint(
     if template is not None:
         config["chat_template"] = template
     if config:
-        # transformers would rebuild a LlamaTokenizer by its own rules, and not read the file.
+        # transformers would build a LlamaTokenizer by its own rules, without reading the file.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
         (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory

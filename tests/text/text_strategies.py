@@ -9,7 +9,7 @@ CONTROL = [
     "[TOOL_CALLS]", "[INST]", "[/INST]", "<<SYS>>", "<|eot_id|>", "<|start_header_id|>",
     "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>",
 ]  # fmt: skip
-# Pieces of control tokens, which must not come together either.
+# Pieces of control tokens, which must not be joined either.
 SHARDS = [
     "<", ">", "|", "<|", "|>", "im_", "<|im_", "end|>", "<|im_end", "im_end", "/s>", "s", "<0x0A>",
     " ", "\n", "\u2581", "\ufdd0", "\ufdd1", "\U00100000", "\U000f0000", "{{ bos_token }}", "{%",
