@@ -17,6 +17,7 @@ from statistics import median
 from typing import Literal
 
 from mixchat.bench.machine_limits import Limits, LimitsMeter, copy_bandwidth, disk_bandwidth
+from mixchat.bench.random_context import hold_random_context
 from mixchat.bench.work import bytes_per_token, operations_per_token
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
@@ -119,7 +120,7 @@ class Bench:
         self.cold_start = ColdStart(
             loaded - start,
             ended - start,
-            self.engine.experts.stats.bytes_moved + self.blueprint.shared_size,
+            self.engine.stats.experts.bytes_moved + self.blueprint.shared_size,
             disk_bandwidth(self._directory, expert),
             copy_bandwidth(self.engine.device, expert),
         )
@@ -145,13 +146,16 @@ class Bench:
         return self._decode(task.length) if task.kind == "decode" else self._prefill(task.length)
 
     def _decode(self, context: int) -> float:
-        self.engine.pretend(context)
+        self._hold(context)
         return self._rate([0] * context + self._prompt(1), self._options.tokens)
 
     def _prefill(self, tokens: int) -> float:
-        self.engine.pretend(0)
+        self._hold(0)
         self._rate(self._prompt(tokens), 0)
         return tokens / self.engine.stats.prefill_seconds
+
+    def _hold(self, context: int) -> None:
+        hold_random_context(self.engine, context, self.blueprint.quantization.dtype)
 
     def _prompt(self, tokens: int) -> list[int]:
         return [self._random.randrange(5, self.blueprint.config.vocab_size) for _ in range(tokens)]

@@ -16,7 +16,7 @@ from mixchat.text.messages import Message
 from mixchat.text.stop import StopStrings
 
 if TYPE_CHECKING:
-    from mixchat.engine.generate import Engine, GenerationStats
+    from mixchat.engine.generate import Engine, GenerationStats, OnPrefill
     from mixchat.options import SamplingOptions
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
@@ -53,6 +53,10 @@ class Finished:
 
 
 Event = LeftOut | TextDelta | Finished
+
+
+def _ignore(done: int, total: int) -> None:
+    """Leave the progress of the prefill unshown."""
 
 
 class ChatSession:
@@ -94,6 +98,16 @@ class ChatSession:
     def context(self) -> Context:
         """Return what the engine can hold."""
         return Context(self.engine.context_size, self.engine.config.max_position_embeddings)
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Return the counts and times of the last answer."""
+        return self.engine.stats
+
+    @property
+    def expert_bytes(self) -> int:
+        """Return the bytes of memory that the model's experts take now."""
+        return self.engine.expert_bytes
 
     @property
     def messages(self) -> list[Message]:
@@ -152,35 +166,40 @@ class ChatSession:
         self._interrupted = True
         return soon
 
-    def ask(self, text: str) -> Iterator[Event]:
+    def ask(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Send `text`; yield the answer piece by piece, then `Finished`.
+
+        `on_prefill` is called while the prompt is processed, as in `Engine.generate`.
 
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) the part that was
         shown is remembered. If nothing was shown, or the turn fails, the conversation is unchanged.
         Raises `PromptError` in place of the first event where the conversation does not fit the
         context and `overflow` lets no turns be left out.
         """
-        return self._answer([*self.history, Message("user", text)])
+        return self._answer([*self.history, Message("user", text)], on_prefill)
 
-    def ask_instead(self, text: str) -> Iterator[Event]:
+    def ask_instead(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Send `text` in place of the last question. Raises `PromptError` without one."""
-        return self._answer([*self.history[: self._last_question()], Message("user", text)])
+        before = self.history[: self._last_question()]
+        return self._answer([*before, Message("user", text)], on_prefill)
 
-    def ask_again(self) -> Iterator[Event]:
+    def ask_again(self, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
-        return self._answer(self.history[: self._last_question() + 1])
+        return self._answer(self.history[: self._last_question() + 1], on_prefill)
 
-    def continue_answer(self) -> Iterator[Event]:
+    def continue_answer(self, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Continue the last answer. Raises `PromptError` without one."""
         question = self._last_question()
-        return self._answer(self.history[: question + 1], self.history[question + 1])
+        return self._answer(self.history[: question + 1], on_prefill, self.history[question + 1])
 
     def _last_question(self) -> int:
         if len(self.history) < 2 or self.history[-1].role != "assistant":
             raise PromptError("nothing has been answered yet")
         return len(self.history) - 2
 
-    def _answer(self, asked: list[Message], before: Message | None = None) -> Iterator[Event]:
+    def _answer(
+        self, asked: list[Message], on_prefill: OnPrefill, before: Message | None = None
+    ) -> Iterator[Event]:
         """Answer the last of the messages `asked`; `before` is the answer that is continued."""
         self._has_token = self._interrupted = False
         self.context.check_text(asked[-1].content, "the question")
@@ -201,7 +220,7 @@ class ChatSession:
                 self._turns += 1
 
         try:
-            for delta in self._deltas(prompt_ids, sampling, answer):
+            for delta in self._deltas(prompt_ids, sampling, answer, on_prefill):
                 yield TextDelta(delta)
             reason = answer.reason
         except KeyboardInterrupt:
@@ -210,7 +229,7 @@ class ChatSession:
             remember()
             raise
         remember()
-        yield Finished(reason, self.engine.stats, sampling.seed)
+        yield Finished(reason, self.stats, sampling.seed)
 
     def _system(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]
@@ -271,11 +290,19 @@ class ChatSession:
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
 
     def _deltas(
-        self, prompt_ids: Sequence[int], sampling: SamplingOptions, answer: Answer
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingOptions,
+        answer: Answer,
+        on_prefill: OnPrefill,
     ) -> Iterator[str]:
         stop_ids, limit = self._template.stop_ids, self.longest_answer
         generated = self.engine.generate(
-            prompt_ids, sampling=sampling, stop_ids=stop_ids, max_tokens=limit
+            prompt_ids,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            max_tokens=limit,
+            on_prefill=on_prefill,
         )
         with closing(cast("Generator[int, None, None]", generated)) as ids:
             for token in ids:

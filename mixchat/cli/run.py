@@ -15,7 +15,7 @@ from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
-from mixchat.cli.opening import context_of, open_session
+from mixchat.cli.opening import context_of, open_session, speed_prediction
 from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
@@ -109,7 +109,7 @@ def run(
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
         saver.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
-    after_turn = _verbose_report(session) if verbose else _nothing
+    after_turn = _verbose_report(session, model, device) if verbose else _nothing
     chat_file = ChatFile(saver, keep_cache, strict=keep_cache and question is not None)
     try:
         with SavedCache(session.engine, named_file or chat_file) as cache:
@@ -127,16 +127,19 @@ def _save_report(session: ChatSession, model: str) -> None:
 
     A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
     """
-    from mixchat.cli.reports import report_path, save_report
+    from mixchat.cli.reports import report_path
+    from mixchat.engine.report import report_of, save_report
 
     with suppress(OSError, ModelNotFoundError):
-        save_report(report_path(model), session.engine.expert_report(model))
+        save_report(report_path(model), report_of(session.engine, model))
 
 
-def _verbose_report(session: ChatSession) -> Callable[[Finished], None]:
+def _verbose_report(
+    session: ChatSession, model: str, device: str | None
+) -> Callable[[Finished], None]:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.engine)
+    return VerboseReport(session.engine, speed_prediction(model, device, session))
 
 
 def _nothing(finished: Finished) -> None:

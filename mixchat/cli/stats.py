@@ -16,7 +16,7 @@ from mixchat.cli.output.png import PNG_HELP, checked_picture, new_figure, write_
 from mixchat.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from mixchat.experts.stats import ExpertReport
+    from mixchat.engine.report import ExpertReport
 
 
 def stats(
@@ -42,7 +42,8 @@ def stats(
 
 
 def _last_report(name: str) -> ExpertReport:
-    from mixchat.cli.reports import load_report, report_path
+    from mixchat.cli.reports import report_path
+    from mixchat.engine.report import load_report
 
     path = report_path(name)
     if not path.exists():
@@ -74,7 +75,7 @@ def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
 
 
 def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:
-    from mixchat.experts.stats import TIERS
+    from mixchat.engine.report import TIERS
 
     places = [[TIERS.index(tier) for tier in layer] for layer in report.tiers]
     colours = import_module("matplotlib.colors").ListedColormap(["#2a788e", "#a5db36", "#e0e0e0"])

@@ -7,5 +7,6 @@
 - rope.py: rotary position embedding
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file, for the next run
-- environment.py: what torch has to be told before it is loaded
+- report.py: what a run did with its experts
+- environment.py: settings that torch reads when it is loaded
 """

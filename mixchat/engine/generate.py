@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,121 +15,95 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler
 from mixchat.errors import CheckpointError, PromptError, ResourceError
-from mixchat.experts.fetcher import Fetcher
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertReport
+from mixchat.experts.holder import ExpertHolder
+from mixchat.experts.stats import ExpertStats
 from mixchat.options import SamplingOptions
 
-if TYPE_CHECKING:
-    from mixchat.planning.expectation import SpeedRange
-
-# Tokens. Where experts come from disk each chunk reads most of them anew: few, large chunks.
+# Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.
 PREFILL_CHUNK = 2048
 
-Reading = Callable[[int, int], object]
+OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
 
 
 @dataclass
 class GenerationStats:
-    """What one call of `Engine.generate` did: counts of tokens, and seconds."""
+    """Counts of one call of `Engine.generate`: of tokens, seconds, and uses of experts."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    experts: ExpertStats = field(default_factory=ExpertStats)
 
 
 class Engine:
-    """A model with its KV cache, which is kept from call to call.
+    """A model with its KV cache, which stays filled from call to call.
 
-    A prompt that begins as the last one did (a chat that goes on) is prefilled only from where the
-    two part. `stats` describes the last call, `experts.stats` counts from the start. `expected`
-    says how many tokens a second this machine should decode, where that is known; `note` gets what
-    a person should hear of, and `reading`, which may be replaced, how many tokens of a prompt have
-    been read, and of how many. `identity` differs where the weights do. With
-    `exact_prompts` the tokens of a prompt are computed to the bit as decoded ones are, in chunks of
-    any size. `name` is what a person calls the model.
+    A prompt that begins like the last one (a chat that continues) is prefilled only from where the
+    two differ. `total_tokens` and `total_seconds` count all that the model computed. `note` is
+    called with messages for a person. `identity` differs where the weights do. With `exact_prompts`
+    the tokens of a prompt have the same bits as decoded ones, in chunks of any size. `name` is the
+    model's name for a person.
     """
 
     def __init__(
         self,
         model: Model,
         cache: KVCache,
-        experts: Fetcher,
+        experts: ExpertHolder,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
-        expected: Callable[[], SpeedRange | None] = lambda: None,
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",
         exact_prompts: bool = False,
         name: str = "MODEL",
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
-        self.experts, self.expected = experts, expected
-        self.stats, self._name = GenerationStats(), name
-        self.reading: Reading = lambda done, of: None
-        self._tokens, self._seconds = 0, 0.0  # of all calls
+        self.experts, self._name = experts, name
+        self.total_tokens, self.total_seconds = 0, 0.0
+        self._stats, self._experts_before = GenerationStats(), ExpertStats()
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
         self._ids: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
     def context_size(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Return how many tokens prompt and answer may have together."""
         return self._cache.capacity
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Return the device on which the model computes."""
         return self._model.device
 
-    def pretend(self, tokens: int) -> None:
-        """Hold so many tokens, each the token 0, with keys and values made up: to measure what
-        comes behind them without the minutes that computing them takes."""
-        self._ids, self._cache.length = [], 0
-        config = self.config
-        heads = config.num_key_value_heads
-        shape = (min(tokens, self._chunk), 2 * heads, config.head_dim)
-        while tokens:
-            made_up = torch.randn(shape).to(self._model.dtype)[:tokens].to(self.device)
-            for layer in range(config.num_hidden_layers):
-                self._cache.store(layer, made_up[:, :heads], made_up[:, heads:])
-            self._cache.length += len(made_up)
-            tokens -= len(made_up)
-        self._ids = [0] * self._cache.length
+    @property
+    def slots_by_tier(self) -> dict[str, int]:
+        """Return how many experts may be held in each tier but the disk, the fastest one first."""
+        return self.experts.slots_by_tier
+
+    @property
+    def expert_bytes(self) -> int:
+        """Return the bytes of memory that experts take where they are computed."""
+        return self.experts.bytes_held
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Return the counts of the last call of `generate`, as far as it has come."""
+        return replace(self._stats, experts=self.experts.stats.since(self._experts_before))
 
     def held(self) -> tuple[list[int], KVCache]:
-        """The tokens whose keys and values the cache holds, from its start, and the cache."""
+        """Return the tokens whose keys and values the cache holds, and the cache."""
         return self._ids[: self._cache.length], self._cache
 
     def forget(self) -> None:
-        """Hold nothing, as a new engine does."""
+        """Empty the cache, like that of a new engine."""
         self._ids = []
         self._cache.clear()
 
     def resume(self, ids: Sequence[int]) -> None:
-        """Go on from these tokens, whose keys and values have been restored to the cache."""
+        """Continue from these tokens, whose keys and values have been put into the cache."""
         self._ids = list(ids)
         self._cache.length = len(ids)
-
-    def expert_report(self, model: str) -> ExpertReport:
-        """What has become of the experts since the start; `model` is the name to put on it."""
-        layers = range(self.config.num_hidden_layers)
-        keys = [[ExpertKey(n, e) for e in range(self.config.num_local_experts)] for n in layers]
-        stats = self.experts.stats
-        return ExpertReport(
-            model=model,
-            hits=[[stats.hits[key] for key in layer] for layer in keys],
-            misses=[[stats.misses[key] for key in layer] for layer in keys],
-            tiers=[[self.experts.tier(key) for key in layer] for layer in keys],
-            slots=self.experts.slots_by_tier,
-            bytes_moved=stats.bytes_moved,
-            stalled_seconds=stats.stalled_seconds,
-            guesses=stats.guesses,
-            right_guesses=stats.right_guesses,
-            tokens=self._tokens,
-            seconds=self._seconds,
-        )
 
     def generate(
         self,
@@ -139,14 +112,16 @@ class Engine:
         sampling: SamplingOptions,
         stop_ids: Set[int],
         max_tokens: int | None = None,
+        on_prefill: OnPrefill = lambda done, total: None,
     ) -> Iterator[int]:
-        """Yield the answer's tokens as they are decided.
+        """Yield the answer's tokens as they are sampled.
 
         Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
-        the context is full. The iterator may be dropped at any point. Raises `PromptError` at once
-        where the prompt is empty or leaves no room for an answer, `CheckpointError` where it has
-        tokens that the model does not know; later that, too, where damaged weights give logits that
-        are no numbers.
+        the context is full. The iterator may be dropped at any point. `on_prefill` is called during
+        prefill with the tokens of the prompt that are computed, and their total. Raises
+        `PromptError` at once where the prompt is empty or leaves no room for an answer,
+        `CheckpointError` where it has tokens that the model does not know; later that, too, where
+        damaged weights give logits that are NaN or infinite.
         """
         ids = list(prompt_ids)
         if not ids:
@@ -161,15 +136,21 @@ class Engine:
             raise Context(self.context_size, largest).prompt_too_long(len(ids))
         room = self.context_size - len(ids)
         limit = room if max_tokens is None else min(max_tokens, room)
-        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit)
+        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit, on_prefill)
 
     def _generate(
-        self, ids: list[int], sampler: Sampler, stop_ids: Set[int], limit: int
+        self,
+        ids: list[int],
+        sampler: Sampler,
+        stop_ids: Set[int],
+        limit: int,
+        on_prefill: OnPrefill,
     ) -> Iterator[int]:
         start = time.perf_counter()
         reused = self._rewind(ids)
-        self.stats = stats = GenerationStats(prompt_tokens=len(ids), reused_tokens=reused)
-        logits = self._prefill(ids[reused:])
+        self._stats = stats = GenerationStats(prompt_tokens=len(ids), reused_tokens=reused)
+        self._experts_before = self.experts.stats.copy()
+        logits = self._prefill(ids[reused:], on_prefill)
         stats.prefill_seconds = time.perf_counter() - start
         while True:
             token = sampler.sample(self._checked(logits[0]), ids)
@@ -183,7 +164,7 @@ class Engine:
             stats.decode_seconds += time.perf_counter() - start
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits [V] in fp32 on the CPU. Raises `CheckpointError` where one is no number."""
+        """Return logits [V] in fp32, on the CPU. Raises `CheckpointError` unless all are finite."""
         checked = logits.float().cpu()
         if not math.isfinite(checked.sum().item()):
             raise CheckpointError(
@@ -194,9 +175,9 @@ class Engine:
         return checked
 
     def _rewind(self, ids: list[int]) -> int:
-        """Cut the cache back to what it shares with `ids`; the length that is left.
+        """Cut the cache back to the beginning that it shares with `ids`; return the length left.
 
-        At least one token has to be computed, since its logits are not kept.
+        At least one token has to be computed, since the cache has no logits.
         """
         shared = 0
         for old, new in zip(self._ids, ids[:-1], strict=False):
@@ -208,22 +189,25 @@ class Engine:
             self._cache.length = shared
         return shared
 
-    def _prefill(self, ids: list[int]) -> torch.Tensor:
+    def _prefill(self, ids: list[int], on_prefill: OnPrefill) -> torch.Tensor:
+        """Return the logits of the last token.
+
+        `on_prefill` is called after each layer: of 100 tokens, a layer of 32 counts as 3.
+        """
+        layers = self.config.num_hidden_layers
         for start in range(0, len(ids), self._chunk):
             chunk = ids[start : start + self._chunk]
-            logits = self._forward(chunk, self._told(start, len(chunk), len(ids)))
-        return logits
 
-    def _told(self, before: int, tokens: int, of: int) -> Callable[[int], object]:
-        """Tells `reading` after each layer how far a prompt is read: in tokens, as if all of them
-        were read one after the other."""
-        layers = self.config.num_hidden_layers
-        return lambda layer: self.reading(before + tokens * (layer + 1) // layers, of)
+            def after_layer(layer: int, before: int = start, tokens: int = len(chunk)) -> None:
+                on_prefill(before + tokens * (layer + 1) // layers, len(ids))
+
+            logits = self._forward(chunk, after_layer)
+        return logits
 
     def _forward(
         self, ids: list[int], after_layer: Callable[[int], object] = lambda layer: None
     ) -> torch.Tensor:
-        """The logits. Ctrl-C is heard between two layers, and while an expert is on its way."""
+        """Return logits. Ctrl-C is handled between two layers, and while an expert is loading."""
 
         def between_layers(layer: int) -> None:
             interrupts.check()
@@ -234,14 +218,14 @@ class Engine:
             device_ids = torch.tensor(ids, device=self._model.device)
             logits = self._within_memory(device_ids, between_layers)
             self._ids += ids
-            self._tokens += len(ids)
-            self._seconds += time.perf_counter() - start
+            self.total_tokens += len(ids)
+            self.total_seconds += time.perf_counter() - start
         return logits
 
     def _within_memory(
         self, ids: torch.Tensor, after_layer: Callable[[int], object]
     ) -> torch.Tensor:
-        """The logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
+        """Return logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
         while True:
             try:
                 return self._model.forward(ids, self._cache, after_layer=after_layer)

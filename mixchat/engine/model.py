@@ -1,4 +1,4 @@
-"""The Mixtral transformer: from token ids to logits. It never asks where an expert lives.
+"""The Mixtral transformer: from token ids to logits. It does not know where experts are.
 
 T = tokens of this call, P = tokens before them (in the cache), D = hidden_size, V = vocab_size,
 H = num_attention_heads, G = num_key_value_heads, h = head_dim.
@@ -20,18 +20,14 @@ from mixchat.weights.matrix.linear import Linear
 
 
 class RMSNorm:
-    """x / rms(x), in fp32, then in the type of x times the weight: as transformers rounds it."""
+    """x / rms(x) times the weight."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight, self._eps = weight, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] to [T, D]."""
-        if rows.computes(x, x.shape[-1]):
-            return rows.rms_norm(x, self._weight, self._eps)
-        wide = x.float()
-        mean = (wide * wide).mean(-1, keepdim=True)
-        return (wide * torch.rsqrt(mean + self._eps)).to(x.dtype) * self._weight
+        """Map x [T, D] to [T, D]."""
+        return rows.rms_norm(x, self._weight, self._eps)
 
 
 class Attention:
@@ -49,18 +45,18 @@ class Attention:
         self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
 
     def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """x [T, D] to [T, D]."""
+        """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = self._qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)
-        rotated = self._rope(qkv[:, : heads + groups], cache.length)
+        qkv = self._qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        rotated = self._rope(qkv[:, : heads + groups], cache.length)  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])
+        attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
         return self._o_proj(attended.reshape(tokens, -1))
 
 
 class Block:
-    """One layer: attention, then the experts, each on the normed stream and added to it."""
+    """One layer: attention, then the experts. Each reads the normed x, and is added to x."""
 
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
@@ -69,6 +65,7 @@ class Block:
         self._moe_norm, self._moe = moe_norm, moe
 
     def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
         x = x + self._attention(self._attention_norm(x), cache)
         return x + self._moe(self._moe_norm(x))
 
@@ -89,12 +86,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids are expected and the logits come out."""
+        """Return the device of the ids and of the logits."""
         return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the hidden states."""
+        """Return the type of the hidden states."""
         return self._embedding.dtype
 
     def forward(
@@ -105,15 +102,15 @@ class Model:
         all_logits: bool = False,
         after_layer: Callable[[int], object] = lambda layer: None,
     ) -> torch.Tensor:
-        """Logits [1, V] of the last token, or [T, V] of all; the cache then holds the ids [T] too.
+        """Return logits [1, V] of the last token, or [T, V] of all; the ids [T] join the cache.
 
-        The cache must have room for them: P + T <= capacity. `after_layer` hears of each layer that
-        is done.
+        The cache must have room for them: P + T <= capacity. `after_layer` is called after each
+        layer with its number.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
         for layer, block in enumerate(self._blocks):
             x = block(x, cache)
             after_layer(layer)
         logits = self._head(self._norm(x if all_logits else x[-1:]))
-        cache.length += ids.shape[0]  # last of all: what is broken off has not been
+        cache.length += ids.shape[0]  # last: an interrupted pass leaves the cache as it was
         return logits

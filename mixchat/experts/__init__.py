@@ -1,18 +1,19 @@
-"""The experts: what holds, moves and computes them.
+"""The experts: they are held, moved and computed here.
 
 - keys.py: the name of an expert: (layer, expert)
 - placement.py: what fits where
-- runner.py: computes the chosen experts
-- fetcher.py: sees to it that they are in their slots
+- holder.py: the contract between the model and its experts
+- runner.py: computes the selected experts
+- fetcher.py: brings them into their slots
 - cache.py: which expert is in which slot, without a tensor
-- policies.py: which one goes: LRU, LFU, Belady's
+- policies.py: which one is evicted: LRU, LFU, Belady's
 - prefetch.py: predicts which experts the next layers need
-- mover.py: brings experts in the background, what is needed first
+- mover.py: loads experts in the background, requested ones first
 - store.py: moves bytes into slots, without a policy
-- sources.py: where they come from: the disk, RAM behind a GPU
-- host_compute.py: what is sooner computed on the CPU than copied to the GPU
+- sources.py: the disk, and RAM behind a GPU, as sources of experts
+- host_compute.py: experts that the CPU computes sooner than they are copied to the GPU
 - memory.py: how much memory is free, while that changes
-- trial.py: tries ways to do a thing and keeps to the cheapest
-- stats.py: hits, misses, bytes moved
+- trial.py: tries alternatives and uses the cheapest
+- stats.py: hits, misses, bytes moved, predictions
 - trace.py: which experts each token went to, recorded
 """

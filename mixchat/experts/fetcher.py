@@ -1,4 +1,4 @@
-"""Sees to it that experts are in their slots: those asked for, and those that may be asked for."""
+"""Brings experts into their slots: those requested, and those predicted to be needed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.blueprint import Expert
 
 RESIDENT, COMING, MISSING = range(3)
-GUESSES_AT_ONCE = 4
+PREFETCHES_AT_ONCE = 4
 
 
 class Fetcher:
-    """Experts of a store, by a cache's decision where, brought by a mover.
+    """Experts of a store: a cache decides in which slots, a mover brings them.
 
-    An expert can be in the cache while its bytes are still on their way: it is in `_coming` then,
-    which has no other ones.
+    An expert can be in the cache while its bytes are still on their way; `_coming` has these.
     """
 
     def __init__(
@@ -42,53 +41,53 @@ class Fetcher:
 
     @property
     def slots(self) -> int:
-        """How many experts may be held."""
+        """Return how many experts may be held."""
         return self._cache.limit
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
-        """How many experts may be held in each of the faster tiers."""
+        """Return how many experts may be held in each of the faster tiers."""
         behind = {"host": self._placement.host_slots} if self._placement.host_slots else {}
         return {self._store.name: self.slots, **behind}
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of memory that the experts take where they are computed."""
+        """Return the bytes of memory that experts take where they are computed."""
         return self._store.nbytes
 
     @property
     def holds_all(self) -> bool:
-        """Whether there is nothing left to fetch."""
+        """Return whether there is nothing left to fetch."""
         return len(self._cache) == self._placement.experts and not self._coming
 
     def tier(self, key: ExpertKey) -> str:
-        """Where the expert's fastest copy is: `device`, `host` or `disk`."""
+        """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
         return self._store.tier(key, resident=self.holds(key))
 
     def holds(self, key: ExpertKey) -> bool:
-        """Whether the expert is whole in its slot."""
+        """Return whether the expert is whole in its slot."""
         return self.state(key) == RESIDENT
 
     def state(self, key: ExpertKey) -> int:
-        """`RESIDENT`, `COMING` or `MISSING`."""
+        """Return `RESIDENT`, `COMING` or `MISSING`."""
         if key not in self._cache:
             return MISSING
         return COMING if key in self._coming else RESIDENT
 
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
-        """The layer's routers have chosen: what was guessed otherwise is not wanted any more."""
+        """Take in the router's choice for a layer: its other prefetches are not needed any more."""
         self._passes.enter(layer)
         if self._watch is not None:
             self.resize(self._watch.limit(len(self._cache)))
         for key, transfer in list(self._coming.items()):
-            if not transfer.guess or key.layer != layer:
+            if not transfer.is_prefetch or key.layer != layer:
                 continue
             ended = transfer.ended
             if key in chosen:
-                self.stats.right_guesses += 1
-                self._mover.want(transfer)
+                self.stats.right_predictions += 1
+                self._mover.promote(transfer)
                 if not ended:
-                    self.stats.late_guesses += 1
+                    self.stats.late_predictions += 1
                     self.stats.misses[key] += 1
             elif not ended:
                 transfer.cancelled = True
@@ -97,27 +96,28 @@ class Fetcher:
             elif ended:
                 del self._coming[key]
 
-    def want(self, window: Sequence[ExpertKey]) -> None:
-        """Send for these, as far as there are slots that none of them needs."""
+    def request(self, window: Sequence[ExpertKey]) -> None:
+        """Start loading these, as far as there are slots that none of them needs."""
         for key in window:
             if key not in self._cache or self._failed(key):
                 if not self._send(Transfer(key), window):
                     return
                 self.stats.misses[key] += 1
 
-    def guess(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> None:
-        """Send for these, if they are not there, in place of what is neither pinned nor guessed."""
-        room = min(GUESSES_AT_ONCE, self.slots // 4) - sum(t.guess for t in self._coming.values())
+    def prefetch(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> None:
+        """Start loading predicted experts that are missing; no pinned one and no prefetch goes."""
+        on_their_way = sum(transfer.is_prefetch for transfer in self._coming.values())
+        room = min(PREFETCHES_AT_ONCE, self.slots // 4) - on_their_way
         for key in keys:
             if key in self._cache:
                 continue
-            if room <= 0 or not self._send(Transfer(key, guess=True), pinned):
+            if room <= 0 or not self._send(Transfer(key, is_prefetch=True), pinned):
                 return
-            self.stats.guesses += 1
+            self.stats.predictions += 1
             room -= 1
 
     def ready(self, key: ExpertKey) -> Expert:
-        """The expert, once it is in its slot. Raises what bringing it raised."""
+        """Return the expert once it is in its slot. Raises what bringing it raised."""
         transfer = self._coming.get(key)
         if transfer is not None:
             self._await(key, transfer)
@@ -128,7 +128,7 @@ class Fetcher:
         return self._store.expert(slot)
 
     def resize(self, limit: int) -> None:
-        """Hold no more than `limit` experts; the memory of what is too much is given back."""
+        """Hold no more than `limit` experts, and give the memory of the others back."""
         if limit == self._cache.limit:
             return
         self._cache.resize(limit, pinned=self._coming)
@@ -143,7 +143,7 @@ class Fetcher:
                 self._store.release(slot)
 
     def halve(self) -> bool:
-        """Hold half as many experts, for good; False where that would be too few."""
+        """Hold half as many experts from now on; return False where that would be too few."""
         limit = self._cache.limit // 2
         if limit < MIN_SLOTS:
             return False
@@ -151,31 +151,31 @@ class Fetcher:
         return True
 
     def _await(self, key: ExpertKey, transfer: Transfer) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             transfer.wait()
         except BaseException:
-            if transfer.ended:  # it failed; after a signal it is still on its way
+            if transfer.ended:  # it failed; after a signal it would still be on its way
                 self._give_up(key)
             raise
-        self.stats.stalled_seconds += time.perf_counter() - began
+        self.stats.stalled_seconds += time.perf_counter() - start
         self.stats.bytes_moved = self._store.bytes_moved
         del self._coming[key]
 
     def _failed(self, key: ExpertKey) -> bool:
-        """Whether an earlier call ended before it heard that the expert failed to arrive."""
+        """Return whether the expert failed to arrive after an earlier call had stopped waiting."""
         if key in self._coming and self._coming[key].failed:
             self._give_up(key)
             return True
         return False
 
     def _send(self, transfer: Transfer, pinned: Collection[ExpertKey]) -> bool:
-        """Begin a transfer, if there is a slot for it."""
+        """Start a transfer; return False where there is no slot for it."""
         key = transfer.key
-        guesses = [other for other, its in self._coming.items() if its.guess]
+        prefetches = [other for other, its in self._coming.items() if its.is_prefetch]
         held = self._store.blocks
-        slot = self._cache.admit(key, {*pinned, *guesses}, held)
-        if slot is None and not transfer.guess:
+        slot = self._cache.admit(key, {*pinned, *prefetches}, held)
+        if slot is None and not transfer.is_prefetch:
             slot = self._cache.admit(key, pinned, held)
         for other in [other for other in self._coming if other not in self._cache]:
             self._coming[other].cancelled = True

@@ -8,9 +8,6 @@ import torch
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.sources import HostTier
-from mixchat.weights.format.blueprint import Expert
-
-Compute = Callable[[Expert, torch.Tensor], torch.Tensor]  # an expert and x [rows, D] to [rows, D]
 
 
 class HostCompute:
@@ -25,13 +22,11 @@ class HostCompute:
     def __init__(
         self,
         tier: HostTier,
-        compute: Compute,
         *,
         copy_seconds: float,
         host_seconds: Callable[[int], float],
     ) -> None:
-        self._tier, self._compute = tier, compute
-        self._copy_seconds, self._host_seconds = copy_seconds, host_seconds
+        self._tier, self._copy_seconds, self._host_seconds = tier, copy_seconds, host_seconds
 
     def choose(self, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
         """Which of these experts, given with their rows, to compute here: those with few rows."""
@@ -49,4 +44,4 @@ class HostCompute:
     def run(self, key: ExpertKey, x: torch.Tensor) -> torch.Tensor | None:
         """The expert's output for x [n, D], both on the CPU; None if it has left RAM meanwhile."""
         with self._tier.borrow(key) as expert:
-            return None if expert is None else self._compute(expert, x)
+            return None if expert is None else expert(x)

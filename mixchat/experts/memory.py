@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 INTERVAL = 0.5  # seconds between two looks at the memory that is free
 
 
-def free_memory(device: torch.device) -> int:
+def free_on(device: torch.device) -> int:
     """Bytes that can be taken on the device without pushing anything out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -1,7 +1,7 @@
-"""Moves experts in the background: those that are wanted first, then those that may be.
+"""Moves experts in the background: requested ones first, then prefetches.
 
-One disk and one bus gain nothing from several transfers at once, so there is one thread, which goes
-when it has had nothing to do for a while. It is no daemon: Python ends daemons in the midst of
+One disk and one bus gain nothing from several transfers at once, so there is one thread. It ends
+when it has had nothing to do for a while. It is no daemon: Python ends daemons in the middle of
 torch's code, which then aborts the process.
 """
 
@@ -17,22 +17,22 @@ from mixchat.errors import ResourceError
 from mixchat.experts.keys import ExpertKey
 
 _IDLE = 0.1  # seconds
-_LOOK = 0.05  # seconds until whoever waits looks whether a signal has come
+_LOOK = 0.05  # seconds between two checks for a signal, for whoever waits
 
-# Moving an expert, in steps of a few milliseconds; between two of them it can be put off or ended.
+# The steps of moving an expert, a few milliseconds each; between two of them it can be put off.
 Steps = Generator[None, None, None]
 
 
 class Transfer:
     """One expert on its way into a slot.
 
-    A `guess` is put off, in the midst of its way, as soon as something wanted comes. `cancelled`
-    may be set at any time. A step that has begun ends nevertheless; the slot can be given to
-    another transfer at once, since that one is carried out afterwards.
+    A prefetch is put off, also after some of its steps, as soon as an expert is requested.
+    `cancelled` may be set at any time. A step that has started ends nevertheless; the slot can be
+    given to another transfer at once, since that one is carried out afterwards.
     """
 
-    def __init__(self, key: ExpertKey, *, guess: bool = False) -> None:
-        self.key, self.guess = key, guess
+    def __init__(self, key: ExpertKey, *, is_prefetch: bool = False) -> None:
+        self.key, self.is_prefetch = key, is_prefetch
         self.steps: Steps | None = None  # while it is queued or carried out
         self.cancelled = False
         self._ended = threading.Event()
@@ -40,12 +40,12 @@ class Transfer:
 
     @property
     def ended(self) -> bool:
-        """Whether it has arrived, or failed."""
+        """Return whether it has arrived, or failed."""
         return self._ended.is_set()
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended without arriving."""
+        """Return whether it has ended without arriving."""
         return self._error is not None
 
     def wait(self) -> None:
@@ -59,18 +59,18 @@ class Transfer:
             raise self._error
 
     def end(self, error: BaseException | None = None) -> None:
-        """Say that it has arrived, or why it has not."""
+        """Mark it as arrived, or as failed with an error."""
         self._error = error
         self._ended.set()
 
 
 class Mover:
-    """Carries out transfers. `inside` is what its thread is to be in meanwhile."""
+    """Carries out transfers. Its thread enters the context `inside` meanwhile."""
 
     def __init__(self, inside: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         self._inside = inside
-        self._wanted: deque[Transfer] = deque()
-        self._guessed: list[Transfer] = []
+        self._requested: deque[Transfer] = deque()
+        self._prefetches: list[Transfer] = []
         self._changed = threading.Condition()
         self._works = False
 
@@ -81,16 +81,16 @@ class Mover:
                 _start(self._work)
                 self._works = True
             transfer.steps = steps
-            (self._guessed if transfer.guess else self._wanted).append(transfer)
+            (self._prefetches if transfer.is_prefetch else self._requested).append(transfer)
             self._changed.notify()
 
-    def want(self, transfer: Transfer) -> None:
-        """A guess was right: its turn comes before that of all other guesses."""
+    def promote(self, transfer: Transfer) -> None:
+        """Carry out a prefetch as a request, because its prediction was right."""
         with self._changed:
-            transfer.guess = False
-            if transfer in self._guessed:
-                self._guessed.remove(transfer)
-                self._wanted.append(transfer)
+            transfer.is_prefetch = False
+            if transfer in self._prefetches:
+                self._prefetches.remove(transfer)
+                self._requested.append(transfer)
 
     def _work(self) -> None:
         try:
@@ -101,18 +101,18 @@ class Mover:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Let nobody wait for what this thread cannot carry out; the next transfer gets another."""
+        """End all transfers with the error, so that nobody waits; a later one gets a new thread."""
         with self._changed:
             self._works = False
-            for transfer in (*self._wanted, *self._guessed):
+            for transfer in (*self._requested, *self._prefetches):
                 transfer.end(error)
-            self._wanted.clear()
-            self._guessed.clear()
+            self._requested.clear()
+            self._prefetches.clear()
 
     def _carry_out(self, transfer: Transfer) -> None:
         assert transfer.steps is not None
         try:
-            if transfer.cancelled:  # in the queue, perhaps in the midst of its way
+            if transfer.cancelled:  # in the queue, perhaps after some steps
                 return transfer.steps.close()
             for _ in transfer.steps:
                 if transfer.cancelled or _ending():
@@ -126,23 +126,23 @@ class Mover:
 
     def _put_off(self, transfer: Transfer) -> bool:
         with self._changed:
-            if not (transfer.guess and self._wanted):
+            if not (transfer.is_prefetch and self._requested):
                 return False
-            self._guessed.insert(0, transfer)  # it goes on before others of its layer begin
+            self._prefetches.insert(0, transfer)  # it continues before others of its layer start
             return True
 
     def _next(self) -> Transfer | None:
-        """What to carry out now; None where nothing came for a while."""
+        """Return the transfer to carry out now; None where none came for a while."""
         with self._changed:
-            if not (self._wanted or self._guessed or _ending()):
+            if not (self._requested or self._prefetches or _ending()):
                 self._changed.wait(_IDLE)
-            self._works = bool(self._wanted or self._guessed) and not _ending()
+            self._works = bool(self._requested or self._prefetches) and not _ending()
             if not self._works:
                 return None
-            if self._wanted:
-                return self._wanted.popleft()
-            nearest = min(self._guessed, key=lambda transfer: transfer.key.layer)
-            self._guessed.remove(nearest)
+            if self._requested:
+                return self._requested.popleft()
+            nearest = min(self._prefetches, key=lambda transfer: transfer.key.layer)
+            self._prefetches.remove(nearest)
             return nearest
 
 
@@ -157,5 +157,5 @@ def _start(work: Callable[[], None]) -> None:
 
 
 def _ending() -> bool:
-    """Whether the program is over: nobody waits for an expert any more."""
+    """Return whether the program is over: nobody waits for an expert any more."""
     return not threading.main_thread().is_alive()

@@ -1,4 +1,4 @@
-"""Guesses which experts the next layers will ask for, before their routers have been reached.
+"""Predicts which experts the next layers will need, before their routers are reached.
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 """
@@ -16,17 +16,17 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.trial import Trial
 
-# How many layers ahead to guess in decoding; which of these pays is found by trying.
+# How many layers ahead to predict in decoding; which of these pays is found by trying.
 DEPTHS = (3, 6, 0, 1)
 _ROUND = 8  # tokens until another depth may be tried
 
 
 class NextRouters:
-    """What the next layers' routers would choose if they saw this layer's hidden states.
+    """The next layers' routers, applied to this layer's hidden states.
 
     Each layer adds little to the stream of hidden states, so the next router sees nearly what this
-    one does, but for the weights of the norms before them: those of this layer are taken out, those
-    of the next one put in.
+    one sees, except for the weights of the norms before them: those of this layer are divided out,
+    those of the next one multiplied in.
 
     gates: [E, D] of each layer; norms: [D] of each layer, of the norm before its router.
     """
@@ -36,16 +36,16 @@ class NextRouters:
     ) -> None:
         weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
         self._gates = torch.cat(weighted)  # [layers * E, D]
-        # Where a weight is all but zero, what was multiplied by it is lost, and counts as nothing.
+        # Where a weight is almost zero, what was multiplied by it is lost, and counts as zero.
         self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
         self._experts = gates[0].shape[0]
         self.layers, self._experts_per_token = len(gates), experts_per_token
 
     def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> list[ExpertKey]:
-        """The experts that the `depth` layers after `layer` are likely to choose.
+        """Return the experts that the `depth` layers after `layer` are likely to select.
 
         hidden_states: [T, D], as this layer's router sees them. The nearest layer comes first, and
-        in it the experts that most tokens choose.
+        in it the experts that most tokens select.
         """
         first, last = layer + 1, min(layer + 1 + depth, self.layers)
         if first >= last:
@@ -63,36 +63,36 @@ class NextRouters:
 class Prefetch:
     """Decides how far to look ahead: as far as it makes tokens come faster, or not at all.
 
-    In a prefill the next layer needs most of its experts, whatever the hidden states are: guessing
-    one layer ahead cannot lose. In decoding each depth is tried, and judged by the time that tokens
-    take: wrong guesses keep the disk from what is needed, and even right ones may keep the cores
-    from computing.
+    In a prefill the next layer needs most of its experts, whatever the hidden states are: a
+    prediction one layer ahead cannot lose. In decoding each depth is tried, and judged by the time
+    that tokens take: wrong predictions keep the disk from what is needed, and even right ones may
+    keep the cores from computing.
     """
 
     def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
         self._routers, self._stats = routers, stats
         self.trial = Trial(DEPTHS, length=_ROUND)
-        self._began: tuple[float, int] | None = None
+        self._started: tuple[float, int] | None = None
         self._tokens = self._needed = 0
 
-    def guess(self, layer: int, hidden_states: torch.Tensor) -> list[ExpertKey]:
-        """The experts to send for while `layer` is computed, the most urgent ones first."""
+    def predict(self, layer: int, hidden_states: torch.Tensor) -> list[ExpertKey]:
+        """Return the experts to prefetch while `layer` is computed, the most urgent ones first."""
         if hidden_states.shape[0] > 1:
-            self._began = None
+            self._started = None
             return self._routers(layer, hidden_states, 1)
         if layer == 0:
-            self._began = time.perf_counter(), self._stats.needed
-        elif layer == self._routers.layers - 1 and self._began is not None:
-            began, before = self._began
-            self._judge(time.perf_counter() - began, self._stats.needed - before)
-            self._began = None
+            self._started = time.perf_counter(), self._stats.needed
+        elif layer == self._routers.layers - 1 and self._started is not None:
+            start, before = self._started
+            self._judge(time.perf_counter() - start, self._stats.needed - before)
+            self._started = None
         return self._routers(layer, hidden_states, self.trial.way)
 
     def _judge(self, seconds: float, needed: int) -> None:
-        """A token took so long, of whose experts `needed` were not there.
+        """Note how long a token took, of whose experts `needed` were not there.
 
-        Tokens differ in that, which is not the doing of a depth. Where half of the time goes into
-        the experts that were not there, one with twice as many of them counts for 1.5.
+        Tokens differ in `needed`, whatever the depth is. Half of the time is taken to go into the
+        experts that were not there, so a token with twice as many of them counts as 1.5 tokens.
         """
         self._tokens += 1
         self._needed += needed

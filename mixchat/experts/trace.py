@@ -23,7 +23,7 @@ from mixchat.output_file import OutputFile
 if TYPE_CHECKING:
     import torch
 
-    from mixchat.experts.runner import ExpertRunner
+    from mixchat.experts.holder import ExpertRunner
 
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()

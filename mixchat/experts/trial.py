@@ -31,11 +31,6 @@ class Trial(Generic[T]):
         """How to do it now."""
         return self._ways[self._now]
 
-    @property
-    def costs(self) -> dict[T, float | None]:
-        """What a unit costs in each way; None where it was not tried yet."""
-        return dict(zip(self._ways, self._costs, strict=True))
-
     def add(self, cost: float, units: float) -> None:
         """Note that `units` of work, done in the present way, took `cost`."""
         self._spent += cost

@@ -1,4 +1,4 @@
-"""The choice of a router: the best experts of each token, and the softmax over their logits.
+"""The router's choice: the best experts of each token, and the softmax over their logits.
 
 T = tokens, D = columns, E = experts, K = experts of a token.
 """
@@ -9,37 +9,41 @@ import functools
 
 import torch
 from llvmlite import ir
+from torch.nn import functional
 
+from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, exponential
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.signature import Signature
 
 _MOST = 1024  # experts: their logits are on the stack
-_FEW = 4  # tokens that one thread is done with before a second one has begun
-# What is chosen is not chosen again: all others are above `_START`, however low their logits are.
-# What is no number is above all that are, as torch has it.
+_FEW = 4  # tokens that one thread finishes before a second one has started
+# No expert is chosen twice: all others are above `_START`, however low their logits are. As in
+# torch, NaN is above all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
     "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "kept"
 )
 
 
-def computes(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Whether `route` can be used for these."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    instructions = instruction_set()
+def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
+    """Return whether the kernel takes these; `route` falls back to torch for others."""
     experts, columns = gate.shape
-    return instructions is not None and columns % LANES[instructions] == 0 and experts <= _MOST
+    return rows.takes(x.dtype, columns, x.device.type) and experts <= _MOST
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts [T, K], int64, whose logits x gate^T are largest, and the softmax over these.
+    """Return the experts [T, K], int64, with the largest logits x gate^T, and the softmax over
+    these logits [T, K], fp32.
 
-    x [T, D]; gate [E, D], fp32, as all that is computed. The weights [T, K] are fp32. Of equal
-    logits the first is better.
+    x [T, D]; gate [E, D], fp32. All is computed in fp32: rounding the logits could change which
+    expert comes second. Of equal logits the kernel takes the first.
     """
+    if not can_route(x, gate):
+        router_logits = functional.linear(x.float(), gate)  # [T, E]
+        largest, selected = router_logits.topk(kept, dim=-1)
+        return selected, largest.softmax(dim=-1)
     x, tokens = x.contiguous(), x.shape[0]
     experts = torch.empty(tokens, kept, dtype=torch.int64)
     weights, logits = torch.empty(tokens, kept), torch.empty(tokens, gate.shape[0])
@@ -61,7 +65,7 @@ def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor,
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """The function for x in bf16 (`bf16`) or fp32."""
+    """Return the function for x in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("router")
     _Route(module, LANES[instructions], bf16).write()
@@ -69,7 +73,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _Route:
-    """A token is an item of work."""
+    """A function that routes token after token: a token is an item of work."""
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
         self._function, self._lanes, self._bf16 = Function(module, "route"), lanes, bf16
@@ -100,12 +104,12 @@ class _Route:
         return function.total(sums[0])
 
     def _rank(self, logit: Value) -> Value:
-        """By what an expert is chosen: its logit, or a number in place of what is none."""
+        """Return the number by which an expert is chosen: its logit, or a finite one for NaN."""
         finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
         return logit.compare("==", logit).choose(finite, _NO_NUMBER)
 
     def _choose(self, token: Value, place: Value, count: Value) -> None:
-        """Put the best that is left down, with its logit in place of its weight."""
+        """Store the best expert that is left, with its logit in place of its weight."""
         function, given = self._function, self._given
         start = [function.constant(i64, 0), function.constant(f32, _START)]
         with function.loop(0, count, 1, start) as (expert, best):
@@ -119,14 +123,14 @@ class _Route:
         given.pointer("weights").store(logit, place * 4)
 
     def _soften(self, first: Value, kept: Value) -> None:
-        """From logits to weights; the first is the largest."""
+        """Turn logits into weights; the first is the largest."""
         function, weights = self._function, self._given.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
         with function.loop(first, first + kept, 1, [zero]) as (place, sums):
             below = weights.load(f32, place * 4) - largest
             power = exponential(function, below)
-            power = below.compare("==", below).choose(power, below)  # what is no number stays none
+            power = below.compare("==", below).choose(power, below)  # NaN stays NaN
             weights.store(power, place * 4)
             sums[0] = sums[0] + power
         with function.loop(first, first + kept, 1) as (place, _):

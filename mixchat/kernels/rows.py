@@ -1,8 +1,10 @@
-"""What is done to each token's row between the matrices, each in one pass over it.
+"""The operations on a token's row between the matrices, each in one pass over the row.
 
-A token has few numbers, but torch takes four to nine operations for what is one here, and while the
-weights stream through the caches each of them has to bring its own code and data back: 20 us an
-operation in place of 2. All is computed in fp32 and rounded once, unless it says otherwise.
+A token has few numbers, but torch takes four to nine operations for what is one here. While the
+weights stream through the caches, each operation has to bring its code and data back: 20 us in
+place of 2. The kernels compute in fp32 and round once, unless it says otherwise.
+
+Each function computes the same formula in torch where its kernel does not take the rows.
 
 T = tokens, D = columns, K = experts of a token, h = head_dim.
 """
@@ -15,6 +17,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from llvmlite import ir
+from torch.nn import functional
 
 from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16, store_fp32
 from mixchat.kernels.compile import (
@@ -28,27 +31,26 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
 from mixchat.kernels.signature import Numbers, Signature
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_FEW = 2**16  # numbers that one thread is done with before a second one has begun
+_FEW = 2**16  # numbers that one thread finishes before a second one has started
 _SIGNATURE = Signature(
     "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps"
 )
 
 
-def computes(x: torch.Tensor, columns: int) -> bool:
-    """Whether rows of so many numbers like those of x can be computed here."""
-    return x.device.type == "cpu" and takes(x.dtype, columns)
-
-
-def takes(dtype: torch.dtype, columns: int) -> bool:
-    """Return whether rows of so many numbers of this type can be computed here, on the CPU."""
+def takes(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
+    """Return whether the kernels take rows of `columns` numbers of this type, on such a device."""
     instructions = instruction_set()
-    if instructions is None or dtype not in _DTYPES:
+    if device_type != "cpu" or instructions is None or dtype not in _DTYPES:
         return False
     return columns % LANES[instructions] == 0
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, D] / rms(x), rounded to the type of x, times weight [D]: as transformers rounds it."""
+    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D], like transformers."""
+    if not takes(x.dtype, x.shape[-1], x.device.type):
+        wide = x.float()
+        mean = (wide * wide).mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
     x, out = x.contiguous(), torch.empty_like(x)
     whole = struct.unpack("i", struct.pack("f", eps))[0]
     numbers = _numbers(x, out, weight=weight.data_ptr(), columns=x.shape[-1], eps=whole)
@@ -57,11 +59,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, h] times cos [T, h] plus x, its halves swapped, times sin [T, h].
+    """Return x [T, heads, h] times cos [T, h], plus x with its halves swapped times sin [T, h].
 
     The numbers of a token's heads lie one behind the other.
     """
     tokens, heads, width = x.shape
+    if not takes(x.dtype, width // 2, x.device.type):
+        return x * cos[:, None] + x.roll(width // 2, dims=-1) * sin[:, None]
     out = torch.empty(tokens, heads, width, dtype=x.dtype)
     numbers = _numbers(
         x,
@@ -77,15 +81,21 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for gate and up [T, D], which are side by side: [T, 2 * D]."""
-    gate_up, columns = gate_up.contiguous(), gate_up.shape[-1] // 2
+    """Return silu(gate) * up [T, D] for gate and up side by side: [T, 2 * D]."""
+    columns = gate_up.shape[-1] // 2
+    if not takes(gate_up.dtype, columns, gate_up.device.type):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    gate_up = gate_up.contiguous()
     out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
     _run("gated", _numbers(gate_up, out, columns=columns), out)
     return out
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sum [T, D] of x [T, K, D], each row times its weight [T, K], which is fp32."""
+    """Return the sum [T, D] of x [T, K, D], each row times its weight [T, K], which is fp32."""
+    if not takes(x.dtype, x.shape[-1], x.device.type):
+        return (x.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()
     tokens, count, columns = x.shape
     out = torch.empty(tokens, columns, dtype=x.dtype)
@@ -105,7 +115,7 @@ def _run(name: str, numbers: Numbers, out: torch.Tensor) -> None:
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """All functions for rows in bf16 (`bf16`) or fp32."""
+    """Return all functions for rows in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("rows")
     for kind in (_RMSNorm, _Rotate, _Gated, _WeightedSum):
@@ -131,18 +141,18 @@ class _Rows(ABC):
 
     @abstractmethod
     def row(self, token: Value) -> None:
-        """What is done for one token."""
+        """Write the code for one token."""
 
     def load(self, pointer: Pointer, place: Value) -> Value:
-        """Numbers in the type of the rows, as fp32."""
+        """Load numbers in the type of the rows, as fp32."""
         return as_fp32(pointer, place, self._bf16, self.lanes)
 
     def store(self, value: Value, place: Value) -> None:
-        """Round and put down."""
+        """Round to the type of the rows, and store."""
         store_fp32(self.out, value, place, self._bf16)
 
     def rounded(self, value: Value) -> Value:
-        """To the type of the rows, and back."""
+        """Round to the type of the rows, and return to fp32."""
         if not self._bf16:
             return value
         whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
@@ -201,7 +211,7 @@ class _Gated(_Rows):
             self.store(gate * self._sigmoid(gate) * up, place)
 
     def _sigmoid(self, x: Value) -> Value:
-        """1 / (1 + e^-x), by powers of e that are at most 1."""
+        """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
         is_positive = x.compare(">", 0.0)
         power = exponential(self.function, is_positive.choose(-x, x))
         one = self.function.constant(x.type, 1.0)

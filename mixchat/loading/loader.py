@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.errors import UsageError
-from mixchat.experts.runner import ExpertRunner
+from mixchat.experts.holder import ExpertRunner
+from mixchat.experts.placement import Placement
 from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import Note, build_experts
 from mixchat.options import LoadOptions
-from mixchat.planning.expectation import predicted
+from mixchat.planning.expectation import SpeedRange, predicted
 from mixchat.planning.fitting import FreeMemory, context_size, demand_of, place
 from mixchat.planning.thread_count import settle_threads
 from mixchat.weights.format.blueprint import Blueprint
@@ -72,26 +73,40 @@ def _assemble(
     demand = demand_of(stored, context, options.kv_bits)
     placement = place(demand, FreeMemory.now(device), options.host_memory, options.device_memory)
     settle_threads(stored)
-    runner: ExpertRunner
-    runner, fetcher = build_experts(
-        installed, placement, device, options.cache_policy, note, exact=exact
-    )
+    experts = build_experts(installed, placement, device, options.cache_policy, note, exact=exact)
+    runner: ExpertRunner = experts
     if options.trace is not None:
-        runner = TracingRunner(runner, _trace_writer(options.trace, installed))
+        runner = TracingRunner(experts, _trace_writer(options.trace, installed))
     model = _build_model(installed, used, runner, context, device)
     return Engine(
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
-        fetcher,
+        experts,
         prefill_chunk=1 if exact and not keeps_tokens_apart(used, device) else PREFILL_CHUNK,
         exact_prompts=exact,
-        expected=lambda: predicted(
-            stored, installed.directory, device, replace(placement, slots=fetcher.slots)
-        ),
         note=note,
         identity=identity_of(installed.manifest),
         name=_name_of(installed.directory),
     )
+
+
+def speed_prediction(
+    directory: Path, device_name: str | None, engine: Engine
+) -> Callable[[], SpeedRange | None]:
+    """Return a function that predicts how fast the engine decodes with the slots it has by then.
+
+    It returns None where this machine was never measured for such a model; `mixchat plan` does it.
+    """
+    device = choose_device(device_name)
+    with InstalledModel(directory) as installed:
+        blueprint = installed.blueprint
+
+    def predict() -> SpeedRange | None:
+        slots, *behind = engine.slots_by_tier.values()
+        placement = Placement(slots, sum(behind), blueprint.expert_count)
+        return predicted(blueprint, directory, device, placement)
+
+    return predict
 
 
 def _name_of(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""Builds the tiers of experts, and what computes them: slots, RAM behind a GPU's, the disk."""
+"""Builds the holder of the experts out of its tiers: slots, RAM behind a GPU's, the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixchat.experts.memory import CPU, MemoryWatch, page_lock
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
-from mixchat.experts.runner import CachedExpertRunner, compute
+from mixchat.experts.runner import CachedExperts
 from mixchat.experts.sources import DiskSource, HostTier
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.speeds import known_speeds, measure_speeds
@@ -25,27 +25,29 @@ Note = Callable[[str], object]
 
 
 def build_experts(
-    kept: InstalledModel,
+    installed: InstalledModel,
     placement: Placement,
     device: torch.device,
     policy: str,
     note: Note,
     *,
     exact: bool = False,
-) -> tuple[CachedExpertRunner, Fetcher]:
-    """What runs the experts of a kept model on `device`, and what fetches them for it.
+) -> CachedExperts:
+    """Return the holder of an installed model's experts, which computes them on `device`.
 
-    `device` is torch's "cpu", where the slots are in RAM and fill from disk, or another one, behind
-    which RAM is a tier of its own. `note` gets what a person should hear of. With `exact` the same
-    device computes all experts, and in the same way however many tokens there are. Raises
-    `ResourceError` where the device cannot hold two experts after all.
+    On "cpu" the slots are in RAM and are filled from disk; behind another device RAM is a tier of
+    its own. `note` is called with messages for a person. With `exact` the same device computes all
+    experts, in the same way for any number of tokens. Raises `ResourceError` where the device
+    cannot hold two experts after all.
     """
-    passes = Passes(kept.config.num_hidden_layers)
-    stored, used = kept.blueprint.expert, kept.blueprint.computed_on(device, exact=exact).expert
-    disk = DiskSource(kept, choose=max(placement.slots, placement.host_slots) < placement.experts)
+    passes = Passes(installed.config.num_hidden_layers)
+    blueprint = installed.blueprint
+    stored, used = blueprint.expert, blueprint.computed_on(device, exact=exact).expert
+    reads_again = max(placement.slots, placement.host_slots) < placement.experts
+    disk = DiskSource(installed, choose=reads_again)
     tier = None
     if placement.host_slots:
-        # What comes down from a device can only be used where it lies as in the file.
+        # What comes down from a device is only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
         lock = page_lock if device.type == "cuda" else _no_lock
         order = POLICIES[policy](passes)
@@ -53,27 +55,27 @@ def build_experts(
     store = ExpertStore(tier or disk, stored=stored, used=used, device=device)
     slots, watch = placement.slots, None
     if device == CPU:
-        watch = _watch(kept, placement)
+        watch = _watch(installed, placement)
     else:
         slots = _reserve(store, slots, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, watch)
-    host = None if tier is None or exact else _host_compute(kept, tier, device, note)
-    return CachedExpertRunner(fetcher, _prefetch(kept, fetcher, device), host), fetcher
+    host = None if tier is None or exact else _host_compute(installed, tier, device, note)
+    return CachedExperts(fetcher, _prefetch(installed, fetcher, device), host)
 
 
-def _watch(kept: InstalledModel, placement: Placement) -> MemoryWatch:
+def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
     return MemoryWatch(
         machine.free_memory,
         reserve=placement.reserve,
-        expert=kept.blueprint.expert.stride,
+        expert=installed.blueprint.expert.stride,
         slots=placement.slots,
         least=MIN_SLOTS,
     )
 
 
 def _reserve(store: ExpertStore, slots: int, note: Note) -> int:
-    """Take the memory of as many slots as the device gives, down from `slots` by halves."""
+    """Take the memory of `slots` slots, or of half as many until it suffices; return the count."""
     while True:
         try:
             store.reserve(slots)
@@ -91,11 +93,11 @@ def _reserve(store: ExpertStore, slots: int, note: Note) -> int:
 
 
 def _host_compute(
-    kept: InstalledModel, tier: HostTier, device: torch.device, note: Note
+    installed: InstalledModel, tier: HostTier, device: torch.device, note: Note
 ) -> HostCompute | None:
-    blueprint, directory = kept.blueprint, kept.directory
+    blueprint, directory = installed.blueprint, installed.directory
     if blueprint.expert != blueprint.computed_on(CPU).expert:
-        return None  # the CPU computes them as they lie slowly, or not at all
+        return None  # the CPU computes this layout slowly, or not at all
     known = known_speeds(blueprint, directory, device)
     if known is None:
         note("measuring this machine, about 10 s (only the first time)")
@@ -105,19 +107,18 @@ def _host_compute(
         return None
     return HostCompute(
         tier,
-        compute,
         copy_seconds=blueprint.expert.stride / measured.copy_bandwidth,
         host_seconds=lambda rows: measured.expert_time("cpu", rows),
     )
 
 
-def _prefetch(kept: InstalledModel, fetcher: Fetcher, device: torch.device) -> Prefetch:
-    config, blueprint = kept.config, kept.blueprint
+def _prefetch(installed: InstalledModel, fetcher: Fetcher, device: torch.device) -> Prefetch:
+    config, blueprint = installed.config, installed.blueprint
     layers = range(config.num_hidden_layers)
-    gates = [kept.tensor(blueprint.gate(layer)).to(device) for layer in layers]
-    norms = [kept.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
+    gates = [installed.tensor(blueprint.gate(layer)).to(device) for layer in layers]
+    norms = [installed.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
     return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok), fetcher.stats)
 
 
 def _no_lock(block: torch.Tensor) -> None:
-    """Memory that no GPU copies from needs no locking."""
+    """Leave memory that no GPU copies from as it is."""

@@ -9,7 +9,7 @@ import torch
 from mixchat.context import Context
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.memory import CPU, free_memory
+from mixchat.experts.memory import CPU, free_on
 from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.kernels.pages import Bits
 from mixchat.machine import tightest_memory_limit
@@ -32,8 +32,8 @@ class FreeMemory:
     @classmethod
     def now(cls, device: torch.device) -> FreeMemory:
         """What can be taken on this machine, where `device` computes."""
-        on_device = None if device == CPU else free_memory(device)
-        return cls(free_memory(CPU), on_device, tightest_memory_limit())
+        on_device = None if device == CPU else free_on(device)
+        return cls(free_on(CPU), on_device, tightest_memory_limit())
 
 
 def context_size(config: ModelConfig, wanted: int | None) -> int:

@@ -17,7 +17,6 @@ from statistics import median
 
 import torch
 
-from mixchat.experts.host_compute import Compute
 from mixchat.experts.memory import CPU
 from mixchat.planning.calibration import Calibration, interpolate
 from mixchat.planning.disk_speed import measure_disk
@@ -48,14 +47,13 @@ def measure(
     blueprint: Blueprint,
     directory: Path,
     device: torch.device,
-    compute: Compute,
     layer: Callable[[], object],
     *,
     copy: Copy = torch.Tensor.copy_,
     effort: Effort = FULL,
 ) -> Calibration:
-    """Measure this machine for a model of this shape, computed on `device`: its experts by
-    `compute`, all else of a layer, for one token, by `layer`.
+    """Measure this machine for a model of this shape, computed on `device`: its experts, and
+    all else of a layer, for one token, by `layer`.
 
     Torch takes as many threads as it has been told to take before.
 
@@ -63,7 +61,7 @@ def measure(
     for a moment, which never has a name: it goes with the process, whatever ends that.
     """
     stride = blueprint.expert.stride
-    host = _Experts(blueprint, CPU, compute, effort)
+    host = _Experts(blueprint, CPU, effort)
     seconds = {str(CPU): host.seconds()}
     size = max(4 * stride, effort.file_bytes)
     disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
@@ -71,7 +69,7 @@ def measure(
     if device == CPU:
         layer_seconds = host.median_of(layer)
     else:
-        other = _Experts(blueprint, device, compute, effort)
+        other = _Experts(blueprint, device, effort)
         layer_seconds = other.median_of(layer)
         seconds[str(device)] = other.seconds()
         copy_bandwidth = other.copy_bandwidth(copy)
@@ -85,13 +83,13 @@ def measure(
 
 @torch.inference_mode()
 def thread_seconds(
-    blueprint: Blueprint, compute: Compute, counts: Sequence[int], effort: Effort = FULL
+    blueprint: Blueprint, counts: Sequence[int], effort: Effort = FULL
 ) -> dict[int, float]:
     """Seconds that one expert takes for one row with so many threads: the best of two rounds.
 
     Torch then takes as many as before.
     """
-    before, experts = torch.get_num_threads(), _Experts(blueprint, CPU, compute, effort)
+    before, experts = torch.get_num_threads(), _Experts(blueprint, CPU, effort)
     seconds = dict.fromkeys(counts, math.inf)
     try:
         for count in [*counts, *counts]:  # a machine's pace may change from one to the next
@@ -105,21 +103,19 @@ def thread_seconds(
 class _Experts:
     """Made-up experts on a device, of which each is computed in turn."""
 
-    def __init__(
-        self, blueprint: Blueprint, device: torch.device, compute: Compute, effort: Effort
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
         layout = blueprint.computed_on(device).expert
         count = max(2, -(-effort.pool_bytes // layout.stride))
         shape = (count, layout.stride)
         self._blocks = torch.full(shape, _FILLING, dtype=torch.uint8, device=device)
         self._turns = itertools.cycle([layout.build(block) for block in self._blocks])
         self._columns, self._dtype = layout.w13.columns, blueprint.quantization.dtype
-        self._device, self._compute, self._effort = device, compute, effort
+        self._device, self._effort = device, effort
         self._one_row = self._rows(1)
 
     def compute_next(self) -> None:
         """Compute one expert for one row."""
-        self._compute(next(self._turns), self._one_row)
+        next(self._turns)(self._one_row)
 
     def seconds(self) -> dict[int, float]:
         """Seconds for an expert by count of rows; without a last one that takes all too long."""
@@ -148,7 +144,7 @@ class _Experts:
 
         def run() -> None:
             for _ in range(calls):
-                self._compute(next(self._turns), x)
+                next(self._turns)(x)
 
         return self.median_of(run) / calls
 

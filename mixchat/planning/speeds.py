@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from mixchat.experts.runner import compute
 from mixchat.planning.calibration import (
     Calibration,
     Measurement,
@@ -35,7 +34,7 @@ def measure_speeds(blueprint: Blueprint, directory: Path, device: torch.device) 
 
     def sample() -> Calibration:
         probe = layer_probe(blueprint, device)
-        return measure(blueprint, directory, device, compute, probe, effort=SAMPLE)
+        return measure(blueprint, directory, device, probe, effort=SAMPLE)
 
     key = calibration_key(blueprint, directory, device)
     return measure_and_keep(calibration_path(), key, sample)

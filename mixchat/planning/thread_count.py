@@ -14,7 +14,6 @@ import torch
 
 from mixchat import machine
 from mixchat.errors import CheckpointError
-from mixchat.experts.runner import compute
 from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.planning.measure import thread_seconds
@@ -40,7 +39,7 @@ def settle_threads(blueprint: Blueprint) -> None:
     counts = candidates(physical, machine.usable_cores())
 
     def measure(counts: Sequence[int]) -> Mapping[int, float]:
-        return thread_seconds(blueprint, compute, counts)
+        return thread_seconds(blueprint, counts)
 
     torch.set_num_threads(known_or_best(data_dir() / "threads.json", counts, measure))
 

@@ -14,7 +14,7 @@ found. The prediction is what `mixchat plan` makes of that calibration. --peer r
 `peer_child.py bench` with that Python.
 
 Random weights make routers that choose evenly, and hidden states that change little from layer to
-layer, so that guesses are right more often than with real weights: `--depth 0` goes without them.
+layer, so that predictions are right more often than with real weights; `--depth 0` makes none.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def described(figures: dict[str, float]) -> str:
         f"{figures['bytes'] / 1e9:.2f} GB at {figures['disk'] / 1e9:.2f} GB/s",
         f"hits {figures['hit_rate']:.1%}, expected {figures['expected_hit_rate']:.1%}",
         f"waited {figures['stalled']:.0%}",
-        f"guesses {figures['right']} of {figures['guesses']} right, depth {figures['depth']}",
+        f"{figures['right']} of {figures['predictions']} predicted, depth {figures['depth']}",
         f"first token after {figures['first']:.1f} s, {figures['first_bytes'] / 1e9:.1f} GB",
     )
     return "; ".join(parts)
@@ -120,7 +120,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
-    from mixchat.loading.loader import load_engine
+    from mixchat.loading.loader import load_engine, speed_prediction
     from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import decode_cost, hit_rates
@@ -150,7 +150,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         speeds = known_speeds(kept.blueprint, model, CPU).typical
         cost = decode_cost(kept.blueprint, CPU, speeds, placement)
         hit_rate = hit_rates(kept.blueprint, CPU, placement)[0]
-    expected = engine.expected()
+    expected = speed_prediction(model, "cpu", engine)()
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     return {
         "slots": engine.experts.slots,
@@ -159,8 +159,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "bytes": did.bytes_moved / len(seconds),
         "hit_rate": did.hit_rate,
         "stalled": did.stalled_seconds / total,
-        "guesses": did.guesses,
-        "right": did.right_guesses,
+        "predictions": did.predictions,
+        "right": did.right_predictions,
         "depth": engine._model._blocks[0]._moe._runner._prefetch.trial.way,
         "first": first,
         "first_bytes": first_bytes,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertReport, ExpertStats
+from mixchat.experts.stats import ExpertStats
 from mixchat.options import SamplingOptions
 
 STOP = 0
@@ -23,13 +21,18 @@ class Stats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    experts: ExpertStats = field(default_factory=ExpertStats)
 
 
 @dataclass
 class Experts:
+    """Two experts of one layer, of which the first is used, and held in RAM."""
+
     stats: ExpertStats = field(default_factory=ExpertStats)
     slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
-    bytes_held: int = 16_000_000
+
+    def tier(self, key: ExpertKey) -> str:
+        return "host" if key == KEY else "disk"
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Config:
     eos_token_ids: tuple[int, ...] = (STOP,)
     vocab_size: int = 0x110000
     max_position_embeddings: int = 32768
+    num_hidden_layers: int = 1
+    num_local_experts: int = 2
 
 
 class ScriptedEngine:
@@ -50,9 +55,10 @@ class ScriptedEngine:
         self.context_size = context_size
         self.config = Config()
         self.identity = "scripted"
-        self.reading = lambda done, of: None
         self.stats = Stats()
         self.experts = Experts()
+        self.slots_by_tier, self.expert_bytes = self.experts.slots_by_tier, 16_000_000
+        self.total_tokens, self.total_seconds = 1, 1.0
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
         self.closed = 0
@@ -60,19 +66,14 @@ class ScriptedEngine:
     def forget(self) -> None:
         """Nothing is held."""
 
-    def expected(self) -> Any:
-        return SimpleNamespace(low=18.0, high=21.0, measured_at=time.time() - 3 * 86400 - 5)
-
-    def expert_report(self, model: str) -> ExpertReport:
-        stats = self.experts.stats
-        hits, misses = [[stats.hits[KEY], 0]], [[stats.misses[KEY], 0]]
-        moved = stats.bytes_moved
-        return ExpertReport(
-            model, hits, misses, [["host", "disk"]], {"host": 16}, moved, 0.0, 0, 0, 1, 1.0
-        )
-
     def generate(
-        self, prompt_ids: Any, *, sampling: Any, stop_ids: Any, max_tokens: int | None = None
+        self,
+        prompt_ids: Any,
+        *,
+        sampling: Any,
+        stop_ids: Any,
+        max_tokens: int | None = None,
+        on_prefill: Any,
     ) -> Iterator[int]:
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
@@ -85,9 +86,10 @@ class ScriptedEngine:
                 if self.stats.generated_tokens in (room, max_tokens):
                     return
                 self.stats.generated_tokens += 1
-                self.experts.stats.hits[KEY] += 3
-                self.experts.stats.misses[KEY] += 1
-                self.experts.stats.bytes_moved += 1000
+                for counts in (self.experts.stats, self.stats.experts):
+                    counts.hits[KEY] += 3
+                    counts.misses[KEY] += 1
+                    counts.bytes_moved += 1000
                 yield ord(item)
         finally:
             self.closed += 1

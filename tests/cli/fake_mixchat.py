@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import mixchat.errors
@@ -44,6 +45,11 @@ def open_fake(model, load, form, *, sampling, **options):
     return session
 
 
+def predict_fake(model, device, session):
+    measured_at = time.time() - 3 * 86400 - 5
+    return lambda: types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
+
+
 def slow_down(engine, delay):
     generate = engine.generate
 
@@ -69,5 +75,5 @@ def record(engine, path):
 if __name__ == "__main__":
     from mixchat.cli import app, run
 
-    run.open_session = open_fake
+    run.open_session, run.speed_prediction = open_fake, predict_fake
     app.run(sys.argv[1:])

@@ -28,12 +28,12 @@ def measured(monkeypatch):
     time; counts how often."""
     calls = []
 
-    def measure(blueprint, directory, device, compute, layer, **how):
+    def measure(blueprint, directory, device, layer, **how):
         calls.append(blueprint.expert.stride)
         return SPEEDS
 
     monkeypatch.setattr(speeds, "measure", measure)
-    monkeypatch.setattr(fitting, "free_memory", lambda device: int(14.5 * GB))
+    monkeypatch.setattr(fitting, "free_on", lambda device: int(14.5 * GB))
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(machine, "free_disk", lambda directory: 500 * GB)
@@ -110,7 +110,7 @@ def test_where_experts_go_adds_up(run, measured):
 def test_a_context_that_needs_the_room_of_experts_is_said_to(
     run, measured, monkeypatch, free, grows
 ):
-    monkeypatch.setattr(fitting, "free_memory", lambda device: int(free * GB))
+    monkeypatch.setattr(fitting, "free_on", lambda device: int(free * GB))
     places = sections(run())["What goes where"]
     assert ("a context that fills takes room from the experts" in places) == grows
     assert re.search(r"; [\d.]+ GB left free", places)
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 
 def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, monkeypatch):
-    monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
+    monkeypatch.setattr(fitting, "free_on", lambda device: GB)
     done = run()
     assert done.returncode == 7
     assert b"the model needs at least 4.5 GB" in done.stderr
@@ -305,7 +305,7 @@ def test_what_an_unfinished_download_has_already_is_not_needed_again(run, measur
 def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch):
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
     assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
-    monkeypatch.setattr(fitting, "free_memory", lambda device: GB)
+    monkeypatch.setattr(fitting, "free_on", lambda device: GB)
     done = run()
     assert done.returncode == 7
     assert b"hint: A limit from outside allows no more (control group): raise it." in done.stderr

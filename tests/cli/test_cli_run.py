@@ -142,7 +142,7 @@ def test_verbose_prints_figures_on_stderr(mixchat):
 
 def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     session = make_session("Hello", "Fine")
-    report = VerboseReport(session.engine)
+    report = VerboseReport(session.engine, lambda: None)
     for question in ("Hi", "And?"):
         *_, finished = session.ask(question)
         report(finished)

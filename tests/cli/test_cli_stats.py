@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from mixchat.chat.draw.heatmap import MARKS
-from mixchat.cli.reports import load_report, report_path, save_report
+from mixchat.cli.reports import report_path
+from mixchat.engine.report import TIERS, ExpertReport, load_report, save_report
 from mixchat.errors import CheckpointError, MixchatError
-from mixchat.experts.stats import TIERS, ExpertReport
 
 REPORT = ExpertReport(
     model="demo",
@@ -21,8 +21,8 @@ REPORT = ExpertReport(
     slots={"device": 2, "host": 1},
     bytes_moved=300,
     stalled_seconds=0.5,
-    guesses=4,
-    right_guesses=3,
+    predictions=4,
+    right_predictions=3,
     tokens=2,
     seconds=1.5,
 )

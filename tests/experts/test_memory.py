@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mixchat import machine
 from mixchat.experts import memory
-from mixchat.experts.memory import INTERVAL, MemoryWatch, free_memory
+from mixchat.experts.memory import INTERVAL, MemoryWatch, free_on
 
 GB, EXPERT = 10**9, 10**8
 
@@ -135,6 +135,6 @@ def test_while_others_stay_as_they_are_it_does_not_swing(others: list[int]) -> N
             assert free < GB + 2 * EXPERT or held == 100
 
 
-def test_free_memory_of_a_cpu_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_on_a_cpu_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_memory", lambda: 12345)
-    assert free_memory(torch.device("cpu")) == 12345
+    assert free_on(torch.device("cpu")) == 12345

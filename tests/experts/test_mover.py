@@ -43,18 +43,24 @@ class Work:
         self.stops: list[Stop] = []
 
     def begin(
-        self, name: str, steps: int = 1, *, layer: int = 0, guess: bool = False, stop: int = -1
+        self,
+        name: str,
+        steps: int = 1,
+        *,
+        layer: int = 0,
+        is_prefetch: bool = False,
+        stop: int = -1,
     ) -> Transfer:
         """Queue a transfer of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
-        transfer = Transfer(ExpertKey(layer, ord(name[0])), guess=guess)
+        transfer = Transfer(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
         here = Stop()
         if stop >= 0:
             self.stops.append(here)
         self.mover.begin(transfer, self._steps(name, steps, here, stop))
         return transfer
 
-    def guess(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> Transfer:
-        return self.begin(name, steps, layer=layer, guess=True, stop=stop)
+    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> Transfer:
+        return self.begin(name, steps, layer=layer, is_prefetch=True, stop=stop)
 
     def hold(self) -> Stop:
         """Keep the mover busy until the stop that is returned is let go."""
@@ -107,98 +113,100 @@ def test_they_are_carried_out_in_order_and_in_the_background(work: Work) -> None
     assert work.finish() == ["d0", "d1", "d there", "a0", "a1", "a there", "b0", "b1", "b there"]
 
 
-def test_what_is_wanted_comes_before_guesses_and_of_those_the_nearest_layer_first(
+def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_layer_first(
     work: Work,
 ) -> None:
     held = work.hold()
-    work.guess("c", layer=3)
-    work.guess("a", layer=1)
+    work.prefetch("c", layer=3)
+    work.prefetch("a", layer=1)
     work.begin("x", layer=9)
-    work.guess("b", layer=1)
+    work.prefetch("b", layer=1)
     work.begin("y", layer=0)
     held.go()
     assert arrivals(work.finish()) == "xyabc"
 
 
-def test_a_guess_is_put_off_when_something_wanted_comes_and_goes_on_from_where_it_was(
+def test_a_prefetch_is_put_off_when_something_requested_comes_and_goes_on_from_where_it_was(
     work: Work,
 ) -> None:
-    guess = work.guess("g", 4, stop=1)
+    prefetch = work.prefetch("g", 4, stop=1)
     work.stops[0].wait()
     work.begin("w", 2)
     work.stops[0].go()
-    guess.wait()
+    prefetch.wait()
     assert work.finish() == ["g0", "g1", "w0", "w1", "w there", "g2", "g3", "g there"]
 
 
-def test_a_guess_that_was_put_off_may_be_put_off_again(work: Work) -> None:
-    guess = work.guess("g", 3, stop=0)
+def test_a_prefetch_that_was_put_off_may_be_put_off_again(work: Work) -> None:
+    prefetch = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
     work.stops[0].go()
     work.stops[1].wait()
     work.begin("v")
     work.stops[1].go()
-    guess.wait()
+    prefetch.wait()
     assert work.finish() == ["g0", "w0", "w there", "v0", "v there", "g1", "g2", "g there"]
 
 
-def test_a_guess_that_was_put_off_goes_on_before_others_of_its_layer_begin(work: Work) -> None:
+def test_a_prefetch_that_was_put_off_goes_on_before_others_of_its_layer_begin(work: Work) -> None:
     """Else each interruption would begin one more, and none would be there in time."""
-    work.guess("a", 2, stop=0)
+    work.prefetch("a", 2, stop=0)
     work.stops[0].wait()
-    work.guess("b")
-    work.guess("c", layer=0)
+    work.prefetch("b")
+    work.prefetch("c", layer=0)
     work.begin("w")
     work.stops[0].go()
     assert arrivals(work.finish()) == "wcab"
 
 
-def test_what_is_wanted_is_not_put_off(work: Work) -> None:
+def test_what_is_requested_is_not_put_off(work: Work) -> None:
     work.begin("a", 3, stop=0)
     work.stops[0].wait()
     work.begin("b")
-    work.guess("g")
+    work.prefetch("g")
     work.stops[0].go()
     assert arrivals(work.finish()) == "abg"
 
 
-def test_another_guess_of_a_nearer_layer_does_not_put_one_off(work: Work) -> None:
-    work.guess("a", 3, layer=5, stop=0)
+def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work: Work) -> None:
+    work.prefetch("a", 3, layer=5, stop=0)
     work.stops[0].wait()
-    work.guess("b", layer=1)
+    work.prefetch("b", layer=1)
     work.stops[0].go()
     assert arrivals(work.finish()) == "ab"
 
 
-def test_a_guess_in_the_queue_that_is_wanted_comes_before_all_guesses(work: Work) -> None:
+def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(work: Work) -> None:
     held = work.hold()
-    work.guess("a", layer=1)
-    right = work.guess("b", layer=4)
+    work.prefetch("a", layer=1)
+    right = work.prefetch("b", layer=4)
     work.begin("w")
-    work.mover.want(right)
-    assert not right.guess
+    work.mover.promote(right)
+    assert not right.is_prefetch
     held.go()
     assert arrivals(work.finish()) == "wba"
 
 
-def test_a_guess_in_hand_that_is_wanted_is_not_put_off(work: Work) -> None:
-    right = work.guess("g", 3, stop=0)
+def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work: Work) -> None:
+    right = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
-    work.mover.want(right)
+    work.mover.promote(right)
     work.begin("w")
     work.stops[0].go()
     assert arrivals(work.finish()) == "gw"
 
 
-def test_a_guess_that_was_put_off_and_is_wanted_goes_on_before_other_guesses(work: Work) -> None:
-    right = work.guess("g", 2, layer=5, stop=0)
+def test_a_prefetch_that_was_put_off_and_is_requested_goes_on_before_other_prefetches(
+    work: Work,
+) -> None:
+    right = work.prefetch("g", 2, layer=5, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
     work.stops[0].go()
     work.stops[1].wait()
-    work.guess("a", layer=1)
-    work.mover.want(right)
+    work.prefetch("a", layer=1)
+    work.mover.promote(right)
     work.begin("v")
     work.stops[1].go()
     right.wait()
@@ -208,28 +216,28 @@ def test_a_guess_that_was_put_off_and_is_wanted_goes_on_before_other_guesses(wor
 
 
 def test_to_want_what_is_there_changes_nothing(work: Work) -> None:
-    guess = work.guess("g")
-    guess.wait()
-    work.mover.want(guess)
+    prefetch = work.prefetch("g")
+    prefetch.wait()
+    work.mover.promote(prefetch)
     assert work.finish() == ["g0", "g there"]
 
 
-@pytest.mark.parametrize("guess", [False, True])
-def test_one_that_is_cancelled_in_the_queue_is_not_begun(work: Work, guess: bool) -> None:
+@pytest.mark.parametrize("is_prefetch", [False, True])
+def test_one_that_is_cancelled_in_the_queue_is_not_begun(work: Work, is_prefetch: bool) -> None:
     held = work.hold()
-    gone = work.begin("a", guess=guess)
-    work.begin("b", guess=guess)
+    gone = work.begin("a", is_prefetch=is_prefetch)
+    work.begin("b", is_prefetch=is_prefetch)
     gone.cancelled = True
     held.go()
     assert work.finish() == ["b0", "b there"]
     assert not gone.ended
 
 
-@pytest.mark.parametrize("guess", [False, True])
-def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, guess: bool) -> None:
-    gone = work.begin("a", 3, guess=guess, stop=1)
+@pytest.mark.parametrize("is_prefetch", [False, True])
+def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, is_prefetch: bool) -> None:
+    gone = work.begin("a", 3, is_prefetch=is_prefetch, stop=1)
     work.stops[0].wait()
-    work.begin("b", guess=guess)
+    work.begin("b", is_prefetch=is_prefetch)
     gone.cancelled = True
     work.stops[0].go()
     assert work.finish() == ["a0", "a1", "a closed", "b0", "b there"]
@@ -238,13 +246,13 @@ def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, guess: bo
 
 def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work) -> None:
     """What it holds has to be given back then, not when Python happens to notice."""
-    gone = work.guess("a", 3, stop=0)
+    gone = work.prefetch("a", 3, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
     work.stops[0].go()
     work.stops[1].wait()
     gone.cancelled = True
-    work.guess("b")
+    work.prefetch("b")
     work.stops[1].go()
     assert work.finish() == ["a0", "w0", "w there", "a closed", "b0", "b there"]
     assert not gone.ended
@@ -315,13 +323,13 @@ def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
     names = [chr(0x4E00 + number) for number in range(300)]
     for name in names:
         transfers[name] = work.begin(
-            name, luck.randint(1, 4), layer=luck.randint(0, 3), guess=luck.random() < 0.6
+            name, luck.randint(1, 4), layer=luck.randint(0, 3), is_prefetch=luck.random() < 0.6
         )
         other = transfers[luck.choice(list(transfers))]
         if luck.random() < 0.2:
             other.cancelled = True
         elif luck.random() < 0.2:
-            work.mover.want(other)
+            work.mover.promote(other)
     log = work.finish()
     for name, transfer in transfers.items():
         mine = [entry for entry in log if entry[0] == name]

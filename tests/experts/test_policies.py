@@ -52,15 +52,15 @@ def test_layered_lru_is_lru_among_the_experts_of_a_layer() -> None:
     assert list(policy.victims()) == [C, A, D, B]
 
 
-def test_what_was_guessed_for_a_layer_to_come_is_given_up_after_what_has_been_used() -> None:
+def test_what_was_predicted_for_a_layer_to_come_is_given_up_after_what_has_been_used() -> None:
     passes = Passes(4)
     policy = LayeredLRU(passes)
     for layer in range(4):
         passes.enter(layer)
         policy.use(ExpertKey(layer, 0))
     passes.enter(0)
-    policy.use(guess := ExpertKey(1, 1))
-    assert guess in list(policy.victims())[-2:]
+    policy.use(predicted := ExpertKey(1, 1))
+    assert predicted in list(policy.victims())[-2:]
 
 
 def test_lfu_gives_up_first_what_was_used_least() -> None:

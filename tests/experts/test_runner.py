@@ -13,7 +13,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 from mixchat.experts.placement import Placement
 from mixchat.experts.policies import Passes
-from mixchat.experts.runner import CachedExpertRunner, compute
+from mixchat.experts.runner import CachedExperts
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.kernels import four_bit
@@ -22,9 +22,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 CPU = torch.device("cpu")
 
 
-def runner(
-    kept: InstalledModel, slots: int, source: ExpertSource | None = None
-) -> CachedExpertRunner:
+def runner(kept: InstalledModel, slots: int, source: ExpertSource | None = None) -> CachedExperts:
     layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(kept, choose=False),
@@ -32,7 +30,7 @@ def runner(
         used=kept.blueprint.in_layout(layout).expert,
         device=CPU,
     )
-    return CachedExpertRunner(Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2)))
+    return CachedExperts(Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2)))
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -52,9 +50,9 @@ def slow(kept: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tenso
         total = torch.zeros(64)
         for choice in range(selected.shape[1]):
             key = ExpertKey(layer, int(selected[token, choice]))
-            one._fetcher.want([key])
+            one._fetcher.request([key])
             expert = one._fetcher.ready(key)
-            total += compute(expert, hidden[token : token + 1])[0].float() * weights[token, choice]
+            total += expert(hidden[token : token + 1])[0].float() * weights[token, choice]
         rows.append(total)
     return torch.stack(rows).to(hidden.dtype)
 
@@ -85,26 +83,26 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
     assert runners[0]._fetcher.stats.misses.total() > runners[3]._fetcher.stats.misses.total() == 8
 
 
-def test_memory_that_was_given_back_is_not_taken_again_by_wrong_guesses(
+def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
     kept: InstalledModel,
 ) -> None:
-    """A guess that was wrong frees its slot; the next expert took another one, and its memory."""
+    """A wrong prediction frees its slot; the next expert took another one, and its memory."""
     fetcher = runner(kept, 8)._fetcher
     for layer, expert in product((0, 1), range(4)):
-        fetcher.want([ExpertKey(layer, expert)])
+        fetcher.request([ExpertKey(layer, expert)])
         fetcher.ready(ExpertKey(layer, expert))
     fetcher.resize(4)
     assert len(fetcher._store.blocks) == 4
     for _ in range(8):
         missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in fetcher._cache]
         with torch.inference_mode():
-            fetcher.guess(missing, [])
+            fetcher.prefetch(missing, [])
             for transfer in list(fetcher._coming.values()):
                 fetcher._give_up(transfer.key)
                 transfer.cancelled = True
             wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in fetcher._cache]
             for key in wanted[:1]:
-                fetcher.want([key])
+                fetcher.request([key])
                 fetcher.ready(key)
         assert len(fetcher._store.blocks) <= 4
 
@@ -197,7 +195,7 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: Installed
             yield from super().load(key, block, evicted)
 
     fetcher = runner(kept, 4, Noting(kept, choose=False))._fetcher
-    fetcher.want([ExpertKey(0, expert) for expert in (3, 0, 2)])
+    fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     fetcher.ready(ExpertKey(0, 2))  # the last to come
     assert begun == [3, 0, 2]
     assert fetcher.stats.misses.total() == 3

@@ -55,7 +55,13 @@ def test_an_expert_that_cannot_be_chosen_has_no_weight() -> None:
 
 def test_what_it_cannot_compute_is_left_to_torch() -> None:
     gate = torch.empty(8, 64)
-    assert router.computes(torch.empty(1, 64), gate)
-    assert not router.computes(torch.empty(1, 64, device="meta"), gate)
-    assert not router.computes(torch.empty(1, 60), torch.empty(8, 60))
-    assert not router.computes(torch.empty(1, 64), torch.empty(router._MOST + 1, 64))
+    assert router.can_route(torch.empty(1, 64), gate)
+    assert not router.can_route(torch.empty(1, 64, device="meta"), gate)
+    assert not router.can_route(torch.empty(1, 60), torch.empty(8, 60))
+    assert not router.can_route(torch.empty(1, 64), torch.empty(router._MOST + 1, 64))
+    torch.manual_seed(0)
+    x, gate = torch.randn(5, 60), torch.randn(8, 60)
+    logits, best = (x.double() @ gate.double().T).topk(2, dim=-1)
+    selected, weights = router.route(x, gate, 2)
+    assert torch.equal(selected, best)
+    assert (weights - logits.softmax(-1)).abs().max() < 1e-5

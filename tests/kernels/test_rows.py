@@ -89,7 +89,26 @@ def test_a_row_does_not_depend_on_how_many_others_there_are() -> None:
 
 
 def test_what_has_no_whole_registers_or_another_type_is_left_to_torch() -> None:
-    assert rows.computes(torch.empty(1, 64), 64)
-    assert not rows.computes(torch.empty(1, 60), 60)
-    assert not rows.computes(torch.empty(1, 64, dtype=torch.float16), 64)
-    assert not rows.computes(torch.empty(1, 64, device="meta"), 64)
+    assert rows.takes(torch.float32, 64)
+    assert not rows.takes(torch.float32, 60)
+    assert not rows.takes(torch.float16, 64)
+    assert not rows.takes(torch.float32, 64, "meta")
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_torch_computes_what_the_kernels_do_not_take(tokens: int) -> None:
+    """Columns that fill no whole registers: the same formulas, in torch."""
+    columns, heads = 12, 3
+    x, weight = torch.randn(tokens, columns), torch.randn(columns)
+    wide = x.double()
+    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+    assert_near(rows.rms_norm(x, weight, 1e-5), normed * weight)
+    gate, up = wide.chunk(2, dim=-1)
+    assert_near(rows.gated(x), functional.silu(gate) * up)
+    several, weights = torch.rand(tokens, heads, columns), torch.rand(tokens, heads)
+    expected = (several.double() * weights.double()[..., None]).sum(1)
+    assert_near(rows.weighted_sum(several, weights), expected)
+    cos, sin = torch.rand(2, tokens, columns)
+    swapped = several.double().roll(columns // 2, dims=-1)
+    rotated = several.double() * cos[:, None] + swapped * sin[:, None]
+    assert_near(rows.rotate(several, cos, sin), rotated)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.memory import free_memory
+from mixchat.experts.memory import free_on
 from mixchat.loading.loader import choose_device, load_engine
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
@@ -37,7 +37,7 @@ def test_too_small_a_budget_is_refused(tiny_model: Path) -> None:
 def test_a_machine_without_room_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.planning.fitting.free_memory", lambda device: 1000)
+    monkeypatch.setattr("mixchat.planning.fitting.free_on", lambda device: 1000)
     with pytest.raises(ResourceError, match="1 kB are free"):
         load_engine(tiny_model, LoadOptions(device="cpu"))
 
@@ -87,10 +87,10 @@ def test_a_gpu_gives_what_the_cpu_gives(
     host: bool,
 ) -> None:
     kept = keep(make_checkpoint(std=0.05), **options)
-    real = free_memory
+    real = free_on
     if not host:
         monkeypatch.setattr(
-            "mixchat.planning.fitting.free_memory",
+            "mixchat.planning.fitting.free_on",
             lambda device: real(device) if device.type == "cuda" else 0,
         )
     results = []

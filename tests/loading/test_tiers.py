@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixchat.engine.generate import Engine
+from mixchat.engine.report import report_of
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.sources import HostTier
@@ -94,7 +95,7 @@ def test_where_experts_are_does_not_show_in_the_text(
     behind = {"host": host} if host and slots < 8 else {}
     assert engine.experts.slots_by_tier == {"device": slots, **behind}
     assert [text(engine), text(engine, SHORT)] == expected_in_turn
-    report = engine.expert_report("tiny")
+    report = report_of(engine, "tiny")
     held = [tier for layer in report.tiers for tier in layer]
     assert held.count("device") <= slots
     assert held.count("host") <= behind.get("host", 0)
@@ -124,7 +125,7 @@ def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
     moved = engine.experts.stats.bytes_moved
     assert text(engine) == expected
     assert len(computed) > 24
-    # All are in RAM by now, and nothing goes up any more but what was guessed.
+    # All are in RAM by now, and nothing goes up any more but what was predicted.
     assert engine.experts.stats.bytes_moved <= moved + 8 * expert_size
 
 
@@ -153,7 +154,6 @@ def test_of_two_experts_one_is_copied_while_the_other_is_computed() -> None:
 
     host: Any = HostCompute(
         Tier(),  # type: ignore[arg-type]
-        lambda expert, x: x,
         copy_seconds=0.004,
         host_seconds=lambda rows: 0.003 * rows,
     )
@@ -261,7 +261,7 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
     free["bytes"] = 0
     assert text(engine) == expected
     assert engine.experts.slots == 2
-    assert len(engine.experts._store._slots) == 2  # the memory of the others has gone
+    assert len(engine.experts._fetcher._store._slots) == 2  # the memory of the others has gone
     free["bytes"] = 10**12
     assert text(engine) == expected
     assert engine.experts.slots == 8
@@ -274,5 +274,5 @@ def test_experts_in_ram_do_not_come_from_disk_again(
     text(engine)
     monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
     assert text(engine)
-    tier = engine.experts._store._source
+    tier = engine.experts._fetcher._store._source
     assert isinstance(tier, HostTier)

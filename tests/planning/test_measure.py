@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 
 from mixchat import machine
 from mixchat.planning.measure import Effort, measure
@@ -21,11 +20,6 @@ QUICK = Effort(file_bytes=1_000_000, pool_bytes=200_000, seconds=0.01)
 
 def no_layer() -> None:
     """A layer that takes no time."""
-
-
-def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    gate, up = expert.w13(x).chunk(2, dim=-1)
-    return expert.w2(functional.silu(gate) * up)
 
 
 class Clock:
@@ -50,14 +44,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def taking(clock: Clock, seconds_per_row: float) -> Callable[[Expert, torch.Tensor], torch.Tensor]:
-    """Computes nothing, and takes its time."""
+@pytest.fixture
+def taking(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[float], None]:
+    """Let experts compute nothing, and take so many seconds for each row."""
 
-    def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-        clock.sleep(seconds_per_row * len(x))
-        return x
+    def set_seconds(seconds_per_row: float) -> None:
+        def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+            clock.sleep(seconds_per_row * len(x))
+            return x
 
-    return compute
+        monkeypatch.setattr(Expert, "__call__", compute)
+
+    return set_seconds
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def blueprint(tiny_model: Path) -> Blueprint:
 
 
 def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_path: Path) -> None:
-    result = measure(blueprint, tmp_path / "not there yet", CPU, compute, no_layer, effort=QUICK)
+    result = measure(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds) == {"cpu"}
     assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
     assert all(seconds > 0 for seconds in result.expert_seconds["cpu"].values())
@@ -79,8 +77,11 @@ def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_figures_are_those_of_what_ran(blueprint: Blueprint, tmp_path: Path, clock: Clock) -> None:
-    result = measure(blueprint, tmp_path, CPU, taking(clock, 0.0005), no_layer, effort=QUICK)
+def test_figures_are_those_of_what_ran(
+    blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
+) -> None:
+    taking(0.0005)
+    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     seconds = result.expert_seconds["cpu"]
     assert seconds[1] == pytest.approx(0.0005, rel=0.05)
     assert seconds[8] == pytest.approx(0.004, rel=0.05)
@@ -89,34 +90,41 @@ def test_figures_are_those_of_what_ran(blueprint: Blueprint, tmp_path: Path, clo
 
 
 def test_a_fast_cpu_is_measured_with_all_counts_of_rows(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock
+    blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
 ) -> None:
-    result = measure(blueprint, tmp_path, CPU, taking(clock, 0), no_layer, effort=QUICK)
+    taking(0)
+    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
 
 
 @pytest.mark.parametrize("device", [CPU, OTHER], ids=str)
 def test_a_layer_is_measured_where_it_is_computed(
-    blueprint: Blueprint, tmp_path: Path, device: torch.device, clock: Clock
+    blueprint: Blueprint,
+    tmp_path: Path,
+    device: torch.device,
+    clock: Clock,
+    taking: Callable[[float], None],
 ) -> None:
+    taking(0)
+
     def layer() -> None:
         assert torch.is_inference_mode_enabled()
         clock.sleep(0.004)
 
-    result = measure(blueprint, tmp_path, device, taking(clock, 0), layer, effort=QUICK)
+    result = measure(blueprint, tmp_path, device, layer, effort=QUICK)
     assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
 
 
 def test_the_first_time_when_much_is_set_up_does_not_count(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock
+    blueprint: Blueprint, tmp_path: Path, clock: Clock, taking: Callable[[float], None]
 ) -> None:
     """Kernels that were compiled meanwhile made a plan promise 0.01 tokens a second."""
+    taking(0)
     pauses = itertools.chain([5.0], itertools.repeat(0.004))
     result = measure(
         blueprint,
         tmp_path,
         CPU,
-        taking(clock, 0),
         lambda: clock.sleep(next(pauses)),
         effort=QUICK,
     )
@@ -132,7 +140,7 @@ def test_another_device_is_measured_beside_the_cpu(
         copied.append((target.data_ptr(), target.nbytes, source.nbytes))
         clock.sleep(0.001)
 
-    result = measure(blueprint, tmp_path, OTHER, compute, no_layer, copy=copy, effort=QUICK)
+    result = measure(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
     stride = blueprint.expert.stride
     assert set(result.expert_seconds) == {"cpu", "cpu:0"}
     assert result.copy_bandwidth is not None
@@ -142,16 +150,18 @@ def test_another_device_is_measured_beside_the_cpu(
 
 
 def test_experts_larger_than_the_caches_are_computed_in_turn(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock
+    blueprint: Blueprint, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[int, Expert] = {}
+    compute = Expert.__call__
 
     def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
         seen[id(expert)] = expert
         assert compute(expert, x).isfinite().all()
         return x
 
-    measure(blueprint, tmp_path, CPU, watch, no_layer, effort=QUICK)
+    monkeypatch.setattr(Expert, "__call__", watch)
+    measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
 
 
@@ -174,9 +184,10 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
         return x
 
     monkeypatch.setattr("mixchat.planning.measure.measure_disk", measure_disk)
+    monkeypatch.setattr(Expert, "__call__", watch)
     for file_bytes in (1, 10**6):
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
-        result = measure(blueprint, tmp_path, CPU, watch, no_layer, effort=effort)
+        result = measure(blueprint, tmp_path, CPU, no_layer, effort=effort)
         assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
         assert result.disk_direct
     stride = blueprint.expert.stride
@@ -187,7 +198,7 @@ def test_without_room_all_but_the_disk_is_measured(
     blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
-    result = measure(blueprint, tmp_path, CPU, compute, no_layer, effort=QUICK)
+    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)
     assert not result.disk_direct
     assert result.memory_bandwidth > 0

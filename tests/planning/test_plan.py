@@ -185,7 +185,7 @@ def test_a_plan_places_what_loading_places(
     free = GB + 300_000  # so that all but some of the memory is the reserve
     with InstalledModel(tiny_model) as kept:
         planned = fit(kept.blueprint, FreeMemory(free), LoadOptions(budget, None, context))
-    monkeypatch.setattr("mixchat.planning.fitting.free_memory", lambda device: free)
+    monkeypatch.setattr("mixchat.planning.fitting.free_on", lambda device: free)
     options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
     engine = load_engine(tiny_model, options)
     assert engine.context_size == planned.context
@@ -215,7 +215,7 @@ def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
 
 
 def test_looking_at_this_machine_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 7 * GB if device == CPU else 3 * GB)
+    monkeypatch.setattr(fitting, "free_on", lambda device: 7 * GB if device == CPU else 3 * GB)
     there = look(tmp_path / "not there yet", CPU)
     assert there.free == FreeMemory(7 * GB, None)
     assert there.gpu is None
@@ -240,7 +240,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         blueprint: Blueprint,
         directory: Path,
         device: torch.device,
-        compute: Callable[..., torch.Tensor],
         layer: Callable[[], object],
         **how: object,
     ) -> Calibration:

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from mixchat import machine
-from mixchat.experts.runner import compute
 from mixchat.model_config import ModelConfig
 from mixchat.planning import thread_count
 from mixchat.planning.measure import Effort, thread_seconds
 from mixchat.planning.thread_count import candidates, known_or_best, settle_threads
-from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.demo import CONFIG
@@ -130,17 +129,20 @@ def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_experts_are_computed_with_each_count_and_the_count_is_as_before(tiny_model: Path) -> None:
+def test_experts_are_computed_with_each_count_and_the_count_is_as_before(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with InstalledModel(tiny_model) as kept:
         blueprint = kept.blueprint
-    seen = set()
+    seen, compute = set(), Expert.__call__
 
-    def counted(expert: object, x: torch.Tensor) -> torch.Tensor:
+    def counted(expert: Expert, x: torch.Tensor) -> torch.Tensor:
         seen.add(torch.get_num_threads())
-        return compute(expert, x)  # type: ignore[arg-type]
+        return compute(expert, x)
 
+    monkeypatch.setattr(Expert, "__call__", counted)
     effort = Effort(pool_bytes=200_000, seconds=0.01)
-    seconds = thread_seconds(blueprint, counted, [1, 2], effort)
+    seconds = thread_seconds(blueprint, [1, 2], effort)
     assert set(seconds) == seen == {1, 2}
     assert all(0 < taken < math.inf for taken in seconds.values())
     assert torch.get_num_threads() == 2

@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from mixchat.experts.stats import ExpertReport
+from mixchat.engine.report import ExpertReport
 from mixchat.quantities import format_size, format_time
 from mixchat.sanitize import sanitize
 
@@ -138,11 +138,11 @@ def _totals(report: ExpertReport) -> Iterator[str]:
     model = sanitize(" ".join(report.model.split()))
     yield f"model    {model}: {report.tokens:,} tokens in {format_time(report.seconds)}"
     hits, misses = sum(chain(*report.hits)), sum(chain(*report.misses))
-    guesses = f"{report.guesses:,}"
-    if report.guesses:
-        part = report.right_guesses / report.guesses
-        guesses += f", {report.right_guesses:,} right ({part:.0%})"
-    yield f"uses     {hits + misses:,}, {_rate(hits, misses, 1)} hits; guesses {guesses}"
+    predictions = f"{report.predictions:,}"
+    if report.predictions:
+        part = report.right_predictions / report.predictions
+        predictions += f", {report.right_predictions:,} right ({part:.0%})"
+    yield f"uses     {hits + misses:,}, {_rate(hits, misses, 1)} hits; predictions {predictions}"
     moved, stalled = format_size(report.bytes_moved), f"{report.stalled_seconds:,.1f} s"
     if report.tokens:
         moved += f", {format_size(report.bytes_moved // report.tokens)} a token"

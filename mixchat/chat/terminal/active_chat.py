@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +13,6 @@ from mixchat.chat.answer import cut_off
 from mixchat.chat.printing import one_line
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures, status_line
 from mixchat.chat.terminal.typeahead import unseen_keys
-from mixchat.errors import MixchatError
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import Event, Finished
     from mixchat.chat.terminal.screen import Screen
 
+Ask = Callable[..., "Iterator[Event]"]  # a way to ask the session, given all but `on_prefill`
 _ENDINGS = {
     "interrupted": "(stopped)",
     "context": "(cut off: the context is full; /clear starts a new chat)",
@@ -108,13 +109,9 @@ class ActiveChat:
         """Ask, with the texts of files before it; `instead` replaces the last question."""
         question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
         before = self.session.history
+        ask = self.session.ask_instead if instead else self.session.ask
         try:
-            events = (self.session.ask_instead if instead else self.session.ask)(question)
-        except MixchatError as error:
-            self.report(error)
-            return
-        try:
-            self.answer(events)
+            self.answer(partial(ask, question))
         finally:  # Ctrl-C may come when the answer is there
             if self.session.history is not before:
                 self.attached.clear()
@@ -122,12 +119,12 @@ class ActiveChat:
             names = one_line(", ".join(self.attached))
             self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 
-    def answer(self, events: Iterator[Event], said: str = "") -> None:
-        """Show an answer, or the rest of one that has `said` something; then save the chat."""
+    def answer(self, ask: Ask, said: str = "") -> None:
+        """Ask, show the answer, or the rest of one that has `said` something, and save the chat."""
         before = self.session.history
         try:
             with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
-                finished = self._shown(events, said)
+                finished = self._shown(ask, said)
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
@@ -156,9 +153,9 @@ class ActiveChat:
             width=width,
         )
 
-    def _shown(self, events: Iterator[Event], said: str) -> Finished:
-        with self.screen.waiting() as self.session.engine.reading:
-            return self.screen.show(events, said)
+    def _shown(self, ask: Ask, said: str) -> Finished:
+        with self.screen.waiting() as on_prefill:
+            return self.screen.show(ask(on_prefill=on_prefill), said)
 
     def _ended(self, finished: Finished, said: bool) -> None:
         note = _ENDINGS.get(finished.reason)

@@ -166,13 +166,13 @@ def _chats(chat: ActiveChat, argument: str) -> None:
 
 
 def _regen(chat: ActiveChat, argument: str) -> None:
-    chat.answer(chat.session.ask_again())
+    chat.answer(chat.session.ask_again)
 
 
 def _continue(chat: ActiveChat, argument: str) -> None:
     answers = [message for message in chat.session.history if message.role == "assistant"]
     said = answers[-1].content if answers else ""
-    chat.answer(chat.session.continue_answer(), said)
+    chat.answer(chat.session.continue_answer, said)
 
 
 def _undo(chat: ActiveChat, argument: str) -> None:
@@ -233,7 +233,7 @@ def _read(chat: ActiveChat, argument: str) -> None:
 
 def _tokens(chat: ActiveChat, argument: str) -> None:
     session, size = chat.session, chat.session.engine.context_size
-    used, stats = session.used, session.engine.stats
+    used, stats = session.used, session.stats
     _say_table(
         chat,
         {
@@ -246,8 +246,9 @@ def _tokens(chat: ActiveChat, argument: str) -> None:
 
 def _experts(chat: ActiveChat, argument: str) -> None:
     from mixchat.chat.draw.heatmap import drawn
+    from mixchat.engine.report import report_of
 
-    report = chat.session.engine.expert_report(chat.saver.model)
+    report = report_of(chat.session.engine, chat.saver.model)
     chat.screen.draw(drawn(report, chat.screen.out))
 
 

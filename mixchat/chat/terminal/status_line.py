@@ -102,22 +102,20 @@ class Figures:
         self.speed: float | None = None
         self.hit_rate: float | None = None
         self.memory: int | None = None
-        self._before = session.engine.experts.stats.copy()
         self.count()
 
     def count(self) -> None:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used
-        self.memory = self._session.engine.experts.bytes_held or None  # 0 before the first answer
+        self.memory = self._session.expert_bytes or None  # 0 before the first answer
 
     def turn(self, finished: Finished) -> None:
         """Count again, after an answer."""
-        stats, experts = finished.stats, self._session.engine.experts.stats.copy()
+        stats, experts = finished.stats, finished.stats.experts
         decoded = stats.generated_tokens - 1  # the first token comes from the prefill
         if decoded > 0 and stats.decode_seconds > 0:
             self.speed = decoded / stats.decode_seconds
-        did, self._before = experts.since(self._before), experts
-        if did.hits.total() + did.misses.total():
-            self.hit_rate = did.hit_rate
+        if experts.hits.total() + experts.misses.total():
+            self.hit_rate = experts.hit_rate
         self.count()

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.chat.printing import show, show_piece
@@ -89,8 +89,8 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
     from mixchat.chat.terminal.screen import Screen
 
     screen = Screen(raw=raw)
-    with screen.waiting() as session.engine.reading:
-        return screen.show(session.ask(question))
+    with screen.waiting() as on_prefill:
+        return screen.show(session.ask(question, on_prefill))
 
 
 def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
@@ -129,8 +129,8 @@ def _first_block(answer: str) -> str:
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
     """The last answer for programs: text, ids (null where the text was cut within a token), counts
     of tokens, seconds, why it ended."""
-    stats, answer = asdict(finished.stats), session.history[-1]
-    decoded, seconds = stats["generated_tokens"] - 1, stats["decode_seconds"]
+    stats, answer = finished.stats, session.history[-1]
+    decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     return {
         "model": model,
         "answer": answer.content,
@@ -138,13 +138,13 @@ def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, A
         "stop_reason": finished.reason,
         "seed": finished.seed,
         "usage": {
-            "prompt_tokens": stats["prompt_tokens"],
-            "cached_tokens": stats["reused_tokens"],
-            "generated_tokens": stats["generated_tokens"],
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.reused_tokens,
+            "generated_tokens": stats.generated_tokens,
             "context_tokens": session.engine.context_size,
         },
         "timings": {
-            "prefill_seconds": round(stats["prefill_seconds"], 4),
+            "prefill_seconds": round(stats.prefill_seconds, 4),
             "decode_seconds": round(seconds, 4),
             "tokens_per_second": round(decoded / seconds, 2) if decoded > 0 < seconds else None,
         },

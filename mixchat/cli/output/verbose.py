@@ -1,10 +1,10 @@
-"""What `--verbose` prints after an answer."""
+"""The figures that `--verbose` prints after an answer."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
@@ -18,30 +18,32 @@ if TYPE_CHECKING:
 
 
 class VerboseReport:
-    """Prints the figures of a turn. The engine counts from its start, so the last count is kept."""
+    """Prints the figures of a turn; `predict` returns the decoding speed that was predicted."""
 
-    def __init__(self, engine: Engine, stream: TextIO | None = None) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        predict: Callable[[], SpeedRange | None],
+        stream: TextIO | None = None,
+    ) -> None:
+        self._engine, self._predict = engine, predict
         self._stream = stream or sys.stderr
-        self._before = engine.experts.stats.copy()
 
     def __call__(self, finished: Finished) -> None:
-        """Print the turn that has just ended."""
-        now = self._engine.experts.stats.copy()
+        """Print the figures of the turn that has just ended."""
         lines = [
-            *generation_lines(finished.stats, self._engine.expected()),
-            *expert_lines(now.since(self._before), self._engine.experts.slots_by_tier),
+            *generation_lines(finished.stats, self._predict()),
+            *expert_lines(finished.stats.experts, self._engine.slots_by_tier),
             f"seed     {finished.seed}",
             f"ended    {finished.reason}",
         ]
-        self._before = now
         say(*lines, stream=self._stream)
 
 
 def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> list[str]:
-    """Tokens and rates of prefill and decode, beside the rate that `mixchat plan` expects."""
+    """Return tokens and rates of prefill and decode, beside the rate that was predicted."""
     new = stats.prompt_tokens - stats.reused_tokens
-    # The first token falls out of the prefill.
+    # The first token comes from the prefill.
     decoded = max(stats.generated_tokens - 1, 0)
     beside = ""
     if expected is not None:
@@ -55,17 +57,17 @@ def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> lis
 
 
 def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
-    """What the slots of experts were good for in a turn."""
+    """Return a turn's use of the slots of experts, and of prefetching."""
     hits, misses = did.hits.total(), did.misses.total()
-    rate = f"{did.hit_rate:.1%}" if hits + misses else "none asked for"
+    rate = f"{did.hit_rate:.1%}" if hits + misses else "none used"
     held = ", ".join(f"{count} {tier} slots" for tier, count in slots.items())
     moved, waited = format_size(did.bytes_moved), did.stalled_seconds
     lines = [
         f"experts  {hits} hits, {misses} misses ({rate}), {held}",
         f"moved    {moved}, waited {waited:.1f} s for them",
     ]
-    if did.guesses:
-        lines.append(f"guessed  {did.guesses} ahead, {did.right_guesses} of them right")
+    if did.predictions:
+        lines.append(f"prefetch {did.predictions} predicted, {did.right_predictions} of them right")
     return lines
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mixchat.kernels import four_bit
+from mixchat.kernels import four_bit, rows
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import ALIGNMENT, TensorSpec
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
@@ -67,10 +67,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Expert:
-    """The two linear maps of one expert."""
+    """The two linear maps of one expert, which is a function of x [n, D]."""
 
     w13: Linear
     w2: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return w2(silu(w1 x) * w3 x), [n, D]."""
+        return self.w2(rows.gated(self.w13(x)))
 
 
 @dataclass(frozen=True)

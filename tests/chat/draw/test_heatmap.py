@@ -17,7 +17,7 @@ from mixchat.chat.draw.heatmap import (
     drawn,
     relative_uses,
 )
-from mixchat.experts.stats import ExpertReport
+from mixchat.engine.report import ExpertReport
 
 TINY = ExpertReport(
     model="tiny",
@@ -27,8 +27,8 @@ TINY = ExpertReport(
     slots={"device": 3, "host": 1},
     bytes_moved=4_000_000,
     stalled_seconds=1.5,
-    guesses=4,
-    right_guesses=3,
+    predictions=4,
+    right_predictions=3,
     tokens=10,
     seconds=6.0,
 )
@@ -60,7 +60,7 @@ def test_a_tiny_model() -> None:
         "cells    % of the layer's uses",
         "now      ● device 3 of 3 slots   ○ host 1 of 1 slots   · disk 4",
         "model    tiny: 10 tokens in 6 s",
-        "uses     20, 75.0% hits; guesses 4, 3 right (75%)",
+        "uses     20, 75.0% hits; predictions 4, 3 right (75%)",
         "moved    4 MB, 400 kB a token; stalled 1.5 s, 25% of the run",
     ]
 
@@ -68,10 +68,10 @@ def test_a_tiny_model() -> None:
 def test_a_run_that_did_nothing_divides_by_nothing() -> None:
     nothing = [[0] * 4] * 2
     idle = replace(TINY, hits=nothing, misses=nothing, tokens=0, seconds=0.0, bytes_moved=0)
-    idle = replace(idle, stalled_seconds=0.0, guesses=0, right_guesses=0)
+    idle = replace(idle, stalled_seconds=0.0, predictions=0, right_predictions=0)
     assert [line.rstrip() for line in lines(idle)][-3:] == [
         "model    tiny: 0 tokens in 0 s",
-        "uses     0, - hits; guesses 0",
+        "uses     0, - hits; predictions 0",
         "moved    0 bytes; stalled 0.0 s",
     ]
 

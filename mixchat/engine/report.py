@@ -1,0 +1,123 @@
+"""The report of what a run did with its experts, to look at or to save as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.errors import CheckpointError
+from mixchat.experts.keys import ExpertKey
+from mixchat.files import read_json_object, write_private_file
+
+if TYPE_CHECKING:
+    from mixchat.engine.generate import Engine
+
+TIERS = ("device", "host", "disk")  # where an expert can be, the fastest first
+# Fields whose names in JSON are those of version 1, which scripts read.
+_JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """Hits, misses and tiers of a run's experts, layer by layer.
+
+    `hits`, `misses` and `tiers` are lists of layers, each a list of experts; a tier is `device`,
+    `host` or `disk`: where the expert was at the end. `slots` is the count of experts that fit each
+    of the faster tiers, `tokens` how many went through the model, `seconds` how long that took. The
+    others are as in `ExpertStats`.
+    """
+
+    model: str
+    hits: list[list[int]]
+    misses: list[list[int]]
+    tiers: list[list[str]]
+    slots: dict[str, int]
+    bytes_moved: int
+    stalled_seconds: float
+    predictions: int
+    right_predictions: int
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {_JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ExpertReport:
+        """Read what `to_dict` returned. Raises `TypeError`, `KeyError` or `ValueError`."""
+        report = cls(**{f.name: raw[_JSON_NAMES.get(f.name, f.name)] for f in fields(cls)})
+        shape = [len(layer) for layer in report.tiers]
+        for matrix in (report.hits, report.misses):
+            if [len(layer) for layer in matrix] != shape:
+                raise ValueError("hits, misses and tiers differ in shape")
+        return report
+
+
+def report_of(engine: Engine, model: str) -> ExpertReport:
+    """Return what has become of the engine's experts since its start; `model` names it."""
+    config, experts = engine.config, engine.experts
+    layers, stats = range(config.num_hidden_layers), experts.stats
+    keys = [[ExpertKey(n, e) for e in range(config.num_local_experts)] for n in layers]
+    return ExpertReport(
+        model=model,
+        hits=[[stats.hits[key] for key in layer] for layer in keys],
+        misses=[[stats.misses[key] for key in layer] for layer in keys],
+        tiers=[[experts.tier(key) for key in layer] for layer in keys],
+        slots=experts.slots_by_tier,
+        bytes_moved=stats.bytes_moved,
+        stalled_seconds=stats.stalled_seconds,
+        predictions=stats.predictions,
+        right_predictions=stats.right_predictions,
+        tokens=engine.total_tokens,
+        seconds=engine.total_seconds,
+    )
+
+
+def save_report(path: Path, report: ExpertReport) -> None:
+    """Write a report in place of an earlier one, whole or not at all. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_private_file(path, json.dumps(report.to_dict()).encode())
+
+
+def load_report(path: Path) -> ExpertReport:
+    """Return the report in a file. Raises `CheckpointError` where there is none to be drawn."""
+    hint = "The next 'mixchat run' of the model writes a new one."
+    try:
+        report = ExpertReport.from_dict(read_json_object(path, follow=False))
+        _check(report)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), hint=hint) from None
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a report: {error} is missing", hint=hint) from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a report: {error}", hint=hint) from None
+    return report
+
+
+def _check(report: ExpertReport) -> None:
+    """Raise `ValueError` unless everything has the type and the range that it has to have."""
+    matrices = (report.hits, report.misses, report.tiers)
+    if not all(isinstance(rows, list) for rows in chain(matrices, *matrices)):
+        raise ValueError("hits, misses and tiers are not lists of lists")
+    if len({len(layer) for layer in report.tiers}) != 1 or not report.tiers[0]:
+        raise ValueError("it has no experts, or not as many in each layer")
+    if not all(tier in TIERS for tier in chain(*report.tiers)):
+        raise ValueError(f"a tier is none of {', '.join(TIERS)}")
+    if not isinstance(report.model, str) or not isinstance(report.slots, dict):
+        raise ValueError("the model has no name, or its slots have none")
+    whole = (report.bytes_moved, report.predictions, report.right_predictions, report.tokens)
+    counts: list[Any] = [*whole, *report.slots.values(), *chain(*report.hits, *report.misses)]
+    if not all(type(count) is int for count in counts):
+        raise ValueError("a count is not a whole number")
+    # JSON as Python reads it has NaN and Infinity, and whole numbers too large for a float.
+    if not all(_in_range(number) for number in (*counts, report.stalled_seconds, report.seconds)):
+        raise ValueError("a number is out of range")
+
+
+def _in_range(number: object) -> bool:
+    return type(number) in (int, float) and 0 <= number < 2**63  # type: ignore[operator]

@@ -1,0 +1,60 @@
+"""The contract between the model and its experts, wherever these are.
+
+T = tokens, D = hidden_size, K = num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from mixchat.experts.keys import ExpertKey
+    from mixchat.experts.stats import ExpertStats
+
+
+class ExpertRunner(Protocol):
+    """Computes experts: all that the model needs."""
+
+    def run(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted sum of the selected experts' outputs, for each token.
+
+        hidden_states: [T, D]; selected_experts: [T, K], int64; routing_weights: [T, K], float32.
+        Returns [T, D] in the type of hidden_states.
+        """
+
+
+class ExpertHolder(ExpertRunner, Protocol):
+    """Holds experts and computes them: all that `Engine` needs.
+
+    On one device, spread over several, or over other machines.
+    """
+
+    @property
+    def stats(self) -> ExpertStats:
+        """Return the counts since the start, which go on counting."""
+
+    @property
+    def slots(self) -> int:
+        """Return how many experts may be held where they are computed."""
+
+    @property
+    def slots_by_tier(self) -> dict[str, int]:
+        """Return how many experts may be held in each tier but the disk, the fastest one first."""
+
+    @property
+    def bytes_held(self) -> int:
+        """Return the bytes of memory that experts take where they are computed."""
+
+    def tier(self, key: ExpertKey) -> str:
+        """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
+
+    def halve(self) -> bool:
+        """Hold half as many experts from now on; return False where that would be too few."""

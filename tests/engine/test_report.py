@@ -1,0 +1,51 @@
+"""The report of a run's experts, and its form in JSON."""
+
+import json
+
+import pytest
+
+from mixchat.engine.report import ExpertReport
+
+REPORT = ExpertReport(
+    model="demo",
+    hits=[[3, 0], [1, 1]],
+    misses=[[1, 0], [2, 0]],
+    tiers=[["device", "disk"], ["host", "device"]],
+    slots={"device": 2, "host": 1},
+    bytes_moved=300,
+    stalled_seconds=0.5,
+    predictions=4,
+    right_predictions=3,
+    tokens=2,
+    seconds=1.5,
+)
+
+
+def test_the_names_in_json_are_those_that_scripts_read() -> None:
+    raw = REPORT.to_dict()
+    assert (raw["guesses"], raw["right_guesses"]) == (4, 3)
+    assert [name for name in raw if "prediction" in name] == []
+
+
+def test_a_report_comes_back_from_json() -> None:
+    assert ExpertReport.from_dict(json.loads(json.dumps(REPORT.to_dict()))) == REPORT
+
+
+def test_what_a_later_version_adds_to_a_report_is_no_fault() -> None:
+    assert ExpertReport.from_dict(REPORT.to_dict() | {"more": 1}) == REPORT
+
+
+@pytest.mark.parametrize("name", ["hits", "misses", "tiers"])
+def test_matrices_of_different_shapes_are_no_report(name: str) -> None:
+    raw = REPORT.to_dict()
+    raw[name] = [layer[:1] for layer in raw[name]]
+    with pytest.raises(ValueError, match="differ in shape"):
+        ExpertReport.from_dict(raw)
+
+
+@pytest.mark.parametrize("name", list(REPORT.to_dict()))
+def test_nothing_may_be_missing_of_a_report(name: str) -> None:
+    raw = REPORT.to_dict()
+    del raw[name]
+    with pytest.raises(KeyError, match=name):
+        ExpertReport.from_dict(raw)
