@@ -93,7 +93,7 @@ def speed_prediction(
     from mixchat.loading import loader
     from mixchat.weights import models
 
-    return loader.speed_prediction(models.find(model), device, session.engine)
+    return loader.speed_prediction(models.installed_directory(model), device, session.engine)
 
 
 def find_or_build(name: str) -> Path:
