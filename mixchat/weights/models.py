@@ -63,7 +63,7 @@ class ModelRef:
         """The `repo` of its `Source`; None where only the model's directory can say it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
-    def source(self, revision: str | None = None) -> Source:
+    def find_source(self, revision: str | None = None) -> Source:
         """Return where to download it from: the commit that an unfinished download started with.
 
         Raises `ModelNotFoundError` for an unfinished model whose directory names no source.

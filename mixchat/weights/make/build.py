@@ -92,10 +92,11 @@ def finish_interrupted(target: Path) -> None:
 
 @dataclass(frozen=True)
 class Remaining:
-    """The parts of a model that are not made yet, and the shards they need, in order."""
+    """The parts of a model that are not made yet, the shards they need, in order, and the spill."""
 
     parts: list[Part]
     shards: list[str]
+    spill: Spill
 
 
 def find_remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
@@ -108,8 +109,9 @@ def find_remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remain
         if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
     ]
     names = {name for part in todo for name in part.components(origin.index)}
-    names -= Spill(target, recorded).names
-    return Remaining(todo, sorted({origin.index.shard_of(name) for name in names}))
+    spill = Spill(target, recorded)
+    shards = {origin.index.shard_of(name) for name in names - spill.names}
+    return Remaining(todo, sorted(shards), spill)
 
 
 def _with_their_size(
@@ -145,8 +147,7 @@ class _Build:
         self._journal = Journal(target, journal_head(origin, blueprint))
         self._forget_damaged()
         left = find_remaining(origin, target, blueprint)
-        self._todo, self._shards = left.parts, left.shards
-        self._spill = Spill(target, self._journal.made)
+        self._todo, self._shards, self._spill = left.parts, left.shards, left.spill
 
     def run(self) -> None:
         with closing(ModelWriter(self._target, self._blueprint)) as files:

@@ -77,7 +77,8 @@ def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan 
     """Return the plan of `download`; None if the model is installed. Fetches no weights."""
     if _find_installed(request):
         return None
-    source, target = request.ref.source(request.revision), request.ref.directory
+    target = request.ref.directory
+    source = request.ref.find_source(request.revision)
     with open_origin(source, target, progress, keep_source=request.keep_source) as origin:
         blueprint = make_blueprint(origin.index, request.options)
         plan = make_plan(target, origin, blueprint)
@@ -92,9 +93,9 @@ def _install(
 ) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} is in the way", hint="Move or remove it.")
-    source, keep_source = request.ref.source(request.revision), request.keep_source
+    source = request.ref.find_source(request.revision)
     with open_origin(
-        source, target, progress, keep_source=keep_source, check=request.check
+        source, target, progress, keep_source=request.keep_source, check=request.check
     ) as origin:
         blueprint = make_blueprint(origin.index, request.options)
         plan = make_plan(target, origin, blueprint)

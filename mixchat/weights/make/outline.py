@@ -86,7 +86,7 @@ def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
         index = expected_index(config, ref.name, _SHARD)
         disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
         return Outline(ref.name, blueprint, target, kept=False, disk=disk)
-    with open_origin(ref.source(), target, progress) as origin:
+    with open_origin(ref.find_source(), target, progress) as origin:
         blueprint = make_blueprint(origin.index, QuantizeOptions())
         plan = make_plan(target, origin, blueprint)
     return Outline(ref.name, blueprint, target, kept=False, disk=plan.disk, download=plan)

@@ -39,15 +39,39 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub: its name, its size in bytes, its SHA-256 if it is a large one (LFS).
+    """A file of a commit on the hub: its size in bytes, and its SHA-256 if it is large (LFS).
 
     `git_sha1` is the hash by which git names a small one.
     """
 
+    repo_id: str
+    commit: str
     path: str
     size: int
     sha256: str | None
     git_sha1: str | None
+
+    @property
+    def where(self) -> str:
+        """Return its name for messages."""
+        return f"{self.repo_id}: {self.path}"
+
+    @property
+    def url(self) -> str:
+        """Return its URL."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo_id, self.path, revision=self.commit, endpoint=endpoint())
+
+    @property
+    def blob(self) -> Path:
+        """Return the path of a large file in huggingface_hub's cache, by its hash."""
+        return repo_dir(self.repo_id) / "blobs" / str(self.sha256)
+
+    @property
+    def pointer(self) -> Path:
+        """Return the path of the link to the blob in that cache, by its commit and name."""
+        return snapshot_dir(self.repo_id, self.commit) / self.path
 
 
 @dataclass(frozen=True)
@@ -60,10 +84,6 @@ class RemoteCheckpoint:
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
 
-    def url(self, name: str) -> str:
-        """Return the URL of a file."""
-        return _url(self.repo_id, name, self.commit)
-
 
 def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
     """Look up the files of a checkpoint; fetch its config, its index and the shards' headers.
@@ -75,33 +95,31 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         commit, listing = _listing(repo_id, revision)
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
-        config = ModelConfig.from_file(fetch_small(repo_id, commit, listing[CONFIG]))
-        index = None
-        if INDEX in listing:
-            index = read_bytes(fetch_small(repo_id, commit, listing[INDEX]))
+        config = ModelConfig.from_file(fetch_small(listing[CONFIG]))
+        index = read_bytes(fetch_small(listing[INDEX])) if INDEX in listing else None
         weight_map = read_weight_map(listing, index, where=repo_id)
-        shards = {name: _shard(repo_id, listing[name]) for name in shard_files(weight_map)}
+        shards = {name: _check_shard(listing[name]) for name in shard_files(weight_map)}
         small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
         for file in small:
-            _check_small(repo_id, file)
-        headers = _headers(repo_id, commit, shards)
-    source_index = CheckpointIndex(config, headers, weight_map, repo_id)
-    return RemoteCheckpoint(repo_id, commit, small, shards, source_index)
+            _check_small(file)
+        headers = _headers(shards)
+    tensors = CheckpointIndex(config, headers, weight_map, repo_id)
+    return RemoteCheckpoint(repo_id, commit, small, shards, tensors)
 
 
-def fetch_small(repo_id: str, commit: str, file: RemoteFile) -> Path:
+def fetch_small(file: RemoteFile) -> Path:
     """Return a small file in huggingface_hub's cache, checked; a damaged one is fetched again.
 
     Raises `HubError` where the hub sends another file than it lists.
     """
-    _check_small(repo_id, file)
+    _check_small(file)
     for again in (False, True):
-        path = _into_cache(repo_id, commit, file, again=again)
+        path = _into_cache(file, again=again)
         if _has_listed_bytes(path, file):
             return path
     _discard_damaged(path)
     raise HubError(
-        f"{repo_id}: {file.path} is not the file that the hub lists",
+        f"{file.where} is not the file that the hub lists",
         hint="Run the same command again.",
     )
 
@@ -148,14 +166,14 @@ def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
         yield
 
 
-def _into_cache(repo_id: str, commit: str, file: RemoteFile, *, again: bool) -> Path:
+def _into_cache(file: RemoteFile, *, again: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(
         hf_hub_download(
-            repo_id,
+            file.repo_id,
             file.path,
-            revision=commit,
+            revision=file.commit,
             force_download=again,
             endpoint=endpoint(),
             cache_dir=cache_dir(),
@@ -189,12 +207,12 @@ def _discard_damaged(path: Path) -> None:
         real.unlink(missing_ok=True)
 
 
-def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[str, Header]:
+def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
     """Return the headers of all shards: one or two requests for each, several at once."""
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:
-        return {name: _header(repo_id, commit, shards[name], stop) for name in names}
+        return {name: _header(shards[name], stop) for name in names}
 
     names = list(shards)
     try:
@@ -204,27 +222,21 @@ def _headers(repo_id: str, commit: str, shards: dict[str, RemoteFile]) -> dict[s
         stop.set()
 
 
-def _header(repo_id: str, commit: str, file: RemoteFile, stop: Event) -> Header:
-    url, where = _url(repo_id, file.path, commit), f"{repo_id}: {file.path}"
+def _header(file: RemoteFile, stop: Event) -> Header:
+    url = file.url
     first = read_range(url, 0, min(_FIRST_READ, file.size), stop, of=file.size)
-    end = 8 + header_length(first, file.size, where)
+    end = 8 + header_length(first, file.size, file.where)
     if end > len(first):
         first += read_range(url, len(first), end - len(first), stop, of=file.size)
-    return Header(first[8:end], file.size, where)
+    return Header(first[8:end], file.size, file.where)
 
 
-def _url(repo_id: str, name: str, commit: str) -> str:
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint())
-
-
-def _shard(repo_id: str, file: RemoteFile) -> RemoteFile:
+def _check_shard(file: RemoteFile) -> RemoteFile:
     if file.sha256 is None:
-        raise CheckpointError(f"{repo_id}: the hub lists no SHA-256 for {file.path}")
+        raise CheckpointError(f"{file.repo_id}: the hub lists no SHA-256 for {file.path}")
     if file.size > _MAX_SHARD:
         raise CheckpointError(
-            f"{repo_id}: {file.path} is too large to be fetched over HTTP",
+            f"{file.where} is too large to be fetched over HTTP",
             hint="Fetch it with `hf download`, and name the directory that it is in.",
         )
     return file
@@ -239,7 +251,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
             repo_id, revision=revision, files_metadata=True, timeout=_LISTING_TIMEOUT
         )
         commit = str(info.sha)
-        files = {file.path: file for file in _remote_files(info.siblings or ())}
+        files = {file.path: file for file in _remote_files(repo_id, commit, info.siblings or ())}
     except (ValueError, KeyError, TypeError, AttributeError):
         commit, files = "", {}
     if not COMMIT.fullmatch(commit):
@@ -250,7 +262,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
     return commit, files
 
 
-def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
+def _remote_files(repo_id: str, commit: str, siblings: Iterable[Any]) -> Iterable[RemoteFile]:
     for sibling in siblings:
         name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
         if "/" in name:
@@ -258,9 +270,9 @@ def _remote_files(siblings: Iterable[Any]) -> Iterable[RemoteFile]:
         sha256, sha1 = lfs["sha256"] if lfs else None, sibling.blob_id
         if type(size) is not int or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
             raise ValueError(name)
-        yield RemoteFile(name, size, sha256, sha1 if sha256 is None else None)
+        yield RemoteFile(repo_id, commit, name, size, sha256, sha1 if sha256 is None else None)
 
 
-def _check_small(repo_id: str, file: RemoteFile) -> None:
+def _check_small(file: RemoteFile) -> None:
     if file.size > MAX_SIZE:
-        raise CheckpointError(f"{repo_id}: {file.path} is far too large for a file of its kind")
+        raise CheckpointError(f"{file.where} is far too large for a file of its kind")

@@ -14,7 +14,7 @@ import torch
 
 from mixchat.errors import HubError
 from mixchat.progress import Task
-from mixchat.safetensors import SafetensorsFile
+from mixchat.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.hub import RemoteCheckpoint, RemoteFile
@@ -54,12 +54,12 @@ class HubOrigin:
     def companions(self) -> Path:
         with plain_errors(self._remote.repo_id):
             for file in self._remote.small:
-                hub.fetch_small(self._remote.repo_id, self._remote.commit, file)
+                hub.fetch_small(file)
         return hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
 
     def missing(self, shard: str) -> int:
         file = self._remote.shards[shard]
-        path = self._cached(file) or self._path(file)
+        path = _cached(file) or self._path(file)
         if path.exists():
             return 0
         part = part_path(path)
@@ -67,20 +67,20 @@ class HubOrigin:
 
     def temporary(self, shard: str) -> int:
         file = self._remote.shards[shard]
-        return 0 if self.cache or self._cached(file) else file.size
+        return 0 if self.cache or _cached(file) else file.size
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         file = self._remote.shards[shard]
-        cached, blob = self._cached(file), self._blob(file)
-        in_cache = self.cache or blob.exists()
+        cached = _cached(file)
+        in_cache = self.cache is not None or file.blob.exists()
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
-            if cached and is_intact(cached, file.size, str(file.sha256), stop):
+            if cached and _is_intact(file, cached, stop):
                 return self._linked(file, cached) if self.cache else cached
             if in_cache:
-                with self._cache_lock(file, stop):
-                    self._fill(file, task, stop)
-                return self._linked(file, blob)
-            return self._bring(file, task, stop)
+                with _cache_lock(file, stop):
+                    _fill_cache(file, task, stop)
+                return self._linked(file, file.blob)
+            return self._fetch_beside(file, task, stop)
 
     def release(self, shard: str) -> None:
         if not self.cache:
@@ -90,8 +90,8 @@ class HubOrigin:
 
     def open(self, shard: str) -> ShardReader:
         file = self._remote.shards[shard]
-        cached = self._cached(file)
-        return SafetensorsFile(cached) if cached else _RemoteShard(self._remote, shard)
+        cached = _cached(file)
+        return SafetensorsFile(cached) if cached else _RemoteShard(file, self.index.header(shard))
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         missing = [shard for shard in shards if self.missing(shard)]
@@ -115,58 +115,28 @@ class HubOrigin:
     def _listen(self, shard: str, came: Task, stop: Event) -> None:
         # An error here is no reason to fail: this only measures the speed.
         with suppress(HubError), plain_errors(self._remote.repo_id):
-            listen(self._remote.url(shard), came, stop)
+            listen(self._remote.shards[shard].url, came, stop)
 
-    def _bring(self, file: RemoteFile, task: Task, stop: Event) -> Path:
+    def _fetch_beside(self, file: RemoteFile, task: Task, stop: Event) -> Path:
         """Return the file in `source/`, fetched if need be."""
         path = self._directory / file.path
         if not path.exists():
-            self._fetch(file, path, task, stop)
-        elif not is_intact(path, file.size, str(file.sha256), stop):
+            _fetch(file, path, task, stop)
+        elif not _is_intact(file, path, stop):
             path.unlink()
             raise wrong_bytes(file.path)
         return path
 
-    def _fill(self, file: RemoteFile, task: Task, stop: Event) -> None:
-        """Fetch the cache's blob, unless it is there and undamaged."""
-        blob = self._blob(file)
-        if not blob.exists() or not is_intact(blob, file.size, str(file.sha256), stop):
-            self._fetch(file, blob, task, stop)
-
-    def _fetch(self, file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
-        url = self._remote.url(file.path)
-        fetch_file(url, path, file.size, str(file.sha256), task, stop)
-
     def _path(self, file: RemoteFile) -> Path:
         """Return the path to which the file is fetched."""
-        return self._blob(file) if self.cache else self._directory / file.path
-
-    def _blob(self, file: RemoteFile) -> Path:
-        return hub.repo_dir(self._remote.repo_id) / "blobs" / str(file.sha256)
-
-    def _cached(self, file: RemoteFile) -> Path | None:
-        """Return the file in huggingface_hub's cache, if it is there: by the name of its blob.
-
-        In a cache without links it has no such name: then by its size.
-        """
-        blob = self._blob(file)
-        for place in (self._pointer(file), blob):
-            if place.is_file():
-                real = place.resolve()
-                nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
-                if nameless or real == blob.resolve():
-                    return place
-        return None
-
-    def _pointer(self, file: RemoteFile) -> Path:
-        return hub.snapshot_dir(self._remote.repo_id, self._remote.commit) / file.path
+        return file.blob if self.cache else self._directory / file.path
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
         """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache's layout asks; return it.
 
         Where something else has that name already it stays, and the blob is returned.
         """
-        pointer = self._pointer(file)
+        pointer = file.pointer
         if not pointer.exists():
             pointer.parent.mkdir(parents=True, exist_ok=True)
             pointer.unlink(missing_ok=True)
@@ -174,19 +144,49 @@ class HubOrigin:
         hub.name_commit(self._remote.repo_id, self.source.revision, self._remote.commit)
         return pointer if pointer.samefile(path) else path
 
-    @contextmanager
-    def _cache_lock(self, file: RemoteFile, stop: Event) -> Iterator[None]:
-        """Hold the lock of the cache's blob; wait for it until `stop` is set."""
-        repo = hub.repo_dir(self._remote.repo_id).name
-        with ExitStack() as stack:
-            while not stop.is_set():
-                with suppress(TimeoutError):
-                    lock = hub.blob_lock(repo, str(file.sha256), timeout=_LOCK_POLL)
-                    stack.enter_context(lock)
-                    break
-            if stop.is_set():
-                raise Stopped
-            yield
+
+def _cached(file: RemoteFile) -> Path | None:
+    """Return the file in huggingface_hub's cache, if it is there: by the name of its blob.
+
+    In a cache without links it has no such name: then by its size.
+    """
+    blob = file.blob
+    for place in (file.pointer, blob):
+        if place.is_file():
+            real = place.resolve()
+            nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
+            if nameless or real == blob.resolve():
+                return place
+    return None
+
+
+def _fill_cache(file: RemoteFile, task: Task, stop: Event) -> None:
+    """Fetch the cache's blob, unless it is there and undamaged."""
+    if not file.blob.exists() or not _is_intact(file, file.blob, stop):
+        _fetch(file, file.blob, task, stop)
+
+
+@contextmanager
+def _cache_lock(file: RemoteFile, stop: Event) -> Iterator[None]:
+    """Hold the lock of the cache's blob; wait for it until `stop` is set."""
+    repo = hub.repo_dir(file.repo_id).name
+    with ExitStack() as stack:
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                lock = hub.blob_lock(repo, str(file.sha256), timeout=_LOCK_POLL)
+                stack.enter_context(lock)
+                break
+        if stop.is_set():
+            raise Stopped
+        yield
+
+
+def _fetch(file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
+    fetch_file(file.url, path, file.size, str(file.sha256), task, stop)
+
+
+def _is_intact(file: RemoteFile, path: Path, stop: Event) -> bool:
+    return is_intact(path, file.size, str(file.sha256), stop)
 
 
 class _Count:
@@ -204,15 +204,13 @@ class _Count:
 class _RemoteShard:
     """Reads single tensors of a shard on the hub, without fetching the shard."""
 
-    def __init__(self, remote: RemoteCheckpoint, shard: str) -> None:
-        self._remote, self._shard = remote, shard
-        self._header = remote.index.header(shard)
+    def __init__(self, file: RemoteFile, header: Header) -> None:
+        self._file, self._header = file, header
 
     def read(self, name: str) -> torch.Tensor:
         spec, start = self._header.spec(name), self._header.start(name)
-        with plain_errors(self._remote.repo_id):
-            url, size = self._remote.url(self._shard), self._header.size
-            data = read_range(url, start, spec.nbytes, Event(), of=size)
+        with plain_errors(self._file.repo_id):
+            data = read_range(self._file.url, start, spec.nbytes, Event(), of=self._file.size)
         flat = torch.frombuffer(data, dtype=torch.uint8)
         return flat.view(spec.dtype).view(spec.shape)
 

@@ -236,7 +236,7 @@ ENOUGH = DownloadPlan(
     installed=1,
     disk=(Need(Path("/models/tiny"), 5_000_000_000, 5_000_000_000),),
     memory=Need(Path(), 1_000_000_000, 1_000_000_000),
-    remaining=Remaining([], []),
+    remaining=Remaining([], [], Spill(Path("/nowhere"), {})),
 )
 
 

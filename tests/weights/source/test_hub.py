@@ -260,16 +260,16 @@ class TestSmallFiles:
         described = fake.describe(name)
         sha256 = described.get("lfs", {}).get("sha256")
         git = None if sha256 else described["blobId"]
-        return hub.RemoteFile(name, described["size"], sha256, git)
+        return hub.RemoteFile(REPO, COMMIT, name, described["size"], sha256, git)
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     def test_come_once_into_the_cache(self, fake: FakeHub, cache: Path, name: str) -> None:
         file = self.small(fake, name)
-        path = hub.fetch_small(REPO, COMMIT, file)
+        path = hub.fetch_small(file)
         assert path.read_bytes() == fake.files[name]
         assert path == hub.snapshot_dir(REPO, COMMIT) / name
         before = len(fake.requests)
-        assert hub.fetch_small(REPO, COMMIT, file) == path
+        assert hub.fetch_small(file) == path
         assert len(fake.requests) == before
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
@@ -280,9 +280,9 @@ class TestSmallFiles:
         good = fake.files[name]
         fake.serve[name] = bytes(len(good))
         with pytest.raises(HubError, match="is not the file that the hub lists"):
-            hub.fetch_small(REPO, COMMIT, self.small(fake, name))
+            hub.fetch_small(self.small(fake, name))
         fake.serve.clear()
-        assert hub.fetch_small(REPO, COMMIT, self.small(fake, name)).read_bytes() == good
+        assert hub.fetch_small(self.small(fake, name)).read_bytes() == good
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
@@ -290,8 +290,8 @@ class TestSmallFiles:
         self, fake: FakeHub, cache: Path, name: str, damage: Any
     ) -> None:
         file = self.small(fake, name)
-        hub.fetch_small(REPO, COMMIT, file).resolve().write_bytes(damage(fake.files[name]))
-        path = hub.fetch_small(REPO, COMMIT, file)
+        hub.fetch_small(file).resolve().write_bytes(damage(fake.files[name]))
+        path = hub.fetch_small(file)
         assert path.read_bytes() == fake.files[name]
         assert path == hub.snapshot_dir(REPO, COMMIT) / name
 
@@ -299,8 +299,8 @@ class TestSmallFiles:
     def test_that_are_good_stay_in_the_cache_whatever_the_hub_lists(
         self, fake: FakeHub, cache: Path, name: str
     ) -> None:
-        path = hub.fetch_small(REPO, COMMIT, self.small(fake, name))
+        path = hub.fetch_small(self.small(fake, name))
         wrong = replace(self.small(fake, name), sha256="0" * 64, git_sha1=None)
         with pytest.raises(HubError, match="is not the file that the hub lists"):
-            hub.fetch_small(REPO, COMMIT, wrong)
+            hub.fetch_small(wrong)
         assert path.read_bytes() == fake.files[name]
