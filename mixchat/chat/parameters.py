@@ -105,13 +105,8 @@ def checked_overflow(text: str, name: str = "overflow") -> Any:
     return text
 
 
-def saved_sampling(session: ChatSession) -> dict[str, Any]:
-    """Return the numbers that are saved with a chat, by their names in Python."""
-    return dataclasses.asdict(session.sampling)
-
-
-def restored(numbers: Mapping[str, Any], sampling: SamplingOptions) -> SamplingOptions:
-    """Return `sampling` with these numbers in place of its own; bad ones are ignored."""
+def with_numbers(sampling: SamplingOptions, numbers: Mapping[str, Any]) -> SamplingOptions:
+    """Return `sampling` with these numbers, by their names in Python; bad ones are ignored."""
     known = {of.field: of for of in SAMPLING.values()}
     good = {
         field: value

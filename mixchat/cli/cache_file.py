@@ -43,8 +43,8 @@ class Place(Protocol):
     @property
     def per_chat(self) -> bool: ...
 
-    def is_due(self) -> bool:
-        """Return whether the file is to be written now. Raises `UsageError` where it cannot be."""
+    def prepare(self) -> bool:
+        """Return whether to write the file now. Raises `UsageError` where it cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class NamedFile:
         """
         return cls(_output(path).check().place)
 
-    def is_due(self) -> bool:
+    def prepare(self) -> bool:
         """Return True. Raises `UsageError` where another file has been put there meanwhile."""
         _output(self.path).check()
         return True
 
 
 @dataclass(frozen=True)
-class ChatFile:
+class FileBesideChat:
     """The file beside a saved chat: for every chat if `wanted`, else for chats that have one."""
 
     saver: ChatSaver
@@ -83,17 +83,17 @@ class ChatFile:
         """Return the place for the chat that is open now."""
         return self.saver.kv_path
 
-    def is_due(self) -> bool:
-        """Return whether the chat is saved and should have a file."""
+    def prepare(self) -> bool:
+        """Return whether to write the file; remove it where every turn was undone."""
         if not self.saver.autosave or not (self.wanted or _has_content(self.path)):
             return False
-        if not self.saver.session.history:  # every turn was undone
+        if not self.saver.session.history:
             self.path.unlink(missing_ok=True)
             return False
         return True
 
 
-class SavedCache:
+class CacheSaver:
     """The KV cache of `engine`, loaded from the file of `place` at first and saved at the end.
 
     At the end it raises `MixchatError` where the place is strict and the file cannot be written,
@@ -104,7 +104,7 @@ class SavedCache:
         self._engine, self._place = engine, place
         self._loaded: PromptCache | None = None
 
-    def __enter__(self) -> SavedCache:
+    def __enter__(self) -> CacheSaver:
         self._load()
         return self
 
@@ -147,7 +147,7 @@ class SavedCache:
             tell(error)
 
     def _save(self) -> None:
-        if not self._place.is_due():
+        if not self._place.prepare():
             return
         from mixchat.engine.prompt_cache import PromptCache
 

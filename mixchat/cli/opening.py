@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixchat.chat.parameters import restored
+from mixchat.chat.parameters import with_numbers
 from mixchat.cli.output.print_answer import Form
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.context import DEFAULT_TOKENS, Context
@@ -45,7 +45,8 @@ def resolve_sampling(
     """
     import secrets
 
-    return restored(given, restored(advised, SamplingOptions(seed=secrets.randbelow(2**32))))
+    defaults = SamplingOptions(seed=secrets.randbelow(2**32))
+    return with_numbers(with_numbers(defaults, advised), given)
 
 
 def open_session(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import checked_overflow
-from mixchat.cli.cache_file import ChatFile, NamedFile, SavedCache
+from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
@@ -110,9 +110,9 @@ def run(
     if resumed is not None:
         saver.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session, model, device) if verbose else _nothing
-    chat_file = ChatFile(saver, keep_cache, strict=keep_cache and question is not None)
+    beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
     try:
-        with SavedCache(session.engine, named_file or chat_file) as cache:
+        with CacheSaver(session.engine, named_file or beside_chat) as cache:
             if question is None:
                 start_chat(saver, cache, files, raw=raw, vi=vi, after_turn=after_turn)
             else:

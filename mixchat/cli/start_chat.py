@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.cli.cache_file import SavedCache
+    from mixchat.cli.cache_file import CacheSaver
 
 
 def find_chat(wanted: str | None) -> SavedChat | None:
@@ -69,7 +69,7 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 
 def start_chat(
     saver: ChatSaver,
-    cache: SavedCache,
+    cache: CacheSaver,
     files: Mapping[Path, str] = MappingProxyType({}),
     *,
     raw: bool,

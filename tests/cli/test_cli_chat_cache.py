@@ -7,7 +7,7 @@ from chat_doubles import CharacterTokenizer, TinyTemplate
 
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.cli.cache_file import ChatFile, SavedCache
+from mixchat.cli.cache_file import CacheSaver, FileBesideChat
 from mixchat.errors import UsageError
 from mixchat.options import SamplingOptions
 
@@ -31,7 +31,7 @@ def saver_of(tiny_model, tmp_path):
 
 
 def cache_of(saver, **options):
-    return SavedCache(saver.session.engine, ChatFile(saver, **options))
+    return CacheSaver(saver.session.engine, FileBesideChat(saver, **options))
 
 
 def asked(saver, question):

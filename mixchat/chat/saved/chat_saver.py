@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from mixchat.chat import parameters
+from mixchat.chat.parameters import with_numbers
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import MixchatError
@@ -88,7 +88,7 @@ class ChatSaver:
         if "system" not in but:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in but}
-        session.sampling = parameters.restored(saved, session.sampling)
+        session.sampling = with_numbers(session.sampling, saved)
         self.chat, self._has_file = chat, True
         self.autosave = self._autosave_at_first
 
@@ -100,7 +100,7 @@ class ChatSaver:
             identity=self.session.engine.identity,
             updated=now(),
             system=self.session.system,
-            sampling=parameters.saved_sampling(self.session),
+            sampling=asdict(self.session.sampling),
             messages=tuple(self.session.history),
         )
 
