@@ -167,7 +167,7 @@ class ActiveChat:
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
         elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:
-            note = "(the answer is empty)"
+            note = "(the model ended the answer at once)"
         self.screen.say(f"{note}\n" if note else "")
         self._figures.turn(finished)
         self._warn_of_context()

@@ -67,7 +67,7 @@ def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited
 
 
 def test_an_answer_without_a_word_says_so(session_of):
-    assert "(the answer is empty)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
+    assert "(the model ended the answer at once)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
 
 
 def test_a_path_is_no_command(session_of):
