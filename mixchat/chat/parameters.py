@@ -20,7 +20,7 @@ _NONE = ("none", "off", "default")
 
 
 @dataclass(frozen=True)
-class Number:
+class NumberParameter:
     """A number that controls sampling or a length; `field` is its name in Python."""
 
     field: str
@@ -44,18 +44,22 @@ class Number:
 
 
 SAMPLING = {
-    "temp": Number("temperature", float, lambda x: 0 <= x < math.inf, "0 or more"),
-    "top-p": Number("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "top-k": Number("top_k", int, lambda x: x >= 0, "0 or more"),
-    "min-p": Number("min_p", float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "repeat-penalty": Number(
+    "temp": NumberParameter("temperature", float, lambda x: 0 <= x < math.inf, "0 or more"),
+    "top-p": NumberParameter("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "top-k": NumberParameter("top_k", int, lambda x: x >= 0, "0 or more"),
+    "min-p": NumberParameter("min_p", float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "repeat-penalty": NumberParameter(
         "repeat_penalty", float, lambda x: 0.01 <= x <= 100, "between 0.01 and 100"
     ),
-    "seed": Number("seed", int, lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"),
+    "seed": NumberParameter(
+        "seed", int, lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"
+    ),
 }
 LENGTHS = {
-    "max-tokens": Number("max_tokens", int, lambda x: x >= 0, "1 or more, or 0 for what fits"),
-    "ctx-size": Number("ctx_size", int, lambda x: x >= 1, "1 or more"),
+    "max-tokens": NumberParameter(
+        "max_tokens", int, lambda x: x >= 0, "1 or more, or 0 for what fits"
+    ),
+    "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
 NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # of what a chat can change
 

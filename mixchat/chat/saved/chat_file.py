@@ -25,7 +25,7 @@ ID_PREFIX = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-
 # The beginning of a file, up to its name; and bytes that hold both: 4 a character at most.
 _BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
 
-Number: TypeAlias = int | float | None
+_Number: TypeAlias = int | float | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SavedChat:
     created: datetime
     updated: datetime
     system: str | None
-    sampling: Mapping[str, Number]
+    sampling: Mapping[str, _Number]
     messages: tuple[Message, ...]
 
 
@@ -175,7 +175,7 @@ def _time(text: object) -> datetime:
     return time.astimezone(timezone.utc)
 
 
-def _sampling(raw: object) -> dict[str, Number]:
+def _sampling(raw: object) -> dict[str, _Number]:
     if not isinstance(raw, dict) or not all(_is_number(value) for value in raw.values()):
         raise ValueError("its sampling is not an object of numbers")
     return raw

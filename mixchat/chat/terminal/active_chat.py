@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from mixchat import interrupts
 from mixchat.chat.answer import cut_off
 from mixchat.chat.printing import one_line
-from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures, status_line
+from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
 
 if TYPE_CHECKING:
@@ -142,16 +142,7 @@ class ActiveChat:
 
     def status(self) -> str:
         """Return the status line, as wide as the terminal is now."""
-        figures, width = self._figures, shutil.get_terminal_size().columns
-        return status_line(
-            self.saver.model,
-            figures.used,
-            self.session.engine.context_size,
-            speed=figures.speed,
-            hit_rate=figures.hit_rate,
-            memory=figures.memory,
-            width=width,
-        )
+        return self._figures.line(self.saver.model, shutil.get_terminal_size().columns)
 
     def _shown(self, ask: Ask, said: str) -> Finished:
         with self.screen.waiting() as on_prefill:

@@ -104,6 +104,18 @@ class Figures:
         self.memory: int | None = None
         self.count()
 
+    def line(self, model: str, width: int) -> str:
+        """Return the status line with these figures."""
+        return status_line(
+            model,
+            self.used,
+            self._session.engine.context_size,
+            speed=self.speed,
+            hit_rate=self.hit_rate,
+            memory=self.memory,
+            width=width,
+        )
+
     def count(self) -> None:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
