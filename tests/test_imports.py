@@ -42,7 +42,9 @@ UNKNOWN_TO_CHAT_AND_TEXT = {"loading", "planning", "experts", "weights", "kernel
 def modules() -> dict[str, Path]:
     """Each module by its dotted name, packages' own `__init__` left out: they import nothing."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    return {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in files}
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in files
+    }
 
 
 MODULES = modules()
