@@ -29,7 +29,7 @@ QUANTIZATION = {
 
 @pytest.fixture
 def keep(tmp_path):
-    """Writes what `list` and `show` read of a kept model."""
+    """Writes what `list` and `show` read of an installed model."""
 
     def write(key, repo, commit=None):
         directory = tmp_path / "home" / "models" / key
@@ -205,8 +205,8 @@ def test_run_fetches_no_other_model_by_itself(calls, monkeypatch, tmp_path):
     assert calls == []
 
 
-def test_run_takes_a_kept_model_as_it_is(calls, keep, monkeypatch, tmp_path):
-    kept = keep("demo", "demo")
+def test_run_takes_an_installed_model_as_it_is(calls, keep, monkeypatch, tmp_path):
+    installed = keep("demo", "demo")
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
-    assert find_or_build("demo") == kept
+    assert find_or_build("demo") == installed
     assert calls == []
