@@ -62,8 +62,8 @@ class SideBySide:
 
     def as_text(self) -> str:
         """Return what `mixchat bench` prints, with two columns more."""
-        from mixchat.cli.models import aligned
         from mixchat.cli.output.bench_text import bench_heading, task_table
+        from mixchat.cli.output.table import aligned
 
         more = [("LLAMA.CPP", "TIMES")]
         for task, rates in zip(self.bench.tasks, self.rates, strict=True):
@@ -153,12 +153,12 @@ def models(
 ) -> Iterator[tuple[Path, Path]]:
     """Yield the directory of mixchat's model and the file of llama.cpp's."""
     from mixchat.bench.synthetic import synthetic_model
-    from mixchat.weights.models import find
+    from mixchat.weights.models import installed_directory
 
     if layers is None:
         assert model is not None
         assert gguf is not None
-        yield find(model), gguf
+        yield installed_directory(model), gguf
         return
     with ExitStack() as stack:
         directory = stack.enter_context(synthetic_model(layers))
