@@ -80,7 +80,7 @@ def _download(
         from mixchat.weights.make.quantize_options import QuantizeOptions
 
         ref = models.resolve(rig.REPO)
-        request = download.Request(ref, QuantizeOptions(), keep_source=keep)
+        request = download.DownloadRequest(ref, QuantizeOptions(), keep_source=keep)
         with show_progress.show_progress() as shown:
             filling = Filling(shown, disk, room, when)
 
