@@ -68,10 +68,10 @@ def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Install a checkpoint, with `QuantizeOptions` as given, and return the model's directory."""
 
-    def keep(checkpoint: Path, **options: Any) -> Path:
+    def install(checkpoint: Path, **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
         from mixchat.weights.make.build import build
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
@@ -82,13 +82,13 @@ def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         build(origin, target, make_blueprint(origin.index, QuantizeOptions(**options)))
         return target
 
-    return keep
+    return install
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_checkpoint: Path, keep: Callable[..., Path]) -> Path:
+def tiny_model(tiny_checkpoint: Path, install: Callable[..., Path]) -> Path:
     """The model installed from `tiny_checkpoint`, in NF4. Do not write into it."""
-    return keep(tiny_checkpoint)
+    return install(tiny_checkpoint)
 
 
 @pytest.fixture

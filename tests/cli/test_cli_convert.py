@@ -14,9 +14,9 @@ FILES = ("shared.safetensors", "experts-000.safetensors", "experts-001.safetenso
 
 
 @pytest.fixture(scope="module")
-def both(tiny_checkpoint, keep):
+def both(tiny_checkpoint, install):
     layouts = ("bitsandbytes", "cpu-packed")
-    return {layout: keep(tiny_checkpoint, layout=layout) for layout in layouts}
+    return {layout: install(tiny_checkpoint, layout=layout) for layout in layouts}
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def test_damage_is_named(mixchat, installed):
     assert (installed / FILES[1]).read_bytes() == data
 
 
-def test_nothing_in_4_bits_is_refused(mixchat, installed, tiny_checkpoint, keep):
-    shutil.copytree(keep(tiny_checkpoint, quant_type="none"), installed.parent / "dense")
+def test_nothing_in_4_bits_is_refused(mixchat, installed, tiny_checkpoint, install):
+    shutil.copytree(install(tiny_checkpoint, quant_type="none"), installed.parent / "dense")
     done = mixchat("convert", "dense")
     assert done.returncode == 2
     assert lines_of(done)[0] == ("error: 'dense' has no weights in 4 bits, so no layout to change")

@@ -32,10 +32,10 @@ class Template:
 
 
 @pytest.fixture
-def exact_model(tiny_checkpoint, keep):
+def exact_model(tiny_checkpoint, install):
     """A model in fp32: reading a prompt in other pieces changes its numbers too little to change a
     token."""
-    return keep(tiny_checkpoint, quant_type="none")
+    return install(tiny_checkpoint, quant_type="none")
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ PLACES = {
 def healthy(
     request: pytest.FixtureRequest,
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
 ) -> Path:
     """A model whose experts are computed by bitsandbytes, or by our own kernels."""
-    return keep(make_checkpoint(intermediate_size=request.param))
+    return install(make_checkpoint(intermediate_size=request.param))
 
 
 def plant(model: Path, place: str, value: float) -> None:

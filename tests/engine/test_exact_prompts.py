@@ -38,7 +38,7 @@ needs_kernels = pytest.mark.skipif(not four_bit.available(), reason="the kernels
 
 @pytest.fixture(scope="module")
 def models(
-    make_checkpoint: Callable[..., Path], keep: Callable[..., Path]
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 ) -> Callable[[str], Path]:
     """The kept model of a kind, made once."""
     made: dict[str, Path] = {}
@@ -47,7 +47,7 @@ def models(
         if kind not in made:
             shape, how, _ = KINDS[kind]
             checkpoint = make_checkpoint(**{"intermediate_size": 128, **shape})
-            made[kind] = keep(checkpoint, **how)
+            made[kind] = install(checkpoint, **how)
         return made[kind]
 
     return model

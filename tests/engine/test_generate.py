@@ -13,9 +13,9 @@ PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
 
 
 @pytest.fixture(scope="module")
-def fp32_model(tiny_checkpoint: Path, keep: Callable[..., Path]) -> Path:
+def fp32_model(tiny_checkpoint: Path, install: Callable[..., Path]) -> Path:
     """Unquantized, in fp32: what is computed in another order is still the same to 1e-6."""
-    return keep(tiny_checkpoint, quant_type="none")
+    return install(tiny_checkpoint, quant_type="none")
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
 def test_logits_and_routing_equal_transformers_in_fp32(
     changes: dict[str, Any],
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = make_checkpoint(**changes)
@@ -68,7 +68,7 @@ def test_logits_and_routing_equal_transformers_in_fp32(
     ids = prompt(model.config.vocab_size)
     with torch.inference_mode():
         expected = model(ids[None], output_router_logits=True)
-    engine = load_engine(keep(checkpoint, quant_type="none"), CPU)
+    engine = load_engine(install(checkpoint, quant_type="none"), CPU)
 
     routed: list[torch.Tensor] = []
     run = CachedExperts.run
@@ -121,7 +121,7 @@ def assert_as_near(
 
 @pytest.mark.parametrize("chunk", [TOKENS, 1])
 def test_a_checkpoint_in_fp16_that_is_kept_as_it_is_loses_nothing(
-    chunk: int, make_checkpoint: Callable[..., Path], keep: Callable[..., Path]
+    chunk: int, make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 ) -> None:
     """It became bf16: logits were nine times as far off as transformers' own in fp16."""
     checkpoint = make_checkpoint(std=0.05, stored_as="float16")
@@ -129,7 +129,7 @@ def test_a_checkpoint_in_fp16_that_is_kept_as_it_is_loses_nothing(
     with torch.inference_mode():
         exact = oracle(checkpoint)(ids[None]).logits[0]
         rounded = oracle(checkpoint, torch.float16)(ids[None]).logits[0].float()
-    engine = load_engine(keep(checkpoint, quant_type="none"), CPU)
+    engine = load_engine(install(checkpoint, quant_type="none"), CPU)
     assert engine._model.dtype == torch.float16
     assert_as_near(logits(engine, ids, chunk).float(), exact, rounded)
     assert (rounded - exact).norm() < 0.003 * exact.norm()
@@ -141,7 +141,7 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     changes: dict[str, Any],
     layout: str,
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """bf16 rounding is what transformers itself loses when it runs the reference in bf16.
@@ -154,7 +154,7 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    engine = load_engine(keep(checkpoint, layout=layout), CPU)
+    engine = load_engine(install(checkpoint, layout=layout), CPU)
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
@@ -162,19 +162,19 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
 
 @pytest.mark.parametrize("quantized", [{"attention": True}, {"head": True}])
 def test_attention_and_head_in_4_bits_stay_close(
-    quantized: dict[str, bool], tiny_checkpoint: Path, keep: Callable[..., Path]
+    quantized: dict[str, bool], tiny_checkpoint: Path, install: Callable[..., Path]
 ) -> None:
-    engine = load_engine(keep(tiny_checkpoint, **quantized), CPU)
-    plain = load_engine(keep(tiny_checkpoint), CPU)
+    engine = load_engine(install(tiny_checkpoint, **quantized), CPU)
+    plain = load_engine(install(tiny_checkpoint), CPU)
     ids = prompt(97)
     ours, theirs = logits(engine, ids, TOKENS).float(), logits(plain, ids, TOKENS).float()
     assert 0 < (ours - theirs).norm() < 0.7 * theirs.norm()
 
 
 def test_the_answer_is_the_same_for_every_size_of_the_cache(
-    tiny_checkpoint: Path, keep: Callable[..., Path]
+    tiny_checkpoint: Path, install: Callable[..., Path]
 ) -> None:
-    kept = keep(tiny_checkpoint)
+    kept = install(tiny_checkpoint)
     ids = prompt(97)
     every = [
         logits(load_engine(kept, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8)

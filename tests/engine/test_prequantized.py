@@ -68,7 +68,7 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
     how: dict[str, Any],
     shards: int,
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     checkpoint = make_checkpoint(std=0.03, **WHOLE_BLOCKS)
@@ -77,7 +77,7 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    engine = load_engine(keep(quantized), CPU)
+    engine = load_engine(install(quantized), CPU)
     ours = logits(engine, ids, TOKENS).float()
     # Attention is in 4 bits too: a prompt's activations are rounded to bytes there as well.
     assert_as_near(ours, exact, rounded, times=3)
@@ -86,7 +86,7 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_no_code_is_changed(
-    kind: str, make_checkpoint: Callable[..., Path], keep: Callable[..., Path], tmp_path: Path
+    kind: str, make_checkpoint: Callable[..., Path], install: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A second quantization would change few codes of weights that are exact, but some."""
     checkpoint = make_checkpoint(**WHOLE_BLOCKS)
@@ -95,7 +95,7 @@ def test_no_code_is_changed(
     )
     (shard,) = quantized.glob("*.safetensors")
     source = load_file(shard)
-    with InstalledModel(keep(quantized, layout="bitsandbytes")) as kept:
+    with InstalledModel(install(quantized, layout="bitsandbytes")) as kept:
         assert kept.manifest.quantization["quant_type"] == kind
         assert kept.manifest.quantization["attention"]
         layout = kept.blueprint.expert
@@ -112,7 +112,7 @@ def test_no_code_is_changed(
 
 
 def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
-    make_checkpoint: Callable[..., Path], keep: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(**WHOLE_BLOCKS)
     quantized, reference = prequantize(checkpoint, tmp_path, quant_type="nf4")
@@ -124,7 +124,7 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
     for path in quantized.glob("model*"):
         path.unlink()
     save_file(tensors, quantized / "model.safetensors")
-    with InstalledModel(keep(quantized)) as kept:
+    with InstalledModel(install(quantized)) as kept:
         assert not kept.manifest.quantization["attention"]
         o = kept.tensor(kept.blueprint.o(0).tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
@@ -133,7 +133,7 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
 
 def test_nothing_of_it_is_searched_anew(
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -143,5 +143,5 @@ def test_nothing_of_it_is_searched_anew(
         raise AssertionError("quantized a second time")
 
     monkeypatch.setattr(linear, "encode_nf4", refuse)
-    with InstalledModel(keep(quantized, scales="search")) as kept:
+    with InstalledModel(install(quantized, scales="search")) as kept:
         assert kept.manifest.quantization["scales"] == "given"

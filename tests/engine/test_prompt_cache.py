@@ -43,9 +43,9 @@ def open_engine(
 
 
 @pytest.fixture(scope="module")
-def long_model(make_checkpoint: Callable[..., Path], keep: Callable[..., Path]) -> Path:
+def long_model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
     """Room for more than a page, and a window that is shorter."""
-    return keep(make_checkpoint(max_position_embeddings=2048, sliding_window=600))
+    return install(make_checkpoint(max_position_embeddings=2048, sliding_window=600))
 
 
 def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> list[int]:
@@ -199,20 +199,22 @@ def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(
 
 
 def test_a_file_of_another_model_is_refused(
-    open_engine: Open, tmp_path: Path, make_checkpoint: Any, keep: Any
+    open_engine: Open, tmp_path: Path, make_checkpoint: Any, install: Any
 ) -> None:
     saved(tmp_path / "f", open_engine())
     refused(
-        tmp_path / "f", open_engine(keep(make_checkpoint(seed=1))), "was written for another model"
+        tmp_path / "f",
+        open_engine(install(make_checkpoint(seed=1))),
+        "was written for another model",
     )
 
 
 def test_the_config_is_part_of_the_model(
-    open_engine: Open, tmp_path: Path, make_checkpoint: Any, keep: Any
+    open_engine: Open, tmp_path: Path, make_checkpoint: Any, install: Any
 ) -> None:
     """With another rope_theta the same weights make other keys."""
     saved(tmp_path / "f", open_engine())
-    other = keep(make_checkpoint(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}))
+    other = install(make_checkpoint(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}))
     refused(tmp_path / "f", open_engine(other), "was written for another model")
 
 

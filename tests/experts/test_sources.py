@@ -39,9 +39,9 @@ def small_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def directory(make_checkpoint: Callable[..., Path], keep: Callable[..., Path]) -> Path:
+def directory(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
     """A model of sixteen experts. Do not write into it."""
-    return keep(make_checkpoint(num_hidden_layers=LAYERS))
+    return install(make_checkpoint(num_hidden_layers=LAYERS))
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_the_device_is_the_gpu_where_there_is_one() -> None:
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
-    tiny_checkpoint: Path, keep: Callable[..., Path], layout: str
+    tiny_checkpoint: Path, install: Callable[..., Path], layout: str
 ) -> None:
     """Either layout on disk gives, on this machine, the same text to the byte."""
 
@@ -66,9 +66,9 @@ def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
         )
         return list(ids)
 
-    kept = keep(tiny_checkpoint, layout=layout, attention=True, head=True)
+    kept = install(tiny_checkpoint, layout=layout, attention=True, head=True)
     assert json.loads((kept / "mixchat.json").read_text())["quantization"]["layout"] == layout
-    assert text(kept) == text(keep(tiny_checkpoint, attention=True, head=True))
+    assert text(kept) == text(install(tiny_checkpoint, attention=True, head=True))
 
 
 @pytest.mark.gpu
@@ -81,12 +81,12 @@ def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
 )
 def test_a_gpu_gives_what_the_cpu_gives(
     make_checkpoint: Callable[..., Path],
-    keep: Callable[..., Path],
+    install: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, str],
     host: bool,
 ) -> None:
-    kept = keep(make_checkpoint(std=0.05), **options)
+    kept = install(make_checkpoint(std=0.05), **options)
     real = free_on
     if not host:
         monkeypatch.setattr(

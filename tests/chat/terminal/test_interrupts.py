@@ -15,9 +15,9 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def exact_model(tiny_checkpoint, keep):
+def exact_model(tiny_checkpoint, install):
     """In fp32: where a prompt is read in other pieces, rounding changes next to nothing."""
-    return keep(tiny_checkpoint, quant_type="none")
+    return install(tiny_checkpoint, quant_type="none")
 
 
 @pytest.fixture

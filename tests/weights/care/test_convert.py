@@ -34,9 +34,9 @@ ALL_4BIT = {"attention": True, "head": True}
 
 
 @pytest.fixture(scope="module")
-def both(tiny_checkpoint: Path, keep: Callable[..., Path]) -> dict[str, Path]:
+def both(tiny_checkpoint: Path, install: Callable[..., Path]) -> dict[str, Path]:
     """The same model quantized straight into either layout. Do not write into it."""
-    return {layout: keep(tiny_checkpoint, layout=layout, **ALL_4BIT) for layout in LAYOUTS}
+    return {layout: install(tiny_checkpoint, layout=layout, **ALL_4BIT) for layout in LAYOUTS}
 
 
 @pytest.fixture
@@ -117,13 +117,13 @@ class TestConverting:
     def test_it_gives_what_quantizing_straight_into_that_layout_gives(
         self,
         tiny_checkpoint: Path,
-        keep: Callable[..., Path],
+        install: Callable[..., Path],
         old: Layout,
         new: Layout,
         options: dict[str, Any],
     ) -> None:
         installed, straight = (
-            keep(tiny_checkpoint, layout=layout, **options) for layout in (old, new)
+            install(tiny_checkpoint, layout=layout, **options) for layout in (old, new)
         )
         before = files_of(installed)
         assert convert(installed, new, NoProgress())
@@ -141,13 +141,13 @@ class TestConverting:
     def test_every_matrix_of_a_model_whose_head_is_its_embedding(
         self,
         make_checkpoint: Callable[..., Path],
-        keep: Callable[..., Path],
+        install: Callable[..., Path],
         options: dict[str, Any],
     ) -> None:
         checkpoint = make_checkpoint(
             vocab_size=128, intermediate_size=128, tie_word_embeddings=True
         )
-        installed, straight = (keep(checkpoint, layout=layout, **options) for layout in LAYOUTS)
+        installed, straight = (install(checkpoint, layout=layout, **options) for layout in LAYOUTS)
         assert pack(installed)
         assert files_of(installed) == files_of(straight)
 
@@ -157,9 +157,9 @@ class TestConverting:
         assert text_of(installed) == before
 
     def test_a_file_in_which_nothing_changes_is_not_written(
-        self, tiny_checkpoint: Path, keep: Callable[..., Path]
+        self, tiny_checkpoint: Path, install: Callable[..., Path]
     ) -> None:
-        installed = keep(tiny_checkpoint, layout="bitsandbytes")  # the attention is dense
+        installed = install(tiny_checkpoint, layout="bitsandbytes")  # the attention is dense
         before = {path.name: path.stat().st_ino for path in installed.iterdir()}
         pack(installed)
         changed = {
@@ -197,9 +197,9 @@ class TestNothingToDo:
         assert files_of(installed) == before
 
     def test_one_without_4_bits_is_refused(
-        self, tiny_checkpoint: Path, keep: Callable[..., Path]
+        self, tiny_checkpoint: Path, install: Callable[..., Path]
     ) -> None:
-        dense = keep(tiny_checkpoint, quant_type="none", layout="bitsandbytes")
+        dense = install(tiny_checkpoint, quant_type="none", layout="bitsandbytes")
         before = files_of(dense)
         with pytest.raises(UsageError, match="in 4 bits"):
             pack(dense)

@@ -84,13 +84,13 @@ class TestDisk:
         assert 0.99 * peak < max(most) < 1.01 * peak
 
     def test_a_finished_models_size_is_known_beforehand(
-        self, tiny_checkpoint: Path, keep: Callable[..., Path]
+        self, tiny_checkpoint: Path, install: Callable[..., Path]
     ) -> None:
         index = DirectoryOrigin(tiny_checkpoint, Source("x")).index
         for attention in (False, True):
             for head in (False, True):
                 options = {"attention": attention, "head": head}
-                installed = keep(tiny_checkpoint, **options)
+                installed = install(tiny_checkpoint, **options)
                 weights = read_manifest(installed).weights.values()
                 size = weights_size(make_blueprint(index, QuantizeOptions(**options)))
                 assert size == sum(record.size for record in weights)
