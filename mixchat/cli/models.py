@@ -1,4 +1,4 @@
-"""`mixchat list` and `mixchat show`: the models on this machine, and what each of them is."""
+"""`mixchat list` and `mixchat show`: the models on this machine, and one of them in detail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show_model(
         ),
     ] = False,
 ) -> None:
-    """Show what a model is, and whether it can be run."""
+    """Show a model in detail, and whether it can be run."""
     from mixchat.errors import ModelNotFoundError
     from mixchat.weights import models
 
@@ -65,14 +65,14 @@ def show_model(
     except ModelNotFoundError:
         if as_json or not models.resolve(name).demo:
             raise
-        build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' does it."
+        build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' builds it."
         say(build, stream=sys.stdout)
         return
     _show(directory, as_json)
 
 
 def _show(directory: Path, as_json: bool) -> None:
-    """Print what is known of an installed model; then raise `CheckpointError` if it is damaged."""
+    """Print an installed model; then raise `CheckpointError` if it is damaged."""
     from mixchat.cli.output.model_text import as_dict, as_text
     from mixchat.model_config import ModelConfig
     from mixchat.weights.format.manifest import check_files, read_manifest

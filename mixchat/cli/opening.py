@@ -64,7 +64,7 @@ def open_session(
     from mixchat.text.checkpoint_text import CheckpointText
 
     directory = find_or_build(model)
-    text = CheckpointText(directory)  # first, so that it loads while torch is imported
+    text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
     prepare_environment()
     with nullcontext() if form.quiet else status(f"loading {model}"):
         from mixchat.chat.session import ChatSession

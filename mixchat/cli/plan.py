@@ -1,4 +1,4 @@
-"""`mixchat plan`: what a model will do on this machine, and why, before it is downloaded."""
+"""`mixchat plan`: how a model fits on this machine and how fast it runs, before a download."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(
     model: Annotated[
         str,
         model_argument(
-            "base, instruct, demo, ORG/NAME on the hub, a directory, or one that is kept."
+            "base, instruct, demo, ORG/NAME on the hub, a directory, or an installed model."
         ),
     ] = "instruct",
     ctx_size: ContextSize = None,
@@ -44,11 +44,11 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Predict where a model goes on this machine, and how fast it runs.
+    """Predict whether a model fits on this machine, and how fast it runs.
 
-    The first plan for a model's shape measures this machine: its disk, its memory, and how fast it
-    computes. The figures stay in the file machine.json of the data directory (MIXCHAT_HOME), with
-    their date; 'run --verbose' shows the speed that they promise, too.
+    The first plan for a model's shape measures the speed of the disk, of memory and of computing.
+    The figures are saved with their date in machine.json in the data directory (MIXCHAT_HOME).
+    'run --verbose' prints the speed that they predict beside the real one.
     """
     options = LoadOptions(
         host_memory=budget(host_memory),

@@ -36,8 +36,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="PROMPT",
-            help="What to ask. Standard input goes before it, unless it is a terminal; "
-            "</dev/null leaves it out, and - alone asks what stands there.",
+            help="The question. Standard input goes before it, unless it is a terminal; "
+            "</dev/null leaves it out. A single - reads the question from standard input.",
         ),
     ] = None,
     file: chat_flags.File = None,

@@ -1,4 +1,4 @@
-"""`mixchat simulate`: what caches of several sizes and policies do with a routing trace."""
+"""`mixchat simulate`: the hit rates of expert caches, by replaying a routing trace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def simulate(
     ] = None,
     slots: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Also for a cache of N experts."),
+        typer.Option(metavar="N", min=1, help="Also simulate a cache of N experts."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`mixchat stats`: what the last run of a model did with its experts."""
+"""`mixchat stats`: how the last run of a model used its experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stats(
         typer.Option("--png", metavar="FILE", help=PNG_HELP),
     ] = None,
 ) -> None:
-    """Show how the last run used the experts, and where they were."""
+    """Show how often the last run used each expert, and where it was held."""
     picture = checked_picture(png)
     report = _last_report(model)
     if picture is not None:
@@ -48,13 +48,13 @@ def _last_report(name: str) -> ExpertReport:
     path = report_path(name)
     if not path.exists():
         raise ModelNotFoundError(
-            f"no run of {name!r} has left a report yet", hint=f"mixchat run -m {name} makes one."
+            f"there is no report of a run of {name!r} yet", hint=f"mixchat run -m {name} saves one."
         )
     return load_report(path)
 
 
 def _picture(report: ExpertReport) -> Any:
-    """Two heatmaps: how often each expert was used, and where it is."""
+    """Return a figure of two heatmaps: how often each expert was used, and where it is."""
     layers, experts = len(report.tiers), len(report.tiers[0])
     title = f"{report.model}: {report.tokens:,} tokens"
     figure = new_figure(4 + 0.5 * experts, 2 + 0.25 * layers, title)
@@ -71,7 +71,7 @@ def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
 
     image = axes.imshow(relative_uses(report), aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes)
-    axes.set(title="Use, to the layer's mean", xlabel="expert", ylabel="layer")
+    axes.set(title="Uses, relative to the layer's mean", xlabel="expert", ylabel="layer")
 
 
 def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:

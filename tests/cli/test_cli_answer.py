@@ -74,7 +74,7 @@ def test_extract_prints_the_first_block_of_code_alone(mixchat):
 def test_extract_without_code_prints_nothing_and_says_so(mixchat):
     done = mixchat("run", "--extract", "Hi", **script("No code."))
     assert (done.returncode, done.stdout) == (9, b"")
-    assert done.stderr.startswith(b"error: the answer has no block of code\nhint: ")
+    assert done.stderr.startswith(b"error: the answer contains no code block\nhint: ")
 
 
 def test_no_stream_prints_the_same_at_once(mixchat, process):
@@ -95,7 +95,7 @@ def test_flags_for_one_answer_are_not_for_a_chat(mixchat, monkeypatch, flag):
     monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda *given: None)
     done = mixchat("run", flag)
     assert done.returncode == 2
-    assert b"is for one answer" in done.stderr
+    assert b"needs a question, not a chat" in done.stderr
 
 
 def test_json_and_extract_exclude_each_other(mixchat):

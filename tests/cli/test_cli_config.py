@@ -184,7 +184,7 @@ def test_config_shows_what_holds_and_where_it_is_from(mixchat, config_file):
 def test_config_says_where_the_file_would_be(mixchat, tmp_path):
     done = mixchat("config")
     assert done.returncode == 0
-    assert done.stdout.decode().splitlines()[-1].endswith("config.toml (not there)")
+    assert done.stdout.decode().splitlines()[-1].endswith("config.toml (does not exist)")
     assert mixchat("config", "--path").stdout.decode().endswith("config.toml\n")
     named = mixchat("config", "--path", MIXCHAT_CONFIG=tmp_path / "mine")
     assert named.stdout.decode() == f"{tmp_path}/mine\n"
@@ -282,5 +282,5 @@ def test_config_imports_nothing_heavy(environment, config_file, arguments):
 def test_the_example_does_not_speak_of_flags_where_a_list_stands(mixchat):
     """Of `stop` it said "may be given again": TOML takes no key twice."""
     example = mixchat("config", "--example").stdout.decode()
-    assert '# End the answer before TEXT; the list may have several.\n#stop = ["TEXT"]' in example
+    assert '# End the answer before TEXT; the list may hold several.\n#stop = ["TEXT"]' in example
     assert "may be given again" not in example

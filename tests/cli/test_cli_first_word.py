@@ -17,8 +17,8 @@ def test_a_models_name_as_the_first_word_is_no_prompt(mixchat, name):
     done = mixchat("run", name, "hi", "you there")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode().splitlines() == [
-        f"error: {name} is a model, but no PROMPT: did you mean -m {name}?",
-        f"hint: Run: mixchat run -m {name} hi 'you there' (or, if it is what you ask: "
+        f"error: {name} is the name of a model; did you mean -m {name}?",
+        f"hint: Run: mixchat run -m {name} hi 'you there' (or, to ask just that: "
         f"mixchat run -- {name} hi 'you there')",
     ]
 

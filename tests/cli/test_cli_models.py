@@ -95,7 +95,7 @@ def test_show_says_what_a_model_is(mixchat, keep):
     assert shown["commit"] == "abc123"
     assert shown["size"] == "26.1 GB"
     assert (shown["experts"], shown["attention"], shown["head"]) == ("nf4", "bfloat16", "nf4")
-    assert (shown["layers"], shown["experts a layer"]) == ("30", "8, 2 a token")
+    assert (shown["layers"], shown["experts per layer"]) == ("30", "8, 2 per token")
     assert (shown["scales"], shown["layout"]) == ("absmax", "bitsandbytes")
     assert shown["context"] == "8192 tokens"
 
@@ -166,7 +166,7 @@ def test_the_size_is_the_same_wherever_it_is_shown(mixchat, keep):
     """The demo's was 506 MB beforehand, 509 MB in `show`, and 510 MB in `list`."""
     keep("mine", "org/name")
     assert mixchat("list").stdout.decode().splitlines()[1].split()[1:3] == ["26.1", "GB"]
-    assert "size             26.1 GB\n" in mixchat("show", "mine").stdout.decode()
+    assert "size               26.1 GB\n" in mixchat("show", "mine").stdout.decode()
     assert b"26.1 GB" in mixchat("rm", "mine", "--yes").stderr
 
 

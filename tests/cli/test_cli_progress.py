@@ -78,7 +78,7 @@ def test_lines_say_what_was_done_before_and_do_not_count_it_as_speed():
     task.advance(600)
     task.close()
     assert out.getvalue().splitlines() == [
-        "fetching: 10 kB, 4 kB of it done before",
+        "fetching: 10 kB, 4 kB of it already done",
         "fetching: 4.6 kB of 10 kB, 10 bytes/s, 9 min left",
         "fetching: 600 bytes in 1 min",
     ]
@@ -270,7 +270,7 @@ def test_a_status_shows_another_text():
     assert "half of it" in screen.getvalue()
 
 
-@pytest.mark.parametrize(("resumes", "said"), [(True, "resumes"), (False, "begins anew")])
+@pytest.mark.parametrize(("resumes", "said"), [(True, "resumes"), (False, "starts again")])
 def test_ctrl_c_says_what_the_same_command_does(resumes, said):
     """It said that it was interrupted, and not that nothing was lost."""
     out = io.StringIO()

@@ -123,7 +123,7 @@ def test_the_default_length_of_an_answer_is_said_on_stderr_where_it_cuts(mixchat
 def test_a_full_context_is_said_on_stderr(mixchat):
     done = mixchat("run", "Hi", "--ctx-size", "10", "-n", "0")
     assert (done.stdout, done.returncode) == (b"He\n", 0)
-    assert done.stderr == b"note: cut off, the context of 10 tokens is full\n"
+    assert done.stderr == b"note: the answer is cut off: the context of 10 tokens is full\n"
 
 
 def test_verbose_prints_figures_on_stderr(mixchat):

@@ -85,8 +85,8 @@ def test_before_the_first_run_it_says_how_to_make_a_report(mixchat):
     done = mixchat("stats", "some/model")
     assert (done.returncode, done.stdout) == (4, b"")
     assert done.stderr.decode().splitlines() == [
-        "error: no run of 'some/model' has left a report yet",
-        "hint: mixchat run -m some/model makes one.",
+        "error: there is no report of a run of 'some/model' yet",
+        "hint: mixchat run -m some/model saves one.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Text from outside, made sure to be text: what the shell passes, and what comes in on stdin."""
+"""Checked text from the shell: arguments, files and standard input."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mixchat.errors import PromptError, UsageError
 
 Note = Callable[[str], object]  # prints a line that a person should see
 STDIN = "-"
-_PATIENCE = 1.0  # seconds
+_PATIENCE = 1.0  # seconds before the note
 
 
 def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path, str]:
-    """The texts of files, by path; that of `-` is standard input's.
+    """Return the texts of files, by path; `-` is standard input.
 
     Raises `PromptError` where one of them is empty, not text, or too long for the context.
     """
@@ -33,12 +33,12 @@ def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path
 def read_prompt(
     argument: str | None, files: Mapping[Path, str], context: Context, note: Note
 ) -> str | None:
-    """The prompt: standard input if it is not a terminal, then the texts of files, then `argument`;
-    a blank line between them.
+    """Return the prompt: standard input if it is not a terminal, the texts of files, `argument`;
+    with a blank line between them. None, for a chat, if there is neither input nor argument.
 
     An argument `-` asks for standard input, terminal or not. Where one of the files is standard
-    input, it is not read again. None if there is no input and no argument, so that a chat can
-    begin. Raises `PromptError` if what there is is empty, not text, or too long for the context.
+    input, it is not read again. Raises `PromptError` if the prompt is empty, not text, or too long
+    for the context.
     """
     named, piped = STDIN in map(str, files), None
     if not named and (argument == STDIN or not stdin_is_terminal()):
@@ -58,12 +58,12 @@ def read_prompt(
 
 
 def stdin_is_terminal() -> bool:
-    """Whether somebody sits at standard input (no one does at a closed one)."""
+    """Return whether standard input is a terminal; a closed one is not."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def checked(argument: str, what: str) -> str:
-    """`argument`, if it is text. Raises `UsageError` if it is empty or the shell passed bytes."""
+    """Return `argument`. Raises `UsageError` if it is empty or not UTF-8."""
     if not argument:
         raise UsageError(f"{what} is empty")
     if not _is_text(argument):
@@ -81,14 +81,14 @@ def _required_stdin(context: Context, note: Note) -> str:
 def _read_stdin(context: Context, note: Note) -> str:
     if sys.stdin is None:  # closed
         return ""
-    with _said_if_it_takes_long(note):
-        # Python would decode it by the locale, and let bytes that are no text through in some.
+    with _note_if_it_takes_long(note):
+        # Python would decode it by the locale, some of which accept any bytes.
         return read_stream(sys.stdin.buffer, "standard input", context)
 
 
 @contextmanager
-def _said_if_it_takes_long(note: Note) -> Iterator[None]:
-    """Tell whoever sits at the terminal what is waited for: it may well be nothing."""
+def _note_if_it_takes_long(note: Note) -> Iterator[None]:
+    """Tell a person at a terminal that standard input is read: nothing may ever come."""
     if not sys.stderr.isatty():
         yield
         return
@@ -103,7 +103,7 @@ def _said_if_it_takes_long(note: Note) -> Iterator[None]:
 
 
 def _is_text(argument: str) -> bool:
-    """Python hides the bytes of an argument that are no text in lone surrogates."""
+    """Return whether an argument is UTF-8: Python decodes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 

@@ -1,4 +1,4 @@
-"""The flags of a chat and of what is printed, and `--resume`, whose value may be left out."""
+"""The flags of a chat and of its output, and `--resume`, whose value may be left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ File = Annotated[
         "-f",
         "--file",
         metavar="FILE",
-        help=f"Put a file's text before the question (-: standard input); {AGAIN}.",
+        help=f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
     ),
 ]
 Resume = Annotated[
@@ -40,7 +40,7 @@ Resume = Annotated[
         *_RESUME,
         metavar="[ID]",
         autocompletion=saved_chats,
-        help="Resume a saved chat, by ID or name; without one, the last.",
+        help="Resume a saved chat by its ID or name; without one, the last.",
     ),
 ]
 Save = Annotated[
@@ -48,7 +48,7 @@ Save = Annotated[
     setting(
         "--save/--no-save",
         show_default="on",
-        help="Save chats, and the history of the prompt.",
+        help="Save chats, and the history of the input.",
     ),
 ]
 KeepCache = Annotated[
@@ -71,24 +71,28 @@ Overflow = Annotated[
 ]
 Raw = Annotated[
     bool,
-    setting("--raw/--no-raw", show_default=False, help="Show answers as they are written."),
+    setting(
+        "--raw/--no-raw",
+        show_default=False,
+        help="Show answers as plain text, without formatting their Markdown.",
+    ),
 ]
 Vi = Annotated[
     bool, setting("--vi/--no-vi", show_default=False, help="Vi key bindings at the prompt.")
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="Print the answer with ids, counts and times, as JSON."),
+    typer.Option("--json", help="Print the answer as JSON, with token ids, counts and times."),
 ]
 Extract = Annotated[
-    bool, typer.Option("-x", "--extract", help="Print the answer's first block of code alone.")
+    bool, typer.Option("-x", "--extract", help="Print only the first code block of the answer.")
 ]
 Stream = Annotated[
     bool,
     setting(
         "--stream/--no-stream",
         show_default="on",
-        help="Print the answer as it comes, not at its end.",
+        help="Print the answer while it is generated, not at its end.",
     ),
 ]
 Quiet = Annotated[
@@ -97,15 +101,15 @@ Quiet = Annotated[
         "-q",
         "--quiet/--no-quiet",
         show_default=False,
-        help="Nothing but errors on standard error.",
+        help="Print only errors on standard error.",
     ),
 ]
 
 
 class RunCommand(TyperCommand):
-    """Lets `--resume` stand without a value, at the end or before another flag.
+    """Accepts `--resume` without a value, at the end or before another flag.
 
-    It remembers a `--`, too: what stands behind it is a PROMPT, whatever it looks like.
+    It also records whether there was a `--`: all words behind one are the PROMPT.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -114,9 +118,9 @@ class RunCommand(TyperCommand):
 
 
 def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
-    """Raise `UsageError` where the PROMPT begins with a model's name, as `ollama run` wants it.
+    """Raise `UsageError` where the first word of the PROMPT is a model's name, as for `ollama run`.
 
-    It does not count in quotes with the rest, behind a `--`, or where a model or chat is named.
+    It is accepted in quotes with other words, behind a `--`, or where a model or chat is named.
     """
     from mixchat.weights.models import is_model
 
@@ -126,15 +130,15 @@ def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     name, question = words[0], shlex.join(words[1:])
     if len(question) > _SHOWN:
         question = "PROMPT"
-    meant, said = f"mixchat run -m {name} {question}".rstrip(), f"mixchat run -- {name} {question}"
+    meant, literal = f"run -m {name} {question}".rstrip(), f"run -- {name} {question}".rstrip()
     raise UsageError(
-        f"{name} is a model, but no PROMPT: did you mean -m {name}?",
-        hint=f"Run: {meant} (or, if it is what you ask: {said.rstrip()})",
+        f"{name} is the name of a model; did you mean -m {name}?",
+        hint=f"Run: mixchat {meant} (or, to ask just that: mixchat {literal})",
     )
 
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the value that a `--resume` without one has."""
+    """Return the arguments, with a value for each `--resume` that has none."""
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
     for place in range(end):

@@ -1,4 +1,4 @@
-"""The limits that the values of flags have to keep, wherever they are from."""
+"""Checks for the values of flags, whether a flag, a variable or config.toml gives them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
 from mixchat.options import CacheBits
 
-# By their names in Python: the flag, and what its value has to be.
+# By its name in Python: the flag, and the limits of its value.
 _NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}
 
 
 def within_limits(name: str) -> Callable[[Any], None]:
-    """A check that raises `UsageError` for a value outside the limits of a flag; NaN always is."""
+    """Return a check that raises `UsageError` outside the limits of a flag; NaN always is."""
     flag, number = _NUMBERS[name]
     return lambda value: number.check(flag, value)
 
@@ -30,29 +30,29 @@ def checked_bits(bits: int | None) -> CacheBits | None:
 
 
 def checked_policy(name: str) -> str:
-    """The name, if it is a cache policy's. Raises `UsageError`."""
+    """Return the name, if it is that of a cache policy. Raises `UsageError`."""
     if name not in POLICIES:
         raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
     return name
 
 
 def checked_device(name: str) -> str:
-    """The name, if it is that of a kind of device. Raises `UsageError`."""
+    """Return the name, if it is that of a kind of device. Raises `UsageError`."""
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
     return name
 
 
 def checked_stops(texts: list[str]) -> list[str]:
-    """The texts, if they are text. Raises `UsageError`."""
+    """Return the texts, if none is empty and all are UTF-8. Raises `UsageError`."""
     return [checked(text, "--stop") for text in texts]
 
 
 def checked_system(text: str) -> str:
-    """The system prompt, if it is text; an empty one is none. Raises `UsageError`."""
+    """Return the system prompt, if it is empty or UTF-8. Raises `UsageError`."""
     return text and checked(text, "--system")
 
 
 def checked_model(name: str) -> str:
-    """The name, if it is text. Raises `UsageError`."""
+    """Return the name, if it is not empty and UTF-8. Raises `UsageError`."""
     return checked(name, "the model's name")

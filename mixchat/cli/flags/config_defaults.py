@@ -1,4 +1,4 @@
-"""What config.toml says, as defaults for the flags of every command."""
+"""Turns config.toml into defaults for the flags of every command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 10**30  # Python refuses to write numbers of thousands of digits
 
 
 def apply_config(context: typer.Context) -> None:
-    """Let what config.toml says go before the defaults of the command that is to run."""
+    """Make the values of config.toml the defaults of the command that will run."""
     commands = context.command.commands  # type: ignore[attr-defined]
     if not settings_of(commands[context.invoked_subcommand]):
         return
@@ -29,16 +29,16 @@ def apply_config(context: typer.Context) -> None:
 
 
 def config_defaults(commands: dict[str, Any]) -> Defaults:
-    """For each command the values that config.toml gives its parameters, as a shell would.
+    """Return for each command the values of config.toml, by parameter, as strings from a shell.
 
     Raises `UsageError` for a file that cannot be read, an unknown key, a value of a wrong type.
     """
     path = config_file()
-    known, said = settings_of(commands[_EVERY]), read_config(path)
-    if unknown := [key for key in said if key not in known]:
+    known, values = settings_of(commands[_EVERY]), read_config(path)
+    if unknown := [key for key in values if key not in known]:
         raise _unknown(path, unknown[0], known, commands[_EVERY])
-    values = {key: _as_given(f"{path}: {key}", known[key], said[key]) for key in said}
-    return {name: _defaults_of(command, values) for name, command in commands.items()}
+    as_given = {key: _as_given(f"{path}: {key}", known[key], values[key]) for key in values}
+    return {name: _defaults_of(command, as_given) for name, command in commands.items()}
 
 
 def _defaults_of(command: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _defaults_of(command: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> UsageError:
-    """The error for a key that is no setting, with the one that was meant."""
+    """Return the error for a key that is not a setting; its hint names the most similar one."""
     hint = "'mixchat config' shows every setting."
     for parameter in command.params:
         if f"--{key}" in parameter.opts and parameter not in known.values():
@@ -59,7 +59,7 @@ def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> Usage
 
 
 def _as_given(where: str, parameter: Any, value: Any) -> Any:
-    """A value of TOML as the shell would have given it, so that it is checked as a flag is."""
+    """Return a value of TOML as the shell would give it, so that it is checked like a flag."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise UsageError(f"{where} has to be true or false, not {value!r:.40}")
@@ -83,7 +83,7 @@ def _as_text(where: str, value: str | int | float) -> str:
 
 
 def takes_number(parameter: Any) -> bool:
-    """Whether the values of a parameter are numbers, by what stands for one in its help."""
+    """Return whether the values of a parameter are numbers, by its metavar."""
     return parameter.metavar in ("N", "X")
 
 

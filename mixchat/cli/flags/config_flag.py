@@ -1,4 +1,4 @@
-"""A flag that config.toml and a variable can give, too: its names, and where its value is from."""
+"""Settings: flags that config.toml and variables give, too, and where a value comes from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from mixchat.errors import UsageError
 from mixchat.settings import config_file
 
 PREFIX = "MIXCHAT_"
-_DAMAGE = (
-    "mixchat.model_config"  # in the context's `meta`: the error that reading config.toml raised
-)
+_DAMAGE = "mixchat.config"  # in the context's `meta`: the error that reading config.toml raised
 
 AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
 
@@ -26,10 +24,10 @@ _SOURCES: dict[str, ValueSource] = {
 
 
 def setting(*flags: str, check: Callable[[Any], object] | None = None, **about: Any) -> Any:
-    """An option whose first long flag names its key in config.toml and its variable.
+    """Return an option whose first long flag names its key in config.toml and its variable.
 
-    `check` raises `UsageError` for a value that cannot be used; the error then says where it is
-    from. `about` is what `typer.Option` takes.
+    `check` raises `UsageError` for a value that cannot be used; the error then says where the value
+    comes from. `about` is passed to `typer.Option`.
     """
     name = next(flag for flag in flags if flag.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
@@ -38,12 +36,12 @@ def setting(*flags: str, check: Callable[[Any], object] | None = None, **about: 
 
 
 def setting_argument(key: str, *, check: Callable[[Any], object], **about: Any) -> Any:
-    """An argument that the setting `key` gives where it is left out."""
+    """Return an argument whose default is the setting `key`."""
     return typer.Argument(**_how(PREFIX + key.upper(), check), **about)
 
 
 def settings_of(command: Any) -> dict[str, Any]:
-    """The parameters of a click command that are settings, by their keys in config.toml."""
+    """Return the parameters of a click command that are settings, by their keys in config.toml."""
     return {key: parameter for parameter in command.params if (key := _key(parameter))}
 
 
@@ -54,18 +52,18 @@ def value_source(context: typer.Context, parameter: Any) -> ValueSource:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether a flag gives a parameter, by its name in Python."""
+    """Return whether a flag gives a parameter, by its name in Python."""
     source = context.get_parameter_source(name)
     return source is not None and _SOURCES.get(source.name) == "flag"
 
 
 def mark_damaged(context: typer.Context, error: UsageError) -> None:
-    """Remember what is wrong with config.toml until a setting is asked for: --help needs none."""
+    """Store an error of config.toml until a setting is needed: --help needs none."""
     context.meta[_DAMAGE] = error
 
 
 def explained(error: typer.BadParameter) -> Exception:
-    """The error, naming the variable or the file if the value is from there."""
+    """Return the error; it names the variable or the file if the value comes from there."""
     context: Any = error.ctx
     if context is None or value_source(context, error.param) in ("flag", "default"):
         return error
@@ -98,8 +96,8 @@ def _named(context: typer.Context, parameter: Any, message: str, hint: str | Non
     if where is None:
         return UsageError(message, hint=hint)
     flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
-    said = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
-    return UsageError(where + said, hint=hint)
+    problem = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
+    return UsageError(where + problem, hint=hint)
 
 
 def _key(parameter: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The flags of sampling and loading, each of which config.toml and a variable can give, too."""
+"""The flags of sampling and loading. Most are settings, which config.toml can give, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Model = Annotated[
         metavar="NAME",
         check=checked_model,
         autocompletion=runnable_models,
-        help="base, instruct, demo, ORG/NAME, or one that 'mixchat list' shows.",
+        help="base, instruct, demo, ORG/NAME, or a name that 'mixchat list' shows.",
     ),
 ]
 System = Annotated[
@@ -70,7 +70,7 @@ TopK = Annotated[
         "--top-k",
         check=within_limits("top_k"),
         metavar="N",
-        help="Sample from the N likeliest tokens; 0: from all.",
+        help="Sample from the N most likely tokens; 0: from all.",
         show_default="the model's, else 0",
     ),
 ]
@@ -80,7 +80,7 @@ MinP = Annotated[
         "--min-p",
         check=within_limits("min_p"),
         metavar="X",
-        help="Drop tokens below this fraction of the top token's probability.",
+        help="Drop tokens less likely than X times the most likely one.",
         show_default="the model's, else 0",
     ),
 ]
@@ -90,7 +90,7 @@ RepeatPenalty = Annotated[
         "--repeat-penalty",
         check=within_limits("repeat_penalty"),
         metavar="X",
-        help="Penalty on tokens that were used recently; 1: none.",
+        help="Penalty for tokens that occur among the last 64; 1: none.",
         show_default="the model's, else 1",
     ),
 ]
@@ -100,9 +100,9 @@ Seed = Annotated[
         "--seed",
         check=within_limits("seed"),
         metavar="N",
-        help="The same seed gives the same text to the same questions, with the same settings on "
-        "the same machine; after --resume or --prompt-cache only with --exact-prompts.",
-        show_default="drawn",
+        help="The same seed gives the same answers to the same questions, with the same settings "
+        "on the same machine; after --resume or --prompt-cache only with --exact-prompts.",
+        show_default="random",
     ),
 ]
 MaxTokens = Annotated[
@@ -112,7 +112,7 @@ MaxTokens = Annotated[
         "--max-tokens",
         check=within_limits("max_tokens"),
         metavar="N",
-        help="Most tokens of an answer; 0: all that fit.",
+        help="Maximum length of an answer in tokens; 0: as many as fit.",
         show_default="the model's, else a quarter of the context",
     ),
 ]
@@ -132,7 +132,7 @@ ContextSize = Annotated[
         check=within_limits("ctx_size"),
         metavar="N",
         help="Context size in tokens.",
-        show_default="at most 8192",
+        show_default="the model's, at most 8192",
     ),
 ]
 KVBits = Annotated[
@@ -142,7 +142,7 @@ KVBits = Annotated[
         check=checked_bits,
         autocompletion=among("8", "16"),
         metavar="N",
-        help="KV cache precision: 16 or 8 bits; 8 halves its memory.",
+        help="Bits of each number in the KV cache: 16, or 8 to halve its memory.",
         show_default="16",
     ),
 ]
@@ -151,8 +151,8 @@ ExactPrompts = Annotated[
     setting(
         "--exact-prompts/--no-exact-prompts",
         show_default=False,
-        help="Read prompts with the arithmetic of decoding: slower, and the same text whether a "
-        "chat continues, is resumed, or comes from a cache.",
+        help="Process prompts with the arithmetic of decoding: slower, but the answers are the "
+        "same whether a chat continues, is resumed, or comes from a cache.",
     ),
 ]
 HostMemory = Annotated[
@@ -163,7 +163,7 @@ HostMemory = Annotated[
         check=MemoryBudget.parse,
         metavar="SIZE",
         help="RAM for experts: 300MB, 8GiB, or 50% of all experts.",
-        show_default="what fits",
+        show_default="all that fits",
     ),
 ]
 DeviceMemory = Annotated[
@@ -173,7 +173,7 @@ DeviceMemory = Annotated[
         check=MemoryBudget.parse,
         metavar="SIZE",
         help="GPU memory to use: 8GB, or 50% of the free GPU memory.",
-        show_default="what fits",
+        show_default="all that fits",
     ),
 ]
 CachePolicy = Annotated[
@@ -183,22 +183,24 @@ CachePolicy = Annotated[
         check=checked_policy,
         autocompletion=among(*POLICIES),
         metavar="NAME",
-        help="Experts that stay: most recently used (layered, lru), or most often used (lfu).",
+        help="Experts that stay in memory: most recently used, counted by layer (layered) or "
+        "overall (lru), or most often used (lfu).",
     ),
 ]
 Trace = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Write which experts each token went to, as JSON Lines. Only a trace is replaced.",
+        help="Write which experts each token is routed to, as JSON Lines. An existing FILE is "
+        "replaced only if it is a trace.",
     ),
 ]
 PromptCache = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Keep what the model has read in FILE; the next run resumes from it. "
-        "Only a prompt cache is replaced.",
+        help="Save the KV cache in FILE; the next run then processes only what is new. An existing "
+        "FILE is replaced only if it is a prompt cache.",
     ),
 ]
 Device = Annotated[
@@ -209,7 +211,7 @@ Device = Annotated[
         autocompletion=among("cpu", "cuda"),
         metavar="NAME",
         help="cpu, cuda or cuda:N.",
-        show_default="the best there is",
+        show_default="cuda if there is a GPU, else cpu",
     ),
 ]
 Verbose = Annotated[
@@ -217,13 +219,13 @@ Verbose = Annotated[
     setting(
         "--verbose/--no-verbose",
         show_default=False,
-        help="Print rates and the experts' cache afterwards.",
+        help="Print speeds and expert cache figures after each answer.",
     ),
 ]
 
 
 def model_argument(help: str) -> Any:
-    """The argument MODEL of a command that takes the setting `model` where it is left out."""
+    """Return the argument MODEL of a command; where it is left out, the setting `model` counts."""
     return setting_argument(
         "model",
         metavar="MODEL",
@@ -234,5 +236,5 @@ def model_argument(help: str) -> Any:
 
 
 def budget(text: str | None) -> MemoryBudget | None:
-    """An amount of memory, if one was given. Raises `UsageError`."""
+    """Return the amount of memory, if one was given. Raises `UsageError`."""
     return None if text is None else MemoryBudget.parse(text)

@@ -1,4 +1,4 @@
-"""What a shell completes: commands, flags, the names of models; and how it comes to do that."""
+"""Completion in a shell: of commands, flags, and the names of models and chats."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mixchat.settings import models_dir
 
 VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
 _PROGRAM = "mixchat"
-# Names with other characters would have a meaning for one shell or another.
+# Other characters have a meaning in some shell.
 _HARMLESS = re.compile(r"[\w.,+@%/-]+( [\w.,+@%/-]+)*")
 _SHELLS = ("bash", "zsh", "fish")
-# Zsh runs the file at the first Tab: Typer's only defines a function then, and nothing completes.
+# Zsh runs the file at the first Tab. Typer's only defines a function then, and completes nothing.
 _ZSH_ENDING = """
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
   _mixchat_completion "$@"
@@ -31,10 +31,10 @@ fi"""
 
 
 def complete(group: Any, instruction: str) -> int:
-    """Print what the words of the command line, which the shell gives, can go on with."""
-    completion = _typers()
+    """Print the completions of the words of a command line, which the shell gives."""
+    completion = _typer_completion()
     completion.completion_init()
-    # With Rich the help beside a completion would take longer than all else, for no colour.
+    # Importing Rich for the help beside a completion would take longer than all the rest.
     cast("dict[str, Any]", sys.modules).setdefault("rich", None)
     for command in group.commands.values():
         if not hasattr(command, "commands"):
@@ -50,20 +50,22 @@ def complete(group: Any, instruction: str) -> int:
 
 
 def install_completion(wanted: bool) -> None:
-    """Let the shell that called complete mixchat's command lines. Raises `UsageError`."""
+    """Install completion for the shell that runs mixchat. Raises `UsageError`."""
     if wanted:
         shell = _shell()
-        _, path = _typers().install(shell=shell, prog_name=_PROGRAM, complete_var=VARIABLE)
+        _, path = _typer_completion().install(
+            shell=shell, prog_name=_PROGRAM, complete_var=VARIABLE
+        )
         path.write_text(_script(shell) + "\n", encoding="utf-8")
         say(
-            f"{path} is written; the next shell that starts completes mixchat's commands",
+            f"wrote {path}; shells that start from now on complete mixchat's commands",
             stream=sys.stdout,
         )
         raise typer.Exit
 
 
 def show_completion(wanted: bool) -> None:
-    """Print the script with which the shell that called completes. Raises `UsageError`."""
+    """Print the completion script for the shell that runs mixchat. Raises `UsageError`."""
     if wanted:
         show(_script(_shell()))
         raise typer.Exit
@@ -71,12 +73,12 @@ def show_completion(wanted: bool) -> None:
 
 def _script(shell: str) -> str:
     names = {"prog_name": _PROGRAM, "complete_var": VARIABLE}
-    script = str(_typers().get_completion_script(shell=shell, **names))
+    script = str(_typer_completion().get_completion_script(shell=shell, **names))
     return script + _ZSH_ENDING if shell == "zsh" else script
 
 
-def _typers() -> Any:
-    """Typer's own completion. Its options are not used: they import pydantic at each start."""
+def _typer_completion() -> Any:
+    """Return Typer's own completion module; its options would import pydantic at each start."""
     return import_module("typer.completion")
 
 
@@ -88,14 +90,14 @@ def _shell() -> str:
         name = ""
     if name not in _SHELLS:
         raise UsageError(
-            f"completion is for {', '.join(_SHELLS)}, and this is {name or 'no shell'}",
+            f"cannot complete in {name or 'this shell'}: only in {', '.join(_SHELLS)}",
             hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
         )
     return name
 
 
 def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
-    """Which parameters the words give, without converting them: that would import pydantic."""
+    """Set the parameters that the words give, unconverted: to convert would import pydantic."""
     given, rest, _ = command.make_parser(context).parse_args(args=words)
     for parameter in command.params:
         value, source = parameter.consume_value(context, given)
@@ -106,7 +108,7 @@ def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
 
 
 def _drop_equals_signs() -> None:
-    """Bash makes three words of --model=demo: click expects the first and the last."""
+    """Drop the `=` words: bash makes three of --model=demo, click expects the first and last."""
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     dropped = [i for i, word in enumerate(words) if word == "=" and i < here]
     os.environ["COMP_WORDS"] = "\n".join(w for i, w in enumerate(words) if i not in dropped)
@@ -114,9 +116,9 @@ def _drop_equals_signs() -> None:
 
 
 def _with_escaped_spaces(lines: str) -> str:
-    """Return what bash can put into a command line as it is: it does not quote a word with spaces.
+    """Return the lines with escaped spaces, because bash does not quote a word with spaces.
 
-    Where the word was begun with a quote, it stays in quotes, and its spaces are themselves.
+    Where the word starts with a quote, it stays in quotes, and its spaces stay as they are.
     """
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     quoted = words[here : here + 1] and words[here].startswith(("'", '"'))
@@ -133,10 +135,10 @@ def among(*words: str) -> Callable[[str], list[str]]:
 
 
 def runnable_models(incomplete: str) -> list[str]:
-    """Complete to a model: those that always have a name, and those that are kept."""
+    """Complete to a model: one of those with a fixed name, or an installed one."""
     from mixchat.weights.models import ALIASES, DEMO
 
-    return among(*dict.fromkeys([*ALIASES, DEMO, *_kept()]))(incomplete)
+    return among(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 
 
 def saved_chats(incomplete: str) -> list[str]:
@@ -151,8 +153,8 @@ def saved_chats(incomplete: str) -> list[str]:
         return []
 
 
-def _kept() -> list[str]:
-    """The names of the directories in which models are kept; not what is in them, which takes."""
+def _installed() -> list[str]:
+    """Return the names of the directories of models, without reading what is in them."""
     try:
         entries = [entry for entry in models_dir().iterdir() if entry.is_dir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Bars that fit the terminal, however narrow it is: the narrower, the fewer the figures."""
+"""Progress bars that fit the terminal: the narrower it is, the fewer the figures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-_WIDE, _NARROW = 80, 56  # columns; below the first no speed, below the second no bytes
-_FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # columns that they take at most
+_WIDE, _NARROW = 80, 56  # columns; with fewer no speed, with still fewer no bytes
+_FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # maximum width in columns
 _SHORTEST, _LONGEST = 8, 40  # columns of a bar
 
 
 class FittingBars(Progress):
-    """Lays its bars out anew when the terminal's width or the names change."""
+    """Adapts its columns when the terminal's width or the names change."""
 
     def __init__(self, console: Console) -> None:
-        self._terminal = console  # the first frame is asked for before Progress knows its console
+        self._terminal = console  # Progress draws its first frame before it has set its console
         self._fits = (0, 0)
         super().__init__(console=console, speed_estimate_period=20)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """Return what is drawn of the tasks in one frame."""
+        """Return one frame of the tasks."""
         tasks = list(tasks)
         longest = max((cell_len(task.description) for task in tasks), default=0)
         if self._fits != (self._terminal.width, longest):
@@ -43,7 +43,7 @@ class FittingBars(Progress):
 
 
 def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
-    """Name and bar; bytes, speed and time, or a percentage where those have no room.
+    """Return name and bar; bytes, speed and time, or a percentage where they do not fit.
 
     `longest` is the length of the longest name: it is cut before the bar gets too short.
     """

@@ -1,4 +1,4 @@
-"""What goes to standard error when something fails, and the exit code that says so."""
+"""Prints errors, notes and questions on standard error; chooses the exit code of an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
 from mixchat.machine import memory_left_by_ulimit
 
-# The words of torch, of the loader of libraries, and of C++, in small letters.
+# In errors of torch, of the dynamic loader and of C++, in lower case.
 _NO_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -24,19 +24,19 @@ _NO_MEMORY = (
 
 
 def note(text: str) -> None:
-    """Print a line that a person should hear of, about something that did not fail."""
+    """Print a line about something that a person should know, but that did not fail."""
     say(f"note: {' '.join(text.split())}")
 
 
 def confirmed(question: str) -> bool:
-    """Ask on standard error; True where the answer is yes. Raises `typer.Abort` without one."""
+    """Ask on standard error, and return whether the answer is yes. Raises `typer.Abort`."""
     import typer
 
     return typer.confirm(one_line(question), err=True)
 
 
 def print_error(error: Exception) -> int:
-    """Print one line for `error`, and a second one if there is a hint. Returns the exit code."""
+    """Print `error` in one line, and its hint in a second one. Return the exit code."""
     known = _as_ours(error)
     if known is None:
         known = MixchatError(
@@ -64,7 +64,9 @@ def _as_ours(error: Exception) -> MixchatError | None:
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "mixchat"
-        return UsageError(format_message(), hint=f"'{command} --help' shows what can be given.")
+        return UsageError(
+            format_message(), hint=f"'{command} --help' shows the arguments and flags."
+        )
     return None
 
 
@@ -72,17 +74,17 @@ def _memory_hint(error: Exception) -> str:
     if _is_of_gpu(error):
         return "Try a smaller --ctx-size or --device-memory."
     if limits := " and ".join(memory_left_by_ulimit()):
-        return f"A limit from outside allows no more ({limits}): raise it."
+        return f"Memory is limited by {limits}: raise that limit."
     return "Close other programs, or try a smaller --ctx-size or --host-memory."
 
 
 def _is_of_gpu(error: BaseException) -> bool:
-    # By name, because torch's class of that name is not worth importing torch.
+    # By name, because to import torch's class takes 2 s.
     return type(error).__name__ == "OutOfMemoryError"
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, for an array or for a library that was to be loaded."""
+    """Return whether memory ran out, for an array or while a library was loaded."""
     if isinstance(error, MemoryError) or _is_of_gpu(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -91,12 +93,12 @@ def _is_lack_of_memory(error: BaseException) -> bool:
         text = str(error).lower()
         if any(words in text for words in _NO_MEMORY) and "static tls" not in text:
             return True
-    # numpy says only that it cannot be imported; the reason is the error before.
+    # numpy only says that it cannot be imported; the reason is in the error before.
     before = error.__cause__ or error.__context__
     return before is not None and _is_lack_of_memory(before)
 
 
 def _print_line(text: str) -> None:
-    """One line, whatever is in the text: a file's name may hold a newline or an escape."""
+    """Print one line: a file's name in the text may hold a newline or an escape."""
     with suppress(OSError):
         say(" ".join(text.split()))

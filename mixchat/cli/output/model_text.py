@@ -41,7 +41,7 @@ def as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
         ("path", str(directory)),
         ("source", manifest.source.repo),
         ("commit", manifest.source.commit or "none"),
-        ("revision", manifest.source.revision or "none asked for"),
+        ("revision", manifest.source.revision or "none given"),
         ("size", format_size(manifest.size)),
         ("experts", str(how["quant_type"])),
         ("scales", str(how["scales"])),
@@ -50,7 +50,10 @@ def as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
         ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
         ("dtype", f"{how['dtype']}{rounded}"),
         ("layers", str(config.num_hidden_layers)),
-        ("experts a layer", f"{config.num_local_experts}, {config.num_experts_per_tok} a token"),
+        (
+            "experts per layer",
+            f"{config.num_local_experts}, {config.num_experts_per_tok} per token",
+        ),
         ("hidden size", str(config.hidden_size)),
         ("context", f"{config.max_position_embeddings} tokens"),
     ]

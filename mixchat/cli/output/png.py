@@ -10,17 +10,20 @@ from typing import Any
 from mixchat.errors import MissingDependencyError
 from mixchat.output_file import OutputFile
 
-# Bytes near the beginning of a picture of ours: a chunk of text, as PNG's specification has it.
+# Bytes near the start of a picture that mixchat drew; the second is a text chunk of PNG.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
-_LARGEST = 40.0  # inches that a picture may have, at 100 dots an inch
+_LARGEST = 40.0  # inches, at 100 dots an inch
 _LEAST = (8.0, 4.0)
-PNG_HELP = "Draw it into FILE (needs matplotlib). Only a picture of mixchat's is replaced."
+PNG_HELP = (
+    "Draw a picture into FILE (needs matplotlib). An existing FILE is replaced only if mixchat "
+    "drew it."
+)
 
 
 def new_figure(width: float, height: float, title: str) -> Any:
-    """A figure of about this size in inches. Raises `MissingDependencyError`."""
+    """Return a figure of about this size in inches. Raises `MissingDependencyError`."""
     try:
-        # By name, because mypy cannot find what need not be installed.
+        # By name, because mypy would not find an optional package.
         figures = import_module("matplotlib.figure")
         canvases = import_module("matplotlib.backends.backend_agg")
     except ImportError:
@@ -30,13 +33,13 @@ def new_figure(width: float, height: float, title: str) -> Any:
     size = (min(max(width, _LEAST[0]), _LARGEST), min(max(height, _LEAST[1]), _LARGEST))
     figure = figures.Figure(figsize=size, dpi=100, layout="constrained")
     canvases.FigureCanvasAgg(figure)
-    plain = ascii(" ".join(title.split()))[1:-1]  # no font has every character
+    plain = ascii(" ".join(title.split()))[1:-1]  # no font has all characters
     figure.suptitle(plain, parse_math=False)
     return figure
 
 
 def checked_picture(path: Path | None) -> OutputFile | None:
-    """The file, pipe or device of `--png`, if it can be written to. Raises `UsageError`."""
+    """Return the file, pipe or device of `--png`, if it can be written. Raises `UsageError`."""
     return None if path is None else OutputFile("--png", path, _is_ours).check()
 
 
@@ -45,7 +48,7 @@ def _is_ours(head: bytes) -> bool:
 
 
 def write_figure(file: OutputFile, figure: Any) -> None:
-    """Write it. Raises `UsageError`, or `ResourceError` where the disk is full."""
+    """Write the figure as PNG. Raises `UsageError`, or `ResourceError` if the disk is full."""
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": "mixchat"})
     file.write(out.getvalue())

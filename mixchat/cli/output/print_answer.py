@@ -1,4 +1,4 @@
-"""One answer on standard output: as it comes, as Markdown, as JSON, or the code in it alone."""
+"""Prints one answer on standard output: while it is generated, or as JSON, or only its code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """What of an answer is printed, and how. `quiet`: nothing but errors on standard error."""
+    """How an answer is printed. `quiet`: nothing but errors on standard error."""
 
     as_json: bool = False
     extract: bool = False
@@ -28,26 +28,26 @@ class Form:
     quiet: bool = False
 
     def note(self, text: str) -> None:
-        """Print a note on standard error, unless it is to be quiet."""
+        """Print a note on standard error, unless `quiet`."""
         if not self.quiet:
             note(text)
 
     def check(self, chat: bool) -> None:
-        """Raise `UsageError` for what cannot be together, or not in a chat."""
+        """Raise `UsageError` for flags that exclude each other, or that a chat does not have."""
         if self.as_json and self.extract:
             raise UsageError("--json and --extract exclude each other")
         if chat and (self.as_json or self.extract):
             flag = "--json" if self.as_json else "--extract"
-            raise UsageError(f"{flag} is for one answer", hint="Give a PROMPT.")
+            raise UsageError(f"{flag} needs a question, not a chat", hint="Give a PROMPT.")
         if chat and not sys.stdout.isatty():
             raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
 
 
 def print_answer(session: ChatSession, question: str, form: Form, model: str) -> Finished:
-    """Ask, print, and return how it ended.
+    """Ask the question, print the answer, and return how it ended.
 
-    Raises `KeyboardInterrupt` where it was interrupted, `NoCodeError` where there is no code block
-    that could be extracted. A reader that goes away is noticed at the next token.
+    Raises `KeyboardInterrupt` if it was interrupted, `NoCodeError` if there is no code block to
+    extract. A closed pipe is noticed at the next token.
     """
     if form.as_json or form.extract or not form.stream:
         finished = _listen(session, question, lambda text: None, form)
@@ -59,7 +59,9 @@ def print_answer(session: ChatSession, question: str, form: Form, model: str) ->
         finished = _pipe(session, question, form)
     _raise_if_interrupted(finished)
     if finished.reason == "context":
-        form.note(f"cut off, the context of {session.engine.context_size} tokens is full")
+        form.note(
+            f"the answer is cut off: the context of {session.engine.context_size} tokens is full"
+        )
     if finished.reason == "length" and session.max_tokens is None:
         from mixchat.chat.answer import cut_off
 
@@ -85,7 +87,7 @@ def _listen(
 
 
 def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
-    """On a terminal: as in a chat."""
+    """Print the answer on a terminal, as in a chat."""
     from mixchat.chat.terminal.screen import Screen
 
     screen = Screen(raw=raw)
@@ -94,7 +96,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
 
 
 def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
-    """For a program that reads: what the model wrote, each piece at once, and a last newline."""
+    """Print the text for a program, each piece at once, with a newline at the end."""
     last = ""
 
     def take(text: str) -> None:
@@ -110,7 +112,7 @@ def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
 def _print_whole(session: ChatSession, finished: Finished, form: Form, model: str) -> None:
     answer = session.history[-1].content
     if form.as_json:
-        # A terminal would act on some characters.
+        # A terminal would obey some characters.
         escaped = sys.stdout.isatty()
         show(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
         return
@@ -122,13 +124,18 @@ def _first_block(answer: str) -> str:
 
     blocks = code_blocks(answer)
     if not blocks:
-        raise NoCodeError("the answer has no block of code", hint="Without -x all is printed.")
+        raise NoCodeError(
+            "the answer contains no code block", hint="Without -x all of it is printed."
+        )
     return blocks[0]
 
 
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
-    """The last answer for programs: text, ids (null where the text was cut within a token), counts
-    of tokens, seconds, why it ended."""
+    """Return the last answer as JSON has it.
+
+    It has the text, the ids (null where the text was cut within a token), counts of tokens,
+    seconds, and the reason why it ended.
+    """
     stats, answer = finished.stats, session.history[-1]
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     return {

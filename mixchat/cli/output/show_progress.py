@@ -1,4 +1,4 @@
-"""How long work looks on standard error: bars on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work on standard error: bars on a terminal, else some lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LINES = 60.0
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """A `Progress` for this stream (standard error); its bars are closed at the end."""
+    """Yield a `Progress` for this stream (standard error); its bars are closed at the end."""
     stream = stream or sys.stderr
     progress = Bars(stream) if stream.isatty() else Lines(stream)
     try:
@@ -35,9 +35,9 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
 
 @contextmanager
 def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """Show `text` on a terminal while something takes its time, and take it away afterwards.
+    """Show `text` on a terminal as long as something takes, and remove it afterwards.
 
-    It yields what shows another text in its place.
+    Yields a function that replaces the text.
     """
     stream = stream or sys.stderr
     if not stream.isatty():
@@ -51,16 +51,16 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], 
 
 @contextmanager
 def resumable(progress: Progress, resumes: bool = True) -> Iterator[None]:
-    """Say at Ctrl-C that the same command resumes the work, or begins it anew."""
+    """Print at Ctrl-C that the same command resumes the work, or restarts it."""
     try:
         yield
     except KeyboardInterrupt:
-        progress.note(f"interrupted; the same command {'resumes' if resumes else 'begins anew'}")
+        progress.note(f"interrupted; the same command {'resumes' if resumes else 'starts again'}")
         raise
 
 
 class Bars:
-    """Bars on a terminal, with bytes, rate and the time that is left."""
+    """Bars on a terminal, with bytes, rate and remaining time."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ class Bars:
             console.print(Text(fitted(one_line(line), self._stream)), soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the bars as they are."""
+        """Stop the bars; they stay on the screen."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -104,19 +104,19 @@ class _Bar:
 
 
 class Lines:
-    """A line when something begins and ends, and one a minute for each thing in between."""
+    """Prints a line when a task starts and ends, and one a minute with all tasks in between."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
         self._lock = threading.RLock()
         self._tasks: list[_Line] = []
-        self._said = clock()
+        self._last_line = clock()
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
         with self._lock:
             task = _Line(self, what, total, done, self._clock())
             self._tasks.append(task)
-            here = f", {format_size(done)} of it done before" if done else ""
+            here = f", {format_size(done)} of it already done" if done else ""
             self.note(f"{what}: {format_size(total)}{here}")
         return task
 
@@ -125,21 +125,21 @@ class Lines:
             say(*text.split("\n"), stream=self._stream)
 
     def close(self) -> None:
-        """Say how far each thing came."""
+        """Print how far each task came."""
         for task in list(self._tasks):
             task.close()
 
     def moved(self) -> None:
-        """Say how far things are, if a minute has gone by."""
+        """Print how far the tasks are, if a minute has passed."""
         with self._lock:
             now = self._clock()
-            if not self._tasks or now - self._said < SECONDS_BETWEEN_LINES:
+            if not self._tasks or now - self._last_line < SECONDS_BETWEEN_LINES:
                 return
-            self._said = now
+            self._last_line = now
             self.note("; ".join(task.state(now) for task in self._tasks))
 
     def ended(self, task: _Line) -> None:
-        """Say how long it took."""
+        """Print how long the task took."""
         with self._lock:
             if task in self._tasks:
                 self._tasks.remove(task)
@@ -147,7 +147,7 @@ class Lines:
 
 
 class _Line:
-    """How far one thing is. The rate is that since the last line."""
+    """The progress of one task. Its rate is that since the last line."""
 
     def __init__(self, lines: Lines, what: str, total: int, done: int, now: float) -> None:
         self._lines, self._what = lines, what
@@ -157,7 +157,7 @@ class _Line:
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._first = min(self._first, self._done)  # moved back: what was there before was wrong
+        self._first = min(self._first, self._done)  # moved back: what was there before was damaged
         self._lines.moved()
 
     def close(self) -> None:
