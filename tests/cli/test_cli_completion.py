@@ -100,7 +100,7 @@ def test_bash_completes_the_values_of_flags(bash):
     assert bash("plan", "--device", "") == ["cpu", "cuda"]
     assert bash("run", "--cache-policy", "l") == ["layered", "lru", "lfu"]
     assert bash("download", "demo", "--scales", "") == ["search", "absmax"]
-    assert bash("run", "--trace", "/etc/h") == []  # bash itself goes on with files then
+    assert bash("run", "--trace", "/etc/h") == []  # bash itself then completes files
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def checkpoint(tiny_checkpoint, tmp_path):
 
 
 @pytest.fixture
-def kept(tiny_model, environment):
+def installed(tiny_model, environment):
     target = Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
     return Path(shutil.copytree(tiny_model, target))
 
@@ -93,16 +93,16 @@ def test_a_checkpoint_of_links_is_as_good_as_any(mixchat, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixchat.json", "mixchat.copy.json", "config.json"])
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
-def test_a_model_with_a_fifo_is_damaged_and_nobody_waits(mixchat, kept, command, name):
-    put_fifo(kept / name)
+def test_a_model_with_a_fifo_is_damaged_and_nobody_waits(mixchat, installed, command, name):
+    put_fifo(installed / name)
     done = mixchat(command, *([] if command == "list" else ["mine"]))
     assert done.returncode in (0, 6)
     assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["shared.safetensors", "experts-001.safetensors"])
-def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, kept, name):
-    put_fifo(kept / name)
+def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, installed, name):
+    put_fifo(installed / name)
     done = mixchat("verify", "mine")
     assert done.returncode == 6
     assert name in done.stdout.decode()
@@ -122,8 +122,8 @@ def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, che
 
 
 def test_an_unfinished_model_whose_journal_is_a_fifo_is_listed(mixchat, environment):
-    half = Path(environment["MIXCHAT_HOME"]) / "models" / "half"
-    half.mkdir(parents=True)
-    put_fifo(half / "journal.jsonl")
+    unfinished = Path(environment["MIXCHAT_HOME"]) / "models" / "unfinished"
+    unfinished.mkdir(parents=True)
+    put_fifo(unfinished / "journal.jsonl")
     done = mixchat("list", "--json")
     assert [model["problem"] for model in json.loads(done.stdout)] == ["unfinished"]

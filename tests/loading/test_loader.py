@@ -54,7 +54,7 @@ def test_the_device_is_the_gpu_where_there_is_one() -> None:
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
+def test_a_model_installed_for_another_machine_is_reordered_when_loaded(
     tiny_checkpoint: Path, install: Callable[..., Path], layout: str
 ) -> None:
     """Either layout on disk gives, on this machine, the same text to the byte."""
@@ -66,9 +66,9 @@ def test_a_model_kept_for_another_machine_is_reordered_when_loaded(
         )
         return list(ids)
 
-    kept = install(tiny_checkpoint, layout=layout, attention=True, head=True)
-    assert json.loads((kept / "mixchat.json").read_text())["quantization"]["layout"] == layout
-    assert text(kept) == text(install(tiny_checkpoint, attention=True, head=True))
+    installed = install(tiny_checkpoint, layout=layout, attention=True, head=True)
+    assert json.loads((installed / "mixchat.json").read_text())["quantization"]["layout"] == layout
+    assert text(installed) == text(install(tiny_checkpoint, attention=True, head=True))
 
 
 @pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
     options: dict[str, str],
     host: bool,
 ) -> None:
-    kept = install(make_checkpoint(std=0.05), **options)
+    installed = install(make_checkpoint(std=0.05), **options)
     real = free_on
     if not host:
         monkeypatch.setattr(
@@ -97,7 +97,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
     for device in ("cuda", "cpu"):
         if device == "cpu":
             monkeypatch.undo()
-        engine = load_engine(kept, LoadOptions(MemoryBudget(fraction=0.5), device=device))
+        engine = load_engine(installed, LoadOptions(MemoryBudget(fraction=0.5), device=device))
         ids = torch.arange(5, 45, device=device)
         with torch.inference_mode():
             result = engine._model.forward(ids, engine._cache, all_logits=True)
