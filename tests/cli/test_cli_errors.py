@@ -148,7 +148,7 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     assert failure.print_error(error) == 7
     assert capsys.readouterr().err == (
         "error: there is not enough memory\n"
-        "hint: Memory is limited by ulimit -v: raise that limit.\n"
+        "hint: A limit on this process allows no more (ulimit -v): raise it.\n"
     )
 
 

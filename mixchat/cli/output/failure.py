@@ -74,7 +74,7 @@ def _memory_hint(error: Exception) -> str:
     if _is_of_gpu(error):
         return "Try a smaller --ctx-size or --device-memory."
     if limits := " and ".join(memory_left_by_ulimit()):
-        return f"Memory is limited by {limits}: raise that limit."
+        return f"A limit on this process allows no more ({limits}): raise it."
     return "Close other programs, or try a smaller --ctx-size or --host-memory."
 
 
