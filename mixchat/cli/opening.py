@@ -15,6 +15,7 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError, ModelNotFoundError
 from mixchat.model_config import ModelConfig, advised_length, advised_sampling
 from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.progress import NoProgress
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow
@@ -63,7 +64,7 @@ def open_session(
     """Find the model, load it, and return a session with it."""
     from mixchat.text.checkpoint_text import CheckpointText
 
-    directory = find_or_build(model)
+    directory = find_or_build(model, quiet=form.quiet)
     text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
     prepare_environment()
     with nullcontext() if form.quiet else status(f"loading {model}"):
@@ -97,7 +98,7 @@ def speed_prediction(
     return loader.speed_prediction(models.installed_directory(model), device, session.engine)
 
 
-def find_or_build(name: str) -> Path:
+def find_or_build(name: str, *, quiet: bool = False) -> Path:
     """Return the directory of an installed model; the demo is built first where it is missing."""
     from mixchat.weights import models
 
@@ -110,5 +111,6 @@ def find_or_build(name: str) -> Path:
     from mixchat.weights.make.download import DownloadRequest, download
     from mixchat.weights.make.quantize_options import QuantizeOptions
 
-    with show_progress() as progress:
+    bars = nullcontext(NoProgress()) if quiet else show_progress()
+    with bars as progress:
         return download(DownloadRequest(models.resolve(name), QuantizeOptions()), progress)

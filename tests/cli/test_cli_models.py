@@ -197,6 +197,15 @@ def test_run_builds_the_demo_model_by_itself(calls, monkeypatch, tmp_path):
     assert calls[0].ref.demo
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_quiet_run_builds_the_demo_model_without_a_word(
+    calls, monkeypatch, tmp_path, capsys, quiet
+):
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    find_or_build("demo", quiet=quiet)
+    assert ("quantizing" in capsys.readouterr().err) is not quiet
+
+
 def test_run_fetches_no_other_model_by_itself(calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     with pytest.raises(ModelNotFoundError) as caught:
