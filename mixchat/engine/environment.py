@@ -1,4 +1,4 @@
-"""What has to be told to torch before it is loaded, and its loading."""
+"""Sets the environment that torch reads when it is imported, and imports it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from mixchat import interrupts, machine
 from mixchat.errors import ResourceError
 from mixchat.quantities import format_least, format_size
 
-# Bytes. With less, native code ends the process while torch or a tokenizer is loaded.
+# Bytes. With less, native code ends the process while torch or a tokenizer is imported.
 _LEAST_ROOM = 950_000_000
 
 
 def prepare_environment() -> None:
-    """Set what torch reads when it is imported, and import it. What a person has set stays.
+    """Set variables that torch reads, unless they are set, and import it.
 
-    Raises `ResourceError` where a `ulimit` leaves no room for it.
+    Raises `ResourceError` where a `ulimit` leaves too little memory for it.
     """
-    # Large pages for large tensors: the weights of an expert are read 5 to 8% faster.
+    # Large pages for large tensors: reading the weights of an expert is 5 to 8% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP's threads go to sleep soon after they have nothing to do. With its own default they
-    # spin on, and a busy core then costs decoding three quarters of its speed.
+    # OpenMP's threads sleep soon after they have nothing to do. By default they keep spinning, and
+    # a busy core then costs decoding three quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
         _check_room(machine.memory_left_by_ulimit().get("ulimit -v"))

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far, and what new tokens see of them.
+"""The keys and values of the tokens so far, and the attention of new tokens to them.
 
 T = new tokens, P = tokens before them, H = num_attention_heads, G = num_key_value_heads,
 h = head_dim.
@@ -21,8 +21,8 @@ from mixchat.safetensors import TensorSpec
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits
 
-# What one call looks at: at most so many pairs of a new token and one that it may see, at least so
-# many new tokens.
+# Of one call to the kernel: at most so many pairs of a new token and one that it may see, at least
+# so many new tokens.
 _PAIRS, _LEAST = 2**22, 64
 
 
@@ -30,8 +30,8 @@ class KVCache(ABC):
     """Room for `capacity` tokens of each layer.
 
     Memory is taken as the cache fills, so that a short conversation leaves it to the experts.
-    `length` counts the tokens that all layers have seen; a forward pass that was broken off leaves
-    it as it was, and what comes next is put over what it left.
+    `length` counts the tokens that all layers have stored. A forward pass that was interrupted
+    leaves it as it was, and the next one overwrites what it stored.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -40,51 +40,51 @@ class KVCache(ABC):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Put keys and values [T, G, h] of a layer behind `length`; what the queries [T, H, h] see.
+        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries.
 
-        Each token sees itself and what came before, with a sliding window W only the last W of
-        these. Returns [T, H, h].
+        Each token of the queries [T, H, h] attends to itself and to all tokens before it, with a
+        sliding window W only to the last W of these.
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
         return self._seen(layer, queries)
 
     def restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
-        """Take in a layer's first `tokens`, as `content` hands them out, in place of what it has.
+        """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
 
-        For an empty cache; `length` is left to the caller, who sets it behind the last layer.
-        Raises `CheckpointError` where the content is not what a cache of this form has.
+        The caller sets `length` after the last layer. Raises `CheckpointError` where the content is
+        not that of a cache of this form.
         """
         assert self.length == 0
         given = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
         expected = {spec.name: (spec.dtype, spec.shape) for spec in self.specs(tokens)}
         if given != expected or tokens > self.capacity:
-            raise CheckpointError(f"what was kept of layer {layer} does not fit this KV cache")
+            raise CheckpointError(f"the saved part of layer {layer} does not fit this KV cache")
         self._take(layer, content, tokens)
 
     @property
     @abstractmethod
     def form(self) -> str:
-        """A name for how it keeps numbers: its content fits into caches of the same form."""
+        """Return a name for the form of the content, which fits into caches of the same form."""
 
     @abstractmethod
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """The tensors that `content` hands out for so many tokens, each [G, tokens or more, n]."""
+        """Return the specs of `content` for so many tokens, each [G, tokens or more, n]."""
 
     @abstractmethod
     def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        """What is kept of a layer's first `tokens`, copied, on the CPU."""
+        """Return a copy of a layer's first `tokens`, on the CPU."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Hold nothing, and give the memory back."""
+        """Empty the cache, and give its memory back."""
 
     @abstractmethod
     def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
 
     @abstractmethod
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values [T, G, h] of a layer behind `length`."""
+        """Store keys and values [T, G, h] of a layer after the first `length` tokens."""
 
     @abstractmethod
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
@@ -97,9 +97,9 @@ def new_cache(
     device: torch.device,
     bits: Bits | None = None,
 ) -> KVCache:
-    """The kind of cache that the device computes fastest. `bits` None are those of `dtype`.
+    """Return the kind of cache that is fastest on the device. `bits` None are those of `dtype`.
 
-    The kernel for CPUs takes bf16 and fp32 alone.
+    The kernel for CPUs takes bf16 and fp32 only.
     """
     if device.type == "cpu" and dtype != torch.float16 and attention.available():
         return PagedKVCache(config, capacity, bits or _bits(dtype))
@@ -109,7 +109,7 @@ def new_cache(
 def cache_bytes(
     config: ModelConfig, capacity: int, dtype: torch.dtype, bits: Bits | None = None
 ) -> int:
-    """Bytes that a cache of this capacity takes when it is full."""
+    """Return the bytes that a cache of this capacity takes when it is full."""
     bits = bits or _bits(dtype)
     size = config.head_dim * bits // 8 + (4 if bits == 8 else 0)
     return 2 * config.num_hidden_layers * capacity * config.num_key_value_heads * size
@@ -120,7 +120,7 @@ def _bits(dtype: torch.dtype) -> Bits:
 
 
 class PagedKVCache(KVCache):
-    """For the kernel for CPUs: pages of 512 tokens, which stay where they are as others come."""
+    """A cache for the CPU's kernel: pages of 512 tokens, which never move as others are added."""
 
     def __init__(self, config: ModelConfig, capacity: int, bits: Bits) -> None:
         super().__init__(config, capacity)
@@ -128,7 +128,7 @@ class PagedKVCache(KVCache):
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
         )
         row, scales = self._shape.width * bits // 8, self._shape.scales_at
-        # Where in a group's part of a page each begins, and its bytes of one token.
+        # The start of each in a group's part of a page, and its bytes of one token.
         self._parts = {"keys": (0, row), "values": (self._shape.values_at, row)}
         if bits == 8:
             self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
@@ -139,7 +139,7 @@ class PagedKVCache(KVCache):
         return f"pages of {self._shape.bits} bits"
 
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """Bytes; of keys only whole blocks are in one piece, so tokens are filled up to these."""
+        """Return specs of bytes, for whole blocks of tokens: only these are contiguous in keys."""
         filled = -(-tokens // BLOCK) * BLOCK
         return [
             TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
@@ -168,12 +168,12 @@ class PagedKVCache(KVCache):
                 given = tensor[:, start : start + PAGE]
                 self._part(page, name)[:, : given.shape[1]] = given
             mine.append(page)
-        # First, so that none of a page that is gone is left; `store` looks the new ones up.
+        # First, so that no address of an old page is left; `store` looks the new ones up.
         self._addresses[layer] = torch.empty(0, dtype=torch.int64)
         self._pages[layer] = mine
 
     def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
-        """A view of a page's keys, values or scales: [G, PAGE, bytes]."""
+        """Return a view of a page's keys, values or scales: [G, PAGE, bytes]."""
         start, row = self._parts[name]
         groups = self._shape.groups
         return page.view(groups, -1)[:, start : start + PAGE * row].view(groups, PAGE, row)
@@ -182,14 +182,14 @@ class PagedKVCache(KVCache):
         mine = self._pages[layer]
         while len(mine) * PAGE < self.length + keys.shape[0]:
             mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
-        # Looked at each time, because an error may have come between a page and its address.
+        # Checked each time, because an error may have come between a page and its address.
         if len(mine) != self._addresses[layer].numel():
             self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
         pages.store(self._shape, self._addresses[layer], self.length, keys, values)
 
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]
-        # One call is never a long one: Ctrl-C is heard between two of them.
+        # Each call is short, because Ctrl-C is handled between two of them.
         pieces = torch.split(queries, self._at_once(queries.shape[0]))
         past, seen = self.length, []
         for piece in pieces:
@@ -199,15 +199,15 @@ class PagedKVCache(KVCache):
         return seen[0] if len(seen) == 1 else torch.cat(seen)
 
     def _at_once(self, tokens: int) -> int:
-        """New tokens whose attention is computed in some tenths of a second."""
+        """Return how many new tokens the kernel computes in some tenths of a second."""
         return max(_LEAST, _PAIRS // (self.length + tokens))
 
 
 class TensorKVCache(KVCache):
-    """For torch's attention, on any device: of each layer keys and values, [G, tokens, h].
+    """A cache for torch's attention, on any device: keys and values [G, tokens, h] of each layer.
 
-    `quantized` keeps 8 bits a number and a scale for each key and value, and widens a layer's
-    whenever they are looked at.
+    With `quantized` it stores 8 bits a number and a scale for each key and value, and widens those
+    of a layer whenever they are read.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class TensorKVCache(KVCache):
         return f"{self._dtype} tensors{' in 8 bits' if self._quantized else ''}"
 
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """Keys and values [G, tokens, h]; in 8 bits also their scales [G, tokens, 1]."""
+        """Return specs of keys and values [G, tokens, h]; in 8 bits also scales [G, tokens, 1]."""
         groups, width = self.config.num_key_value_heads, self.config.head_dim
         dtype = torch.int8 if self._quantized else self._dtype
         specs = [TensorSpec(name, dtype, (groups, tokens, width)) for name in ("keys", "values")]
@@ -239,8 +239,10 @@ class TensorKVCache(KVCache):
         return specs
 
     def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        kept = self._named()
-        return {spec.name: kept[spec.name][layer][:, :tokens].cpu() for spec in self.specs(tokens)}
+        stored = self._named()
+        return {
+            spec.name: stored[spec.name][layer][:, :tokens].cpu() for spec in self.specs(tokens)
+        }
 
     def clear(self) -> None:
         self.length = 0
@@ -249,7 +251,7 @@ class TensorKVCache(KVCache):
         empty = torch.empty(shape, dtype=dtype, device=self._device)
         scales = torch.empty((*shape[:2], 1), dtype=torch.float32, device=self._device)
         layers = self.config.num_hidden_layers
-        self._kept = {"keys": [empty] * layers, "values": [empty] * layers}
+        self._numbers = {"keys": [empty] * layers, "values": [empty] * layers}
         self._scales = {"keys": [scales] * layers, "values": [scales] * layers}
 
     def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
@@ -257,9 +259,9 @@ class TensorKVCache(KVCache):
             self._put(self._named()[name], layer, tensor, tokens)
 
     def _named(self) -> dict[str, list[torch.Tensor]]:
-        """Of each layer what `content` has under these names."""
+        """Return the tensors of all layers, by the names in `content`."""
         scales = {"key_scales": self._scales["keys"], "value_scales": self._scales["values"]}
-        return self._kept | scales
+        return self._numbers | scales
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         end = self.length + keys.shape[0]
@@ -269,17 +271,17 @@ class TensorKVCache(KVCache):
                 scales = numbers.float().abs().amax(-1, keepdim=True) / _LARGEST
                 numbers = (numbers.float() / scales.clamp(min=1e-30)).round()
                 self._put(self._scales[name], layer, scales, end)
-            self._put(self._kept[name], layer, numbers, end)
+            self._put(self._numbers[name], layer, numbers, end)
 
-    def _put(self, kept: list[torch.Tensor], layer: int, new: torch.Tensor, end: int) -> None:
-        """Behind what is there. It grows by copying, some hundred tokens at a time."""
-        old = kept[layer]
+    def _put(self, stored: list[torch.Tensor], layer: int, new: torch.Tensor, end: int) -> None:
+        """Store after the first `length` tokens; room grows by copying, 512 tokens at a time."""
+        old = stored[layer]
         if end > old.shape[1]:
             room = min(-(-end // _STEP) * _STEP, self.capacity)
             grown = old.new_empty(old.shape[0], room, old.shape[2])
             grown[:, : self.length] = old[:, : self.length]
-            kept[layer] = grown
-        kept[layer][:, self.length : end] = new
+            stored[layer] = grown
+        stored[layer][:, self.length : end] = new
 
     def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         tokens, heads, _ = queries.shape
@@ -287,8 +289,8 @@ class TensorKVCache(KVCache):
         shared, end = heads // groups, self.length + tokens
         keys, values = (self._widened(name, layer, end) for name in ("keys", "values"))
         mask = self._mask_of(tokens)
-        # The R = H / G heads that share a key are put one behind the other, as if they were R times
-        # as many tokens: each key is then read once, not R times (`enable_gqa` would, on a CPU).
+        # The R = H / G heads that share a key are put one behind the other, like R times as many
+        # tokens: each key is then read once. On a CPU `enable_gqa` would read it R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         attended = functional.scaled_dot_product_attention(
             grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
@@ -300,16 +302,16 @@ class TensorKVCache(KVCache):
         return merged.reshape(tokens, heads, -1)
 
     def _widened(self, name: str, layer: int, end: int) -> torch.Tensor:
-        kept = self._kept[name][layer][:, :end]
+        stored = self._numbers[name][layer][:, :end]
         if not self._quantized:
-            return kept
-        return (kept * self._scales[name][layer][:, :end]).to(self._dtype)
+            return stored
+        return (stored * self._scales[name][layer][:, :end]).to(self._dtype)
 
     def _mask_of(self, tokens: int) -> torch.Tensor | None:
-        """The same for all layers of a pass."""
+        """Return the mask, which is the same for all layers of a pass."""
         where = (self.length, tokens)
         if self._mask[0] != where:
-            device = self._kept["keys"][0].device
+            device = self._numbers["keys"][0].device
             mask = attention_mask(*where, self.config.sliding_window, device)
             self._mask = (where, mask)
         return self._mask[1]
@@ -318,7 +320,7 @@ class TensorKVCache(KVCache):
 def attention_mask(
     past: int, tokens: int, window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Which of P + T positions each of T tokens may look at; None where all may see everything.
+    """Return which of P + T positions each of T tokens may see [T, P + T]; None for all of them.
 
     A token sees itself and what came before, with a sliding window W only the last W of these:
     past 1, tokens 2, window 2 gives [[1, 1, 0], [0, 1, 1]].

@@ -1,4 +1,4 @@
-"""Choosing the next token from the logits."""
+"""Chooses the next token from the logits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from mixchat.options import SamplingOptions
 
-GREEDY_BELOW = 1e-5  # temperatures that leave no doubt, and would only overflow
-REPEAT_WINDOW = 64  # tokens that `repeat_penalty` looks back on, as llama.cpp and ollama do
+GREEDY_BELOW = 1e-5  # temperatures that would only overflow, and choose the best token anyway
+REPEAT_WINDOW = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
 
 
 class Sampler:
     """Draws tokens; with a seed the same logits give the same tokens, on every device.
 
-    The tokens of `stop_ids` are free of `repeat_penalty`: a chat's prompt has one at the end of
-    each turn, and a penalty on these would let short answers ramble on.
+    The tokens of `stop_ids` get no `repeat_penalty`: a chat's prompt has one at the end of each
+    turn, and with a penalty short answers would not end.
     """
 
     def __init__(self, options: SamplingOptions, stop_ids: Set[int] = frozenset()) -> None:
@@ -28,7 +28,7 @@ class Sampler:
             self._generator.manual_seed(options.seed)
 
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
-        """The next token after `history`. logits: [V], any float type, on the CPU."""
+        """Return the next token after `history`. logits: [V], any float type, on the CPU."""
         options = self._options
         logits = logits.float()
         if options.repeat_penalty != 1:
@@ -48,21 +48,21 @@ def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> tor
 
 
 def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Probabilities [V] after temperature, then top-k, top-p and min-p, in that order.
+    """Return probabilities [V] after temperature, then top-k, top-p and min-p, in that order.
 
-    Each filter sees the distribution that the one before it left. The best token always stays.
+    Each filter is applied to the result of the one before. The best token always stays.
     """
     order = (logits / options.temperature).sort(descending=True, stable=True)
-    kept = order.values
-    if 0 < options.top_k < len(kept):
-        kept = kept[: options.top_k]
+    candidates = order.values
+    if 0 < options.top_k < len(candidates):
+        candidates = candidates[: options.top_k]
     if options.top_p < 1:
-        probabilities = kept.softmax(0)
+        probabilities = candidates.softmax(0)
         before = probabilities.cumsum(0) - probabilities  # mass of the better ones
-        kept = kept[before < options.top_p]
+        candidates = candidates[before < options.top_p]
     if options.min_p > 0:
-        probabilities = kept.softmax(0)
-        kept = kept[probabilities >= options.min_p * probabilities[0]]
+        probabilities = candidates.softmax(0)
+        candidates = candidates[probabilities >= options.min_p * probabilities[0]]
     result = torch.zeros_like(logits)
-    result[order.indices[: len(kept)]] = kept.softmax(0)
+    result[order.indices[: len(candidates)]] = candidates.softmax(0)
     return result

@@ -1,4 +1,4 @@
-"""Which expert is in which slot: bookkeeping over a policy, without a tensor."""
+"""Maps experts to slots: bookkeeping over an eviction policy, without a tensor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mixchat.experts.policies import LRU, Policy
 
 
 class ExpertCache:
-    """Maps experts to slots 0 .. slots-1; when all are taken, the policy says which one goes.
+    """Maps experts to slots 0 .. slots-1; when all are taken, the policy says which to evict.
 
-    `limit` is how many of the slots are used; all of them, until `resize` says less.
+    `limit` is the count of slots that are used; `resize` changes it.
 
     With two slots, the policy LRU, and A = (0, 0), B = (0, 1), C = (1, 0):
 
@@ -38,23 +38,23 @@ class ExpertCache:
         return iter(list(self._slots))
 
     def lookup(self, key: ExpertKey) -> int | None:
-        """The expert's slot, which counts as a use; None where it has none."""
+        """Return the expert's slot, which counts as a use; None where it has none."""
         slot = self._slots.get(key)
         if slot is not None:
             self._policy.use(key)
         return slot
 
     def slot_of(self, key: ExpertKey) -> int | None:
-        """The expert's slot, without counting as a use."""
+        """Return the expert's slot, without counting a use."""
         return self._slots.get(key)
 
     def admit(
         self, key: ExpertKey, pinned: Collection[ExpertKey] = (), preferred: Collection[int] = ()
     ) -> int | None:
-        """A slot for an expert that has none, as its most recent use; evicts where none is free.
+        """Return a slot for an expert that has none, and count a use; evict where none is free.
 
         Of free slots one of `preferred` is taken, if there is one. Experts in `pinned` are not
-        evicted; None where no other is there.
+        evicted; returns None where there are no others.
         """
         assert key not in self._slots
         slot = None
@@ -71,14 +71,14 @@ class ExpertCache:
         return slot
 
     def discard(self, key: ExpertKey) -> None:
-        """Free the expert's slot, if it has one: it is evicted, or its bytes did not arrive."""
+        """Free the expert's slot, if it has one, to evict it or because its load failed."""
         self._slots.pop(key, None)
         self._policy.forget(key)
 
     def resize(self, limit: int, pinned: Collection[ExpertKey] = ()) -> None:
-        """Use `limit` of the slots from now on, at least one; evicts what is too much.
+        """Use `limit` of the slots from now on, at least one; evict the experts beyond it.
 
-        Experts in `pinned` stay, also where that is more than `limit`.
+        Experts in `pinned` stay, even if that is more than `limit`.
         """
         self.limit = max(1, min(limit, self.slots))
         while len(self._slots) > self.limit:
@@ -88,7 +88,7 @@ class ExpertCache:
             self.discard(victim)
 
     def free_slots(self) -> set[int]:
-        """The slots without an expert, among them those beyond the limit."""
+        """Return the slots without an expert, including those beyond the limit."""
         return set(range(self.slots)) - set(self._slots.values())
 
     def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:

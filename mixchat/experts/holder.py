@@ -39,7 +39,7 @@ class ExpertHolder(ExpertRunner, Protocol):
 
     @property
     def stats(self) -> ExpertStats:
-        """Return the counts since the start, which go on counting."""
+        """Return the counts since the start; they change with each run."""
 
     @property
     def slots(self) -> int:

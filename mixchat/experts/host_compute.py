@@ -1,4 +1,4 @@
-"""Computes on the CPU what a GPU's memory does not hold, where that is sooner done than copied."""
+"""Computes experts on the CPU where that is faster than copying them to the GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mixchat.experts.sources import HostTier
 
 
 class HostCompute:
-    """The choice between moving an expert and computing it where it lies, and the computing.
+    """Chooses between copying an expert and computing it in RAM, and computes it there.
 
-    copy_seconds: to bring one expert up; host_seconds: to compute one on the CPU, by rows. What is
-    copied and what is computed here goes on at the same time, so that of several experts some are
-    moved and some are not. With a copy in 4 ms and 3 ms for a row here, of two experts with a row
-    each one is copied and one computed: 4 ms, not 8 or 6.
+    copy_seconds: to copy one expert to the GPU; host_seconds: to compute one on the CPU, by rows.
+    Copying and computing overlap, so that of several experts some are copied and some are not. With
+    a copy in 4 ms and 3 ms for a row on the CPU, of two experts with a row each one is copied and
+    one computed: 4 ms, not 8 or 6.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class HostCompute:
         self._tier, self._copy_seconds, self._host_seconds = tier, copy_seconds, host_seconds
 
     def choose(self, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
-        """Which of these experts, given with their rows, to compute here: those with few rows."""
+        """Return which of these experts, given with their rows, to compute here: those with few."""
         held = [key for key in missing if self._tier.tier(key) == "host"]
         held.sort(key=missing.__getitem__)
         best, shortest = 0, len(missing) * self._copy_seconds
@@ -42,6 +42,6 @@ class HostCompute:
         return held[:best]
 
     def run(self, key: ExpertKey, x: torch.Tensor) -> torch.Tensor | None:
-        """The expert's output for x [n, D], both on the CPU; None if it has left RAM meanwhile."""
+        """Return the expert's output for x [n, D], on the CPU; None if it has left RAM."""
         with self._tier.borrow(key) as expert:
             return None if expert is None else expert(x)

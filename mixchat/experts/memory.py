@@ -1,4 +1,4 @@
-"""How much memory a device has free, and how to keep some of it from being moved."""
+"""Asks how much memory is free, locks pages, and limits experts as free memory changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERVAL = 0.5  # seconds between two looks at the memory that is free
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes that can be taken on the device without pushing anything out."""
+    """Return the bytes that can be taken on the device without evicting anything."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return machine.free_memory()
@@ -32,11 +32,11 @@ def page_lock(block: torch.Tensor) -> None:
 
 
 class MemoryWatch:
-    """Says how many experts may be held while the memory that is free goes up and down.
+    """Limits how many experts are held while the free memory changes.
 
-    When less than half of `reserve` is free, as many go as make it whole again; experts that went
-    come back when there is room for two more. All sizes are bytes. With a reserve of 1 GB, experts
-    of 0.1 GB and 100 of them held:
+    When less than half of `reserve` is free, the limit falls until all of it would be free; it
+    rises when there is room for two more. All sizes are bytes. With a reserve of 1 GB, experts of
+    0.1 GB and 100 of them held:
 
         free 1.0 GB -> 100      free 0.4 GB -> 94       then free 1.0 GB -> 94      1.3 GB -> 97
     """
@@ -49,7 +49,7 @@ class MemoryWatch:
         self._looked = -INTERVAL
 
     def limit(self, held: int) -> int:
-        """How many experts may be held from now on, where `held` are; looks twice a second."""
+        """Return how many experts may be held, where `held` are; checks twice a second at most."""
         now = time.monotonic()
         if now - self._looked < INTERVAL:
             return self._limit

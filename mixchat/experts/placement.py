@@ -1,4 +1,4 @@
-"""What fits where: pure functions from free bytes to counts of expert slots, or a refusal."""
+"""Counts the experts that fit in memory: pure functions from free bytes to slots, or an error."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from mixchat.errors import ResourceError, UsageError
 from mixchat.quantities import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
-# Fewer in RAM behind a GPU would help nothing, and loads that were put off need places, too.
+# Fewer in RAM behind a GPU would not help, and loads that were put off need places, too.
 MIN_HOST_SLOTS = 4
-# Left to the rest of the machine and to temporary tensors when nobody says how much to take. More
-# is given back when others want it (see memory.py).
+# For the rest of the machine and temporary tensors, where no budget is given. When other programs
+# need more, experts are given up (see memory.py).
 RESERVE_FRACTION = 0.04
 RESERVE_BYTES = 10**9
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a model asks of memory, in bytes: `shared` for every token, `context` for the KV cache
-    when full, `expert` for each of its `experts`.
+    """The memory that a model needs, in bytes: `shared` for every token, `context` for the full KV
+    cache, `expert` for each of its `experts`.
     """
 
     shared: int
@@ -29,15 +29,15 @@ class Demand:
 
     @property
     def least(self) -> int:
-        """The least that the memory of the device that computes has to have."""
+        """Return the least memory that the device that computes has to have."""
         return self.shared + self.context + MIN_SLOTS * self.expert
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many experts fit: `slots` in the memory of the device that computes, `host_slots` in RAM
-    behind a GPU (0 where the CPU computes, or RAM holds none). `reserve`: bytes left beside them in
-    RAM.
+    """The counts of experts that fit: `slots` in the memory of the device that computes,
+    `host_slots` in RAM behind a GPU (0 where the CPU computes, or RAM holds none). `reserve`: bytes
+    of RAM left beside them.
     """
 
     slots: int
@@ -47,20 +47,20 @@ class Placement:
 
 
 def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Placement:
-    """Experts in RAM, where `free` bytes are. With a budget, `50%` means half of all experts.
+    """Place experts in RAM, of which `free` bytes are free; a budget of `50%` means half of all.
 
-    Without one, experts begin with the room of the context that is not there yet, and give it back
-    as the conversation grows (see memory.py). Raises `UsageError` where the budget is below two
-    experts, `ResourceError` where even the least does not fit, or less than the budget.
+    Without a budget, experts also take the room of the context as long as it is empty, and give it
+    back as the conversation grows (see memory.py). Raises `UsageError` where the budget is below
+    two experts, `ResourceError` where the budget or the least that is needed does not fit.
     """
     _check(demand, free)
     room = free - demand.shared
     if budget is None:
-        wanted = max((room - _reserve(free)) // demand.expert, MIN_SLOTS)
+        count = max((room - _reserve(free)) // demand.expert, MIN_SLOTS)
     else:
-        wanted = _budgeted(demand, budget, MIN_SLOTS, "two experts")
-        _check_budget(demand, min(wanted, demand.experts), room - demand.context)
-    slots = min(wanted, demand.experts)
+        count = _budgeted(demand, budget, MIN_SLOTS, "two experts")
+        _check_budget(demand, min(count, demand.experts), room - demand.context)
+    slots = min(count, demand.experts)
     left = min(room - slots * demand.expert, _reserve(free))
     return Placement(slots, 0, demand.experts, max(left, RESERVE_BYTES // 4))
 
@@ -72,10 +72,10 @@ def place_on_gpu(
     budget: MemoryBudget | None,
     host_budget: MemoryBudget | None,
 ) -> Placement:
-    """Experts in a GPU's memory, where `free` bytes are, and behind it in RAM (`free_host`).
+    """Place experts in a GPU's memory, of which `free` bytes are free, and in RAM (`free_host`).
 
-    `budget` is for all that is on the GPU, a fraction one of what is free; `host_budget` as in
-    `place_on_cpu`, and 0 for none. Raises the same.
+    `budget` is for all that is on the GPU, and a fraction is of the free memory; `host_budget` is
+    as in `place_on_cpu`, and 0 for none. Raises the same errors.
     """
     if budget is not None:
         allowed = budget.of(free)
@@ -94,7 +94,7 @@ def place_on_gpu(
         free = allowed
     _check(demand, free)
     room = free - demand.shared - demand.context
-    # A budget is for the weights and the context; it is the person who leaves something beside it.
+    # A budget is for weights and context; whoever gives one leaves room beside it.
     spare = _reserve(free) if budget is None else 0
     slots = min(max((room - spare) // demand.expert, MIN_SLOTS), demand.experts)
     behind = 0 if slots == demand.experts else _host_slots(demand, free_host, host_budget)
@@ -103,13 +103,13 @@ def place_on_gpu(
 
 def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
     if budget is None:
-        wanted = (free - _reserve(free)) // demand.expert
+        count = (free - _reserve(free)) // demand.expert
     elif budget.of(demand.experts * demand.expert) == 0:
         return 0
     else:
-        wanted = _budgeted(demand, budget, MIN_HOST_SLOTS, "four experts")
-        _check_budget(demand, min(wanted, demand.experts), free)
-    slots = min(wanted, demand.experts)
+        count = _budgeted(demand, budget, MIN_HOST_SLOTS, "four experts")
+        _check_budget(demand, min(count, demand.experts), free)
+    slots = min(count, demand.experts)
     return slots if slots >= MIN_HOST_SLOTS else 0
 
 
@@ -137,9 +137,9 @@ def _budgeted(demand: Demand, budget: MemoryBudget, least: int, what: str) -> in
     return size // demand.expert
 
 
-def _check_budget(demand: Demand, wanted: int, room: int) -> None:
-    if wanted * demand.expert > room:
+def _check_budget(demand: Demand, count: int, room: int) -> None:
+    if count * demand.expert > room:
         raise ResourceError(
-            f"not enough memory: --host-memory asks for {format_size(wanted * demand.expert)}, "
+            f"not enough memory: --host-memory asks for {format_size(count * demand.expert)}, "
             f"{format_size(max(room, 0))} are free for experts"
         )

@@ -1,9 +1,9 @@
-"""Policies: each knows in which order experts are evicted, and nothing else.
+"""Eviction policies: each orders the experts of a cache for eviction.
 
 `layered`, the default, evicts the least recently used expert, counted in passes of its own layer;
-`lru` counts by the clock, `lfu` evicts the least often used. Hit rates in decoding, by
-`mixchat simulate`, for a cache that holds 25, 50 and 75% of the experts,
-on a trace with experts repeated as in the Mixtral paper, and on a story by the demo model:
+`lru` counts all uses, `lfu` evicts the least frequently used one. Hit rates in decoding, by
+`mixchat simulate`, for a cache that holds 25, 50 and 75% of the experts, on a trace with experts
+repeated as in the Mixtral paper, and on a story by the demo model:
 
 | trace            | layered          | lru              | lfu              | best possible    |
 | ---------------- | ---------------- | ---------------- | ---------------- | ---------------- |
@@ -22,54 +22,53 @@ from mixchat.experts.keys import ExpertKey
 
 
 class Policy(Protocol):
-    """Keeps the experts of a cache in the order in which it would give them up."""
+    """Orders the experts of a cache for eviction."""
 
     def use(self, key: ExpertKey) -> None:
-        """The expert was used; if it is new, it has just come in."""
+        """Note a use of the expert, which may be new in the cache."""
 
     def forget(self, key: ExpertKey) -> None:
-        """The expert goes, if it is there."""
+        """Drop the expert, if it is in the cache."""
 
     def victims(self) -> Iterable[ExpertKey]:
-        """All experts, the one to give up first before the others."""
+        """Return all experts in the order of eviction."""
 
 
 class Passes:
-    """How often a model has come to each of its layers, and where it is now."""
+    """Counts how often a model has reached each of its layers, and in which one it is."""
 
     def __init__(self, layers: int) -> None:
         self._counts = [0] * layers
         self._at = 0
 
     def enter(self, layer: int) -> None:
-        """The model has come to a layer."""
+        """Note that the model has reached a layer."""
         self._counts[layer] += 1
         self._at = layer
 
     def count(self, layer: int) -> int:
-        """How often it has come to the layer."""
+        """Return how often the model has reached the layer."""
         return self._counts[layer]
 
     def until(self, layer: int) -> int:
-        """How many other layers come before it is in this one again."""
+        """Return how many other layers come before the model is in this one again."""
         return (layer - self._at - 1) % len(self._counts)
 
 
 class LayeredLRU:
-    """Least recently used first, counted in passes of an expert's own layer; of those that are
-    equal in that, first the one whose layer's turn comes last.
+    """Least recently used first, counted in passes of an expert's own layer; among equals, first
+    the one whose layer comes last.
 
-    A model goes round its layers, so that by the clock what was used longest ago belongs to the
-    layer that comes next: LRU gives it up just before its turn. Of three layers with one expert of
-    each, A, B and C, used in this order, and the model in the first layer again but with another
-    expert, the order is A C B: A was of no use in this pass, and C's turn comes after B's. LRU's
-    order is A B C. So is a prefill's, which goes through all experts, as if it would never see
-    those again that are about to come.
+    A model visits its layers in a cycle, so that the expert used longest ago belongs to the layer
+    that comes next: LRU evicts it just before it may be needed. Take three layers with one expert
+    each, A, B and C, used in this order, and the model in the first layer again, with another
+    expert. The order is A C B: A was not needed in this pass, and C's layer comes after B's. LRU's
+    order is A B C.
     """
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
-        # By layer: in which pass an expert was used, the one used last at the end.
+        # By layer: the pass in which an expert was used, the most recently used one at the end.
         self._used: dict[int, OrderedDict[ExpertKey, int]] = {}
 
     def use(self, key: ExpertKey) -> None:
@@ -90,7 +89,7 @@ class LayeredLRU:
 
 
 class LRU:
-    """Least recently used first: after the uses A B C A the order is B C A."""
+    """Least recently used first: after uses of A B C A the order is B C A."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
@@ -107,10 +106,10 @@ class LRU:
 
 
 class LFU:
-    """Least frequently used first, uses long ago counting less; equal ones by their last use.
+    """Least frequently used first, where older uses count less; among equals the oldest use first.
 
-    Each use weighs more than the one before it, which is the same as all earlier ones fading; uses
-    are remembered also of experts that went. `half_life` is the count of uses, of any expert, after
+    Each use weighs more than the one before, which has the same effect as all earlier ones fading.
+    Uses of evicted experts are remembered. `half_life` is the count of uses, of any expert, after
     which one counts half.
     """
 
@@ -137,10 +136,10 @@ class LFU:
 
 
 class Belady:
-    """The oracle: it knows all uses to come, and gives up what is used again last.
+    """The optimum: it knows all future uses, and evicts the expert whose next use is the latest.
 
-    No policy can do better, and none can do this outside of a replay: it is what others are
-    compared with. `uses` are all uses, in order; a call of `use` is the next of them of its expert.
+    It works in a replay only, for comparison: no policy can do better. `uses` are all uses in
+    order; a call of `use` is the next one of its expert.
     """
 
     def __init__(self, uses: Iterable[ExpertKey]) -> None:

@@ -1,4 +1,4 @@
-"""Where experts come from: their file on disk, or RAM in front of it."""
+"""The sources of experts: their file on disk, and RAM in front of it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mixchat.experts.trial import Trial
 from mixchat.weights.format.blueprint import Expert, ExpertLayout
 from mixchat.weights.format.installed_model import InstalledModel
 
-_STEP = 8 << 20  # bytes: 2 to 8 ms, after which something more urgent can go first
-_ROUND = 8  # experts that are read in one way before another is tried
+_STEP = 8 << 20  # bytes: 2 to 8 ms, after which a more urgent load can come first
+_ROUND = 8  # experts that are read in one way before another one is tried
 
-Lock = Callable[[torch.Tensor], None]  # makes a block in RAM fit for fast copies to a GPU
+Lock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
 
 
 class DiskSource:
-    """The master copy is the file: one contiguous read an expert, in steps.
+    """The experts' files, which have the master copies: one contiguous read an expert, in steps.
 
-    With `choose`, reading past the page cache is tried beside reading through it, and the faster
-    way is kept to. Past it costs no core and no memory, and is faster on most disks; but what other
-    programs, or the machine's host, have cached only comes through it.
+    With `choose`, reading past the page cache (O_DIRECT) and reading through it are both tried, and
+    the faster way is used. Past it takes no core and no memory, and is faster on most disks; but
+    only through it come pages that other programs, or the machine's host, have cached.
     """
 
     def __init__(self, model: InstalledModel, *, choose: bool) -> None:
@@ -45,7 +45,7 @@ class DiskSource:
             piece = block[start : start + _STEP]
             if block.device == CPU:
                 self._read(key, piece, start)
-            else:  # at once: another load, if this one is put off, uses the same staging
+            else:  # copied at once: if this load is put off, another one uses the same staging
                 staged = self._stage()[: len(piece)]
                 self._read(key, staged, start)
                 piece.copy_(staged)
@@ -69,9 +69,9 @@ class HostTier:
     """`slots` experts in RAM, in front of another source, behind the slots of a GPU.
 
     Where it has room for all, evicting an expert from the GPU moves nothing. Where it has not, and
-    `swaps`, RAM holds other experts than the GPU does: one that goes up leaves its place to the one
-    that it drives out, so that both memories together hold as many as they can. With two places
-    each, and A B on the GPU, C in RAM, a load of C into the place of A goes
+    with `swaps`, RAM holds other experts than the GPU: one that goes up leaves its place to the one
+    that it evicts there, so that both memories together hold as many as they can. With two places
+    each, A and B on the GPU and C in RAM, a load of C into the place of A does this:
 
         RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
     """
@@ -90,9 +90,9 @@ class HostTier:
         self._source, self._layout, self._swaps, self._lock = source, layout, swaps, lock
         self._cache = ExpertCache(slots, policy)
         self._blocks: dict[int, torch.Tensor] = {}
-        self._partial: set[ExpertKey] = set()  # their loads have begun, and were perhaps put off
+        self._partial: set[ExpertKey] = set()  # loads that have started, and may be put off
         self._borrowed: set[ExpertKey] = set()
-        # Loads are carried out by the mover's thread, borrowing is done by whoever computes.
+        # The mover's thread loads, the thread that computes borrows.
         self._access = threading.Lock()
 
     def tier(self, key: ExpertKey) -> str:
@@ -101,7 +101,7 @@ class HostTier:
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Expert | None]:
-        """The expert in RAM, which stays there until it is given back; None if it is not there."""
+        """Yield the expert, which stays in RAM meanwhile; None if it is not there."""
         try:
             with self._access:
                 slot = self._cache.lookup(key) if self._whole(key) else None
@@ -113,7 +113,7 @@ class HostTier:
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if key not in self._cache and len(self._partial) >= self._cache.slots - 3:
-            # Those that were put off leave three places: for one that goes up, for `evicted`, and
+            # Loads that were put off leave three places: for one that goes up, for `evicted`, and
             # for one that is borrowed.
             yield from self._source.load(key, block, evicted)
             return
@@ -136,7 +136,7 @@ class HostTier:
 
     @contextmanager
     def _place(self, key: ExpertKey, beside: ExpertKey | None = None) -> Iterator[torch.Tensor]:
-        """A place to be filled with an expert, which does not count as being there until then."""
+        """Yield a place to fill with an expert, which counts as missing until then."""
         try:
             yield self._block(self._admit(key, beside))
         except BaseException:  # also where the transfer is cancelled

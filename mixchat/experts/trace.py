@@ -1,12 +1,12 @@
-"""Routing traces: which experts the tokens of a run went to, recorded, read back, or made up.
+"""Routing traces: the experts that the tokens of a run went to, recorded to a file and read back.
 
 A trace is JSON Lines. The first line is an object:
 
     {"format": "mixchat-trace", "version": 1, "model": "instruct", "layers": 32, "experts": 8,
      "experts_per_token": 2}
 
-Each other line is one forward pass of T tokens: a list of `layers` lists, each the chosen experts
-of all tokens one behind the other, T * experts_per_token numbers.
+Each other line is one forward pass of T tokens: a list of `layers` lists, each with the selected
+experts of all tokens in order, T * experts_per_token numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()
-# What is beyond these is not a trace, and is not read into memory to find that out.
+# A longer line is not that of a trace, and is not read into memory.
 _LONGEST_HEADER, _LONGEST_LINE = 2**16, 2**26  # bytes
 _MOST = 1024  # layers, experts
 _COUNTS = ("layers", "experts", "experts_per_token")
@@ -35,7 +35,7 @@ _COUNTS = ("layers", "experts", "experts_per_token")
 
 @dataclass(frozen=True)
 class Trace:
-    """What was routed where: `forwards[i][layer]` is the chosen experts of that pass's tokens."""
+    """The routing of a run: `forwards[i][layer]` has the selected experts of that pass's tokens."""
 
     model: str
     layers: int
@@ -44,14 +44,14 @@ class Trace:
     forwards: list[list[list[int]]]
 
     def tokens(self, forward: list[list[int]]) -> int:
-        """How many tokens went through the model in a forward pass: one is decode, more prefill."""
+        """Return the count of tokens in a forward pass: one is decode, more are prefill."""
         return len(forward[0]) // self.experts_per_token
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in a file; a last line that a crash cut short does not count.
+    """Read the trace in a file; ignore a last line that a crash cut short.
 
-    Raises `UsageError` with the line and what is wrong with it where the file is not a trace.
+    Raises `UsageError` with the line and its fault where the file is not a trace.
     """
     try:
         with open(path, "rb") as file:
@@ -88,7 +88,7 @@ def _read_header(path: Path, line: bytes) -> Trace:
 
 
 def _read_forward(trace: Trace, where: str, line: bytes) -> list[list[int]] | None:
-    """None for a line that was cut short: it has no end, and no beginning of a list is a list."""
+    """Return a forward pass, or None for a line that was cut short: neither JSON nor ended."""
     try:
         forward: Any = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -114,7 +114,7 @@ def _not_a_trace(where: str, what: str) -> UsageError:
 
 
 def trace_file(path: Path) -> OutputFile:
-    """The file, pipe or device that gets a trace; only an earlier trace is replaced."""
+    """Return the output to a file, pipe or device; of files only an earlier trace is replaced."""
     return OutputFile("--trace", path, _is_ours)
 
 
@@ -125,8 +125,8 @@ def _is_ours(head: bytes) -> bool:
 class TraceWriter:
     """Writes a trace, a line for each forward pass as it ends, to a `trace_file`.
 
-    Raises `UsageError` where the file cannot be made, and once a `ResourceError` where it cannot be
-    written further: what comes after that is not recorded.
+    Raises `UsageError` where the file cannot be created, and `ResourceError` once where writing
+    fails: nothing is recorded after that.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ class TraceWriter:
     ) -> None:
         self._output, self._layers = trace_file(path), layers
         self._forward: list[list[int]] = []
-        # Without a buffer: what was written is there after a crash, and nothing is left to be
-        # written, and to fail again, at the end.
+        # Without a buffer: all lines are there after a crash, and closing writes nothing, which
+        # could fail again.
         self._file: BinaryIO | None = self._output.open()
         counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
         self._write({"format": FORMAT, "version": VERSION, "model": model} | counts)
 
     def add(self, layer: int, selected: list[int]) -> None:
-        """Note the experts that a layer chose; layer 0 begins a forward pass.
+        """Record the experts that a layer selected; layer 0 starts a forward pass.
 
         A forward pass that was interrupted leaves no line.
         """
@@ -153,7 +153,7 @@ class TraceWriter:
                 self._write(self._forward)
 
     def close(self) -> None:
-        """Close the file; what `add` is told afterwards is not recorded."""
+        """Close the file; later calls of `add` record nothing."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -182,7 +182,7 @@ class TraceWriter:
 
 
 class TracingRunner:
-    """An `ExpertRunner` that notes what was chosen, and leaves the work to another."""
+    """An `ExpertRunner` that records the routing, and lets another one compute."""
 
     def __init__(self, runner: ExpertRunner, writer: TraceWriter) -> None:
         self._runner, self._writer = runner, writer
@@ -194,7 +194,7 @@ class TracingRunner:
         selected_experts: torch.Tensor,
         routing_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """As the runner beneath; notes the choice when that is done, so that Ctrl-C is no pass."""
+        """Run the experts, then record them: a pass that Ctrl-C ends is not recorded."""
         result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
         self._writer.add(layer, selected_experts.flatten().tolist())
         return result

@@ -1,4 +1,4 @@
-"""Chooses among ways of doing a thing by trying them while it is done."""
+"""Chooses among ways to do the same work by trying them during the work."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _SOONEST, _LATEST = 8, 64  # rounds until another way gets its next try
-_FRESH = 0.5  # what the last round of a way counts, against those before it
+_FRESH = 0.5  # weight of a way's last round, against those before it
 
 
 class Trial(Generic[T]):
-    """Keeps to the way that costs least, and tries the others again now and then.
+    """Uses the way that costs least, and tries the others again from time to time.
 
     A round is `length` units of work done in one way. With the ways A and B, of which B costs less,
-    the rounds are A B B B B B B B A B ...: each has a try, then the better one goes on. The longer
+    the rounds are A B B B B B B B A B ...: each has a try, then the better one is used. The longer
     the best one stays the same, the rarer the tries become.
     """
 
@@ -28,11 +28,11 @@ class Trial(Generic[T]):
 
     @property
     def way(self) -> T:
-        """How to do it now."""
+        """Return the way to use now."""
         return self._ways[self._now]
 
     def add(self, cost: float, units: float) -> None:
-        """Note that `units` of work, done in the present way, took `cost`."""
+        """Note the `cost` of `units` of work, done in the present way."""
         self._spent += cost
         self._done += units
         if self._done >= self._length:

@@ -23,7 +23,7 @@ _FEW = 4  # tokens that one thread finishes before a second one has started
 # torch, NaN is above all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
-    "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "kept"
+    "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "choices"
 )
 
 
@@ -33,7 +33,7 @@ def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
     return rows.takes(x.dtype, columns, x.device.type) and experts <= _MOST
 
 
-def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the experts [T, K], int64, with the largest logits x gate^T, and the softmax over
     these logits [T, K], fp32.
 
@@ -42,11 +42,11 @@ def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor,
     """
     if not can_route(x, gate):
         router_logits = functional.linear(x.float(), gate)  # [T, E]
-        largest, selected = router_logits.topk(kept, dim=-1)
+        largest, selected = router_logits.topk(choices, dim=-1)
         return selected, largest.softmax(dim=-1)
     x, tokens = x.contiguous(), x.shape[0]
-    experts = torch.empty(tokens, kept, dtype=torch.int64)
-    weights, logits = torch.empty(tokens, kept), torch.empty(tokens, gate.shape[0])
+    experts = torch.empty(tokens, choices, dtype=torch.int64)
+    weights, logits = torch.empty(tokens, choices), torch.empty(tokens, gate.shape[0])
     numbers = _SIGNATURE.numbers(
         x=x.data_ptr(),
         gate=gate.data_ptr(),
@@ -56,7 +56,7 @@ def route(x: torch.Tensor, gate: torch.Tensor, kept: int) -> tuple[torch.Tensor,
         tokens=tokens,
         columns=x.shape[1],
         count=gate.shape[0],
-        kept=kept,
+        choices=choices,
     )
     compiled = _compiled(instruction_set(), x.dtype == torch.bfloat16)
     compiled.function("route").run(numbers, 1 if tokens <= _FEW else torch.get_num_threads())
@@ -82,16 +82,16 @@ class _Route:
 
     def write(self) -> None:
         function, given = self._function, self._given
-        count, kept = given.number("count"), given.number("kept")
+        count, choices = given.number("count"), given.number("choices")
         with function.each_item(function.pointer, given.number("tokens")) as token:
             with function.loop(0, count, 1) as (expert, _):
                 logit = self._logit(token, expert)
                 given.pointer("logits").store(logit, (token * count + expert) * 4)
                 self._ranks.store(self._rank(logit), expert * 4)
-            first = token * kept
-            with function.loop(first, first + kept, 1) as (place, _):
+            first = token * choices
+            with function.loop(first, first + choices, 1) as (place, _):
                 self._choose(token, place, count)
-            self._soften(first, kept)
+            self._soften(first, choices)
         function.finish()
 
     def _logit(self, token: Value, expert: Value) -> Value:
@@ -122,16 +122,16 @@ class _Route:
         given.pointer("experts").store(chosen, place * 8)
         given.pointer("weights").store(logit, place * 4)
 
-    def _soften(self, first: Value, kept: Value) -> None:
+    def _soften(self, first: Value, choices: Value) -> None:
         """Turn logits into weights; the first is the largest."""
         function, weights = self._function, self._given.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
-        with function.loop(first, first + kept, 1, [zero]) as (place, sums):
+        with function.loop(first, first + choices, 1, [zero]) as (place, sums):
             below = weights.load(f32, place * 4) - largest
             power = exponential(function, below)
             power = below.compare("==", below).choose(power, below)  # NaN stays NaN
             weights.store(power, place * 4)
             sums[0] = sums[0] + power
-        with function.loop(first, first + kept, 1) as (place, _):
+        with function.loop(first, first + choices, 1) as (place, _):
             weights.store(weights.load(f32, place * 4) / sums[0], place * 4)

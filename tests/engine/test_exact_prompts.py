@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 TOKENS = 70  # enough for products in bytes, which are for 16 tokens of an expert or more
 CHUNKS = (1, 2, 7, 64, 2048)
 FREE = SamplingOptions(temperature=1.0, seed=11)
-# What a model may be kept as, and how its cache may be: each takes other ways through the kernels.
+# Forms of an installed model and of its cache: each takes other ways through the kernels.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "nf4": ({}, {}, None),
     "attention in nf4": ({}, {"attention": True}, None),
@@ -40,7 +40,7 @@ needs_kernels = pytest.mark.skipif(not four_bit.available(), reason="the kernels
 def models(
     make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 ) -> Callable[[str], Path]:
-    """The kept model of a kind, made once."""
+    """Return the installed model of a kind, made once."""
     made: dict[str, Path] = {}
 
     def model(kind: str) -> Path:
@@ -66,7 +66,7 @@ def ids_of(count: int) -> list[int]:
 
 
 def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """What each layer keeps of `TOKENS` tokens read in these chunks, and the last one's logits."""
+    """Return each layer's cache of `TOKENS` tokens read in these chunks, and the last logits."""
     engine.forget()
     ids, start = ids_of(TOKENS), 0
     for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
@@ -164,7 +164,7 @@ def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     model, prompt = models("nf4"), ids_of(40)
     engine = load_engine(model, options)
     first = answer(engine, prompt)
-    PromptCache(tmp_path / "kept", engine).save()
+    PromptCache(tmp_path / "saved", engine).save()
     longer = [*prompt, *first, *ids_of(20)]
     expected = answer(engine, longer)
     assert engine.stats.reused_tokens == len(prompt) + len(first) - 1
@@ -172,7 +172,7 @@ def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     assert answer(resumed, longer) == expected
     assert resumed.stats.reused_tokens == 0
     from_file = load_engine(model, options)
-    assert PromptCache(tmp_path / "kept", from_file).load() == len(prompt) + len(first) - 1
+    assert PromptCache(tmp_path / "saved", from_file).load() == len(prompt) + len(first) - 1
     assert answer(from_file, longer) == expected
     assert same((read(resumed, [64])), (read(engine, [1])))
 
@@ -186,8 +186,8 @@ def test_a_prompt_cache_is_only_used_by_prompts_that_are_read_like_it(
         for how in (exact, not exact)
     )
     answer(writer, ids_of(40))
-    PromptCache(tmp_path / "kept", writer).save()
+    PromptCache(tmp_path / "saved", writer).save()
     how = "written" if exact else "not written"
     with pytest.raises(CheckpointError, match=f"was {how} with --exact-prompts"):
-        PromptCache(tmp_path / "kept", reader).load()
+        PromptCache(tmp_path / "saved", reader).load()
     assert reader.held()[0] == []

@@ -45,7 +45,7 @@ def test_greedy_text_equals_that_of_transformers(engine: Engine, tiny_checkpoint
     assert answer(engine, PROMPT) == expected[0, len(PROMPT) :].tolist()
 
 
-def test_a_chat_that_goes_on_prefills_only_what_is_new(engine: Engine, fp32_model: Path) -> None:
+def test_a_chat_that_continues_prefills_only_what_is_new(engine: Engine, fp32_model: Path) -> None:
     first = answer(engine, PROMPT)
     longer = [*PROMPT, *first, 7, 9, 11]
     second = answer(engine, longer)

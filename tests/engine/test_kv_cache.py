@@ -52,7 +52,7 @@ KINDS = [pytest.param(paged, marks=needs_kernel), of_tensors]
 
 
 def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tensor:
-    """What the tokens of these turns see in both layers: [layers, T, H, h]."""
+    """Return the attention of the tokens of these turns in both layers: [layers, T, H, h]."""
     generator = torch.Generator().manual_seed(0)
     seen: list[torch.Tensor] = []
     for tokens in turns:
@@ -99,7 +99,7 @@ def test_an_empty_cache_takes_no_memory(kind: type[KVCache], monkeypatch: object
         if isinstance(cache, PagedKVCache):
             return sum(page.nbytes for pages in cache._pages for page in pages)
         assert isinstance(cache, TensorKVCache)
-        return sum(layer.nbytes for layers in cache._kept.values() for layer in layers)
+        return sum(layer.nbytes for layers in cache._numbers.values() for layer in layers)
 
     cache = kind(16)
     assert held(cache) == 0

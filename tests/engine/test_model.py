@@ -120,7 +120,7 @@ def assert_as_near(
 
 
 @pytest.mark.parametrize("chunk", [TOKENS, 1])
-def test_a_checkpoint_in_fp16_that_is_kept_as_it_is_loses_nothing(
+def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(
     chunk: int, make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 ) -> None:
     """It became bf16: logits were nine times as far off as transformers' own in fp16."""
@@ -174,10 +174,12 @@ def test_attention_and_head_in_4_bits_stay_close(
 def test_the_answer_is_the_same_for_every_size_of_the_cache(
     tiny_checkpoint: Path, install: Callable[..., Path]
 ) -> None:
-    kept = install(tiny_checkpoint)
+    installed = install(tiny_checkpoint)
     ids = prompt(97)
     every = [
-        logits(load_engine(kept, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8)
+        logits(
+            load_engine(installed, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8
+        )
         for n in (2, 3, 5, 8)
     ]
     assert all(torch.equal(every[0], other) for other in every[1:])

@@ -95,20 +95,20 @@ def test_no_code_is_changed(
     )
     (shard,) = quantized.glob("*.safetensors")
     source = load_file(shard)
-    with InstalledModel(install(quantized, layout="bitsandbytes")) as kept:
-        assert kept.manifest.quantization["quant_type"] == kind
-        assert kept.manifest.quantization["attention"]
-        layout = kept.blueprint.expert
+    with InstalledModel(install(quantized, layout="bitsandbytes")) as installed:
+        assert installed.manifest.quantization["quant_type"] == kind
+        assert installed.manifest.quantization["attention"]
+        layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
-        kept.read_expert(1, 2, block)
+        installed.read_expert(1, 2, block)
         w13, w2 = layout._views(block)
         prefix = "model.layers.1.block_sparse_moe.experts.2."
         parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3")]
         assert torch.equal(w13[1], torch.cat(parts))
         assert torch.equal(w2[1], source[f"{prefix}w2.weight"].flatten())
-        gate = kept.blueprint.gate(0)
+        gate = installed.blueprint.gate(0)
         expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
-        assert torch.equal(kept.tensor(gate), expected)
+        assert torch.equal(installed.tensor(gate), expected)
 
 
 def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
@@ -124,14 +124,14 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
     for path in quantized.glob("model*"):
         path.unlink()
     save_file(tensors, quantized / "model.safetensors")
-    with InstalledModel(install(quantized)) as kept:
-        assert not kept.manifest.quantization["attention"]
-        o = kept.tensor(kept.blueprint.o(0).tensors[0])
+    with InstalledModel(install(quantized)) as installed:
+        assert not installed.manifest.quantization["attention"]
+        o = installed.tensor(installed.blueprint.o(0).tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
         assert torch.equal(o, expected)
 
 
-def test_nothing_of_it_is_searched_anew(
+def test_nothing_of_it_is_searched_again(
     make_checkpoint: Callable[..., Path],
     install: Callable[..., Path],
     tmp_path: Path,
@@ -143,5 +143,5 @@ def test_nothing_of_it_is_searched_anew(
         raise AssertionError("quantized a second time")
 
     monkeypatch.setattr(linear, "encode_nf4", refuse)
-    with InstalledModel(install(quantized, scales="search")) as kept:
-        assert kept.manifest.quantization["scales"] == "given"
+    with InstalledModel(install(quantized, scales="search")) as installed:
+        assert installed.manifest.quantization["scales"] == "given"

@@ -54,7 +54,7 @@ def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> list[int]:
 
 
 def saved(path: Path, engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
-    """What the engine answers; the file then has both, less the last token."""
+    """Return the engine's answer; the file then has both, less the last token."""
     said = answer(engine, prompt)
     assert PromptCache(path, engine).save()
     return said
@@ -315,7 +315,7 @@ def test_only_its_owner_reads_it_at_any_time(
 
 
 def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path: Path) -> None:
-    """What lies where a chat's cache belongs may be somebody else's link to anything."""
+    """A file in the place of a chat's cache may be somebody else's link to anything."""
     link, target = tmp_path / "f", tmp_path / "g"
     saved(target, open_engine())
     before = target.read_bytes()

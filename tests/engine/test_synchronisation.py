@@ -1,4 +1,4 @@
-"""How often decoding waits for the device: a GPU stands idle each time."""
+"""Decoding waits for the device as rarely as it can: a GPU is idle each time."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How many experts may be held while the memory that is free goes up and down."""
+"""The limit of experts that are held while the free memory changes."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def look(clock: Clock) -> Callable[[float, int], int]:
-    """What the watch says where so many GB are free, and so many experts are held."""
+    """Return the limit where so many GB are free, and so many experts are held."""
     free = [0.0]
     watch = MemoryWatch(lambda: round(free[0] * GB), reserve=GB, expert=EXPERT, slots=100, least=2)
 
@@ -109,7 +109,7 @@ def test_it_looks_at_once_also_just_after_the_machine_was_started(clock: Clock) 
 
 @given(st.lists(st.integers(0, 14 * GB), min_size=1, max_size=20))
 def test_while_others_stay_as_they_are_it_does_not_swing(others: list[int]) -> None:
-    """What is freed shows in what is free: each change goes one way, and then it stays."""
+    """Freed memory counts as free: each change goes one way, and then the limit stays."""
     clock, total, held = Clock(), 12 * GB, 0
     used = 0
     with pytest.MonkeyPatch.context() as patch:

@@ -126,7 +126,7 @@ def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_laye
     assert arrivals(work.finish()) == "xyabc"
 
 
-def test_a_prefetch_is_put_off_when_something_requested_comes_and_goes_on_from_where_it_was(
+def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from_where_it_was(
     work: Work,
 ) -> None:
     prefetch = work.prefetch("g", 4, stop=1)
@@ -149,7 +149,7 @@ def test_a_prefetch_that_was_put_off_may_be_put_off_again(work: Work) -> None:
     assert work.finish() == ["g0", "w0", "w there", "v0", "v there", "g1", "g2", "g there"]
 
 
-def test_a_prefetch_that_was_put_off_goes_on_before_others_of_its_layer_begin(work: Work) -> None:
+def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work: Work) -> None:
     """Else each interruption would begin one more, and none would be there in time."""
     work.prefetch("a", 2, stop=0)
     work.stops[0].wait()
@@ -197,7 +197,7 @@ def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work: Work) -> None
     assert arrivals(work.finish()) == "gw"
 
 
-def test_a_prefetch_that_was_put_off_and_is_requested_goes_on_before_other_prefetches(
+def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_prefetches(
     work: Work,
 ) -> None:
     right = work.prefetch("g", 2, layer=5, stop=0)
@@ -223,7 +223,7 @@ def test_to_want_what_is_there_changes_nothing(work: Work) -> None:
 
 
 @pytest.mark.parametrize("is_prefetch", [False, True])
-def test_one_that_is_cancelled_in_the_queue_is_not_begun(work: Work, is_prefetch: bool) -> None:
+def test_one_that_is_cancelled_in_the_queue_is_not_started(work: Work, is_prefetch: bool) -> None:
     held = work.hold()
     gone = work.begin("a", is_prefetch=is_prefetch)
     work.begin("b", is_prefetch=is_prefetch)
@@ -245,7 +245,7 @@ def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, is_prefet
 
 
 def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work) -> None:
-    """What it holds has to be given back then, not when Python happens to notice."""
+    """Its resources have to be given back then, not when Python collects garbage."""
     gone = work.prefetch("a", 3, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
@@ -258,7 +258,7 @@ def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work
     assert not gone.ended
 
 
-def test_a_failure_is_told_to_whoever_waits_and_the_next_is_carried_out(work: Work) -> None:
+def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work: Work) -> None:
     def steps() -> Steps:
         yield
         raise OSError("the disk says no")

@@ -1,4 +1,4 @@
-"""What fits where: slots from free bytes and budgets, and refusals that name both numbers."""
+"""Slots from free bytes and budgets, and errors that name both numbers."""
 
 from dataclasses import replace
 
@@ -117,7 +117,7 @@ def test_the_reserve_is_what_is_left_beside_the_experts(
     assert on_cpu(free, memory).reserve == int(reserve * GB)
 
 
-def test_some_reserve_is_kept_an_eye_on_where_a_budget_leaves_nothing() -> None:
+def test_some_reserve_is_watched_where_a_budget_leaves_nothing() -> None:
     demand = replace(MIXTRAL, context=0)
     assert place_on_cpu(demand, 13 * GB, budget("9.4GB")).reserve == int(0.6 * GB)
     assert place_on_cpu(demand, 13 * GB, budget("10GB")).reserve == GB // 4

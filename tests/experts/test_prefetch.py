@@ -1,4 +1,4 @@
-"""Guesses at the experts of the next layers: against a slow reference, and whether they pay.
+"""Predictions of the next layers' experts: against a slow reference, and how far ahead pays.
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok, L = layers.
 """
@@ -220,7 +220,7 @@ def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding: Decoding) 
             decoding.stats.misses[ExpertKey(0, 0)] += 100
             decoding.now += 70
         assert decoding.routers.asked == [(layer, 1) for layer in range(4)]
-        decoding.prefetch.predict(3, torch.zeros(1, D))  # the end of nothing that was begun
+        decoding.prefetch.predict(3, torch.zeros(1, D))  # the end of nothing that was started
     assert decoding.costs == pytest.approx(SAME)
 
 

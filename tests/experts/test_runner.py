@@ -22,12 +22,14 @@ from mixchat.weights.format.installed_model import InstalledModel
 CPU = torch.device("cpu")
 
 
-def runner(kept: InstalledModel, slots: int, source: ExpertSource | None = None) -> CachedExperts:
+def runner(
+    installed: InstalledModel, slots: int, source: ExpertSource | None = None
+) -> CachedExperts:
     layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
     store = ExpertStore(
-        source or DiskSource(kept, choose=False),
-        stored=kept.blueprint.expert,
-        used=kept.blueprint.in_layout(layout).expert,
+        source or DiskSource(installed, choose=False),
+        stored=installed.blueprint.expert,
+        used=installed.blueprint.in_layout(layout).expert,
         device=CPU,
     )
     return CachedExperts(Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2)))
@@ -37,14 +39,14 @@ def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor,
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, 64, generator=generator).to(torch.bfloat16)
     scores = torch.randn(tokens, 4, generator=generator)
-    kept, selected = scores.topk(choices, dim=-1)
-    return hidden, selected, kept.softmax(-1)
+    largest, selected = scores.topk(choices, dim=-1)
+    return hidden, selected, largest.softmax(-1)
 
 
-def slow(kept: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
+def slow(installed: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
     """Token by token, choice by choice, from freshly read experts."""
     hidden, selected, weights = inputs
-    one = runner(kept, 8)
+    one = runner(installed, 8)
     rows = []
     for token in range(hidden.shape[0]):
         total = torch.zeros(64)
@@ -58,24 +60,24 @@ def slow(kept: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tenso
 
 
 @pytest.fixture
-def kept(tiny_model: Path) -> InstalledModel:
+def installed(tiny_model: Path) -> InstalledModel:
     return InstalledModel(tiny_model)
 
 
 @pytest.mark.parametrize("choices", [1, 2, 3])
 @pytest.mark.parametrize("slots", [2, 3, 8])
 def test_grouping_by_expert_equals_going_token_by_token(
-    kept: InstalledModel, slots: int, choices: int
+    installed: InstalledModel, slots: int, choices: int
 ) -> None:
     inputs = routing(17, choices)
-    result = runner(kept, slots).run(1, *inputs)
-    torch.testing.assert_close(result, slow(kept, 1, *inputs), rtol=0.01, atol=1e-3)
+    result = runner(installed, slots).run(1, *inputs)
+    torch.testing.assert_close(result, slow(installed, 1, *inputs), rtol=0.01, atol=1e-3)
 
 
 def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
-    kept: InstalledModel,
+    installed: InstalledModel,
 ) -> None:
-    runners = [runner(kept, slots) for slots in (2, 3, 5, 8)]
+    runners = [runner(installed, slots) for slots in (2, 3, 5, 8)]
     for seed in range(20):
         inputs = routing(1 + seed % 5, seed=seed)
         results = [each.run(seed % 2, *inputs) for each in runners]
@@ -84,10 +86,10 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
 
 
 def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
-    kept: InstalledModel,
+    installed: InstalledModel,
 ) -> None:
     """A wrong prediction frees its slot; the next expert took another one, and its memory."""
-    fetcher = runner(kept, 8)._fetcher
+    fetcher = runner(installed, 8)._fetcher
     for layer, expert in product((0, 1), range(4)):
         fetcher.request([ExpertKey(layer, expert)])
         fetcher.ready(ExpertKey(layer, expert))
@@ -107,28 +109,28 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
         assert len(fetcher._store.blocks) <= 4
 
 
-def test_each_expert_is_touched_once_a_call(kept: InstalledModel) -> None:
-    small = runner(kept, 2)
+def test_each_expert_is_used_once_a_call(installed: InstalledModel) -> None:
+    small = runner(installed, 2)
     small.run(0, *routing(64))
     assert small._fetcher.stats.misses.total() == 4
     assert small._fetcher.stats.hits.total() == 0
 
 
-def test_experts_in_the_cache_are_used_before_others_evict_them(kept: InstalledModel) -> None:
+def test_experts_in_the_cache_are_used_before_others_evict_them(installed: InstalledModel) -> None:
     """Walking 0, 1, 2, 3 with two slots in plain LRU order would never hit."""
-    small = runner(kept, 2)
+    small = runner(installed, 2)
     inputs = routing(64)
     small.run(0, *inputs)
     small.run(0, *inputs)
     assert small._fetcher.stats.hits.total() == 2
-    assert small._fetcher.stats.bytes_moved == 6 * kept.blueprint.expert.nbytes
+    assert small._fetcher.stats.bytes_moved == 6 * installed.blueprint.expert.nbytes
 
 
 class Failing:
     """A source whose loads fail, after half of the bytes, until told otherwise."""
 
-    def __init__(self, kept: InstalledModel) -> None:
-        self.source, self.fail = DiskSource(kept, choose=False), True
+    def __init__(self, installed: InstalledModel) -> None:
+        self.source, self.fail = DiskSource(installed, choose=False), True
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if self.fail:
@@ -140,9 +142,9 @@ class Failing:
         return "disk"
 
 
-def test_a_load_that_fails_leaves_no_half_expert_behind(kept: InstalledModel) -> None:
-    source = Failing(kept)
-    failing = runner(kept, 3, source)
+def test_a_load_that_fails_leaves_no_half_expert_behind(installed: InstalledModel) -> None:
+    source = Failing(installed)
+    failing = runner(installed, 3, source)
     inputs = routing(3)
     for _ in range(3):
         with pytest.raises(CheckpointError, match="cut short"):
@@ -150,14 +152,14 @@ def test_a_load_that_fails_leaves_no_half_expert_behind(kept: InstalledModel) ->
     source.fail = False
     with contextlib.suppress(CheckpointError):  # of a load that was under way already
         failing.run(0, *inputs)
-    assert torch.equal(failing.run(0, *inputs), runner(kept, 8).run(0, *inputs))
+    assert torch.equal(failing.run(0, *inputs), runner(installed, 8).run(0, *inputs))
 
 
 def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
-    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [runner(kept, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
-    interrupted = runner(kept, 3)
+    expected = [runner(installed, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
+    interrupted = runner(installed, 3)
 
     def interrupt(transfer: Transfer) -> None:
         raise KeyboardInterrupt
@@ -171,10 +173,10 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
 
 
 def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
-    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache knows the expert then, and nobody is bringing it."""
-    interrupted = runner(kept, 3)
+    interrupted = runner(installed, 3)
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -183,33 +185,33 @@ def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
         patch.setattr(Mover, "begin", interrupt)
         with pytest.raises(KeyboardInterrupt):
             interrupted.run(0, *routing(3))
-    assert torch.equal(interrupted.run(0, *routing(3)), runner(kept, 8).run(0, *routing(3)))
+    assert torch.equal(interrupted.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))
 
 
-def test_the_next_experts_are_on_their_way_while_one_is_computed(kept: InstalledModel) -> None:
-    begun: list[int] = []
+def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: InstalledModel) -> None:
+    started: list[int] = []
 
     class Noting(DiskSource):
         def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
-            begun.append(key.expert)
+            started.append(key.expert)
             yield from super().load(key, block, evicted)
 
-    fetcher = runner(kept, 4, Noting(kept, choose=False))._fetcher
+    fetcher = runner(installed, 4, Noting(installed, choose=False))._fetcher
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     fetcher.ready(ExpertKey(0, 2))  # the last to come
-    assert begun == [3, 0, 2]
+    assert started == [3, 0, 2]
     assert fetcher.stats.misses.total() == 3
 
 
 def test_a_thread_that_cannot_be_started_once_does_not_harm_the_next_answer(
-    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    failing = runner(kept, 3)
+    failing = runner(installed, 3)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ResourceError, match="cannot start a thread"):
             failing.run(0, *routing(3))
-    assert torch.equal(failing.run(0, *routing(3)), runner(kept, 8).run(0, *routing(3)))
+    assert torch.equal(failing.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))

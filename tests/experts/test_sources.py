@@ -1,4 +1,4 @@
-"""Where experts come from: whatever is loaded, put off or cancelled, their bytes are right."""
+"""The sources of experts: whatever is loaded, put off or cancelled, their bytes are right."""
 
 import errno
 import hashlib
@@ -45,15 +45,15 @@ def directory(make_checkpoint: Callable[..., Path], install: Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def kept(directory: Path) -> Iterator[InstalledModel]:
-    with InstalledModel(directory) as kept:
-        yield kept
+def installed(directory: Path) -> Iterator[InstalledModel]:
+    with InstalledModel(directory) as installed:
+        yield installed
 
 
 @pytest.fixture(scope="module")
-def truth(kept: InstalledModel) -> dict[ExpertKey, str]:
+def truth(installed: InstalledModel) -> dict[ExpertKey, str]:
     """The digest of every expert's bytes, each read in one go."""
-    digests = {key: digest(whole(kept, key)) for key in KEYS}
+    digests = {key: digest(whole(installed, key)) for key in KEYS}
     assert len(set(digests.values())) == len(KEYS)
     return digests
 
@@ -64,9 +64,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CPU", torch.device("cpu:0"))
 
 
-def whole(kept: InstalledModel, key: ExpertKey) -> torch.Tensor:
-    block = new_block(kept.blueprint.expert.stride, CPU)
-    kept.read_expert(*key, block)
+def whole(installed: InstalledModel, key: ExpertKey) -> torch.Tensor:
+    block = new_block(installed.blueprint.expert.stride, CPU)
+    installed.read_expert(*key, block)
     return block
 
 
@@ -90,9 +90,9 @@ class Bytes:
 class Disk(DiskSource):
     """Notes what is read from it, and fails where `fails` says so."""
 
-    def __init__(self, kept: InstalledModel) -> None:
-        super().__init__(kept, choose=False)
-        self.stride = kept.blueprint.expert.stride
+    def __init__(self, installed: InstalledModel) -> None:
+        super().__init__(installed, choose=False)
+        self.stride = installed.blueprint.expert.stride
         self.reads: Counter[ExpertKey] = Counter()
         self.fails = False
 
@@ -122,7 +122,7 @@ class Device:
         for _ in self.put_off.pop(key, ()):
             pass
 
-    def guess(self, key: ExpertKey, steps: int) -> None:
+    def prefetch(self, key: ExpertKey, steps: int) -> None:
         """Begin to bring an expert, and put it off after so many steps, if it is not there."""
         if key in self.cache or len(self.put_off) == self.cache.slots - 1:
             return
@@ -138,7 +138,7 @@ class Device:
             self.cache.discard(key)
 
     def contents(self) -> dict[ExpertKey, str]:
-        """What is in the slots of all experts that count as being there."""
+        """Return the content of the slots of all experts that count as being there."""
         contents: dict[ExpertKey, str] = {}
         for key in self.cache:
             if key not in self.put_off:
@@ -180,22 +180,22 @@ def test_both_ways_from_disk_read_the_same_bytes(
         read(self, *args, direct=direct)
 
     monkeypatch.setattr(InstalledModel, "read_expert", noted)
-    with InstalledModel(directory) as kept:
-        source = DiskSource(kept, choose=True)
+    with InstalledModel(directory) as installed:
+        source = DiskSource(installed, choose=True)
         for _ in range(3):
             for key in KEYS:
-                assert load(source, key, kept.blueprint.expert.stride) == truth[key]
+                assert load(source, key, installed.blueprint.expert.stride) == truth[key]
         assert ways[False] >= 8 * 2  # a round of eight experts, in steps
-        assert not kept.open_direct() or ways[True] >= 8 * 2
+        assert not installed.open_direct() or ways[True] >= 8 * 2
         assert source.tier(A) == "disk"
 
 
 def test_without_a_choice_it_reads_through_the_page_cache(
-    kept: InstalledModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
 ) -> None:
-    monkeypatch.setattr(kept, "open_direct", lambda: pytest.fail("not asked for"))
-    source = DiskSource(kept, choose=False)
-    assert load(source, B, kept.blueprint.expert.stride) == truth[B]
+    monkeypatch.setattr(installed, "open_direct", lambda: pytest.fail("not asked for"))
+    source = DiskSource(installed, choose=False)
+    assert load(source, B, installed.blueprint.expert.stride) == truth[B]
 
 
 def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
@@ -209,16 +209,16 @@ def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
         return opened(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refused)
-    with InstalledModel(directory) as kept:
-        source = DiskSource(kept, choose=True)
+    with InstalledModel(directory) as installed:
+        source = DiskSource(installed, choose=True)
         for key in KEYS:
-            assert load(source, key, kept.blueprint.expert.stride) == truth[key]
+            assert load(source, key, installed.blueprint.expert.stride) == truth[key]
 
 
-def test_it_reads_in_steps(kept: InstalledModel) -> None:
-    right = whole(kept, C)
+def test_it_reads_in_steps(installed: InstalledModel) -> None:
+    right = whole(installed, C)
     block = torch.full_like(right, 0xEE)
-    steps = DiskSource(kept, choose=False).load(C, block, None)
+    steps = DiskSource(installed, choose=False).load(C, block, None)
     assert len(block) >= 2 * 4096
     for done in range(4096, len(block) + 1, 4096):
         next(steps)
@@ -229,11 +229,11 @@ def test_it_reads_in_steps(kept: InstalledModel) -> None:
 
 @pytest.mark.usefixtures("a_gpu")
 def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     """The bytes pass through RAM, where the next load finds the same place."""
-    source = DiskSource(kept, choose=False)
-    blocks = [new_block(kept.blueprint.expert.stride, CPU) for _ in range(3)]
+    source = DiskSource(installed, choose=False)
+    blocks = [new_block(installed.blueprint.expert.stride, CPU) for _ in range(3)]
     late, later = source.load(A, blocks[0], None), source.load(B, blocks[1], None)
     next(late)
     next(later)
@@ -250,9 +250,9 @@ def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
 def test_a_file_cut_short_after_it_was_opened_is_named(
     directory: Path, tmp_path: Path, choose: bool, missing: int
 ) -> None:
-    copy = Path(shutil.copytree(directory, tmp_path / "kept"))
-    with InstalledModel(copy) as kept:
-        source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
+    copy = Path(shutil.copytree(directory, tmp_path / "installed"))
+    with InstalledModel(copy) as installed:
+        source, size = DiskSource(installed, choose=choose), installed.blueprint.expert.stride
         file = copy / "experts-002.safetensors"
         os.truncate(file, file.stat().st_size - missing)
         load(source, ExpertKey(2, EXPERTS - 2), size)
@@ -263,14 +263,14 @@ def test_a_file_cut_short_after_it_was_opened_is_named(
 
 
 @pytest.mark.parametrize("choose", [True, False])
-def test_a_read_error_is_told_with_the_files_name(
+def test_a_read_error_is_raised_with_the_files_name(
     directory: Path, choose: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with InstalledModel(directory) as kept:
-        source, size = DiskSource(kept, choose=choose), kept.blueprint.expert.stride
+    with InstalledModel(directory) as installed:
+        source, size = DiskSource(installed, choose=choose), installed.blueprint.expert.stride
         monkeypatch.setattr(os, "preadv", broken)
         said = r"experts-001\.safetensors: cannot be read \(Input/output error\)"
         with pytest.raises(CheckpointError, match=said):
@@ -282,9 +282,9 @@ def test_a_read_error_is_told_with_the_files_name(
 @settings(deadline=None)
 @given(st.lists(keys, max_size=60))
 def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
-    kept: InstalledModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
+    installed: InstalledModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, len(KEYS), swaps=False)
     device = Device(tier, disk.stride, 2)
     for key in wanted:
@@ -297,13 +297,13 @@ def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
 @settings(deadline=None)
 @given(st.integers(2, 5), st.integers(4, 9), st.lists(keys, max_size=80))
 def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
-    kept: InstalledModel,
+    installed: InstalledModel,
     truth: dict[ExpertKey, str],
     slots: int,
     host_slots: int,
     wanted: list[ExpertKey],
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, host_slots, swaps=True)
     device = Device(tier, disk.stride, slots)
     for number, key in enumerate(wanted, 1):
@@ -315,9 +315,9 @@ def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
 
 
 def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=True)
     device = Device(tier, disk.stride, 2)
     for key in (A, B, C):  # A comes down
@@ -332,7 +332,7 @@ def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
 
 operations = st.one_of(
     st.tuples(st.just("load"), keys, st.just(0)),
-    st.tuples(st.just("guess"), keys, st.integers(0, 4)),
+    st.tuples(st.just("prefetch"), keys, st.integers(0, 4)),
     st.tuples(st.just("cancel"), keys, st.just(0)),
 )
 
@@ -341,22 +341,22 @@ operations = st.one_of(
 @settings(deadline=None, max_examples=200)
 @given(st.integers(3, 7), st.integers(4, 9), st.lists(operations, max_size=60))
 def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
-    kept: InstalledModel,
+    installed: InstalledModel,
     truth: dict[ExpertKey, str],
     swaps: bool,
     slots: int,
     host_slots: int,
     events: list[tuple[str, ExpertKey, int]],
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, host_slots, swaps=swaps)
     device = Device(tier, disk.stride, slots)
     for what, key, steps in [*events, *(("load", key, 0) for key in KEYS)]:
         in_ram, reads = tier.tier(key) == "host", disk.reads[key]
         if what == "load":
             device.load(key)
-        elif what == "guess":
-            device.guess(key, steps)
+        elif what == "prefetch":
+            device.prefetch(key, steps)
         else:
             device.cancel(key)
         assert device.contents().items() <= truth.items()
@@ -365,12 +365,12 @@ def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
 
 
 def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     device = Device(tier_of(disk, 4, swaps=True), disk.stride, 8)
     for key in KEYS[:6]:
-        device.guess(key, 1)
+        device.prefetch(key, 1)
     for key in (*KEYS[8:], *KEYS[:6]):
         device.load(key)
         assert device.contents().items() <= truth.items()
@@ -378,17 +378,17 @@ def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
 
 
 def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     """The one that it drives out has to find a place beside it and beside all that are half."""
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=True)
     device = Device(tier, disk.stride, 6)
     for key in KEYS[:7]:
         device.load(key)
     assert tier.tier(KEYS[0]) == "host"
     for key in KEYS[8:12]:
-        device.guess(key, 1)
+        device.prefetch(key, 1)
     device.load(KEYS[0])
     assert disk.reads[KEYS[0]] == 1
     for key in KEYS:
@@ -397,15 +397,15 @@ def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
 
 
 def test_what_was_half_written_over_does_not_come_down(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=True)
     device = Device(tier, disk.stride, 8)
     for key in KEYS[:8]:
         device.load(key)
     for key in KEYS[8:12]:  # those that find no place in RAM go straight into their slots
-        device.guess(key, 1)
+        device.prefetch(key, 1)
     for key in KEYS[8:12]:
         device.cancel(key)
     for key in KEYS[12:]:  # into the same slots
@@ -416,9 +416,9 @@ def test_what_was_half_written_over_does_not_come_down(
 
 
 def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=True)
     device = Device(tier, disk.stride, 3)
     for key in (A, B, C, D):  # A comes down
@@ -438,9 +438,9 @@ def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
 
 
 def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_put_off(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=True)
     device = Device(tier, disk.stride, 6)
     for key in KEYS[:8]:
@@ -448,7 +448,7 @@ def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_p
     with tier.borrow(A) as lent:
         assert tier.tier(B) == "host"
         for key in KEYS[8:12]:
-            device.guess(key, 1)
+            device.prefetch(key, 1)
         device.load(B)
         block: Any = lent
         assert digest(block) == truth[A]
@@ -459,10 +459,10 @@ def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_p
 
 
 def test_only_what_is_whole_in_ram_is_lent(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    tier = tier_of(Disk(kept), 4, swaps=False)
-    steps = tier.load(A, new_block(kept.blueprint.expert.stride, CPU), None)
+    tier = tier_of(Disk(installed), 4, swaps=False)
+    steps = tier.load(A, new_block(installed.blueprint.expert.stride, CPU), None)
     for _ in range(2):
         with tier.borrow(A) as lent:
             assert lent is None
@@ -475,10 +475,10 @@ def test_only_what_is_whole_in_ram_is_lent(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_what_is_being_copied_into_ram_is_not_lent(kept: InstalledModel, swaps: bool) -> None:
+def test_what_is_being_copied_into_ram_is_not_lent(installed: InstalledModel, swaps: bool) -> None:
     """Whoever computes asks at any time: also while the place is being made for the bytes."""
     seen: list[str] = []
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = HostTier(
         disk,
         4,
@@ -497,9 +497,9 @@ def test_what_is_being_copied_into_ram_is_not_lent(kept: InstalledModel, swaps: 
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_load_that_was_cancelled_leaves_no_half_expert(
-    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
+    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     block = new_block(disk.stride, CPU)
     cancelled = tier.load(A, block, None)
@@ -513,10 +513,10 @@ def test_a_load_that_was_cancelled_leaves_no_half_expert(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_one_that_was_put_off_may_be_loaded_anew_before_it_is_closed(
-    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
+def test_one_that_was_put_off_may_be_loaded_again_before_it_is_closed(
+    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     old = tier.load(A, new_block(disk.stride, CPU), None)
     next(old)
@@ -529,9 +529,9 @@ def test_one_that_was_put_off_may_be_loaded_anew_before_it_is_closed(
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_a_load_that_failed_leaves_no_half_expert(
-    kept: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
+    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     disk.fails = True
     with pytest.raises(CheckpointError, match="says no"):
@@ -542,7 +542,7 @@ def test_a_load_that_failed_leaves_no_half_expert(
 
 
 def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     refusals = [RuntimeError("no memory")]
 
@@ -550,7 +550,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
         if refusals:
             raise refusals.pop()
 
-    disk = Disk(kept)
+    disk = Disk(installed)
     tier = HostTier(disk, 4, layout_of(disk), LRU(), swaps=False, lock=lock)
     with pytest.raises(RuntimeError, match="no memory"):
         load(tier, A, disk.stride)
@@ -558,9 +558,9 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
     assert load(tier, A, disk.stride) == truth[A]
 
 
-def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: InstalledModel) -> None:
+def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed: InstalledModel) -> None:
     locked: list[torch.Tensor] = []
-    disk = Disk(kept)
+    disk = Disk(installed)
     device = Device(
         HostTier(disk, 4, layout_of(disk), LRU(), swaps=True, lock=locked.append), disk.stride, 2
     )
@@ -570,11 +570,11 @@ def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(kept: Installed
     assert all(block.data_ptr() % 4096 == 0 and len(block) == disk.stride for block in locked)
 
 
-def test_a_store_counts_what_came_and_says_where_experts_are(kept: InstalledModel) -> None:
-    disk = Disk(kept)
+def test_a_store_counts_what_came_and_says_where_experts_are(installed: InstalledModel) -> None:
+    disk = Disk(installed)
     device = Device(disk, disk.stride, 2)
     device.load(A)
-    device.guess(B, 1)
+    device.prefetch(B, 1)
     assert device.store.bytes_moved == disk.stride
     device.load(B)
     assert device.store.bytes_moved == 2 * disk.stride
@@ -583,9 +583,9 @@ def test_a_store_counts_what_came_and_says_where_experts_are(kept: InstalledMode
 
 
 def test_a_load_into_a_slot_that_was_given_back_ends_in_nothing(
-    kept: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(kept)
+    disk = Disk(installed)
     device = Device(disk, disk.stride, 2)
     on_its_way = device.store.load(A, 0)
     next(on_its_way)

@@ -17,7 +17,7 @@ def rounds(trial: Trial[str], count: int, **costs: float) -> str:
 
 
 def test_the_docstrings_example() -> None:
-    """Each has a try; then the better one goes on, and the tries of the other become rarer."""
+    """Each has a try; then the better one is used, and the tries of the other become rarer."""
     ways = rounds(Trial("AB", 1), 180, A=2, B=1)
     head = "A" + "B" * 7 + "A" + "B" * 15 + "A" + "B" * 31 + "A" + "B" * 63 + "A" + "B" * 63
     assert ways == head[:180]
@@ -25,7 +25,7 @@ def test_the_docstrings_example() -> None:
     assert " ".join(ways[:10]) in Trial.__doc__
 
 
-def test_the_first_way_is_kept_to_where_it_costs_less() -> None:
+def test_the_first_way_is_used_where_it_costs_less() -> None:
     ways = rounds(Trial("AB", 1), 100, A=1, B=2)
     assert ways.startswith("AB" + "A" * 6 + "B")
     assert ways.count("B") <= 5

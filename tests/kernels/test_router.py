@@ -10,14 +10,14 @@ pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "experts", "kept"), [(1, 8, 2), (3, 16, 3), (300, 8, 8)])
+@pytest.mark.parametrize(("tokens", "experts", "choices"), [(1, 8, 2), (3, 16, 3), (300, 8, 8)])
 def test_the_experts_are_those_of_the_largest_logits_and_the_weights_their_softmax(
-    dtype: torch.dtype, tokens: int, experts: int, kept: int
+    dtype: torch.dtype, tokens: int, experts: int, choices: int
 ) -> None:
     torch.manual_seed(0)
     x, gate = torch.randn(tokens, 576).to(dtype), torch.randn(experts, 576) * 0.1
-    logits, best = (x.double() @ gate.double().T).topk(kept, dim=-1)
-    selected, weights = router.route(x, gate, kept)
+    logits, best = (x.double() @ gate.double().T).topk(choices, dim=-1)
+    selected, weights = router.route(x, gate, choices)
     assert torch.equal(selected, best)
     assert (weights - logits.softmax(-1)).abs().max() < 1e-5
     assert (weights.sum(-1) - 1).abs().max() < 1e-6

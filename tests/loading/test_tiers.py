@@ -46,20 +46,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def expert_size(tiny_model: Path) -> int:
-    with InstalledModel(tiny_model) as kept:
-        return kept.blueprint.expert.stride
+    with InstalledModel(tiny_model) as installed:
+        return installed.blueprint.expert.stride
 
 
 @pytest.fixture(scope="module")
 def expected_in_turn(tiny_model: Path) -> list[list[int]]:
-    """What the model says to two prompts, with all of its eight experts in RAM."""
+    """Return the answers to two prompts, with all eight experts in RAM."""
     engine = load_engine(tiny_model, LoadOptions(device="cpu"))
     return [text(engine), text(engine, SHORT)]
 
 
 @pytest.fixture(scope="module")
 def expected(expected_in_turn: list[list[int]]) -> list[int]:
-    """What it says to the first."""
+    """Return the answer to the first one."""
     return expected_in_turn[0]
 
 
@@ -71,8 +71,8 @@ def load(
     model: Path, slots: int, host: int, expert: int, note: Note = lambda text: None, **options: Any
 ) -> Engine:
     """An engine on "cpu:0" with so many slots there and in RAM."""
-    with InstalledModel(model) as kept:
-        shared = kept.blueprint.shared_size
+    with InstalledModel(model) as installed:
+        shared = installed.blueprint.shared_size
     context = 2 * 2 * 128 * 32 * 2  # of the 128 tokens that it can do
     return load_engine(
         model,
@@ -191,7 +191,7 @@ def test_a_device_that_holds_no_two_experts_is_refused(
         load(tiny_model, 8, 8, expert_size)
 
 
-def test_a_device_that_runs_out_of_memory_goes_on_with_half_of_the_experts(
+def test_a_device_that_runs_out_of_memory_continues_with_half_of_the_experts(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
@@ -233,19 +233,19 @@ def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(
 def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with InstalledModel(tiny_model) as kept:
-        packed = kept.blueprint.expert.w13.packed
+    with InstalledModel(tiny_model) as installed:
+        packed = installed.blueprint.expert.w13.packed
     other = "bitsandbytes" if packed else "cpu-packed"
-    assert kept.blueprint.in_layout(other).expert != kept.blueprint.expert
+    assert installed.blueprint.in_layout(other).expert != installed.blueprint.expert
     monkeypatch.setattr(Blueprint, "computed_on", lambda self, device: self.in_layout(other))
     monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(copy=1.0, expert=1e-9))
-    with InstalledModel(tiny_model) as kept:
-        assert tiers._host_compute(kept, None, torch.device("cpu", 0), print) is None
+    with InstalledModel(tiny_model) as installed:
+        assert tiers._host_compute(installed, None, torch.device("cpu", 0), print) is None
 
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What the watch believes to be free, looked at each time it is asked."""
+    """The memory that counts as free, checked at each step."""
     free = {"bytes": 10**12}
     monkeypatch.setattr("mixchat.machine.free_memory", lambda: free["bytes"])
     monkeypatch.setattr("mixchat.experts.memory.INTERVAL", 0)
