@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from mixchat.progress import NoProgress
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow
-    from mixchat.planning.expectation import SpeedRange
 
 
 def context_of(model: str, size: int | None) -> Context:
@@ -86,16 +85,6 @@ def open_session(
             stop=stop,
             overflow=overflow,
         )
-
-
-def speed_prediction(
-    model: str, device: str | None, session: ChatSession
-) -> Callable[[], SpeedRange | None]:
-    """Return a function that predicts how fast the session decodes; None where it is not known."""
-    from mixchat.loading import loader
-    from mixchat.weights import models
-
-    return loader.speed_prediction(models.installed_directory(model), device, session.engine)
 
 
 def find_or_build(name: str, *, quiet: bool = False) -> Path:

@@ -15,7 +15,7 @@ from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
-from mixchat.cli.opening import context_of, open_session, speed_prediction
+from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
@@ -24,6 +24,7 @@ from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
+    from mixchat.planning.expectation import SpeedRange
 
 # The parameters of `run` that are options of sampling have the names of these.
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
@@ -139,7 +140,16 @@ def _verbose_report(
 ) -> Callable[[Finished], None]:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.engine, speed_prediction(model, device, session))
+    return VerboseReport(session.engine, _speed_predictor(session, model, device))
+
+
+def _speed_predictor(
+    session: ChatSession, model: str, device: str | None
+) -> Callable[[], SpeedRange | None]:
+    from mixchat.loading.loader import speed_predictor
+    from mixchat.weights.models import installed_directory
+
+    return speed_predictor(installed_directory(model), device, session.engine)
 
 
 def _nothing(finished: Finished) -> None:

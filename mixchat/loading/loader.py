@@ -90,7 +90,7 @@ def _assemble(
     )
 
 
-def speed_prediction(
+def speed_predictor(
     directory: Path, device_name: str | None, engine: Engine
 ) -> Callable[[], SpeedRange | None]:
     """Return a function that predicts how fast the engine decodes with the slots it has by then.

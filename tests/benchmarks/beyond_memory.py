@@ -120,7 +120,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
-    from mixchat.loading.loader import load_engine, speed_prediction
+    from mixchat.loading.loader import load_engine, speed_predictor
     from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import decode_cost, hit_rates
@@ -150,7 +150,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         speeds = known_speeds(kept.blueprint, model, CPU).typical
         cost = decode_cost(kept.blueprint, CPU, speeds, placement)
         hit_rate = hit_rates(kept.blueprint, CPU, placement)[0]
-    expected = speed_prediction(model, "cpu", engine)()
+    expected = speed_predictor(model, "cpu", engine)()
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     return {
         "slots": engine.experts.slots,

@@ -3,7 +3,7 @@
 from contextlib import closing
 
 import pytest
-from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine
+from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
 
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import PromptError
@@ -428,3 +428,17 @@ def test_old_turns_are_offered_to_be_left_out_only_where_that_helps(session_of):
     with pytest.raises(PromptError) as alone:
         listen(session.ask("x" * 70))
     assert alone.value.hint == "--ctx-size can be up to 32768."
+
+
+def test_the_progress_of_the_prefill_goes_to_whoever_asks():
+    session = make_session("Hello")
+    seen = []
+    generate = session.engine.generate
+
+    def reading(prompt_ids, *, on_prefill, **options):
+        on_prefill(len(prompt_ids), len(prompt_ids))
+        return generate(prompt_ids, on_prefill=on_prefill, **options)
+
+    session.engine.generate = reading
+    listen(session.ask("Hi", lambda done, total: seen.append((done, total))))
+    assert seen == [(8, 8)]  # "[user]Hi"

@@ -56,7 +56,7 @@ def mixchat(environment, monkeypatch, capsysbinary):
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             if fake:
                 patch.setattr("mixchat.cli.run.open_session", fake_mixchat.open_fake)
-                patch.setattr("mixchat.cli.run.speed_prediction", fake_mixchat.predict_fake)
+                patch.setattr("mixchat.cli.run._speed_predictor", fake_mixchat.predict_fake)
             with pytest.raises(SystemExit) as ending:
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()

@@ -45,7 +45,7 @@ def open_fake(model, load, form, *, sampling, **options):
     return session
 
 
-def predict_fake(model, device, session):
+def predict_fake(session, model, device):
     measured_at = time.time() - 3 * 86400 - 5
     return lambda: types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
 
@@ -75,5 +75,5 @@ def record(engine, path):
 if __name__ == "__main__":
     from mixchat.cli import app, run
 
-    run.open_session, run.speed_prediction = open_fake, predict_fake
+    run.open_session, run._speed_predictor = open_fake, predict_fake
     app.run(sys.argv[1:])

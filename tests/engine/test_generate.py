@@ -137,3 +137,30 @@ def test_a_refused_prompt_does_not_disturb_the_cache(engine: Engine) -> None:
 def test_a_tokenizer_of_another_model_is_named(engine: Engine) -> None:
     with pytest.raises(CheckpointError, match="gives the token 97, the model has 97"):
         answer(engine, [5, 97])
+
+
+def test_the_progress_of_the_prefill_is_reported_after_each_layer(engine: Engine) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def on_prefill(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    for _ in engine.generate(
+        PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=3, on_prefill=on_prefill
+    ):
+        pass
+    layers = engine.config.num_hidden_layers
+    assert seen == [(8 * (layer + 1) // layers, 8) for layer in range(layers)]
+
+
+def test_the_experts_counts_of_the_stats_are_those_of_the_last_call(engine: Engine) -> None:
+    layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
+    counts = []
+    for tokens in (5, 3):
+        answer(engine, PROMPT, tokens)
+        engine.forget()
+        experts = engine.stats.experts
+        counts.append(experts.hits.total() + experts.misses.total())
+    assert counts[0] - counts[1] == 2 * layers * choices  # two more tokens were decoded
+    whole = engine.experts.stats
+    assert sum(counts) == whole.hits.total() + whole.misses.total()

@@ -9,7 +9,8 @@ import torch
 
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import free_on
-from mixchat.loading.loader import choose_device, load_engine
+from mixchat.experts.placement import Placement
+from mixchat.loading.loader import choose_device, load_engine, speed_predictor
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
 
@@ -120,3 +121,21 @@ def test_an_engine_that_is_dropped_leaves_no_file_open(tiny_model: Path) -> None
     assert open_files() > before
     del engine
     assert open_files() == before
+
+
+def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
+    predict = speed_predictor(tiny_model, "cpu", engine)
+    assert predict() is None  # never measured here
+    placements: list[Placement] = []
+    monkeypatch.setattr(
+        "mixchat.loading.loader.predicted", lambda *given: placements.append(given[-1])
+    )
+    predict()
+    engine.experts.halve()
+    predict()
+    counts = [(each.slots, each.host_slots, each.experts) for each in placements]
+    assert counts == [(4, 0, 8), (2, 0, 8)]
