@@ -13,7 +13,6 @@ from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.flags.config_defaults import config_defaults, takes_number
 from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
 from mixchat.cli.output.failure import print_error
-from mixchat.cli.output.table import aligned
 from mixchat.errors import UsageError
 from mixchat.settings import config_file
 
@@ -111,6 +110,8 @@ def _as_dict(settings: list[CurrentSetting]) -> dict[str, Any]:
 
 
 def _as_text(settings: list[CurrentSetting]) -> str:
+    from mixchat.cli.output.table import aligned
+
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(each.key, _shown(each), each.source) for each in settings]

@@ -15,7 +15,6 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.errors import MixchatError, ModelNotFoundError
 from mixchat.model_config import ModelConfig, advised_length, advised_sampling
 from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.progress import NoProgress
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow
@@ -97,6 +96,7 @@ def find_or_build(name: str, *, quiet: bool = False) -> Path:
         if not models.resolve(name).demo:
             raise
     prepare_environment()
+    from mixchat.progress import NoProgress
     from mixchat.weights.make.download import DownloadRequest, download
     from mixchat.weights.make.quantize_options import QuantizeOptions
 

@@ -19,7 +19,6 @@ from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import Form, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
-from mixchat.experts.trace import trace_file
 from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ def run(
     chat_flags.check_first_word(context, prompt or [])
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
+        from mixchat.experts.trace import trace_file
+
         trace_file(trace).check()
     resumed = find_chat(resume)
     if resumed is not None and not is_given(context, "model"):

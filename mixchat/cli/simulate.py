@@ -12,7 +12,6 @@ import typer
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.output.show_progress import status
-from mixchat.cli.output.table import aligned
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Predict the hit rates of expert caches by size and policy."""
+    from mixchat.cli.output.table import aligned
     from mixchat.experts.trace import read_trace
     from mixchat.planning.simulate import synthetic_trace
 

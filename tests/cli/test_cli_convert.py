@@ -52,7 +52,7 @@ def test_into_the_layout_asked_for(mixchat, installed, both):
     assert lines_of(done)[-1] == "mine has the layout cpu-packed now"
     assert same(installed, both["cpu-packed"])
     assert mixchat("verify", "mine").returncode == 0
-    assert b"layout           cpu-packed\n" in mixchat("show", "mine").stdout
+    assert b"layout             cpu-packed\n" in mixchat("show", "mine").stdout
 
 
 def test_already_so_is_said_in_one_line(mixchat, installed, both):
