@@ -175,7 +175,7 @@ def _drop_from_page_cache(directory: Path) -> None:
     """Let the kernel forget what it holds of the files, where it can be told to."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for path in filter(Path.is_file, directory.iterdir()):  # nobody opens the end of a FIFO
+    for path in filter(Path.is_file, directory.iterdir()):  # opening a FIFO would wait
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)

@@ -128,7 +128,7 @@ def measure(what: str, directory: Path, *steps: list[str], **environment: str) -
                 raise SystemExit(f"{what}: {step[0]} failed")
     print(
         f"{what:20} {time.monotonic() - began:6.0f} s   memory {format_size(watch.memory):>8}   "
-        f"disk {format_size(watch.disk):>8}   kept {format_size(disk_usage(directory)):>8}",
+        f"disk {format_size(watch.disk):>8}   installed {format_size(disk_usage(directory)):>8}",
         flush=True,
     )
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/quality.py TEXT [--windows 40] [--llama PYTHON]
 
-All variants read the same tokens in windows of 512, side by side, so that no logits are kept. The
+All variants read the same tokens in windows of 512, side by side, so that no logits are stored. The
 table has the bits a weight takes (of the whole model, and of the experts alone), perplexity, and
 the KL divergence to the bf16 model for each token but the first of a window, in nats.
 
@@ -59,7 +59,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Variant:
-    """A way to keep or compute the model, and what has been measured of it so far."""
+    """A way to store or compute the model, and what was measured of it so far."""
 
     name: str
     bits: float
@@ -81,7 +81,7 @@ class Variant:
         return math.exp(statistics.mean(self.losses))
 
     def against(self, other: Variant) -> str:
-        """How much more perplexity than the other, with the standard error over windows."""
+        """Return how much higher the perplexity is, with the standard error over windows."""
         apart = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
         error = statistics.stdev(apart) / math.sqrt(len(apart))
         more = self.perplexity / other.perplexity - 1
@@ -150,8 +150,8 @@ def changed(checkpoint: Path, target: Path, change: Callable[[torch.Tensor], tor
     return target
 
 
-def kept(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
-    """Make the kept model of a checkpoint."""
+def installed(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
+    """Install the model of a checkpoint."""
     origin = DirectoryOrigin(checkpoint, Source("demo"))
     blueprint = make_blueprint(origin.index, options)
     build(origin, target, blueprint)
@@ -181,15 +181,15 @@ def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
         "NF4, attention and head too": QuantizeOptions(scales="absmax", attention=True, head=True),
     }
     for number, (name, options) in enumerate(made.items()):
-        target = work / f"kept-{number}"
-        size = sizes(kept(checkpoint, target, options))
+        target = work / f"installed-{number}"
+        size = sizes(installed(checkpoint, target, options))
         yield Variant(name, *size, mixchat_logits(target))
         if name == NF4:
             yield Variant("NF4, --kv-bits 8", *size, mixchat_logits(target, kv_bits=8))
             yield Variant(EXACT, *size, without_bytes(mixchat_logits(target)))
     affine = changed(checkpoint, work / "affine", by_int4_affine)
-    blueprint = kept(affine, work / "kept-affine", dense)
-    affine_logits = mixchat_logits(work / "kept-affine")
+    blueprint = installed(affine, work / "installed-affine", dense)
+    affine_logits = mixchat_logits(work / "installed-affine")
     yield Variant("int4 affine", *sizes(blueprint, 4 + 2 * 16 / GROUP), affine_logits)
     shutil.rmtree(affine)
     yield Variant(UNQUANTIZED, 16, 16, transformers_logits(checkpoint))
@@ -198,7 +198,7 @@ def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
 
 
 def llama_rows(python: str, gguf: Path, ids: torch.Tensor, work: Path) -> list[list[object]]:
-    """What `quality_llama.py` says of the same windows."""
+    """Return what `quality_llama.py` prints of the same windows."""
     windows = work / "windows.json"
     windows.write_text(json.dumps([window.tolist() for window in ids.split(WINDOW)]))
     child = Path(__file__).with_name("quality_llama.py")

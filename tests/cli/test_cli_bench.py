@@ -44,11 +44,11 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
     lines = done.stdout.decode().splitlines()
     assert lines[1] == "2 layers of 4 experts, 2 a token; experts in nf4"
     assert lines[2] == "Limits: memory 1.0 GB/s, matrix products 0.00 TFLOP/s, disk 3.0 GB/s"
-    assert lines[3].startswith("Cold: first token after ")
+    assert lines[3].startswith("Cold start: first token after ")
     head, decode, prompt = lines[5:]
     assert head.split("  ")[0] == ""
     assert [part for part in head.split() if part.isupper()] == [
-        *("TOKENS/S", "FROM", "TO", "OF", "THE", "LIMIT"),
+        *("TOK/S", "FROM", "TO", "OF", "THE", "LIMIT"),
     ]
     assert decode.startswith("decode behind 0 tokens  ")
     assert decode.endswith("of memory")

@@ -66,7 +66,7 @@ def bench_heading(bench: Bench) -> str:
     if cold.copy is not None:
         limits += f", copies to the GPU {cold.copy / 1e9:.1f} GB/s"
     start = (
-        f"Cold: first token after {cold.first_token_seconds:.1f} s, "
+        f"Cold start: first token after {cold.first_token_seconds:.1f} s, "
         f"{cold.bytes / 1e9:.2f} GB from disk"
     )
     return "\n".join((_machine(bench), _model(bench), limits, start))
@@ -74,7 +74,7 @@ def bench_heading(bench: Bench) -> str:
 
 def task_table(tasks: Sequence[Task]) -> list[tuple[str, ...]]:
     """Return a head and a row for each task, as cells."""
-    return [("", "TOKENS/S", "FROM - TO", "OF THE LIMIT"), *map(_cells, tasks)]
+    return [("", "TOK/S", "FROM - TO", "OF THE LIMIT"), *map(_cells, tasks)]
 
 
 def _cells(task: Task) -> tuple[str, ...]:
@@ -120,5 +120,5 @@ def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> 
         below = [one - min(values) for one, values in zip(middle, bars.values(), strict=True)]
         above = [max(values) - one for one, values in zip(middle, bars.values(), strict=True)]
         axes.bar(list(bars), middle, yerr=[below, above], color=_COLOURS[: len(bars)])
-        axes.set(title=task.name, ylabel="tokens/s" if task is bench.tasks[0] else "")
+        axes.set(title=task.name, ylabel="tok/s" if task is bench.tasks[0] else "")
     return figure
