@@ -116,9 +116,9 @@ def _model(name: str | None, layers: int | None) -> Iterator[Path]:
 
 
 def _measure(bench: Bench, rounds: int) -> None:
-    from mixchat.planning.thread_count import settle_threads
+    from mixchat.planning.torch_threads import choose_threads
 
-    settle_threads(bench.blueprint)
+    choose_threads(bench.blueprint)
     with status("the first token, from disk"):
         bench.start_cold()
     steps = rounds * len(bench.tasks)

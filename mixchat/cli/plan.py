@@ -59,32 +59,35 @@ def plan(
     )
     from mixchat.weights import models
 
-    models.resolve(model)  # an unknown name need not wait for torch
+    ref = models.resolve(model)  # a name that means nothing is refused before torch loads
     prepare_environment()
-    from mixchat.cli.output.plan_text import as_dict, as_text
+    from mixchat.cli.output.plan_text import plan_as_dict, plan_as_text
     from mixchat.weights.make.outline import outline
 
     with show_progress() as progress:
-        found = outline(model, progress)
-    made = _plan(found, options, measure)
+        outlined = outline(ref, progress)
+    made = _plan(outlined, options, measure)
     if as_json:
-        show(json.dumps(as_dict(found, made), indent=2))
+        show(json.dumps(plan_as_dict(outlined, made), indent=2))
     else:
-        show_lines(as_text(found, made))
+        show_lines(plan_as_text(outlined, made))
 
 
-def _plan(found: Outline, options: LoadOptions, again: bool) -> MachinePlan:
+def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> MachinePlan:
     from mixchat.loading.loader import choose_device
-    from mixchat.planning.plan import fit, look, plan_model
-    from mixchat.planning.speeds import known_speeds, measure_speeds
-    from mixchat.planning.thread_count import settle_threads
+    from mixchat.planning.fitting import fit_model
+    from mixchat.planning.machine_speed import measure_machine, saved_measurement
+    from mixchat.planning.plan import Machine, plan_model
+    from mixchat.planning.torch_threads import choose_threads
 
-    device, blueprint = choose_device(options.device), found.blueprint
-    there = look(found.directory, device)
-    fit(blueprint, there.free, options)  # raises before 10 s are spent on measuring
-    settle_threads(blueprint)
-    measured = None if again else known_speeds(blueprint, found.directory, device)
-    if measured is None:
+    device, blueprint = choose_device(options.device), outlined.blueprint
+    machine = Machine.now(outlined.directory, device)
+    fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
+    choose_threads(blueprint)
+    measurement = None
+    if not measure_again:
+        measurement = saved_measurement(blueprint, outlined.directory, device)
+    if measurement is None:
         with status("measuring this machine (about 10 s)"):
-            measured = measure_speeds(blueprint, found.directory, device)
-    return plan_model(blueprint, device, there, measured, options)
+            measurement = measure_machine(blueprint, outlined.directory, device)
+    return plan_model(machine, device, fit, measurement)

@@ -16,7 +16,7 @@ from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
     from mixchat.experts.trace import Trace
-    from mixchat.planning.simulate import Row
+    from mixchat.planning.simulate import HitRateRow
 
 _TOKENS = 2000
 
@@ -55,15 +55,15 @@ def simulate(
         show_lines(aligned(_cells(rows)))
 
 
-def _rows(trace: Trace, slots: tuple[int, ...]) -> list[Row]:
+def _rows(trace: Trace, slots: tuple[int, ...]) -> list[HitRateRow]:
     """The table, which takes seconds: a terminal is shown how far it is."""
-    from mixchat.planning.simulate import table
+    from mixchat.planning.simulate import hit_rate_table
 
     with status("replaying the trace") as update:
-        return table(
+        return hit_rate_table(
             trace,
             slots=slots,
-            begun=lambda done, of: update(f"replaying the trace, {done} of {of}"),
+            started=lambda done, of: update(f"replaying the trace, {done} of {of}"),
         )
 
 
@@ -88,7 +88,7 @@ def _describe(path: str | None, trace: Trace) -> str:
     return f"{path}: {trace.model}, {tokens}, {shape}; hit rates are those of decode."
 
 
-def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
+def _cells(rows: list[HitRateRow]) -> list[tuple[str, ...]]:
     cells = [("CAPACITY", "SLOTS", *(name.upper() for name in rows[0].hit_rates))]
     for row in rows:
         rates = ("-" if rate is None else f"{rate:.1%}" for rate in row.hit_rates.values())

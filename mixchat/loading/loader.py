@@ -21,8 +21,8 @@ from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import Note, build_experts
 from mixchat.options import LoadOptions
 from mixchat.planning.expectation import SpeedRange, predicted
-from mixchat.planning.fitting import FreeMemory, context_size, demand_of, place
-from mixchat.planning.thread_count import settle_threads
+from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear
@@ -69,10 +69,9 @@ def _assemble(
     exact = options.exact_prompts
     used = stored.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
-    context = context_size(config, options.context_size)
-    demand = demand_of(stored, context, options.kv_bits)
-    placement = place(demand, FreeMemory.now(device), options.host_memory, options.device_memory)
-    settle_threads(stored)
+    fit = fit_model(stored, FreeMemory.now(device), options)
+    context, placement = fit.context, fit.placement
+    choose_threads(stored)
     experts = build_experts(installed, placement, device, options.cache_policy, note, exact=exact)
     runner: ExpertRunner = experts
     if options.trace is not None:

@@ -18,7 +18,7 @@ from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.runner import CachedExperts
 from mixchat.experts.sources import DiskSource, HostTier
 from mixchat.experts.store import ExpertStore
-from mixchat.planning.speeds import known_speeds, measure_speeds
+from mixchat.planning.machine_speed import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
 
 Note = Callable[[str], object]
@@ -98,10 +98,10 @@ def _host_compute(
     blueprint, directory = installed.blueprint, installed.directory
     if blueprint.expert != blueprint.computed_on(CPU).expert:
         return None  # the CPU computes this layout slowly, or not at all
-    known = known_speeds(blueprint, directory, device)
+    known = saved_measurement(blueprint, directory, device)
     if known is None:
         note("measuring this machine, about 10 s (only the first time)")
-        known = measure_speeds(blueprint, directory, device)
+        known = measure_machine(blueprint, directory, device)
     measured = known.typical
     if measured.copy_bandwidth is None:
         return None

@@ -1,12 +1,14 @@
-"""What fits where, how fast it will be, and how fast this machine is.
+"""Plans a model on this machine: what fits where, and how fast it will be.
 
-- plan.py: what a model will do on this machine
-- fitting.py: what a model asks of memory, for planning and for loading
-- expectation.py: how fast it will be
-- cost.py: what a token costs: a pure model of time
+The data goes one way: `Machine` (the hardware) and the options give a `Fit`; the fit and a
+`Measurement` give a `MachinePlan`.
+
+- plan.py: the plan of a model on a machine
+- fitting.py: where a model goes, for planning and for loading
+- expectation.py: how fast it will be: a model of time
 - simulate.py: replays a routing trace for caches of any size
-- thread_count.py: how many threads compute
-- speeds.py: how fast this machine is, measured once
-- calibration.py: the file that remembers it
-- measure.py, disk_speed.py, probe.py: the measurements
+- calibration.py: the figures that are measured
+- machine_speed.py: measures this machine, and remembers that in machine.json
+- compute_speed.py, disk_speed.py: the measurements
+- torch_threads.py: how many threads torch uses
 """

@@ -1,32 +1,66 @@
-"""How fast a model will be: what was measured and what fits, through the model of costs."""
+"""Predicts how fast a model will be, out of what was measured and what fits where."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mixchat.experts.placement import Placement
-from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
-from mixchat.options import DEFAULT_POLICY
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.cost import Shape, TokenCost, moving_cost, token_cost
-from mixchat.planning.simulate import replay, synthetic_trace
-from mixchat.planning.speeds import known_speeds
+from mixchat.planning.machine_speed import saved_measurement
+from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
 PROMPT = 20  # tokens of a short prompt
-# Tokens of a synthetic trace, and the first of them, which fill the cache and do not count.
-_TOKENS, _COLD = 300, 100
+# Of what could be read while the cores compute, the part that is. Measured with
+# `tests/benchmarks/beyond_memory.py`: prefetching does not start early enough for all of it.
+OVERLAP = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The parts of a model that cost time; `expert` and `head` in bytes, of one expert."""
+
+    layers: int
+    experts_per_token: int
+    expert: int
+    head: int
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """The seconds of one decoded token, or of a prompt, and their parts.
+
+    computing: the layers, the chosen experts, the head; copying: of `copied` experts from RAM to a
+    GPU; reading: of `read` experts from disk, with nothing beside it; slowed: the part of its speed
+    that the disk has while the cores compute.
+    """
+
+    computing: float
+    copying: float
+    reading: float
+    copied: float
+    read: float
+    slowed: float = 1.0
+
+    @property
+    def hidden(self) -> float:
+        """Return the seconds saved because moving and computing run side by side."""
+        return OVERLAP * min(self.computing * self.slowed, self.copying + self.reading)
+
+    @property
+    def seconds(self) -> float:
+        """Return all of them."""
+        return self.computing + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second in decoding: of the slowest sample of a measurement, and of the fastest."""
+    """Tokens a second in decoding by the slowest sample of a measurement, and by the fastest."""
 
     low: float
     high: float
@@ -35,9 +69,9 @@ class SpeedRange:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Seconds until the first token of a prompt of `PROMPT` tokens, all of the model on disk.
+    """The seconds until the first token of a prompt of `PROMPT` tokens, all of the model on disk.
 
-    starting: to read what is shared, before the prompt; prompt: what its tokens cost together.
+    starting: to read what all tokens share, before the prompt; prompt: the cost of its tokens.
     """
 
     starting: float
@@ -45,49 +79,108 @@ class FirstToken:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Return all of them."""
         return self.starting + self.prompt.seconds
 
 
-def decode_cost(
-    blueprint: Blueprint, device: torch.device, speeds: Calibration, placement: Placement
-) -> TokenCost | None:
-    """What a decoded token will cost; None where that hangs on a disk that was not measured."""
-    hit_rate, host_hit_rate = hit_rates(blueprint, device, placement)
-    return token_cost(
-        _shape(blueprint),
-        speeds,
-        str(device),
-        hit_rate=hit_rate,
-        host_hit_rate=host_hit_rate,
-    )
+@dataclass(frozen=True)
+class Expectation:
+    """The speed of a model in decoding, with a placement of its experts.
+
+    Hit rates, 0 to 1, are those of the slots, and of the slots with RAM behind them; together they
+    hold `held` different experts. cost: by the typical figures of all samples; speed: by each
+    sample. Both are None where the disk is needed and was not measured.
+    """
+
+    held: int
+    hit_rate: float
+    host_hit_rate: float
+    cost: TokenCost | None
+    speed: SpeedRange | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the typical speed."""
+        return None if self.cost is None else 1 / self.cost.seconds
 
 
-def speed_range(
-    blueprint: Blueprint, device: torch.device, measured: Measurement, placement: Placement
-) -> SpeedRange | None:
-    """The speed in decoding by each sample; None as `decode_cost`."""
-    speeds = (*measured.samples, measured.typical)
-    costs = [decode_cost(blueprint, device, sample, placement) for sample in speeds]
+def expect(
+    blueprint: Blueprint, device: torch.device, measurement: Measurement, placement: Placement
+) -> Expectation:
+    """Return the speed of the model in decoding on `device`."""
+    held = _held_together(blueprint, device, placement)
+    hit_rate = expected_hit_rate(blueprint.config, placement.slots)
+    host_hit_rate = expected_hit_rate(blueprint.config, held)
+    costs = [
+        token_cost(_shape(blueprint), speeds, str(device), hit_rate, host_hit_rate)
+        for speeds in (measurement.typical, *measurement.samples)
+    ]
     seconds = [cost.seconds for cost in costs if cost is not None]
-    if not seconds:
-        return None
-    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured.measured_at)
+    at = measurement.measured_at
+    speed = SpeedRange(1 / max(seconds), 1 / min(seconds), at) if seconds else None
+    return Expectation(held, hit_rate, host_hit_rate, costs[0], speed)
 
 
 def predicted(
     blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
 ) -> SpeedRange | None:
-    """The speed of a model that is loaded; None where the machine was never measured for its like
-    (`mixchat plan` does it)."""
-    measured = known_speeds(blueprint, directory, device)
-    return None if measured is None else speed_range(blueprint, device, measured, placement)
+    """Return the speed of a model that is loaded.
+
+    None where this machine was never measured for a model of its shape; `mixchat plan` does that.
+    """
+    saved = saved_measurement(blueprint, directory, device)
+    return None if saved is None else expect(blueprint, device, saved, placement).speed
+
+
+def token_cost(
+    shape: Shape, speeds: Calibration, device: str, hit_rate: float, host_hit_rate: float
+) -> TokenCost | None:
+    """Return the cost of a decoded token on `device`.
+
+    hit_rate: uses of experts that the slots hold; host_hit_rate: uses of those that the slots or
+    RAM behind them hold. Both 0 to 1. None where the disk is needed and was not measured.
+    """
+    uses = shape.layers * shape.experts_per_token
+    computing = (
+        shape.layers * speeds.layer_seconds
+        + uses * speeds.expert_time(device, 1)
+        + shape.head / shape.expert * speeds.expert_time(device, 1)
+    )
+    return _moving_cost(
+        shape,
+        speeds,
+        computing,
+        missing=uses * (1 - hit_rate),
+        read=uses * (1 - host_hit_rate),
+    )
+
+
+def _moving_cost(
+    shape: Shape, speeds: Calibration, computing: float, *, missing: float, read: float
+) -> TokenCost | None:
+    """Return the cost of computing for so long, with so many experts missing in the slots.
+
+    read: of these, the experts to read. None where the disk is needed and was not measured.
+    """
+    if read and speeds.disk_bandwidth is None:
+        return None
+    copied = missing if speeds.copy_bandwidth else 0.0
+    busy = speeds.disk_bandwidth or 1.0
+    alone = max(speeds.disk_bandwidth_idle or busy, busy)
+    return TokenCost(
+        computing=computing,
+        copying=copied * shape.expert / speeds.copy_bandwidth if speeds.copy_bandwidth else 0.0,
+        reading=read * shape.expert / alone,
+        copied=copied,
+        read=read,
+        slowed=busy / alone if read else 1.0,
+    )
 
 
 def first_token(
     blueprint: Blueprint, device: torch.device, speeds: Calibration, prompt: int = PROMPT
 ) -> FirstToken | None:
-    """What a prompt of so many tokens costs while nothing is in memory."""
+    """Return the cost of a prompt of so many tokens while nothing is in memory."""
     config, name = blueprint.config, str(device)
     distinct = expected_distinct(config, prompt)
     layers = config.num_hidden_layers
@@ -98,31 +191,23 @@ def first_token(
     layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
     computing = layers * layer + shape.head / shape.expert * one
     every = layers * distinct
-    cost = moving_cost(shape, speeds, computing, missing=every, read=every)
+    cost = _moving_cost(shape, speeds, computing, missing=every, read=every)
     if cost is None or speeds.disk_bandwidth is None:
         return None
     return FirstToken(blueprint.shared_size / speeds.disk_bandwidth, cost)
 
 
-def hit_rates(
-    blueprint: Blueprint, device: torch.device, placement: Placement
-) -> tuple[float, float]:
-    """The expected hit rates of the slots, and of slots and RAM behind them; without a model."""
-    held = held_together(blueprint, device, placement)
-    return _hit_rate(blueprint.config, placement.slots), _hit_rate(blueprint.config, held)
-
-
-def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
-    """How many different experts the slots and RAM behind them can hold."""
+def _held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
+    """Return how many different experts the slots and RAM behind them can hold."""
     slots, behind = placement.slots, placement.host_slots
-    # An expert that lies otherwise on the GPU than in the file cannot come down into RAM: what is
-    # on the GPU is in RAM, too.
+    # An expert whose layout on the GPU is not that of the file cannot come down into RAM: the
+    # experts on the GPU are in RAM, too.
     apart = blueprint.expert == blueprint.computed_on(device).expert
     return min(slots + behind if apart else max(slots, behind), placement.experts)
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that so many tokens use together, each token choosing by chance.
+    """Return the experts of a layer that so many tokens use together, each choosing by chance.
 
     Of 8 experts, 2 a token: 2 for one token, 3.5 for two, 7.97 for 20.
     """
@@ -139,24 +224,3 @@ def _shape(blueprint: Blueprint) -> Shape:
         expert=blueprint.expert.stride,
         head=sum(tensor.nbytes for tensor in tensors),
     )
-
-
-@lru_cache
-def _hit_rate(config: ModelConfig, slots: int) -> float:
-    """How often so many slots have an expert of a text like those of the Mixtral paper."""
-    layers, experts = config.num_hidden_layers, config.num_local_experts
-    if slots >= layers * experts:
-        return 1.0
-    if 2 * config.num_experts_per_tok > experts:  # which no synthetic trace can do
-        return slots / (layers * experts)
-    trace = _trace(layers, experts, config.num_experts_per_tok)
-    cold = replace(trace, forwards=trace.forwards[:_COLD])
-    # The cache does the same in both, so that the difference is what the rest of the trace gives.
-    whole, begun = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
-    hits, misses = whole.hits - begun.hits, whole.misses - begun.misses
-    return hits / (hits + misses)
-
-
-@lru_cache(maxsize=1)
-def _trace(layers: int, experts: int, experts_per_token: int) -> Trace:
-    return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)

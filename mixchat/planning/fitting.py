@@ -1,8 +1,9 @@
-"""What a model asks of memory, and where it goes: the same for planning and for loading."""
+"""Fits a model into memory: the same function plans and loads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -10,19 +11,20 @@ from mixchat.context import Context
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import CPU, free_on
-from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
-from mixchat.kernels.pages import Bits
+from mixchat.experts.placement import MIN_SLOTS, Demand, Placement, place_on_cpu, place_on_gpu
 from mixchat.machine import tightest_memory_limit
-from mixchat.model_config import ModelConfig
+from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
+
+Tier = Literal["host", "device"]
 
 
 @dataclass(frozen=True)
 class FreeMemory:
     """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does.
 
-    limit: as `machine.tightest_memory_limit` returns it.
+    limit: the limit that allows less RAM than is free, as `machine.tightest_memory_limit` names it.
     """
 
     host: int
@@ -31,41 +33,86 @@ class FreeMemory:
 
     @classmethod
     def now(cls, device: torch.device) -> FreeMemory:
-        """What can be taken on this machine, where `device` computes."""
+        """Return the free memory of this machine, where `device` computes."""
         on_device = None if device == CPU else free_on(device)
         return cls(free_on(CPU), on_device, tightest_memory_limit())
 
 
-def context_size(config: ModelConfig, wanted: int | None) -> int:
-    """Tokens of the context; None chooses. Raises `UsageError` for what the model cannot do."""
-    return Context.of(config, wanted).tokens
+@dataclass(frozen=True)
+class Fit:
+    """The places of a model in the free memory, with the options asked for.
+
+    context: its tokens; largest_context: the tokens with which the least of experts still fits.
+    """
+
+    blueprint: Blueprint
+    free: FreeMemory
+    options: LoadOptions
+    context: int
+    largest_context: int
+    demand: Demand
+    placement: Placement
+
+    def with_more(self, tier: Tier, size: int) -> Fit:
+        """Return the fit with `size` bytes more in a tier; a budget for it grows as much."""
+        options, demand = self.options, self.demand
+        if tier == "host":
+            free = replace(self.free, host=self.free.host + size)
+            budget = _raised(options.host_memory, demand.experts * demand.expert, size)
+            return fit_model(self.blueprint, free, replace(options, host_memory=budget))
+        assert self.free.device is not None
+        free = replace(self.free, device=self.free.device + size)
+        budget = _raised(options.device_memory, self.free.device, size)
+        return fit_model(self.blueprint, free, replace(options, device_memory=budget))
 
 
-def demand_of(blueprint: Blueprint, context: int, kv_bits: Bits | None = None) -> Demand:
-    """What the model asks for with a context of so many tokens."""
-    return Demand(
+def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
+    """Return where the model goes. Raises `UsageError` and `ResourceError` where it cannot."""
+    context = Context.of(blueprint.config, options.context_size).tokens
+    token = cache_bytes(blueprint.config, 1, blueprint.quantization.dtype, options.kv_bits)
+    demand = Demand(
         shared=blueprint.shared_size,
-        context=cache_bytes(blueprint.config, context, blueprint.quantization.dtype, kv_bits),
+        context=context * token,
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
     )
+    placement = _place(demand, free, options)
+    room = _room_for_context(demand, free, options, placement)
+    largest = min(room // token, blueprint.config.max_position_embeddings)
+    return Fit(blueprint, free, options, context, largest, demand, placement)
 
 
-def place(
-    demand: Demand,
-    free: FreeMemory,
-    host_memory: MemoryBudget | None,
-    device_memory: MemoryBudget | None,
-) -> Placement:
-    """Where the experts go. Raises `UsageError` and `ResourceError` as `experts/placement.py`."""
+def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
     if free.device is not None:
-        return place_on_gpu(demand, free.device, free.host, device_memory, host_memory)
-    if device_memory is not None:
+        return place_on_gpu(
+            demand, free.device, free.host, options.device_memory, options.host_memory
+        )
+    if options.device_memory is not None:
         raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
     try:
-        return place_on_cpu(demand, free.host, host_memory)
+        return place_on_cpu(demand, free.host, options.host_memory)
     except ResourceError as error:
         if free.limit is None:
             raise
-        hint = f"A limit from outside allows no more ({free.limit}): raise it. {error.hint or ''}"
+        hint = (
+            f"A limit on this process allows no more ({free.limit}): raise it. {error.hint or ''}"
+        )
         raise ResourceError(str(error), hint=hint.strip()) from None
+
+
+def _room_for_context(
+    demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
+) -> int:
+    """Return the bytes beside the least of experts: what is asked for is not given up."""
+    budget, least = options.device_memory, MIN_SLOTS
+    if free.device is not None:
+        room = free.device if budget is None else budget.of(free.device)
+    else:
+        room = free.host
+        if options.host_memory is not None:
+            least = placement.slots
+    return room - demand.shared - least * demand.expert
+
+
+def _raised(budget: MemoryBudget | None, whole: int, size: int) -> MemoryBudget | None:
+    return None if budget is None else MemoryBudget(size=budget.of(whole) + size)

@@ -1,25 +1,31 @@
-"""What a cache would have done with a trace: a replay, without a model and without a tensor."""
+"""Replays a routing trace for caches of any size and policy, without a model or a tensor."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Belady, Passes, Policy
 from mixchat.experts.trace import Trace
+from mixchat.model_config import ModelConfig
+from mixchat.options import DEFAULT_POLICY
 
 ORACLE = "belady"
 FRACTIONS = (0.25, 0.5, 0.75)
+# Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do
+# not count.
+_TOKENS, _COLD = 300, 100
 # How often two tokens in a row share an expert, in three of 32 layers: the middle of what table 5
 # of the Mixtral paper (arXiv 2401.04088) gives for texts of many kinds. Chance would be 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
 
 
 def sharing(layer: int, layers: int) -> float:
-    """The chance that two tokens in a row have an expert in common, from 0 to 1."""
+    """Return the chance that two tokens in a row have an expert in common, from 0 to 1."""
     depth = layer * 31 / max(layers - 1, 1)
     (low, first), (high, last) = _SHARING[:2] if depth <= _SHARING[1][0] else _SHARING[1:]
     return first + (last - first) * (depth - low) / (high - low)
@@ -33,12 +39,12 @@ def synthetic_trace(
     tokens: int,
     seed: int = 0,
 ) -> Trace:
-    """A trace of `tokens` decode steps that repeat experts as often as Mixtral does.
+    """Return a trace of `tokens` decode steps that repeat experts as often as Mixtral does.
 
     Every expert is as likely as every other, and two tokens in a row share one or more with the
     probability `sharing`; beyond that there is no memory, as there would be in a real text.
     """
-    assert 2 * experts_per_token <= experts, "tokens could not but share experts"
+    assert 2 * experts_per_token <= experts, "any two tokens share experts"
     generator = random.Random(seed)
     columns = [
         _chain(generator, sharing(layer, layers), experts, experts_per_token, tokens)
@@ -51,7 +57,7 @@ def synthetic_trace(
 def _chain(
     generator: random.Random, share: float, experts: int, choices: int, tokens: int
 ) -> list[list[int]]:
-    """Sets of experts, each sharing with the one before with exactly the probability `share`.
+    """Return sets of experts, each sharing with the one before with the probability `share`.
 
     Whether it shares is drawn first, then the set, uniformly among those that share or do not. As
     "shares with" is symmetric, a step from a to b is as likely as one from b to a: the sets, and
@@ -83,14 +89,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a cache did: in forward passes of several tokens, and in those of one."""
+    """The uses in forward passes of several tokens, and in those of one."""
 
     prefill: Counts = field(default_factory=Counts)
     decode: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True)
-class Row:
+class HitRateRow:
     """The hit rates of decode with so many slots, by policy; `capacity` is slots among experts."""
 
     capacity: float
@@ -100,14 +106,14 @@ class Row:
 
 @dataclass(frozen=True)
 class _Visit:
-    """What one layer asks for in one forward pass: each expert once."""
+    """The experts that one layer asks for in one forward pass, each once."""
 
     experts: list[ExpertKey]
     prefill: bool
 
 
 def replay(trace: Trace, slots: int, policy: str) -> Replay:
-    """Let a cache go through a trace; `policy` is a name of `POLICIES`, or `belady`.
+    """Return what a cache does in a trace; `policy` is a name of `POLICIES`, or `belady`.
 
     As the runner does, each layer uses each of its experts once, those in the cache first.
     """
@@ -125,27 +131,49 @@ def replay(trace: Trace, slots: int, policy: str) -> Replay:
     return _replay(visits, slots, oracle, Passes(trace.layers))
 
 
-def table(
+def hit_rate_table(
     trace: Trace,
     fractions: Sequence[float] = FRACTIONS,
     slots: Iterable[int] = (),
-    begun: Callable[[int, int], object] = lambda replay, of: None,
-) -> list[Row]:
-    """The policies side by side, with caches for `fractions` of all experts and of `slots`.
+    started: Callable[[int, int], object] = lambda replay, of: None,
+) -> list[HitRateRow]:
+    """Return the policies side by side, with caches for `fractions` of all experts and of `slots`.
 
-    `begun` hears of each replay when it begins: its number, from 1 on, of how many.
+    `started` is called at the start of each replay with its number, from 1 on, and the number of
+    all.
     """
     total = trace.layers * trace.experts
     counts = [*(max(1, int(fraction * total)) for fraction in fractions), *slots]
     names = [*POLICIES, ORACLE]
-    rows: list[Row] = []
+    rows: list[HitRateRow] = []
     for count in counts:
         rates: dict[str, float | None] = {}
         for name in names:
-            begun(len(rows) * len(names) + len(rates) + 1, len(counts) * len(names))
+            started(len(rows) * len(names) + len(rates) + 1, len(counts) * len(names))
             rates[name] = replay(trace, count, name).decode.hit_rate
-        rows.append(Row(count / total, count, rates))
+        rows.append(HitRateRow(count / total, count, rates))
     return rows
+
+
+@lru_cache
+def expected_hit_rate(config: ModelConfig, slots: int) -> float:
+    """Return the hit rate, 0 to 1, of so many slots in texts like those of the Mixtral paper."""
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    if slots >= layers * experts:
+        return 1.0
+    if 2 * config.num_experts_per_tok > experts:  # no synthetic trace can do that
+        return slots / (layers * experts)
+    trace = _paper_trace(layers, experts, config.num_experts_per_tok)
+    cold = replace(trace, forwards=trace.forwards[:_COLD])
+    # The cache does the same in both, so that the difference is that of the rest of the trace.
+    whole, filling = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
+    hits, misses = whole.hits - filling.hits, whole.misses - filling.misses
+    return hits / (hits + misses)
+
+
+@lru_cache(maxsize=1)
+def _paper_trace(layers: int, experts: int, experts_per_token: int) -> Trace:
+    return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)
 
 
 def _replay(visits: list[_Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
@@ -163,15 +191,15 @@ def _replay(visits: list[_Visit], slots: int, policy: Policy, passes: Passes) ->
 
 
 def _farthest_first(visits: list[_Visit]) -> list[_Visit]:
-    """Each layer's experts in the order of their next use, the farthest first.
+    """Return each layer's experts in the order of their next use, the farthest first.
 
     Belady needs the uses in one order, but hits go first, so that the order depends on the cache.
-    Only two things hang on it, and this order is best for both. The last miss of a visit cannot but
-    stay: let that be the one that is used again first. And of two experts that the same visit uses
+    Only two things hang on it, and this order is best for both. The last miss of a visit always
+    stays: let that be the one that is used again first. And of two experts that the same visit uses
     next, one is to go: the one that is used again sooner after that, for as a miss it then stays.
     """
     ordered, position = [], 0
-    next_use: dict[ExpertKey, int] = {}  # counted from the end, so that what is nearer is larger
+    next_use: dict[ExpertKey, int] = {}  # counted from the end: the nearer, the larger
     for visit in reversed(visits):
         experts = sorted(visit.experts, key=lambda key: next_use.get(key, 0))
         for key in reversed(experts):

@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def one_round(number: int, model: Path, free: float | None, given: argparse.Namespace) -> None:
-    """Each budget once, and the peer once, with so many GiB free."""
+    """Measure each budget once, and the peer once, with so many GiB free."""
     where = f"round {number + 1}, {machine.free_memory() / GIB:.1f} GiB free"
     more = ["--tokens", str(given.tokens)]
     (given.work / "machine.json").unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def one_round(number: int, model: Path, free: float | None, given: argparse.Name
 
 
 def described(figures: dict[str, float]) -> str:
-    """The figures of an answer as a line."""
+    """Return the figures of an answer as a line."""
     reading = figures["bytes"] / figures["disk"]
     limit = 1 / max(reading, figures["computing"])
     parts = (
@@ -112,7 +112,7 @@ def described(figures: dict[str, float]) -> str:
 
 
 def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str, object]:
-    """Load the model and let it answer; what that took."""
+    """Load the model and let it answer; return what that took."""
     began = time.time()  # beside the start of the interpreter and of this file's imports
     prepare_environment()
     import torch
@@ -120,11 +120,11 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
-    from mixchat.loading.loader import load_engine, speed_predictor
+    from mixchat.loading.loader import load_engine
     from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.planning.disk_speed import measure_disk
-    from mixchat.planning.expectation import decode_cost, hit_rates
-    from mixchat.planning.speeds import known_speeds
+    from mixchat.planning.expectation import expect
+    from mixchat.planning.machine_speed import saved_measurement
     from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 
@@ -145,12 +145,12 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     did, total = stats.since(before), sum(seconds)
-    with InstalledModel(model) as kept:
-        placement = Placement(engine.experts.slots, 0, kept.blueprint.expert_count)
-        speeds = known_speeds(kept.blueprint, model, CPU).typical
-        cost = decode_cost(kept.blueprint, CPU, speeds, placement)
-        hit_rate = hit_rates(kept.blueprint, CPU, placement)[0]
-    expected = speed_predictor(model, "cpu", engine)()
+    with InstalledModel(model) as installed:
+        blueprint = installed.blueprint
+    placement = Placement(engine.experts.slots, 0, blueprint.expert_count)
+    saved = saved_measurement(blueprint, model, CPU)
+    assert saved is not None
+    expected = expect(blueprint, CPU, saved, placement)
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     return {
         "slots": engine.experts.slots,
@@ -165,10 +165,10 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "first": first,
         "first_bytes": first_bytes,
         "disk": disk[1] if disk else 0.0,
-        "predicted_low": expected.low,
-        "predicted_high": expected.high,
-        "computing": cost.computing,
-        "expected_hit_rate": hit_rate,
+        "predicted_low": expected.speed.low,
+        "predicted_high": expected.speed.high,
+        "computing": expected.cost.computing,
+        "expected_hit_rate": expected.hit_rate,
     }
 
 
@@ -176,13 +176,13 @@ def calibrate(model: Path) -> None:
     """Measure the machine, as `mixchat plan` does."""
     prepare_environment()
     from mixchat.experts.memory import CPU
-    from mixchat.planning.speeds import measure_speeds
-    from mixchat.planning.thread_count import settle_threads
+    from mixchat.planning.machine_speed import measure_machine
+    from mixchat.planning.torch_threads import choose_threads
     from mixchat.weights.format.installed_model import InstalledModel
 
-    with InstalledModel(model) as kept:
-        settle_threads(kept.blueprint)
-        measure_speeds(kept.blueprint, model, CPU)
+    with InstalledModel(model) as installed:
+        choose_threads(installed.blueprint)
+        measure_machine(installed.blueprint, model, CPU)
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def ballast(free: float | None) -> Iterator[None]:
 
 
 def run(command: list[str]) -> str:
-    """What a command prints; what it says beside that is shown only where it fails."""
+    """Return what a command prints; show what it prints on standard error only if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

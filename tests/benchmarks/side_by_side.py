@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.png import checked_picture
     from mixchat.options import LoadOptions
-    from mixchat.planning.thread_count import settle_threads
+    from mixchat.planning.torch_threads import choose_threads
 
     png = checked_picture(given.png)
     contexts, prompts = given.context or (0,), given.prompt or (512,)
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with models(given.model, given.gguf, given.synthetic, given.python) as (directory, gguf):
         with Peer(given.python, gguf, options.context_size) as peer:
             bench = Bench(directory, load, options)
-            settle_threads(bench.blueprint)
+            choose_threads(bench.blueprint)
             bench.start_cold()
             both = SideBySide(bench, peer, given.tokens)
             for number, _ in enumerate(both.run(), 1):

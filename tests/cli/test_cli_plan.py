@@ -13,13 +13,12 @@ import pytest
 
 from mixchat import machine
 from mixchat.cli.output import plan_text
-from mixchat.planning import calibration, fitting, speeds, thread_count
-from mixchat.planning.calibration import SAMPLES, Calibration
+from mixchat.planning import fitting, machine_speed, torch_threads
+from mixchat.planning.calibration import Calibration
+from mixchat.planning.machine_speed import SAMPLES
 
 GB = 10**9
-SPEEDS = Calibration(
-    2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
-)
+SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001)
 
 
 @pytest.fixture
@@ -32,18 +31,18 @@ def measured(monkeypatch):
         calls.append(blueprint.expert.stride)
         return SPEEDS
 
-    monkeypatch.setattr(speeds, "measure", measure)
+    monkeypatch.setattr(machine_speed, "calibrate", measure)
     monkeypatch.setattr(fitting, "free_on", lambda device: int(14.5 * GB))
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(machine, "free_disk", lambda directory: 500 * GB)
-    monkeypatch.setattr(thread_count, "settle_threads", lambda blueprint: None)
+    monkeypatch.setattr(torch_threads, "choose_threads", lambda blueprint: None)
     return calls
 
 
 @pytest.fixture
 def run(mixchat):
-    """Runs `mixchat plan ARGS`, on the CPU where nothing else is said."""
+    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
 
     def run(*arguments):
         device = () if "--device" in arguments else ("--device", "cpu")
@@ -91,17 +90,17 @@ def test_the_reasons_add_up_to_the_speed(run, measured):
         )[:4]
     )
     assert total == pytest.approx(computing + reading - less, rel=0.01)
-    speed = float(re.search(r"speed +([\d.]+) tokens/s", expected)[1])
+    speed = float(re.search(r"decode +([\d.]+) tok/s", expected)[1])
     assert speed == pytest.approx(1 / total, rel=0.05)  # it has two digits
     exactly = json.loads(run("--json").stdout)["tokens_per_second"]
     assert exactly == pytest.approx(1 / total, rel=0.01)
     assert "reading 255 experts from disk" in expected  # the first token
-    assert re.search(r"context +up to 32768 tokens fit, with fewer experts at hand", expected)
+    assert re.search(r"context +up to 32768 tokens fit, with fewer experts in memory", expected)
 
 
 def test_where_experts_go_adds_up(run, measured):
     places = sections(run())["What goes where"]
-    held = int(re.search(r"(\d+) experts of 256", places)[1])
+    held = int(re.search(r"(\d+) of 256 experts", places)[1])
     others = int(re.search(r"the other (\d+) experts", places)[1])
     assert held + others == 256
 
@@ -157,18 +156,18 @@ def test_the_demo_is_planned_with_what_its_building_takes(run, measured):
     assert download["fetch_bytes"] == 92871040
 
 
-def test_a_kept_model_is_planned_as_it_is_kept(run, measured, tiny_model):
+def test_an_installed_model_is_planned_as_it_is_installed(run, measured, tiny_model):
     done = run(str(tiny_model))
     found = sections(done)
     assert done.returncode == 0
     assert "To download it" not in found
-    assert ", here already" in found[f"The model: {tiny_model}"]
+    assert ", installed" in found[f"The model: {tiny_model}"]
     assert "up to 128 tokens fit" in found["What to expect"]
     made = json.loads(run(str(tiny_model), "--json").stdout)
     assert (made["kept"], made["path"]) == (True, str(tiny_model))
 
 
-def test_a_checkpoint_in_a_directory_is_planned_before_it_is_made_a_kept_one(
+def test_a_checkpoint_in_a_directory_is_planned_before_it_is_installed(
     run, measured, tiny_checkpoint
 ):
     done = run(str(tiny_checkpoint), "--json")
@@ -221,36 +220,36 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days)
-    monkeypatch.setattr(calibration, "time", clock)
+    monkeypatch.setattr(machine_speed, "time", clock)
     monkeypatch.setattr(plan_text, "time", clock)
 
 
-def test_a_measurement_has_a_date_and_can_be_made_anew(run, measured, monkeypatch):
-    """What was measured once stayed for good, without a date: a busy machine's figures, too."""
+def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypatch):
+    """A measurement stayed for good, without a date, even one of a busy machine."""
     at(monkeypatch, 0)
     assert "(now), 3 samples; --measure measures again" in sections(run())["This machine"]
     at(monkeypatch, 3.5)
     slower = dataclasses.replace(SPEEDS, layer_seconds=0.01)
-    monkeypatch.setattr(speeds, "measure", lambda *_, **how: slower)
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: slower)
     made = json.loads(run("--json").stdout)
     assert (made["measured_at"], made["samples"]) == (1.7e9, SAMPLES)
     assert re.search(
         r"measured +2023-11-1\d \d\d:\d\d \(3 days ago\)", sections(run())["This machine"]
     )
-    anew = json.loads(run("--json", "--measure").stdout)
-    assert anew["measured_at"] == 1.7e9 + 3.5 * 86400
-    assert anew["tokens_per_second"] < made["tokens_per_second"]
-    assert json.loads(run("--json").stdout) == anew
+    again = json.loads(run("--json", "--measure").stdout)
+    assert again["measured_at"] == 1.7e9 + 3.5 * 86400
+    assert again["tokens_per_second"] < made["tokens_per_second"]
+    assert json.loads(run("--json").stdout) == again
 
 
 def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
     samples = itertools.cycle(
         dataclasses.replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)
     )
-    monkeypatch.setattr(speeds, "measure", lambda *_, **how: next(samples))
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
     done = sections(run())
-    assert re.search(r"it fits +once it is downloaded: 0.61 to 0.81 tokens/s", done["Verdict"])
-    assert re.search(r"speed +0.61 to 0.81 tokens/s: a token takes ", done["What to expect"])
+    assert re.search(r"it fits +once it is downloaded: 0.61 to 0.81 tok/s", done["Verdict"])
+    assert re.search(r"decode +0.61 to 0.81 tok/s: a token takes ", done["What to expect"])
     assert " to " in done["What more memory would give"]
     made = json.loads(run("--json").stdout)
     assert made["speed"]["low"] < made["tokens_per_second"] < made["speed"]["high"]
@@ -271,7 +270,7 @@ def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured
         verdict[0],
     )
     assert "set MIXCHAT_HOME to a directory on a larger disk" in verdict[1]
-    assert re.search(r"if it did +\S+ tokens/s", verdict[2])
+    assert re.search(r"if it did +\S+ tok/s", verdict[2])
     found = json.loads(run("--json").stdout)
     assert found["fits"] is False
     (need,) = found["disk"]
@@ -279,15 +278,15 @@ def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured
     assert (need["needed_bytes"] // GB, need["free_bytes"]) == (31, 2 * GB)
 
 
-def test_a_disk_with_room_is_no_obstacle_and_a_kept_model_needs_none(
+def test_a_disk_with_room_is_no_obstacle_and_an_installed_model_needs_none(
     run, measured, monkeypatch, tiny_model
 ):
     found = json.loads(run("--json").stdout)
     assert found["fits"] is True
     assert found["disk"][0]["needed_bytes"] // GB == 35  # with room, it fetches ahead
     monkeypatch.setattr(machine, "free_disk", lambda directory: 0)
-    kept = json.loads(run(str(tiny_model), "--json").stdout)
-    assert (kept["fits"], kept["disk"]) == (True, [])
+    installed = json.loads(run(str(tiny_model), "--json").stdout)
+    assert (installed["fits"], installed["disk"]) == (True, [])
     assert "it runs here" in sections(run(str(tiny_model)))["Verdict"]
     demo = json.loads(run("demo", "--json").stdout)
     assert demo["fits"] is False
@@ -308,12 +307,12 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
     done = run()
     assert done.returncode == 7
-    assert b"hint: A limit from outside allows no more (control group): raise it." in done.stderr
+    assert b"hint: A limit on this process allows no more (control group): raise it." in done.stderr
 
 
 def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch):
     blind = dataclasses.replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
-    monkeypatch.setattr(speeds, "measure", lambda *_, **how: blind)
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: blind)
     found = sections(run())
     assert "unknown, because the disk could not be measured" in found["What to expect"]
     assert "not measured" in found["This machine"]

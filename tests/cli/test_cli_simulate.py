@@ -11,7 +11,7 @@ from terminal import Terminal
 from mixchat.cli.app import app
 from mixchat.cli.simulate import simulate
 from mixchat.experts.trace import TraceWriter, read_trace
-from mixchat.planning.simulate import table
+from mixchat.planning.simulate import hit_rate_table
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,9 @@ def test_a_terminal_is_shown_how_far_it_is(recorded, environment):
 
 def test_each_replay_is_told_when_it_begins(recorded):
     told = []
-    rows = table(read_trace(recorded), (0.25, 0.5), begun=lambda at, of: told.append((at, of)))
+    rows = hit_rate_table(
+        read_trace(recorded), (0.25, 0.5), started=lambda at, of: told.append((at, of))
+    )
     count = sum(len(row.hit_rates) for row in rows)
     assert told == [(at, count) for at in range(1, count + 1)]
 

@@ -34,14 +34,14 @@ SHORT = PROMPT[:9]
 
 def calibration(copy: float, expert: float) -> Measurement:
     """A machine on which a copy runs at `copy` bytes a second and an expert takes `expert` s."""
-    speeds = Calibration(1e9, 1e9, True, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    speeds = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
     return Measurement(time.time(), (speeds,))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures this machine: everything is copied up."""
-    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(1e12, 1.0))
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: calibration(1e12, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both devices are one CPU here, so that the text stays the same to the byte."""
-    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(copy=1.0, expert=1e-9))
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: calibration(copy=1.0, expert=1e-9))
     computed = []
     run = HostCompute.run
     monkeypatch.setattr(
@@ -132,8 +132,8 @@ def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
 def test_a_machine_with_a_gpu_is_measured_at_the_first_start(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiers, "known_speeds", lambda *_: None)
-    monkeypatch.setattr(tiers, "measure_speeds", lambda *_: calibration(1e12, 1.0))
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: None)
+    monkeypatch.setattr(tiers, "measure_machine", lambda *_: calibration(1e12, 1.0))
     notes: list[str] = []
     assert text(load(tiny_model, 2, 8, expert_size, note=notes.append)) == expected
     assert notes == ["measuring this machine, about 10 s (only the first time)"]
@@ -238,7 +238,7 @@ def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
     other = "bitsandbytes" if packed else "cpu-packed"
     assert installed.blueprint.in_layout(other).expert != installed.blueprint.expert
     monkeypatch.setattr(Blueprint, "computed_on", lambda self, device: self.in_layout(other))
-    monkeypatch.setattr(tiers, "known_speeds", lambda *_: calibration(copy=1.0, expert=1e-9))
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: calibration(copy=1.0, expert=1e-9))
     with InstalledModel(tiny_model) as installed:
         assert tiers._host_compute(installed, None, torch.device("cpu", 0), print) is None
 

@@ -1,36 +1,12 @@
-"""What was measured: read between the counts of rows, kept in a file, and read back from it."""
+"""The figures that are measured: read between the counts of rows, and the medians of samples."""
 
 import dataclasses
-import json
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
-from mixchat import machine
-from mixchat.planning import calibration
-from mixchat.planning.calibration import (
-    SAMPLES,
-    Calibration,
-    Measurement,
-    calibration_key,
-    load,
-    measure_and_keep,
-)
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.planning.calibration import Calibration, Measurement
 
-CPU = torch.device("cpu")
-OTHER = torch.device("cpu:0")  # a device of its own to whoever compares names
-KNOWN = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-
-
-@pytest.fixture
-def blueprint(tiny_model: Path) -> Blueprint:
-    with InstalledModel(tiny_model) as kept:
-        return kept.blueprint
+KNOWN = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
 
 @pytest.mark.parametrize(
@@ -47,67 +23,10 @@ def test_time_never_falls_beyond_what_was_measured() -> None:
     assert known.expert_time("cuda", 1) == 2.0
 
 
-MADE = Measurement(1.7e9, (KNOWN,) * SAMPLES)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is that of `MADE`."""
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(time=lambda: MADE.measured_at))
-
-
-def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "machine.json"
-    samples = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
-    left = iter(samples)
-    made = measure_and_keep(path, "here", lambda: next(left))
-    assert made == Measurement(MADE.measured_at, tuple(samples))
-    assert load(path, "here", CPU) == made
-
-
-def test_measuring_anew_replaces_what_was_known(tmp_path: Path) -> None:
-    """A measurement that a busy machine had spoiled stayed for good."""
-    path = tmp_path / "machine.json"
-    measure_and_keep(path, "here", lambda: KNOWN)
-    slower = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
-    made = measure_and_keep(path, "here", lambda: slower)
-    assert made.samples == (slower,) * SAMPLES
-    assert load(path, "here", CPU) == made
-
-
-def test_what_is_known_can_be_looked_up_without_measuring(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    assert load(path, "here", CPU) is None
-    measure_and_keep(path, "here", lambda: KNOWN)
-    assert load(path, "here", CPU) == MADE
-    assert load(path, "there", CPU) is None
-    assert load(path, "here", OTHER) is None
-
-
-def test_figures_of_another_device_are_kept_too(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
-    known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
-    made = measure_and_keep(path, "here", lambda: known)
-    assert load(path, "here", torch.device("cuda")) == made
-
-
-def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    results = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + index) for index in range(40)]
-    made = [
-        measure_and_keep(path, str(index), lambda result=result: result)  # type: ignore[misc]
-        for index, result in enumerate(results)
-    ]
-    assert load(path, "39", CPU) == made[39]
-    assert load(path, "8", CPU) == made[8]
-    assert load(path, "7", CPU) is None
-
-
 def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
     samples = (
         KNOWN,
-        dataclasses.replace(KNOWN, disk_bandwidth=1e9, layer_seconds=0.1, disk_direct=False),
+        dataclasses.replace(KNOWN, disk_bandwidth=1e9, layer_seconds=0.1),
         dataclasses.replace(
             KNOWN, disk_bandwidth=3e9, expert_seconds={"cpu": {1: 0.004, 8: 0.007, 64: 0.05}}
         ),
@@ -123,121 +42,3 @@ def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some() -> None
     blind = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
     assert Measurement(0.0, (blind, KNOWN)).typical.disk_bandwidth == KNOWN.disk_bandwidth
     assert Measurement(0.0, (blind, blind)).typical.disk_bandwidth is None
-
-
-def entry(**changes: Any) -> str:
-    sample = {**dataclasses.asdict(KNOWN), **changes}
-    made = {"measured_at": MADE.measured_at, "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 2, "machines": {"here": made}})
-
-
-def undated() -> str:
-    """As it was once: one calibration, of which nobody knows when it was made."""
-    return json.dumps({"format": 1, "machines": {"here": dataclasses.asdict(KNOWN)}})
-
-
-DAMAGED = [
-    "",
-    "{",
-    "[]",
-    "\0",
-    "[" * 100_000,
-    '{"format": 2}',
-    '{"format": 2, "machines": []}',
-    '{"format": 2, "machines": {"here": null}}',
-    '{"format": 2, "machines": {"here": [1]}}',
-    '{"format": 2, "machines": {"here": {}}}',
-    '{"format": 2, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    undated(),
-    entry().replace('"format": 2', '"format": 0'),
-    entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
-    entry(memory_bandwidth=0),
-    entry(disk_bandwidth=-1),
-    entry(disk_bandwidth=None),
-    entry(disk_bandwidth_idle="3e9"),
-    entry(memory_bandwidth=float("nan")),
-    entry(memory_bandwidth=float("inf")),
-    entry(memory_bandwidth=10**400),
-    entry(expert_seconds={}),
-    entry(expert_seconds=[]),
-    entry(expert_seconds={"cpu": []}),
-    entry(expert_seconds={"cpu": {}}),
-    entry(expert_seconds={"cpu": {"1": 1.0}}),
-    entry(expert_seconds={"cuda": {"1": 1.0, "8": 1.0}}),
-    entry(expert_seconds={"cpu": {"one": 1.0, "8": 1.0}}),
-    entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
-    entry(layer_seconds=None),
-    entry(layer_seconds=0),
-    entry().replace(', "layer_seconds": 0.001', ""),
-]
-
-
-@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_or_old_file_is_measured_and_written_anew(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "machine.json"
-    path.write_text(text)
-    assert load(path, "here", CPU) is None
-    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
-    assert load(path, "here", CPU) == MADE
-
-
-def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
-    path, precious = tmp_path / "machine.json", tmp_path / "precious"
-    precious.write_text(entry())
-    path.symlink_to(precious)
-    other = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
-    assert measure_and_keep(path, "here", lambda: other).typical == other
-    assert precious.read_text() == entry()
-    assert not path.is_symlink()
-    assert load(path, "here", CPU) == Measurement(MADE.measured_at, (other,) * SAMPLES)
-
-
-def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) -> None:
-    assert len(set(DAMAGED) | {entry()}) == len(DAMAGED) + 1
-    path = tmp_path / "machine.json"
-    path.write_text(entry())
-    assert load(path, "here", CPU) == MADE
-
-
-def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
-    path = tmp_path / "machine.json"
-    partly = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
-    assert measure_and_keep(path, "here", lambda: partly).typical == partly
-    assert not path.exists()
-    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
-
-
-def test_a_result_that_cannot_be_kept_is_given_nevertheless(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "machine.json"
-    assert measure_and_keep(path, "here", lambda: KNOWN) == MADE
-
-
-def test_the_key_names_what_a_result_depends_on(
-    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = calibration_key(blueprint, tmp_path, CPU)
-    assert key == calibration_key(blueprint, tmp_path / "below", CPU)
-    larger = dataclasses.replace(
-        blueprint, config=dataclasses.replace(blueprint.config, hidden_size=128)
-    )
-    keys = {
-        key,
-        calibration_key(larger, tmp_path, CPU),
-        calibration_key(blueprint, Path("/proc"), CPU),
-        calibration_key(blueprint, tmp_path, OTHER),
-    }
-    for module, name, value in (
-        (machine, "cpu_name", "another"),
-        (machine, "usable_cores", 77),
-        (torch, "get_num_threads", 77),
-        (torch.backends.cpu, "get_cpu_capability", "none"),
-        (calibration, "version", "0.0"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *_, value=value: value)
-            keys.add(calibration_key(blueprint, tmp_path, CPU))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "0.0")
-        keys.add(calibration_key(blueprint, tmp_path, CPU))
-    assert len(keys) == 10

@@ -1,4 +1,4 @@
-"""How fast a model will be: hit rates without a model, and what tokens cost with them."""
+"""The speed that is predicted: hit rates without a model, and the cost of tokens with them."""
 
 import itertools
 from dataclasses import replace
@@ -9,26 +9,19 @@ import torch
 from mixchat.experts.placement import Placement
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
-from mixchat.planning import expectation
-from mixchat.planning.calibration import Calibration
-from mixchat.planning.expectation import (
-    PROMPT,
-    decode_cost,
-    expected_distinct,
-    first_token,
-    held_together,
-    hit_rates,
-)
+from mixchat.planning import simulate
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.expectation import PROMPT, TokenCost, expect, expected_distinct, first_token
 from mixchat.planning.simulate import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
 CPU = torch.device("cpu")
-GPU = torch.device("cpu:0")  # a device of its own to whoever compares names
+GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = ModelConfig.from_dict(MIXTRAL)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -39,6 +32,23 @@ GPU_SPEEDS = replace(
 
 def on_cpu(slots: int) -> Placement:
     return Placement(slots, 0, 256)
+
+
+def hit_rates(
+    blueprint: Blueprint, device: torch.device, placement: Placement
+) -> tuple[float, float]:
+    found = expect(blueprint, device, Measurement(0.0, (GPU_SPEEDS,)), placement)
+    return found.hit_rate, found.host_hit_rate
+
+
+def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
+    return expect(blueprint, device, Measurement(0.0, (GPU_SPEEDS,)), placement).held
+
+
+def decode_cost(
+    blueprint: Blueprint, device: torch.device, speeds: Calibration, placement: Placement
+) -> TokenCost | None:
+    return expect(blueprint, device, Measurement(0.0, (speeds,)), placement).cost
 
 
 def test_hit_rates_grow_with_slots_up_to_all() -> None:
@@ -74,7 +84,7 @@ def test_ram_that_holds_all_leaves_nothing_to_the_disk() -> None:
     assert rate < host_rate == 1.0
 
 
-def test_ram_holds_the_same_experts_where_they_lie_otherwise_on_the_gpu() -> None:
+def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs() -> None:
     layouts = {"cpu-packed", "bitsandbytes"} - {BLUEPRINT.quantization.layout}
     other = BLUEPRINT.in_layout(layouts.pop())  # type: ignore[arg-type]
     same = other.expert == BLUEPRINT.expert
@@ -90,8 +100,8 @@ def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too() -> N
 
 def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for at every plan, several times: that takes a tenth of a second each."""
-    expectation._hit_rate.cache_clear()
-    expectation._trace.cache_clear()
+    simulate.expected_hit_rate.cache_clear()
+    simulate._paper_trace.cache_clear()
     replayed: list[int] = []
     made: list[int] = []
 
@@ -103,8 +113,8 @@ def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch
         made.append(tokens)
         return synthetic_trace(*shape, tokens=tokens)
 
-    monkeypatch.setattr(expectation, "replay", counted_replay)
-    monkeypatch.setattr(expectation, "synthetic_trace", counted_trace)
+    monkeypatch.setattr(simulate, "replay", counted_replay)
+    monkeypatch.setattr(simulate, "synthetic_trace", counted_trace)
     for slots in (100, 101, 100):
         hit_rates(BLUEPRINT, CPU, on_cpu(slots))
     assert sum(replayed) <= 2 * 400

@@ -15,11 +15,17 @@ from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions
-from mixchat.planning import fitting, speeds
-from mixchat.planning.calibration import SAMPLES, Calibration, Measurement
+from mixchat.planning import fitting, machine_speed
+from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.expectation import predicted
-from mixchat.planning.fitting import FreeMemory
-from mixchat.planning.plan import Machine, MachinePlan, fit, look, plan_model
+from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.machine_speed import (
+    SAMPLES,
+    measure_machine,
+    measurement_file,
+    saved_measurement,
+)
+from mixchat.planning.plan import Machine, MachinePlan, plan_model
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
@@ -27,10 +33,10 @@ from mixchat.weights.make.outline import MIXTRAL
 
 GB = 10**9
 CPU = torch.device("cpu")
-GPU = torch.device("cpu:0")  # a device of its own to whoever compares names
+GPU = torch.device("cpu:0")  # another device by its name
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, True, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -50,98 +56,107 @@ def measured(*samples: Calibration) -> Measurement:
     return Measurement(1.7e9, samples)
 
 
-def on_cpu(ram: float, **options: Any) -> MachinePlan:
-    return plan_model(BLUEPRINT, CPU, machine(ram), measured(SPEEDS), LoadOptions(**options))
+def planned(
+    device: torch.device, there: Machine, known: Measurement, options: LoadOptions
+) -> MachinePlan:
+    return plan_model(there, device, fit_model(BLUEPRINT, there.free, options), known)
+
+
+def on_cpu(ram: float, *samples: Calibration, **options: Any) -> MachinePlan:
+    known = measured(*samples or (SPEEDS,))
+    return planned(CPU, machine(ram), known, LoadOptions(**options))
 
 
 def on_gpu(gpu: float, ram: float, **options: Any) -> MachinePlan:
-    return plan_model(
-        BLUEPRINT, GPU, machine(ram, gpu), measured(GPU_SPEEDS), LoadOptions(**options)
-    )
+    return planned(GPU, machine(ram, gpu), measured(GPU_SPEEDS), LoadOptions(**options))
 
 
 def speed(found: MachinePlan) -> float:
-    assert found.tokens_per_second is not None
-    return found.tokens_per_second
+    assert found.expected.tokens_per_second is not None
+    return found.expected.tokens_per_second
 
 
 def test_a_machine_with_16_gb_holds_a_part_and_reads_the_rest() -> None:
     found = on_cpu(14.5)
     slots = found.fit.placement.slots
     assert 80 < slots < 140
-    assert (found.held, found.fit.placement.host_slots, found.fit.context) == (slots, 0, 8192)
-    assert found.hit_rate == found.host_hit_rate
-    assert found.cost is not None
-    assert found.cost.read == pytest.approx(64 * (1 - found.hit_rate))
-    assert speed(found) == 1 / found.cost.seconds
+    assert (found.expected.held, found.fit.placement.host_slots, found.fit.context) == (
+        slots,
+        0,
+        8192,
+    )
+    assert found.expected.hit_rate == found.expected.host_hit_rate
+    assert found.expected.cost is not None
+    assert found.expected.cost.read == pytest.approx(64 * (1 - found.expected.hit_rate))
+    assert speed(found) == 1 / found.expected.cost.seconds
     assert found.first_token is not None
     assert found.first_token.seconds > 10  # 26 GB at 2 GB a second
 
 
 def test_a_machine_that_holds_all_reads_nothing_and_needs_no_more() -> None:
     found = on_cpu(64)
-    assert (found.hit_rate, found.fit.placement.slots) == (1.0, 256)
-    assert found.cost is not None
-    assert found.cost.read == 0
-    assert found.what_more_buys == ()
+    assert (found.expected.hit_rate, found.fit.placement.slots) == (1.0, 256)
+    assert found.expected.cost is not None
+    assert found.expected.cost.read == 0
+    assert found.more == ()
 
 
 def test_more_memory_buys_what_a_machine_with_that_much_has() -> None:
     found = on_cpu(14.5)
-    assert [(more.tier, more.bytes) for more in found.what_more_buys] == [
+    assert [(more.tier, more.bytes) for more in found.more] == [
         ("host", 8 * GB),
         ("host", 16 * GB),
     ]
-    for more, ram in zip(found.what_more_buys, (22.5, 30.5), strict=True):
+    for more, ram in zip(found.more, (22.5, 30.5), strict=True):
         richer = on_cpu(ram)
-        assert more.placement == richer.fit.placement
-        assert more.tokens_per_second == speed(richer)
-    assert speed(found) < found.what_more_buys[0].tokens_per_second
+        assert more.fit.placement == richer.fit.placement
+        assert more.expected.tokens_per_second == speed(richer)
+    assert speed(found) < found.more[0].expected.tokens_per_second
 
 
 def test_more_than_what_all_experts_take_is_not_named_twice() -> None:
     found = on_cpu(24)
-    assert [more.bytes for more in found.what_more_buys] == [8 * GB]
-    assert found.what_more_buys[0].placement.slots == 256
+    assert [more.bytes for more in found.more] == [8 * GB]
+    assert found.more[0].fit.placement.slots == 256
 
 
 def test_with_a_budget_more_memory_raises_the_budget() -> None:
     found = on_cpu(64, host_memory=MemoryBudget(fraction=0.25))
     assert found.fit.placement.slots == 64
     added = 8 * GB // BLUEPRINT.expert.stride
-    assert found.what_more_buys[0].placement.slots in (64 + added, 65 + added)
+    assert found.more[0].fit.placement.slots in (64 + added, 65 + added)
 
 
 def test_more_memory_for_a_gpu_is_on_it_or_behind_it() -> None:
     found = on_gpu(11, 8)
-    assert [(more.tier, more.bytes) for more in found.what_more_buys] == [
+    assert [(more.tier, more.bytes) for more in found.more] == [
         ("host", 8 * GB),
         ("host", 16 * GB),
         ("device", 8 * GB),
     ]
-    ram, _, device = found.what_more_buys
-    assert ram.tokens_per_second == speed(on_gpu(11, 16))
-    assert device.tokens_per_second == speed(on_gpu(19, 8))
-    assert device.placement.slots > found.fit.placement.slots == ram.placement.slots
+    ram, _, device = found.more
+    assert ram.expected.tokens_per_second == speed(on_gpu(11, 16))
+    assert device.expected.tokens_per_second == speed(on_gpu(19, 8))
+    assert device.fit.placement.slots > found.fit.placement.slots == ram.fit.placement.slots
 
 
 def test_a_gpu_with_a_budget_may_take_that_much_more() -> None:
     found = on_gpu(24, 64, device_memory=MemoryBudget(size=8 * GB))
-    device = found.what_more_buys[-1]
+    device = found.more[-1]
     assert device.tier == "device"
     wider = on_gpu(24, 64, device_memory=MemoryBudget(size=16 * GB))
-    assert device.placement == wider.fit.placement
+    assert device.fit.placement == wider.fit.placement
 
 
 def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:
     found = on_gpu(11, 16)
     placement = found.fit.placement
-    assert found.held == placement.slots + placement.host_slots < 256
-    assert found.hit_rate < found.host_hit_rate < 1
-    assert found.cost is not None
-    assert found.cost.copied > found.cost.read > 0
-    assert found.device == "cpu:0"
-    assert on_gpu(11, 64).host_hit_rate == 1.0
+    assert found.expected.held == placement.slots + placement.host_slots < 256
+    assert found.expected.hit_rate < found.expected.host_hit_rate < 1
+    assert found.expected.cost is not None
+    assert found.expected.cost.copied > found.expected.cost.read > 0
+    assert str(found.device) == "cpu:0"
+    assert on_gpu(11, 64).expected.host_hit_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -158,11 +173,11 @@ def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:
 def test_the_largest_context_fits_and_one_token_more_does_not(
     there: Machine, options: LoadOptions
 ) -> None:
-    largest = fit(BLUEPRINT, there.free, options).largest_context
+    largest = fit_model(BLUEPRINT, there.free, options).largest_context
     assert 8192 <= largest <= 32768
-    fit(BLUEPRINT, there.free, replace(options, context_size=largest))
+    fit_model(BLUEPRINT, there.free, replace(options, context_size=largest))
     with pytest.raises((ResourceError, UsageError)):
-        fit(BLUEPRINT, there.free, replace(options, context_size=largest + 1))
+        fit_model(BLUEPRINT, there.free, replace(options, context_size=largest + 1))
 
 
 def test_what_does_not_fit_is_refused_as_loading_refuses_it() -> None:
@@ -183,8 +198,10 @@ def test_a_plan_places_what_loading_places(
     context: int | None,
 ) -> None:
     free = GB + 300_000  # so that all but some of the memory is the reserve
-    with InstalledModel(tiny_model) as kept:
-        planned = fit(kept.blueprint, FreeMemory(free), LoadOptions(budget, None, context))
+    with InstalledModel(tiny_model) as installed:
+        planned = fit_model(
+            installed.blueprint, FreeMemory(free), LoadOptions(budget, None, context)
+        )
     monkeypatch.setattr("mixchat.planning.fitting.free_on", lambda device: free)
     options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
     engine = load_engine(tiny_model, options)
@@ -195,34 +212,40 @@ def test_a_plan_places_what_loading_places(
 def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> None:
     """One sample gave 0.99 tokens a second where others gave 0.53 to 0.81."""
     samples = [replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)]
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(*samples), LoadOptions())
-    alone = [plan_model(BLUEPRINT, CPU, machine(14.5), measured(s), LoadOptions()) for s in samples]
-    assert found.speed is not None
-    assert (found.speed.low, found.speed.high) == (speed(alone[2]), speed(alone[0]))
+    found = on_cpu(14.5, *samples)
+    alone = [on_cpu(14.5, sample) for sample in samples]
+    assert found.expected.speed is not None
+    assert (found.expected.speed.low, found.expected.speed.high) == (
+        speed(alone[2]),
+        speed(alone[0]),
+    )
     assert speed(found) == speed(alone[1])
-    assert found.speed.measured_at == found.measured_at == 1.7e9
-    more = found.what_more_buys[0]
+    assert found.expected.speed.measured_at == found.measurement.measured_at == 1.7e9
+    more = found.more[0].expected
+    assert more.speed is not None
+    assert more.tokens_per_second is not None
     assert more.speed.low < more.tokens_per_second < more.speed.high
 
 
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
     blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(blind), LoadOptions())
-    assert found.speed is None
-    assert (found.cost, found.first_token, found.tokens_per_second) == (None, None, None)
+    found = on_cpu(14.5, blind)
+    assert found.expected.speed is None
+    assert (found.expected.cost, found.first_token) == (None, None)
+    assert found.expected.tokens_per_second is None
     # What holds all needs no disk to decode.
-    assert [more.bytes for more in found.what_more_buys] == [16 * GB]
+    assert [more.bytes for more in found.more] == [16 * GB]
 
 
 def test_looking_at_this_machine_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "free_on", lambda device: 7 * GB if device == CPU else 3 * GB)
-    there = look(tmp_path / "not there yet", CPU)
+    there = Machine.now(tmp_path / "not there yet", CPU)
     assert there.free == FreeMemory(7 * GB, None)
     assert there.gpu is None
     assert there.memory > 0
     assert there.disk_free > 0
     assert there.cpu
-    assert look(tmp_path, GPU).free == FreeMemory(7 * GB, 3 * GB)
+    assert Machine.now(tmp_path, GPU).free == FreeMemory(7 * GB, 3 * GB)
 
 
 @pytest.fixture
@@ -247,21 +270,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         measured.append(device)
         return SPEEDS if device == CPU else GPU_SPEEDS
 
-    monkeypatch.setattr(speeds, "measure", measure)
+    monkeypatch.setattr(machine_speed, "calibrate", measure)
     return measured
 
 
 def test_a_machine_is_measured_once_and_remembered(
     tiny_model: Path, home: Path, counted: list[torch.device]
 ) -> None:
-    with InstalledModel(tiny_model) as kept:
-        tiny = kept.blueprint
-    assert speeds.known_speeds(tiny, home, CPU) is None
+    with InstalledModel(tiny_model) as installed:
+        tiny = installed.blueprint
+    assert saved_measurement(tiny, home, CPU) is None
     before = time.time()
-    made = speeds.measure_speeds(tiny, home, CPU)
+    made = measure_machine(tiny, home, CPU)
     assert made.samples == (SPEEDS,) * SAMPLES
     assert before <= made.measured_at <= time.time()
-    assert speeds.known_speeds(tiny, home, CPU) == made
+    assert saved_measurement(tiny, home, CPU) == made
     assert counted == [CPU] * SAMPLES
     assert (home / "machine.json").exists()
 
@@ -272,12 +295,12 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     placement = Placement(100, 0, 256)
     assert predicted(BLUEPRINT, home, CPU, placement) is None
     assert counted == []
-    speeds.calibration_path().parent.mkdir()
+    measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
-    key = speeds.calibration_key(BLUEPRINT, home, CPU)
+    key = machine_speed.calibration_key(BLUEPRINT, home, CPU)
     content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
-    speeds.calibration_path().write_text(json.dumps(content))
-    found = plan_model(BLUEPRINT, CPU, machine(14.5), measured(SPEEDS, slow), LoadOptions())
-    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.speed
+    measurement_file().write_text(json.dumps(content))
+    found = on_cpu(14.5, SPEEDS, slow)
+    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.expected.speed
     assert predicted(BLUEPRINT, home, GPU, placement) is None
     assert counted == []

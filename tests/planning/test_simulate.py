@@ -10,7 +10,7 @@ from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.trace import Trace
-from mixchat.planning.simulate import Counts, replay, sharing, synthetic_trace, table
+from mixchat.planning.simulate import Counts, hit_rate_table, replay, sharing, synthetic_trace
 
 TOKENS = 4000
 
@@ -21,7 +21,7 @@ def synthetic() -> Trace:
 
 
 def trace(*forwards: list[list[int]], experts: int = 4, choices: int = 2) -> Trace:
-    return Trace("made up", len(forwards[0]), experts, choices, list(forwards))
+    return Trace("synthetic", len(forwards[0]), experts, choices, list(forwards))
 
 
 def test_layers_share_as_the_paper_measured() -> None:
@@ -100,7 +100,7 @@ def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic
 
 
 def test_a_prefill_costs_lfu_none_of_its_favourites() -> None:
-    """To give up first what was used most would leave decode a cache of the least used."""
+    """Evicting the most used first would leave decode a cache of the least used."""
     favourites = [[[0, 1], [0, 1]]] * 50
     made = trace(*favourites, [[0, 1, 2, 3], [0, 1, 2, 3]], favourites[0])
     after = replay(made, 5, "lfu").decode
@@ -152,7 +152,7 @@ def fewest_misses(made: Trace, slots: int, *, hits_first: bool) -> int:
 def ends(
     state: frozenset[ExpertKey], order: tuple[ExpertKey, ...], slots: int
 ) -> set[tuple[frozenset[ExpertKey], int]]:
-    """Where a cache can be after these uses, and with how many misses."""
+    """Return the states that a cache can have after these uses, each with its misses."""
     reached = {(state, 0)}
     for key in order:
         step = set()
@@ -209,7 +209,7 @@ def test_a_replay_does_what_plain_calls_of_the_cache_do(
 
 def test_a_table_has_a_row_for_each_size_and_a_rate_for_each_policy(synthetic: Trace) -> None:
     short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:200])
-    rows = table(short, (0.25, 0.6), slots=(256,))
+    rows = hit_rate_table(short, (0.25, 0.6), slots=(256,))
     assert [(row.capacity, row.slots) for row in rows] == [(0.25, 64), (153 / 256, 153), (1, 256)]
     assert all(list(row.hit_rates) == ["layered", "lru", "lfu", "belady"] for row in rows)
     assert rows[0].hit_rates["lru"] == replay(short, 64, "lru").decode.hit_rate

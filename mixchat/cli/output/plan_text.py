@@ -1,4 +1,4 @@
-"""A plan for a machine, as text for a person and as JSON for programs."""
+"""The plan of `mixchat plan`, as text for a person and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from mixchat.quantities import format_age, format_least, format_rates, format_si
 from mixchat.weights.make.download_plan import weights_size
 
 if TYPE_CHECKING:
-    from mixchat.planning.cost import TokenCost
-    from mixchat.planning.expectation import SpeedRange
-    from mixchat.planning.plan import MachinePlan
+    from mixchat.planning.expectation import SpeedRange, TokenCost
+    from mixchat.planning.plan import MachinePlan, More
     from mixchat.weights.make.outline import Outline
 
 Rows = Sequence[tuple[str, str]]
 
 
-def as_text(found: Outline, plan: MachinePlan) -> str:
-    """All of a plan, in sections."""
+def plan_as_text(found: Outline, plan: MachinePlan) -> str:
+    """Return all of a plan, in sections."""
     sections: list[tuple[str, Rows]] = [
         ("verdict", list(_verdict(found, plan))),
         ("this machine", list(_machine(plan))),
@@ -34,30 +33,54 @@ def as_text(found: Outline, plan: MachinePlan) -> str:
         ("what more memory would give", list(_more(plan))),
     ]
     texts = [_section(title, aligned(rows)) for title, rows in sections]
-    if not found.kept:
+    if not found.installed:
         texts.append(_section("to download it", _download(found)))
     return "\n\n".join(texts)
 
 
-def as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
-    """The same as JSON has it: bytes, seconds, tokens per second."""
-    made = asdict(plan)
-    for name, cost in (("cost", plan.cost), ("first_token", plan.first_token)):
-        if cost is not None:
-            made[name]["seconds"] = cost.seconds
-    if plan.cost is not None:
-        made["cost"]["hidden"] = plan.cost.hidden
+def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
+    """Return a plan for programs: bytes, seconds, tokens per second."""
+    fit, expected, first = plan.fit, plan.expected, plan.first_token
     return {
         "model": found.name,
         "path": str(found.directory),
-        "kept": found.kept,
+        "kept": found.installed,
         "kept_bytes": weights_size(found.blueprint),
         "quantization": found.blueprint.quantization.description(),
         "fits": not found.lacking,
         "disk": download_text.disk_as_dicts(found.disk),
-        "tokens_per_second": plan.tokens_per_second,
-        **made,
+        "tokens_per_second": expected.tokens_per_second,
+        "machine": asdict(plan.machine),
+        "device": str(plan.device),
+        "speeds": asdict(plan.measurement.typical),
+        "fit": {
+            "context": fit.context,
+            "largest_context": fit.largest_context,
+            "demand": asdict(fit.demand),
+            "placement": asdict(fit.placement),
+        },
+        "held": expected.held,
+        "hit_rate": expected.hit_rate,
+        "host_hit_rate": expected.host_hit_rate,
+        "cost": expected.cost
+        and asdict(expected.cost)
+        | {"seconds": expected.cost.seconds, "hidden": expected.cost.hidden},
+        "speed": expected.speed and asdict(expected.speed),
+        "measured_at": plan.measurement.measured_at,
+        "samples": len(plan.measurement.samples),
+        "first_token": first and asdict(first) | {"seconds": first.seconds},
+        "what_more_buys": [_more_as_dict(more) for more in plan.more],
         "download": None if found.download is None else download_text.as_dict(found.download),
+    }
+
+
+def _more_as_dict(more: More) -> dict[str, Any]:
+    return {
+        "tier": more.tier,
+        "bytes": more.bytes,
+        "placement": asdict(more.fit.placement),
+        "tokens_per_second": more.expected.tokens_per_second,
+        "speed": more.expected.speed and asdict(more.expected.speed),
     }
 
 
@@ -67,8 +90,8 @@ def _section(title: str, text: str) -> str:
 
 
 def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    speed = _speed(plan.speed)
-    if found.kept:
+    speed = _speed(plan.expected.speed)
+    if found.installed:
         yield "it runs here", speed
     elif not found.lacking:
         yield "it fits", f"once it is downloaded: {speed}"
@@ -85,14 +108,14 @@ def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    there, speeds = plan.machine, plan.speeds
-    yield "CPU", f"{there.cpu}, {there.cores} {'core' if there.cores == 1 else 'cores'}"
+    there, speeds = plan.machine, plan.measurement.typical
+    yield "CPU", f"{there.cpu}, {_count(there.cores, 'core')}"
     limit = f" (limit: {there.free.limit})" if there.free.limit else ""
     yield "RAM", f"{format_size(there.memory)}, {format_size(there.free.host)} free{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
         free = format_size(there.free.device)
         yield "GPU", f"{there.gpu}, {format_size(there.gpu_memory)}, {free} free"
-    elif plan.device == "cpu":
+    elif plan.device.type == "cpu":
         yield "GPU", "none in use"
     read = "not measured: it cannot be written to, or has no room"
     if speeds.disk_bandwidth is not None and speeds.disk_bandwidth_idle is not None:
@@ -101,13 +124,14 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "disk", f"{format_size(there.disk_free)} free, {read}"
     for device in speeds.expert_seconds:
         where = "the CPU" if device == "cpu" else "the GPU"
-        pace = f", {_rate(speeds.memory_bandwidth)}" if device == "cpu" else ""
+        pace = f", {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
         yield "expert", f"{_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
-    when = datetime.fromtimestamp(plan.measured_at).strftime("%Y-%m-%d %H:%M")
-    age = format_age(time.time() - plan.measured_at)
-    yield "measured", f"{when} ({age}), {plan.samples} samples; --measure measures again"
+    measured_at = plan.measurement.measured_at
+    when = datetime.fromtimestamp(measured_at).strftime("%Y-%m-%d %H:%M")
+    age, count = format_age(time.time() - measured_at), len(plan.measurement.samples)
+    yield "measured", f"{when} ({age}), {_count(count, 'sample')}; --measure measures again"
 
 
 def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -120,14 +144,14 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
         f"{config.num_hidden_layers} layers",
     )
     yield "shared", f"{format_size(demand.shared)} that every token needs"
-    yield "context", f"{format_size(demand.context)} for {plan.fit.context} tokens"
-    when = "here already" if found.kept else "once it is downloaded"
+    yield "context", f"{format_size(demand.context)} for {_count(plan.fit.context, 'token')}"
+    when = "installed" if found.installed else "once it is downloaded"
     yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
 
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
-    slots = f"{placement.slots} experts of {placement.experts}, all that is shared"
+    slots = f"{placement.slots} of {_count(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
         left = free.host - demand.shared - placement.slots * demand.expert
         yield "RAM", f"{slots}; {format_size(left)} left free"
@@ -137,32 +161,34 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         left = free.device - demand.shared - demand.context - placement.slots * demand.expert
         yield "GPU", f"{slots}, the context; {format_size(left)} left free"
         left = free.host - placement.host_slots * demand.expert
-        behind = f"{placement.host_slots} experts" if placement.host_slots else "no experts"
-        if plan.held < min(placement.slots + placement.host_slots, placement.experts):
+        behind = _count(placement.host_slots, "expert") if placement.host_slots else "no experts"
+        if plan.expected.held < min(placement.slots + placement.host_slots, placement.experts):
             behind += ", those on the GPU among them"
         yield "RAM", f"{behind}; {format_size(left)} left free"
-    others = placement.experts - plan.held
-    kept = f"the other {others} experts, read when they are asked for"
-    yield "disk", kept if others else "nothing that is read more than once"
+    others = placement.experts - plan.expected.held
+    rest = f"the other {_count(others, 'expert')}, read when a token needs them"
+    yield "disk", rest if others else "nothing that is read more than once"
 
 
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    if plan.cost is None:
-        yield "speed", _speed(None)
+    expected = plan.expected
+    if expected.cost is None:
+        yield "decode", _speed(None)
     else:
-        yield "speed", f"{_speed(plan.speed)}: a token takes {_time(plan.cost.seconds)}"
-        yield from (("", reason) for reason in _reasons(plan.cost))
-    held = f"{plan.hit_rate:.0%} of the experts that tokens ask for"
+        yield "decode", f"{_speed(expected.speed)}: a token takes {_time(expected.cost.seconds)}"
+        yield from (("", reason) for reason in _reasons(expected.cost))
+    hits = f"{expected.hit_rate:.0%} of the experts that tokens use"
     if plan.machine.free.device is None:
-        yield "at hand", f"{held} are in RAM"
+        yield "cache hits", f"{hits} are in RAM"
     else:
-        yield "at hand", f"{held} are on the GPU, {plan.host_hit_rate:.0%} there or in RAM"
+        yield "cache hits", f"{hits} are on the GPU, {expected.host_hit_rate:.0%} there or in RAM"
     if plan.first_token is not None:
         first = plan.first_token
-        yield "at first", f"{_time(first.seconds)} to answer {PROMPT} tokens, all still on disk:"
-        yield "", f"{_time(first.starting)} reading what is shared"
+        prompt = f"for a prompt of {PROMPT} tokens, all weights still on disk:"
+        yield "first token", f"after {_time(first.seconds)} {prompt}"
+        yield "", f"{_time(first.starting)} reading the shared weights"
         yield from (("", reason) for reason in _reasons(first.prompt))
-    fewer = ", with fewer experts at hand" if plan.fit.largest_context > plan.fit.context else ""
+    fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""
     yield "context", f"up to {plan.fit.largest_context} tokens fit{fewer}"
 
 
@@ -173,17 +199,17 @@ def _reasons(cost: TokenCost) -> Iterator[str]:
     if cost.read:
         yield f"{_time(cost.reading)} reading {cost.read:.3g} experts from disk"
     if cost.hidden:
-        yield f"{_time(cost.hidden)} less, because some of this goes on at the same time"
+        yield f"{_time(cost.hidden)} less, because some of this runs at the same time"
 
 
 def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    if plan.cost is None:
+    if plan.expected.cost is None:
         yield "unknown", "because the disk could not be measured"
-    elif not plan.what_more_buys:
+    elif not plan.more:
         yield "nothing", "all experts are in the fastest memory there is"
-    for more in plan.what_more_buys:
+    for more in plan.more:
         what = "RAM" if more.tier == "host" else "on the GPU"
-        yield f"+{format_size(more.bytes)} {what}", _speed(more.speed)
+        yield f"+{format_size(more.bytes)} {what}", _speed(more.expected.speed)
 
 
 def _download(found: Outline) -> str:
@@ -195,7 +221,11 @@ def _download(found: Outline) -> str:
 def _speed(speed: SpeedRange | None) -> str:
     if speed is None:
         return "unknown, because the disk could not be measured"
-    return f"{format_rates(speed.low, speed.high)} tokens/s"
+    return f"{format_rates(speed.low, speed.high)} tok/s"
+
+
+def _count(count: int, unit: str) -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 def _rate(bytes_per_second: float) -> str:
@@ -203,6 +233,6 @@ def _rate(bytes_per_second: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 1:
+    if seconds < 0.9995:  # above that, 1e+03 ms
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 60 else format_time(seconds)

@@ -1,4 +1,4 @@
-"""What a model will be once it is kept, known before anything of its weights is fetched."""
+"""Outlines a model: its tensors and what it takes to install it, before any weights are fetched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixchat.weights.make.quantize_options import QuantizeOptions, best_layout, 
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.open_origin import open_origin
 
-# Both of `models.ALIASES`, as their config.json has it; no hub has to be asked.
+# The config.json of both of `models.ALIASES`, so that no hub has to be asked.
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
     "vocab_size": 32000,
@@ -41,43 +41,43 @@ _SHARD = 5e9  # bytes: the largest file of a checkpoint that transformers writes
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's tensors and the directory that keeps it, or will.
+    """A model's tensors, and the directory in which it is installed or will be.
 
-    disk: what the download needs, nothing where the model is there; download: all that it takes,
-    None where the model is there, or where only the hub knows.
+    disk: what the download needs, nothing for an installed model; download: the plan of the
+    download, None for an installed model, or where only the hub knows it.
     """
 
     name: str
     blueprint: Blueprint
     directory: Path
-    kept: bool
+    installed: bool
     disk: tuple[Need, ...] = ()
     download: DownloadPlan | None = None
 
     @property
     def lacking(self) -> list[Need]:
-        """The disks that have less room than the download needs."""
+        """Return the disks that have less room than the download needs."""
         return [need for need in self.disk if not need.suffices]
 
 
-def outline(name: str, progress: Progress) -> Outline:
-    """What `name` stands for, kept or not, made with the default options where not.
+def outline(ref: models.ModelRef, progress: Progress) -> Outline:
+    """Return the outline of a model, with the default options where it is not installed.
 
-    Asks the hub only for a model of it that is neither kept nor in `models.ALIASES`.
+    Asks the hub only for one of its models that is neither installed nor in `models.ALIASES`.
     Raises what `models.installed_directory` and opening a checkpoint raise.
     """
     try:
-        directory = models.installed_directory(name)
+        directory = models.installed_directory(ref.name)
     except ModelNotFoundError:
-        return _to_come(models.resolve(name), progress)
+        return _before_download(ref, progress)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = ModelConfig.from_file(directory / "config.json")
     how = Quantization.from_description(manifest.quantization)
-    return Outline(name, Blueprint(config, how), directory, kept=True)
+    return Outline(ref.name, Blueprint(config, how), directory, installed=True)
 
 
-def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
+def _before_download(ref: models.ModelRef, progress: Progress) -> Outline:
     target = ref.directory
     if ref.repo in models.ALIASES.values():
         quantization = Quantization(layout=best_layout())
@@ -85,8 +85,8 @@ def _to_come(ref: models.ModelRef, progress: Progress) -> Outline:
         blueprint = Blueprint(config, quantization)
         index = expected_index(config, ref.name, _SHARD)
         disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
-        return Outline(ref.name, blueprint, target, kept=False, disk=disk)
+        return Outline(ref.name, blueprint, target, installed=False, disk=disk)
     with open_origin(ref.find_source(), target, progress) as origin:
         blueprint = make_blueprint(origin.index, QuantizeOptions())
         plan = make_plan(target, origin, blueprint)
-    return Outline(ref.name, blueprint, target, kept=False, disk=plan.disk, download=plan)
+    return Outline(ref.name, blueprint, target, installed=False, disk=plan.disk, download=plan)

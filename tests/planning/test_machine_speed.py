@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mixchat import machine
-from mixchat.planning.measure import Effort, measure
+from mixchat.planning.compute_speed import Effort
+from mixchat.planning.machine_speed import calibrate
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
-OTHER = torch.device("cpu:0")  # a device of its own to whoever compares names
+OTHER = torch.device("cpu:0")  # another device by its name
 QUICK = Effort(file_bytes=1_000_000, pool_bytes=200_000, seconds=0.01)
 
 
@@ -23,7 +24,7 @@ def no_layer() -> None:
 
 
 class Clock:
-    """Time that passes where it is told to, and a little at each look: nothing else does count."""
+    """Time that passes in `sleep`, and a little at each look; nothing else counts."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -40,7 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time by which all but the disk is measured."""
     clock = Clock()
-    monkeypatch.setattr("mixchat.planning.measure.time", clock)
+    monkeypatch.setattr("mixchat.planning.compute_speed.time", clock)
     return clock
 
 
@@ -60,12 +61,12 @@ def taking(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[float], N
 
 @pytest.fixture
 def blueprint(tiny_model: Path) -> Blueprint:
-    with InstalledModel(tiny_model) as kept:
-        return kept.blueprint
+    with InstalledModel(tiny_model) as installed:
+        return installed.blueprint
 
 
 def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_path: Path) -> None:
-    result = measure(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
+    result = calibrate(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds) == {"cpu"}
     assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
     assert all(seconds > 0 for seconds in result.expert_seconds["cpu"].values())
@@ -81,7 +82,7 @@ def test_figures_are_those_of_what_ran(
     blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
 ) -> None:
     taking(0.0005)
-    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     seconds = result.expert_seconds["cpu"]
     assert seconds[1] == pytest.approx(0.0005, rel=0.05)
     assert seconds[8] == pytest.approx(0.004, rel=0.05)
@@ -93,7 +94,7 @@ def test_a_fast_cpu_is_measured_with_all_counts_of_rows(
     blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
 ) -> None:
     taking(0)
-    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
 
 
@@ -111,7 +112,7 @@ def test_a_layer_is_measured_where_it_is_computed(
         assert torch.is_inference_mode_enabled()
         clock.sleep(0.004)
 
-    result = measure(blueprint, tmp_path, device, layer, effort=QUICK)
+    result = calibrate(blueprint, tmp_path, device, layer, effort=QUICK)
     assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
 
 
@@ -121,7 +122,7 @@ def test_the_first_time_when_much_is_set_up_does_not_count(
     """Kernels that were compiled meanwhile made a plan promise 0.01 tokens a second."""
     taking(0)
     pauses = itertools.chain([5.0], itertools.repeat(0.004))
-    result = measure(
+    result = calibrate(
         blueprint,
         tmp_path,
         CPU,
@@ -140,7 +141,7 @@ def test_another_device_is_measured_beside_the_cpu(
         copied.append((target.data_ptr(), target.nbytes, source.nbytes))
         clock.sleep(0.001)
 
-    result = measure(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
+    result = calibrate(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
     stride = blueprint.expert.stride
     assert set(result.expert_seconds) == {"cpu", "cpu:0"}
     assert result.copy_bandwidth is not None
@@ -161,7 +162,7 @@ def test_experts_larger_than_the_caches_are_computed_in_turn(
         return x
 
     monkeypatch.setattr(Expert, "__call__", watch)
-    measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
 
 
@@ -173,23 +174,22 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
 
     def measure_disk(
         directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
-    ) -> tuple[float, float, bool]:
+    ) -> tuple[float, float]:
         rows.clear()
         work()
         asked.append((directory, block, size, [*rows]))
-        return 2e9, 3e9, True
+        return 2e9, 3e9
 
     def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
         rows.append(len(x))
         return x
 
-    monkeypatch.setattr("mixchat.planning.measure.measure_disk", measure_disk)
+    monkeypatch.setattr("mixchat.planning.machine_speed.measure_disk", measure_disk)
     monkeypatch.setattr(Expert, "__call__", watch)
     for file_bytes in (1, 10**6):
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
-        result = measure(blueprint, tmp_path, CPU, no_layer, effort=effort)
+        result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=effort)
         assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
-        assert result.disk_direct
     stride = blueprint.expert.stride
     assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]
 
@@ -198,8 +198,7 @@ def test_without_room_all_but_the_disk_is_measured(
     blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
-    result = measure(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)
-    assert not result.disk_direct
     assert result.memory_bandwidth > 0
     assert set(result.expert_seconds["cpu"]) >= {1, 8}

@@ -1,8 +1,7 @@
-"""Measures how fast this machine copies and computes experts, and what else a token takes.
+"""Measures how fast experts and layers are computed, and experts copied.
 
-All figures are medians of a few repetitions; all together, the disk's included, take about three
-seconds for Mixtral's shapes on two cores. Experts are made up, because no kernel's time depends on
-their numbers.
+All figures are medians of a few repetitions. Weights are random or constant, because no kernel's
+time depends on their numbers.
 """
 
 from __future__ import annotations
@@ -12,26 +11,32 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from mixchat.engine.kv_cache import new_cache
+from mixchat.engine.model import Attention, Block, RMSNorm
+from mixchat.engine.moe import SparseMoE
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.memory import CPU
-from mixchat.planning.calibration import Calibration, interpolate
-from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.calibration import interpolate
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.linear import Linear, LinearSpec
 
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
 
 ROWS = (1, 8, 64, 512)
-# Codes, scales and weights alike, in 16 or 32 bits, are then numbers that slow no arithmetic.
+# With this in each byte, codes, scales and weights alike, in 16 or 32 bits, are ordinary numbers,
+# which slow no arithmetic.
 _FILLING = 0x3C
+_CONTEXT = 128  # tokens before the one that a layer computes
+_COPIES = 4  # layers in turn, so that no cache of the CPU holds one
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `seconds`: the least time for a figure; some take many times that."""
+    """The amounts to measure. `seconds`: the least time for a figure; some take many times that."""
 
     file_bytes: int = 512_000_000  # of the file that is read, at least four experts
     pool_bytes: int = 256_000_000  # of experts computed in turn, so that no CPU cache holds them
@@ -43,53 +48,14 @@ SAMPLE = Effort(seconds=0.1)  # for one of several calibrations
 
 
 @torch.inference_mode()
-def measure(
-    blueprint: Blueprint,
-    directory: Path,
-    device: torch.device,
-    layer: Callable[[], object],
-    *,
-    copy: Copy = torch.Tensor.copy_,
-    effort: Effort = FULL,
-) -> Calibration:
-    """Measure this machine for a model of this shape, computed on `device`: its experts, and
-    all else of a layer, for one token, by `layer`.
-
-    Torch takes as many threads as it has been told to take before.
-
-    directory: where models are kept, which is on the disk to be measured. A file is written there
-    for a moment, which never has a name: it goes with the process, whatever ends that.
-    """
-    stride = blueprint.expert.stride
-    host = _Experts(blueprint, CPU, effort)
-    seconds = {str(CPU): host.seconds()}
-    size = max(4 * stride, effort.file_bytes)
-    disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
-    copy_bandwidth = None
-    if device == CPU:
-        layer_seconds = host.median_of(layer)
-    else:
-        other = _Experts(blueprint, device, effort)
-        layer_seconds = other.median_of(layer)
-        seconds[str(device)] = other.seconds()
-        copy_bandwidth = other.copy_bandwidth(copy)
-        del other
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # or it would count as taken
-    bandwidth, idle, direct = disk or (None, None, False)
-    memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
-    return Calibration(bandwidth, idle, direct, memory, copy_bandwidth, seconds, layer_seconds)
-
-
-@torch.inference_mode()
 def thread_seconds(
     blueprint: Blueprint, counts: Sequence[int], effort: Effort = FULL
 ) -> dict[int, float]:
-    """Seconds that one expert takes for one row with so many threads: the best of two rounds.
+    """Return seconds of one expert for one row by count of threads: the best of two rounds.
 
-    Torch then takes as many as before.
+    Afterwards torch uses as many as before.
     """
-    before, experts = torch.get_num_threads(), _Experts(blueprint, CPU, effort)
+    before, experts = torch.get_num_threads(), ExpertTimer(blueprint, CPU, effort)
     seconds = dict.fromkeys(counts, math.inf)
     try:
         for count in [*counts, *counts]:  # a machine's pace may change from one to the next
@@ -100,8 +66,8 @@ def thread_seconds(
     return seconds
 
 
-class _Experts:
-    """Made-up experts on a device, of which each is computed in turn."""
+class ExpertTimer:
+    """Experts on a device that are computed in turn, and the time that takes."""
 
     def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
         layout = blueprint.computed_on(device).expert
@@ -118,7 +84,7 @@ class _Experts:
         next(self._turns)(self._one_row)
 
     def seconds(self) -> dict[int, float]:
-        """Seconds for an expert by count of rows; without a last one that takes all too long."""
+        """Return seconds of an expert by count of rows, without the last ones if they take long."""
         seconds: dict[int, float] = {}
         for rows in ROWS:
             if len(seconds) > 1 and interpolate(seconds, rows) > 10 * self._effort.seconds:
@@ -127,7 +93,7 @@ class _Experts:
         return seconds
 
     def copy_bandwidth(self, copy: Copy) -> float:
-        """Bytes a second from page-locked RAM."""
+        """Return bytes a second from page-locked RAM."""
         source = torch.full_like(self._blocks[0], _FILLING, device=CPU)
         if self._device.type == "cuda":
             source = source.pin_memory()
@@ -149,7 +115,7 @@ class _Experts:
         return self.median_of(run) / calls
 
     def median_of(self, run: Callable[[], object]) -> float:
-        """Seconds that `run` takes; the first time, when much is set up, does not count."""
+        """Return the seconds that `run` takes, without the first time, when much is set up."""
         samples: list[float] = []
         least, most = self._effort.seconds, 3 * self._effort.seconds
         self._seconds_of(run)
@@ -165,6 +131,58 @@ class _Experts:
 
 
 def _synchronize(device: torch.device) -> None:
-    """Return when the device has done all it was told to; a CPU always has."""
+    """Wait until the device has done all that it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
+    """Return a function that computes one token through a layer of this shape but its experts."""
+    config, dtype = blueprint.config, blueprint.quantization.dtype
+    used = blueprint.computed_on(device)
+    rope = RotaryEmbedding(config.head_dim, config.rope_theta, 2 * _CONTEXT, dtype, device)
+    norm = RMSNorm(torch.ones(config.hidden_size, dtype=dtype, device=device), 1e-5)
+    gate = torch.ones(config.num_local_experts, config.hidden_size, dtype=dtype, device=device)
+
+    def block() -> Block:
+        qkv, o = _filled(used.qkv(0), device), _filled(used.o(0), device)
+        moe = SparseMoE(0, gate, config.num_experts_per_tok, _NoExperts())
+        return Block(norm, Attention(0, config, qkv, o, rope), norm, moe)
+
+    turns = itertools.cycle([block() for _ in range(_COPIES)])
+    cache = new_cache(config, 2 * _CONTEXT, dtype, device)
+    earlier = torch.ones(_CONTEXT, config.num_key_value_heads, config.head_dim, dtype=dtype)
+    queries = torch.ones(_CONTEXT, config.num_attention_heads, config.head_dim, dtype=dtype)
+    cache.attend(0, queries.to(device), earlier.to(device), earlier.to(device))
+    cache.length = _CONTEXT
+    x = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def compute() -> None:
+        next(turns)(x, cache)
+
+    return compute
+
+
+class _NoExperts:
+    """An `ExpertRunner` without experts."""
+
+    def run(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        selected_experts.tolist()  # as every runner has to: a GPU is waited for here
+        return hidden_states
+
+
+def _filled(spec: LinearSpec, device: torch.device) -> Linear:
+    tensors = [
+        torch.full((tensor.nbytes,), _FILLING, dtype=torch.uint8, device=device)
+        .view(tensor.dtype)
+        .view(tensor.shape)
+        for tensor in spec.tensors
+    ]
+    return spec.build(tensors)

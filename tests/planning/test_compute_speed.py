@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mixchat.engine.model import Attention, Block
-from mixchat.planning import probe
-from mixchat.planning.probe import layer_probe
+from mixchat.planning import compute_speed
+from mixchat.planning.compute_speed import layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import Linear, LinearSpec
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def blueprint(tiny_model: Path) -> Blueprint:
-    with InstalledModel(tiny_model) as kept:
-        return kept.blueprint
+    with InstalledModel(tiny_model) as installed:
+        return installed.blueprint
 
 
 def test_each_call_takes_one_token_through_the_next_of_several_layers(
@@ -38,10 +38,10 @@ def test_each_call_takes_one_token_through_the_next_of_several_layers(
 
     monkeypatch.setattr(Block, "__call__", watch)
     compute = layer_probe(blueprint, CPU)
-    for _ in range(2 * probe._COPIES):
+    for _ in range(2 * compute_speed._COPIES):
         compute()
-    assert len(set(layers)) == probe._COPIES
-    assert layers[: probe._COPIES] == layers[probe._COPIES :]
+    assert len(set(layers)) == compute_speed._COPIES
+    assert layers[: compute_speed._COPIES] == layers[compute_speed._COPIES :]
     assert {output.shape for output in outputs} == {(1, blueprint.config.hidden_size)}
 
 
@@ -86,7 +86,7 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(
     compute = layer_probe(blueprint, CPU)
     for _ in range(3):
         compute()
-    assert before == [probe._CONTEXT] * 3
+    assert before == [compute_speed._CONTEXT] * 3
 
 
 @pytest.mark.parametrize("attention", [False, True], ids=["dense", "4 bits"])
@@ -105,5 +105,5 @@ def test_its_attention_is_of_the_models_shape_and_kind(
     changed = replace(blueprint, quantization=how)
     layer_probe(changed, CPU)()
     used = changed.computed_on(CPU)
-    assert built == [used.qkv(0), used.o(0)] * probe._COPIES
+    assert built == [used.qkv(0), used.o(0)] * compute_speed._COPIES
     assert {spec.quant_type for spec in built} == {"nf4" if attention else "none"}

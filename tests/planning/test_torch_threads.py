@@ -1,4 +1,4 @@
-"""How many threads compute."""
+"""The count of threads that torch uses."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import torch
 
 from mixchat import machine
 from mixchat.model_config import ModelConfig
-from mixchat.planning import thread_count
-from mixchat.planning.measure import Effort, thread_seconds
-from mixchat.planning.thread_count import candidates, known_or_best, settle_threads
+from mixchat.planning import torch_threads
+from mixchat.planning.compute_speed import Effort, thread_seconds
+from mixchat.planning.torch_threads import candidates, choose_threads, known_or_best
 from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL
@@ -26,10 +26,10 @@ DEMO = Blueprint(ModelConfig.from_dict(CONFIG), Quantization())
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    thread_count._cores.cache_clear()
+    torch_threads._cores.cache_clear()
     yield
     torch.set_num_threads(before)
-    thread_count._cores.cache_clear()
+    torch_threads._cores.cache_clear()
 
 
 class Machine:
@@ -76,7 +76,7 @@ def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"x": 1}'])
-def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_written_again(tmp_path: Path, content: str) -> None:
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
     path.write_text(content)
     assert known_or_best(path, [8, 16], measure) == 16
@@ -112,28 +112,28 @@ def test_small_experts_are_computed_by_one_thread_and_others_by_what_was_measure
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     seconds = {2: 1.0, 4: 0.5}
-    monkeypatch.setattr(thread_count, "thread_seconds", lambda *given: seconds)
+    monkeypatch.setattr(torch_threads, "thread_seconds", lambda *given: seconds)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for _ in range(2):  # the second time it is not taken for the machine's own
-        settle_threads(BLUEPRINT)
+        choose_threads(BLUEPRINT)
         assert torch.get_num_threads() == 4
-        settle_threads(DEMO)
+        choose_threads(DEMO)
         assert torch.get_num_threads() == 1
 
 
 def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
-    settle_threads(BLUEPRINT)
-    settle_threads(DEMO)
+    choose_threads(BLUEPRINT)
+    choose_threads(DEMO)
     assert torch.get_num_threads() == 2
 
 
 def test_experts_are_computed_with_each_count_and_the_count_is_as_before(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with InstalledModel(tiny_model) as kept:
-        blueprint = kept.blueprint
+    with InstalledModel(tiny_model) as installed:
+        blueprint = installed.blueprint
     seen, compute = set(), Expert.__call__
 
     def counted(expert: Expert, x: torch.Tensor) -> torch.Tensor:

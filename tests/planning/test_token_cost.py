@@ -1,4 +1,4 @@
-"""What a token costs: computing, copying, reading, and what of it goes on at the same time."""
+"""The cost of a token: computing, copying, reading, and the part that runs at the same time."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.planning.calibration import Calibration
-from mixchat.planning.cost import OVERLAP, Shape, TokenCost, token_cost
+from mixchat.planning.expectation import OVERLAP, Shape, TokenCost, token_cost
 
 # 8 uses of experts a token. A head as large as three experts.
 SHAPE = Shape(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
-CPU = Calibration(1e9, 2e9, True, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
+CPU = Calibration(1e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 GPU = dataclasses.replace(
     CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}
 )
@@ -19,7 +19,7 @@ rates = st.floats(0, 1)
 
 
 def cost(speeds: Calibration, device: str, hit_rate: float, host_hit_rate: float) -> TokenCost:
-    found = token_cost(SHAPE, speeds, device, hit_rate=hit_rate, host_hit_rate=host_hit_rate)
+    found = token_cost(SHAPE, speeds, device, hit_rate, host_hit_rate)
     assert found is not None
     return found
 

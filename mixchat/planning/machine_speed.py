@@ -1,0 +1,145 @@
+"""Measures how fast this machine is for a model, and remembers that in machine.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixchat import machine
+from mixchat.errors import CheckpointError
+from mixchat.experts.memory import CPU
+from mixchat.files import read_json_object, write_private_file
+from mixchat.kernels.compile import KERNELS
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.compute_speed import FULL, SAMPLE, Copy, Effort, ExpertTimer, layer_probe
+from mixchat.planning.disk_speed import measure_disk
+from mixchat.settings import data_dir
+from mixchat.weights.format.blueprint import Blueprint
+
+_FORMAT = 2  # of machine.json; a file of another format is measured again
+SAMPLES = 3  # of a measurement
+_MOST_RESULTS = 32  # in machine.json: the numbers of some disks change with every start
+
+
+def saved_measurement(
+    blueprint: Blueprint, directory: Path, device: torch.device
+) -> Measurement | None:
+    """Return the saved measurement for a model of this shape in `directory`, if there is one."""
+    return load(measurement_file(), calibration_key(blueprint, directory, device), device)
+
+
+def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
+    """Measure this machine, in about ten seconds, and save that in place of what was known."""
+    key, layer = calibration_key(blueprint, directory, device), layer_probe(blueprint, device)
+
+    def sample() -> Calibration:
+        return calibrate(blueprint, directory, device, layer, effort=SAMPLE)
+
+    return measure_and_save(measurement_file(), key, sample)
+
+
+@torch.inference_mode()
+def calibrate(
+    blueprint: Blueprint,
+    directory: Path,
+    device: torch.device,
+    layer: Callable[[], object],
+    *,
+    copy: Copy = torch.Tensor.copy_,
+    effort: Effort = FULL,
+) -> Calibration:
+    """Take one sample for a model of this shape, computed on `device`.
+
+    layer: computes all of a layer but its experts, for one token. directory: where models are
+    installed, on the disk to be measured. A file is written there that never has a name: it is gone
+    with the process, however that ends. Torch uses as many threads as it was set to before.
+    """
+    stride = blueprint.expert.stride
+    host = ExpertTimer(blueprint, CPU, effort)
+    seconds = {str(CPU): host.seconds()}
+    size = max(4 * stride, effort.file_bytes)
+    disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
+    copy_bandwidth = None
+    if device == CPU:
+        layer_seconds = host.median_of(layer)
+    else:
+        other = ExpertTimer(blueprint, device, effort)
+        layer_seconds = other.median_of(layer)
+        seconds[str(device)] = other.seconds()
+        copy_bandwidth = other.copy_bandwidth(copy)
+        del other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or it would count as taken
+    busy, idle = disk or (None, None)
+    memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
+    return Calibration(busy, idle, memory, copy_bandwidth, seconds, layer_seconds)
+
+
+def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
+    """Return all that a calibration depends on, as a line."""
+    layout = blueprint.computed_on(CPU).expert
+    w13 = layout.w13
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    return "; ".join(
+        (
+            f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+            f"{machine.usable_cores()} cores, {torch.get_num_threads()} threads",
+            f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}",
+            f"kernels {KERNELS}",
+            f"{device}: {gpu}",
+            f"disk {machine.nearest_existing(directory).stat().st_dev}",
+            f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "
+            f"{'packed' if w13.packed else 'plain'} {layout.stride}",
+        )
+    )
+
+
+def measurement_file() -> Path:
+    """Return the file that remembers how fast this machine is."""
+    return data_dir() / "machine.json"
+
+
+def load(path: Path, key: str, device: torch.device) -> Measurement | None:
+    """Return the measurement that `path` has under `key`; None where it is missing or damaged."""
+    return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
+
+
+def measure_and_save(path: Path, key: str, sample: Callable[[], Calibration]) -> Measurement:
+    """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.
+
+    A damaged file is replaced, and one that cannot be written is ignored. A measurement without
+    figures of the disk is not saved, because there may be room the next time.
+    """
+    now = time.time()
+    measured = Measurement(now, tuple(sample() for _ in range(SAMPLES)))
+    if measured.complete:
+        _save(path, key, measured)
+    return measured
+
+
+def _save(path: Path, key: str, measured: Measurement) -> None:
+    # Read only now: another process may have measured meanwhile.
+    others = [(other, entry) for other, entry in _read(path).items() if other != key]
+    machines = dict([*others[1 - _MOST_RESULTS :], (key, asdict(measured))])
+    content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_private_file(path, content.encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the entries of the file; none where it is missing, damaged or of another format."""
+    try:
+        content = read_json_object(path, follow=False)
+    except CheckpointError:
+        return {}
+    machines = content.get("machines")
+    return machines if content.get("format") == _FORMAT and isinstance(machines, dict) else {}
