@@ -62,7 +62,7 @@ def test_the_demo_is_listed_and_described(home: Path) -> None:
     (model,) = json.loads(mixchat(home, "list", "--json").stdout)
     assert (model["name"], model["quantization"], model["problem"]) == ("demo", "nf4", None)
     shown = mixchat(home, "show", "demo").stdout
-    assert "small dense model in a mixture's clothes" in shown
+    assert "small dense model, converted to a mixture of experts" in shown
     assert "SmolLM2-135M-Instruct" in shown
 
 
