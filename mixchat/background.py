@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def in_background(work: Callable[..., T], *arguments: object) -> Future[T]:
-    """Start `work` in a daemon thread, since one that waits for a silent hub must not keep us."""
-    future: Future[T] = Future()
+def in_background(work: Callable[..., _T], *arguments: object) -> Future[_T]:
+    """Start `work` in a daemon thread, which cannot delay the exit of the process."""
+    future: Future[_T] = Future()
 
     def run() -> None:
         try:

@@ -47,7 +47,7 @@ class KVCache(ABC):
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
-        return self._seen(layer, queries)
+        return self._attend(layer, queries)
 
     def restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
@@ -60,7 +60,7 @@ class KVCache(ABC):
         expected = {spec.name: (spec.dtype, spec.shape) for spec in self.specs(tokens)}
         if given != expected or tokens > self.capacity:
             raise CheckpointError(f"the saved part of layer {layer} does not fit this KV cache")
-        self._take(layer, content, tokens)
+        self._restore(layer, content, tokens)
 
     @property
     @abstractmethod
@@ -80,14 +80,14 @@ class KVCache(ABC):
         """Empty the cache, and give its memory back."""
 
     @abstractmethod
-    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
+    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
 
     @abstractmethod
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [T, G, h] of a layer after the first `length` tokens."""
 
     @abstractmethod
-    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
+    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
 
 
 def new_cache(
@@ -160,7 +160,7 @@ class PagedKVCache(KVCache):
         self._pages: list[list[torch.Tensor]] = [[] for _ in layers]
         self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
-    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         mine = []
         for start in range(0, tokens, PAGE):
             page = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
@@ -187,7 +187,7 @@ class PagedKVCache(KVCache):
             self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
         pages.store(self._shape, self._addresses[layer], self.length, keys, values)
 
-    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]
         # Each call is short, because Ctrl-C is handled between two of them.
         pieces = torch.split(queries, self._at_once(queries.shape[0]))
@@ -254,7 +254,7 @@ class TensorKVCache(KVCache):
         self._numbers = {"keys": [empty] * layers, "values": [empty] * layers}
         self._scales = {"keys": [scales] * layers, "values": [scales] * layers}
 
-    def _take(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         for name, tensor in content.items():
             self._put(self._named()[name], layer, tensor, tokens)
 
@@ -283,7 +283,7 @@ class TensorKVCache(KVCache):
             stored[layer] = grown
         stored[layer][:, self.length : end] = new
 
-    def _seen(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         tokens, heads, _ = queries.shape
         groups = self.config.num_key_value_heads
         shared, end = heads // groups, self.length + tokens

@@ -3,7 +3,7 @@
 - keys.py: the name of an expert: (layer, expert)
 - placement.py: what fits where
 - holder.py: the contract between the model and its experts
-- runner.py: computes the selected experts
+- cached_experts.py: computes the selected experts
 - fetcher.py: brings them into their slots
 - cache.py: which expert is in which slot, without a tensor
 - policies.py: which one is evicted: LRU, LFU, Belady's
@@ -13,7 +13,7 @@
 - sources.py: the disk, and RAM behind a GPU, as sources of experts
 - host_compute.py: experts that the CPU computes sooner than they are copied to the GPU
 - memory.py: how much memory is free, while that changes
-- trial.py: tries alternatives and uses the cheapest
+- trial.py: tries variants of the same work and uses the cheapest
 - stats.py: hits, misses, bytes moved, predictions
 - trace.py: which experts each token went to, recorded
 """

@@ -75,7 +75,7 @@ class Fetcher:
         return COMING if key in self._coming else RESIDENT
 
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
-        """Take in the router's choice for a layer: its other prefetches are not needed any more."""
+        """Note the router's choice for a layer: cancel prefetches of its other experts."""
         self._passes.enter(layer)
         if self._watch is not None:
             self.resize(self._watch.limit(len(self._cache)))
@@ -97,7 +97,7 @@ class Fetcher:
                 del self._coming[key]
 
     def request(self, window: Sequence[ExpertKey]) -> None:
-        """Start loading these, as far as there are slots that none of them needs."""
+        """Start loading those that are missing, until only slots of others in `window` are left."""
         for key in window:
             if key not in self._cache or self._failed(key):
                 if not self._send(Transfer(key), window):
@@ -105,7 +105,7 @@ class Fetcher:
                 self.stats.misses[key] += 1
 
     def prefetch(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> None:
-        """Start loading predicted experts that are missing; no pinned one and no prefetch goes."""
+        """Start loading missing experts that are predicted; evict no pinned or prefetched ones."""
         on_their_way = sum(transfer.is_prefetch for transfer in self._coming.values())
         room = min(PREFETCHES_AT_ONCE, self.slots // 4) - on_their_way
         for key in keys:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.sources import HostTier
+from mixchat.experts.sources import HostSource
 
 
 class HostCompute:
@@ -21,27 +21,30 @@ class HostCompute:
 
     def __init__(
         self,
-        tier: HostTier,
+        source: HostSource,
         *,
         copy_seconds: float,
         host_seconds: Callable[[int], float],
     ) -> None:
-        self._tier, self._copy_seconds, self._host_seconds = tier, copy_seconds, host_seconds
+        self._source, self._copy_seconds, self._host_seconds = source, copy_seconds, host_seconds
 
     def choose(self, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
-        """Return which of these experts, given with their rows, to compute here: those with few."""
-        held = [key for key in missing if self._tier.tier(key) == "host"]
+        """Return the experts to compute on the CPU; `missing` maps each to its rows of x.
+
+        Those with few rows come first, because a copy costs the same for any number of rows.
+        """
+        held = [key for key in missing if self._source.tier(key) == "host"]
         held.sort(key=missing.__getitem__)
         best, shortest = 0, len(missing) * self._copy_seconds
-        here = 0.0
+        on_host = 0.0
         for count, key in enumerate(held, start=1):
-            here += self._host_seconds(missing[key])
-            seconds = max(here, (len(missing) - count) * self._copy_seconds)
+            on_host += self._host_seconds(missing[key])
+            seconds = max(on_host, (len(missing) - count) * self._copy_seconds)
             if seconds < shortest:
                 best, shortest = count, seconds
         return held[:best]
 
     def run(self, key: ExpertKey, x: torch.Tensor) -> torch.Tensor | None:
         """Return the expert's output for x [n, D], on the CPU; None if it has left RAM."""
-        with self._tier.borrow(key) as expert:
+        with self._source.borrow(key) as expert:
             return None if expert is None else expert(x)

@@ -8,7 +8,7 @@ from mixchat.errors import ResourceError, UsageError
 from mixchat.quantities import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
-# Fewer in RAM behind a GPU would not help, and loads that were put off need places, too.
+# Fewer in RAM behind a GPU would not help, and loads that were put off need slots, too.
 MIN_HOST_SLOTS = 4
 # For the rest of the machine and temporary tensors, where no budget is given. When other programs
 # need more, experts are given up (see memory.py).

@@ -86,7 +86,7 @@ class Prefetch:
             start, before = self._started
             self._judge(time.perf_counter() - start, self._stats.needed - before)
             self._started = None
-        return self._routers(layer, hidden_states, self.trial.way)
+        return self._routers(layer, hidden_states, self.trial.variant)
 
     def _judge(self, seconds: float, needed: int) -> None:
         """Note how long a token took, of whose experts `needed` were not there.

@@ -21,9 +21,9 @@ from mixchat.weights.format.blueprint import Expert, ExpertLayout
 from mixchat.weights.format.installed_model import InstalledModel
 
 _STEP = 8 << 20  # bytes: 2 to 8 ms, after which a more urgent load can come first
-_ROUND = 8  # experts that are read in one way before another one is tried
+_ROUND = 8  # experts that are read past the page cache, or through it, between two tries
 
-Lock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
+PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
 
 
 class DiskSource:
@@ -36,8 +36,8 @@ class DiskSource:
 
     def __init__(self, model: InstalledModel, *, choose: bool) -> None:
         self._model = model
-        ways = [True, False] if choose and model.open_direct() else [False]
-        self._direct = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        variants = [True, False] if choose and model.open_direct() else [False]
+        self._direct = Trial(variants, length=_ROUND * model.blueprint.expert.stride)
         self._staging: torch.Tensor | None = None
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
@@ -55,7 +55,7 @@ class DiskSource:
         return "disk"
 
     def _read(self, key: ExpertKey, piece: torch.Tensor, start: int) -> None:
-        direct, began = self._direct.way, time.perf_counter()
+        direct, began = self._direct.variant, time.perf_counter()
         self._model.read_expert(*key, piece, start, direct=direct)
         self._direct.add(time.perf_counter() - began, len(piece))
 
@@ -65,13 +65,13 @@ class DiskSource:
         return self._staging
 
 
-class HostTier:
+class HostSource:
     """`slots` experts in RAM, in front of another source, behind the slots of a GPU.
 
     Where it has room for all, evicting an expert from the GPU moves nothing. Where it has not, and
-    with `swaps`, RAM holds other experts than the GPU: one that goes up leaves its place to the one
-    that it evicts there, so that both memories together hold as many as they can. With two places
-    each, A and B on the GPU and C in RAM, a load of C into the place of A does this:
+    with `swaps`, RAM holds other experts than the GPU: one that goes up leaves its slot to the one
+    that it evicts there, so that both memories together hold as many as they can. With two slots
+    each, A and B on the GPU and C in RAM, a load of C into the slot of A does this:
 
         RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
     """
@@ -84,7 +84,7 @@ class HostTier:
         policy: Policy,
         *,
         swaps: bool,
-        lock: Lock,
+        lock: PageLock,
     ) -> None:
         assert slots >= MIN_HOST_SLOTS
         self._source, self._layout, self._swaps, self._lock = source, layout, swaps, lock
@@ -113,14 +113,14 @@ class HostTier:
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if key not in self._cache and len(self._partial) >= self._cache.slots - 3:
-            # Loads that were put off leave three places: for one that goes up, for `evicted`, and
+            # Loads that were put off leave three slots: for one that goes up, for `evicted`, and
             # for one that is borrowed.
             yield from self._source.load(key, block, evicted)
             return
         yield from self._bring(key)
         if self._swaps and evicted is not None and evicted not in self._cache:
-            with self._place(evicted, beside=key) as place:
-                place.copy_(block)
+            with self._filling(evicted, beside=key) as slot_block:
+                slot_block.copy_(block)
         slot = self._cache.slot_of(key)
         assert slot is not None
         block.copy_(self._blocks[slot], non_blocking=True)
@@ -131,12 +131,12 @@ class HostTier:
 
     def _bring(self, key: ExpertKey) -> Steps:
         if self._cache.lookup(key) is None or key in self._partial:
-            with self._place(key) as place:
-                yield from self._source.load(key, place, None)
+            with self._filling(key) as block:
+                yield from self._source.load(key, block, None)
 
     @contextmanager
-    def _place(self, key: ExpertKey, beside: ExpertKey | None = None) -> Iterator[torch.Tensor]:
-        """Yield a place to fill with an expert, which counts as missing until then."""
+    def _filling(self, key: ExpertKey, beside: ExpertKey | None = None) -> Iterator[torch.Tensor]:
+        """Yield a slot's block to fill with an expert, which counts as missing until then."""
         try:
             yield self._block(self._admit(key, beside))
         except BaseException:  # also where the transfer is cancelled
@@ -154,7 +154,7 @@ class HostTier:
                 taken = {*self._partial, *self._borrowed, *([] if beside is None else [beside])}
                 self._partial.add(key)
                 slot = self._cache.admit(key, taken)
-        assert slot is not None, "loads that were put off leave enough places"
+        assert slot is not None, "loads that were put off leave enough slots"
         return slot
 
     def _block(self, slot: int) -> torch.Tensor:

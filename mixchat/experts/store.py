@@ -1,4 +1,4 @@
-"""Moves the bytes of experts: from where the master copy is, into slots in the fastest memory.
+"""Moves the bytes of experts from a source into slots in the fastest memory.
 
 It has no policy: the cache decides which expert goes into which slot.
 """
@@ -21,7 +21,7 @@ _ALIGNMENT = 4096  # bytes: reading past the page cache needs it
 
 
 class ExpertSource(Protocol):
-    """Holds the master copy of every expert."""
+    """Brings every expert from the slower tiers, on demand."""
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         """Fill `block` (uint8, `stride` bytes, on any device) with the expert's bytes.

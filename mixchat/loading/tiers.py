@@ -9,14 +9,14 @@ import torch
 from mixchat import machine
 from mixchat.errors import ResourceError
 from mixchat.experts.cache import ExpertCache
+from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.memory import CPU, MemoryWatch, page_lock
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
-from mixchat.experts.runner import CachedExperts
-from mixchat.experts.sources import DiskSource, HostTier
+from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.machine_speed import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
@@ -45,14 +45,14 @@ def build_experts(
     stored, used = blueprint.expert, blueprint.computed_on(device, exact=exact).expert
     reads_again = max(placement.slots, placement.host_slots) < placement.experts
     disk = DiskSource(installed, choose=reads_again)
-    tier = None
+    host_source = None
     if placement.host_slots:
         # What comes down from a device is only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
         lock = page_lock if device.type == "cuda" else _no_lock
         order = POLICIES[policy](passes)
-        tier = HostTier(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
-    store = ExpertStore(tier or disk, stored=stored, used=used, device=device)
+        host_source = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
+    store = ExpertStore(host_source or disk, stored=stored, used=used, device=device)
     slots, watch = placement.slots, None
     if device == CPU:
         watch = _watch(installed, placement)
@@ -60,7 +60,11 @@ def build_experts(
         slots = _reserve(store, slots, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, watch)
-    host = None if tier is None or exact else _host_compute(installed, tier, device, note)
+    host = (
+        None
+        if host_source is None or exact
+        else _host_compute(installed, host_source, device, note)
+    )
     return CachedExperts(fetcher, _prefetch(installed, fetcher, device), host)
 
 
@@ -93,7 +97,7 @@ def _reserve(store: ExpertStore, slots: int, note: Note) -> int:
 
 
 def _host_compute(
-    installed: InstalledModel, tier: HostTier, device: torch.device, note: Note
+    installed: InstalledModel, source: HostSource, device: torch.device, note: Note
 ) -> HostCompute | None:
     blueprint, directory = installed.blueprint, installed.directory
     if blueprint.expert != blueprint.computed_on(CPU).expert:
@@ -106,7 +110,7 @@ def _host_compute(
     if measured.copy_bandwidth is None:
         return None
     return HostCompute(
-        tier,
+        source,
         copy_seconds=blueprint.expert.stride / measured.copy_bandwidth,
         host_seconds=lambda rows: measured.expert_time("cpu", rows),
     )

@@ -161,7 +161,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "stalled": did.stalled_seconds / total,
         "predictions": did.predictions,
         "right": did.right_predictions,
-        "depth": engine._model._blocks[0]._moe._runner._prefetch.trial.way,
+        "depth": engine._model._blocks[0]._moe._runner._prefetch.trial.variant,
         "first": first,
         "first_bytes": first_bytes,
         "disk": disk[1] if disk else 0.0,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixchat.experts.runner import CachedExperts
+from mixchat.experts.cached_experts import CachedExperts
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget

@@ -20,7 +20,7 @@ from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Steps
 from mixchat.experts.policies import LRU
-from mixchat.experts.sources import DiskSource, HostTier
+from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -154,8 +154,8 @@ class Device:
         self.put_off[key] = self.store.load(key, slot)
 
 
-def tier_of(disk: Disk, slots: int, *, swaps: bool) -> HostTier:
-    return HostTier(disk, slots, layout_of(disk), LRU(), swaps=swaps, lock=lambda block: None)
+def tier_of(disk: Disk, slots: int, *, swaps: bool) -> HostSource:
+    return HostSource(disk, slots, layout_of(disk), LRU(), swaps=swaps, lock=lambda block: None)
 
 
 def layout_of(disk: Disk) -> Any:
@@ -479,7 +479,7 @@ def test_what_is_being_copied_into_ram_is_not_lent(installed: InstalledModel, sw
     """Whoever computes asks at any time: also while the place is being made for the bytes."""
     seen: list[str] = []
     disk = Disk(installed)
-    tier = HostTier(
+    tier = HostSource(
         disk,
         4,
         layout_of(disk),
@@ -551,7 +551,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
             raise refusals.pop()
 
     disk = Disk(installed)
-    tier = HostTier(disk, 4, layout_of(disk), LRU(), swaps=False, lock=lock)
+    tier = HostSource(disk, 4, layout_of(disk), LRU(), swaps=False, lock=lock)
     with pytest.raises(RuntimeError, match="no memory"):
         load(tier, A, disk.stride)
     assert tier.tier(A) == "disk"
@@ -562,7 +562,7 @@ def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed: Inst
     locked: list[torch.Tensor] = []
     disk = Disk(installed)
     device = Device(
-        HostTier(disk, 4, layout_of(disk), LRU(), swaps=True, lock=locked.append), disk.stride, 2
+        HostSource(disk, 4, layout_of(disk), LRU(), swaps=True, lock=locked.append), disk.stride, 2
     )
     for key in KEYS * 2:
         device.load(key)

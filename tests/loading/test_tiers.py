@@ -16,7 +16,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.sources import HostTier
+from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
@@ -274,5 +274,5 @@ def test_experts_in_ram_do_not_come_from_disk_again(
     text(engine)
     monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
     assert text(engine)
-    tier = engine.experts._fetcher._store._source
-    assert isinstance(tier, HostTier)
+    source = engine.experts._fetcher._store._source
+    assert isinstance(source, HostSource)

@@ -8,12 +8,12 @@ import torch
 
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertCache
+from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 from mixchat.experts.placement import Placement
 from mixchat.experts.policies import Passes
-from mixchat.experts.runner import CachedExperts
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.kernels import four_bit

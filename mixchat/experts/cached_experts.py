@@ -68,24 +68,26 @@ class CachedExperts:
         outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])  # [T * K, D]
         places = _places(layer, selected_experts)
         self._fetcher.settle(layer, places)
-        here = self._computed_here(places)
+        on_host = self._chosen_for_host(places)
         by_state = sorted(places, key=self._fetcher.state)
         # What the CPU computes comes second: a GPU then has its own work meanwhile.
-        order = sorted(by_state, key=lambda key: key not in here and not self._fetcher.holds(key))
+        order = sorted(
+            by_state, key=lambda key: key not in on_host and not self._fetcher.holds(key)
+        )
         for turn, key in enumerate(order):
             interrupts.check()
-            self._request([other for other in order[turn:] if other not in here])
+            self._request([other for other in order[turn:] if other not in on_host])
             if turn == 0:
                 self._look_ahead(layer, hidden_states, order)
             if tokens == 1:  # decode: nothing to gather
-                outputs[places[key][0]] = self._output(key, hidden_states, key in here)[0]
+                outputs[places[key][0]] = self._output(key, hidden_states, key in on_host)[0]
                 continue
             index = torch.tensor(places[key], device=outputs.device)  # [n], into T * K
-            outputs[index] = self._output(key, hidden_states[index // choices], key in here)
+            outputs[index] = self._output(key, hidden_states[index // choices], key in on_host)
         return rows.weighted_sum(outputs.view(tokens, choices, -1), routing_weights)
 
-    def _computed_here(self, places: Mapping[ExpertKey, Sequence[int]]) -> set[ExpertKey]:
-        """Return which of the experts that have no slot the CPU computes."""
+    def _chosen_for_host(self, places: Mapping[ExpertKey, Sequence[int]]) -> set[ExpertKey]:
+        """Return the experts without a slot that the CPU computes, though the rest is on a GPU."""
         if self._host is None:
             return set()
         missing = {
@@ -104,8 +106,8 @@ class CachedExperts:
             predicted = self._prefetch.predict(layer, hidden_states)
             self._fetcher.prefetch(predicted, pinned)
 
-    def _output(self, key: ExpertKey, x: torch.Tensor, here: bool) -> torch.Tensor:
-        if here and self._host is not None:
+    def _output(self, key: ExpertKey, x: torch.Tensor, on_host: bool) -> torch.Tensor:
+        if on_host and self._host is not None:
             result = self._host.run(key, x.to("cpu"))
             if result is not None:
                 self._fetcher.stats.misses[key] += 1
