@@ -14,7 +14,7 @@ DEFAULT_POLICY = "layered"  # of `experts.policies.POLICIES`
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the sampler chooses a token.
+    """The options of the sampler.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
     filter off; `seed` None draws one.
@@ -30,12 +30,13 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded, or would be. None chooses from what the machine has.
+    """The options of loading a model. None chooses from what the machine has.
 
     host_memory: RAM for experts; device_memory: all that may be taken on a GPU; context_size: in
     tokens; kv_bits: bits of a number in the KV cache, None for those of the model's own dtype;
-    exact_prompts: compute the tokens of a prompt to the bit as decoded ones; device: torch's name;
-    cache_policy: a key of `experts.policies.POLICIES`; trace: a file that gets the routing.
+    exact_prompts: compute batch-invariantly, so that a prompt's tokens get the same bits as decoded
+    ones; device: torch's name; cache_policy: a key of `experts.policies.POLICIES`; trace: a file
+    that gets the routing.
     """
 
     host_memory: MemoryBudget | None = None

@@ -28,8 +28,8 @@ class Progress(Protocol):
 
 
 @contextmanager
-def running(progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Show a bar while the block runs."""
+def progress_bar(progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Task]:
+    """Show a bar named `what` while the block runs."""
     task = progress.task(what, total, done)
     try:
         yield task

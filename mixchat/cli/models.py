@@ -13,6 +13,7 @@ from mixchat.chat import printing
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.settings import models_dir
 
 
 def list_models(
@@ -29,7 +30,7 @@ def list_models(
         printing.show_lines(list_as_text(installed))
     else:
         say(
-            f"There are no models in {models.models_dir()} yet.",
+            f"There are no models in {models_dir()} yet.",
             "'mixchat download demo' builds a small one, to try the tool.",
         )
 

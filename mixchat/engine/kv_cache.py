@@ -14,7 +14,7 @@ from torch.nn import functional
 from mixchat import interrupts
 from mixchat.errors import CheckpointError
 from mixchat.kernels import attention, pages
-from mixchat.kernels.pages import BLOCK, PAGE, Bits, CacheShape
+from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import TensorSpec
 
@@ -140,7 +140,7 @@ class PagedKVCache(KVCache):
 
     def specs(self, tokens: int) -> list[TensorSpec]:
         """Return specs of bytes, for whole blocks of tokens: only these are contiguous in keys."""
-        filled = -(-tokens // BLOCK) * BLOCK
+        filled = -(-tokens // KEY_BLOCK) * KEY_BLOCK
         return [
             TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
             for name, (_, row) in self._parts.items()

@@ -17,7 +17,7 @@ from mixchat.experts.placement import MIN_HOST_SLOTS
 from mixchat.experts.policies import Policy
 from mixchat.experts.store import ExpertSource, new_block
 from mixchat.experts.trial import Trial
-from mixchat.weights.format.blueprint import Expert, ExpertLayout
+from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
 _STEP = 8 << 20  # bytes: 2 to 8 ms, after which a more urgent load can come first
@@ -80,7 +80,7 @@ class HostSource:
         self,
         source: ExpertSource,
         slots: int,
-        layout: ExpertLayout,
+        layout: ExpertSpec,
         policy: Policy,
         *,
         swaps: bool,

@@ -15,7 +15,7 @@ import torch
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
-from mixchat.weights.format.blueprint import Expert, ExpertLayout
+from mixchat.weights.format.blueprint import Expert, ExpertSpec
 
 _ALIGNMENT = 4096  # bytes: reading past the page cache needs it
 
@@ -45,8 +45,8 @@ class ExpertStore:
         self,
         source: ExpertSource,
         *,
-        stored: ExpertLayout,
-        used: ExpertLayout,
+        stored: ExpertSpec,
+        used: ExpertSpec,
         device: torch.device,
     ) -> None:
         self._source, self._stored, self._used, self._device = source, stored, used, device

@@ -27,7 +27,7 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
-from mixchat.kernels.pages import BLOCK, PAGE, CacheShape, group_part
+from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
 from mixchat.kernels.signature import Signature
 
 _KEYS = 64  # that are scored before their values are added
@@ -184,18 +184,19 @@ class _Attend:
         function, shape, lanes = self.function, self.shape, self.lanes
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
-        block_bytes = words * BLOCK * 4
+        block_bytes = words * KEY_BLOCK * 4
         # Keys and values of a token have as many bytes: while keys are read, values are prefetched.
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
                 places = [here + start + number * lanes for number in range(_VECTORS)]
                 blocks = [
-                    page.plus(place // BLOCK * block_bytes + place % BLOCK * 4) for place in places
+                    page.plus(place // KEY_BLOCK * block_bytes + place % KEY_BLOCK * 4)
+                    for place in places
                 ]
                 with function.loop(0, words, 1, [zero] * (count * _VECTORS)) as (word, sums):
                     numbers = [
-                        self._unpacked(block.load(vector(i32, lanes), word * (BLOCK * 4)))
+                        self._unpacked(block.load(vector(i32, lanes), word * (KEY_BLOCK * 4)))
                         for block in blocks
                     ]
                     for place in range(_VECTORS):

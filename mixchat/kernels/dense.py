@@ -36,7 +36,7 @@ def can_multiply(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether `exact_matmul` can be used for these."""
     columns = weight.shape[1]
     alike = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[-1] == columns
-    return alike and rows.takes(x.dtype, columns)
+    return alike and rows.can_compute(x.dtype, columns)
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from mixchat.kernels.signature import Arguments, Signature
 
 Bits = Literal[32, 16, 8]
 PAGE = 512  # tokens: 2 MB of Mixtral in bf16, as much as a large page of memory
-BLOCK = 16  # tokens whose keys lie side by side
+KEY_BLOCK = 16  # tokens whose keys lie side by side
 _WIDTH = 32  # h is padded to a multiple of this
 _LARGEST = 127  # of signed 8-bit numbers
 _SIGNATURE = Signature("pages", "keys", "values", "past", "tokens")
@@ -132,7 +132,7 @@ class _Store:
         with function.each_item(function.pointer, given.number("tokens")) as token:
             place = given.number("past") + token
             here = place % PAGE
-            block = here // BLOCK * (BLOCK * shape.width * size) + here % BLOCK * 4
+            block = here // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + here % KEY_BLOCK * 4
             word = here // shape.per_word * (shape.width * 4) + here % shape.per_word * size
             with function.loop(0, shape.groups, 1) as (group, _):
                 target = group_part(given, shape, place, group)
@@ -140,7 +140,9 @@ class _Store:
                 keys, values = given.pointer("keys"), given.pointer("values")
                 scale = target.plus(here * 4 + shape.scales_at)
                 with self._encoded(keys, first, scale) as (number, key):
-                    lane = number // shape.per_word * (BLOCK * 4) + number % shape.per_word * size
+                    lane = (
+                        number // shape.per_word * (KEY_BLOCK * 4) + number % shape.per_word * size
+                    )
                     target.store(key, block + lane)
                 with self._encoded(values, first, scale.plus(PAGE * 4)) as (number, value):
                     target.store(value, word + number * 4 + shape.values_at)

@@ -30,7 +30,7 @@ _SIGNATURE = Signature(
 def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
     """Return whether the kernel takes these; `route` falls back to torch for others."""
     experts, columns = gate.shape
-    return rows.takes(x.dtype, columns, x.device.type) and experts <= _MOST
+    return rows.can_compute(x.dtype, columns, x.device.type) and experts <= _MOST
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ _SIGNATURE = Signature(
 )
 
 
-def takes(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
+def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
     """Return whether the kernels take rows of `columns` numbers of this type, on such a device."""
     instructions = instruction_set()
     if device_type != "cpu" or instructions is None or dtype not in _DTYPES:
@@ -47,7 +47,7 @@ def takes(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x [T, D] / rms(x), rounded to the type of x, times weight [D], like transformers."""
-    if not takes(x.dtype, x.shape[-1], x.device.type):
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
         return (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
@@ -64,7 +64,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     The numbers of a token's heads lie one behind the other.
     """
     tokens, heads, width = x.shape
-    if not takes(x.dtype, width // 2, x.device.type):
+    if not can_compute(x.dtype, width // 2, x.device.type):
         return x * cos[:, None] + x.roll(width // 2, dims=-1) * sin[:, None]
     out = torch.empty(tokens, heads, width, dtype=x.dtype)
     numbers = _numbers(
@@ -80,21 +80,21 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up [T, D] for gate and up side by side: [T, 2 * D]."""
     columns = gate_up.shape[-1] // 2
-    if not takes(gate_up.dtype, columns, gate_up.device.type):
+    if not can_compute(gate_up.dtype, columns, gate_up.device.type):
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
     gate_up = gate_up.contiguous()
     out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
-    _run("gated", _numbers(gate_up, out, columns=columns), out)
+    _run("swiglu", _numbers(gate_up, out, columns=columns), out)
     return out
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the sum [T, D] of x [T, K, D], each row times its weight [T, K], which is fp32."""
-    if not takes(x.dtype, x.shape[-1], x.device.type):
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
         return (x.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()
     tokens, count, columns = x.shape
@@ -118,7 +118,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     """Return all functions for rows in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("rows")
-    for kind in (_RMSNorm, _Rotate, _Gated, _WeightedSum):
+    for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum):
         kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
@@ -199,8 +199,8 @@ class _Rotate(_Rows):
                     self.store(turned, there + at)
 
 
-class _Gated(_Rows):
-    name = "gated"
+class _Swiglu(_Rows):
+    name = "swiglu"
 
     def row(self, token: Value) -> None:
         function, columns = self.function, self.columns

@@ -23,10 +23,10 @@ from mixchat.options import LoadOptions
 from mixchat.planning.expectation import SpeedRange, predicted
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.torch_threads import choose_threads
+from mixchat.settings import models_dir
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear
-from mixchat.weights.models import models_dir
 
 
 def load_engine(directory: Path, options: LoadOptions, note: Note = lambda text: None) -> Engine:
@@ -81,7 +81,7 @@ def _assemble(
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
         experts,
-        prefill_chunk=1 if exact and not keeps_tokens_apart(used, device) else PREFILL_CHUNK,
+        prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
         exact_prompts=exact,
         note=note,
         identity=identity_of(installed.manifest),
@@ -113,8 +113,8 @@ def _name_of(directory: Path) -> str:
     return directory.name if directory.parent == models_dir() else str(directory)
 
 
-def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
-    """Return whether a token gets the same bits in a chunk of any size as alone.
+def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
+    """Return whether prefill is batch invariant: a token gets the same bits alone as in a chunk.
 
     The kernels for CPUs can compute like that. Elsewhere a prompt has to be processed token by
     token for it.
@@ -122,8 +122,8 @@ def keeps_tokens_apart(used: Blueprint, device: torch.device) -> bool:
     if device.type != "cpu" or not attention.available():
         return False
     matrices = (used.expert.w13, used.expert.w2, used.qkv(0), used.o(0))
-    return rows.takes(used.quantization.dtype, used.config.hidden_size) and all(
-        matrix.keeps_tokens_apart for matrix in matrices
+    return rows.can_compute(used.quantization.dtype, used.config.hidden_size) and all(
+        matrix.can_be_exact for matrix in matrices
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.machine import disk_usage
 from mixchat.model_config import ModelConfig
-from mixchat.settings import models_dir as models_dir
+from mixchat.settings import models_dir
 from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import (
     CONVERSION_DIR,
@@ -59,26 +59,26 @@ class ModelRef:
         return models_dir() / self.key
 
     @property
-    def origin(self) -> str | None:
-        """The `repo` of its `Source`; None where only the model's directory can say it."""
+    def source_repo(self) -> str | None:
+        """The `repo` of its `Source`; None where only the journal in its directory names it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
     def find_source(self, revision: str | None = None) -> Source:
-        """Return where to download it from: the commit that an unfinished download started with.
+        """Return the source of the download: an unfinished one keeps its commit.
 
         Raises `ModelNotFoundError` for an unfinished model whose directory names no source.
         """
         unfinished = unfinished_source(self.directory)
-        if self.origin is None:
+        if self.source_repo is None:
             if unfinished is None:
                 raise ModelNotFoundError(
                     f"the unfinished model {self.key!r} does not say where it came from",
                     hint=f"Remove it (mixchat rm {self.key}) and download it again.",
                 )
             return unfinished
-        if unfinished and (unfinished.repo, unfinished.revision) == (self.origin, revision):
+        if unfinished and (unfinished.repo, unfinished.revision) == (self.source_repo, revision):
             return unfinished
-        return Source(self.origin, None, revision)
+        return Source(self.source_repo, None, revision)
 
 
 @dataclass(frozen=True)

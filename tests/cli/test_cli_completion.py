@@ -166,9 +166,9 @@ def test_fish_completes_with_the_help_beside(installed):
             command, env=environment, capture_output=True, text=True, timeout=60
         ).stdout.splitlines()
 
-    assert fish("mixchat sho") == ["show\tShow what a model is."]
+    assert fish("mixchat sho") == ["show\tShow a model in detail, and whether it can..."]
     assert fish("mixchat run -m mi") == ["mine"]
-    assert "--top-k\tChoose among the N likeliest tokens; 0: among all." in fish("mixchat run --t")
+    assert "--top-k\tSample from the N most likely tokens; 0: from all." in fish("mixchat run --t")
 
 
 def test_the_script_is_shown_as_it_is_installed(installed):

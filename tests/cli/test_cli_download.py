@@ -10,7 +10,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat import machine
 from mixchat.errors import HubError
-from mixchat.progress import running
+from mixchat.progress import progress_bar
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def calls(monkeypatch):
 
     def download(request, progress, *, announce=None):
         made.append(request)
-        with running(progress, "quantizing", 1000) as task:
+        with progress_bar(progress, "quantizing", 1000) as task:
             task.advance(1000)
         return request.ref.directory
 

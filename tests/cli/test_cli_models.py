@@ -6,7 +6,7 @@ import pytest
 
 from mixchat.cli.opening import find_or_build
 from mixchat.errors import ModelNotFoundError
-from mixchat.progress import running
+from mixchat.progress import progress_bar
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -183,7 +183,7 @@ def calls(monkeypatch):
 
     def download(request, progress, *, announce=None):
         made.append(request)
-        with running(progress, "quantizing", 1000) as task:
+        with progress_bar(progress, "quantizing", 1000) as task:
             task.advance(1000)
         return request.ref.directory
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mixchat.cli.output.show_progress import Bars, Lines, resumable, show_progress, status
-from mixchat.progress import NoProgress, running
+from mixchat.progress import NoProgress, progress_bar
 
 
 class Screen(io.StringIO):
@@ -112,7 +112,7 @@ def test_lines_of_several_threads_stay_whole():
     lines = Lines(out, clock)
 
     def work(name):
-        with running(lines, name, 100) as task:
+        with progress_bar(lines, name, 100) as task:
             for _ in range(100):
                 clock.now += 1
                 task.advance(1)
@@ -132,7 +132,7 @@ def test_a_note_is_a_line_of_its_own_and_no_markup():
     for stream in (Screen(), io.StringIO()):
         with show_progress(stream) as progress:
             progress.note("before [red]a[/red]")
-            with running(progress, "fetching", 10):
+            with progress_bar(progress, "fetching", 10):
                 progress.note("between " + "x" * 200)
         assert "before [red]a[/red]\n" in stream.getvalue()
         assert "between " + "x" * 200 + "\n" in stream.getvalue()
@@ -189,13 +189,13 @@ def test_a_screen_without_bars_is_left_alone():
 def test_a_bar_is_closed_by_an_error_in_its_block():
     out = io.StringIO()
     lines = Lines(out, Clock())
-    with pytest.raises(KeyboardInterrupt), running(lines, "fetching", 10):
+    with pytest.raises(KeyboardInterrupt), progress_bar(lines, "fetching", 10):
         raise KeyboardInterrupt
     assert out.getvalue().splitlines()[-1] == "fetching: 0 bytes in less than 1 s"
 
 
 def test_no_progress_takes_everything():
-    with running(NoProgress(), "x", 1) as task:
+    with progress_bar(NoProgress(), "x", 1) as task:
         task.advance(1)
         task.close()
     NoProgress().note("x")
@@ -250,7 +250,7 @@ def test_bars_follow_the_width_of_the_terminal(monkeypatch):
 
 @pytest.mark.parametrize("stream", [Screen(), io.StringIO()])
 def test_no_name_acts_on_the_terminal(stream):
-    with show_progress(stream) as progress, running(progress, "fetching \x1b[2J\u202ea", 10):
+    with show_progress(stream) as progress, progress_bar(progress, "fetching \x1b[2J\u202ea", 10):
         progress.note("from \x1b]0;x\x07\nto \x9b1m")
     with status("loading \x1b[2J\x9d", stream) as update:
         update("measuring \x1b[2J\x9d")

@@ -75,7 +75,7 @@ def digest(block: torch.Tensor) -> str:
 
 
 class Bytes:
-    """Stands in for an `ExpertLayout`: an expert is the block of its bytes."""
+    """Stands in for an `ExpertSpec`: an expert is the block of its bytes."""
 
     def __init__(self, size: int) -> None:
         self.stride = self.nbytes = size

@@ -61,17 +61,17 @@ def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype: torch.dtype, token
 def test_the_gate_s_silu_is_multiplied_with_the_other_half(dtype: torch.dtype, tokens: int) -> None:
     gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
-    assert_near(rows.gated(gate_up), functional.silu(gate) * up)
+    assert_near(rows.swiglu(gate_up), functional.silu(gate) * up)
 
 
 def test_a_gate_far_from_zero_is_closed_or_wide_open() -> None:
     gate_up = torch.cat([torch.tensor([-3e38, -200.0, 200.0, 3e38]).repeat(8), torch.ones(32)])
-    result = rows.gated(gate_up[None])[0, :4]
+    result = rows.swiglu(gate_up[None])[0, :4]
     assert result.tolist() == [0.0, 0.0, 200.0, pytest.approx(3e38)]
 
 
 def test_nan_stays_nan() -> None:
-    assert rows.gated(torch.full((1, 64), torch.nan)).isnan().all()
+    assert rows.swiglu(torch.full((1, 64), torch.nan)).isnan().all()
     assert rows.rms_norm(torch.full((1, 64), torch.nan), torch.ones(64), 1e-5).isnan().all()
 
 
@@ -89,10 +89,10 @@ def test_a_row_does_not_depend_on_how_many_others_there_are() -> None:
 
 
 def test_what_has_no_whole_registers_or_another_type_is_left_to_torch() -> None:
-    assert rows.takes(torch.float32, 64)
-    assert not rows.takes(torch.float32, 60)
-    assert not rows.takes(torch.float16, 64)
-    assert not rows.takes(torch.float32, 64, "meta")
+    assert rows.can_compute(torch.float32, 64)
+    assert not rows.can_compute(torch.float32, 60)
+    assert not rows.can_compute(torch.float16, 64)
+    assert not rows.can_compute(torch.float32, 64, "meta")
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -104,7 +104,7 @@ def test_torch_computes_what_the_kernels_do_not_take(tokens: int) -> None:
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
     assert_near(rows.rms_norm(x, weight, 1e-5), normed * weight)
     gate, up = wide.chunk(2, dim=-1)
-    assert_near(rows.gated(x), functional.silu(gate) * up)
+    assert_near(rows.swiglu(x), functional.silu(gate) * up)
     several, weights = torch.rand(tokens, heads, columns), torch.rand(tokens, heads)
     expected = (several.double() * weights.double()[..., None]).sum(1)
     assert_near(rows.weighted_sum(several, weights), expected)

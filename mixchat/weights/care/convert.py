@@ -19,7 +19,7 @@ import torch
 from mixchat import machine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
 from mixchat.files import rename_durably, temporary_path
-from mixchat.progress import Progress, Task, running
+from mixchat.progress import Progress, Task, progress_bar
 from mixchat.quantities import format_least, format_size
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 from mixchat.weights.care.half_converted import (
@@ -146,7 +146,7 @@ class _Converter:
         sizes = {name: sum(old.nbytes for old, _ in both) for name, both in self._files.items()}
         done = sum(sizes.get(name, 0) for name in journal.made)
         what = f"converting {self._directory.name}"
-        with running(self._progress, what, sum(sizes.values()), done) as task:
+        with progress_bar(self._progress, what, sum(sizes.values()), done) as task:
             for name in self._files:
                 if name not in journal.made:
                     journal.add(name, self._rewrite(name, task))

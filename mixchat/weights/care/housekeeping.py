@@ -12,10 +12,11 @@ from pathlib import Path
 from mixchat import machine
 from mixchat.errors import ModelNotFoundError, UsageError
 from mixchat.lock import Busy, exclusive_lock
-from mixchat.weights import models
+from mixchat.settings import models_dir
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_installed
 from mixchat.weights.make.spill import SPILL_PREFIX
+from mixchat.weights.models import list_models
 from mixchat.weights.source import hub
 from mixchat.weights.source.demo_origin import BUILD_DIR
 from mixchat.weights.source.hub_origin import SOURCE_DIR
@@ -86,7 +87,7 @@ def _left_in_cache() -> Iterator[tuple[Path, bool]]:
     """
     for part in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         yield part, True
-    here = models.list_models()
+    here = list_models()
     for repo in sorted({model.source for model in here} | {model.key for model in here}):
         for path in sorted(hub.repo_dir(repo).glob("blobs/*.incomplete")):
             yield path, False
@@ -105,12 +106,12 @@ def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
 def _targets() -> list[Path]:
     """Return the directories of models, and those of which only a lock is left."""
     try:
-        entries = sorted(models.models_dir().iterdir())
+        entries = sorted(models_dir().iterdir())
     except OSError:
         return []
     names = {entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."}
     names |= {entry.name[1:-5] for entry in entries if re.fullmatch(r"\..+\.lock", entry.name)}
-    return [models.models_dir() / name for name in sorted(names)]
+    return [models_dir() / name for name in sorted(names)]
 
 
 def _left_in(target: Path) -> Iterator[Leftover]:

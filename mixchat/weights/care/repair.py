@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixchat.errors import CheckpointError
 from mixchat.files import read_bytes, write_file
-from mixchat.progress import Progress, running
+from mixchat.progress import Progress, progress_bar
 from mixchat.safetensors import tensor_bytes
 from mixchat.weights.care.half_converted import manifest_of_files, parts_of_files
 from mixchat.weights.care.verify import MISSING, Damage, verify
@@ -51,7 +51,7 @@ def _repair_weights(
     with (
         closing(ModelWriter(directory, blueprint)) as files,
         CheckpointReader(origin) as readers,
-        running(progress, f"repairing {directory.name}", total) as task,
+        progress_bar(progress, f"repairing {directory.name}", total) as task,
     ):
         for part in damaged:
             tensors = part.make(index, readers.read)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mixchat.errors import CheckpointError
 from mixchat.files import open_regular, read_bytes
-from mixchat.progress import Progress, Task, running
+from mixchat.progress import Progress, Task, progress_bar
 from mixchat.weights.care.half_converted import manifest_of_files
-from mixchat.weights.format.file_layout import FileLayout, layouts
+from mixchat.weights.format.file_layout import FileLayout, file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import MANIFESTS, Manifest, is_manifest, read_either_manifest
 from mixchat.weights.make.recheck import read_most
@@ -40,7 +40,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     nothing to compare with.
     """
     manifest = manifest_of_files(directory, read_either_manifest(directory))
-    with running(progress, f"verifying {directory.name}", manifest.size) as task:
+    with progress_bar(progress, f"verifying {directory.name}", manifest.size) as task:
         found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
         found += _damaged_files(directory, manifest)
         # A damaged config does not tell where the tensors lie.
@@ -60,7 +60,7 @@ def _damaged_files(directory: Path, manifest: Manifest) -> Iterator[Damage]:
 
 
 def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
-    for name, layout in layouts(installed_blueprint(directory, manifest)).items():
+    for name, layout in file_layouts(installed_blueprint(directory, manifest)).items():
         try:
             with open(open_regular(directory / name), "rb", buffering=0) as file:
                 yield from _damaged_tensors(file, name, layout, manifest, task)

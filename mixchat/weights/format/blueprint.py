@@ -74,11 +74,11 @@ class Expert:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return w2(silu(w1 x) * w3 x), [n, D]."""
-        return self.w2(rows.gated(self.w13(x)))
+        return self.w2(rows.swiglu(self.w13(x)))
 
 
 @dataclass(frozen=True)
-class ExpertLayout:
+class ExpertSpec:
     """One expert as a block of bytes. `nbytes` counts the matrices, `stride` the block."""
 
     w13: LinearSpec
@@ -110,7 +110,7 @@ class ExpertLayout:
         w13, w2 = self._views(block)
         return Expert(self.w13.build(w13), self.w2.build(w2))
 
-    def convert(self, block: torch.Tensor, to: ExpertLayout) -> None:
+    def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
         """Rewrite the block in place from this layout to that of `to`."""
         w13, w2 = self._views(block)
         self.w13.convert(w13, to.w13)
@@ -134,10 +134,10 @@ class Blueprint:
     exact: bool = field(default=False, compare=False)  # of all matrices, as in `LinearSpec`
 
     @cached_property
-    def expert(self) -> ExpertLayout:
+    def expert(self) -> ExpertSpec:
         """The layout of an expert's block; all experts have the same."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        return ExpertLayout(
+        return ExpertSpec(
             w13=self._linear("w13", 2 * inner, hidden, quantized=True),
             w2=self._linear("w2", hidden, inner, quantized=True),
         )

@@ -17,6 +17,6 @@ class FileLayout:
         self.header = Header(self.start[8:], self.size, name)
 
 
-def layouts(blueprint: Blueprint) -> dict[str, FileLayout]:
+def file_layouts(blueprint: Blueprint) -> dict[str, FileLayout]:
     """Return the layout of each file of weights of a model, by the file's name."""
     return {name: FileLayout(name, specs) for name, specs in blueprint.files().items()}

@@ -123,7 +123,7 @@ def _elsewhere(directory: Path) -> str | None:
 
 
 def _remedy(directory: Path) -> str:
-    """Return the hint for a manifest that cannot be read, while its copy can be read or cannot."""
+    """Return the hint for a manifest that cannot be read, with or without an intact copy."""
     if any(is_manifest(directory / name) for name in MANIFESTS):
         return repair_hint(directory)
     return _elsewhere(directory) or (
@@ -156,7 +156,7 @@ def _read(path: Path) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the copy, then `mixchat.json`, durably and each at once."""
+    """Write the copy, then `mixchat.json`, each atomically and durably."""
     for name in (MANIFEST_COPY, MANIFEST_FILE):
         write_file(directory / name, manifest.serialized())
 

@@ -22,10 +22,10 @@ import torch
 from mixchat.background import in_background
 from mixchat.errors import HubError
 from mixchat.files import read_bytes, write_file
-from mixchat.progress import NoProgress, Progress, Task, running
+from mixchat.progress import NoProgress, Progress, Task, progress_bar
 from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import layouts
+from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_journal
 from mixchat.weights.format.manifest import (
     FORMAT,
@@ -118,7 +118,7 @@ def _with_their_size(
     made: dict[str, dict[str, str]], target: Path, blueprint: Blueprint
 ) -> dict[str, dict[str, str]]:
     """Return the journal's entries of the files that have their full size."""
-    sizes = {name: layout.size for name, layout in layouts(blueprint).items()}
+    sizes = {name: layout.size for name, layout in file_layouts(blueprint).items()}
     return {
         name: digests
         for name, digests in made.items()
@@ -169,7 +169,7 @@ class _Build:
         whole = sum(self._nbytes(part) for part in parts(self._blueprint))
         with (
             closing(_fetched(self._origin, self._shards, self._progress, self._ahead)) as fetched,
-            running(self._progress, "quantizing", whole, whole - left) as task,
+            progress_bar(self._progress, "quantizing", whole, whole - left) as task,
         ):
             for shard, path in fetched:
                 self._take(shard, path, files, task)
@@ -246,7 +246,7 @@ def _fetched(
     shown = progress if missing else NO_PROGRESS
     what, done = f"fetching {origin.source.repo}", origin.size - missing
     stop = threading.Event()
-    with running(shown, what, origin.size, done) as task:
+    with progress_bar(shown, what, origin.size, done) as task:
         coming: Future[Path] | None = None
         try:
             for number, shard in enumerate(shards):

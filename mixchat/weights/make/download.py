@@ -155,7 +155,7 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
     manifest = read_manifest(target)
     check_files(target, manifest)
     source, key, revision = manifest.source, request.ref.key, request.revision
-    if source.repo != (request.ref.origin or source.repo):
+    if source.repo != (request.ref.source_repo or source.repo):
         difference = f"; it came from {source.repo}"
     elif revision not in (None, source.revision) and not _begins(source.commit, revision):
         difference = f", from revision {source.commit or 'unknown'}"
@@ -174,16 +174,16 @@ def _begins(commit: str | None, revision: str | None) -> bool:
     return len(revision or "") >= _SHORT_COMMIT and (commit or "").startswith(revision or "")
 
 
-def _made_as(options: QuantizeOptions, how: dict[str, Any]) -> bool:
+def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested.
 
     One whose checkpoint was in 4 bits may have more in 4 bits than requested.
     """
-    if how["scales"] == "given" and how["quant_type"] != "none":
-        return bool(how["attention"] >= options.attention and how["head"] >= options.head)
-    same_scales = how["scales"] == "given" or how["scales"] == options.scales
+    if made["scales"] == "given" and made["quant_type"] != "none":
+        return bool(made["attention"] >= options.attention and made["head"] >= options.head)
+    same_scales = made["scales"] == "given" or made["scales"] == options.scales
     kinds = (options.quant_type, options.attention, options.head)
-    return same_scales and kinds == (how["quant_type"], how["attention"], how["head"])
+    return same_scales and kinds == (made["quant_type"], made["attention"], made["head"])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mixchat import machine
 from mixchat.errors import ResourceError
 from mixchat.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import layouts
+from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.build import Remaining, find_remaining
 from mixchat.weights.make.parts import Part, parts
 from mixchat.weights.make.quantize_options import rounded_from
@@ -162,7 +162,7 @@ def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
 
 def weights_size(blueprint: Blueprint) -> int:
     """Return the bytes of the files of weights of the installed model."""
-    return sum(layout.size for layout in layouts(blueprint).values())
+    return sum(layout.size for layout in file_layouts(blueprint).values())
 
 
 def estimate_peak_disk(

@@ -56,7 +56,9 @@ class Part:
             return [dense.to(self.tensors[0].dtype)]
         types = {index.quant_type(source) for source in self.sources}
         if types == {linear.quant_type}:
-            made = linear.take_over([index.read_4bit(source, read) for source in self.sources])
+            made = linear.stack_quantized(
+                [index.read_4bit(source, read) for source in self.sources]
+            )
         else:
             made = linear.encode(self._stacked(linear, index, read))
         padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from mixchat.errors import CheckpointError
 from mixchat.files import open_regular
-from mixchat.progress import NoProgress, Progress, Task, running
+from mixchat.progress import NoProgress, Progress, Task, progress_bar
 from mixchat.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import layouts
+from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.spill import SPILL_PREFIX
 
 Digests = Mapping[str, Mapping[str, str]]
@@ -27,12 +27,14 @@ def find_damaged(
     directory: Path, blueprint: Blueprint, made: Digests, progress: Progress
 ) -> dict[str, set[str]]:
     """Return the tensors of `made` whose bytes have changed since they were written, by file."""
-    headers = {name: layout.header for name, layout in layouts(blueprint).items()}
+    headers = {name: layout.header for name, layout in file_layouts(blueprint).items()}
     headers |= _spill_headers(directory)
     found = {}
     here = {name: _known(headers[name], made[name]) for name in made if name in headers}
     whole = sum(headers[name].spec(tensor).nbytes for name in here for tensor in here[name])
-    with running(progress if whole else NoProgress(), "checking finished parts", whole) as task:
+    with progress_bar(
+        progress if whole else NoProgress(), "checking finished parts", whole
+    ) as task:
         for name, digests in here.items():
             wrong = set(_wrong(directory / name, headers[name], digests, task))
             # A spill file is written again as a whole.

@@ -12,7 +12,7 @@ import torch
 from mixchat.files import open_regular, sync_directory
 from mixchat.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import layouts
+from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.parts import Part
 
 
@@ -25,7 +25,7 @@ class ModelWriter:
 
     def __init__(self, directory: Path, blueprint: Blueprint) -> None:
         self._directory = directory
-        self._layouts = layouts(blueprint)
+        self._layouts = file_layouts(blueprint)
         self._fds: dict[str, int] = {}
         self._unsynced: set[str] = set()
         self._unnamed = False

@@ -122,9 +122,9 @@ def _level_tables(quant_type: nf4.FourBit) -> torch.Tensor:
 class LinearSpec:
     """The form in which a matrix is stored.
 
-    `dtype` is that of a dense matrix; `layout` is the one asked for of a 4-bit matrix, `packed`
-    tells whether it has it. `exact` concerns computing only: if `keeps_tokens_apart`, a token's
-    result has the same bits however many others are computed with it.
+    `dtype` is that of a dense matrix; `layout` is requested for a 4-bit matrix, and `packed` says
+    whether it gets it. `exact` concerns computing only, and means batch invariant: if
+    `can_be_exact`, a token's result has the same bits however many are computed with it.
     """
 
     name: str
@@ -137,11 +137,11 @@ class LinearSpec:
     exact: bool = field(default=False, compare=False)
 
     @property
-    def keeps_tokens_apart(self) -> bool:
-        """Return whether a CPU's kernels compute each token of a call as they compute one alone."""
+    def can_be_exact(self) -> bool:
+        """Return whether the kernels for CPUs can compute this matrix batch-invariantly."""
         if self.quant_type != "none":
             return self.packed
-        return rows.takes(self.dtype, self.columns)
+        return rows.can_compute(self.dtype, self.columns)
 
     @property
     def packed(self) -> bool:
@@ -169,26 +169,26 @@ class LinearSpec:
             return self._arranged(*nf4.encode_fp4(weight))
         return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
 
-    def take_over(self, parts: Sequence[Quantized4bit]) -> list[torch.Tensor]:
+    def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other, as they are.
 
         Their rows add up to R, each has C columns. No code changes; absmax is rounded to bf16.
-        Raises `CheckpointError` where a part is of another type than this, or where a part above
-        another does not end with a whole block.
+        Raises `CheckpointError` where one is of another type than this, or where one above another
+        does not end with a whole block.
         """
-        assert sum(part.rows for part in parts) == self.rows
-        assert all(part.columns == self.columns for part in parts)
-        for part in parts:
-            if part.quant_type != self.quant_type:
+        assert sum(matrix.rows for matrix in matrices) == self.rows
+        assert all(matrix.columns == self.columns for matrix in matrices)
+        for matrix in matrices:
+            if matrix.quant_type != self.quant_type:
                 raise CheckpointError(
-                    f"{self.name}: a part of it is {part.quant_type}, not {self.quant_type}"
+                    f"{self.name}: a part of it is {matrix.quant_type}, not {self.quant_type}"
                 )
-        if any(part.rows * part.columns % nf4.BLOCKSIZE for part in parts[:-1]):
+        if any(matrix.rows * matrix.columns % nf4.BLOCKSIZE for matrix in matrices[:-1]):
             raise CheckpointError(
                 f"{self.name}: a part of it does not end with a whole block of 64 weights"
             )
-        absmax = nf4.round_absmax(torch.cat([part.absmax for part in parts]))
-        return self._arranged(torch.cat([part.codes for part in parts]), absmax)
+        absmax = nf4.round_absmax(torch.cat([matrix.absmax for matrix in matrices]))
+        return self._arranged(torch.cat([matrix.codes for matrix in matrices]), absmax)
 
     def _arranged(self, codes: torch.Tensor, absmax: torch.Tensor) -> list[torch.Tensor]:
         if self.packed:

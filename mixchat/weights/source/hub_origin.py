@@ -21,9 +21,9 @@ from mixchat.weights.source.hub import RemoteCheckpoint, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.origin import ShardReader, Stopped
 from mixchat.weights.source.transfer import (
+    fetch_and_discard,
     fetch_file,
     is_intact,
-    listen,
     part_path,
     read_range,
     wrong_bytes,
@@ -105,17 +105,17 @@ class HubOrigin:
             if keep:
                 self.fetch(shard, came, stop)
             else:
-                self._listen(shard, came, stop)
+                self._fetch_and_discard(shard, came, stop)
         except Stopped:
             pass
         finally:
             timer.cancel()
         return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
 
-    def _listen(self, shard: str, came: Task, stop: Event) -> None:
+    def _fetch_and_discard(self, shard: str, came: Task, stop: Event) -> None:
         # An error here is no reason to fail: this only measures the speed.
         with suppress(HubError), plain_errors(self._remote.repo_id):
-            listen(self._remote.shards[shard].url, came, stop)
+            fetch_and_discard(self._remote.shards[shard].url, came, stop)
 
     def _fetch_beside(self, file: RemoteFile, task: Task, stop: Event) -> Path:
         """Return the file in `source/`, fetched if need be."""
@@ -141,7 +141,7 @@ class HubOrigin:
             pointer.parent.mkdir(parents=True, exist_ok=True)
             pointer.unlink(missing_ok=True)
             pointer.symlink_to(os.path.relpath(path, pointer.parent))
-        hub.name_commit(self._remote.repo_id, self.source.revision, self._remote.commit)
+        hub.write_ref(self._remote.repo_id, self.source.revision, self._remote.commit)
         return pointer if pointer.samefile(path) else path
 
 

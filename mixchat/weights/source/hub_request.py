@@ -99,7 +99,7 @@ class RemoteBytes:
         return self.url.rsplit("/", 1)[-1]
 
 
-def wait_asked_for(failure: Exception | None) -> float:
+def retry_after(failure: Exception | None) -> float:
     """Return the seconds that a busy server asks to wait (Retry-After), 300 at most; else 0."""
     response = getattr(failure, "response", None)
     if response is None or response.status_code not in _BUSY:

@@ -18,7 +18,7 @@ from mixchat.errors import HubError
 from mixchat.files import open_regular, rename_durably
 from mixchat.progress import Task
 from mixchat.weights.source.hub_errors import is_transient
-from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, wait_asked_for
+from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 from mixchat.weights.source.origin import Stopped
 
 PART_SUFFIX = ".mixchat.part"
@@ -83,7 +83,7 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
     return got
 
 
-def listen(url: str, task: Task, stop: Event) -> None:
+def fetch_and_discard(url: str, task: Task, stop: Event) -> None:
     """Fetch `url` and discard the bytes, until `stop` is set."""
     with RemoteBytes(url, None).stream(0, None) as (response, _):
         for chunk in response.iter_bytes():
@@ -176,7 +176,7 @@ def _retry(
         wait = next(waits, None)
         if wait is None:
             raise failure or HubError(f"the hub sends no more bytes of {_name(url)}")
-        if stop.wait(max(wait, wait_asked_for(failure))):
+        if stop.wait(max(wait, retry_after(failure))):
             raise Stopped
 
 

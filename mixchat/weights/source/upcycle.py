@@ -20,7 +20,7 @@ import torch
 from mixchat.errors import CheckpointError
 from mixchat.files import write_file
 from mixchat.model_config import ModelConfig
-from mixchat.progress import Progress, running
+from mixchat.progress import Progress, progress_bar
 from mixchat.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.source.checkpoint_files import SINGLE
 from mixchat.weights.source.checkpoint_index import expected_shapes
@@ -139,7 +139,7 @@ def _write_weights(
     ]
     total = sum(spec.nbytes for spec in specs)
     with (
-        running(progress, "building the demo model", total) as task,
+        progress_bar(progress, "building the demo model", total) as task,
         SafetensorsWriter(path, specs) as writer,
     ):
         for spec, (name, tensor) in zip(specs, tensors, strict=True):

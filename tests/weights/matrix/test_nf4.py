@@ -158,7 +158,7 @@ def test_taking_over_matrices_gives_what_encoding_the_whole_gives(
     weight = random_weight(96, 128)
     linear = spec(layout, rows=96, kind=kind)
     parts = [part(rows, kind) for rows in weight.split([32, 48, 16])]
-    taken = linear.take_over(parts)
+    taken = linear.stack_quantized(parts)
     assert [tensor.dtype for tensor in taken] == [torch.bfloat16, torch.uint8]
     for one, other in zip(taken, linear.encode(weight), strict=True):
         assert torch.equal(one, other)
@@ -169,7 +169,7 @@ def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind: nf4.FourBit) -> No
     weight = random_weight(64, 128)
     one = part(weight, kind, nested=True)
     linear = spec("bitsandbytes", kind=kind)
-    absmax, codes = linear.take_over([one])
+    absmax, codes = linear.stack_quantized([one])
     assert torch.equal(codes, one.codes)
     assert torch.equal(absmax, one.absmax.bfloat16())
     x = random_weight(5, 128, seed=1).float()
@@ -180,16 +180,16 @@ def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind: nf4.FourBit) -> No
 def test_a_part_must_end_with_a_whole_block_where_another_follows() -> None:
     whole, broken = part(random_weight(2, 96)), part(random_weight(1, 96))
     linear = spec("bitsandbytes", rows=3, columns=96)
-    absmax, codes = linear.take_over([whole, broken])
+    absmax, codes = linear.stack_quantized([whole, broken])
     assert (absmax.shape, codes.shape) == ((5,), (144,))
     with pytest.raises(CheckpointError, match=r"^w: a part of it does not end with a whole block"):
-        linear.take_over([broken, whole])
+        linear.stack_quantized([broken, whole])
 
 
 def test_a_part_of_another_type_is_refused() -> None:
     parts = [part(random_weight(32, 128)), part(random_weight(32, 128), "fp4")]
     with pytest.raises(CheckpointError, match=r"^w: a part of it is fp4, not nf4$"):
-        spec("bitsandbytes").take_over(parts)
+        spec("bitsandbytes").stack_quantized(parts)
 
 
 @pytest.mark.parametrize(

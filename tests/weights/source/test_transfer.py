@@ -22,9 +22,9 @@ from mixchat.weights.source import transfer
 from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.origin import Stopped
 from mixchat.weights.source.transfer import (
+    fetch_and_discard,
     fetch_file,
     is_intact,
-    listen,
     part_path,
     read_range,
 )
@@ -443,12 +443,12 @@ class TestHashing:
 
 def test_listening_counts_what_comes_until_stop_is_set(hub: FakeHub) -> None:
     bar = Bar()
-    listen(url(hub), bar, Event())
+    fetch_and_discard(url(hub), bar, Event())
     assert bar.done == len(DATA)
     stop = Event()
     stop.set()
     bar = Bar()
-    listen(url(hub), bar, stop)
+    fetch_and_discard(url(hub), bar, stop)
     assert 0 < bar.done <= len(DATA)
 
 
