@@ -50,7 +50,7 @@ class BenchOptions:
 
 
 @dataclass
-class Task:
+class BenchTask:
     """Decoding behind `length` tokens, or a prompt of `length` tokens, as measured so far.
 
     Of each round: tokens a second, and the most tokens a second that the round's limits allow.
@@ -104,8 +104,8 @@ class Bench:
         self.cold_start: ColdStart
         self.limits: list[Limits] = []
         self.tasks = [
-            *(Task("decode", length) for length in options.contexts),
-            *(Task("prompt", length) for length in options.prompts),
+            *(BenchTask("decode", length) for length in options.contexts),
+            *(BenchTask("prompt", length) for length in options.prompts),
         ]
 
     def start_cold(self) -> None:
@@ -125,7 +125,7 @@ class Bench:
             copy_bandwidth(self.engine.device, expert),
         )
 
-    def run(self) -> Iterator[Task]:
+    def run(self) -> Iterator[BenchTask]:
         """Measure round by round; yields each task right after it was measured."""
         meter = LimitsMeter(self.engine.device)
         self._rate(self._prompt(64), 1)  # brings the experts in
@@ -136,13 +136,13 @@ class Bench:
                 task.rates.append(self._measure(task))
                 yield task
 
-    def _most(self, task: Task, limits: Limits) -> float:
+    def _most(self, task: BenchTask, limits: Limits) -> float:
         """Return the most tokens a second that the limits allow."""
         if task.kind == "prompt":
             return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
 
-    def _measure(self, task: Task) -> float:
+    def _measure(self, task: BenchTask) -> float:
         return self._decode(task.length) if task.kind == "decode" else self._prefill(task.length)
 
     def _decode(self, context: int) -> float:

@@ -14,9 +14,15 @@ Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
 _COMPLETE = ("stop", "stop_string")
 
 
-def cut_off(tokens: int, more: str) -> str:
-    """Return the note on an answer that reached its longest length; `more` allows a longer one."""
+def cut_off_note(tokens: int, more: str) -> str:
+    """Return the note on an answer cut off by its limit; `more` is the flag that raises it."""
     return f"cut off after {tokens:,} token{'s' if tokens != 1 else ''}; {more} allows more"
+
+
+def left_out_note(turns: int) -> str:
+    """Return the note on turns that are no longer in the prompt."""
+    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+    return f"the context is full: {count} left out from here on"
 
 
 class Answer:

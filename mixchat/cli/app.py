@@ -20,7 +20,7 @@ from mixchat.cli.flags.chat_flags import RunCommand
 from mixchat.cli.flags.config_defaults import apply_config
 from mixchat.cli.flags.config_flag import explained
 from mixchat.cli.flags.shell_completion import (
-    VARIABLE,
+    COMPLETE_VARIABLE,
     complete,
     install_completion,
     show_completion,
@@ -151,7 +151,7 @@ def _comes_from_ctrl_c(error: BaseException | None) -> bool:
 def _invoke(arguments: Sequence[str]) -> int:
     # Not `app()`: that turns a closed pipe into exit code 1, and prints errors its own way.
     command = _command()
-    if instruction := os.environ.get(VARIABLE):
+    if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
     try:
         with command.make_context("mixchat", list(arguments)) as context:

@@ -28,8 +28,8 @@ FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
 _LENGTH_START = b"\xf8"  # its lowest byte: the length is 8 less than a multiple of 4096
 
 
-class Place(Protocol):
-    """The place of the file. `strict`: where it cannot be written at the end, that is raised.
+class CachePlace(Protocol):
+    """The place of the file. `strict`: raise an error if it cannot be written at the end.
 
     `per_chat`: each chat of a run has a file of its own.
     """
@@ -71,10 +71,10 @@ class NamedFile:
 
 @dataclass(frozen=True)
 class FileBesideChat:
-    """The file beside a saved chat: for every chat if `wanted`, else for chats that have one."""
+    """The file beside a saved chat: created if `create`, else only updated where there is one."""
 
     saver: ChatSaver
-    wanted: bool
+    create: bool
     strict: bool = False
     per_chat = True
 
@@ -85,7 +85,7 @@ class FileBesideChat:
 
     def prepare(self) -> bool:
         """Return whether to write the file; remove it where every turn was undone."""
-        if not self.saver.autosave or not (self.wanted or _has_content(self.path)):
+        if not self.saver.autosave or not (self.create or _has_content(self.path)):
             return False
         if not self.saver.session.history:
             self.path.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ class CacheSaver:
     unless something else went wrong before; all else is only printed.
     """
 
-    def __init__(self, engine: Engine, place: Place) -> None:
+    def __init__(self, engine: Engine, place: CachePlace) -> None:
         self._engine, self._place = engine, place
         self._loaded: PromptCache | None = None
 

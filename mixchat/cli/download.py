@@ -105,29 +105,29 @@ def check_text(checkpoint: Path) -> None:
 
 
 def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
-    from mixchat.cli.output.download_text import as_dict, as_text
+    from mixchat.cli.output.download_text import download_as_dict, download_as_text
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
     if as_json:
         installed = {"name": ref.key, "path": str(ref.directory)}
-        show(json.dumps(installed if plan is None else as_dict(plan), indent=2))
+        show(json.dumps(installed if plan is None else download_as_dict(plan), indent=2))
     else:
-        show_lines(f"{ref.key} is already installed" if plan is None else as_text(plan))
+        show_lines(f"{ref.key} is already installed" if plan is None else download_as_text(plan))
     if plan is not None:
         plan.check()
 
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     """Download the model; return the plan as JSON has it, or name and path if it was installed."""
-    from mixchat.cli.output.download_text import as_dict, as_text
+    from mixchat.cli.output.download_text import download_as_dict, download_as_text
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
 
     def announce(plan: DownloadPlan) -> None:
-        announced.update(as_dict(plan))
-        progress.note(as_text(plan))
+        announced.update(download_as_dict(plan))
+        progress.note(download_as_text(plan))
 
     with resumable(progress):
         directory = download_model(request, progress, announce=announce)

@@ -74,14 +74,14 @@ def show_model(
 
 def _show(directory: Path, as_json: bool) -> None:
     """Print an installed model; then raise `CheckpointError` if it is damaged."""
-    from mixchat.cli.output.model_text import as_dict, as_text
+    from mixchat.cli.output.model_text import model_as_dict, model_as_text
     from mixchat.model_config import ModelConfig
     from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
     if as_json:
-        printing.show(json.dumps(as_dict(directory, manifest, config), indent=2))
+        printing.show(json.dumps(model_as_dict(directory, manifest, config), indent=2))
     else:
-        printing.show_lines(as_text(directory, manifest, config))
+        printing.show_lines(model_as_text(directory, manifest, config))
     check_files(directory, manifest)

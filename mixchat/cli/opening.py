@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.chat.parameters import with_numbers
-from mixchat.cli.output.print_answer import Form
+from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
@@ -51,7 +51,7 @@ def resolve_sampling(
 def open_session(
     model: str,
     load: LoadOptions,
-    form: Form,
+    output: OutputOptions,
     *,
     sampling: Mapping[str, float | None],
     system: str | None,
@@ -62,17 +62,17 @@ def open_session(
     """Find the model, load it, and return a session with it."""
     from mixchat.text.checkpoint_text import CheckpointText
 
-    directory = find_or_build(model, quiet=form.quiet)
+    directory = find_or_build(model, quiet=output.quiet)
     text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
     prepare_environment()
-    with nullcontext() if form.quiet else status(f"loading {model}"):
+    with nullcontext() if output.quiet else status(f"loading {model}"):
         from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import load_engine
         from mixchat.weights.format.manifest import check_files, read_manifest
 
         check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
         tokenizer = text.tokenizer()
-        engine = load_engine(directory, load, form.note)
+        engine = load_engine(directory, load, output.note)
         return ChatSession(
             engine,
             tokenizer,

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.printing import show, show_lines
+from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.checks import checked_bits
-from mixchat.cli.flags.model_flags import (
-    ContextSize,
-    Device,
-    DeviceMemory,
-    HostMemory,
-    KVBits,
-    budget,
-    model_argument,
-)
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
 from mixchat.options import LoadOptions
@@ -30,15 +22,15 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str,
-        model_argument(
+        model_flags.model_argument(
             "base, instruct, demo, ORG/NAME on the hub, a directory, or an installed model."
         ),
     ] = "instruct",
-    ctx_size: ContextSize = None,
-    kv_bits: KVBits = None,
-    host_memory: HostMemory = None,
-    device_memory: DeviceMemory = None,
-    device: Device = None,
+    ctx_size: model_flags.ContextSize = None,
+    kv_bits: model_flags.KVBits = None,
+    host_memory: model_flags.HostMemory = None,
+    device_memory: model_flags.DeviceMemory = None,
+    device: model_flags.Device = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine again, about 10 s.")
     ] = False,
@@ -51,8 +43,8 @@ def plan(
     'run --verbose' prints the speed that they predict beside the real one.
     """
     options = LoadOptions(
-        host_memory=budget(host_memory),
-        device_memory=budget(device_memory),
+        host_memory=model_flags.budget(host_memory),
+        device_memory=model_flags.budget(device_memory),
         context_size=ctx_size,
         kv_bits=checked_bits(kv_bits),
         device=device,

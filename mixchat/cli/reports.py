@@ -14,9 +14,9 @@ def report_path(name: str) -> Path:
     """
     from mixchat.weights.models import resolve
 
-    return path_of(resolve(name).key)
+    return report_path_by_key(resolve(name).key)
 
 
-def path_of(key: str) -> Path:
-    """Return the path for the name of an installed model's directory."""
+def report_path_by_key(key: str) -> Path:
+    """Return the path for the key of an installed model: the name of its directory."""
     return data_dir() / "stats" / f"{key}.json"

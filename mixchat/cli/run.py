@@ -16,7 +16,7 @@ from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import context_of, open_session
-from mixchat.cli.output.print_answer import Form, print_answer
+from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.errors import ModelNotFoundError
 from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.planning.expectation import SpeedRange
 
-# The parameters of `run` that are options of sampling have the names of these.
+# `run` has a parameter of the same name for each option of sampling.
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
-_RESUMED = ("system", *_SAMPLING)  # what a saved chat brings with it, unless a flag is given
+_RESUMED = ("system", *_SAMPLING)  # a saved chat sets these where no flag is given
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
     verbose: model_flags.Verbose = False,
 ) -> None:
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
-    form = Form(as_json, extract, stream, raw, quiet)
+    output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
@@ -93,14 +93,14 @@ def run(
         cache_policy=cache_policy,
         trace=trace,
     )
-    room = context_of(model, ctx_size)
-    files = read_files(file or [], room, form.note)
-    question = read_prompt(" ".join(prompt) if prompt else None, files, room, form.note)
-    form.check(question is None)
+    model_context = context_of(model, ctx_size)
+    files = read_files(file or [], model_context, output.note)
+    question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
+    output.check(question is None)
     session = open_session(
         model,
         load,
-        form,
+        output,
         sampling={name: context.params[name] for name in _SAMPLING},
         system=system or None,
         max_tokens=max_tokens,
@@ -110,7 +110,7 @@ def run(
     saves = save and (question is None or resumed is not None or is_given(context, "save"))
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
-        saver.resume(resumed, but=[name for name in _RESUMED if is_given(context, name)])
+        saver.resume(resumed, except_for=[name for name in _RESUMED if is_given(context, name)])
     after_turn = _verbose_report(session, model, device) if verbose else _nothing
     beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
     try:
@@ -119,7 +119,7 @@ def run(
                 start_chat(saver, cache, files, raw=raw, vi=vi, after_turn=after_turn)
             else:
                 with saved_turn(saver):
-                    after_turn(print_answer(session, question, form, model))
+                    after_turn(print_answer(session, question, output, model))
     finally:
         _save_report(session, model)
 

@@ -45,10 +45,10 @@ def new_saver(session: ChatSession, model: str, *, autosave: bool) -> ChatSaver:
 
 @contextmanager
 def saved_turn(saver: ChatSaver) -> Iterator[None]:
-    """Save what is answered within, also where it could not be printed.
+    """Save the answer that the block brings, also where it could not be printed.
 
     Raises `ResourceError` where it cannot be saved, for whatever reason: a script that asked for it
-    has to know. After another error that is only printed.
+    has to know. After another error, a failure to save is only printed.
     """
     before = saver.session.history
     try:

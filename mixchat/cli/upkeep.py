@@ -20,7 +20,7 @@ from mixchat.quantities import format_size
 if TYPE_CHECKING:
     from mixchat.weights.care.verify import Damage
 
-Model = Annotated[
+_Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
@@ -28,13 +28,13 @@ Model = Annotated[
         help="A model's name; 'mixchat list' shows them.",
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 _SHOWN = 20  # damages
 
 
-def rm(model: Model, yes: Yes = False) -> None:
+def rm(model: _Model, yes: _Yes = False) -> None:
     """Remove a model from this machine."""
-    from mixchat.cli.reports import path_of
+    from mixchat.cli.reports import report_path_by_key
     from mixchat.weights import models
 
     target = models.existing_directory(checked(model, "the model's name"))
@@ -47,11 +47,11 @@ def rm(model: Model, yes: Yes = False) -> None:
 
     with local_errors():
         housekeeping.remove(target)
-        path_of(target.name).unlink(missing_ok=True)
+        report_path_by_key(target.name).unlink(missing_ok=True)
     say(f"removed {target.name}: {format_size(size)}")
 
 
-def verify(model: Model) -> None:
+def verify(model: _Model) -> None:
     """Check every byte of a model against the SHA-256s in its manifest."""
     from mixchat.weights import models
 
@@ -71,7 +71,7 @@ def verify(model: Model) -> None:
     say(f"{model} is intact{_half_converted_note(directory)}")
 
 
-def repair(model: Model) -> None:
+def repair(model: _Model) -> None:
     """Repair a model: fetch and rewrite its damaged parts, and nothing else."""
     from mixchat.weights import models
 
@@ -97,7 +97,7 @@ def repair(model: Model) -> None:
 
 
 def convert(
-    model: Model,
+    model: _Model,
     layout: Annotated[
         Literal["cpu-packed", "bitsandbytes"] | None,
         typer.Option(help="The new layout; by default the one that is fastest on this machine."),

@@ -18,11 +18,12 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.kernels import attention, rows
-from mixchat.loading.tiers import Note, build_experts
+from mixchat.loading.tiers import build_experts
 from mixchat.options import LoadOptions
-from mixchat.planning.expectation import SpeedRange, predicted
+from mixchat.planning.expectation import SpeedRange, predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.torch_threads import choose_threads
+from mixchat.progress import Note
 from mixchat.settings import models_dir
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
@@ -103,7 +104,7 @@ def speed_predictor(
     def predict() -> SpeedRange | None:
         slots, *behind = engine.slots_by_tier.values()
         placement = Placement(slots, sum(behind), blueprint.expert_count)
-        return predicted(blueprint, directory, device, placement)
+        return predict_speed(blueprint, directory, device, placement)
 
     return predict
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from mixchat import machine
@@ -19,9 +17,8 @@ from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.machine_speed import measure_machine, saved_measurement
+from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
-
-Note = Callable[[str], object]
 
 
 def build_experts(

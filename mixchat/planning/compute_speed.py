@@ -43,13 +43,13 @@ class Effort:
     seconds: float = 0.25
 
 
-FULL = Effort()
-SAMPLE = Effort(seconds=0.1)  # for one of several calibrations
+FULL_EFFORT = Effort()
+SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several calibrations
 
 
 @torch.inference_mode()
 def thread_seconds(
-    blueprint: Blueprint, counts: Sequence[int], effort: Effort = FULL
+    blueprint: Blueprint, counts: Sequence[int], effort: Effort = FULL_EFFORT
 ) -> dict[int, float]:
     """Return seconds of one expert for one row by count of threads: the best of two rounds.
 

@@ -121,10 +121,10 @@ def expect(
     return Expectation(held, hit_rate, host_hit_rate, costs[0], speed)
 
 
-def predicted(
+def predict_speed(
     blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
 ) -> SpeedRange | None:
-    """Return the speed of a model that is loaded.
+    """Return the speed at which a loaded model should decode, from the saved measurement.
 
     None where this machine was never measured for a model of its shape; `mixchat plan` does that.
     """

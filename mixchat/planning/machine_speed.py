@@ -19,7 +19,14 @@ from mixchat.experts.memory import CPU
 from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.compute_speed import FULL, SAMPLE, Copy, Effort, ExpertTimer, layer_probe
+from mixchat.planning.compute_speed import (
+    FULL_EFFORT,
+    SAMPLE_EFFORT,
+    Copy,
+    Effort,
+    ExpertTimer,
+    layer_probe,
+)
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
@@ -33,7 +40,9 @@ def saved_measurement(
     blueprint: Blueprint, directory: Path, device: torch.device
 ) -> Measurement | None:
     """Return the saved measurement for a model of this shape in `directory`, if there is one."""
-    return load(measurement_file(), calibration_key(blueprint, directory, device), device)
+    return load_measurement(
+        measurement_file(), calibration_key(blueprint, directory, device), device
+    )
 
 
 def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
@@ -41,7 +50,7 @@ def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device)
     key, layer = calibration_key(blueprint, directory, device), layer_probe(blueprint, device)
 
     def sample() -> Calibration:
-        return calibrate(blueprint, directory, device, layer, effort=SAMPLE)
+        return calibrate(blueprint, directory, device, layer, effort=SAMPLE_EFFORT)
 
     return measure_and_save(measurement_file(), key, sample)
 
@@ -54,7 +63,7 @@ def calibrate(
     layer: Callable[[], object],
     *,
     copy: Copy = torch.Tensor.copy_,
-    effort: Effort = FULL,
+    effort: Effort = FULL_EFFORT,
 ) -> Calibration:
     """Take one sample for a model of this shape, computed on `device`.
 
@@ -107,7 +116,7 @@ def measurement_file() -> Path:
     return data_dir() / "machine.json"
 
 
-def load(path: Path, key: str, device: torch.device) -> Measurement | None:
+def load_measurement(path: Path, key: str, device: torch.device) -> Measurement | None:
     """Return the measurement that `path` has under `key`; None where it is missing or damaged."""
     return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
 

@@ -7,7 +7,7 @@ import torch
 
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
-from mixchat.bench.rounds import Bench, BenchOptions, Task
+from mixchat.bench.rounds import Bench, BenchOptions, BenchTask
 from mixchat.options import LoadOptions
 
 OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
@@ -80,7 +80,7 @@ def test_the_cold_start_reads_the_model(bench: Bench) -> None:
 
 
 def test_a_ratio_is_that_of_a_round_not_of_the_medians() -> None:
-    task = Task("decode", 0, rates=[10.0, 20.0, 40.0], limit_rates=[20.0, 40.0, 40.0])
+    task = BenchTask("decode", 0, rates=[10.0, 20.0, 40.0], limit_rates=[20.0, 40.0, 40.0])
     assert task.of_limit == 0.5
     assert task.limited_by == "memory"
 

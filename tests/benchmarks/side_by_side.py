@@ -26,7 +26,7 @@ from mixchat.errors import MixchatError
 from mixchat.quantities import MemoryBudget
 
 if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench, Task
+    from mixchat.bench.rounds import Bench, BenchTask
     from mixchat.output_file import OutputFile
 
 
@@ -46,7 +46,7 @@ class SideBySide:
                 rates.append(self._measure(task))
             yield
 
-    def _measure(self, task: Task) -> float:
+    def _measure(self, task: BenchTask) -> float:
         if task.kind == "decode":
             return self._peer.decode(task.length, self._tokens)
         return self._peer.prefill(task.length)

@@ -16,7 +16,7 @@ from side_by_side import SideBySide, ratio
 
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
-from mixchat.bench.rounds import Task
+from mixchat.bench.rounds import BenchTask
 from mixchat.errors import MissingDependencyError
 
 SCRIPTS = sorted(
@@ -80,7 +80,7 @@ def program(directory: Path, text: str) -> str:
 
 
 def test_llama_cpp_computes_a_long_context_only_once() -> None:
-    tasks = [Task("decode", 0), Task("decode", 40), Task("prompt", 16)]
+    tasks = [BenchTask("decode", 0), BenchTask("decode", 40), BenchTask("prompt", 16)]
     bench: Any = SimpleNamespace(tasks=tasks, run=lambda: iter(tasks * 3))
     peer: Any = Peer()
     both = SideBySide(bench, peer, tokens=5)

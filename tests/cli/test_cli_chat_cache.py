@@ -43,13 +43,13 @@ def asked(saver, question):
 
 def test_a_resumed_chat_reads_only_what_is_new(saver_of):
     saver = saver_of()
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "a long first question")
     chat = saver.chat
     for _ in range(2):  # saved once, it is saved from then on
         again = saver_of()
         again.resume(chat)
-        with cache_of(again, wanted=False):
+        with cache_of(again, create=False):
             reused, prompt = asked(again, "next")
             assert prompt - reused < 10
         chat = again.chat
@@ -57,7 +57,7 @@ def test_a_resumed_chat_reads_only_what_is_new(saver_of):
 
 def test_nothing_is_saved_unless_that_is_wanted(saver_of):
     saver = saver_of()
-    with cache_of(saver, wanted=False):
+    with cache_of(saver, create=False):
         asked(saver, "question")
     assert not saver.kv_path.exists()
 
@@ -66,13 +66,13 @@ def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
     """What it led to was overwritten, with no flag given: a device's node, as root."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
-    for wanted in (False, True):
+    for create in (False, True):
         saver = saver_of()
         saver.store.directory.mkdir(exist_ok=True)
         saver.kv_path.symlink_to(precious)
-        with cache_of(saver, wanted=wanted):
+        with cache_of(saver, create=create):
             asked(saver, "question")
-        assert saver.kv_path.is_symlink() != wanted  # replaced, where a cache is asked for
+        assert saver.kv_path.is_symlink() != create  # replaced, where a cache is asked for
         assert precious.read_text() == "precious"
 
 
@@ -80,14 +80,14 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
     saver = saver_of()
     saver.store.directory.mkdir()
     os.mkfifo(saver.kv_path)
-    with cache_of(saver, wanted=False):
+    with cache_of(saver, create=False):
         asked(saver, "question")
     assert capsys.readouterr().err == ""
     said = "the prompt cache cannot be written (is not a regular file)"
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "question")
     assert said in capsys.readouterr().err
-    with pytest.raises(UsageError) as caught, cache_of(saver, wanted=True, strict=True):
+    with pytest.raises(UsageError) as caught, cache_of(saver, create=True, strict=True):
         asked(saver, "question")
     assert said in str(caught.value)
     assert saver.kv_path.is_fifo()
@@ -96,7 +96,7 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
 def test_a_chat_that_is_not_saved_has_no_cache(saver_of):
     saver = saver_of()
     saver.autosave = False
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "question")
     assert not saver.kv_path.exists()
 
@@ -104,7 +104,7 @@ def test_a_chat_that_is_not_saved_has_no_cache(saver_of):
 def test_each_chat_of_a_run_has_its_own(saver_of):
     saver = saver_of()
     chats = []
-    with cache_of(saver, wanted=True) as cache:
+    with cache_of(saver, create=True) as cache:
         for question in ("the first of two chats", "another one"):
             asked(saver, question)
             cache.leave_chat()
@@ -127,7 +127,7 @@ def test_a_chat_without_a_cache_gets_none_of_another_one_s(saver_of):
     saver.start_new()
     saver.session.clear()
     saver.autosave = False
-    with cache_of(saver, wanted=True) as cache:
+    with cache_of(saver, create=True) as cache:
         asked(saver, "a secret")
         cache.leave_chat()
         saver.resume(other)
@@ -138,7 +138,7 @@ def test_a_chat_without_a_cache_gets_none_of_another_one_s(saver_of):
 
 def test_a_chat_that_was_taken_back_has_no_cache(saver_of):
     saver = saver_of()
-    with cache_of(saver, wanted=True) as cache:
+    with cache_of(saver, create=True) as cache:
         asked(saver, "question")
         cache.leave_chat()
         saver.session.undo()
@@ -147,33 +147,33 @@ def test_a_chat_that_was_taken_back_has_no_cache(saver_of):
 
 def test_what_is_not_new_is_not_written_again(saver_of):
     saver = saver_of()
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "question")
     before = saver.kv_path.stat()
     again = saver_of()
     again.resume(saver.chat)
-    with cache_of(again, wanted=True):
+    with cache_of(again, create=True):
         pass
     assert again.kv_path.stat().st_ino == before.st_ino
 
 
 def test_a_damaged_cache_is_said_and_the_chat_continues(saver_of, capsys):
     saver = saver_of()
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "question")
     content = bytearray(saver.kv_path.read_bytes())
     content[-1] ^= 1
     saver.kv_path.write_bytes(content)
     again = saver_of()
     again.resume(saver.chat)
-    with cache_of(again, wanted=False):
+    with cache_of(again, create=False):
         assert asked(again, "next")[0] == 0
     assert "is damaged" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_said_and_no_more(saver_of, capsys):
     saver = saver_of()
-    with cache_of(saver, wanted=True):
+    with cache_of(saver, create=True):
         asked(saver, "question")
         saver.kv_path.mkdir()
     assert "cannot be written" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from terminal import Terminal
 
 from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.cli.flags.shell_completion import VARIABLE
+from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE
 
 HEAVY = {"torch", "rich", "huggingface_hub", "pydantic", "numpy"}
 BASH = """
@@ -211,7 +211,7 @@ def completing(environment, *words, code=None):
     command = ["-c", code] if code else ["-m", "mixchat"]
     return subprocess.run(
         [sys.executable, *command],
-        env=environment | asked | {VARIABLE: "complete_bash"},
+        env=environment | asked | {COMPLETE_VARIABLE: "complete_bash"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -132,7 +132,7 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
     assert predict() is None  # never measured here
     placements: list[Placement] = []
     monkeypatch.setattr(
-        "mixchat.loading.loader.predicted", lambda *given: placements.append(given[-1])
+        "mixchat.loading.loader.predict_speed", lambda *given: placements.append(given[-1])
     )
     predict()
     engine.experts.halve()

@@ -20,9 +20,9 @@ from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
-from mixchat.loading.tiers import Note
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.progress import Note
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel

@@ -12,7 +12,12 @@ import torch
 from mixchat import machine
 from mixchat.planning import machine_speed
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.machine_speed import SAMPLES, calibration_key, load, measure_and_save
+from mixchat.planning.machine_speed import (
+    SAMPLES,
+    calibration_key,
+    load_measurement,
+    measure_and_save,
+)
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -42,7 +47,7 @@ def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_pa
     left = iter(samples)
     made = measure_and_save(path, "here", lambda: next(left))
     assert made == Measurement(MADE.measured_at, tuple(samples))
-    assert load(path, "here", CPU) == made
+    assert load_measurement(path, "here", CPU) == made
 
 
 def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
@@ -52,16 +57,16 @@ def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
     slower = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
     made = measure_and_save(path, "here", lambda: slower)
     assert made.samples == (slower,) * SAMPLES
-    assert load(path, "here", CPU) == made
+    assert load_measurement(path, "here", CPU) == made
 
 
 def test_what_is_known_can_be_looked_up_without_measuring(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    assert load(path, "here", CPU) is None
+    assert load_measurement(path, "here", CPU) is None
     measure_and_save(path, "here", lambda: KNOWN)
-    assert load(path, "here", CPU) == MADE
-    assert load(path, "there", CPU) is None
-    assert load(path, "here", OTHER) is None
+    assert load_measurement(path, "here", CPU) == MADE
+    assert load_measurement(path, "there", CPU) is None
+    assert load_measurement(path, "here", OTHER) is None
 
 
 def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
@@ -69,7 +74,7 @@ def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
     seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
     known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
     made = measure_and_save(path, "here", lambda: known)
-    assert load(path, "here", torch.device("cuda")) == made
+    assert load_measurement(path, "here", torch.device("cuda")) == made
 
 
 def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
@@ -79,9 +84,9 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> N
         measure_and_save(path, str(index), lambda result=result: result)  # type: ignore[misc]
         for index, result in enumerate(results)
     ]
-    assert load(path, "39", CPU) == made[39]
-    assert load(path, "8", CPU) == made[8]
-    assert load(path, "7", CPU) is None
+    assert load_measurement(path, "39", CPU) == made[39]
+    assert load_measurement(path, "8", CPU) == made[8]
+    assert load_measurement(path, "7", CPU) is None
 
 
 def entry(**changes: Any) -> str:
@@ -135,9 +140,9 @@ DAMAGED = [
 def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path: Path, text: str) -> None:
     path = tmp_path / "machine.json"
     path.write_text(text)
-    assert load(path, "here", CPU) is None
+    assert load_measurement(path, "here", CPU) is None
     assert measure_and_save(path, "here", lambda: KNOWN) == MADE
-    assert load(path, "here", CPU) == MADE
+    assert load_measurement(path, "here", CPU) == MADE
 
 
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
@@ -148,14 +153,14 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
     assert measure_and_save(path, "here", lambda: other).typical == other
     assert precious.read_text() == entry()
     assert not path.is_symlink()
-    assert load(path, "here", CPU) == Measurement(MADE.measured_at, (other,) * SAMPLES)
+    assert load_measurement(path, "here", CPU) == Measurement(MADE.measured_at, (other,) * SAMPLES)
 
 
 def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) -> None:
     assert len(set(DAMAGED) | {entry()}) == len(DAMAGED) + 1
     path = tmp_path / "machine.json"
     path.write_text(entry())
-    assert load(path, "here", CPU) == MADE
+    assert load_measurement(path, "here", CPU) == MADE
 
 
 def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
@@ -206,4 +211,4 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     """It also said whether the disk was faster past the page cache, which each run finds out."""
     path = tmp_path / "machine.json"
     path.write_text(entry(disk_direct=True))
-    assert load(path, "here", CPU) == MADE
+    assert load_measurement(path, "here", CPU) == MADE

@@ -17,7 +17,7 @@ from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions
 from mixchat.planning import fitting, machine_speed
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.expectation import predicted
+from mixchat.planning.expectation import predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.machine_speed import (
     SAMPLES,
@@ -293,7 +293,7 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     home: Path, counted: list[torch.device]
 ) -> None:
     placement = Placement(100, 0, 256)
-    assert predicted(BLUEPRINT, home, CPU, placement) is None
+    assert predict_speed(BLUEPRINT, home, CPU, placement) is None
     assert counted == []
     measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
@@ -301,6 +301,6 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
     measurement_file().write_text(json.dumps(content))
     found = on_cpu(14.5, SPEEDS, slow)
-    assert predicted(BLUEPRINT, home, CPU, found.fit.placement) == found.expected.speed
-    assert predicted(BLUEPRINT, home, GPU, placement) is None
+    assert predict_speed(BLUEPRINT, home, CPU, found.fit.placement) == found.expected.speed
+    assert predict_speed(BLUEPRINT, home, GPU, placement) is None
     assert counted == []

@@ -18,7 +18,7 @@ from mixchat.sanitize import sanitize
 # Uses of an expert in multiples of the mean of its layer, which all would have if the router chose
 # evenly. A level starts at each bound; level 0 is for experts that were never used.
 BOUNDS = (0.5, 0.8, 1.25, 2.0)
-LEVELS = ("never", "<0.5", "<0.8", "<1.25", "<2", "2+")
+LEVEL_NAMES = ("never", "<0.5", "<0.8", "<1.25", "<2", "2+")
 # From dark to bright as in viridis, in colours that differ on a terminal with 16, too.
 STYLES = (
     "",
@@ -117,10 +117,10 @@ def _legend(width: int, coloured: bool) -> Text:
         if not coloured:
             return line
         line.append("; to their mean: ")
-        names = [f" {name} " for name in LEVELS]
+        names = [f" {name} " for name in LEVEL_NAMES]
     else:
         line = Text("cells    uses to the layer's mean: ")
-        names = [f" {level} {name} " for level, name in enumerate(LEVELS)]
+        names = [f" {level} {name} " for level, name in enumerate(LEVEL_NAMES)]
     return line.append_tokens(zip(names, STYLES, strict=True))
 
 

@@ -76,18 +76,18 @@ class ChatSaver:
         if name is not None:
             self._is_saved(self.store.rename(self.chat, name))
 
-    def resume(self, chat: SavedChat, but: Collection[str] = ()) -> None:
+    def resume(self, chat: SavedChat, except_for: Collection[str] = ()) -> None:
         """Let the session continue a saved chat: its turns, its system prompt, its sampling.
 
-        `but` names what of the latter two stays as it is. Of answers that another model gave the
-        text is used, but not the token ids.
+        `except_for` names what of the latter two stays as it is. An answer by another model keeps
+        its text, but not its token ids.
         """
         session, same = self.session, chat.identity == self.session.engine.identity
         messages = chat.messages if same else [replace(m, ids=None) for m in chat.messages]
         session.restore(messages)
-        if "system" not in but:
+        if "system" not in except_for:
             session.system = chat.system
-        saved = {name: value for name, value in chat.sampling.items() if name not in but}
+        saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
         session.sampling = with_numbers(session.sampling, saved)
         self.chat, self._has_file = chat, True
         self.autosave = self._autosave_at_first

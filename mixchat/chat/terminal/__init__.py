@@ -1,6 +1,6 @@
 """The chat in the terminal: the prompt, the commands, the screen.
 
-- repl.py: reads a text, then obeys or asks
+- repl.py: reads a text, then runs a command or asks
 - active_chat.py: the chat that is open: asks, answers, resumes a chat, starts a new one
 - commands.py, command_help.py: the commands after a slash, and the text of /help
 - screen.py: shows answers and notes

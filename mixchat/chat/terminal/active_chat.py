@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat import interrupts
-from mixchat.chat.answer import cut_off
+from mixchat.chat.answer import cut_off_note
 from mixchat.chat.printing import one_line
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
@@ -154,7 +154,7 @@ class ActiveChat:
             note = "(stopped; /continue resumes it)"
         elif finished.reason == "length":
             more = "/continue resumes it, /set max-tokens N"
-            note = f"({cut_off(finished.stats.generated_tokens, more)})"
+            note = f"({cut_off_note(finished.stats.generated_tokens, more)})"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
         elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:

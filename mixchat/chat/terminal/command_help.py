@@ -52,7 +52,7 @@ def help_text(table: Mapping[str, str], width: int) -> str:
     return "\n".join([*lines, "", *_KEYS])
 
 
-def meant(name: str, names: Iterable[str]) -> str:
+def hint_for(name: str, names: Iterable[str]) -> str:
     """Return a hint: the command that another program calls `name`, or one of `names` like it."""
     if name in ("model", "models"):
         return "A chat cannot change its model. For another one: mixchat run -m NAME"

@@ -15,8 +15,13 @@ from mixchat.chat.printing import one_line
 from mixchat.chat.saved.chat_table import chat_table
 from mixchat.chat.saved.export import write_export
 from mixchat.chat.terminal.clipboard import copy
-from mixchat.chat.terminal.command_help import help_text, meant
-from mixchat.chat.terminal.completion import FILES, CommandCompletion, Completes, file_argument
+from mixchat.chat.terminal.command_help import help_text, hint_for
+from mixchat.chat.terminal.completion import (
+    FILES,
+    CommandCompletion,
+    CompleteArgument,
+    file_argument,
+)
 from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
@@ -38,20 +43,21 @@ class Command:
     help: str
     argument: str = ""
     detail: str = ""
-    completes: Callable[[ActiveChat], Completes] | None = None
+    completes: Callable[[ActiveChat], CompleteArgument] | None = None
 
 
 def find_command(name: str) -> Command:
     """Return the command of this name or alias. Raises `UsageError` where there is none."""
-    command = COMMANDS.get(ALIASES.get(name, name))
+    command = COMMANDS.get(COMMAND_ALIASES.get(name, name))
     if command is None:
         raise UsageError(
-            f"there is no command /{name}", hint=meant(name.lower(), [*COMMANDS, *ALIASES])
+            f"there is no command /{name}",
+            hint=hint_for(name.lower(), [*COMMANDS, *COMMAND_ALIASES]),
         )
     return command
 
 
-def obey(chat: ActiveChat, name: str, argument: str) -> None:
+def run_command(chat: ActiveChat, name: str, argument: str) -> None:
     """Run a command. Raises `MixchatError` where it fails."""
     command = find_command(name)
     if argument and not command.argument:
@@ -74,7 +80,7 @@ def _help(chat: ActiveChat, argument: str) -> None:
     if argument:
         name = argument.lstrip("/")
         command = find_command(name)
-        usage = _usage(ALIASES.get(name, name), command)
+        usage = _usage(COMMAND_ALIASES.get(name, name), command)
         chat.screen.say(f"{usage}  {command.detail or command.help}")
         return
     chat.screen.say(help_text(usages(), chat.screen.width or _WIDE))
@@ -267,11 +273,11 @@ def _export(chat: ActiveChat, argument: str) -> None:
     chat.screen.say(f"(written to {one_line(str(path))})")
 
 
-def _names(chat: ActiveChat) -> Completes:
-    return lambda text: [*COMMANDS, *ALIASES]
+def _names(chat: ActiveChat) -> CompleteArgument:
+    return lambda text: [*COMMANDS, *COMMAND_ALIASES]
 
 
-def _parameter_names(chat: ActiveChat) -> Completes:
+def _parameter_names(chat: ActiveChat) -> CompleteArgument:
     def complete(text: str) -> Iterable[str]:
         if text.startswith("overflow "):
             return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
@@ -280,7 +286,7 @@ def _parameter_names(chat: ActiveChat) -> Completes:
     return complete
 
 
-def _saved_chats(chat: ActiveChat) -> Completes:
+def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     known: dict[int, list[str]] = {}  # by the time of the directory's last change
 
     def complete(text: str) -> Iterable[str]:
@@ -295,11 +301,11 @@ def _saved_chats(chat: ActiveChat) -> Completes:
     return complete
 
 
-def _files(chat: ActiveChat) -> Completes:
+def _files(chat: ActiveChat) -> CompleteArgument:
     return FILES
 
 
-def _code(chat: ActiveChat) -> Completes:
+def _code(chat: ActiveChat) -> CompleteArgument:
     return lambda text: ["code"]
 
 
@@ -358,6 +364,6 @@ COMMANDS = {
         _files,
     ),
 }
-ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
+COMMAND_ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
 LEAVING = ("bye", "exit", "quit")
 """Words that leave without a slash, as in a shell or Python."""

@@ -14,7 +14,7 @@ from prompt_toolkit.document import Document
 from mixchat.chat.printing import one_line
 from mixchat.sanitize import sanitize
 
-Completes = Callable[[str], Iterable[str]]
+CompleteArgument = Callable[[str], Iterable[str]]
 """Returns the arguments that the start of one may mean. It may raise `OSError`."""
 
 _QUOTES = ("'", '"')
@@ -30,7 +30,7 @@ class CommandCompletion:
     """
 
     help: str = ""
-    argument: Completes | None = None
+    argument: CompleteArgument | None = None
 
 
 def file_names(text: str) -> Iterator[str]:
@@ -52,7 +52,7 @@ def file_names(text: str) -> Iterator[str]:
         yield quote + place + name + ("/" if is_directory else quote)
 
 
-FILES: Completes = file_names
+FILES: CompleteArgument = file_names
 
 
 def file_argument(text: str) -> Path:
@@ -119,7 +119,7 @@ class CommandCompleter(Completer):
                 )
 
 
-def _arguments(completes: Completes, typed: str) -> Iterator[Completion]:
+def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
     for candidate in _candidates(completes, typed):
         if completes is FILES:
             display = _last_part(candidate)
@@ -130,7 +130,7 @@ def _arguments(completes: Completes, typed: str) -> Iterator[Completion]:
         yield Completion(candidate, start_position=-len(typed), display=one_line(display))
 
 
-def _candidates(completes: Completes, typed: str) -> list[str]:
+def _candidates(completes: CompleteArgument, typed: str) -> list[str]:
     try:
         return list(completes(typed))
     except OSError:

@@ -1,4 +1,4 @@
-"""The loop of the chat in the terminal: reads a text, obeys or asks, until the user leaves."""
+"""The loop of the chat in the terminal: reads a text, then runs a command or asks."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Repl:
         if typed and text.lower() in commands.LEAVING:
             self._chat.leave()
         elif command and typed:
-            self._obey(command[1], (command[2] or "").strip())
+            self._run_command(command[1], (command[2] or "").strip())
         elif text or self._chat.attached:
             self._chat.ask(text, instead=bool(draft))
 
-    def _obey(self, name: str, argument: str) -> None:
+    def _run_command(self, name: str, argument: str) -> None:
         try:
             with unseen_keys():
-                commands.obey(self._chat, name, argument)
+                commands.run_command(self._chat, name, argument)
         except Exception as error:
             self._chat.report(error)
         self._chat.count_figures()

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
 from mixchat.chat import printing
+from mixchat.chat.answer import left_out_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta
 from mixchat.sanitize import sanitize
 
@@ -82,7 +83,7 @@ class Screen:
                     if isinstance(event, TextDelta):
                         writer.feed(event.text)
                     elif isinstance(event, LeftOut):
-                        self.say(f"({left_out(event.turns)})")
+                        self.say(f"({left_out_note(event.turns)})")
                     else:
                         return event
         finally:
@@ -223,9 +224,3 @@ class _Markdown:
     def close(self) -> None:
         self._erase()
         self._stream.close()
-
-
-def left_out(turns: int) -> str:
-    """Return the note that so many turns are no longer in the prompt."""
-    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-    return f"the context is full: {count} left out from here on"

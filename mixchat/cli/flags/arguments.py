@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 from mixchat.context import Context
 from mixchat.errors import PromptError, UsageError
+from mixchat.progress import Note
 
-Note = Callable[[str], object]  # prints a line that a person should see
 STDIN = "-"
 _PATIENCE = 1.0  # seconds before the note
 

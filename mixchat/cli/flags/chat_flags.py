@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
-from mixchat.cli.flags.shell_completion import among, saved_chats
+from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.errors import UsageError
 
 _RESUME = ("-r", "--resume")
@@ -64,7 +64,7 @@ Overflow = Annotated[
     setting(
         "--overflow",
         check=_checked_overflow,
-        autocompletion=among(*OVERFLOWS),
+        autocompletion=one_of(*OVERFLOWS),
         metavar="POLICY",
         help="When the context is full: stop, or drop-oldest to drop the oldest turns.",
     ),

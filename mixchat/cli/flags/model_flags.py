@@ -17,7 +17,7 @@ from mixchat.cli.flags.checks import (
     within_limits,
 )
 from mixchat.cli.flags.config_flag import AGAIN, setting, setting_argument
-from mixchat.cli.flags.shell_completion import among, runnable_models
+from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.experts.policies import POLICIES
 from mixchat.quantities import MemoryBudget
 
@@ -140,7 +140,7 @@ KVBits = Annotated[
     setting(
         "--kv-bits",
         check=checked_bits,
-        autocompletion=among("8", "16"),
+        autocompletion=one_of("8", "16"),
         metavar="N",
         help="Bits of each number in the KV cache: 16, or 8 to halve its memory.",
         show_default="16",
@@ -181,7 +181,7 @@ CachePolicy = Annotated[
     setting(
         "--cache-policy",
         check=checked_policy,
-        autocompletion=among(*POLICIES),
+        autocompletion=one_of(*POLICIES),
         metavar="NAME",
         help="Experts that stay in memory: most recently used, counted by layer (layered) or "
         "overall (lru), or most often used (lfu).",
@@ -208,7 +208,7 @@ Device = Annotated[
     setting(
         "--device",
         check=checked_device,
-        autocompletion=among("cpu", "cuda"),
+        autocompletion=one_of("cpu", "cuda"),
         metavar="NAME",
         help="cpu, cuda or cuda:N.",
         show_default="cuda if there is a GPU, else cpu",

@@ -18,7 +18,7 @@ from mixchat.chat.printing import one_line, say, show, show_piece
 from mixchat.errors import UsageError
 from mixchat.settings import models_dir
 
-VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
+COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
 _PROGRAM = "mixchat"
 # Other characters have a meaning in some shell.
 _HARMLESS = re.compile(r"[\w.,+@%/-]+( [\w.,+@%/-]+)*")
@@ -43,7 +43,7 @@ def complete(group: Any, instruction: str) -> int:
         _drop_equals_signs()
     printed = io.StringIO()
     with redirect_stdout(printed):
-        code: int = completion.shell_complete(group, {}, _PROGRAM, VARIABLE, instruction)
+        code: int = completion.shell_complete(group, {}, _PROGRAM, COMPLETE_VARIABLE, instruction)
     text = printed.getvalue()
     show_piece(_with_escaped_spaces(text) if instruction == "complete_bash" else text)
     return code
@@ -54,7 +54,7 @@ def install_completion(wanted: bool) -> None:
     if wanted:
         shell = _shell()
         _, path = _typer_completion().install(
-            shell=shell, prog_name=_PROGRAM, complete_var=VARIABLE
+            shell=shell, prog_name=_PROGRAM, complete_var=COMPLETE_VARIABLE
         )
         path.write_text(_script(shell) + "\n", encoding="utf-8")
         say(
@@ -72,7 +72,7 @@ def show_completion(wanted: bool) -> None:
 
 
 def _script(shell: str) -> str:
-    names = {"prog_name": _PROGRAM, "complete_var": VARIABLE}
+    names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
     script = str(_typer_completion().get_completion_script(shell=shell, **names))
     return script + _ZSH_ENDING if shell == "zsh" else script
 
@@ -125,8 +125,8 @@ def _with_escaped_spaces(lines: str) -> str:
     return lines if quoted else lines.replace(" ", "\\ ")
 
 
-def among(*words: str) -> Callable[[str], list[str]]:
-    """Complete to one of the words."""
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Return a completion to one of these words."""
 
     def completions(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
@@ -138,7 +138,7 @@ def runnable_models(incomplete: str) -> list[str]:
     """Complete to a model: one of those with a fixed name, or an installed one."""
     from mixchat.weights.models import ALIASES, DEMO
 
-    return among(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
+    return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 
 
 def saved_chats(incomplete: str) -> list[str]:
@@ -148,7 +148,7 @@ def saved_chats(incomplete: str) -> list[str]:
     store = ChatStore()
     try:
         names = [name for name in store.names() if _HARMLESS.fullmatch(name)]
-        return among(*names, *reversed(store.ids()))(incomplete)
+        return one_of(*names, *reversed(store.ids()))(incomplete)
     except OSError:
         return []
 

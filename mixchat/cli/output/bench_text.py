@@ -11,7 +11,7 @@ from mixchat.cli.output.png import new_figure
 from mixchat.cli.output.table import aligned
 
 if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench, Task
+    from mixchat.bench.rounds import Bench, BenchTask
 
 _COLOURS = ("#2a788e", "#e0e0e0", "#a5db36")
 
@@ -37,7 +37,7 @@ def bench_as_dict(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _task_as_dict(task: Task) -> dict[str, Any]:
+def _task_as_dict(task: BenchTask) -> dict[str, Any]:
     return {
         "name": task.name,
         "limited_by": task.limited_by,
@@ -72,12 +72,12 @@ def bench_heading(bench: Bench) -> str:
     return "\n".join((_machine(bench), _model(bench), limits, start))
 
 
-def task_table(tasks: Sequence[Task]) -> list[tuple[str, ...]]:
+def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
     """Return a head and a row for each task, as cells."""
     return [("", "TOK/S", "FROM - TO", "OF THE LIMIT"), *map(_cells, tasks)]
 
 
-def _cells(task: Task) -> tuple[str, ...]:
+def _cells(task: BenchTask) -> tuple[str, ...]:
     spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
     limit = f"{task.of_limit:.0%} of {task.limited_by}"
     return task.name, f"{median(task.rates):.1f}", spread, limit

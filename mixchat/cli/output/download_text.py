@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mixchat.weights.make.download_plan import DownloadPlan, Need
 
 
-def as_text(plan: DownloadPlan) -> str:
+def download_as_text(plan: DownloadPlan) -> str:
     """Return a plan as lines of text."""
     commit = f" at {plan.commit[:12]}" if plan.commit else ""
     fetch = format_size(plan.fetch)
@@ -36,7 +36,7 @@ def as_text(plan: DownloadPlan) -> str:
     return aligned(rows)
 
 
-def as_dict(plan: DownloadPlan) -> dict[str, Any]:
+def download_as_dict(plan: DownloadPlan) -> dict[str, Any]:
     """Return a plan as JSON has it: sizes in bytes."""
     return {
         "name": plan.name,

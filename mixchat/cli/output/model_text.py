@@ -33,7 +33,7 @@ def entry_as_dict(model: ModelEntry) -> dict[str, Any]:
     return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 
-def as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
+def model_as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
     """Return what the manifest and the config of an installed model say, a line for each value."""
     how, before = manifest.quantization, checkpoint_dtype(directory)
     rounded = f", rounded from {before}" if before not in (None, how["dtype"], "bfloat16") else ""
@@ -60,7 +60,7 @@ def as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> str:
     return aligned(rows)
 
 
-def as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
+def model_as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
     """Return an installed model as JSON has it: the keys of `mixchat list --json`, and
 
     revision: the branch, tag or commit that was asked for, or null; weight_bytes: bytes of the

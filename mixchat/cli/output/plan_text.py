@@ -70,7 +70,9 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "samples": len(plan.measurement.samples),
         "first_token": first and asdict(first) | {"seconds": first.seconds},
         "what_more_buys": [_more_as_dict(more) for more in plan.more],
-        "download": None if found.download is None else download_text.as_dict(found.download),
+        "download": None
+        if found.download is None
+        else download_text.download_as_dict(found.download),
     }
 
 
@@ -214,7 +216,7 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _download(found: Outline) -> str:
     if found.download is not None:
-        return download_text.as_text(found.download)
+        return download_text.download_as_text(found.download)
     return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How an answer is printed. `quiet`: nothing but errors on standard error."""
+class OutputOptions:
+    """The options of printing an answer. `quiet`: nothing but errors on standard error."""
 
     as_json: bool = False
     extract: bool = False
@@ -43,44 +43,46 @@ class Form:
             raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
 
 
-def print_answer(session: ChatSession, question: str, form: Form, model: str) -> Finished:
+def print_answer(
+    session: ChatSession, question: str, output: OutputOptions, model: str
+) -> Finished:
     """Ask the question, print the answer, and return how it ended.
 
     Raises `KeyboardInterrupt` if it was interrupted, `NoCodeError` if there is no code block to
     extract. A closed pipe is noticed at the next token.
     """
-    if form.as_json or form.extract or not form.stream:
-        finished = _listen(session, question, lambda text: None, form)
+    if output.as_json or output.extract or not output.stream:
+        finished = _collect(session, question, lambda text: None, output)
         _raise_if_interrupted(finished)
-        _print_whole(session, finished, form, model)
+        _print_whole(session, finished, output, model)
     elif sys.stdout.isatty():
-        finished = _draw(session, question, form.raw)
+        finished = _draw(session, question, output.raw)
     else:
-        finished = _pipe(session, question, form)
+        finished = _pipe(session, question, output)
     _raise_if_interrupted(finished)
     if finished.reason == "context":
-        form.note(
+        output.note(
             f"the answer is cut off: the context of {session.engine.context_size} tokens is full"
         )
     if finished.reason == "length" and session.max_tokens is None:
-        from mixchat.chat.answer import cut_off
+        from mixchat.chat.answer import cut_off_note
 
-        form.note(cut_off(finished.stats.generated_tokens, "-n N"))
+        output.note(cut_off_note(finished.stats.generated_tokens, "-n N"))
     return finished
 
 
-def _listen(
-    session: ChatSession, question: str, take: Callable[[str], object], form: Form
+def _collect(
+    session: ChatSession, question: str, take: Callable[[str], object], output: OutputOptions
 ) -> Finished:
+    from mixchat.chat.answer import left_out_note
     from mixchat.chat.session import LeftOut, TextDelta
-    from mixchat.chat.terminal.screen import left_out
 
     with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
         for event in events:
             if isinstance(event, TextDelta):
                 take(event.text)
             elif isinstance(event, LeftOut):
-                form.note(left_out(event.turns))
+                output.note(left_out_note(event.turns))
             else:
                 return event
     raise AssertionError("an answer has an end")
@@ -95,7 +97,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
         return screen.show(session.ask(question, on_prefill))
 
 
-def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
+def _pipe(session: ChatSession, question: str, output: OutputOptions) -> Finished:
     """Print the text for a program, each piece at once, with a newline at the end."""
     last = ""
 
@@ -104,19 +106,21 @@ def _pipe(session: ChatSession, question: str, form: Form) -> Finished:
         last = text
         show_piece(text)
 
-    finished = _listen(session, question, take, form)
+    finished = _collect(session, question, take, output)
     show_piece("" if last.endswith("\n") else "\n")
     return finished
 
 
-def _print_whole(session: ChatSession, finished: Finished, form: Form, model: str) -> None:
+def _print_whole(
+    session: ChatSession, finished: Finished, output: OutputOptions, model: str
+) -> None:
     answer = session.history[-1].content
-    if form.as_json:
+    if output.as_json:
         # A terminal would obey some characters.
         escaped = sys.stdout.isatty()
         show(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
         return
-    show(_first_block(answer) if form.extract else answer)
+    show(_first_block(answer) if output.extract else answer)
 
 
 def _first_block(answer: str) -> str:

@@ -10,7 +10,7 @@ from rich.style import Style
 
 from mixchat.chat.draw.heatmap import (
     ASCII_MARKS,
-    LEVELS,
+    LEVEL_NAMES,
     MARKS,
     STYLES,
     Heatmap,
@@ -121,13 +121,13 @@ def test_colour_tells_the_level_of_use() -> None:
     styles = {s.text.strip(): s.style.bgcolor for s in segments if s.style and s.style.bgcolor}
     assert styles["20●"] == Style.parse(STYLES[3]).bgcolor
     assert styles["40○"] == styles["<2"] == Style.parse(STYLES[4]).bgcolor
-    assert set(styles) >= set(LEVELS[1:])
+    assert set(styles) >= set(LEVEL_NAMES[1:])
     assert not [text for text in styles if text.startswith("-")]
 
 
 def test_levels_differ_in_a_terminal_of_16_colours() -> None:
     colours = [Color.parse(style.split()[-1]) for style in STYLES if style]
-    assert len({c.downgrade(ColorSystem.STANDARD).number for c in colours}) == len(LEVELS) - 1
+    assert len({c.downgrade(ColorSystem.STANDARD).number for c in colours}) == len(LEVEL_NAMES) - 1
 
 
 def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):
     saver = ChatSaver(session, store, "demo")
     saver.save()
     other = session_of(system="Be long", sampling=SamplingOptions(temperature=0.9))
-    ChatSaver(other, store, "demo").resume(store.latest(), but=["system", "temperature"])
+    ChatSaver(other, store, "demo").resume(store.latest(), except_for=["system", "temperature"])
     assert (other.system, other.sampling.temperature, other.sampling.top_k) == ("Be long", 0.9, 7)
 
 

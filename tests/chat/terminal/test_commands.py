@@ -12,7 +12,7 @@ from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal import clipboard
 from mixchat.chat.terminal.command_help import help_text
-from mixchat.chat.terminal.commands import ALIASES, COMMANDS, completions, usages
+from mixchat.chat.terminal.commands import COMMAND_ALIASES, COMMANDS, completions, usages
 from mixchat.chat.terminal.screen import Screen
 from mixchat.errors import MixchatError
 from mixchat.options import SamplingOptions
@@ -137,7 +137,7 @@ def test_no_command_fails_in_a_chat_where_nothing_was_said(session_of, store, na
         assert isinstance(error, MixchatError), repr(error)
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *ALIASES])
+@pytest.mark.parametrize("name", [*COMMANDS, *COMMAND_ALIASES])
 def test_no_command_breaks_on_an_argument_that_it_cannot_use(session_of, store, name):
     chat = typed(session_of("Hello", "Fine"), "Hi", f"/{name} [/red] \\( \u202e ", store=store)
     assert "\u202e" not in chat.text
