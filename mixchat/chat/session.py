@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "drop-oldest"]
-# Parts of the context. Old turns are left out where less room is left than the answer may need:
-# its longest length up to a half, or an eighth if no length was given. Then they are left out until
-# a quarter is free, because the rest has to be prefilled again, which should be rare.
+# Fractions of the context, as divisors. Old turns are left out where less room is left than the
+# answer may need: --max-tokens, but at most 1/2, or 1/8 without it. Then they are left out until
+# 1/4 is free, because all that stays has to be prefilled again, which should be rare.
 _MOST, _LEAST, _ROOM = 2, 8, 4
-_LONGEST = 4  # part of the context that an answer may take by default
+_LONGEST = 4  # fraction of the context that an answer may take by default
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ChatSession:
         overflow: Overflow = "stop",
     ) -> None:
         self.engine = engine
-        self.sampling = self.advised = sampling  # `advised` stays as it was at first
+        self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`
         self.max_tokens, self._advised_tokens = max_tokens, advised_tokens
         self.stop = tuple(stop)
         self.system = system
@@ -126,7 +126,7 @@ class ChatSession:
         return limit or None
 
     @property
-    def used(self) -> int:
+    def used_tokens(self) -> int:
         """Return how many tokens the conversation takes now, which may be more than fit."""
         if not self.history:
             return 0

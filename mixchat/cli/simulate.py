@@ -56,7 +56,7 @@ def simulate(
 
 
 def _rows(trace: Trace, slots: tuple[int, ...]) -> list[HitRateRow]:
-    """The table, which takes seconds: a terminal is shown how far it is."""
+    """Return the rows of the table; show the progress, because that takes seconds."""
     from mixchat.planning.simulate import hit_rate_table
 
     with status("replaying the trace") as update:

@@ -21,9 +21,9 @@ from mixchat.safetensors import TensorSpec
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits
 
-# Of one call to the kernel: at most so many pairs of a new token and one that it may see, at least
-# so many new tokens.
-_PAIRS, _LEAST = 2**22, 64
+# One call to the kernel computes at most so many pairs of a new token and one that it may see, but
+# at least so many new tokens.
+_MOST_PAIRS, _LEAST_TOKENS = 2**22, 64
 
 
 class KVCache(ABC):
@@ -65,7 +65,7 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def form(self) -> str:
-        """Return a name for the form of the content, which fits into caches of the same form."""
+        """Return the name of the content's form, which fits into caches of the same form."""
 
     @abstractmethod
     def specs(self, tokens: int) -> list[TensorSpec]:
@@ -200,7 +200,7 @@ class PagedKVCache(KVCache):
 
     def _at_once(self, tokens: int) -> int:
         """Return how many new tokens the kernel computes in some tenths of a second."""
-        return max(_LEAST, _PAIRS // (self.length + tokens))
+        return max(_LEAST_TOKENS, _MOST_PAIRS // (self.length + tokens))
 
 
 class TensorKVCache(KVCache):

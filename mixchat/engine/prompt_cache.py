@@ -28,7 +28,7 @@ from mixchat.files import open_private_file, write_all, write_error
 from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.weights.format.manifest import Manifest
 
-FORMAT = 1
+_FORMAT = 1
 _ABOUT, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
 _LONGEST_ABOUT = 4096  # bytes
 
@@ -83,7 +83,7 @@ class PromptCache:
 
 
 def _about(cache: KVCache, engine: Engine, tokens: int) -> dict[str, Any]:
-    about = {"format": FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
+    about = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
     return about | ({"exact": True} if engine.exact_prompts else {})
 
 
@@ -150,7 +150,7 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     """Return how many tokens the file has. Raises `CheckpointError` where its header is wrong."""
     about = _read_about(file)
-    if about.get("format") != FORMAT:
+    if about.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
     if about.get("model") != engine.identity:
         raise CheckpointError(f"{file.path} was written for another model")

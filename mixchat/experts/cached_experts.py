@@ -27,7 +27,7 @@ class CachedExperts:
     otherwise a prefill that walks through more experts than there are slots would evict each just
     before its turn. While one is computed, the next ones are on their way, and after them those
     that `prefetch` predicts. The order does not change the result, because the K outputs of a token
-    are kept apart until all are there, and then summed in the order of its choices.
+    are stored apart until all are there, and then summed in the order of its choices.
     """
 
     def __init__(

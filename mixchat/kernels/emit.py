@@ -41,7 +41,7 @@ class Value:
 
     @property
     def type(self) -> Any:
-        """LLVM's type."""
+        """Return LLVM's type."""
         return self.raw.type
 
     @property
@@ -70,11 +70,11 @@ class Value:
         return self._binary(other, "", "fdiv")
 
     def __floordiv__(self, other: Value | int) -> Value:
-        """Unsigned."""
+        """Divide integers as unsigned ones."""
         return self._binary(other, "udiv")
 
     def __mod__(self, other: Value | int) -> Value:
-        """Unsigned."""
+        """Return the remainder of unsigned integers."""
         return self._binary(other, "urem")
 
     def __and__(self, other: Value | int) -> Value:
@@ -87,7 +87,7 @@ class Value:
         return self._binary(other, "shl")
 
     def __rshift__(self, other: int) -> Value:
-        """Zeros are shifted in from the left."""
+        """Shift to the right; zeros are shifted in from the left."""
         return self._binary(other, "lshr")
 
     def __neg__(self) -> Value:
@@ -174,7 +174,7 @@ class Pointer:
         self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
-        """Atomically add one to the 64-bit number there; return the old number."""
+        """Add one to the 64-bit number there, atomically; return the old number."""
         address = self._builder.bitcast(self.raw, i64.as_pointer())
         return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
 

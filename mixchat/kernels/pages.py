@@ -50,37 +50,37 @@ class CacheShape:
 
     @property
     def shared(self) -> int:
-        """The heads that share a key."""
+        """Return the heads that share a key."""
         return self.heads // self.groups
 
     @property
     def width(self) -> int:
-        """The numbers of a key, with padding."""
+        """Return the numbers of a key, with padding."""
         return -(-self.head_dim // _WIDTH) * _WIDTH
 
     @property
     def per_word(self) -> int:
-        """The numbers in a word of 32 bits."""
+        """Return the numbers in a word of 32 bits."""
         return 32 // self.bits
 
     @property
     def values_at(self) -> int:
-        """The offset of the values in a group's part of a page, in bytes."""
+        """Return the offset of the values in a group's part of a page, in bytes."""
         return PAGE * self.width * self.bits // 8
 
     @property
     def scales_at(self) -> int:
-        """The offset of the keys' scales, in bytes; behind them are the values' scales."""
+        """Return the offset of the keys' scales, in bytes; behind them are the values' scales."""
         return 2 * self.values_at
 
     @property
     def group_bytes(self) -> int:
-        """The bytes of a group's part of a page."""
+        """Return the bytes of a group's part of a page."""
         return self.scales_at + (2 * PAGE * 4 if self.bits == 8 else 0)
 
     @property
     def page_bytes(self) -> int:
-        """The bytes of a page."""
+        """Return the bytes of a page."""
         return self.groups * self.group_bytes
 
 

@@ -2,7 +2,7 @@
 
 A token has few numbers, but torch takes four to nine operations for what is one here. While the
 weights stream through the caches, each operation has to bring its code and data back: 20 us in
-place of 2. The kernels compute in fp32 and round once, unless it says otherwise.
+place of 2. The kernels compute in fp32 and round once, unless a docstring says more.
 
 Each function computes the same formula in torch where its kernel does not take the rows.
 

@@ -40,7 +40,7 @@ class FreeMemory:
 
 @dataclass(frozen=True)
 class Fit:
-    """The places of a model in the free memory, with the options asked for.
+    """The places of a model in the free memory, with the requested options.
 
     context: its tokens; largest_context: the tokens with which the least of experts still fits.
     """
@@ -103,7 +103,7 @@ def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
 def _room_for_context(
     demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
 ) -> int:
-    """Return the bytes beside the least of experts: what is asked for is not given up."""
+    """Return the bytes for the context beside the fewest experts that the options allow."""
     budget, least = options.device_memory, MIN_SLOTS
     if free.device is not None:
         room = free.device if budget is None else budget.of(free.device)

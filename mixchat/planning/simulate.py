@@ -82,7 +82,7 @@ class Counts:
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits among all uses, 0 to 1; None where there were no uses."""
+        """Return the hits among all uses, 0 to 1; None where there were no uses."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else None
 

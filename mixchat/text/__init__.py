@@ -11,7 +11,7 @@
 - tokenizer_files.py: the small files beside a tokenizer
 - markup.py: control markup in tokens, texts and templates
 - checkpoint_text.py: a checkpoint's tokenizer and template, run in a sandbox
-- sandbox.py, sandbox_child.py: the process in which both run, seen from outside and from inside
+- sandbox.py, sandbox_child.py: the process in which both run: its parent's side, and its own
 - sandbox_limits.py: the memory, time and file sizes that they may use
 - frames.py: JSON messages to that process and back
 - detokenizer.py: text from ids, one at a time, never half a character

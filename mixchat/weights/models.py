@@ -54,13 +54,13 @@ class ModelRef:
 
     @property
     def directory(self) -> Path:
-        """The directory in which the model is installed, or will be."""
+        """Return the directory in which the model is installed, or will be."""
         assert _is_key(self.key), self  # every ref comes out of resolve, which checked it
         return models_dir() / self.key
 
     @property
     def source_repo(self) -> str | None:
-        """The `repo` of its `Source`; None where only the journal in its directory names it."""
+        """Return the `repo` of its `Source`; None where only its journal names it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
     def find_source(self, revision: str | None = None) -> Source:

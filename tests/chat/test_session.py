@@ -265,9 +265,9 @@ def test_undo_takes_whole_turns_back(session_of):
 
 def test_used_counts_the_tokens_of_the_conversation(session_of):
     session = session_of("abc", system="Be brief")
-    assert session.used == 0
+    assert session.used_tokens == 0
     turns_of(session, "Hi")
-    assert session.used == len("[system]Be brief[user]Hi" + "abc")
+    assert session.used_tokens == len("[system]Be brief[user]Hi" + "abc")
 
 
 def answers_under(session, count):
@@ -295,7 +295,7 @@ def test_old_turns_are_left_out_whole_where_the_context_is_full(session_of):
     assert len(dropped) > 1
     assert dropped == sorted(set(dropped))  # said whenever it grows, and only then
     assert len(session.history) == 24  # what is left out of the prompt stays
-    assert session.used < 200
+    assert session.used_tokens < 200
 
 
 def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypat
     monkeypatch.setattr(
         session._template, "encode", lambda given: encoded.append(len(given)) or encode(given)
     )
-    assert session.used > 400
+    assert session.used_tokens > 400
     *_, finished = session.ask("and now?")
     assert finished.reason == "stop"
     assert max(encoded) < 12

@@ -34,7 +34,7 @@ def keep(tmp_path):
     def write(key, repo, commit=None):
         directory = tmp_path / "home" / "models" / key
         directory.mkdir(parents=True)
-        config = json.dumps(demo.CONFIG)
+        config = json.dumps(demo.DEMO_CONFIG)
         (directory / "config.json").write_text(config)
         with open(directory / "shared.safetensors", "wb") as file:
             file.truncate(26_100_000_000)  # a hole: it takes no disk

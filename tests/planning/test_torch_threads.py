@@ -16,10 +16,10 @@ from mixchat.planning.torch_threads import candidates, choose_threads, known_or_
 from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.source.demo import CONFIG
+from mixchat.weights.source.demo import DEMO_CONFIG
 
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization())
-DEMO = Blueprint(ModelConfig.from_dict(CONFIG), Quantization())
+DEMO = Blueprint(ModelConfig.from_dict(DEMO_CONFIG), Quantization())
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,14 @@ from mixchat.files import open_regular, read_bytes
 from mixchat.sanitize import sanitize
 from mixchat.text.messages import Message
 
-FORMAT = 1
+_FORMAT = 1
 LONGEST_NAME = 80  # characters
 LAST = "last"  # in place of an ID: the chat that was saved last
 # The beginning of an ID. No name looks like one, so that no word means two chats.
 ID_PREFIX = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
 # The beginning of a file, up to its name; and bytes that hold both: 4 a character at most.
-_BEFORE_NAME, _HEAD = f'{{"format": {FORMAT}, "name": ', 1024
+_BEFORE_NAME, _HEAD = f'{{"format": {_FORMAT}, "name": ', 1024
 
 _Number: TypeAlias = int | float | None
 
@@ -76,7 +76,7 @@ def checked_name(name: str) -> str:
 def serialized(chat: SavedChat) -> bytes:
     """Return the content of a chat's file. Raises `UsageError` where its name cannot be one."""
     raw = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "name": None if chat.name is None else checked_name(chat.name),
         "model": chat.model,
         "identity": chat.identity,
@@ -102,14 +102,14 @@ def read_chat(path: Path) -> SavedChat:
         _check(isinstance(raw, dict), "it is not a JSON object")
         version = raw.get("format")
         _check(type(version) is int, "it does not say its format")
-        if version == FORMAT:
+        if version == _FORMAT:
             return _chat(path.stem, raw)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = f"To remove it: mixchat chats --rm {path.stem}"
         raise CheckpointError(f"{path} is damaged ({reason})", hint=hint) from None
     raise CheckpointError(
-        f"{path} was written by another version of mixchat (format {version}, not {FORMAT})",
+        f"{path} was written by another version of mixchat (format {version}, not {_FORMAT})",
         hint="Read it with that version.",
     )
 

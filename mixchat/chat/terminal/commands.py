@@ -239,7 +239,7 @@ def _read(chat: ActiveChat, argument: str) -> None:
 
 def _tokens(chat: ActiveChat, argument: str) -> None:
     session, size = chat.session, chat.session.engine.context_size
-    used, stats = session.used, session.stats
+    used, stats = session.used_tokens, session.stats
     _say_table(
         chat,
         {

@@ -119,7 +119,7 @@ class Figures:
     def count(self) -> None:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
-            self.used = self._session.used
+            self.used = self._session.used_tokens
         self.memory = self._session.expert_bytes or None  # 0 before the first answer
 
     def turn(self, finished: Finished) -> None:

@@ -63,7 +63,7 @@ def model_as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> s
 def model_as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Any]:
     """Return an installed model as JSON has it: the keys of `mixchat list --json`, and
 
-    revision: the branch, tag or commit that was asked for, or null; weight_bytes: bytes of the
+    revision: the branch, tag or commit that was requested, or null; weight_bytes: bytes of the
     files of weights; scales, layout: how the experts' codes were chosen, and their order;
     attention, head: the format of their weights; layers, experts_per_layer, experts_per_token,
     hidden_size.

@@ -47,7 +47,7 @@ _SMALL_FILES = 4_000_000  # bytes: journal and manifests
 
 
 def target_layout(directory: Path, asked: Layout | None) -> Layout:
-    """Return the layout to convert to: an unfinished conversion's, the one asked for, or the best.
+    """Return the layout to convert to: an unfinished conversion's, the requested one, or the best.
 
     The best one is what this machine computes fastest. Raises `UsageError` where the layout asked
     for is not that of an unfinished conversion.

@@ -79,19 +79,19 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert as a block of bytes. `nbytes` counts the matrices, `stride` the block."""
+    """The form of one expert, as a block of bytes: `nbytes` for its matrices, `stride` in all."""
 
     w13: LinearSpec
     w2: LinearSpec
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the matrices."""
+        """Return the bytes of the matrices."""
         return sum(spec.nbytes for spec in (*self.w13.tensors, *self.w2.tensors))
 
     @cached_property
     def stride(self) -> int:
-        """Bytes of the block: `nbytes` rounded up to whole pages."""
+        """Return the bytes of the block: `nbytes` rounded up to whole pages."""
         return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
     def tensors(self, expert: int) -> list[TensorSpec]:
@@ -135,7 +135,7 @@ class Blueprint:
 
     @cached_property
     def expert(self) -> ExpertSpec:
-        """The layout of an expert's block; all experts have the same."""
+        """Return the layout of an expert's block; all experts have the same."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return ExpertSpec(
             w13=self._linear("w13", 2 * inner, hidden, quantized=True),
@@ -157,7 +157,7 @@ class Blueprint:
 
     @property
     def head(self) -> LinearSpec | None:
-        """The output head; None where the embedding serves as the head (tied, not quantized)."""
+        """Return the output head; None where it is the embedding (tied, not quantized)."""
         if self.config.tie_word_embeddings and not self.quantization.head:
             return None
         config = self.config
@@ -179,13 +179,13 @@ class Blueprint:
 
     @property
     def embedding(self) -> TensorSpec:
-        """The token embedding."""
+        """Return the token embedding."""
         shape = (self.config.vocab_size, self.config.hidden_size)
         return TensorSpec(EMBEDDING, self.quantization.dtype, shape)
 
     @property
     def norm(self) -> TensorSpec:
-        """The weight of the last norm."""
+        """Return the weight of the last norm."""
         return TensorSpec(NORM, self.quantization.dtype, (self.config.hidden_size,))
 
     def shared_tensors(self) -> Iterator[TensorSpec]:
@@ -215,12 +215,12 @@ class Blueprint:
 
     @property
     def shared_size(self) -> int:
-        """Bytes of all shared tensors."""
+        """Return the bytes of all shared tensors."""
         return sum(spec.nbytes for spec in self.shared_tensors())
 
     @property
     def expert_count(self) -> int:
-        """Experts in all layers together."""
+        """Return the count of experts in all layers together."""
         return self.config.num_hidden_layers * self.config.num_local_experts
 
     def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:

@@ -47,7 +47,7 @@ _QUANTIZATION = {
 class Source:
     """The origin of an installed model: a hub id with its commit, a directory's path, or "demo".
 
-    `revision` is the branch, tag or commit that was asked for.
+    `revision` is the branch, tag or commit that was requested.
     """
 
     repo: str
@@ -82,12 +82,12 @@ class Manifest:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size in bytes of each file, by name."""
+        """Return the size in bytes of each file, by name."""
         return {name: record.size for name, record in (self.files | self.weights).items()}
 
     @property
     def size(self) -> int:
-        """Bytes of all files of weights together, as a download's plan predicts them."""
+        """Return the bytes of all files of weights together, as a download's plan predicts them."""
         return sum(record.size for record in self.weights.values())
 
     def serialized(self) -> bytes:

@@ -45,7 +45,7 @@ class Need:
 class DownloadPlan:
     """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
 
-    `checkpoint` is the size of the weights at the origin, `fetch` what of it is still missing,
+    `checkpoint` is the size of the weights at the origin, `fetch` the bytes of it still missing,
     `installed` the size of the installed weights. `disk` is the most that is needed at once, beyond
     what is there. `remaining`: the work that is left. `ahead`: the disk has room to fetch a shard
     while another one is quantized. `rounded_from`: the type of weights ("fp16") that are rounded

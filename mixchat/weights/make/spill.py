@@ -11,7 +11,7 @@ import torch
 from mixchat.errors import CheckpointError
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 
-SPILL_PREFIX = "aside-"
+SPILL_PREFIX = "aside-"  # of file names: unfinished downloads of older versions have it
 
 
 class Spill:
@@ -32,7 +32,7 @@ class Spill:
 
     @property
     def names(self) -> set[str]:
-        """The names of the tensors that are spilled."""
+        """Return the names of the tensors that are spilled."""
         return set().union(*self._files.values())
 
     def read(self, name: str) -> torch.Tensor:

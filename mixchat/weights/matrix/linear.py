@@ -145,13 +145,13 @@ class LinearSpec:
 
     @property
     def packed(self) -> bool:
-        """Return whether the codes are in the packed layout: asked for, and the shape allows it."""
-        asked = self.quant_type != "none" and self.layout == "cpu-packed"
-        return asked and nf4.can_pack(self.rows, self.columns)
+        """Return whether the packed layout is requested, and possible for the shape."""
+        requested = self.quant_type != "none" and self.layout == "cpu-packed"
+        return requested and nf4.can_pack(self.rows, self.columns)
 
     @property
     def tensors(self) -> list[TensorSpec]:
-        """The tensors that hold the matrix, in their order (absmax first keeps it aligned)."""
+        """Return the tensors that hold the matrix, in order (absmax first keeps it aligned)."""
         if self.quant_type == "none":
             return [TensorSpec(f"{self.name}.weight", self.dtype, (self.rows, self.columns))]
         codes = nf4.codes_size(self.rows, self.columns)

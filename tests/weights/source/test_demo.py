@@ -121,7 +121,7 @@ def stub_wheel(
         pinned = {
             "WHEEL_SHA256": hashlib.sha256(packed.getvalue()).hexdigest(),
             "GGUF_SHA256": hashlib.sha256(data).hexdigest(),
-            "CONFIG": DENSE,
+            "DEMO_CONFIG": DENSE,
         }
         for name, value in (pinned | pins).items():
             monkeypatch.setattr(demo, name, value)
@@ -196,7 +196,7 @@ class TestUpcycling:
             ({"intermediate_size": 128}, "is expected"),
             ({"num_hidden_layers": 3}, r"no tensor blk\.2"),
         ):
-            monkeypatch.setattr(demo, "CONFIG", DENSE | change)
+            monkeypatch.setattr(demo, "DEMO_CONFIG", DENSE | change)
             with pytest.raises(CheckpointError, match=message):
                 demo.build_checkpoint(tmp_path / message[:4], NoProgress())
 
@@ -373,7 +373,7 @@ def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
 def test_the_config_is_a_mixtral_and_the_sizes_are_its() -> None:
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
-    shapes = expected_shapes(ModelConfig.from_dict(demo.CONFIG)).values()
+    shapes = expected_shapes(ModelConfig.from_dict(demo.DEMO_CONFIG)).values()
     checkpoint = sum(2 * int(np.prod(shape)) for shape in shapes)
     assert checkpoint + demo.WHEEL_SIZE + demo.GGUF_SIZE < demo.BUILD_BYTES < 1.65e9
     assert all(len(line) <= 100 for line in demo.ABOUT.splitlines())
@@ -419,6 +419,6 @@ class TestTheRealOne:
         for text in texts:
             assert theirs(text)["input_ids"] == ours.encode(text).ids
             assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
-        assert theirs.eos_token_id == demo.CONFIG["eos_token_id"]
-        assert theirs.bos_token_id == demo.CONFIG["bos_token_id"]
-        assert len(theirs) == demo.CONFIG["vocab_size"]
+        assert theirs.eos_token_id == demo.DEMO_CONFIG["eos_token_id"]
+        assert theirs.bos_token_id == demo.DEMO_CONFIG["bos_token_id"]
+        assert len(theirs) == demo.DEMO_CONFIG["vocab_size"]
