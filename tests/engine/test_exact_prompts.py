@@ -12,7 +12,7 @@ from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.errors import CheckpointError
 from mixchat.kernels import four_bit
-from mixchat.loading.loader import can_be_exact, load_engine
+from mixchat.loading.loader import chunks_are_exact, load_engine
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
@@ -135,8 +135,8 @@ def test_what_the_kernels_cannot_compute_is_read_token_by_token(
         "max_position_embeddings": 128,
     }
     blueprint = Blueprint(ModelConfig.from_dict({**shape, **changes}), quantization)
-    assert can_be_exact(blueprint.computed_on(CPU, exact=True), CPU) == apart
-    assert not can_be_exact(blueprint.computed_on(CPU, exact=True), torch.device("cuda"))
+    assert chunks_are_exact(blueprint.computed_on(CPU, exact=True), CPU) == apart
+    assert not chunks_are_exact(blueprint.computed_on(CPU, exact=True), torch.device("cuda"))
 
 
 def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:

@@ -110,7 +110,7 @@ class TestDemo:
                     writer.write(spec.name, tensors[spec.name].to(spec.dtype))
 
         config = json.loads((tiny_checkpoint / "config.json").read_bytes())
-        monkeypatch.setattr(demo, "CONFIG", config)
+        monkeypatch.setattr(demo, "DEMO_CONFIG", config)
         monkeypatch.setattr(demo, "BUILD_BYTES", 0)
         monkeypatch.setattr(demo, "build_checkpoint", build)
         return built
