@@ -242,5 +242,5 @@ def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None
 
 def test_traces_and_replays_need_no_torch() -> None:
     code = "import sys, mixchat.experts.trace, mixchat.planning.simulate as s\n"
-    code += "s.table(s.synthetic_trace(tokens=3)); sys.exit('torch' in sys.modules)"
+    code += "s.hit_rate_table(s.synthetic_trace(tokens=3)); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
