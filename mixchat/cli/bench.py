@@ -50,7 +50,7 @@ def bench(
         typer.Option(
             metavar="N",
             min=0,
-            help="Decode behind a context of N tokens; may be given again.",
+            help="Measure decoding behind N tokens of context; may be given again.",
             show_default="0",
         ),
     ] = None,
@@ -59,7 +59,7 @@ def bench(
         typer.Option(
             metavar="N",
             min=1,
-            help="Process a prompt of N tokens; may be given again.",
+            help="Measure a prompt of N tokens; may be given again.",
             show_default="512",
         ),
     ] = None,
@@ -77,7 +77,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
 ) -> None:
-    """Measure a model's speed beside the limits of this machine."""
+    """Measure a model's speed against the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
     drawing = checked_picture(png)

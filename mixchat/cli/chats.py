@@ -30,7 +30,7 @@ def chats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,
 ) -> None:
-    """List the saved chats, or print one as Markdown."""
+    """List the saved chats; print one as Markdown, or remove one."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: give its ID, and no --json")
     from mixchat.chat.saved.chat_store import ChatStore

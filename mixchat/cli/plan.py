@@ -32,15 +32,15 @@ def plan(
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine again, about 10 s.")
+        bool, typer.Option("--measure", help="Measure this machine again (about 10 s).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Predict whether a model fits on this machine, and how fast it runs.
+    """Predict whether a model fits here, and how fast it runs.
 
     The first plan for a model's shape measures the speed of the disk, of memory and of computing.
     The figures are saved with their date in machine.json in the data directory (MIXCHAT_HOME).
-    'run --verbose' prints the speed that they predict beside the real one.
+    'run --verbose' prints the predicted speed beside the real one.
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),

@@ -27,7 +27,7 @@ def stats(
         typer.Option("--png", metavar="FILE", help=PNG_HELP),
     ] = None,
 ) -> None:
-    """Show how often the last run used each expert, and where it was held."""
+    """Show each expert's use in the last run, and where it was held."""
     picture = checked_picture(png)
     report = _last_report(model)
     if picture is not None:
@@ -71,15 +71,15 @@ def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
 
     image = axes.imshow(relative_uses(report), aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes)
-    axes.set(title="Uses, relative to the layer's mean", xlabel="expert", ylabel="layer")
+    axes.set(title="Uses / layer's mean", xlabel="expert", ylabel="layer")
 
 
 def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:
-    from mixchat.engine.report import TIERS
+    from mixchat.engine.report import PLACES, TIERS
 
     places = [[TIERS.index(tier) for tier in layer] for layer in report.tiers]
     colours = import_module("matplotlib.colors").ListedColormap(["#2a788e", "#a5db36", "#e0e0e0"])
     last = len(TIERS) - 1
     image = axes.imshow(places, aspect="auto", cmap=colours, vmin=-0.5, vmax=last + 0.5)
-    figure.colorbar(image, ax=axes, ticks=range(len(TIERS))).ax.set_yticklabels(TIERS)
-    axes.set(title="Place at the end", xlabel="expert")
+    figure.colorbar(image, ax=axes, ticks=range(len(TIERS))).ax.set_yticklabels(PLACES.values())
+    axes.set(title="Place at the end of the run", xlabel="expert")

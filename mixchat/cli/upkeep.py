@@ -52,7 +52,7 @@ def rm(model: _Model, yes: _Yes = False) -> None:
 
 
 def verify(model: _Model) -> None:
-    """Check every byte of a model against the SHA-256s in its manifest."""
+    """Check every byte of a model against its SHA-256 checksums."""
     from mixchat.weights import models
 
     directory = models.installed_directory(checked(model, "the model's name"))
@@ -72,7 +72,7 @@ def verify(model: _Model) -> None:
 
 
 def repair(model: _Model) -> None:
-    """Repair a model: fetch and rewrite its damaged parts, and nothing else."""
+    """Repair a model: fetch and rewrite only its damaged parts."""
     from mixchat.weights import models
 
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
@@ -103,12 +103,12 @@ def convert(
         typer.Option(help="The new layout; by default the one that is fastest on this machine."),
     ] = None,
 ) -> None:
-    """Rewrite a model's 4-bit codes in their other layout, losslessly.
+    """Reorder a model's 4-bit codes for the CPU or the GPU, losslessly.
 
-    The layout cpu-packed is the order of codes that mixchat's kernels for CPUs read, bitsandbytes
-    the one that a GPU reads. A model in the other layout runs too, but each expert is reordered
-    whenever it is loaded, which takes a CPU about a second. An interrupted conversion is resumed
-    by the same command.
+    The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
+    order that a GPU reads. A model in the other layout runs too, but each expert is reordered
+    whenever it is loaded, which takes a CPU about a second. The same command resumes an interrupted
+    conversion.
     """
     from mixchat.weights import models
 

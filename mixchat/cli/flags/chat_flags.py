@@ -48,7 +48,7 @@ Save = Annotated[
     setting(
         "--save/--no-save",
         show_default="on",
-        help="Save chats, and the history of the input.",
+        help="Save chats, and the input history.",
     ),
 ]
 KeepCache = Annotated[
