@@ -30,7 +30,7 @@ class Context:
         if tokens is None:
             return cls(min(DEFAULT_TOKENS, largest), largest)
         if not 1 < tokens <= largest:
-            raise UsageError(f"--ctx-size {tokens}: this model can do 2 to {largest} tokens")
+            raise UsageError(f"--ctx-size {tokens}: this model takes 2 to {largest} tokens")
         return cls(tokens, largest)
 
     @property

@@ -193,7 +193,7 @@ def test_budgets_and_context_change_the_plan(run, measured):
         (["--host-memory", "much"], 2, b"cannot read 'much'"),
         (["--device-memory", "1GB"], 2, b"--device-memory is for a GPU"),
         (["--ctx-size", "0"], 2, b"--ctx-size has to be 1 or more"),
-        (["--ctx-size", "99999"], 2, b"this model can do 2 to 32768 tokens"),
+        (["--ctx-size", "99999"], 2, b"this model takes 2 to 32768 tokens"),
         (["--device", "abacus"], 2, b"'abacus' is not a device"),
         (["no such model"], 4, b"there is no model"),
         ([""], 2, b"the model's name is empty"),

@@ -118,7 +118,7 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         free = format_size(there.free.device)
         yield "GPU", f"{there.gpu}, {format_size(there.gpu_memory)}, {free} free"
     elif plan.device.type == "cpu":
-        yield "GPU", "none in use"
+        yield "GPU", "not used"
     read = "not measured: it cannot be written to, or has no room"
     if speeds.disk_bandwidth is not None and speeds.disk_bandwidth_idle is not None:
         read = f"reads {_rate(speeds.disk_bandwidth_idle)}"
@@ -126,8 +126,8 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "disk", f"{format_size(there.disk_free)} free, {read}"
     for device in speeds.expert_seconds:
         where = "the CPU" if device == "cpu" else "the GPU"
-        pace = f", {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
-        yield "expert", f"{_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
+        pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
+        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
     measured_at = plan.measurement.measured_at
@@ -145,7 +145,7 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
         f"{format_size(demand.experts * demand.expert)}: {each}, {of_a_layer} in each of "
         f"{config.num_hidden_layers} layers",
     )
-    yield "shared", f"{format_size(demand.shared)} that every token needs"
+    yield "shared", f"{format_size(demand.shared)}: the weights that every token needs"
     yield "context", f"{format_size(demand.context)} for {_count(plan.fit.context, 'token')}"
     when = "installed" if found.installed else "once it is downloaded"
     yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
@@ -208,7 +208,7 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if plan.expected.cost is None:
         yield "unknown", "because the disk could not be measured"
     elif not plan.more:
-        yield "nothing", "all experts are in the fastest memory there is"
+        yield "nothing", "all experts are in the fastest memory already"
     for more in plan.more:
         what = "RAM" if more.tier == "host" else "on the GPU"
         yield f"+{format_size(more.bytes)} {what}", _speed(more.expected.speed)
