@@ -45,8 +45,8 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) ->
         for size in ("2.83MB", "20MB", "30%", "100%")
     }
     assert len({answer.stdout for answer in answers.values()}) == 1
-    assert "2 host slots" in answers["2.83MB"].stderr
-    assert "240 host slots" in answers["100%"].stderr
+    assert "2 RAM slots" in answers["2.83MB"].stderr
+    assert "240 RAM slots" in answers["100%"].stderr
 
 
 def test_standard_input_precedes_the_prompt(home: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
 
 TIERS = ("device", "host", "disk")  # where an expert can be, the fastest first
+PLACES = {"device": "GPU", "host": "RAM", "disk": "disk"}  # the tiers as people call them
 # Fields whose names in JSON are those of version 1, which scripts read.
 _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 

@@ -48,12 +48,12 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
     head, decode, prompt = lines[5:]
     assert head.split("  ")[0] == ""
     assert [part for part in head.split() if part.isupper()] == [
-        *("TOK/S", "FROM", "TO", "OF", "THE", "LIMIT"),
+        *("TOK/S", "MIN", "MAX", "OF", "THE", "LIMIT"),
     ]
     assert decode.startswith("decode behind 0 tokens  ")
-    assert decode.endswith("of memory")
+    assert decode.endswith("(memory)")
     assert prompt.startswith("prompt of 16 tokens  ")
-    assert prompt.endswith("of compute")
+    assert prompt.endswith("(compute)")
 
 
 def test_json_has_each_round(mixchat, tiny):

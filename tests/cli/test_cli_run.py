@@ -132,9 +132,9 @@ def test_verbose_prints_figures_on_stderr(mixchat):
     assert done.stderr.decode().splitlines() == [
         "prompt   8 tokens, 0 of them from the cache",
         "prefill  8 tokens, 16.0 tok/s",
-        "decode   6 tokens, 20.0 tok/s (18 to 21 expected, measured 3 days ago)",
-        "experts  18 hits, 6 misses (75.0%), 16 host slots",
-        "moved    6 kB, waited 0.0 s for them",
+        "decode   6 tokens, 20.0 tok/s (18 to 21 predicted, measured 3 days ago)",
+        "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots",
+        "loaded   6 kB, waited 0.0 s for it",
         "seed     7",
         "ended    stop",
     ]
@@ -147,10 +147,10 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
         *_, finished = session.ask(question)
         report(finished)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[3] == "experts  18 hits, 6 misses (75.0%), 16 host slots"
-    assert lines[4] == "moved    6 kB, waited 0.0 s for them"
-    assert lines[10] == "experts  15 hits, 5 misses (75.0%), 16 host slots"
-    assert lines[11] == "moved    5 kB, waited 0.0 s for them"
+    assert lines[3] == "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots"
+    assert lines[4] == "loaded   6 kB, waited 0.0 s for it"
+    assert lines[10] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
+    assert lines[11] == "loaded   5 kB, waited 0.0 s for it"
 
 
 def test_a_seed_is_drawn_where_none_is_given(mixchat):

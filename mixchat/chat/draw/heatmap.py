@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from mixchat.engine.report import ExpertReport
+from mixchat.engine.report import PLACES, ExpertReport
 from mixchat.quantities import format_size, format_time
 from mixchat.sanitize import sanitize
 
@@ -116,10 +116,10 @@ def _legend(width: int, coloured: bool) -> Text:
         line = Text("cells    % of the layer's uses")
         if not coloured:
             return line
-        line.append("; to their mean: ")
+        line.append("\ncolours  uses / layer's mean: ")
         names = [f" {name} " for name in LEVEL_NAMES]
     else:
-        line = Text("cells    uses to the layer's mean: ")
+        line = Text("cells    uses / layer's mean: ")
         names = [f" {level} {name} " for level, name in enumerate(LEVEL_NAMES)]
     return line.append_tokens(zip(names, STYLES, strict=True))
 
@@ -130,8 +130,8 @@ def _places(report: ExpertReport, marks: dict[str, str]) -> Text:
     places = []
     for tier, mark in marks.items():
         slots = f" of {report.slots[tier]} slots" if tier in report.slots else ""
-        places.append(f"{mark} {tier} {counts[tier]}{slots}")
-    return Text(f"now      {'   '.join(places)}")
+        places.append(f"{mark} {PLACES[tier]} {counts[tier]}{slots}")
+    return Text(f"experts  {'   '.join(places)}")
 
 
 def _totals(report: ExpertReport) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _totals(report: ExpertReport) -> Iterator[str]:
         moved += f", {format_size(report.bytes_moved // report.tokens)} a token"
     if report.seconds:
         stalled += f", {report.stalled_seconds / report.seconds:.0%} of the run"
-    yield f"moved    {moved}; stalled {stalled}"
+    yield f"loaded   {moved}; waited {stalled}"
 
 
 def _rate(hits: int, misses: int, digits: int) -> str:

@@ -29,7 +29,7 @@ def status_line(
     memory: int | None = None,
     width: int = 80,
 ) -> str:
-    """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB`.
+    """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
     `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
     `memory` bytes; what is None is left out. To fit into `width` cells, memory, hits, speed and the
@@ -63,7 +63,7 @@ def _measured(speed: float | None, hit_rate: float | None, memory: int | None) -
     shown = (
         speed is not None and f"{speed:.1f} tok/s",
         hit_rate is not None and f"{hit_rate:.0%} hits",
-        memory is not None and format_least(memory),
+        memory is not None and f"{format_least(memory)} experts",
     )
     return [text for text in shown if text]
 

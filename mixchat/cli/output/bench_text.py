@@ -74,12 +74,12 @@ def bench_heading(bench: Bench) -> str:
 
 def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
     """Return a head and a row for each task, as cells."""
-    return [("", "TOK/S", "FROM - TO", "OF THE LIMIT"), *map(_cells, tasks)]
+    return [("", "TOK/S", "MIN - MAX", "OF THE LIMIT"), *map(_cells, tasks)]
 
 
 def _cells(task: BenchTask) -> tuple[str, ...]:
     spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
-    limit = f"{task.of_limit:.0%} of {task.limited_by}"
+    limit = f"{task.of_limit:.0%} ({task.limited_by})"
     return task.name, f"{median(task.rates):.1f}", spread, limit
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
+from mixchat.engine.report import PLACES
 from mixchat.quantities import format_age, format_rates, format_size
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> lis
     beside = ""
     if expected is not None:
         age = format_age(time.time() - expected.measured_at)
-        beside = f" ({format_rates(expected.low, expected.high)} expected, measured {age})"
+        beside = f" ({format_rates(expected.low, expected.high)} predicted, measured {age})"
     return [
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
@@ -59,12 +60,12 @@ def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> lis
 def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
     """Return a turn's use of the slots of experts, and of prefetching."""
     hits, misses = did.hits.total(), did.misses.total()
-    rate = f"{did.hit_rate:.1%}" if hits + misses else "none used"
-    held = ", ".join(f"{count} {tier} slots" for tier, count in slots.items())
+    rate = f"hit rate {did.hit_rate:.1%}" if hits + misses else "none used"
+    held = ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
     moved, waited = format_size(did.bytes_moved), did.stalled_seconds
     lines = [
         f"experts  {hits} hits, {misses} misses ({rate}), {held}",
-        f"moved    {moved}, waited {waited:.1f} s for them",
+        f"loaded   {moved}, waited {waited:.1f} s for it",
     ]
     if did.predictions:
         lines.append(f"prefetch {did.predictions} predicted, {did.right_predictions} of them right")

@@ -58,10 +58,10 @@ def test_a_tiny_model() -> None:
         "  0   20●    -·   40○   40●    75%",
         "  1    -·    -·    -·    -●      -",
         "cells    % of the layer's uses",
-        "now      ● device 3 of 3 slots   ○ host 1 of 1 slots   · disk 4",
+        "experts  ● GPU 3 of 3 slots   ○ RAM 1 of 1 slots   · disk 4",
         "model    tiny: 10 tokens in 6 s",
         "uses     20, 75.0% hits; predictions 4, 3 right (75%)",
-        "moved    4 MB, 400 kB a token; stalled 1.5 s, 25% of the run",
+        "loaded   4 MB, 400 kB a token; waited 1.5 s, 25% of the run",
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_did_nothing_divides_by_nothing() -> None:
     assert [line.rstrip() for line in lines(idle)][-3:] == [
         "model    tiny: 0 tokens in 0 s",
         "uses     0, - hits; predictions 0",
-        "moved    0 bytes; stalled 0.0 s",
+        "loaded   0 bytes; waited 0.0 s",
     ]
 
 

@@ -13,7 +13,7 @@ def line(width=80, used=1234, model="demo", **facts):
 
 
 def test_it_says_model_context_speed_hits_and_memory():
-    assert line() == "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB"
+    assert line() == "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts"
 
 
 def test_what_is_not_known_is_left_out():
@@ -24,14 +24,14 @@ def test_what_is_not_known_is_left_out():
 
 def test_what_is_zero_is_known():
     known = line(speed=0.0, hit_rate=0.0, memory=0)
-    assert known == "demo · 1,234 of 8,192 tokens (15%) · 0.0 tok/s · 0% hits · 0 bytes"
+    assert known == "demo · 1,234 of 8,192 tokens (15%) · 0.0 tok/s · 0% hits · 0 bytes experts"
 
 
 @pytest.mark.parametrize(
     ("width", "shown"),
     [
-        (69, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB"),
-        (67, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits"),
+        (77, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts"),
+        (75, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits"),
         (57, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s"),
         (46, "demo · 1,234 of 8,192 tokens (15%)"),
         (33, "1,234 of 8,192 tokens (15%)"),
