@@ -34,7 +34,7 @@ _REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_PART}/{_PART}")
 _KEY = re.compile(rf"(?=.{{1,200}}\Z){_PART}")
 _NAMES_HINT = (
     f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME, a directory with a "
-    "checkpoint, or one that `mixchat list` shows."
+    "checkpoint, or one that 'mixchat list' shows."
 )
 
 

@@ -264,7 +264,11 @@ class ChatStore:
     def _near_misses(self, wanted: str) -> str:
         known = [word for chat in self.all() for word in (chat.id, chat.name) if word]
         near = difflib.get_close_matches(wanted, known)
-        return f"Did you mean {_some(near)}?" if near else "'mixchat chats' lists them."
+        return (
+            f"Did you mean {_some(near)}?"
+            if near
+            else "List them: 'mixchat chats', or /chats in a chat."
+        )
 
     def _summary(self, id: str) -> ChatSummary | None:
         """Return a chat in a line; None if it has just been removed."""

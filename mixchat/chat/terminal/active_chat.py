@@ -94,7 +94,7 @@ class ActiveChat:
         """Put the text of a file before the next question."""
         self.attached[str(path)] = text
         count = f"{len(text):,} characters"
-        self.screen.say(f"({one_line(path.name)}, {count}: goes before the next question)")
+        self.screen.say(f"({one_line(path.name)}, {count}, goes before the next question)")
 
     def edit(self, question: str) -> None:
         """Offer the last question at the prompt; what is sent there replaces it."""

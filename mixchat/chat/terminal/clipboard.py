@@ -37,7 +37,7 @@ def copy(text: str, terminal: TextIO) -> str:
         )
     terminal.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     terminal.flush()
-    return "copied by the terminal, if it allows that"
+    return "copied through the terminal, if it allows that"
 
 
 def _done_by(command: list[str], data: bytes) -> bool:

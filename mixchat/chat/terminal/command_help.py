@@ -29,11 +29,11 @@ _HABITS = {
     "markdown": "/raw",
 }
 _KEYS = (
-    'Alt-Enter, Ctrl-J  new line; a text of several lines can be between """ and """',
+    'Alt-Enter, Ctrl-J  new line; or put """ before and after several lines',
     "Ctrl-X Ctrl-E      write in your editor",
     "Ctrl-R             search your earlier questions",
     "Ctrl-C             stop the answer; at the prompt: clear the line, twice: leave",
-    "/help COMMAND      more on a command, as in /help read",
+    "/help COMMAND      more about a command, as in /help read",
 )
 
 

@@ -211,7 +211,7 @@ def _edit(chat: ActiveChat, argument: str) -> None:
 
 def _copy(chat: ActiveChat, argument: str) -> None:
     if argument not in ("", "code"):
-        raise UsageError("/copy copies the last answer, /copy code its last block of code")
+        raise UsageError("/copy copies the last answer, /copy code its last code block")
     answers = [m.content for m in chat.session.history if m.role == "assistant"]
     if not answers:
         raise PromptError("nothing has been answered yet")
@@ -219,7 +219,7 @@ def _copy(chat: ActiveChat, argument: str) -> None:
     if argument == "code":
         blocks = code_blocks(text)
         if not blocks:
-            raise PromptError("the last answer has no block of code")
+            raise PromptError("the last answer has no code block")
         text = blocks[-1]
     how = copy(text, chat.screen.out)
     chat.screen.say(f"({how}: {len(text):,} characters)")
@@ -260,8 +260,8 @@ def _experts(chat: ActiveChat, argument: str) -> None:
 
 def _raw(chat: ActiveChat, argument: str) -> None:
     chat.screen.raw = not chat.screen.raw
-    how = "as they are written" if chat.screen.raw else "as Markdown"
-    chat.screen.say(f"(answers are shown {how})")
+    how = "plain text" if chat.screen.raw else "Markdown"
+    chat.screen.say(f"(answers are shown as {how})")
 
 
 def _export(chat: ActiveChat, argument: str) -> None:
@@ -321,16 +321,19 @@ COMMANDS = {
         _set,
         "set a parameter",
         "[NAME VALUE]",
-        "show the parameters, or change one, as in /set temp 0.2; none: its default",
+        "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
         _parameter_names,
     ),
     "show": Command(
         _show, "model and settings", detail="show model, chat, system prompt and parameters"
     ),
     "system": Command(
-        _system, "the system prompt", "[TEXT]", "show or change the system prompt; none: no prompt"
+        _system,
+        "the system prompt",
+        "[TEXT]",
+        "show or change the system prompt (none: remove it)",
     ),
-    "save": Command(_save, "save under a name", "[NAME]", "save this chat, under a name"),
+    "save": Command(_save, "save under a name", "[NAME]", "save this chat under a name"),
     "load": Command(_load, "resume a chat", "ID or NAME", "resume a saved chat", _saved_chats),
     "chats": Command(_chats, "list saved chats", detail="list the saved chats, the last one first"),
     "regen": Command(_regen, "answer again", detail="answer the last question again, differently"),
@@ -340,13 +343,13 @@ COMMANDS = {
     ),
     "continue": Command(_continue, "continue the answer", detail="continue the last answer"),
     "copy": Command(
-        _copy, "copy the answer", "[code]", "copy the last answer, or its last block of code", _code
+        _copy, "copy the answer", "[code]", "copy the last answer, or its last code block", _code
     ),
     "read": Command(
         _read,
         "ask about a file",
         "FILE",
-        "put a file's text before the next question; none: drop all",
+        "put a file's text before the next question; /read none drops all files",
         _files,
     ),
     "tokens": Command(_tokens, "room in the context", detail="show how full the context is"),
@@ -354,13 +357,15 @@ COMMANDS = {
         _experts, "use of the experts", detail="show which experts were used, and where they are"
     ),
     "raw": Command(
-        _raw, "Markdown off or on", detail="show answers as they are written, or as Markdown again"
+        _raw,
+        "Markdown off or on",
+        detail="show answers as plain text, or as Markdown again",
     ),
     "export": Command(
         _export,
-        "write it to a file",
+        "save as Markdown",
         "[FILE]",
-        "write the chat as Markdown, or JSON (*.json)",
+        "write the chat to a file, as Markdown or JSON (*.json)",
         _files,
     ),
 }

@@ -129,7 +129,7 @@ def _first_block(answer: str) -> str:
     blocks = code_blocks(answer)
     if not blocks:
         raise NoCodeError(
-            "the answer contains no code block", hint="Without -x all of it is printed."
+            "the answer contains no code block", hint="Without -x, the whole answer is printed."
         )
     return blocks[0]
 

