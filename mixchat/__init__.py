@@ -11,6 +11,7 @@
 - output_file.py: files that a person names for output, never overwriting another file
 - lock.py: a lock between processes, for files that only one may write
 - machine.py: this machine's processor, memory and disk
+- gpu.py: the GPUs that torch sees, their memory, streams and waits
 - cgroups.py: the limits of memory and CPU time that control groups set
 - background.py: work in a background thread
 - interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are handled

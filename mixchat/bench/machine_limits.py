@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mixchat import gpu
 from mixchat.planning.disk_speed import measure_disk
 
 _READ = 250_000_000  # floats that are summed: more than any cache of a CPU holds
@@ -57,8 +58,7 @@ class LimitsMeter:
     def _seconds(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        gpu.synchronize(self._device)
         return time.perf_counter() - start
 
 
@@ -75,15 +75,15 @@ def disk_bandwidth(directory: Path, block: int) -> float | None:
 
 def copy_bandwidth(device: torch.device, size: int) -> float | None:
     """Return bytes a second from page-locked RAM to a GPU; None for another device."""
-    if device.type != "cuda":
+    if not gpu.is_gpu(device):
         return None
     source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=device)
     seconds = []
     for _ in range(_TRIES):
-        torch.cuda.synchronize(device)
+        gpu.synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize(device)
+        gpu.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return size / min(seconds)

@@ -1,14 +1,13 @@
-"""Asks how much memory is free, locks pages, and limits experts as free memory changes."""
+"""Asks how much memory is free, and limits experts as free memory changes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from mixchat import machine
+from mixchat import gpu, machine
 
 CPU = torch.device("cpu")
 INTERVAL = 0.5  # seconds between two looks at the memory that is free
@@ -16,19 +15,7 @@ INTERVAL = 0.5  # seconds between two looks at the memory that is free
 
 def free_on(device: torch.device) -> int:
     """Return the bytes that can be taken on the device without evicting anything."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return machine.free_memory()
-
-
-def page_lock(block: torch.Tensor) -> None:
-    """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
-
-    `torch.empty(pin_memory=True)` would round 24 GB up to 32. Where the system refuses (WSL2 limits
-    it), the tensor stays as it is, and copies are slower but right.
-    """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+    return gpu.free_memory(device) if gpu.is_gpu(device) else machine.free_memory()
 
 
 class MemoryWatch:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mixchat import gpu
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
@@ -50,7 +51,7 @@ class ExpertStore:
         device: torch.device,
     ) -> None:
         self._source, self._stored, self._used, self._device = source, stored, used, device
-        self._streams: Any = torch.get_device_module(device)  # on a CPU streams do nothing
+        self._streams = gpu.streams(device)
         self._side = self._streams.Stream()
         self._slots: dict[int, _Slot] = {}
         self.bytes_moved = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mixchat import gpu
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
@@ -49,17 +50,17 @@ def load_engine(directory: Path, options: LoadOptions, note: Note = lambda text:
 def choose_device(name: str | None) -> torch.device:
     """Return the named device, else the first GPU, else the CPU. Raises `UsageError`."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(gpu.KIND if gpu.count() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name!r} is not a device; use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", gpu.KIND):
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams and events are those of the current one
+    if gpu.is_gpu(device) and (device.index or 0) >= gpu.count():
+        raise UsageError(f"--device {name!r}: torch sees {gpu.count()} GPUs here")
+    if gpu.is_gpu(device) and device.index is not None:
+        gpu.use(device)  # streams and events are those of the current one
     return device
 
 

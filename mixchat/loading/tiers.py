@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mixchat import machine
+from mixchat import gpu, machine
 from mixchat.errors import ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.memory import CPU, MemoryWatch, page_lock
+from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
@@ -46,7 +46,7 @@ def build_experts(
     if placement.host_slots:
         # What comes down from a device is only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
-        lock = page_lock if device.type == "cuda" else _no_lock
+        lock = gpu.page_lock if gpu.is_gpu(device) else _no_lock
         order = POLICIES[policy](passes)
         host_source = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
     store = ExpertStore(host_source or disk, stored=stored, used=used, device=device)

@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from mixchat import gpu
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, RMSNorm
 from mixchat.engine.moe import SparseMoE
@@ -95,7 +96,7 @@ class ExpertTimer:
     def copy_bandwidth(self, copy: Copy) -> float:
         """Return bytes a second from page-locked RAM."""
         source = torch.full_like(self._blocks[0], _FILLING, device=CPU)
-        if self._device.type == "cuda":
+        if gpu.is_gpu(self._device):
             source = source.pin_memory()
         targets = itertools.cycle(self._blocks)
         return source.nbytes / self.median_of(lambda: copy(next(targets), source))
@@ -126,14 +127,8 @@ class ExpertTimer:
     def _seconds_of(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
-        _synchronize(self._device)
+        gpu.synchronize(self._device)
         return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mixchat import machine
+from mixchat import gpu, machine
 from mixchat.errors import CheckpointError
 from mixchat.experts.memory import CPU
 from mixchat.files import read_json_object, write_private_file
@@ -85,8 +85,7 @@ def calibrate(
         seconds[str(device)] = other.seconds()
         copy_bandwidth = other.copy_bandwidth(copy)
         del other
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # or it would count as taken
+        gpu.release_unused(device)  # or it would count as taken
     busy, idle = disk or (None, None)
     memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
     return Calibration(busy, idle, memory, copy_bandwidth, seconds, layer_seconds)
@@ -96,14 +95,14 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
     """Return all that a calibration depends on, as a line."""
     layout = blueprint.computed_on(CPU).expert
     w13 = layout.w13
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
             f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
             f"{machine.usable_cores()} cores, {torch.get_num_threads()} threads",
             f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}",
             f"kernels {KERNELS}",
-            f"{device}: {gpu}",
+            f"{device}: {accelerator}",
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "
             f"{'packed' if w13.packed else 'plain'} {layout.stride}",

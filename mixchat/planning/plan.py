@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mixchat import machine
+from mixchat import gpu, machine
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.expectation import Expectation, FirstToken, expect, first_token
@@ -33,15 +33,14 @@ class Machine:
     @classmethod
     def now(cls, directory: Path, device: torch.device) -> Machine:
         """Return this machine, with the disk of `directory`, which need not be there yet."""
-        cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         return cls(
             cpu=machine.cpu_name(),
             cores=machine.usable_cores(),
             memory=machine.total_memory(),
             free=FreeMemory.now(device),
             disk_free=machine.free_disk(directory),
-            gpu=None if cuda is None else cuda.name,
-            gpu_memory=None if cuda is None else cuda.total_memory,
+            gpu=gpu.name(device) if gpu.is_gpu(device) else None,
+            gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
         )
 
 

@@ -1,0 +1,74 @@
+"""All that is asked of a GPU's runtime: which GPUs there are, their memory, streams and waits.
+
+Torch has a module for each kind of device, with the same functions: `torch.cuda` for GPUs of NVIDIA
+and AMD. No other module names it, so that the suite can run all code for GPUs on another kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+KIND = "cuda"
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether the device is a GPU; "cpu" and "cpu:0" are not."""
+    return device.type == KIND
+
+
+def count() -> int:
+    """Return how many GPUs torch sees; 0 where it can use none."""
+    runtime = _runtime()
+    return int(runtime.device_count()) if runtime.is_available() else 0
+
+
+def use(device: torch.device) -> None:
+    """Make the GPU the current one of this thread: torch's default for all that names no index."""
+    _runtime().set_device(device)
+
+
+def name(device: torch.device) -> str:
+    """Return the name that a GPU has for people."""
+    return str(_runtime().get_device_name(device))
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU has."""
+    return int(_runtime().get_device_properties(device).total_memory)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that nobody has taken."""
+    return int(_runtime().mem_get_info(device)[0])
+
+
+def release_unused(device: torch.device) -> None:
+    """Give memory that torch keeps for later use back to the GPU, so that it counts as free."""
+    if is_gpu(device):
+        _runtime().empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when a GPU has done all it was told to do; other devices always have."""
+    if is_gpu(device):
+        _runtime().synchronize(device)
+
+
+def streams(device: torch.device) -> Any:
+    """Return torch's module with the streams and events of a device, which do nothing on a CPU."""
+    return torch.get_device_module(device)
+
+
+def page_lock(block: torch.Tensor) -> None:
+    """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
+
+    `torch.empty(pin_memory=True)` would round 24 GB up to 32. Where the system refuses (WSL2 limits
+    it), the tensor stays as it is, and copies are slower but right.
+    """
+    _runtime().cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+
+
+def _runtime() -> Any:
+    return torch.get_device_module(KIND)
