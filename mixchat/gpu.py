@@ -6,6 +6,7 @@ and AMD. No other module names it, so that the suite can run all code for GPUs o
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -65,9 +66,14 @@ def page_lock(block: torch.Tensor) -> None:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
     `torch.empty(pin_memory=True)` would round 24 GB up to 32. Where the system refuses (WSL2 limits
-    it), the tensor stays as it is, and copies are slower but right.
+    it), the tensor stays as it is, and copies are slower but right. The pages are unpinned when the
+    tensor object is deleted.
     """
-    _runtime().cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+    runtime, address = _runtime().cudart(), block.data_ptr()
+    if runtime.cudaHostRegister(address, block.nbytes, 0):
+        return
+    # The memory goes back to the system, which may give the address to another block.
+    weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False
 
 
 def _runtime() -> Any:
