@@ -215,7 +215,7 @@ class Engine:
 
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():
-            device_ids = torch.tensor(ids, device=self._model.device)
+            device_ids = torch.tensor(ids).to(self._model.device, non_blocking=True)
             logits = self._within_memory(device_ids, between_layers)
             self._ids += ids
             self.total_tokens += len(ids)

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mixchat import interrupts
+from mixchat import gpu, interrupts
 from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.prefetch import Prefetch
+from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.stats import ExpertStats
 from mixchat.kernels import rows
 
@@ -66,7 +66,8 @@ class CachedExperts:
     ) -> torch.Tensor:
         tokens, choices = selected_experts.shape
         outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])  # [T * K, D]
-        places = _places(layer, selected_experts)
+        selected, predicted, token = self._read(layer, hidden_states, selected_experts)
+        places = _places(layer, selected)
         self._fetcher.settle(layer, places)
         on_host = self._chosen_for_host(places)
         by_state = sorted(places, key=self._fetcher.state)
@@ -74,17 +75,35 @@ class CachedExperts:
         order = sorted(
             by_state, key=lambda key: key not in on_host and not self._fetcher.holds(key)
         )
+        indices = _indices(places, selected_experts) if tokens > 1 else {}
         for turn, key in enumerate(order):
             interrupts.check()
             self._request([other for other in order[turn:] if other not in on_host])
             if turn == 0:
-                self._look_ahead(layer, hidden_states, order)
+                self._look_ahead(layer, hidden_states, predicted, order)
             if tokens == 1:  # decode: nothing to gather
-                outputs[places[key][0]] = self._output(key, hidden_states, key in on_host)[0]
+                outputs[places[key][0]] = self._output(key, hidden_states, key in on_host, token)[0]
                 continue
-            index = torch.tensor(places[key], device=outputs.device)  # [n], into T * K
-            outputs[index] = self._output(key, hidden_states[index // choices], key in on_host)
+            x = hidden_states[indices[key] // choices]
+            outputs[indices[key]] = self._output(key, x, key in on_host)
         return rows.weighted_sum(outputs.view(tokens, choices, -1), routing_weights)
+
+    def _read(
+        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the selected experts, the predicted ones and the hidden states, on the CPU.
+
+        A GPU that decodes is waited for here, and nowhere else in a layer: what may be needed of it
+        is read together. Else the last two are None, and read later: the next experts are then on
+        their way first.
+        """
+        decodes = hidden_states.shape[0] == 1 and gpu.is_gpu(hidden_states.device)
+        if self._prefetch is None or self._fetcher.holds_all or not decodes:
+            return gpu.read([selected_experts])[0], None, None
+        predicted = self._prefetch.predict(layer, hidden_states)
+        x = hidden_states if self._host is not None else hidden_states[:0]
+        selected, predicted, x = gpu.read([selected_experts, predicted, x])
+        return selected, predicted, x
 
     def _chosen_for_host(self, places: Mapping[ExpertKey, Sequence[int]]) -> set[ExpertKey]:
         """Return the experts without a slot that the CPU computes, though the rest is on a GPU."""
@@ -100,25 +119,43 @@ class CachedExperts:
         self._fetcher.request(keys[: 1 + ahead])
 
     def _look_ahead(
-        self, layer: int, hidden_states: torch.Tensor, pinned: Sequence[ExpertKey]
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        predicted: torch.Tensor | None,
+        pinned: Sequence[ExpertKey],
     ) -> None:
-        if self._prefetch is not None and not self._fetcher.holds_all:
-            predicted = self._prefetch.predict(layer, hidden_states)
-            self._fetcher.prefetch(predicted, pinned)
+        if self._prefetch is None or self._fetcher.holds_all:
+            return
+        if predicted is None:
+            (predicted,) = gpu.read([self._prefetch.predict(layer, hidden_states)])
+        self._fetcher.prefetch(ranked_keys(layer, predicted), pinned)
 
-    def _output(self, key: ExpertKey, x: torch.Tensor, on_host: bool) -> torch.Tensor:
+    def _output(
+        self, key: ExpertKey, x: torch.Tensor, on_host: bool, copy: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return an expert's output for x [n, D], of which `copy` is on the CPU."""
         if on_host and self._host is not None:
-            result = self._host.run(key, x.to("cpu"))
+            result = self._host.run(key, x.cpu() if copy is None else copy)
             if result is not None:
                 self._fetcher.stats.misses[key] += 1
-                return result.to(x.device)
+                return result.to(x.device, non_blocking=True)
             self._request([key])
         return self._fetcher.ready(key)(x)
 
 
 def _places(layer: int, selected: torch.Tensor) -> dict[ExpertKey, list[int]]:
-    """Return each selected expert with its places in the flattened `selected`."""
+    """Return each selected expert with its places in the flattened `selected`, on the CPU."""
     places: dict[ExpertKey, list[int]] = {}
     for place, expert in enumerate(selected.flatten().tolist()):
         places.setdefault(ExpertKey(layer, expert), []).append(place)
     return places
+
+
+def _indices(
+    places: Mapping[ExpertKey, Sequence[int]], selected: torch.Tensor
+) -> dict[ExpertKey, torch.Tensor]:
+    """Return the same as tensors [n] on the device of `selected`, which is not waited for."""
+    counts = [len(places[key]) for key in sorted(places)]
+    by_expert = torch.split(selected.flatten().argsort(stable=True), counts)
+    return dict(zip(sorted(places), by_expert, strict=True))

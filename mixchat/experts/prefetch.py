@@ -41,23 +41,30 @@ class NextRouters:
         self._experts = gates[0].shape[0]
         self.layers, self._experts_per_token = len(gates), experts_per_token
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> list[ExpertKey]:
-        """Return the experts that the `depth` layers after `layer` are likely to select.
+    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
+        """Return what the next `depth` layers are likely to select: [layers, T * K], int64.
 
-        hidden_states: [T, D], as this layer's router sees them. The nearest layer comes first, and
-        in it the experts that most tokens select.
+        hidden_states: [T, D], as this layer's router sees them. The result is on their device.
         """
         first, last = layer + 1, min(layer + 1 + depth, self.layers)
         if first >= last:
-            return []
+            return hidden_states.new_empty((0, 0), dtype=torch.int64)
         gates = self._gates[first * self._experts : last * self._experts]
         logits = functional.linear(hidden_states.float() * self._undo[layer], gates)
         choices = logits.view(-1, last - first, self._experts).topk(self._experts_per_token).indices
-        keys: list[ExpertKey] = []
-        for ahead, chosen in enumerate(choices.transpose(0, 1).flatten(1).tolist()):  # [T * K] each
-            ranked = Counter(chosen).most_common()
-            keys += [ExpertKey(first + ahead, expert) for expert, _ in ranked]
-        return keys
+        return choices.transpose(0, 1).flatten(1)
+
+
+def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
+    """Return the experts that the layers after `layer` select, by `NextRouters`, on the CPU.
+
+    The nearest layer comes first, and in it the experts that most tokens select.
+    """
+    return [
+        ExpertKey(ahead, expert)
+        for ahead, chosen in enumerate(choices.tolist(), start=layer + 1)
+        for expert, _ in Counter(chosen).most_common()
+    ]
 
 
 class Prefetch:
@@ -75,8 +82,8 @@ class Prefetch:
         self._started: tuple[float, int] | None = None
         self._tokens = self._needed = 0
 
-    def predict(self, layer: int, hidden_states: torch.Tensor) -> list[ExpertKey]:
-        """Return the experts to prefetch while `layer` is computed, the most urgent ones first."""
+    def predict(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what to prefetch while `layer` is computed, as `NextRouters` returns it."""
         if hidden_states.shape[0] > 1:
             self._started = None
             return self._routers(layer, hidden_states, 1)

@@ -12,7 +12,7 @@ import torch
 
 from mixchat.experts import prefetch
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch
+from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch, ranked_keys
 from mixchat.experts.stats import ExpertStats
 
 L, E, D, K = 5, 8, 32, 2
@@ -32,8 +32,12 @@ class Case:
         stream = torch.randn(tokens, D, generator=generator)
         self.normed = stream / stream.pow(2).mean(-1, keepdim=True).sqrt()
 
-    def routers(self) -> NextRouters:
-        return NextRouters(self.gates, self.norms, K)
+    def predicted(
+        self, layer: int, depth: int, hidden: torch.Tensor | None = None
+    ) -> list[ExpertKey]:
+        hidden = self.hidden(layer) if hidden is None else hidden
+        choices = NextRouters(self.gates, self.norms, K)(layer, hidden, depth)
+        return ranked_keys(layer, choices)
 
     def hidden(self, layer: int) -> torch.Tensor:
         return self.normed.to(self.norms[layer].dtype) * self.norms[layer]
@@ -57,14 +61,14 @@ def test_they_are_what_the_next_routers_would_choose_now(tokens: int, depth: int
     for seed in range(5):
         case = Case(seed, tokens)
         for layer in range(L):
-            predicted = case.routers()(layer, case.hidden(layer), depth)
+            predicted = case.predicted(layer, depth)
             assert predicted == case.slow(layer, depth)
             assert {key.layer for key in predicted} == set(range(layer + 1, L)[:depth])
 
 
 def test_of_one_token_each_layer_has_k_experts_the_likeliest_first() -> None:
     case = Case(0, tokens=1)
-    keys = case.routers()(0, case.hidden(0), 3)
+    keys = case.predicted(0, 3)
     assert [key.layer for key in keys] == [1, 1, 2, 2, 3, 3]
     logits = (case.normed[0] * case.norms[1]) @ case.gates[1].T
     assert keys[0].expert == int(logits.argmax())
@@ -72,7 +76,7 @@ def test_of_one_token_each_layer_has_k_experts_the_likeliest_first() -> None:
 
 def test_of_many_tokens_the_experts_that_most_of_them_choose_come_first() -> None:
     case = Case(1, tokens=40)
-    keys = case.routers()(0, case.hidden(0), 1)
+    keys = case.predicted(0, 1)
     chosen = ((case.normed * case.norms[1]) @ case.gates[1].T).topk(K).indices
     counts = [int((chosen == key.expert).sum()) for key in keys]
     assert counts == sorted(counts, reverse=True)
@@ -83,15 +87,15 @@ def test_of_many_tokens_the_experts_that_most_of_them_choose_come_first() -> Non
 def test_after_the_last_layer_there_is_nothing_to_predict() -> None:
     case = Case(0, tokens=3)
     for depth in (0, 1, 3):
-        assert case.routers()(L - 1, case.hidden(L - 1), depth) == []
-    assert {key.layer for key in case.routers()(L - 2, case.hidden(L - 2), 3)} == {L - 1}
+        assert case.predicted(L - 1, depth) == []
+    assert {key.layer for key in case.predicted(L - 2, 3)} == {L - 1}
 
 
 def test_in_bf16_nearly_all_predictions_are_the_same() -> None:
     same = 0
     for seed in range(40):
         case = Case(seed, tokens=1, dtype=torch.bfloat16)
-        predicted = case.routers()(0, case.hidden(0), 3)
+        predicted = case.predicted(0, 3)
         same += len(set(predicted) & set(case.slow(0, 3)))
     assert same >= 0.9 * 40 * 3 * K
 
@@ -102,7 +106,7 @@ def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny: float) -> Non
         case = Case(seed, tokens=4)
         case.norms[1][3:9] = tiny
         hidden = case.hidden(1)
-        predicted = case.routers()(1, hidden, 3)
+        predicted = case.predicted(1, 3, hidden)
         case.normed[:, 3:9] = 0
         assert predicted == case.slow(1, 3)
 
@@ -110,7 +114,7 @@ def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny: float) -> Non
 def test_a_zero_in_the_next_norm_is_no_fault() -> None:
     case = Case(2, tokens=4)
     case.norms[2][5] = 0.0
-    assert case.routers()(1, case.hidden(1), 1) == case.slow(1, 1)
+    assert case.predicted(1, 1) == case.slow(1, 1)
 
 
 class Routers:
@@ -121,9 +125,9 @@ class Routers:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> list[ExpertKey]:
+    def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
         self.asked.append((layer, depth))
-        return [ExpertKey(layer + 1, 0)] * depth
+        return torch.zeros(depth, 1, dtype=torch.int64)
 
 
 class Decoding:
@@ -216,7 +220,8 @@ def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding: Decoding) 
         decoding.prefetch.predict(0, torch.zeros(1, D))  # a token that was interrupted
         decoding.routers.asked.clear()
         for layer in range(4):
-            assert decoding.prefetch.predict(layer, torch.zeros(5, D)) == [ExpertKey(layer + 1, 0)]
+            choices = decoding.prefetch.predict(layer, torch.zeros(5, D))
+            assert ranked_keys(layer, choices) == [ExpertKey(layer + 1, 0)]
             decoding.stats.misses[ExpertKey(0, 0)] += 100
             decoding.now += 70
         assert decoding.routers.asked == [(layer, 1) for layer in range(4)]
