@@ -165,7 +165,7 @@ class Engine:
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits [V] in fp32, on the CPU. Raises `CheckpointError` unless all are finite."""
-        checked = logits.float().cpu()
+        checked = logits.cpu().float()
         if not math.isfinite(checked.sum().item()):
             raise CheckpointError(
                 "the model computes values that are not numbers: its weights are damaged",
@@ -215,8 +215,7 @@ class Engine:
 
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():
-            device_ids = torch.tensor(ids).to(self._model.device, non_blocking=True)
-            logits = self._within_memory(device_ids, between_layers)
+            logits = self._within_memory(torch.tensor(ids), between_layers)
             self._ids += ids
             self.total_tokens += len(ids)
             self.total_seconds += time.perf_counter() - start
@@ -228,7 +227,8 @@ class Engine:
         """Return logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
         while True:
             try:
-                return self._model.forward(ids, self._cache, after_layer=after_layer)
+                on_device = ids.to(self._model.device, non_blocking=True)
+                return self._model.forward(on_device, self._cache, after_layer=after_layer)
             except torch.OutOfMemoryError:
                 if not self.experts.halve():
                     raise ResourceError(
