@@ -52,7 +52,7 @@ class ExpertStore:
     ) -> None:
         self._source, self._stored, self._used, self._device = source, stored, used, device
         self._streams = gpu.streams(device)
-        self._side = self._streams.Stream()
+        self._side = self._streams.Stream(device)
         self._slots: dict[int, _Slot] = {}
         self.bytes_moved = 0
 
@@ -69,7 +69,7 @@ class ExpertStore:
     def load(self, key: ExpertKey, slot: int) -> Steps:
         """Return the steps that load an expert into a slot; the device may be reading it still."""
         before = self._streams.Event()
-        before.record()
+        before.record(self._streams.current_stream(self._device))
         return self._load(key, self._slot(slot), before)
 
     def expert(self, slot: int) -> Expert:
@@ -108,12 +108,12 @@ class ExpertStore:
         return self._slots[number]
 
     def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:
-        before.wait()
+        before.wait(self._side)
         evicted, slot.holds = slot.holds, None
         yield from self._source.load(key, slot.block, evicted)
         self._stored.convert(slot.block, self._used)
         arrived = self._streams.Event()
-        arrived.record()
+        arrived.record(self._side)
         arrived.synchronize()
         slot.holds = key
         self.bytes_moved += self._used.nbytes
