@@ -6,6 +6,7 @@ and AMD. No other module names it, so that the suite can run all code for GPUs o
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def streams(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-def page_lock(block: torch.Tensor) -> None:
+def page_lock(block: torch.Tensor, device: torch.device) -> None:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
     `torch.empty(pin_memory=True)` would round 24 GB up to 32. Where the system refuses (WSL2 limits
@@ -71,7 +72,10 @@ def page_lock(block: torch.Tensor) -> None:
     tensor object is deleted.
     """
     runtime, address = _runtime().cudart(), block.data_ptr()
-    if runtime.cudaHostRegister(address, block.nbytes, 0):
+    if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
+        # CUDA reports the refusal once more, at this thread's next kernel: let it be this one.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
         return
     # The memory goes back to the system, which may give the address to another block.
     weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False

@@ -77,7 +77,8 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
     """Return bytes a second from page-locked RAM to a GPU; None for another device."""
     if not gpu.is_gpu(device):
         return None
-    source = torch.ones(size, dtype=torch.uint8).pin_memory()
+    source = torch.ones(size, dtype=torch.uint8)
+    gpu.page_lock(source, device)
     target = torch.empty_like(source, device=device)
     seconds = []
     for _ in range(_TRIES):

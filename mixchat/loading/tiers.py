@@ -14,7 +14,7 @@ from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
-from mixchat.experts.sources import DiskSource, HostSource
+from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.machine_speed import measure_machine, saved_measurement
 from mixchat.progress import Note
@@ -46,9 +46,10 @@ def build_experts(
     if placement.host_slots:
         # What comes down from a device is only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
-        lock = gpu.page_lock if gpu.is_gpu(device) else _no_lock
         order = POLICIES[policy](passes)
-        host_source = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
+        host_source = HostSource(
+            disk, placement.host_slots, stored, order, swaps=swaps, lock=_lock_for(device)
+        )
     store = ExpertStore(host_source or disk, stored=stored, used=used, device=device)
     slots, watch = placement.slots, None
     if device == CPU:
@@ -121,5 +122,8 @@ def _prefetch(installed: InstalledModel, fetcher: Fetcher, device: torch.device)
     return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok), fetcher.stats)
 
 
-def _no_lock(block: torch.Tensor) -> None:
-    """Leave memory that no GPU copies from as it is."""
+def _lock_for(device: torch.device) -> PageLock:
+    """Return what pins blocks in RAM from which a GPU copies; others stay as they are."""
+    if gpu.is_gpu(device):
+        return lambda block: gpu.page_lock(block, device)
+    return lambda block: None

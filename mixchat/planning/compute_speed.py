@@ -97,7 +97,7 @@ class ExpertTimer:
         """Return bytes a second from page-locked RAM."""
         source = torch.full_like(self._blocks[0], _FILLING, device=CPU)
         if gpu.is_gpu(self._device):
-            source = source.pin_memory()
+            gpu.page_lock(source, self._device)
         targets = itertools.cycle(self._blocks)
         return source.nbytes / self.median_of(lambda: copy(next(targets), source))
 
