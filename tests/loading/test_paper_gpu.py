@@ -1,0 +1,373 @@
+"""All that is written for CUDA, run on a GPU on paper (see paper_gpu.py) beside the CPU."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import paper_gpu
+import pytest
+import torch
+from paper_gpu import PaperRuntime
+
+from mixchat.bench import machine_limits
+from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
+from mixchat.engine.generate import Engine
+from mixchat.errors import ResourceError, UsageError
+from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.placement import Demand
+from mixchat.loading import tiers
+from mixchat.loading.loader import choose_device, load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.compute_speed import Effort, layer_probe
+from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.machine_speed import calibrate, calibration_key
+from mixchat.planning.plan import Machine
+from mixchat.progress import Note
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.installed_model import InstalledModel
+
+GREEDY = SamplingOptions(temperature=0)
+LAYERS, EXPERTS = 3, 12
+PROMPT = list(range(5, 25))
+CONTEXT = 64
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime]:
+    """GPUs on paper in place of CUDA's; nothing is measured, and everything is copied up."""
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1e12, expert=1.0))
+    with paper_gpu.in_place_of_cuda() as runtime:
+        yield runtime
+
+
+def speeds(copy: float, expert: float) -> Measurement:
+    """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
+    sample = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    return Measurement(time.time(), (sample,))
+
+
+class Case(NamedTuple):
+    """An installed model, and what the CPU computes with it."""
+
+    directory: Path
+    blueprint: Blueprint
+    expected: torch.Tensor
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {"quant_type": "none"},
+    "fp16": {"quant_type": "none", "stored_as": "float16"},
+    "nf4": {"layout": "bitsandbytes"},
+    "nf4, reordered": {"layout": "cpu-packed"},
+    "all in nf4": {"layout": "bitsandbytes", "attention": True, "head": True},
+    "all in nf4, reordered": {"layout": "cpu-packed", "attention": True, "head": True},
+}
+TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}  # relative; in 4 bits, kernels of CPUs round differently
+
+
+@pytest.fixture(scope="module")
+def case(
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> Callable[[str], Case]:
+    """Return the case of a kind, made when it is first asked for."""
+    made: dict[str, Case] = {}
+
+    def case(kind: str) -> Case:
+        if kind not in made:
+            options = dict(KINDS[kind])
+            stored_as = options.pop("stored_as", "float32")
+            checkpoint = make_checkpoint(std=0.05, stored_as=stored_as, num_hidden_layers=LAYERS)
+            directory = install(checkpoint, **options)
+            with InstalledModel(directory) as model:
+                blueprint = model.blueprint
+            engine = load_engine(directory, LoadOptions(device="cpu", context_size=CONTEXT))
+            made[kind] = Case(directory, blueprint, logits(engine))
+        return made[kind]
+
+    return case
+
+
+def load(
+    case: Case, slots: int, host: int = 0, note: Note = lambda text: None, **options: Any
+) -> Engine:
+    """An engine on the first GPU, with so many slots there and in RAM."""
+    demand = demand_of(case, options.get("kv_bits"))
+    shared = demand.shared + demand.context
+    return load_engine(
+        case.directory,
+        LoadOptions(
+            host_memory=MemoryBudget(size=host * demand.expert),
+            device_memory=MemoryBudget(size=shared + slots * demand.expert),
+            context_size=CONTEXT,
+            **options,
+        ),
+        note,
+    )
+
+
+def demand_of(case: Case, kv_bits: Any = None) -> Demand:
+    options = LoadOptions(context_size=CONTEXT, kv_bits=kv_bits)
+    return fit_model(case.blueprint, FreeMemory(10**12), options).demand
+
+
+def logits(engine: Engine) -> torch.Tensor:
+    """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
+    with torch.inference_mode():
+        device = engine._model.device
+        found = [
+            engine._model.forward(torch.tensor(ids, device=device), engine._cache, all_logits=True)
+            for ids in (PROMPT, [33], [60], [2], [95], [8])
+        ]
+        return torch.cat(found).float().cpu()
+
+
+def text(engine: Engine) -> list[int]:
+    return list(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=8))
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+PLACES = {
+    "all resident": (EXPERTS, 0),
+    "over RAM for all": (3, EXPERTS),
+    "over RAM for some": (3, 5),
+    "two over RAM for four": (2, 4),
+    "over the disk": (3, 0),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_computes_what_the_cpu_computes_wherever_experts_are(
+    paper: PaperRuntime, case: Callable[[str], Case], kind: str, place: str
+) -> None:
+    slots, host = PLACES[place]
+    engine = load(case(kind), slots, host)
+    assert engine.device == torch.device("paper", 0)
+    assert engine.slots_by_tier == {"device": slots, **({"host": host} if host else {})}
+    assert apart(logits(engine), case(kind).expected) < TOLERANCES.get(kind, 0.03)
+
+
+@pytest.mark.parametrize("place", list(PLACES)[1:])
+def test_where_experts_are_does_not_show_in_what_a_gpu_computes(
+    paper: PaperRuntime, case: Callable[[str], Case], place: str
+) -> None:
+    expected = logits(load(case("nf4"), EXPERTS, kv_bits=8))
+    assert torch.equal(logits(load(case("nf4"), *PLACES[place], kv_bits=8)), expected)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
+def test_what_the_cpu_computes_for_a_gpu_is_right(
+    paper: PaperRuntime,
+    case: Callable[[str], Case],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
+    computed = []
+    run = HostCompute.run
+    monkeypatch.setattr(
+        HostCompute, "run", lambda self, key, x: computed.append(len(x)) or run(self, key, x)
+    )
+    engine = load(case(kind), 2, EXPERTS)
+    for _ in range(2):  # in RAM the second time
+        engine.forget()
+        found = logits(engine)
+    assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)
+    if case(kind).blueprint.expert == case(kind).blueprint.computed_on(torch.device("cpu")).expert:
+        assert 1 in computed  # in decoding
+        assert max(computed) > 1  # in prefill
+
+
+WAITS = {"all in RAM": (3, EXPERTS, False), "computed there": (3, EXPERTS, True)} | {
+    place: (*slots, False) for place, slots in PLACES.items()
+}
+
+
+@pytest.mark.parametrize("place", WAITS)
+def test_a_token_waits_once_a_layer_and_once_for_the_logits(
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Where experts were missing it was twice a layer: for the choice and for the predictions.
+
+    And once more for each expert that the CPU computes, after the experts of the GPU.
+    """
+    slots, host, on_host = WAITS[place]
+    if on_host:
+        monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
+    engine = load(case("fp32"), slots, host)
+    answer = engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=40)
+    for _ in range(9):
+        next(answer)
+    before = engine.experts.stats.misses.total()
+    for _ in range(25):
+        paper.waits = 0
+        next(answer)
+        assert paper.waits == LAYERS + 1
+    assert (engine.experts.stats.misses.total() > before) == (slots < EXPERTS)
+
+
+def test_a_prompt_waits_twice_a_layer_at_most_however_many_experts_it_needs(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    """For the choice and for the predictions; it was once for each expert, too."""
+    engine = load(case("fp32"), 3, EXPERTS)
+    paper.waits = 0
+    next(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=1))
+    assert paper.waits <= 2 * LAYERS + 1
+
+
+def test_a_gpu_with_less_memory_than_it_says_holds_half_of_the_experts(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    expected = logits(load(case("nf4"), EXPERTS))
+    notes: list[str] = []
+    paper.allocations, paper.fail_at = 0, 5
+    engine = load(case("nf4"), 7, EXPERTS, notes.append)
+    assert notes == ["the device has less memory than it says: it holds 3 experts"]
+    assert engine.slots_by_tier == {"device": 3, "host": EXPERTS}
+    assert torch.equal(logits(engine), expected)
+
+
+def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper, "mem_get_info", lambda device: (10**9, 10**9))
+    paper.memory(torch.device("paper", 0)).total = 0
+    with pytest.raises(ResourceError, match="not even two experts"):
+        load(case("nf4"), 7, EXPERTS)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
+def test_a_gpu_may_run_out_of_memory_at_any_time(
+    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+) -> None:
+    """Also in the thread that moves experts, which reorders them in memory of the GPU."""
+    expected = text(load(case(kind), EXPERTS))
+    for after in range(1, 1000, 160):
+        notes: list[str] = []
+        engine = load(case(kind), 8, EXPERTS, notes.append)
+        paper.allocations, paper.fail_at = 0, after
+        assert text(engine) == expected
+        happened = paper.allocations >= after
+        if kind == "nf4":  # the mover's thread takes no memory of the GPU's
+            assert bool(notes) == happened
+        # A prefetch that failed is forgotten, as one that was cancelled.
+        assert notes == ["the device ran out of memory: it holds 4 experts now"] * len(notes)
+        assert engine.experts.slots == (4 if notes else 8)
+
+
+def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    notes: list[str] = []
+    engine = load(case("nf4"), 5, EXPERTS, notes.append)
+    device = paper.memory(engine.device)
+    device.total = device.taken - 3 * case("nf4").blueprint.expert.stride
+    with pytest.raises(ResourceError, match="two experts in it"):
+        text(engine)
+    assert notes == ["the device ran out of memory: it holds 2 experts now"]
+    device.total = 10**9
+    assert text(engine) == text(load(case("nf4"), EXPERTS))
+
+
+@pytest.mark.parametrize("place", ["all resident", "over RAM for all"])
+def test_a_model_takes_the_memory_that_it_was_said_to_take(
+    paper: PaperRuntime, case: Callable[[str], Case], place: str
+) -> None:
+    gc.collect()
+    slots, host = PLACES[place]
+    before = paper.memory(torch.device("paper", 0)).taken
+    engine = load(case("nf4"), slots, host)
+    text(engine)
+    text(engine)
+    demand = demand_of(case("nf4"))
+    promised = demand.shared + demand.context + slots * demand.expert
+    taken = paper.memory(engine.device).taken - before
+    # Blocks begin with a page; tables, predictors and rotations are not counted for so small ones.
+    assert promised - demand.context <= taken <= promised + slots * 4096 + 60_000
+    info = paper.mem_get_info(engine.device)
+    assert FreeMemory.now(engine.device).device == info[0] == info[1] - before - taken
+
+
+def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hosts(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    """Pinned pages stayed so; the next block at that address could not be pinned."""
+
+    def left() -> tuple[int, int]:
+        time.sleep(0.2)  # the thread that moves experts ends
+        gc.collect()
+        return paper.memory(torch.device("paper", 0)).taken, len(paper.locked)
+
+    before = left()
+    engine = load(case("nf4"), 3, EXPERTS)
+    text(engine)
+    assert before[1] < len(paper.locked) <= before[1] + EXPERTS
+    assert set(paper.locked.values()) == {case("nf4").blueprint.expert.stride}
+    del engine
+    assert left() == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
+def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(
+    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+) -> None:
+    """CUDA reports the refusal again at the next kernel, which was one that reorders an expert."""
+    expected = text(load(case(kind), EXPERTS))
+    paper.refuses_locks = True
+    assert text(load(case(kind), 3, EXPERTS)) == expected
+
+
+def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(
+    paper: PaperRuntime,
+) -> None:
+    assert choose_device(None) == torch.device("paper")
+    with pytest.raises(UsageError, match="torch sees 1 GPUs here"):
+        choose_device("paper:1")
+    paper.devices = 2
+    assert choose_device("paper:1") == torch.device("paper:1")
+    assert paper.current_device() == 1
+
+
+def test_the_second_of_two_gpus_computes_what_the_first_does(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    """Every tensor of its is in its memory: mixed memories are an error."""
+    expected = logits(load(case("nf4"), 3, EXPERTS))
+    paper.devices = 2
+    engine = load(case("nf4"), 3, EXPERTS, device="paper:1")
+    assert engine.device == torch.device("paper", 1)
+    assert torch.equal(logits(engine), expected)
+
+
+def test_planning_looks_at_a_gpu_and_measures_it(
+    paper: PaperRuntime, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    device, blueprint = torch.device("paper", 0), case("nf4").blueprint
+    there = Machine.now(tmp_path, device)
+    assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
+    assert "paper:0: GPU on paper" in calibration_key(blueprint, tmp_path, device)
+    little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
+    found = calibrate(blueprint, tmp_path, device, layer_probe(blueprint, device), effort=little)
+    assert set(found.expert_seconds) == {"cpu", "paper:0"}
+    assert found.copy_bandwidth is not None
+    assert found.copy_bandwidth > 0
+
+
+def test_the_bench_measures_a_gpus_limits(
+    paper: PaperRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("paper", 0)
+    monkeypatch.setattr(machine_limits, "_READ", 1000)
+    monkeypatch.setattr(machine_limits, "_SHAPE", (8, 8, 8))
+    limits = LimitsMeter(device).measure()
+    assert min(limits.memory, limits.gemm) > 0
+    assert (copy_bandwidth(device, 4096) or 0) > 0
+    assert copy_bandwidth(torch.device("cpu"), 4096) is None

@@ -1,0 +1,390 @@
+"""GPUs on paper: a kind of torch device whose memory and arithmetic are the CPU's.
+
+On them runs all code that is written for CUDA. Tensors are `PaperTensor`s, each with a tensor of
+the CPU inside. Every operation on them comes to `_dispatch`, which computes it on the inner tensors
+and is as strict as a GPU is:
+
+- Tensors of different memories in one operation are an error.
+- Each device has so many bytes; what does not fit raises `torch.OutOfMemoryError`. So does one
+  allocation that a test chooses.
+- `waits` counts what would wait for the GPU: copies that block, numbers that Python looks at,
+  events. Waits on a stream other than the default one count as `side_waits`: they are those of the
+  thread that moves experts.
+- A copy from page-locked RAM that does not block is carried out late: when its stream is waited
+  for, or works on. Who reads the target too early, or overwrites the source, sees wrong numbers.
+- A copy to the CPU that does not block is an error: nobody would know when the numbers are there.
+- Where page-locking is refused, the next kernel of that thread fails, as CUDA reports it.
+
+What they cannot show: speed, most races between streams, the sizes that CUDA's allocator rounds to,
+and bitsandbytes' kernels, whose place a product with the dequantized matrix takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from mixchat import gpu
+from mixchat.weights.matrix import nf4
+
+KIND = "paper"
+DEVICES = 2
+GB = 10**9
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+# Python waits for their results: numbers, or shapes that hang on numbers.
+_LOOKS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal")
+_library = torch.library.Library("aten", "IMPL")
+
+
+class PaperTensor(torch.Tensor):
+    """A tensor on a paper GPU. `inner` is on the CPU and has its numbers."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device) -> PaperTensor:
+        with torch.inference_mode(False):  # a view of another kind than its base is refused
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                inner.shape,
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=device,
+            )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # These three ask for memory, and never come to `__torch_dispatch__`.
+        if function is torch.Tensor.tolist:
+            RUNTIME.wait()
+            return args[0].inner.tolist()
+        if function is torch.Tensor.data_ptr:
+            return args[0].inner.data_ptr()
+        if function is torch.Tensor.numpy:
+            raise TypeError("can't convert a paper GPU's tensor to numpy")
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return _dispatch(function, args, kwargs or {})
+
+
+def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    leaves = pytree.tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, PaperTensor)]
+    name, returns = function._schema.name, function._schema.returns
+    if name == "aten::copy_":
+        return _copy(args[1], args[0], *args[2:], **kwargs)
+    asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+    target = asked[0] if asked else ours[0].device
+    if name in _COPIES:
+        if target.type != KIND:
+            RUNTIME.wait(blocks=not kwargs.get("non_blocking"))
+    else:
+        _check_memories(name, tensors)
+        alias = returns[0].alias_info if returns else None
+        RUNTIME.launch(views=alias is not None and not alias.is_write)
+    if name in _LOOKS or (name == "aten::index" and any(_is_mask(index) for index in args[1])):
+        RUNTIME.wait()
+    result = function(*pytree.tree_map(_inner, args), **pytree.tree_map(_inner, kwargs))
+    if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
+        return kwargs.get("out", args[0])
+    return pytree.tree_map(lambda leaf: _placed(leaf, target), result)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Copy between any two memories: also what torch calls past `__torch_dispatch__`."""
+    down = isinstance(source, PaperTensor) and not isinstance(target, PaperTensor)
+    up = isinstance(target, PaperTensor) and not isinstance(source, PaperTensor)
+    if down or (up and source.dim()):
+        if up and non_blocking and RUNTIME.is_locked(source):
+            RUNTIME.stream().late.append((source, target.inner))
+            return target
+        # Without a lock the bytes are taken to another place first: the source may change then.
+        RUNTIME.wait(blocks=down or not non_blocking)
+        assert not (down and non_blocking), "nobody knows when these numbers are on the CPU"
+    RUNTIME.stream().finish()
+    _inner(target).copy_(_inner(source))
+    return target
+
+
+def _check_memories(name: str, tensors: list[torch.Tensor]) -> None:
+    """Numbers and indices may be on the CPU; all else has to be in one memory."""
+    if name in ("aten::index", "aten::index_put_"):
+        tensors = tensors[:1]
+    where = {str(tensor.device) for tensor in tensors if tensor.dim()}
+    if len(where) > 1:
+        raise RuntimeError(f"{name}: tensors in different memories: {sorted(where)}")
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
+
+
+def _inner(leaf: Any) -> Any:
+    if isinstance(leaf, PaperTensor):
+        return leaf.inner
+    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == KIND else leaf
+
+
+def _placed(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, torch.Tensor) or device.type != KIND:
+        return leaf
+    device = torch.device(KIND, RUNTIME.current_device() if device.index is None else device.index)
+    RUNTIME.allocated(leaf, device)
+    return PaperTensor(leaf, device)
+
+
+class Stream:
+    """A queue of work, of which only copies that do not block are carried out late."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def finish(self) -> None:
+        """Carry out what is late."""
+        while self.late:
+            source, target = self.late.pop(0)
+            target.copy_(source)
+
+    def synchronize(self) -> None:
+        RUNTIME.wait()
+        self.finish()
+
+
+class Event:
+    """A place in a stream's queue."""
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._stream = stream or RUNTIME.stream()
+
+    def wait(self, stream: Stream | None = None) -> None:
+        self._stream.finish()
+
+    def synchronize(self) -> None:
+        RUNTIME.wait()
+        self._stream.finish()
+
+    def query(self) -> bool:
+        return not self._stream.late
+
+
+@dataclass
+class _Memory:
+    total: int
+    taken: int = 0
+
+
+class PaperRuntime:
+    """What `torch.cuda` is for CUDA: the functions that mixchat asks, under the same names.
+
+    `fail_at`: raise `torch.OutOfMemoryError` at the allocation with this number, counted in
+    `allocations`. `refuses_locks`: page-lock nothing.
+    """
+
+    Stream, Event = Stream, Event
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._taken: dict[int, int] = {}  # bytes of each allocation that is alive
+        self.locked: dict[int, int] = {}  # bytes by address
+        self._memories = [_Memory(0) for _ in range(DEVICES)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0 again; memory that is taken or locked stays so, until it is given back."""
+        for memory in self._memories:
+            memory.total = 4 * GB
+        self.waits = self.side_waits = self.allocations = 0
+        self.fail_at: int | None = None
+        self.refuses_locks = False
+        self.devices = 1
+        self.default = Stream()
+        self._thread.__dict__.clear()
+
+    # What torch and mixchat call.
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return self.devices
+
+    def current_device(self) -> int:
+        return getattr(self._thread, "device", 0)
+
+    def set_device(self, device: torch.device | int) -> None:
+        self._thread.device = device if isinstance(device, int) else device.index or 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "GPU on paper"
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return SimpleNamespace(name="GPU on paper", total_memory=self.memory(device).total)
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        memory = self.memory(device)
+        return max(memory.total - memory.taken, 0), memory.total
+
+    def empty_cache(self) -> None:
+        """Nothing is kept for later use here."""
+
+    def synchronize(self, device: Any = None) -> None:
+        self.wait()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self.stream()
+
+    def stream(self, stream: Stream | None = None) -> Any:
+        """Return the current stream, or a context in which the given one is current."""
+        if stream is None:
+            return getattr(self._thread, "stream", self.default)
+        return self._within(stream)
+
+    @contextlib.contextmanager
+    def _within(self, stream: Stream) -> Iterator[None]:
+        before = self.stream()
+        self._thread.stream = stream
+        try:
+            yield
+        finally:
+            self._thread.stream = before
+
+    def cudart(self) -> PaperRuntime:
+        return self
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if self.refuses_locks:
+            self._thread.error = "CUDA error: operation not supported"
+            return 801
+        assert address not in self.locked, "page-locked twice"
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Nothing is drawn on a paper GPU."""
+
+    # What tensors call.
+
+    def memory(self, device: torch.device) -> _Memory:
+        return self._memories[device.index or 0]
+
+    def wait(self, *, blocks: bool = True) -> None:
+        """Count a wait, unless the operation does not block; then its stream has done its work."""
+        if not blocks:
+            return
+        if self.stream() is self.default:
+            self.waits += 1
+        else:
+            self.side_waits += 1
+        self.stream().finish()
+
+    def launch(self, *, views: bool) -> None:
+        """Start a kernel, which finds what its stream has copied; CUDA tells of errors here."""
+        if views:
+            return
+        self.stream().finish()
+        error, self._thread.error = getattr(self._thread, "error", None), None
+        if error is not None:
+            raise RuntimeError(error)
+
+    def is_locked(self, tensor: torch.Tensor) -> bool:
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(at <= first and last <= at + size for at, size in self.locked.items())
+
+    def allocated(self, tensor: torch.Tensor, device: torch.device) -> None:
+        """Count the memory of a tensor that is new, and of no view."""
+        storage = tensor.untyped_storage()
+        key, size, memory = storage._cdata, storage.nbytes(), self.memory(device)
+        if key in self._taken or not size:
+            return
+        self.allocations += 1
+        if self.allocations == self.fail_at or memory.taken + size > memory.total:
+            raise torch.OutOfMemoryError(f"a paper GPU has no {size} bytes")
+        self._taken[key] = size
+        memory.taken += size
+        weakref.finalize(storage, self._freed, key, memory).atexit = False
+
+    def _freed(self, key: int, memory: _Memory) -> None:
+        memory.taken -= self._taken.pop(key)
+
+
+def _implement(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as what torch calls for an operation on a device of this kind."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _library.impl(operation, function, "PrivateUse1")
+        return function
+
+    return register
+
+
+def _install() -> PaperRuntime:
+    """Make the kind of device known to torch, which a process can do once."""
+    _setup_privateuseone_for_python_backend(KIND)
+    runtime = PaperRuntime()
+    setattr(torch, KIND, runtime)
+
+    @_implement("empty_strided")
+    def empty_strided(size: Any, stride: Any, *, dtype: Any, device: Any, **_: Any) -> Any:
+        return _placed(torch.empty_strided(size, stride, dtype=dtype), device)
+
+    @_implement("empty.memory_format")
+    def empty(size: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+        return _placed(torch.empty(size, dtype=dtype), device)
+
+    @_implement("_copy_from")
+    def copy_from(source: Any, target: Any, non_blocking: bool = False) -> Any:
+        return _copy(source, target, non_blocking)
+
+    return runtime
+
+
+RUNTIME = _install()
+
+
+@contextlib.contextmanager
+def in_place_of_cuda() -> Iterator[PaperRuntime]:
+    """Let mixchat take paper GPUs for those of CUDA, of which there is one, with 4 GB free."""
+    matmul = nf4.bitsandbytes_matmul
+
+    def on_paper(x: Any, codes: Any, absmax: Any, shape: Any, quant_type: Any) -> Any:
+        if not isinstance(x, PaperTensor):
+            return matmul(x, codes, absmax, shape, quant_type)
+        _check_memories("matmul_4bit", [x, codes, absmax])
+        RUNTIME.launch(views=False)
+        weight = nf4.dequantize(codes.inner, absmax.inner, shape, x.dtype, quant_type)
+        return _placed(torch.nn.functional.linear(x.inner, weight), x.device)
+
+    RUNTIME.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "KIND", KIND)
+        patch.setattr(nf4, "bitsandbytes_matmul", on_paper)
+        yield RUNTIME
