@@ -75,11 +75,11 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from mixchat.weights.format.manifest import Source
         from mixchat.weights.make.build import build
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-        from mixchat.weights.source.directory_origin import DirectoryOrigin
+        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
         target = tmp_path_factory.mktemp("installed") / "model"
-        origin = DirectoryOrigin(checkpoint, Source("test"))
-        build(origin, target, make_blueprint(origin.index, QuantizeOptions(**options)))
+        opened = DirectoryCheckpoint(checkpoint, Source("test"))
+        build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options)))
         return target
 
     return install

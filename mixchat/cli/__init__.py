@@ -10,7 +10,7 @@
 - upkeep.py: mixchat verify, repair, convert, rm, gc
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - plan.py: mixchat plan
-- stats.py, reports.py: mixchat stats, and the report that run saves for it
+- stats.py, report_path.py: mixchat stats, and the report that run saves for it
 - simulate.py: mixchat simulate
 - bench.py: mixchat bench
 - config.py: mixchat config

@@ -129,7 +129,7 @@ def _save_report(session: ChatSession, model: str) -> None:
 
     A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
     """
-    from mixchat.cli.reports import report_path
+    from mixchat.cli.report_path import report_path
     from mixchat.engine.report import report_of, save_report
 
     with suppress(OSError, ModelNotFoundError):

@@ -42,7 +42,7 @@ def stats(
 
 
 def _last_report(name: str) -> ExpertReport:
-    from mixchat.cli.reports import report_path
+    from mixchat.cli.report_path import report_path
     from mixchat.engine.report import load_report
 
     path = report_path(name)

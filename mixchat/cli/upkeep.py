@@ -34,7 +34,7 @@ _SHOWN = 20  # damages
 
 def rm(model: _Model, yes: _Yes = False) -> None:
     """Remove a model from this machine."""
-    from mixchat.cli.reports import report_path_by_key
+    from mixchat.cli.report_path import report_path_by_key
     from mixchat.weights import models
 
     target = models.existing_directory(checked(model, "the model's name"))
@@ -82,7 +82,7 @@ def repair(model: _Model) -> None:
     from mixchat.weights.care.verify import verify
     from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
     from mixchat.weights.make.download import local_errors
-    from mixchat.weights.source.open_origin import open_origin
+    from mixchat.weights.source.open_checkpoint import open_checkpoint
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         source = read_either_manifest(directory).source
@@ -90,8 +90,8 @@ def repair(model: _Model) -> None:
         _show(damages)
         restore_manifests(directory)
         if not {damage.file for damage in damages} <= set(MANIFESTS):
-            with open_origin(source, directory, progress) as origin:
-                repair_model(directory, damages, origin, progress)
+            with open_checkpoint(source, directory, progress) as checkpoint:
+                repair_model(directory, damages, checkpoint, progress)
     again = " again" if damages else ""
     say(f"{model} is intact{again}{_half_converted_note(directory)}")
 

@@ -46,7 +46,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 WINDOW = 512  # tokens
 GROUP = 64  # weights that share a scale
@@ -152,9 +152,9 @@ def changed(checkpoint: Path, target: Path, change: Callable[[torch.Tensor], tor
 
 def installed(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
     """Install the model of a checkpoint."""
-    origin = DirectoryOrigin(checkpoint, Source("demo"))
-    blueprint = make_blueprint(origin.index, options)
-    build(origin, target, blueprint)
+    opened = DirectoryCheckpoint(checkpoint, Source("demo"))
+    blueprint = make_blueprint(opened.index, options)
+    build(opened, target, blueprint)
     return blueprint
 
 

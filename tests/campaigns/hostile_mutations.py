@@ -81,13 +81,13 @@ def _one(chance: random.Random, work: Path, source: Path, models: Path, spoken: 
     from mixchat.errors import MixchatError
 
     local = chance.random() < 0.5
-    origin = source if local else models / ("spoken" if chance.random() < 0.02 else "source")
+    checkpoint = source if local else models / ("spoken" if chance.random() < 0.02 else "source")
     copy = work / "copy"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(origin, copy, copy_function=os.link)
-    names = sorted(path.name for path in origin.iterdir() if path.name != "tokenizer.model")
-    name = "tokenizer.model" if origin.name == "spoken" else chance.choice(names)
-    kind, data = _mutated(chance, name, (origin / name).read_bytes())
+    shutil.copytree(checkpoint, copy, copy_function=os.link)
+    names = sorted(path.name for path in checkpoint.iterdir() if path.name != "tokenizer.model")
+    name = "tokenizer.model" if checkpoint.name == "spoken" else chance.choice(names)
+    kind, data = _mutated(chance, name, (checkpoint / name).read_bytes())
     (copy / name).unlink()
     (copy / name).write_bytes(data)
     what = name.split("-")[0]
@@ -156,21 +156,21 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.directory_origin import DirectoryOrigin
-    from mixchat.weights.source.origin import CheckpointReader
+    from mixchat.weights.source.checkpoint import CheckpointReader
+    from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
-    origin = DirectoryOrigin(copy, Source(str(copy)))
-    blueprint = make_blueprint(origin.index, QuantizeOptions())
+    checkpoint = DirectoryCheckpoint(copy, Source(str(copy)))
+    blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
     if chance.random() < 0.1:
         target = copy.with_name("target")
         shutil.rmtree(target, ignore_errors=True)
-        build(origin, target, blueprint)
+        build(checkpoint, target, blueprint)
         return "built"
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
-    with CheckpointReader(origin) as readers:
-        for tensor in expected_shapes(origin.index.config):
-            origin.index.read_dense(tensor, readers.read)
+    with CheckpointReader(checkpoint) as readers:
+        for tensor in expected_shapes(checkpoint.index.config):
+            checkpoint.index.read_dense(tensor, readers.read)
     return "read"
 
 

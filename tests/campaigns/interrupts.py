@@ -159,11 +159,11 @@ def make_model(work: Path) -> Path:
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.directory_origin import DirectoryOrigin
+    from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
-    origin = DirectoryOrigin(checkpoint, Source("test"))
-    build(origin, work / "model", make_blueprint(origin.index, QuantizeOptions(quant_type="none")))
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    build(opened, work / "model", make_blueprint(opened.index, QuantizeOptions(quant_type="none")))
     return work / "model"
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mixchat.chat.draw.heatmap import MARKS
-from mixchat.cli.reports import report_path
+from mixchat.cli.report_path import report_path
 from mixchat.engine.report import TIERS, ExpertReport, load_report, save_report
 from mixchat.errors import CheckpointError, MixchatError
 

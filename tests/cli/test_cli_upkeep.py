@@ -13,7 +13,7 @@ from mixchat.lock import exclusive_lock
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def models(environment):
 @pytest.fixture(scope="module")
 def from_hub(tiny_checkpoint, tmp_path_factory):
     target = tmp_path_factory.mktemp("from-hub") / "installed"
-    origin = DirectoryOrigin(tiny_checkpoint, Source(REPO, COMMIT))
-    build(origin, target, make_blueprint(origin.index, QuantizeOptions()))
+    checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(REPO, COMMIT))
+    build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions()))
     return target
 
 
@@ -167,8 +167,8 @@ class TestRepair:
     def test_one_made_of_a_directory_takes_it_from_there(
         self, mixchat, models, tiny_checkpoint, fake
     ):
-        origin = DirectoryOrigin(tiny_checkpoint, Source(str(tiny_checkpoint)))
-        build(origin, models / "local", make_blueprint(origin.index, QuantizeOptions()))
+        checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(str(tiny_checkpoint)))
+        build(checkpoint, models / "local", make_blueprint(checkpoint.index, QuantizeOptions()))
         whole = (models / "local" / "shared.safetensors").read_bytes()
         flip(models / "local" / "shared.safetensors", -1)
         assert mixchat("repair", "local").returncode == 0

@@ -12,7 +12,7 @@ from weight_tools import Making, files_of, quantize, shard
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make import build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def save_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed model of `two_shards`, as if from the hub. Do not write into it."""
     target = tmp_path_factory.mktemp("made") / "model"
-    origin = DirectoryOrigin(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
-    build.build(origin, target, make_blueprint(origin.index, QuantizeOptions()))
+    checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
+    build.build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions()))
     return target

@@ -1,4 +1,4 @@
-"""Checkpoints cut into shards, origins that fail or count, and a progress that adds up."""
+"""Checkpoints cut into shards, checkpoints that fail or count, and a progress that adds up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixchat.weights.make.download import DownloadRequest, download
 from mixchat.weights.make.parts import Part
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import resolve
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 Place = Callable[[str], int]
 
@@ -60,8 +60,8 @@ def quantize(
     checkpoint: Path, target: Path, options: QuantizeOptions | None = None, **how: Any
 ) -> None:
     """Make an installed model of a directory, as `download` does."""
-    origin = DirectoryOrigin(checkpoint, Source("org/repo", "c0ffee"))
-    build(origin, target, make_blueprint(origin.index, options or QuantizeOptions()), **how)
+    opened = DirectoryCheckpoint(checkpoint, Source("org/repo", "c0ffee"))
+    build(opened, target, make_blueprint(opened.index, options or QuantizeOptions()), **how)
 
 
 class Bar:
@@ -103,7 +103,7 @@ class Meter:
         return found
 
 
-class Fetching(DirectoryOrigin):
+class Fetching(DirectoryCheckpoint):
     """A directory that behaves like a hub: shards are copied to `place` and removed on release."""
 
     def __init__(self, directory: Path, place: Path) -> None:
@@ -170,11 +170,11 @@ def fetching(checkpoint: Path, target: Path) -> Fetching:
 
 
 def run(
-    origin: Fetching, target: Path, options: QuantizeOptions | None = None, **how: Any
+    opened: Fetching, target: Path, options: QuantizeOptions | None = None, **how: Any
 ) -> Meter:
     meter = Meter()
-    blueprint = make_blueprint(origin.index, options or QuantizeOptions())
-    build(origin, target, blueprint, meter, **how)
+    blueprint = make_blueprint(opened.index, options or QuantizeOptions())
+    build(opened, target, blueprint, meter, **how)
     return meter
 
 

@@ -18,8 +18,8 @@ from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_ins
 from mixchat.weights.make.spill import SPILL_PREFIX
 from mixchat.weights.models import list_models
 from mixchat.weights.source import hub
-from mixchat.weights.source.demo_origin import BUILD_DIR
-from mixchat.weights.source.hub_origin import SOURCE_DIR
+from mixchat.weights.source.demo_checkpoint import BUILD_DIR
+from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.transfer import PART_SUFFIX
 
 

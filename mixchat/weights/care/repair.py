@@ -17,40 +17,42 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Manifest, read_either_manifest
 from mixchat.weights.make.parts import Part
 from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader
 from mixchat.weights.source.checkpoint_files import CONFIG
-from mixchat.weights.source.origin import CheckpointReader, Origin
 
 
-def repair(directory: Path, damages: Sequence[Damage], origin: Origin, progress: Progress) -> None:
+def repair(
+    directory: Path, damages: Sequence[Damage], checkpoint: Checkpoint, progress: Progress
+) -> None:
     """Rebuild what is damaged; only the tensors needed for it are read.
 
-    Raises `CheckpointError` where the origin no longer gives the same bytes, and what reading it
-    raises. May be repeated after a failure.
+    Raises `CheckpointError` where the checkpoint no longer has the same bytes, and what reading
+    it raises. May be repeated after a failure.
     """
     manifest = manifest_of_files(directory, read_either_manifest(directory))
     for name in sorted({damage.file for damage in damages} & set(manifest.files)):
-        data = read_bytes(origin.companions() / name)
+        data = read_bytes(checkpoint.companions() / name)
         _check_digest(manifest.files[name].sha256, data, name)
         write_file(directory / name, data)
     if Damage(CONFIG) in damages:
         damages = verify(directory, progress)
-    _repair_weights(directory, manifest, damages, origin, progress)
+    _repair_weights(directory, manifest, damages, checkpoint, progress)
 
 
 def _repair_weights(
     directory: Path,
     manifest: Manifest,
     damages: Sequence[Damage],
-    origin: Origin,
+    checkpoint: Checkpoint,
     progress: Progress,
 ) -> None:
     """Rebuild the parts with damaged tensors; opening a file repairs its header and its size."""
-    blueprint, index = installed_blueprint(directory, manifest), origin.index
+    blueprint, index = installed_blueprint(directory, manifest), checkpoint.index
     damaged = [part for part in parts_of_files(directory, blueprint) if _is_damaged(part, damages)]
     total = sum(index.nbytes(part.components(index)) for part in damaged)
     with (
         closing(ModelWriter(directory, blueprint)) as files,
-        CheckpointReader(origin) as readers,
+        CheckpointReader(checkpoint) as readers,
         progress_bar(progress, f"repairing {directory.name}", total) as task,
     ):
         for part in damaged:

@@ -45,7 +45,7 @@ _QUANTIZATION = {
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of an installed model: a hub id with its commit, a directory's path, or "demo".
+    """The name of an installed model's checkpoint: a hub id and commit, a path, or "demo".
 
     `revision` is the branch, tag or commit that was requested.
     """

@@ -40,8 +40,8 @@ from mixchat.weights.make.parts import Part, parts
 from mixchat.weights.make.recheck import find_damaged
 from mixchat.weights.make.spill import SPILL_PREFIX, Spill
 from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_files import COMPANION_FILES
-from mixchat.weights.source.origin import Origin
 
 _SECONDS_BETWEEN_SAVES = 2.0
 _SECONDS_TO_STOP = 0.3
@@ -49,14 +49,14 @@ NO_PROGRESS = NoProgress()
 
 
 def build(
-    origin: Origin,
+    checkpoint: Checkpoint,
     target: Path,
     blueprint: Blueprint,
     progress: Progress = NO_PROGRESS,
     *,
     ahead: bool = True,
 ) -> None:
-    """Build the model `blueprint` of `origin` in the directory `target`, or resume building it.
+    """Build the model `blueprint` of `checkpoint` in the directory `target`, or resume building it.
 
     `ahead`: fetch the next shard while one is quantized, which takes the disk of both.
     The manifest is written last: until then the model does not count as installed. Raises
@@ -64,16 +64,16 @@ def build(
     fetching raises.
     """
     target.mkdir(parents=True, exist_ok=True)
-    _Build(origin, target, blueprint, progress, ahead).run()
+    _Build(checkpoint, target, blueprint, progress, ahead).run()
 
 
-def journal_head(origin: Origin, blueprint: Blueprint) -> dict[str, object]:
+def journal_head(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, object]:
     """Return the first line of the journal; work under another first line is not resumed."""
     return {
         "format": FORMAT,
-        "source": vars(origin.source),
+        "source": vars(checkpoint.source),
         "quantization": blueprint.quantization.description(),
-        "fingerprint": origin.fingerprint,
+        "fingerprint": checkpoint.fingerprint,
     }
 
 
@@ -99,18 +99,18 @@ class Remaining:
     spill: Spill
 
 
-def find_remaining(origin: Origin, target: Path, blueprint: Blueprint) -> Remaining:
+def find_remaining(checkpoint: Checkpoint, target: Path, blueprint: Blueprint) -> Remaining:
     """Return what `build` has left to do in `target`. Changes nothing there."""
-    recorded, _ = read_journal(target, journal_head(origin, blueprint))
+    recorded, _ = read_journal(target, journal_head(checkpoint, blueprint))
     made = _with_their_size(recorded, target, blueprint)
     todo = [
         part
         for part in parts(blueprint)
         if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
     ]
-    names = {name for part in todo for name in part.components(origin.index)}
+    names = {name for part in todo for name in part.components(checkpoint.index)}
     spill = Spill(target, recorded)
-    shards = {origin.index.shard_of(name) for name in names - spill.names}
+    shards = {checkpoint.index.shard_of(name) for name in names - spill.names}
     return Remaining(todo, sorted(shards), spill)
 
 
@@ -135,18 +135,18 @@ class _Build:
 
     def __init__(
         self,
-        origin: Origin,
+        checkpoint: Checkpoint,
         target: Path,
         blueprint: Blueprint,
         progress: Progress,
         ahead: bool,
     ) -> None:
-        self._origin, self._index, self._target = origin, origin.index, target
+        self._checkpoint, self._index, self._target = checkpoint, checkpoint.index, target
         self._blueprint, self._progress, self._ahead = blueprint, progress, ahead
-        self._companions = _read_companions(origin.companions())
-        self._journal = Journal(target, journal_head(origin, blueprint))
+        self._companions = _read_companions(checkpoint.companions())
+        self._journal = Journal(target, journal_head(checkpoint, blueprint))
         self._forget_damaged()
-        left = find_remaining(origin, target, blueprint)
+        left = find_remaining(checkpoint, target, blueprint)
         self._todo, self._shards, self._spill = left.parts, left.shards, left.spill
 
     def run(self) -> None:
@@ -164,16 +164,18 @@ class _Build:
     def _make_all(self, files: ModelWriter) -> None:
         for shard in self._index.shards:
             if shard not in self._shards:
-                self._origin.release(shard)
+                self._checkpoint.release(shard)
         left = sum(self._nbytes(part) for part in self._todo)
         whole = sum(self._nbytes(part) for part in parts(self._blueprint))
         with (
-            closing(_fetched(self._origin, self._shards, self._progress, self._ahead)) as fetched,
+            closing(
+                _fetched(self._checkpoint, self._shards, self._progress, self._ahead)
+            ) as fetched,
             progress_bar(self._progress, "quantizing", whole, whole - left) as task,
         ):
             for shard, path in fetched:
                 self._take(shard, path, files, task)
-                self._origin.release(shard)
+                self._checkpoint.release(shard)
 
     def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
         """Make the parts that can be made now, and spill what the others need of this shard."""
@@ -228,7 +230,9 @@ class _Build:
             order = (spec.name for spec in self._blueprint.files()[name])
             weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
         description = self._blueprint.quantization.description()
-        write_manifest(self._target, Manifest(self._origin.source, description, records, weights))
+        write_manifest(
+            self._target, Manifest(self._checkpoint.source, description, records, weights)
+        )
         finish_interrupted(self._target)
 
 
@@ -239,21 +243,23 @@ def _read_companions(directory: Path) -> dict[str, bytes]:
 
 
 def _fetched(
-    origin: Origin, shards: list[str], progress: Progress, ahead: bool
+    checkpoint: Checkpoint, shards: list[str], progress: Progress, ahead: bool
 ) -> Generator[tuple[str, Path], None, None]:
     """Yield each shard's name and path; `ahead`: while a thread fetches the next one."""
-    missing = sum(origin.missing(shard) for shard in shards)
+    missing = sum(checkpoint.missing(shard) for shard in shards)
     shown = progress if missing else NO_PROGRESS
-    what, done = f"fetching {origin.source.repo}", origin.size - missing
+    what, done = f"fetching {checkpoint.source.repo}", checkpoint.size - missing
     stop = threading.Event()
-    with progress_bar(shown, what, origin.size, done) as task:
+    with progress_bar(shown, what, checkpoint.size, done) as task:
         coming: Future[Path] | None = None
         try:
             for number, shard in enumerate(shards):
-                coming = coming or in_background(origin.fetch, shard, task, stop)
+                coming = coming or in_background(checkpoint.fetch, shard, task, stop)
                 path = coming.result()
                 following = shards[number + 1 : number + 2] if ahead else []
-                coming = in_background(origin.fetch, *following, task, stop) if following else None
+                coming = (
+                    in_background(checkpoint.fetch, *following, task, stop) if following else None
+                )
                 yield shard, path
         finally:
             stop.set()

@@ -21,9 +21,9 @@ from mixchat.weights.make.build import build, finish_interrupted, journal_head
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import ModelRef
-from mixchat.weights.source.hub_origin import SOURCE_DIR
-from mixchat.weights.source.open_origin import open_origin
-from mixchat.weights.source.origin import Origin
+from mixchat.weights.source.checkpoint import Checkpoint
+from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
+from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 Check = Callable[[Path], None]
 _SHORT_COMMIT = 7  # digits
@@ -79,10 +79,10 @@ def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan 
         return None
     target = request.ref.directory
     source = request.ref.find_source(request.revision)
-    with open_origin(source, target, progress, keep_source=request.keep_source) as origin:
-        blueprint = make_blueprint(origin.index, request.options)
-        plan = make_plan(target, origin, blueprint)
-        return estimate_time(plan, origin, blueprint, keep=False)
+    with open_checkpoint(source, target, progress, keep_source=request.keep_source) as checkpoint:
+        blueprint = make_blueprint(checkpoint.index, request.options)
+        plan = make_plan(target, checkpoint, blueprint)
+        return estimate_time(plan, checkpoint, blueprint, keep=False)
 
 
 def _install(
@@ -94,30 +94,30 @@ def _install(
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} is in the way", hint="Move or remove it.")
     source = request.ref.find_source(request.revision)
-    with open_origin(
+    with open_checkpoint(
         source, target, progress, keep_source=request.keep_source, check=request.check
-    ) as origin:
-        blueprint = make_blueprint(origin.index, request.options)
-        plan = make_plan(target, origin, blueprint)
+    ) as checkpoint:
+        blueprint = make_blueprint(checkpoint.index, request.options)
+        plan = make_plan(target, checkpoint, blueprint)
         if plan.fits:
-            _discard_other_work(target, origin, blueprint, progress)
-            plan = estimate_time(plan, origin, blueprint, keep=True)
+            _discard_other_work(target, checkpoint, blueprint, progress)
+            plan = estimate_time(plan, checkpoint, blueprint, keep=True)
         announce(plan)
         plan.check()
-        build(origin, target, blueprint, progress, ahead=plan.ahead)
+        build(checkpoint, target, blueprint, progress, ahead=plan.ahead)
 
 
 def _discard_other_work(
-    target: Path, origin: Origin, blueprint: Blueprint, progress: Progress
+    target: Path, checkpoint: Checkpoint, blueprint: Blueprint, progress: Progress
 ) -> None:
     """Remove unfinished work of other weights or options; keep shards that can still be used."""
-    if origin.cache is not None:  # shards are fetched to the cache now
+    if checkpoint.cache is not None:  # shards are fetched to the cache now
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
     head = read_head(target)
-    if head == journal_head(origin, blueprint) or not target.exists():
+    if head == journal_head(checkpoint, blueprint) or not target.exists():
         return
     # Without a journal no part is made, but the first shard may have been fetched in part.
-    same_weights = head is None or head.get("fingerprint") == origin.fingerprint
+    same_weights = head is None or head.get("fingerprint") == checkpoint.fingerprint
     if head is not None:
         progress.note("the unfinished download had other weights or options: starting again")
     for path in target.iterdir():

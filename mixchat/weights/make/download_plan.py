@@ -17,8 +17,8 @@ from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.build import Remaining, find_remaining
 from mixchat.weights.make.parts import Part, parts
 from mixchat.weights.make.quantize_options import rounded_from
+from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expert_tensor
-from mixchat.weights.source.origin import Origin
 
 # The process with torch in it, before it has touched a weight.
 _BASE_MEMORY = 400_000_000
@@ -45,7 +45,7 @@ class Need:
 class DownloadPlan:
     """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
 
-    `checkpoint` is the size of the weights at the origin, `fetch` the bytes of it still missing,
+    `checkpoint` is the size of the checkpoint's weights, `fetch` the bytes of it still missing,
     `installed` the size of the installed weights. `disk` is the most that is needed at once, beyond
     what is there. `remaining`: the work that is left. `ahead`: the disk has room to fetch a shard
     while another one is quantized. `rounded_from`: the type of weights ("fp16") that are rounded
@@ -91,19 +91,19 @@ class DownloadPlan:
             )
 
 
-def make_plan(target: Path, origin: Origin, blueprint: Blueprint) -> DownloadPlan:
-    """Make the plan for the model `blueprint` of `origin` in the directory `target`."""
-    index, remaining = origin.index, find_remaining(origin, target, blueprint)
-    fetch = sum(origin.missing(shard) for shard in remaining.shards)
-    elsewhere = [(origin.cache, fetch)] if origin.cache else []
-    disk, ahead = find_disk_needs(target, index, blueprint, origin.temporary, elsewhere)
+def make_plan(target: Path, checkpoint: Checkpoint, blueprint: Blueprint) -> DownloadPlan:
+    """Make the plan for the model `blueprint` of `checkpoint` in the directory `target`."""
+    index, remaining = checkpoint.index, find_remaining(checkpoint, target, blueprint)
+    fetch = sum(checkpoint.missing(shard) for shard in remaining.shards)
+    elsewhere = [(checkpoint.cache, fetch)] if checkpoint.cache else []
+    disk, ahead = find_disk_needs(target, index, blueprint, checkpoint.temporary, elsewhere)
     return DownloadPlan(
         name=target.name,
         target=target,
-        source=origin.source.repo,
-        commit=origin.source.commit,
+        source=checkpoint.source.repo,
+        commit=checkpoint.source.commit,
         quantization=blueprint.quantization.description(),
-        checkpoint=origin.size,
+        checkpoint=checkpoint.size,
         fetch=fetch,
         installed=weights_size(blueprint),
         disk=disk,
@@ -115,15 +115,15 @@ def make_plan(target: Path, origin: Origin, blueprint: Blueprint) -> DownloadPla
 
 
 def estimate_time(
-    plan: DownloadPlan, origin: Origin, blueprint: Blueprint, *, keep: bool
+    plan: DownloadPlan, checkpoint: Checkpoint, blueprint: Blueprint, *, keep: bool
 ) -> DownloadPlan:
     """Return the plan with its time, by fetching for a second; with `keep`, those bytes stay."""
-    rate = origin.rate(plan.remaining.shards, keep=keep)
+    rate = checkpoint.rate(plan.remaining.shards, keep=keep)
     if rate is None and plan.fetch:
         return plan
     fetching = plan.fetch / rate if rate else 0
     share = sum(part.nbytes for part in plan.remaining.parts) / plan.installed
-    quantizing = share * _quantizing_seconds(origin.index, blueprint)
+    quantizing = share * _quantizing_seconds(checkpoint.index, blueprint)
     seconds = max(fetching, quantizing) if plan.ahead else fetching + quantizing
     return replace(plan, rate=rate, seconds=seconds)
 

@@ -15,7 +15,7 @@ from mixchat.weights.format.manifest import check_files, read_manifest
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, best_layout, make_blueprint
 from mixchat.weights.source.checkpoint_index import expected_index
-from mixchat.weights.source.open_origin import open_origin
+from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 # The config.json of both of `models.ALIASES`, so that no hub has to be asked.
 MIXTRAL: dict[str, Any] = {
@@ -86,7 +86,7 @@ def _before_download(ref: models.ModelRef, progress: Progress) -> Outline:
         index = expected_index(config, ref.name, _SHARD)
         disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
         return Outline(ref.name, blueprint, target, installed=False, disk=disk)
-    with open_origin(ref.find_source(), target, progress) as origin:
-        blueprint = make_blueprint(origin.index, QuantizeOptions())
-        plan = make_plan(target, origin, blueprint)
+    with open_checkpoint(ref.find_source(), target, progress) as checkpoint:
+        blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
+        plan = make_plan(target, checkpoint, blueprint)
     return Outline(ref.name, blueprint, target, installed=False, disk=plan.disk, download=plan)

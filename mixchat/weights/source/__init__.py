@@ -1,8 +1,8 @@
-"""The origins of a checkpoint: a directory, the hub, the demo.
+"""Checkpoints: in a directory, on the hub, or built for the demo.
 
-- open_origin.py: from a source to its origin
-- origin.py: what all origins have in common
-- directory_origin.py, hub_origin.py, demo_origin.py: the three of them
+- open_checkpoint.py: from a name and revision to an open checkpoint
+- checkpoint.py: what all checkpoints have in common
+- directory_checkpoint.py, hub_checkpoint.py, demo_checkpoint.py: the three of them
 - checkpoint_files.py, checkpoint_index.py: a Hugging Face checkpoint: its files, its tensors
 - hub.py, hub_errors.py: what the hub lists of a checkpoint; its errors
 - hub_request.py, transfer.py: bytes from the hub, resumed where they were cut off

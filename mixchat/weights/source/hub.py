@@ -75,7 +75,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class RemoteCheckpoint:
+class HubListing:
     """The files of one commit that make up a checkpoint, and its tensors."""
 
     repo_id: str
@@ -85,7 +85,7 @@ class RemoteCheckpoint:
     index: CheckpointIndex
 
 
-def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
+def look_up(repo_id: str, revision: str | None = None) -> HubListing:
     """Look up the files of a checkpoint; fetch its config, its index and the shards' headers.
 
     Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
@@ -104,7 +104,7 @@ def look_up(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
             _check_small(file)
         headers = _headers(shards)
     tensors = CheckpointIndex(config, headers, weight_map, repo_id)
-    return RemoteCheckpoint(repo_id, commit, small, shards, tensors)
+    return HubListing(repo_id, commit, small, shards, tensors)
 
 
 def fetch_small(file: RemoteFile) -> Path:

@@ -17,9 +17,9 @@ from typing import Any
 from mixchat.errors import HubError
 from mixchat.files import open_regular, rename_durably
 from mixchat.progress import Task
+from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
-from mixchat.weights.source.origin import Stopped
 
 PART_SUFFIX = ".mixchat.part"
 _CHUNK = 1 << 20  # bytes

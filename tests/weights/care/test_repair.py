@@ -26,8 +26,8 @@ from mixchat.weights.format.manifest import (
     read_either_manifest,
     restore_manifests,
 )
-from mixchat.weights.source.directory_origin import DirectoryOrigin
-from mixchat.weights.source.open_origin import open_origin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 EXPERTS = "experts-000.safetensors"
 SHARED = "shared.safetensors"
@@ -52,7 +52,9 @@ def flip(path: Path, offset: int) -> None:
 def mend(directory: Path, checkpoint: Path) -> None:
     damages = verify(directory)
     restore_manifests(directory)
-    repair(directory, damages, DirectoryOrigin(checkpoint, Source(str(checkpoint))), NoProgress())
+    repair(
+        directory, damages, DirectoryCheckpoint(checkpoint, Source(str(checkpoint))), NoProgress()
+    )
 
 
 class TestRepair:
@@ -104,11 +106,11 @@ class TestRepair:
             SafetensorsFile, "read", lambda file, name: names.append(name) or read(file, name)
         )
         meter = Meter()
-        origin = DirectoryOrigin(two_shards, Source("x"))
-        repair(installed, verify(installed), origin, meter)
+        opened = DirectoryCheckpoint(two_shards, Source("x"))
+        repair(installed, verify(installed), opened, meter)
         assert names == ["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
         bar = meter.bar("repairing")
-        assert bar.done == bar.total == origin.index.nbytes(names)
+        assert bar.done == bar.total == opened.index.nbytes(names)
 
     def test_a_source_that_changed_is_refused_and_nothing_is_overwritten(
         self, installed: Path, two_shards: Path, tmp_path: Path
@@ -136,8 +138,8 @@ class TestRepairFromTheHub:
     def mend(self, installed: Path) -> None:
         damages = verify(installed)
         source = read_either_manifest(installed).source
-        with open_origin(source, installed, NoProgress()) as origin:
-            repair(installed, damages, origin, NoProgress())
+        with open_checkpoint(source, installed, NoProgress()) as opened:
+            repair(installed, damages, opened, NoProgress())
 
     def test_asks_only_for_the_ranges_that_are_needed(
         self, installed: Path, made: Path, fake: FakeHub, two_shards: Path
@@ -146,7 +148,7 @@ class TestRepairFromTheHub:
         flip(installed / SHARED, 4096)
         self.mend(installed)
         assert files_of(installed) == files_of(made)
-        index = DirectoryOrigin(two_shards, Source("x")).index
+        index = DirectoryCheckpoint(two_shards, Source("x")).index
         needed = set()
         for name in (
             "model.layers.0.block_sparse_moe.experts.3.w2.weight",

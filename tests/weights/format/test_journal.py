@@ -17,10 +17,10 @@ from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprin
 
 
 def unfinished(checkpoint: Path, target: Path) -> Path:
-    origin = fetching(checkpoint, target)
-    origin.fail_at = origin.index.shards[-1]
+    opened = fetching(checkpoint, target)
+    opened.fail_at = opened.index.shards[-1]
     with pytest.raises(ConnectionError):
-        run(origin, target)
+        run(opened, target)
     return target / JOURNAL_FILE
 
 
@@ -109,18 +109,18 @@ def test_that_of_other_options_is_not_gone_on_with(
 ) -> None:
     unfinished(checkpoint, tmp_path / "installed")
     making.again()
-    origin = fetching(checkpoint, tmp_path / "installed")
-    run(origin, tmp_path / "installed", other)
-    assert len(making.names) == len(list(parts(make_blueprint(origin.index, other))))
+    opened = fetching(checkpoint, tmp_path / "installed")
+    run(opened, tmp_path / "installed", other)
+    assert len(making.names) == len(list(parts(make_blueprint(opened.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
     assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
 
 def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
     unfinished(checkpoint, tmp_path / "installed")
-    origin = fetching(checkpoint, tmp_path / "installed")
-    blueprint = make_blueprint(origin.index, QuantizeOptions())
-    assert read_head(tmp_path / "installed") == journal_head(origin, blueprint)
-    assert json.loads(json.dumps(journal_head(origin, blueprint))) == journal_head(
-        origin, blueprint
+    opened = fetching(checkpoint, tmp_path / "installed")
+    blueprint = make_blueprint(opened.index, QuantizeOptions())
+    assert read_head(tmp_path / "installed") == journal_head(opened, blueprint)
+    assert json.loads(json.dumps(journal_head(opened, blueprint))) == journal_head(
+        opened, blueprint
     )

@@ -36,8 +36,8 @@ class TestShards:
     def test_an_expert_that_spans_several_is_the_same(
         self, small: Path, whole: dict[str, bytes], tmp_path: Path, count: int
     ) -> None:
-        origin = fetching(shard(small, tmp_path / "shards", count), tmp_path / "model")
-        run(origin, tmp_path / "model")
+        opened = fetching(shard(small, tmp_path / "shards", count), tmp_path / "model")
+        run(opened, tmp_path / "model")
         assert made_of(tmp_path / "model") == whole
 
     @pytest.mark.parametrize("order", list(permutations(["w1", "w2", "w3"])))
@@ -49,14 +49,14 @@ class TestShards:
         order: tuple[str, ...],
     ) -> None:
         place = order_of([f"{EXPERT}.{name}" for name in order])
-        origin = fetching(shard(small, tmp_path / "shards", place), tmp_path / "model")
-        run(origin, tmp_path / "model")
+        opened = fetching(shard(small, tmp_path / "shards", place), tmp_path / "model")
+        run(opened, tmp_path / "model")
         assert made_of(tmp_path / "model") == whole
 
     def test_layers_come_in_any_order(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         place = order_of(["lm_head", "layers.1.", "model.norm", "layers.0."])
-        origin = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "model")
-        run(origin, tmp_path / "model")
+        opened = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "model")
+        run(opened, tmp_path / "model")
         quantize(tiny_checkpoint, tmp_path / "whole")
         assert made_of(tmp_path / "model") == files_of(tmp_path / "whole")
 
@@ -65,19 +65,19 @@ class TestShards:
         self, small: Path, tmp_path: Path, ahead: bool, most: int
     ) -> None:
         target = tmp_path / "model"
-        origin = fetching(shard(small, tmp_path / "shards", 5), target)
+        opened = fetching(shard(small, tmp_path / "shards", 5), target)
         held: list[int] = []
-        release = origin.release
+        release = opened.release
 
         def released(name: str) -> None:
-            held.append(len(list(origin.place.iterdir())))
+            held.append(len(list(opened.place.iterdir())))
             release(name)
 
-        origin.release = released  # type: ignore[method-assign]
-        run(origin, target, ahead=ahead)
-        assert origin.fetched == origin.released == shard_names(5)
+        opened.release = released  # type: ignore[method-assign]
+        run(opened, target, ahead=ahead)
+        assert opened.fetched == opened.released == shard_names(5)
         assert max(held) <= most
-        assert list(origin.place.iterdir()) == []
+        assert list(opened.place.iterdir()) == []
 
     def test_nothing_but_the_model_is_left(self, small: Path, tmp_path: Path) -> None:
         quantize(shard(small, tmp_path / "shards", 3), tmp_path / "model")
@@ -89,11 +89,11 @@ class TestShards:
         self, small: Path, tmp_path: Path
     ) -> None:
         checkpoint = shard(small, tmp_path / "shards", 2)
-        origin = fetching(checkpoint, tmp_path / "model")
+        opened = fetching(checkpoint, tmp_path / "model")
         one, two = shard_names(2)
         shutil.copy(checkpoint / two, checkpoint / one)
         with pytest.raises(MixchatError, match="not the tensors"):
-            run(origin, tmp_path / "model")
+            run(opened, tmp_path / "model")
 
 
 class TestGoingOn:
@@ -106,8 +106,8 @@ class TestGoingOn:
         save_each_part: None,
     ) -> None:
         two_shards = shard(small, tmp_path / "shards", 2)
-        origin = fetching(two_shards, tmp_path / "model")
-        every = list(parts(make_blueprint(origin.index, QuantizeOptions())))
+        opened = fetching(two_shards, tmp_path / "model")
+        every = list(parts(make_blueprint(opened.index, QuantizeOptions())))
         for stop in range(len(every)):
             target = tmp_path / "model"
             making.again(fail_at=stop)
@@ -167,10 +167,10 @@ class TestGoingOn:
 
     def test_the_bars_begin_where_they_stopped(self, small: Path, tmp_path: Path) -> None:
         checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
-        origin = fetching(checkpoint, target)
-        origin.fail_at = shard_names(3)[2]
+        opened = fetching(checkpoint, target)
+        opened.fail_at = shard_names(3)[2]
         with pytest.raises(ConnectionError):
-            run(origin, target)
+            run(opened, target)
         meter = run(fetching(checkpoint, target), target)
         for what in ("fetching org/repo", "quantizing"):
             bar = meter.bar(what)
@@ -205,10 +205,10 @@ class TestGoingOn:
     ) -> None:
         """The journal was believed: the finished model had holes under the right hashes."""
         checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
-        origin = fetching(checkpoint, target)
-        origin.fail_at = shard_names(3)[2]
+        opened = fetching(checkpoint, target)
+        opened.fail_at = shard_names(3)[2]
         with pytest.raises(ConnectionError):
-            run(origin, target)
+            run(opened, target)
         for path in target.glob("shared.safetensors"):
             spoil(path)
         run(fetching(checkpoint, target), target)
@@ -220,10 +220,10 @@ class TestGoingOn:
         checkpoint = shard(small, tmp_path / "shards", 3)
         for number, spoil in enumerate((Path.unlink, lambda path: path.write_bytes(b"junk"))):
             target = tmp_path / f"model{number}"
-            origin = fetching(checkpoint, target)
-            origin.fail_at = shard_names(3)[2]
+            opened = fetching(checkpoint, target)
+            opened.fail_at = shard_names(3)[2]
             with pytest.raises(ConnectionError):
-                run(origin, target)
+                run(opened, target)
             for path in list(target.glob(SPILL_PREFIX + "*")):
                 spoil(path)
             again = fetching(checkpoint, target)
@@ -236,18 +236,18 @@ def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(
     two_shards: Path, tmp_path: Path, making: Making
 ) -> None:
     """The thread that waits for a silent hub is told to stop, and left where it does not hear."""
-    origin = fetching(two_shards, tmp_path / "model")
-    fetch = origin.fetch
+    opened = fetching(two_shards, tmp_path / "model")
+    fetch = opened.fetch
     stops = []
 
     def stalled(name: str, task: object, stop: object) -> Path:
-        if name == origin.index.shards[1]:
+        if name == opened.index.shards[1]:
             stops.append(stop)
             assert stop.wait(60)
         return fetch(name, task, stop)
 
-    origin.fetch = stalled  # type: ignore[method-assign]
+    opened.fetch = stalled  # type: ignore[method-assign]
     making.fail_at = 1
     with pytest.raises(ConnectionError):
-        run(origin, tmp_path / "model")
+        run(opened, tmp_path / "model")
     assert stops[0].is_set()

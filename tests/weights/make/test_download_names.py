@@ -82,7 +82,7 @@ class TestLocal:
         monkeypatch: pytest.MonkeyPatch,
         error: type[BaseException],
     ) -> None:
-        def half(origin: object, target: Path, *_: object, **__: object) -> None:
+        def half(checkpoint: object, target: Path, *_: object, **__: object) -> None:
             target.mkdir()
             (target / "shared.safetensors").write_bytes(b"half")
             raise error("stopped")

@@ -32,8 +32,8 @@ from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprin
 from mixchat.weights.make.spill import Spill
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint_index import expected_index
-from mixchat.weights.source.directory_origin import DirectoryOrigin
-from mixchat.weights.source.hub_origin import HubOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 MB = 1_000_000
 PLACES = {
@@ -67,26 +67,26 @@ class TestDisk:
         monkeypatch.setattr(download_plan, "_SMALL_FILES", 0)
         target, source = tmp_path / "model", tmp_path / "model" / "source"
         checkpoint = shard(large, tmp_path / "shards", place)
-        origin = Fetching(checkpoint, source)
-        blueprint = make_blueprint(origin.index, QuantizeOptions())
-        most, peak = [0], estimate_peak_disk(origin.index, blueprint, origin.temporary, ahead=ahead)
+        opened = Fetching(checkpoint, source)
+        blueprint = make_blueprint(opened.index, QuantizeOptions())
+        most, peak = [0], estimate_peak_disk(opened.index, blueprint, opened.temporary, ahead=ahead)
         drop = Spill.keep_only
 
         def measure(spill: Spill, names: set[str]) -> None:
             """At its fullest: a shard is quantized and still there, the next one has come."""
-            coming = [origin.arrived[name] for name in origin.index.shards[: len(most) + ahead]]
+            coming = [opened.arrived[name] for name in opened.index.shards[: len(most) + ahead]]
             assert all(event.wait(60) for event in coming)
             most.append(disk_usage(target))
             drop(spill, names)
 
         monkeypatch.setattr(Spill, "keep_only", measure)
-        build(origin, target, blueprint, ahead=ahead)
+        build(opened, target, blueprint, ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
     def test_a_finished_models_size_is_known_beforehand(
         self, tiny_checkpoint: Path, install: Callable[..., Path]
     ) -> None:
-        index = DirectoryOrigin(tiny_checkpoint, Source("x")).index
+        index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
         for attention in (False, True):
             for head in (False, True):
                 options = {"attention": attention, "head": head}
@@ -96,9 +96,9 @@ class TestDisk:
                 assert size == sum(record.size for record in weights)
 
     def test_a_shard_that_takes_no_room_is_not_counted(self, large: Path, tmp_path: Path) -> None:
-        origin = DirectoryOrigin(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
-        blueprint = make_blueprint(origin.index, QuantizeOptions())
-        peak = estimate_peak_disk(origin.index, blueprint, origin.temporary)
+        opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
+        blueprint = make_blueprint(opened.index, QuantizeOptions())
+        peak = estimate_peak_disk(opened.index, blueprint, opened.temporary)
         assert 0 <= peak - weights_size(blueprint) - download_plan._SMALL_FILES + 5 * 4096 < MB
 
     def test_places_on_one_disk_are_added_up(
@@ -125,7 +125,7 @@ class TestMemory:
     def test_the_largest_matrix_decides(self, large: Path, tiny_checkpoint: Path) -> None:
         sizes = []
         for checkpoint in (large, tiny_checkpoint):
-            index = DirectoryOrigin(checkpoint, Source("x")).index
+            index = DirectoryCheckpoint(checkpoint, Source("x")).index
             sizes.append(find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed)
         matrices = 3 * 512 * 256 * 4
         assert 0 < sizes[0] - sizes[1] < 2 * matrices
@@ -137,7 +137,7 @@ class TestMemory:
         needed = {
             find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
             for index in (
-                DirectoryOrigin(path, Source("x")).index for path in (more, tiny_checkpoint)
+                DirectoryCheckpoint(path, Source("x")).index for path in (more, tiny_checkpoint)
             )
         }
         assert len(needed) == 1
@@ -146,7 +146,7 @@ class TestMemory:
         self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(machine, "free_memory", lambda: 123)
-        index = DirectoryOrigin(tiny_checkpoint, Source("x")).index
+        index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
         assert find_memory_need(index, make_blueprint(index, QuantizeOptions())).free == 123
 
 
@@ -154,10 +154,10 @@ class TestPlan:
     def made(self, fake: FakeHub, target: Path, cache: Path | None = None) -> DownloadPlan:
         remote = hub.look_up(REPO)
         keep = cache is not None
-        origin = HubOrigin(remote, Source(REPO, remote.commit), target, keep_source=keep)
-        blueprint = make_blueprint(origin.index, QuantizeOptions())
-        made = make_plan(target, origin, blueprint)
-        return download_plan.estimate_time(made, origin, blueprint, keep=False)
+        opened = HubCheckpoint(remote, Source(REPO, remote.commit), target, keep_source=keep)
+        blueprint = make_blueprint(opened.index, QuantizeOptions())
+        made = make_plan(target, opened, blueprint)
+        return download_plan.estimate_time(made, opened, blueprint, keep=False)
 
     def test_of_a_hub_says_what_will_come_and_what_it_becomes(
         self, fake: FakeHub, tmp_path: Path
@@ -208,17 +208,17 @@ class TestPlan:
         made.check()
 
     def test_of_a_directory_fetches_nothing(self, two_shards: Path, tmp_path: Path) -> None:
-        origin = DirectoryOrigin(two_shards, Source(str(two_shards)))
-        blueprint = make_blueprint(origin.index, QuantizeOptions())
-        made = make_plan(tmp_path / "target", origin, blueprint)
-        made = download_plan.estimate_time(made, origin, blueprint, keep=False)
+        opened = DirectoryCheckpoint(two_shards, Source(str(two_shards)))
+        blueprint = make_blueprint(opened.index, QuantizeOptions())
+        made = make_plan(tmp_path / "target", opened, blueprint)
+        made = download_plan.estimate_time(made, opened, blueprint, keep=False)
         assert (made.fetch, made.rate, made.commit) == (0, None, None)
         assert made.seconds is not None
 
     def test_quantizing_time_grows_with_the_model(
         self, large: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        index = DirectoryOrigin(large, Source("x")).index
+        index = DirectoryCheckpoint(large, Source("x")).index
         blueprint = make_blueprint(index, QuantizeOptions())
         assert 0 < download_plan._quantizing_seconds(index, blueprint) < 60
         monkeypatch.setattr(download_plan, "_COPY_RATE", 1.0)
@@ -264,7 +264,7 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
     narrow = make_checkpoint(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
     )
-    wide, narrow_index = (DirectoryOrigin(path, Source("x")).index for path in (large, narrow))
+    wide, narrow_index = (DirectoryCheckpoint(path, Source("x")).index for path in (large, narrow))
     needed = [
         find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
         for index in (wide, narrow_index)

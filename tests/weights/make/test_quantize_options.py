@@ -21,7 +21,7 @@ from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, Source
 from mixchat.weights.make.download_plan import find_memory_need
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.checkpoint_index import expected_shapes
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -124,7 +124,7 @@ def test_none_keeps_the_type_that_holds_all_weights(
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(embedding if "embed" in name else others)
     save_file(tensors, checkpoint / "model.safetensors")
-    index = DirectoryOrigin(checkpoint, Source("x")).index
+    index = DirectoryCheckpoint(checkpoint, Source("x")).index
     assert make_blueprint(index, QuantizeOptions("none")).quantization.dtype == installed
     assert make_blueprint(index, QuantizeOptions()).quantization.dtype == torch.bfloat16
 
@@ -192,28 +192,28 @@ def test_an_index_that_leaves_the_directory_is_refused(checkpoint: Path, name: o
     index = {"weight_map": {"lm_head.weight": name}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="names a file that is no shard"):
-        DirectoryOrigin(checkpoint, Source("x"))
+        DirectoryCheckpoint(checkpoint, Source("x"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_an_index_that_is_none_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        DirectoryOrigin(checkpoint, Source("x"))
+        DirectoryCheckpoint(checkpoint, Source("x"))
 
 
 def test_a_missing_shard_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shard(tiny_checkpoint, tmp_path / "shards", 3)
     (checkpoint / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names model-00002-of-00003\.safetensors, which"):
-        DirectoryOrigin(checkpoint, Source("x"))
+        DirectoryCheckpoint(checkpoint, Source("x"))
 
 
 def test_a_checkpoint_that_changed_is_told_by_its_fingerprint(checkpoint: Path) -> None:
-    before = DirectoryOrigin(checkpoint, Source("x")).fingerprint
-    assert DirectoryOrigin(checkpoint, Source("x")).fingerprint == before
+    before = DirectoryCheckpoint(checkpoint, Source("x")).fingerprint
+    assert DirectoryCheckpoint(checkpoint, Source("x")).fingerprint == before
     change(checkpoint, lambda tensors: tensors["lm_head.weight"].add_(1))
-    assert DirectoryOrigin(checkpoint, Source("x")).fingerprint != before
+    assert DirectoryCheckpoint(checkpoint, Source("x")).fingerprint != before
 
 
 PEAK = """
@@ -221,10 +221,10 @@ import sys
 from pathlib import Path
 from mixchat.weights.make.build import build
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-origin = DirectoryOrigin(Path(sys.argv[1]), Source("x"))
-build(origin, Path(sys.argv[2]), make_blueprint(origin.index, QuantizeOptions()))
+opened = DirectoryCheckpoint(Path(sys.argv[1]), Source("x"))
+build(opened, Path(sys.argv[2]), make_blueprint(opened.index, QuantizeOptions()))
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
@@ -266,7 +266,7 @@ def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: to
     with SafetensorsWriter(checkpoint / "model.safetensors", specs) as writer:
         for spec in specs:
             writer.write(spec.name, torch.full(spec.shape, 0.01, dtype=dtype))
-    index = DirectoryOrigin(checkpoint, Source("x")).index
+    index = DirectoryCheckpoint(checkpoint, Source("x")).index
     need = find_memory_need(index, make_blueprint(index, QuantizeOptions()))
     try:
         peak = peak_memory(checkpoint, tmp_path / "model")

@@ -27,10 +27,10 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def unfinished(checkpoint: Path, tmp_path: Path) -> Path:
     """A model that lacks the last shard."""
-    origin = fetching(checkpoint, tmp_path / "model")
-    origin.fail_at = origin.index.shards[-1]
+    opened = fetching(checkpoint, tmp_path / "model")
+    opened.fail_at = opened.index.shards[-1]
     with pytest.raises(ConnectionError):
-        run(origin, tmp_path / "model")
+        run(opened, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -41,9 +41,9 @@ def flip(path: Path, place: int) -> None:
 
 
 def made_until_now(checkpoint: Path, target: Path) -> dict[str, dict[str, str]]:
-    origin = fetching(checkpoint, target)
+    opened = fetching(checkpoint, target)
     return Journal(
-        target, journal_head(origin, make_blueprint(origin.index, QuantizeOptions()))
+        target, journal_head(opened, make_blueprint(opened.index, QuantizeOptions()))
     ).made
 
 
@@ -133,8 +133,8 @@ def test_all_of_a_file_that_is_gone_is_named(
     made = made_until_now(checkpoint, unfinished)
     path, _ = first_made(checkpoint, unfinished)
     spoil(path)
-    origin = fetching(checkpoint, unfinished)
-    blueprint = make_blueprint(origin.index, QuantizeOptions())
+    opened = fetching(checkpoint, unfinished)
+    blueprint = make_blueprint(opened.index, QuantizeOptions())
     found = find_damaged(unfinished, blueprint, made, Meter())
     assert found == {path.name: set(made[path.name])}
 
@@ -155,8 +155,8 @@ def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None
 def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path) -> None:
     """Each of them is flipped in turn: none goes unseen."""
     made = made_until_now(checkpoint, unfinished)
-    origin = fetching(checkpoint, unfinished)
-    blueprint = make_blueprint(origin.index, QuantizeOptions())
+    opened = fetching(checkpoint, unfinished)
+    blueprint = make_blueprint(opened.index, QuantizeOptions())
     done = [
         (part.file, spec)
         for part in parts(blueprint)

@@ -165,13 +165,13 @@ class TestUpcycling:
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
+        from mixchat.weights.source.checkpoint import CheckpointReader
         from mixchat.weights.source.checkpoint_index import expected_shapes
-        from mixchat.weights.source.directory_origin import DirectoryOrigin
-        from mixchat.weights.source.origin import CheckpointReader
+        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
         stub_wheel()
         demo.build_checkpoint(tmp_path / "built", NoProgress())
-        source = DirectoryOrigin(tmp_path / "built", Source("demo"))
+        source = DirectoryCheckpoint(tmp_path / "built", Source("demo"))
         with CheckpointReader(source) as reader:
             for name, shape in expected_shapes(source.index.config).items():
                 assert reader.read(name).shape == shape
@@ -180,11 +180,11 @@ class TestUpcycling:
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source.directory_origin import DirectoryOrigin
+        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
         stub_wheel()
         demo.build_checkpoint(tmp_path / "built", NoProgress())
-        built = DirectoryOrigin(tmp_path / "built", Source("demo")).index
+        built = DirectoryCheckpoint(tmp_path / "built", Source("demo")).index
         (shard,) = built.shards
         assert demo.checkpoint_index().header(shard).specs == built.header(shard).specs
 

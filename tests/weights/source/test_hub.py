@@ -17,7 +17,7 @@ from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint_files import INDEX
-from mixchat.weights.source.directory_origin import DirectoryOrigin
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 SHARDS = shard_names(2)
 PICKLE = b"pickle" * 1_000
@@ -70,7 +70,7 @@ class TestPlan:
     def test_knows_every_tensor_from_the_headers_alone(
         self, fake: FakeHub, two_shards: Path
     ) -> None:
-        remote, local = hub.look_up(REPO), DirectoryOrigin(two_shards, Source("x")).index
+        remote, local = hub.look_up(REPO), DirectoryCheckpoint(two_shards, Source("x")).index
         for shard in SHARDS:
             assert remote.index.header(shard).specs == local.header(shard).specs
         asked = [r for r in fake.requests if r.where == "store" and r.path[1:] in SHARDS]

@@ -25,23 +25,23 @@ from mixchat.errors import (
 )
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub, transfer
-from mixchat.weights.source.hub_origin import HubOrigin
+from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 SHARDS = shard_names(2)
 
 
-def plan(place: Path) -> HubOrigin:
+def plan(place: Path) -> HubCheckpoint:
     remote = hub.look_up(REPO)
-    return HubOrigin(remote, Source(REPO, remote.commit), place / "target")
+    return HubCheckpoint(remote, Source(REPO, remote.commit), place / "target")
 
 
 def fetch(place: Path) -> None:
     """Everything that a download asks a hub for."""
-    origin = plan(place)
-    origin.companions()
-    origin.rate(origin.index.shards, keep=False)
+    checkpoint = plan(place)
+    checkpoint.companions()
+    checkpoint.rate(checkpoint.index.shards, keep=False)
     for shard in SHARDS:
-        origin.fetch(shard, Bar(), Event())
+        checkpoint.fetch(shard, Bar(), Event())
 
 
 class TestFaults:
@@ -108,11 +108,11 @@ class TestFaults:
             hub.look_up(REPO)
 
     def test_the_store_is_not_there(self, fake: FakeHub, tmp_path: Path) -> None:
-        origin = plan(tmp_path)
+        checkpoint = plan(tmp_path)
         fake._servers[1].shutdown()
         fake._servers[1].server_close()
         with pytest.raises(HubError, match="cannot reach"):
-            origin.fetch(SHARDS[0], Bar(), Event())
+            checkpoint.fetch(SHARDS[0], Bar(), Event())
 
     def test_switched_off(
         self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,8 +19,8 @@ from weight_tools import Bar
 
 from mixchat.errors import HubError
 from mixchat.weights.source import transfer
+from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import plain_errors
-from mixchat.weights.source.origin import Stopped
 from mixchat.weights.source.transfer import (
     fetch_and_discard,
     fetch_file,

@@ -17,9 +17,9 @@ from weight_tools import Bar, shard_names
 
 from mixchat.errors import HubError
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source import hub, hub_origin
-from mixchat.weights.source.hub_origin import HubOrigin
-from mixchat.weights.source.origin import CheckpointReader, Stopped
+from mixchat.weights.source import hub, hub_checkpoint
+from mixchat.weights.source.checkpoint import CheckpointReader, Stopped
+from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 from mixchat.weights.source.transfer import part_path
 
 SHARDS = shard_names(2)
@@ -30,13 +30,13 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-def origin_for(target: Path, **how: bool) -> HubOrigin:
+def origin_for(target: Path, **how: bool) -> HubCheckpoint:
     remote = hub.look_up(REPO)
-    return HubOrigin(remote, Source(REPO, remote.commit), target, **how)
+    return HubCheckpoint(remote, Source(REPO, remote.commit), target, **how)
 
 
-def bring(origin: HubOrigin, shard: str = SHARDS[0], bar: Bar | None = None) -> Path:
-    return origin.fetch(shard, bar or Bar(), Event())
+def bring(checkpoint: HubCheckpoint, shard: str = SHARDS[0], bar: Bar | None = None) -> Path:
+    return checkpoint.fetch(shard, bar or Bar(), Event())
 
 
 def blob(cache: Path, fake: FakeHub, shard: str = SHARDS[0]) -> Path:
@@ -52,15 +52,15 @@ def asked(fake: FakeHub, shard: str = SHARDS[0]) -> list[str | None]:
 
 class TestBesideTheModel:
     def test_a_shard_is_there_until_it_is_released(self, fake: FakeHub, target: Path) -> None:
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         bar = Bar()
         size = len(fake.files[SHARDS[0]])
-        assert origin.missing(SHARDS[0]) == origin.temporary(SHARDS[0]) == size
-        path = bring(origin, bar=bar)
+        assert checkpoint.missing(SHARDS[0]) == checkpoint.temporary(SHARDS[0]) == size
+        path = bring(checkpoint, bar=bar)
         assert path == target / "source" / SHARDS[0]
         assert path.read_bytes() == fake.files[SHARDS[0]]
-        assert (bar.done, origin.missing(SHARDS[0])) == (size, 0)
-        origin.release(SHARDS[0])
+        assert (bar.done, checkpoint.missing(SHARDS[0])) == (size, 0)
+        checkpoint.release(SHARDS[0])
         assert not list((target / "source").iterdir())
 
     def test_nothing_of_it_is_in_the_cache(self, fake: FakeHub, target: Path, cache: Path) -> None:
@@ -70,20 +70,20 @@ class TestBesideTheModel:
     def test_release_leaves_the_others_alone_and_takes_what_had_come(
         self, fake: FakeHub, target: Path
     ) -> None:
-        origin = origin_for(target)
-        bring(origin, SHARDS[1])
+        checkpoint = origin_for(target)
+        bring(checkpoint, SHARDS[1])
         part_path(target / "source" / SHARDS[0]).write_bytes(b"part")
-        origin.release(SHARDS[0])
+        checkpoint.release(SHARDS[0])
         assert [path.name for path in (target / "source").iterdir()] == [SHARDS[1]]
-        assert origin.release("never-fetched.safetensors") is None
+        assert checkpoint.release("never-fetched.safetensors") is None
 
     def test_what_another_process_left_is_gone_on_with(self, fake: FakeHub, target: Path) -> None:
         (target / "source").mkdir(parents=True)
         part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
-        origin, bar = origin_for(target), Bar()
-        missing = origin.missing(SHARDS[0])
+        checkpoint, bar = origin_for(target), Bar()
+        missing = checkpoint.missing(SHARDS[0])
         assert missing == len(fake.files[SHARDS[0]]) - 100_000
-        assert bring(origin, bar=bar).read_bytes() == fake.files[SHARDS[0]]
+        assert bring(checkpoint, bar=bar).read_bytes() == fake.files[SHARDS[0]]
         assert bar.done == missing
         assert asked(fake) == ["bytes=100000-"]
 
@@ -92,26 +92,26 @@ class TestBesideTheModel:
     ) -> None:
         bring(origin_for(target))
         fake.requests.clear()
-        origin = origin_for(target)
-        assert bring(origin).exists()
+        checkpoint = origin_for(target)
+        assert bring(checkpoint).exists()
         assert asked(fake) == []
         (target / "source" / SHARDS[0]).write_bytes(bytes(len(fake.files[SHARDS[0]])))
         with pytest.raises(HubError, match=SHARDS[0]):
-            bring(origin)
+            bring(checkpoint)
 
     def test_the_release_of_one_does_not_take_the_directory_from_the_next(
         self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Made by one thread, and removed by the other since it was still empty."""
-        origin, mkdir = origin_for(target), Path.mkdir
+        checkpoint, mkdir = origin_for(target), Path.mkdir
 
         def raced(path: Path, *how: object, **more: object) -> None:
             mkdir(path, *how, **more)  # type: ignore[arg-type]
             if path.name == "source":
-                origin.release(SHARDS[1])
+                checkpoint.release(SHARDS[1])
 
         monkeypatch.setattr(Path, "mkdir", raced)
-        assert bring(origin).read_bytes() == fake.files[SHARDS[0]]
+        assert bring(checkpoint).read_bytes() == fake.files[SHARDS[0]]
 
     def test_it_ends_when_stop_is_set(self, fake: FakeHub, target: Path) -> None:
         stop = Event()
@@ -124,32 +124,32 @@ class TestRate:
     def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(
         self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub_origin, "_PROBE_SECONDS", 0.2)
+        monkeypatch.setattr(hub_checkpoint, "_PROBE_SECONDS", 0.2)
         fake.delay, fake.step = 0.05, 70_000  # headers come in one piece
-        origin, whole = origin_for(target), len(fake.files[SHARDS[0]])
-        rate = origin.rate(SHARDS, keep=True)
+        checkpoint, whole = origin_for(target), len(fake.files[SHARDS[0]])
+        rate = checkpoint.rate(SHARDS, keep=True)
         assert rate is not None
         assert rate > 0
-        came = whole - origin.missing(SHARDS[0])
+        came = whole - checkpoint.missing(SHARDS[0])
         assert 0 < came < whole
         fake.delay, bar = 0.0, Bar()
-        assert bring(origin, bar=bar).read_bytes() == fake.files[SHARDS[0]]
+        assert bring(checkpoint, bar=bar).read_bytes() == fake.files[SHARDS[0]]
         assert bar.done == whole - came
         assert asked(fake) == [None, f"bytes={came}-"]
 
     def test_keeps_nothing_where_it_is_only_asked(self, fake: FakeHub, target: Path) -> None:
-        origin = origin_for(target)
-        rate = origin.rate(SHARDS, keep=False)
+        checkpoint = origin_for(target)
+        rate = checkpoint.rate(SHARDS, keep=False)
         assert rate is not None
         assert rate > 0
         assert not target.exists()
 
     def test_is_none_where_nothing_has_to_come(self, fake: FakeHub, target: Path) -> None:
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         for shard in SHARDS:
-            bring(origin, shard)
-        assert origin.rate(SHARDS, keep=True) is None
-        assert origin.rate(SHARDS, keep=False) is None
+            bring(checkpoint, shard)
+        assert checkpoint.rate(SHARDS, keep=True) is None
+        assert checkpoint.rate(SHARDS, keep=False) is None
 
     @pytest.mark.parametrize("keep", [True, False])
     @pytest.mark.parametrize("fault", [{"cut_after": 0}, {"status": 503}])
@@ -157,10 +157,10 @@ class TestRate:
         self, fake: FakeHub, target: Path, fault: dict[str, int], keep: bool
     ) -> None:
         """Everything else is requested again; a plan failed at the first hiccup."""
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         fake.fail(f"^/{SHARDS[0]}", times=1, **fault)
-        origin.rate(SHARDS, keep=keep)
-        assert bring(origin).read_bytes() == fake.files[SHARDS[0]]
+        checkpoint.rate(SHARDS, keep=keep)
+        assert bring(checkpoint).read_bytes() == fake.files[SHARDS[0]]
 
 
 class TestKeepSource:
@@ -169,15 +169,15 @@ class TestKeepSource:
     ) -> None:
         from huggingface_hub import hf_hub_download, scan_cache_dir
 
-        origin = origin_for(target, keep_source=True)
-        origin.companions()
+        checkpoint = origin_for(target, keep_source=True)
+        checkpoint.companions()
         for shard in SHARDS:
-            path = bring(origin, shard)
+            path = bring(checkpoint, shard)
             found = hf_hub_download(REPO, shard, revision=COMMIT, local_files_only=True)
             assert Path(found) == path
-            origin.release(shard)
+            checkpoint.release(shard)
             assert path.read_bytes() == fake.files[shard]
-            assert origin.temporary(shard) == 0
+            assert checkpoint.temporary(shard) == 0
         report = scan_cache_dir(hub.cache_dir())
         assert not report.warnings
         assert report.size_on_disk == sum(map(len, fake.files.values()))
@@ -208,9 +208,9 @@ class TestKeepSource:
 
         lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
         lock.parent.mkdir(parents=True)
-        origin = origin_for(target, keep_source=True)
+        checkpoint = origin_for(target, keep_source=True)
         fake.requests.clear()
-        worker = Thread(target=bring, args=(origin,), daemon=True)
+        worker = Thread(target=bring, args=(checkpoint,), daemon=True)
         with WeakFileLock(lock):
             worker.start()
             worker.join(0.2)
@@ -230,11 +230,11 @@ class TestKeepSource:
         lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
         lock.parent.mkdir(parents=True)
         stop, ended = Event(), []
-        origin = origin_for(target, keep_source=True)
+        checkpoint = origin_for(target, keep_source=True)
 
         def fetch() -> None:
             with pytest.raises(Stopped):
-                origin.fetch(SHARDS[0], Bar(), stop)
+                checkpoint.fetch(SHARDS[0], Bar(), stop)
             ended.append(True)
 
         with WeakFileLock(lock):
@@ -254,11 +254,11 @@ class TestCache:
     def test_what_is_there_is_used_and_stays(
         self, fake: FakeHub, target: Path, cached: Path
     ) -> None:
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         fake.requests.clear()
-        assert origin.missing(SHARDS[0]) == origin.temporary(SHARDS[0]) == 0
-        assert bring(origin).resolve() == cached.resolve()
-        origin.release(SHARDS[0])
+        assert checkpoint.missing(SHARDS[0]) == checkpoint.temporary(SHARDS[0]) == 0
+        assert bring(checkpoint).resolve() == cached.resolve()
+        checkpoint.release(SHARDS[0])
         assert cached.read_bytes() == fake.files[SHARDS[0]]
         assert asked(fake) == []
 
@@ -280,11 +280,11 @@ class TestCache:
         self, fake: FakeHub, target: Path, cached: Path, lie: dict[str, Any], keep_source: bool
     ) -> None:
         """A listing with another hash had a shard of 5 GB removed from the cache."""
-        origin = origin_for(target, keep_source=keep_source)
-        listed = origin._remote.shards
+        checkpoint = origin_for(target, keep_source=keep_source)
+        listed = checkpoint._remote.shards
         listed[SHARDS[0]] = replace(listed[SHARDS[0]], **lie)
         with pytest.raises(HubError):
-            bring(origin)
+            bring(checkpoint)
         assert cached.is_symlink()
         assert cached.read_bytes() == fake.files[SHARDS[0]]
 
@@ -314,12 +314,12 @@ class TestReading:
     def test_a_tensor_comes_by_its_range_alone(
         self, fake: FakeHub, target: Path, two_shards: Path
     ) -> None:
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         fake.requests.clear()
-        header = origin.index.header(SHARDS[0])
+        header = checkpoint.index.header(SHARDS[0])
         tensors = load_file(two_shards / SHARDS[0])
         name = header.specs[3].name
-        with CheckpointReader(origin) as readers:
+        with CheckpointReader(checkpoint) as readers:
             assert torch.equal(readers.read(name), tensors[name])
         start = header.start(name)
         assert asked(fake) == [f"bytes={start}-{start + header.spec(name).nbytes - 1}"]
@@ -327,8 +327,8 @@ class TestReading:
     def test_every_tensor_is_that_of_the_checkpoint(
         self, fake: FakeHub, target: Path, two_shards: Path
     ) -> None:
-        origin = origin_for(target)
-        with CheckpointReader(origin) as readers:
+        checkpoint = origin_for(target)
+        with CheckpointReader(checkpoint) as readers:
             for shard in SHARDS:
                 for name, tensor in load_file(two_shards / shard).items():
                     assert torch.equal(readers.read(name), tensor)
@@ -337,10 +337,10 @@ class TestReading:
         self, fake: FakeHub, target: Path, tmp_path: Path
     ) -> None:
         bring(origin_for(tmp_path / "other", keep_source=True))
-        origin = origin_for(target)
+        checkpoint = origin_for(target)
         fake.requests.clear()
-        with CheckpointReader(origin) as readers:
-            readers.read(origin.index.header(SHARDS[0]).specs[0].name)
+        with CheckpointReader(checkpoint) as readers:
+            readers.read(checkpoint.index.header(SHARDS[0]).specs[0].name)
         assert not fake.requests
 
 

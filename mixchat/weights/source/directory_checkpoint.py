@@ -13,6 +13,7 @@ from mixchat.model_config import ModelConfig
 from mixchat.progress import Task
 from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.source.checkpoint import ShardReader
 from mixchat.weights.source.checkpoint_files import (
     COMPANION_FILES,
     CONFIG,
@@ -21,10 +22,9 @@ from mixchat.weights.source.checkpoint_files import (
     shard_files,
 )
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
-from mixchat.weights.source.origin import ShardReader
 
 
-class DirectoryOrigin:
+class DirectoryCheckpoint:
     """A checkpoint in a directory. The constructor reads every shard's header.
 
     `fingerprint` stands for the files' sizes and times, unless given. Raises `CheckpointError`

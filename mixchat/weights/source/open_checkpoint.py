@@ -1,4 +1,4 @@
-"""Opens the origin that a source names."""
+"""Opens the checkpoint that a source names."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from mixchat.progress import Progress
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
+from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_files import INDEX, read_weight_map
-from mixchat.weights.source.demo_origin import DemoOrigin
-from mixchat.weights.source.directory_origin import DirectoryOrigin
-from mixchat.weights.source.hub_origin import HubOrigin
-from mixchat.weights.source.origin import Origin
+from mixchat.weights.source.demo_checkpoint import DemoCheckpoint
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 
 @contextmanager
-def open_origin(
+def open_checkpoint(
     source: Source,
     target: Path,
     progress: Progress,
     *,
     keep_source: bool = False,
     check: Callable[[Path], None] | None = None,
-) -> Iterator[Origin]:
+) -> Iterator[Checkpoint]:
     """Open the checkpoint of `source` for a model in `target`.
 
     `check` is called with the directory of its small files, and may raise. The demo's are pinned by
     a hash and need no check. Raises what opening a directory or asking the hub raises.
     """
     if source.repo == DEMO:
-        with closing(DemoOrigin(target, progress)) as built:
+        with closing(DemoCheckpoint(target, progress)) as built:
             yield built
         return
-    origin = _open_checkpoint(source, target, keep_source)
+    checkpoint = _open_checkpoint(source, target, keep_source)
     if check is not None:
-        check(origin.companions())
-    yield origin
+        check(checkpoint.companions())
+    yield checkpoint
 
 
-def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Origin:
+def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Checkpoint:
     if Path(source.repo).is_absolute():
-        return DirectoryOrigin(Path(source.repo), source)
+        return DirectoryCheckpoint(Path(source.repo), source)
     if snapshot := _offline_snapshot(source):
         commit = snapshot.name
-        return DirectoryOrigin(snapshot, replace(source, commit=commit), fingerprint=commit)
+        return DirectoryCheckpoint(snapshot, replace(source, commit=commit), fingerprint=commit)
     remote = _look_up(source)
     resolved = replace(source, commit=remote.commit)
-    return HubOrigin(remote, resolved, target, keep_source=keep_source)
+    return HubCheckpoint(remote, resolved, target, keep_source=keep_source)
 
 
-def _look_up(source: Source) -> hub.RemoteCheckpoint:
+def _look_up(source: Source) -> hub.HubListing:
     """Look up the commit that the download started with, else the revision's commit of today."""
     if source.commit is not None:
         try:
