@@ -103,7 +103,7 @@ def convert(
         typer.Option(help="The new layout; by default the one that is fastest on this machine."),
     ] = None,
 ) -> None:
-    """Reorder a model's 4-bit codes for the CPU or the GPU, losslessly.
+    """Reorder a model's 4-bit codes for CPU or GPU, losslessly.
 
     The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
     order that a GPU reads. A model in the other layout runs too, but each expert is reordered

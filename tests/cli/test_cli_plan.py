@@ -111,7 +111,7 @@ def test_a_context_that_needs_the_room_of_experts_is_said_to(
 ):
     monkeypatch.setattr(fitting, "free_on", lambda device: int(free * GB))
     places = sections(run())["What goes where"]
-    assert ("a context that fills takes room from the experts" in places) == grows
+    assert ("as the context fills, fewer experts fit" in places) == grows
     assert re.search(r"; [\d.]+ GB left free", places)
 
 

@@ -158,7 +158,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         left = free.host - demand.shared - placement.slots * demand.expert
         yield "RAM", f"{slots}; {format_size(left)} left free"
         if left < demand.context + placement.reserve:
-            yield "", "a context that fills takes room from the experts"
+            yield "", "as the context fills, fewer experts fit"
     else:
         left = free.device - demand.shared - demand.context - placement.slots * demand.expert
         yield "GPU", f"{slots}, the context; {format_size(left)} left free"
