@@ -17,7 +17,7 @@ def test_a_chat_from_hello_to_goodbye(environment, tmp_path):
         terminal.wait_for(">>>")
         terminal.type("Hi" + ENTER)
         terminal.wait_for("Hello")
-        terminal.wait_for("(75.0%)")
+        terminal.wait_for("(hit rate 75.0%)")
         terminal.wait_for(">>>")
         terminal.type("How are you?" + ENTER)
         terminal.wait_for("Fine")

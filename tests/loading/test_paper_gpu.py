@@ -50,6 +50,16 @@ def speeds(copy: float, expert: float) -> Measurement:
     return Measurement(time.time(), (sample,))
 
 
+def settled(paper: PaperRuntime) -> tuple[int, int]:
+    """The bytes taken and the blocks locked, once the engines of earlier tests are gone."""
+    before = (-1, -1)
+    while (now := (paper.memory(torch.device("paper", 0)).taken, len(paper.locked))) != before:
+        before = now
+        time.sleep(0.2)  # the threads that move experts end
+        gc.collect()
+    return now
+
+
 class Case(NamedTuple):
     """An installed model, and what the CPU computes with it."""
 
@@ -281,9 +291,8 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
 def test_a_model_takes_the_memory_that_it_was_said_to_take(
     paper: PaperRuntime, case: Callable[[str], Case], place: str
 ) -> None:
-    gc.collect()
     slots, host = PLACES[place]
-    before = paper.memory(torch.device("paper", 0)).taken
+    before, _ = settled(paper)
     engine = load(case("nf4"), slots, host)
     text(engine)
     text(engine)
@@ -301,18 +310,13 @@ def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hos
 ) -> None:
     """Pinned pages stayed so; the next block at that address could not be pinned."""
 
-    def left() -> tuple[int, int]:
-        time.sleep(0.2)  # the thread that moves experts ends
-        gc.collect()
-        return paper.memory(torch.device("paper", 0)).taken, len(paper.locked)
-
-    before = left()
+    before = settled(paper)
     engine = load(case("nf4"), 3, EXPERTS)
     text(engine)
     assert before[1] < len(paper.locked) <= before[1] + EXPERTS
     assert set(paper.locked.values()) == {case("nf4").blueprint.expert.stride}
     del engine
-    assert left() == before
+    assert settled(paper) == before
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
