@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from care_tools import EXPERTS, SHARED, flip, verify
 from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import Meter, files_of
@@ -17,8 +18,6 @@ from mixchat.errors import CheckpointError, HubError
 from mixchat.progress import NoProgress
 from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.care.repair import repair
-from mixchat.weights.care.verify import Damage
-from mixchat.weights.care.verify import verify as verify_model
 from mixchat.weights.format.manifest import (
     MANIFEST_COPY,
     MANIFEST_FILE,
@@ -28,25 +27,6 @@ from mixchat.weights.format.manifest import (
 )
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.open_checkpoint import open_checkpoint
-
-EXPERTS = "experts-000.safetensors"
-SHARED = "shared.safetensors"
-
-
-@pytest.fixture
-def installed(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(made, tmp_path / "installed"))
-
-
-def verify(directory: Path) -> list[Damage]:
-    return verify_model(directory, NoProgress())
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 0x10
-    path.write_bytes(data)
 
 
 def mend(directory: Path, checkpoint: Path) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from care_tools import EXPERTS, SHARED, flip, verify
 from weight_tools import Meter, files_of
 
 from mixchat.errors import CheckpointError
-from mixchat.progress import NoProgress
 from mixchat.safetensors import SafetensorsFile
 from mixchat.weights.care.verify import HEADER, MISSING, SIZE, Damage
 from mixchat.weights.care.verify import verify as verify_model
@@ -25,25 +24,6 @@ from mixchat.weights.format.manifest import (
     read_manifest,
     restore_manifests,
 )
-
-EXPERTS = "experts-000.safetensors"
-SHARED = "shared.safetensors"
-
-
-@pytest.fixture
-def installed(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(made, tmp_path / "installed"))
-
-
-def verify(directory: Path) -> list[Damage]:
-    return verify_model(directory, NoProgress())
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 0x10
-    path.write_bytes(data)
 
 
 def at(path: Path, offset: int) -> str:
