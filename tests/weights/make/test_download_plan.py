@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -220,7 +221,11 @@ class TestPlan:
     ) -> None:
         index = DirectoryCheckpoint(large, Source("x")).index
         blueprint = make_blueprint(index, QuantizeOptions())
-        assert 0 < download_plan._quantizing_seconds(index, blueprint) < 60
+        clock = iter([5.0, 5.5])  # half a second for the sample
+        with monkeypatch.context() as patched:
+            patched.setattr(download_plan.time, "perf_counter", lambda: next(clock))
+            seconds = download_plan._quantizing_seconds(index, blueprint)
+        assert seconds == 12 * 3 * 512 * 256 / (math.prod(download_plan._SAMPLE) / 0.5)
         monkeypatch.setattr(download_plan, "_COPY_RATE", 1.0)
         assert download_plan._quantizing_seconds(index, blueprint) == 12 * 3 * 512 * 256
 
