@@ -196,7 +196,7 @@ class _Memory:
 
 
 class PaperRuntime:
-    """What `torch.cuda` is for CUDA: the functions that mixchat asks, under the same names.
+    """Stands in for `torch.cuda`: the functions that mixchat asks, under the same names.
 
     `fail_at`: raise `torch.OutOfMemoryError` at the allocation with this number, counted in
     `allocations`. `refuses_locks`: page-lock nothing.
@@ -222,7 +222,7 @@ class PaperRuntime:
         self.default = Stream()
         self._thread.__dict__.clear()
 
-    # What torch and mixchat call.
+    # Called by torch and mixchat.
 
     def is_available(self) -> bool:
         return True
@@ -291,7 +291,7 @@ class PaperRuntime:
     def manual_seed_all(self, seed: int) -> None:
         """Nothing is drawn on a paper GPU."""
 
-    # What tensors call.
+    # Called by tensors.
 
     def memory(self, device: torch.device) -> _Memory:
         return self._memories[device.index or 0]

@@ -35,7 +35,7 @@ ORDER = (
     ".",
 )
 
-# What a person sees asks the engine; it knows nothing of what lies below.
+# Chat and text ask the engine, and know nothing of what lies below it.
 UNKNOWN_TO_CHAT_AND_TEXT = {"loading", "planning", "experts", "weights", "kernels"}
 
 

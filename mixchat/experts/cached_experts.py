@@ -156,6 +156,7 @@ def _indices(
     places: Mapping[ExpertKey, Sequence[int]], selected: torch.Tensor
 ) -> dict[ExpertKey, torch.Tensor]:
     """Return the same as tensors [n] on the device of `selected`, which is not waited for."""
-    counts = [len(places[key]) for key in sorted(places)]
+    keys = sorted(places)
+    counts = [len(places[key]) for key in keys]
     by_expert = torch.split(selected.flatten().argsort(stable=True), counts)
-    return dict(zip(sorted(places), by_expert, strict=True))
+    return dict(zip(keys, by_expert, strict=True))

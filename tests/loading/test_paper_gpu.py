@@ -204,7 +204,7 @@ WAITS = {"all in RAM": (3, EXPERTS, False), "computed there": (3, EXPERTS, True)
 def test_a_token_waits_once_a_layer_and_once_for_the_logits(
     paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Where experts were missing it was twice a layer: for the choice and for the predictions.
+    """With experts missing it was twice a layer: for the choice and for the predictions.
 
     And once more for each expert that the CPU computes, after the experts of the GPU.
     """

@@ -126,7 +126,7 @@ def test_text_continues_inserted_ids_without_a_space(tokenizer: Any, kind: str) 
 
 
 def test_text_that_merges_with_a_newline_keeps_its_space(tmp_path: Path) -> None:
-    """Where a newline and the text after it are one token, the newline cannot be dropped."""
+    """A newline that is one token with the text after it cannot be dropped."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     pieces += ["\u2581", "a", "\n", "\n\n"]
     tokenizer = build.llama_style({p: -float(i) for i, p in enumerate(pieces)}, legacy=True)

@@ -1,4 +1,4 @@
-"""What was typed while nobody read it, at the moment in which a prompt takes the terminal over."""
+"""Lines typed while nobody reads them, when a prompt takes the terminal over."""
 
 import os
 import pty
