@@ -3,7 +3,10 @@
 - keys.py: the name of an expert: (layer, expert)
 - placement.py: what fits where
 - holder.py: the contract between the model and its experts
-- cached_experts.py: computes the selected experts
+- dispatcher.py: sends each layer's rows to those who hold its experts, and combines the outputs
+- layer_rows.py: the rows of each expert, and their outputs
+- sharing.py: divides the experts, and the work of a layer, among those who can hold them
+- cached_experts.py: computes experts on one device
 - fetcher.py: brings them into their slots
 - cache.py: which expert is in which slot, without a tensor
 - policies.py: which one is evicted: LRU, LFU, Belady's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
@@ -23,6 +23,7 @@ class Fetcher:
     """Experts of a store: a cache decides in which slots, a mover brings them.
 
     An expert can be in the cache while its bytes are still on their way; `_coming` has these.
+    `stats` may be shared with other fetchers.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Fetcher:
         store: ExpertStore,
         placement: Placement,
         passes: Passes,
+        stats: ExpertStats,
         watch: MemoryWatch | None = None,
     ) -> None:
         self._cache, self._store, self._placement = cache, store, placement
-        self._passes, self._watch = passes, watch
+        self._passes, self.stats, self._watch = passes, stats, watch
         self._mover = Mover(store.stream)
         self._coming: dict[ExpertKey, Transfer] = {}
-        self.stats = ExpertStats()
+        self._counted = 0  # bytes that the store has moved, as far as `stats` has them
 
     @property
     def slots(self) -> int:
@@ -55,10 +57,12 @@ class Fetcher:
         """Return the bytes of memory that experts take where they are computed."""
         return self._store.nbytes
 
-    @property
-    def holds_all(self) -> bool:
-        """Return whether there is nothing left to fetch."""
-        return len(self._cache) == self._placement.experts and not self._coming
+    def holds_all(self, but: Set[ExpertKey] = frozenset()) -> bool:
+        """Return whether there is nothing left to fetch of all experts `but` these."""
+        needed = self._placement.experts - len(but)
+        if self._coming or len(self._cache) < needed:
+            return False
+        return not but or sum(key not in but for key in self._cache) == needed
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
@@ -159,7 +163,8 @@ class Fetcher:
                 self._give_up(key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - start
-        self.stats.bytes_moved = self._store.bytes_moved
+        self.stats.bytes_moved += self._store.bytes_moved - self._counted
+        self._counted = self._store.bytes_moved
         del self._coming[key]
 
     def _failed(self, key: ExpertKey) -> bool:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     import torch
 
     from mixchat.experts.keys import ExpertKey
+    from mixchat.experts.layer_rows import LayerRows
     from mixchat.experts.stats import ExpertStats
 
 
@@ -54,7 +57,27 @@ class ExpertHolder(ExpertRunner, Protocol):
         """Return the bytes of memory that experts take where they are computed."""
 
     def tier(self, key: ExpertKey) -> str:
-        """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
+        """Return the tier of the expert's fastest copy: `device`, `host`, `worker` or `disk`."""
+
+    def begin_turn(self) -> None:
+        """Take up workers again that were lost; this is called before each prompt."""
 
     def halve(self) -> bool:
         """Hold half as many experts from now on; return False where that would be too few."""
+
+
+class WorkerExperts(Protocol):
+    """A worker on another machine, as the side that chats sees it. No method raises its faults."""
+
+    @property
+    def held(self) -> Collection[ExpertKey]:
+        """Return the experts that it holds; none while it is lost."""
+
+    def begin_turn(self) -> None:
+        """Connect again, if the worker was lost."""
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        """Send the rows of these experts."""
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        """Store the outputs in `rows`; return the experts that it has not computed."""

@@ -8,6 +8,7 @@ from mixchat import gpu, machine
 from mixchat.errors import ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.cached_experts import CachedExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.memory import CPU, MemoryWatch
@@ -15,6 +16,7 @@ from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
+from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.machine_speed import measure_machine, saved_measurement
 from mixchat.progress import Note
@@ -29,7 +31,7 @@ def build_experts(
     note: Note,
     *,
     exact: bool = False,
-) -> CachedExperts:
+) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `device`.
 
     On "cpu" the slots are in RAM and are filled from disk; behind another device RAM is a tier of
@@ -57,13 +59,15 @@ def build_experts(
     else:
         slots = _reserve(store, slots, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
-    fetcher = Fetcher(cache, store, placement, passes, watch)
+    stats = ExpertStats()
+    fetcher = Fetcher(cache, store, placement, passes, stats, watch)
     host = (
         None
         if host_source is None or exact
         else _host_compute(installed, host_source, device, note)
     )
-    return CachedExperts(fetcher, _prefetch(installed, fetcher, device), host)
+    experts = CachedExperts(fetcher, device, host)
+    return Dispatcher([experts], stats, prefetch=_prefetch(installed, stats, device))
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
@@ -114,12 +118,12 @@ def _host_compute(
     )
 
 
-def _prefetch(installed: InstalledModel, fetcher: Fetcher, device: torch.device) -> Prefetch:
+def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.device) -> Prefetch:
     config, blueprint = installed.config, installed.blueprint
     layers = range(config.num_hidden_layers)
     gates = [installed.tensor(blueprint.gate(layer)).to(device) for layer in layers]
     norms = [installed.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
-    return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok), fetcher.stats)
+    return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok), stats)
 
 
 def _lock_for(device: torch.device) -> PageLock:

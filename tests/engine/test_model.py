@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixchat.experts.cached_experts import CachedExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
@@ -71,13 +71,13 @@ def test_logits_and_routing_equal_transformers_in_fp32(
     engine = load_engine(install(checkpoint, quant_type="none"), CPU)
 
     routed: list[torch.Tensor] = []
-    run = CachedExperts.run
+    run = Dispatcher.run
 
     def recording(self: Any, layer: int, hidden: Any, selected: Any, weights: Any) -> torch.Tensor:
         routed.append(selected.sort(dim=-1).values)
         return run(self, layer, hidden, selected, weights)
 
-    monkeypatch.setattr(CachedExperts, "run", recording)
+    monkeypatch.setattr(Dispatcher, "run", recording)
     layers, per_token = model.config.num_hidden_layers, model.config.num_experts_per_tok
     for chunk in (TOKENS, 16, 1):  # prefill, chunked prefill, decode step by step
         routed.clear()

@@ -9,12 +9,14 @@ import torch
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.cached_experts import CachedExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 from mixchat.experts.placement import Placement
 from mixchat.experts.policies import Passes
 from mixchat.experts.sources import DiskSource
+from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.kernels import four_bit
 from mixchat.weights.format.installed_model import InstalledModel
@@ -22,9 +24,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 CPU = torch.device("cpu")
 
 
-def runner(
-    installed: InstalledModel, slots: int, source: ExpertSource | None = None
-) -> CachedExperts:
+def runner(installed: InstalledModel, slots: int, source: ExpertSource | None = None) -> Dispatcher:
     layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(installed, choose=False),
@@ -32,7 +32,13 @@ def runner(
         used=installed.blueprint.in_layout(layout).expert,
         device=CPU,
     )
-    return CachedExperts(Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2)))
+    stats = ExpertStats()
+    fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
+    return Dispatcher([CachedExperts(fetcher, CPU)], stats)
+
+
+def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
+    return dispatcher._devices[0]._fetcher
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -52,8 +58,8 @@ def slow(installed: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.
         total = torch.zeros(64)
         for choice in range(selected.shape[1]):
             key = ExpertKey(layer, int(selected[token, choice]))
-            one._fetcher.request([key])
-            expert = one._fetcher.ready(key)
+            fetcher_of(one).request([key])
+            expert = fetcher_of(one).ready(key)
             total += expert(hidden[token : token + 1])[0].float() * weights[token, choice]
         rows.append(total)
     return torch.stack(rows).to(hidden.dtype)
@@ -82,14 +88,14 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
         inputs = routing(1 + seed % 5, seed=seed)
         results = [each.run(seed % 2, *inputs) for each in runners]
         assert all(torch.equal(results[0], other) for other in results[1:])
-    assert runners[0]._fetcher.stats.misses.total() > runners[3]._fetcher.stats.misses.total() == 8
+    assert runners[0].stats.misses.total() > runners[3].stats.misses.total() == 8
 
 
 def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
     installed: InstalledModel,
 ) -> None:
     """A wrong prediction frees its slot; the next expert took another one, and its memory."""
-    fetcher = runner(installed, 8)._fetcher
+    fetcher = fetcher_of(runner(installed, 8))
     for layer, expert in product((0, 1), range(4)):
         fetcher.request([ExpertKey(layer, expert)])
         fetcher.ready(ExpertKey(layer, expert))
@@ -112,8 +118,8 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
 def test_each_expert_is_used_once_a_call(installed: InstalledModel) -> None:
     small = runner(installed, 2)
     small.run(0, *routing(64))
-    assert small._fetcher.stats.misses.total() == 4
-    assert small._fetcher.stats.hits.total() == 0
+    assert small.stats.misses.total() == 4
+    assert small.stats.hits.total() == 0
 
 
 def test_experts_in_the_cache_are_used_before_others_evict_them(installed: InstalledModel) -> None:
@@ -122,8 +128,8 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(installed: Insta
     inputs = routing(64)
     small.run(0, *inputs)
     small.run(0, *inputs)
-    assert small._fetcher.stats.hits.total() == 2
-    assert small._fetcher.stats.bytes_moved == 6 * installed.blueprint.expert.nbytes
+    assert small.stats.hits.total() == 2
+    assert small.stats.bytes_moved == 6 * installed.blueprint.expert.nbytes
 
 
 class Failing:
@@ -196,7 +202,7 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: Inst
             started.append(key.expert)
             yield from super().load(key, block, evicted)
 
-    fetcher = runner(installed, 4, Noting(installed, choose=False))._fetcher
+    fetcher = fetcher_of(runner(installed, 4, Noting(installed, choose=False)))
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     fetcher.ready(ExpertKey(0, 2))  # the last to come
     assert started == [3, 0, 2]

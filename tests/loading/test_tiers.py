@@ -261,7 +261,9 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
     free["bytes"] = 0
     assert text(engine) == expected
     assert engine.experts.slots == 2
-    assert len(engine.experts._fetcher._store._slots) == 2  # the memory of the others has gone
+    assert (
+        len(engine.experts._devices[0]._fetcher._store._slots) == 2
+    )  # the memory of the others has gone
     free["bytes"] = 10**12
     assert text(engine) == expected
     assert engine.experts.slots == 8
@@ -274,5 +276,5 @@ def test_experts_in_ram_do_not_come_from_disk_again(
     text(engine)
     monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
     assert text(engine)
-    source = engine.experts._fetcher._store._source
+    source = engine.experts._devices[0]._fetcher._store._source
     assert isinstance(source, HostSource)

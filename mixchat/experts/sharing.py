@@ -1,0 +1,120 @@
+"""Divides experts among those who can hold them, and the work of a layer: pure functions.
+
+A holder is this machine, or a worker on another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from mixchat.experts.keys import ExpertKey
+
+_ROWS_LIKE_READING = 16  # an expert computes about so many rows in the time that reading it takes
+
+
+def share(
+    counts: Mapping[ExpertKey, int], holders: Mapping[ExpertKey, Sequence[int]]
+) -> dict[int, list[ExpertKey]]:
+    """Return the experts that each holder computes, by its number.
+
+    counts: the rows of each expert; holders: the numbers of those who hold it, at least one. Of
+    several the one with least to do gets it; among equals the first. With A and B, one row each, of
+    which 0 holds A, and 0 and 1 hold B, the result is {0: [A], 1: [B]}.
+    """
+    work: dict[int, float] = {}
+    shares: dict[int, list[ExpertKey]] = {}
+    # Those without a choice come first, then the largest: the small ones even out what is left.
+    for key in sorted(counts, key=lambda key: (len(holders[key]), -counts[key], key)):
+        chosen = min(holders[key], key=lambda holder: work.get(holder, 0.0))
+        work[chosen] = work.get(chosen, 0.0) + 1 + counts[key] / _ROWS_LIKE_READING
+        shares.setdefault(chosen, []).append(key)
+    return shares
+
+
+def divide(
+    layers: int,
+    experts: int,
+    slots: Sequence[int],
+    uses: Mapping[ExpertKey, int] | None = None,
+) -> list[list[ExpertKey]]:
+    """Return the experts that each holder is to hold, the most used ones first.
+
+    slots: how many each can hold, this machine first; `uses`: how often each expert was used
+    before. Together they hold every expert once, if they can, each the same share of every layer
+    and of its uses, as far as its slots allow. Slots that are left hold copies of the most used.
+    Where there are too few slots, the workers' are full, and this machine gets all other experts,
+    which are more than its slots: they come and go.
+
+    Two layers of two experts and 2, 3 slots: each gets one expert of each layer, and the second a
+    copy of the most used expert of the first.
+    """
+    uses = uses or {}
+    quotas = _quotas(layers * experts, slots)
+    held: list[list[ExpertKey]] = [[] for _ in slots]
+    for layer in range(layers):
+        keys = sorted(
+            (ExpertKey(layer, expert) for expert in range(experts)),
+            key=lambda key: (-uses.get(key, 0), key),
+        )
+        left = _part_of_layer(quotas, [len(keys) for keys in held], layer, layers, experts)
+        work = [0] * len(slots)
+        for key in keys:
+            holder = min(
+                (number for number, count in enumerate(left) if count),
+                key=lambda number: (work[number], -left[number], number),
+            )
+            left[holder] -= 1
+            work[holder] += uses.get(key, 0) + 1
+            held[holder].append(key)
+    _add_copies(held, layers, experts, slots, uses)
+    for keys in held:
+        keys.sort(key=lambda key: (-uses.get(key, 0), key.expert, key.layer))
+    return held
+
+
+def _quotas(total: int, slots: Sequence[int]) -> list[int]:
+    """Return how many different experts each holder gets: as equal as the slots allow."""
+    if sum(slots) <= total:
+        return [total - sum(slots[1:]), *slots[1:]]
+    quotas = [0] * len(slots)
+    for _ in range(total):
+        free = [number for number, count in enumerate(slots) if quotas[number] < count]
+        quotas[min(free, key=lambda number: quotas[number])] += 1
+    return quotas
+
+
+def _part_of_layer(
+    quotas: Sequence[int], given: Sequence[int], layer: int, layers: int, experts: int
+) -> list[int]:
+    """Return how many experts of a layer each holder gets, where it was `given` some before.
+
+    Each is to have its quota in the end, and (layer + 1) / layers of it after this layer: those who
+    are farthest behind get one more.
+    """
+    behind = [quota * (layer + 1) / layers - had for quota, had in zip(quotas, given, strict=True)]
+    parts = [max(int(missing), 0) for missing in behind]
+    while sum(parts) != experts:
+        step = 1 if sum(parts) < experts else -1
+        owed = [missing - part for missing, part in zip(behind, parts, strict=True)]
+        number = max(
+            (n for n in range(len(parts)) if parts[n] + step >= 0), key=lambda n: step * owed[n]
+        )
+        parts[number] += step
+    return parts
+
+
+def _add_copies(
+    held: list[list[ExpertKey]],
+    layers: int,
+    experts: int,
+    slots: Sequence[int],
+    uses: Mapping[ExpertKey, int],
+) -> None:
+    """Fill the slots that are left with copies, most used experts first, to all who lack them."""
+    keys = [ExpertKey(layer, expert) for expert, layer in product(range(experts), range(layers))]
+    keys.sort(key=lambda key: -uses.get(key, 0))
+    for number, count in enumerate(slots):
+        has = set(held[number])
+        room = max(count - len(held[number]), 0)
+        held[number] += [key for key in keys if key not in has][:room]
