@@ -17,8 +17,9 @@ class LayerRows:
     hidden_states: [T, D]; selected: [T, K], int64, on their device, and `on_cpu` the same on the
     CPU; copy: the hidden states on the CPU, where they were read with the selection.
 
-    Experts may be computed in any order and anywhere, because the K outputs of a token are stored
-    apart until all are there, and then summed in the order of its choices.
+    outputs: [T * K, D], those of a token side by side. Experts may be computed in any
+    order and anywhere, because the K outputs of a token stay apart until all are there, and are
+    then summed in the order of its choices.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class LayerRows:
         self.counts = {key: len(places) for key, places in self._places.items()}
         self._by_key: dict[ExpertKey, torch.Tensor] = {}
         tokens, self._choices = selected.shape
-        self._outputs = hidden_states.new_empty(tokens * self._choices, hidden_states.shape[-1])
+        self.outputs = hidden_states.new_empty(tokens * self._choices, hidden_states.shape[-1])
 
     @property
     def is_one_token(self) -> bool:
@@ -59,14 +60,14 @@ class LayerRows:
     def put(self, key: ExpertKey, output: torch.Tensor) -> None:
         """Store an expert's output [n, D], from any device."""
         if self.is_one_token:
-            self._outputs[self._places[key][0]] = output[0]
+            self.outputs[self._places[key][0]] = output[0]
         else:
-            output = output.to(self._outputs.device, non_blocking=True)
-            self._outputs[self._indices(key)] = output
+            output = output.to(self.outputs.device, non_blocking=True)
+            self.outputs[self._indices(key)] = output
 
     def combine(self, routing_weights: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: each token's outputs, weighted by routing_weights [T, K], float32."""
-        outputs = self._outputs.view(*self._selected.shape, -1)
+        outputs = self.outputs.view(*self._selected.shape, -1)
         return rows.weighted_sum(outputs, routing_weights)
 
     def _indices(self, key: ExpertKey) -> torch.Tensor:

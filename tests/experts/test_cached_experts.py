@@ -5,48 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_doubles import fetcher_of, routing, runner
 
 from mixchat.errors import CheckpointError, ResourceError
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.cached_experts import CachedExperts
-from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
-from mixchat.experts.placement import Placement
-from mixchat.experts.policies import Passes
 from mixchat.experts.sources import DiskSource
-from mixchat.experts.stats import ExpertStats
-from mixchat.experts.store import ExpertSource, ExpertStore
-from mixchat.kernels import four_bit
 from mixchat.weights.format.installed_model import InstalledModel
-
-CPU = torch.device("cpu")
-
-
-def runner(installed: InstalledModel, slots: int, source: ExpertSource | None = None) -> Dispatcher:
-    layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
-    store = ExpertStore(
-        source or DiskSource(installed, choose=False),
-        stored=installed.blueprint.expert,
-        used=installed.blueprint.in_layout(layout).expert,
-        device=CPU,
-    )
-    stats = ExpertStats()
-    fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
-    return Dispatcher([CachedExperts(fetcher, CPU)], stats)
-
-
-def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
-    return dispatcher._devices[0]._fetcher
-
-
-def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, 64, generator=generator).to(torch.bfloat16)
-    scores = torch.randn(tokens, 4, generator=generator)
-    largest, selected = scores.topk(choices, dim=-1)
-    return hidden, selected, largest.softmax(-1)
 
 
 def slow(installed: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""Experts of the tiny model (2 layers of 4, D = 64) with few slots, and inputs for them."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from mixchat.experts.cache import ExpertCache
+from mixchat.experts.cached_experts import CachedExperts
+from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.holder import WorkerExperts
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.placement import Placement
+from mixchat.experts.policies import Passes
+from mixchat.experts.sources import DiskSource
+from mixchat.experts.stats import ExpertStats
+from mixchat.experts.store import ExpertSource, ExpertStore
+from mixchat.kernels import four_bit
+from mixchat.weights.format.installed_model import InstalledModel
+
+CPU = torch.device("cpu")
+
+
+def runner(
+    installed: InstalledModel,
+    slots: int,
+    source: ExpertSource | None = None,
+    workers: Sequence[WorkerExperts] = (),
+    copies: Iterable[ExpertKey] = (),
+) -> Dispatcher:
+    layout = "cpu-packed" if four_bit.available() else "bitsandbytes"
+    store = ExpertStore(
+        source or DiskSource(installed, choose=False),
+        stored=installed.blueprint.expert,
+        used=installed.blueprint.in_layout(layout).expert,
+        device=CPU,
+    )
+    stats = ExpertStats()
+    fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
+    experts = CachedExperts(fetcher, CPU)
+    return Dispatcher([experts], stats, workers=workers, copies=frozenset(copies))
+
+
+def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
+    return dispatcher._devices[0]._fetcher
+
+
+def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 64, generator=generator).to(torch.bfloat16)
+    scores = torch.randn(tokens, 4, generator=generator)
+    largest, selected = scores.topk(choices, dim=-1)
+    return hidden, selected, largest.softmax(-1)
+
+
+class FakeWorker:
+    """A worker in the same process, that fails where it is told to."""
+
+    def __init__(self, installed: InstalledModel, held: Iterable[ExpertKey]) -> None:
+        self._experts, self._holds = runner(installed, 8), frozenset(held)
+        self.works = True
+        self.fails_at: str | None = None  # "begin" or "finish"
+        self.sent: list[list[ExpertKey]] = []
+
+    @property
+    def held(self) -> frozenset[ExpertKey]:
+        return self._holds if self.works else frozenset()
+
+    def begin_turn(self) -> None:
+        self.works = True
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        self.works = self.fails_at != "begin"
+        self.sent.append(list(keys))
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        self.works = self.works and self.fails_at != "finish"
+        if not self.works:
+            return self.sent[-1]
+        for key in self.sent[-1]:
+            x = rows.of(key)
+            chosen = torch.full((x.shape[0], 1), key.expert)
+            computed = self._experts.compute(rows.layer, x, chosen)
+            rows.put(key, computed.outputs)
+        return []

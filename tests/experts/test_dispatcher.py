@@ -1,0 +1,88 @@
+"""Experts on several holders give the bits that one holder gives, also where a worker fails."""
+
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+from expert_doubles import FakeWorker, fetcher_of, routing, runner
+
+from mixchat.experts.keys import ExpertKey
+from mixchat.weights.format.installed_model import InstalledModel
+
+EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
+SPLITS = [frozenset(keys) for size in (1, 2, 4) for keys in combinations(EVERYTHING[:4], size)]
+
+
+@pytest.fixture
+def installed(tiny_model: Path) -> InstalledModel:
+    return InstalledModel(tiny_model)
+
+
+@pytest.mark.parametrize("held", SPLITS)
+def test_what_a_worker_computes_has_the_bits_that_it_has_at_home(
+    installed: InstalledModel, held: frozenset[ExpertKey]
+) -> None:
+    worker = FakeWorker(installed, held)
+    spread, alone = runner(installed, 2, workers=[worker]), runner(installed, 8)
+    for tokens, seed in product((1, 2, 17), range(3)):
+        inputs = routing(tokens, seed=seed)
+        assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
+    assert {key for keys in worker.sent for key in keys} == held
+    assert not any(fetcher_of(spread).holds(key) for key in held)
+
+
+def test_three_workers_share_the_work_of_experts_that_all_hold(installed: InstalledModel) -> None:
+    workers = [FakeWorker(installed, EVERYTHING) for _ in range(3)]
+    spread, alone = runner(installed, 2, workers=workers), runner(installed, 8)
+    inputs = routing(30, choices=3)
+    assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
+    assert [len(worker.sent[0]) for worker in workers] in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
+
+
+@pytest.mark.parametrize("where", ["begin", "finish"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_what_a_worker_fails_to_compute_is_computed_at_home(
+    installed: InstalledModel, where: str, tokens: int
+) -> None:
+    worker = FakeWorker(installed, EVERYTHING)
+    spread, alone = runner(installed, 2, workers=[worker]), runner(installed, 8)
+    inputs = routing(tokens)
+    spread.run(0, *inputs)
+    worker.fails_at = where
+    assert torch.equal(spread.run(1, *inputs), alone.run(1, *inputs))
+    assert len(worker.sent) == 2
+    assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
+    assert len(worker.sent) == 2  # it is not asked again in this turn
+    worker.fails_at = None
+    spread.begin_turn()
+    assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
+    assert len(worker.sent) == 3
+
+
+def test_a_copy_is_loaded_while_the_worker_computes_and_takes_half_of_the_work_then(
+    installed: InstalledModel,
+) -> None:
+    worker = FakeWorker(installed, EVERYTHING)
+    copies = [ExpertKey(0, expert) for expert in range(4)]
+    spread, alone = runner(installed, 8, workers=[worker], copies=copies), runner(installed, 8)
+    inputs = routing(64)
+    for key in copies:
+        fetcher_of(spread).request([key])
+        fetcher_of(spread).ready(key)
+    assert torch.equal(spread.run(0, *inputs), alone.run(0, *inputs))
+    assert len(worker.sent[0]) == 2
+
+
+def test_the_tier_of_an_expert_is_that_of_its_nearest_copy(installed: InstalledModel) -> None:
+    worker = FakeWorker(installed, EVERYTHING[:4])
+    spread = runner(installed, 4, workers=[worker], copies=EVERYTHING[:1])
+    assert spread.slots_by_tier == {"host": 4, "worker": 4}
+    assert {spread.tier(key) for key in EVERYTHING[:4]} == {"worker"}
+    assert {spread.tier(key) for key in EVERYTHING[4:]} == {"disk"}
+    fetcher_of(spread).request(EVERYTHING[:1])
+    fetcher_of(spread).ready(EVERYTHING[0])
+    assert spread.tier(EVERYTHING[0]) == "host"
+    worker.works = False
+    assert spread.tier(EVERYTHING[1]) == "disk"
+    assert spread.slots_by_tier == {"host": 4, "worker": 0}
