@@ -5,6 +5,7 @@
 - context.py: the size of a context, and the check for texts that are too long
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
+- network_address.py: the address of a worker, from text
 - options.py: the options of sampling and of loading a model
 - safetensors.py: the file format of weights
 - files.py: mixchat's own files, read with clear errors, written whole or not at all

@@ -36,7 +36,7 @@ class LoadOptions:
     tokens; kv_bits: bits of a number in the KV cache, None for those of the model's own dtype;
     exact_prompts: compute batch-invariantly, so that a prompt's tokens get the same bits as decoded
     ones; device: torch's name; cache_policy: a key of `experts.policies.POLICIES`; trace: a file
-    that gets the routing.
+    that gets the routing; workers: their addresses, HOST[:PORT]; key_file: the file of their key.
     """
 
     host_memory: MemoryBudget | None = None
@@ -47,3 +47,5 @@ class LoadOptions:
     device: str | None = None
     cache_policy: str = DEFAULT_POLICY
     trace: Path | None = None
+    workers: tuple[str, ...] = ()
+    key_file: Path | None = None

@@ -74,6 +74,8 @@ def bench(
     host_memory: model_flags.HostMemory = None,
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
+    worker: model_flags.Worker = None,
+    key_file: model_flags.KeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
 ) -> None:
@@ -92,6 +94,8 @@ def bench(
         kv_bits=checked_bits(kv_bits),
         exact_prompts=exact_prompts,
         device=device,
+        workers=tuple(worker or ()),
+        key_file=key_file,
     )
     with _model(model, synthetic) as directory:
         done = Bench(directory, load, options)

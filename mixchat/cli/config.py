@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,7 +52,8 @@ def config(
 
     The keys of config.toml are the flags of `mixchat run` without the dashes. Each setting also has
     an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the variable
-    overrides the file. An empty variable counts as not set; MIXCHAT_STOP is split at spaces.
+    overrides the file. An empty variable counts as not set; MIXCHAT_STOP and MIXCHAT_WORKER
+    are split at spaces.
 
     Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
     the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, where pip
@@ -99,6 +101,7 @@ def _settings(command: Any, given: dict[str, Any]) -> Iterator[CurrentSetting]:
             problem = error
         value = context.params.get(parameter.name)
         nothing = value is None or value == [] or value == ()
+        value = str(value) if isinstance(value, Path) else value
         yield CurrentSetting(
             key, None if nothing else value, value_source(context, parameter), parameter, problem
         )

@@ -31,6 +31,8 @@ def plan(
     host_memory: model_flags.HostMemory = None,
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
+    worker: model_flags.Worker = None,
+    key_file: model_flags.KeyFile = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine again (about 10 s).")
     ] = False,
@@ -48,6 +50,8 @@ def plan(
         context_size=ctx_size,
         kv_bits=checked_bits(kv_bits),
         device=device,
+        workers=tuple(worker or ()),
+        key_file=key_file,
     )
     from mixchat.weights import models
 

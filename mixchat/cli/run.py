@@ -67,6 +67,8 @@ def run(
     host_memory: model_flags.HostMemory = None,
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
+    worker: model_flags.Worker = None,
+    key_file: model_flags.KeyFile = None,
     cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
     prompt_cache: model_flags.PromptCache = None,
     trace: model_flags.Trace = None,
@@ -92,6 +94,8 @@ def run(
         device=device,
         cache_policy=cache_policy,
         trace=trace,
+        workers=tuple(worker or ()),
+        key_file=key_file,
     )
     model_context = context_of(model, ctx_size)
     files = read_files(file or [], model_context, output.note)

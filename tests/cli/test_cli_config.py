@@ -70,6 +70,14 @@ def test_every_kind_of_value_can_stand_in_the_file(mixchat, config_file, tmp_pat
 
 def test_a_list_in_a_variable_is_split_at_spaces(mixchat):
     assert mixchat("run", "Hi", MIXCHAT_STOP="zz l").stdout == b"He\n"
+    held = holding(mixchat("config", "--json", MIXCHAT_WORKER="10.0.0.1 helper:80"))
+    assert held["worker"] == {"value": ["10.0.0.1", "helper:80"], "from": "MIXCHAT_WORKER"}
+
+
+def test_the_key_s_file_is_shown_as_text(mixchat, config_file):
+    config_file('key-file = "/tmp/k"')
+    assert holding(mixchat("config", "--json"))["key-file"]["value"] == "/tmp/k"
+    assert re.search(r'^key-file +"/tmp/k" +config.toml$', mixchat("config").stdout.decode(), re.M)
 
 
 @pytest.mark.parametrize("command", [["stats"], ["plan"], ["run", "Hi"]])
@@ -104,6 +112,9 @@ def test_the_model_is_that_of_the_file(mixchat, config_file, command):
         ('stop = "END"', r'stop has to be a list of texts, such as \["END"\]'),
         ("stop = [1]", r'stop has to be a list of texts, such as \["END"\]'),
         ('stop = [""]', "stop is empty"),
+        ('worker = "helper"', r'worker has to be a list of texts, such as \["END"\]'),
+        ('worker = ["a b"]', r"worker: cannot read 'a b' as HOST\[:PORT\]"),
+        ('worker = ["a", "a:7917"]', "worker a:7917 is given twice"),
         ('trace = "x"', "trace is a flag of one run, not a setting"),
         ("help = true", "there is no setting 'help'"),
         ("model = demo", r"not TOML: Invalid value \(at line 1, column 9\)"),
@@ -241,6 +252,7 @@ def test_the_example_holds_once_numbers_and_names_are_filled_in(mixchat, config_
     filled = re.sub(r"^#([a-z-]+ = )", r"\1", example, flags=re.MULTILINE)
     filled = re.sub(r"(= )[XN]$", r"\g<1>1", filled, flags=re.MULTILINE)
     filled = filled.replace('"SIZE"', '"8GB"').replace("kv-bits = 1", "kv-bits = 8")
+    filled = filled.replace('"HOST[:PORT]"', '"192.168.1.5"')
     config_file(
         filled.replace("min-p = 1", "min-p = 0.1").replace('device = "NAME"', 'device = "cpu"')
     )

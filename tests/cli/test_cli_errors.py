@@ -39,6 +39,9 @@ def lines_of(done):
         (["--stop", ""], "--stop is empty"),
         (["--expert-memory", "lots"], "cannot read 'lots' as an amount of memory"),
         (["--expert-memory", ""], "cannot read '' as an amount of memory"),
+        (["--worker", ""], "cannot read '' as HOST[:PORT]"),
+        (["--worker", "a:0"], "'a:0': a port is between 1 and 65535"),
+        (["--worker", "a", "--worker", "a:7917"], "--worker a:7917 is given twice"),
     ],
 )
 def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):

@@ -10,6 +10,7 @@ from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import checked
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
+from mixchat.network_address import NetworkAddress
 from mixchat.options import CacheBits
 
 # By its name in Python: the flag, and the limits of its value.
@@ -41,6 +42,16 @@ def checked_device(name: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
     return name
+
+
+def checked_workers(addresses: list[str]) -> list[str]:
+    """Return the addresses, if each can be read and is given once. Raises `UsageError`."""
+    seen: set[NetworkAddress] = set()
+    for address in map(NetworkAddress.parse, addresses):
+        if address in seen:
+            raise UsageError(f"--worker {address} is given twice")
+        seen.add(address)
+    return addresses
 
 
 def checked_stops(texts: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from mixchat.cli.flags.checks import (
     checked_policy,
     checked_stops,
     checked_system,
+    checked_workers,
     within_limits,
 )
 from mixchat.cli.flags.config_flag import AGAIN, setting, setting_argument
@@ -212,6 +213,24 @@ Device = Annotated[
         metavar="NAME",
         help="cpu, cuda or cuda:N.",
         show_default="cuda if there is a GPU, else cpu",
+    ),
+]
+Worker = Annotated[
+    list[str] | None,
+    setting(
+        "--worker",
+        check=checked_workers,
+        metavar="HOST[:PORT]",
+        help=f"Compute experts on the machine HOST, too, where 'mixchat worker' runs; {AGAIN}.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    setting(
+        "--key-file",
+        metavar="FILE",
+        help="The workers' key, which 'mixchat worker --new-key' makes.",
+        show_default="worker.key in the data directory",
     ),
 ]
 Verbose = Annotated[

@@ -1,0 +1,31 @@
+"""`run`, `bench` and `plan` take the addresses of workers, and the file of their key."""
+
+from pathlib import Path
+
+import pytest
+
+from mixchat.errors import UsageError
+
+GIVEN = ("--worker", "192.168.1.5", "--worker", "helper:80", "--key-file", "a.key")
+TAKEN_BY = {
+    "run": "fake_mixchat.open_fake",
+    "bench": "mixchat.bench.rounds.Bench",
+    "plan": "mixchat.cli.plan._plan",
+}
+
+
+@pytest.mark.parametrize("command", TAKEN_BY)
+def test_workers_and_the_key_get_to_those_who_load(mixchat, monkeypatch, tiny_model, command):
+    loads = []
+
+    def take(model, load, *others, **options):
+        loads.append(load)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(TAKEN_BY[command], take)
+    words = ("Hi",) if command == "run" else (str(tiny_model),)
+    for flags in (GIVEN, ()):
+        assert mixchat(command, *words, *flags).stderr == b"error: enough\n"
+    assert loads[0].workers == ("192.168.1.5", "helper:80")
+    assert loads[0].key_file == Path("a.key")
+    assert (loads[1].workers, loads[1].key_file) == ((), None)
