@@ -18,6 +18,8 @@ from mixchat.errors import ModelNotFoundError
 if TYPE_CHECKING:
     from mixchat.engine.report import ExpertReport
 
+_COLOURS = ("#2a788e", "#a5db36", "#414487", "#e0e0e0")  # of the tiers
+
 
 def stats(
     model: Annotated[str, model_argument("A name, as for 'mixchat run -m'.")] = "instruct",
@@ -78,7 +80,7 @@ def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:
     from mixchat.engine.report import PLACES, TIERS
 
     places = [[TIERS.index(tier) for tier in layer] for layer in report.tiers]
-    colours = import_module("matplotlib.colors").ListedColormap(["#2a788e", "#a5db36", "#e0e0e0"])
+    colours = import_module("matplotlib.colors").ListedColormap(_COLOURS)
     last = len(TIERS) - 1
     image = axes.imshow(places, aspect="auto", cmap=colours, vmin=-0.5, vmax=last + 0.5)
     figure.colorbar(image, ax=axes, ticks=range(len(TIERS))).ax.set_yticklabels(PLACES.values())

@@ -16,8 +16,9 @@ from mixchat.files import read_json_object, write_private_file
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
 
-TIERS = ("device", "host", "disk")  # where an expert can be, the fastest first
-PLACES = {"device": "GPU", "host": "RAM", "disk": "disk"}  # the tiers as people call them
+TIERS = ("device", "host", "worker", "disk")  # where an expert can be, the fastest first
+# The tiers as people call them.
+PLACES = {"device": "GPU", "host": "RAM", "worker": "worker", "disk": "disk"}
 # Fields whose names in JSON are those of version 1, which scripts read.
 _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 
@@ -26,10 +27,10 @@ _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 class ExpertReport:
     """Hits, misses and tiers of a run's experts, layer by layer.
 
-    `hits`, `misses` and `tiers` are lists of layers, each a list of experts; a tier is `device`,
-    `host` or `disk`: where the expert was at the end. `slots` is the count of experts that fit each
-    of the faster tiers, `tokens` how many went through the model, `seconds` how long that took. The
-    others are as in `ExpertStats`.
+    `hits`, `misses` and `tiers` are lists of layers, each a list of experts; a tier is one of
+    `TIERS`: where the expert was at the end. `slots` is the count of experts that fit each of the
+    faster tiers, `tokens` how many went through the model, `seconds` how long that took. The others
+    are as in `ExpertStats`.
     """
 
     model: str
@@ -77,6 +78,11 @@ def report_of(engine: Engine, model: str) -> ExpertReport:
         tokens=engine.total_tokens,
         seconds=engine.total_seconds,
     )
+
+
+def slots_in_words(slots: Mapping[str, int]) -> str:
+    """Return counts of slots by tier as `12 RAM slots, 8 worker slots`."""
+    return ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
 
 
 def save_report(path: Path, report: ExpertReport) -> None:

@@ -101,6 +101,7 @@ class Dispatcher:
         self._look_ahead(rows, predicted)
         self._finish_at_home(rows)
         failed = [key for worker, _ in sent for key in worker.finish(rows)]
+        self.stats.hits.update(key for _, keys in sent for key in keys if key not in failed)
         if failed:
             self._look_around()
             self._begin_at_home(rows, failed)

@@ -12,7 +12,8 @@ from mixchat.experts.keys import ExpertKey
 class ExpertStats:
     """Cumulative counts.
 
-    hits, misses: uses of an expert found in fast memory or not, by expert. bytes_moved: bytes
+    hits, misses: uses of an expert found in fast memory or not, by expert; what a worker computes
+    is a hit. bytes_moved: bytes
     brought into fast memory. stalled_seconds: time spent waiting for them. predictions: experts
     that were prefetched; of these, right_predictions were then selected by a router, of these
     late_predictions before they had arrived, which makes them misses too.

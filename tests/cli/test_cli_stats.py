@@ -161,7 +161,8 @@ def test_png_without_matplotlib_says_what_to_install(mixchat, kept, tmp_path, mo
 def test_png_draws_every_report(mixchat, home, tmp_path, name):
     pytest.importorskip("matplotlib")
     idle = [[0, 0], [0, 0]]
-    for report in (REPORT, replace(REPORT, hits=idle, misses=idle, tokens=0)):
+    spread = replace(REPORT, tiers=[["worker", "disk"], ["host", "worker"]])
+    for report in (REPORT, replace(REPORT, hits=idle, misses=idle, tokens=0), spread):
         save_report(report_path("demo"), replace(report, model=name))
         done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
         assert (done.returncode, done.stdout) == (0, b"")

@@ -1,10 +1,19 @@
 """The report of a run's experts, and its form in JSON."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mixchat.engine.report import ExpertReport
+from mixchat.engine.report import (
+    PLACES,
+    TIERS,
+    ExpertReport,
+    load_report,
+    save_report,
+    slots_in_words,
+)
 
 REPORT = ExpertReport(
     model="demo",
@@ -29,6 +38,17 @@ def test_the_names_in_json_are_those_that_scripts_read() -> None:
 
 def test_a_report_comes_back_from_json() -> None:
     assert ExpertReport.from_dict(json.loads(json.dumps(REPORT.to_dict()))) == REPORT
+
+
+def test_a_report_of_a_run_with_workers_is_read_like_others(tmp_path: Path) -> None:
+    spread = replace(REPORT, tiers=[["worker", "disk"]] * 2, slots={"host": 1, "worker": 2})
+    save_report(tmp_path / "report", spread)
+    assert load_report(tmp_path / "report") == spread
+
+
+def test_every_tier_has_a_name_for_people() -> None:
+    assert list(PLACES) == list(TIERS)
+    assert slots_in_words({"host": 12, "worker": 8}) == "12 RAM slots, 8 worker slots"
 
 
 def test_what_a_later_version_adds_to_a_report_is_no_fault() -> None:

@@ -40,6 +40,21 @@ def test_three_workers_share_the_work_of_experts_that_all_hold(installed: Instal
     assert [len(worker.sent[0]) for worker in workers] in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
 
 
+def test_what_a_worker_computes_is_a_hit_and_what_it_fails_to_compute_a_miss(
+    installed: InstalledModel,
+) -> None:
+    worker = FakeWorker(installed, EVERYTHING)
+    spread = runner(installed, 8, workers=[worker])
+    spread.run(0, *routing(1))
+    used = set(worker.sent[0])
+    assert (set(spread.stats.hits), spread.stats.misses.total()) == (used, 0)
+    worker.fails_at = "finish"
+    spread.run(0, *routing(1))
+    assert spread.stats.hits.total() == len(used)
+    assert set(spread.stats.misses) == used
+    assert spread.stats.misses.total() == len(used)
+
+
 @pytest.mark.parametrize("where", ["begin", "finish"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_what_a_worker_fails_to_compute_is_computed_at_home(

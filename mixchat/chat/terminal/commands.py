@@ -121,12 +121,15 @@ def _set(chat: ActiveChat, argument: str) -> None:
 
 
 def _show(chat: ActiveChat, argument: str) -> None:
+    from mixchat.engine.report import slots_in_words
+
     session, saver = chat.session, chat.saver
     about = {
         "model": chat.saver.model,
         "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
         "turns": str(sum(message.role == "user" for message in session.history)),
         "system": "none" if session.system is None else session.system,
+        "experts": slots_in_words(session.engine.slots_by_tier),
     }
     _say_table(chat, {**about, **parameters.values(session)})
 

@@ -27,17 +27,18 @@ def status_line(
     speed: float | None = None,
     hit_rate: float | None = None,
     memory: int | None = None,
+    on_workers: int | None = None,
     width: int = 80,
 ) -> str:
     """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
     `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
-    `memory` bytes; what is None is left out. To fit into `width` cells, memory, hits, speed and the
-    model are left out, in this order; then the tokens become `1,234/8,192 (15%)`, then `15%`. From
-    80% of the context on they start with `!`.
+    `memory` bytes, `on_workers` experts (`128 on workers`); what is None is left out. To fit into
+    `width` cells, workers, memory, hits, speed and the model are left out, in this order; then the
+    tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of the context on they start with `!`.
     """
     name, tokens = " ".join(sanitize(model).split()), _Tokens(used, size)
-    measured = _measured(speed, hit_rate, memory)
+    measured = _measured(speed, hit_rate, memory, on_workers)
     full = [[name, tokens.long(), *measured[:count]] for count in range(len(measured), -1, -1)]
     for parts in [*full, [tokens.long()], [tokens.short()]]:
         line = _BETWEEN.join(part for part in parts if part)
@@ -59,11 +60,14 @@ def cut(text: str, width: int) -> str:
     return shown + "…" if width > 0 else ""
 
 
-def _measured(speed: float | None, hit_rate: float | None, memory: int | None) -> list[str]:
+def _measured(
+    speed: float | None, hit_rate: float | None, memory: int | None, on_workers: int | None
+) -> list[str]:
     shown = (
         speed is not None and f"{speed:.1f} tok/s",
         hit_rate is not None and f"{hit_rate:.0%} hits",
         memory is not None and f"{format_least(memory)} experts",
+        on_workers is not None and f"{on_workers} on workers",
     )
     return [text for text in shown if text]
 
@@ -102,6 +106,7 @@ class Figures:
         self.speed: float | None = None
         self.hit_rate: float | None = None
         self.memory: int | None = None
+        self.on_workers: int | None = None
         self.count()
 
     def line(self, model: str, width: int) -> str:
@@ -113,6 +118,7 @@ class Figures:
             speed=self.speed,
             hit_rate=self.hit_rate,
             memory=self.memory,
+            on_workers=self.on_workers,
             width=width,
         )
 
@@ -121,6 +127,7 @@ class Figures:
         with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used_tokens
         self.memory = self._session.expert_bytes or None  # 0 before the first answer
+        self.on_workers = self._session.engine.slots_by_tier.get("worker")
 
     def turn(self, finished: Finished) -> None:
         """Count again, after an answer."""

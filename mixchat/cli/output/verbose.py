@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
-from mixchat.engine.report import PLACES
+from mixchat.engine.report import slots_in_words
 from mixchat.quantities import format_age, format_rates, format_size
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
     """Return a turn's use of the slots of experts, and of prefetching."""
     hits, misses = did.hits.total(), did.misses.total()
     rate = f"hit rate {did.hit_rate:.1%}" if hits + misses else "none used"
-    held = ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
     moved, waited = format_size(did.bytes_moved), did.stalled_seconds
     lines = [
-        f"experts  {hits} hits, {misses} misses ({rate}), {held}",
+        f"experts  {hits} hits, {misses} misses ({rate}), {slots_in_words(slots)}",
         f"loaded   {moved}, waited {waited:.1f} s for it",
     ]
     if did.predictions:

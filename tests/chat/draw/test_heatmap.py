@@ -65,6 +65,17 @@ def test_a_tiny_model() -> None:
     ]
 
 
+def test_experts_of_workers_have_a_mark_of_their_own() -> None:
+    tiers = [["host", "worker", "worker", "disk"], ["host", "disk", "worker", "disk"]]
+    report = replace(TINY, tiers=tiers, slots={"host": 2, "worker": 3})
+    shown = [line.rstrip() for line in lines(report)]
+    assert shown[1] == "  0   20○    -◆   40◆   40·    75%"
+    assert shown[4] == "experts  ● GPU 0   ○ RAM 2 of 2 slots   ◆ worker 3 of 3 slots   · disk 3"
+    assert "◆" not in "".join(lines(TINY))
+    lost = replace(report, tiers=TINY.tiers, slots={"host": 2, "worker": 0})
+    assert "◆ worker 0 of 0 slots" in lines(lost)[4]
+
+
 def test_a_run_that_did_nothing_divides_by_nothing() -> None:
     nothing = [[0] * 4] * 2
     idle = replace(TINY, hits=nothing, misses=nothing, tokens=0, seconds=0.0, bytes_moved=0)

@@ -230,6 +230,7 @@ def test_show_says_what_holds(session_of, store):
     for line in (r"model +demo", r"chat +\d{8}-\d{4}-\w{3}", r"turns +1", r"system +Be brief"):
         assert re.search(f"^{line}$", text, re.M)
     assert re.search(r"^temp +0.7$", text, re.M)
+    assert re.search(r"^experts +16 RAM slots$", text, re.M)
 
 
 def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):

@@ -16,6 +16,12 @@ def test_it_says_model_context_speed_hits_and_memory():
     assert line() == "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts"
 
 
+def test_the_experts_of_workers_are_left_out_first():
+    shown = line(120, **FACTS, on_workers=128)
+    assert shown == f"{line()} · 128 on workers"
+    assert line(len(shown) - 1, **FACTS, on_workers=128) == line()
+
+
 def test_what_is_not_known_is_left_out():
     assert line(speed=None, hit_rate=0.5) == "demo · 1,234 of 8,192 tokens (15%) · 50% hits"
     assert status_line("demo", 0, 8192) == "demo · 0 of 8,192 tokens (0%)"
