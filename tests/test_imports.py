@@ -24,6 +24,7 @@ ORDER = (
     "loading",
     "planning",
     "engine",
+    "experts/workers",
     "experts",
     "weights/care",
     "weights/make",

@@ -1,0 +1,22 @@
+"""Workers for the tests, which end with them."""
+
+from collections.abc import Iterator
+
+import pytest
+from worker_double import ThreadedWorker, WorkerProcess
+
+
+@pytest.fixture
+def worker() -> Iterator[ThreadedWorker]:
+    """A worker in a thread of this process."""
+    threaded = ThreadedWorker()
+    yield threaded
+    threaded.stop()
+
+
+@pytest.fixture
+def process() -> Iterator[WorkerProcess]:
+    """A worker in a process of its own."""
+    started = WorkerProcess()
+    yield started
+    started.end()

@@ -1,0 +1,367 @@
+"""The chat side and a worker: rows there and back, and every way in which a worker is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from worker_double import (
+    HELLO,
+    KEY,
+    PATIENCE,
+    STUCK_LAYER,
+    Doubles,
+    ThreadedWorker,
+    WorkerProcess,
+    address_of,
+    interrupt,
+    outputs,
+)
+
+from mixchat import interrupts
+from mixchat.errors import (
+    CheckpointError,
+    MixchatError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.workers import messages
+from mixchat.experts.workers.link import Link, WorkerLostError
+
+TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
+
+
+def ask(
+    link: Link, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor
+) -> torch.Tensor:
+    link.start(layer, experts, x)
+    return link.finish()
+
+
+def row() -> torch.Tensor:
+    return torch.randn(1, HELLO.hidden_size).bfloat16()
+
+
+@pytest.fixture
+def link(worker: ThreadedWorker) -> Iterator[Link]:
+    opened = worker.open()
+    yield opened
+    opened.close()
+
+
+def test_a_worker_says_what_it_has(link: Link) -> None:
+    assert (link.slots, link.device, link.tier) == (6, "double", "host")
+    assert link.seconds_per_row == 0.001
+
+
+def test_one_row_goes_to_two_experts_and_two_results_come_back(link: Link) -> None:
+    for layer in (1, 2, 3):
+        x = row()
+        assert torch.equal(ask(link, layer, TOKEN, x), outputs(layer, TOKEN, x, True))
+
+
+def test_one_row_goes_to_one_expert(link: Link) -> None:
+    x = row()
+    assert torch.equal(ask(link, 3, [(7, 1)], x), outputs(3, [(7, 1)], x))
+
+
+def test_each_expert_gets_its_own_rows_of_many(link: Link) -> None:
+    experts = [(7, 3), (0, 1), (4, 40)]
+    x = torch.randn(44, HELLO.hidden_size).bfloat16()
+    assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
+
+
+def test_single_rows_and_many_rows_may_take_turns(link: Link) -> None:
+    for rows in (1, 7, 1, 1, 2, 300, 1):
+        x = torch.randn(rows, HELLO.hidden_size).bfloat16()
+        assert torch.equal(ask(link, 2, [(3, rows)], x), outputs(2, [(3, rows)], x))
+
+
+@pytest.mark.parametrize("dtype", messages.DTYPES)
+def test_more_rows_than_one_piece_of_the_group_holds_arrive_whole(
+    worker: ThreadedWorker, dtype: str
+) -> None:
+    link = worker.open(dataclasses.replace(HELLO, dtype=dtype))
+    x = torch.randn(40_000, HELLO.hidden_size).to(getattr(torch, dtype))  # 5 or 10 MB
+    experts = [(1, 39_999), (6, 1)]
+    assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
+    link.close()
+
+
+def test_a_worker_loads_the_experts_to_hold_in_their_order(
+    worker: ThreadedWorker, link: Link
+) -> None:
+    keys = [ExpertKey(2, 1), ExpertKey(0, 7), ExpertKey(3, 3)]
+    link.hold(keys)
+    ask(link, 1, TOKEN, row())  # a request comes in between, or before
+    while worker.model.loaded != keys:
+        assert worker.model.has_loaded.wait(PATIENCE)
+        time.sleep(0.01)
+
+
+def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker: ThreadedWorker) -> None:
+    for _ in range(3):
+        link, x = worker.open(), row()
+        assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+        link.close()
+    assert "after 1 requests: it closed the connection" in worker.wait_for_note("ends", 3)
+
+
+def test_one_chat_has_several_workers_and_each_is_lost_alone(worker: ThreadedWorker) -> None:
+    other = ThreadedWorker()
+    first, second, x = worker.open(), other.open(), row()
+    other.model.on_compute = interrupt
+    first.start(1, TOKEN, x)
+    second.start(2, TOKEN, x)
+    with pytest.raises(WorkerLostError):
+        second.finish()
+    assert torch.equal(first.finish(), outputs(1, TOKEN, x, True))
+    assert torch.equal(ask(first, 3, TOKEN, x), outputs(3, TOKEN, x, True))
+    first.close()
+    other.stop()
+
+
+def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(
+    process: WorkerProcess,
+) -> None:
+    link = process.open(silence=10 * PATIENCE)  # it is not silence that tells
+    assert "begins" in process.next_line()
+    link.start(STUCK_LAYER, TOKEN, row())
+    assert process.next_line() == "computing"
+    process.signal(signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match=r"closed|reset|failed"):
+        link.finish()
+    assert link.is_lost
+
+
+def test_a_worker_that_is_stopped_is_lost_after_the_silence(process: WorkerProcess) -> None:
+    link = process.open()
+    assert "begins" in process.next_line()
+    process.signal(signal.SIGSTOP)
+    link.start(1, TOKEN, row())
+    with pytest.raises(WorkerLostError, match="does not answer"):
+        link.finish()
+    assert link.is_lost
+
+
+def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
+    worker: ThreadedWorker, link: Link
+) -> None:
+    """Its beats tell that it lives: here it computes for twice the silence."""
+    worker.model.on_compute = lambda check: time.sleep(2)
+    x = row()
+    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    assert link.seconds_computing >= 2
+
+
+def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
+    process: WorkerProcess,
+) -> None:
+    link = process.open()
+    ask(link, 1, TOKEN, row())
+    assert not link.is_lost
+    process.signal(signal.SIGKILL)
+    process.wait()
+    assert link.is_lost
+    with pytest.raises(WorkerLostError):
+        ask(link, 1, TOKEN, row())
+    link.close()
+
+
+def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
+    worker: ThreadedWorker,
+) -> None:
+    def fail(check: object) -> None:
+        raise MixchatError("experts-001.safetensors: cannot be read (Input/output error)")
+
+    link = worker.open()
+    worker.model.on_compute = fail
+    with pytest.raises(WorkerLostError, match=r"cannot be read \(Input/output error\)"):
+        ask(link, 1, TOKEN, row())
+    worker.model.on_compute = lambda check: None
+    link = worker.open()
+    ask(link, 1, TOKEN, row())
+    link.close()
+
+
+def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWorker) -> None:
+    computing = threading.Event()
+
+    def never_end(check: object) -> None:
+        computing.set()
+        while True:
+            check()  # type: ignore[operator]
+            time.sleep(0.01)
+
+    worker.model.on_compute = never_end
+    link = worker.open()
+    link.start(1, TOKEN, row())
+    assert computing.wait(PATIENCE)
+    link.close()
+    assert "closed the connection" in worker.wait_for_note("ends")
+
+
+def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
+    computing = threading.Event()
+
+    def send_ctrl_c(check: object) -> None:
+        if not computing.is_set():
+            computing.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.5)
+
+    worker.model.on_compute = send_ctrl_c
+    link = worker.open(silence=10 * PATIENCE)
+    link.start(1, TOKEN, row())
+    with pytest.raises(KeyboardInterrupt):
+        link.finish()
+    assert link.is_lost  # the result must not meet the next request
+
+
+def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
+    """Between layers signals are deferred: the wait looks for them by itself."""
+
+    def send_ctrl_c(check: object) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        while True:
+            check()  # type: ignore[operator]
+            time.sleep(0.01)
+
+    worker.model.on_compute = send_ctrl_c
+    link = worker.open(silence=10 * PATIENCE)
+    reached: list[str] = []
+
+    def ask_in_a_layer() -> None:
+        with interrupts.deferred():
+            ask(link, 1, TOKEN, row())
+            reached.append("the end of the wait")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_in_a_layer()
+    assert reached == []
+
+
+def test_another_key_is_refused(worker: ThreadedWorker) -> None:
+    with pytest.raises(UsageError, match="another key") as caught:
+        worker.open(key=bytes(32))
+    assert caught.value.hint
+    assert "another key" in worker.wait_for_note("sent away")
+
+
+def test_a_worker_with_another_key_that_lets_everybody_in_is_found_out() -> None:
+    """The proof is mutual: a worker that does not know the key cannot answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pretend() -> None:
+            accepted, _ = listener.accept()
+            accepted.sendall(b"mixchat worker 1" + bytes(32))
+            accepted.recv(64, socket.MSG_WAITALL)
+            accepted.sendall(bytes(32))
+            accepted.recv(1)
+            accepted.close()
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(UsageError, match="another key"):
+            Link.open(address_of(listener), KEY, HELLO)
+        thread.join(PATIENCE)
+
+
+def test_another_version_is_refused_with_both_versions(worker: ThreadedWorker) -> None:
+    with pytest.raises(CheckpointError, match=r"runs mixchat \d\S+, and this is 9\.9\.9"):
+        worker.open(dataclasses.replace(HELLO, version="9.9.9"))
+
+
+def test_another_model_is_refused_with_both_models(worker: ThreadedWorker) -> None:
+    other = dataclasses.replace(HELLO, model_identity="cd" * 32, model_name="other")
+    with pytest.raises(CheckpointError, match=r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"):
+        worker.open(other)
+
+
+def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(
+    worker: ThreadedWorker, link: Link
+) -> None:
+    with pytest.raises(ResourceError, match="busy with another chat"):
+        worker.open()
+    x = row()
+    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+
+
+def test_a_chat_that_follows_another_waits_for_its_end(worker: ThreadedWorker) -> None:
+    """The end is noticed between two experts: the next chat comes sooner, and is not refused."""
+    computing = threading.Event()
+
+    def compute(check: object) -> None:
+        computing.set()
+        time.sleep(0.5)
+
+    worker.model.on_compute = compute
+    link = worker.open()
+    link.start(1, TOKEN, row())
+    assert computing.wait(PATIENCE)
+    link.close()
+    worker.open().close()
+
+
+def test_a_worker_with_room_for_one_expert_is_refused() -> None:
+    worker = ThreadedWorker(Doubles(slots=1))
+    with pytest.raises(ResourceError, match="room for 1 "):
+        worker.open()
+    worker.stop()
+
+
+def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
+    worker: ThreadedWorker,
+) -> None:
+    with pytest.raises(MixchatError, match="beyond these experts"):
+        worker.open(dataclasses.replace(HELLO, exact_prompts=True))
+
+
+def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = address_of(listener)
+    with pytest.raises(MixchatError, match="no worker listens there") as caught:
+        Link.open(address, KEY, HELLO)
+    assert caught.value.exit_code == 1
+
+
+def test_something_else_than_a_worker_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            accepted, _ = listener.accept()
+            accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            accepted.recv(1)
+            accepted.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UsageError, match="is no worker"):
+            Link.open(address_of(listener), KEY, HELLO)
+        thread.join(PATIENCE)
+
+
+def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(MixchatError, match="does not answer"),
+    ):
+        Link.open(address_of(listener), KEY, HELLO)
+
+
+def test_a_worker_is_reached_over_ipv6() -> None:
+    try:
+        worker = ThreadedWorker(at="[::1]:0")
+    except UsageError:
+        pytest.skip("this machine has no IPv6")
+    link, x = worker.open(), row()
+    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    link.close()
+    worker.stop()

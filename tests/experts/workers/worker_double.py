@@ -1,0 +1,204 @@
+"""A worker with experts that are easy to compute, in a thread or in a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from mixchat import interrupts
+from mixchat.errors import MixchatError
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.workers.address import Address, resolve
+from mixchat.experts.workers.door import listen
+from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.messages import Hello, Welcome
+from mixchat.experts.workers.server import Server
+
+KEY = bytes(range(32))
+HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64)
+PATIENCE = 60  # seconds, after which a test fails instead of hanging
+SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
+BEAT = 0.2  # seconds
+
+
+def outputs(
+    layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor, shared_row: bool = False
+) -> torch.Tensor:
+    """What the experts of the double return: each multiplies by a number of its own."""
+    inputs = [x] * len(experts) if shared_row else x.split([rows for _, rows in experts])
+    return torch.cat(
+        [part * (layer + 0.25 * expert) for (expert, _), part in zip(experts, inputs, strict=True)]
+    )
+
+
+class Doubles:
+    """Experts of 4 layers with 8 each, of which a worker holds 6.
+
+    `on_compute` is called in the midst of a request, between two experts.
+    """
+
+    identity, name, hidden_size = HELLO.model_identity, HELLO.model_name, HELLO.hidden_size
+    num_layers, num_experts = 4, 8
+
+    def __init__(self, slots: int = 6) -> None:
+        self.slots = slots
+        self.loaded: list[ExpertKey] = []
+        self.missing: list[ExpertKey] = []
+        self.has_loaded = threading.Event()
+        self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
+
+    def begin(self, hello: Hello) -> Welcome:
+        if hello.exact_prompts:
+            raise MixchatError("exact prompts are beyond these experts")
+        return Welcome(self.slots, "double", "host", 0.001)
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        self.loaded = [key for key in self.loaded if key in keys]
+        self.missing = [key for key in keys if key not in self.loaded]
+
+    def load_next(self) -> bool:
+        if self.missing:
+            self.loaded.append(self.missing.pop(0))
+        self.has_loaded.set()
+        return bool(self.missing)
+
+    def compute(
+        self,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        x: torch.Tensor,
+        shared_row: bool,
+        check: Callable[[], None],
+    ) -> torch.Tensor:
+        check()
+        self.on_compute(check)
+        return outputs(layer, experts, x, shared_row)
+
+
+def interrupt(argument: object) -> Any:
+    """Raise what Ctrl-C raises; a thread gets no signal."""
+    raise KeyboardInterrupt
+
+
+class ThreadedWorker:
+    """A server in a thread of this process."""
+
+    def __init__(self, model: Any = None, at: str = "127.0.0.1:0") -> None:
+        self.model: Any = Doubles() if model is None else model
+        self.notes: list[str] = []
+        self._noted = threading.Condition()
+        listener = listen(resolve(at))
+        self.address = address_of(listener)
+        self._server = Server(listener, KEY, self.model, self._note, BEAT)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def open(self, hello: Hello = HELLO, key: bytes = KEY, silence: float = SILENCE) -> Link:
+        return Link.open(self.address, key, hello, silence)
+
+    def wait_for_note(self, part: str, count: int = 1) -> str:
+        """Return the line with this part, when so many lines have it."""
+
+        def found() -> list[str]:
+            return [line for line in self.notes if part in line][count - 1 :]
+
+        with self._noted:
+            lines = self._noted.wait_for(found, PATIENCE)
+            assert lines, self.notes
+            return lines[0]
+
+    def stop(self) -> None:
+        """End it, as Ctrl-C does; chats must have ended."""
+        self.model.begin = interrupt
+        if self._thread.is_alive():
+            with suppress(MixchatError):
+                self.open()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+    def _note(self, line: str) -> None:
+        with self._noted:
+            self.notes.append(line)
+            self._noted.notify_all()
+
+    def _run(self) -> None:
+        with suppress(KeyboardInterrupt):
+            self._server.serve_forever()
+
+
+class WorkerProcess:
+    """A server in a process of its own; a request for `STUCK_LAYER` never ends there."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdout=subprocess.PIPE, text=True
+        )
+        self.address = resolve(self.next_line())
+
+    def open(self, silence: float = SILENCE) -> Link:
+        return Link.open(self.address, KEY, HELLO, silence)
+
+    def next_line(self) -> str:
+        """Return the next line that it prints: its address, `computing`, then its notes."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Return its exit code."""
+        return self._process.wait(PATIENCE)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait(PATIENCE)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def address_of(listener: socket.socket) -> Address:
+    """Return the address where a socket listens."""
+    host, port = listener.getsockname()[:2]
+    return resolve(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+STUCK_LAYER = 3  # of a `WorkerProcess`: what it is asked for there never ends
+
+
+class _StuckDoubles(Doubles):
+    def compute(
+        self,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        x: torch.Tensor,
+        shared_row: bool,
+        check: Callable[[], None],
+    ) -> torch.Tensor:
+        if layer == STUCK_LAYER:
+            print("computing", flush=True)
+            while True:
+                check()
+                time.sleep(0.01)
+        return super().compute(layer, experts, x, shared_row, check)
+
+
+def main() -> None:
+    """Serve at some port, which is printed."""
+    torch.set_num_threads(1)
+    interrupts.install()
+    listener = listen(resolve("127.0.0.1:0"))
+    print(address_of(listener), flush=True)
+    Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True)).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
