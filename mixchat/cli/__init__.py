@@ -9,6 +9,7 @@
 - models.py: mixchat list, mixchat show
 - upkeep.py: mixchat verify, repair, convert, rm, gc
 - chats.py: mixchat chats: lists, prints and removes saved ones
+- worker.py: mixchat worker
 - plan.py: mixchat plan
 - stats.py, report_path.py: mixchat stats, and the report that run saves for it
 - simulate.py: mixchat simulate

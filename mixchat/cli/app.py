@@ -32,6 +32,7 @@ from mixchat.cli.run import run as run_model
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
+from mixchat.cli.worker import worker
 from mixchat.errors import MixchatError
 
 INTERRUPTED = 130
@@ -51,6 +52,7 @@ app.command(
     epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
 )(run_model)
 app.command("download")(download)
+app.command("worker")(worker)
 app.command("plan")(plan)
 app.command("list")(list_models)
 app.command("show")(show_model)

@@ -19,4 +19,5 @@
 - trial.py: tries variants of the same work and uses the cheapest
 - stats.py: hits, misses, bytes moved, predictions
 - trace.py: which experts each token went to, recorded
+- workers/: experts on other machines
 """

@@ -75,6 +75,11 @@ class CachedExperts:
         """Hold half as many experts from now on; return False where that would be too few."""
         return self._fetcher.halve()
 
+    def load(self, key: ExpertKey) -> None:
+        """Bring an expert into its slot, and wait for it."""
+        self._fetcher.request([key])
+        self._fetcher.ready(key)
+
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Let the first of these experts be on their way; `finish` computes them all."""
         self._fetcher.settle(rows.layer, keys)

@@ -70,6 +70,14 @@ class Dispatcher:
         on_worker = any(key in worker.held for worker in self._workers)
         return "worker" if on_worker and not device.holds(key) else device.tier(key)
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Return whether the expert is in the memory of its device."""
+        return self._devices[self._home(key)].holds(key)
+
+    def load(self, key: ExpertKey) -> None:
+        """Bring an expert into the memory of its device."""
+        self._devices[self._home(key)].load(key)
+
     def halve(self) -> bool:
         halved = [device.halve() for device in self._devices]
         return any(halved)

@@ -20,6 +20,7 @@ from mixchat.experts.placement import Placement
 from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
+from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.options import LoadOptions
 from mixchat.planning.expectation import SpeedRange, predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
@@ -72,9 +73,20 @@ def _assemble(
     used = stored.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
     fit = fit_model(stored, FreeMemory.now(device), options)
-    context, placement = fit.context, fit.placement
+    context = fit.context
+    workers = connect_workers(installed, options, note)
+    placement, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
-    experts = build_experts(installed, placement, device, options.cache_policy, note, exact=exact)
+    experts = build_experts(
+        installed,
+        placement,
+        device,
+        options.cache_policy,
+        note,
+        exact=exact,
+        workers=workers,
+        copies=copies,
+    )
     runner: ExpertRunner = experts
     if options.trace is not None:
         runner = TracingRunner(experts, _trace_writer(options.trace, installed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
+
 import torch
 
 from mixchat import gpu, machine
@@ -10,7 +12,9 @@ from mixchat.experts.cache import ExpertCache
 from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.holder import WorkerExperts
 from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
@@ -31,13 +35,17 @@ def build_experts(
     note: Note,
     *,
     exact: bool = False,
+    predicts: bool = True,
+    workers: Sequence[WorkerExperts] = (),
+    copies: Set[ExpertKey] = frozenset(),
 ) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `device`.
 
     On "cpu" the slots are in RAM and are filled from disk; behind another device RAM is a tier of
     its own. `note` is called with messages for a person. With `exact` the same device computes all
-    experts, in the same way for any number of tokens. Raises `ResourceError` where the device
-    cannot hold two experts after all.
+    experts, in the same way for any number of tokens; with `predicts` experts are prefetched.
+    `workers` and `copies` are as in `Dispatcher`. Raises `ResourceError` where the device cannot
+    hold two experts after all.
     """
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
@@ -67,7 +75,8 @@ def build_experts(
         else _host_compute(installed, host_source, device, note)
     )
     experts = CachedExperts(fetcher, device, host)
-    return Dispatcher([experts], stats, prefetch=_prefetch(installed, stats, device))
+    prefetch = _prefetch(installed, stats, device) if predicts else None
+    return Dispatcher([experts], stats, prefetch=prefetch, workers=workers, copies=copies)
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:

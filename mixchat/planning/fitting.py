@@ -82,6 +82,16 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> F
     return Fit(blueprint, free, options, context, largest, demand, placement)
 
 
+def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
+    """Return where experts go that a worker holds, without the rest of the model.
+
+    Raises as `fit_model` does.
+    """
+    expert = blueprint.expert.stride
+    demand = Demand(shared=0, context=0, expert=expert, experts=blueprint.expert_count)
+    return _place(demand, free, options)
+
+
 def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
     if free.device is not None:
         return place_on_gpu(

@@ -12,5 +12,6 @@ members in torch.distributed that carries rows of hidden states. A fault stays w
 - link.py: the chat side of a worker
 - session.py: the worker's side of one chat
 - door.py: the worker's listener, which keeps strangers out
+- remote_worker.py: a worker as the dispatcher sees it: it may be lost, and come back
 - server.py: the worker, which serves one chat at a time
 """

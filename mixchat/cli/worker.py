@@ -1,0 +1,70 @@
+"""`mixchat worker`: holds experts and computes them, for a chat on another machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mixchat.chat.printing import say
+from mixchat.cli.flags import model_flags
+from mixchat.cli.opening import find_or_build
+from mixchat.cli.output.failure import note
+from mixchat.engine.environment import prepare_environment
+from mixchat.options import DEFAULT_POLICY, LoadOptions
+
+
+def worker(
+    model: model_flags.Model = "instruct",
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="The address of this machine at which it listens, port 7917 by default.",
+        ),
+    ] = "127.0.0.1",
+    key_file: model_flags.KeyFile = None,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Make a new key in the key file, and do no more.")
+    ] = False,
+    host_memory: model_flags.HostMemory = None,
+    device_memory: model_flags.DeviceMemory = None,
+    device: model_flags.Device = None,
+    cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
+) -> None:
+    """Hold experts for a chat on another machine, and compute them.
+
+    The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
+    uses the memory and the cores of both. Only those who have the key are served, one chat at a
+    time. What travels is not encrypted: use a network that you trust, or WireGuard.
+    """
+    options = LoadOptions(
+        host_memory=model_flags.budget(host_memory),
+        device_memory=model_flags.budget(device_memory),
+        device=device,
+        cache_policy=cache_policy,
+    )
+    from mixchat.experts.workers.key_file import default_key_file, make_key_file, read_key_file
+
+    path = key_file or default_key_file()
+    if new_key:
+        make_key_file(path)
+        say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
+        return
+    key = read_key_file(path)
+    from mixchat.experts.workers.address import resolve
+
+    address = resolve(listen)
+    directory = find_or_build(model)
+    prepare_environment()
+    from mixchat.experts.workers.door import listen as listen_at
+    from mixchat.experts.workers.server import Server
+    from mixchat.loading.served_experts import load_served_experts
+
+    listener = listen_at(address)
+    served = load_served_experts(directory, options, note)
+    say(
+        f"{address}: room for {served.slots} of {served.placement.experts} experts of "
+        f"{served.name}; Ctrl-C ends it"
+    )
+    Server(listener, key, served, lambda line: say(line)).serve_forever()

@@ -1,0 +1,108 @@
+"""A worker as the dispatcher sees it: its faults are noted, and it is taken up again.
+
+D = hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from mixchat.errors import MixchatError
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.progress import Note
+
+
+class RemoteWorker:
+    """The experts of a worker, an implementation of `WorkerExperts`.
+
+    `connect` opens a link to it; the first one is opened at once, and raises what is wrong.
+    """
+
+    def __init__(self, connect: Callable[[], Link], note: Note) -> None:
+        self._connect, self._note = connect, note
+        self._link: Link | None = connect()
+        self._planned: list[ExpertKey] = []
+        self._held: frozenset[ExpertKey] = frozenset()
+        self._unanswered: Sequence[ExpertKey] = ()
+        self.slots, self.name = self._link.slots, str(self._link.address)
+
+    @property
+    def held(self) -> Collection[ExpertKey]:
+        return self._held
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        """Let the worker hold these experts from now on, also when it comes back."""
+        self._planned = list(keys)
+        self._take_up()
+
+    def begin_turn(self) -> None:
+        if self._link is not None and (self._unanswered or self._link.is_lost):
+            self._drop()  # an answer that was stopped in the midst of a layer, or a silent end
+        if self._link is not None:
+            return
+        try:
+            self._link = self._connect()
+        except MixchatError:
+            return
+        self._take_up()
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        self._unanswered = keys
+        try:
+            assert self._link is not None
+            experts = [(key.expert, rows.counts[key]) for key in keys]
+            self._link.start(rows.layer, experts, _gathered(rows, keys))
+        except WorkerLostError as error:
+            self._lose(error)
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        keys = self._unanswered
+        if self._link is not None:
+            try:
+                outputs = torch.split(self._link.finish(), [rows.counts[key] for key in keys])
+            except WorkerLostError as error:
+                self._lose(error)
+            else:
+                for key, output in zip(keys, outputs, strict=True):
+                    rows.put(key, output)
+                keys = ()
+        self._unanswered = ()
+        return keys
+
+    def close(self) -> None:
+        """End the chat with the worker, which is free then."""
+        self._drop()
+
+    def _take_up(self) -> None:
+        """Let the worker hold what is planned for it, as far as it has room for that by now."""
+        assert self._link is not None
+        keys = self._planned[: self._link.slots]
+        try:
+            self._link.hold(keys)
+        except WorkerLostError as error:
+            self._lose(error)
+        else:
+            self._held = frozenset(keys)
+
+    def _lose(self, error: WorkerLostError) -> None:
+        self._drop()
+        self._note(
+            f"worker {self.name} is lost ({error.reason}): this machine computes its experts "
+            "until it is back"
+        )
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link, self._held, self._unanswered = None, frozenset(), ()
+
+
+def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:
+    """Return the rows of experts on the CPU, expert by expert: [n, D], or one token's [1, D]."""
+    if rows.is_one_token:
+        return rows.on_cpu(keys[0])
+    return torch.cat([rows.of(key) for key in keys]).cpu()

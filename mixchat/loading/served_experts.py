@@ -1,0 +1,124 @@
+"""Builds what a worker serves: experts of an installed model, in this machine's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mixchat import gpu, machine
+from mixchat.engine.prompt_cache import identity_of
+from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.workers.messages import Hello, Welcome
+from mixchat.loading.loader import choose_device
+from mixchat.loading.tiers import build_experts
+from mixchat.options import LoadOptions
+from mixchat.planning.fitting import FreeMemory, fit_experts
+from mixchat.planning.machine_speed import saved_measurement
+from mixchat.planning.torch_threads import choose_threads
+from mixchat.progress import Note
+from mixchat.weights.format.installed_model import InstalledModel
+
+
+class ServedExperts:
+    """The experts of an installed model for one chat after another: a `ServedModel`.
+
+    They stay in memory between two chats. `options` are those of loading, as far as they are about
+    experts and devices. Raises `ResourceError` where fewer than two experts fit.
+    """
+
+    def __init__(
+        self, installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
+    ) -> None:
+        self._installed, self._options = installed, options
+        self._device, self._note = device, note
+        config = installed.config
+        self.num_layers, self.num_experts = config.num_hidden_layers, config.num_local_experts
+        self.hidden_size = config.hidden_size
+        self.identity = identity_of(installed.manifest)
+        self.name = installed.directory.name
+        self.placement = fit_experts(installed.blueprint, FreeMemory.now(device), options)
+        self._exact = False
+        self._experts = self._build()
+        self._held: list[ExpertKey] = []
+
+    @property
+    def slots(self) -> int:
+        """Return how many experts can be held, now that other programs take what they take."""
+        return self._experts.slots
+
+    def begin(self, hello: Hello) -> Welcome:
+        if hello.exact_prompts != self._exact:
+            self._exact = hello.exact_prompts
+            self._experts = self._build()
+        measured = saved_measurement(
+            self._installed.blueprint, self._installed.directory, self._device
+        )
+        return Welcome(
+            slots=self.slots,
+            device=gpu.name(self._device) if gpu.is_gpu(self._device) else machine.cpu_name(),
+            tier="device" if gpu.is_gpu(self._device) else "host",
+            seconds_per_row=(
+                None if measured is None else measured.typical.expert_time(str(self._device), 1)
+            ),
+        )
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        self._held = list(keys)
+
+    def load_next(self) -> bool:
+        wanted = self._held[: self.slots]
+        missing = next((key for key in wanted if not self._experts.holds(key)), None)
+        if missing is None:
+            return False
+        self._experts.load(missing)
+        return True
+
+    def compute(
+        self,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        x: torch.Tensor,
+        shared_row: bool,
+        check: Callable[[], None],
+    ) -> torch.Tensor:
+        if shared_row:
+            selected = torch.tensor([[expert for expert, _ in experts]])
+            return self._computed(layer, x, selected)
+        outputs = []
+        parts = torch.split(x, [count for _, count in experts])
+        for (expert, count), rows in zip(experts, parts, strict=True):
+            check()
+            outputs.append(self._computed(layer, rows, torch.full((count, 1), expert)))
+        return torch.cat(outputs)
+
+    @torch.inference_mode()
+    def _computed(self, layer: int, x: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Return the outputs [n * k, D] of experts `selected` [n, k] for x [n, D], on the CPU."""
+        rows = self._experts.compute(layer, x.to(self._device), selected.to(self._device))
+        return rows.outputs.cpu()
+
+    def _build(self) -> Dispatcher:
+        return build_experts(
+            self._installed,
+            self.placement,
+            self._device,
+            self._options.cache_policy,
+            self._note,
+            exact=self._exact,
+            predicts=False,
+        )
+
+
+def load_served_experts(directory: Path, options: LoadOptions, note: Note) -> ServedExperts:
+    """Open an installed model for a worker. Raises as `load_engine` does."""
+    device = choose_device(options.device)
+    installed = InstalledModel(directory)
+    try:
+        choose_threads(installed.blueprint)
+        return ServedExperts(installed, options, device, note)
+    except BaseException:
+        installed.close()
+        raise
