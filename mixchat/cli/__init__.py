@@ -11,7 +11,7 @@
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - worker.py: mixchat worker
 - plan.py: mixchat plan
-- stats.py, report_path.py: mixchat stats, and the report that run saves for it
+- stats.py: mixchat stats
 - simulate.py: mixchat simulate
 - bench.py: mixchat bench
 - config.py: mixchat config

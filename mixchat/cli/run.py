@@ -133,8 +133,8 @@ def _save_report(session: ChatSession, model: str) -> None:
 
     A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
     """
-    from mixchat.cli.report_path import report_path
     from mixchat.engine.report import report_of, save_report
+    from mixchat.engine.report_path import report_path
 
     with suppress(OSError, ModelNotFoundError):
         save_report(report_path(model), report_of(session.engine, model))

@@ -44,8 +44,8 @@ def stats(
 
 
 def _last_report(name: str) -> ExpertReport:
-    from mixchat.cli.report_path import report_path
     from mixchat.engine.report import load_report
+    from mixchat.engine.report_path import report_path
 
     path = report_path(name)
     if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -104,6 +105,22 @@ def load_report(path: Path) -> ExpertReport:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a report: {error}", hint=hint) from None
     return report
+
+
+def saved_uses(path: Path) -> Counter[ExpertKey]:
+    """Return how often each expert was used in the run that a report is of.
+
+    Without a report, or with a damaged one, none was: nothing but speed depends on it.
+    """
+    try:
+        report = load_report(path)
+    except CheckpointError:
+        return Counter()
+    uses: Counter[ExpertKey] = Counter()
+    for matrix in (report.hits, report.misses):
+        for layer, counts in enumerate(matrix):
+            uses.update({ExpertKey(layer, expert): count for expert, count in enumerate(counts)})
+    return +uses
 
 
 def _check(report: ExpertReport) -> None:

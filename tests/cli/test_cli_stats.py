@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from mixchat.chat.draw.heatmap import MARKS
-from mixchat.cli.report_path import report_path
 from mixchat.engine.report import TIERS, ExpertReport, load_report, save_report
+from mixchat.engine.report_path import report_path
 from mixchat.errors import CheckpointError, MixchatError
 
 REPORT = ExpertReport(

@@ -12,8 +12,10 @@ from mixchat.engine.report import (
     ExpertReport,
     load_report,
     save_report,
+    saved_uses,
     slots_in_words,
 )
+from mixchat.experts.keys import ExpertKey
 
 REPORT = ExpertReport(
     model="demo",
@@ -44,6 +46,22 @@ def test_a_report_of_a_run_with_workers_is_read_like_others(tmp_path: Path) -> N
     spread = replace(REPORT, tiers=[["worker", "disk"]] * 2, slots={"host": 1, "worker": 2})
     save_report(tmp_path / "report", spread)
     assert load_report(tmp_path / "report") == spread
+
+
+def test_the_uses_of_the_saved_run_are_its_hits_and_misses(tmp_path: Path) -> None:
+    save_report(tmp_path / "report", REPORT)
+    assert saved_uses(tmp_path / "report") == {
+        ExpertKey(0, 0): 4,
+        ExpertKey(1, 0): 3,
+        ExpertKey(1, 1): 1,
+    }
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"hits": 3}'])
+def test_without_a_report_no_expert_was_used(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "report").write_text(text)
+    assert saved_uses(tmp_path / "report") == {}
 
 
 def test_every_tier_has_a_name_for_people() -> None:

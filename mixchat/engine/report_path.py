@@ -1,4 +1,4 @@
-"""The path of the report of each model's last run: written by `run`, read by `stats`."""
+"""The path of the report of each model's last run, which `run` writes."""
 
 from __future__ import annotations
 
