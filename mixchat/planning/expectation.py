@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class TokenCost:
 
     computing: the layers, the chosen experts, the head; copying: of `copied` experts from RAM to a
     GPU; reading: of `read` experts from disk, with nothing beside it; slowed: the part of its speed
-    that the disk has while the cores compute.
+    that the disk has while the cores compute; waiting: for workers, beyond what is computed here.
     """
 
     computing: float
@@ -46,16 +47,18 @@ class TokenCost:
     copied: float
     read: float
     slowed: float = 1.0
+    waiting: float = 0.0
 
     @property
     def hidden(self) -> float:
         """Return the seconds saved because moving and computing run side by side."""
-        return OVERLAP * min(self.computing * self.slowed, self.copying + self.reading)
+        beside = self.computing * self.slowed + self.waiting
+        return OVERLAP * min(beside, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
         """Return all of them."""
-        return self.computing + self.copying + self.reading - self.hidden
+        return self.computing + self.waiting + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,21 @@ def expect(
     blueprint: Blueprint, device: torch.device, measurement: Measurement, placement: Placement
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`."""
-    held = _held_together(blueprint, device, placement)
+    held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, placement.slots)
     host_hit_rate = expected_hit_rate(blueprint.config, held)
     costs = [
-        token_cost(_shape(blueprint), speeds, str(device), hit_rate, host_hit_rate)
+        token_cost(shape_of(blueprint), speeds, str(device), hit_rate, host_hit_rate)
         for speeds in (measurement.typical, *measurement.samples)
     ]
-    seconds = [cost.seconds for cost in costs if cost is not None]
-    at = measurement.measured_at
-    speed = SpeedRange(1 / max(seconds), 1 / min(seconds), at) if seconds else None
+    speed = speed_range(costs, measurement.measured_at)
     return Expectation(held, hit_rate, host_hit_rate, costs[0], speed)
+
+
+def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedRange | None:
+    """Return the range of speeds with these costs of a token; None where none is known."""
+    seconds = [cost.seconds for cost in costs if cost is not None]
+    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured_at) if seconds else None
 
 
 def predict_speed(
@@ -146,7 +153,7 @@ def token_cost(
         + uses * speeds.expert_time(device, 1)
         + shape.head / shape.expert * speeds.expert_time(device, 1)
     )
-    return _moving_cost(
+    return moving_cost(
         shape,
         speeds,
         computing,
@@ -155,7 +162,7 @@ def token_cost(
     )
 
 
-def _moving_cost(
+def moving_cost(
     shape: Shape, speeds: Calibration, computing: float, *, missing: float, read: float
 ) -> TokenCost | None:
     """Return the cost of computing for so long, with so many experts missing in the slots.
@@ -185,19 +192,19 @@ def first_token(
     distinct = expected_distinct(config, prompt)
     layers = config.num_hidden_layers
     rows = math.ceil(prompt * config.num_experts_per_tok / distinct)
-    one, shape = speeds.expert_time(name, 1), _shape(blueprint)
+    one, shape = speeds.expert_time(name, 1), shape_of(blueprint)
     # More rows slow the other matrices as much as those of experts.
     slower = speeds.expert_time(name, prompt) / one
     layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
     computing = layers * layer + shape.head / shape.expert * one
     every = layers * distinct
-    cost = _moving_cost(shape, speeds, computing, missing=every, read=every)
+    cost = moving_cost(shape, speeds, computing, missing=every, read=every)
     if cost is None or speeds.disk_bandwidth is None:
         return None
     return FirstToken(blueprint.shared_size / speeds.disk_bandwidth, cost)
 
 
-def _held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
+def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
     """Return how many different experts the slots and RAM behind them can hold."""
     slots, behind = placement.slots, placement.host_slots
     # An expert whose layout on the GPU is not that of the file cannot come down into RAM: the
@@ -215,7 +222,8 @@ def expected_distinct(config: ModelConfig, tokens: int) -> float:
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)
 
 
-def _shape(blueprint: Blueprint) -> Shape:
+def shape_of(blueprint: Blueprint) -> Shape:
+    """Return the parts of a model that cost time."""
     config, head = blueprint.config, blueprint.head
     tensors = [blueprint.embedding] if head is None else head.tensors
     return Shape(

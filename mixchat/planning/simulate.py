@@ -122,6 +122,7 @@ def replay(trace: Trace, slots: int, policy: str) -> Replay:
         for forward in trace.forwards
         for tokens in [trace.tokens(forward)]
         for layer, selected in enumerate(forward)
+        if selected
     ]
     if policy != ORACLE:
         passes = Passes(trace.layers)
@@ -156,19 +157,39 @@ def hit_rate_table(
 
 
 @lru_cache
-def expected_hit_rate(config: ModelConfig, slots: int) -> float:
-    """Return the hit rate, 0 to 1, of so many slots in texts like those of the Mixtral paper."""
+def expected_hit_rate(
+    config: ModelConfig, slots: int, among: frozenset[ExpertKey] | None = None
+) -> float:
+    """Return the hit rate, 0 to 1, of so many slots in texts like those of the Mixtral paper.
+
+    among: the experts that use the slots; others are held elsewhere. None stands for all.
+    """
     layers, experts = config.num_hidden_layers, config.num_local_experts
-    if slots >= layers * experts:
+    total = layers * experts if among is None else len(among)
+    if slots >= total:
         return 1.0
     if 2 * config.num_experts_per_tok > experts:  # no synthetic trace can do that
-        return slots / (layers * experts)
+        return slots / total
     trace = _paper_trace(layers, experts, config.num_experts_per_tok)
+    if among is not None:
+        trace = _only(among, trace)
     cold = replace(trace, forwards=trace.forwards[:_COLD])
     # The cache does the same in both, so that the difference is that of the rest of the trace.
     whole, filling = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
     hits, misses = whole.hits - filling.hits, whole.misses - filling.misses
     return hits / (hits + misses)
+
+
+def _only(among: frozenset[ExpertKey], trace: Trace) -> Trace:
+    """Return the trace without the uses of other experts."""
+    forwards = [
+        [
+            [expert for expert in selected if ExpertKey(layer, expert) in among]
+            for layer, selected in enumerate(forward)
+        ]
+        for forward in trace.forwards
+    ]
+    return replace(trace, forwards=forwards)
 
 
 @lru_cache(maxsize=1)
