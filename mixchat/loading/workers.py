@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
+from statistics import median
+
+import torch
 
 from mixchat.engine.prompt_cache import identity_of
+from mixchat.engine.report import saved_uses
+from mixchat.engine.report_path import report_path_by_key
+from mixchat.errors import MixchatError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
-from mixchat.experts.workers.address import Address, resolve_workers
+from mixchat.experts.workers.address import resolve_workers
 from mixchat.experts.workers.key_file import default_key_file, read_key_file
-from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.link import Link, WorkerLostError
 from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.remote_worker import RemoteWorker
 from mixchat.options import LoadOptions
+from mixchat.planning.spread import WorkerOffer
 from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
+
+_TRIES = 20  # requests to measure a worker with
 
 
 def connect_workers(
     installed: InstalledModel, options: LoadOptions, note: Note
 ) -> list[RemoteWorker]:
     """Connect to all workers that `options` name. Raises `MixchatError` where one fails."""
+    return [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
+
+
+def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerOffer]:
+    """Return what each worker offers, by trying it. Raises `MixchatError` where one fails."""
+    offers = []
+    for connect in _connectors(installed, options):
+        link = connect()
+        try:
+            offers.append(_offer(link, installed))
+        except WorkerLostError as error:
+            raise MixchatError(f"{link.address}: the worker is lost: {error.reason}") from None
+        finally:
+            link.close()
+    return offers
+
+
+def divide_experts(
+    installed: InstalledModel, placement: Placement, workers: Sequence[RemoteWorker]
+) -> tuple[Placement, frozenset[ExpertKey]]:
+    """Let each worker hold its part; return this machine's slots, and the copies among them."""
+    if not workers:
+        return placement, frozenset()
+    config = installed.config
+    slots = [placement.slots, *(worker.slots for worker in workers)]
+    uses = saved_uses(report_path_by_key(installed.directory.name))
+    here, *there = divide(config.num_hidden_layers, config.num_local_experts, slots, uses)
+    for worker, keys in zip(workers, there, strict=True):
+        worker.hold(keys)
+    copies = frozenset(here).intersection(chain(*there))
+    return replace(placement, slots=min(placement.slots, len(here))), copies
+
+
+def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callable[[], Link]]:
+    """Return what connects to each worker. Raises `UsageError` for addresses and keys."""
     if not options.workers:
         return []
     addresses = resolve_workers(options.workers)
@@ -34,21 +81,18 @@ def connect_workers(
         hidden_size=installed.config.hidden_size,
         exact_prompts=options.exact_prompts,
     )
-
-    def worker(address: Address) -> RemoteWorker:
-        return RemoteWorker(lambda: Link.open(address, key, hello), note)
-
-    return [worker(address) for address in addresses]
+    return [partial(Link.open, address, key, hello) for address in addresses]
 
 
-def divide_experts(
-    installed: InstalledModel, placement: Placement, workers: Sequence[RemoteWorker]
-) -> tuple[Placement, frozenset[ExpertKey]]:
-    """Let each worker hold its part; return this machine's slots, and the copies among them."""
-    config = installed.config
-    slots = [placement.slots, *(worker.slots for worker in workers)]
-    here, *there = divide(config.num_hidden_layers, config.num_local_experts, slots)
-    for worker, keys in zip(workers, there, strict=True):
-        worker.hold(keys)
-    copies = frozenset(here) & frozenset(key for keys in there for key in keys)
-    return replace(placement, slots=min(placement.slots, len(here))), copies
+def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:
+    """Let a worker compute one expert again and again, whose loading does not count."""
+    row = torch.zeros(1, installed.config.hidden_size, dtype=installed.blueprint.quantization.dtype)
+    seconds, computing = [], []
+    for _ in range(1 + _TRIES):
+        start, before = time.perf_counter(), link.seconds_computing
+        link.start(0, [(0, 1)], row)
+        link.finish()
+        seconds.append(time.perf_counter() - start)
+        computing.append(link.seconds_computing - before)
+    expert = median(computing[1:])
+    return WorkerOffer(str(link.address), link.slots, expert, median(seconds[1:]) - expert)
