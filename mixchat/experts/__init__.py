@@ -18,6 +18,7 @@
 - memory.py: how much memory is free, while that changes
 - trial.py: tries variants of the same work and uses the cheapest
 - stats.py: hits, misses, bytes moved, predictions
+- workers/: experts on other machines, from both ends of the connection
 - trace.py: which experts each token went to, recorded
 - workers/: experts on other machines
 """

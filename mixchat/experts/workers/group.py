@@ -69,7 +69,10 @@ class Group:
             )
         except (RuntimeError, ValueError) as error:
             raise _lost(error) from None
-        self._prove(*((proofs.chat, proofs.worker)[:: 1 if rank == CHAT else -1]))
+        if rank == CHAT:
+            self._prove(proofs.chat, proofs.worker)
+        else:
+            self._prove(proofs.worker, proofs.chat)
 
     def send(self, rows: torch.Tensor, tag: int) -> Transfer:
         """Begin to send rows, contiguous and on the CPU. Raises `ConnectionLostError`."""

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from mixchat.errors import UsageError
-from mixchat.files import open_regular, removed_on_error, write_all, write_error
+from mixchat.files import open_regular, removed_on_error, write_error
 from mixchat.settings import data_dir
 
 KEY_SIZE = 32  # bytes
@@ -26,22 +26,18 @@ def default_key_file() -> Path:
 
 def make_key_file(path: Path) -> None:
     """Write a new random key. Raises `UsageError` where a file is there: it is not overwritten."""
+    if os.path.lexists(path):
+        hint = "Copy it to the other machines; or remove it, to make another for all of them."
+        raise UsageError(f"{path}: there is a key already", hint=hint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
-    except FileExistsError:
-        hint = "Copy it to the other machines; or remove it, to make another for all of them."
-        raise UsageError(f"{path}: there is a key already", hint=hint) from None
-    except OSError as error:
-        raise write_error(error, path, "cannot be written") from None
-    try:
-        with removed_on_error(path):
-            write_all(descriptor, secrets.token_hex(KEY_SIZE).encode() + b"\n")
+        with removed_on_error(path), open(descriptor, "wb") as file:
+            file.write(secrets.token_hex(KEY_SIZE).encode() + b"\n")
+            file.flush()
             os.fsync(descriptor)
-    except OSError as error:
+    except OSError as error:  # also where another process has made a key meanwhile
         raise write_error(error, path, "cannot be written") from None
-    finally:
-        os.close(descriptor)
 
 
 def read_key_file(path: Path) -> bytes:

@@ -152,13 +152,14 @@ def test_a_worker_that_is_stopped_is_lost_after_the_silence(process: WorkerProce
 
 
 def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
-    worker: ThreadedWorker, link: Link
+    worker: ThreadedWorker,
 ) -> None:
-    """Its beats tell that it lives: here it computes for twice the silence."""
-    worker.model.on_compute = lambda check: time.sleep(2)
-    x = row()
+    """Its beats tell that it lives."""
+    worker.model.on_compute = lambda check: time.sleep(3)
+    link, x = worker.open(silence=2), row()
     assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
-    assert link.seconds_computing >= 2
+    assert link.seconds_computing >= 3
+    link.close()
 
 
 def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(

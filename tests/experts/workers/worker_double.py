@@ -147,7 +147,7 @@ class WorkerProcess:
         return Link.open(self.address, KEY, HELLO, silence)
 
     def next_line(self) -> str:
-        """Return the next line that it prints: its address, `computing`, then its notes."""
+        """Return the next line that it prints: its address, its notes, `computing`, `clean`."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
@@ -197,7 +197,13 @@ def main() -> None:
     interrupts.install()
     listener = listen(resolve("127.0.0.1:0"))
     print(address_of(listener), flush=True)
-    Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True)).serve_forever()
+    server = Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True))
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        print("clean", flush=True)
 
 
 if __name__ == "__main__":
