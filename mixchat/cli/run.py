@@ -18,7 +18,10 @@ from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
+from mixchat.cli.worker import serve_rank_0
+from mixchat.engine.environment import prepare_environment
 from mixchat.errors import ModelNotFoundError
+from mixchat.experts.workers import torchrun
 from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
@@ -94,9 +97,12 @@ def run(
         device=device,
         cache_policy=cache_policy,
         trace=trace,
-        workers=tuple(worker or ()),
+        workers=(*(worker or ()), *_torchrun_workers()),
         key_file=key_file,
     )
+    if torchrun.rank():
+        serve_rank_0(model, load)
+        return
     model_context = context_of(model, ctx_size)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
@@ -126,6 +132,14 @@ def run(
                     after_turn(print_answer(session, question, output, model))
     finally:
         _save_report(session, model)
+
+
+def _torchrun_workers() -> tuple[str, ...]:
+    """Return the addresses of the workers that torchrun started, for their rank 0."""
+    if torchrun.rank() != 0:
+        return ()
+    prepare_environment()
+    return torchrun.published()
 
 
 def _save_report(session: ChatSession, model: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,9 @@ from mixchat.cli.opening import find_or_build
 from mixchat.cli.output.failure import note
 from mixchat.engine.environment import prepare_environment
 from mixchat.options import DEFAULT_POLICY, LoadOptions
+
+if TYPE_CHECKING:
+    from mixchat.experts.workers.server import Server
 
 
 def worker(
@@ -43,28 +48,44 @@ def worker(
         device_memory=model_flags.budget(device_memory),
         device=device,
         cache_policy=cache_policy,
+        key_file=key_file,
     )
-    from mixchat.experts.workers.key_file import default_key_file, make_key_file, read_key_file
-
-    path = key_file or default_key_file()
     if new_key:
+        from mixchat.experts.workers.key_file import default_key_file, make_key_file
+
+        path = key_file or default_key_file()
         make_key_file(path)
         say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
         return
-    key = read_key_file(path)
-    from mixchat.experts.workers.address import resolve
+    with _server(model, options, listen) as (server, address):
+        say(f"{address}: ready for a chat; Ctrl-C ends it")
+        server.serve()
 
+
+def serve_rank_0(model: str, options: LoadOptions) -> None:
+    """Serve the one chat of rank 0, as another process that torchrun started."""
+    from mixchat.experts.workers import torchrun
+
+    with _server(model, options, torchrun.local_address()) as (server, address):
+        torchrun.publish(address)
+        server.serve(chats=1)
+
+
+@contextmanager
+def _server(model: str, options: LoadOptions, listen: str) -> Iterator[tuple[Server, str]]:
+    """Yield a server that listens, and its address."""
+    from mixchat.experts.workers.address import resolve
+    from mixchat.experts.workers.key_file import default_key_file, read_key_file
+
+    key = read_key_file(options.key_file or default_key_file())
     address = resolve(listen)
     directory = find_or_build(model)
     prepare_environment()
-    from mixchat.experts.workers.door import listen as listen_at
+    from mixchat.experts.workers import door
     from mixchat.experts.workers.server import Server
     from mixchat.loading.served_experts import load_served_experts
 
-    listener = listen_at(address)
-    served = load_served_experts(directory, options, note)
-    say(
-        f"{address}: room for {served.slots} of {served.placement.experts} experts of "
-        f"{served.name}; Ctrl-C ends it"
-    )
-    Server(listener, key, served, lambda line: say(line)).serve_forever()
+    with door.listen(address) as listener:
+        served = load_served_experts(directory, options, note)
+        say(f"{served.name}: room for {served.slots} of {served.placement.experts} experts")
+        yield Server(listener, key, served, lambda line: say(line)), door.address_of(listener)

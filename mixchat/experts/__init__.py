@@ -20,5 +20,4 @@
 - stats.py: hits, misses, bytes moved, predictions
 - workers/: experts on other machines, from both ends of the connection
 - trace.py: which experts each token went to, recorded
-- workers/: experts on other machines
 """

@@ -14,4 +14,5 @@ members in torch.distributed that carries rows of hidden states. A fault stays w
 - door.py: the worker's listener, which keeps strangers out
 - remote_worker.py: a worker as the dispatcher sees it: it may be lost, and come back
 - server.py: the worker, which serves one chat at a time
+- torchrun.py: the workers that torchrun starts beside rank 0
 """

@@ -19,6 +19,7 @@ from mixchat.experts.workers.address import Address
 from mixchat.experts.workers.connection import Connection, ConnectionLostError
 from mixchat.experts.workers.handshake import Proofs, WrongKeyError, greet_chat
 from mixchat.experts.workers.messages import Hello, Kind
+from mixchat.network_address import NetworkAddress
 
 _DEADLINE = 2.0  # seconds to prove the key and say hello
 _MOST = 256  # connections that may be proving the key; the next ones wait
@@ -47,6 +48,12 @@ def listen(address: Address) -> socket.socket:
         listener.close()
         raise _listen_error(address, error) from None
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return HOST:PORT of a socket that listens."""
+    host, port = listener.getsockname()[:2]
+    return str(NetworkAddress(host, port))
 
 
 class Door:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from collections.abc import Callable
@@ -71,11 +72,11 @@ class Server:
         self._guest: Guest | None = None  # that is about to be served
         self._over = False
 
-    def serve_forever(self) -> None:
-        """Serve one chat after the other, until Ctrl-C or SIGTERM raises its exception."""
+    def serve(self, chats: int | None = None) -> None:
+        """Serve one chat after the other, so many or until Ctrl-C or SIGTERM raises."""
         self._door.open()
         try:
-            while True:
+            for _ in itertools.count() if chats is None else range(chats):
                 self._serve(self._next_guest())
         finally:
             self._door.close()

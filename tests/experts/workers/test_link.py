@@ -19,7 +19,6 @@ from worker_double import (
     Doubles,
     ThreadedWorker,
     WorkerProcess,
-    address_of,
     interrupt,
     outputs,
 )
@@ -33,6 +32,8 @@ from mixchat.errors import (
 )
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
+from mixchat.experts.workers.address import resolve
+from mixchat.experts.workers.door import address_of
 from mixchat.experts.workers.link import Link, WorkerLostError
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
@@ -271,7 +272,7 @@ def test_a_worker_with_another_key_that_lets_everybody_in_is_found_out() -> None
         thread = threading.Thread(target=pretend)
         thread.start()
         with pytest.raises(UsageError, match="another key"):
-            Link.open(address_of(listener), KEY, HELLO)
+            Link.open(resolve(address_of(listener)), KEY, HELLO)
         thread.join(PATIENCE)
 
 
@@ -327,7 +328,7 @@ def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
 
 def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = address_of(listener)
+        address = resolve(address_of(listener))
     with pytest.raises(MixchatError, match="no worker listens there") as caught:
         Link.open(address, KEY, HELLO)
     assert caught.value.exit_code == 1
@@ -345,7 +346,7 @@ def test_something_else_than_a_worker_is_one_clear_line() -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(UsageError, match="is no worker"):
-            Link.open(address_of(listener), KEY, HELLO)
+            Link.open(resolve(address_of(listener)), KEY, HELLO)
         thread.join(PATIENCE)
 
 
@@ -354,7 +355,7 @@ def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.raises(MixchatError, match="does not answer"),
     ):
-        Link.open(address_of(listener), KEY, HELLO)
+        Link.open(resolve(address_of(listener)), KEY, HELLO)
 
 
 def test_a_worker_is_reached_over_ipv6() -> None:

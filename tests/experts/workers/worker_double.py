@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +15,8 @@ import torch
 from mixchat import interrupts
 from mixchat.errors import MixchatError
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.door import listen
+from mixchat.experts.workers.address import resolve
+from mixchat.experts.workers.door import address_of, listen
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.experts.workers.server import Server
@@ -96,7 +95,7 @@ class ThreadedWorker:
         self.notes: list[str] = []
         self._noted = threading.Condition()
         listener = listen(resolve(at))
-        self.address = address_of(listener)
+        self.address = resolve(address_of(listener))
         self._server = Server(listener, KEY, self.model, self._note, BEAT)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -131,7 +130,7 @@ class ThreadedWorker:
 
     def _run(self) -> None:
         with suppress(KeyboardInterrupt):
-            self._server.serve_forever()
+            self._server.serve()
 
 
 class WorkerProcess:
@@ -165,12 +164,6 @@ class WorkerProcess:
         self._process.stdout.close()
 
 
-def address_of(listener: socket.socket) -> Address:
-    """Return the address where a socket listens."""
-    host, port = listener.getsockname()[:2]
-    return resolve(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-
-
 STUCK_LAYER = 3  # of a `WorkerProcess`: what it is asked for there never ends
 
 
@@ -199,7 +192,7 @@ def main() -> None:
     print(address_of(listener), flush=True)
     server = Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True))
     try:
-        server.serve_forever()
+        server.serve()
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -1,0 +1,67 @@
+"""Rank and rendezvous where `torchrun` starts the processes: rank 0 chats, others are workers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+from mixchat.errors import MixchatError, UsageError, short_message
+from mixchat.network_address import NetworkAddress
+
+_PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
+_KEY = "mixchat/worker/{rank}"
+
+
+def rank() -> int | None:
+    """Return this process's rank; None where torchrun did not start it. Raises `UsageError`."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        return int(os.environ["RANK"])
+    except (KeyError, ValueError):
+        raise UsageError("torchrun's variable RANK is missing, or no number") from None
+
+
+def local_address() -> str:
+    """Return this machine's address towards rank 0, with port 0. Raises `UsageError`."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # of a datagram socket: nothing is sent
+            return str(NetworkAddress(probe.getsockname()[0], 0))
+    except OSError as error:
+        raise UsageError(f"torchrun's MASTER_ADDR {host!r} cannot be reached ({error})") from None
+
+
+def publish(address: str) -> None:
+    """Tell rank 0 where this worker listens. Raises `MixchatError`."""
+    _rendezvous().set(_KEY.format(rank=rank()), address)
+
+
+def published() -> tuple[str, ...]:
+    """Return where the workers listen, once all have told; none without torchrun.
+
+    Raises `MixchatError`.
+    """
+    if rank() is None:
+        return ()
+    store, size = _rendezvous(), int(os.environ["WORLD_SIZE"])
+    try:
+        return tuple(store.get(_KEY.format(rank=n)).decode() for n in range(1, size))
+    except RuntimeError as error:
+        raise MixchatError(f"a worker does not start: {short_message(error)}") from None
+
+
+def _rendezvous() -> Any:
+    """Return the store in which torchrun lets its processes meet."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, *_ = next(rendezvous("env://", timeout=_PATIENCE))
+    except (RuntimeError, ValueError) as error:
+        raise MixchatError(f"torchrun's store cannot be reached: {short_message(error)}") from None
+    return store
