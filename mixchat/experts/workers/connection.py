@@ -114,15 +114,13 @@ class Connection:
         self._socket.close()
 
     def _receive_more(self, deadline: float | None) -> None:
-        while True:
-            try:
-                data = self._socket.recv(_LONGEST)
-            except BlockingIOError:
-                _wait(self._reading, deadline)
-            except OSError as error:
-                raise _lost(error) from None
-            else:
-                break
+        _wait(self._reading, deadline)
+        try:
+            data = self._socket.recv(_LONGEST)
+        except BlockingIOError:  # a packet was damaged on its way
+            return
+        except OSError as error:
+            raise _lost(error) from None
         if not data:
             raise ConnectionLostError("it closed the connection")
         self._received += data

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -89,8 +89,7 @@ class Group:
         assert rows.is_contiguous()
         assert rows.device.type == "cpu"
         try:
-            pieces = torch.split(rows.view(-1), _PIECE // rows.element_size())
-            return Transfer(rows, [operation([piece], self._other, tag) for piece in pieces])
+            return Transfer(rows, [operation([part], self._other, tag) for part in _pieces(rows)])
         except RuntimeError as error:
             raise _lost(error) from None
 
@@ -146,6 +145,12 @@ class _Store(dist.Store):  # type: ignore[misc, name-defined]
             self._values.setdefault(str(key), bytes.fromhex(value))
         except (ValueError, TypeError, RecursionError):
             raise ConnectionLostError("it sent a message that makes no sense") from None
+
+
+def _pieces(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    if rows.nbytes <= _PIECE:
+        return (rows,)
+    return torch.split(rows.view(-1), _PIECE // rows.element_size())
 
 
 def _options(host: str) -> Any:

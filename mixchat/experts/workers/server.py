@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from mixchat import __version__, interrupts
-from mixchat.errors import MixchatError, short_message
+from mixchat.errors import short_message
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import ConnectionLostError
 from mixchat.experts.workers.door import Door, Guest
@@ -147,8 +147,8 @@ class Server:
     def _begin(self, hello: Hello) -> Welcome:
         try:
             welcome = self._model.begin(hello)
-        except MixchatError as error:
-            raise _RefusedError("other", str(error)) from None
+        except Exception as error:
+            raise _RefusedError("other", short_message(error) or type(error).__name__) from error
         if welcome.slots < _FEWEST:
             text = f"has room for {welcome.slots} of the experts, and {_FEWEST} are the fewest"
             raise _RefusedError("room", text)

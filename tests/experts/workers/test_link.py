@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +34,14 @@ from mixchat.errors import (
     UsageError,
 )
 from mixchat.experts.keys import ExpertKey
+from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
-from mixchat.experts.workers.address import resolve
+from mixchat.experts.workers.address import Address, resolve
+from mixchat.experts.workers.connection import Connection, ConnectionLostError
 from mixchat.experts.workers.door import address_of
+from mixchat.experts.workers.handshake import MAGIC, greet_chat
 from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.experts.workers.messages import Kind
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
 
@@ -55,6 +62,22 @@ def link(worker: ThreadedWorker) -> Iterator[Link]:
     opened = worker.open()
     yield opened
     opened.close()
+
+
+@contextmanager
+def impostor(behave: Callable[[socket.socket], None]) -> Iterator[Address]:
+    """Somebody who listens, and behaves so to the one who connects; then hangs up."""
+
+    def accept() -> None:
+        accepted, _ = listener.accept()
+        with accepted, suppress(ConnectionLostError, OSError):
+            behave(accepted)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield resolve(address_of(listener))
+        thread.join(PATIENCE)
 
 
 def test_a_worker_says_what_it_has(link: Link) -> None:
@@ -259,21 +282,15 @@ def test_another_key_is_refused(worker: ThreadedWorker) -> None:
 
 def test_a_worker_with_another_key_that_lets_everybody_in_is_found_out() -> None:
     """The proof is mutual: a worker that does not know the key cannot answer."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def pretend() -> None:
-            accepted, _ = listener.accept()
-            accepted.sendall(b"mixchat worker 1" + bytes(32))
-            accepted.recv(64, socket.MSG_WAITALL)
-            accepted.sendall(bytes(32))
-            accepted.recv(1)
-            accepted.close()
+    def pretend(accepted: socket.socket) -> None:
+        accepted.sendall(MAGIC + bytes(32))
+        accepted.recv(64, socket.MSG_WAITALL)
+        accepted.sendall(bytes(32))
+        accepted.recv(1)
 
-        thread = threading.Thread(target=pretend)
-        thread.start()
-        with pytest.raises(UsageError, match="another key"):
-            Link.open(resolve(address_of(listener)), KEY, HELLO)
-        thread.join(PATIENCE)
+    with impostor(pretend) as address, pytest.raises(UsageError, match="another key"):
+        Link.open(address, KEY, HELLO)
 
 
 def test_another_version_is_refused_with_both_versions(worker: ThreadedWorker) -> None:
@@ -334,20 +351,80 @@ def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [TimeoutError(), OSError(errno.EHOSTUNREACH, "No route to host")],
+    ids=["silent", "no route"],
+)
+def test_a_machine_that_cannot_be_reached_is_one_clear_line(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(address: object, deadline: float) -> None:
+        raise error
+
+    monkeypatch.setattr(link_module, "connect", fail)
+    with pytest.raises(MixchatError, match=r"cannot be reached: (it does not answer|No route)"):
+        Link.open(resolve("192.0.2.1"), KEY, HELLO)
+
+
 def test_something_else_than_a_worker_is_one_clear_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    def answer(accepted: socket.socket) -> None:
+        accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+        accepted.recv(1)
 
-        def answer() -> None:
-            accepted, _ = listener.accept()
-            accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-            accepted.recv(1)
-            accepted.close()
+    with impostor(answer) as address, pytest.raises(UsageError, match="is no worker"):
+        Link.open(address, KEY, HELLO)
 
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(UsageError, match="is no worker"):
-            Link.open(resolve(address_of(listener)), KEY, HELLO)
-        thread.join(PATIENCE)
+
+def test_a_listener_that_hangs_up_is_one_clear_line() -> None:
+    with impostor(lambda accepted: None) as address, pytest.raises(UsageError, match="no worker"):
+        Link.open(address, KEY, HELLO)
+
+
+def test_a_worker_that_stops_in_the_handshake_is_one_clear_line() -> None:
+    def stop(accepted: socket.socket) -> None:
+        accepted.sendall(MAGIC + bytes(32))
+        while accepted.recv(64):
+            pass
+
+    with impostor(stop) as address, pytest.raises(MixchatError, match="does not answer"):
+        Link.open(address, KEY, HELLO)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (Kind.WELCOME, b"{}"),
+        (Kind.REFUSAL, b"[]"),
+        (Kind.DONE, messages.pack_seconds(1)),
+        (Kind.BUSY, b"x" * 70_000),
+    ],
+)
+def test_an_odd_welcome_is_one_clear_line(kind: Kind, payload: bytes) -> None:
+    def welcome(accepted: socket.socket) -> None:
+        connection = Connection(accepted)
+        greet_chat(connection, KEY, time.monotonic() + PATIENCE)
+        connection.receive(time.monotonic() + PATIENCE)
+        connection.send(kind, payload)
+
+    with impostor(welcome) as address, pytest.raises(MixchatError, match="it sent a message"):
+        Link.open(address, KEY, HELLO)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"), [(Kind.DONE, b""), (Kind.DONE, b"\xff" * 8), (Kind.STORE, b"x"), (77, b"")]
+)
+def test_a_worker_that_answers_oddly_is_lost(
+    worker: ThreadedWorker, link: Link, kind: int, payload: bytes
+) -> None:
+    def send_odd(check: Any) -> None:
+        check.__self__._connection.send(kind, payload)
+
+    worker.model.on_compute = send_odd
+    link.start(1, TOKEN, row())
+    with pytest.raises(WorkerLostError, match="it sent a message"):
+        link.finish()
+    assert link.is_lost
 
 
 def test_a_listener_that_never_speaks_is_one_clear_line() -> None:

@@ -189,9 +189,9 @@ def main() -> None:
     torch.set_num_threads(1)
     interrupts.install()
     listener = listen(resolve("127.0.0.1:0"))
-    print(address_of(listener), flush=True)
     server = Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True))
     try:
+        print(address_of(listener), flush=True)
         server.serve()
     except KeyboardInterrupt:
         sys.exit(130)
