@@ -24,11 +24,10 @@ from mixchat.experts.workers.messages import Kind
 
 CHAT, WORKER = 0, 1  # the ranks
 
-# One operation of the group cannot be interrupted: many rows travel in pieces, each with the
-# deadline, which ends the wait for a peer that hangs.
+# An operation of the group cannot be interrupted: many rows travel in pieces, each with a deadline
+# that ends the wait for a peer that hangs. To meet takes milliseconds, or as long.
 _DEADLINE = 5.0  # seconds
 _PIECE = 4 << 20  # bytes
-_MEETING = 2.0  # seconds until both members have met
 
 ROW, ROWS, RESULT = 1, 2, 3  # the tags of what travels
 _PROOF = 0
@@ -108,7 +107,7 @@ class _Store(dist.Store):  # type: ignore[misc, name-defined]
         super().__init__()
         self._connection = connection
         self._values: dict[str, bytes] = {}
-        self._deadline = time.monotonic() + _MEETING
+        self._deadline = time.monotonic() + _DEADLINE
 
     def set(self, key: str, value: Any) -> None:
         self._values[key] = bytes(value)
@@ -121,20 +120,8 @@ class _Store(dist.Store):  # type: ignore[misc, name-defined]
         return self._values[key]
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self.multi_get(keys)
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [self.get(key) for key in keys]
-
-    def multi_set(self, keys: list[str], values: list[Any]) -> None:
-        for key, value in zip(keys, values, strict=True):
-            self.set(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
-
-    def has_extended_api(self) -> bool:
-        return True
+        for key in keys:
+            self.get(key)
 
     def _receive(self) -> None:
         frame = self._connection.receive(self._deadline)
@@ -158,7 +145,7 @@ def _options(host: str) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=host)]
-    options._timeout = timedelta(seconds=_MEETING)
+    options._timeout = timedelta(seconds=_DEADLINE)
     options._threads = 1
     return options
 

@@ -119,7 +119,8 @@ class Link:
     def start(self, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor) -> None:
         """Send rows to experts of a layer, each (expert, rows). Raises `WorkerLostError`.
 
-        x: [n, D] on the CPU, expert by expert; or [1, D] where all experts take the same row.
+        x: [n, D], contiguous and on the CPU, expert by expert; or [1, D] where all experts take the
+        same row.
         """
         request = Request(layer, tuple(experts), len(x) == 1)
         group, (hidden_size, dtype) = self._group, self._shape
