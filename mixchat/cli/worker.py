@@ -78,7 +78,7 @@ def _server(model: str, options: LoadOptions, listen: str) -> Iterator[tuple[Ser
     from mixchat.experts.workers.key_file import default_key_file, read_key_file
 
     key = read_key_file(options.key_file or default_key_file())
-    address = resolve(listen)
+    address = resolve(listen, any_port=True)
     directory = find_or_build(model)
     prepare_environment()
     from mixchat.experts.workers import door

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from mixchat import gpu, machine
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.keys import ExpertKey
@@ -16,7 +15,6 @@ from mixchat.loading.loader import choose_device
 from mixchat.loading.tiers import build_experts
 from mixchat.options import LoadOptions
 from mixchat.planning.fitting import FreeMemory, fit_experts
-from mixchat.planning.machine_speed import saved_measurement
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
@@ -53,17 +51,7 @@ class ServedExperts:
         if hello.exact_prompts != self._exact:
             self._exact = hello.exact_prompts
             self._experts = self._build()
-        measured = saved_measurement(
-            self._installed.blueprint, self._installed.directory, self._device
-        )
-        return Welcome(
-            slots=self.slots,
-            device=gpu.name(self._device) if gpu.is_gpu(self._device) else machine.cpu_name(),
-            tier="device" if gpu.is_gpu(self._device) else "host",
-            seconds_per_row=(
-                None if measured is None else measured.typical.expert_time(str(self._device), 1)
-            ),
-        )
+        return Welcome(self.slots)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         self._held = list(keys)

@@ -12,8 +12,7 @@ from typing import Any
 from mixchat import interrupts
 from mixchat.background import in_background
 from mixchat.errors import MixchatError, UsageError, short_message
-
-DEFAULT_PORT = 7917
+from mixchat.network_address import NetworkAddress
 
 _DEADLINE = 5.0  # seconds that looking up a name may take
 _SLICE = 0.05  # seconds between two looks for Ctrl-C
@@ -43,55 +42,36 @@ class Address:
         return self.text
 
 
-def resolve(text: str) -> Address:
-    """Return the one address that HOST, HOST:PORT, [IPv6] or [IPv6]:PORT names.
+def resolve(text: str, *, any_port: bool = False) -> Address:
+    """Return the one address that HOST[:PORT] names; with `any_port` the port may be 0.
 
     Raises `UsageError` where it is malformed, where no such host is known, and where the name has
     several addresses; `MixchatError` where looking it up takes too long.
     """
-    host, port = _split(text)
-    found = _look_up(text, _LOCALHOST if host == "localhost" else host, port)
+    named = NetworkAddress.parse(text, any_port=any_port)
+    host = _LOCALHOST if named.host == "localhost" else named.host
+    found = _look_up(text, host, named.port)
     targets = list(dict.fromkeys((family, target) for family, _, _, _, target in found))
     if len(targets) > 1:
         listed = ", ".join(str(target[0]) for _, target in targets)
-        hint = f"Name one of them, such as {_format(str(targets[0][1][0]), port)}."
-        raise UsageError(f"{host} has several addresses: {listed}", hint=hint)
+        one = NetworkAddress(str(targets[0][1][0]), named.port)
+        raise UsageError(
+            f"{named.host} has several addresses: {listed}",
+            hint=f"Name one of them, such as {one}.",
+        )
     family, target = targets[0]
-    return Address(_format(host, port), family, target)
+    return Address(str(named), family, target)
 
 
 def resolve_workers(texts: Sequence[str]) -> list[Address]:
     """Return the address of each worker. Raises `UsageError` also where two are the same."""
     addresses: dict[tuple[Any, ...], Address] = {}
-    for text in texts:
-        address = resolve(text)
-        if address.port == 0:
-            raise UsageError(f"{text}: a worker's port is a number from 1 to 65535")
+    for address in map(resolve, texts):
         if address.target in addresses:
             both = f"{addresses[address.target]} and {address}"
             raise UsageError(f"the same worker is named twice: {both}", hint="Name it once.")
         addresses[address.target] = address
     return list(addresses.values())
-
-
-def _split(text: str) -> tuple[str, int]:
-    if text.startswith("["):
-        host, closed, rest = text[1:].partition("]")
-        colon, port = rest[:1], rest[1:]
-        well_formed = closed and ":" in host and (colon == ":" or not rest)
-    else:
-        host, colon, port = text.partition(":")
-        well_formed = ":" not in port
-    if not well_formed or not host or host != "".join(host.split()):
-        hint = "An address is HOST or HOST:PORT; IPv6 stands in brackets: [fd00::5]:7917."
-        raise UsageError(f"{text!r} is not an address", hint=hint)
-    return host, _parse_port(text, port) if colon else DEFAULT_PORT
-
-
-def _parse_port(text: str, port: str) -> int:
-    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
-        raise UsageError(f"{text!r}: a port is a number up to 65535, and {port!r} is not")
-    return int(port)
 
 
 def _look_up(text: str, host: str, port: int) -> list[Any]:
@@ -115,7 +95,3 @@ def _wait(work: Future[Any], fault: str) -> Any:
             if work.done():  # the system's own deadline, in `work`
                 raise
     raise MixchatError(fault, hint="Name the address in numbers.")
-
-
-def _format(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

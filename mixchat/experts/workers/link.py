@@ -67,9 +67,6 @@ class Link:
     ) -> None:
         self.address = address
         self.slots = welcome.slots
-        self.device = welcome.device
-        self.tier = welcome.tier
-        self.seconds_per_row = welcome.seconds_per_row
         self.seconds_computing = 0.0  # of all requests, by the worker's own clock
         self._connection = connection
         self._group: Group | None = group

@@ -22,7 +22,6 @@ from mixchat.sanitize import sanitize
 MAX_ROWS = 1 << 16  # rows of a request, over all of its experts
 MAX_SLOTS = 1 << 12  # experts that a worker is told to hold
 DTYPES = ("bfloat16", "float16", "float32")
-TIERS = ("device", "host")
 
 _LONGEST = 200  # characters of a text
 _REQUEST, _EXPERT, _KEY = struct.Struct(">HBH"), struct.Struct(">HI"), struct.Struct(">HH")
@@ -59,12 +58,9 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The worker: how many experts it can hold, where, and its seconds for one expert's row."""
+    """The worker: how many experts it can hold."""
 
     slots: int
-    device: str  # its name, for people
-    tier: str  # where it holds experts: one of `TIERS`
-    seconds_per_row: float | None = None  # None where it is not known
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,7 @@ def unpack_hello(payload: bytes) -> Hello:
 def unpack_welcome(payload: bytes) -> Welcome:
     """Return the worker's words. Raises `ConnectionLostError`."""
     welcome = _unpack_fields(Welcome, payload)
-    seconds = welcome.seconds_per_row
-    _require(seconds is None or (math.isfinite(seconds) and seconds > 0))
-    _require(welcome.tier in TIERS and 2 <= welcome.slots <= MAX_SLOTS)
+    _require(2 <= welcome.slots <= MAX_SLOTS)
     return welcome
 
 

@@ -81,8 +81,7 @@ def impostor(behave: Callable[[socket.socket], None]) -> Iterator[Address]:
 
 
 def test_a_worker_says_what_it_has(link: Link) -> None:
-    assert (link.slots, link.device, link.tier) == (6, "double", "host")
-    assert link.seconds_per_row == 0.001
+    assert link.slots == 6
 
 
 def test_one_row_goes_to_two_experts_and_two_results_come_back(link: Link) -> None:

@@ -27,7 +27,7 @@ UNPACKERS: list[Callable[[bytes], object]] = [
 ]
 
 HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64, True)
-WELCOME = Welcome(24, "NVIDIA GeForce RTX 3060", "device", 0.0011)
+WELCOME = Welcome(24)
 
 experts = st.dictionaries(st.integers(0, 2**16 - 1), st.integers(1, 200), min_size=1, max_size=9)
 
@@ -36,8 +36,6 @@ def test_both_ends_words_arrive() -> None:
     assert messages.unpack_hello(messages.pack_fields(HELLO)) == HELLO
     assert HELLO.version == __version__
     assert messages.unpack_welcome(messages.pack_fields(WELCOME)) == WELCOME
-    unknown = Welcome(2, "CPU", "host")
-    assert messages.unpack_welcome(messages.pack_fields(unknown)) == unknown
     refusal = Refusal("busy", "is busy")
     assert messages.unpack_refusal(messages.pack_fields(refusal)) == refusal
 
@@ -89,12 +87,6 @@ def test_no_json_raises_another_error(value: object, name: str) -> None:
         {"slots": 1},
         {"slots": 10**6},
         {"slots": 2.0},
-        {"tier": "disk"},
-        {"seconds_per_row": float("nan")},
-        {"seconds_per_row": float("inf")},
-        {"seconds_per_row": -1.0},
-        {"seconds_per_row": 1},
-        {"device": 5},
     ],
     ids=str,
 )

@@ -57,7 +57,7 @@ class Doubles:
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts:
             raise MixchatError("exact prompts are beyond these experts")
-        return Welcome(self.slots, "double", "host", 0.001)
+        return Welcome(self.slots)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         self.loaded = [key for key in self.loaded if key in keys]
@@ -94,7 +94,7 @@ class ThreadedWorker:
         self.model: Any = Doubles() if model is None else model
         self.notes: list[str] = []
         self._noted = threading.Condition()
-        listener = listen(resolve(at))
+        listener = listen(resolve(at, any_port=True))
         self.address = resolve(address_of(listener))
         self._server = Server(listener, KEY, self.model, self._note, BEAT)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -188,7 +188,7 @@ def main() -> None:
     """Serve at some port, which is printed."""
     torch.set_num_threads(1)
     interrupts.install()
-    listener = listen(resolve("127.0.0.1:0"))
+    listener = listen(resolve("127.0.0.1:0", any_port=True))
     server = Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True))
     try:
         print(address_of(listener), flush=True)
