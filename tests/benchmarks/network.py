@@ -53,6 +53,12 @@ class Link:
     rate: float
     round_trip: float
 
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Read `1:0.2`: 1 Gb/s and 0.2 ms."""
+        rate, round_trip = map(float, text.split(":"))
+        return cls(rate * 1e9, round_trip / 1e3)
+
     def __str__(self) -> str:
         return f"{self.rate / 1e9:g} Gb/s, {self.round_trip * 1e3:g} ms"
 
