@@ -27,7 +27,7 @@ WORKERS = ("worker1", "worker2", "worker3")
 MODEL = "synthetic"
 # Bytes beside the experts: Python, torch, attention and head, and what `mixchat bench` measures
 # the machine's limits with. The less, the less is left for the page cache.
-CHAT_ROOM, WORKER_ROOM = 2_800_000_000, 1_500_000_000
+CHAT_ROOM, WORKER_ROOM = 3_200_000_000, 1_500_000_000
 GROUPS = Path("/sys/fs/cgroup")
 LONGEST = 900  # seconds of a measurement
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from statistics import mean
 
+from network import start
+
 from mixchat.engine.environment import prepare_environment
 
 EXPERTS, CHOSEN, HIDDEN, INNER = 8, 2, 4096, 14336
@@ -51,9 +53,7 @@ def slice_seconds(holders: int, cores: Sequence[int]) -> list[dict[int, float]]:
     command = [sys.executable, __file__, "--inner", str(inner)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen(
-            ["taskset", "-c", str(core), *command], stdout=subprocess.PIPE, env=environment
-        )
+        start(["taskset", "-c", str(core), *command], stdout=subprocess.PIPE, env=environment)
         for core in cores
     ]
     answers = [process.communicate()[0] for process in processes]
