@@ -25,12 +25,12 @@ Decision: whole experts. Slices are quicker for one token, since no machine wait
 partial sums round otherwise than a whole product, and otherwise with each count of machines, so
 that an answer would change when a worker is lost or comes back; whole experts are the same to the
 bit everywhere. A prompt gains nothing with 2 or 4 machines, and sends and receives 1.5 to 3 times
-as many bytes: at 1 Gb/s as long as 4 machines compute. The eight experts of a layer make uneven
-shares of 3 machines, but those of all layers do not: what one has more of in a layer, it has less
-of in another. A machine with less memory, or slower, holds fewer whole experts; slices would need
-widths for each set of machines, whole scales in each, and packed codes rewritten. And each slice
-is needed for each token: the slowest machine sets the pace of all, and one that is lost takes a
-part of every expert with it.
+as many bytes: at 1 Gb/s nearly as long as 4 machines compute. With 3 machines it would gain 14%, as
+eight experts make uneven shares (3, 3, 2); their memory is even all the same, as another one has
+two in the next layer. A machine with less memory, or slower, holds fewer whole experts; slices
+would need widths for each set of machines, whole scales in each, and packed codes rewritten. And
+each slice is needed for each token: the slowest machine sets the pace of all, and one that is lost
+takes a part of every expert with it.
 """
 
 from __future__ import annotations
