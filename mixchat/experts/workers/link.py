@@ -126,11 +126,12 @@ class Link:
         assert x.dtype == dtype
         assert x.shape == (request.rows_sent, hidden_size)
         with self._closed_on_error():
-            y = torch.empty(request.rows, hidden_size, dtype=dtype)
-            self._result = group.receive(y, RESULT)
             self._sent = group.send(x, ROW if request.rows_sent == 1 else ROWS)
             self._connection.send(Kind.COMPUTE, messages.pack_request(request))
             self._started = time.monotonic()
+            # Last, while the worker computes already: its result is not there before.
+            y = torch.empty(request.rows, hidden_size, dtype=dtype)
+            self._result = group.receive(y, RESULT)
 
     def finish(self) -> torch.Tensor:
         """Return the experts' outputs, [n, D] on the CPU, expert by expert.
