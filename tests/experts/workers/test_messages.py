@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat import __version__
@@ -29,6 +29,7 @@ UNPACKERS: list[Callable[[bytes], object]] = [
 HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64, True)
 WELCOME = Welcome(24)
 
+untimed = settings(deadline=None)  # the machine may be busy
 experts = st.dictionaries(st.integers(0, 2**16 - 1), st.integers(1, 200), min_size=1, max_size=9)
 
 
@@ -40,6 +41,7 @@ def test_both_ends_words_arrive() -> None:
     assert messages.unpack_refusal(messages.pack_fields(refusal)) == refusal
 
 
+@untimed
 @given(st.integers(0, 2**16 - 1), experts)
 def test_a_request_arrives(layer: int, rows: dict[int, int]) -> None:
     request = Request(layer, tuple(rows.items()))
@@ -47,6 +49,7 @@ def test_a_request_arrives(layer: int, rows: dict[int, int]) -> None:
     assert request.rows == request.rows_sent == sum(rows.values())
 
 
+@untimed
 @given(st.integers(0, 2**16 - 1), st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=9))
 def test_a_request_with_one_row_for_all_arrives(layer: int, numbers: set[int]) -> None:
     request = Request(layer, tuple((number, 1) for number in numbers), True)
@@ -54,12 +57,14 @@ def test_a_request_with_one_row_for_all_arrives(layer: int, numbers: set[int]) -
     assert (request.rows, request.rows_sent) == (len(numbers), 1)
 
 
+@untimed
 @given(st.sets(st.builds(ExpertKey, st.integers(0, 99), st.integers(0, 99)), max_size=300))
 def test_keys_arrive_in_their_order(keys: set[ExpertKey]) -> None:
     listed = list(keys)
     assert messages.unpack_keys(messages.pack_keys(listed)) == listed
 
 
+@untimed
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_another_error(payload: bytes) -> None:
     for unpack in UNPACKERS:
@@ -67,6 +72,7 @@ def test_no_bytes_raise_another_error(payload: bytes) -> None:
             unpack(payload)
 
 
+@untimed
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
