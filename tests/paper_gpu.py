@@ -7,9 +7,12 @@ and is as strict as a GPU is:
 - Tensors of different memories in one operation are an error.
 - Each device has so many bytes; what does not fit raises `torch.OutOfMemoryError`. So does one
   allocation that a test chooses.
-- `waits` counts what would wait for the GPU: copies that block, numbers that Python looks at,
-  events. Waits on a stream other than the default one count as `side_waits`: they are those of the
-  thread that moves experts.
+- Each device has a default stream of its own. Work on a tensor is work of the current stream of its
+  device. An event belongs to the device on which it was first recorded: recording it on another
+  one's stream is an error. A copy from one device to another waits for both, and nobody for it.
+- `waits` counts what would wait for a GPU: copies that block, numbers that Python looks at, events.
+  Waits on a stream other than a default one count as `side_waits`: they are those of the threads
+  that move experts.
 - A copy from page-locked RAM that does not block is carried out late: when its stream is waited
   for, or works on. Who reads the target too early, or overwrites the source, sees wrong numbers.
 - A copy to the CPU that does not block is an error: nobody would know when the numbers are there.
@@ -38,7 +41,7 @@ from mixchat import gpu
 from mixchat.weights.matrix import nf4
 
 KIND = "paper"
-DEVICES = 2
+DEVICES = 3
 GB = 10**9
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
 # Python waits for their results: numbers, or shapes that hang on numbers.
@@ -71,7 +74,7 @@ class PaperTensor(torch.Tensor):
     ) -> Any:
         # These three ask for memory, and never come to `__torch_dispatch__`.
         if function is torch.Tensor.tolist:
-            RUNTIME.wait()
+            RUNTIME.wait(args[0].device)
             return args[0].inner.tolist()
         if function is torch.Tensor.data_ptr:
             return args[0].inner.data_ptr()
@@ -99,13 +102,15 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = asked[0] if asked else ours[0].device
     if name in _COPIES:
         if target.type != KIND:
-            RUNTIME.wait(blocks=not kwargs.get("non_blocking"))
+            RUNTIME.wait(ours[0].device, blocks=not kwargs.get("non_blocking"))
+        for tensor in ours:
+            RUNTIME.current_stream(tensor.device).finish()
     else:
         _check_memories(name, tensors)
         alias = returns[0].alias_info if returns else None
-        RUNTIME.launch(views=alias is not None and not alias.is_write)
+        RUNTIME.launch(target, views=alias is not None and not alias.is_write)
     if name in _LOOKS or (name == "aten::index" and any(_is_mask(index) for index in args[1])):
-        RUNTIME.wait()
+        RUNTIME.wait(target)
     result = function(*pytree.tree_map(_inner, args), **pytree.tree_map(_inner, kwargs))
     if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
         return kwargs.get("out", args[0])
@@ -116,14 +121,17 @@ def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
     """Copy between any two memories: also what torch calls past `__torch_dispatch__`."""
     down = isinstance(source, PaperTensor) and not isinstance(target, PaperTensor)
     up = isinstance(target, PaperTensor) and not isinstance(source, PaperTensor)
+    devices = {tensor.device for tensor in (source, target) if isinstance(tensor, PaperTensor)}
     if down or (up and source.dim()):
+        (device,) = devices
         if up and non_blocking and RUNTIME.is_locked(source):
-            RUNTIME.stream().late.append((source, target.inner))
+            RUNTIME.current_stream(device).late.append((source, target.inner))
             return target
         # Without a lock the bytes are taken to another place first: the source may change then.
-        RUNTIME.wait(blocks=down or not non_blocking)
+        RUNTIME.wait(device, blocks=down or not non_blocking)
         assert not (down and non_blocking), "nobody knows when these numbers are on the CPU"
-    RUNTIME.stream().finish()
+    for device in devices:
+        RUNTIME.current_stream(device).finish()
     _inner(target).copy_(_inner(source))
     return target
 
@@ -131,7 +139,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
 def _check_memories(name: str, tensors: list[torch.Tensor]) -> None:
     """Numbers and indices may be on the CPU; all else has to be in one memory."""
     if name in ("aten::index", "aten::index_put_"):
-        tensors = tensors[:1]
+        tensors = [tensor for tensor in tensors if isinstance(tensor, PaperTensor)]
     where = {str(tensor.device) for tensor in tensors if tensor.dim()}
     if len(where) > 1:
         raise RuntimeError(f"{name}: tensors in different memories: {sorted(where)}")
@@ -156,9 +164,11 @@ def _placed(leaf: Any, device: torch.device) -> Any:
 
 
 class Stream:
-    """A queue of work, of which only copies that do not block are carried out late."""
+    """A queue of a device's work, of which only copies that do not block are carried out late."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
+        index = getattr(device, "index", device)
+        self.index: int = RUNTIME.current_device() if index is None else index
         self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def finish(self) -> None:
@@ -168,21 +178,26 @@ class Stream:
             target.copy_(source)
 
     def synchronize(self) -> None:
-        RUNTIME.wait()
+        RUNTIME.wait(self.index)
         self.finish()
 
 
 class Event:
-    """A place in a stream's queue."""
+    """A place in a stream's queue; it belongs to the stream's device once it is recorded."""
+
+    _stream: Stream
 
     def record(self, stream: Stream | None = None) -> None:
-        self._stream = stream or RUNTIME.stream()
+        stream = stream or RUNTIME.current_stream()
+        if hasattr(self, "_stream") and self._stream.index != stream.index:
+            raise RuntimeError("an event of one device is recorded on another one's stream")
+        self._stream = stream
 
     def wait(self, stream: Stream | None = None) -> None:
         self._stream.finish()
 
     def synchronize(self) -> None:
-        RUNTIME.wait()
+        RUNTIME.wait(self._stream.index)
         self._stream.finish()
 
     def query(self) -> bool:
@@ -219,8 +234,8 @@ class PaperRuntime:
         self.fail_at: int | None = None
         self.refuses_locks = False
         self.devices = 1
-        self.default = Stream()
         self._thread.__dict__.clear()
+        self._defaults = [Stream(number) for number in range(DEVICES)]
 
     # Called by torch and mixchat.
 
@@ -250,25 +265,29 @@ class PaperRuntime:
         """Nothing is kept for later use here."""
 
     def synchronize(self, device: Any = None) -> None:
-        self.wait()
+        self.wait(device)
 
     def current_stream(self, device: Any = None) -> Stream:
-        return self.stream()
-
-    def stream(self, stream: Stream | None = None) -> Any:
-        """Return the current stream, or a context in which the given one is current."""
-        if stream is None:
-            return getattr(self._thread, "stream", self.default)
-        return self._within(stream)
+        """Return this thread's current stream of a device, or of the current device."""
+        index = self.index_of(device)
+        return self._streams().get(index, self._defaults[index])
 
     @contextlib.contextmanager
-    def _within(self, stream: Stream) -> Iterator[None]:
-        before = self.stream()
-        self._thread.stream = stream
+    def stream(self, stream: Stream) -> Iterator[None]:
+        """Make a stream the current one of its device, and the device the current one."""
+        streams, device = self._streams(), self.current_device()
+        before = self.current_stream(stream.index)
+        streams[stream.index] = stream
+        self.set_device(stream.index)
         try:
             yield
         finally:
-            self._thread.stream = before
+            streams[stream.index] = before
+            self.set_device(device)
+
+    def _streams(self) -> dict[int, Stream]:
+        streams: dict[int, Stream] = self._thread.__dict__.setdefault("streams", {})
+        return streams
 
     def cudart(self) -> PaperRuntime:
         return self
@@ -293,24 +312,30 @@ class PaperRuntime:
 
     # Called by tensors.
 
-    def memory(self, device: torch.device) -> _Memory:
-        return self._memories[device.index or 0]
+    def index_of(self, device: torch.device | int | None) -> int:
+        """Return a device's number; without one, that of the current device."""
+        index = device.index if isinstance(device, torch.device) else device
+        return self.current_device() if index is None else index
 
-    def wait(self, *, blocks: bool = True) -> None:
+    def memory(self, device: torch.device) -> _Memory:
+        return self._memories[self.index_of(device)]
+
+    def wait(self, device: torch.device | int | None = None, *, blocks: bool = True) -> None:
         """Count a wait, unless the operation does not block; then its stream has done its work."""
         if not blocks:
             return
-        if self.stream() is self.default:
+        stream = self.current_stream(device)
+        if stream in self._defaults:
             self.waits += 1
         else:
             self.side_waits += 1
-        self.stream().finish()
+        stream.finish()
 
-    def launch(self, *, views: bool) -> None:
+    def launch(self, device: torch.device, *, views: bool) -> None:
         """Start a kernel, which finds what its stream has copied; CUDA tells of errors here."""
         if views:
             return
-        self.stream().finish()
+        self.current_stream(device).finish()
         error, self._thread.error = getattr(self._thread, "error", None), None
         if error is not None:
             raise RuntimeError(error)
@@ -327,7 +352,10 @@ class PaperRuntime:
             return
         self.allocations += 1
         if self.allocations == self.fail_at or memory.taken + size > memory.total:
-            raise torch.OutOfMemoryError(f"a paper GPU has no {size} bytes")
+            raise torch.OutOfMemoryError(
+                f"paper out of memory. Tried to allocate {size} bytes. GPU {self.index_of(device)} "
+                f"has a total capacity of {memory.total} bytes"
+            )
         self._taken[key] = size
         memory.taken += size
         weakref.finalize(storage, self._freed, key, memory).atexit = False
@@ -379,7 +407,7 @@ def in_place_of_cuda() -> Iterator[PaperRuntime]:
         if not isinstance(x, PaperTensor):
             return matmul(x, codes, absmax, shape, quant_type)
         _check_memories("matmul_4bit", [x, codes, absmax])
-        RUNTIME.launch(views=False)
+        RUNTIME.launch(x.device, views=False)
         weight = nf4.dequantize(codes.inner, absmax.inner, shape, x.dtype, quant_type)
         return _placed(torch.nn.functional.linear(x.inner, weight), x.device)
 
