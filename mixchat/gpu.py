@@ -7,6 +7,7 @@ and AMD. No other module names it, so that the suite can run all code for GPUs o
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,12 @@ def total_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that nobody has taken."""
     return int(_runtime().mem_get_info(device)[0])
+
+
+def number_in(error: torch.OutOfMemoryError) -> int | None:
+    """Return the number of the GPU whose memory ran out, if torch says it."""
+    found = re.search(r"\bGPU (\d+)\b", str(error))
+    return None if found is None else int(found[1])
 
 
 def release_unused(device: torch.device) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mixchat.errors import UsageError
 from mixchat.quantities import MemoryBudget
 
 CacheBits = Literal[8, 16]
@@ -32,15 +33,16 @@ class SamplingOptions:
 class LoadOptions:
     """The options of loading a model. None chooses from what the machine has.
 
-    host_memory: RAM for experts; device_memory: all that may be taken on a GPU; context_size: in
-    tokens; kv_bits: bits of a number in the KV cache, None for those of the model's own dtype;
-    exact_prompts: compute batch-invariantly, so that a prompt's tokens get the same bits as decoded
-    ones; device: torch's name; cache_policy: a key of `experts.policies.POLICIES`; trace: a file
-    that gets the routing; workers: their addresses, HOST[:PORT]; key_file: the file of their key.
+    host_memory: RAM for experts; device_memory: all that may be taken on a GPU, one amount for all
+    of them or one for each; context_size: in tokens; kv_bits: bits of a number in the KV cache,
+    None for those of the model's own dtype; exact_prompts: compute batch-invariantly, so that a
+    prompt's tokens get the same bits as decoded ones; device: torch's name, or several with commas
+    between them; cache_policy: a key of `experts.policies.POLICIES`; trace: a file that gets the
+    routing; workers: their addresses, HOST[:PORT]; key_file: the file of their key.
     """
 
     host_memory: MemoryBudget | None = None
-    device_memory: MemoryBudget | None = None
+    device_memory: tuple[MemoryBudget, ...] = ()
     context_size: int | None = None
     kv_bits: CacheBits | None = None
     exact_prompts: bool = False
@@ -49,3 +51,17 @@ class LoadOptions:
     trace: Path | None = None
     workers: tuple[str, ...] = ()
     key_file: Path | None = None
+
+
+def device_names(text: str) -> list[str]:
+    """Return the names in a list of devices. Raises `UsageError` where they do not go together."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--device {text!r} names {name!r} twice")
+        if len(names) > 1 and ":" not in name:
+            raise UsageError(
+                f"--device {text!r}: {name!r} has to stand alone",
+                hint="Use cpu, cuda for all GPUs, or a list of GPUs such as cuda:0,cuda:1.",
+            )
+    return names

@@ -37,6 +37,11 @@ class MemoryBudget:
             return cls(fraction=number / 100)
         return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
 
+    @classmethod
+    def parse_list(cls, text: str) -> tuple[MemoryBudget, ...]:
+        """Read amounts with commas between them, like `12GB,8GB`. Raises `UsageError`."""
+        return tuple(cls.parse(part) for part in text.split(","))
+
     def of(self, whole: int) -> int:
         """Return the budget in bytes; a fraction is taken of `whole` bytes."""
         return int(self.fraction * whole) if self.fraction is not None else self.size or 0

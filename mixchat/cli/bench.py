@@ -89,7 +89,7 @@ def bench(
     options = BenchOptions(context or (0,), prompt or (512,), tokens, rounds)
     load = LoadOptions(
         host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budget(device_memory),
+        device_memory=model_flags.budgets(device_memory),
         context_size=options.context_size,
         kv_bits=checked_bits(kv_bits),
         exact_prompts=exact_prompts,

@@ -46,7 +46,7 @@ def plan(
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budget(device_memory),
+        device_memory=model_flags.budgets(device_memory),
         context_size=ctx_size,
         kv_bits=checked_bits(kv_bits),
         device=device,
@@ -70,14 +70,15 @@ def plan(
 
 
 def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> MachinePlan:
-    from mixchat.loading.loader import choose_device
+    from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
     from mixchat.planning.machine_speed import measure_machine, saved_measurement
     from mixchat.planning.plan import Machine, plan_model
     from mixchat.planning.torch_threads import choose_threads
 
-    device, blueprint = choose_device(options.device), outlined.blueprint
-    machine = Machine.now(outlined.directory, device)
+    devices, blueprint = choose_devices(options.device), outlined.blueprint
+    device = devices[0]
+    machine = Machine.now(outlined.directory, devices)
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
     measurement = None

@@ -90,7 +90,7 @@ def run(
         model = resumed.model
     load = LoadOptions(
         host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budget(device_memory),
+        device_memory=model_flags.budgets(device_memory),
         context_size=ctx_size,
         kv_bits=checked_bits(kv_bits),
         exact_prompts=exact_prompts,

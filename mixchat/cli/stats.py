@@ -18,7 +18,14 @@ from mixchat.errors import ModelNotFoundError
 if TYPE_CHECKING:
     from mixchat.engine.report import ExpertReport
 
-_COLOURS = ("#2a788e", "#a5db36", "#414487", "#e0e0e0")  # of the tiers
+
+_COLOURS = {
+    "device": "#2a788e",
+    "other-device": "#46c0a0",
+    "host": "#a5db36",
+    "worker": "#414487",
+    "disk": "#e0e0e0",
+}
 
 
 def stats(
@@ -77,11 +84,12 @@ def _draw_use(figure: Any, axes: Any, report: ExpertReport) -> None:
 
 
 def _draw_places(figure: Any, axes: Any, report: ExpertReport) -> None:
-    from mixchat.engine.report import PLACES, TIERS
+    from mixchat.engine.report import PLACES
 
-    places = [[TIERS.index(tier) for tier in layer] for layer in report.tiers]
-    colours = import_module("matplotlib.colors").ListedColormap(_COLOURS)
-    last = len(TIERS) - 1
-    image = axes.imshow(places, aspect="auto", cmap=colours, vmin=-0.5, vmax=last + 0.5)
-    figure.colorbar(image, ax=axes, ticks=range(len(TIERS))).ax.set_yticklabels(PLACES.values())
+    tiers = report.tiers_used
+    places = [[tiers.index(tier) for tier in layer] for layer in report.tiers]
+    colours = import_module("matplotlib.colors").ListedColormap([_COLOURS[tier] for tier in tiers])
+    image = axes.imshow(places, aspect="auto", cmap=colours, vmin=-0.5, vmax=len(tiers) - 0.5)
+    bar = figure.colorbar(image, ax=axes, ticks=range(len(tiers)))
+    bar.ax.set_yticklabels([PLACES[tier] for tier in tiers])
     axes.set(title="Place at the end of the run", xlabel="expert")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mixchat import interrupts
+from mixchat import gpu, interrupts
 from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
@@ -230,12 +230,12 @@ class Engine:
             try:
                 on_device = ids.to(self._model.device, non_blocking=True)
                 return self._model.forward(on_device, self._cache, after_layer=after_layer)
-            except torch.OutOfMemoryError:
-                if not self.experts.halve():
+            except torch.OutOfMemoryError as error:
+                number = gpu.number_in(error)
+                name = "the device" if number is None else f"GPU {number}"
+                if not self.experts.halve(number):
                     raise ResourceError(
-                        "the device ran out of memory, with two experts in it",
+                        f"{name} ran out of memory, with two experts in it",
                         hint="A smaller --ctx-size needs less; --device cpu takes the RAM instead.",
                     ) from None
-                self._note(
-                    f"the device ran out of memory: it holds {self.experts.slots} experts now"
-                )
+                self._note(f"{name} ran out of memory: {self.experts.slots} experts fit now")

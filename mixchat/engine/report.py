@@ -17,9 +17,15 @@ from mixchat.files import read_json_object, write_private_file
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
 
-TIERS = ("device", "host", "worker", "disk")  # where an expert can be, the fastest first
-# The tiers as people call them.
-PLACES = {"device": "GPU", "host": "RAM", "worker": "worker", "disk": "disk"}
+# The places where an expert can be, the fastest first, each with its name for people.
+PLACES = {
+    "device": "GPU",
+    "other-device": "other GPU",
+    "host": "RAM",
+    "worker": "worker",
+    "disk": "disk",
+}
+TIERS = tuple(PLACES)
 # Fields whose names in JSON are those of version 1, which scripts read.
 _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 
@@ -45,6 +51,11 @@ class ExpertReport:
     right_predictions: int
     tokens: int
     seconds: float
+
+    @property
+    def tiers_used(self) -> list[str]:
+        """Return the tiers that hold experts, or may."""
+        return [tier for tier in TIERS if tier in {*self.slots, *chain(*self.tiers)}]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""

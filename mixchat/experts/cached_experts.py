@@ -39,6 +39,11 @@ class CachedExperts:
         self._on_host: set[ExpertKey] = set()
 
     @property
+    def number(self) -> int | None:
+        """Return the number of the GPU; a CPU has none."""
+        return self._device.index
+
+    @property
     def slots(self) -> int:
         """Return how many experts may be held in the device's memory."""
         return self._fetcher.slots
@@ -81,7 +86,7 @@ class CachedExperts:
         self._fetcher.ready(key)
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
-        """Let the first of these experts be on their way; `finish` computes them all."""
+        """Let the first of these experts be on their way; `compute_next` computes them."""
         self._fetcher.settle(rows.layer, keys)
         self._on_host = self._chosen_for_host(rows, keys)
         by_state = sorted(keys, key=self._fetcher.state)
@@ -96,12 +101,18 @@ class CachedExperts:
         wanted = [key for key in keys if key not in self.elsewhere]
         self._fetcher.prefetch(wanted, pinned=self._order)
 
-    def finish(self, rows: LayerRows) -> None:
-        """Compute the experts of `begin`, and store their outputs in `rows`."""
-        for turn, key in enumerate(self._order):
-            interrupts.check()
-            self._request(self._order[turn:])
-            rows.put(key, self._output(key, rows))
+    def compute_next(self, rows: LayerRows) -> bool:
+        """Compute the next expert of `begin`, for which its bytes are waited for.
+
+        Its output is stored in `rows`. Returns False where none was left.
+        """
+        if not self._order:
+            return False
+        interrupts.check()
+        self._request(self._order)
+        key = self._order.pop(0)
+        rows.put(key, self._output(key, rows))
+        return True
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
         """Return the experts without a slot that the CPU computes, though the rest is on a GPU."""

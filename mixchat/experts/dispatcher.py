@@ -54,9 +54,9 @@ class Dispatcher:
     @property
     def slots_by_tier(self) -> dict[str, int]:
         slots: dict[str, int] = {}
-        for device in self._devices:
-            for tier, count in device.slots_by_tier.items():
-                slots[tier] = slots.get(tier, 0) + count
+        counts = [item for device in self._devices for item in device.slots_by_tier.items()]
+        for tier, count in sorted(counts, key=lambda item: item[0] == "host"):  # RAM comes last
+            slots[tier] = slots.get(tier, 0) + count
         if self._workers:
             slots["worker"] = sum(len(worker.held) for worker in self._workers)
         return slots
@@ -78,8 +78,9 @@ class Dispatcher:
         """Bring an expert into the memory of its device."""
         self._devices[self._home(key)].load(key)
 
-    def halve(self) -> bool:
-        halved = [device.halve() for device in self._devices]
+    def halve(self, number: int | None = None) -> bool:
+        full = [device for device in self._devices if number in (None, device.number)]
+        halved = [device.halve() for device in full or self._devices]
         return any(halved)
 
     def begin_turn(self) -> None:
@@ -168,9 +169,11 @@ class Dispatcher:
             device.begin(rows, [key for key in keys if self._home(key) == number])
 
     def _finish_at_home(self, rows: LayerRows) -> None:
-        # The first device comes last: it has the most to do, and others only have to be told.
-        for device in reversed(self._devices):
-            device.finish(rows)
+        # In turns, so that what one device holds does not wait for what another one has to fetch.
+        # The first one comes last: it has the most to do, and others only have to be told.
+        left = list(reversed(self._devices))
+        while left:
+            left = [device for device in left if device.compute_next(rows)]
 
     def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
         """Prefetch the copies of experts that workers compute now, and what is predicted."""

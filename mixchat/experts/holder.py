@@ -57,13 +57,16 @@ class ExpertHolder(ExpertRunner, Protocol):
         """Return the bytes of memory that experts take where they are computed."""
 
     def tier(self, key: ExpertKey) -> str:
-        """Return the tier of the expert's fastest copy: `device`, `host`, `worker` or `disk`."""
+        """Return the tier of the expert's fastest copy: a key of `TIERS` in report.py."""
 
     def begin_turn(self) -> None:
         """Take up workers again that were lost; this is called before each prompt."""
 
-    def halve(self) -> bool:
-        """Hold half as many experts from now on; return False where that would be too few."""
+    def halve(self, number: int | None = None) -> bool:
+        """Hold half as many experts from now on; return False where that would be too few.
+
+        number: that of the GPU whose memory ran out; None halves those of all devices.
+        """
 
 
 class WorkerExperts(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixchat.errors import ResourceError, UsageError
+from mixchat.experts.sharing import home_counts, in_proportion
 from mixchat.quantities import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
@@ -36,14 +38,43 @@ class Demand:
 @dataclass(frozen=True)
 class Placement:
     """The counts of experts that fit: `slots` in the memory of the device that computes,
-    `host_slots` in RAM behind a GPU (0 where the CPU computes, or RAM holds none). `reserve`: bytes
-    of RAM left beside them.
+    `other_slots` in that of each other GPU (0 where it is not used), `host_slots` in RAM behind
+    GPUs (0 where the CPU computes, or RAM holds none). `reserve`: bytes of RAM left beside them.
     """
 
     slots: int
     host_slots: int
     experts: int
     reserve: int = RESERVE_BYTES
+    other_slots: tuple[int, ...] = ()
+
+    @property
+    def by_device(self) -> tuple[int, ...]:
+        """Return the slots of each device."""
+        return self.slots, *self.other_slots
+
+    def parts(self) -> list[Placement]:
+        """Return the placement of each device's own experts, those that are at home there.
+
+        None is brought to two devices, so that each has RAM of its own behind it: in proportion to
+        the experts that it does not hold. Of 256 experts, 60 and 30 slots with 83 in RAM behind
+        them, 171 and 85 are at home there, and 55 and 28 slots in RAM are theirs.
+        """
+        homes = home_counts(self.experts, self.by_device)
+        behind = _divide_host(self.host_slots, homes, self.by_device)
+        return [
+            Placement(slots, host, count, self.reserve)
+            for slots, host, count in zip(self.by_device, behind, homes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class DeviceRoom:
+    """The `free` bytes of a GPU, which people know as `name`, and the budget for it."""
+
+    name: str
+    free: int
+    budget: MemoryBudget | None = None
 
 
 def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Placement:
@@ -65,40 +96,77 @@ def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Plac
     return Placement(slots, 0, demand.experts, max(left, RESERVE_BYTES // 4))
 
 
-def place_on_gpu(
-    demand: Demand,
-    free: int,
-    free_host: int,
-    budget: MemoryBudget | None,
-    host_budget: MemoryBudget | None,
+def place_on_gpus(
+    demand: Demand, rooms: Sequence[DeviceRoom], free_host: int, host_budget: MemoryBudget | None
 ) -> Placement:
-    """Place experts in a GPU's memory, of which `free` bytes are free, and in RAM (`free_host`).
+    """Place experts in the memory of GPUs, and in RAM, of which `free_host` bytes are free.
 
-    `budget` is for all that is on the GPU, and a fraction is of the free memory; `host_budget` is
-    as in `place_on_cpu`, and 0 for none. Raises the same errors.
+    The first GPU has all that tokens share and the context; others have experts alone, and one
+    without room for two of them is not used. A budget is for all that is on a GPU, and a fraction
+    is of its free memory; `host_budget` is as in `place_on_cpu`, and 0 for none. Raises the same
+    errors.
     """
-    if budget is not None:
-        allowed = budget.of(free)
-        if allowed < demand.least:
-            raise UsageError(
-                f"--device-memory {format_size(allowed)} is too small: the model needs at least "
-                f"{format_least(demand.least)} (a full context of {format_size(demand.context)} "
-                "in it)",
-                hint="A smaller --ctx-size needs less.",
-            )
-        if allowed > free:
-            raise ResourceError(
-                f"not enough memory: --device-memory asks for {format_size(allowed)}, "
-                f"{format_size(free)} are free on the device"
-            )
-        free = allowed
-    _check(demand, free)
-    room = free - demand.shared - demand.context
+    first, *others = rooms
+    slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in others)]
+    slots = list(map(min, slots, home_counts(demand.experts, slots)))
+    behind = 0
+    if sum(slots) < demand.experts:
+        behind = _host_slots(demand, free_host, host_budget)
+    return Placement(slots[0], behind, demand.experts, other_slots=tuple(slots[1:]))
+
+
+def _first_slots(demand: Demand, room: DeviceRoom) -> int:
+    if room.budget is not None and (allowed := room.budget.of(room.free)) < demand.least:
+        raise UsageError(
+            f"--device-memory {format_size(allowed)} is too small for {room.name}: the model needs "
+            f"at least {format_least(demand.least)} (a full context of "
+            f"{format_size(demand.context)} in it)",
+            hint="A smaller --ctx-size needs less.",
+        )
+    free = _allowed(room)
+    _check(demand, free, room.name)
+    taken = demand.shared + demand.context + _spare(room)
+    return min(max((free - taken) // demand.expert, MIN_SLOTS), demand.experts)
+
+
+def _other_slots(demand: Demand, room: DeviceRoom) -> int:
+    least = MIN_SLOTS * demand.expert
+    if room.budget is not None and (allowed := room.budget.of(room.free)) < least:
+        raise UsageError(
+            f"--device-memory {format_size(allowed)} is too small for {room.name}: two experts "
+            f"take {format_least(least)}"
+        )
+    count = (_allowed(room) - _spare(room)) // demand.expert
+    return min(count, demand.experts) if count >= MIN_SLOTS else 0
+
+
+def _allowed(room: DeviceRoom) -> int:
+    """Return the bytes that may be taken on a GPU. Raises `ResourceError`."""
+    allowed = room.free if room.budget is None else room.budget.of(room.free)
+    if allowed > room.free:
+        raise ResourceError(
+            f"not enough memory: --device-memory asks for {format_size(allowed)}, "
+            f"{format_size(room.free)} are free on {room.name}"
+        )
+    return allowed
+
+
+def _spare(room: DeviceRoom) -> int:
     # A budget is for weights and context; whoever gives one leaves room beside it.
-    spare = _reserve(free) if budget is None else 0
-    slots = min(max((room - spare) // demand.expert, MIN_SLOTS), demand.experts)
-    behind = 0 if slots == demand.experts else _host_slots(demand, free_host, host_budget)
-    return Placement(slots, behind, demand.experts)
+    return _reserve(room.free) if room.budget is None else 0
+
+
+def _divide_host(slots: int, homes: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Return the slots in RAM that each device has behind it, too few for none."""
+    lacking = [count - own for count, own in zip(homes, held, strict=True)]
+    while any(lacking):
+        share = in_proportion(slots, lacking) if slots < sum(homes) else homes
+        parts = list(map(min, share, homes))
+        few = [n for n, part in enumerate(parts) if lacking[n] and part < MIN_HOST_SLOTS]
+        if not few:
+            return [part if lacks else 0 for part, lacks in zip(parts, lacking, strict=True)]
+        lacking[min(few, key=parts.__getitem__)] = 0
+    return [0] * len(homes)
 
 
 def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
@@ -117,12 +185,12 @@ def _reserve(free: int) -> int:
     return max(RESERVE_BYTES, int(RESERVE_FRACTION * free))
 
 
-def _check(demand: Demand, free: int) -> None:
+def _check(demand: Demand, free: int, name: str | None = None) -> None:
     if free < demand.least:
         raise ResourceError(
             f"not enough memory: the model needs at least {format_least(demand.least)} "
             f"(a full context of {format_size(demand.context)} in it), {format_size(free)} are "
-            "free",
+            f"free{'' if name is None else f' on {name}'}",
             hint="A smaller --ctx-size needs less; on a GPU, --device cpu takes the RAM instead.",
         )
 

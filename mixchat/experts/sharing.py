@@ -1,6 +1,7 @@
 """Divides experts among those who can hold them, and the work of a layer: pure functions.
 
-A holder is this machine, or a worker on another one.
+A holder is this machine, or a worker on another one. The GPUs of this machine share its experts
+among them.
 """
 
 from __future__ import annotations
@@ -50,15 +51,52 @@ def divide(
     copy of the most used expert of the first.
     """
     uses = uses or {}
-    quotas = _quotas(layers * experts, slots)
-    held: list[list[ExpertKey]] = [[] for _ in slots]
+    held = _assign(layers, experts, _quotas(layers * experts, slots), uses)
+    _add_copies(held, layers, experts, slots, uses)
+    for keys in held:
+        keys.sort(key=lambda key: (-uses.get(key, 0), key.expert, key.layer))
+    return held
+
+
+def homes(layers: int, experts: int, slots: Sequence[int]) -> dict[ExpertKey, int]:
+    """Return the GPU that computes each expert, by its number: its home.
+
+    slots: how many each GPU can hold. As far as the slots allow, all are home of the same part of
+    every layer; where there are too few, each is home of as many more as it has slots. Eight
+    experts in a layer and twice as many slots on the first GPU as on the second: 4 and 4 are at
+    home there if all fit, else 5 and 3, or 6 and 2.
+    """
+    held = _assign(layers, experts, home_counts(layers * experts, slots), {})
+    return {key: number for number, keys in enumerate(held) for key in keys}
+
+
+def home_counts(experts: int, slots: Sequence[int]) -> list[int]:
+    """Return how many of so many experts are at home on each GPU, as in `homes`."""
+    return _quotas(experts, slots) if sum(slots) >= experts else in_proportion(experts, slots)
+
+
+def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
+    """Return whole numbers that sum to `total`, in proportion to weights, of which one is not 0."""
+    every = sum(weights)
+    parts = [total * weight // every for weight in weights]
+    owed = [total * weight % every for weight in weights]
+    for number in sorted(range(len(parts)), key=lambda n: -owed[n])[: total - sum(parts)]:
+        parts[number] += 1
+    return parts
+
+
+def _assign(
+    layers: int, experts: int, quotas: Sequence[int], uses: Mapping[ExpertKey, int]
+) -> list[list[ExpertKey]]:
+    """Return different experts for each holder, as many as its quota; the quotas sum to all."""
+    held: list[list[ExpertKey]] = [[] for _ in quotas]
     for layer in range(layers):
         keys = sorted(
             (ExpertKey(layer, expert) for expert in range(experts)),
             key=lambda key: (-uses.get(key, 0), key),
         )
         left = _part_of_layer(quotas, [len(keys) for keys in held], layer, layers, experts)
-        work = [0] * len(slots)
+        work = [0] * len(quotas)
         for key in keys:
             holder = min(
                 (number for number, count in enumerate(left) if count),
@@ -67,9 +105,6 @@ def divide(
             left[holder] -= 1
             work[holder] += uses.get(key, 0) + 1
             held[holder].append(key)
-    _add_copies(held, layers, experts, slots, uses)
-    for keys in held:
-        keys.sort(key=lambda key: (-uses.get(key, 0), key.expert, key.layer))
     return held
 
 

@@ -39,7 +39,7 @@ class ExpertStore:
 
     stored: the layout of experts at the source; used: the layout that this device computes. Where
     the two differ a block is reordered after each load, which takes a GPU a millisecond and a CPU a
-    second. `bytes_moved` counts the bytes that came into slots.
+    second. name: the tier of slots on a GPU. `bytes_moved` counts the bytes that came into slots.
     """
 
     def __init__(
@@ -49,17 +49,14 @@ class ExpertStore:
         stored: ExpertSpec,
         used: ExpertSpec,
         device: torch.device,
+        name: str = "device",
     ) -> None:
+        self.name = "host" if device == CPU else name
         self._source, self._stored, self._used, self._device = source, stored, used, device
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
         self._slots: dict[int, _Slot] = {}
         self.bytes_moved = 0
-
-    @property
-    def name(self) -> str:
-        """Return the tier of the slots: `host`, or `device` for a GPU's."""
-        return "host" if self._device == CPU else "device"
 
     def stream(self) -> AbstractContextManager[object]:
         """Return a context for whoever carries out loads, so that they overlap with computing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.errors import UsageError
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
+from mixchat.experts.sharing import in_proportion
 from mixchat.experts.trace import TraceWriter, TracingRunner
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
-from mixchat.options import LoadOptions
+from mixchat.options import LoadOptions, device_names
 from mixchat.planning.expectation import SpeedRange, predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.torch_threads import choose_threads
@@ -39,19 +40,33 @@ def load_engine(directory: Path, options: LoadOptions, note: Note = lambda text:
     where the model is damaged, `UsageError` where an option cannot be used, `ResourceError` where
     the model does not fit.
     """
-    device = choose_device(options.device)
+    devices = choose_devices(options.device)
     installed = InstalledModel(directory)
     try:
-        return _assemble(installed, options, device, note)
+        return _assemble(installed, options, devices, note)
     except BaseException:
         installed.close()
         raise
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the named device, else the first GPU, else the CPU. Raises `UsageError`."""
-    if name is None:
-        return torch.device(gpu.KIND if gpu.count() else "cpu")
+def choose_devices(text: str | None) -> list[torch.device]:
+    """Return the named devices, else all GPUs, else the CPU. Raises `UsageError`.
+
+    The first one computes all but experts; only GPUs can have others beside them.
+    """
+    if text is None:
+        text = gpu.KIND if gpu.count() else "cpu"
+    devices = [_device(name) for name in device_names(text)]
+    if text == gpu.KIND:
+        devices = [torch.device(gpu.KIND, number) for number in range(gpu.count())]
+    if len(devices) > 1 and not all(map(gpu.is_gpu, devices)):
+        raise UsageError(f"--device {text!r}: only GPUs compute together; use cpu or cuda")
+    if gpu.is_gpu(devices[0]):
+        gpu.use(devices[0])  # streams and events are those of the current one
+    return devices
+
+
+def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -60,19 +75,18 @@ def choose_device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     if gpu.is_gpu(device) and (device.index or 0) >= gpu.count():
         raise UsageError(f"--device {name!r}: torch sees {gpu.count()} GPUs here")
-    if gpu.is_gpu(device) and device.index is not None:
-        gpu.use(device)  # streams and events are those of the current one
     return device
 
 
 def _assemble(
-    installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
+    installed: InstalledModel, options: LoadOptions, devices: Sequence[torch.device], note: Note
 ) -> Engine:
+    device = devices[0]
     config, stored = installed.config, installed.blueprint
     exact = options.exact_prompts
     used = stored.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
-    fit = fit_model(stored, FreeMemory.now(device), options)
+    fit = fit_model(stored, FreeMemory.now(devices), options)
     context = fit.context
     workers = connect_workers(installed, options, note)
     placement, copies = divide_experts(installed, fit.placement, workers)
@@ -80,7 +94,7 @@ def _assemble(
     experts = build_experts(
         installed,
         placement,
-        device,
+        devices,
         options.cache_policy,
         note,
         exact=exact,
@@ -110,14 +124,17 @@ def speed_predictor(
 
     It returns None where this machine was never measured for such a model; `mixchat plan` does it.
     """
-    device = choose_device(device_name)
+    first, *others = choose_devices(device_name)
     with InstalledModel(directory) as installed:
         blueprint = installed.blueprint
 
     def predict() -> SpeedRange | None:
-        slots, *behind = engine.slots_by_tier.values()
-        placement = Placement(slots, sum(behind), blueprint.expert_count)
-        return predict_speed(blueprint, directory, device, placement)
+        held = dict(engine.slots_by_tier)
+        elsewhere = held.pop("other-device", 0)
+        slots, *behind = held.values()
+        spread = tuple(in_proportion(elsewhere, [1 for _ in others])) if elsewhere else ()
+        placement = Placement(slots, sum(behind), blueprint.expert_count, other_slots=spread)
+        return predict_speed(blueprint, directory, first, placement)
 
     return predict
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
+from mixchat.experts.sharing import homes
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
@@ -30,7 +32,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 def build_experts(
     installed: InstalledModel,
     placement: Placement,
-    device: torch.device,
+    devices: Sequence[torch.device],
     policy: str,
     note: Note,
     *,
@@ -39,44 +41,72 @@ def build_experts(
     workers: Sequence[WorkerExperts] = (),
     copies: Set[ExpertKey] = frozenset(),
 ) -> Dispatcher:
-    """Return the holder of an installed model's experts, which computes them on `device`.
+    """Return the holder of an installed model's experts, which computes them on `devices`.
 
-    On "cpu" the slots are in RAM and are filled from disk; behind another device RAM is a tier of
-    its own. `note` is called with messages for a person. With `exact` the same device computes all
-    experts, in the same way for any number of tokens; with `predicts` experts are prefetched.
-    `workers` and `copies` are as in `Dispatcher`. Raises `ResourceError` where the device cannot
-    hold two experts after all.
+    On "cpu" the slots are in RAM and are filled from disk; behind GPUs RAM is a tier of its own.
+    Each GPU has experts of its own, and a part of that RAM. `note` is called with messages for a
+    person. With `exact` an expert is always computed by the same device, in the same way for any
+    number of tokens; with `predicts` experts are prefetched. `workers` and `copies` are as in
+    `Dispatcher`. Raises `ResourceError` where a device cannot hold two experts after all.
+    """
+    for device, slots in zip(devices, placement.by_device, strict=True):
+        if not slots:
+            note(f"{device} is not used: it has too little memory free for two experts")
+    used = [device for device, slots in zip(devices, placement.by_device, strict=True) if slots]
+    placement = replace(placement, other_slots=tuple(filter(None, placement.other_slots)))
+    config, stats = installed.config, ExpertStats()
+    home = homes(config.num_hidden_layers, config.num_local_experts, placement.by_device)
+    holders = [
+        _on_device(installed, part, device, policy, stats, note, exact=exact, is_first=number == 0)
+        for number, (device, part) in enumerate(zip(used, placement.parts(), strict=True))
+    ]
+    return Dispatcher(
+        holders,
+        stats,
+        home=home.__getitem__,
+        prefetch=_prefetch(installed, stats, used[0]) if predicts else None,
+        workers=workers,
+        copies=copies,
+    )
+
+
+def _on_device(
+    installed: InstalledModel,
+    placement: Placement,
+    device: torch.device,
+    policy: str,
+    stats: ExpertStats,
+    note: Note,
+    *,
+    exact: bool,
+    is_first: bool,
+) -> CachedExperts:
+    """Return the holder of those experts that are at home on a device, in its part of a placement.
+
+    Its files and RAM are read by its own mover alone.
     """
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert, blueprint.computed_on(device, exact=exact).expert
     reads_again = max(placement.slots, placement.host_slots) < placement.experts
     disk = DiskSource(installed, choose=reads_again)
-    host_source = None
+    behind = None
     if placement.host_slots:
         # What comes down from a device is only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
-        order = POLICIES[policy](passes)
-        host_source = HostSource(
-            disk, placement.host_slots, stored, order, swaps=swaps, lock=_lock_for(device)
-        )
-    store = ExpertStore(host_source or disk, stored=stored, used=used, device=device)
+        order, lock = POLICIES[policy](passes), _lock_for(device)
+        behind = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
+    name = "device" if is_first else "other-device"
+    store = ExpertStore(behind or disk, stored=stored, used=used, device=device, name=name)
     slots, watch = placement.slots, None
     if device == CPU:
         watch = _watch(installed, placement)
     else:
-        slots = _reserve(store, slots, note)
+        slots = _reserve(store, slots, device, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
-    stats = ExpertStats()
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
-    host = (
-        None
-        if host_source is None or exact
-        else _host_compute(installed, host_source, device, note)
-    )
-    experts = CachedExperts(fetcher, device, host)
-    prefetch = _prefetch(installed, stats, device) if predicts else None
-    return Dispatcher([experts], stats, prefetch=prefetch, workers=workers, copies=copies)
+    host = None if behind is None or exact else _host_compute(installed, behind, device, note)
+    return CachedExperts(fetcher, device, host)
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
@@ -89,7 +119,7 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
     )
 
 
-def _reserve(store: ExpertStore, slots: int, note: Note) -> int:
+def _reserve(store: ExpertStore, slots: int, device: torch.device, note: Note) -> int:
     """Take the memory of `slots` slots, or of half as many until it suffices; return the count."""
     while True:
         try:
@@ -101,10 +131,10 @@ def _reserve(store: ExpertStore, slots: int, note: Note) -> int:
             slots //= 2
             if slots < MIN_SLOTS:
                 raise ResourceError(
-                    "the device has less memory than it says: not even two experts fit",
-                    hint="--device cpu takes the RAM instead.",
+                    f"{device} has less memory than it says: not even two experts fit",
+                    hint="--device chooses others, or the RAM (cpu).",
                 ) from None
-            note(f"the device has less memory than it says: it holds {slots} experts")
+            note(f"{device} has less memory than it says: it holds {slots} experts")
 
 
 def _host_compute(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 from mixchat.experts.placement import Placement
+from mixchat.experts.sharing import homes
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.machine_speed import saved_measurement
@@ -110,12 +113,18 @@ class Expectation:
 def expect(
     blueprint: Blueprint, device: torch.device, measurement: Measurement, placement: Placement
 ) -> Expectation:
-    """Return the speed of the model in decoding on `device`."""
+    """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
+
+    These are taken to be as fast as `device`, and as near to RAM. All compute side by side, and
+    bring experts up side by side, so that the one with the most of a token's experts counts. They
+    share the disk. Rows are taken to travel in no time.
+    """
     held = held_together(blueprint, device, placement)
-    hit_rate = expected_hit_rate(blueprint.config, placement.slots)
+    hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
+    busiest = busiest_share(blueprint.config, placement.by_device)
     host_hit_rate = expected_hit_rate(blueprint.config, held)
     costs = [
-        token_cost(shape_of(blueprint), speeds, str(device), hit_rate, host_hit_rate)
+        token_cost(shape_of(blueprint), speeds, str(device), hit_rate, host_hit_rate, busiest)
         for speeds in (measurement.typical, *measurement.samples)
     ]
     speed = speed_range(costs, measurement.measured_at)
@@ -140,17 +149,23 @@ def predict_speed(
 
 
 def token_cost(
-    shape: Shape, speeds: Calibration, device: str, hit_rate: float, host_hit_rate: float
+    shape: Shape,
+    speeds: Calibration,
+    device: str,
+    hit_rate: float,
+    host_hit_rate: float,
+    busiest: float = 1.0,
 ) -> TokenCost | None:
     """Return the cost of a decoded token on `device`.
 
     hit_rate: uses of experts that the slots hold; host_hit_rate: uses of those that the slots or
-    RAM behind them hold. Both 0 to 1. None where the disk is needed and was not measured.
+    RAM behind them hold; busiest: of a layer's chosen experts, those of the GPU that has the most.
+    All 0 to 1. None where the disk is needed and was not measured.
     """
     uses = shape.layers * shape.experts_per_token
     computing = (
         shape.layers * speeds.layer_seconds
-        + uses * speeds.expert_time(device, 1)
+        + uses * busiest * speeds.expert_time(device, 1)
         + shape.head / shape.expert * speeds.expert_time(device, 1)
     )
     return moving_cost(
@@ -159,15 +174,23 @@ def token_cost(
         computing,
         missing=uses * (1 - hit_rate),
         read=uses * (1 - host_hit_rate),
+        busiest=busiest,
     )
 
 
 def moving_cost(
-    shape: Shape, speeds: Calibration, computing: float, *, missing: float, read: float
+    shape: Shape,
+    speeds: Calibration,
+    computing: float,
+    *,
+    missing: float,
+    read: float,
+    busiest: float = 1.0,
 ) -> TokenCost | None:
     """Return the cost of computing for so long, with so many experts missing in the slots.
 
-    read: of these, the experts to read. None where the disk is needed and was not measured.
+    read: of these, the experts to read; busiest: the part of the missing ones that the GPU with the
+    most brings up, 0 to 1. None where the disk is needed and was not measured.
     """
     if read and speeds.disk_bandwidth is None:
         return None
@@ -176,7 +199,7 @@ def moving_cost(
     alone = max(speeds.disk_bandwidth_idle or busy, busy)
     return TokenCost(
         computing=computing,
-        copying=copied * shape.expert / speeds.copy_bandwidth if speeds.copy_bandwidth else 0.0,
+        copying=copied * busiest * shape.expert / (speeds.copy_bandwidth or 1.0),
         reading=read * shape.expert / alone,
         copied=copied,
         read=read,
@@ -187,7 +210,10 @@ def moving_cost(
 def first_token(
     blueprint: Blueprint, device: torch.device, speeds: Calibration, prompt: int = PROMPT
 ) -> FirstToken | None:
-    """Return the cost of a prompt of so many tokens while nothing is in memory."""
+    """Return the cost of a prompt of so many tokens while nothing is in memory.
+
+    It is that of one GPU: with several only the disk counts, which they share.
+    """
     config, name = blueprint.config, str(device)
     distinct = expected_distinct(config, prompt)
     layers = config.num_hidden_layers
@@ -206,11 +232,44 @@ def first_token(
 
 def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
     """Return how many different experts the slots and RAM behind them can hold."""
-    slots, behind = placement.slots, placement.host_slots
+    slots, behind = sum(placement.by_device), placement.host_slots
     # An expert whose layout on the GPU is not that of the file cannot come down into RAM: the
     # experts on the GPU are in RAM, too.
     apart = blueprint.expert == blueprint.computed_on(device).expert
     return min(slots + behind if apart else max(slots, behind), placement.experts)
+
+
+def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
+    """Return the part of a token's experts of a layer, 0 to 1, that the busiest GPU has on average.
+
+    slots: those of each GPU. With 4 of 8 experts on each of two, both of a token's are on the same
+    one 3 times in 7, so that the busiest has 1.43 of 2.
+    """
+    layers, chosen = range(config.num_hidden_layers), config.num_experts_per_tok
+    home = homes(len(layers), config.num_local_experts, slots)
+    parts = [Counter(number for key, number in home.items() if key.layer == n) for n in layers]
+    return mean(_most_on_one(part.values(), chosen) for part in parts) / chosen
+
+
+def _most_on_one(counts: Collection[int], chosen: int) -> float:
+    """Return how many of the chosen experts the GPU with the most has on average.
+
+    counts: the experts at home on each GPU, of which any are chosen by chance.
+    """
+    every = math.comb(sum(counts), chosen)
+    # The chances of more than 0, more than 1 and so on sum to the average.
+    return sum(1 - _ways(counts, chosen, most) / every for most in range(chosen))
+
+
+def _ways(counts: Iterable[int], chosen: int, most: int) -> int:
+    """Return in how many ways experts can be chosen with at most `most` of each GPU's."""
+    ways = [1] + [0] * chosen  # by the count of experts chosen so far
+    for count in counts:
+        ways = [
+            sum(ways[some - own] * math.comb(count, own) for own in range(min(some, most) + 1))
+            for some in range(chosen + 1)
+        ]
+    return ways[chosen]
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:

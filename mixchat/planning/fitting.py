@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -11,7 +13,14 @@ from mixchat.context import Context
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import CPU, free_on
-from mixchat.experts.placement import MIN_SLOTS, Demand, Placement, place_on_cpu, place_on_gpu
+from mixchat.experts.placement import (
+    MIN_SLOTS,
+    Demand,
+    DeviceRoom,
+    Placement,
+    place_on_cpu,
+    place_on_gpus,
+)
 from mixchat.machine import tightest_memory_limit
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
@@ -24,18 +33,36 @@ Tier = Literal["host", "device"]
 class FreeMemory:
     """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does.
 
-    limit: the limit that allows less RAM than is free, as `machine.tightest_memory_limit` names it.
+    limit: the limit that allows less RAM than is free, as `machine.tightest_memory_limit` names it;
+    others: the bytes on other GPUs, by their names.
     """
 
     host: int
     device: int | None = None
     limit: str | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def now(cls, device: torch.device) -> FreeMemory:
-        """Return the free memory of this machine, where `device` computes."""
-        on_device = None if device == CPU else free_on(device)
-        return cls(free_on(CPU), on_device, tightest_memory_limit())
+    def now(cls, devices: Sequence[torch.device]) -> FreeMemory:
+        """Return the free memory of this machine, where these devices compute."""
+        first, *others = devices
+        on_first = None if first == CPU else free_on(first)
+        on_others = {str(device): free_on(device) for device in others}
+        return cls(free_on(CPU), on_first, tightest_memory_limit(), on_others)
+
+    def rooms(self, budgets: Sequence[MemoryBudget]) -> list[DeviceRoom]:
+        """Return the GPUs, with the budget for each or for all. Raises `UsageError`."""
+        assert self.device is not None
+        first = "the first GPU" if self.others else "the device"
+        free = {first: self.device, **self.others}
+        if len(budgets) > 1 and len(budgets) != len(free):
+            gpus = "is 1 GPU" if len(free) == 1 else f"are {len(free)} GPUs"
+            raise UsageError(
+                f"--device-memory has {len(budgets)} values, and there {gpus}",
+                hint="Give one value for all, or one for each.",
+            )
+        each = budgets if len(budgets) > 1 else repeat(budgets[0] if budgets else None, len(free))
+        return [DeviceRoom(*item, budget) for item, budget in zip(free.items(), each, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -54,16 +81,20 @@ class Fit:
     placement: Placement
 
     def with_more(self, tier: Tier, size: int) -> Fit:
-        """Return the fit with `size` bytes more in a tier; a budget for it grows as much."""
+        """Return the fit with `size` bytes more in a tier; a budget for it grows as much.
+
+        Of several GPUs the first one has more.
+        """
         options, demand = self.options, self.demand
         if tier == "host":
             free = replace(self.free, host=self.free.host + size)
             budget = _raised(options.host_memory, demand.experts * demand.expert, size)
             return fit_model(self.blueprint, free, replace(options, host_memory=budget))
-        assert self.free.device is not None
-        free = replace(self.free, device=self.free.device + size)
-        budget = _raised(options.device_memory, self.free.device, size)
-        return fit_model(self.blueprint, free, replace(options, device_memory=budget))
+        first, *others = self.free.rooms(options.device_memory)
+        free = replace(self.free, device=first.free + size)
+        budgets = [_raised(first.budget, first.free, size), *(room.budget for room in others)]
+        given = tuple(budget for budget in budgets if budget is not None)
+        return fit_model(self.blueprint, free, replace(options, device_memory=given))
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
@@ -94,10 +125,9 @@ def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) ->
 
 def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
     if free.device is not None:
-        return place_on_gpu(
-            demand, free.device, free.host, options.device_memory, options.host_memory
-        )
-    if options.device_memory is not None:
+        rooms = free.rooms(options.device_memory)
+        return place_on_gpus(demand, rooms, free.host, options.host_memory)
+    if options.device_memory:
         raise UsageError("--device-memory is for a GPU; --host-memory sets what the CPU uses")
     try:
         return place_on_cpu(demand, free.host, options.host_memory)
@@ -114,9 +144,10 @@ def _room_for_context(
     demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
 ) -> int:
     """Return the bytes for the context beside the fewest experts that the options allow."""
-    budget, least = options.device_memory, MIN_SLOTS
+    least = MIN_SLOTS
     if free.device is not None:
-        room = free.device if budget is None else budget.of(free.device)
+        first = free.rooms(options.device_memory)[0]
+        room = first.free if first.budget is None else first.budget.of(first.free)
     else:
         room = free.host
         if options.host_memory is not None:

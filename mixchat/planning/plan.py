@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,15 @@ _GPU_STEP = 8 * 10**9
 
 
 @dataclass(frozen=True)
+class OtherGPU:
+    """A GPU beside the first one: torch's name for the device, its name for people, its bytes."""
+
+    device: str
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """The hardware, in bytes; `gpu` and `gpu_memory` are None where the CPU computes."""
 
@@ -29,18 +38,23 @@ class Machine:
     disk_free: int
     gpu: str | None = None
     gpu_memory: int | None = None
+    other_gpus: tuple[OtherGPU, ...] = ()
 
     @classmethod
-    def now(cls, directory: Path, device: torch.device) -> Machine:
+    def now(cls, directory: Path, devices: Sequence[torch.device]) -> Machine:
         """Return this machine, with the disk of `directory`, which need not be there yet."""
+        device, *others = devices
         return cls(
             cpu=machine.cpu_name(),
             cores=machine.usable_cores(),
             memory=machine.total_memory(),
-            free=FreeMemory.now(device),
+            free=FreeMemory.now(devices),
             disk_free=machine.free_disk(directory),
             gpu=gpu.name(device) if gpu.is_gpu(device) else None,
             gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
+            other_gpus=tuple(
+                OtherGPU(str(other), gpu.name(other), gpu.total_memory(other)) for other in others
+            ),
         )
 
 
@@ -58,7 +72,8 @@ class More:
 class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
-    first_token is None where the disk could not be measured.
+    device: the one that computes all but experts. first_token is None where the disk could not be
+    measured.
     """
 
     machine: Machine
@@ -99,5 +114,5 @@ def _more(device: torch.device, fit: Fit, measurement: Measurement) -> Iterator[
             seen.add(_counts(richer.placement))
 
 
-def _counts(placement: Placement) -> tuple[int, int]:
-    return placement.slots, placement.host_slots
+def _counts(placement: Placement) -> tuple[int, ...]:
+    return *placement.by_device, placement.host_slots

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.placement import Demand, Placement, place_on_cpu, place_on_gpu
+from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cpu, place_on_gpus
 from mixchat.quantities import MemoryBudget
 
 GB = 10**9
@@ -25,7 +25,8 @@ def on_cpu(free: float, memory: str | None = None) -> Placement:
 def on_gpu(
     free: float, free_host: float = 64, device: str | None = None, host: str | None = None
 ) -> Placement:
-    return place_on_gpu(MIXTRAL, int(free * GB), int(free_host * GB), budget(device), budget(host))
+    room = DeviceRoom("the device", int(free * GB), budget(device))
+    return place_on_gpus(MIXTRAL, [room], int(free_host * GB), budget(host))
 
 
 @pytest.mark.parametrize(
@@ -134,9 +135,9 @@ def test_too_small_a_budget_on_a_cpu_names_the_least() -> None:
 
 
 def test_too_small_a_budget_on_a_gpu_names_the_least() -> None:
-    said = r"--device-memory 4 GB is too small: the model needs at least 4\.2 GB \(a full context "
+    said = r"4 GB is too small for the device: .* at least 4\.2 GB \(a full context of 1 GB in it\)"
     for device in ("4GB", "25%"):
-        with pytest.raises(UsageError, match=said + r"of 1 GB in it\)") as caught:
+        with pytest.raises(UsageError, match=said) as caught:
             on_gpu(16, device=device)
         assert caught.value.hint == "A smaller --ctx-size needs less."
 
@@ -189,7 +190,7 @@ def test_what_is_placed_fits_and_what_is_refused_says_why(
     for on_device in (False, True):
         try:
             placement = (
-                place_on_gpu(demand, free, free_host, memory, host_memory)
+                place_on_gpus(demand, [DeviceRoom("GPU", free, memory)], free_host, host_memory)
                 if on_device
                 else place_on_cpu(demand, free, memory)
             )

@@ -10,7 +10,7 @@ import torch
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import free_on
 from mixchat.experts.placement import Placement
-from mixchat.loading.loader import choose_device, load_engine, speed_predictor
+from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
 
@@ -46,12 +46,12 @@ def test_a_machine_without_room_is_refused(
 @pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "mps", "meta", "cpu:x"])
 def test_devices_that_cannot_be_used_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--device"):
-        choose_device(name)
+        choose_devices(name)
 
 
 def test_the_device_is_the_gpu_where_there_is_one() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert choose_device(None).type == expected
+    assert {device.type for device in choose_devices(None)} == {expected}
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])

@@ -1,147 +1,38 @@
 """All that is written for CUDA, run on a GPU on paper (see paper_gpu.py) beside the CPU."""
 
-import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import paper_gpu
 import pytest
 import torch
 from paper_gpu import PaperRuntime
+from paper_tools import (
+    EXPERTS,
+    GREEDY,
+    KINDS,
+    LAYERS,
+    PROMPT,
+    TOLERANCES,
+    Case,
+    apart,
+    demand_of,
+    load,
+    logits,
+    settled,
+    speeds,
+    text,
+)
 
 from mixchat.bench import machine_limits
 from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
-from mixchat.engine.generate import Engine
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.placement import Demand
 from mixchat.loading import tiers
-from mixchat.loading.loader import choose_device, load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.loading.loader import choose_devices
 from mixchat.planning.compute_speed import Effort, layer_probe
-from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.machine_speed import calibrate, calibration_key
 from mixchat.planning.plan import Machine
-from mixchat.progress import Note
-from mixchat.quantities import MemoryBudget
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.installed_model import InstalledModel
-
-GREEDY = SamplingOptions(temperature=0)
-LAYERS, EXPERTS = 3, 12
-PROMPT = list(range(5, 25))
-CONTEXT = 64
-
-
-@pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime]:
-    """GPUs on paper in place of CUDA's; nothing is measured, and everything is copied up."""
-    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1e12, expert=1.0))
-    with paper_gpu.in_place_of_cuda() as runtime:
-        yield runtime
-
-
-def speeds(copy: float, expert: float) -> Measurement:
-    """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    sample = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
-    return Measurement(time.time(), (sample,))
-
-
-def settled(paper: PaperRuntime) -> tuple[int, int]:
-    """The bytes taken and the blocks locked, once the engines of earlier tests are gone."""
-    before = (-1, -1)
-    while (now := (paper.memory(torch.device("paper", 0)).taken, len(paper.locked))) != before:
-        before = now
-        time.sleep(0.2)  # the threads that move experts end
-        gc.collect()
-    return now
-
-
-class Case(NamedTuple):
-    """An installed model, and what the CPU computes with it."""
-
-    directory: Path
-    blueprint: Blueprint
-    expected: torch.Tensor
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "fp32": {"quant_type": "none"},
-    "fp16": {"quant_type": "none", "stored_as": "float16"},
-    "nf4": {"layout": "bitsandbytes"},
-    "nf4, reordered": {"layout": "cpu-packed"},
-    "all in nf4": {"layout": "bitsandbytes", "attention": True, "head": True},
-    "all in nf4, reordered": {"layout": "cpu-packed", "attention": True, "head": True},
-}
-TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}  # relative; in 4 bits, kernels of CPUs round differently
-
-
-@pytest.fixture(scope="module")
-def case(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Case]:
-    """Return the case of a kind, made when it is first asked for."""
-    made: dict[str, Case] = {}
-
-    def case(kind: str) -> Case:
-        if kind not in made:
-            options = dict(KINDS[kind])
-            stored_as = options.pop("stored_as", "float32")
-            checkpoint = make_checkpoint(std=0.05, stored_as=stored_as, num_hidden_layers=LAYERS)
-            directory = install(checkpoint, **options)
-            with InstalledModel(directory) as model:
-                blueprint = model.blueprint
-            engine = load_engine(directory, LoadOptions(device="cpu", context_size=CONTEXT))
-            made[kind] = Case(directory, blueprint, logits(engine))
-        return made[kind]
-
-    return case
-
-
-def load(
-    case: Case, slots: int, host: int = 0, note: Note = lambda text: None, **options: Any
-) -> Engine:
-    """An engine on the first GPU, with so many slots there and in RAM."""
-    demand = demand_of(case, options.get("kv_bits"))
-    shared = demand.shared + demand.context
-    return load_engine(
-        case.directory,
-        LoadOptions(
-            host_memory=MemoryBudget(size=host * demand.expert),
-            device_memory=MemoryBudget(size=shared + slots * demand.expert),
-            context_size=CONTEXT,
-            **options,
-        ),
-        note,
-    )
-
-
-def demand_of(case: Case, kv_bits: Any = None) -> Demand:
-    options = LoadOptions(context_size=CONTEXT, kv_bits=kv_bits)
-    return fit_model(case.blueprint, FreeMemory(10**12), options).demand
-
-
-def logits(engine: Engine) -> torch.Tensor:
-    """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
-    with torch.inference_mode():
-        device = engine._model.device
-        found = [
-            engine._model.forward(torch.tensor(ids, device=device), engine._cache, all_logits=True)
-            for ids in (PROMPT, [33], [60], [2], [95], [8])
-        ]
-        return torch.cat(found).float().cpu()
-
-
-def text(engine: Engine) -> list[int]:
-    return list(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=8))
-
-
-def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
 
 PLACES = {
     "all resident": (EXPERTS, 0),
@@ -240,7 +131,7 @@ def test_a_gpu_with_less_memory_than_it_says_holds_half_of_the_experts(
     notes: list[str] = []
     paper.allocations, paper.fail_at = 0, 5
     engine = load(case("nf4"), 7, EXPERTS, notes.append)
-    assert notes == ["the device has less memory than it says: it holds 3 experts"]
+    assert notes == ["paper:0 has less memory than it says: it holds 3 experts"]
     assert engine.slots_by_tier == {"device": 3, "host": EXPERTS}
     assert torch.equal(logits(engine), expected)
 
@@ -269,7 +160,7 @@ def test_a_gpu_may_run_out_of_memory_at_any_time(
         if kind == "nf4":  # the mover's thread takes no memory of the GPU's
             assert bool(notes) == happened
         # A prefetch that failed is forgotten, as one that was cancelled.
-        assert notes == ["the device ran out of memory: it holds 4 experts now"] * len(notes)
+        assert notes == ["GPU 0 ran out of memory: 4 experts fit now"] * len(notes)
         assert engine.experts.slots == (4 if notes else 8)
 
 
@@ -282,7 +173,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
     device.total = device.taken - 3 * case("nf4").blueprint.expert.stride
     with pytest.raises(ResourceError, match="two experts in it"):
         text(engine)
-    assert notes == ["the device ran out of memory: it holds 2 experts now"]
+    assert notes == ["GPU 0 ran out of memory: 2 experts fit now"]
     device.total = 10**9
     assert text(engine) == text(load(case("nf4"), EXPERTS))
 
@@ -302,7 +193,7 @@ def test_a_model_takes_the_memory_that_it_was_said_to_take(
     # Blocks begin with a page; tables, predictors and rotations are not counted for so small ones.
     assert promised - demand.context <= taken <= promised + slots * 4096 + 60_000
     info = paper.mem_get_info(engine.device)
-    assert FreeMemory.now(engine.device).device == info[0] == info[1] - before - taken
+    assert FreeMemory.now([engine.device]).device == info[0] == info[1] - before - taken
 
 
 def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hosts(
@@ -332,11 +223,11 @@ def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(
 def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(
     paper: PaperRuntime,
 ) -> None:
-    assert choose_device(None) == torch.device("paper")
+    assert choose_devices(None) == [torch.device("paper:0")]
     with pytest.raises(UsageError, match="torch sees 1 GPUs here"):
-        choose_device("paper:1")
+        choose_devices("paper:1")
     paper.devices = 2
-    assert choose_device("paper:1") == torch.device("paper:1")
+    assert choose_devices("paper:1") == [torch.device("paper:1")]
     assert paper.current_device() == 1
 
 
@@ -355,7 +246,7 @@ def test_planning_looks_at_a_gpu_and_measures_it(
     paper: PaperRuntime, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
-    there = Machine.now(tmp_path, device)
+    there = Machine.now(tmp_path, [device])
     assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
     assert "paper:0: GPU on paper" in calibration_key(blueprint, tmp_path, device)
     little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)

@@ -78,7 +78,7 @@ def load(
         model,
         LoadOptions(
             host_memory=MemoryBudget(size=host * expert),
-            device_memory=MemoryBudget(size=shared + context + slots * expert),
+            device_memory=(MemoryBudget(size=shared + context + slots * expert),),
             device="cpu:0",
             **options,
         ),
@@ -178,7 +178,7 @@ def test_a_device_with_less_memory_than_it_says_holds_half_as_many(
         ExpertStore, "_slot", lambda self, n: block(self, n) if n < 4 else out_of_memory()
     )
     engine = load(tiny_model, 7, 8, expert_size, note=notes.append)
-    assert notes == ["the device has less memory than it says: it holds 3 experts"]
+    assert notes == ["cpu:0 has less memory than it says: it holds 3 experts"]
     assert engine.experts.slots == 3
     assert text(engine) == expected
 
@@ -205,7 +205,7 @@ def test_a_device_that_runs_out_of_memory_continues_with_half_of_the_experts(
 
     monkeypatch.setattr(engine._model, "_head", sometimes)
     assert text(engine) == expected
-    assert notes == [f"the device ran out of memory: it holds {n} experts now" for n in (4, 2)]
+    assert notes == [f"the device ran out of memory: {n} experts fit now" for n in (4, 2)]
     monkeypatch.setattr(engine._model, "forward", out_of_memory)
     with pytest.raises(ResourceError, match="two experts in it"):
         text(engine)

@@ -141,10 +141,10 @@ def test_more_memory_for_a_gpu_is_on_it_or_behind_it() -> None:
 
 
 def test_a_gpu_with_a_budget_may_take_that_much_more() -> None:
-    found = on_gpu(24, 64, device_memory=MemoryBudget(size=8 * GB))
+    found = on_gpu(24, 64, device_memory=(MemoryBudget(size=8 * GB),))
     device = found.more[-1]
     assert device.tier == "device"
-    wider = on_gpu(24, 64, device_memory=MemoryBudget(size=16 * GB))
+    wider = on_gpu(24, 64, device_memory=(MemoryBudget(size=16 * GB),))
     assert device.fit.placement == wider.fit.placement
 
 
@@ -166,7 +166,7 @@ def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:
         (machine(64), LoadOptions(host_memory=MemoryBudget(fraction=1.0))),
         (machine(29.5), LoadOptions(host_memory=MemoryBudget(fraction=1.0))),
         (machine(64, 5.2), LoadOptions()),
-        (machine(64, 24), LoadOptions(device_memory=MemoryBudget(size=5 * GB))),
+        (machine(64, 24), LoadOptions(device_memory=(MemoryBudget(size=5 * GB),))),
     ],
     ids=["little RAM", "much RAM", "a budget", "a GPU", "a budget on a GPU"],
 )
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_as_loading_refuses_it() -> None:
     with pytest.raises(UsageError, match="2 to 32768"):
         on_cpu(64, context_size=40000)
     with pytest.raises(UsageError, match="--device-memory is for a GPU"):
-        on_cpu(64, device_memory=MemoryBudget(size=GB))
+        on_cpu(64, device_memory=(MemoryBudget(size=GB),))
 
 
 @pytest.mark.parametrize("budget", [None, MemoryBudget(fraction=0.5)])
@@ -200,7 +200,7 @@ def test_a_plan_places_what_loading_places(
     free = GB + 300_000  # so that all but some of the memory is the reserve
     with InstalledModel(tiny_model) as installed:
         planned = fit_model(
-            installed.blueprint, FreeMemory(free), LoadOptions(budget, None, context)
+            installed.blueprint, FreeMemory(free), LoadOptions(budget, context_size=context)
         )
     monkeypatch.setattr("mixchat.planning.fitting.free_on", lambda device: free)
     options = LoadOptions(host_memory=budget, context_size=context, device="cpu")
@@ -239,13 +239,13 @@ def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
 
 def test_looking_at_this_machine_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "free_on", lambda device: 7 * GB if device == CPU else 3 * GB)
-    there = Machine.now(tmp_path / "not there yet", CPU)
+    there = Machine.now(tmp_path / "not there yet", [CPU])
     assert there.free == FreeMemory(7 * GB, None)
     assert there.gpu is None
     assert there.memory > 0
     assert there.disk_free > 0
     assert there.cpu
-    assert Machine.now(tmp_path, GPU).free == FreeMemory(7 * GB, 3 * GB)
+    assert Machine.now(tmp_path, [GPU]).free == FreeMemory(7 * GB, 3 * GB)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ STYLES = (
     "color(16) on color(77)",
     "color(16) on color(226)",
 )
-MARKS = {"device": "●", "host": "○", "worker": "◆", "disk": "·"}
-ASCII_MARKS = {"device": "#", "host": "+", "worker": "*", "disk": "."}
+MARKS = {"device": "●", "other-device": "◐", "host": "○", "worker": "◆", "disk": "·"}
+ASCII_MARKS = {"device": "#", "other-device": "%", "host": "+", "worker": "*", "disk": "."}
 _BEFORE, _AFTER = 4, 6  # columns for the layer's number and its hit rate
 _NARROW = 2  # columns of a cell that has a level and a mark, and no room for a percentage
 
@@ -125,14 +125,12 @@ def _legend(width: int, coloured: bool) -> Text:
 
 
 def _places(report: ExpertReport, marks: dict[str, str]) -> Text:
-    """Return the legend of the marks, with the number of experts at each; workers if any."""
+    """Return the legend of the marks, with the number of experts at each."""
     counts = Counter(chain(*report.tiers))
     places = []
-    for tier, mark in marks.items():
-        if tier == "worker" and not (counts[tier] or tier in report.slots):
-            continue
+    for tier in report.tiers_used:
         slots = f" of {report.slots[tier]} slots" if tier in report.slots else ""
-        places.append(f"{mark} {PLACES[tier]} {counts[tier]}{slots}")
+        places.append(f"{marks[tier]} {PLACES[tier]} {counts[tier]}{slots}")
     return Text(f"experts  {'   '.join(places)}")
 
 

@@ -11,7 +11,7 @@ from mixchat.cli.flags.arguments import checked
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
 from mixchat.network_address import NetworkAddress
-from mixchat.options import CacheBits
+from mixchat.options import CacheBits, device_names
 
 # By its name in Python: the flag, and the limits of its value.
 _NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}
@@ -37,11 +37,13 @@ def checked_policy(name: str) -> str:
     return name
 
 
-def checked_device(name: str) -> str:
-    """Return the name, if it is that of a kind of device. Raises `UsageError`."""
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
-    return name
+def checked_device(text: str) -> str:
+    """Return the text, if it names kinds of devices that go together. Raises `UsageError`."""
+    for name in map(str.strip, text.split(",")):
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+            raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
+    device_names(text)
+    return text
 
 
 def checked_workers(addresses: list[str]) -> list[str]:

@@ -171,9 +171,9 @@ DeviceMemory = Annotated[
     str | None,
     setting(
         "--device-memory",
-        check=MemoryBudget.parse,
+        check=MemoryBudget.parse_list,
         metavar="SIZE",
-        help="GPU memory to use: 8GB, or 50% of the free GPU memory.",
+        help="GPU memory to use: 8GB, or 50% of the free GPU memory; 12GB,8GB of two GPUs.",
         show_default="all that fits",
     ),
 ]
@@ -211,7 +211,7 @@ Device = Annotated[
         check=checked_device,
         autocompletion=one_of("cpu", "cuda"),
         metavar="NAME",
-        help="cpu, cuda or cuda:N.",
+        help="cpu, cuda (all GPUs), cuda:N, or several: cuda:0,cuda:1.",
         show_default="cuda if there is a GPU, else cpu",
     ),
 ]
@@ -257,3 +257,8 @@ def model_argument(help: str) -> Any:
 def budget(text: str | None) -> MemoryBudget | None:
     """Return the amount of memory, if one was given. Raises `UsageError`."""
     return None if text is None else MemoryBudget.parse(text)
+
+
+def budgets(text: str | None) -> tuple[MemoryBudget, ...]:
+    """Return the amounts of memory that were given. Raises `UsageError`."""
+    return () if text is None else MemoryBudget.parse_list(text)

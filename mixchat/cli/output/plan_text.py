@@ -117,6 +117,9 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if there.gpu_memory is not None and there.free.device is not None:
         free = format_size(there.free.device)
         yield "GPU", f"{there.gpu}, {format_size(there.gpu_memory)}, {free} free"
+        for other in there.other_gpus:
+            free = format_size(there.free.others[other.device])
+            yield other.device, f"{other.name}, {format_size(other.memory)}, {free} free"
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
     read = "not measured: it cannot be written to, or has no room"
@@ -162,10 +165,15 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     else:
         left = free.device - demand.shared - demand.context - placement.slots * demand.expert
         yield "GPU", f"{slots}, the context; {format_size(left)} left free"
+        for (name, size), count in zip(free.others.items(), placement.other_slots, strict=True):
+            left = size - count * demand.expert
+            held = _count(count, "expert") if count else "not used, for two experts do not fit"
+            yield name, f"{held}; {format_size(left)} left free"
         left = free.host - placement.host_slots * demand.expert
         behind = _count(placement.host_slots, "expert") if placement.host_slots else "no experts"
-        if plan.expected.held < min(placement.slots + placement.host_slots, placement.experts):
-            behind += ", those on the GPU among them"
+        fit = sum(placement.by_device) + placement.host_slots
+        if plan.expected.held < min(fit, placement.experts):
+            behind += f", those on {_gpus(plan)} among them"
         yield "RAM", f"{behind}; {format_size(left)} left free"
     others = placement.experts - plan.expected.held
     rest = f"the other {_count(others, 'expert')}, read when a token needs them"
@@ -183,7 +191,8 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if plan.machine.free.device is None:
         yield "cache hits", f"{hits} are in RAM"
     else:
-        yield "cache hits", f"{hits} are on the GPU, {expected.host_hit_rate:.0%} there or in RAM"
+        held = f"{hits} are on {_gpus(plan)}"
+        yield "cache hits", f"{held}, {expected.host_hit_rate:.0%} there or in RAM"
     if plan.first_token is not None:
         first = plan.first_token
         prompt = f"for a prompt of {PROMPT} tokens, all weights still on disk:"
@@ -210,7 +219,8 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     elif not plan.more:
         yield "nothing", "all experts are in the fastest memory already"
     for more in plan.more:
-        what = "RAM" if more.tier == "host" else "on the GPU"
+        first = "the first GPU" if plan.machine.free.others else "the GPU"
+        what = "RAM" if more.tier == "host" else f"on {first}"
         yield f"+{format_size(more.bytes)} {what}", _speed(more.expected.speed)
 
 
@@ -218,6 +228,10 @@ def _download(found: Outline) -> str:
     if found.download is not None:
         return download_text.download_as_text(found.download)
     return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
+
+
+def _gpus(plan: MachinePlan) -> str:
+    return "the GPUs" if plan.machine.free.others else "the GPU"
 
 
 def _speed(speed: SpeedRange | None) -> str:

@@ -1,0 +1,111 @@
+"""Tiny models on GPUs on paper: what the tests of one GPU and of several have in common."""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from paper_gpu import PaperRuntime
+
+from mixchat.engine.generate import Engine
+from mixchat.experts.placement import Demand
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.progress import Note
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.blueprint import Blueprint
+
+GREEDY = SamplingOptions(temperature=0)
+LAYERS, EXPERTS = 3, 12
+PROMPT = list(range(5, 25))
+CONTEXT = 64
+
+
+def speeds(copy: float, expert: float) -> Measurement:
+    """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
+    sample = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    return Measurement(time.time(), (sample,))
+
+
+def settled(paper: PaperRuntime) -> tuple[int, int]:
+    """The bytes taken and the blocks locked, once the engines of earlier tests are gone."""
+    before = (-1, -1)
+    while (now := (paper.memory(torch.device("paper", 0)).taken, len(paper.locked))) != before:
+        before = now
+        time.sleep(0.2)  # the threads that move experts end
+        gc.collect()
+    return now
+
+
+class Case(NamedTuple):
+    """An installed model, and what the CPU computes with it."""
+
+    directory: Path
+    blueprint: Blueprint
+    expected: torch.Tensor
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {"quant_type": "none"},
+    "fp16": {"quant_type": "none", "stored_as": "float16"},
+    "nf4": {"layout": "bitsandbytes"},
+    "nf4, reordered": {"layout": "cpu-packed"},
+    "all in nf4": {"layout": "bitsandbytes", "attention": True, "head": True},
+    "all in nf4, reordered": {"layout": "cpu-packed", "attention": True, "head": True},
+}
+TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}  # relative; in 4 bits, kernels of CPUs round differently
+
+
+def load(
+    case: Case,
+    slots: int,
+    host: int = 0,
+    note: Note = lambda text: None,
+    *,
+    others: Sequence[int] = (),
+    **options: Any,
+) -> Engine:
+    """An engine with so many slots on the first GPU, in RAM, and on each of the other GPUs."""
+    demand = demand_of(case, options.get("kv_bits"))
+    shared = demand.shared + demand.context
+    return load_engine(
+        case.directory,
+        LoadOptions(
+            host_memory=MemoryBudget(size=host * demand.expert),
+            device_memory=(
+                MemoryBudget(size=shared + slots * demand.expert),
+                *(MemoryBudget(size=count * demand.expert) for count in others),
+            ),
+            context_size=CONTEXT,
+            **options,
+        ),
+        note,
+    )
+
+
+def demand_of(case: Case, kv_bits: Any = None) -> Demand:
+    options = LoadOptions(context_size=CONTEXT, kv_bits=kv_bits)
+    return fit_model(case.blueprint, FreeMemory(10**12), options).demand
+
+
+def logits(engine: Engine) -> torch.Tensor:
+    """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
+    with torch.inference_mode():
+        device = engine._model.device
+        found = [
+            engine._model.forward(torch.tensor(ids, device=device), engine._cache, all_logits=True)
+            for ids in (PROMPT, [33], [60], [2], [95], [8])
+        ]
+        return torch.cat(found).float().cpu()
+
+
+def text(engine: Engine) -> list[int]:
+    return list(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=8))
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
