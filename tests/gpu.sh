@@ -69,17 +69,25 @@ bench() {
 : >"$table"
 : >"$log"
 row STEP RESULT FIGURES
-step "paper GPU" "$python" -m pytest -q tests/loading/test_paper_gpu.py
+step "paper GPUs" "$python" -m pytest -q tests/loading/test_paper_gpu.py tests/loading/test_several_gpus.py
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>"$log"; then
-    row "GPU" skipped "torch sees none: tests marked gpu, bench (resident, 8, 12, 24 GB), llama.cpp"
+    row "GPU" skipped "torch sees none: tests marked gpu, bench (resident, 8, 12, 24 GB, several GPUs), llama.cpp"
     exit "$failed"
 fi
 row "GPU" found "$("$python" -c 'import torch; print(torch.cuda.get_device_name())')"
 step "tests marked gpu" "$python" -m pytest -q -m gpu
-bench "resident"
+bench "resident" --device cuda:0
 for size in 8 12 24; do
-    bench "offloaded, $size GB" --device-memory "${size}GB"
+    bench "offloaded, $size GB" --device cuda:0 --device-memory "${size}GB"
 done
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus > 1)); then
+    for size in 8 12; do
+        bench "$gpus GPUs, $size GB each" --device cuda --device-memory "${size}GB"
+    done
+else
+    row "several GPUs" skipped "torch sees one"
+fi
 if "$llama" -c 'import llama_cpp, gguf' 2>>"$log"; then
     step "beside llama.cpp" "$python" tests/benchmarks/side_by_side.py \
         --synthetic "$layers" --python "$llama" --rounds 3 --json

@@ -34,6 +34,17 @@ def test_a_malformed_budget_is_refused(text: str) -> None:
         MemoryBudget.parse(text)
 
 
+def test_budgets_have_commas_between_them() -> None:
+    assert MemoryBudget.parse_list("12GB, 50%") == (
+        MemoryBudget(size=12 * 10**9),
+        MemoryBudget(fraction=0.5),
+    )
+    assert MemoryBudget.parse_list("8GB") == (MemoryBudget(size=8 * 10**9),)
+    for text in ("8GB,", "", "8GB;9GB"):
+        with pytest.raises(UsageError):
+            MemoryBudget.parse_list(text)
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [

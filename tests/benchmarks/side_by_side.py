@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = BenchOptions(contexts, prompts, given.tokens, given.rounds)
     load = LoadOptions(
         given.host_memory and MemoryBudget.parse(given.host_memory),
-        given.device_memory and MemoryBudget.parse(given.device_memory),
+        MemoryBudget.parse_list(given.device_memory) if given.device_memory else (),
         context_size=options.context_size,
         kv_bits=given.kv_bits,
         exact_prompts=given.exact_prompts,

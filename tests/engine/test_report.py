@@ -69,6 +69,15 @@ def test_every_tier_has_a_name_for_people() -> None:
     assert slots_in_words({"host": 12, "worker": 8}) == "12 RAM slots, 8 worker slots"
 
 
+def test_a_report_with_a_second_gpu_comes_back_and_knows_its_tiers() -> None:
+    raw = REPORT.to_dict()
+    raw["tiers"] = [["device", "other-device"], ["host", "device"]]
+    raw["slots"] = {"device": 2, "other-device": 3}
+    report = ExpertReport.from_dict(json.loads(json.dumps(raw)))
+    assert report.tiers_used == ["device", "other-device", "host"]
+    assert REPORT.tiers_used == ["device", "host", "disk"]
+
+
 def test_what_a_later_version_adds_to_a_report_is_no_fault() -> None:
     assert ExpertReport.from_dict(REPORT.to_dict() | {"more": 1}) == REPORT
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cpu, place_on_gpus
+from mixchat.experts.sharing import home_counts
 from mixchat.quantities import MemoryBudget
 
 GB = 10**9
@@ -163,6 +164,73 @@ def test_a_model_beyond_the_machine_is_refused_with_both_numbers() -> None:
         on_cpu(4.1, "1GB")
     with pytest.raises(ResourceError, match="0 bytes are free"):
         on_cpu(0)
+
+
+def on_gpus(*free: float, free_host: float = 64, host: str | None = None) -> Placement:
+    rooms = [DeviceRoom(f"cuda:{number}", int(gb * GB)) for number, gb in enumerate(free)]
+    return place_on_gpus(MIXTRAL, rooms, int(free_host * GB), budget(host))
+
+
+@pytest.mark.parametrize(
+    ("free", "slots", "host_slots"),
+    [
+        ((24, 24), (128, 128), 0),  # 190 and 230 fit: all, half of them on each
+        ((16, 16), (110, 146), 0),  # 16 - 4 - 1 and 16 - 1
+        ((12, 12), (70, 110), 256),
+        ((12, 12, 8), (70, 110, 70), 256),
+        ((12, 1.1), (70, 0), 256),  # without room for two experts
+        ((12, 1.2), (70, 2), 256),
+        ((4.2, 12), (2, 110), 256),
+    ],
+)
+def test_slots_on_several_gpus(
+    free: tuple[float, ...], slots: tuple[int, ...], host_slots: int
+) -> None:
+    first, *others = slots
+    assert on_gpus(*free) == Placement(first, host_slots, 256, other_slots=tuple(others))
+
+
+def test_a_budget_of_a_gpu_names_it_in_errors() -> None:
+    room = DeviceRoom("cuda:0", 24 * GB)
+    for text, error, said in [
+        ("100MB", UsageError, "100 MB is too small for cuda:1: two experts take 200.0 MB"),
+        ("0.1%", UsageError, "24 MB is too small for cuda:1"),
+        ("30GB", ResourceError, "asks for 30 GB, 24 GB are free on cuda:1"),
+    ]:
+        with pytest.raises(error, match=said):
+            place_on_gpus(MIXTRAL, [room, DeviceRoom("cuda:1", 24 * GB, budget(text))], GB, None)
+    with pytest.raises(ResourceError, match="4 GB are free on cuda:0"):
+        place_on_gpus(MIXTRAL, [DeviceRoom("cuda:0", 4 * GB), room], GB, None)
+
+
+def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
+    parts = Placement(60, 83, 256, other_slots=(30,)).parts()  # the example in the docstring
+    assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
+        (60, 56, 171),
+        (30, 27, 85),
+    ]
+    all_in_ram = Placement(60, 256, 256, other_slots=(30,)).parts()
+    assert [part.host_slots for part in all_in_ram] == [171, 85]
+    assert Placement(60, 83, 256).parts() == [Placement(60, 83, 256)]
+    # Four slots are the least that help.
+    few = Placement(60, 7, 256, other_slots=(30,)).parts()
+    assert [part.host_slots for part in few] == [7, 0]
+
+
+@given(st.integers(2, 300), st.lists(st.integers(1, 90), min_size=1, max_size=4), st.data())
+def test_parts_of_a_placement_are_the_whole_or_less(
+    experts: int, slots: list[int], data: st.DataObject
+) -> None:
+    slots = list(map(min, slots, home_counts(experts, slots)))
+    host = data.draw(st.integers(0, experts)) if sum(slots) < experts else 0
+    whole = Placement(slots[0], host, experts, other_slots=tuple(slots[1:]))
+    parts = whole.parts()
+    assert [part.slots for part in parts] == slots
+    assert sum(part.experts for part in parts) == experts
+    assert sum(part.host_slots for part in parts) <= host
+    for part in parts:
+        assert part.slots <= part.experts
+        assert part.host_slots == 0 or 4 <= part.host_slots <= part.experts
 
 
 budgets = (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.sharing import divide, share
+from mixchat.experts.sharing import divide, home_counts, homes, in_proportion, share
 
 SLOTS = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(lambda slots: slots[0] >= 2)
 
@@ -60,6 +60,44 @@ def test_slots_that_are_left_hold_copies_of_the_most_used() -> None:
 def test_the_example_in_the_docstring() -> None:
     uses = {ExpertKey(0, 0): 3}
     assert divide(2, 2, [2, 3], uses)[1][0] == ExpertKey(0, 0)
+
+
+@given(st.integers(1, 6), st.integers(2, 8), st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
+    layers: int, experts: int, slots: list[int]
+) -> None:
+    home = homes(layers, experts, slots)
+    assert sorted(home) == keys_of(layers, experts)
+    counts = Counter(home.values())
+    assert [counts[number] for number in range(len(slots))] == home_counts(layers * experts, slots)
+    for number, count in counts.items():
+        for layer in range(layers):
+            here = sum(home[ExpertKey(layer, expert)] == number for expert in range(experts))
+            assert abs(here - count / layers) < 2
+
+
+@given(st.integers(1, 300), st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(any))
+def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
+    experts: int, slots: list[int]
+) -> None:
+    counts = home_counts(experts, slots)
+    assert sum(counts) == experts
+    if sum(slots) >= experts:  # all are held: evenly, as far as the slots allow
+        assert all(count <= own for count, own in zip(counts, slots, strict=True))
+        room = [count for count, own in zip(counts, slots, strict=True) if count < own]
+        assert not room or max(counts) - min(room) <= 1
+    else:
+        for count, own in zip(counts, slots, strict=True):
+            assert count >= own
+            assert abs(count - experts * own / sum(slots)) < 1
+
+
+def test_homes_of_mixtral_on_two_unequal_gpus() -> None:
+    assert home_counts(256, [200, 245]) == [128, 128]  # all fit
+    assert home_counts(256, [40, 245]) == [40, 216]
+    assert home_counts(256, [60, 30]) == [171, 85]
+    assert home_counts(256, [60, 0]) == [256, 0]
+    assert in_proportion(10, [1, 1, 1]) == [4, 3, 3]
 
 
 def slowest(shares: dict[int, list[ExpertKey]], counts: dict[ExpertKey, int]) -> float:

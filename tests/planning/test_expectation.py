@@ -1,17 +1,28 @@
 """The speed that is predicted: hit rates without a model, and the cost of tokens with them."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
 
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
+from mixchat.experts.sharing import homes
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
 from mixchat.planning import simulate
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.expectation import PROMPT, TokenCost, expect, expected_distinct, first_token
+from mixchat.planning.expectation import (
+    PROMPT,
+    TokenCost,
+    busiest_share,
+    expect,
+    expected_distinct,
+    first_token,
+)
 from mixchat.planning.simulate import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
@@ -135,6 +146,38 @@ def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
     assert tied.head is None
     costs = [decode_cost(made, CPU, SPEEDS, on_cpu(256)) for made in (tied, BLUEPRINT)]
     assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("slots", [(64,), (64, 64), (96, 32), (80, 48, 16), (10, 40)])
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_the_busiest_gpu_has_what_counting_all_choices_says(
+    slots: tuple[int, ...], chosen: int
+) -> None:
+    config = replace(CONFIG, num_experts_per_tok=chosen)
+    home = homes(32, 8, slots)
+    most = [
+        max(Counter(home[ExpertKey(layer, expert)] for expert in choice).values())
+        for layer in range(32)
+        for choice in itertools.combinations(range(8), chosen)
+    ]
+    assert busiest_share(config, slots) == pytest.approx(mean(most) / chosen)
+
+
+def test_two_gpus_compute_and_copy_side_by_side_and_share_the_disk() -> None:
+    one = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(100, 92, 256))
+    two = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(50, 92, 256, other_slots=(50,)))
+    assert one is not None
+    assert two is not None
+    share = 10 / 14  # both experts on one GPU 3 times in 7
+    assert two.computing == pytest.approx(one.computing - 64 * (1 - share) * 2e-4)
+    assert two.copying == pytest.approx(one.copying * share)
+    assert (two.read, two.reading, two.copied) == (one.read, one.reading, one.copied)
+
+
+def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
+    spread = Placement(100, 56, 256, other_slots=(60, 40))
+    assert hit_rates(BLUEPRINT, GPU, spread) == hit_rates(BLUEPRINT, GPU, Placement(200, 56, 256))
+    assert held_together(BLUEPRINT, GPU, spread) == 256
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 2), (2, 3.5), (20, 7.975), (1000, 8)])

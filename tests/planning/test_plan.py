@@ -1,6 +1,7 @@
 """A plan says what loading will do, on machines that are only described."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.cli.output.plan_text import plan_as_dict, plan_as_text
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
@@ -25,11 +27,11 @@ from mixchat.planning.machine_speed import (
     measurement_file,
     saved_measurement,
 )
-from mixchat.planning.plan import Machine, MachinePlan, plan_model
+from mixchat.planning.plan import Machine, MachinePlan, OtherGPU, plan_model
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.make.outline import MIXTRAL, Outline
 
 GB = 10**9
 CPU = torch.device("cpu")
@@ -146,6 +148,55 @@ def test_a_gpu_with_a_budget_may_take_that_much_more() -> None:
     assert device.tier == "device"
     wider = on_gpu(24, 64, device_memory=(MemoryBudget(size=16 * GB),))
     assert device.fit.placement == wider.fit.placement
+
+
+def on_two_gpus(first: float, second: float, ram: float, **options: Any) -> MachinePlan:
+    there = machine(ram, first)
+    other = OtherGPU("cuda:1", "another GPU", int(second * GB))
+    free = replace(there.free, others={"cuda:1": other.memory})
+    there = replace(there, free=free, other_gpus=(other,))
+    return planned(GPU, there, measured(GPU_SPEEDS), LoadOptions(**options))
+
+
+def test_a_second_gpu_holds_experts_and_makes_tokens_faster() -> None:
+    one, two, three = on_gpu(11, 64), on_two_gpus(11, 11, 64), on_two_gpus(11, 30, 64)
+    assert two.fit.placement.slots == one.fit.placement.slots
+    assert two.fit.placement.other_slots > (one.fit.placement.slots,)  # no context, nothing shared
+    assert two.fit.largest_context == one.fit.largest_context
+    assert speed(one) < speed(two) < speed(three)
+    assert three.expected.hit_rate == 1
+    assert sum(three.fit.placement.by_device) == 256
+    assert on_two_gpus(30, 30, 64).more == ()
+
+
+def test_of_two_gpus_the_first_may_have_more_beside_the_budget_of_each() -> None:
+    budgets = (MemoryBudget(size=8 * GB), MemoryBudget(size=5 * GB))
+    found = on_two_gpus(24, 24, 64, device_memory=budgets)
+    device = found.more[-1]
+    assert device.tier == "device"
+    wider = on_two_gpus(24, 24, 64, device_memory=(MemoryBudget(size=16 * GB), budgets[1]))
+    assert device.fit.placement == wider.fit.placement
+    with pytest.raises(UsageError, match="has 2 values, and there is 1 GPU"):
+        on_gpu(24, 64, device_memory=budgets)
+    assert on_two_gpus(24, 24, 64, device_memory=budgets[:1]).fit.placement.other_slots > (70,)
+
+
+def test_a_plan_for_two_gpus_names_both() -> None:
+    outline = Outline("a model", BLUEPRINT, Path("models"), installed=True)
+    shown = plan_as_text(outline, on_two_gpus(11, 11, 64))
+    assert "GPU       a GPU, 11 GB, 11 GB free" in shown
+    assert "cuda:1    another GPU, 11 GB, 11 GB free" in shown
+    assert re.search(r"cuda:1  +\d+ experts; \S+ GB left free", shown)
+    assert "are on the GPUs" in shown
+    assert "+8 GB on the first GPU" in shown
+    unused = plan_as_text(outline, on_two_gpus(11, 0.5, 64))
+    assert "cuda:1  not used, for two experts do not fit; 500 MB left free" in unused
+    found = json.loads(json.dumps(plan_as_dict(outline, on_two_gpus(11, 11, 64))))
+    assert found["machine"]["other_gpus"] == [
+        {"device": "cuda:1", "name": "another GPU", "memory": 11 * GB}
+    ]
+    assert found["machine"]["free"]["others"] == {"cuda:1": 11 * GB}
+    assert len(found["fit"]["placement"]["other_slots"]) == 1
 
 
 def test_ram_behind_a_gpu_holds_what_the_gpu_does_not() -> None:

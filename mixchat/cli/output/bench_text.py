@@ -91,7 +91,9 @@ def _machine(bench: Bench) -> str:
     count = torch.get_num_threads()
     threads = f"{count} {'thread' if count == 1 else 'threads'}"
     kernels = f"{instruction_set() or 'no'} kernels"
-    return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {bench.engine.device}"
+    others = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
+    where = f"{bench.engine.device}{others}"
+    return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {where}"
 
 
 def _model(bench: Bench) -> str:

@@ -70,10 +70,21 @@ def test_experts_of_workers_have_a_mark_of_their_own() -> None:
     report = replace(TINY, tiers=tiers, slots={"host": 2, "worker": 3})
     shown = [line.rstrip() for line in lines(report)]
     assert shown[1] == "  0   20○    -◆   40◆   40·    75%"
-    assert shown[4] == "experts  ● GPU 0   ○ RAM 2 of 2 slots   ◆ worker 3 of 3 slots   · disk 3"
+    assert shown[4] == "experts  ○ RAM 2 of 2 slots   ◆ worker 3 of 3 slots   · disk 3"
     assert "◆" not in "".join(lines(TINY))
     lost = replace(report, tiers=TINY.tiers, slots={"host": 2, "worker": 0})
     assert "◆ worker 0 of 0 slots" in lines(lost)[4]
+
+
+def test_a_second_gpu_has_a_mark_of_its_own() -> None:
+    tiers = [["device", "other-device", "host", "device"], ["other-device"] * 4]
+    report = replace(TINY, tiers=tiers, slots={"device": 3, "other-device": 5, "host": 1})
+    for encoding, marks in (("utf-8", "●◐○"), ("ascii", "#%+")):
+        first, second, ram = marks
+        shown = [line.rstrip() for line in lines(report, encoding=encoding)]
+        assert shown[1] == f"  0   20{first}    -{second}   40{ram}   40{first}    75%"
+        places = f"{first} GPU 2 of 3 slots   {second} other GPU 5 of 5 slots"
+        assert shown[4] == f"experts  {places}   {ram} RAM 1 of 1 slots"
 
 
 def test_a_run_that_did_nothing_divides_by_nothing() -> None:
