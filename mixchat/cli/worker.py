@@ -45,7 +45,7 @@ def worker(
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budget(device_memory),
+        device_memory=model_flags.budgets(device_memory),
         device=device,
         cache_policy=cache_policy,
         key_file=key_file,

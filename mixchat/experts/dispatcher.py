@@ -5,7 +5,7 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 
@@ -73,6 +73,16 @@ class Dispatcher:
     def holds(self, key: ExpertKey) -> bool:
         """Return whether the expert is in the memory of its device."""
         return self._devices[self._home(key)].holds(key)
+
+    def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
+        """Return the first of these experts that each device has slots for."""
+        room = [device.slots for device in self._devices]
+        fit = []
+        for key in keys:
+            if room[self._home(key)]:
+                room[self._home(key)] -= 1
+                fit.append(key)
+        return fit
 
     def load(self, key: ExpertKey) -> None:
         """Bring an expert into the memory of its device."""

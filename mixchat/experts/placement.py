@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.sharing import home_counts, in_proportion
@@ -53,14 +53,18 @@ class Placement:
         """Return the slots of each device."""
         return self.slots, *self.other_slots
 
-    def parts(self) -> list[Placement]:
-        """Return the placement of each device's own experts, those that are at home there.
+    def at_most(self, experts: int) -> Placement:
+        """Return the placement with slots for so many experts, or fewer."""
+        first, *others = map(min, self.by_device, home_counts(experts, self.by_device))
+        return replace(self, slots=first, other_slots=tuple(others))
+
+    def parts(self, homes: Sequence[int]) -> list[Placement]:
+        """Return the placement of each device's own experts: `homes` says how many these are.
 
         None is brought to two devices, so that each has RAM of its own behind it: in proportion to
         the experts that it does not hold. Of 256 experts, 60 and 30 slots with 83 in RAM behind
         them, 171 and 85 are at home there, and 55 and 28 slots in RAM are theirs.
         """
-        homes = home_counts(self.experts, self.by_device)
         behind = _divide_host(self.host_slots, homes, self.by_device)
         return [
             Placement(slots, host, count, self.reserve)
@@ -108,11 +112,11 @@ def place_on_gpus(
     """
     first, *others = rooms
     slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in others)]
-    slots = list(map(min, slots, home_counts(demand.experts, slots)))
     behind = 0
     if sum(slots) < demand.experts:
         behind = _host_slots(demand, free_host, host_budget)
-    return Placement(slots[0], behind, demand.experts, other_slots=tuple(slots[1:]))
+    placement = Placement(slots[0], behind, demand.experts, other_slots=tuple(slots[1:]))
+    return placement.at_most(demand.experts)
 
 
 def _first_slots(demand: Demand, room: DeviceRoom) -> int:

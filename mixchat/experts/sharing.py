@@ -6,8 +6,8 @@ among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, product
 
 from mixchat.experts.keys import ExpertKey
 
@@ -51,23 +51,25 @@ def divide(
     copy of the most used expert of the first.
     """
     uses = uses or {}
-    held = _assign(layers, experts, _quotas(layers * experts, slots), uses)
+    every = (ExpertKey(*key) for key in product(range(layers), range(experts)))
+    held = _assign(every, _quotas(layers * experts, slots), uses)
     _add_copies(held, layers, experts, slots, uses)
     for keys in held:
         keys.sort(key=lambda key: (-uses.get(key, 0), key.expert, key.layer))
     return held
 
 
-def homes(layers: int, experts: int, slots: Sequence[int]) -> dict[ExpertKey, int]:
-    """Return the GPU that computes each expert, by its number: its home.
+def homes(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
+    """Return the GPU that computes each of these experts, by its number: its home.
 
     slots: how many each GPU can hold. As far as the slots allow, all are home of the same part of
-    every layer; where there are too few, each is home of as many more as it has slots. Eight
-    experts in a layer and twice as many slots on the first GPU as on the second: 4 and 4 are at
-    home there if all fit, else 5 and 3, or 6 and 2.
+    every layer; where there are too few, each is home of as many more as it has slots. Of eight
+    experts in a layer, 4 and 4 are at home on two GPUs where all fit. Where not, and the first has
+    three times as many slots, it is 6 and 2.
     """
-    held = _assign(layers, experts, home_counts(layers * experts, slots), {})
-    return {key: number for number, keys in enumerate(held) for key in keys}
+    keys = list(keys)
+    held = _assign(keys, home_counts(len(keys), slots), {})
+    return {key: number for number, own in enumerate(held) for key in own}
 
 
 def home_counts(experts: int, slots: Sequence[int]) -> list[int]:
@@ -86,18 +88,15 @@ def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def _assign(
-    layers: int, experts: int, quotas: Sequence[int], uses: Mapping[ExpertKey, int]
+    keys: Iterable[ExpertKey], quotas: Sequence[int], uses: Mapping[ExpertKey, int]
 ) -> list[list[ExpertKey]]:
     """Return different experts for each holder, as many as its quota; the quotas sum to all."""
     held: list[list[ExpertKey]] = [[] for _ in quotas]
-    for layer in range(layers):
-        keys = sorted(
-            (ExpertKey(layer, expert) for expert in range(experts)),
-            key=lambda key: (-uses.get(key, 0), key),
-        )
-        left = _part_of_layer(quotas, [len(keys) for keys in held], layer, layers, experts)
+    for _, of_layer in groupby(sorted(keys), key=lambda key: key.layer):
+        keys_of_layer = sorted(of_layer, key=lambda key: (-uses.get(key, 0), key))
+        left = _part_of_layer(quotas, [len(keys) for keys in held], len(keys_of_layer))
         work = [0] * len(quotas)
-        for key in keys:
+        for key in keys_of_layer:
             holder = min(
                 (number for number, count in enumerate(left) if count),
                 key=lambda number: (work[number], -left[number], number),
@@ -119,15 +118,14 @@ def _quotas(total: int, slots: Sequence[int]) -> list[int]:
     return quotas
 
 
-def _part_of_layer(
-    quotas: Sequence[int], given: Sequence[int], layer: int, layers: int, experts: int
-) -> list[int]:
+def _part_of_layer(quotas: Sequence[int], given: Sequence[int], experts: int) -> list[int]:
     """Return how many experts of a layer each holder gets, where it was `given` some before.
 
-    Each is to have its quota in the end, and (layer + 1) / layers of it after this layer: those who
-    are farthest behind get one more.
+    Each is to have its quota in the end, and the same part of it after each layer: those who are
+    farthest behind get one more.
     """
-    behind = [quota * (layer + 1) / layers - had for quota, had in zip(quotas, given, strict=True)]
+    done, every = sum(given) + experts, sum(quotas)
+    behind = [quota * done / every - had for quota, had in zip(quotas, given, strict=True)]
     parts = [max(int(missing), 0) for missing in behind]
     while sum(parts) != experts:
         step = 1 if sum(parts) < experts else -1

@@ -89,7 +89,7 @@ def _assemble(
     fit = fit_model(stored, FreeMemory.now(devices), options)
     context = fit.context
     workers = connect_workers(installed, options, note)
-    placement, copies = divide_experts(installed, fit.placement, workers)
+    placement, here, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
     experts = build_experts(
         installed,
@@ -99,6 +99,7 @@ def _assemble(
         note,
         exact=exact,
         workers=workers,
+        here=here,
         copies=copies,
     )
     runner: ExpertRunner = experts

@@ -11,7 +11,7 @@ from mixchat.engine.prompt_cache import identity_of
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers.messages import Hello, Welcome
-from mixchat.loading.loader import choose_device
+from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.options import LoadOptions
 from mixchat.planning.fitting import FreeMemory, fit_experts
@@ -28,19 +28,23 @@ class ServedExperts:
     """
 
     def __init__(
-        self, installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
+        self,
+        installed: InstalledModel,
+        options: LoadOptions,
+        devices: Sequence[torch.device],
+        note: Note,
     ) -> None:
         self._installed, self._options = installed, options
-        self._device, self._note = device, note
+        self._device, self._devices, self._note = devices[0], devices, note
         config = installed.config
         self.num_layers, self.num_experts = config.num_hidden_layers, config.num_local_experts
         self.hidden_size = config.hidden_size
         self.identity = identity_of(installed.manifest)
         self.name = installed.directory.name
-        self.placement = fit_experts(installed.blueprint, FreeMemory.now(device), options)
+        self.placement = fit_experts(installed.blueprint, FreeMemory.now(devices), options)
         self._exact = False
-        self._experts = self._build()
         self._held: list[ExpertKey] = []
+        self._built: Dispatcher | None = self._build()
 
     @property
     def slots(self) -> int:
@@ -49,15 +53,16 @@ class ServedExperts:
 
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts != self._exact:
-            self._exact = hello.exact_prompts
-            self._experts = self._build()
+            self._exact, self._built = hello.exact_prompts, None
         return Welcome(self.slots)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
+        if len(self._devices) > 1 and set(keys) != set(self._held):
+            self._built = None  # others are to be spread over the GPUs
         self._held = list(keys)
 
     def load_next(self) -> bool:
-        wanted = self._held[: self.slots]
+        wanted = self._experts.fitting(self._held)
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:
             return False
@@ -88,25 +93,32 @@ class ServedExperts:
         rows = self._experts.compute(layer, x.to(self._device), selected.to(self._device))
         return rows.outputs.cpu()
 
+    @property
+    def _experts(self) -> Dispatcher:
+        if self._built is None:  # only now that the memory of the one before is free
+            self._built = self._build()
+        return self._built
+
     def _build(self) -> Dispatcher:
         return build_experts(
             self._installed,
             self.placement,
-            self._device,
+            self._devices,
             self._options.cache_policy,
             self._note,
             exact=self._exact,
             predicts=False,
+            here=frozenset(self._held),
         )
 
 
 def load_served_experts(directory: Path, options: LoadOptions, note: Note) -> ServedExperts:
     """Open an installed model for a worker. Raises as `load_engine` does."""
-    device = choose_device(options.device)
+    devices = choose_devices(options.device)
     installed = InstalledModel(directory)
     try:
         choose_threads(installed.blueprint)
-        return ServedExperts(installed, options, device, note)
+        return ServedExperts(installed, options, devices, note)
     except BaseException:
         installed.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ def build_experts(
     exact: bool = False,
     predicts: bool = True,
     workers: Sequence[WorkerExperts] = (),
+    here: Set[ExpertKey] | None = None,
     copies: Set[ExpertKey] = frozenset(),
 ) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `devices`.
@@ -46,8 +48,9 @@ def build_experts(
     On "cpu" the slots are in RAM and are filled from disk; behind GPUs RAM is a tier of its own.
     Each GPU has experts of its own, and a part of that RAM. `note` is called with messages for a
     person. With `exact` an expert is always computed by the same device, in the same way for any
-    number of tokens; with `predicts` experts are prefetched. `workers` and `copies` are as in
-    `Dispatcher`. Raises `ResourceError` where a device cannot hold two experts after all.
+    number of tokens; with `predicts` experts are prefetched. here: the experts that are not left to
+    workers, None for all. `workers` and `copies` are as in `Dispatcher`. Raises `ResourceError`
+    where a device cannot hold two experts after all.
     """
     for device, slots in zip(devices, placement.by_device, strict=True):
         if not slots:
@@ -55,10 +58,19 @@ def build_experts(
     used = [device for device, slots in zip(devices, placement.by_device, strict=True) if slots]
     placement = replace(placement, other_slots=tuple(filter(None, placement.other_slots)))
     config, stats = installed.config, ExpertStats()
-    home = homes(config.num_hidden_layers, config.num_local_experts, placement.by_device)
+    every = {
+        ExpertKey(layer, expert)
+        for layer in range(config.num_hidden_layers)
+        for expert in range(config.num_local_experts)
+    }
+    here = every if here is None else here
+    # What workers have lost comes beside what is here anyhow, of which each GPU has its part.
+    home = homes(here, placement.by_device) | homes(every - here, placement.by_device)
+    counts = Counter(home.values())
+    parts = placement.parts([counts[number] for number in range(len(used))])
     holders = [
         _on_device(installed, part, device, policy, stats, note, exact=exact, is_first=number == 0)
-        for number, (device, part) in enumerate(zip(used, placement.parts(), strict=True))
+        for number, (device, part) in enumerate(zip(used, parts, strict=True))
     ]
     return Dispatcher(
         holders,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from statistics import median
@@ -54,18 +53,21 @@ def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerO
 
 def divide_experts(
     installed: InstalledModel, placement: Placement, workers: Sequence[RemoteWorker]
-) -> tuple[Placement, frozenset[ExpertKey]]:
-    """Let each worker hold its part; return this machine's slots, and the copies among them."""
+) -> tuple[Placement, frozenset[ExpertKey] | None, frozenset[ExpertKey]]:
+    """Let each worker hold its part.
+
+    Return this machine's slots, its experts (None for all), and the copies among them.
+    """
     if not workers:
-        return placement, frozenset()
+        return placement, None, frozenset()
     config = installed.config
-    slots = [placement.slots, *(worker.slots for worker in workers)]
+    slots = [sum(placement.by_device), *(worker.slots for worker in workers)]
     uses = saved_uses(report_path_by_key(installed.directory.name))
     here, *there = divide(config.num_hidden_layers, config.num_local_experts, slots, uses)
     for worker, keys in zip(workers, there, strict=True):
         worker.hold(keys)
     copies = frozenset(here).intersection(chain(*there))
-    return replace(placement, slots=min(placement.slots, len(here))), copies
+    return placement.at_most(len(here)), frozenset(here), copies
 
 
 def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callable[[], Link]]:

@@ -7,6 +7,7 @@ The data goes one way: `Machine` (the hardware) and the options give a `Fit`; th
 - fitting.py: where a model goes, for planning and for loading
 - expectation.py: how fast it will be: a model of time
 - spread.py: how fast it will be once workers hold experts, too
+- loads.py: what each of several holders of experts computes
 - simulate.py: replays a routing trace for caches of any size
 - calibration.py: the figures that are measured
 - machine_speed.py: measures this machine, and remembers that in machine.json

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import torch
 
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.loads import layer_loads
 from mixchat.planning.machine_speed import saved_measurement
 from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
@@ -245,31 +246,13 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     slots: those of each GPU. With 4 of 8 experts on each of two, both of a token's are on the same
     one 3 times in 7, so that the busiest has 1.43 of 2.
     """
-    layers, chosen = range(config.num_hidden_layers), config.num_experts_per_tok
-    home = homes(len(layers), config.num_local_experts, slots)
-    parts = [Counter(number for key, number in home.items() if key.layer == n) for n in layers]
-    return mean(_most_on_one(part.values(), chosen) for part in parts) / chosen
-
-
-def _most_on_one(counts: Collection[int], chosen: int) -> float:
-    """Return how many of the chosen experts the GPU with the most has on average.
-
-    counts: the experts at home on each GPU, of which any are chosen by chance.
-    """
-    every = math.comb(sum(counts), chosen)
-    # The chances of more than 0, more than 1 and so on sum to the average.
-    return sum(1 - _ways(counts, chosen, most) / every for most in range(chosen))
-
-
-def _ways(counts: Iterable[int], chosen: int, most: int) -> int:
-    """Return in how many ways experts can be chosen with at most `most` of each GPU's."""
-    ways = [1] + [0] * chosen  # by the count of experts chosen so far
-    for count in counts:
-        ways = [
-            sum(ways[some - own] * math.comb(count, own) for own in range(min(some, most) + 1))
-            for some in range(chosen + 1)
-        ]
-    return ways[chosen]
+    if len(slots) == 1:
+        return 1.0
+    layers, experts = range(config.num_hidden_layers), range(config.num_local_experts)
+    home = homes((ExpertKey(*key) for key in product(layers, experts)), slots)
+    held = [{key for key in home if home[key] == number} for number in range(len(slots))]
+    most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
+    return most / (len(layers) * config.num_experts_per_tok)
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:

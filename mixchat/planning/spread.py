@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain
 
 import torch
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import divide, share
-from mixchat.model_config import ModelConfig
+from mixchat.experts.sharing import divide
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.expectation import (
     Expectation,
@@ -25,14 +21,9 @@ from mixchat.planning.expectation import (
     shape_of,
     speed_range,
 )
+from mixchat.planning.loads import Loads, layer_loads
 from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
-
-_MOST_CHOICES = 1000  # of a router for a token that are gone through one by one
-
-# How many experts of a layer each holder computes for a token, this machine first; and in how many
-# layers that is so, on average.
-Loads = Mapping[tuple[int, ...], float]
 
 
 @dataclass(frozen=True)
@@ -78,13 +69,13 @@ def spread_model(
     placement: of this machine alone; uses: how often each expert was used, if that is known.
     """
     config = blueprint.config
-    slots = [placement.slots, *(offer.slots for offer in offers)]
+    slots = [sum(placement.by_device), *(offer.slots for offer in offers)]
     parts = divide(config.num_hidden_layers, config.num_local_experts, slots, uses)
     here, *there = (frozenset(part) for part in parts)
     on_workers = frozenset(chain(*there))
     held_here = min(held_together(blueprint, device, placement), len(here))
     loads = layer_loads(config, [here, *there])
-    hit_rate = expected_hit_rate(config, placement.slots, here)
+    hit_rate = expected_hit_rate(config, sum(placement.by_device), here)
     host_hit_rate = expected_hit_rate(config, held_here, here)
     costs = [
         spread_cost(
@@ -133,33 +124,6 @@ def spread_cost(
         read=here * (1 - host_hit_rate),
     )
     return cost and replace(cost, waiting=waiting)
-
-
-def layer_loads(
-    config: ModelConfig, held: Sequence[Set[ExpertKey]]
-) -> dict[tuple[int, ...], float]:
-    """Return how many experts each holder computes in a layer, where every choice is as likely.
-
-    held: the experts of each holder, at least one for each expert. For two holders of four of eight
-    experts each, in one layer, 2 experts a token: {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
-    """
-    choices = _choices(config.num_local_experts, config.num_experts_per_tok)
-    times: Counter[tuple[int, ...]] = Counter()
-    for layer in range(config.num_hidden_layers):
-        keys = [ExpertKey(layer, expert) for expert in range(config.num_local_experts)]
-        holders = {key: [n for n, part in enumerate(held) if key in part] for key in keys}
-        for choice in choices:
-            shares = share({keys[expert]: 1 for expert in choice}, holders)
-            times[tuple(len(shares.get(holder, ())) for holder in range(len(held)))] += 1
-    return {counts: number / len(choices) for counts, number in times.items()}
-
-
-def _choices(experts: int, chosen: int) -> list[tuple[int, ...]]:
-    """Return all choices of a router, or some of them where there are too many."""
-    if math.comb(experts, chosen) <= _MOST_CHOICES:
-        return list(combinations(range(experts), chosen))
-    generator = random.Random(0)
-    return [tuple(generator.sample(range(experts), chosen)) for _ in range(_MOST_CHOICES)]
 
 
 def _slowest(counts: Sequence[int], offers: Sequence[WorkerOffer]) -> float:

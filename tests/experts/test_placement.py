@@ -204,16 +204,17 @@ def test_a_budget_of_a_gpu_names_it_in_errors() -> None:
 
 
 def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
-    parts = Placement(60, 83, 256, other_slots=(30,)).parts()  # the example in the docstring
+    # The example in the docstring.
+    parts = Placement(60, 83, 256, other_slots=(30,)).parts([171, 85])
     assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
-        (60, 56, 171),
-        (30, 27, 85),
+        (60, 55, 171),
+        (30, 28, 85),
     ]
-    all_in_ram = Placement(60, 256, 256, other_slots=(30,)).parts()
+    all_in_ram = Placement(60, 256, 256, other_slots=(30,)).parts([171, 85])
     assert [part.host_slots for part in all_in_ram] == [171, 85]
-    assert Placement(60, 83, 256).parts() == [Placement(60, 83, 256)]
+    assert Placement(60, 83, 256).parts([256]) == [Placement(60, 83, 256)]
     # Four slots are the least that help.
-    few = Placement(60, 7, 256, other_slots=(30,)).parts()
+    few = Placement(60, 7, 256, other_slots=(30,)).parts([171, 85])
     assert [part.host_slots for part in few] == [7, 0]
 
 
@@ -224,7 +225,7 @@ def test_parts_of_a_placement_are_the_whole_or_less(
     slots = list(map(min, slots, home_counts(experts, slots)))
     host = data.draw(st.integers(0, experts)) if sum(slots) < experts else 0
     whole = Placement(slots[0], host, experts, other_slots=tuple(slots[1:]))
-    parts = whole.parts()
+    parts = whole.parts(home_counts(experts, slots))
     assert [part.slots for part in parts] == slots
     assert sum(part.experts for part in parts) == experts
     assert sum(part.host_slots for part in parts) <= host

@@ -66,7 +66,7 @@ def test_the_example_in_the_docstring() -> None:
 def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
     layers: int, experts: int, slots: list[int]
 ) -> None:
-    home = homes(layers, experts, slots)
+    home = homes(keys_of(layers, experts), slots)
     assert sorted(home) == keys_of(layers, experts)
     counts = Counter(home.values())
     assert [counts[number] for number in range(len(slots))] == home_counts(layers * experts, slots)
@@ -90,6 +90,17 @@ def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
         for count, own in zip(counts, slots, strict=True):
             assert count >= own
             assert abs(count - experts * own / sum(slots)) < 1
+
+
+@given(
+    st.sets(st.builds(ExpertKey, st.integers(0, 5), st.integers(0, 7)), min_size=1),
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+)
+def test_any_experts_can_be_at_home_on_gpus(keys: set[ExpertKey], slots: list[int]) -> None:
+    home = homes(keys, slots)
+    assert set(home) == keys
+    counts = Counter(home.values())
+    assert [counts[number] for number in range(len(slots))] == home_counts(len(keys), slots)
 
 
 def test_homes_of_mixtral_on_two_unequal_gpus() -> None:

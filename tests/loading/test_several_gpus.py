@@ -1,8 +1,8 @@
 """Experts on several GPUs on paper: the same bits as on one, wherever each of them is."""
 
 from collections import Counter
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +31,16 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.store import ExpertStore
-from mixchat.loading import tiers
+from mixchat.experts.workers.messages import Hello
+from mixchat.loading import loader, tiers
 from mixchat.loading.loader import choose_devices, load_engine
+from mixchat.loading.served_experts import load_served_experts
 from mixchat.options import LoadOptions
 from mixchat.planning.plan import Machine
+from mixchat.quantities import MemoryBudget
 
 
 class Spread(NamedTuple):
@@ -290,7 +295,7 @@ def test_several_gpus_may_run_out_of_memory_at_any_time(
     paper: PaperRuntime, case: Callable[[str], Case], kind: str
 ) -> None:
     expected = text(load(case(kind), EXPERTS))
-    for after in range(1, 1000, 160):
+    for after in range(1, 1000, 240):
         notes: list[str] = []
         paper.devices = 2
         engine = load(case(kind), 4, EXPERTS, notes.append, others=(5,))
@@ -307,14 +312,23 @@ def test_several_gpus_may_run_out_of_memory_at_any_time(
 
 @pytest.mark.parametrize("full", [0, 1])
 def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does_not(
-    paper: PaperRuntime, case: Callable[[str], Case], full: int
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, full: int
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(4,))
-    memory = paper.memory(torch.device("paper", full))
-    memory.total = memory.taken  # not a row more, until experts are given up
+    allocated, left = paper.allocated, 40
+
+    def failing(tensor: torch.Tensor, device: torch.device) -> None:
+        nonlocal left
+        left -= device.index == full
+        if left == 0:
+            left = -1
+            raise torch.OutOfMemoryError(f"paper out of memory. GPU {full} has 4 GB in all")
+        allocated(tensor, device)
+
+    monkeypatch.setattr(paper, "allocated", failing)
     assert text(engine) == expected
     assert notes == [f"GPU {full} ran out of memory: 6 experts fit now"]
     assert [device.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
@@ -366,13 +380,92 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_the_same(
         check()
 
     monkeypatch.setattr(interrupts, "check", interrupted)
-    for calls in range(1, 60, 3):
+    for calls in range(1, 60, 7):
         left = calls
         with pytest.raises(KeyboardInterrupt):
             text(engine)
         if calls % 4 == 0:
             assert text(engine) == expected
     assert text(engine) == expected
+
+
+class NearbyWorker:
+    """A worker that computes on the first GPU, as another machine would."""
+
+    def __init__(self, engine: Engine, slots: int) -> None:
+        self._experts: Any = engine.experts
+        self.slots, self.works = slots, True
+        self.held: frozenset[ExpertKey] = frozenset()
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        self.held = frozenset(keys)
+
+    def begin_turn(self) -> None:
+        """It is never lost for good."""
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        self._keys = keys
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        if not self.works:
+            return self._keys
+        for key in self._keys:
+            chosen = torch.full((rows.counts[key], 1), key.expert, device="paper:0")
+            rows.put(key, self._experts.compute(rows.layer, rows.of(key), chosen).outputs)
+        return []
+
+
+@pytest.mark.parametrize("slots", [2, 4, 5])
+def test_what_workers_leave_to_two_gpus_is_spread_over_both(
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Every second expert was left to them, and all of these were at home on the same GPU."""
+    alone = load(case("nf4"), EXPERTS)
+    expected = text(alone)
+    alone.forget()
+    worker = NearbyWorker(alone, 6)
+    monkeypatch.setattr(loader, "connect_workers", lambda *_: [worker])
+    paper.devices = 2
+    engine = load(case("nf4"), slots, EXPERTS, others=(slots,))
+    dispatcher: Any = engine.experts
+    here = {ExpertKey(*key) for key in product(range(LAYERS), range(4))} - worker.held
+    assert len(here) == 6
+    assert Counter(map(dispatcher._home, here)) == {0: 3, 1: 3}
+    assert text(engine) == expected
+    assert text(engine) == expected
+    held = [key for key in here if dispatcher.tier(key) in ("device", "other-device")]
+    assert len(held) == min(6, 2 * slots)
+    worker.works = False
+    assert text(engine) == expected
+
+
+def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    paper.devices = 2
+    expert = case("nf4").blueprint.expert.stride
+    notes: list[str] = []
+    budget = MemoryBudget(size=3 * expert)
+    for number in range(2):  # no room for the experts of two chats
+        settled(paper)
+        memory = paper.memory(torch.device("paper", number))
+        memory.total = memory.taken + 4 * expert + 60_000
+    options = LoadOptions(MemoryBudget(size=0), (budget,))
+    served = load_served_experts(case("nf4").directory, options, notes.append)
+    assert served.slots == 6
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    for exact, chosen in product((False, True), ((0, 2), (1, 3))):
+        keys = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in chosen]
+        served.begin(Hello("identity", "tiny", "float32", 64, exact))
+        served.hold(keys)
+        while served.load_next():
+            pass
+        assert [device.slots for device in served._experts._devices] == [3, 3]
+        assert all(served._experts.holds(key) for key in keys)
+        for layer in range(LAYERS):
+            served.compute(layer, [(expert, 1) for expert in chosen], x, True, lambda: None)
+        assert served._experts.stats.misses.total() == len(keys)  # each was loaded once
+    assert notes == []
 
 
 def test_a_gpu_without_room_for_two_experts_is_left_out(

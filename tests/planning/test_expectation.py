@@ -154,7 +154,8 @@ def test_the_busiest_gpu_has_what_counting_all_choices_says(
     slots: tuple[int, ...], chosen: int
 ) -> None:
     config = replace(CONFIG, num_experts_per_tok=chosen)
-    home = homes(32, 8, slots)
+    every = [ExpertKey(*key) for key in itertools.product(range(32), range(8))]
+    home = homes(every, slots)
     most = [
         max(Counter(home[ExpertKey(layer, expert)] for expert in choice).values())
         for layer in range(32)
