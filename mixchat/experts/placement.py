@@ -63,7 +63,7 @@ class Placement:
 
         None is brought to two devices, so that each has RAM of its own behind it: in proportion to
         the experts that it does not hold. Of 256 experts, 60 and 30 slots with 83 in RAM behind
-        them, 171 and 85 are at home there, and 55 and 28 slots in RAM are theirs.
+        them, 171 and 85 are at home there, and 56 and 27 slots in RAM are theirs.
         """
         behind = _divide_host(self.host_slots, homes, self.by_device)
         return [

@@ -207,8 +207,8 @@ def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
     # The example in the docstring.
     parts = Placement(60, 83, 256, other_slots=(30,)).parts([171, 85])
     assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
-        (60, 55, 171),
-        (30, 28, 85),
+        (60, 56, 171),
+        (30, 27, 85),
     ]
     all_in_ram = Placement(60, 256, 256, other_slots=(30,)).parts([171, 85])
     assert [part.host_slots for part in all_in_ram] == [171, 85]

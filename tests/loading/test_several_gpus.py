@@ -428,12 +428,12 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     paper.devices = 2
     engine = load(case("nf4"), slots, EXPERTS, others=(slots,))
     dispatcher: Any = engine.experts
-    here = {ExpertKey(*key) for key in product(range(LAYERS), range(4))} - worker.held
-    assert len(here) == 6
-    assert Counter(map(dispatcher._home, here)) == {0: 3, 1: 3}
+    alone_here = {ExpertKey(*key) for key in product(range(LAYERS), range(4))} - worker.held
+    here = alone_here | dispatcher._copies
+    assert Counter(map(dispatcher._home, here)) == {0: len(here) // 2, 1: len(here) // 2}
     assert text(engine) == expected
     assert text(engine) == expected
-    held = [key for key in here if dispatcher.tier(key) in ("device", "other-device")]
+    held = [key for key in alone_here if dispatcher.tier(key) in ("device", "other-device")]
     assert len(held) == min(6, 2 * slots)
     worker.works = False
     assert text(engine) == expected
