@@ -57,7 +57,7 @@ class ExpertHolder(ExpertRunner, Protocol):
         """Return the bytes of memory that experts take where they are computed."""
 
     def tier(self, key: ExpertKey) -> str:
-        """Return the tier of the expert's fastest copy: a key of `TIERS` in report.py."""
+        """Return the tier of the expert's fastest copy: `device`, `host` and so on."""
 
     def begin_turn(self) -> None:
         """Take up workers again that were lost; this is called before each prompt."""

@@ -56,8 +56,9 @@ def choose_devices(text: str | None) -> list[torch.device]:
     """
     if text is None:
         text = gpu.KIND if gpu.count() else "cpu"
-    devices = [_device(name) for name in device_names(text)]
-    if text == gpu.KIND:
+    names = device_names(text)
+    devices = [_device(name) for name in names]
+    if names == [gpu.KIND]:
         devices = [torch.device(gpu.KIND, number) for number in range(gpu.count())]
     if len(devices) > 1 and not all(map(gpu.is_gpu, devices)):
         raise UsageError(f"--device {text!r}: only GPUs compute together; use cpu or cuda")

@@ -66,7 +66,8 @@ def spread_model(
 ) -> Spread:
     """Return where experts go and how fast decoding is, with at least one worker.
 
-    placement: of this machine alone; uses: how often each expert was used, if that is known.
+    placement: of this machine alone, whose GPUs are taken for one; uses: how often each expert was
+    used, if that is known.
     """
     config = blueprint.config
     slots = [sum(placement.by_device), *(offer.slots for offer in offers)]
