@@ -72,6 +72,15 @@ def test_json_has_each_round(mixchat, tiny):
     assert found["cold"]["bytes"] > 0
 
 
+def test_with_workers_it_says_how_many_experts_are_where(mixchat, tiny, monkeypatch):
+    slots = {"host": 5, "worker": 3}
+    monkeypatch.setattr(rounds.Engine, "slots_by_tier", property(lambda engine: slots))
+    lines = run(mixchat, tiny).stdout.decode().splitlines()
+    assert lines[2] == "Experts: 5 RAM slots, 3 worker slots"
+    assert lines[3].startswith("Limits: ")
+    assert json.loads(run(mixchat, tiny, "--json").stdout)["slots"] == slots
+
+
 def test_a_model_of_elsewhere_is_measured_where_nothing_was_ever_installed(
     mixchat, tiny_model, tmp_path
 ):

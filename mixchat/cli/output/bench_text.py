@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mixchat import machine
 from mixchat.cli.output.png import new_figure
 from mixchat.cli.output.table import aligned
+from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench, BenchTask
@@ -22,6 +23,7 @@ def bench_as_dict(bench: Bench) -> dict[str, Any]:
     return {
         "machine": _machine(bench),
         "model": _model(bench),
+        "slots": bench.engine.slots_by_tier,
         "limits": {
             "memory": [limits.memory for limits in bench.limits],
             "gemm": [limits.gemm for limits in bench.limits],
@@ -69,7 +71,9 @@ def bench_heading(bench: Bench) -> str:
         f"Cold start: first token after {cold.first_token_seconds:.1f} s, "
         f"{cold.bytes / 1e9:.2f} GB from disk"
     )
-    return "\n".join((_machine(bench), _model(bench), limits, start))
+    slots = bench.engine.slots_by_tier
+    where = [f"Experts: {slots_in_words(slots)}"] if "worker" in slots else []
+    return "\n".join((_machine(bench), _model(bench), *where, limits, start))
 
 
 def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
