@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from typing import NamedTuple
 
 from mixchat import interrupts
@@ -52,12 +53,16 @@ class Frame(NamedTuple):
 
 
 class Connection:
-    """Sends and receives frames. One thread receives; several may send."""
+    """Sends and receives frames. One thread receives; several may send.
+
+    One that is dropped is closed, as an engine's are when the engine is dropped.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
         _set_options(connected)
         self._socket = connected
+        weakref.finalize(self, connected.close)
         self._received = bytearray()
         self._sending = threading.Lock()
         self._reading = select.poll()

@@ -1,0 +1,218 @@
+"""Workers that serve an installed model, in a thread or in a process that faults when it is told.
+
+A process of its own takes seconds to import torch. So one process imports it, and forks workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixchat import interrupts
+from mixchat.errors import MixchatError
+from mixchat.experts.workers.address import resolve
+from mixchat.experts.workers.door import listen
+from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.messages import Hello
+from mixchat.experts.workers.server import Server
+from mixchat.loading.served_experts import ServedExperts, load_served_experts
+from mixchat.options import LoadOptions
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.installed_model import InstalledModel
+
+KEY = bytes(range(32))
+PATIENCE = 60  # seconds, after which a test fails instead of hanging
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal that a worker sends itself while it computes a request.
+
+    layer: of the request; many: whether it is one of prefill; count: how many such requests it
+    answers before.
+    """
+
+    signal: int
+    layer: int
+    many: bool
+    count: int = 0
+
+
+def open_served(directory: Path, slots: int) -> ServedExperts:
+    """Return the experts of a model for a worker on a CPU that can hold so many."""
+    with InstalledModel(directory) as model:
+        budget = MemoryBudget(size=slots * model.blueprint.expert.stride)
+    return load_served_experts(directory, LoadOptions(budget, device="cpu"), lambda line: None)
+
+
+class ThreadedWorker:
+    """A worker in a thread of this process. `on_compute` is called in each request."""
+
+    def __init__(self, served: ServedExperts) -> None:
+        self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
+        self.notes: list[str] = []
+        self._noted = threading.Condition()
+        self._served = served
+        _call_before(served, lambda layer, rows, check: self.on_compute(check))
+        listener = listen(resolve("127.0.0.1:0"))
+        self.address = _address(listener)
+        self._server = Server(listener, KEY, served, self._note)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def requests(self) -> int:
+        """Return how many requests the last chat made, when it has ended."""
+
+        def ended() -> list[str]:
+            return [line for line in self.notes if "the chat ends after" in line]
+
+        with self._noted:
+            lines = self._noted.wait_for(ended, PATIENCE)
+        assert lines, self.notes
+        return int(lines[-1].split("the chat ends after ")[1].split()[0])
+
+    def stop(self) -> None:
+        """End it, as Ctrl-C does; chats must have ended."""
+        served: Any = self._served
+        served.begin = _interrupt
+        hello = Hello(served.identity, served.name, "float32", served.hidden_size)
+        with suppress(MixchatError):
+            Link.open(resolve(self.address), KEY, hello)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+    def _note(self, line: str) -> None:
+        with self._noted:
+            self.notes.append(line)
+            self._noted.notify_all()
+
+    def _run(self) -> None:
+        with suppress(KeyboardInterrupt):
+            self._server.serve_forever()
+
+
+class Nursery:
+    """The process that forks workers. `end` kills them all."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._workers: list[int] = []
+
+    def start(
+        self, directory: Path, slots: int, fault: Fault | None = None, at: str = "127.0.0.1:0"
+    ) -> ForkedWorker:
+        """Return a worker that serves the model, until its fault."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = [str(directory), slots, asdict(fault) if fault else None, at]
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        pid, address = json.loads(self._process.stdout.readline())
+        self._workers.append(pid)
+        return ForkedWorker(pid, address)
+
+    def end_workers(self) -> None:
+        """Kill the workers that are left."""
+        for pid in self._workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._workers.clear()
+
+    def end(self) -> None:
+        """End the process and its workers."""
+        self.end_workers()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+        self._process.stdout.close()
+
+
+@dataclass(frozen=True)
+class ForkedWorker:
+    """A worker in a process of its own."""
+
+    pid: int
+    address: str
+
+    def kill(self) -> None:
+        """Kill it; its port is free afterwards."""
+        os.kill(self.pid, signal.SIGKILL)
+        while Path(f"/proc/{self.pid}").exists():
+            pass
+
+
+def _call_before(served: Any, before: Callable[[int, int, Callable[[], None]], None]) -> None:
+    """Let `before` be called with each request: its layer, its rows, and its `check`."""
+    compute = served.compute
+
+    def computed(
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        x: torch.Tensor,
+        shared_row: bool,
+        check: Callable[[], None],
+    ) -> torch.Tensor:
+        before(layer, len(x), check)
+        result: torch.Tensor = compute(layer, experts, x, shared_row, check)
+        return result
+
+    served.compute = computed
+
+
+def _interrupt(hello: Hello) -> Any:
+    """Raise what Ctrl-C raises; a thread gets no signal."""
+    raise KeyboardInterrupt
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()
+    return f"{host}:{port}"
+
+
+def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
+    served = open_served(Path(directory), slots)
+    left = [fault.count if fault else 0]
+
+    def before(layer: int, rows: int, check: Callable[[], None]) -> None:
+        if fault and layer == fault.layer and (rows > 1) == fault.many:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), fault.signal)
+
+    _call_before(served, before)
+    listener = listen(resolve(at))
+    print(json.dumps([os.getpid(), _address(listener)]), flush=True)
+    Server(listener, KEY, served, lambda line: None).serve_forever()
+
+
+def main() -> None:
+    """Fork a worker for each line: its model, slots, fault and address."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    for line in sys.stdin:
+        directory, slots, fault, at = json.loads(line)
+        if os.fork() == 0:
+            interrupts.install()
+            try:
+                _serve(directory, slots, Fault(**fault) if fault else None, at)
+            finally:
+                os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
