@@ -1,6 +1,6 @@
-"""Workers that serve an installed model, in a thread or in a process that faults when it is told.
+"""Workers that serve an installed model, in processes that fault where they are told to.
 
-A process of its own takes seconds to import torch. So one process imports it, and forks workers.
+Each process would take seconds to import torch. So one process imports it, and forks them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,11 +20,8 @@ from typing import Any
 import torch
 
 from mixchat import interrupts
-from mixchat.errors import MixchatError
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.door import listen
-from mixchat.experts.workers.link import Link
-from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.options import LoadOptions
@@ -34,6 +30,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 KEY = bytes(range(32))
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
+BEAT = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -55,52 +52,6 @@ def open_served(directory: Path, slots: int) -> ServedExperts:
     with InstalledModel(directory) as model:
         budget = MemoryBudget(size=slots * model.blueprint.expert.stride)
     return load_served_experts(directory, LoadOptions(budget, device="cpu"), lambda line: None)
-
-
-class ThreadedWorker:
-    """A worker in a thread of this process. `on_compute` is called in each request."""
-
-    def __init__(self, served: ServedExperts) -> None:
-        self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
-        self.notes: list[str] = []
-        self._noted = threading.Condition()
-        self._served = served
-        _call_before(served, lambda layer, rows, check: self.on_compute(check))
-        listener = listen(resolve("127.0.0.1:0"))
-        self.address = _address(listener)
-        self._server = Server(listener, KEY, served, self._note)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def requests(self) -> int:
-        """Return how many requests the last chat made, when it has ended."""
-
-        def ended() -> list[str]:
-            return [line for line in self.notes if "the chat ends after" in line]
-
-        with self._noted:
-            lines = self._noted.wait_for(ended, PATIENCE)
-        assert lines, self.notes
-        return int(lines[-1].split("the chat ends after ")[1].split()[0])
-
-    def stop(self) -> None:
-        """End it, as Ctrl-C does; chats must have ended."""
-        served: Any = self._served
-        served.begin = _interrupt
-        hello = Hello(served.identity, served.name, "float32", served.hidden_size)
-        with suppress(MixchatError):
-            Link.open(resolve(self.address), KEY, hello)
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-
-    def _note(self, line: str) -> None:
-        with self._noted:
-            self.notes.append(line)
-            self._noted.notify_all()
-
-    def _run(self) -> None:
-        with suppress(KeyboardInterrupt):
-            self._server.serve_forever()
 
 
 class Nursery:
@@ -174,11 +125,6 @@ def _call_before(served: Any, before: Callable[[int, int, Callable[[], None]], N
     served.compute = computed
 
 
-def _interrupt(hello: Hello) -> Any:
-    """Raise what Ctrl-C raises; a thread gets no signal."""
-    raise KeyboardInterrupt
-
-
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()
     return f"{host}:{port}"
@@ -197,7 +143,7 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
     _call_before(served, before)
     listener = listen(resolve(at))
     print(json.dumps([os.getpid(), _address(listener)]), flush=True)
-    Server(listener, KEY, served, lambda line: None).serve_forever()
+    Server(listener, KEY, served, lambda line: None, BEAT).serve_forever()
 
 
 def main() -> None:

@@ -1,20 +1,17 @@
 """Answers with workers: the bits of one machine, whoever computes and whoever fails."""
 
-import os
-import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from served_workers import KEY, Fault, Nursery, ThreadedWorker, open_served
+from served_workers import KEY, Fault, Nursery
 
 from mixchat.engine.generate import Engine
 from mixchat.errors import ResourceError
 from mixchat.experts.workers.link import Link
-from mixchat.loading import workers
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import Note
@@ -25,21 +22,21 @@ LAYERS, EXPERTS = 3, 12
 PROMPT = list(range(5, 25))
 CONTEXT = 128
 
-# hidden_size 50 and 80 are no multiples of 32; 70 and 112 no multiples of 64.
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"layout": "bitsandbytes"},
     "nf4, packed": {"layout": "cpu-packed"},
     "nf4, odd shapes": {"hidden_size": 80, "intermediate_size": 112},
     "fp32": {"quant_type": "none"},
-    "fp32, odd shapes": {"quant_type": "none", "hidden_size": 50, "intermediate_size": 70},
+    "fp32, odd shapes": {"quant_type": "none", "hidden_size": 50, "intermediate_size": 49},
     "bf16": {"quant_type": "none", "stored_as": "bfloat16"},
     "bf16, odd shapes": {
         "quant_type": "none",
         "stored_as": "bfloat16",
         "hidden_size": 50,
-        "intermediate_size": 70,
+        "intermediate_size": 49,
     },
 }
+FAST = "fp32, odd shapes"  # no kernel has to be compiled for it in a new process
 CHECKPOINT = ("stored_as", "hidden_size", "intermediate_size")
 
 # Slots of this machine, and of each worker.
@@ -109,20 +106,6 @@ def load(model: Callable[[str], Path], key_file: Path) -> Callable[..., Engine]:
     return load
 
 
-@pytest.fixture
-def start(model: Callable[[str], Path]) -> Iterator[Callable[[str, int], ThreadedWorker]]:
-    """Start a worker with so many slots in a thread."""
-    started: list[ThreadedWorker] = []
-
-    def start(kind: str, slots: int) -> ThreadedWorker:
-        started.append(ThreadedWorker(open_served(model(kind), slots)))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.stop()
-
-
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     opened = Nursery()
@@ -137,6 +120,35 @@ def fork(nursery: Nursery) -> Iterator[Nursery]:
     nursery.end_workers()
 
 
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker that hangs be lost after 2 s."""
+    real = Link.open
+    monkeypatch.setattr(Link, "open", lambda *given: real(*given, silence=2.0))
+
+
+class Answer(NamedTuple):
+    """What an engine without workers computes."""
+
+    logits: torch.Tensor
+    text: list[int]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Callable[[str], Path]) -> Callable[..., Answer]:
+    """Return what one machine computes with a kind, computed when it is first asked for."""
+    made: dict[tuple[str, bool], Answer] = {}
+
+    def alone(kind: str, exact: bool = False) -> Answer:
+        if (kind, exact) not in made:
+            options = LoadOptions(context_size=CONTEXT, device="cpu", exact_prompts=exact)
+            engine = load_engine(model(kind), options)
+            made[kind, exact] = Answer(logits(engine), text(engine))
+        return made[kind, exact]
+
+    return alone
+
+
 def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
     with torch.inference_mode():
@@ -148,27 +160,133 @@ def logits(engine: Engine) -> torch.Tensor:
         return torch.cat(found)
 
 
+def links(engine: Engine) -> list[Link]:
+    """Return the connections to workers that are not lost."""
+    return [worker._link for worker in engine.experts._workers if worker._link]
+
+
 def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> list[int]:
     greedy = SamplingOptions(temperature=0)
     return list(engine.generate(prompt, sampling=greedy, stop_ids=set(), max_tokens=tokens))
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "split", "exact"),
+    [
+        *((FAST, split, False) for split in SPLITS),
+        *((kind, "two, some twice", False) for kind in KINDS),
+        *((kind, "three, too few", False) for kind in KINDS),
+        ("nf4, packed", "one, half each", True),
+        ("fp32", "two, unequal", True),
+    ],
+)
 def test_who_computes_does_not_show_in_the_bits(
-    load: Callable[..., Engine], start: Callable[..., ThreadedWorker], kind: str, split: str
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    alone: Callable[..., Answer],
+    kind: str,
+    split: str,
+    exact: bool,
 ) -> None:
-    """In fp32 with odd shapes it did: MKL's result for rows that are not aligned differs."""
     here, there = SPLITS[split]
-    started = [start(kind, slots) for slots in there]
-    alone, engine = load(kind), load(kind, here, [worker.address for worker in started])
-    for exact in (False, True):
-        if exact:
-            del engine
-            alone = load(kind, exact=True)
-            engine = load(kind, here, [worker.address for worker in started], exact=True)
-        assert torch.equal(logits(engine), logits(alone))
-        assert text(engine) == text(alone)
-        assert engine.slots_by_tier["worker"] == sum(there)
-    del engine
-    assert min(worker.requests() for worker in started) > 0
+    addresses = [fork.start(model(kind), slots).address for slots in there]
+    engine = load(kind, here, addresses, exact=exact)
+    assert torch.equal(logits(engine), alone(kind, exact).logits)
+    assert text(engine) == alone(kind, exact).text
+    assert engine.slots_by_tier["worker"] == sum(there)
+    assert all(link.seconds_computing for link in links(engine))
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["prefill", "decode"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+def test_an_answer_does_not_show_that_a_worker_fails_in_it(
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    alone: Callable[..., Answer],
+    short_silence: None,
+    fault: int,
+    layer: int,
+    many: bool,
+) -> None:
+    notes: list[str] = []
+    first = fork.start(model(FAST), 5, Fault(fault, layer, many, count=0 if many else 3))
+    other = fork.start(model(FAST), 3)
+    engine = load(FAST, 4, [first.address, other.address], notes.append)
+    assert text(engine) == alone(FAST).text
+    reason = "it closed the connection" if fault == signal.SIGKILL else "it does not answer"
+    assert len(notes) == 1, notes
+    (note,) = notes
+    assert note.startswith(f"worker {first.address} is lost ({reason}")
+    assert engine.slots_by_tier["worker"] == 3
+    engine.forget()
+    assert text(engine) == alone(FAST).text
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("slots", [2, 5, 9])
+def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    alone: Callable[..., Answer],
+    slots: int,
+) -> None:
+    """Also where it has less memory, or more, than before."""
+    worker = fork.start(model(FAST), 5)
+    engine = load(FAST, 7, [worker.address])
+    assert text(engine) == alone(FAST).text
+    worker.kill()
+    engine.forget()
+    assert text(engine) == alone(FAST).text
+    assert engine.slots_by_tier["worker"] == 0
+    fork.start(model(FAST), slots, at=worker.address)
+    engine.forget()
+    assert text(engine) == alone(FAST).text
+    assert engine.slots_by_tier["worker"] == min(slots, 5)
+    (link,) = links(engine)
+    assert link.seconds_computing > 0
+
+
+def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    alone: Callable[..., Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker's answer to the layer that was interrupted must not be taken for the next one."""
+    worker = fork.start(model(FAST), 8)
+    engine = load(FAST, 4, [worker.address])
+    start = Link.start
+    for countdown in (0, 2, 5):
+        left = [countdown]
+
+        def start_and_interrupt(link: Link, *request: Any) -> None:
+            start(link, *request)
+            left[0] -= 1
+            if left[0] == -1:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Link, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            text(engine)
+        assert text(engine) == alone(FAST).text
+        assert engine.slots_by_tier["worker"] == 8
+        engine.forget()
+
+
+def test_a_second_chat_is_refused_while_the_first_one_lasts(
+    load: Callable[..., Engine], fork: Nursery, model: Callable[[str], Path]
+) -> None:
+    worker = fork.start(model(FAST), 5)
+    first = load(FAST, 7, [worker.address])
+    with pytest.raises(ResourceError) as caught:
+        load(FAST, 7, [worker.address])
+    assert str(caught.value) == f"{worker.address}: the worker is busy with another chat"
+    assert caught.value.exit_code == 7
+    text(first)
+    del first
+    load(FAST, 7, [worker.address])
