@@ -264,7 +264,7 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
     for countdown in (0, 2, 5):
         left = [countdown]
 
-        def start_and_interrupt(link: Link, *request: Any) -> None:
+        def start_and_interrupt(link: Link, *request: Any, left: list[int] = left) -> None:
             start(link, *request)
             left[0] -= 1
             if left[0] == -1:
