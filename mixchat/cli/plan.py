@@ -12,10 +12,12 @@ from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
+from mixchat.errors import UsageError
 from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.planning.plan import MachinePlan
+    from mixchat.planning.spread import WorkerOffer
     from mixchat.weights.make.outline import Outline
 
 
@@ -70,6 +72,8 @@ def plan(
 
 
 def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> MachinePlan:
+    from mixchat.engine.report import saved_uses
+    from mixchat.engine.report_path import report_path
     from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
     from mixchat.planning.machine_speed import measure_machine, saved_measurement
@@ -81,10 +85,27 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
     machine = Machine.now(outlined.directory, devices)
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
+    offers = _offers(outlined, options)
     measurement = None
     if not measure_again:
         measurement = saved_measurement(blueprint, outlined.directory, device)
     if measurement is None:
         with status("measuring this machine (about 10 s)"):
             measurement = measure_machine(blueprint, outlined.directory, device)
-    return plan_model(machine, device, fit, measurement)
+    uses = saved_uses(report_path(outlined.name))
+    return plan_model(machine, device, fit, measurement, offers, uses)
+
+
+def _offers(outlined: Outline, options: LoadOptions) -> list[WorkerOffer]:
+    if not options.workers:
+        return []
+    if not outlined.installed:
+        raise UsageError(
+            f"--worker is for an installed model, and {outlined.name} is not installed",
+            hint="Workers serve only the same model as this machine's: install it on each of them.",
+        )
+    from mixchat.loading.workers import ask_workers
+    from mixchat.weights.format.installed_model import InstalledModel
+
+    with status("asking the workers"), InstalledModel(outlined.directory) as installed:
+        return ask_workers(installed, options)

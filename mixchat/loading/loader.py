@@ -125,12 +125,15 @@ def speed_predictor(
     """Return a function that predicts how fast the engine decodes with the slots it has by then.
 
     It returns None where this machine was never measured for such a model; `mixchat plan` does it.
+    So it does with workers, whose speed is not measured for it.
     """
     first, *others = choose_devices(device_name)
     with InstalledModel(directory) as installed:
         blueprint = installed.blueprint
 
     def predict() -> SpeedRange | None:
+        if "worker" in engine.slots_by_tier:
+            return None
         held = dict(engine.slots_by_tier)
         elsewhere = held.pop("other-device", 0)
         slots, *behind = held.values()

@@ -27,7 +27,9 @@ from mixchat.planning.spread import WorkerOffer
 from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
 
-_TRIES = 20  # requests to measure a worker with
+# Of a layer, to measure a worker with, in turn: a single one could stay in a processor's cache.
+_TRIED_EXPERTS = 4
+_TRIES = 5  # of each
 
 
 def connect_workers(
@@ -87,14 +89,15 @@ def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callabl
 
 
 def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:
-    """Let a worker compute one expert again and again, whose loading does not count."""
+    """Let a worker compute some experts again and again; to load them does not count."""
+    experts = min(installed.config.num_local_experts, link.slots, _TRIED_EXPERTS)
     row = torch.zeros(1, installed.config.hidden_size, dtype=installed.blueprint.quantization.dtype)
     seconds, computing = [], []
-    for _ in range(1 + _TRIES):
+    for turn in range((1 + _TRIES) * experts):
         start, before = time.perf_counter(), link.seconds_computing
-        link.start(0, [(0, 1)], row)
+        link.start(0, [(turn % experts, 1)], row)
         link.finish()
         seconds.append(time.perf_counter() - start)
         computing.append(link.seconds_computing - before)
-    expert = median(computing[1:])
-    return WorkerOffer(str(link.address), link.slots, expert, median(seconds[1:]) - expert)
+    expert = median(computing[experts:])
+    return WorkerOffer(str(link.address), link.slots, expert, median(seconds[experts:]) - expert)

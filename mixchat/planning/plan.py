@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mixchat import gpu, machine
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.expectation import Expectation, FirstToken, expect, first_token
 from mixchat.planning.fitting import Fit, FreeMemory, Tier
+from mixchat.planning.spread import Spread, WorkerOffer, spread_model
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
 _GPU_STEP = 8 * 10**9
@@ -73,7 +75,7 @@ class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
     device: the one that computes all but experts. first_token is None where the disk could not be
-    measured.
+    measured. spread: the same with workers, None where there are none; all else is without them.
     """
 
     machine: Machine
@@ -83,20 +85,31 @@ class MachinePlan:
     expected: Expectation
     first_token: FirstToken | None
     more: tuple[More, ...]
+    spread: Spread | None = None
 
 
 def plan_model(
-    there: Machine, device: torch.device, fit: Fit, measurement: Measurement
+    there: Machine,
+    device: torch.device,
+    fit: Fit,
+    measurement: Measurement,
+    offers: Sequence[WorkerOffer] = (),
+    uses: Mapping[ExpertKey, int] | None = None,
 ) -> MachinePlan:
-    """Return the plan for a model that fits on a machine that was measured."""
+    """Return the plan for a model that fits on a machine that was measured.
+
+    offers: those of workers; uses: how often each expert was used, if that is known.
+    """
+    blueprint, placement = fit.blueprint, fit.placement
     return MachinePlan(
         there,
         device,
         fit,
         measurement,
-        expect(fit.blueprint, device, measurement, fit.placement),
-        first_token(fit.blueprint, device, measurement.typical),
+        expect(blueprint, device, measurement, placement),
+        first_token(blueprint, device, measurement.typical),
         tuple(_more(device, fit, measurement)),
+        spread_model(blueprint, device, measurement, placement, offers, uses) if offers else None,
     )
 
 

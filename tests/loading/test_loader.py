@@ -3,6 +3,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +141,14 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
     predict()
     counts = [(each.slots, each.host_slots, each.experts) for each in placements]
     assert counts == [(4, 0, 8), (2, 0, 8)]
+
+
+def test_no_speed_is_predicted_with_workers_whose_speed_is_not_known(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixchat.loading.loader.predict_speed", lambda *given: 1.0)
+    engine: Any = SimpleNamespace(slots_by_tier={"host": 4})
+    predict = speed_predictor(tiny_model, "cpu", engine)
+    assert predict() == 1.0
+    engine.slots_by_tier["worker"] = 4
+    assert predict() is None

@@ -28,6 +28,7 @@ from mixchat.planning.machine_speed import (
     saved_measurement,
 )
 from mixchat.planning.plan import Machine, MachinePlan, OtherGPU, plan_model
+from mixchat.planning.spread import WorkerOffer
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
@@ -101,6 +102,17 @@ def test_a_machine_that_holds_all_reads_nothing_and_needs_no_more() -> None:
     assert found.expected.cost is not None
     assert found.expected.cost.read == 0
     assert found.more == ()
+
+
+def test_workers_are_planned_beside_the_machine_alone() -> None:
+    alone, offer = on_cpu(14.5), WorkerOffer("10.0.0.2:7917", 160, 0.003, 2e-4)
+    spread = plan_model(alone.machine, CPU, alone.fit, measured(SPEEDS), [offer])
+    assert (alone.spread, replace(spread, spread=None)) == (None, alone)
+    assert spread.spread is not None
+    assert spread.spread.held == (160,)
+    assert spread.spread.here == alone.fit.placement.slots
+    assert spread.spread.expected.tokens_per_second is not None
+    assert spread.spread.expected.tokens_per_second > 3 * speed(alone)
 
 
 def test_more_memory_buys_what_a_machine_with_that_much_has() -> None:

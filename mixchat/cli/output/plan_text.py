@@ -15,8 +15,9 @@ from mixchat.quantities import format_age, format_least, format_rates, format_si
 from mixchat.weights.make.download_plan import weights_size
 
 if TYPE_CHECKING:
-    from mixchat.planning.expectation import SpeedRange, TokenCost
+    from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
     from mixchat.planning.plan import MachinePlan, More
+    from mixchat.planning.spread import Spread
     from mixchat.weights.make.outline import Outline
 
 Rows = Sequence[tuple[str, str]]
@@ -30,6 +31,7 @@ def plan_as_text(found: Outline, plan: MachinePlan) -> str:
         (f"the model: {found.name}", list(_model(found, plan))),
         ("what goes where", list(_places(plan))),
         ("what to expect", list(_expected(plan))),
+        *([("with workers", list(_spread(plan, plan.spread)))] if plan.spread else []),
         ("what more memory would give", list(_more(plan))),
     ]
     texts = [_section(title, aligned(rows)) for title, rows in sections]
@@ -62,17 +64,40 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "held": expected.held,
         "hit_rate": expected.hit_rate,
         "host_hit_rate": expected.host_hit_rate,
-        "cost": expected.cost
-        and asdict(expected.cost)
-        | {"seconds": expected.cost.seconds, "hidden": expected.cost.hidden},
+        "cost": _cost_as_dict(expected.cost),
         "speed": expected.speed and asdict(expected.speed),
         "measured_at": plan.measurement.measured_at,
         "samples": len(plan.measurement.samples),
         "first_token": first and asdict(first) | {"seconds": first.seconds},
+        "workers": plan.spread and _spread_as_dict(plan, plan.spread),
         "what_more_buys": [_more_as_dict(more) for more in plan.more],
         "download": None
         if found.download is None
         else download_text.download_as_dict(found.download),
+    }
+
+
+def _cost_as_dict(cost: TokenCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
+
+
+def _spread_as_dict(plan: MachinePlan, spread: Spread) -> dict[str, Any]:
+    expected, of_workers = spread.expected, zip(spread.offers, spread.held, strict=True)
+    return {
+        "offers": [asdict(offer) | {"held": held} for offer, held in of_workers],
+        "experts": {
+            "here": spread.here,
+            "copies": spread.copies,
+            "workers": spread.on_workers,
+            "disk": plan.fit.placement.experts - expected.held,
+        },
+        "tokens_per_second": expected.tokens_per_second,
+        "hit_rate": expected.hit_rate,
+        "host_hit_rate": expected.host_hit_rate,
+        "cost": _cost_as_dict(expected.cost),
+        "speed": expected.speed and asdict(expected.speed),
     }
 
 
@@ -93,6 +118,9 @@ def _section(title: str, text: str) -> str:
 
 def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     speed = _speed(plan.expected.speed)
+    if plan.spread is not None:
+        workers = _count(len(plan.spread.offers), "worker")
+        speed = f"{_speed(plan.spread.expected.speed)} with {workers}, {speed} without"
     if found.installed:
         yield "it runs here", speed
     elif not found.lacking:
@@ -175,18 +203,18 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         if plan.expected.held < min(fit, placement.experts):
             behind += f", those on {_gpus(plan)} among them"
         yield "RAM", f"{behind}; {format_size(left)} left free"
-    others = placement.experts - plan.expected.held
-    rest = f"the other {_count(others, 'expert')}, read when a token needs them"
-    yield "disk", rest if others else "nothing that is read more than once"
+    yield "disk", _rest(placement.experts - plan.expected.held)
+
+
+def _rest(experts: int) -> str:
+    if not experts:
+        return "nothing that is read more than once"
+    return f"the other {_count(experts, 'expert')}, read when a token needs them"
 
 
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     expected = plan.expected
-    if expected.cost is None:
-        yield "decode", _speed(None)
-    else:
-        yield "decode", f"{_speed(expected.speed)}: a token takes {_time(expected.cost.seconds)}"
-        yield from (("", reason) for reason in _reasons(expected.cost))
+    yield from _decode(expected)
     hits = f"{expected.hit_rate:.0%} of the experts that tokens use"
     if plan.machine.free.device is None:
         yield "cache hits", f"{hits} are in RAM"
@@ -203,8 +231,29 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "context", f"up to {plan.fit.largest_context} tokens fit{fewer}"
 
 
+def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
+    if expected.cost is None:
+        yield "decode", _speed(None)
+    else:
+        yield "decode", f"{_speed(expected.speed)}: a token takes {_time(expected.cost.seconds)}"
+        yield from (("", reason) for reason in _reasons(expected.cost))
+
+
+def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:
+    for offer, held in zip(spread.offers, spread.held, strict=True):
+        yield offer.address, f"holds {_count(held, 'expert')}, with room for {offer.slots}"
+        each = f"{_time(offer.expert_seconds)} for an expert and a token"
+        yield "", f"takes {each}, and {_time(offer.round_trip)} for the way there and back"
+    beside = f", {spread.copies} of them beside a worker" if spread.copies else ""
+    yield "this machine", f"holds {_count(spread.here, 'expert')}{beside}"
+    yield "disk", _rest(plan.fit.placement.experts - spread.expected.held)
+    yield from _decode(spread.expected)
+
+
 def _reasons(cost: TokenCost) -> Iterator[str]:
     yield f"{_time(cost.computing)} computing"
+    if cost.waiting:
+        yield f"{_time(cost.waiting)} waiting for workers, beyond what is computed here meanwhile"
     if cost.copied:
         yield f"{_time(cost.copying)} copying {cost.copied:.3g} experts from RAM to the GPU"
     if cost.read:

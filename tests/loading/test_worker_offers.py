@@ -1,0 +1,66 @@
+"""Workers that are asked what they offer compute some experts, and are free again afterwards."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixchat.errors import MixchatError
+from mixchat.loading.served_experts import load_served_experts
+from mixchat.loading.workers import ask_workers
+from mixchat.options import LoadOptions
+from mixchat.planning.spread import WorkerOffer
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.installed_model import InstalledModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experts" / "workers"))
+from worker_double import HELLO, KEY, ThreadedWorker
+
+SLOTS = 3
+
+
+@pytest.fixture
+def worker(tiny_model: Path) -> Iterator[ThreadedWorker]:
+    with InstalledModel(tiny_model) as model:
+        budget = MemoryBudget(size=SLOTS * model.blueprint.expert.stride)
+    options = LoadOptions(host_memory=budget, device="cpu")
+    threaded = ThreadedWorker(load_served_experts(tiny_model, options, lambda line: None))
+    yield threaded
+    # A last chat ends it, which is for the model of the double.
+    threaded.model.identity, threaded.model.hidden_size = HELLO.model_identity, HELLO.hidden_size
+    threaded.stop()
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> LoadOptions:
+    key_file = tmp_path / "worker.key"
+    key_file.write_text(KEY.hex())
+    key_file.chmod(0o600)
+    return LoadOptions(key_file=key_file)
+
+
+def ask(model: Path, options: LoadOptions, *addresses: object) -> list[WorkerOffer]:
+    named = LoadOptions(key_file=options.key_file, workers=tuple(map(str, addresses)))
+    with InstalledModel(model) as installed:
+        return ask_workers(installed, named)
+
+
+def test_a_worker_says_its_room_and_is_timed(
+    tiny_model: Path, worker: ThreadedWorker, options: LoadOptions
+) -> None:
+    for count in (1, 2):
+        (offer,) = ask(tiny_model, options, worker.address)
+        assert (offer.address, offer.slots) == (str(worker.address), SLOTS)
+        assert 0 < offer.expert_seconds < 10
+        assert 0 < offer.round_trip < 10
+        worker.wait_for_note("the chat ends", count)
+
+
+def test_a_worker_that_cannot_be_asked_is_an_error_and_the_others_are_free(
+    tiny_model: Path, worker: ThreadedWorker, options: LoadOptions
+) -> None:
+    with pytest.raises(MixchatError, match="no worker listens there"):
+        ask(tiny_model, options, worker.address, "127.0.0.1:1")
+    worker.wait_for_note("the chat ends")
+    assert ask(tiny_model, options) == []
