@@ -164,6 +164,19 @@ def test_what_nobody_holds_is_read_by_this_machine() -> None:
     assert found.expected.hit_rate == pytest.approx(1 - found.expected.cost.read / 64)
 
 
+def test_behind_a_gpu_ram_holds_what_neither_it_nor_a_worker_has() -> None:
+    gpu = torch.device("cpu:0")  # another device by its name
+    seconds = {"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}}
+    speeds = dataclasses.replace(SPEEDS, copy_bandwidth=2e10, expert_seconds=seconds)
+    known = Measurement(0.0, (speeds,))
+    found = spread_model(BLUEPRINT, gpu, known, Placement(60, 256, 256), [offer(100)])
+    assert (found.here, found.held, found.copies, found.expected.held) == (156, (100,), 0, 256)
+    assert found.expected.cost is not None
+    assert found.expected.cost.read == 0
+    assert 0 < found.expected.cost.copied < 64 * 156 / 256
+    assert found.expected.host_hit_rate == 1 > found.expected.hit_rate
+
+
 def test_a_slow_worker_makes_it_slower_than_none_where_all_fits_here() -> None:
     alone, helped = (spread(256, offer(256, seconds)) for seconds in (0.003, 0.1))
     assert rate(helped) < rate(alone)
