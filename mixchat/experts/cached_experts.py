@@ -85,10 +85,6 @@ class CachedExperts:
         self._fetcher.request([key])
         self._fetcher.ready(key)
 
-    def wait(self) -> None:
-        """Return when nothing is on its way: dropping the experts then frees their memory."""
-        self._fetcher.wait()
-
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Let the first of these experts be on their way; `compute_next` computes them."""
         self._fetcher.settle(rows.layer, keys)

@@ -88,11 +88,6 @@ class Dispatcher:
         """Bring an expert into the memory of its device."""
         self._devices[self._home(key)].load(key)
 
-    def wait(self) -> None:
-        """Return when nothing is on its way: dropping the experts then frees their memory."""
-        for device in self._devices:
-            device.wait()
-
     def halve(self, number: int | None = None) -> bool:
         full = [device for device in self._devices if number in (None, device.number)]
         halved = [device.halve() for device in full or self._devices]

@@ -154,10 +154,6 @@ class Fetcher:
         self.resize(limit)
         return True
 
-    def wait(self) -> None:
-        """Return when nothing is on its way, and no thread holds the slots' memory."""
-        self._mover.wait()
-
     def _await(self, key: ExpertKey, transfer: Transfer) -> None:
         start = time.perf_counter()
         try:

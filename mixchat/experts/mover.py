@@ -73,13 +73,12 @@ class Mover:
         self._prefetches: list[Transfer] = []
         self._changed = threading.Condition()
         self._works = False
-        self._thread: threading.Thread | None = None  # the last one
 
     def begin(self, transfer: Transfer, steps: Steps) -> None:
         """Queue a transfer. Raises `ResourceError` where there is no thread to carry it out."""
         with self._changed:
             if not self._works:
-                self._thread = _start(self._work)
+                _start(self._work)
                 self._works = True
             transfer.steps = steps
             (self._prefetches if transfer.is_prefetch else self._requested).append(transfer)
@@ -92,11 +91,6 @@ class Mover:
             if transfer in self._prefetches:
                 self._prefetches.remove(transfer)
                 self._requested.append(transfer)
-
-    def wait(self) -> None:
-        """Return when all is moved, and no thread holds the memory that it is moved to."""
-        if self._thread is not None:
-            self._thread.join()
 
     def _work(self) -> None:
         try:
@@ -152,16 +146,14 @@ class Mover:
             return nearest
 
 
-def _start(work: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=work)
+def _start(work: Callable[[], None]) -> None:
     try:
-        thread.start()
+        threading.Thread(target=work).start()
     except RuntimeError:
         raise ResourceError(
             "cannot start a thread to read experts",
             hint="The limit of processes is reached: end some, or raise it (ulimit -u).",
         ) from None
-    return thread
 
 
 def _ending() -> bool:

@@ -53,13 +53,12 @@ class ServedExperts:
 
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts != self._exact:
-            self._exact = hello.exact_prompts
-            self._drop()
+            self._exact, self._built = hello.exact_prompts, None
         return Welcome(self.slots)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):
-            self._drop()  # others are to be spread over the GPUs
+            self._built = None  # others are to be spread over the GPUs
         self._held = list(keys)
 
     def load_next(self) -> bool:
@@ -93,11 +92,6 @@ class ServedExperts:
         """Return the outputs [n * k, D] of experts `selected` [n, k] for x [n, D], on the CPU."""
         rows = self._experts.compute(layer, x.to(self._device), selected.to(self._device))
         return rows.outputs.cpu()
-
-    def _drop(self) -> None:
-        if self._built is not None:
-            self._built.wait()
-        self._built = None
 
     @property
     def _experts(self) -> Dispatcher:
