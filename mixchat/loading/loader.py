@@ -74,7 +74,8 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device {name!r} is not a device; use cpu or cuda") from None
     if device.type not in ("cpu", gpu.KIND):
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
-    if gpu.is_gpu(device) and (device.index or 0) >= gpu.count():
+    # Torch takes numbers from 128 on for negative ones.
+    if gpu.is_gpu(device) and not 0 <= (device.index or 0) < gpu.count():
         raise UsageError(f"--device {name!r}: torch sees {gpu.count()} GPUs here")
     return device
 

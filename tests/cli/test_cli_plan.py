@@ -130,7 +130,12 @@ def test_as_json_it_has_all_of_it(run, measured):
     )
     assert found["first_token"]["seconds"] > 10
     assert found["fit"]["largest_context"] == 32768
-    assert found["machine"]["free"] == {"host": int(14.5 * GB), "device": None, "limit": None}
+    assert found["machine"]["free"] == {
+        "host": int(14.5 * GB),
+        "device": None,
+        "limit": None,
+        "others": {},
+    }
     assert [more["bytes"] for more in found["what_more_buys"]] == [8 * GB, 16 * GB]
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
 
@@ -202,7 +207,8 @@ def test_budgets_and_context_change_the_plan(run, measured):
         (["--device", "cuda:1,cuda:1"], 2, b"names 'cuda:1' twice"),
         (["--device", "cpu,cuda:0"], 2, b"'cpu' has to stand alone"),
         (["--device", "cuda,cuda:1"], 2, b"'cuda' has to stand alone"),
-        (["--device", "cuda:998,cuda:999"], 2, b"'cuda:998': torch sees"),
+        (["--device", "cuda:98,cuda:99"], 2, b"'cuda:98': torch sees"),
+        (["--device", "cuda:256"], 2, b"'cuda:256' is not a device"),
         (["--device-memory", "8GB,much"], 2, b"cannot read 'much'"),
         (["no such model"], 4, b"there is no model"),
         ([""], 2, b"the model's name is empty"),

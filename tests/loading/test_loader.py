@@ -45,7 +45,7 @@ def test_a_machine_without_room_is_refused(
         load_engine(tiny_model, LoadOptions(device="cpu"))
 
 
-@pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "mps", "meta", "cpu:x"])
+@pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "cuda:128", "mps", "meta", "cpu:x"])
 def test_devices_that_cannot_be_used_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--device"):
         choose_devices(name)

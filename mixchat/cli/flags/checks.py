@@ -40,7 +40,7 @@ def checked_policy(name: str) -> str:
 def checked_device(text: str) -> str:
     """Return the text, if it names kinds of devices that go together. Raises `UsageError`."""
     for name in map(str.strip, text.split(",")):
-        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
             raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N")
     device_names(text)
     return text
