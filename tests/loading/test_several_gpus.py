@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +34,15 @@ from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.placement import Placement
 from mixchat.experts.store import ExpertStore
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading import loader, tiers
-from mixchat.loading.loader import choose_devices, load_engine
+from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
 from mixchat.options import LoadOptions
+from mixchat.planning import expectation
+from mixchat.planning.calibration import Measurement
 from mixchat.planning.plan import Machine
 from mixchat.quantities import MemoryBudget
 
@@ -522,6 +526,23 @@ def test_planning_looks_at_every_gpu(paper: PaperRuntime, tmp_path: Path) -> Non
     (other,) = there.other_gpus
     assert (other.device, other.name, other.memory) == ("paper:1", "GPU on paper", 10**9)
     assert there.free.others["paper:1"] <= 10**9 < (there.free.device or 0)
+
+
+def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sample,) = speeds(copy=1e9, expert=1e-3).samples
+    known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))
+    monkeypatch.setattr(expectation, "saved_measurement", lambda *_: known)
+    directory, blueprint = case("nf4").directory, case("nf4").blueprint
+    for name, placement in {
+        "two over RAM for all": Placement(3, EXPERTS, EXPERTS, other_slots=(2,)),
+        "three hold all": Placement(2, 0, EXPERTS, other_slots=(5, 5)),
+    }.items():
+        engine = spread_out(paper, case("nf4"), name)
+        expected = expectation.expect(blueprint, engine.device, known, placement).speed
+        assert expected is not None
+        assert speed_predictor(directory, None, engine)() == expected
 
 
 def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper: PaperRuntime) -> None:
