@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from paper_gpu import PaperRuntime
+from paper_gpu import Event, PaperRuntime, Stream
 from paper_tools import (
     EXPERTS,
     GREEDY,
@@ -195,8 +195,16 @@ def test_a_prompt_waits_as_often_as_with_one_gpu(
 
 @pytest.mark.parametrize("name", SPREADS)
 def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
-    paper: PaperRuntime, case: Callable[[str], Case], name: str
+    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """A slot is filled once its own GPU, and not the current one, has read what was in it."""
+    waited, wait = set(), Event.wait
+
+    def noted(event: Event, stream: Stream) -> None:
+        waited.add((event._stream.index, stream.index))
+        wait(event, stream)
+
+    monkeypatch.setattr(Event, "wait", noted)
     engine = spread_out(paper, case("nf4"), name)
     text(engine)
     dispatcher: Any = engine.experts
@@ -210,6 +218,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
         sources.add(id(store._source))
         disks.add(id(getattr(store._source, "_source", store._source)))
     assert len(sources) == len(disks) == len(dispatcher._devices)
+    assert waited == {(number, number) for number in range(len(dispatcher._devices))}
 
 
 @pytest.mark.parametrize("name", SPREADS)
