@@ -223,12 +223,12 @@ class PaperRuntime:
         self._thread = threading.local()
         self._taken: dict[int, int] = {}  # bytes of each allocation that is alive
         self.locked: dict[int, int] = {}  # bytes by address
-        self._memories = [_Memory(0) for _ in range(DEVICES)]
+        self.memories = [_Memory(0) for _ in range(DEVICES)]
         self.reset()
 
     def reset(self) -> None:
         """Count from 0 again; memory that is taken or locked stays so, until it is given back."""
-        for memory in self._memories:
+        for memory in self.memories:
             memory.total = 4 * GB
         self.waits = self.side_waits = self.allocations = 0
         self.fail_at: int | None = None
@@ -318,7 +318,7 @@ class PaperRuntime:
         return self.current_device() if index is None else index
 
     def memory(self, device: torch.device) -> _Memory:
-        return self._memories[self.index_of(device)]
+        return self.memories[self.index_of(device)]
 
     def wait(self, device: torch.device | int | None = None, *, blocks: bool = True) -> None:
         """Count a wait, unless the operation does not block; then its stream has done its work."""

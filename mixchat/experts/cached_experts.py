@@ -80,6 +80,10 @@ class CachedExperts:
         """Hold half as many experts from now on; return False where that would be too few."""
         return self._fetcher.halve()
 
+    def close(self) -> None:
+        """Give the memory of all slots back; nothing can be computed any more."""
+        self._fetcher.close()
+
     def load(self, key: ExpertKey) -> None:
         """Bring an expert into its slot, and wait for it."""
         self._fetcher.request([key])

@@ -88,6 +88,11 @@ class Dispatcher:
         """Bring an expert into the memory of its device."""
         self._devices[self._home(key)].load(key)
 
+    def close(self) -> None:
+        """Give the memory of all devices' slots back; nothing can be computed any more."""
+        for device in self._devices:
+            device.close()
+
     def halve(self, number: int | None = None) -> bool:
         full = [device for device in self._devices if number in (None, device.number)]
         halved = [device.halve() for device in full or self._devices]

@@ -154,6 +154,11 @@ class Fetcher:
         self.resize(limit)
         return True
 
+    def close(self) -> None:
+        """Give the memory of all slots back at once; nothing can be fetched any more."""
+        for slot in list(self._store.blocks):
+            self._store.release(slot)
+
     def _await(self, key: ExpertKey, transfer: Transfer) -> None:
         start = time.perf_counter()
         try:

@@ -53,12 +53,13 @@ class ServedExperts:
 
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts != self._exact:
-            self._exact, self._built = hello.exact_prompts, None
+            self._exact = hello.exact_prompts
+            self._drop()
         return Welcome(self.slots)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):
-            self._built = None  # others are to be spread over the GPUs
+            self._drop()  # others are to be spread over the GPUs
         self._held = list(keys)
 
     def load_next(self) -> bool:
@@ -95,9 +96,15 @@ class ServedExperts:
 
     @property
     def _experts(self) -> Dispatcher:
-        if self._built is None:  # only now that the memory of the one before is free
+        if self._built is None:
             self._built = self._build()
         return self._built
+
+    def _drop(self) -> None:
+        """Give the memory of all experts back, which others will need."""
+        if self._built is not None:
+            self._built.close()
+        self._built = None
 
     def _build(self) -> Dispatcher:
         return build_experts(

@@ -32,13 +32,13 @@ def speeds(copy: float, expert: float) -> Measurement:
 
 
 def settled(paper: PaperRuntime) -> tuple[int, int]:
-    """The bytes taken and the blocks locked, once the engines of earlier tests are gone."""
-    before = (-1, -1)
-    while (now := (paper.memory(torch.device("paper", 0)).taken, len(paper.locked))) != before:
-        before = now
+    """The first GPU's bytes taken and the blocks locked, without engines of earlier tests."""
+    before, now = [-1], [0]
+    while now != before:
+        before, now = now, [*(memory.taken for memory in paper.memories), len(paper.locked)]
         time.sleep(0.2)  # the threads that move experts end
         gc.collect()
-    return now
+    return now[0], now[-1]
 
 
 class Case(NamedTuple):

@@ -169,6 +169,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
 ) -> None:
     notes: list[str] = []
     engine = load(case("nf4"), 5, EXPERTS, notes.append)
+    settled(paper)
     device = paper.memory(engine.device)
     device.total = device.taken - 3 * case("nf4").blueprint.expert.stride
     with pytest.raises(ResourceError, match="two experts in it"):

@@ -353,6 +353,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
 ) -> None:
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, others=(2,))
+    settled(paper)
     memory = paper.memory(torch.device("paper", 1))
     memory.total = memory.taken
     with pytest.raises(ResourceError, match="GPU 1 ran out of memory, with two experts in it"):
@@ -460,8 +461,8 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     expert = case("nf4").blueprint.expert.stride
     notes: list[str] = []
     budget = MemoryBudget(size=3 * expert)
+    settled(paper)
     for number in range(2):  # no room for the experts of two chats
-        settled(paper)
         memory = paper.memory(torch.device("paper", number))
         memory.total = memory.taken + 4 * expert + 60_000
     options = LoadOptions(MemoryBudget(size=0), (budget,))
