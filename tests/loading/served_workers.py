@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ import torch
 
 from mixchat import interrupts
 from mixchat.experts.workers.address import resolve
-from mixchat.experts.workers.door import listen
+from mixchat.experts.workers.door import address_of, listen
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.options import LoadOptions
@@ -125,11 +124,6 @@ def _call_before(served: Any, before: Callable[[int, int, Callable[[], None]], N
     served.compute = computed
 
 
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()
-    return f"{host}:{port}"
-
-
 def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
     served = open_served(Path(directory), slots)
     left = [fault.count if fault else 0]
@@ -142,8 +136,8 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
 
     _call_before(served, before)
     listener = listen(resolve(at))
-    print(json.dumps([os.getpid(), _address(listener)]), flush=True)
-    Server(listener, KEY, served, lambda line: None, BEAT).serve_forever()
+    print(json.dumps([os.getpid(), str(address_of(listener))]), flush=True)
+    Server(listener, KEY, served, lambda line: None, BEAT).serve()
 
 
 def main() -> None:

@@ -261,16 +261,17 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
     worker = fork.start(model(FAST), 8)
     engine = load(FAST, 4, [worker.address])
     start = Link.start
-    for countdown in (0, 2, 5):
-        left = [countdown]
+    left = 0
 
-        def start_and_interrupt(link: Link, *request: Any, left: list[int] = left) -> None:
-            start(link, *request)
-            left[0] -= 1
-            if left[0] == -1:
-                signal.raise_signal(signal.SIGINT)
+    def start_and_interrupt(link: Link, *request: Any) -> None:
+        nonlocal left
+        start(link, *request)
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(Link, "start", start_and_interrupt)
+    monkeypatch.setattr(Link, "start", start_and_interrupt)
+    for left in (1, 3, 6):  # noqa: B007
         with pytest.raises(KeyboardInterrupt):
             text(engine)
         assert text(engine) == alone(FAST).text

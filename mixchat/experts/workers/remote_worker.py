@@ -5,6 +5,7 @@ D = hidden_size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -14,6 +15,9 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.link import Link, WorkerLostError
 from mixchat.progress import Note
+
+# A worker that hangs costs seconds to be tried: then it rests so many times as long.
+_REST = 10
 
 
 class RemoteWorker:
@@ -28,6 +32,7 @@ class RemoteWorker:
         self._planned: list[ExpertKey] = []
         self._held: frozenset[ExpertKey] = frozenset()
         self._unanswered: Sequence[ExpertKey] = ()
+        self._rests_until = 0.0
         self.slots, self.name = self._link.slots, str(self._link.address)
 
     @property
@@ -42,18 +47,24 @@ class RemoteWorker:
     def begin_turn(self) -> None:
         if self._link is not None and (self._unanswered or self._link.is_lost):
             self._drop()  # an answer that was stopped in the midst of a layer, or a silent end
-        if self._link is not None:
+        self._unanswered = ()
+        started = time.monotonic()
+        if self._link is not None or started < self._rests_until:
             return
         try:
             self._link = self._connect()
         except MixchatError:
+            now = time.monotonic()
+            self._rests_until = now + _REST * (now - started)
             return
         self._take_up()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        self._unanswered = keys
+        unanswered, self._unanswered = self._unanswered, keys
         try:
             assert self._link is not None
+            if unanswered:  # a layer begins again, since a GPU's memory ran out
+                self._link.finish()
             experts = [(key.expert, rows.counts[key]) for key in keys]
             self._link.start(rows.layer, experts, _gathered(rows, keys))
         except WorkerLostError as error:
@@ -98,7 +109,7 @@ class RemoteWorker:
     def _drop(self) -> None:
         if self._link is not None:
             self._link.close()
-        self._link, self._held, self._unanswered = None, frozenset(), ()
+        self._link, self._held = None, frozenset()
 
 
 def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""A worker as the dispatcher sees it: tried again, but not too often, and asked again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.errors import MixchatError
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.workers.link import WorkerLostError
+from mixchat.experts.workers.remote_worker import RemoteWorker
+
+KEYS = [ExpertKey(0, 0), ExpertKey(0, 1)]
+
+
+class FakeLink:
+    """A link to a worker that multiplies by the number of the request, counted from 1."""
+
+    address, slots, is_lost = "fake", 4, False
+
+    def __init__(self) -> None:
+        self.requests: list[torch.Tensor] = []
+        self.answered = 0
+        self.fails = False
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        pass
+
+    def start(self, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor) -> None:
+        assert self.answered == len(self.requests)
+        self.requests.append(x)
+
+    def finish(self) -> torch.Tensor:
+        if self.fails:
+            raise WorkerLostError("it is a test")
+        self.answered += 1
+        return self.requests[-1] * len(self.requests)
+
+    def close(self) -> None:
+        pass
+
+
+def rows_of(value: float) -> LayerRows:
+    """Two tokens, each for both experts."""
+    selected = torch.tensor([[0, 1], [0, 1]])
+    return LayerRows(0, torch.full((2, 8), value), selected, selected)
+
+
+def test_a_layer_that_begins_again_gets_its_own_answer() -> None:
+    """A GPU ran out of memory in a layer whose rows were sent: the next request was a bug."""
+    link = FakeLink()
+    worker = RemoteWorker(lambda: link, print)  # type: ignore[arg-type, return-value]
+    worker.hold(KEYS)
+    worker.begin(rows_of(5), KEYS)
+    rows = rows_of(7)
+    worker.begin(rows, KEYS)
+    assert worker.finish(rows) == ()
+    assert torch.equal(rows.outputs, torch.full((4, 8), 14.0))
+
+
+def test_a_layer_that_begins_again_is_computed_at_home_where_the_worker_fails_meanwhile() -> None:
+    notes: list[str] = []
+    link = FakeLink()
+    worker = RemoteWorker(lambda: link, notes.append)  # type: ignore[arg-type, return-value]
+    worker.hold(KEYS)
+    worker.begin(rows_of(5), KEYS)
+    link.fails = True
+    worker.begin(rows_of(7), KEYS)
+    assert list(worker.finish(rows_of(7))) == KEYS
+    assert len(notes) == 1
+
+
+def test_what_cannot_be_sent_is_computed_at_home() -> None:
+    """It was taken for computed, with whatever was in memory: the worker was killed before."""
+    notes: list[str] = []
+    worker = RemoteWorker(FakeLink, notes.append)  # type: ignore[arg-type]
+    worker.hold(KEYS)
+    worker._link.start = fail  # type: ignore[union-attr, method-assign]
+    worker.begin(rows_of(5), KEYS)
+    assert list(worker.finish(rows_of(5))) == KEYS
+    assert not worker.held
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(2.0, 3), (0.001, 12)], ids=["hangs", "refuses"])
+def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, tries: int
+) -> None:
+    """One that hung cost 2 s at every turn."""
+    clock = [100.0]
+    tried: list[float] = []
+
+    def connect() -> FakeLink:
+        tried.append(clock[0])
+        if len(tried) == 1:
+            return FakeLink()
+        clock[0] += seconds
+        raise MixchatError("it does not answer")
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    worker = RemoteWorker(connect, lambda line: None)  # type: ignore[arg-type]
+    worker.hold(KEYS)
+    worker._link.start = fail  # type: ignore[union-attr, method-assign]
+    worker.begin(rows_of(5), KEYS)
+    for _ in range(12):
+        worker.begin_turn()
+        clock[0] += 4
+    assert len(tried) - 1 == tries
+
+
+def fail(*request: Any) -> None:
+    raise WorkerLostError("its connection has failed")
