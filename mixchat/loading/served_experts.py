@@ -85,7 +85,8 @@ class ServedExperts:
         parts = torch.split(x, [count for _, count in experts])
         for (expert, count), rows in zip(experts, parts, strict=True):
             check()
-            outputs.append(self._computed(layer, rows, torch.full((count, 1), expert)))
+            # A copy is aligned, as rows at home are: for others MKL may round otherwise.
+            outputs.append(self._computed(layer, rows.clone(), torch.full((count, 1), expert)))
         return torch.cat(outputs)
 
     @torch.inference_mode()

@@ -32,13 +32,12 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     hidden_size, intermediate_size = shape
     checkpoint = make_checkpoint(hidden_size=hidden_size, intermediate_size=intermediate_size)
     model = install(checkpoint, **kind)
-    dtype = torch.float32
     served = load_served_experts(model, CPU, lambda line: None)
     served.begin(Hello(served.identity, served.name, "float32", hidden_size))
     engine = load_engine(model, CPU)
     hidden_states = torch.randn(17, hidden_size, generator=torch.Generator().manual_seed(1))
-    hidden_states = hidden_states.to(dtype)
-    selected = torch.tensor([[n % 4, 3 if n == 7 else (n + 1) % 3] for n in range(17)])
+    # One row for expert 1, after five for expert 0.
+    selected = torch.tensor([[0, 1], *[[0, 2]] * 4, *[[2, 3]] * 12])
     rows = LayerRows(1, hidden_states, selected, selected)
     with torch.inference_mode():
         expected = engine.experts.compute(1, hidden_states, selected)
