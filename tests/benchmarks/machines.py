@@ -62,12 +62,28 @@ class Rig:
             if workers:
                 bench = [*bench, "--key-file", str(self._key)]
             found, disk = self._bench(bench, held)
-        return {"bench": found, "disk": disk, "round_trip": self._round_trip if workers else None}
+            split = self._split(held, workers) if workers else None
+        round_trip = self._round_trip if workers else None
+        return {"bench": found, "disk": disk, "round_trip": round_trip, "split": split}
 
     def _bench(self, options: list[str], held: int) -> tuple[dict[str, Any], list[int]]:
-        size = held * self._stride
-        command = ["bench", MODEL, *options, "--host-memory", str(size), "--json", "--rounds", "1"]
-        limit = size + CHAT_ROOM
+        size = str(held * self._stride)
+        command = ["-m", "mixchat", "bench", MODEL, *options, "--host-memory", size]
+        return self._chat([*command, "--json", "--rounds", "1"], held)
+
+    def _split(self, held: int, workers: int) -> dict[str, float]:
+        """Return where the time of a decoded layer goes: see `layer_split.py`."""
+        script, model = Path(__file__).with_name("layer_split.py"), self._work / "models" / MODEL
+        addresses = [f"{self._network.address(name)}:{PORT}" for name in WORKERS[:workers]]
+        size = str(held * self._stride)
+        split, _ = self._chat(
+            [str(script), str(model), "24", size, str(self._key), *addresses], held
+        )
+        return split
+
+    def _chat(self, command: list[str], held: int) -> tuple[dict[str, Any], list[int]]:
+        """Return the JSON that Python prints on the machine that chats, and its reads by second."""
+        limit = held * self._stride + CHAT_ROOM
         out, log = self._work / "bench.json", self._work / "bench.log"
         with out.open("w") as stdout, log.open("w") as stderr, memory_group(CHAT, limit) as group:
             started = self._start(CHAT, group, "0", command, stdout=stdout, stderr=stderr)
@@ -81,7 +97,7 @@ class Rig:
     def _worker(self, name: str, held: int, of: int) -> Iterator[None]:
         """Run a worker that has room for so many experts, one `of` so many workers."""
         size, address = held * self._stride, self._network.address(name)
-        command = ["worker", "-m", MODEL, "--listen", f"{address}:{PORT}"]
+        command = ["-m", "mixchat", "worker", "-m", MODEL, "--listen", f"{address}:{PORT}"]
         command += ["--key-file", str(self._key), "--host-memory", str(size)]
         cores = "1" if of == 1 else f"0-{(os.cpu_count() or 1) - 1}"
         log = self._work / f"{name}.log"
@@ -104,8 +120,8 @@ class Rig:
         self, name: str, group: Path, cores: str, command: list[str], **options: Any
     ) -> subprocess.Popen[str]:
         enter = ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(group)]
-        mixchat = [*enter, "taskset", "-c", cores, sys.executable, "-m", "mixchat", *command]
-        return start(self._network.inside(name, mixchat), env=self._environment, **options)
+        python = [*enter, "taskset", "-c", cores, sys.executable, *command]
+        return start(self._network.inside(name, python), env=self._environment, **options)
 
 
 @contextmanager
