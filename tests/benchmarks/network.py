@@ -43,6 +43,7 @@ _ETHERNET = 38  # bytes: preamble, addresses, type, checksum, gap
 _SUBNET = "10.79.0."
 _SHORT = 30e-6  # seconds: a process that sleeps for less wakes up too late
 _DISCARD = 9  # a port without a listener
+_HALVINGS = 7  # of the range in which the delay is looked for
 _BOUND = ["setpriv", "--pdeathsig", "KILL"]  # ends with the thread that starts it
 
 
@@ -133,15 +134,16 @@ class Network:
     def set_link(self, link: Link) -> float:
         """Give the link its speed; return the round trip in seconds as it is then.
 
-        To carry a packet takes time of its own, which is taken off the delay. It is measured with
+        To carry a packet takes time of its own, so the delay is looked for. It is measured with
         a core that computes: where all of them sleep, to wake one takes longer.
         """
-        delay, ends = link.round_trip / 2, list(self._namespaces)[:2]
+        low, high, ends = 0.0, link.round_trip / 2, list(self._namespaces)[:2]
         with ended(start(["sh", "-c", "while :; do :; done"])):
-            for _ in range(4):
+            for _ in range(_HALVINGS):
+                delay = (low + high) / 2
                 self._carry(link.rate, delay)
                 found = self.round_trip(*ends)
-                delay = max(0.0, delay + (link.round_trip - found) / 2)
+                low, high = (delay, high) if found < link.round_trip else (low, delay)
         return found
 
     def round_trip(self, name: str, other: str) -> float:
