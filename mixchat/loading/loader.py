@@ -90,7 +90,7 @@ def _assemble(
     dtype = stored.quantization.dtype
     fit = fit_model(stored, FreeMemory.now(devices), options)
     context = fit.context
-    workers = connect_workers(installed, options, note)
+    workers = connect_workers(installed, options, device, note)
     placement, here, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
     experts = build_experts(

@@ -55,7 +55,8 @@ class ServedExperts:
         if hello.exact_prompts != self._exact:
             self._exact = hello.exact_prompts
             self._drop()
-        return Welcome(self.slots)
+        used = self._installed.blueprint.computed_on(self._device, exact=self._exact)
+        return Welcome(self.slots, used.expert.w13.arithmetic(self._device))
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):

@@ -33,10 +33,19 @@ _TRIES = 5  # of each
 
 
 def connect_workers(
-    installed: InstalledModel, options: LoadOptions, note: Note
+    installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
 ) -> list[RemoteWorker]:
-    """Connect to all workers that `options` name. Raises `MixchatError` where one fails."""
-    return [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
+    """Connect to all workers that `options` name. Raises `MixchatError` where one fails.
+
+    device: the one that computes experts here; `note` tells of workers that compute otherwise.
+    """
+    workers = [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
+    used = installed.blueprint.computed_on(device, exact=options.exact_prompts)
+    here = used.expert.w13.arithmetic(device)
+    for worker in workers:
+        if worker.arithmetic != here:
+            note(_otherwise(worker, here))
+    return workers
 
 
 def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerOffer]:
@@ -70,6 +79,16 @@ def divide_experts(
         worker.hold(keys)
     copies = frozenset(here).intersection(chain(*there))
     return placement.at_most(len(here)), frozenset(here), copies
+
+
+def _otherwise(worker: RemoteWorker, here: str) -> str:
+    line = (
+        f"worker {worker.name} computes otherwise ({worker.arithmetic}; here: {here}): answers may "
+        "differ a little from those without it"
+    )
+    if {worker.arithmetic, here} == {"bytes", "words"}:
+        line += "; --exact-prompts makes them the same"
+    return line
 
 
 def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callable[[], Link]]:

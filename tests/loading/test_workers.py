@@ -17,6 +17,7 @@ from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import Note
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.matrix.linear import LinearSpec
 
 LAYERS, EXPERTS = 3, 12
 PROMPT = list(range(5, 25))
@@ -224,6 +225,35 @@ def test_an_answer_does_not_show_that_a_worker_fails_in_it(
     engine.forget()
     assert text(engine) == alone(FAST).text
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("kind", [FAST, "nf4, packed"])
+def test_a_line_tells_of_a_worker_that_computes_otherwise(
+    kind: str,
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = {"bytes": "words", "words": "bytes"}
+    real = LinearSpec.arithmetic
+    notes: list[str] = []
+    worker = fork.start(model(kind), 5)
+    load(kind, 4, [worker.address], notes.append)
+    assert notes == []
+    here = ""
+
+    def arithmetic(spec: LinearSpec, device: torch.device) -> str:
+        nonlocal here
+        here = others.get(real(spec, device), "of another kind")
+        return here
+
+    monkeypatch.setattr(LinearSpec, "arithmetic", arithmetic)
+    load(kind, 4, [worker.address], notes.append)
+    (note,) = notes
+    assert note.startswith(f"worker {worker.address} computes otherwise (")
+    assert f"here: {here}" in note
+    assert note.endswith("--exact-prompts makes them the same") == (here in others)
 
 
 @pytest.mark.parametrize("slots", [2, 5, 9])

@@ -66,7 +66,7 @@ class Link:
         silence: float,
     ) -> None:
         self.address = address
-        self.slots = welcome.slots
+        self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
         self.seconds_computing = 0.0  # of all requests, by the worker's own clock
         self._connection = connection
         self._group: Group | None = group

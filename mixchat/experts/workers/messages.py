@@ -58,9 +58,10 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The worker: how many experts it can hold."""
+    """The worker: how many experts it can hold, and its `LinearSpec.arithmetic`."""
 
     slots: int
+    arithmetic: str
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class RemoteWorker:
         self._unanswered: Sequence[ExpertKey] = ()
         self._rests_until = 0.0
         self.slots, self.name = self._link.slots, str(self._link.address)
+        self.arithmetic = self._link.arithmetic
 
     @property
     def held(self) -> Collection[ExpertKey]:

@@ -14,9 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional
 
+from mixchat import gpu
 from mixchat.errors import CheckpointError
 from mixchat.kernels import dense, four_bit, rows
-from mixchat.kernels.compile import multiplies_bf16
+from mixchat.kernels.compile import instruction_set, multiplies_bf16
+from mixchat.kernels.units import MANY, UNITS, unit_for
 from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.bnb_format import Quantized4bit
@@ -148,6 +150,19 @@ class LinearSpec:
         """Return whether the packed layout is requested, and possible for the shape."""
         requested = self.quant_type != "none" and self.layout == "cpu-packed"
         return requested and nf4.can_pack(self.rows, self.columns)
+
+    def arithmetic(self, device: torch.device) -> str:
+        """Return a name for how many rows are computed there: alike, they have the same bits.
+
+        The kernels add up integers, so they do not depend on the width of a CPU's registers.
+        """
+        instructions = instruction_set()
+        if device.type != "cpu":
+            return gpu.name(device)
+        if not self.packed or instructions is None:
+            return torch.backends.cpu.get_cpu_capability()
+        unit = unit_for(instructions, 1 if self.exact else MANY)
+        return "bytes" if UNITS[unit].x_type.width == 8 else "words"
 
     @property
     def tensors(self) -> list[TensorSpec]:

@@ -27,7 +27,7 @@ UNPACKERS: list[Callable[[bytes], object]] = [
 ]
 
 HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64, True)
-WELCOME = Welcome(24)
+WELCOME = Welcome(24, "words")
 
 untimed = settings(deadline=None)  # the machine may be busy
 experts = st.dictionaries(st.integers(0, 2**16 - 1), st.integers(1, 200), min_size=1, max_size=9)

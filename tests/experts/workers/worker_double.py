@@ -57,7 +57,7 @@ class Doubles:
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts:
             raise MixchatError("exact prompts are beyond these experts")
-        return Welcome(self.slots)
+        return Welcome(self.slots, "words")
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         self.loaded = [key for key in self.loaded if key in keys]
