@@ -1,6 +1,7 @@
 """Kills, stops and cuts off workers at drawn moments: no answer shows it.
 
-    python tests/campaigns/workers.py [--parts kills,hangs,links,chats] [--seed 0] [--model DIR]
+    python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers] [--seed 0]
+        [--model DIR]
 
 A worker (`mixchat worker`) and a chat side are in network namespaces of their own, which needs
 root. The chat side is a program that calls `load_engine` and `generate`, and tells when each token
@@ -11,6 +12,7 @@ which is built unless --model names an installed one. Exit code 0: no fault was 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -24,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import rig
-from worker_rig import ChatSide, Network, Worker, prompt
+import strangers
+from worker_rig import PORT, ChatSide, Network, Worker, prompt
 
 HALF = "50%"
 DECODE = ("decode", prompt(1, 24), 40)  # a short prompt, and tokens of the answer
 PREFILL = ("prefill", prompt(2, 1500), 3)
 TARGETS = {"kills": 2.0, "hangs": 10.0, "links": 10.0}  # seconds until an answer goes on
 FREE = 10.0  # seconds until a worker is free again
+BLOCKED = 5.0  # seconds until a rightful chat side among strangers is served
 
 
 @dataclass
@@ -194,6 +198,45 @@ def chats(campaign: Campaign, kills: int, cuts: int) -> Found:
     return found
 
 
+def among_strangers(campaign: Campaign, count: int) -> Found:
+    """Let strangers come, and meanwhile chat sides that have the key, one after the other."""
+    found, worker = Found("strangers"), campaign.worker()
+    target, seed = (campaign.network.hosts[0], PORT), campaign.chance.randrange(1 << 30)
+    report = campaign.work / "strangers"
+
+    def come() -> None:
+        report.write_text(json.dumps(strangers.visit(target, count, seed)))
+
+    before = worker.use()
+    process = rig.fork(campaign.network.inside(1, come))
+    while not report.exists() or not report.read_text():
+        began = time.monotonic()
+        chat = campaign.chat()
+        found.seconds.setdefault("a chat side is loaded", []).append(time.monotonic() - began)
+        chat.ask(DECODE[1], DECODE[2])
+        *_, (_, _, answer, notes, on_worker) = chat.until_end()
+        if answer != campaign.answers["decode"] or notes or not on_worker:
+            found.faults.append(f"a rightful chat: {answer} {notes}")
+        chat.end()
+    rig.wait(process)
+    outcomes, longest = json.loads(report.read_text())
+    found.outcomes.update(outcomes)
+    found.seconds["a stranger is kept at most"] = [longest]
+    found.faults += [kind for kind in outcomes if ":" in kind]
+    found.faults += [
+        f"a rightful chat waited {seconds:.1f} s"
+        for seconds in found.seconds["a chat side is loaded"]
+        if seconds > BLOCKED
+    ]
+    worker.wait_for("the chat ends", len(found.seconds["a chat side is loaded"]))
+    memory, *rest = (after - once for after, once in zip(worker.use(), before, strict=True))
+    found.outcomes["MB more than before"] = memory
+    if any(number > 0 for number in rest):
+        found.faults.append(f"threads and files that are left: {rest}")
+    worker.end()
+    return found
+
+
 def _lives(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -201,8 +244,10 @@ def _lives(pid: int) -> bool:
 def main() -> int:
     """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", default="kills,hangs,links,chats")
-    parser.add_argument("--rounds", type=int, help="of each part; by default 100, 50, 50 and 30")
+    parser.add_argument("--parts", default="kills,hangs,links,chats,strangers")
+    parser.add_argument(
+        "--rounds", type=int, help="of each part; by default 100, 50, 50, 30 and 200"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
@@ -229,6 +274,8 @@ def main() -> int:
 
 def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
     """Run a part of the campaign."""
+    if part == "strangers":
+        return among_strangers(campaign, rounds or 200)
     if part == "chats":
         return chats(campaign, rounds or 20, rounds or 10)
     strikes: dict[str, tuple[int, Any]] = {
