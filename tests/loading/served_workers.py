@@ -135,7 +135,7 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
                 os.kill(os.getpid(), fault.signal)
 
     _call_before(served, before)
-    listener = listen(resolve(at))
+    listener = listen(resolve(at, any_port=True))
     print(json.dumps([os.getpid(), str(address_of(listener))]), flush=True)
     Server(listener, KEY, served, lambda line: None, BEAT).serve()
 
