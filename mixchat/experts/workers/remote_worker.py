@@ -61,18 +61,19 @@ class RemoteWorker:
         self._take_up()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        x = _gathered(rows, keys)  # first: a GPU's memory may run out in it
         unanswered, self._unanswered = self._unanswered, keys
         try:
             assert self._link is not None
             if unanswered:  # a layer begins again, since a GPU's memory ran out
                 self._link.finish()
             experts = [(key.expert, rows.counts[key]) for key in keys]
-            self._link.start(rows.layer, experts, _gathered(rows, keys))
+            self._link.start(rows.layer, experts, x)
         except WorkerLostError as error:
             self._lose(error)
 
     def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
-        keys = self._unanswered
+        keys, self._unanswered = self._unanswered, ()
         if self._link is not None:
             try:
                 outputs = torch.split(self._link.finish(), [rows.counts[key] for key in keys])
@@ -82,12 +83,7 @@ class RemoteWorker:
                 for key, output in zip(keys, outputs, strict=True):
                     rows.put(key, output)
                 keys = ()
-        self._unanswered = ()
         return keys
-
-    def close(self) -> None:
-        """End the chat with the worker, which is free then."""
-        self._drop()
 
     def _take_up(self) -> None:
         """Let the worker hold what is planned for it, as far as it has room for that by now."""

@@ -33,6 +33,7 @@ class FakeLink:
         self.requests.append(x)
 
     def finish(self) -> torch.Tensor:
+        assert self.answered < len(self.requests)
         if self.fails:
             raise WorkerLostError("it is a test")
         self.answered += 1
@@ -70,6 +71,31 @@ def test_a_layer_that_begins_again_is_computed_at_home_where_the_worker_fails_me
     worker.begin(rows_of(7), KEYS)
     assert list(worker.finish(rows_of(7))) == KEYS
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("where", ["of", "put"])
+def test_a_gpu_whose_memory_runs_out_while_rows_move_leaves_no_request_behind(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The layer began again with the wait for an answer that nobody owed: an AssertionError."""
+    link = FakeLink()
+    worker = RemoteWorker(lambda: link, print)  # type: ignore[arg-type, return-value]
+    worker.hold(KEYS)
+    rows = rows_of(5)
+
+    def run_out(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("GPU 0 is full")
+
+    def ask(rows: LayerRows) -> Sequence[ExpertKey]:
+        worker.begin(rows, KEYS)
+        return worker.finish(rows)
+
+    monkeypatch.setattr(rows, where, run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        ask(rows)
+    again = rows_of(7)
+    assert ask(again) == ()
+    assert torch.equal(again.outputs, torch.full((4, 8), 7.0 * len(link.requests)))
 
 
 def test_what_cannot_be_sent_is_computed_at_home() -> None:
