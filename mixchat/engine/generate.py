@@ -147,7 +147,8 @@ class Engine:
         on_prefill: OnPrefill,
     ) -> Iterator[int]:
         start = time.perf_counter()
-        self.experts.begin_turn()
+        with interrupts.deferred():
+            self.experts.begin_turn()
         reused = self._rewind(ids)
         self._stats = stats = GenerationStats(prompt_tokens=len(ids), reused_tokens=reused)
         self._experts_before = self.experts.stats.copy()

@@ -309,6 +309,32 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
         engine.forget()
 
 
+def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
+    load: Callable[..., Engine],
+    fork: Nursery,
+    model: Callable[[str], Path],
+    alone: Callable[..., Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stayed connected, and was never asked again."""
+    worker = fork.start(model(FAST), 8)
+    engine = load(FAST, 4, [worker.address])
+    hold = Link.hold
+
+    def hold_and_interrupt(link: Link, keys: Any) -> None:
+        hold(link, keys)
+        signal.raise_signal(signal.SIGINT)
+
+    for link in links(engine):
+        link.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "hold", hold_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            text(engine)
+    assert text(engine) == alone(FAST).text
+    assert engine.slots_by_tier["worker"] == 8
+
+
 def test_a_second_chat_is_refused_while_the_first_one_lasts(
     load: Callable[..., Engine], fork: Nursery, model: Callable[[str], Path]
 ) -> None:
