@@ -95,7 +95,7 @@ def bench(
         exact_prompts=exact_prompts,
         device=device,
         workers=tuple(worker or ()),
-        key_file=key_file,
+        key_file=model_flags.key_path(key_file),
     )
     with _model(model, synthetic) as directory:
         done = Bench(directory, load, options)

@@ -53,7 +53,7 @@ def plan(
         kv_bits=checked_bits(kv_bits),
         device=device,
         workers=tuple(worker or ()),
-        key_file=key_file,
+        key_file=model_flags.key_path(key_file),
     )
     from mixchat.weights import models
 

@@ -98,7 +98,7 @@ def run(
         cache_policy=cache_policy,
         trace=trace,
         workers=(*(worker or ()), *_torchrun_workers()),
-        key_file=key_file,
+        key_file=model_flags.key_path(key_file),
     )
     if torchrun.rank():
         serve_rank_0(model, load)

@@ -48,12 +48,12 @@ def worker(
         device_memory=model_flags.budgets(device_memory),
         device=device,
         cache_policy=cache_policy,
-        key_file=key_file,
+        key_file=model_flags.key_path(key_file),
     )
     if new_key:
         from mixchat.experts.workers.key_file import default_key_file, make_key_file
 
-        path = key_file or default_key_file()
+        path = options.key_file or default_key_file()
         make_key_file(path)
         say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
         return

@@ -29,3 +29,29 @@ def test_workers_and_the_key_get_to_those_who_load(mixchat, monkeypatch, tiny_mo
     assert loads[0].workers == ("192.168.1.5", "helper:80")
     assert loads[0].key_file == Path("a.key")
     assert (loads[1].workers, loads[1].key_file) == ((), None)
+
+
+@pytest.mark.parametrize("command", TAKEN_BY)
+def test_a_key_may_be_below_the_home_directory(mixchat, monkeypatch, tiny_model, tmp_path, command):
+    """No shell replaces the ~ in --key-file=~/a.key, in a variable or in config.toml."""
+    loads = []
+
+    def take(model, load, *others, **options):
+        loads.append(load.key_file)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(TAKEN_BY[command], take)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ("Hi",) if command == "run" else (str(tiny_model),)
+    mixchat(command, *words, "--key-file=~/a.key")
+    mixchat(command, *words, MIXCHAT_KEY_FILE="~/a.key")
+    assert loads == [tmp_path / "a.key"] * 2
+
+
+def test_a_worker_s_key_may_be_below_the_home_directory(mixchat, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert mixchat("worker", "--new-key", "--key-file=~/a.key").returncode == 0
+    assert (tmp_path / "a.key").exists()
+    (tmp_path / "a.key").write_text("")
+    said = mixchat("worker", "--key-file=~/a.key").stderr.decode()
+    assert said.startswith(f"error: {tmp_path}/a.key: not a key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -252,6 +253,14 @@ def model_argument(help: str) -> Any:
         autocompletion=runnable_models,
         help=help,
     )
+
+
+def key_path(path: Path | None) -> Path | None:
+    """Return the path of the key, if one was given; a ~ in front is the home directory.
+
+    A shell replaces none in --key-file=~/FILE, in a variable or in config.toml.
+    """
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def budget(text: str | None) -> MemoryBudget | None:
