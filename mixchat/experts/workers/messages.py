@@ -172,6 +172,11 @@ def unpack_seconds(payload: bytes) -> float:
     return float(seconds)
 
 
+def pack_text(text: str) -> bytes:
+    """Return the frame of a line, which may name a path that is not UTF-8."""
+    return text.encode(errors="replace")
+
+
 def unpack_text(payload: bytes) -> str:
     """Return the other end's line, safe to show."""
     return _clean(payload.decode(errors="replace"))

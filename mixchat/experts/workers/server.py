@@ -140,7 +140,7 @@ class Server:
         except Exception as error:
             reason = short_message(error) or type(error).__name__
             with suppress(ConnectionLostError):
-                guest.connection.send(Kind.FAILED, reason.encode())
+                guest.connection.send(Kind.FAILED, messages.pack_text(reason))
         requests = session.requests if session else 0
         self._note(f"{guest.name}: the chat ends after {requests} requests: {reason}")
 

@@ -26,7 +26,7 @@ from worker_double import (
     outputs,
 )
 
-from mixchat.errors import UsageError
+from mixchat.errors import MixchatError, UsageError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import door, group, messages
 from mixchat.experts.workers.address import Address, resolve
@@ -258,6 +258,22 @@ def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link:
     with pytest.raises(WorkerLostError, match="AssertionError"):
         link.finish()
     worker.model.compute = compute
+    assert_serves(worker)
+
+
+def test_a_fault_in_a_path_that_is_not_utf_8_ends_the_chat_only(
+    worker: ThreadedWorker, link: Link
+) -> None:
+    """Its name could not be sent, and that ended the worker."""
+
+    def fail(check: object) -> None:
+        raise MixchatError("mod\udce8le/experts-001.safetensors: cannot be read")
+
+    worker.model.on_compute = fail
+    link.start(1, TOKEN, row())
+    with pytest.raises(WorkerLostError, match=r"le/experts-001\.safetensors: cannot be read"):
+        link.finish()
+    worker.model.on_compute = lambda check: None
     assert_serves(worker)
 
 
