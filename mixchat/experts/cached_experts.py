@@ -84,9 +84,13 @@ class CachedExperts:
         """Give the memory of all slots back; nothing can be computed any more."""
         self._fetcher.close()
 
-    def load(self, key: ExpertKey) -> None:
-        """Bring an expert into its slot, and wait for it."""
-        self._fetcher.request([key])
+    def follow_memory(self) -> None:
+        """Hold fewer experts where other programs need the memory, or more again."""
+        self._fetcher.follow_memory()
+
+    def load(self, key: ExpertKey, beside: Collection[ExpertKey]) -> None:
+        """Bring an expert into its slot, and wait for it; those in `beside` are not evicted."""
+        self._fetcher.request([key], beside)
         self._fetcher.ready(key)
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:

@@ -5,7 +5,7 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 
 import torch
 
@@ -84,9 +84,14 @@ class Dispatcher:
                 fit.append(key)
         return fit
 
-    def load(self, key: ExpertKey) -> None:
-        """Bring an expert into the memory of its device."""
-        self._devices[self._home(key)].load(key)
+    def load(self, key: ExpertKey, beside: Collection[ExpertKey]) -> None:
+        """Bring an expert into the memory of its device; those in `beside` are not evicted."""
+        self._devices[self._home(key)].load(key, beside)
+
+    def follow_memory(self) -> None:
+        """Hold fewer experts where other programs need the memory, or more again."""
+        for device in self._devices:
+            device.follow_memory()
 
     def close(self) -> None:
         """Give the memory of all devices' slots back; nothing can be computed any more."""

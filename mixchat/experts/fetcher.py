@@ -81,8 +81,7 @@ class Fetcher:
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
         """Note the router's choice for a layer: cancel prefetches of its other experts."""
         self._passes.enter(layer)
-        if self._watch is not None:
-            self.resize(self._watch.limit(len(self._cache)))
+        self.follow_memory()
         for key, transfer in list(self._coming.items()):
             if not transfer.is_prefetch or key.layer != layer:
                 continue
@@ -100,11 +99,19 @@ class Fetcher:
             elif ended:
                 del self._coming[key]
 
-    def request(self, window: Sequence[ExpertKey]) -> None:
-        """Start loading those that are missing, until only slots of others in `window` are left."""
+    def follow_memory(self) -> None:
+        """Hold fewer experts where other programs need the memory, or more again."""
+        if self._watch is not None:
+            self.resize(self._watch.limit(len(self._cache)))
+
+    def request(self, window: Sequence[ExpertKey], beside: Collection[ExpertKey] = ()) -> None:
+        """Start loading those that are missing, until only slots of others in `window` are left.
+
+        Those in `beside` are not evicted either.
+        """
         for key in window:
             if key not in self._cache or self._failed(key):
-                if not self._send(Transfer(key), window):
+                if not self._send(Transfer(key), {*window, *beside}):
                     return
                 self.stats.misses[key] += 1
 

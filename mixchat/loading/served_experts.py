@@ -55,6 +55,7 @@ class ServedExperts:
         if hello.exact_prompts != self._exact:
             self._exact = hello.exact_prompts
             self._drop()
+        self.follow_memory()
         used = self._installed.blueprint.computed_on(self._device, exact=self._exact)
         return Welcome(self.slots, used.expert.w13.arithmetic(self._device))
 
@@ -63,12 +64,17 @@ class ServedExperts:
             self._drop()  # others are to be spread over the GPUs
         self._held = list(keys)
 
+    def follow_memory(self) -> None:
+        if self._built is not None:
+            self._built.follow_memory()
+
     def load_next(self) -> bool:
+        self._experts.follow_memory()
         wanted = self._experts.fitting(self._held)
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:
             return False
-        self._experts.load(missing)
+        self._experts.load(missing, beside=wanted)
         return True
 
     def compute(

@@ -1,15 +1,20 @@
 """The experts that a worker serves compute the bits that an engine's do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mixchat import machine
+from mixchat.experts import memory
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.policies import POLICIES
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading.loader import load_engine
-from mixchat.loading.served_experts import load_served_experts
+from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
 
@@ -49,3 +54,60 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     for key, part in zip(keys, found.split([rows.counts[key] for key in keys]), strict=True):
         rows.put(key, part)
     assert torch.equal(rows.outputs, expected.outputs)
+
+
+def served_on_cpu(model: Path, options: LoadOptions) -> tuple[ServedExperts, Hello]:
+    """Return the experts of the tiny model, 4 in each of 2 layers, and a chat for them."""
+    served = load_served_experts(model, options, lambda line: None)
+    return served, Hello(served.identity, served.name, "bfloat16", 64)
+
+
+def load_all(served: ServedExperts, keys: list[ExpertKey]) -> int:
+    """Let experts be held, and return how many of them were loaded."""
+    served.hold(keys)
+    loads = 0
+    while served.load_next():
+        loads += 1
+        assert loads <= len(keys)
+    return loads
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(
+    tiny_model: Path, policy: str
+) -> None:
+    """Those that had just been loaded were evicted instead, again and again, without an end."""
+    served, hello = served_on_cpu(tiny_model, replace(CPU, cache_policy=policy))
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    served.begin(hello)
+    assert load_all(served, [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)])
+    for _ in range(3):
+        served.compute(0, [(0, 1), (1, 1), (2, 1)], x, True, lambda: None)
+        served.compute(1, [(0, 1)], x, True, lambda: None)
+    served.begin(hello)
+    assert load_all(served, [ExpertKey(1, expert) for expert in range(4)]) == 3
+
+
+def test_experts_are_freed_for_other_programs_also_while_nothing_is_asked(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only requests looked at the memory: a worker said what it had room for when it started."""
+    free = 10**12
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
+    monkeypatch.setattr(memory, "INTERVAL", 0)
+    served, hello = served_on_cpu(tiny_model, LoadOptions(device="cpu"))
+    assert served.begin(hello).slots == 8
+    free = 0
+    assert served.begin(hello).slots == 2
+    free = 10**12
+    every = [ExpertKey(layer, expert) for layer in range(2) for expert in range(4)]
+    assert served.begin(hello).slots == 8
+    assert load_all(served, every) == 8
+    held = served._experts.bytes_held
+    free = 0
+    while served.load_next():  # those to hold first may be others than those that have stayed
+        pass
+    assert served._experts.bytes_held == held // 4
+    free = 10**12
+    assert served.load_next()
+    assert served.slots == 8

@@ -106,13 +106,21 @@ class Connection:
         del self._received[:count]
         return data
 
-    def has_arrived(self) -> bool:
-        """Return whether `receive` has something to read, be it the end of the connection."""
-        return bool(self._received) or self._peek() is not None
+    def has_arrived(self, within: float = 0.0) -> bool:
+        """Return whether `receive` has something to read, be it the end of the connection.
+
+        Wait for it, at most `within` seconds.
+        """
+        return bool(self._received) or bool(self._reading.poll(1000 * within))
 
     def has_ended(self) -> bool:
         """Return whether the other end is known to be gone. Any thread may ask."""
-        return self._peek() == b""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """End the connection; no other thread may use it any more."""
@@ -129,15 +137,6 @@ class Connection:
         if not data:
             raise ConnectionLostError("it closed the connection")
         self._received += data
-
-    def _peek(self) -> bytes | None:
-        """Return the next byte; none at the end, and None where nothing has come."""
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
 
 
 def connect(address: Address, deadline: float) -> Connection:

@@ -86,12 +86,15 @@ class Server:
                     self._guest.connection.close()
 
     def _next_guest(self) -> Guest:
-        with self._changed:
-            while self._guest is None:
-                interrupts.check()
-                self._changed.wait(_SLICE)
-            guest, self._guest = self._guest, None
-            return guest
+        while True:
+            interrupts.check()
+            self._model.follow_memory()
+            with self._changed:
+                if self._guest is None:
+                    self._changed.wait(_SLICE)
+                guest, self._guest = self._guest, None
+            if guest is not None:
+                return guest
 
     def _admit(self, guest: Guest) -> None:
         """Let a guest be the next one, or send it away. Called in a thread of the guest's own."""

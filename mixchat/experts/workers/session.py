@@ -21,6 +21,7 @@ from mixchat.experts.workers.messages import Hello, Kind, Request
 
 BEAT = 1.0  # seconds between two signs of a worker that computes
 
+_IDLE = 0.5  # seconds between two looks at the memory, where nothing is asked
 _TICK = 0.25  # of a beat: how often the thread looks
 
 
@@ -39,8 +40,14 @@ class HostedExperts(Protocol):
     def slots(self) -> int:
         """Return how many experts can be held."""
 
+    def follow_memory(self) -> None:
+        """Free experts where other programs need the memory. Often called while nothing is asked.
+
+        Then there are fewer `slots`; when there is memory again, they become more.
+        """
+
     def hold(self, keys: Sequence[ExpertKey]) -> None:
-        """Let these experts be the ones to hold, at most `slots`; load none of them yet."""
+        """Let these experts be the ones to hold, as far as there are slots; load none yet."""
 
     def load_next(self) -> bool:
         """Load the first of the experts to hold that is missing; return False if none is."""
@@ -77,6 +84,7 @@ class Session:
         self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
         self._beats = _Beats(connection, beat)
         self._row = self._empty(1)
+        self._room = experts.slots  # that the chat side knows of
         self._loading = False
 
     def run(self) -> None:
@@ -96,14 +104,17 @@ class Session:
                     raise ConnectionLostError("it sent a message out of turn")
 
     def _next(self) -> Frame:
-        """Return the next frame. While none is there, experts are loaded, one by one."""
-        while self._loading and not self._connection.has_arrived():
+        """Return the next frame. While none is there, experts are loaded, one by one, or freed."""
+        while not self._connection.has_arrived(0.0 if self._loading else _IDLE):
             with self._beats.busy:  # a request may come meanwhile
-                self._loading = self._experts.load_next()
+                if self._loading:
+                    self._loading = self._experts.load_next()
+                else:
+                    self._experts.follow_memory()
         return self._connection.receive(None)
 
     def _hold(self, keys: list[ExpertKey]) -> None:
-        self._require(len(keys) <= self._experts.slots)
+        self._require(len(keys) <= self._room)
         for layer, expert in keys:
             self._require(layer < self._experts.num_layers)
             self._require(expert < self._experts.num_experts)

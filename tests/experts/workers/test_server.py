@@ -261,6 +261,31 @@ def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link:
     assert_serves(worker)
 
 
+def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one(
+    worker: ThreadedWorker,
+) -> None:
+    assert worker.model.has_followed.wait(PATIENCE)
+    link = worker.open()
+    worker.wait_for_note("begins")
+    worker.model.has_followed.clear()
+    assert worker.model.has_followed.wait(PATIENCE)
+    link.close()
+    worker.wait_for_note("ends")
+
+
+def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_for(
+    worker: ThreadedWorker,
+) -> None:
+    """Other programs may have taken the memory since."""
+    link, x = worker.open(), row()
+    worker.wait_for_note("begins")
+    worker.model.slots = 3
+    link.hold([ExpertKey(1, expert) for expert in range(6)])
+    link.start(2, TOKEN, x)
+    assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    link.close()
+
+
 def test_a_fault_in_a_path_that_is_not_utf_8_ends_the_chat_only(
     worker: ThreadedWorker, link: Link
 ) -> None:

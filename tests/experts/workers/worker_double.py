@@ -51,13 +51,16 @@ class Doubles:
         self.slots = slots
         self.loaded: list[ExpertKey] = []
         self.missing: list[ExpertKey] = []
-        self.has_loaded = threading.Event()
+        self.has_loaded, self.has_followed = threading.Event(), threading.Event()
         self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
 
     def begin(self, hello: Hello) -> Welcome:
         if hello.exact_prompts:
             raise MixchatError("exact prompts are beyond these experts")
         return Welcome(self.slots, "words")
+
+    def follow_memory(self) -> None:
+        self.has_followed.set()
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         self.loaded = [key for key in self.loaded if key in keys]
