@@ -256,10 +256,7 @@ def main() -> int:
         rig.warm_up()
         warm_up()
         model = work / "model"
-        if options.model:
-            model.symlink_to(options.model.resolve())
-        else:
-            model = demo(work)
+        model.symlink_to(options.model.resolve() if options.model else demo())
         network = Network()
         try:
             campaign = Campaign(work, model, network, random.Random(options.seed))
@@ -295,7 +292,7 @@ def warm_up() -> None:
     import mixchat.loading.served_experts  # noqa: F401
 
 
-def demo(work: Path) -> Path:
+def demo() -> Path:
     """Build the demo model."""
     from mixchat.cli.opening import find_or_build
 

@@ -18,7 +18,7 @@ KEYS = [ExpertKey(0, 0), ExpertKey(0, 1)]
 class FakeLink:
     """A link to a worker that multiplies by the number of the request, counted from 1."""
 
-    address, slots, is_lost = "fake", 4, False
+    address, slots, arithmetic, is_lost = "fake", 4, "words", False
 
     def __init__(self) -> None:
         self.requests: list[torch.Tensor] = []
