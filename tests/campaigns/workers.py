@@ -207,17 +207,12 @@ def among_strangers(campaign: Campaign, count: int) -> Found:
     def come() -> None:
         report.write_text(json.dumps(strangers.visit(target, count, seed)))
 
+    rightful(campaign, found)
+    worker.wait_for("the chat ends")
     before = worker.use()
     process = rig.fork(campaign.network.inside(1, come))
     while not report.exists() or not report.read_text():
-        began = time.monotonic()
-        chat = campaign.chat()
-        found.seconds.setdefault("a chat side is loaded", []).append(time.monotonic() - began)
-        chat.ask(DECODE[1], DECODE[2])
-        *_, (_, _, answer, notes, on_worker) = chat.until_end()
-        if answer != campaign.answers["decode"] or notes or not on_worker:
-            found.faults.append(f"a rightful chat: {answer} {notes}")
-        chat.end()
+        rightful(campaign, found)
     rig.wait(process)
     outcomes, longest = json.loads(report.read_text())
     found.outcomes.update(outcomes)
@@ -225,16 +220,28 @@ def among_strangers(campaign: Campaign, count: int) -> Found:
     found.faults += [kind for kind in outcomes if ":" in kind]
     found.faults += [
         f"a rightful chat waited {seconds:.1f} s"
-        for seconds in found.seconds["a chat side is loaded"]
+        for seconds in found.seconds["a rightful chat side is loaded"]
         if seconds > BLOCKED
     ]
-    worker.wait_for("the chat ends", len(found.seconds["a chat side is loaded"]))
+    worker.wait_for("the chat ends", len(found.seconds["a rightful chat side is loaded"]))
     memory, *rest = (after - once for after, once in zip(worker.use(), before, strict=True))
     found.outcomes["MB more than before"] = memory
     if any(number > 0 for number in rest):
         found.faults.append(f"threads and files that are left: {rest}")
     worker.end()
     return found
+
+
+def rightful(campaign: Campaign, found: Found) -> None:
+    """Let a chat side that has the key load and ask, and go."""
+    began = time.monotonic()
+    chat = campaign.chat()
+    found.seconds.setdefault("a rightful chat side is loaded", []).append(time.monotonic() - began)
+    chat.ask(DECODE[1], 4)
+    *_, (_, _, answer, notes, on_worker) = chat.until_end()
+    if answer != campaign.answers["decode"][:4] or notes or not on_worker:
+        found.faults.append(f"a rightful chat: {answer} {notes}")
+    chat.end()
 
 
 def _lives(pid: int) -> bool:
