@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mixchat import gpu, interrupts
+from mixchat import interrupts
 from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler
-from mixchat.errors import CheckpointError, PromptError, ResourceError
+from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.holder import ExpertHolder
+from mixchat.experts.memory import within_memory
 from mixchat.experts.stats import ExpertStats
 from mixchat.options import SamplingOptions
 
@@ -215,28 +216,14 @@ class Engine:
             interrupts.check()
             after_layer(layer)
 
+        def compute() -> torch.Tensor:
+            on_device = torch.tensor(ids).to(self._model.device, non_blocking=True)
+            return self._model.forward(on_device, self._cache, after_layer=between_layers)
+
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():
-            logits = self._within_memory(torch.tensor(ids), between_layers)
+            logits = within_memory(self.experts, compute, self._note)
             self._ids += ids
             self.total_tokens += len(ids)
             self.total_seconds += time.perf_counter() - start
         return logits
-
-    def _within_memory(
-        self, ids: torch.Tensor, after_layer: Callable[[int], object]
-    ) -> torch.Tensor:
-        """Return logits. Where a GPU's memory runs out, it holds fewer experts from then on."""
-        while True:
-            try:
-                on_device = ids.to(self._model.device, non_blocking=True)
-                return self._model.forward(on_device, self._cache, after_layer=after_layer)
-            except torch.OutOfMemoryError as error:
-                number = gpu.number_in(error)
-                name = "the device" if number is None else f"GPU {number}"
-                if not self.experts.halve(number):
-                    raise ResourceError(
-                        f"{name} ran out of memory, with two experts in it",
-                        hint="A smaller --ctx-size needs less; --device cpu takes the RAM instead.",
-                    ) from None
-                self._note(f"{name} ran out of memory: {self.experts.slots} experts fit now")

@@ -1,13 +1,19 @@
-"""Asks how much memory is free, and limits experts as free memory changes."""
+"""Asks how much memory is free, and limits experts where it changes or runs out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from mixchat import gpu, machine
+from mixchat.errors import ResourceError
+from mixchat.progress import Note
+
+if TYPE_CHECKING:
+    from mixchat.experts.holder import ExpertHolder
 
 CPU = torch.device("cpu")
 INTERVAL = 0.5  # seconds between two looks at the memory that is free
@@ -47,3 +53,24 @@ class MemoryWatch:
         if not self._limit <= target <= self._limit + 1:
             self._limit = min(max(target, self._least), self._slots)
         return self._limit
+
+
+def within_memory(
+    holder: ExpertHolder, compute: Callable[[], torch.Tensor], note: Note
+) -> torch.Tensor:
+    """Return what `compute` returns. Where a GPU's memory runs out, it holds half as many experts.
+
+    `compute` is then called again. Raises `ResourceError` where they would be fewer than two.
+    """
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            number = gpu.number_in(error)
+            name = "the device" if number is None else f"GPU {number}"
+            if not holder.halve(number):
+                raise ResourceError(
+                    f"{name} ran out of memory, with two experts in it",
+                    hint="A smaller --ctx-size needs less; --device cpu takes the RAM instead.",
+                ) from None
+            note(f"{name} ran out of memory: {holder.slots} experts fit now")

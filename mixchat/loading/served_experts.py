@@ -10,6 +10,7 @@ import torch
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.keys import ExpertKey
+from mixchat.experts.memory import within_memory
 from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
@@ -99,8 +100,12 @@ class ServedExperts:
     @torch.inference_mode()
     def _computed(self, layer: int, x: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Return the outputs [n * k, D] of experts `selected` [n, k] for x [n, D], on the CPU."""
-        rows = self._experts.compute(layer, x.to(self._device), selected.to(self._device))
-        return rows.outputs.cpu()
+
+        def compute() -> torch.Tensor:
+            on_device = x.to(self._device), selected.to(self._device)
+            return self._experts.compute(layer, *on_device).outputs.cpu()
+
+        return within_memory(self._experts, compute, self._note)
 
     @property
     def _experts(self) -> Dispatcher:

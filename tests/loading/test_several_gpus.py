@@ -483,6 +483,27 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     assert notes == []
 
 
+def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
+    paper: PaperRuntime, case: Callable[[str], Case]
+) -> None:
+    """Each answer lost the worker at the same place, since the next chat found it as full again."""
+    expert = case("nf4").blueprint.expert.stride
+    notes: list[str] = []
+    options = LoadOptions(MemoryBudget(size=0), (MemoryBudget(size=4 * expert),))
+    served = load_served_experts(case("nf4").directory, options, notes.append)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    served.begin(Hello("identity", "tiny", "float32", 64))
+    request = (0, [(0, 1), (2, 1)], x, True, lambda: None)
+    expected = served.compute(*request)
+    paper.allocations, paper.fail_at = 0, 2
+    assert torch.equal(served.compute(*request), expected)
+    assert notes == ["GPU 0 ran out of memory: 2 experts fit now"]
+    memory = paper.memory(torch.device("paper", 0))
+    memory.total = memory.taken
+    with pytest.raises(ResourceError, match="GPU 0 ran out of memory, with two experts in it"):
+        served.compute(*request)
+
+
 def test_a_gpu_without_room_for_two_experts_is_left_out(
     paper: PaperRuntime, case: Callable[[str], Case]
 ) -> None:
