@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -336,7 +337,8 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
 
     def failing(tensor: torch.Tensor, device: torch.device) -> None:
         nonlocal left
-        left -= device.index == full
+        # What the mover cannot bring is no error as long as it is a prediction.
+        left -= device.index == full and current_thread() is main_thread()
         if left == 0:
             left = -1
             raise torch.OutOfMemoryError(f"paper out of memory. GPU {full} has 4 GB in all")
