@@ -131,6 +131,7 @@ def run(
                 with saved_turn(saver):
                     after_turn(print_answer(session, question, output, model))
     finally:
+        torchrun.end()
         _save_report(session, model)
 
 

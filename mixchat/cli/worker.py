@@ -42,6 +42,7 @@ def worker(
     The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
     uses the memory and the cores of both. Only those who have the key are served, one chat at a
     time. What travels is not encrypted: use a network that you trust, or WireGuard.
+    'torchrun -m mixchat run' starts both: rank 0 chats, the others are its workers.
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),
@@ -63,12 +64,11 @@ def worker(
 
 
 def serve_rank_0(model: str, options: LoadOptions) -> None:
-    """Serve the one chat of rank 0, as another process that torchrun started."""
+    """Serve rank 0 until it ends, as another process that torchrun started."""
     from mixchat.experts.workers import torchrun
 
     with _server(model, options, torchrun.local_address()) as (server, address):
-        torchrun.publish(address)
-        server.serve(chats=1)
+        server.serve(over=torchrun.publish(address))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import socket
 import threading
 from collections.abc import Callable
@@ -72,12 +71,12 @@ class Server:
         self._guest: Guest | None = None  # that is about to be served
         self._over = False
 
-    def serve(self, chats: int | None = None) -> None:
-        """Serve one chat after the other, so many or until Ctrl-C or SIGTERM raises."""
+    def serve(self, over: Callable[[], bool] = lambda: False) -> None:
+        """Serve one chat after the other, until `over`, or until Ctrl-C or SIGTERM raises."""
         self._door.open()
         try:
-            for _ in itertools.count() if chats is None else range(chats):
-                self._serve(self._next_guest())
+            while guest := self._next_guest(over):
+                self._serve(guest)
         finally:
             self._door.close()
             with self._changed:
@@ -85,8 +84,9 @@ class Server:
                 if self._guest is not None:
                     self._guest.connection.close()
 
-    def _next_guest(self) -> Guest:
-        while True:
+    def _next_guest(self, over: Callable[[], bool]) -> Guest | None:
+        """Return the next guest when there is one; None where it is `over`."""
+        while not over():
             interrupts.check()
             self._model.follow_memory()
             with self._changed:
@@ -95,6 +95,7 @@ class Server:
                 guest, self._guest = self._guest, None
             if guest is not None:
                 return guest
+        return None
 
     def _admit(self, guest: Guest) -> None:
         """Let a guest be the next one, or send it away. Called in a thread of the guest's own."""

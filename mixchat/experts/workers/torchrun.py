@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +13,8 @@ from mixchat.errors import MixchatError, UsageError, short_message
 from mixchat.network_address import NetworkAddress
 
 _PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
-_KEY = "mixchat/worker/{rank}"
+_FAREWELL = timedelta(seconds=5)  # for a torchrun that may have been killed
+_KEY, _END = "mixchat/worker/{rank}", "mixchat/end"
 
 
 def rank() -> int | None:
@@ -37,9 +40,28 @@ def local_address() -> str:
         raise UsageError(f"torchrun's MASTER_ADDR {host!r} cannot be reached ({error})") from None
 
 
-def publish(address: str) -> None:
-    """Tell rank 0 where this worker listens. Raises `MixchatError`."""
-    _rendezvous().set(_KEY.format(rank=rank()), address)
+def publish(address: str) -> Callable[[], bool]:
+    """Tell rank 0 where this worker listens; return what says whether rank 0 has ended.
+
+    Raises `MixchatError`.
+    """
+    store = _rendezvous()
+    store.set(_KEY.format(rank=rank()), address)
+
+    def over() -> bool:
+        try:
+            return bool(store.check([_END]))
+        except RuntimeError:  # torchrun itself has ended
+            return True
+
+    return over
+
+
+def end() -> None:
+    """Tell the workers that rank 0 has ended, if torchrun started it: it waits for theirs."""
+    if rank() == 0:
+        with suppress(MixchatError, RuntimeError):
+            _rendezvous(_FAREWELL).set(_END, "")
 
 
 def published() -> tuple[str, ...]:
@@ -56,12 +78,12 @@ def published() -> tuple[str, ...]:
         raise MixchatError(f"a worker does not start: {short_message(error)}") from None
 
 
-def _rendezvous() -> Any:
+def _rendezvous(patience: timedelta = _PATIENCE) -> Any:
     """Return the store in which torchrun lets its processes meet."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, *_ = next(rendezvous("env://", timeout=_PATIENCE))
+        store, *_ = next(rendezvous("env://", timeout=patience))
     except (RuntimeError, ValueError) as error:
         raise MixchatError(f"torchrun's store cannot be reached: {short_message(error)}") from None
     return store

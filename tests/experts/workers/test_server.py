@@ -21,6 +21,7 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
+    Doubles,
     ThreadedWorker,
     WorkerProcess,
     outputs,
@@ -35,6 +36,7 @@ from mixchat.experts.workers.group import CHAT, Group
 from mixchat.experts.workers.handshake import MAGIC, Proofs, greet_worker
 from mixchat.experts.workers.link import Link, WorkerLostError
 from mixchat.experts.workers.messages import Kind, Request
+from mixchat.experts.workers.server import Server
 
 TOKEN = [(2, 1), (5, 1)]
 
@@ -363,6 +365,23 @@ def test_a_port_in_use_is_one_clear_line(worker: ThreadedWorker) -> None:
 def test_an_address_of_another_machine_is_one_clear_line() -> None:
     with pytest.raises(UsageError, match="no such address"):
         door.listen(resolve("192.0.2.1:7917"))
+
+
+def test_a_worker_serves_chats_until_it_is_over() -> None:
+    """Under torchrun it ended with the first one, so that a chat which had lost it was alone."""
+    model, listener = Doubles(), door.listen(resolve("127.0.0.1:0", any_port=True))
+    address, over = resolve(door.address_of(listener)), threading.Event()
+    server = Server(listener, KEY, model, lambda line: None)
+    thread = threading.Thread(target=server.serve, args=(over.is_set,))
+    thread.start()
+    for _ in range(2):
+        link, x = Link.open(address, KEY, HELLO), row()
+        link.start(2, TOKEN, x)
+        assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+        link.close()
+    over.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_a_port_is_free_at_once_when_its_worker_has_ended() -> None:

@@ -27,14 +27,20 @@ def test_without_torchrun_there_is_no_rank_and_no_worker(monkeypatch: pytest.Mon
     assert torchrun.published() == ()
 
 
-def test_rank_0_learns_where_the_workers_listen(variables: pytest.MonkeyPatch) -> None:
+def test_rank_0_learns_where_the_workers_listen_and_they_when_it_ends(
+    variables: pytest.MonkeyPatch,
+) -> None:
     for rank in (2, 1):
         variables.setenv("RANK", str(rank))
         assert torchrun.rank() == rank
         assert torchrun.local_address() == "127.0.0.1:0"
-        torchrun.publish(f"127.0.0.1:500{rank}")
+        over = torchrun.publish(f"127.0.0.1:500{rank}")
+        torchrun.end()  # of no effect: it is not rank 0
     variables.setenv("RANK", "0")
     assert torchrun.published() == ("127.0.0.1:5001", "127.0.0.1:5002")
+    assert not over()
+    torchrun.end()
+    assert over()
 
 
 def test_a_store_that_is_not_there_is_one_clear_line(variables: pytest.MonkeyPatch) -> None:
