@@ -1,4 +1,4 @@
-"""Linear maps y = x W^T whose matrix is dense or 4-bit: how they are stored and computed.
+"""Linear maps y = x W^T whose matrix is dense, 8-bit or 4-bit: how they are stored and computed.
 
 R = rows (out features), C = columns (in features).
 """
@@ -20,11 +20,11 @@ from mixchat.kernels import dense, four_bit, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
 from mixchat.kernels.units import MANY, UNITS, unit_for
 from mixchat.safetensors import TensorSpec
-from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix import int8, nf4
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf4
 
-QuantType = Literal["nf4", "fp4", "none"]
+QuantType = Literal["nf4", "fp4", "int8", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
 Scales = Literal["absmax", "search", "given"]
 
@@ -89,10 +89,15 @@ def _without_onednn() -> Iterator[None]:
 class FourBitLinear:
     """4-bit codes in bitsandbytes' own layout: correct on every device, slow on a CPU."""
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
-        assert spec.quant_type != "none"
-        self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._quant_type = spec.quant_type
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: tuple[int, int],
+        quant_type: nf4.FourBit,
+    ) -> None:
+        self._codes, self._absmax, self._shape = codes, absmax, shape
+        self._quant_type = quant_type
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Not earlier: the bytes of `absmax` change when another expert moves into the slot.
@@ -100,11 +105,29 @@ class FourBitLinear:
         return nf4.bitsandbytes_matmul(x, self._codes, absmax, self._shape, self._quant_type)
 
 
+class Int8Linear:
+    """8-bit codes in either layout: correct on every device, slow on a CPU.
+
+    Some rows at a time are dequantized to the type of x: there is no such copy of the whole matrix.
+    """
+
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
+        self._codes, self._absmax, self._spec = codes, absmax, spec
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        codes, absmax, spec = self._codes, self._absmax, self._spec
+        if spec.packed:
+            codes, absmax = int8.to_bitsandbytes_layout(codes, absmax, spec.rows, spec.columns)
+        pieces = int8.dequantized_rows(codes, absmax, spec.columns, x.dtype)
+        return torch.cat([DenseLinear(piece)(x) for piece in pieces], dim=-1)
+
+
 class PackedFourBitLinear:
     """4-bit codes in the layout of the kernel for CPUs: as fast as memory can be read."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
+        assert spec.quant_type != "int8"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
         self._levels, self._exact = _level_tables(spec.quant_type), spec.exact
 
@@ -124,8 +147,8 @@ def _level_tables(quant_type: nf4.FourBit) -> torch.Tensor:
 class LinearSpec:
     """The form in which a matrix is stored.
 
-    `dtype` is that of a dense matrix; `layout` is requested for a 4-bit matrix, and `packed` says
-    whether it gets it. `exact` concerns computing only, and means batch invariant: if
+    `dtype` is that of a dense matrix; `layout` is requested for a matrix of codes, and `packed`
+    says whether it gets it. `exact` concerns computing only, and means batch invariant: if
     `can_be_exact`, a token's result has the same bits however many are computed with it.
     """
 
@@ -141,6 +164,8 @@ class LinearSpec:
     @property
     def can_be_exact(self) -> bool:
         """Return whether the kernels for CPUs can compute this matrix batch-invariantly."""
+        if self.quant_type == "int8":
+            return False
         if self.quant_type != "none":
             return self.packed
         return rows.can_compute(self.dtype, self.columns)
@@ -169,17 +194,21 @@ class LinearSpec:
         """Return the tensors that hold the matrix, in order (absmax first keeps it aligned)."""
         if self.quant_type == "none":
             return [TensorSpec(f"{self.name}.weight", self.dtype, (self.rows, self.columns))]
-        codes = nf4.codes_size(self.rows, self.columns)
         scales = nf4.absmax_size(self.rows, self.columns)
+        kind, codes = torch.uint8, nf4.codes_size(self.rows, self.columns)
+        if self.quant_type == "int8":
+            kind, codes = torch.int8, self.rows * self.columns
         return [
             TensorSpec(f"{self.name}.absmax", torch.bfloat16, (scales,)),
-            TensorSpec(f"{self.name}.codes", torch.uint8, (codes,)),
+            TensorSpec(f"{self.name}.codes", kind, (codes,)),
         ]
 
     def encode(self, weight: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C]."""
         if self.quant_type == "none":
             return [weight.to(self.dtype)]
+        if self.quant_type == "int8":
+            return self._arranged(*int8.encode_int8(weight))
         if self.quant_type == "fp4":
             return self._arranged(*nf4.encode_fp4(weight))
         return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
@@ -206,24 +235,45 @@ class LinearSpec:
         return self._arranged(torch.cat([matrix.codes for matrix in matrices]), absmax)
 
     def _arranged(self, codes: torch.Tensor, absmax: torch.Tensor) -> list[torch.Tensor]:
-        if self.packed:
-            codes, absmax = nf4.to_packed_layout(codes, absmax, self.rows, self.columns)
+        return self._reordered(codes, absmax, True) if self.packed else [absmax, codes]
+
+    def _reordered(
+        self, codes: torch.Tensor, absmax: torch.Tensor, packed: bool
+    ) -> list[torch.Tensor]:
+        """Return absmax and codes in the packed layout, or out of it."""
+        if self.quant_type == "int8":
+            reorder = int8.to_packed_layout if packed else int8.to_bitsandbytes_layout
+        else:
+            reorder = nf4.to_packed_layout if packed else nf4.to_bitsandbytes_layout
+        codes, absmax = reorder(codes, absmax, self.rows, self.columns)
         return [absmax, codes]
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """Return the map over these tensors, which are used in place."""
         if self.quant_type == "none":
             return DenseLinear(tensors[0], exact=self.exact)
-        kind = PackedFourBitLinear if self.packed else FourBitLinear
         absmax, codes = tensors
-        return kind(codes, absmax, self)
+        if self.quant_type == "int8":
+            return Int8Linear(codes, absmax, self)
+        if self.packed:
+            return PackedFourBitLinear(codes, absmax, self)
+        return FourBitLinear(codes, absmax, (self.rows, self.columns), self.quant_type)
+
+    def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the matrix [R, C] as `dtype`, out of 8-bit codes that are not `packed`.
+
+        On a GPU that has room for it, `DenseLinear` is faster with it.
+        """
+        assert self.quant_type == "int8"
+        assert not self.packed
+        absmax, codes = tensors
+        return int8.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
         """Rewrite these tensors in place from this layout to that of `to`; nothing is lost."""
         if self.packed == to.packed:
             return
-        reorder = nf4.to_bitsandbytes_layout if self.packed else nf4.to_packed_layout
         absmax, codes = tensors
-        new_codes, new_absmax = reorder(codes, absmax, self.rows, self.columns)
+        new_absmax, new_codes = self._reordered(codes, absmax, to.packed)
         codes.copy_(new_codes)
         absmax.copy_(new_absmax)

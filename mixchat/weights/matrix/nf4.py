@@ -32,7 +32,7 @@ import torch
 
 FourBit = Literal["nf4", "fp4"]
 BLOCKSIZE = 64
-_ROWS = 32  # rows that the packed layout interleaves
+BAND = 32  # rows that the packed layout interleaves
 _CHUNK = 2**23  # weights: bounds the temporary tensors, quantize_4bit's to about 150 MB
 
 # fmt: off
@@ -67,7 +67,7 @@ def _functional() -> Any:
 
 def can_pack(rows: int, columns: int) -> bool:
     """Return whether a matrix of this shape has a packed layout."""
-    return rows % _ROWS == 0 and columns % BLOCKSIZE == 0
+    return rows % BAND == 0 and columns % BLOCKSIZE == 0
 
 
 def codes_size(rows: int, columns: int) -> int:
@@ -102,8 +102,8 @@ def to_packed_layout(
     packed = torch.empty_like(codes)
     for old, new in _bands(codes, packed, columns):
         nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
-        bands = nibbles.view(-1, _ROWS, columns // 2, 2).transpose(1, 2)
-        lines = bands.reshape(-1, 2, _ROWS)  # [n * columns / 64, 2, 32]
+        bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
+        lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
         new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
     scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
     return packed, scales.view(-1)
@@ -115,9 +115,9 @@ def to_bitsandbytes_layout(
     """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
     flat = torch.empty_like(codes)
     for old, new in _bands(codes, flat, columns):
-        packed = old.view(-1, _ROWS)
+        packed = old.view(-1, BAND)
         lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
-        nibbles = lines.view(-1, columns // 2, _ROWS, 2).transpose(1, 2).reshape(-1, 2)
+        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
         new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
     scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
     return flat, scales.view(-1)
@@ -127,7 +127,7 @@ def _bands(
     old: torch.Tensor, new: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Split both into pieces of some rows, a multiple of 32: bounds temporary tensors to 16 MB."""
-    rows = max(_ROWS, _CHUNK // columns // _ROWS * _ROWS)
+    rows = max(BAND, _CHUNK // columns // BAND * BAND)
     size = rows * columns // 2
     return zip(torch.split(old, size), torch.split(new, size), strict=True)
 

@@ -1,0 +1,108 @@
+"""8-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
+
+A code is an integer from -127 to 127, and a weight is code / 127 times the scale of its block:
+`absmax`, the largest magnitude in the block, rounded to bf16. Blocks and scales lie as those of
+`nf4.py`, and the layouts have the same names, with one code a byte:
+
+- "bitsandbytes": row after row. (The name is NF4's; bitsandbytes has no part in it.)
+- "cpu-packed": the kernel for CPUs reads it. Rows are taken 32 at a time. For a pair of columns
+  (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes. `absmax` is
+  transposed: [columns / 64, rows].
+
+N = weights, R = rows, C = columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE
+
+LARGEST = 127  # code
+_PIECE = 2**20  # weights: bounds the temporary tensors to about 10 MB
+
+
+def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes (int8 [N]) and absmax (bf16 [ceil(N / 64)]), in the layout "bitsandbytes".
+
+    weight: [R, C], any float type, finite. A code is the nearest for the rounded absmax.
+    """
+    flat = weight.detach().reshape(-1)
+    codes = torch.empty_like(flat, dtype=torch.int8)
+    absmax = flat.new_empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.bfloat16)
+    pieces = zip(
+        torch.split(flat, _PIECE),
+        torch.split(codes, _PIECE),
+        torch.split(absmax, _PIECE // BLOCKSIZE),
+        strict=True,
+    )
+    for some, their_codes, their_absmax in pieces:
+        blocks = _in_blocks(some.float())
+        their_absmax.copy_(blocks.abs().amax(-1))
+        scale = their_absmax.float().unsqueeze(-1)
+        scaled = blocks / scale.masked_fill_(scale == 0, 1)
+        scaled.mul_(LARGEST).round_().clamp_(-LARGEST, LARGEST)
+        their_codes.copy_(scaled.view(-1)[: len(some)])
+    return codes, absmax
+
+
+def dequantize(
+    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
+    weight = torch.empty(shape, dtype=dtype, device=codes.device)
+    start = 0
+    for rows in dequantized_rows(codes, absmax, shape[1], dtype):
+        weight[start : start + len(rows)] = rows
+        start += len(rows)
+    return weight
+
+
+def dequantized_rows(
+    codes: torch.Tensor, absmax: torch.Tensor, columns: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
+    # Blocks continue from row to row; with 64 rows, one ends.
+    size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
+    scales = torch.split(absmax, size // BLOCKSIZE)
+    for some, scale in zip(torch.split(codes, size), scales, strict=True):
+        blocks = _in_blocks(some) * (scale.float() / LARGEST).unsqueeze(-1)
+        yield blocks.view(-1)[: len(some)].view(-1, columns).to(dtype)
+
+
+def to_packed_layout(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device."""
+    packed = torch.empty_like(codes)
+    _lines(packed, columns).copy_(_pairs(codes, columns))
+    scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
+    return packed, scales.view(-1)
+
+
+def to_bitsandbytes_layout(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
+    flat = torch.empty_like(codes)
+    _pairs(flat, columns).copy_(_lines(codes, columns))
+    scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
+    return flat, scales.view(-1)
+
+
+def _in_blocks(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the numbers [N] as blocks [ceil(N / 64), 64], the last one filled up with zeros."""
+    return functional.pad(numbers, (0, -len(numbers) % BLOCKSIZE)).view(-1, BLOCKSIZE)
+
+
+def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return a view of "bitsandbytes": [R / 32, C / 2, 32 rows], a pair of codes an element."""
+    return codes.view(torch.int16).view(-1, BAND, columns // 2).transpose(1, 2)
+
+
+def _lines(codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return a view of "cpu-packed", in the shape of `_pairs`."""
+    return codes.view(torch.int16).view(-1, columns // 2, BAND)
