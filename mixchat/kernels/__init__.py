@@ -8,9 +8,9 @@ Read emit.py first, then units.py, tile.py and four_bit.py: from single instruct
 - object_cache.py: caches machine code from run to run
 - threads.py: runs it on several cores, with torch's threads
 - signature.py: the arguments of a kernel
-- units.py: looks codes up and multiplies: AVX2, AVX-512, AVX-512 with bytes
-- tile.py: some rows of a 4-bit matrix times some tokens, in registers
-- four_bit.py: x times a matrix of 4-bit codes
+- units.py: turns codes into numbers and multiplies: AVX2, AVX-512, AVX-512 with bytes
+- tile.py: some rows of a matrix of codes times some tokens, in registers
+- four_bit.py: x times a matrix of 4-bit or 8-bit codes
 - rows.py: norm, rotation, gating, weighted sums: a token's row in one pass
 - router.py: the best experts of a token
 - pages.py: keys and values in pages

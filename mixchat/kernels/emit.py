@@ -113,6 +113,10 @@ class Value:
         """Return unsigned integers in more bits."""
         return self._wrap(self._builder.zext(self.raw, kind))
 
+    def sign_extended(self, kind: Any) -> Value:
+        """Return signed integers in more bits."""
+        return self._wrap(self._builder.sext(self.raw, kind))
+
     def narrowed(self, kind: Any) -> Value:
         """Return the lowest bits."""
         return self._wrap(self._builder.trunc(self.raw, kind))

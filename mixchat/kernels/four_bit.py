@@ -1,15 +1,17 @@
-"""x times a matrix of 4-bit codes, at the speed at which memory can be read.
+"""x times a matrix of 4-bit or 8-bit codes, at the speed at which memory can be read.
 
-The codes are in the layout "cpu-packed" of `weights/matrix/nf4.py`: 32 rows, a band, lie
-interleaved, pair of columns by pair of columns. First `round_x` rounds x to integers, in blocks of
-64 columns with a scale for each. Then `multiply` looks up the codes as integers (`units.py`), adds
-the products up exactly, and turns only the sum over a block into a float, times the scales of the
-weights and of x (`tile.py`).
+The codes are in the layout "cpu-packed" of `weights/matrix/nf4.py` or `int8.py`: 32 rows, a band,
+lie interleaved, pair of columns by pair of columns. First `round_x` rounds x to integers, in blocks
+of 64 columns with a scale for each. Then `multiply` turns the codes into integers (`units.py`),
+adds the products up exactly, and turns only the sum over a block into a float, times the scales of
+the weights and of x (`tile.py`).
 
-For a few tokens x has 13 bits and a sign: the error against a product in double precision is about
-1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For many tokens the
-limit is computing and not memory; there x has 7 bits and a sign if the CPU multiplies bytes. The
-error is 8e-3 of the result, while rounding the weights to 4 bits has cost 9e-2.
+For 4-bit codes and a few tokens x has 13 bits and a sign: the error against a product in double
+precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For
+many tokens the limit is computing and not memory; there x has 7 bits and a sign if the CPU
+multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
+9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 4e-5, while rounding the
+weights has cost 5e-3.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
 """
@@ -33,7 +35,7 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
-from mixchat.kernels.units import UNITS, Unit, UnitName, level_tables, unit_for
+from mixchat.kernels.units import INT8_UNITS, UNITS, Unit, UnitName, level_tables, unit_for
 
 _BANDS = 4  # of one item of work; with one token they are read as four streams from memory
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
@@ -46,7 +48,7 @@ def packed_matmul(
     x: torch.Tensor,
     codes: torch.Tensor,
     absmax: torch.Tensor,
-    levels: torch.Tensor,
+    levels: torch.Tensor | None,
     shape: tuple[int, int],
     *,
     exact: bool = False,
@@ -54,11 +56,12 @@ def packed_matmul(
     """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
 
     x: fp32 or bf16 (other types are computed as fp32), on the CPU. codes: uint8 [R * C / 2] and
-    absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of `level_tables`. R is
-    a multiple of 32, C of 64.
+    absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of `level_tables`; None
+    for 8-bit codes, int8 [R * C]. R is a multiple of 32, C of 64.
 
-    Each row of x is computed by itself. Its result depends on the others only through their count:
-    many rows are rounded more coarsely than few. With `exact`, many are computed as one is.
+    Each row of x is computed by itself. With 4-bit codes its result depends on the others through
+    their count: many rows are rounded more coarsely than few. With `exact`, many are computed as
+    one is, and with 8-bit codes they always are.
     """
     rows, columns = shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -66,7 +69,10 @@ def packed_matmul(
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
-    name = unit_for(instructions, 1 if exact else tokens)
+    if levels is None:
+        name = INT8_UNITS[instructions]
+    else:
+        name = unit_for(instructions, 1 if exact else tokens)
     size = UNITS[name].x_type.width // 8
     # One allocation instead of three, which would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
@@ -80,7 +86,7 @@ def packed_matmul(
         x_sums=start + blocks * (BLOCK * size + 4),
         codes=codes.data_ptr(),
         absmax=absmax.data_ptr(),
-        levels=levels.data_ptr(),
+        levels=0 if levels is None else levels.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
         columns=columns,

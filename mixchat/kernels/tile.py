@@ -1,4 +1,4 @@
-"""The product of some rows of a 4-bit matrix with some tokens, in the CPU's registers.
+"""The product of some rows of a matrix of codes with some tokens, in the CPU's registers.
 
 A band is 32 rows, which lie interleaved in the layout "cpu-packed". A block is 64 columns, whose
 weights share a scale (`absmax`) in each row; x has a scale for each block too (`x_scales`).
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.kernels.arithmetic import as_fp32, store_fp32
-from mixchat.kernels.emit import Function, Value, f32, i8, i32, vector
+from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.signature import Signature
-from mixchat.kernels.units import LINE, Unit
+from mixchat.kernels.units import Unit
 
 BAND = 32  # rows
 BLOCK = 64  # columns
@@ -54,7 +54,7 @@ class Tile:
         self._row = band * BAND
         self._blocks = self._columns // BLOCK
         self._bands = [
-            self._codes.plus((band + number) * self._columns * (BAND // 2))
+            self._codes.plus((band + number) * self._columns * (unit.line // 2))
             for number in range(bands)
         ]
         self._parts = BAND // unit.lanes  # vectors for one number of each row of a band
@@ -86,8 +86,7 @@ class Tile:
                 line = block * (BLOCK // 2) + (first_step + unrolled) * unit.lines
                 numbers = [self._x_at(token, line * 2) for token in range(self.tokens)]
                 for band, codes in enumerate(self._bands):
-                    kind = vector(i8, unit.lines * LINE)
-                    for part, levels in enumerate(unit.levels(codes.load(kind, line * LINE))):
+                    for part, levels in enumerate(unit.levels(codes, line * unit.line)):
                         for token, x in enumerate(numbers):
                             place = (band * self.tokens + token) * parts + part
                             sums[place] = unit.add_products(sums[place], levels, x)

@@ -106,30 +106,27 @@ class FourBitLinear:
 
 
 class Int8Linear:
-    """8-bit codes in either layout: correct on every device, slow on a CPU.
+    """8-bit codes, row after row: correct on every device, slow on a CPU.
 
     Some rows at a time are dequantized to the type of x: there is no such copy of the whole matrix.
     """
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
-        self._codes, self._absmax, self._spec = codes, absmax, spec
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> None:
+        self._codes, self._absmax, self._columns = codes, absmax, columns
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        codes, absmax, spec = self._codes, self._absmax, self._spec
-        if spec.packed:
-            codes, absmax = int8.to_bitsandbytes_layout(codes, absmax, spec.rows, spec.columns)
-        pieces = int8.dequantized_rows(codes, absmax, spec.columns, x.dtype)
+        pieces = int8.dequantized_rows(self._codes, self._absmax, self._columns, x.dtype)
         return torch.cat([DenseLinear(piece)(x) for piece in pieces], dim=-1)
 
 
-class PackedFourBitLinear:
-    """4-bit codes in the layout of the kernel for CPUs: as fast as memory can be read."""
+class PackedLinear:
+    """Codes in the layout of the kernel for CPUs: as fast as memory can be read."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
-        assert spec.quant_type != "int8"
         self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
-        self._levels, self._exact = _level_tables(spec.quant_type), spec.exact
+        self._levels = None if spec.quant_type == "int8" else _level_tables(spec.quant_type)
+        self._exact = spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return four_bit.packed_matmul(
@@ -164,8 +161,6 @@ class LinearSpec:
     @property
     def can_be_exact(self) -> bool:
         """Return whether the kernels for CPUs can compute this matrix batch-invariantly."""
-        if self.quant_type == "int8":
-            return False
         if self.quant_type != "none":
             return self.packed
         return rows.can_compute(self.dtype, self.columns)
@@ -253,10 +248,10 @@ class LinearSpec:
         if self.quant_type == "none":
             return DenseLinear(tensors[0], exact=self.exact)
         absmax, codes = tensors
-        if self.quant_type == "int8":
-            return Int8Linear(codes, absmax, self)
         if self.packed:
-            return PackedFourBitLinear(codes, absmax, self)
+            return PackedLinear(codes, absmax, self)
+        if self.quant_type == "int8":
+            return Int8Linear(codes, absmax, self.columns)
         return FourBitLinear(codes, absmax, (self.rows, self.columns), self.quant_type)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
