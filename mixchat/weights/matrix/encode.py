@@ -19,6 +19,7 @@ N = weights, B = blocks (of 64 weights), F = factors (32), S = rows of the table
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,20 +57,27 @@ def encode_nf4(weight: torch.Tensor, *, search: bool = False) -> tuple[torch.Ten
         torch.split(codes, _PIECE // 2),
         torch.split(scales, _PIECE // BLOCKSIZE),
     )
-    work = functools.partial(_quantize_piece, search=search)
+    each_in_threads(functools.partial(_quantize_piece, search=search), *pieces)
+    return codes, scales
+
+
+def each_in_threads(work: Callable[..., None], *pieces: Sequence[torch.Tensor]) -> None:
+    """Call `work` with the first of all `pieces`, with the second, and so on, in some threads.
+
+    torch's own threads would wait for each other after every operation: long if cores are busy.
+    """
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(min(threads, _MAX_THREADS), initializer=_work_alone) as pool:
             list(pool.map(work, *pieces))  # as a list, it raises what a thread raised
     finally:
         torch.set_num_threads(threads)
-    return codes, scales
 
 
 def _work_alone() -> None:
     """Keep torch from using threads of its own in this one: they would only wait for each other.
 
-    torch also gives this count to threads that start later: `encode_nf4` restores the old one.
+    torch also gives this count to threads that start later: `each_in_threads` restores the old one.
     """
     torch.set_num_threads(1)
 

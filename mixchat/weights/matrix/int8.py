@@ -19,10 +19,11 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE
 
 LARGEST = 127  # code
-_PIECE = 2**20  # weights: bounds the temporary tensors to about 10 MB
+_PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
 
 
 def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,20 +34,24 @@ def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     flat = weight.detach().reshape(-1)
     codes = torch.empty_like(flat, dtype=torch.int8)
     absmax = flat.new_empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.bfloat16)
-    pieces = zip(
+    each_in_threads(
+        _encode_piece,
         torch.split(flat, _PIECE),
         torch.split(codes, _PIECE),
         torch.split(absmax, _PIECE // BLOCKSIZE),
-        strict=True,
     )
-    for some, their_codes, their_absmax in pieces:
-        blocks = _in_blocks(some.float())
-        their_absmax.copy_(blocks.abs().amax(-1))
-        scale = their_absmax.float().unsqueeze(-1)
-        scaled = blocks / scale.masked_fill_(scale == 0, 1)
-        scaled.mul_(LARGEST).round_().clamp_(-LARGEST, LARGEST)
-        their_codes.copy_(scaled.view(-1)[: len(some)])
     return codes, absmax
+
+
+@torch.inference_mode()  # a caller's holds for its own thread only
+def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Fill `codes` and `absmax` for some blocks, of which the last may be short."""
+    blocks = _in_blocks(weight.float())
+    absmax.copy_(blocks.abs().amax(-1))
+    scale = absmax.float().unsqueeze(-1)
+    scaled = blocks / scale.masked_fill_(scale == 0, 1)
+    scaled.mul_(LARGEST).round_().clamp_(-LARGEST, LARGEST)
+    codes.copy_(scaled.view(-1)[: len(weight)])
 
 
 def dequantize(

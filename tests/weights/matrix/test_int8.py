@@ -98,6 +98,16 @@ def test_8_bits_cost_less_than_a_hundredth_of_a_weight() -> None:
     assert (again - weight).norm() < 0.006 * weight.norm()
 
 
+def test_a_parameter_is_encoded_also_in_inference_mode() -> None:
+    weight = torch.nn.Parameter(random(3, 64))
+    outside, before = int8.encode_int8(weight), torch.get_num_threads()
+    with torch.inference_mode():
+        inside = int8.encode_int8(weight)
+    assert torch.equal(outside[0], inside[0])
+    assert torch.equal(outside[1], inside[1])
+    assert torch.get_num_threads() == before
+
+
 def test_pieces_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(200, 33)
     codes, absmax = int8.encode_int8(weight)
