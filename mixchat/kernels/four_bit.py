@@ -11,7 +11,7 @@ precision is about 1.5e-4 of the result, an eighth of what rounding the 16 level
 many tokens the limit is computing and not memory; there x has 7 bits and a sign if the CPU
 multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
 9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 4e-5, while rounding the
-weights has cost 5e-3.
+weights has cost 6e-3.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
 """

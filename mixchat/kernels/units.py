@@ -200,7 +200,7 @@ class Avx512Int8(_Int8, _Avx512Words):
 class Avx2Int8(_Int8, _Avx2Words):
     """8-bit codes with AVX2."""
 
-    widths, unrolled = (3, 2, 1), 2
+    widths, unrolled = (2, 1), 2
 
 
 UNITS: dict[UnitName, type[Unit]] = {

@@ -93,7 +93,10 @@ def test_the_product_is_that_of_the_exact_matrix(
             assert error(result, rounded) < WITHIN + (1e-3 if numbers is not x else 0)
 
 
-def test_a_token_has_the_same_bits_alone_and_among_others(unit: str, threads: int) -> None:
+def test_a_token_has_the_same_bits_alone_and_among_others(
+    unit: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(four_bit, "_X_BYTES", 1)  # an item of work has 8 tokens
     matrix, x = Matrix(160, 192), random(70, 192, seed=1)
     together = matrix(x)
     assert torch.equal(together, torch.cat([matrix(row) for row in x.split(1)]))

@@ -37,6 +37,7 @@ def run(write: Callable[[Function], None], *numbers: int, threads: int = 1) -> l
         (lambda a, b: a << 2, 80),
         (lambda a, b: a >> 2, 5),
         (lambda a, b: a + 1, 21),
+        (lambda a, b: (b - a).narrowed(i32).sign_extended(i64), -17),
         (lambda a, b: a.compare("<", b).choose(a, b), 3),
     ],
 )
