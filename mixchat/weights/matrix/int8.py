@@ -9,6 +9,9 @@ A code is an integer from -127 to 127, and a weight is code / 127 times the scal
   (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes. `absmax` is
   transposed: [columns / 64, rows].
 
+Where whole blocks make up a row, rows of zeros fill up the last band in both layouts, so that a
+head of 32002 rows can be packed, too: S rows are stored (`stored_rows`).
+
 N = weights, R = rows, C = columns.
 """
 
@@ -20,25 +23,32 @@ import torch
 from torch.nn import functional
 
 from mixchat.weights.matrix.encode import each_in_threads
-from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE
+from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE, absmax_size
 
 LARGEST = 127  # code
 _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
 
 
+def stored_rows(rows: int, columns: int) -> int:
+    """Return the count of rows that are stored, with those of zeros."""
+    return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
+
+
 def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (int8 [N]) and absmax (bf16 [ceil(N / 64)]), in the layout "bitsandbytes".
+    """Return codes (int8 [S * C]) and absmax (bf16, one a block), in the layout "bitsandbytes".
 
     weight: [R, C], any float type, finite. A code is the nearest for the rounded absmax.
     """
     flat = weight.detach().reshape(-1)
-    codes = torch.empty_like(flat, dtype=torch.int8)
-    absmax = flat.new_empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.bfloat16)
+    rows, columns = weight.shape
+    stored = stored_rows(rows, columns)
+    codes = flat.new_zeros(stored * columns, dtype=torch.int8)
+    absmax = flat.new_zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
     each_in_threads(
         _encode_piece,
         torch.split(flat, _PIECE),
-        torch.split(codes, _PIECE),
-        torch.split(absmax, _PIECE // BLOCKSIZE),
+        torch.split(codes[: len(flat)], _PIECE),
+        torch.split(absmax[: absmax_size(rows, columns)], _PIECE // BLOCKSIZE),
     )
     return codes, absmax
 
@@ -60,20 +70,22 @@ def dequantize(
     """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
     weight = torch.empty(shape, dtype=dtype, device=codes.device)
     start = 0
-    for rows in dequantized_rows(codes, absmax, shape[1], dtype):
+    for rows in dequantized_rows(codes, absmax, shape, dtype):
         weight[start : start + len(rows)] = rows
         start += len(rows)
     return weight
 
 
 def dequantized_rows(
-    codes: torch.Tensor, absmax: torch.Tensor, columns: int, dtype: torch.dtype
+    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
-    """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
+    """Yield the matrix of this shape as `dtype`, some rows at a time. Layout "bitsandbytes"."""
+    rows, columns = shape
     # Blocks continue from row to row; with 64 rows, one ends.
     size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
-    scales = torch.split(absmax, size // BLOCKSIZE)
-    for some, scale in zip(torch.split(codes, size), scales, strict=True):
+    pieces = torch.split(codes[: rows * columns], size)
+    scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
+    for some, scale in zip(pieces, scales, strict=True):
         blocks = _in_blocks(some) * (scale.float() / LARGEST).unsqueeze(-1)
         yield blocks.view(-1)[: len(some)].view(-1, columns).to(dtype)
 
@@ -81,7 +93,10 @@ def dequantized_rows(
 def to_packed_layout(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device."""
+    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device.
+
+    rows: as many as are stored.
+    """
     packed = torch.empty_like(codes)
     _lines(packed, columns).copy_(_pairs(codes, columns))
     scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
@@ -91,7 +106,7 @@ def to_packed_layout(
 def to_bitsandbytes_layout(
     codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
+    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; as `to_packed_layout`."""
     flat = torch.empty_like(codes)
     _pairs(flat, columns).copy_(_lines(codes, columns))
     scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
@@ -104,7 +119,7 @@ def _in_blocks(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a view of "bitsandbytes": [R / 32, C / 2, 32 rows], a pair of codes an element."""
+    """Return a view of "bitsandbytes": [S / 32, C / 2, 32 rows], a pair of codes an element."""
     return codes.view(torch.int16).view(-1, BAND, columns // 2).transpose(1, 2)
 
 

@@ -111,11 +111,11 @@ class Int8Linear:
     Some rows at a time are dequantized to the type of x: there is no such copy of the whole matrix.
     """
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> None:
-        self._codes, self._absmax, self._columns = codes, absmax, columns
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
+        self._codes, self._absmax, self._shape = codes, absmax, shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        pieces = int8.dequantized_rows(self._codes, self._absmax, self._columns, x.dtype)
+        pieces = int8.dequantized_rows(self._codes, self._absmax, self._shape, x.dtype)
         return torch.cat([DenseLinear(piece)(x) for piece in pieces], dim=-1)
 
 
@@ -124,14 +124,16 @@ class PackedLinear:
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
         assert spec.quant_type != "none"
-        self._codes, self._absmax, self._shape = codes, absmax, (spec.rows, spec.columns)
+        self._codes, self._absmax, self._rows = codes, absmax, spec.rows
+        self._shape = (spec.stored_rows, spec.columns)
         self._levels = None if spec.quant_type == "int8" else _level_tables(spec.quant_type)
         self._exact = spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bit.packed_matmul(
+        result = four_bit.packed_matmul(
             x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
         )
+        return result[..., : self._rows].contiguous()
 
 
 @functools.cache
@@ -169,7 +171,14 @@ class LinearSpec:
     def packed(self) -> bool:
         """Return whether the packed layout is requested, and possible for the shape."""
         requested = self.quant_type != "none" and self.layout == "cpu-packed"
-        return requested and nf4.can_pack(self.rows, self.columns)
+        return requested and nf4.can_pack(self.stored_rows, self.columns)
+
+    @property
+    def stored_rows(self) -> int:
+        """Return the count of rows that `tensors` hold: with 8 bits, some more can be of zeros."""
+        if self.quant_type != "int8":
+            return self.rows
+        return int8.stored_rows(self.rows, self.columns)
 
     def arithmetic(self, device: torch.device) -> str:
         """Return a name for how many rows are computed there: alike, they have the same bits.
@@ -189,10 +198,10 @@ class LinearSpec:
         """Return the tensors that hold the matrix, in order (absmax first keeps it aligned)."""
         if self.quant_type == "none":
             return [TensorSpec(f"{self.name}.weight", self.dtype, (self.rows, self.columns))]
-        scales = nf4.absmax_size(self.rows, self.columns)
+        scales = nf4.absmax_size(self.stored_rows, self.columns)
         kind, codes = torch.uint8, nf4.codes_size(self.rows, self.columns)
         if self.quant_type == "int8":
-            kind, codes = torch.int8, self.rows * self.columns
+            kind, codes = torch.int8, self.stored_rows * self.columns
         return [
             TensorSpec(f"{self.name}.absmax", torch.bfloat16, (scales,)),
             TensorSpec(f"{self.name}.codes", kind, (codes,)),
@@ -240,7 +249,7 @@ class LinearSpec:
             reorder = int8.to_packed_layout if packed else int8.to_bitsandbytes_layout
         else:
             reorder = nf4.to_packed_layout if packed else nf4.to_bitsandbytes_layout
-        codes, absmax = reorder(codes, absmax, self.rows, self.columns)
+        codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
         return [absmax, codes]
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
@@ -251,7 +260,7 @@ class LinearSpec:
         if self.packed:
             return PackedLinear(codes, absmax, self)
         if self.quant_type == "int8":
-            return Int8Linear(codes, absmax, self.columns)
+            return Int8Linear(codes, absmax, (self.rows, self.columns))
         return FourBitLinear(codes, absmax, (self.rows, self.columns), self.quant_type)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
