@@ -1,6 +1,6 @@
 """Vector code for CPUs, written in Python and compiled by LLVM on the machine where it runs.
 
-Read emit.py first, then units.py, tile.py and four_bit.py: from single instructions to a product.
+Read emit.py first, then units.py, tile.py and coded.py: from single instructions to a product.
 
 - emit.py: a small language for writing vector code in Python
 - arithmetic.py: functions of numbers that no single instruction computes
@@ -10,7 +10,7 @@ Read emit.py first, then units.py, tile.py and four_bit.py: from single instruct
 - signature.py: the arguments of a kernel
 - units.py: turns codes into numbers and multiplies: AVX2, AVX-512, AVX-512 with bytes
 - tile.py: some rows of a matrix of codes times some tokens, in registers
-- four_bit.py: x times a matrix of 4-bit or 8-bit codes
+- coded.py: x times a matrix of 4-bit or 8-bit codes
 - rows.py: norm, rotation, gating, weighted sums: a token's row in one pass
 - router.py: the best experts of a token
 - pages.py: keys and values in pages

@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from mixchat.kernels import four_bit
+from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.progress import NoProgress
@@ -116,7 +116,7 @@ def without_bytes(logits: Logits) -> Logits:
     """The same, but prompts are multiplied as single tokens are."""
 
     def exact(ids: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(four_bit, "unit_for", lambda instructions, tokens: instructions):
+        with mock.patch.object(coded, "unit_for", lambda instructions, tokens: instructions):
             return logits(ids)
 
     return exact

@@ -11,7 +11,7 @@ import torch
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.errors import CheckpointError
-from mixchat.kernels import four_bit
+from mixchat.kernels import coded
 from mixchat.loading.loader import chunks_are_exact, load_engine
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions, SamplingOptions
@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "no packed layout": ({"intermediate_size": 96}, {}, None),
 }
 
-needs_kernels = pytest.mark.skipif(not four_bit.available(), reason="the kernels need AVX2")
+needs_kernels = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
 
 
 @pytest.fixture(scope="module")

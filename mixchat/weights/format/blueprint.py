@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mixchat.kernels import four_bit, rows
+from mixchat.kernels import coded, rows
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import ALIGNMENT, TensorSpec
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
@@ -225,7 +225,7 @@ class Blueprint:
 
     def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:
         """Return the same model with its codes in the layout that this device computes fastest."""
-        packed = device.type == "cpu" and four_bit.available()
+        packed = device.type == "cpu" and coded.available()
         used = self.in_layout("cpu-packed" if packed else "bitsandbytes")
         return replace(used, exact=exact)
 

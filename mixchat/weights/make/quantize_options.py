@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mixchat import gpu
-from mixchat.kernels import four_bit
+from mixchat.kernels import coded
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout, QuantType, Scales
 from mixchat.weights.source.checkpoint_index import (
@@ -33,7 +33,7 @@ class QuantizeOptions:
 
 def best_layout() -> Layout:
     """Return the layout this machine computes with: a GPU reads bitsandbytes' own."""
-    if gpu.count() or not four_bit.available():
+    if gpu.count() or not coded.available():
         return "bitsandbytes"
     return "cpu-packed"
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mixchat import gpu
 from mixchat.errors import CheckpointError
-from mixchat.kernels import dense, four_bit, rows
+from mixchat.kernels import coded, dense, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
 from mixchat.kernels.units import MANY, UNITS, unit_for
 from mixchat.safetensors import TensorSpec
@@ -130,7 +130,7 @@ class PackedLinear:
         self._exact = spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result = four_bit.packed_matmul(
+        result = coded.packed_matmul(
             x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
         )
         return result[..., : self._rows].contiguous()
@@ -139,7 +139,7 @@ class PackedLinear:
 @functools.cache
 def _level_tables(quant_type: nf4.FourBit) -> torch.Tensor:
     """Return the levels in the form that the kernel reads: the same for every matrix."""
-    return four_bit.level_tables(nf4.LEVELS[quant_type])
+    return coded.level_tables(nf4.LEVELS[quant_type])
 
 
 @dataclass(frozen=True)

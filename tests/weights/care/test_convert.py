@@ -210,7 +210,7 @@ class TestNothingToDo:
         self, installed: Path, monkeypatch: pytest.MonkeyPatch, best: Layout
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(quantize_module.four_bit, "available", lambda: best == "cpu-packed")
+        monkeypatch.setattr(quantize_module.coded, "available", lambda: best == "cpu-packed")
         assert target_layout(installed, None) == best
         assert target_layout(installed, "bitsandbytes") == "bitsandbytes"
 

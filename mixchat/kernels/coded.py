@@ -10,7 +10,7 @@ For 4-bit codes and a few tokens x has 13 bits and a sign: the error against a p
 precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For
 many tokens the limit is computing and not memory; there x has 7 bits and a sign if the CPU
 multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
-9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 4e-5, while rounding the
+9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 2e-5, while rounding the
 weights has cost 6e-3.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
@@ -104,7 +104,7 @@ def packed_matmul(
 @functools.cache
 def _compiled(instructions: InstructionSet, name: UnitName, bf16: bool) -> Compiled:
     """Compile both functions for x in bf16 (`bf16`) or fp32."""
-    module, unit = ir.Module("four_bit"), UNITS[name]
+    module, unit = ir.Module("coded"), UNITS[name]
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _BANDS, 1)
     tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths]

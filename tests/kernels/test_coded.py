@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from mixchat.kernels import four_bit
+from mixchat.kernels import coded
 from mixchat.kernels.compile import has_feature, instruction_set
 from mixchat.kernels.units import MANY, UnitName, unit_for
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.encode import encode_nf4
 
-pytestmark = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
 
 QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4}
-LEVELS = {kind: four_bit.level_tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
+LEVELS = {kind: coded.level_tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
 
 
 # How far a product may be from the exact one: by the bits that x has.
@@ -27,8 +27,8 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Uni
     if request.param == "avx512 bytes" and not has_feature("avx512vnni"):
         pytest.skip("the CPU does not multiply bytes")
     instructions = request.param.split()[0]
-    monkeypatch.setattr(four_bit, "instruction_set", lambda: instructions)
-    monkeypatch.setattr(four_bit, "unit_for", lambda instructions, tokens: request.param)
+    monkeypatch.setattr(coded, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(coded, "unit_for", lambda instructions, tokens: request.param)
     return request.param
 
 
@@ -56,7 +56,7 @@ class Matrix:
         self.codes, self.absmax = nf4.to_packed_layout(codes, absmax, rows, columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bit.packed_matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
+        return coded.packed_matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -111,7 +111,7 @@ def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
         pytest.skip("the CPU has no AVX-512")
     matrix, x = Matrix(96, 256), random(5, 256, seed=1)
     wide = matrix(x)
-    monkeypatch.setattr(four_bit, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
     torch.testing.assert_close(matrix(x), wide, rtol=1e-5, atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_the_largest_possible_sum_does_not_overflow(unit: UnitName) -> None:
     absmax = torch.ones(32, dtype=torch.bfloat16)
     for value in (1.0, -1.0):
         x = torch.full((1, 64), value)
-        result = four_bit.packed_matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
+        result = coded.packed_matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
         torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
 
 

@@ -7,14 +7,14 @@ vectors in halves.
 import pytest
 import torch
 
-from mixchat.kernels import four_bit
+from mixchat.kernels import coded
 from mixchat.kernels.compile import instruction_set
 from mixchat.kernels.emit import Value, i16, i32, vector
 from mixchat.kernels.units import INT8_UNITS, UNITS, Avx512Int8
 from mixchat.weights.matrix import int8
 from mixchat.weights.matrix.linear import LinearSpec
 
-pytestmark = pytest.mark.skipif(not four_bit.available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
 
 WITHIN = 7e-5  # of the result: x has 15 bits and a sign
 TOKENS = (1, 2, 3, 4, 7, 8, 13, 16, 33, 70)
@@ -40,7 +40,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setitem(UNITS, "emulated", Emulated)
         monkeypatch.setitem(INT8_UNITS, instruction_set(), "emulated")
     else:
-        monkeypatch.setattr(four_bit, "instruction_set", lambda: request.param)
+        monkeypatch.setattr(coded, "instruction_set", lambda: request.param)
     return request.param
 
 
@@ -71,7 +71,7 @@ class Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = int8.to_packed_layout(self.codes, self.absmax, *self.shape)
-        return four_bit.packed_matmul(x, *packed, None, self.shape)
+        return coded.packed_matmul(x, *packed, None, self.shape)
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -96,7 +96,7 @@ def test_the_product_is_that_of_the_exact_matrix(
 def test_a_token_has_the_same_bits_alone_and_among_others(
     unit: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(four_bit, "_X_BYTES", 1)  # an item of work has 8 tokens
+    monkeypatch.setattr(coded, "_X_BYTES", 1)  # an item of work has 8 tokens
     matrix, x = Matrix(160, 192), random(70, 192, seed=1)
     together = matrix(x)
     assert torch.equal(together, torch.cat([matrix(row) for row in x.split(1)]))
