@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mixchat.errors import UsageError
 from mixchat.quantities import MemoryBudget
 
 CacheBits = Literal[8, 16]
 DEFAULT_POLICY = "layered"  # of `experts.policies.POLICIES`
+
+
+class DenseBits(NamedTuple):
+    """The bits of a weight of attention and of head, 16, 8 or 4; None: not requested."""
+
+    attention: int | None = None
+    head: int | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def bench(
             metavar="LAYERS",
             min=1,
             max=32,
-            help="Measure LAYERS layers of Mixtral's shapes with random weights, 0.83 GB of disk "
+            help="Measure LAYERS layers of Mixtral's shapes with random weights, 0.79 GB of disk "
             "each, and delete them afterwards.",
         ),
     ] = None,

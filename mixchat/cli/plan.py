@@ -88,10 +88,10 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
     offers = _offers(outlined, options)
     measurement = None
     if not measure_again:
-        measurement = saved_measurement(blueprint, outlined.directory, device)
+        measurement = saved_measurement(fit.computed, outlined.directory, device)
     if measurement is None:
         with status("measuring this machine (about 10 s)"):
-            measurement = measure_machine(blueprint, outlined.directory, device)
+            measurement = measure_machine(fit.computed, outlined.directory, device)
     uses = saved_uses(report_path(outlined.name))
     return plan_model(machine, device, fit, measurement, offers, uses)
 

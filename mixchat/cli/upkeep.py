@@ -10,7 +10,8 @@ import typer
 
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
-from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.flags.dense_bits import parse_dense_bits
+from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.cli.output.failure import confirmed
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
@@ -102,27 +103,51 @@ def convert(
         Literal["cpu-packed", "bitsandbytes"] | None,
         typer.Option(help="The new layout; by default the one that is fastest on this machine."),
     ] = None,
+    dense_bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            autocompletion=one_of("8"),
+            help="8 rounds attention and output head from 16 bits to 8; attention=8 or head=8 only "
+            "one of them. This cannot be undone.",
+            show_default="as they are",
+        ),
+    ] = None,
 ) -> None:
-    """Reorder a model's 4-bit codes for CPU or GPU, losslessly.
+    """Reorder a model's codes for CPU or GPU, losslessly, or round attention and head to 8 bits.
 
     The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
     order that a GPU reads. A model in the other layout runs too, but each expert is reordered
-    whenever it is loaded, which takes a CPU about a second. The same command resumes an interrupted
-    conversion.
+    whenever it is loaded, which takes a CPU about a second.
+
+    --dense-bits 8 makes a model of 16 bits what 'mixchat download' makes by default: smaller and
+    faster. The 16 bits are gone then: only another download brings them back. Both flags together
+    are one conversion. The disk holds one file twice meanwhile. The same command resumes an
+    interrupted conversion.
     """
     from mixchat.weights import models
 
+    bits = parse_dense_bits(dense_bits)
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.convert import convert as convert_model
-    from mixchat.weights.care.convert import target_layout
+    from mixchat.weights.care.convert import find_target
     from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.format.manifest import read_manifest
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        target = target_layout(directory, layout)
-        changed = convert_model(directory, target, progress)
-    say(f"{model} has the layout {target} {'now' if changed else 'already'}")
+        before = read_manifest(directory).quantization
+        target = find_target(directory, layout, bits)
+        convert_model(directory, target, progress)
+    rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
+    if rounded:
+        say(f"{model} has 8 bits in {' and '.join(rounded)} now: that cannot be undone")
+    elif any(bits):
+        say(f"{model} has the requested bits already")
+    if layout or not (rounded or any(bits)):
+        when = "already" if before["layout"] == target.layout else "now"
+        say(f"{model} has the layout {target.layout} {when}")
 
 
 def gc(

@@ -19,6 +19,7 @@ from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 from mixchat.experts.stats import ExpertStats
 from mixchat.options import SamplingOptions
+from mixchat.weights.format.blueprint import Blueprint
 
 # Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.
 PREFILL_CHUNK = 2048
@@ -43,9 +44,9 @@ class Engine:
 
     A prompt that begins like the last one (a chat that continues) is prefilled only from where the
     two differ. `total_tokens` and `total_seconds` count all that the model computed. `note` is
-    called with messages for a person. `identity` differs where the weights do. With `exact_prompts`
-    the tokens of a prompt have the same bits as decoded ones, in chunks of any size. `name` is the
-    model's name for a person.
+    called with messages for a person. `identity` differs where the weights do; `blueprint`
+    is the form in which they are computed. With `exact_prompts` the tokens of a prompt have the
+    same bits as decoded ones, in chunks of any size. `name` is the model's name for a person.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         model: Model,
         cache: KVCache,
         experts: ExpertHolder,
+        blueprint: Blueprint,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         note: Callable[[str], object] = lambda text: None,
@@ -61,7 +63,7 @@ class Engine:
         name: str = "MODEL",
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
-        self.experts, self._name = experts, name
+        self.experts, self.blueprint, self._name = experts, blueprint, name
         self.total_tokens, self.total_seconds = 0, 0.0
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note

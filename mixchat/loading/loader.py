@@ -86,9 +86,9 @@ def _assemble(
     device = devices[0]
     config, stored = installed.config, installed.blueprint
     exact = options.exact_prompts
-    used = stored.computed_on(device, exact=exact)
-    dtype = stored.quantization.dtype
     fit = fit_model(stored, FreeMemory.now(devices), options)
+    used = fit.computed.computed_on(device, exact=exact)
+    dtype = stored.quantization.dtype
     context = fit.context
     workers = connect_workers(installed, options, device, note)
     placement, here, copies = divide_experts(installed, fit.placement, workers)
@@ -112,6 +112,7 @@ def _assemble(
         model,
         new_cache(config, context, dtype, device, options.kv_bits),
         experts,
+        fit.computed,
         prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
         exact_prompts=exact,
         note=note,
@@ -129,8 +130,6 @@ def speed_predictor(
     So it does with workers, whose speed is not measured for it.
     """
     first, *others = choose_devices(device_name)
-    with InstalledModel(directory) as installed:
-        blueprint = installed.blueprint
 
     def predict() -> SpeedRange | None:
         if "worker" in engine.slots_by_tier:
@@ -139,8 +138,8 @@ def speed_predictor(
         elsewhere = held.pop("other-device", 0)
         slots, *behind = held.values()
         spread = tuple(in_proportion(elsewhere, [1 for _ in others])) if elsewhere else ()
-        placement = Placement(slots, sum(behind), blueprint.expert_count, other_slots=spread)
-        return predict_speed(blueprint, directory, first, placement)
+        placement = Placement(slots, sum(behind), engine.blueprint.expert_count, other_slots=spread)
+        return predict_speed(engine.blueprint, directory, first, placement)
 
     return predict
 

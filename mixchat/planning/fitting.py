@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Literal
@@ -69,12 +70,14 @@ class FreeMemory:
 class Fit:
     """The places of a model in the free memory, with the requested options.
 
-    context: its tokens; largest_context: the tokens with which the least of experts still fits.
+    computed: the model as it is in memory (see `fit_model`), in the layout of its files; context:
+    its tokens; largest_context: the tokens with which the least of experts still fits.
     """
 
     blueprint: Blueprint
     free: FreeMemory
     options: LoadOptions
+    computed: Blueprint
     context: int
     largest_context: int
     demand: Demand
@@ -98,11 +101,25 @@ class Fit:
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
-    """Return where the model goes. Raises `UsageError` and `ResourceError` where it cannot."""
+    """Return where the model goes. Raises `UsageError` and `ResourceError` where it cannot.
+
+    What has 8 bits keeps them in memory. On GPUs it is widened to 16, once, where all experts are
+    in their memory all the same: to compute with 8 bits there, they are widened for each token.
+    """
+    wide = blueprint.widened()
+    if free.device is not None and wide != blueprint:
+        with suppress(ResourceError, UsageError):  # it does not fit so
+            fit = _fit(blueprint, wide, free, options)
+            if sum(fit.placement.by_device) == blueprint.expert_count:
+                return fit
+    return _fit(blueprint, blueprint, free, options)
+
+
+def _fit(blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
     context = Context.of(blueprint.config, options.context_size).tokens
     token = cache_bytes(blueprint.config, 1, blueprint.quantization.dtype, options.kv_bits)
     demand = Demand(
-        shared=blueprint.shared_size,
+        shared=computed.shared_size,
         context=context * token,
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
@@ -110,7 +127,7 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> F
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
     largest = min(room // token, blueprint.config.max_position_embeddings)
-    return Fit(blueprint, free, options, context, largest, demand, placement)
+    return Fit(blueprint, free, options, computed, context, largest, demand, placement)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:

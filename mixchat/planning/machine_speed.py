@@ -94,7 +94,7 @@ def calibrate(
 def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a calibration depends on, as a line."""
     layout = blueprint.computed_on(CPU).expert
-    w13 = layout.w13
+    w13, qkv = layout.w13, blueprint.qkv(0)
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
@@ -106,6 +106,7 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "
             f"{'packed' if w13.packed else 'plain'} {layout.stride}",
+            f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
         )
     )
 

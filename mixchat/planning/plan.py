@@ -100,16 +100,16 @@ def plan_model(
 
     offers: those of workers; uses: how often each expert was used, if that is known.
     """
-    blueprint, placement = fit.blueprint, fit.placement
+    computed, placement = fit.computed, fit.placement
     return MachinePlan(
         there,
         device,
         fit,
         measurement,
-        expect(blueprint, device, measurement, placement),
-        first_token(blueprint, device, measurement.typical),
+        expect(computed, device, measurement, placement),
+        first_token(fit.blueprint, device, measurement.typical),
         tuple(_more(device, fit, measurement)),
-        spread_model(blueprint, device, measurement, placement, offers, uses) if offers else None,
+        spread_model(computed, device, measurement, placement, offers, uses) if offers else None,
     )
 
 
@@ -121,7 +121,7 @@ def _more(device: torch.device, fit: Fit, measurement: Measurement) -> Iterator[
     seen = {_counts(fit.placement)}
     for tier, step in steps:
         richer = fit.with_more(tier, step)
-        expected = expect(fit.blueprint, device, measurement, richer.placement)
+        expected = expect(richer.computed, device, measurement, richer.placement)
         if expected.cost is not None and _counts(richer.placement) not in seen:
             yield More(tier, step, richer, expected)
             seen.add(_counts(richer.placement))

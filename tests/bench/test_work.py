@@ -15,7 +15,7 @@ def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets() -> None:
     dense = Blueprint(CONFIG, Quantization())
     attention, head = 4096 * (4096 + 1024 + 1024) + 4096 * 4096, 32000 * 4096
     assert bytes_per_token(dense, 0, None) == 4 * (2 * 93_585_408 + 2 * attention) + 2 * head
-    packed = Blueprint(CONFIG, Quantization(attention=True, head=True))
+    packed = Blueprint(CONFIG, Quantization(attention="nf4", head="nf4"))
     four_bit = (attention * 4 + head) // 2 + (attention * 4 + head) // 64 * 2
     assert bytes_per_token(packed, 0, None) == 4 * 2 * 93_585_408 + four_bit
 

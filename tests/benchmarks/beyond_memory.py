@@ -3,7 +3,7 @@
     python tests/benchmarks/beyond_memory.py WORK [--free GIB ...] [--host-memory SIZE ...]
         [--layers 32] [--tokens 48] [--rounds 2] [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
 
-WORK gets a model with Mixtral's real layer shapes and random weights (0.83 GB a layer), which is
+WORK gets a model with Mixtral's real layer shapes and random weights (0.79 GB a layer), which is
 deleted afterwards. For each count of GiB in --free another process holds what is free beyond that.
 Every figure comes from a process of its own, one after the other, in rounds, so that what else the
 machine does strikes all alike.

@@ -161,7 +161,7 @@ def installed(checkpoint: Path, target: Path, options: QuantizeOptions) -> Bluep
 def sizes(blueprint: Blueprint, expert_bits: float | None = None) -> tuple[float, float]:
     """Bits a weight of the whole model and of its experts, unless these are given."""
     config = blueprint.config
-    how = replace(blueprint.quantization, quant_type="none", attention=False, head=False)
+    how = replace(blueprint.quantization, quant_type="none", attention="none", head="none")
     shared = Blueprint(config, how).shared_size / 2  # weights, of two bytes
     expert = 3 * config.hidden_size * config.intermediate_size
     expert_bits = expert_bits or 8 * blueprint.expert.nbytes / expert
@@ -175,10 +175,11 @@ def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
     dense = QuantizeOptions(quant_type="none")
     made = {
         BF16: dense,
-        NF4: QuantizeOptions(scales="absmax"),
-        "NF4, searched scales": QuantizeOptions(scales="search"),
-        "NF4, attention too": QuantizeOptions(scales="absmax", attention=True),
-        "NF4, attention and head too": QuantizeOptions(scales="absmax", attention=True, head=True),
+        NF4: QuantizeOptions(attention=16, head=16),
+        "NF4, searched scales": QuantizeOptions(scales="search", attention=16, head=16),
+        "NF4, the default: attention and head in 8 bits": QuantizeOptions(),
+        "NF4, attention too": QuantizeOptions(attention=4, head=16),
+        "NF4, attention and head too": QuantizeOptions(attention=4, head=4),
     }
     for number, (name, options) in enumerate(made.items()):
         target = work / f"installed-{number}"

@@ -3,7 +3,7 @@
     python tests/benchmarks/workers.py WORK [--layers 16] [--workers 1 2 3] [--links 1:0.2 ...]
         [--rounds 3] [--tokens 24] [--prompt 512] [--keep]
 
-WORK gets a model with Mixtral's real layer shapes and random weights (0.83 GB a layer), one copy
+WORK gets a model with Mixtral's real layer shapes and random weights (0.79 GB a layer), one copy
 for all, which is deleted afterwards, and `workers.json` with every figure. A link of `1:0.2` has
 1 Gb/s and a round trip of 0.2 ms; see `network.py`, which says what it needs.
 

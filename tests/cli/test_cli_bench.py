@@ -42,7 +42,10 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
     done = run(mixchat, tiny)
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
-    assert lines[1] == "2 layers of 4 experts, 2 a token; experts in nf4"
+    assert (
+        lines[1]
+        == "2 layers of 4 experts, 2 a token; experts in nf4, attention in int8, head in int8"
+    )
     assert lines[2] == "Limits: memory 1.0 GB/s, matrix products 0.00 TFLOP/s, disk 3.0 GB/s"
     assert lines[3].startswith("Cold start: first token after ")
     head, decode, prompt = lines[5:]

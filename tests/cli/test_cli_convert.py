@@ -115,9 +115,40 @@ def test_damage_is_named(mixchat, installed):
 
 def test_nothing_in_4_bits_is_refused(mixchat, installed, tiny_checkpoint, install):
     shutil.copytree(install(tiny_checkpoint, quant_type="none"), installed.parent / "dense")
-    done = mixchat("convert", "dense")
+    for flags in ((), ("--dense-bits", "8")):
+        done = mixchat("convert", "dense", *flags)
+        assert done.returncode == 2
+        (line,) = lines_of(done)
+        assert line == "error: 'dense' has no weights in 4 bits: there is nothing to convert"
+
+
+def test_16_bits_become_8_which_is_said_to_be_final(
+    mixchat, installed, both, tiny_checkpoint, install
+):
+    made = install(tiny_checkpoint, layout="bitsandbytes", attention=16, head=16)
+    shutil.copytree(made, installed.parent / "wide")
+    done = mixchat("convert", "wide", "--dense-bits", "attention=8")
+    assert (done.stdout, done.returncode) == (b"", 0)
+    assert lines_of(done)[-1] == "wide has 8 bits in attention now: that cannot be undone"
+    done = mixchat("convert", "wide", "--dense-bits", "8", "--layout", "cpu-packed")
+    assert lines_of(done)[-2:] == [
+        "wide has 8 bits in head now: that cannot be undone",
+        "wide has the layout cpu-packed now",
+    ]
+    assert same(installed.parent / "wide", both["cpu-packed"])
+    done = mixchat("convert", "wide", "--dense-bits", "8")
+    assert lines_of(done) == ["wide has the requested bits already"]
+    assert mixchat("verify", "wide").returncode == 0
+
+
+@pytest.mark.parametrize("bits", ["16", "4", "head=16", "attention=8,head=4"])
+def test_8_bits_stay_8(mixchat, installed, both, bits):
+    done = mixchat("convert", "mine", "--dense-bits", bits)
+    error, hint = lines_of(done)
     assert done.returncode == 2
-    assert lines_of(done)[0] == ("error: 'dense' has no weights in 4 bits, so no layout to change")
+    assert error.endswith("has 8 bits: only 16 can be converted, and only to 8")
+    assert hint.startswith("hint: Download the model again")
+    assert same(installed, both["bitsandbytes"])
 
 
 def test_one_in_use_is_refused(mixchat, installed):

@@ -11,6 +11,7 @@ from tiny_tokenizer import write_tokenizer
 from mixchat import machine
 from mixchat.errors import HubError
 from mixchat.progress import progress_bar
+from mixchat.weights.make.quantize_options import QuantizeOptions
 
 
 @pytest.fixture
@@ -47,26 +48,26 @@ def home_of(environment):
 
 
 def test_its_flags_are_passed_on(mixchat, calls):
-    flags = ("--name", "mine", "--revision", "abc", "--quantize-attention", "--quantize-head")
+    flags = ("--name", "mine", "--revision", "abc", "--dense-bits", "4")
     done = mixchat("download", "org/name", *flags, "--keep-source", "--scales", "search")
     assert (done.stdout, done.returncode) == (b"", 0)
     (request,) = calls
     ref, options = request.ref, request.options
     assert (ref.repo, ref.key, request.revision) == ("org/name", "mine", "abc")
     assert request.keep_source
-    assert (options.quant_type, options.attention, options.head) == ("nf4", True, True)
+    assert (options.quant_type, options.attention, options.head) == ("nf4", 4, 4)
     assert options.scales == "search"
     lines = done.stderr.decode().splitlines()
     assert lines[:2] == ["quantizing: 1 kB", "quantizing: 1 kB in less than 1 s"]
     assert lines[2].startswith("mine is ready in ")
 
 
-def test_the_experts_alone_are_quantized_unless_requested(mixchat, calls):
+def test_without_flags_it_takes_the_defaults(mixchat, calls):
     mixchat("download", "demo")
     (request,) = calls
     options = request.options
-    assert (options.quant_type, options.attention, options.head) == ("nf4", False, False)
-    assert (options.scales, request.keep_source, request.revision) == ("absmax", False, None)
+    assert options == QuantizeOptions()
+    assert (request.keep_source, request.revision) == (False, None)
 
 
 def test_an_error_comes_after_its_bar_is_closed(mixchat, monkeypatch):
@@ -91,10 +92,56 @@ def test_ctrl_c_says_that_the_same_command_resumes(mixchat, monkeypatch):
     assert b"the same command resumes" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--quantize-attention", "--quantize-head"])
-def test_4_bits_for_a_part_of_what_stays_unquantized_are_refused(mixchat, calls, flag):
-    done = mixchat("download", "org/name", "--quant-type", "none", flag)
+@pytest.mark.parametrize(
+    ("value", "attention", "head"),
+    [
+        ("16", 16, 16),
+        ("8", 8, 8),
+        (" 4 ", 4, 4),
+        ("attention=8,head=16", 8, 16),
+        ("head=4, attention=16", 16, 4),
+        ("head=16", None, 16),
+        ("attention = 4", 4, None),
+    ],
+)
+def test_dense_bits_are_for_all_or_for_each(mixchat, calls, value, attention, head):
+    assert mixchat("download", "org/name", "--dense-bits", value).returncode == 0
+    (request,) = calls
+    assert (request.options.attention, request.options.head) == (attention, head)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", "has to be 16, 8 or 4, not ''"),
+        ("5", "has to be 16, 8 or 4, not '5'"),
+        ("8.0", "has to be 16, 8 or 4"),
+        ("attention=", "has to be 16, 8 or 4, not ''"),
+        ("8,head=16", "the parts are attention and head"),
+        ("experts=8", "the parts are attention and head"),
+        ("head=8,head=8", "names 'head' twice"),
+        ("head=8,", "the parts are attention and head"),
+    ],
+)
+def test_dense_bits_that_cannot_be_are_refused_in_one_line(mixchat, calls, value, said):
+    done = mixchat("download", "org/name", "--dense-bits", value)
     assert (done.returncode, calls) == (2, [])
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: --dense-bits ")
+    assert said in line
+
+
+@pytest.mark.parametrize("bits", ["8", "4", "attention=8", "attention=16,head=4"])
+def test_fewer_bits_for_a_part_of_what_stays_unquantized_are_refused(mixchat, calls, bits):
+    done = mixchat("download", "org/name", "--quant-type", "none", "--dense-bits", bits)
+    assert (done.returncode, calls) == (2, [])
+    assert b"leaves the attention and the head unquantized, too" in done.stderr
+
+
+def test_16_bits_for_what_stays_unquantized_are_no_contradiction(mixchat, calls):
+    flags = ("--quant-type", "none", "--dense-bits", "16")
+    assert mixchat("download", "org/name", *flags).returncode == 0
+    assert calls[0].options == QuantizeOptions("none", 16, 16)
 
 
 @pytest.mark.parametrize("content", [None, b"{", b'{"a": 1}'])

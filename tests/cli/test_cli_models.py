@@ -21,8 +21,8 @@ QUANTIZATION = {
     "blocksize": 64,
     "scales": "absmax",
     "layout": "bitsandbytes",
-    "attention": False,
-    "head": True,
+    "attention": "none",
+    "head": "nf4",
     "dtype": "bfloat16",
 }
 

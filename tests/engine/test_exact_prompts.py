@@ -25,7 +25,7 @@ FREE = SamplingOptions(temperature=1.0, seed=11)
 # Forms of an installed model and of its cache: each takes other ways through the kernels.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "nf4": ({}, {}, None),
-    "attention in nf4": ({}, {"attention": True}, None),
+    "attention in nf4": ({}, {"attention": 4}, None),
     "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, None),
     "dense in fp32": ({}, {"quant_type": "none"}, None),
     "8-bit cache": ({}, {}, 8),

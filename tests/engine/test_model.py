@@ -160,7 +160,7 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
 
 
-@pytest.mark.parametrize("quantized", [{"attention": True}, {"head": True}])
+@pytest.mark.parametrize("quantized", [{"attention": 4}, {"head": 4}])
 def test_attention_and_head_in_4_bits_stay_close(
     quantized: dict[str, bool], tiny_checkpoint: Path, install: Callable[..., Path]
 ) -> None:

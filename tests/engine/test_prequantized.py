@@ -97,7 +97,7 @@ def test_no_code_is_changed(
     source = load_file(shard)
     with InstalledModel(install(quantized, layout="bitsandbytes")) as installed:
         assert installed.manifest.quantization["quant_type"] == kind
-        assert installed.manifest.quantization["attention"]
+        assert installed.manifest.quantization["attention"] == kind
         layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
         installed.read_expert(1, 2, block)
@@ -124,8 +124,8 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
     for path in quantized.glob("model*"):
         path.unlink()
     save_file(tensors, quantized / "model.safetensors")
-    with InstalledModel(install(quantized)) as installed:
-        assert not installed.manifest.quantization["attention"]
+    with InstalledModel(install(quantized, attention=16)) as installed:
+        assert installed.manifest.quantization["attention"] == "none"
         o = installed.tensor(installed.blueprint.o(0).tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
         assert torch.equal(o, expected)

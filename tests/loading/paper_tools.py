@@ -54,8 +54,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16": {"quant_type": "none", "stored_as": "float16"},
     "nf4": {"layout": "bitsandbytes"},
     "nf4, reordered": {"layout": "cpu-packed"},
-    "all in nf4": {"layout": "bitsandbytes", "attention": True, "head": True},
-    "all in nf4, reordered": {"layout": "cpu-packed", "attention": True, "head": True},
+    "16 bits": {"layout": "bitsandbytes", "attention": 16, "head": 16},
+    "all in nf4": {"layout": "bitsandbytes", "attention": 4, "head": 4},
+    "all in nf4, reordered": {"layout": "cpu-packed", "attention": 4, "head": 4},
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}  # relative; in 4 bits, kernels of CPUs round differently
 
@@ -67,9 +68,13 @@ def load(
     note: Note = lambda text: None,
     *,
     others: Sequence[int] = (),
+    more: int = 0,
     **options: Any,
 ) -> Engine:
-    """An engine with so many slots on the first GPU, in RAM, and on each of the other GPUs."""
+    """An engine with so many slots on the first GPU, in RAM, and on each of the other GPUs.
+
+    more: bytes of the first GPU beyond what that takes.
+    """
     demand = demand_of(case, options.get("kv_bits"))
     shared = demand.shared + demand.context
     return load_engine(
@@ -77,7 +82,7 @@ def load(
         LoadOptions(
             host_memory=MemoryBudget(size=host * demand.expert),
             device_memory=(
-                MemoryBudget(size=shared + slots * demand.expert),
+                MemoryBudget(size=shared + slots * demand.expert + more),
                 *(MemoryBudget(size=count * demand.expert) for count in others),
             ),
             context_size=CONTEXT,

@@ -69,9 +69,9 @@ def test_a_model_installed_for_another_machine_is_reordered_when_loaded(
         )
         return list(ids)
 
-    installed = install(tiny_checkpoint, layout=layout, attention=True, head=True)
+    installed = install(tiny_checkpoint, layout=layout, attention=4, head=4)
     assert json.loads((installed / "mixchat.json").read_text())["quantization"]["layout"] == layout
-    assert text(installed) == text(install(tiny_checkpoint, attention=True, head=True))
+    assert text(installed) == text(install(tiny_checkpoint, attention=4, head=4))
 
 
 @pytest.mark.gpu
@@ -147,7 +147,8 @@ def test_no_speed_is_predicted_with_workers_whose_speed_is_not_known(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mixchat.loading.loader.predict_speed", lambda *given: 1.0)
-    engine: Any = SimpleNamespace(slots_by_tier={"host": 4})
+    blueprint = SimpleNamespace(expert_count=8)
+    engine: Any = SimpleNamespace(slots_by_tier={"host": 4}, blueprint=blueprint)
     predict = speed_predictor(tiny_model, "cpu", engine)
     assert predict() == 1.0
     engine.slots_by_tier["worker"] = 4

@@ -197,6 +197,29 @@ def test_a_model_takes_the_memory_that_it_was_said_to_take(
     assert FreeMemory.now([engine.device]).device == info[0] == info[1] - before - taken
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
+def test_8_bits_are_widened_where_all_experts_fit_beside_that(
+    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+) -> None:
+    before, _ = settled(paper)
+    engine = load(case(kind), EXPERTS, more=1_000_000)
+    assert engine.blueprint == case(kind).blueprint.widened()
+    demand, wide = demand_of(case(kind)), engine.blueprint.shared_size
+    assert wide > demand.shared
+    taken = paper.memory(engine.device).taken - before
+    assert wide + EXPERTS * demand.expert <= taken <= wide + demand.context + 500_000
+    assert apart(logits(engine), case(kind).expected) < 0.03
+
+
+@pytest.mark.parametrize(("slots", "more"), [(EXPERTS, 0), (EXPERTS - 1, 1000)])
+def test_8_bits_stay_where_they_are_needed_for_experts(
+    paper: PaperRuntime, case: Callable[[str], Case], slots: int, more: int
+) -> None:
+    engine = load(case("nf4"), slots, more=more)
+    assert engine.blueprint == case("nf4").blueprint
+    assert engine.experts.slots == slots
+
+
 def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hosts(
     paper: PaperRuntime, case: Callable[[str], Case]
 ) -> None:

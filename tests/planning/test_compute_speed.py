@@ -13,7 +13,7 @@ from mixchat.planning import compute_speed
 from mixchat.planning.compute_speed import layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import Linear, LinearSpec
+from mixchat.weights.matrix.linear import Linear, LinearSpec, QuantType
 
 CPU = torch.device("cpu")
 
@@ -89,9 +89,9 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(
     assert before == [compute_speed._CONTEXT] * 3
 
 
-@pytest.mark.parametrize("attention", [False, True], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("attention", ["none", "int8", "nf4"])
 def test_its_attention_is_of_the_models_shape_and_kind(
-    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch, attention: bool
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch, attention: QuantType
 ) -> None:
     built: list[LinearSpec] = []
     build = LinearSpec.build
@@ -106,4 +106,4 @@ def test_its_attention_is_of_the_models_shape_and_kind(
     layer_probe(changed, CPU)()
     used = changed.computed_on(CPU)
     assert built == [used.qkv(0), used.o(0)] * compute_speed._COPIES
-    assert {spec.quant_type for spec in built} == {"nf4" if attention else "none"}
+    assert {spec.quant_type for spec in built} == {attention}

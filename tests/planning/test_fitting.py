@@ -9,6 +9,7 @@ from mixchat.experts.placement import Demand
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions
 from mixchat.planning.fitting import Fit, FreeMemory, fit_model
+from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
@@ -33,3 +34,52 @@ def test_a_context_is_at_most_8192_tokens_unless_asked_for() -> None:
     for size in (0, 1, 32769):
         with pytest.raises(UsageError, match="2 to 32768"):
             fitted(MODEL, size)
+
+
+EIGHT_BITS = Blueprint(MODEL, Quantization(attention="int8", head="int8"))
+
+
+def test_8_bits_take_half_of_the_attention_and_the_head() -> None:
+    """1,473,249,280 weights: 2 bytes each, or 1 and a bf16 scale for each 64."""
+    fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9), LoadOptions())
+    assert fit.demand.shared == 3_211_272_192 - 1_473_249_280 + 1_473_249_280 // 32
+    assert fit.computed == fit.blueprint == EIGHT_BITS
+
+
+@pytest.mark.parametrize(
+    ("free", "slots", "bits"), [(40, 256, 16), (28.6, 256, 8), (29.7, 256, 16), (12, 87, 8)]
+)
+def test_a_gpu_widens_8_bits_where_all_experts_fit_all_the_same(
+    free: float, slots: int, bits: int
+) -> None:
+    """With 28.6 GB and 1.14 left free, experts and context leave 2.4 of the 3.2 it would take."""
+    fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, int(free * 10**9)), LoadOptions())
+    assert fit.placement.slots == slots
+    assert fit.computed.quantization.attention == ("none" if bits == 16 else "int8")
+    assert fit.demand.shared == fit.computed.shared_size
+    assert fit.demand.shared == (3_211_272_192 if bits == 16 else 1_784_061_952)
+    assert fit.blueprint == EIGHT_BITS
+
+
+def test_a_gpu_too_small_for_16_bits_holds_8() -> None:
+    options = LoadOptions(device_memory=(MemoryBudget(size=3_200_000_000),))
+    fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, 24 * 10**9), options)
+    assert fit.computed == EIGHT_BITS
+    with pytest.raises(UsageError, match="too small"):
+        fit_model(Blueprint(MODEL, Quantization()), fit.free, options)
+
+
+def test_more_memory_of_a_gpu_widens_the_stored_model() -> None:
+    fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, 24 * 10**9), LoadOptions())
+    assert fit.computed == EIGHT_BITS
+    more = fit.with_more("device", 16 * 10**9)
+    assert more.computed == EIGHT_BITS.widened() != EIGHT_BITS
+    assert more.with_more("device", -(16 * 10**9)).computed == EIGHT_BITS
+
+
+def test_a_head_apart_from_the_embedding_it_is_tied_to_is_not_widened() -> None:
+    """It would become the embedding, which was not rounded: another model."""
+    tied = Blueprint(replace(MODEL, tie_word_embeddings=True), EIGHT_BITS.quantization).widened()
+    assert tied.quantization.attention == "none"
+    assert tied.head is not None
+    assert tied.head.quant_type == "int8"

@@ -28,8 +28,8 @@ QUANTIZATION = {
     "blocksize": 64,
     "scales": "absmax",
     "layout": "bitsandbytes",
-    "attention": False,
-    "head": False,
+    "attention": "none",
+    "head": "none",
     "dtype": "bfloat16",
 }
 CONFIG = {

@@ -13,6 +13,7 @@ from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench, BenchTask
+    from mixchat.weights.format.blueprint import Quantization
 
 _COLOURS = ("#2a788e", "#e0e0e0", "#a5db36")
 
@@ -102,10 +103,18 @@ def _machine(bench: Bench) -> str:
 
 def _model(bench: Bench) -> str:
     config, how = bench.blueprint.config, bench.blueprint.quantization
-    parts = ["experts", *(["attention"] if how.attention else []), *(["head"] if how.head else [])]
     return (
         f"{config.num_hidden_layers} layers of {config.num_local_experts} experts, "
-        f"{config.num_experts_per_tok} a token; {', '.join(parts)} in {how.quant_type}"
+        f"{config.num_experts_per_tok} a token; {_forms(how)}"
+    )
+
+
+def _forms(how: Quantization) -> str:
+    """Return the types of the matrices."""
+    kinds = {"experts": how.quant_type, "attention": how.attention, "head": how.head}
+    dense = str(how.dtype).removeprefix("torch.")
+    return ", ".join(
+        f"{part} in {dense if kind == 'none' else kind}" for part, kind in kinds.items()
     )
 
 

@@ -46,8 +46,8 @@ def model_as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> s
         ("experts", str(how["quant_type"])),
         ("scales", str(how["scales"])),
         ("layout", str(how["layout"])),
-        ("attention", str(how["quant_type"] if how["attention"] else how["dtype"])),
-        ("head", str(how["quant_type"] if how["head"] else how["dtype"])),
+        ("attention", _form(how, "attention")),
+        ("head", _form(how, "head")),
         ("dtype", f"{how['dtype']}{rounded}"),
         ("layers", str(config.num_hidden_layers)),
         (
@@ -84,10 +84,15 @@ def model_as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> d
         "weight_bytes": manifest.size,
         "scales": how["scales"],
         "layout": how["layout"],
-        "attention": how["quant_type"] if how["attention"] else how["dtype"],
-        "head": how["quant_type"] if how["head"] else how["dtype"],
+        "attention": _form(how, "attention"),
+        "head": _form(how, "head"),
         "layers": config.num_hidden_layers,
         "experts_per_layer": config.num_local_experts,
         "experts_per_token": config.num_experts_per_tok,
         "hidden_size": config.hidden_size,
     }
+
+
+def _form(how: dict[str, Any], part: str) -> str:
+    """Return the type of the weights of attention or head, as a word."""
+    return str(how["dtype"] if how[part] == "none" else how[part])

@@ -176,7 +176,8 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
         f"{format_size(demand.experts * demand.expert)}: {each}, {of_a_layer} in each of "
         f"{config.num_hidden_layers} layers",
     )
-    yield "shared", f"{format_size(demand.shared)}: the weights that every token needs"
+    wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
+    yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
     yield "context", f"{format_size(demand.context)} for {_count(plan.fit.context, 'token')}"
     when = "installed" if found.installed else "once it is downloaded"
     yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"

@@ -1,16 +1,18 @@
-"""Rewrites the 4-bit codes of an installed model in their other layout, losslessly, file by file.
+"""Rewrites an installed model in another form, file by file.
 
-For each file that changes, a new one is written in `conversion/`, a directory inside the model's,
-recorded in the journal there with the SHA-256s of its tensors, and moved over the old one. So each
-file is complete at every moment, and `half_converted.py` can tell its layout. The manifest comes
-last. The disk has to hold one file more, not a second model.
+The codes get their other layout, losslessly; or attention and head are rounded from 16 bits to 8,
+as a download rounds them. For each file that changes, a new one is written in `conversion/`, a
+directory inside the model's, recorded in the journal there with the SHA-256s of its tensors, and
+moved over the old one. So each file is complete at every moment, and `half_converted.py` can tell
+its form. The manifest comes last. The disk has to hold one file more, not a second model.
 
-A model that has `conversion/` cannot be loaded, because its manifest names one layout only.
+A model that has `conversion/` cannot be loaded, because its manifest names one form only.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,65 +21,113 @@ import torch
 from mixchat import machine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
 from mixchat.files import rename_durably, temporary_path
+from mixchat.options import DenseBits
 from mixchat.progress import Progress, Task, progress_bar
 from mixchat.quantities import format_least, format_size
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 from mixchat.weights.care.half_converted import (
-    both_layouts,
     conversion_head,
+    manifest_of_files,
+    new_sizes,
     read_half_converted,
     with_digests,
 )
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization
+from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal, read_journal
 from mixchat.weights.format.manifest import (
     CONVERSION_DIR,
+    FORMAT,
     Manifest,
     check_sizes,
     read_manifest,
     repair_hint,
     write_manifest,
 )
-from mixchat.weights.make.parts import Part
-from mixchat.weights.make.quantize_options import best_layout
-from mixchat.weights.matrix.linear import Layout
+from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.make.quantize_options import best_layout, dense_type
+from mixchat.weights.matrix.linear import Layout, QuantType
 
 _SMALL_FILES = 4_000_000  # bytes: journal and manifests
 
 
-def target_layout(directory: Path, asked: Layout | None) -> Layout:
-    """Return the layout to convert to: an unfinished conversion's, the requested one, or the best.
+def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quantization:
+    """Return the form to convert to: an unfinished conversion's, or the requested one.
 
-    The best one is what this machine computes fastest. Raises `UsageError` where the layout asked
-    for is not that of an unfinished conversion.
+    With neither a layout nor bits, it has the layout that this machine computes fastest. Raises
+    `UsageError` where no matrix is in 4 bits, for bits that a conversion cannot give, and for
+    another form than that of an unfinished conversion.
     """
-    unfinished = read_half_converted(directory)
-    if unfinished is None:
-        return asked or best_layout()
-    if asked not in (None, unfinished.layout):
+    manifest = read_manifest(directory)
+    now = Quantization.from_description(manifest.quantization)
+    if now.quant_type == "none":
         raise UsageError(
-            f"a conversion of {directory.name!r} to the layout {unfinished.layout} was interrupted",
+            f"{directory.name!r} has no weights in 4 bits: there is nothing to convert"
+        )
+    unfinished = read_half_converted(directory, manifest)
+    if unfinished is not None:
+        return _same(directory, unfinished.target, layout, bits)
+    if not any(bits):
+        layout = layout or best_layout()
+    return replace(
+        now,
+        layout=layout or now.layout,
+        attention=_rounded(directory, "attention", now.attention, bits.attention),
+        head=_rounded(directory, "head", now.head, bits.head),
+    )
+
+
+def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
+    """Return the type that a part gets. Raises `UsageError` where a conversion cannot give it."""
+    has = {"none": 16, "int8": 8}.get(stored, 4)
+    if bits in (None, has):
+        return stored
+    if (has, bits) == (16, 8):
+        return "int8"
+    raise UsageError(
+        f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to 8",
+        hint="Download the model again, under another name (--name) or after 'mixchat rm'.",
+    )
+
+
+def _same(
+    directory: Path, target: Quantization, layout: Layout | None, bits: DenseBits
+) -> Quantization:
+    """Return the form of the unfinished conversion. Raises `UsageError` if another is requested."""
+
+    def type_of(bits: int | None, stored: QuantType) -> QuantType:
+        return dense_type(bits, target.quant_type) if bits else stored
+
+    requested = replace(
+        target,
+        layout=layout or target.layout,
+        attention=type_of(bits.attention, target.attention),
+        head=type_of(bits.head, target.head),
+    )
+    if requested != target:
+        form = f"layout {target.layout}, attention {target.attention}, head {target.head}"
+        raise UsageError(
+            f"a conversion of {directory.name!r} was interrupted: to {form}",
             hint=f"Finish it first: mixchat convert {directory.name}",
         )
-    return unfinished.layout
+    return target
 
 
-def convert(directory: Path, layout: Layout, progress: Progress) -> bool:
-    """Convert an installed model to this layout, or resume that; False where it has it already.
+def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
+    """Convert an installed model to what `find_target` returned; False where it is so already.
 
-    Raises `UsageError` where no matrix is in 4 bits, `CheckpointError` where a file is not what the
-    manifest says, `ResourceError` where the disk has no room for one file more. After a failure the
+    Resumes an unfinished conversion. Raises `CheckpointError` where a file is not what the manifest
+    says, `ResourceError` where the disk has no room for one file more. After a failure the
     converted files stay converted and the next call resumes; if there are none, the model is as
     before.
     """
     manifest = read_manifest(directory)
-    check_sizes(directory, manifest)
-    if manifest.quantization["quant_type"] == "none":
-        raise UsageError(f"{directory.name!r} has no weights in 4 bits, so no layout to change")
-    if manifest.quantization["layout"] == layout and not (directory / CONVERSION_DIR).exists():
+    check_sizes(directory, manifest_of_files(directory, manifest))
+    changes = manifest.quantization != target.description()
+    if not changes and not (directory / CONVERSION_DIR).exists():
         return False
-    _Converter(directory, layout, manifest, progress).run()
+    _Converter(directory, target, manifest, progress).run()
     return True
 
 
@@ -85,14 +135,17 @@ class _Converter:
     """One run of a conversion, which may resume that of an earlier one."""
 
     def __init__(
-        self, directory: Path, layout: Layout, manifest: Manifest, progress: Progress
+        self, directory: Path, target: Quantization, manifest: Manifest, progress: Progress
     ) -> None:
         self._directory, self._work = directory, directory / CONVERSION_DIR
         self._manifest, self._progress = manifest, progress
-        blueprint = installed_blueprint(directory, manifest)
-        self._head = conversion_head(layout)
-        self._description = blueprint.in_layout(layout).quantization.description()
-        self._files = _files_that_change(blueprint, layout)
+        self._old = installed_blueprint(directory, manifest_of_files(directory, manifest))
+        self._new = replace(self._old, quantization=target)
+        self._sizes = {name: layout.size for name, layout in file_layouts(self._new).items()}
+        unfinished = read_half_converted(directory, manifest)
+        fresh = conversion_head(target, self._sizes[SHARED_FILE])
+        self._head = unfinished.head if unfinished else fresh
+        self._files = _files_that_change(self._old, self._new)
 
     def run(self) -> None:
         """Convert the files that are not converted yet, then write the manifest."""
@@ -107,15 +160,21 @@ class _Converter:
             if not journal.made:  # no file has changed: the model can be used
                 self._finish()
             raise
-        write_manifest(
-            self._directory,
-            replace(with_digests(self._manifest, journal.made), quantization=self._description),
-        )
+        write_manifest(self._directory, self._converted(journal))
         self._finish()
 
+    def _converted(self, journal: Journal) -> Manifest:
+        """Return the manifest of the converted model."""
+        before, after = self._manifest.quantization, self._new.quantization.description()
+        same = all(before[part] == after[part] for part in ("attention", "head"))
+        return replace(
+            with_digests(self._manifest, journal.made, new_sizes(self._head)),
+            quantization=after,
+            format=self._manifest.format if same else FORMAT,
+        )
+
     def _check_disk(self, todo: set[str]) -> None:
-        sizes = self._manifest.sizes
-        needed = max((sizes[name] for name in todo), default=0) + _SMALL_FILES
+        needed = max((self._sizes[name] for name in todo), default=0) + _SMALL_FILES
         free = machine.free_disk(self._directory)
         if needed > free:
             raise ResourceError(
@@ -157,19 +216,18 @@ class _Converter:
         rename_durably(self._work / name, self._directory / name)
 
     def _rewrite(self, name: str, task: Task) -> dict[str, str]:
-        """Write a file in the new layout; return the SHA-256 in hex of each of its tensors."""
-        both, digests = self._files[name], {}
-        specs = [spec for old, _ in both for spec in old.tensors]
+        """Write a file in the new form; return the SHA-256 in hex of each of its tensors."""
+        digests: dict[str, str] = {}
         with (
             SafetensorsFile(self._directory / name) as file,
-            SafetensorsWriter(self._work / name, specs) as writer,
+            SafetensorsWriter(self._work / name, self._new.files()[name]) as writer,
         ):
-            if file.header.specs != specs:
+            if file.header.specs != self._old.files()[name]:
                 raise CheckpointError(
                     f"{file.path}: its tensors are not those of this model",
                     hint=repair_hint(self._directory),
                 )
-            for old, new in both:
+            for old, new in self._files[name]:
                 for spec, tensor in zip(new.tensors, self._made(file, old, new), strict=True):
                     writer.write(spec.name, tensor)
                     digests[spec.name] = tensor_sha256(tensor)
@@ -186,17 +244,35 @@ class _Converter:
                     f"{file.path}: {spec.name} is damaged (its SHA-256 differs)",
                     hint=repair_hint(self._directory),
                 )
-        if old.linear is not None and new.linear is not None:
-            old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
+        if new.linear is None:
+            return tensors
+        if old.linear is None or old.linear.quant_type != new.linear.quant_type:
+            return new.linear.encode(tensors[0])
+        old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
         return tensors
 
 
-def _files_that_change(blueprint: Blueprint, layout: Layout) -> dict[str, list[tuple[Part, Part]]]:
-    """Return the parts, before and after, of each file with a matrix that has to be reordered."""
+def _files_that_change(old: Blueprint, new: Blueprint) -> dict[str, list[tuple[Part, Part]]]:
+    """Return the parts, before and after, of each file with a matrix that changes."""
     files: dict[str, list[tuple[Part, Part]]] = {}
     changed = set()
-    for old, new in both_layouts(blueprint, layout):
-        files.setdefault(old.file, []).append((old, new))
-        if old.linear and new.linear and old.linear.packed != new.linear.packed:
-            changed.add(old.file)
+    for before, after in _both_forms(old, new):
+        files.setdefault(after.file, []).append((before, after))
+        if before.tensors != after.tensors or _packed(before) != _packed(after):
+            changed.add(after.file)
     return {name: both for name, both in files.items() if name in changed}
+
+
+def _both_forms(old: Blueprint, new: Blueprint) -> Iterator[tuple[Part, Part]]:
+    """Yield each part of the new form behind the part of the old one that it is made of.
+
+    A head that gets a matrix of its own is made of the embedding.
+    """
+    before = {(part.sources, part.linear is None): part for part in parts(old)}
+    for after in parts(new):
+        same = before.get((after.sources, after.linear is None))
+        yield same or before[after.sources, True], after
+
+
+def _packed(part: Part) -> bool:
+    return part.linear is not None and part.linear.packed

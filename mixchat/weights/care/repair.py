@@ -48,7 +48,8 @@ def _repair_weights(
 ) -> None:
     """Rebuild the parts with damaged tensors; opening a file repairs its header and its size."""
     blueprint, index = installed_blueprint(directory, manifest), checkpoint.index
-    damaged = [part for part in parts_of_files(directory, blueprint) if _is_damaged(part, damages)]
+    every = parts_of_files(directory, manifest, blueprint)
+    damaged = [part for part in every if _is_damaged(part, damages)]
     total = sum(index.nbytes(part.components(index)) for part in damaged)
     with (
         closing(ModelWriter(directory, blueprint)) as files,

@@ -41,15 +41,16 @@ def experts_file(layer: int) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The matrices that are in 4 bits, and how; `dtype` is the type of all other tensors.
+    """The form of the matrices; `dtype` is the type of all other tensors.
 
-    The experts are of `quant_type`, the attention and the head too where these are true.
+    The experts are of `quant_type`; attention and head are "int8", "none" (dense, in `dtype`), or
+    of the type of the experts.
     """
 
     quant_type: QuantType = "nf4"
     layout: Layout = "bitsandbytes"
-    attention: bool = False
-    head: bool = False
+    attention: QuantType = "none"
+    head: QuantType = "none"
     dtype: torch.dtype = torch.bfloat16
     scales: Scales = "absmax"
 
@@ -138,8 +139,8 @@ class Blueprint:
         """Return the layout of an expert's block; all experts have the same."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         return ExpertSpec(
-            w13=self._linear("w13", 2 * inner, hidden, quantized=True),
-            w2=self._linear("w2", hidden, inner, quantized=True),
+            w13=self._linear("w13", 2 * inner, hidden, self.quantization.quant_type),
+            w2=self._linear("w2", hidden, inner, self.quantization.quant_type),
         )
 
     def qkv(self, layer: int) -> LinearSpec:
@@ -158,7 +159,7 @@ class Blueprint:
     @property
     def head(self) -> LinearSpec | None:
         """Return the output head; None where it is the embedding (tied, not quantized)."""
-        if self.config.tie_word_embeddings and not self.quantization.head:
+        if self.config.tie_word_embeddings and self.quantization.head == "none":
             return None
         config = self.config
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
@@ -233,9 +234,21 @@ class Blueprint:
         """Return the same model with its codes in this layout."""
         return replace(self, quantization=replace(self.quantization, layout=layout))
 
-    def _linear(self, name: str, rows: int, columns: int, quantized: bool) -> LinearSpec:
+    def widened(self) -> Blueprint:
+        """Return the same model with dense matrices in place of those in 8 bits.
+
+        A head that is not the embedding although the config ties them stays in 8 bits: dense, it
+        would be the embedding, which is another matrix.
+        """
         how = self.quantization
-        quant_type: QuantType = how.quant_type if quantized else "none"
+        attention: QuantType = "none" if how.attention == "int8" else how.attention
+        head: QuantType = how.head
+        if head == "int8" and not self.config.tie_word_embeddings:
+            head = "none"
+        return replace(self, quantization=replace(how, attention=attention, head=head))
+
+    def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
+        how = self.quantization
         return LinearSpec(
             name, rows, columns, quant_type, how.layout, how.dtype, how.scales, self.exact
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -83,8 +84,15 @@ class InstalledModel:
         return self._shared.read(spec.name)
 
     def linear(self, spec: LinearSpec, target: LinearSpec, device: torch.device) -> Linear:
-        """Read a shared linear map to `device`, its codes in the layout of `target`."""
+        """Read a shared linear map to `device`, its codes in the layout of `target`.
+
+        8 bits are widened where `target` is dense.
+        """
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
+        if spec.quant_type != target.quant_type:
+            plain = replace(spec, layout="bitsandbytes")
+            spec.convert(tensors, plain)
+            return target.build([plain.dequantized(tensors)])
         spec.convert(tensors, target)
         return target.build(tensors)
 

@@ -1,9 +1,9 @@
 """The manifest of an installed model, `mixchat.json`, written last: it marks a finished model.
 
-{"format": 2,
+{"format": 3,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
  "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed",
-                  "attention": false, "head": false, "dtype": "bfloat16"},
+                  "attention": "int8", "head": "int8", "dtype": "bfloat16"},
  "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
  "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},
  "sha256": "..."}
@@ -11,6 +11,10 @@
 Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone. The
 last SHA-256 is the manifest's own, of all other keys (`_digest`). The same bytes are stored once
 more as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
+
+In format 2, attention and head were true (of the type of the experts) or false (dense). A manifest
+of that format stays so when it is written again, unless one of the two changes: then older versions
+of mixchat cannot read the model.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +34,18 @@ MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
-FORMAT = 2
+FORMAT = 3
+_FORMATS = (2, 3)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
-_QUANTIZATION = {
+_QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": ("nf4", "fp4", "none"),
     "blocksize": (64,),
     "scales": ("absmax", "search", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
-    "attention": (False, True),
-    "head": (False, True),
     "dtype": ("bfloat16", "float16", "float32"),
 }
+_DENSE_PARTS = ("attention", "head")
+_KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,16 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `mixchat.json`; `quantization` has the keys shown above."""
+    """The content of `mixchat.json`; `quantization` has the keys and values shown above.
+
+    `format` is that of the file.
+    """
 
     source: Source
     quantization: dict[str, Any]
     files: dict[str, FileRecord]
     weights: dict[str, WeightsRecord]
+    format: int = FORMAT
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -92,8 +101,11 @@ class Manifest:
 
     def serialized(self) -> bytes:
         """Return the bytes of `mixchat.json`."""
-        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
-        document["quantization"] = {key: self.quantization[key] for key in _QUANTIZATION}
+        document: dict[str, Any] = {"format": self.format, **asdict(self)}
+        how = {key: self.quantization[key] for key in _KEYS}
+        if self.format == 2:
+            how |= {part: how[part] != "none" for part in _DENSE_PARTS}
+        document["quantization"] = how
         return (json.dumps({**document, "sha256": _digest(document)}, indent=1) + "\n").encode()
 
 
@@ -134,9 +146,10 @@ def _remedy(directory: Path) -> str:
 def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
     version = raw.get("format")
-    if version != FORMAT:
+    if version not in _FORMATS:
         raise CheckpointError(
-            f"{path}: format {version!r:.40} is not known; this mixchat reads format {FORMAT}",
+            f"{path}: format {version!r:.40} is not known; this mixchat reads formats "
+            f"{' and '.join(map(str, _FORMATS))}",
             hint="Update mixchat. "
             + (_elsewhere(path.parent) or f"Or download it again: mixchat rm {path.parent.name}"),
         )
@@ -145,14 +158,27 @@ def _read(path: Path) -> Manifest:
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
-            quantization={key: raw["quantization"][key] for key in _QUANTIZATION},
+            quantization={key: raw["quantization"][key] for key in _KEYS},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
             weights={name: WeightsRecord(**record) for name, record in raw["weights"].items()},
+            format=version,
         )
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: a part is missing or malformed") from None
+    if version == 2:
+        manifest = replace(manifest, quantization=_with_words(path, manifest.quantization))
     _check(path, manifest)
     return manifest
+
+
+def _with_words(path: Path, quantization: dict[str, Any]) -> dict[str, Any]:
+    """Return the quantization of format 2 as format 3 has it."""
+    words = {}
+    for part in _DENSE_PARTS:
+        if type(quantization[part]) is not bool:
+            raise _unknown(path, part, quantization[part])
+        words[part] = quantization["quant_type"] if quantization[part] else "none"
+    return quantization | words
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -205,7 +231,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     """
     if (directory / CONVERSION_DIR).exists():
         raise CheckpointError(
-            f"{directory}: the conversion to another layout is running or was interrupted",
+            f"{directory}: a conversion is running or was interrupted",
             hint=f"To finish it: mixchat convert {directory.name}",
         )
     check_sizes(directory, manifest)
@@ -230,11 +256,21 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check(path: Path, manifest: Manifest) -> None:
-    for key, allowed in _QUANTIZATION.items():
-        value = manifest.quantization[key]
+def check_quantization(path: Path, quantization: dict[str, Any]) -> None:
+    """Raise `CheckpointError`, which names `path`, for values that a manifest cannot have."""
+    of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", quantization["quant_type"]))
+    for key, allowed in (_QUANTIZATION | of_parts).items():
+        value = quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):
-            raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
+            raise _unknown(path, key, value)
+
+
+def _unknown(path: Path, key: str, value: object) -> CheckpointError:
+    return CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    check_quantization(path, manifest.quantization)
     source = manifest.source
     if not all(
         isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")

@@ -19,7 +19,7 @@ from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import check_files, is_installed, read_manifest
 from mixchat.weights.make.build import build, finish_interrupted, journal_head
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.make.quantize_options import QuantizeOptions, dense_type, make_blueprint
 from mixchat.weights.models import ModelRef
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
@@ -155,17 +155,20 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
     manifest = read_manifest(target)
     check_files(target, manifest)
     source, key, revision = manifest.source, request.ref.key, request.revision
+    hint = f"Remove it first (mixchat rm {key}), or install this one beside it with --name."
     if source.repo != (request.ref.source_repo or source.repo):
         difference = f"; it came from {source.repo}"
     elif revision not in (None, source.revision) and not _begins(source.commit, revision):
         difference = f", from revision {source.commit or 'unknown'}"
     elif not _made_as(request.options, manifest.quantization):
         difference = ", quantized differently"
+        if 8 in (request.options.attention, request.options.head):
+            hint += f" 'mixchat convert {key} --dense-bits 8' makes 8 bits of 16."
     else:
         return
     raise UsageError(
         f"the model {key!r} is already installed{difference}",
-        hint=f"Remove it first (mixchat rm {key}), or install this one beside it with --name.",
+        hint=hint,
     )
 
 
@@ -175,15 +178,20 @@ def _begins(commit: str | None, revision: str | None) -> bool:
 
 
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
-    """Return whether a model is quantized as requested.
+    """Return whether a model is quantized as requested; bits that were not requested may be any.
 
     One whose checkpoint was in 4 bits may have more in 4 bits than requested.
     """
-    if made["scales"] == "given" and made["quant_type"] != "none":
-        return bool(made["attention"] >= options.attention and made["head"] >= options.head)
-    same_scales = made["scales"] == "given" or made["scales"] == options.scales
-    kinds = (options.quant_type, options.attention, options.head)
-    return same_scales and kinds == (made["quant_type"], made["attention"], made["head"])
+    given = made["scales"] == "given" and made["quant_type"] != "none"
+
+    def fits(part: str, bits: int | None) -> bool:
+        taken_over = given and made[part] == made["quant_type"]
+        return bits is None or taken_over or made[part] == dense_type(bits, made["quant_type"])
+
+    same_experts = given or (
+        options.quant_type == made["quant_type"] and made["scales"] in ("given", options.scales)
+    )
+    return same_experts and fits("attention", options.attention) and fits("head", options.head)
 
 
 @contextmanager

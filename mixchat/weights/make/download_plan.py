@@ -208,8 +208,10 @@ def _part_memory(part: Part, index: CheckpointIndex) -> int:
     """Return the bytes of a part and, while it is made, of its matrices: one at a time."""
     sources = [index.nbytes(index.components(name)) for name in part.sources]
     stacked = 0
-    if part.linear is not None and len(sources) > 1:
-        stacked = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize
+    if part.linear is not None:
+        dense = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize
+        rounded = part.linear.quant_type == "int8" and sources != [dense]  # to bf16, before
+        stacked = dense if rounded or len(sources) > 1 else 0
     if part.linear is None or part.linear.quant_type == "none":
         same_type = sum(sources) == part.nbytes  # then it is not copied
         return stacked + max(sources) + (0 if same_type else part.nbytes)

@@ -13,7 +13,7 @@ from mixchat.weights import models
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import check_files, read_manifest
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
-from mixchat.weights.make.quantize_options import QuantizeOptions, best_layout, make_blueprint
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -80,10 +80,8 @@ def outline(ref: models.ModelRef, progress: Progress) -> Outline:
 def _before_download(ref: models.ModelRef, progress: Progress) -> Outline:
     target = ref.directory
     if ref.repo in models.ALIASES.values():
-        quantization = Quantization(layout=best_layout())
-        config = ModelConfig.from_dict(MIXTRAL)
-        blueprint = Blueprint(config, quantization)
-        index = expected_index(config, ref.name, _SHARD)
+        index = expected_index(ModelConfig.from_dict(MIXTRAL), ref.name, _SHARD)
+        blueprint = make_blueprint(index, QuantizeOptions())
         disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
         return Outline(ref.name, blueprint, target, installed=False, disk=disk)
     with open_checkpoint(ref.find_source(), target, progress) as checkpoint:

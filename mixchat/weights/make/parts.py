@@ -67,7 +67,9 @@ class Part:
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the matrices one above the other; besides, one at a time is in memory."""
         if len(self.sources) == 1:
-            return index.read_dense(self.sources[0], read)
+            only = index.read_dense(self.sources[0], read)
+            # From 16 bits, like `mixchat convert`, so that `mixchat repair` gives the same bytes.
+            return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0
         for source in self.sources:

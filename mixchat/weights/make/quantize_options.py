@@ -16,17 +16,22 @@ from mixchat.weights.source.checkpoint_index import (
     expert_tensor,
 )
 
+DENSE_BITS = 8  # of attention and head, where nothing else is requested
+_DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The matrices to quantize to 4 bits. `quant_type` is the experts': "nf4", or "none".
+    """The form that the matrices get. `quant_type` is that of the experts: "nf4", or "none".
 
-    `scales` says how the scale of each block is chosen; `layout` None takes `best_layout`.
+    attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
+    16 where the experts are not quantized. `scales` says how the scale of each block of 4-bit
+    weights is chosen; `layout` None takes `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
-    attention: bool = False
-    head: bool = False
+    attention: int | None = None
+    head: int | None = None
     scales: Scales = "absmax"
     layout: Layout | None = None
 
@@ -38,6 +43,11 @@ def best_layout() -> Layout:
     return "cpu-packed"
 
 
+def dense_type(bits: int, quant_type: QuantType) -> QuantType:
+    """Return the type of attention or head in so many bits, beside experts of `quant_type`."""
+    return _DENSE_TYPES.get(bits, quant_type)
+
+
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
@@ -46,11 +56,19 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     """
     given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
     unquantized = options.quant_type == "none" and given_4bit is None
+    quant_type = given_4bit or options.quant_type
+
+    def type_of(matrices: list[str], bits: int | None) -> QuantType:
+        if given_4bit and all(index.quant_type(matrix) == given_4bit for matrix in matrices):
+            return given_4bit
+        default = 16 if options.quant_type == "none" else DENSE_BITS
+        return dense_type(bits or default, quant_type)
+
     quantization = Quantization(
-        quant_type=given_4bit or options.quant_type,
+        quant_type=quant_type,
         layout=options.layout or best_layout(),
-        attention=options.attention or _all_4bit(index, given_4bit, _attention(index)),
-        head=options.head or _all_4bit(index, given_4bit, _head(index)),
+        attention=type_of(_attention(index), options.attention),
+        head=type_of(_head(index), options.head),
         dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
         scales="given" if given_4bit or options.quant_type == "none" else options.scales,
     )
@@ -78,7 +96,3 @@ def _attention(index: CheckpointIndex) -> list[str]:
 
 def _head(index: CheckpointIndex) -> list[str]:
     return [EMBEDDING if index.config.tie_word_embeddings else f"{HEAD}.weight"]
-
-
-def _all_4bit(index: CheckpointIndex, kind: str | None, matrices: list[str]) -> bool:
-    return kind is not None and all(index.quant_type(matrix) == kind for matrix in matrices)

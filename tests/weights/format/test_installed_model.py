@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,47 @@ def test_a_model_in_fp4_opens(installed: Path) -> None:
 def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> None:
     (installed / MANIFEST_FILE).write_text(text)
     assert MANIFEST_FILE in refusal(installed)
+
+
+def format_2(installed: Path, **quantization: Any) -> None:
+    """The manifest as it was before format 3, with attention and head as truth values."""
+    how = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
+    edit_manifest(installed, format=2, quantization={**how, **quantization})
+
+
+def test_a_manifest_of_format_2_is_read_as_words(
+    tiny_checkpoint: Path, install: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = install(tiny_checkpoint, attention=16, head=4)
+    installed = Path(shutil.copytree(made, tmp_path / "installed"))
+    format_2(installed, attention=False, head=True)
+    found = read_manifest(installed)
+    assert found.format == 2
+    assert (found.quantization["attention"], found.quantization["head"]) == ("none", "nf4")
+    with InstalledModel(installed) as model, InstalledModel(made) as same:
+        assert model.blueprint == same.blueprint
+    written = json.loads(found.serialized())
+    assert written == json.loads((installed / MANIFEST_FILE).read_text())
+    assert list(written)[:3] == ["format", "source", "quantization"]
+
+
+@pytest.mark.parametrize(("part", "value"), [("head", "none"), ("attention", 0), ("head", None)])
+def test_words_in_format_2_are_refused(installed: Path, part: str, value: object) -> None:
+    format_2(installed, **{"attention": False, "head": False, part: value})
+    assert f"{part} {value!r} is not known" in refusal(installed)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("head", False), ("attention", True), ("head", "fp4"), ("head", "int4")]
+)
+def test_other_words_in_format_3_are_refused(installed: Path, part: str, value: object) -> None:
+    quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
+    edit_manifest(installed, quantization={**quantization, part: value})
+    assert f"{part} {value!r} is not known" in refusal(installed)
+
+
+def test_a_manifest_names_format_3_and_the_types(installed: Path) -> None:
+    document = json.loads((installed / MANIFEST_FILE).read_text())
+    assert document["format"] == 3
+    quantization = document["quantization"]
+    assert (quantization["attention"], quantization["head"]) == ("int8", "int8")

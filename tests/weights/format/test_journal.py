@@ -103,7 +103,7 @@ def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:
     assert Journal(tmp_path, {"a": 1}).made == {}
 
 
-@pytest.mark.parametrize("other", [QuantizeOptions(attention=True), QuantizeOptions("none")])
+@pytest.mark.parametrize("other", [QuantizeOptions(attention=4), QuantizeOptions("none")])
 def test_that_of_other_options_is_not_gone_on_with(
     checkpoint: Path, tmp_path: Path, making: Making, other: QuantizeOptions
 ) -> None:

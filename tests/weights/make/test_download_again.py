@@ -106,8 +106,8 @@ def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
         get(REPO)
     fake.faults.clear()
     meter = Meter()
-    path = get(REPO, options=QuantizeOptions(attention=True), meter=meter)
-    assert read_manifest(path).quantization["attention"] is True
+    path = get(REPO, options=QuantizeOptions(attention=4), meter=meter)
+    assert read_manifest(path).quantization["attention"] == "nf4"
     assert meter.bar("quantizing").first == 0
     assert "starting again" in meter.notes[0]
 
@@ -201,10 +201,13 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
     """One that came quantized was taken as made in any way, whatever was asked of it."""
     from mixchat.weights.make.download import _made_as
 
-    how = {"scales": "given", "quant_type": "nf4", "attention": True, "head": False}
+    how = {"scales": "given", "quant_type": "nf4", "attention": "nf4", "head": "none"}
     assert _made_as(QuantizeOptions(), how)
-    assert _made_as(QuantizeOptions(attention=True), how)
-    assert not _made_as(QuantizeOptions(head=True), how)
+    assert _made_as(QuantizeOptions(attention=4), how)
+    assert _made_as(QuantizeOptions(attention=16), how)
+    assert _made_as(QuantizeOptions(head=16), how)
+    assert not _made_as(QuantizeOptions(head=4), how)
+    assert not _made_as(QuantizeOptions(head=8), how)
 
 
 @pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])

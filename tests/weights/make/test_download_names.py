@@ -218,8 +218,10 @@ class TestAlreadyInstalled:
     @pytest.mark.parametrize(
         "other",
         [
-            QuantizeOptions(attention=True),
-            QuantizeOptions(head=True),
+            QuantizeOptions(attention=4),
+            QuantizeOptions(attention=16),
+            QuantizeOptions(head=4),
+            QuantizeOptions(head=16),
             QuantizeOptions(quant_type="none"),
             QuantizeOptions(scales="search"),
         ],

@@ -88,8 +88,8 @@ class TestDisk:
         self, tiny_checkpoint: Path, install: Callable[..., Path]
     ) -> None:
         index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
-        for attention in (False, True):
-            for head in (False, True):
+        for attention in (None, 16, 8, 4):
+            for head in (None, 16, 4):
                 options = {"attention": attention, "head": head}
                 installed = install(tiny_checkpoint, **options)
                 weights = read_manifest(installed).weights.values()

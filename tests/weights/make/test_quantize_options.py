@@ -76,7 +76,7 @@ def test_the_manifest_has_the_hash_of_every_tensor(tiny_checkpoint: Path, tmp_pa
 def test_the_gate_and_the_attention_keep_their_values(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    quantize(tiny_checkpoint, tmp_path / "model")
+    quantize(tiny_checkpoint, tmp_path / "model", QuantizeOptions(attention=16))
     source = load_file(tiny_checkpoint / "model.safetensors")
     with InstalledModel(tmp_path / "model") as installed:
         gate = installed.tensor(installed.blueprint.gate(1))

@@ -1,0 +1,35 @@
+"""The flag --dense-bits: the bits of each weight of attention and head."""
+
+from __future__ import annotations
+
+from mixchat.errors import UsageError
+from mixchat.options import DenseBits
+
+_FLAG = "--dense-bits"
+
+
+def parse_dense_bits(text: str | None) -> DenseBits:
+    """Return the requested bits: "8" is for both, "attention=8,head=16" for each or one of them.
+
+    Raises `UsageError`.
+    """
+    if text is None:
+        return DenseBits()
+    if "=" not in text:
+        bits = _bits(text)
+        return DenseBits(bits, bits)
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in DenseBits._fields:
+            raise UsageError(f"{_FLAG} {text!r}: the parts are {' and '.join(DenseBits._fields)}")
+        if name in found:
+            raise UsageError(f"{_FLAG} {text!r} names {name!r} twice")
+        found[name] = _bits(value)
+    return DenseBits(**found)
+
+
+def _bits(text: str) -> int:
+    if text.strip() not in ("16", "8", "4"):
+        raise UsageError(f"{_FLAG} has to be 16, 8 or 4, not {text!r}")
+    return int(text)
