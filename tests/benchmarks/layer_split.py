@@ -10,8 +10,8 @@ Prints JSON, in seconds of a layer and as the mean of all layers of TOKENS token
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,15 @@ class Clock:
 
 
 def main() -> None:
-    directory, tokens, memory, key_file, *workers = sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL_DIRECTORY")
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("memory", type=MemoryBudget.parse, metavar="HOST_MEMORY")
+    parser.add_argument("key_file", type=Path)
+    parser.add_argument("workers", nargs="+", metavar="WORKER")
+    given = parser.parse_args()
     clock, links = Clock(), []
     opened = Link.open
     Link.open = lambda *given: links.append(opened(*given)) or links[-1]  # type: ignore
@@ -64,21 +72,19 @@ def main() -> None:
     clock.watch(RemoteWorker, "finish", "waiting")
     for method in ("begin", "prefetch", "compute_next"):
         clock.watch(CachedExperts, method, "computing")
-    options = LoadOptions(
-        MemoryBudget.parse(memory), workers=tuple(workers), key_file=Path(key_file)
-    )
-    engine = load_engine(Path(directory), options)
+    options = LoadOptions(given.memory, workers=tuple(given.workers), key_file=given.key_file)
+    engine = load_engine(given.model, options)
     greedy = SamplingOptions(temperature=0)
     answer = engine.generate(PROMPT, sampling=greedy, stop_ids=frozenset())
     for _ in range(1 + WARM):
         next(answer)
     clock.seconds.clear()
     computed, before = sum(link.seconds_computing for link in links), engine.stats
-    for _ in range(int(tokens)):
+    for _ in range(given.tokens):
         next(answer)
     clock.add("worker", sum(link.seconds_computing for link in links) - computed)
     clock.add("layer", engine.stats.decode_seconds - before.decode_seconds)
-    layers = int(tokens) * engine.config.num_hidden_layers
+    layers = given.tokens * engine.config.num_hidden_layers
     split = {name: seconds / layers for name, seconds in clock.seconds.items()}
     parts = ("sending", "computing", "waiting")
     split["rest"] = split["layer"] - sum(split.get(name, 0.0) for name in parts)

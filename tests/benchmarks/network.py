@@ -15,6 +15,7 @@ Namespaces last as long as their processes, which end with the one that made the
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import heapq
 import itertools
@@ -160,8 +161,8 @@ class Network:
 
     def _carry(self, rate: float, delay: float) -> None:
         self.stop()
-        ports = ",".join(map(str, self._ports))
-        command = [sys.executable, __file__, "carry", ports, str(rate), str(delay)]
+        command = [sys.executable, __file__, "carry", *map(str, self._ports)]
+        command += [f"--rate={rate}", f"--delay={delay}"]
         self._carrier = start(command, pass_fds=self._ports, stdout=subprocess.PIPE)
         assert self._carrier.stdout is not None
         self._carrier.stdout.readline()
@@ -241,7 +242,17 @@ def _refused(address: str) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "ping":
-        print(ping(sys.argv[2]))
-    else:
-        carry([int(port) for port in sys.argv[2].split(",")], *map(float, sys.argv[3:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    pinged = commands.add_parser("ping")
+    pinged.add_argument("address")
+    pinged.set_defaults(run=lambda given: print(ping(given.address)))
+    carried = commands.add_parser("carry")
+    carried.add_argument("ports", type=int, nargs="+")
+    carried.add_argument("--rate", type=float, required=True)
+    carried.add_argument("--delay", type=float, required=True)
+    carried.set_defaults(run=lambda given: carry(given.ports, given.rate, given.delay))
+    arguments = parser.parse_args()
+    arguments.run(arguments)

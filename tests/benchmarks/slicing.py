@@ -35,6 +35,7 @@ takes a part of every expert with it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -188,7 +189,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--inner" in sys.argv:
-        print(json.dumps(measure(int(sys.argv[-1]))))
-    else:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inner", type=int, help="measure an expert of this inner size, alone")
+    inner = parser.parse_args().inner
+    if inner is None:
         main()
+    else:
+        print(json.dumps(measure(inner)))

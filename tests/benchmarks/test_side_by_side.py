@@ -22,7 +22,7 @@ from mixchat.errors import MissingDependencyError
 SCRIPTS = sorted(
     path
     for path in Path(__file__).parent.glob("*.py")
-    if path.name != "peer.py" and not path.name.startswith("test_")
+    if path.name not in ("peer.py", "machines.py") and not path.name.startswith("test_")
 )
 ECHO = f"""#!{sys.executable}
 import sys
