@@ -154,7 +154,7 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    engine = load_engine(install(checkpoint, layout=layout), CPU)
+    engine = load_engine(install(checkpoint, layout=layout, attention=16, head=16), CPU)
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
