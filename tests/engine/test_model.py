@@ -160,15 +160,25 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
 
 
-@pytest.mark.parametrize("quantized", [{"attention": 4}, {"head": 4}])
-def test_attention_and_head_in_4_bits_stay_close(
-    quantized: dict[str, bool], tiny_checkpoint: Path, install: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("bits", "most"),
+    [
+        ({"attention": 4, "head": 16}, 0.7),
+        ({"attention": 16, "head": 4}, 0.15),
+        ({"attention": 8, "head": 16}, 0.05),
+        ({"attention": 16, "head": 8}, 0.015),
+        ({}, 0.05),
+    ],
+)
+def test_attention_and_head_in_fewer_bits_stay_close(
+    bits: dict[str, int], most: float, tiny_checkpoint: Path, install: Callable[..., Path]
 ) -> None:
-    engine = load_engine(install(tiny_checkpoint, **quantized), CPU)
-    plain = load_engine(install(tiny_checkpoint), CPU)
+    engine = load_engine(install(tiny_checkpoint, **bits), CPU)
+    plain = load_engine(install(tiny_checkpoint, attention=16, head=16), CPU)
     ids = prompt(97)
     ours, theirs = logits(engine, ids, TOKENS).float(), logits(plain, ids, TOKENS).float()
-    assert 0 < (ours - theirs).norm() < 0.7 * theirs.norm()
+    distances = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert 0 < distances.median() < most  # of some tokens, the experts change
 
 
 def test_the_answer_is_the_same_for_every_size_of_the_cache(
