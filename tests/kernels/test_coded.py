@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from coded_tools import AnyCodes, error, random
 
 from mixchat.kernels import coded
 from mixchat.kernels.compile import has_feature, instruction_set
@@ -32,19 +33,6 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Uni
     return request.param
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> int:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
-
-
 class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
@@ -57,10 +45,6 @@ class Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return coded.packed_matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
-
-
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -122,18 +106,6 @@ def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can() -> None:
     assert unit_for("avx2", MANY) == "avx2"
 
 
-def test_blocks_of_very_different_size_keep_their_precision(unit: UnitName) -> None:
-    """One large number in x must not cost the others their digits: language models have such."""
-    matrix, x = Matrix(64, 256), random(2, 256, seed=1)
-    x[:, 64:128] *= 1e4
-    x[:, 128:192] *= 1e-4
-    expected = x.double() @ matrix.exact.T
-    assert error(matrix(x), expected) < WITHIN[unit]
-    x[:, 64:128] = 0
-    expected = x.double() @ matrix.exact.T
-    assert error(matrix(x), expected) < WITHIN[unit]
-
-
 def test_the_largest_possible_sum_does_not_overflow(unit: UnitName) -> None:
     codes = torch.full((32 * 64 // 2,), 0xFF, dtype=torch.uint8)  # the level 1 everywhere
     absmax = torch.ones(32, dtype=torch.bfloat16)
@@ -143,27 +115,5 @@ def test_the_largest_possible_sum_does_not_overflow(unit: UnitName) -> None:
         torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
 
 
-def test_zeros_give_zeros(unit: UnitName) -> None:
-    assert torch.equal(Matrix(32, 128)(torch.zeros(2, 128)), torch.zeros(2, 32))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_no_number_stays_visible_and_to_its_token(
-    unit: UnitName, bad: float, dtype: torch.dtype
-) -> None:
-    matrix, x = Matrix(32, 128), random(3, 128, seed=1).to(dtype)
-    good = matrix(x)
-    x[1, 77] = bad
-    result = matrix(x)
-    assert not result[1].isfinite().any()
-    assert torch.equal(result[::2], good[::2])
-
-
-def test_the_shape_of_x_is_kept(unit: UnitName) -> None:
-    matrix = Matrix(32, 64)
-    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 32)
-    assert matrix(random(1, 64)[0]).shape == (32,)
-    assert matrix(random(0, 64)).shape == (0, 32)
-    assert matrix(random(6, 128)[:, ::2]).shape == (6, 32)
-    assert matrix(random(1, 64).half()).dtype == torch.float16
+class TestFourBits(AnyCodes):
+    Matrix, within = Matrix, WITHIN.__getitem__

@@ -6,6 +6,7 @@ vectors in halves.
 
 import pytest
 import torch
+from coded_tools import AnyCodes, error, random
 
 from mixchat.kernels import coded
 from mixchat.kernels.compile import instruction_set
@@ -44,19 +45,6 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> int:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
-
-
 class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
@@ -72,10 +60,6 @@ class Matrix:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = int8.to_packed_layout(self.codes, self.absmax, *self.shape)
         return coded.packed_matmul(x, *packed, None, self.shape)
-
-
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576)])
@@ -113,16 +97,6 @@ def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
     torch.testing.assert_close(matrix(x), result, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_of_very_different_size_keep_their_precision(unit: str) -> None:
-    """One large number in x must not cost the others their digits: language models have such."""
-    matrix, x = Matrix(64, 256), random(2, 256, seed=1)
-    x[:, 64:128] *= 1e4
-    x[:, 128:192] *= 1e-4
-    assert error(matrix(x), x.double() @ matrix.exact.T) < WITHIN
-    x[:, 64:128] = 0
-    assert error(matrix(x), x.double() @ matrix.exact.T) < WITHIN
-
-
 @pytest.mark.parametrize("code", [127, -127])
 @pytest.mark.parametrize("value", [1.0, -1.0, 3e38])
 def test_the_largest_possible_sum_does_not_overflow(unit: str, code: int, value: float) -> None:
@@ -133,33 +107,12 @@ def test_the_largest_possible_sum_does_not_overflow(unit: str, code: int, value:
     torch.testing.assert_close(matrix(torch.full((5, 64), value)), expected, rtol=1e-6, atol=0)
 
 
-def test_zeros_give_zeros(unit: str) -> None:
-    assert torch.equal(Matrix(32, 128)(torch.zeros(2, 128)), torch.zeros(2, 32))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_no_number_stays_visible_and_to_its_token(
-    unit: str, bad: float, dtype: torch.dtype
-) -> None:
-    matrix, x = Matrix(32, 128), random(3, 128, seed=1).to(dtype)
-    good = matrix(x)
-    x[1, 77] = bad
-    result = matrix(x)
-    assert not result[1].isfinite().any()
-    assert torch.equal(result[::2], good[::2])
-
-
-def test_the_shape_of_x_is_kept(unit: str) -> None:
-    matrix = Matrix(32, 64)
-    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 32)
-    assert matrix(random(1, 64)[0]).shape == (32,)
-    assert matrix(random(0, 64)).shape == (0, 32)
-    assert matrix(random(6, 128)[:, ::2]).shape == (6, 32)
-
-
 def test_a_map_is_exact_without_being_asked_for_it() -> None:
     spec = LinearSpec("w", 96, 128, "int8", "cpu-packed", torch.bfloat16)
     assert spec.can_be_exact
     linear, x = spec.build(spec.encode(random(96, 128))), random(40, 128, seed=1).bfloat16()
     assert torch.equal(linear(x), torch.cat([linear(row) for row in x.split(1)]))
+
+
+class TestInt8(AnyCodes):
+    Matrix, within = Matrix, staticmethod(lambda unit: WITHIN)
