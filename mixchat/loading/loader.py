@@ -90,7 +90,7 @@ def _assemble(
     used = fit.computed.computed_on(device, exact=exact)
     dtype = stored.quantization.dtype
     context = fit.context
-    workers = connect_workers(installed, options, device, note)
+    workers = connect_workers(installed, options, used.expert.w13.arithmetic(device), note)
     placement, here, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
     experts = build_experts(

@@ -33,15 +33,13 @@ _TRIES = 5  # of each
 
 
 def connect_workers(
-    installed: InstalledModel, options: LoadOptions, device: torch.device, note: Note
+    installed: InstalledModel, options: LoadOptions, here: str, note: Note
 ) -> list[RemoteWorker]:
     """Connect to all workers that `options` name. Raises `MixchatError` where one fails.
 
-    device: the one that computes experts here; `note` tells of workers that compute otherwise.
+    here: `LinearSpec.arithmetic` of experts on this machine; `note` tells of workers with another.
     """
     workers = [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
-    used = installed.blueprint.computed_on(device, exact=options.exact_prompts)
-    here = used.expert.w13.arithmetic(device)
     for worker in workers:
         if worker.arithmetic != here:
             note(_otherwise(worker, here))

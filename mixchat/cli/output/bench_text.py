@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mixchat import machine
+from mixchat.cli.output.model_text import form
 from mixchat.cli.output.png import new_figure
 from mixchat.cli.output.table import aligned
 from mixchat.engine.report import slots_in_words
@@ -113,9 +114,7 @@ def _forms(how: Quantization) -> str:
     """Return the types of the matrices."""
     kinds = {"experts": how.quant_type, "attention": how.attention, "head": how.head}
     dense = str(how.dtype).removeprefix("torch.")
-    return ", ".join(
-        f"{part} in {dense if kind == 'none' else kind}" for part, kind in kinds.items()
-    )
+    return ", ".join(f"{part} in {form(kind, dense)}" for part, kind in kinds.items())
 
 
 def bench_picture(bench: Bench) -> Any:

@@ -46,8 +46,8 @@ def model_as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> s
         ("experts", str(how["quant_type"])),
         ("scales", str(how["scales"])),
         ("layout", str(how["layout"])),
-        ("attention", _form(how, "attention")),
-        ("head", _form(how, "head")),
+        ("attention", form(how["attention"], how["dtype"])),
+        ("head", form(how["head"], how["dtype"])),
         ("dtype", f"{how['dtype']}{rounded}"),
         ("layers", str(config.num_hidden_layers)),
         (
@@ -84,8 +84,8 @@ def model_as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> d
         "weight_bytes": manifest.size,
         "scales": how["scales"],
         "layout": how["layout"],
-        "attention": _form(how, "attention"),
-        "head": _form(how, "head"),
+        "attention": form(how["attention"], how["dtype"]),
+        "head": form(how["head"], how["dtype"]),
         "layers": config.num_hidden_layers,
         "experts_per_layer": config.num_local_experts,
         "experts_per_token": config.num_experts_per_tok,
@@ -93,6 +93,6 @@ def model_as_dict(directory: Path, manifest: Manifest, config: ModelConfig) -> d
     }
 
 
-def _form(how: dict[str, Any], part: str) -> str:
-    """Return the type of the weights of attention or head, as a word."""
-    return str(how["dtype"] if how[part] == "none" else how[part])
+def form(quant_type: str, dtype: str) -> str:
+    """Return the type of weights as a word; `dtype` is that of dense ones."""
+    return dtype if quant_type == "none" else quant_type

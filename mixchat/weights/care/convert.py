@@ -46,7 +46,7 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.parts import Part, parts
-from mixchat.weights.make.quantize_options import best_layout, dense_type
+from mixchat.weights.make.quantize_options import best_layout, bits_of, dense_type
 from mixchat.weights.matrix.linear import Layout, QuantType
 
 _SMALL_FILES = 4_000_000  # bytes: journal and manifests
@@ -80,7 +80,7 @@ def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quan
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
     """Return the type that a part gets. Raises `UsageError` where a conversion cannot give it."""
-    has = {"none": 16, "int8": 8}.get(stored, 4)
+    has = bits_of(stored)
     if bits in (None, has):
         return stored
     if (has, bits) == (16, 8):
@@ -123,29 +123,37 @@ def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
     before.
     """
     manifest = read_manifest(directory)
-    check_sizes(directory, manifest_of_files(directory, manifest))
+    files = manifest_of_files(directory, manifest)
+    check_sizes(directory, files)
     changes = manifest.quantization != target.description()
     if not changes and not (directory / CONVERSION_DIR).exists():
         return False
-    _Converter(directory, target, manifest, progress).run()
+    _Converter(directory, manifest, installed_blueprint(directory, files), target, progress).run()
     return True
 
 
 class _Converter:
-    """One run of a conversion, which may resume that of an earlier one."""
+    """One run of a conversion, which may resume that of an earlier one.
+
+    old: the model in the form that its files have now.
+    """
 
     def __init__(
-        self, directory: Path, target: Quantization, manifest: Manifest, progress: Progress
+        self,
+        directory: Path,
+        manifest: Manifest,
+        old: Blueprint,
+        target: Quantization,
+        progress: Progress,
     ) -> None:
         self._directory, self._work = directory, directory / CONVERSION_DIR
         self._manifest, self._progress = manifest, progress
-        self._old = installed_blueprint(directory, manifest_of_files(directory, manifest))
-        self._new = replace(self._old, quantization=target)
+        self._old, self._new = old, replace(old, quantization=target)
         self._sizes = {name: layout.size for name, layout in file_layouts(self._new).items()}
         unfinished = read_half_converted(directory, manifest)
         fresh = conversion_head(target, self._sizes[SHARED_FILE])
         self._head = unfinished.head if unfinished else fresh
-        self._files = _files_that_change(self._old, self._new)
+        self._files = _files_that_change(old, self._new)
 
     def run(self) -> None:
         """Convert the files that are not converted yet, then write the manifest."""

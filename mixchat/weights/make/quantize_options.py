@@ -48,6 +48,11 @@ def dense_type(bits: int, quant_type: QuantType) -> QuantType:
     return _DENSE_TYPES.get(bits, quant_type)
 
 
+def bits_of(quant_type: QuantType) -> int:
+    """Return the bits of a weight of attention or head of this type: `dense_type` the other way."""
+    return next((bits for bits, kind in _DENSE_TYPES.items() if kind == quant_type), 4)
+
+
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 

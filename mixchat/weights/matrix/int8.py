@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from mixchat.weights.matrix.encode import each_in_threads
-from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE, absmax_size
+from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE, absmax_size, transposed
 
 LARGEST = 127  # code
 _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
@@ -99,8 +99,7 @@ def to_packed_layout(
     """
     packed = torch.empty_like(codes)
     _lines(packed, columns).copy_(_pairs(codes, columns))
-    scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
-    return packed, scales.view(-1)
+    return packed, transposed(absmax, rows, columns // BLOCKSIZE)
 
 
 def to_bitsandbytes_layout(
@@ -109,8 +108,7 @@ def to_bitsandbytes_layout(
     """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; as `to_packed_layout`."""
     flat = torch.empty_like(codes)
     _pairs(flat, columns).copy_(_lines(codes, columns))
-    scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
-    return flat, scales.view(-1)
+    return flat, transposed(absmax, columns // BLOCKSIZE, rows)
 
 
 def _in_blocks(numbers: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,9 @@ class PackedLinear:
         result = coded.packed_matmul(
             x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
         )
-        return result[..., : self._rows].contiguous()
+        if self._rows == self._shape[0]:
+            return result
+        return result[..., : self._rows].contiguous()  # without those of zeros
 
 
 @functools.cache

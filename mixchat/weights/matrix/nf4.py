@@ -105,8 +105,7 @@ def to_packed_layout(
         bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
         lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
         new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
-    scales = absmax.view(rows, columns // BLOCKSIZE).T.contiguous()
-    return packed, scales.view(-1)
+    return packed, transposed(absmax, rows, columns // BLOCKSIZE)
 
 
 def to_bitsandbytes_layout(
@@ -119,8 +118,12 @@ def to_bitsandbytes_layout(
         lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
         nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
         new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
-    scales = absmax.view(columns // BLOCKSIZE, rows).T.contiguous()
-    return flat, scales.view(-1)
+    return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+
+
+def transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return scales that lie as [height, width] in the order of [width, height]; a new tensor."""
+    return absmax.view(height, width).T.contiguous().view(-1)
 
 
 def _bands(
