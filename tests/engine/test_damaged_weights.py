@@ -16,7 +16,7 @@ from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.safetensors import SafetensorsFile
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
-# Of each kind of tensor one, by its file.
+# Of each kind of tensor one, by its file. In 8 bits, the scales stand for a matrix.
 PLACES = {
     "embedding": ("shared", "model.embed_tokens.weight"),
     "norm before attention": ("shared", "model.layers.1.input_layernorm.weight"),
@@ -31,14 +31,19 @@ PLACES = {
 }
 
 
-@pytest.fixture(scope="module", params=[96, 128], ids=["bitsandbytes", "kernels"])
+@pytest.fixture(
+    scope="module",
+    params=[(96, 16), (128, 16), (128, 8)],
+    ids=["bitsandbytes", "kernels", "kernels, 8 bits"],
+)
 def healthy(
     request: pytest.FixtureRequest,
     make_checkpoint: Callable[..., Path],
     install: Callable[..., Path],
 ) -> Path:
     """A model whose experts are computed by bitsandbytes, or by our own kernels."""
-    return install(make_checkpoint(intermediate_size=request.param))
+    inner, bits = request.param
+    return install(make_checkpoint(intermediate_size=inner), attention=bits, head=bits)
 
 
 def plant(model: Path, place: str, value: float) -> None:
@@ -46,7 +51,9 @@ def plant(model: Path, place: str, value: float) -> None:
     file, name = PLACES[place]
     path = model / f"{file}.safetensors"
     with SafetensorsFile(path) as opened:
+        there = {spec.name for spec in opened.header.specs}
         names = sorted({name.format(expert=expert) for expert in range(4)})
+        names = [one if one in there else one.replace(".weight", ".absmax") for one in names]
         specs = [(opened.header.start(one), opened.header.spec(one)) for one in names]
     data = bytearray(path.read_bytes())
     for start, spec in specs:
