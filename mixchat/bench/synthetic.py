@@ -1,6 +1,6 @@
 """Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
 
-    python -m mixchat.bench.synthetic DIRECTORY LAYERS        (0.79 GB a layer)
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
 
 It is written in mixchat's format, so that no checkpoint in bf16 is needed.
 """
@@ -36,27 +36,28 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.make.quantize_options import best_layout
+from mixchat.weights.make.quantize_options import best_layout, expert_type
 
 
 @contextmanager
-def synthetic_model(layers: int) -> Iterator[Path]:
+def synthetic_model(layers: int, expert_bits: int = 4) -> Iterator[Path]:
     """Yield the directory of such a model for a while, on the disk that holds the models."""
     place = models_dir()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
         directory = Path(temporary) / "synthetic"
-        write_synthetic(directory, layers)
+        write_synthetic(directory, layers, expert_bits)
         yield directory
 
 
-def write_synthetic(directory: Path, layers: int) -> None:
-    """Write experts in NF4, attention and head in 8 bits, as a download does by default.
+def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
+    """Write attention and head in 8 bits, as a download does by default.
 
-    4 of Mixtral's 32 layers take 3.6 GB.
+    4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits.
     """
     config = {**MIXTRAL, "num_hidden_layers": layers}
-    quantization = Quantization(layout=best_layout(), attention="int8", head="int8")
+    kind = expert_type(expert_bits)
+    quantization = Quantization(kind, best_layout(), attention="int8", head="int8")
     blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
@@ -96,4 +97,4 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    write_synthetic(Path(sys.argv[1]), int(sys.argv[2]))
+    write_synthetic(Path(sys.argv[1]), *map(int, sys.argv[2:]))

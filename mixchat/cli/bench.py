@@ -15,6 +15,7 @@ from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.flags.weight_bits import ExpertBits
 from mixchat.cli.output.png import PNG_HELP, checked_picture
 from mixchat.cli.output.show_progress import status
 from mixchat.engine.environment import prepare_environment
@@ -45,6 +46,7 @@ def bench(
             "each, and delete them afterwards.",
         ),
     ] = None,
+    expert_bits: ExpertBits = None,
     context: Annotated[
         list[int] | None,
         typer.Option(
@@ -82,6 +84,8 @@ def bench(
     """Measure a model's speed against the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
+    if expert_bits is not None and synthetic is None:
+        raise UsageError("--expert-bits goes with --synthetic", hint="A model has the bits it has.")
     drawing = checked_picture(png)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
@@ -97,14 +101,14 @@ def bench(
         workers=tuple(worker or ()),
         key_file=model_flags.key_path(key_file),
     )
-    with _model(model, synthetic) as directory:
+    with _model(model, synthetic, int(expert_bits or 4)) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
         _show(done, as_json, drawing)
 
 
 @contextmanager
-def _model(name: str | None, layers: int | None) -> Iterator[Path]:
+def _model(name: str | None, layers: int | None, bits: int) -> Iterator[Path]:
     """Yield the model's directory, for as long as it is needed."""
     from mixchat.weights import models
 
@@ -115,7 +119,7 @@ def _model(name: str | None, layers: int | None) -> Iterator[Path]:
 
     with ExitStack() as stack:
         with status(f"writing {layers} layers of random weights"):
-            directory = stack.enter_context(synthetic_model(layers))
+            directory = stack.enter_context(synthetic_model(layers, bits))
         yield directory
 
 

@@ -1,4 +1,4 @@
-"""`mixchat download`: downloads a model and stores it in 4 bits."""
+"""`mixchat download`: downloads a model and quantizes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.dense_bits import parse_dense_bits
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
+from mixchat.cli.flags.weight_bits import ExpertBits, parse_dense_bits
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -38,10 +38,7 @@ def download(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="A commit, branch or tag on the hub.")
     ] = None,
-    quant_type: Annotated[
-        Literal["nf4", "none"],
-        typer.Option(help="Experts in 4 bits (nf4), or unquantized (none)."),
-    ] = "nf4",
+    expert_bits: ExpertBits = None,
     dense_bits: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +46,7 @@ def download(
             autocompletion=one_of("16", "8", "4"),
             help="Bits of each weight of attention and output head: 16, 8 or 4, or for each, as in "
             "attention=8,head=16.",
-            show_default="8; 16 with --quant-type none",
+            show_default="8; 16 with --expert-bits 16",
         ),
     ] = None,
     scales: Annotated[
@@ -67,7 +64,7 @@ def download(
         bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
     ] = False,
 ) -> None:
-    """Download a model and store it in 4 and 8 bits, or resume a download.
+    """Download a model and store it in few bits, or resume a download.
 
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
@@ -76,20 +73,20 @@ def download(
 
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
     Attention and head get 8 bits, at hardly any cost in quality; of Mixtral, 16 bits take 1.4 GB
-    more, and 4 bits 0.7 GB less, at some cost. --quant-type none stores bf16, fp16 and fp32
-    unquantized.
+    more, and 4 bits 0.7 GB less, at some cost. Experts in 3 bits take 18.3 GB instead of 24.0, at
+    a cost that 'mixchat plan' names. --expert-bits 16 stores bf16, fp16 and fp32 unquantized.
     """
     from mixchat.weights import models
 
     ref = models.resolve(checked(model, "the model's name"), key=name)
     bits = parse_dense_bits(dense_bits)
-    if quant_type == "none" and not set(bits) <= {None, 16}:
-        raise UsageError("--quant-type none leaves the attention and the head unquantized, too")
+    if expert_bits == "16" and not set(bits) <= {None, 16}:
+        raise UsageError("--expert-bits 16 leaves the attention and the head unquantized, too")
     prepare_environment()
     from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.quantize_options import QuantizeOptions
+    from mixchat.weights.make.quantize_options import QuantizeOptions, expert_type
 
-    options = QuantizeOptions(quant_type, *bits, scales)
+    options = QuantizeOptions(expert_type(int(expert_bits or 4)), *bits, scales)
     if revision is not None:
         checked(revision, "--revision")
     request = DownloadRequest(ref, options, revision, keep_source, check=check_text)

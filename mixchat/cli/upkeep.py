@@ -10,8 +10,8 @@ import typer
 
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
-from mixchat.cli.flags.dense_bits import parse_dense_bits
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
+from mixchat.cli.flags.weight_bits import parse_dense_bits
 from mixchat.cli.output.failure import confirmed
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment

@@ -1,15 +1,15 @@
-"""x times a matrix of 4-bit or 8-bit codes, at the speed at which memory can be read.
+"""x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
 
-The codes are in the layout "cpu-packed" of `weights/matrix/nf4.py` or `int8.py`: 32 rows, a band,
-lie interleaved, pair of columns by pair of columns. First `round_x` rounds x to integers, in blocks
-of 64 columns with a scale for each. Then `multiply` turns the codes into integers (`units.py`),
-adds the products up exactly, and turns only the sum over a block into a float, times the scales of
-the weights and of x (`tile.py`).
+The codes are in the layout "cpu-packed" of `nf3.py`, `nf4.py` and `int8.py` in `weights/matrix/`:
+32 rows, a band, lie interleaved, pair of columns by pair of columns. First `round_x` rounds x to
+integers, in blocks of 64 columns with a scale for each. Then `multiply` turns the codes into
+integers (`units.py`), adds the products up exactly, and turns only the sum over a block into a
+float, times the scales of the weights and of x (`tile.py`).
 
-For 4-bit codes and a few tokens x has 13 bits and a sign: the error against a product in double
-precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16 costs. For
-many tokens the limit is computing and not memory; there x has 7 bits and a sign if the CPU
-multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
+For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign: the error against a product in
+double precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16
+costs. For many tokens the limit is computing and not memory; there x has 7 bits and a sign if the
+CPU multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
 9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 2e-5, while rounding the
 weights has cost 6e-3.
 
@@ -35,7 +35,7 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
-from mixchat.kernels.units import INT8_UNITS, UNITS, Unit, UnitName, level_tables, unit_for
+from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 
 _BANDS = 4  # of one item of work; with one token they are read as four streams from memory
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
@@ -50,16 +50,17 @@ def packed_matmul(
     absmax: torch.Tensor,
     levels: torch.Tensor | None,
     shape: tuple[int, int],
+    bits: Bits,
     *,
     exact: bool = False,
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
 
-    x: fp32 or bf16 (other types are computed as fp32), on the CPU. codes: uint8 [R * C / 2] and
-    absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of `level_tables`; None
-    for 8-bit codes, int8 [R * C]. R is a multiple of 32, C of 64.
+    x: fp32 or bf16 (other types are computed as fp32), on the CPU. codes: R * C codes of
+    `bits` bits and absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of
+    `level_tables`; None for 8-bit codes. R is a multiple of 32, C of 64.
 
-    Each row of x is computed by itself. With 4-bit codes its result depends on the others through
+    Each row of x is computed by itself. With 3 and 4 bits its result depends on the others through
     their count: many rows are rounded more coarsely than few. With `exact`, many are computed as
     one is, and with 8-bit codes they always are.
     """
@@ -69,11 +70,8 @@ def packed_matmul(
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
-    if levels is None:
-        name = INT8_UNITS[instructions]
-    else:
-        name = unit_for(instructions, 1 if exact else tokens)
-    size = UNITS[name].x_type.width // 8
+    unit = unit_for(instructions, bits, 1 if exact else tokens)
+    size = unit.x_type.width // 8
     # One allocation instead of three, which would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
     scratch = torch.empty(blocks * (8 + BLOCK * size), dtype=torch.uint8)
@@ -93,7 +91,7 @@ def packed_matmul(
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
     )
-    compiled = _compiled(instructions, name, bf16)
+    compiled = _compiled(instructions, unit, bf16)
     threads = torch.get_num_threads()
     compiled.function("round_x").run(numbers, 1 if tokens == 1 else threads)
     numbers[0] = 0
@@ -102,9 +100,9 @@ def packed_matmul(
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet, name: UnitName, bf16: bool) -> Compiled:
+def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
     """Compile both functions for x in bf16 (`bf16`) or fp32."""
-    module, unit = ir.Module("coded"), UNITS[name]
+    module = ir.Module("coded")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _BANDS, 1)
     tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths]

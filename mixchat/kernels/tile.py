@@ -54,7 +54,7 @@ class Tile:
         self._row = band * BAND
         self._blocks = self._columns // BLOCK
         self._bands = [
-            self._codes.plus((band + number) * self._columns * (unit.line // 2))
+            self._codes.plus(self._bytes_of((band + number) * self._columns))
             for number in range(bands)
         ]
         self._parts = BAND // unit.lanes  # vectors for one number of each row of a band
@@ -80,17 +80,24 @@ class Tile:
         """Return the sums of one block's products, in the unit's order of the rows."""
         unit, parts = self._unit, self._parts
         starts = self._starts(block)
-        steps = BLOCK // 2 // unit.lines
+        steps = BLOCK // unit.columns
         with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
             for unrolled in range(unit.unrolled):
-                line = block * (BLOCK // 2) + (first_step + unrolled) * unit.lines
-                numbers = [self._x_at(token, line * 2) for token in range(self.tokens)]
+                column = block * BLOCK + (first_step + unrolled) * unit.columns
+                at_once = 32 // unit.x_type.width
                 for band, codes in enumerate(self._bands):
-                    for part, levels in enumerate(unit.levels(codes, line * unit.line)):
-                        for token, x in enumerate(numbers):
-                            place = (band * self.tokens + token) * parts + part
-                            sums[place] = unit.add_products(sums[place], levels, x)
+                    groups = unit.levels(codes, self._bytes_of(column))
+                    for group, levels in enumerate(groups):
+                        for token in range(self.tokens):
+                            x = self._x_at(token, column + group * at_once)
+                            place = (band * self.tokens + token) * parts
+                            for part, some in enumerate(levels):
+                                sums[place + part] = unit.add_products(sums[place + part], some, x)
         return sums
+
+    def _bytes_of(self, columns: Value) -> Value:
+        """Return the bytes of the codes of so many columns of a band."""
+        return columns * (BAND * self._unit.bits // 8)
 
     def _starts(self, block: Value) -> list[Value]:
         """Return the first values of the sums: minus what the unit's offset will add to them."""

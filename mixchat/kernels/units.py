@@ -1,14 +1,20 @@
-"""Five ways to turn codes into numbers and to multiply them: their instructions, the bits of x.
+"""Ways to turn codes into numbers and to multiply them: their instructions, the bits of x.
 
 The numbers are integers: the levels that the codes stand for (-1 to 1, times `largest_level`) and
-x (scaled to at most `largest_x`). A unit reads a line of the layout "cpu-packed": a pair of columns
-of 32 rows. It turns the codes into levels, and adds their products with x to sums of 32 bits, one
-for each row. Codes of 4 bits are looked up in a table; those of 8 bits are their levels themselves.
-"Words" have 16 bits. The sum over a block of 64 columns never overflows:
+x (scaled to at most `largest_x`). A unit reads some columns of 32 rows in the layout "cpu-packed".
+It turns the codes into levels, and adds their products with x to sums of 32 bits, one for each row.
+Codes of 3 and 4 bits are looked up in a table; those of 8 bits are their levels themselves. "Words"
+have 16 bits. The sum over a block of 64 columns never overflows:
 
-    4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31         (x has 13 bits and a sign)
-    4 bits, bytes:   127 *  255 * 64 =     2,072,640                (x has 7 bits and a sign)
-    8 bits, words: 32767 *  127 * 64 =   266,330,176                (x has 15 bits and a sign)
+    3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
+    3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
+    8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
+
+3 and 4 bits have the same way in all but the first step. A line is 32 bytes for a pair of columns,
+with two codes in a byte: of a row 0 to 15 in its low bits, of a row 16 to 31 above them. With 4
+bits the line is what lies in memory. With 3 bits, three lines in memory hold 6 bits of each byte,
+and the two bits left over in each of them make up a fourth line. Bits that are no part of a code
+may remain above it, because the table is repeated.
 
 The instruction for bytes takes unsigned levels: 128 is added to each. So a sum is too large by 128
 times the sum of x over the block, which is known beforehand: the sums start at minus that.
@@ -17,6 +23,7 @@ times the sum of x over the block, which is known beforehand: the sums start at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,8 +31,9 @@ import torch
 from mixchat.kernels.compile import InstructionSet, has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
-UnitName = Literal["avx512", "avx2", "avx512 bytes", "avx512 int8", "avx2 int8"]
+Bits = Literal[3, 4, 8]
 MANY = 16  # tokens from which on x has 8 bits, on CPUs where that is faster
+LINE = 32  # bytes
 _BYTES_AT = 32  # bytes: in the table, the levels as words come before the levels as bytes
 
 
@@ -35,25 +43,26 @@ class Unit(ABC):
     `table` points to the result of `level_tables`, which units for 8-bit codes do not read.
     """
 
+    bits: ClassVar[int] = 4  # of a code
+    columns: ClassVar[int] = 2  # whose codes are read at once
     lanes: ClassVar[int]  # sums in a vector
-    line: ClassVar[int] = 32  # bytes
-    lines: ClassVar[int] = 1  # read at once
     x_type: ClassVar[Any] = i16
     largest_x: ClassVar[int] = 8191
     largest_level: ClassVar[int] = 4095
     offset: ClassVar[int] = 0  # added to each level
     # Tokens that are computed at once, the most first: as many as there are registers for.
     widths: ClassVar[tuple[int, ...]]
-    unrolled: ClassVar[int]  # steps of the loop over lines that are written out
+    unrolled: ClassVar[int]  # steps of the loop over columns that are written out
 
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table
 
     @abstractmethod
-    def levels(self, codes: Pointer, place: Value) -> list[Value]:
-        """Load `lines` lines of codes and return their levels, a vector for each vector of sums.
+    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+        """Load the codes of `columns` columns, and return their levels.
 
-        A lane, one row, has the levels of 2 columns, or 4 if two lines are read at once.
+        Each list has a vector of levels for each vector of sums. A lane, one row, has as many
+        levels as 32 bits of x have numbers; the first list is for the first of them, and so on.
         """
 
     @abstractmethod
@@ -66,9 +75,6 @@ class Unit(ABC):
     def in_order(self, sums: list[Value]) -> list[Value]:
         """Return the sums in the order of the rows."""
         return sums
-
-    def _load(self, codes: Pointer, place: Value) -> Value:
-        return codes.load(vector(i8, self.lines * self.line), place)
 
 
 class _Words(Unit):
@@ -94,7 +100,43 @@ class _Avx2Words(_Words):
     lanes, _multiply = 8, "llvm.x86.avx2.pmadd.wd"
 
 
-class Avx512(_Avx512Words):
+class _Lookup(Unit):
+    """Looks codes up in a table; `shift` is how far apart the two codes of a byte are."""
+
+    shift: ClassVar[int] = 4
+
+    def lines(self, codes: Pointer, place: Value) -> list[Value]:
+        """Load the lines of `columns` columns, in the type of `line`."""
+        return [self.line(codes, place)]
+
+    def line(self, codes: Pointer, place: Value) -> Value:
+        """Load a line: as bytes, unless the unit wants another type."""
+        return codes.load(vector(i8, LINE), place)
+
+    def shifted(self, line: Value, by: int) -> Value:
+        """Return a line, or two, with its bits shifted right; above them can be any."""
+        words = vector(i16, line.type.count // 2)
+        return (line.bits_as(words) >> by).bits_as(line.type)
+
+
+class _ThreeBits(_Lookup):
+    """Takes lines out of 3 bits: the two bits left over in three lines are a fourth one."""
+
+    bits, columns, shift = 3, 8, 3
+
+    def lines(self, codes: Pointer, place: Value) -> list[Value]:
+        """Return four lines."""
+        one, two, three = (self.line(codes, place + LINE * number) for number in range(3))
+        parts = (
+            (self.shifted(one, 6), 0x03),
+            (self.shifted(two, 4), 0x0C),
+            (self.shifted(three, 2), 0x30),
+        )
+        low, middle, high = (bits & mask for bits, mask in parts)
+        return [one, two, three, low | middle | high]
+
+
+class Avx512(_Lookup, _Avx512Words):
     """AVX-512: one instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
 
     widths, unrolled = (8, 4, 2, 1), 4
@@ -103,41 +145,61 @@ class Avx512(_Avx512Words):
         super().__init__(function, table)
         self._twice = table.load(vector(i16, 16)).shuffled([*range(16), *range(16)])
 
-    def levels(self, codes: Pointer, place: Value) -> list[Value]:
-        """Return the levels of rows 0 to 15, and of rows 16 to 31."""
-        words = self._load(codes, place).widened(self._words)
+    def line(self, codes: Pointer, place: Value) -> Value:
+        """Load a line as words."""
+        return super().line(codes, place).widened(self._words)
+
+    def shifted(self, line: Value, by: int) -> Value:
+        """Return a line with its bits shifted right."""
+        return line >> by
+
+    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+        """Return, for each pair of columns, the levels of rows 0 to 15, and of rows 16 to 31."""
         return [
-            self.function.call("llvm.x86.avx512.permvar.hi.512", self._words, self._twice, places)
-            for places in (words, words >> 4)
+            [
+                self.function.call(
+                    "llvm.x86.avx512.permvar.hi.512", self._words, self._twice, places
+                )
+                for places in (line, self.shifted(line, self.shift))
+            ]
+            for line in self.lines(codes, place)
         ]
 
 
-class Avx2(_Avx2Words):
+class Avx2(_Lookup, _Avx2Words):
     """AVX2: looks up the low and the high bytes of the levels, and puts them together to words."""
 
     widths, unrolled = (4, 2, 1), 2
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
-        self._bytes = vector(i8, 32)
+        self._bytes = vector(i8, LINE)
         both = table.load(self._bytes)
         self._low, self._high = (both.shuffled(2 * [*range(odd, 32, 2)]) for odd in (0, 1))
 
-    def levels(self, codes: Pointer, place: Value) -> list[Value]:
-        """Return the levels of rows 0-3 and 8-11, of 4-7 and 12-15, and the same from row 16 on."""
-        lines = self._load(codes, place)
-        shifted = (lines.bits_as(self._words) >> 4).bits_as(self._bytes)
-        found = []
-        for places in (lines & 0xF, shifted & 0xF):
-            low, high = (
-                self.function.call("llvm.x86.avx2.pshuf.b", self._bytes, table, places)
-                for table in (self._low, self._high)
-            )
-            for start in (0, 8):  # within each half of the vector, as the instruction does it
-                where = [*range(start, start + 8), *range(start + 16, start + 24)]
-                mixed = low.shuffled([place + 32 * odd for place in where for odd in (0, 1)], high)
-                found.append(mixed.bits_as(self._words))
-        return found
+    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+        """Return the levels of rows 0-3 and 8-11, of 4-7 and 12-15, and the same from row 16 on.
+
+        One list for each pair of columns.
+        """
+        return [
+            [
+                words
+                for places in (line & 0xF, self.shifted(line, self.shift) & 0xF)
+                for words in self._looked_up(places)
+            ]
+            for line in self.lines(codes, place)
+        ]
+
+    def _looked_up(self, places: Value) -> Iterator[Value]:
+        low, high = (
+            self.function.call("llvm.x86.avx2.pshuf.b", self._bytes, table, places)
+            for table in (self._low, self._high)
+        )
+        for start in (0, 8):  # within each half of the vector, as the instruction does it
+            where = [*range(start, start + 8), *range(start + 16, start + 24)]
+            mixed = low.shuffled([place + 32 * odd for place in where for odd in (0, 1)], high)
+            yield mixed.bits_as(self._words)
 
     def in_order(self, sums: list[Value]) -> list[Value]:
         """Return the sums in the order of the rows, out of that of `levels`."""
@@ -149,25 +211,33 @@ class Avx2(_Avx2Words):
         ]
 
 
-class Avx512Bytes(Unit):
+class Avx512Bytes(_Lookup):
     """AVX-512 with x in 8 bits: four products in an instruction and lane, twice as fast."""
 
-    lanes, widths, unrolled, lines = 16, (8, 4, 2, 1), 1, 2
+    lanes, widths, unrolled, columns = 16, (8, 4, 2, 1), 1, 4
     x_type, largest_x, largest_level, offset = i8, 127, 127, 128
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
-        self._bytes, self._words = vector(i8, 64), vector(i16, 32)
+        self._bytes = vector(i8, 2 * LINE)
         self._levels = table.plus(_BYTES_AT).load(vector(i8, 16)).shuffled([*range(16)] * 4)
 
-    def levels(self, codes: Pointer, place: Value) -> list[Value]:
-        """Return the levels of rows 0 to 15, and of rows 16 to 31: four columns of a row a lane."""
+    def lines(self, codes: Pointer, place: Value) -> list[Value]:
+        """Load the lines of two pairs of columns."""
+        return [self.line(codes, place), self.line(codes, place + LINE)]
+
+    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+        """Return, for each four columns, the levels of rows 0 to 15, and of rows 16 to 31."""
+        lines = self.lines(codes, place)
+        return [self._looked_up(*pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
+
+    def _looked_up(self, line: Value, other: Value) -> list[Value]:
+        words = vector(i16, LINE // 2)
         together = [place for pair in range(16) for place in (pair, pair + 16)]
-        mixed = self._load(codes, place).bits_as(self._words).shuffled(together)
-        shifted = (mixed >> 4).bits_as(self._bytes)
+        mixed = line.bits_as(words).shuffled(together, other.bits_as(words)).bits_as(self._bytes)
         return [
             self.function.call("llvm.x86.avx512.pshuf.b.512", self._bytes, self._levels, places)
-            for places in (mixed.bits_as(self._bytes) & 0xF, shifted & 0xF)
+            for places in (mixed & 0xF, self.shifted(mixed, self.shift) & 0xF)
         ]
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
@@ -177,17 +247,35 @@ class Avx512Bytes(Unit):
         return self.function.call(name, kind, sums, levels.bits_as(kind), x.broadcast(self.lanes))
 
 
+class Avx512ThreeBits(_ThreeBits, Avx512):
+    """3-bit codes with AVX-512."""
+
+    unrolled = 1
+
+
+class Avx2ThreeBits(_ThreeBits, Avx2):
+    """3-bit codes with AVX2."""
+
+    unrolled = 1
+
+
+class Avx512ThreeBitsBytes(_ThreeBits, Avx512Bytes):
+    """3-bit codes with AVX-512, x in 8 bits."""
+
+
 class _Int8(_Words):
     """8-bit codes: loaded as words, with their sign."""
 
-    line, largest_x, largest_level = 64, 32767, 127
+    bits, largest_x, largest_level = 8, 32767, 127
 
-    def levels(self, codes: Pointer, place: Value) -> list[Value]:
+    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         """Return the codes, of as many rows a vector as it has lanes."""
         size = 2 * self.lanes
         return [
-            codes.load(vector(i8, size), place + start).sign_extended(self._words)
-            for start in range(0, self.line, size)
+            [
+                codes.load(vector(i8, size), place + start).sign_extended(self._words)
+                for start in range(0, 2 * LINE, size)
+            ]
         ]
 
 
@@ -203,26 +291,32 @@ class Avx2Int8(_Int8, _Avx2Words):
     widths, unrolled = (2, 1), 2
 
 
-UNITS: dict[UnitName, type[Unit]] = {
-    "avx512": Avx512,
-    "avx2": Avx2,
-    "avx512 bytes": Avx512Bytes,
-    "avx512 int8": Avx512Int8,
-    "avx2 int8": Avx2Int8,
+WORDS: dict[tuple[InstructionSet, Bits], type[Unit]] = {
+    ("avx512", 3): Avx512ThreeBits,
+    ("avx512", 4): Avx512,
+    ("avx512", 8): Avx512Int8,
+    ("avx2", 3): Avx2ThreeBits,
+    ("avx2", 4): Avx2,
+    ("avx2", 8): Avx2Int8,
 }
-INT8_UNITS: dict[InstructionSet, UnitName] = {"avx512": "avx512 int8", "avx2": "avx2 int8"}
+BYTES: dict[Bits, type[Unit]] = {3: Avx512ThreeBitsBytes, 4: Avx512Bytes}
 
 
-def unit_for(instructions: InstructionSet, tokens: int) -> UnitName:
-    """Return the unit for 4-bit codes and so many tokens: for many, bytes, if the CPU has VNNI."""
-    if instructions == "avx512" and tokens >= MANY and has_feature("avx512vnni"):
-        return "avx512 bytes"
-    return instructions
+def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
+    """Return the unit for such codes and so many tokens: for many, bytes, if the CPU has VNNI."""
+    fast = instructions == "avx512" and has_feature("avx512vnni")
+    if tokens >= MANY and fast and bits in BYTES:
+        return BYTES[bits]
+    return WORDS[instructions, bits]
 
 
 def level_tables(levels: torch.Tensor) -> torch.Tensor:
-    """Return the table that units read, for 16 levels (fp32, -1 to 1): uint8, words then bytes."""
-    words = (levels * Unit.largest_level).round().to(torch.int16).view(torch.uint8)
+    """Return the table that units read: uint8, words then bytes.
+
+    levels: fp32, -1 to 1, 16 or 8 of them.
+    """
+    sixteen = levels.repeat(16 // len(levels))
+    words = (sixteen * Unit.largest_level).round().to(torch.int16).view(torch.uint8)
     assert len(words) == _BYTES_AT
-    of_bytes = (levels * Avx512Bytes.largest_level).round() + Avx512Bytes.offset
+    of_bytes = (sixteen * Avx512Bytes.largest_level).round() + Avx512Bytes.offset
     return torch.cat((words, of_bytes.to(torch.uint8)))

@@ -117,7 +117,7 @@ def test_random_models_go_as_they_came(
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
-        synthetic, "write_synthetic", lambda place, layers: shutil.copytree(tiny_model, place)
+        synthetic, "write_synthetic", lambda place, layers, bits: shutil.copytree(tiny_model, place)
     )
     side_by_side.main(["--synthetic", "2", "--python", python, *QUICK])
     assert list((tmp_path / "home" / "models").iterdir()) == []

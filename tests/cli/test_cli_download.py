@@ -133,13 +133,13 @@ def test_dense_bits_that_cannot_be_are_refused_in_one_line(mixchat, calls, value
 
 @pytest.mark.parametrize("bits", ["8", "4", "attention=8", "attention=16,head=4"])
 def test_fewer_bits_for_a_part_of_what_stays_unquantized_are_refused(mixchat, calls, bits):
-    done = mixchat("download", "org/name", "--quant-type", "none", "--dense-bits", bits)
+    done = mixchat("download", "org/name", "--expert-bits", "16", "--dense-bits", bits)
     assert (done.returncode, calls) == (2, [])
     assert b"leaves the attention and the head unquantized, too" in done.stderr
 
 
 def test_16_bits_for_what_stays_unquantized_are_no_contradiction(mixchat, calls):
-    flags = ("--quant-type", "none", "--dense-bits", "16")
+    flags = ("--expert-bits", "16", "--dense-bits", "16")
     assert mixchat("download", "org/name", *flags).returncode == 0
     assert calls[0].options == QuantizeOptions("none", 16, 16)
 
@@ -230,8 +230,8 @@ def test_a_dry_run_as_json_has_bytes(mixchat, environment, fake):
         ("float16", [], "fp16 weights are stored as bf16, which rounds them to 8 bits"),
         ("float32", [], "fp32 weights are stored as bf16, which rounds them to 8 bits"),
         ("bfloat16", [], None),
-        ("float16", ["--quant-type", "none"], None),
-        ("float32", ["--quant-type", "none"], None),
+        ("float16", ["--expert-bits", "16"], None),
+        ("float32", ["--expert-bits", "16"], None),
     ],
 )
 def test_it_is_said_where_weights_are_rounded_to_bf16(

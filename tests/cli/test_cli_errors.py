@@ -58,7 +58,7 @@ def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
         ["run", "--temp", "hot"],
         ["run", "--temp"],
         ["download"],
-        ["download", "base", "--quant-type", "q4_0"],
+        ["download", "base", "--expert-bits", "5"],
         ["show"],
     ],
 )

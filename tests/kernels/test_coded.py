@@ -1,27 +1,32 @@
 """The kernel against the dequantized product in double precision, for each set of instructions."""
 
+import functools
+
 import pytest
 import torch
 from coded_tools import AnyCodes, error, random
 
 from mixchat.kernels import coded
-from mixchat.kernels.compile import has_feature, instruction_set
-from mixchat.kernels.units import MANY, UnitName, unit_for
-from mixchat.weights.matrix import nf4
-from mixchat.weights.matrix.encode import encode_nf4
+from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set
+from mixchat.kernels.units import BYTES, MANY, WORDS, Bits, Unit, unit_for
+from mixchat.weights.matrix import nf3, nf4
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
 
-QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4}
-LEVELS = {kind: coded.level_tables(nf4.LEVELS[kind]) for kind in nf4.LEVELS}
+QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4, "nf3": encode_nf3}
+LEVELS = {
+    kind: coded.level_tables(levels) for kind, levels in (nf4.LEVELS | {"nf3": nf3.LEVELS}).items()
+}
+KINDS = list(LEVELS)
 
 
 # How far a product may be from the exact one: by the bits that x has.
-WITHIN: dict[UnitName, float] = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2}
+WITHIN = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2}
 
 
 @pytest.fixture(params=list(WITHIN))
-def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> UnitName:
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each unit that this CPU has, for any count of tokens."""
     if request.param != "avx2" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
@@ -29,31 +34,41 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Uni
         pytest.skip("the CPU does not multiply bytes")
     instructions = request.param.split()[0]
     monkeypatch.setattr(coded, "instruction_set", lambda: instructions)
-    monkeypatch.setattr(coded, "unit_for", lambda instructions, tokens: request.param)
+
+    def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
+        return BYTES[bits] if request.param.endswith("bytes") else WORDS[instructions, bits]
+
+    monkeypatch.setattr(coded, "unit_for", unit_for)
     return request.param
 
 
 class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
-    def __init__(self, rows: int, columns: int, kind: nf4.FourBit = "nf4") -> None:
+    def __init__(self, rows: int, columns: int, kind: str = "nf4") -> None:
         codes, absmax = QUANTIZE[kind](random(rows, columns).bfloat16())
         shape = self.shape = (rows, columns)
-        self.kind = kind
-        self.exact = nf4.dequantize(codes, absmax.float(), shape, torch.float32, kind).double()
-        self.codes, self.absmax = nf4.to_packed_layout(codes, absmax, rows, columns)
+        self.kind, how = kind, (nf3 if kind == "nf3" else nf4)
+        if kind == "nf3":
+            self.exact = nf3.dequantize(codes, absmax, shape, torch.float32).double()
+        else:
+            wide = absmax.float()
+            self.exact = nf4.dequantize(codes, wide, shape, torch.float32, kind).double()
+        self.bits = how.BITS
+        self.codes, self.absmax = how.to_packed_layout(codes, absmax, rows, columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return coded.packed_matmul(x, self.codes, self.absmax, LEVELS[self.kind], self.shape)
+        levels = LEVELS[self.kind]
+        return coded.packed_matmul(x, self.codes, self.absmax, levels, self.shape, self.bits)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 13, 70])
 def test_the_product_is_that_of_the_dequantized_matrix(
-    unit: UnitName,
+    unit: str,
     threads: int,
-    kind: nf4.FourBit,
+    kind: str,
     shape: tuple[int, int],
     tokens: int,
 ) -> None:
@@ -67,7 +82,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(
     assert matrix(rounded).dtype == torch.bfloat16
 
 
-def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: UnitName) -> None:
+def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
     """As bitsandbytes' kernel for AVX512-BF16 has them."""
     if unit == "avx512 bytes":
         pytest.skip("that is for speed")
@@ -80,40 +95,47 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: UnitName) -> No
     assert error(matrix(x), expected) < error(x.double() @ rounded.view(256, 1024).T, expected) / 4
 
 
-def test_a_token_alone_has_the_result_that_it_has_among_others(
-    unit: UnitName,
-) -> None:
-    matrix, x = Matrix(160, 192), random(29, 192, seed=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_alone_has_the_result_that_it_has_among_others(unit: str, kind: str) -> None:
+    matrix, x = Matrix(160, 192, kind), random(29, 192, seed=1)
     alone = torch.cat([matrix(row) for row in x.split(1)])
     assert torch.equal(matrix(x), alone)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    matrix, x = Matrix(96, 256), random(5, 256, seed=1)
+    matrix, x = Matrix(96, 256, kind), random(5, 256, seed=1)
     wide = matrix(x)
     monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
     torch.testing.assert_close(matrix(x), wide, rtol=1e-5, atol=1e-5)
 
 
-def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can() -> None:
-    few, many = (unit_for("avx512", tokens) for tokens in (MANY - 1, MANY))
-    assert few == "avx512"
-    assert many == ("avx512 bytes" if has_feature("avx512vnni") else "avx512")
-    assert unit_for("avx2", MANY) == "avx2"
+@pytest.mark.parametrize("bits", [3, 4])
+def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can(bits: Bits) -> None:
+    few, many = (unit_for("avx512", bits, tokens) for tokens in (MANY - 1, MANY))
+    assert few is WORDS["avx512", bits]
+    assert many is (BYTES[bits] if has_feature("avx512vnni") else few)
+    assert unit_for("avx2", bits, MANY) is WORDS["avx2", bits]
 
 
-def test_the_largest_possible_sum_does_not_overflow(unit: UnitName) -> None:
-    codes = torch.full((32 * 64 // 2,), 0xFF, dtype=torch.uint8)  # the level 1 everywhere
-    absmax = torch.ones(32, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_possible_sum_does_not_overflow(unit: str, kind: str) -> None:
+    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33}[kind]  # the level 1 everywhere
+    matrix = Matrix(32, 64, kind)
+    matrix.codes.fill_(largest)
+    matrix.absmax.fill_(1)
     for value in (1.0, -1.0):
-        x = torch.full((1, 64), value)
-        result = coded.packed_matmul(x, codes, absmax, LEVELS["nf4"], (32, 64))
+        result = matrix(torch.full((1, 64), value))
         torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
 
 
 class TestFourBits(AnyCodes):
     Matrix, within = Matrix, WITHIN.__getitem__
+
+
+class TestThreeBits(AnyCodes):
+    Matrix, within = functools.partial(Matrix, kind="nf3"), WITHIN.__getitem__

@@ -11,7 +11,7 @@ from coded_tools import AnyCodes, error, random
 from mixchat.kernels import coded
 from mixchat.kernels.compile import instruction_set
 from mixchat.kernels.emit import Value, i16, i32, vector
-from mixchat.kernels.units import INT8_UNITS, UNITS, Avx512Int8
+from mixchat.kernels.units import WORDS, Avx512Int8
 from mixchat.weights.matrix import int8
 from mixchat.weights.matrix.linear import LinearSpec
 
@@ -38,8 +38,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
     if request.param == "emulated":
-        monkeypatch.setitem(UNITS, "emulated", Emulated)
-        monkeypatch.setitem(INT8_UNITS, instruction_set(), "emulated")
+        monkeypatch.setitem(WORDS, (instruction_set(), 8), Emulated)
     else:
         monkeypatch.setattr(coded, "instruction_set", lambda: request.param)
     return request.param
@@ -59,7 +58,7 @@ class Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = int8.to_packed_layout(self.codes, self.absmax, *self.shape)
-        return coded.packed_matmul(x, *packed, None, self.shape)
+        return coded.packed_matmul(x, *packed, None, self.shape, int8.BITS)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576)])
@@ -92,8 +91,7 @@ def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
 ) -> None:
     matrix, x = Matrix(96, 256), random(5, 256, seed=1)
     result = matrix(x)
-    monkeypatch.setitem(UNITS, "emulated", Emulated)
-    monkeypatch.setitem(INT8_UNITS, instruction_set(), "emulated")
+    monkeypatch.setitem(WORDS, (instruction_set(), 8), Emulated)
     torch.testing.assert_close(matrix(x), result, rtol=1e-5, atol=1e-5)
 
 

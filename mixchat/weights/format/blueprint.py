@@ -25,8 +25,8 @@ import torch
 from mixchat.kernels import coded, rows
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import ALIGNMENT, TensorSpec
+from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
-from mixchat.weights.matrix.nf4 import BLOCKSIZE
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -44,7 +44,7 @@ class Quantization:
     """The form of the matrices; `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`; attention and head are "int8", "none" (dense, in `dtype`), or
-    of the type of the experts.
+    in 4 bits.
     """
 
     quant_type: QuantType = "nf4"

@@ -38,7 +38,7 @@ FORMAT = 3
 _FORMATS = (2, 3)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
-    "quant_type": ("nf4", "fp4", "none"),
+    "quant_type": ("nf3", "nf4", "fp4", "none"),
     "blocksize": (64,),
     "scales": ("absmax", "search", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
@@ -258,7 +258,8 @@ def _digest(document: dict[str, Any]) -> str:
 
 def check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     """Raise `CheckpointError`, which names `path`, for values that a manifest cannot have."""
-    of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", quantization["quant_type"]))
+    four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
+    of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits))
     for key, allowed in (_QUANTIZATION | of_parts).items():
         value = quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):

@@ -18,11 +18,12 @@ from mixchat.weights.source.checkpoint_index import (
 
 DENSE_BITS = 8  # of attention and head, where nothing else is requested
 _DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
+_EXPERT_TYPES: dict[int, QuantType] = {16: "none", 4: "nf4", 3: "nf3"}
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The form that the matrices get. `quant_type` is that of the experts: "nf4", or "none".
+    """The form that the matrices get. `quant_type` is that of the experts: "nf4", "nf3" or "none".
 
     attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
     16 where the experts are not quantized. `scales` says how the scale of each block of 4-bit
@@ -43,9 +44,14 @@ def best_layout() -> Layout:
     return "cpu-packed"
 
 
+def expert_type(bits: int) -> QuantType:
+    """Return the type of experts in 16 bits (unquantized), 4 or 3."""
+    return _EXPERT_TYPES[bits]
+
+
 def dense_type(bits: int, quant_type: QuantType) -> QuantType:
     """Return the type of attention or head in so many bits, beside experts of `quant_type`."""
-    return _DENSE_TYPES.get(bits, quant_type)
+    return _DENSE_TYPES.get(bits, "fp4" if quant_type == "fp4" else "nf4")
 
 
 def bits_of(quant_type: QuantType) -> int:
@@ -75,9 +81,15 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
         attention=type_of(_attention(index), options.attention),
         head=type_of(_head(index), options.head),
         dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
-        scales="given" if given_4bit or options.quant_type == "none" else options.scales,
+        scales=_scales(quant_type, given_4bit is not None, options),
     )
     return Blueprint(index.config, quantization)
+
+
+def _scales(quant_type: QuantType, given: bool, options: QuantizeOptions) -> Scales:
+    if given or quant_type == "none":
+        return "given"
+    return "search" if quant_type == "nf3" else options.scales
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:

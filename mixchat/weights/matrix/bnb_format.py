@@ -23,7 +23,8 @@ import torch
 
 from mixchat.errors import CheckpointError
 from mixchat.weights.matrix import nf4
-from mixchat.weights.matrix.nf4 import BLOCKSIZE, FourBit
+from mixchat.weights.matrix.blocks import BLOCKSIZE
+from mixchat.weights.matrix.nf4 import FourBit
 
 _STATES: dict[FourBit, str] = {
     "nf4": "quant_state.bitsandbytes__nf4",

@@ -13,7 +13,13 @@ weight / scale.
   factors are negative: the levels are not symmetric, and some blocks fit their mirror image better.
   Readers need not know of it: a weight is its level times its scale, as always.
 
-N = weights, B = blocks (of 64 weights), F = factors (32), S = rows of the table (1025).
+- With `importance`, each squared error is weighted by that of its column (the mean square of the
+  inputs, `weights/make/calibration.py`), and so are the errors of rounding.
+
+NF3 always searches: from absmax its error would be half as large again.
+
+N = weights, B = blocks (of 64 weights), C = columns, F = factors (32), S = rows of the table
+(1025).
 """
 
 from __future__ import annotations
@@ -21,47 +27,108 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
 
-from mixchat.weights.matrix.nf4 import BLOCKSIZE, LEVELS
+from mixchat.weights.matrix import nf3, nf4
+from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, in_blocks
 
-_LEVELS = LEVELS["nf4"]
-_BOUNDARIES = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+Searched = Literal["nf4", "nf3"]
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
 _PIECE = 2**19  # weights in one pass: between passes the threads wait for Python's lock
 _MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for that lock
-
-_FACTORS = torch.linspace(0.86, 1.36, 16)
-_FACTORS = torch.cat((_FACTORS, -_FACTORS))  # [F]
 _STEPS = 512  # of the table, from 0 to 1
 _MARGIN = 1e-5  # in a block's squared error, where absmax is 1: more than rounding can add
 
 
-def encode_nf4(weight: torch.Tensor, *, search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+class Levels:
+    """The levels of a type, and the factors that the search tries."""
+
+    def __init__(self, levels: torch.Tensor, smallest: float, largest: float) -> None:
+        self.levels = levels
+        self.boundaries = ((levels[1:] + levels[:-1]) / 2).numpy()
+        factors = torch.linspace(smallest, largest, 16)
+        self.factors = torch.cat((factors, -factors))  # [F]
+
+    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Return the codes uint8, one a byte: the count of boundaries below each weight."""
+        values = scaled.numpy()
+        count = np.zeros(values.shape, np.uint8)
+        above = np.empty(values.shape, np.bool_)
+        for boundary in self.boundaries:
+            np.greater(values, boundary, out=above)
+            np.add(count, above.view(np.uint8), out=count)
+        return torch.from_numpy(count)
+
+    @functools.cached_property
+    def error_table(self) -> torch.Tensor:
+        """Return the squared error [S, F] of weight / absmax from -1 to 1 under each factor."""
+        scaled = torch.linspace(-1, 1, 2 * _STEPS + 1).unsqueeze(-1)
+        codes = self.nearest(scaled / self.factors)
+        return (scaled - self.factors * self.levels[codes.int()]).square()
+
+
+LEVELS: dict[Searched, Levels] = {
+    "nf4": Levels(nf4.LEVELS["nf4"], 0.86, 1.36),
+    "nf3": Levels(nf3.LEVELS, 0.60, 1.20),
+}
+
+
+def encode_nf4(
+    weight: torch.Tensor, *, search: bool = False, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes (uint8 [ceil(N / 2)]) and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
 
-    weight: [rows, columns], any float type, finite; rounded to bf16 first, which makes absmax
-    exact. Codes are in bitsandbytes' order: row after row, the even weight in the high nibble.
+    weight: [rows, C], any float type, finite; rounded to bf16 first, which makes absmax exact.
+    Codes are in bitsandbytes' order: row after row, the even weight in the high nibble.
 
-    With `search` no block's squared error, before the product of level and scale is rounded, is
-    larger than without; a last block of fewer than 64 weights has absmax for its scale. A block's
-    result depends neither on its neighbours nor on the count of threads.
+    With `search` or `importance` (fp32 [C]) no block's squared error, before the product of level
+    and scale is rounded, is larger than without; a last block of fewer than 64 weights has absmax
+    for its scale. A block's result depends neither on its neighbours nor on the count of threads.
     """
-    flat = weight.detach().reshape(-1)
-    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    scales = torch.empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.bfloat16)
-    pieces = (
-        torch.split(flat, _PIECE),
-        torch.split(codes, _PIECE // 2),
-        torch.split(scales, _PIECE // BLOCKSIZE),
+    codes, scales = _encode("nf4", weight, search or importance is not None, importance)
+    return _two_a_byte(codes)[: (weight.numel() + 1) // 2], scales
+
+
+def encode_nf3(
+    weight: torch.Tensor, *, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and scales as `nf3.py` has them; for the rest, see `encode_nf4`."""
+    codes, scales = _encode("nf3", weight, True, importance)
+    return nf3.pack(codes.view(-1, 8)).view(-1), scales
+
+
+def _encode(
+    kind: Searched, weight: torch.Tensor, search: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes, one a byte [B, 64], and scales [B]."""
+    flat, columns = weight.detach().reshape(-1), weight.shape[-1]
+    count = absmax_size(*weight.shape)
+    codes = torch.empty(count, BLOCKSIZE, dtype=torch.uint8)
+    scales = torch.empty(count, dtype=torch.bfloat16)
+
+    def quantize(number: int, some: torch.Tensor, *made: torch.Tensor) -> None:
+        each = None
+        if importance is not None:
+            places = torch.arange(number * _PIECE, number * _PIECE + len(some)) % columns
+            each = in_blocks(importance[places])
+        _quantize_piece(LEVELS[kind], some, *made, search=search, importance=each)
+
+    pieces = torch.split(flat, _PIECE)
+    blocks = _PIECE // BLOCKSIZE
+    each_in_threads(
+        quantize,
+        range(len(pieces)),
+        pieces,
+        torch.split(codes, blocks),
+        torch.split(scales, blocks),
     )
-    each_in_threads(functools.partial(_quantize_piece, search=search), *pieces)
     return codes, scales
 
 
-def each_in_threads(work: Callable[..., None], *pieces: Sequence[torch.Tensor]) -> None:
+def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> None:
     """Call `work` with the first of all `pieces`, with the second, and so on, in some threads.
 
     torch's own threads would wait for each other after every operation: long if cores are busy.
@@ -84,19 +151,23 @@ def _work_alone() -> None:
 
 @torch.inference_mode()  # a caller's holds for its own thread only
 def _quantize_piece(
-    weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, search: bool
+    grid: Levels,
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    search: bool,
+    importance: torch.Tensor | None,
 ) -> None:
     """Fill `codes` and `scales` for some blocks, of which the last may be short."""
-    missing = -weight.numel() % BLOCKSIZE  # weights
     whole = weight.numel() // BLOCKSIZE  # blocks
-    blocks = torch.nn.functional.pad(weight.to(torch.bfloat16), (0, missing)).view(-1, BLOCKSIZE)
-    scaled, absmax = _scale(blocks.float())
-    best = _nearest(scaled)
+    scaled, absmax = _scale(in_blocks(weight.to(torch.bfloat16)).float())
+    codes.copy_(grid.nearest(scaled))
     scales.copy_(absmax)
     scales[whole:].clamp_(min=_TINY)  # as bitsandbytes does in a short block only
     if search and whole:
-        _search(scaled[:whole], absmax[:whole], best[:whole], scales[:whole])
-    codes.copy_(_two_a_byte(best)[: len(codes)])
+        each = None if importance is None else importance[:whole]
+        _search(grid, scaled[:whole], absmax[:whole], codes[:whole], scales[:whole], each)
 
 
 def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,17 +181,6 @@ def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled, absmax
 
 
-def _nearest(scaled: torch.Tensor) -> torch.Tensor:
-    """Return the codes uint8 [B, 64], one a byte: the count of boundaries below each weight."""
-    values = scaled.numpy()
-    count = np.zeros(values.shape, np.uint8)
-    above = np.empty(values.shape, np.bool_)
-    for boundary in _BOUNDARIES.numpy():
-        np.greater(values, boundary, out=above)
-        np.add(count, above.view(np.uint8), out=count)
-    return torch.from_numpy(count)
-
-
 def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
     """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble: [32 B]."""
     pairs = codes.numpy().view("<u2").reshape(-1)  # even + 256 * odd
@@ -128,37 +188,49 @@ def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _search(
-    scaled: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    grid: Levels,
+    scaled: torch.Tensor,
+    absmax: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    importance: torch.Tensor | None,
 ) -> None:
     """Replace codes and scales of absmax by better ones, in the blocks where there are some."""
     unit = absmax.clamp(min=_TINY)  # `scaled` is weight / unit
-    trial = (absmax * _best_factor(scaled)).to(torch.bfloat16)
+    trial = (absmax * _best_factor(grid, scaled, importance)).to(torch.bfloat16)
     ratio = trial.float() / unit
-    trial_codes = _nearest(scaled * (1.0 / ratio).unsqueeze(-1))
-    error = _squared_error(scaled, absmax / unit, codes)
+    trial_codes = grid.nearest(scaled * (1.0 / ratio).unsqueeze(-1))
+    error = _squared_error(grid, scaled, absmax / unit, codes, importance)
+    trial_error = _squared_error(grid, scaled, ratio, trial_codes, importance)
     # Where the trial is 0 or infinite this compares 0 with 0, or NaN: not better.
-    better = _squared_error(scaled, ratio, trial_codes) < error - _MARGIN
+    better = trial_error < error - _MARGIN * (1 if importance is None else importance.amax(-1))
     torch.where(better, trial, scales, out=scales)
     wide, trial_wide = codes.view(torch.int64), trial_codes.view(torch.int64)  # 8 at once
     torch.where(better.unsqueeze(-1), trial_wide, wide, out=wide)
 
 
-def _best_factor(scaled: torch.Tensor) -> torch.Tensor:
+def _best_factor(
+    grid: Levels, scaled: torch.Tensor, importance: torch.Tensor | None
+) -> torch.Tensor:
     """Return the factor [B] with the least squared error by the table."""
     steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)  # rounded to the nearest
-    errors = torch.nn.functional.embedding_bag(steps, _error_table(), mode="sum")  # [B, F]
-    return _FACTORS[errors.argmin(-1)]
+    errors = torch.nn.functional.embedding_bag(
+        steps, grid.error_table, mode="sum", per_sample_weights=importance
+    )  # [B, F]
+    return grid.factors[errors.argmin(-1)]
 
 
-@functools.cache
-def _error_table() -> torch.Tensor:
-    """Return the squared error [S, F] of weight / absmax from -1 to 1 under each factor."""
-    scaled = torch.linspace(-1, 1, 2 * _STEPS + 1).unsqueeze(-1)
-    codes = _nearest(scaled / _FACTORS)
-    return (scaled - _FACTORS * _LEVELS[codes.int()]).square()
+def _squared_error(
+    grid: Levels,
+    scaled: torch.Tensor,
+    ratio: torch.Tensor,
+    codes: torch.Tensor,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the sum over a block of (scaled - ratio * level)^2: [B]. Codes [B, 64], ratio [B].
 
-
-def _squared_error(scaled: torch.Tensor, ratio: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Return the sum over a block of (scaled - ratio * level)^2: [B]. Codes [B, 64], ratio [B]."""
-    levels = _LEVELS.index_select(0, codes.view(-1).int()).view_as(scaled)
-    return levels.mul_(ratio.unsqueeze(-1)).sub_(scaled).square_().sum(-1)
+    With `importance` [B, 64], each summand times its own.
+    """
+    levels = grid.levels.index_select(0, codes.view(-1).int()).view_as(scaled)
+    errors = levels.mul_(ratio.unsqueeze(-1)).sub_(scaled).square_()
+    return (errors if importance is None else errors.mul_(importance)).sum(-1)

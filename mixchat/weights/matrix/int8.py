@@ -20,11 +20,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.nn import functional
 
+from mixchat.kernels.units import Bits
+from mixchat.weights.matrix.blocks import (
+    BAND,
+    BLOCKSIZE,
+    absmax_size,
+    dequantized_rows,
+    in_blocks,
+    joined_rows,
+    transposed,
+)
 from mixchat.weights.matrix.encode import each_in_threads
-from mixchat.weights.matrix.nf4 import BAND, BLOCKSIZE, absmax_size, transposed
 
+BITS: Bits = 8
 LARGEST = 127  # code
 _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
 
@@ -32,6 +41,11 @@ _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the cache
 def stored_rows(rows: int, columns: int) -> int:
     """Return the count of rows that are stored, with those of zeros."""
     return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
+
+
+def codes_size(rows: int, columns: int) -> int:
+    """Return the bytes of the codes of so many rows, which are those that are stored."""
+    return rows * columns
 
 
 def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +70,7 @@ def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.inference_mode()  # a caller's holds for its own thread only
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     """Fill `codes` and `absmax` for some blocks, of which the last may be short."""
-    blocks = _in_blocks(weight.float())
+    blocks = in_blocks(weight.float())
     absmax.copy_(blocks.abs().amax(-1))
     scale = absmax.float().unsqueeze(-1)
     scaled = blocks / scale.masked_fill_(scale == 0, 1)
@@ -68,26 +82,14 @@ def dequantize(
     codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
-    weight = torch.empty(shape, dtype=dtype, device=codes.device)
-    start = 0
-    for rows in dequantized_rows(codes, absmax, shape, dtype):
-        weight[start : start + len(rows)] = rows
-        start += len(rows)
-    return weight
+    return joined_rows(rows_of(codes, absmax, shape, dtype), shape)
 
 
-def dequantized_rows(
+def rows_of(
     codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
     """Yield the matrix of this shape as `dtype`, some rows at a time. Layout "bitsandbytes"."""
-    rows, columns = shape
-    # Blocks continue from row to row; with 64 rows, one ends.
-    size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
-    pieces = torch.split(codes[: rows * columns], size)
-    scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
-    for some, scale in zip(pieces, scales, strict=True):
-        blocks = _in_blocks(some) * (scale.float() / LARGEST).unsqueeze(-1)
-        yield blocks.view(-1)[: len(some)].view(-1, columns).to(dtype)
+    return dequantized_rows(codes, absmax, shape, dtype, BITS, lambda some: some / LARGEST)
 
 
 def to_packed_layout(
@@ -109,11 +111,6 @@ def to_bitsandbytes_layout(
     flat = torch.empty_like(codes)
     _pairs(flat, columns).copy_(_lines(codes, columns))
     return flat, transposed(absmax, columns // BLOCKSIZE, rows)
-
-
-def _in_blocks(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the numbers [N] as blocks [ceil(N / 64), 64], the last one filled up with zeros."""
-    return functional.pad(numbers, (0, -len(numbers) % BLOCKSIZE)).view(-1, BLOCKSIZE)
 
 
 def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Linear maps y = x W^T whose matrix is dense, 8-bit or 4-bit: how they are stored and computed.
+"""Linear maps y = x W^T whose matrix is dense or of codes: how they are stored and computed.
 
 R = rows (out features), C = columns (in features).
 """
@@ -18,13 +18,14 @@ from mixchat import gpu
 from mixchat.errors import CheckpointError
 from mixchat.kernels import coded, dense, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
-from mixchat.kernels.units import MANY, UNITS, unit_for
+from mixchat.kernels.units import MANY, Bits, unit_for
 from mixchat.safetensors import TensorSpec
-from mixchat.weights.matrix import int8, nf4
+from mixchat.weights.matrix import int8, nf3, nf4
+from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, can_pack
 from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.encode import encode_nf4
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
-QuantType = Literal["nf4", "fp4", "int8", "none"]
+QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
 Scales = Literal["absmax", "search", "given"]
 
@@ -37,6 +38,41 @@ class Linear(Protocol):
     """A map from [..., C] to [..., R]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class RowsOf(Protocol):
+    """Yields a matrix of codes as dense rows of a type."""
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Iterator[torch.Tensor]: ...
+
+
+class _Codes(Protocol):
+    """What the modules of the types of codes have in common."""
+
+    BITS: Bits
+
+    def stored_rows(self, rows: int, columns: int) -> int: ...
+    def codes_size(self, rows: int, columns: int) -> int: ...
+    def to_packed_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def to_bitsandbytes_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+_LEVELS: dict[QuantType, torch.Tensor] = {
+    "nf3": nf3.LEVELS,
+    "nf4": nf4.LEVELS["nf4"],
+    "fp4": nf4.LEVELS["fp4"],
+}
+_CODES: dict[QuantType, _Codes] = {"nf3": nf3, "nf4": nf4, "fp4": nf4, "int8": int8}
 
 
 class DenseLinear:
@@ -105,17 +141,19 @@ class FourBitLinear:
         return nf4.bitsandbytes_matmul(x, self._codes, absmax, self._shape, self._quant_type)
 
 
-class Int8Linear:
-    """8-bit codes, row after row: correct on every device, slow on a CPU.
+class RowsLinear:
+    """Codes row after row, which are dequantized first: right on every device, slow on a CPU.
 
-    Some rows at a time are dequantized to the type of x: there is no such copy of the whole matrix.
+    Some rows at a time get the type of x: there is no such copy of the whole matrix.
     """
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
-        self._codes, self._absmax, self._shape = codes, absmax, shape
+    def __init__(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], rows_of: RowsOf
+    ) -> None:
+        self._codes, self._absmax, self._shape, self._rows_of = codes, absmax, shape, rows_of
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        pieces = int8.dequantized_rows(self._codes, self._absmax, self._shape, x.dtype)
+        pieces = self._rows_of(self._codes, self._absmax, self._shape, x.dtype)
         return torch.cat([DenseLinear(piece)(x) for piece in pieces], dim=-1)
 
 
@@ -123,15 +161,20 @@ class PackedLinear:
     """Codes in the layout of the kernel for CPUs: as fast as memory can be read."""
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, spec: LinearSpec) -> None:
-        assert spec.quant_type != "none"
         self._codes, self._absmax, self._rows = codes, absmax, spec.rows
         self._shape = (spec.stored_rows, spec.columns)
-        self._levels = None if spec.quant_type == "int8" else _level_tables(spec.quant_type)
+        self._levels, self._bits = _level_tables(spec.quant_type), _CODES[spec.quant_type].BITS
         self._exact = spec.exact
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         result = coded.packed_matmul(
-            x, self._codes, self._absmax, self._levels, self._shape, exact=self._exact
+            x,
+            self._codes,
+            self._absmax,
+            self._levels,
+            self._shape,
+            self._bits,
+            exact=self._exact,
         )
         if self._rows == self._shape[0]:
             return result
@@ -139,9 +182,10 @@ class PackedLinear:
 
 
 @functools.cache
-def _level_tables(quant_type: nf4.FourBit) -> torch.Tensor:
+def _level_tables(quant_type: QuantType) -> torch.Tensor | None:
     """Return the levels in the form that the kernel reads: the same for every matrix."""
-    return coded.level_tables(nf4.LEVELS[quant_type])
+    levels = _LEVELS.get(quant_type)
+    return None if levels is None else coded.level_tables(levels)
 
 
 @dataclass(frozen=True)
@@ -173,14 +217,14 @@ class LinearSpec:
     def packed(self) -> bool:
         """Return whether the packed layout is requested, and possible for the shape."""
         requested = self.quant_type != "none" and self.layout == "cpu-packed"
-        return requested and nf4.can_pack(self.stored_rows, self.columns)
+        return requested and can_pack(self.stored_rows, self.columns)
 
     @property
     def stored_rows(self) -> int:
         """Return the count of rows that `tensors` hold: with 8 bits, some more can be of zeros."""
-        if self.quant_type != "int8":
+        if self.quant_type == "none":
             return self.rows
-        return int8.stored_rows(self.rows, self.columns)
+        return _CODES[self.quant_type].stored_rows(self.rows, self.columns)
 
     def arithmetic(self, device: torch.device) -> str:
         """Return a name for how many rows are computed there: alike, they have the same bits.
@@ -192,18 +236,18 @@ class LinearSpec:
             return gpu.name(device)
         if not self.packed or instructions is None:
             return torch.backends.cpu.get_cpu_capability()
-        unit = unit_for(instructions, 1 if self.exact else MANY)
-        return "bytes" if UNITS[unit].x_type.width == 8 else "words"
+        bits = _CODES[self.quant_type].BITS
+        unit = unit_for(instructions, bits, 1 if self.exact else MANY)
+        return "bytes" if unit.x_type.width == 8 else "words"
 
     @property
     def tensors(self) -> list[TensorSpec]:
         """Return the tensors that hold the matrix, in order (absmax first keeps it aligned)."""
         if self.quant_type == "none":
             return [TensorSpec(f"{self.name}.weight", self.dtype, (self.rows, self.columns))]
-        scales = nf4.absmax_size(self.stored_rows, self.columns)
-        kind, codes = torch.uint8, nf4.codes_size(self.rows, self.columns)
-        if self.quant_type == "int8":
-            kind, codes = torch.int8, self.stored_rows * self.columns
+        scales = absmax_size(self.stored_rows, self.columns)
+        codes = _CODES[self.quant_type].codes_size(self.stored_rows, self.columns)
+        kind = torch.int8 if self.quant_type == "int8" else torch.uint8
         return [
             TensorSpec(f"{self.name}.absmax", torch.bfloat16, (scales,)),
             TensorSpec(f"{self.name}.codes", kind, (codes,)),
@@ -217,6 +261,8 @@ class LinearSpec:
             return self._arranged(*int8.encode_int8(weight))
         if self.quant_type == "fp4":
             return self._arranged(*nf4.encode_fp4(weight))
+        if self.quant_type == "nf3":
+            return self._arranged(*encode_nf3(weight))
         return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
 
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
@@ -233,7 +279,7 @@ class LinearSpec:
                 raise CheckpointError(
                     f"{self.name}: a part of it is {matrix.quant_type}, not {self.quant_type}"
                 )
-        if any(matrix.rows * matrix.columns % nf4.BLOCKSIZE for matrix in matrices[:-1]):
+        if any(matrix.rows * matrix.columns % BLOCKSIZE for matrix in matrices[:-1]):
             raise CheckpointError(
                 f"{self.name}: a part of it does not end with a whole block of 64 weights"
             )
@@ -247,10 +293,8 @@ class LinearSpec:
         self, codes: torch.Tensor, absmax: torch.Tensor, packed: bool
     ) -> list[torch.Tensor]:
         """Return absmax and codes in the packed layout, or out of it."""
-        if self.quant_type == "int8":
-            reorder = int8.to_packed_layout if packed else int8.to_bitsandbytes_layout
-        else:
-            reorder = nf4.to_packed_layout if packed else nf4.to_bitsandbytes_layout
+        how = _CODES[self.quant_type]
+        reorder = how.to_packed_layout if packed else how.to_bitsandbytes_layout
         codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
         return [absmax, codes]
 
@@ -261,8 +305,9 @@ class LinearSpec:
         absmax, codes = tensors
         if self.packed:
             return PackedLinear(codes, absmax, self)
-        if self.quant_type == "int8":
-            return Int8Linear(codes, absmax, (self.rows, self.columns))
+        if self.quant_type == "int8" or self.quant_type == "nf3":
+            rows_of = int8.rows_of if self.quant_type == "int8" else nf3.rows_of
+            return RowsLinear(codes, absmax, (self.rows, self.columns), rows_of)
         return FourBitLinear(codes, absmax, (self.rows, self.columns), self.quant_type)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -30,9 +30,11 @@ from typing import Any, Literal
 
 import torch
 
+from mixchat.kernels.units import Bits
+from mixchat.weights.matrix.blocks import BAND, BLOCKSIZE, transposed
+
 FourBit = Literal["nf4", "fp4"]
-BLOCKSIZE = 64
-BAND = 32  # rows that the packed layout interleaves
+BITS: Bits = 4
 _CHUNK = 2**23  # weights: bounds the temporary tensors, quantize_4bit's to about 150 MB
 
 # fmt: off
@@ -65,19 +67,14 @@ def _functional() -> Any:
     return _package().functional
 
 
-def can_pack(rows: int, columns: int) -> bool:
-    """Return whether a matrix of this shape has a packed layout."""
-    return rows % BAND == 0 and columns % BLOCKSIZE == 0
+def stored_rows(rows: int, columns: int) -> int:
+    """Return the count of rows that are stored: no more than there are."""
+    return rows
 
 
 def codes_size(rows: int, columns: int) -> int:
     """Return the bytes of a matrix's codes."""
     return (rows * columns + 1) // 2
-
-
-def absmax_size(rows: int, columns: int) -> int:
-    """Return the count of a matrix's scales."""
-    return -(-rows * columns // BLOCKSIZE)
 
 
 def encode_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,11 +116,6 @@ def to_bitsandbytes_layout(
         nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
         new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
     return flat, transposed(absmax, columns // BLOCKSIZE, rows)
-
-
-def transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return scales that lie as [height, width] in the order of [width, height]; a new tensor."""
-    return absmax.view(height, width).T.contiguous().view(-1)
 
 
 def _bands(

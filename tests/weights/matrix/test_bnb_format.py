@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mixchat.errors import CheckpointError
-from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.blocks import absmax_size
 from mixchat.weights.matrix.bnb_format import (
     Quantized4bit,
     component_names,
@@ -112,7 +112,7 @@ def test_larger_blocks_become_blocks_of_64_without_loss(
 ) -> None:
     tensors, expected = quantized(nested=nested, blocksize=blocksize, shape=(5, columns))
     matrix = read(tensors, (5, columns))
-    assert matrix.absmax.shape == (nf4.absmax_size(5, columns),)
+    assert matrix.absmax.shape == (absmax_size(5, columns),)
     assert torch.equal(matrix.dense(torch.float32), expected)
 
 

@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixchat.weights.matrix import encode, nf4
+from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.encode import encode_nf4
-from mixchat.weights.matrix.nf4 import BLOCKSIZE
 
 each_way = pytest.mark.parametrize("search", [False, True])
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from mixchat.errors import CheckpointError
 from mixchat.kernels import coded
 from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.blocks import absmax_size
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf4
 from mixchat.weights.matrix.linear import Layout, LinearSpec, QuantType
@@ -60,7 +61,7 @@ def test_odd_shapes_are_handled_as_bitsandbytes_does(rows: int, columns: int) ->
     weight = random_weight(rows, columns)
     codes, absmax = encode_nf4(weight)
     assert codes.shape == (nf4.codes_size(rows, columns),)
-    assert absmax.shape == (nf4.absmax_size(rows, columns),)
+    assert absmax.shape == (absmax_size(rows, columns),)
     result = nf4.dequantize(codes, absmax.float(), (rows, columns), torch.float32)
     assert torch.equal(result, dequantized(weight))
 

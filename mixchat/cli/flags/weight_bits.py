@@ -1,9 +1,21 @@
-"""The flag --dense-bits: the bits of each weight of attention and head."""
+"""The flags --expert-bits and --dense-bits: the bits of each weight."""
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+import typer
+
 from mixchat.errors import UsageError
 from mixchat.options import DenseBits
+
+ExpertBits = Annotated[
+    Literal["16", "4", "3"] | None,
+    typer.Option(
+        help="Bits of each weight of the experts; 16: as they are in the checkpoint.",
+        show_default="4",
+    ),
+]
 
 _FLAG = "--dense-bits"
 

@@ -1,0 +1,126 @@
+"""3-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
+
+A code is an index into a table of 8 levels from -1 to 1, and a weight is its level times the scale
+of its block, which is chosen for the least error (`encode.py`) and can be negative.
+
+The levels are those that leave the least error in blocks of 64 normal numbers with such scales,
+found by Lloyd's algorithm: 0.164 of the weights' norm. They are not symmetric, because a scale has
+a sign: the best symmetric ones leave 0.171, and the quantiles of a normal with a zero, made as
+NF4's, 0.172.
+
+Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six: 3 bits and 3 bits above
+them. The two highest bits of all three hold the last two codes, z = c6 + 8 * c7:
+
+    c0 + 8 * c1 + 64 * (z & 3),  c2 + 8 * c3 + 64 * (z >> 2 & 3),  c4 + 8 * c5 + 64 * (z >> 4)
+
+The layouts have the names and the scales of those in `nf4.py`, and differ in which codes these are:
+
+- "bitsandbytes": eight weights of a row, one behind the other. The last block is filled up.
+  (bitsandbytes itself has no part in it.)
+- "cpu-packed": the kernel for CPUs reads it. Rows are taken 32 at a time, and columns 8 at a time:
+  96 bytes, first all first ones of the three, then all second ones, then all third ones. Byte i of
+  32 holds row i / 2 (the even codes) and row 16 + i / 2 (the odd ones). Codes 0 and 1 are of column
+  i % 2, codes 2 and 3 of column 2 + i % 2, and so on.
+
+N = weights, R = rows, C = columns, G = groups of eight codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mixchat.kernels.units import Bits
+from mixchat.weights.matrix.blocks import (
+    BAND,
+    BLOCKSIZE,
+    absmax_size,
+    dequantized_rows,
+    joined_rows,
+    transposed,
+)
+
+BITS: Bits = 3
+LEVELS = torch.tensor([-0.8042, -0.4888, -0.256, -0.0527, 0.1437, 0.3527, 0.6081, 1.0])
+_GROUP = 8  # codes
+_PIECE = 2**21  # weights whose codes are reordered at once
+
+
+def stored_rows(rows: int, columns: int) -> int:
+    """Return the count of rows that are stored: no more than there are."""
+    return rows
+
+
+def codes_size(rows: int, columns: int) -> int:
+    """Return the bytes of a matrix's codes, with those that fill up the last block."""
+    return absmax_size(rows, columns) * BLOCKSIZE * BITS // 8
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes [..., 8], uint8 and one a byte, as three bytes: [..., 3]."""
+    pairs = codes[..., ::2] | codes[..., 1::2] << 3  # [..., 4]
+    rest = pairs[..., 3:] >> torch.tensor([0, 2, 4], dtype=torch.uint8, device=codes.device)
+    packed: torch.Tensor = pairs[..., :3] | rest << 6
+    return packed
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Return the codes [..., 8], one a byte, of bytes [..., 3]."""
+    rest = packed[..., 0] >> 6 | packed[..., 1] >> 6 << 2 | packed[..., 2] >> 6 << 4
+    pairs = torch.cat((packed, rest.unsqueeze(-1)), dim=-1)  # [..., 4]
+    return torch.stack((pairs & 7, pairs >> 3 & 7), dim=-1).flatten(-2)
+
+
+def dequantize(
+    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
+    return joined_rows(rows_of(codes, absmax, shape, dtype), shape)
+
+
+def rows_of(
+    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield the matrix of this shape as `dtype`, some rows at a time. Layout "bitsandbytes"."""
+    return dequantized_rows(codes, absmax, shape, dtype, BITS, _levels_of)
+
+
+def _levels_of(codes: torch.Tensor) -> torch.Tensor:
+    levels = LEVELS.to(codes.device)
+    return levels[unpack(codes.view(-1, BITS)).view(-1).int()]
+
+
+def to_packed_layout(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device."""
+    packed = torch.empty_like(codes)
+    for old, new in _bands(codes, packed, columns):
+        # [bands, half, row in it, group of columns, pair of columns, column in it]
+        separate = unpack(old.view(-1, BITS)).view(-1, 2, BAND // 2, columns // _GROUP, 4, 2)
+        together = separate.permute(0, 3, 2, 5, 4, 1).reshape(-1, _GROUP)
+        new.view(-1, BITS, BAND).copy_(pack(together).view(-1, BAND, BITS).transpose(1, 2))
+    return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+
+
+def to_bitsandbytes_layout(
+    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
+    flat = torch.empty_like(codes)
+    for old, new in _bands(codes, flat, columns):
+        together = unpack(old.view(-1, BITS, BAND).transpose(1, 2))  # [n * C / 8, 32, 8]
+        separate = together.view(-1, columns // _GROUP, BAND // 2, 2, 4, 2).permute(
+            0, 5, 2, 1, 4, 3
+        )
+        new.view(-1, BITS).copy_(pack(separate.reshape(-1, _GROUP)))
+    return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+
+
+def _bands(
+    old: torch.Tensor, new: torch.Tensor, columns: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Split both into pieces of some bands: bounds the temporary tensors."""
+    size = max(1, _PIECE // (columns * BAND)) * BAND * columns * BITS // 8
+    return zip(torch.split(old, size), torch.split(new, size), strict=True)

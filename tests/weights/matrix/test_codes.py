@@ -1,0 +1,228 @@
+"""8-bit and 3-bit codes alike, in both layouts, against what they stand for in double precision."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixchat.errors import CheckpointError
+from mixchat.kernels.compile import available
+from mixchat.weights.matrix import blocks, encode, int8, nf3
+from mixchat.weights.matrix.bnb_format import Quantized4bit
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+from mixchat.weights.matrix.int8 import encode_int8
+from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, RowsLinear
+
+LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
+needs_kernel = pytest.mark.skipif(not available(), reason="the kernel needs AVX2")
+each_layout = pytest.mark.parametrize(
+    "layout", ["bitsandbytes", pytest.param("cpu-packed", marks=needs_kernel)]
+)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+TOKENS = (1, 2, 7, 16, 33)
+SHAPES = ((64, 128), (96, 64), (40, 128), (64, 96), (5, 6), (3, 65), (1, 1))
+
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of codes; `numbers` gives what codes stand for, in double precision and no hurry."""
+
+    name: QuantType
+    module: ModuleType
+    encode: Encode
+    numbers: Callable[[torch.Tensor], list[float]]
+    packed_error: float  # of the product of a few tokens
+    prompt_error: float  # of that of many
+
+
+def numbers_of_int8(codes: torch.Tensor) -> list[float]:
+    return [code / 127 for code in codes.tolist()]
+
+
+def numbers_of_nf3(codes: torch.Tensor) -> list[float]:
+    """The docstring of `nf3.py`, byte by byte."""
+    found, levels = [], nf3.LEVELS.tolist()
+    for one, two, three in codes.view(-1, 3).tolist():
+        rest = one // 64 + two // 64 * 4 + three // 64 * 16
+        for byte in (one, two, three, rest):
+            found += [levels[byte % 8], levels[byte // 8 % 8]]
+    return found
+
+
+KINDS = [
+    Kind("int8", int8, encode_int8, numbers_of_int8, 2e-4, 2e-4),
+    Kind("nf3", nf3, encode_nf3, numbers_of_nf3, 4e-4, 1.2e-2),
+]
+
+
+@pytest.fixture(params=KINDS, ids=[kind.name for kind in KINDS])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator)
+
+
+def exact(
+    kind: Kind, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """The matrix that codes in rows stand for, in double precision."""
+    count = shape[0] * shape[1]
+    numbers = torch.tensor(kind.numbers(codes), dtype=torch.float64)[:count]
+    return (numbers * absmax.double().repeat_interleave(64)[:count]).view(shape)
+
+
+def spec(kind: Kind, layout: Layout, rows: int = 64, columns: int = 128) -> LinearSpec:
+    return LinearSpec("w", rows, columns, kind.name, layout, torch.bfloat16)
+
+
+def build(kind: Kind, linear: LinearSpec, seed: int = 0) -> tuple[Linear, torch.Tensor]:
+    """A map with random weights, and its matrix in double precision."""
+    weight = random(linear.rows, linear.columns, seed)
+    codes, absmax = kind.encode(weight)
+    return linear.build(linear.encode(weight)), exact(kind, codes, absmax, weight.shape)
+
+
+def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random(200, 33)
+    codes, absmax = kind.encode(weight)
+    matrix = kind.module.dequantize(codes, absmax, (200, 33), torch.float32)
+    for module in (blocks, int8, encode):
+        monkeypatch.setattr(module, "_PIECE", 128)
+    again = kind.encode(weight)
+    assert torch.equal(codes, again[0])
+    assert torch.equal(absmax, again[1])
+    assert len(list(kind.module.rows_of(codes, absmax, (200, 33), torch.float32))) == 4
+    assert torch.equal(kind.module.dequantize(codes, absmax, (200, 33), torch.float32), matrix)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantizing_is_the_definition_to_rounding(
+    kind: Kind, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    codes, absmax = kind.encode(random(*shape))
+    result = kind.module.dequantize(codes, absmax, shape, dtype)
+    assert result.dtype == dtype
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22}[dtype]
+    expected = exact(kind, codes, absmax, shape)
+    torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
+def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -> None:
+    rows, columns = 32 * bands, 64 * blocks
+    codes, absmax = kind.encode(random(rows, columns, seed))
+    packed = kind.module.to_packed_layout(codes, absmax, rows, columns)
+    again = kind.module.to_bitsandbytes_layout(*packed, rows, columns)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], absmax)
+
+
+def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
+    absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
+    codes, _ = kind.encode(torch.zeros(32, 192))
+    _, scales = kind.module.to_packed_layout(codes, absmax, 32, 192)
+    assert scales[:3].tolist() == [0, 3, 6]
+    assert scales[32:35].tolist() == [1, 4, 7]
+
+
+@each_layout
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sizes_announced_are_sizes_written(
+    kind: Kind, layout: Layout, shape: tuple[int, int]
+) -> None:
+    linear = spec(kind, layout, *shape)
+    written = linear.encode(random(*shape))
+    assert [one.shape for one in linear.tensors] == [tuple(tensor.shape) for tensor in written]
+    assert [one.dtype for one in linear.tensors] == [tensor.dtype for tensor in written]
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
+def test_converting_in_place_gives_what_encoding_gives(
+    kind: Kind, layouts: tuple[Layout, Layout]
+) -> None:
+    weight = random(64, 128)
+    old, new = (spec(kind, layout) for layout in layouts)
+    tensors = old.encode(weight)
+    assert not torch.equal(tensors[1], new.encode(weight)[1])
+    old.convert(tensors, new)
+    for one, other in zip(tensors, new.encode(weight), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind: Kind) -> None:
+    asked = spec(kind, "cpu-packed", columns=96)
+    assert not asked.packed
+    assert not asked.can_be_exact
+    tensors = asked.encode(random(64, 96))
+    before = [tensor.clone() for tensor in tensors]
+    asked.convert(tensors, spec(kind, "bitsandbytes", columns=96))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_that_of_the_exact_matrix_to_rounding(
+    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    linear, matrix = build(kind, spec(kind, layout, *shape))
+    for tokens in TOKENS:
+        x = random(tokens, shape[1], seed=tokens).to(dtype)
+        result, expected = linear(x), x.double() @ matrix.T
+        assert (result.dtype, result.shape) == (dtype, (tokens, shape[0]))
+        # Weights and result are rounded, and so is x where codes are multiplied.
+        within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 0}[dtype]
+        within += kind.prompt_error if tokens >= 16 else kind.packed_error
+        assert (result.double() - expected).norm() <= within * expected.norm()
+
+
+@each_layout
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_visible_and_to_its_token(
+    kind: Kind, layout: Layout, bad: float
+) -> None:
+    linear, _ = build(kind, spec(kind, layout))
+    x = random(3, 128)
+    x[1, 77] = bad
+    finite = linear(x).isfinite()
+    assert finite[::2].all()
+    assert not finite[1].any()
+
+
+def test_dequantizing_piece_by_piece_gives_the_rows_in_order(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_PIECE", 64 * 128)  # 64 rows at a time
+    linear, matrix = build(kind, spec(kind, "bitsandbytes", 200, 128))
+    assert isinstance(linear, RowsLinear)
+    x = random(2, 128, seed=1)
+    torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=1e-4, atol=1e-4)
+
+
+@each_layout
+def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) -> None:
+    """A slot is filled again with other bytes."""
+    one, other = random(64, 128), random(64, 128, seed=1)
+    tensors = spec(kind, layout).encode(one)
+    linear, x = spec(kind, layout).build(tensors), random(1, 128, seed=2)
+    for old, new in zip(tensors, spec(kind, layout).encode(other), strict=True):
+        old.copy_(new)
+    _, matrix = build(kind, spec(kind, layout), seed=1)
+    torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=0.01, atol=0.01)
+
+
+def test_a_part_in_4_bits_cannot_be_taken_over_as_it_is(kind: Kind) -> None:
+    part = Quantized4bit("nf4", 64, 128, *encode_nf4(random(64, 128)))
+    with pytest.raises(CheckpointError, match=rf"^w: a part of it is nf4, not {kind.name}$"):
+        spec(kind, "bitsandbytes").stack_quantized([part])
