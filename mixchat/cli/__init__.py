@@ -7,6 +7,7 @@
 - cache_file.py: the KV cache in a file, that of --prompt-cache or that beside a chat
 - download.py: mixchat download
 - models.py: mixchat list, mixchat show
+- calibrate.py: mixchat calibrate
 - upkeep.py: mixchat verify, repair, convert, rm, gc
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - worker.py: mixchat worker

@@ -13,6 +13,7 @@ import typer
 from mixchat import __version__, interrupts
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
+from mixchat.cli.calibrate import calibrate
 from mixchat.cli.chats import chats
 from mixchat.cli.config import config
 from mixchat.cli.download import download
@@ -59,6 +60,7 @@ app.command("show")(show_model)
 app.command("verify")(verify)
 app.command("repair")(repair)
 app.command("convert")(convert)
+app.command("calibrate")(calibrate)
 app.command("rm")(rm)
 app.command("gc")(gc)
 app.command("stats")(stats)

@@ -14,8 +14,8 @@ from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.checks import checked_bits
+from mixchat.cli.flags.quantization import ExpertBits
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.cli.flags.weight_bits import ExpertBits
 from mixchat.cli.output.png import PNG_HELP, checked_picture
 from mixchat.cli.output.show_progress import status
 from mixchat.engine.environment import prepare_environment

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mixchat.chat.printing import say, show, show_lines
+from mixchat.cli.calibrate import calibrate_model, read_beginning
 from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.quantization import Calibrate, CalibrateText, ExpertBits, parse_dense_bits
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
-from mixchat.cli.flags.weight_bits import ExpertBits, parse_dense_bits
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -53,6 +54,8 @@ def download(
         Literal["search", "absmax"],
         typer.Option(help="Choose each block's scale for least error, or as bitsandbytes does."),
     ] = "absmax",
+    calibrate: Calibrate = False,
+    calibrate_text: CalibrateText = None,
     keep_source: Annotated[
         bool,
         typer.Option("--keep-source", help="Keep the fetched files in Hugging Face's cache."),
@@ -74,10 +77,12 @@ def download(
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
     Attention and head get 8 bits, at hardly any cost in quality; of Mixtral, 16 bits take 1.4 GB
     more, and 4 bits 0.7 GB less, at some cost. Experts in 3 bits take 18.3 GB instead of 24.0, at
-    a cost that 'mixchat plan' names. --expert-bits 16 stores bf16, fp16 and fp32 unquantized.
+    a cost that 'mixchat plan' names. --calibrate runs 'mixchat calibrate' afterwards.
+    --expert-bits 16 stores bf16, fp16 and fp32 unquantized.
     """
     from mixchat.weights import models
 
+    text = None if calibrate_text is None else read_beginning(calibrate_text)
     ref = models.resolve(checked(model, "the model's name"), key=name)
     bits = parse_dense_bits(dense_bits)
     if expert_bits == "16" and not set(bits) <= {None, 16}:
@@ -95,9 +100,19 @@ def download(
             _show_plan(request, progress, as_json)
             return
         done = _download(request, progress)
+        if calibrate or calibrate_text is not None:
+            _calibrate(ref.directory, text, progress)
     if as_json:
         show(json.dumps(done, indent=2))
     say(f"{ref.key} is ready in {done['path']}")
+
+
+def _calibrate(directory: Path, text: str | None, progress: Progress) -> None:
+    """Calibrate the model, unless it is calibrated already."""
+    from mixchat.weights.format.manifest import read_manifest
+
+    if read_manifest(directory).quantization["scales"] != "calibrated":
+        calibrate_model(directory, text, progress)
 
 
 def check_text(checkpoint: Path) -> None:

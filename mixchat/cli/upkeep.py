@@ -10,8 +10,8 @@ import typer
 
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
+from mixchat.cli.flags.quantization import parse_dense_bits
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
-from mixchat.cli.flags.weight_bits import parse_dense_bits
 from mixchat.cli.output.failure import confirmed
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
@@ -192,11 +192,11 @@ def _ask(question: str) -> None:
 
 def _half_converted_note(directory: Path) -> str:
     """Return what to add to the line of a model that cannot be loaded before it is converted."""
-    from mixchat.weights.format.manifest import CONVERSION_DIR
+    from mixchat.weights.format.manifest import CONVERSION_DIR, finishing_command
 
     if not (directory / CONVERSION_DIR).exists():
         return ""
-    return f", but half converted; to finish that: mixchat convert {directory.name}"
+    return f", but half converted; to finish that: {finishing_command(directory)}"
 
 
 def _show(damages: list[Damage]) -> None:

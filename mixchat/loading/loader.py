@@ -32,18 +32,27 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear
 
+Wrap = Callable[[ExpertRunner], ExpertRunner]
 
-def load_engine(directory: Path, options: LoadOptions, note: Note = lambda text: None) -> Engine:
+
+def load_engine(
+    directory: Path,
+    options: LoadOptions,
+    note: Note = lambda text: None,
+    *,
+    wrap: Wrap = lambda runner: runner,
+) -> Engine:
     """Build the engine of an installed model. The experts stay in their files until they are used.
 
-    `note` is called with each message for the person that is no error. Raises `CheckpointError`
+    `note` is called with each message for the person that is no error. `wrap` puts something
+    between the model and what runs its experts. Raises `CheckpointError`
     where the model is damaged, `UsageError` where an option cannot be used, `ResourceError` where
     the model does not fit.
     """
     devices = choose_devices(options.device)
     installed = InstalledModel(directory)
     try:
-        return _assemble(installed, options, devices, note)
+        return _assemble(installed, options, devices, note, wrap)
     except BaseException:
         installed.close()
         raise
@@ -81,7 +90,11 @@ def _device(name: str) -> torch.device:
 
 
 def _assemble(
-    installed: InstalledModel, options: LoadOptions, devices: Sequence[torch.device], note: Note
+    installed: InstalledModel,
+    options: LoadOptions,
+    devices: Sequence[torch.device],
+    note: Note,
+    wrap: Wrap,
 ) -> Engine:
     device = devices[0]
     config, stored = installed.config, installed.blueprint
@@ -104,9 +117,9 @@ def _assemble(
         here=here,
         copies=copies,
     )
-    runner: ExpertRunner = experts
+    runner = wrap(experts)
     if options.trace is not None:
-        runner = TracingRunner(experts, _trace_writer(options.trace, installed))
+        runner = TracingRunner(runner, _trace_writer(options.trace, installed))
     model = _build_model(installed, used, runner, context, device)
     return Engine(
         model,

@@ -1,10 +1,11 @@
 """Rewrites an installed model in another form, file by file.
 
 The codes get their other layout, losslessly; or attention and head are rounded from 16 bits to 8,
-as a download rounds them. For each file that changes, a new one is written in `conversion/`, a
-directory inside the model's, recorded in the journal there with the SHA-256s of its tensors, and
-moved over the old one. So each file is complete at every moment, and `half_converted.py` can tell
-its form. The manifest comes last. The disk has to hold one file more, not a second model.
+as a download rounds them; or the experts are made anew from the checkpoint. For each file that
+changes, a new one is written in `conversion/`, a directory inside the model's, recorded in the
+journal there with the SHA-256s of its tensors, and moved over the old one. So each file is complete
+at every moment, and `half_converted.py` can tell its form. The manifest comes last. The disk has to
+hold one file more, not a second model.
 
 A model that has `conversion/` cannot be loaded, because its manifest names one form only.
 """
@@ -12,7 +13,7 @@ A model that has `conversion/` cannot be loaded, because its manifest names one 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,10 @@ from mixchat.weights.format.journal import Journal, read_journal
 from mixchat.weights.format.manifest import (
     CONVERSION_DIR,
     FORMAT,
+    INPUTS_DIR,
     Manifest,
     check_sizes,
+    finishing_command,
     read_manifest,
     repair_hint,
     write_manifest,
@@ -52,11 +55,16 @@ from mixchat.weights.matrix.linear import Layout, QuantType
 _SMALL_FILES = 4_000_000  # bytes: journal and manifests
 
 
-def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quantization:
+Remake = Callable[[Part], list[torch.Tensor]]  # returns an expert's part, from the checkpoint
+
+
+def find_target(
+    directory: Path, layout: Layout | None, bits: DenseBits, *, calibrated: bool = False
+) -> Quantization:
     """Return the form to convert to: an unfinished conversion's, or the requested one.
 
-    With neither a layout nor bits, it has the layout that this machine computes fastest. Raises
-    `UsageError` where no matrix is in 4 bits, for bits that a conversion cannot give, and for
+    With neither a layout nor bits nor `calibrated`, it has the layout that this machine computes
+    fastest. Raises `UsageError` where no matrix is in 4 bits, for bits that a conversion cannot give, and for
     another form than that of an unfinished conversion.
     """
     manifest = read_manifest(directory)
@@ -67,14 +75,17 @@ def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quan
         )
     unfinished = read_half_converted(directory, manifest)
     if unfinished is not None:
-        return _same(directory, unfinished.target, layout, bits)
-    if not any(bits):
+        return _same(directory, unfinished.target, layout, bits, calibrated)
+    if not any(bits) and not calibrated:
         layout = layout or best_layout()
+    if calibrated and now.scales == "given":
+        raise UsageError(f"the checkpoint of {directory.name!r} is in 4 bits: it has no other form")
     return replace(
         now,
         layout=layout or now.layout,
         attention=_rounded(directory, "attention", now.attention, bits.attention),
         head=_rounded(directory, "head", now.head, bits.head),
+        scales="calibrated" if calibrated else now.scales,
     )
 
 
@@ -92,43 +103,58 @@ def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) ->
 
 
 def _same(
-    directory: Path, target: Quantization, layout: Layout | None, bits: DenseBits
+    directory: Path,
+    target: Quantization,
+    layout: Layout | None,
+    bits: DenseBits,
+    calibrated: bool,
 ) -> Quantization:
     """Return the form of the unfinished conversion. Raises `UsageError` if another is requested."""
 
     def type_of(bits: int | None, stored: QuantType) -> QuantType:
         return dense_type(bits, target.quant_type) if bits else stored
 
+    unlike = calibrated != (directory / INPUTS_DIR).exists()
     requested = replace(
         target,
         layout=layout or target.layout,
         attention=type_of(bits.attention, target.attention),
         head=type_of(bits.head, target.head),
+        scales="calibrated" if calibrated else target.scales,
     )
-    if requested != target:
-        form = f"layout {target.layout}, attention {target.attention}, head {target.head}"
+    if unlike or requested != target:
+        form = (
+            f"layout {target.layout}, attention {target.attention}, head {target.head}, "
+            f"scales {target.scales}"
+        )
         raise UsageError(
             f"a conversion of {directory.name!r} was interrupted: to {form}",
-            hint=f"Finish it first: mixchat convert {directory.name}",
+            hint=f"Finish it first: {finishing_command(directory)}",
         )
     return target
 
 
-def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
+def convert(
+    directory: Path,
+    target: Quantization,
+    progress: Progress,
+    remake: Remake | None = None,
+) -> bool:
     """Convert an installed model to what `find_target` returned; False where it is so already.
 
-    Resumes an unfinished conversion. Raises `CheckpointError` where a file is not what the manifest
-    says, `ResourceError` where the disk has no room for one file more. After a failure the
-    converted files stay converted and the next call resumes; if there are none, the model is as
-    before.
+    `remake` makes the experts anew, where their scales change. Resumes an unfinished conversion.
+    Raises `CheckpointError` where a file is not what the manifest says, `ResourceError` where the
+    disk has no room for one file more. After a failure the converted files stay converted and the
+    next call resumes; if there are none, the model is as before.
     """
     manifest = read_manifest(directory)
     files = manifest_of_files(directory, manifest)
     check_sizes(directory, files)
-    changes = manifest.quantization != target.description()
+    changes = manifest.quantization != target.description() or remake is not None
     if not changes and not (directory / CONVERSION_DIR).exists():
         return False
-    _Converter(directory, manifest, installed_blueprint(directory, files), target, progress).run()
+    old = installed_blueprint(directory, files)
+    _Converter(directory, manifest, old, target, progress, remake).run()
     return True
 
 
@@ -145,7 +171,9 @@ class _Converter:
         old: Blueprint,
         target: Quantization,
         progress: Progress,
+        remake: Remake | None,
     ) -> None:
+        self._remake = remake
         self._directory, self._work = directory, directory / CONVERSION_DIR
         self._manifest, self._progress = manifest, progress
         self._old, self._new = old, replace(old, quantization=target)
@@ -153,7 +181,7 @@ class _Converter:
         unfinished = read_half_converted(directory, manifest)
         fresh = conversion_head(target, self._sizes[SHARED_FILE])
         self._head = unfinished.head if unfinished else fresh
-        self._files = _files_that_change(old, self._new)
+        self._files = _files_that_change(old, self._new, remake is not None)
 
     def run(self) -> None:
         """Convert the files that are not converted yet, then write the manifest."""
@@ -236,7 +264,11 @@ class _Converter:
                     hint=repair_hint(self._directory),
                 )
             for old, new in self._files[name]:
-                for spec, tensor in zip(new.tensors, self._made(file, old, new), strict=True):
+                if self._remake is not None and new.expert is not None:
+                    made = self._remake(new)
+                else:
+                    made = self._made(file, old, new)
+                for spec, tensor in zip(new.tensors, made, strict=True):
                     writer.write(spec.name, tensor)
                     digests[spec.name] = tensor_sha256(tensor)
                 task.advance(old.nbytes)
@@ -260,13 +292,19 @@ class _Converter:
         return tensors
 
 
-def _files_that_change(old: Blueprint, new: Blueprint) -> dict[str, list[tuple[Part, Part]]]:
-    """Return the parts, before and after, of each file with a matrix that changes."""
+def _files_that_change(
+    old: Blueprint, new: Blueprint, experts: bool
+) -> dict[str, list[tuple[Part, Part]]]:
+    """Return the parts, before and after, of each file with a matrix that changes.
+
+    experts: all of them change.
+    """
     files: dict[str, list[tuple[Part, Part]]] = {}
     changed = set()
     for before, after in _both_forms(old, new):
         files.setdefault(after.file, []).append((before, after))
-        if before.tensors != after.tensors or _packed(before) != _packed(after):
+        same = before.tensors == after.tensors and _packed(before) == _packed(after)
+        if not same or (experts and after.expert is not None):
             changed.add(after.file)
     return {name: both for name, both in files.items() if name in changed}
 

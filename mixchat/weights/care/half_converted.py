@@ -23,7 +23,7 @@ from mixchat.weights.format.manifest import (
 )
 from mixchat.weights.make.parts import Part, parts
 
-_CHANGED = ("layout", "attention", "head")  # of the quantization, by a conversion
+_CHANGED = ("layout", "attention", "head", "scales")  # of the quantization, by a conversion
 
 
 @dataclass(frozen=True)

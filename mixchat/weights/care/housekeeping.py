@@ -14,7 +14,13 @@ from mixchat.errors import ModelNotFoundError, UsageError
 from mixchat.lock import Busy, exclusive_lock
 from mixchat.settings import models_dir
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
-from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, is_installed
+from mixchat.weights.format.manifest import (
+    CONVERSION_DIR,
+    INPUTS_DIR,
+    MANIFEST_COPY,
+    MANIFEST_FILE,
+    is_installed,
+)
 from mixchat.weights.make.spill import SPILL_PREFIX
 from mixchat.weights.models import list_models
 from mixchat.weights.source import hub
@@ -120,6 +126,10 @@ def _left_in(target: Path) -> Iterator[Leftover]:
     if not is_installed(target):
         yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
         return
+    if not (target / CONVERSION_DIR).exists() and (target / INPUTS_DIR).exists():
+        yield Leftover(
+            target / INPUTS_DIR, machine.disk_usage(target / INPUTS_DIR), resumable=False
+        )
     names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")
     for path in sorted(path for name in names for path in target.glob(name)):
         yield Leftover(path, machine.disk_usage(path), resumable=False)

@@ -57,6 +57,7 @@ def _repair_weights(
         progress_bar(progress, f"repairing {directory.name}", total) as task,
     ):
         for part in damaged:
+            _refuse_calibrated(part, directory)
             tensors = part.make(index, readers.read)
             for spec, tensor in zip(part.tensors, tensors, strict=True):
                 expected = manifest.weights[part.file].sha256[spec.name]
@@ -64,6 +65,14 @@ def _repair_weights(
             files.write(part, tensors)
             task.advance(index.nbytes(part.components(index)))
         files.finish()
+
+
+def _refuse_calibrated(part: Part, directory: Path) -> None:
+    if part.linear is not None and part.linear.scales == "calibrated":
+        raise CheckpointError(
+            f"an expert of {part.file} is damaged, and calibrated experts cannot be rebuilt alone",
+            hint=f"Remove the model (mixchat rm {directory.name}), and download it again.",
+        )
 
 
 def _is_damaged(part: Part, damages: Sequence[Damage]) -> bool:

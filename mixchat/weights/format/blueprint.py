@@ -44,7 +44,7 @@ class Quantization:
     """The form of the matrices; `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`; attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits.
+    in 4 bits. `scales` are those of the experts; attention and head are never calibrated.
     """
 
     quant_type: QuantType = "nf4"
@@ -138,9 +138,10 @@ class Blueprint:
     def expert(self) -> ExpertSpec:
         """Return the layout of an expert's block; all experts have the same."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        kind, scales = self.quantization.quant_type, self.quantization.scales
         return ExpertSpec(
-            w13=self._linear("w13", 2 * inner, hidden, self.quantization.quant_type),
-            w2=self._linear("w2", hidden, inner, self.quantization.quant_type),
+            w13=replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales),
+            w2=replace(self._linear("w2", hidden, inner, kind), scales=scales),
         )
 
     def qkv(self, layer: int) -> LinearSpec:
@@ -249,8 +250,9 @@ class Blueprint:
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         how = self.quantization
+        scales: Scales = "absmax" if how.scales == "calibrated" else how.scales
         return LinearSpec(
-            name, rows, columns, quant_type, how.layout, how.dtype, how.scales, self.exact
+            name, rows, columns, quant_type, how.layout, how.dtype, scales, self.exact
         )
 
 

@@ -34,13 +34,14 @@ MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
+INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 3
 _FORMATS = (2, 3)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": ("nf3", "nf4", "fp4", "none"),
     "blocksize": (64,),
-    "scales": ("absmax", "search", "given"),
+    "scales": ("absmax", "search", "calibrated", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
     "dtype": ("bfloat16", "float16", "float32"),
 }
@@ -232,9 +233,15 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     if (directory / CONVERSION_DIR).exists():
         raise CheckpointError(
             f"{directory}: a conversion is running or was interrupted",
-            hint=f"To finish it: mixchat convert {directory.name}",
+            hint=f"To finish it: {finishing_command(directory)}",
         )
     check_sizes(directory, manifest)
+
+
+def finishing_command(directory: Path) -> str:
+    """Return the command that finishes the conversion of a model."""
+    command = "calibrate" if (directory / INPUTS_DIR).exists() else "convert"
+    return f"mixchat {command} {directory.name}"
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:

@@ -188,7 +188,11 @@ def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
         taken_over = given and made[part] == made["quant_type"]
         return bits is None or taken_over or made[part] == dense_type(bits, made["quant_type"])
 
-    same_scales = made["quant_type"] == "nf3" or made["scales"] in ("given", options.scales)
+    same_scales = made["quant_type"] == "nf3" or made["scales"] in (
+        "given",
+        "calibrated",
+        options.scales,
+    )
     same_experts = given or (options.quant_type == made["quant_type"] and same_scales)
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 

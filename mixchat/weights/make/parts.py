@@ -28,13 +28,15 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, exper
 class Part:
     """Consecutive tensors in `file`, and the checkpoint's matrices they are made of.
 
-    `linear` is None for tensors that are never quantized (norms, gates, the embedding).
+    `linear` is None for tensors that are never quantized (norms, gates, the embedding); `expert` is
+    the layer and the number of the expert of which this is a part.
     """
 
     file: str
     tensors: tuple[TensorSpec, ...]
     sources: tuple[str, ...]
     linear: LinearSpec | None = None
+    expert: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,15 +54,26 @@ class Part:
         """
         linear = self.linear
         if linear is None:
-            dense = index.read_dense(self.sources[0], read)
-            return [dense.to(self.tensors[0].dtype)]
-        types = {index.quant_type(source) for source in self.sources}
-        if types == {linear.quant_type}:
-            made = linear.stack_quantized(
-                [index.read_4bit(source, read) for source in self.sources]
-            )
-        else:
-            made = linear.encode(self._stacked(linear, index, read))
+            return [self.dense(index, read)]
+        if {index.quant_type(source) for source in self.sources} == {linear.quant_type}:
+            matrices = [index.read_4bit(source, read) for source in self.sources]
+            return self._padded(linear.stack_quantized(matrices))
+        return self.encoded(self.dense(index, read))
+
+    def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
+        """Return the checkpoint's matrices, one above the other."""
+        if self.linear is None:
+            return index.read_dense(self.sources[0], read).to(self.tensors[0].dtype)
+        return self._stacked(self.linear, index, read)
+
+    def encoded(
+        self, weight: torch.Tensor, inputs: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Return the tensors of this part for its matrix; `inputs` as in `LinearSpec.encode`."""
+        assert self.linear is not None
+        return self._padded(self.linear.encode(weight, inputs))
+
+    def _padded(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
         padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
         return made + padding
 
@@ -113,5 +126,5 @@ def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[Part]:
     specs = tuple(layout.tensors(expert))
     cut = len(layout.w13.tensors)
     w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))
-    yield Part(file, specs[:cut], (w1, w3), layout.w13)
-    yield Part(file, specs[cut:], (w2,), layout.w2)
+    yield Part(file, specs[:cut], (w1, w3), layout.w13, (layer, expert))
+    yield Part(file, specs[cut:], (w2,), layout.w2, (layer, expert))

@@ -13,8 +13,8 @@ weight / scale.
   factors are negative: the levels are not symmetric, and some blocks fit their mirror image better.
   Readers need not know of it: a weight is its level times its scale, as always.
 
-- With `importance`, each squared error is weighted by that of its column (the mean square of the
-  inputs, `weights/make/calibration.py`), and so are the errors of rounding.
+- With `importance`, each weight's squared error counts as much as the inputs of its column are
+  large (`importance_of`).
 
 NF3 always searches: from absmax its error would be half as large again.
 
@@ -98,6 +98,15 @@ def encode_nf3(
     """Return codes and scales as `nf3.py` has them; for the rest, see `encode_nf4`."""
     codes, scales = _encode("nf3", weight, True, importance)
     return nf3.pack(codes.view(-1, 8)).view(-1), scales
+
+
+def importance_of(inputs: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of each column of the inputs [n, C] of a matrix: fp32 [C].
+
+    None is less than a thousandth of their mean, so that no column is given up.
+    """
+    squares = inputs.float().square().mean(0)
+    return squares.clamp(min=squares.mean().clamp(min=_TINY) / 1000)
 
 
 def _encode(

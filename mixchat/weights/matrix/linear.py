@@ -23,11 +23,11 @@ from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import int8, nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, can_pack
 from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4, importance_of
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
-Scales = Literal["absmax", "search", "given"]
+Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
 _MANY = 32  # tokens from which on it pays to widen the weights to fp32
@@ -253,17 +253,25 @@ class LinearSpec:
             TensorSpec(f"{self.name}.codes", kind, (codes,)),
         ]
 
-    def encode(self, weight: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors that hold `weight` [R, C]."""
+    def encode(
+        self, weight: torch.Tensor, inputs: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Return the tensors that hold `weight` [R, C].
+
+        inputs: rows [n, C] that the matrix is multiplied with: codes of 3 or 4 bits are chosen for
+        the least error of their products.
+        """
         if self.quant_type == "none":
             return [weight.to(self.dtype)]
         if self.quant_type == "int8":
             return self._arranged(*int8.encode_int8(weight))
         if self.quant_type == "fp4":
             return self._arranged(*nf4.encode_fp4(weight))
+        importance = None if inputs is None else importance_of(inputs)
         if self.quant_type == "nf3":
-            return self._arranged(*encode_nf3(weight))
-        return self._arranged(*encode_nf4(weight, search=self.scales == "search"))
+            return self._arranged(*encode_nf3(weight, importance=importance))
+        search = self.scales == "search"
+        return self._arranged(*encode_nf4(weight, search=search, importance=importance))
 
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other, as they are.

@@ -1,7 +1,8 @@
-"""The flags --expert-bits and --dense-bits: the bits of each weight."""
+"""The flags of quantization: the bits of each weight, and the calibration of experts."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -14,6 +15,22 @@ ExpertBits = Annotated[
     typer.Option(
         help="Bits of each weight of the experts; 16: as they are in the checkpoint.",
         show_default="4",
+    ),
+]
+
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Choose the scales of experts for text that the model writes itself, or reads.",
+    ),
+]
+CalibrateText = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate-text",
+        metavar="FILE",
+        help="Calibrate with the first 16,000 tokens of this text.",
     ),
 ]
 

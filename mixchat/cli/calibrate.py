@@ -1,0 +1,104 @@
+"""`mixchat calibrate`: chooses the scales of a model's experts for the inputs that they get."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixchat.chat.printing import say
+from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.output.show_progress import resumable, show_progress, status
+from mixchat.engine.environment import prepare_environment
+from mixchat.errors import UsageError
+from mixchat.quantities import format_time
+
+if TYPE_CHECKING:
+    from mixchat.progress import Progress
+
+_MOST_TEXT = 2**18  # bytes that are read: more than the tokens of a calibration take
+
+
+def calibrate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=runnable_models,
+            help="A model's name; 'mixchat list' shows them.",
+        ),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read this text, instead of one that the model writes."),
+    ] = None,
+) -> None:
+    """Choose the scales of a model's experts anew, for the inputs that they get.
+
+    The model reads the first 16,000 tokens of a text, or writes as many itself, while the inputs of
+    its experts are recorded. Then each expert is read from the checkpoint again (from the hub,
+    unless 'mixchat download --keep-source' kept it), and its scales are chosen for the least error
+    with these inputs. The model's size and speed stay the same.
+
+    Mixtral takes 4.3 GB of disk meanwhile, 1.5 GB of memory, and an hour or two on two cores; it
+    is read or written at the speed of a chat. The same command resumes it once the inputs are
+    recorded. A calibrated expert that gets damaged cannot be repaired alone.
+    """
+    from mixchat.weights import models
+
+    given = None if text is None else read_beginning(text)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
+    prepare_environment()
+    with show_progress() as progress, resumable(progress):
+        calibrate_model(directory, given, progress)
+    say(f"{model} is calibrated")
+
+
+def calibrate_model(directory: Path, text: str | None, progress: Progress) -> None:
+    """Calibrate an installed model with `text`, or one that it writes."""
+    from mixchat.loading.calibrate import calibration
+    from mixchat.options import DenseBits
+    from mixchat.weights.care.convert import convert, find_target
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.make.download import local_errors
+
+    with local_errors(), not_in_use(directory):
+        target = find_target(directory, None, DenseBits(), calibrated=True)
+        with ExitStack() as stack:
+            with _shown_windows(text) as on_window:
+                made = calibration(directory, text, progress, on_window)
+                remake = stack.enter_context(made)
+            convert(directory, target, progress, remake)
+
+
+def read_beginning(path: Path) -> str:
+    """Return the beginning of a text. Raises `UsageError` where it cannot be read as text."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST_TEXT)
+        return codecs.getincrementaldecoder("utf-8")().decode(data, len(data) < _MOST_TEXT)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not text (UTF-8)") from None
+
+
+@contextmanager
+def _shown_windows(text: str | None) -> Iterator[Callable[[int, int], None]]:
+    """Show how far the model has read or written, and how long the rest takes."""
+    doing = "writing" if text is None else "reading"
+    start = time.monotonic()
+    with status(f"{doing} text") as update:
+
+        def show(done: int, total: int) -> None:
+            if done:
+                left = (time.monotonic() - start) / done * (total - done)
+                update(f"{doing} text: {done} of {total} pieces, {format_time(left)} left")
+
+        yield show

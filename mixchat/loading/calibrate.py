@@ -1,0 +1,114 @@
+"""Calibrates an installed model: its experts are made anew from the checkpoint, for their inputs.
+
+First the model reads or writes some text, and the inputs of its experts are recorded beside it.
+Then each expert is read from the checkpoint again, and its scales are chosen for these inputs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from mixchat import machine
+from mixchat.engine.generate import Engine
+from mixchat.errors import CheckpointError, ResourceError, UsageError
+from mixchat.experts.recording import RecordingRunner
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.progress import Progress
+from mixchat.quantities import format_least, format_size
+from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.tokenizer import Tokenizer
+from mixchat.weights.care.convert import Remake
+from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
+from mixchat.weights.make.calibrator import Calibrator
+from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
+from mixchat.weights.source.checkpoint import CheckpointReader
+from mixchat.weights.source.open_checkpoint import open_checkpoint
+
+WINDOW = 512  # tokens that are read or written in one piece
+WINDOWS = 32
+
+OnWindow = Callable[[int, int], object]  # is called with the windows done, and their total
+
+
+@contextmanager
+def calibration(
+    directory: Path, text: str | None, progress: Progress, on_window: OnWindow
+) -> Iterator[Remake]:
+    """Record the inputs of a model's experts, and yield what makes an expert for them.
+
+    text: as for `record_inputs`. Where a conversion was interrupted its inputs are used again; they
+    are removed once the block has ended well. Raises what `record_inputs` and opening the
+    checkpoint raise.
+    """
+    inputs = directory / INPUTS_DIR
+    if not (directory / CONVERSION_DIR).exists():
+        record_inputs(directory, inputs, text, on_window)
+    source = read_manifest(directory).source
+    with (
+        open_checkpoint(source, directory, progress) as checkpoint,
+        CheckpointReader(checkpoint) as reader,
+    ):
+        index = checkpoint.index
+        yield Calibrator(ExpertInputs(inputs, index.config), index, reader.read).make
+    shutil.rmtree(inputs)
+
+
+def record_inputs(directory: Path, target: Path, text: str | None, on_window: OnWindow) -> None:
+    """Record in `target` the inputs of an installed model's experts.
+
+    The model reads `WINDOWS` windows of `text`, or as many as it has; without a text it writes them
+    itself, by chance, from nothing. Raises `UsageError` where the text is shorter than a window,
+    `ResourceError` where the disk is too full, and what loading raises.
+    """
+    with closing(CheckpointText(directory)) as files:
+        windows = _windows(files.tokenizer(), text)
+    with InputsWriter(target) as writer:
+        engine = load_engine(
+            directory,
+            LoadOptions(context_size=WINDOW + 1),
+            wrap=lambda runner: RecordingRunner(runner, writer),
+        )
+        _check_disk(directory, inputs_size(engine.config, len(windows) * WINDOW))
+        for number, window in enumerate(windows):
+            on_window(number, len(windows))
+            _run(engine, window, number)
+
+
+def _windows(tokenizer: Tokenizer, text: str | None) -> Sequence[Sequence[int]]:
+    """Return the tokens of each window to read, or the first one where the model writes."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    if text is None:
+        if not start:
+            raise CheckpointError(
+                "this model's tokenizer has no token to begin with",
+                hint="Let the model read a text: --calibrate-text FILE.",
+            )
+        return [start] * WINDOWS
+    ids, room = tokenizer.encode(text), WINDOW - len(start)
+    pieces = [[*start, *ids[n : n + room]] for n in range(0, len(ids) - room + 1, room)]
+    if not pieces:
+        raise UsageError(f"the text has {len(ids)} tokens: a calibration needs at least {room}")
+    return pieces[:WINDOWS]
+
+
+def _run(engine: Engine, window: Sequence[int], seed: int) -> None:
+    """Read a window, or write the rest of one that has a beginning."""
+    engine.forget()
+    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    most = WINDOW - len(window) + 1  # the last one is sampled, but not computed
+    for _ in engine.generate(window, sampling=sampling, stop_ids=frozenset(), max_tokens=most):
+        pass
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = machine.free_disk(directory)
+    if needed > free:
+        raise ResourceError(
+            f"not enough disk in {directory}: {format_least(needed)} needed for the inputs of "
+            f"experts, {format_size(free)} free",
+            hint="Free some space.",
+        )
