@@ -119,7 +119,7 @@ def test_nothing_in_4_bits_is_refused(mixchat, installed, tiny_checkpoint, insta
         done = mixchat("convert", "dense", *flags)
         assert done.returncode == 2
         (line,) = lines_of(done)
-        assert line == "error: 'dense' has no weights in 4 bits: there is nothing to convert"
+        assert line == "error: 'dense' has no experts in 3 or 4 bits: there is nothing to convert"
 
 
 def test_16_bits_become_8_which_is_said_to_be_final(

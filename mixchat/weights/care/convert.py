@@ -64,14 +64,14 @@ def find_target(
     """Return the form to convert to: an unfinished conversion's, or the requested one.
 
     With neither a layout nor bits nor `calibrated`, it has the layout that this machine computes
-    fastest. Raises `UsageError` where no matrix is in 4 bits, for bits that a conversion cannot give, and for
-    another form than that of an unfinished conversion.
+    fastest. Raises `UsageError` where no matrix is in 4 bits, for what a conversion cannot give,
+    and for another form than that of an unfinished conversion.
     """
     manifest = read_manifest(directory)
     now = Quantization.from_description(manifest.quantization)
     if now.quant_type == "none":
         raise UsageError(
-            f"{directory.name!r} has no weights in 4 bits: there is nothing to convert"
+            f"{directory.name!r} has no experts in 3 or 4 bits: there is nothing to convert"
         )
     unfinished = read_half_converted(directory, manifest)
     if unfinished is not None:

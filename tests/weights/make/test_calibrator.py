@@ -1,0 +1,145 @@
+"""Experts made anew from the checkpoint, for the inputs that they got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mixchat.errors import CheckpointError
+from mixchat.model_config import ModelConfig
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.calibrator import Calibrator
+from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
+from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.source.checkpoint import CheckpointReader
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+
+TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """Several blocks in each row, so that their scales can differ."""
+    return make_checkpoint(hidden_size=128, intermediate_size=192, num_hidden_layers=2)
+
+
+@pytest.fixture
+def config(wide_checkpoint: Path) -> ModelConfig:
+    return ModelConfig.from_file(wide_checkpoint / "config.json")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, config: ModelConfig) -> ExpertInputs:
+    """Few columns matter, others in each layer; no token chooses expert 3."""
+    generator = torch.Generator().manual_seed(0)
+    with InputsWriter(tmp_path / "inputs") as writer:
+        for layer in range(config.num_hidden_layers):
+            rows = 0.05 * torch.randn(TOKENS, config.hidden_size, generator=generator)
+            rows[:, layer::7] *= 40
+            selected = torch.rand(TOKENS, 3, generator=generator).argsort(-1)[:, :2]
+            for some, chosen in zip(rows.split(64), selected.split(64), strict=True):
+                writer.add(layer, some, chosen)
+    return ExpertInputs(tmp_path / "inputs", config)
+
+
+def made(
+    checkpoint: Path, blueprint: Blueprint, inputs: ExpertInputs | None
+) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """Each expert's dequantized w13 and w2, calibrated or plain."""
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    found: dict[tuple[int, int], list[torch.Tensor]] = {}
+    with CheckpointReader(opened) as reader:
+        make = lambda part: part.make(opened.index, reader.read)  # noqa: E731
+        if inputs is not None:
+            make = Calibrator(inputs, opened.index, reader.read).make
+        for part in parts(blueprint):
+            if part.expert is None:
+                continue
+            tensors = make(part)
+            found.setdefault(part.expert, []).append(matrix(part, tensors))
+    return {key: (w13, w2) for key, (w13, w2) in found.items()}
+
+
+def matrix(part: Part, tensors: list[torch.Tensor]) -> torch.Tensor:
+    assert part.linear is not None
+    linear = part.linear.build(tensors[: len(part.linear.tensors)])
+    return linear(torch.eye(part.linear.columns)).T
+
+
+def error(weight: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor) -> float:
+    return float(((weight - exact) @ rows.T).norm() / (exact @ rows.T).norm())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf3"])
+def test_products_with_an_experts_own_inputs_get_better(
+    wide_checkpoint: Path, config: ModelConfig, inputs: ExpertInputs, kind: str
+) -> None:
+    opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
+    options = QuantizeOptions(kind, layout="bitsandbytes")  # type: ignore[arg-type]
+    blueprint = make_blueprint(opened.index, options)
+    dense = make_blueprint(opened.index, QuantizeOptions("none"))
+    exact, plain, calibrated = (
+        made(wide_checkpoint, form, given)
+        for form, given in ((dense, None), (blueprint, None), (blueprint, inputs))
+    )
+    totals = torch.zeros(2, 2)  # of w13 and w2, plain and calibrated
+    for key in exact:
+        every, chosen = inputs.of(*key)
+        rows = (every[chosen] if chosen.any() else every).float()
+        gate, up = (rows @ exact[key][0].T).chunk(2, dim=-1)
+        for which, given in enumerate((rows, functional.silu(gate) * up)):
+            for number, one in enumerate((plain, calibrated)):
+                totals[which, number] += error(one[key][which], exact[key][which], given)
+    before, after = totals.T
+    assert after[0] < 0.9 * before[0]
+    assert after[1] < before[1]  # whose columns matter alike in a random model
+
+
+def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
+    inputs: ExpertInputs,
+) -> None:
+    every, chosen = inputs.of(1, 3)
+    assert not chosen.any()
+    seen = Calibrator(inputs, None, None)._rows(1, 3)  # type: ignore[arg-type]
+    assert torch.equal(seen, every[::6][:32])
+
+
+def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path: Path, config: ModelConfig) -> None:
+    rows, selected = torch.randn(5, config.hidden_size), torch.tensor([[0, 1]] * 4 + [[3, 2]])
+    with InputsWriter(tmp_path / "inputs") as writer:
+        for layer in range(2):
+            writer.add(layer, (layer + 1) * rows[:2], selected[:2])
+            writer.add(layer, (layer + 1) * rows[2:], selected[2:])
+    inputs = ExpertInputs(tmp_path / "inputs", config)
+    for layer in (1, 0):
+        every, chosen = inputs.of(layer, 3)
+        assert torch.equal(every, ((layer + 1) * rows).bfloat16())
+        assert chosen.tolist() == [False] * 4 + [True]
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "inputs").iterdir())
+    assert on_disk == inputs_size(config, 5)
+
+
+def test_what_was_cut_off_leaves_nothing(tmp_path: Path, config: ModelConfig) -> None:
+    def cut_off() -> None:
+        with InputsWriter(tmp_path / "inputs") as writer:
+            writer.add(0, torch.zeros(1, config.hidden_size), torch.zeros(1, 2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_inputs_are_an_error(tmp_path: Path, config: ModelConfig) -> None:
+    with InputsWriter(tmp_path / "inputs") as writer:
+        writer.add(0, torch.zeros(3, config.hidden_size), torch.zeros(3, 2))
+    path = tmp_path / "inputs" / "inputs-000"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="the inputs of layer 0 are damaged"):
+        ExpertInputs(tmp_path / "inputs", config).of(0, 0)
