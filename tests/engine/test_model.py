@@ -14,6 +14,8 @@ from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
+from mixchat.weights.matrix import nf3
+from mixchat.weights.matrix.encode import encode_nf3
 
 CPU = LoadOptions(device="cpu")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -88,17 +90,31 @@ def test_logits_and_routing_equal_transformers_in_fp32(
             assert torch.equal(torch.cat(routed[layer::layers]), theirs)
 
 
-def dequantize_experts(checkpoint: Path, target: Path) -> Path:
-    """The checkpoint with each expert matrix taken to NF4 and back by bitsandbytes itself."""
+def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix taken to NF4 and back by bitsandbytes itself."""
+    # As one row: on AVX512 it reads wrong scales where a row ends within a block.
+    codes, state = bnb.quantize_4bit(weight.view(1, -1), blocksize=64, quant_type="nf4")
+    return bnb.dequantize_4bit(codes, state).view(weight.shape)
+
+
+def by_nf3(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix taken to NF3 and back, whose codes are tested by the definition."""
+    shape = (weight.shape[0], weight.shape[1])
+    return nf3.dequantize(*encode_nf3(weight), shape, torch.float32)
+
+
+TAKEN = {"nf4": by_bitsandbytes, "nf3": by_nf3}
+
+
+def dequantize_experts(
+    checkpoint: Path, target: Path, take: Callable[[torch.Tensor], torch.Tensor]
+) -> Path:
+    """The checkpoint with each expert matrix taken to few bits and back."""
     shutil.copytree(checkpoint, target)
     tensors = load_file(target / "model.safetensors")
     for name, weight in tensors.items():
         if ".experts." in name:
-            rounded = weight.to(torch.bfloat16)
-            # As one row: on AVX512 it reads wrong scales where a row ends within a block.
-            flat = rounded.view(1, -1)
-            codes, state = bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4")
-            tensors[name] = bnb.dequantize_4bit(codes, state).view(weight.shape).float()
+            tensors[name] = take(weight.to(torch.bfloat16)).float()
         else:
             tensors[name] = weight.to(torch.bfloat16).float()
     save_file(tensors, target / "model.safetensors")
@@ -135,10 +151,12 @@ def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(
     assert (rounded - exact).norm() < 0.003 * exact.norm()
 
 
+@pytest.mark.parametrize("kind", TAKEN)
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 8}, {"intermediate_size": 128}])
-def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
+def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
     changes: dict[str, Any],
+    kind: str,
     layout: str,
     make_checkpoint: Callable[..., Path],
     install: Callable[..., Path],
@@ -149,12 +167,14 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     The spread of the weights is so small that rounding hardly ever flips the router's choice.
     """
     checkpoint = make_checkpoint(std=0.03, **changes)
-    reference = dequantize_experts(checkpoint, tmp_path / "reference")
+    reference = dequantize_experts(checkpoint, tmp_path / "reference", TAKEN[kind])
     ids = prompt(97)
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    engine = load_engine(install(checkpoint, layout=layout, attention=16, head=16), CPU)
+    engine = load_engine(
+        install(checkpoint, quant_type=kind, layout=layout, attention=16, head=16), CPU
+    )
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
     assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
@@ -165,9 +185,9 @@ def test_nf4_equals_a_reference_dequantized_by_bitsandbytes_to_bf16_rounding(
     [
         ({"attention": 4, "head": 16}, 0.7),
         ({"attention": 16, "head": 4}, 0.15),
-        ({"attention": 8, "head": 16}, 0.05),
+        ({"attention": 8, "head": 16}, 0.08),
         ({"attention": 16, "head": 8}, 0.015),
-        ({}, 0.05),
+        ({}, 0.08),
     ],
 )
 def test_attention_and_head_in_fewer_bits_stay_close(

@@ -54,6 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16": {"quant_type": "none", "stored_as": "float16"},
     "nf4": {"layout": "bitsandbytes"},
     "nf4, reordered": {"layout": "cpu-packed"},
+    "nf3": {"quant_type": "nf3", "layout": "bitsandbytes"},
+    "nf3, reordered": {"quant_type": "nf3", "layout": "cpu-packed"},
     "16 bits": {"layout": "bitsandbytes", "attention": 16, "head": 16},
     "all in nf4": {"layout": "bitsandbytes", "attention": 4, "head": 4},
     "all in nf4, reordered": {"layout": "cpu-packed", "attention": 4, "head": 4},

@@ -6,6 +6,7 @@ RAM behind it, and the disk behind that.
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def test_where_experts_are_does_not_show_in_the_text(
     assert held.count("device") <= slots
     assert held.count("host") <= behind.get("host", 0)
     assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
+
+
+@pytest.mark.parametrize("layout", ["cpu-packed", "bitsandbytes"])
+def test_nor_does_it_with_experts_in_3_bits(
+    tiny_checkpoint: Path, install: Callable[..., Path], layout: str
+) -> None:
+    model = install(tiny_checkpoint, quant_type="nf3", layout=layout)
+    with InstalledModel(model) as installed:
+        size = installed.blueprint.expert.stride
+    engine = load_engine(model, LoadOptions(device="cpu"))
+    expected = [text(engine), text(engine, SHORT)]
+    for slots, host in ((2, 0), (2, 5), (3, 8), (8, 0)):
+        engine = load(model, slots, host, size)
+        assert [text(engine), text(engine, SHORT)] == expected
+    for fraction in (0.25, 0.5, 0.8):
+        options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
+        engine = load_engine(model, options)
+        assert [text(engine), text(engine, SHORT)] == expected
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
