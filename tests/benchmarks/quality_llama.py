@@ -3,9 +3,11 @@
     pip install llama-cpp-python==0.3.36 gguf                      (its own Python)
     python quality_llama.py MODEL.gguf IDS.json WORK
 
-IDS.json has the windows: lists of token ids. MODEL.gguf is taken to F16, and from there to Q4_0
-(all matrices) and Q4_K_M. Prints a list of [name, bits a weight, bits of the feed-forward blocks',
-perplexity, KL divergence to F16] as JSON. It imports nothing of mixchat.
+IDS.json has the windows of each text: lists of lists of token ids. MODEL.gguf is taken to F16, and
+from there to the other formats; in Q8_0 and Q4_0 are all matrices. Prints a list of {"name",
+"bits" (a weight), "expert_bits" (of the feed-forward blocks), "attention_bits", "losses" (the mean of each window),
+"divergences" (KL to F16, the same), "agreements" (how often its first choice is F16's)} as JSON,
+with lists of lists as in IDS.json. It imports nothing of mixchat.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = {"F16": False, "Q4_0": True, "Q4_K_M": False}  # whether all matrices become of it
+# Whether all matrices become of it.
+FORMATS = {"F16": False, "Q8_0": True, "Q4_0": True, "Q4_K_M": False, "Q3_K_M": False}
 
 
 def requantize(source: Path, target: Path, name: str) -> None:
@@ -78,28 +80,33 @@ class Llama:
         return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
 
 
-def main(source: Path, windows: list[list[int]], work: Path) -> None:
-    models, losses, divergences = {}, dict.fromkeys(FORMATS, 0.0), dict.fromkeys(FORMATS, 0.0)
+def main(source: Path, texts: list[list[list[int]]], work: Path) -> None:
+    rows, models = [], {}
     for name in FORMATS:
-        requantize(source if name == "F16" else work / "F16.gguf", work / f"{name}.gguf", name)
-        models[name] = Llama(work / f"{name}.gguf", len(windows[0]))
-    for ids in windows:
-        scores = {name: model.log_probabilities(ids) for name, model in models.items()}
-        expected = np.exp(scores["F16"])
-        for name, mine in scores.items():
-            losses[name] -= float(mine[np.arange(len(mine)), ids[1:]].sum(dtype=np.float64))
-            divergences[name] += float((expected * (scores["F16"] - mine)).sum(dtype=np.float64))
-    count = sum(len(ids) - 1 for ids in windows)
-    rows = [
-        [
-            name,
-            bits(work / f"{name}.gguf", ""),
-            bits(work / f"{name}.gguf", r"\.ffn_(gate|up|down)\."),
-            math.exp(losses[name] / count),
-            divergences[name] / count,
-        ]
-        for name in FORMATS
-    ]
+        path = work / f"{name}.gguf"
+        requantize(source if name == "F16" else work / "F16.gguf", path, name)
+        models[name] = Llama(path, len(texts[0][0]))
+        sizes = {
+            "bits": bits(path, ""),
+            "expert_bits": bits(path, r"\.ffn_(gate|up|down)\."),
+            "attention_bits": bits(path, r"\.attn_(q|k|v|output)\."),
+        }
+        rows.append({"name": name, **sizes, "losses": [], "divergences": [], "agreements": []})
+    for windows in texts:
+        for row in rows:
+            for key in ("losses", "divergences", "agreements"):
+                row[key].append([])
+        for ids in windows:
+            scores = {name: model.log_probabilities(ids) for name, model in models.items()}
+            best, expected = scores["F16"], np.exp(scores["F16"])
+            for row in rows:
+                mine = scores[row["name"]]
+                apart = (expected * (best - mine)).sum(-1).mean(dtype=np.float64)
+                same = (mine.argmax(-1) == best.argmax(-1)).mean()
+                loss = -mine[np.arange(len(mine)), ids[1:]].mean(dtype=np.float64)
+                row["losses"][-1].append(float(loss))
+                row["divergences"][-1].append(float(apart))
+                row["agreements"][-1].append(float(same))
     print(json.dumps(rows))
 
 
