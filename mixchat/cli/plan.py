@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,10 @@ from mixchat.errors import UsageError
 from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
+    import torch
+
+    from mixchat.planning.calibration import Measurement
+    from mixchat.planning.fitting import Fit
     from mixchat.planning.plan import MachinePlan
     from mixchat.planning.spread import WorkerOffer
     from mixchat.weights.make.outline import Outline
@@ -76,9 +81,9 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
     from mixchat.engine.report_path import report_path
     from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
-    from mixchat.planning.machine_speed import measure_machine, saved_measurement
-    from mixchat.planning.plan import Machine, plan_model
+    from mixchat.planning.plan import Machine, plan_form, plan_model
     from mixchat.planning.torch_threads import choose_threads
+    from mixchat.weights.make.quantize_options import in_3_bits
 
     devices, blueprint = choose_devices(options.device), outlined.blueprint
     device = devices[0]
@@ -86,14 +91,25 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
     offers = _offers(outlined, options)
-    measurement = None
-    if not measure_again:
-        measurement = saved_measurement(fit.computed, outlined.directory, device)
-    if measurement is None:
-        with status("measuring this machine (about 10 s)"):
-            measurement = measure_machine(fit.computed, outlined.directory, device)
+    measurement = _measured(fit, outlined, device, measure_again)
     uses = saved_uses(report_path(outlined.name))
-    return plan_model(machine, device, fit, measurement, offers, uses)
+    made = plan_model(machine, device, fit, measurement, offers, uses)
+    small = None if outlined.installed else in_3_bits(blueprint)
+    if small is None:
+        return made
+    other = fit_model(small, machine.free, options)
+    form = plan_form(device, other, _measured(other, outlined, device, measure_again))
+    return replace(made, in_3_bits=form)
+
+
+def _measured(fit: Fit, outlined: Outline, device: torch.device, again: bool) -> Measurement:
+    """Return the saved measurement for this form, or measure this machine."""
+    from mixchat.planning.machine_speed import measure_machine, saved_measurement
+
+    if not again and (saved := saved_measurement(fit.computed, outlined.directory, device)):
+        return saved
+    with status("measuring this machine (about 10 s)"):
+        return measure_machine(fit.computed, outlined.directory, device)
 
 
 def _offers(outlined: Outline, options: LoadOptions) -> list[WorkerOffer]:

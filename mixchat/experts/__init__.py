@@ -19,5 +19,6 @@
 - trial.py: tries variants of the same work and uses the cheapest
 - stats.py: hits, misses, bytes moved, predictions
 - workers/: experts on other machines, from both ends of the connection
+- recording.py: the inputs of experts, recorded
 - trace.py: which experts each token went to, recorded
 """

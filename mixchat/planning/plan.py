@@ -71,11 +71,20 @@ class More:
 
 
 @dataclass(frozen=True)
+class Form:
+    """The same model with experts of another type: where it goes then, and how fast it is."""
+
+    fit: Fit
+    expected: Expectation
+
+
+@dataclass(frozen=True)
 class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
     device: the one that computes all but experts. first_token is None where the disk could not be
     measured. spread: the same with workers, None where there are none; all else is without them.
+    in_3_bits: the same with experts in 3 bits; None where they cannot be, or are installed.
     """
 
     machine: Machine
@@ -86,6 +95,12 @@ class MachinePlan:
     first_token: FirstToken | None
     more: tuple[More, ...]
     spread: Spread | None = None
+    in_3_bits: Form | None = None
+
+
+def plan_form(device: torch.device, fit: Fit, measurement: Measurement) -> Form:
+    """Return what a download in this form would give."""
+    return Form(fit, expect(fit.computed, device, measurement, fit.placement))
 
 
 def plan_model(

@@ -13,10 +13,11 @@ from mixchat.cli.output.table import aligned
 from mixchat.planning.expectation import PROMPT
 from mixchat.quantities import format_age, format_least, format_rates, format_size, format_time
 from mixchat.weights.make.download_plan import weights_size
+from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
-    from mixchat.planning.plan import MachinePlan, More
+    from mixchat.planning.plan import Form, MachinePlan, More
     from mixchat.planning.spread import Spread
     from mixchat.weights.make.outline import Outline
 
@@ -31,6 +32,11 @@ def plan_as_text(found: Outline, plan: MachinePlan) -> str:
         (f"the model: {found.name}", list(_model(found, plan))),
         ("what goes where", list(_places(plan))),
         ("what to expect", list(_expected(plan))),
+        *(
+            [("with experts in fewer bits", list(_in_3_bits(plan, form)))]
+            if (form := plan.in_3_bits)
+            else []
+        ),
         *([("with workers", list(_spread(plan, plan.spread)))] if plan.spread else []),
         ("what more memory would give", list(_more(plan))),
     ]
@@ -69,11 +75,22 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "measured_at": plan.measurement.measured_at,
         "samples": len(plan.measurement.samples),
         "first_token": first and asdict(first) | {"seconds": first.seconds},
+        "in_3_bits": plan.in_3_bits and _form_as_dict(plan.in_3_bits),
         "workers": plan.spread and _spread_as_dict(plan, plan.spread),
         "what_more_buys": [_more_as_dict(more) for more in plan.more],
         "download": None
         if found.download is None
         else download_text.download_as_dict(found.download),
+    }
+
+
+def _form_as_dict(form: Form) -> dict[str, Any]:
+    expected = form.expected
+    return {
+        "kept_bytes": weights_size(form.fit.blueprint),
+        "held": expected.held,
+        "tokens_per_second": expected.tokens_per_second,
+        "speed": expected.speed and asdict(expected.speed),
     }
 
 
@@ -238,6 +255,20 @@ def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
     else:
         yield "decode", f"{_speed(expected.speed)}: a token takes {_time(expected.cost.seconds)}"
         yield from (("", reason) for reason in _reasons(expected.cost))
+
+
+def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
+    """Compare what a download gives by default with `--expert-bits 3`."""
+    for bits, fit, expected in (
+        ("4 bits", plan.fit, plan.expected),
+        ("3 bits", form.fit, form.expected),
+    ):
+        size = format_size(weights_size(fit.blueprint))
+        held = f"{expected.held} of {_count(fit.placement.experts, 'expert')} in memory"
+        yield bits, f"{size} of disk, {held}, {_speed(expected.speed)}"
+        loss = DEMO_LOSS[fit.blueprint.quantization.quant_type]
+        yield "", f"the demo model's perplexity rises by {loss:.0%}; a larger model's by less"
+    yield "", "for 3 bits: 'mixchat download --expert-bits 3', better with --calibrate"
 
 
 def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:

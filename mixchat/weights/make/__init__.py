@@ -8,5 +8,7 @@
 - build.py: an installed model out of shards as they come, one fetched while one is quantized
 - writer.py: writes its files of weights
 - recheck.py: checks finished parts against the journal before work continues
+- expert_inputs.py: the inputs of experts, recorded for a calibration
+- calibrator.py: makes experts anew, for their inputs
 - spill.py: tensors spilled to disk until a later shard comes
 """
