@@ -1,11 +1,11 @@
-"""`mixchat calibrate`: chooses the scales of a model's experts for the inputs that they get."""
+"""`mixchat calibrate`: rounds a model's experts for the inputs that they get."""
 
 from __future__ import annotations
 
 import codecs
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,16 +39,16 @@ def calibrate(
         typer.Option(metavar="FILE", help="Read this text, instead of one that the model writes."),
     ] = None,
 ) -> None:
-    """Choose the scales of a model's experts anew, for the inputs that they get.
+    """Round a model's experts anew, for the inputs that they get.
 
     The model reads the first 16,000 tokens of a text, or writes as many itself, while the inputs of
     its experts are recorded. Then each expert is read from the checkpoint again (from the hub,
-    unless 'mixchat download --keep-source' kept it), and its scales are chosen for the least error
-    with these inputs. The model's size and speed stay the same.
+    unless 'mixchat download --keep-source' kept it), and rounded for the least error with these
+    inputs (weighted scales, then GPTQ). The model's size and speed stay the same.
 
-    Mixtral takes 4.3 GB of disk meanwhile, 1.5 GB of memory, and an hour or two on two cores; it
-    is read or written at the speed of a chat. The same command resumes it once the inputs are
-    recorded. A calibrated expert that gets damaged cannot be repaired alone.
+    Mixtral takes 4.3 GB of disk meanwhile and 5 GB of memory. Text is read or written at the speed
+    of a chat; then each of the 256 experts takes about a minute on two cores. The same command
+    resumes it once the inputs are recorded. A damaged expert cannot be repaired alone afterwards.
     """
     from mixchat.weights import models
 
@@ -62,17 +62,23 @@ def calibrate(
 
 def calibrate_model(directory: Path, text: str | None, progress: Progress) -> None:
     """Calibrate an installed model with `text`, or one that it writes."""
-    from mixchat.loading.calibrate import calibration
+    from mixchat.loading.calibrate import Text, calibration
     from mixchat.options import DenseBits
+    from mixchat.text.checkpoint_text import CheckpointText
     from mixchat.weights.care.convert import convert, find_target
     from mixchat.weights.care.housekeeping import not_in_use
     from mixchat.weights.make.download import local_errors
+
+    with closing(CheckpointText(directory)) as files:
+        tokenizer = files.tokenizer()
+        ids = None if text is None else tokenizer.encode(text)
+        tokens = Text(ids, tokenizer.bos_id)
 
     with local_errors(), not_in_use(directory):
         target = find_target(directory, None, DenseBits(), calibrated=True)
         with ExitStack() as stack:
             with _shown_windows(text) as on_window:
-                made = calibration(directory, text, progress, on_window)
+                made = calibration(directory, tokens, progress, on_window)
                 remake = stack.enter_context(made)
             convert(directory, target, progress, remake)
 

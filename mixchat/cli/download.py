@@ -76,9 +76,10 @@ def download(
 
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
     Attention and head get 8 bits, at hardly any cost in quality; of Mixtral, 16 bits take 1.4 GB
-    more, and 4 bits 0.7 GB less, at some cost. Experts in 3 bits take 18.3 GB instead of 24.0, at
-    a cost that 'mixchat plan' names. --calibrate runs 'mixchat calibrate' afterwards.
-    --expert-bits 16 stores bf16, fp16 and fp32 unquantized.
+    more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 (w1 and w3 in 3 bits, w2 in 4)
+    makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;
+    --expert-bits 16 stores bf16, fp16 and fp32 unquantized. --calibrate runs 'mixchat calibrate'
+    afterwards.
     """
     from mixchat.weights import models
 

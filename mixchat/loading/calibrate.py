@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from mixchat import machine
 from mixchat.engine.generate import Engine
@@ -19,8 +20,6 @@ from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import Progress
 from mixchat.quantities import format_least, format_size
-from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.text.tokenizer import Tokenizer
 from mixchat.weights.care.convert import Remake
 from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import Calibrator
@@ -34,15 +33,24 @@ WINDOWS = 32
 OnWindow = Callable[[int, int], object]  # is called with the windows done, and their total
 
 
+class Text(NamedTuple):
+    """The tokens that the model reads, in windows; without them it writes as many by chance.
+
+    first: the token that begins each window, if the model has one. It can read `WINDOWS` windows.
+    """
+
+    ids: Sequence[int] | None
+    first: int | None
+
+
 @contextmanager
 def calibration(
-    directory: Path, text: str | None, progress: Progress, on_window: OnWindow
+    directory: Path, text: Text, progress: Progress, on_window: OnWindow
 ) -> Iterator[Remake]:
     """Record the inputs of a model's experts, and yield what makes an expert for them.
 
-    text: as for `record_inputs`. Where a conversion was interrupted its inputs are used again; they
-    are removed once the block has ended well. Raises what `record_inputs` and opening the
-    checkpoint raise.
+    Where a conversion was interrupted its inputs are used again; they are removed once the block
+    has ended well. Raises what `record_inputs` and opening the checkpoint raise.
     """
     inputs = directory / INPUTS_DIR
     if not (directory / CONVERSION_DIR).exists():
@@ -57,15 +65,13 @@ def calibration(
     shutil.rmtree(inputs)
 
 
-def record_inputs(directory: Path, target: Path, text: str | None, on_window: OnWindow) -> None:
+def record_inputs(directory: Path, target: Path, text: Text, on_window: OnWindow) -> None:
     """Record in `target` the inputs of an installed model's experts.
 
-    The model reads `WINDOWS` windows of `text`, or as many as it has; without a text it writes them
-    itself, by chance, from nothing. Raises `UsageError` where the text is shorter than a window,
-    `ResourceError` where the disk is too full, and what loading raises.
+    Raises `UsageError` where the text is shorter than a window, `ResourceError` where the disk is
+    too full, and what loading raises.
     """
-    with closing(CheckpointText(directory)) as files:
-        windows = _windows(files.tokenizer(), text)
+    windows = _windows(text)
     with InputsWriter(target) as writer:
         engine = load_engine(
             directory,
@@ -78,17 +84,17 @@ def record_inputs(directory: Path, target: Path, text: str | None, on_window: On
             _run(engine, window, number)
 
 
-def _windows(tokenizer: Tokenizer, text: str | None) -> Sequence[Sequence[int]]:
+def _windows(text: Text) -> Sequence[Sequence[int]]:
     """Return the tokens of each window to read, or the first one where the model writes."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    if text is None:
+    start = [] if text.first is None else [text.first]
+    if text.ids is None:
         if not start:
             raise CheckpointError(
                 "this model's tokenizer has no token to begin with",
                 hint="Let the model read a text: --calibrate-text FILE.",
             )
         return [start] * WINDOWS
-    ids, room = tokenizer.encode(text), WINDOW - len(start)
+    ids, room = text.ids, WINDOW - len(start)
     pieces = [[*start, *ids[n : n + room]] for n in range(0, len(ids) - room + 1, room)]
     if not pieces:
         raise UsageError(f"the text has {len(ids)} tokens: a calibration needs at least {room}")

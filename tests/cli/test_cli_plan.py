@@ -69,6 +69,7 @@ def test_mixtral_is_planned_before_it_is_downloaded(run, measured, environment):
         "The model: instruct",
         "What goes where",
         "What to expect",
+        "With experts in fewer bits",
         "What more memory would give",
         "To download it",
     ]
@@ -81,6 +82,16 @@ def test_mixtral_is_planned_before_it_is_downloaded(run, measured, environment):
     assert "25.7 GB, once it is downloaded" in found["The model: instruct"]
     assert "'mixchat download instruct --dry-run'" in found["To download it"]
     assert not (Path(environment["MIXCHAT_HOME"]) / "models").exists()
+
+
+def test_3_bits_are_compared_with_4_before_a_download(run, measured):
+    forms = sections(run())["With experts in fewer bits"]
+    held = [int(count) for count in re.findall(r"(\d+) of 256 experts in memory", forms)]
+    assert re.findall(r"\d bits +([\d.]+) GB of disk", forms) == ["25.7", "22"]
+    made = json.loads(run("instruct", "--json").stdout)
+    assert [made["held"], made["in_3_bits"]["held"]] == held
+    assert held[0] < held[1]
+    assert made["in_3_bits"]["tokens_per_second"] > made["tokens_per_second"]
 
 
 def test_the_reasons_add_up_to_the_speed(run, measured):
@@ -149,7 +160,7 @@ def test_base_is_of_the_same_shape(run, measured):
 def test_a_machine_is_measured_once_for_models_of_one_shape(run, measured):
     for name in ("instruct", "base", "demo", "instruct", "demo"):
         assert run(name).returncode == 0
-    assert len(measured) == 2 * SAMPLES
+    assert len(measured) == 2 * 2 * SAMPLES  # in 4 bits and in 3
 
 
 def test_the_demo_is_planned_with_what_its_building_takes(run, measured):

@@ -22,7 +22,7 @@ Calibrate = Annotated[
     bool,
     typer.Option(
         "--calibrate",
-        help="Choose the scales of experts for text that the model writes itself, or reads.",
+        help="Round experts for text that the model writes itself, or reads.",
     ),
 ]
 CalibrateText = Annotated[

@@ -13,8 +13,8 @@ weight / scale.
   factors are negative: the levels are not symmetric, and some blocks fit their mirror image better.
   Readers need not know of it: a weight is its level times its scale, as always.
 
-- With `importance`, each weight's squared error counts as much as the inputs of its column are
-  large (`importance_of`).
+- With `inputs`, each weight's squared error counts as much as the inputs of its column are large,
+  and weights are rounded for the least error of products with them (`gptq.py`).
 
 NF3 always searches: from absmax its error would be half as large again.
 
@@ -34,6 +34,7 @@ import torch
 
 from mixchat.weights.matrix import nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, in_blocks
+from mixchat.weights.matrix.gptq import inverse_factor, round_columns
 
 Searched = Literal["nf4", "nf3"]
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
@@ -77,30 +78,32 @@ LEVELS: dict[Searched, Levels] = {
 
 
 def encode_nf4(
-    weight: torch.Tensor, *, search: bool = False, importance: torch.Tensor | None = None
+    weight: torch.Tensor, *, search: bool = False, inputs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes (uint8 [ceil(N / 2)]) and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
 
     weight: [rows, C], any float type, finite; rounded to bf16 first, which makes absmax exact.
     Codes are in bitsandbytes' order: row after row, the even weight in the high nibble.
 
-    With `search` or `importance` (fp32 [C]) no block's squared error, before the product of level
+    inputs: rows [n, C] that the matrix is multiplied with, which it then suits.
+
+    With `search` no block's squared error, before the product of level
     and scale is rounded, is larger than without; a last block of fewer than 64 weights has absmax
     for its scale. A block's result depends neither on its neighbours nor on the count of threads.
     """
-    codes, scales = _encode("nf4", weight, search or importance is not None, importance)
+    codes, scales = _encode("nf4", weight, search, inputs)
     return _two_a_byte(codes)[: (weight.numel() + 1) // 2], scales
 
 
 def encode_nf3(
-    weight: torch.Tensor, *, importance: torch.Tensor | None = None
+    weight: torch.Tensor, *, inputs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales as `nf3.py` has them; for the rest, see `encode_nf4`."""
-    codes, scales = _encode("nf3", weight, True, importance)
+    codes, scales = _encode("nf3", weight, True, inputs)
     return nf3.pack(codes.view(-1, 8)).view(-1), scales
 
 
-def importance_of(inputs: torch.Tensor) -> torch.Tensor:
+def _importance_of(inputs: torch.Tensor) -> torch.Tensor:
     """Return the mean square of each column of the inputs [n, C] of a matrix: fp32 [C].
 
     None is less than a thousandth of their mean, so that no column is given up.
@@ -110,9 +113,25 @@ def importance_of(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    kind: Searched, weight: torch.Tensor, search: bool, importance: torch.Tensor | None
+    kind: Searched, weight: torch.Tensor, search: bool, inputs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes, one a byte [B, 64], and scales [B]."""
+    if inputs is None:
+        return _rounded(kind, weight, search, None)
+    codes, scales = _rounded(kind, weight, True, _importance_of(inputs))
+    if weight.shape[-1] % BLOCKSIZE == 0:
+        factor = inverse_factor(inputs)
+        codes = round_columns(weight, scales.float(), LEVELS[kind].levels, factor)
+    return codes, scales
+
+
+def _rounded(
+    kind: Searched, weight: torch.Tensor, search: bool, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes [B, 64], each the nearest to its weight, and scales [B].
+
+    importance: of each column [C], fp32.
+    """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
     codes = torch.empty(count, BLOCKSIZE, dtype=torch.uint8)

@@ -23,7 +23,7 @@ from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import int8, nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, can_pack
 from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4, importance_of
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
@@ -267,11 +267,10 @@ class LinearSpec:
             return self._arranged(*int8.encode_int8(weight))
         if self.quant_type == "fp4":
             return self._arranged(*nf4.encode_fp4(weight))
-        importance = None if inputs is None else importance_of(inputs)
         if self.quant_type == "nf3":
-            return self._arranged(*encode_nf3(weight, importance=importance))
+            return self._arranged(*encode_nf3(weight, inputs=inputs))
         search = self.scales == "search"
-        return self._arranged(*encode_nf4(weight, search=search, importance=importance))
+        return self._arranged(*encode_nf4(weight, search=search, inputs=inputs))
 
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other, as they are.

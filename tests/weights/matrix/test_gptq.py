@@ -1,0 +1,94 @@
+"""Rounding for given inputs: against its definition, and against the nearest levels."""
+
+import pytest
+import torch
+
+from mixchat.weights.matrix import encode, gptq, nf3, nf4
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+
+ENCODE = {"nf4": encode_nf4, "nf3": encode_nf3}
+
+
+def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator)
+
+
+def alike(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    """Inputs whose columns go together in part, and are of very different size."""
+    common = random(rows, 8, seed) @ random(8, columns, seed + 1)
+    sizes = torch.logspace(-1, 1, columns)[torch.randperm(columns)]
+    return (common + 2 * random(rows, columns, seed + 2)) * sizes
+
+
+def dequantized(kind: str, made: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]):
+    codes, scales = made
+    if kind == "nf3":
+        return nf3.dequantize(codes, scales, shape, torch.float32)
+    return nf4.dequantize(codes, scales.float(), shape, torch.float32)
+
+
+def slowly(
+    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor:
+    """Column by column in double precision: after each, the columns behind it are chosen anew for
+    the least error of all products (ordinary least squares)."""
+    rows, columns = weight.shape
+    x = inputs.double()
+    hessian = x.T @ x / len(x)
+    hessian += gptq._DAMPING * hessian.diagonal().mean() * torch.eye(columns)
+    left, codes = weight.double().clone(), torch.empty(rows, columns, dtype=torch.uint8)
+    each = scales.double().view(rows, -1).repeat_interleave(64, 1)
+    for place in range(columns):
+        wanted = left[:, place]
+        nearest = (wanted.unsqueeze(-1) / each[:, place, None] - levels.double()).abs().argmin(-1)
+        codes[:, place] = nearest
+        error = levels.double()[nearest] * each[:, place] - wanted
+        behind = slice(place + 1, columns)
+        if place + 1 < columns:
+            moved = torch.linalg.solve(hessian[behind, behind], hessian[behind, place])
+            left[:, behind] -= error.unsqueeze(-1) * moved
+    return codes.view(-1, 64)
+
+
+@pytest.mark.parametrize("kind", ENCODE)
+def test_it_is_least_squares_for_the_columns_that_are_left(kind: str) -> None:
+    weight, inputs = random(16, 128), alike(300, 128)
+    levels = encode.LEVELS[kind].levels  # type: ignore[index]
+    _, scales = encode._rounded(kind, weight, True, None)  # type: ignore[arg-type]
+    fast = gptq.round_columns(weight, scales.float(), levels, gptq.inverse_factor(inputs))
+    assert (fast != slowly(weight, scales.float(), levels, inputs)).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("kind", ENCODE)
+@pytest.mark.parametrize("shape", [(64, 256), (48, 192), (40, 100), (7, 65)])
+def test_products_with_the_inputs_and_with_others_like_them_get_better(
+    kind: str, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    weight, every = random(*shape).bfloat16(), alike(2000, shape[1])
+    inputs, others = every[::2], every[1::2]
+
+    def error(made: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> float:
+        apart = dequantized(kind, made, shape) - weight.float()
+        return float((apart @ rows.T).norm())
+
+    plain, fitted = ENCODE[kind](weight), ENCODE[kind](weight, inputs=inputs)
+    bound = 0.75 if shape[1] % 64 == 0 else 0.97
+    for rows in (inputs, others):
+        assert error(fitted, rows) < bound * error(plain, rows)
+
+
+@pytest.mark.parametrize("kind", ENCODE)
+def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm(kind: str) -> None:
+    weight = random(32, 128).bfloat16()
+    weight[3] = 0
+    weight[5, :64] = 0
+    unused = alike(100, 128)
+    unused[:, 10:20] = 0
+    for inputs in (alike(3, 128), torch.zeros(5, 128), unused):
+        codes, scales = ENCODE[kind](weight, inputs=inputs)
+        matrix = dequantized(kind, (codes, scales), (32, 128))
+        assert matrix.isfinite().all()
+        assert not matrix[3].any()
+        assert (matrix - weight.float()).norm() < 0.5 * weight.float().norm()
