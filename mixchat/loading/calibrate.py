@@ -17,6 +17,7 @@ from mixchat.engine.generate import Engine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
 from mixchat.experts.recording import RecordingRunner
 from mixchat.loading.loader import load_engine
+from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import Progress
 from mixchat.quantities import format_least, format_size
@@ -53,6 +54,7 @@ def calibration(
     has ended well. Raises what `record_inputs` and opening the checkpoint raise.
     """
     inputs = directory / INPUTS_DIR
+    _check_memory(ModelConfig.from_file(directory / "config.json"))
     if not (directory / CONVERSION_DIR).exists():
         record_inputs(directory, inputs, text, on_window)
     source = read_manifest(directory).source
@@ -108,6 +110,18 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> None:
     most = WINDOW - len(window) + 1  # the last one is sampled, but not computed
     for _ in engine.generate(window, sampling=sampling, stop_ids=frozenset(), max_tokens=most):
         pass
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """Raise `ResourceError` where the memory does not suffice to round an expert's w2."""
+    width, inner = config.hidden_size, config.intermediate_size
+    needed = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner  # four matrices of the inputs
+    if needed > (free := machine.free_memory()):
+        raise ResourceError(
+            f"not enough memory: {format_least(needed)} needed to calibrate an expert, "
+            f"{format_size(free)} free",
+            hint="Close other programs.",
+        )
 
 
 def _check_disk(directory: Path, needed: int) -> None:

@@ -183,6 +183,22 @@ def test_a_text_that_cannot_be_used_is_one_line(mixchat, installed, text, conten
     assert mixchat("verify", "mine").returncode == 0
 
 
+@pytest.mark.parametrize(("what", "free"), [("memory", 1000), ("disk", 1000)])
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    mixchat, installed, text, monkeypatch, what, free
+):
+    before = contents(installed)
+    name = "free_memory" if what == "memory" else "free_disk"
+    monkeypatch.setattr(calibrate_module.machine, name, lambda *_: free)
+    if what == "memory":  # loading asks for it, too
+        monkeypatch.setattr(calibrate_module, "record_inputs", None)
+    done = mixchat("calibrate", "mine", "--text", text)
+    assert done.returncode == 7
+    assert f"not enough {what}" in lines_of(done)[0]
+    assert contents(installed) == before
+    assert {path.name for path in installed.iterdir()}.isdisjoint({INPUTS_DIR, CONVERSION_DIR})
+
+
 def test_without_weights_to_round_there_is_nothing_to_calibrate(mixchat, checkpoint, text):
     mixchat("download", str(checkpoint), "--name", "dense", "--expert-bits", "16")
     done = mixchat("calibrate", "dense", "--text", text)
