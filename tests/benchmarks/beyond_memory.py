@@ -1,10 +1,11 @@
 """A Mixtral larger than memory: tokens a second, beside the disk's limit and beside llama.cpp.
 
     python tests/benchmarks/beyond_memory.py WORK [--free GIB ...] [--host-memory SIZE ...]
-        [--layers 32] [--tokens 48] [--rounds 2] [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
+        [--expert-bits 4 ...] [--layers 32] [--tokens 48] [--rounds 2] [--depth N]
+        [--peer PYTHON MODEL.gguf] [--keep]
 
-WORK gets a model with Mixtral's real layer shapes and random weights (0.79 GB a layer), which is
-deleted afterwards. For each count of GiB in --free another process holds what is free beyond that.
+WORK gets a model with Mixtral's real layer shapes and random weights for each count of bits (0.79
+GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. For each count of GiB in --free another process holds what is free beyond that.
 Every figure comes from a process of its own, one after the other, in rounds, so that what else the
 machine does strikes all alike.
 
@@ -45,6 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path)
+    parser.add_argument("--expert-bits", nargs="*", choices=["4", "3"], default=["4"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--free", type=float, nargs="*", default=[])
     parser.add_argument("--host-memory", nargs="*", default=[])
@@ -63,30 +65,36 @@ def main() -> None:
         print(json.dumps(answer(Path(given.one[0]), given.one[1], given.tokens, given.depth)))
         return
     os.environ["MIXCHAT_HOME"] = str(given.work)
-    model = given.work / "model"
-    if not model.exists():
-        run([sys.executable, "-m", "mixchat.bench.synthetic", str(model), str(given.layers)])
+    models = {bits: given.work / f"model-{bits}" for bits in given.expert_bits}
+    for bits, model in models.items():
+        if not model.exists():
+            command = [sys.executable, "-m", "mixchat.bench.synthetic", str(model)]
+            run([*command, str(given.layers), bits])
     try:
         for number in range(given.rounds):
             for free in given.free or [None]:
                 with ballast(free):
-                    one_round(number, model, free, given)
+                    one_round(number, models, free, given)
     finally:
         if not given.keep:
-            shutil.rmtree(model)
+            for model in models.values():
+                shutil.rmtree(model)
 
 
-def one_round(number: int, model: Path, free: float | None, given: argparse.Namespace) -> None:
-    """Measure each budget once, and the peer once, with so many GiB free."""
+def one_round(
+    number: int, models: dict[str, Path], free: float | None, given: argparse.Namespace
+) -> None:
+    """Measure each model with each budget once, and the peer once, with so many GiB free."""
     where = f"round {number + 1}, {machine.free_memory() / GIB:.1f} GiB free"
     more = ["--tokens", str(given.tokens)]
     (given.work / "machine.json").unlink(missing_ok=True)
-    run([sys.executable, __file__, "-", "--calibrate", str(model)])
     if given.depth is not None:
         more += ["--depth", str(given.depth)]
-    for budget in given.host_memory or ["auto"]:
-        done = run([sys.executable, __file__, "-", "--one", str(model), budget, *more])
-        print(f"{where}, {budget}: {described(json.loads(done))}", flush=True)
+    for bits, model in models.items():
+        run([sys.executable, __file__, "-", "--calibrate", str(model)])
+        for budget in given.host_memory or ["auto"]:
+            done = run([sys.executable, __file__, "-", "--one", str(model), budget, *more])
+            print(f"{where}, {bits} bits, {budget}: {described(json.loads(done))}", flush=True)
     if given.peer:
         python, gguf = given.peer
         command = [python, str(PEER), "bench", gguf, str(PROMPT), str(given.tokens)]
