@@ -5,9 +5,9 @@
         [--peer PYTHON MODEL.gguf] [--keep]
 
 WORK gets a model with Mixtral's real layer shapes and random weights for each count of bits (0.79
-GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. For each count of GiB in --free another process holds what is free beyond that.
-Every figure comes from a process of its own, one after the other, in rounds, so that what else the
-machine does strikes all alike.
+GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. For each count of GiB in
+--free another process holds what is free beyond that. Every figure comes from a process of its own,
+one after the other, in rounds, so that what else the machine does strikes all alike.
 
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth, measured right after, and of computing it at the speeds that the round's calibration
