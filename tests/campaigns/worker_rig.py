@@ -9,6 +9,7 @@ import random
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,6 +56,11 @@ class Network:
 
         return moved
 
+    def command(self, side: int, *arguments: str) -> list[str]:
+        """Return the command line that runs `mixchat` in the namespace of a side."""
+        enter = ["ip", "netns", "exec", self.sides[side]]
+        return [*enter, sys.executable, "-m", "mixchat", *arguments]
+
     def close(self) -> None:
         """Remove the namespaces, and the link with them."""
         for side in self.sides:
@@ -67,19 +73,20 @@ class Worker:
     def __init__(self, network: Network, key: Path, model: Path, output: Path, memory: str) -> None:
         self.output = output
         output.write_text("")
-        command = rig.mixchat(
-            *("worker", "-m", str(model), "--key-file", str(key), "--host-memory", memory),
-            *("--listen", f"{network.hosts[0]}:{PORT}"),
-        )
+        command = rig.mixchat(*worker_arguments(network, key, model, memory))
         self.pid = rig.fork(network.inside(0, command), output)
         self.wait_for("ready for a chat")
 
     def wait_for(self, part: str, count: int = 1) -> None:
         """Wait until it has printed this so many times."""
         end = time.monotonic() + PATIENCE
-        while self.output.read_text().count(part) < count:
+        while self.count(part) < count:
             assert time.monotonic() < end, self.output.read_text()
             time.sleep(0.01)
+
+    def count(self, part: str) -> int:
+        """Return how often it has printed this."""
+        return self.output.read_text().count(part)
 
     def send(self, number: int) -> None:
         """Send it a signal."""
@@ -98,6 +105,13 @@ class Worker:
         fields = dict(line.split(":", 1) for line in status.splitlines())
         files = len(os.listdir(f"/proc/{self.pid}/fd"))
         return int(fields["VmRSS"].split()[0]) // 1000, int(fields["Threads"]), files
+
+
+def worker_arguments(network: Network, key: Path, model: Path, memory: str) -> list[str]:
+    """Return the command line of a worker."""
+    address = f"{network.hosts[0]}:{PORT}"
+    options = ["-m", str(model), "--key-file", str(key), "--host-memory", memory]
+    return ["worker", *options, "--listen", address]
 
 
 class ChatSide:

@@ -1,12 +1,13 @@
-"""Kills, stops and cuts off workers at drawn moments: no answer shows it.
+"""Kills, stops, cuts off and interrupts workers at drawn moments: no answer shows it.
 
-    python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers] [--seed 0]
-        [--model DIR]
+    python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers,ctrl-c-worker,
+        ctrl-c-run,ctrl-c-chat] [--seed 0] [--model DIR]
 
 A worker (`mixchat worker`) and a chat side are in network namespaces of their own, which needs
 root. The chat side is a program that calls `load_engine` and `generate`, and tells when each token
 and each layer of a prompt is done. It has memory for half of the experts. The model is the demo,
-which is built unless --model names an installed one. Exit code 0: no fault was found.
+which is built unless --model names an installed one. Those of Ctrl-C are `mixchat
+run` itself. Exit code 0: no fault was found.
 """
 
 from __future__ import annotations
@@ -16,72 +17,27 @@ import json
 import os
 import random
 import signal
-import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rig
 import strangers
-from worker_rig import PORT, ChatSide, Network, Worker, prompt
+from chat_interrupts import interrupted_chats, interrupted_runs
+from worker_campaign import DECODE, FREE, PREFILL, Campaign, Found, rightful, taken_up
+from worker_interrupts import interrupted_workers
+from worker_rig import PORT, Network, Worker
 
-HALF = "50%"
-DECODE = ("decode", prompt(1, 24), 40)  # a short prompt, and tokens of the answer
-PREFILL = ("prefill", prompt(2, 1500), 3)
+CTRL_C = {
+    "ctrl-c-worker": interrupted_workers,
+    "ctrl-c-run": interrupted_runs,
+    "ctrl-c-chat": interrupted_chats,
+}
+PARTS = ",".join(["kills,hangs,links,chats,strangers", *CTRL_C])
 TARGETS = {"kills": 2.0, "hangs": 10.0, "links": 10.0}  # seconds until an answer goes on
-FREE = 10.0  # seconds until a worker is free again
 BLOCKED = 5.0  # seconds until a rightful chat side among strangers is served
-
-
-@dataclass
-class Found:
-    """The counts and times of one part."""
-
-    name: str
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def report(self, began: float) -> None:
-        rows: dict[str, object] = dict(self.outcomes)
-        for what, seconds in self.seconds.items():
-            middle, most = statistics.median(seconds), max(seconds)
-            rows[what] = f"{len(seconds)} times: median {middle:.2f} s, maximum {most:.2f} s"
-        rig.table(f"{self.name}, {time.monotonic() - began:.0f} s", rows)
-        for fault in self.faults[:20]:
-            print(f"  FAULT: {fault}")
-        sys.stdout.flush()
-
-
-class Campaign:
-    """Everything that the parts share."""
-
-    def __init__(self, work: Path, model: Path, network: Network, chance: random.Random) -> None:
-        self.work, self.model, self.network, self.chance = work, model, network, chance
-        self.key = work / "worker.key"
-        assert (
-            rig.wait(rig.fork(rig.mixchat("worker", "--new-key", "--key-file", str(self.key)))) == 0
-        )
-        self.answers = self._references()
-
-    def worker(self) -> Worker:
-        return Worker(self.network, self.key, self.model, self.work / "worker-output", HALF)
-
-    def chat(self, workers: int = 1) -> ChatSide:
-        return ChatSide(self.network, self.key, self.model, HALF, workers)
-
-    def _references(self) -> dict[str, list[int]]:
-        chat = ChatSide(self.network, self.key, self.model, HALF, workers=0)
-        answers = {}
-        for name, ids, tokens in (DECODE, PREFILL):
-            chat.ask(ids, tokens)
-            answers[name] = chat.until_end()[-1][2]
-        chat.end()
-        return answers
 
 
 def faults(
@@ -124,19 +80,6 @@ def faults(
     chat.end()
     worker.end()
     return found
-
-
-def taken_up(chat: ChatSide, found: Found) -> None:
-    """Ask until the worker takes part again."""
-    began = time.monotonic()
-    for turn in range(1, 200):
-        chat.ask(DECODE[1][:3], 1)
-        if chat.until_end()[-1][4]:
-            found.outcomes[f"taken up in turn {turn}" if turn < 3 else "taken up later"] += 1
-            found.seconds.setdefault("until it is taken up", []).append(time.monotonic() - began)
-            return
-        time.sleep(0.5)
-    found.faults.append("a worker is not taken up again")
 
 
 def kill(worker: Worker) -> Callable[[], None]:
@@ -232,18 +175,6 @@ def among_strangers(campaign: Campaign, count: int) -> Found:
     return found
 
 
-def rightful(campaign: Campaign, found: Found) -> None:
-    """Let a chat side that has the key load and ask, and go."""
-    began = time.monotonic()
-    chat = campaign.chat()
-    found.seconds.setdefault("a rightful chat side is loaded", []).append(time.monotonic() - began)
-    chat.ask(DECODE[1], 4)
-    *_, (_, _, answer, notes, on_worker) = chat.until_end()
-    if answer != campaign.answers["decode"][:4] or notes or not on_worker:
-        found.faults.append(f"a rightful chat: {answer} {notes}")
-    chat.end()
-
-
 def _lives(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -251,14 +182,15 @@ def _lives(pid: int) -> bool:
 def main() -> int:
     """Run the campaign and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", default="kills,hangs,links,chats,strangers")
+    parser.add_argument("--parts", default=PARTS)
     parser.add_argument(
-        "--rounds", type=int, help="of each part; by default 100, 50, 50, 30 and 200"
+        "--rounds", type=int, help="of each part; by default 100, 50, 50, 30, 200 and 50 each"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
     results = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     with rig.workplace() as work:
         rig.warm_up()
         warm_up()
@@ -282,6 +214,8 @@ def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
         return among_strangers(campaign, rounds or 200)
     if part == "chats":
         return chats(campaign, rounds or 20, rounds or 10)
+    if part in CTRL_C:
+        return CTRL_C[part](campaign, rounds or 50)
     strikes: dict[str, tuple[int, Any]] = {
         "kills": (100, kill),
         "hangs": (50, stop(campaign)),

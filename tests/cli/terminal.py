@@ -57,6 +57,12 @@ class Terminal:
         before, self._seen = self._seen, at + len(wanted)
         return self.screen[before : self._seen].decode()
 
+    def look(self):
+        """The whole screen, with what has come by now."""
+        while self._read(0):
+            pass
+        return self.screen.decode(errors="replace")
+
     def wait_for_end(self, seconds=60):
         """The exit code."""
         deadline = time.monotonic() + seconds

@@ -1,0 +1,175 @@
+"""`mixchat run --worker` in a terminal: an answer to one question, or a chat."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import rig
+from worker_campaign import HALF, Campaign
+from worker_rig import PATIENCE, PORT, Worker
+
+sys.path.insert(0, str(rig.HERE.parent / "cli"))
+from terminal import Terminal
+
+PROMPT, ENTER, CTRL_C = ">>>", "\r", "\x03"
+LOADING, LOADED = "loading ", "\x1b[?25h"  # a bar without a cursor, and the cursor again
+ACCEPTED = "\x1b[?2004l"  # what the prompt sends when a line was entered
+QUESTION = "What is the capital of France?"
+STORY = "Tell me a very long story about the sea."
+LONG_TEXT = 1100  # words: about as many tokens or more, which leave room for an answer
+_SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|reading [\d,]+ of [\d,]+ tokens \(\d+%\)|\s")
+
+
+def _start(campaign: Campaign, with_worker: bool, *arguments: str) -> Terminal:
+    options = ["-m", campaign.model, "--host-memory", HALF, "--ctx-size", "2048", "--temp", "0"]
+    # An answer must not depend on how much of its prompt an interrupted one has left in the cache.
+    options.append("--exact-prompts")
+    if with_worker:
+        worker = f"{campaign.network.hosts[0]}:{PORT}"
+        options += ["--worker", worker, "--key-file", campaign.key]
+    command = campaign.network.command(1, "run", *map(str, options), *arguments)
+    return Terminal(command, dict(os.environ))
+
+
+def _long_file(campaign: Campaign, number: int) -> Path:
+    """Write a text that begins otherwise than all before, so that none of it is known already."""
+    path = campaign.work / f"long-{number}.txt"
+    path.write_text(f"{number} " + "sea ship sun wind " * (LONG_TEXT // 4))
+    return path
+
+
+class Run:
+    """One answer to one question."""
+
+    def __init__(self, campaign: Campaign, worker: Worker, long: bool) -> None:
+        self._worker, self._before = worker, worker.count("a chat begins")
+        self._began = time.monotonic()
+        files = ["-f", str(_long_file(campaign, 0))] if long else []
+        self._terminal = _start(campaign, True, "-n", "40", *files, STORY)
+
+    def lengths(self) -> tuple[float, float, float]:
+        """Return the seconds until the worker has a chat, the first text, and the end."""
+        self.wait_for_worker()
+        times = [time.monotonic() - self._began]
+        self.wait_for_text()
+        times.append(time.monotonic() - self._began)
+        assert self._terminal.wait_for_end(PATIENCE) == 0
+        times.append(time.monotonic() - self._began)
+        start, first, whole = times
+        return start, first, whole
+
+    def wait_for_worker(self) -> None:
+        """Wait until the worker has begun a chat with it."""
+        self._worker.wait_for("a chat begins", self._before + 1)
+
+    def wait_for_text(self) -> None:
+        """Wait for the first text of the answer."""
+        self._wait_until(self._text)
+
+    def wait_for_load(self) -> None:
+        """Wait until it begins to load, and then to connect."""
+        self._wait_until(lambda: LOADING in self._terminal.look())
+
+    def phase(self) -> str:
+        """Return what it does now, as far as it shows."""
+        if self._text():
+            return "decode"
+        if LOADED in self._terminal.look():
+            return "prefill"
+        if LOADING not in self._terminal.look():
+            return "starting"
+        has_chat = self._worker.count("a chat begins") > self._before
+        return "loading" if has_chat else "connecting"
+
+    def interrupt(self) -> int:
+        """Press Ctrl-C; return the exit code."""
+        with self._terminal:
+            self._terminal.type(CTRL_C)
+            return int(self._terminal.wait_for_end(PATIENCE))
+
+    def gave_up(self) -> bool:
+        """Return whether it ended because the worker did not answer."""
+        return "does not answer" in self._terminal.screen.decode(errors="replace")
+
+    def _wait_until(self, reached: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not reached():
+            assert time.monotonic() < end, self._terminal.screen
+            time.sleep(0.01)
+
+    def _text(self) -> str:
+        return _SEQUENCES.sub("", self._terminal.look().partition(LOADED)[2])
+
+
+class Chat:
+    """A chat with one prompt after the other."""
+
+    def __init__(self, campaign: Campaign, with_worker: bool = True) -> None:
+        self._campaign, self._numbers = campaign, itertools.count(1)
+        self._interrupted_at = 0
+        self._shown = ""  # with the last answer
+        self._terminal = _start(campaign, with_worker, "-n", "40", "--verbose")
+
+    def __enter__(self) -> Chat:
+        self._terminal.wait_for(PROMPT, PATIENCE)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._terminal.__exit__(*error)
+
+    def type_line(self, line: str) -> None:
+        """Enter a line, and wait until it was taken."""
+        self._terminal.look()
+        self._terminal._seen = len(self._terminal.screen)
+        self._terminal.type(line + ENTER)
+        self._terminal.wait_for(ACCEPTED, PATIENCE)
+
+    def command(self, line: str) -> None:
+        """Enter a command, and wait for the next prompt."""
+        self.type_line(line)
+        self._terminal.wait_for(PROMPT, PATIENCE)
+
+    def ask(self, long: bool) -> None:
+        """Begin an answer, to a long prompt or to a short one."""
+        if long:
+            self.command(f"/read {_long_file(self._campaign, next(self._numbers))}")
+        self.type_line(STORY)
+
+    def length(self, long: bool) -> float:
+        """Return the seconds that an answer takes."""
+        self.ask(long)
+        began = time.monotonic()
+        self._terminal.wait_for(PROMPT, PATIENCE)
+        self.command("/clear")
+        return time.monotonic() - began
+
+    def interrupt(self) -> tuple[float, bool]:
+        """Press Ctrl-C; return the seconds until the prompt is back, and if an answer stopped."""
+        self._interrupted_at = len(self._terminal.look())
+        pressed = time.monotonic()
+        self._terminal.type(CTRL_C)
+        shown = self._terminal.wait_for(PROMPT, PATIENCE)
+        return time.monotonic() - pressed, "(stopped" in shown
+
+    def answer(self, question: str) -> str:
+        """Return the answer to a question, as it was saved."""
+        self.type_line(question)
+        self._shown = self._terminal.wait_for(PROMPT, PATIENCE)
+        chats = (self._campaign.work / "home" / "chats").glob("*.json")
+        newest = max(chats, key=lambda path: path.stat().st_mtime_ns)
+        return str(json.loads(newest.read_text())["messages"][-1]["content"])
+
+    def on_workers(self) -> bool:
+        """Return whether workers held experts in the last answer."""
+        return re.search(r"[1-9]\d* worker slot", self._shown) is not None
+
+    def since_interrupt(self) -> str:
+        """Return what came since Ctrl-C."""
+        return self._terminal.look()[self._interrupted_at :]
