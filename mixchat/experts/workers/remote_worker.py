@@ -33,6 +33,7 @@ class RemoteWorker:
         self._held: frozenset[ExpertKey] = frozenset()
         self._unanswered: Sequence[ExpertKey] = ()
         self._rests_until = 0.0
+        self._is_told = False  # that it is lost
         self.slots, self.name = self._link.slots, str(self._link.address)
         self.arithmetic = self._link.arithmetic
 
@@ -49,16 +50,8 @@ class RemoteWorker:
         if self._link is not None and (self._unanswered or self._link.is_lost):
             self._drop()  # an answer that was stopped in the midst of a layer, or a silent end
         self._unanswered = ()
-        started = time.monotonic()
-        if self._link is not None or started < self._rests_until:
-            return
-        try:
-            self._link = self._connect()
-        except MixchatError:
-            now = time.monotonic()
-            self._rests_until = now + _REST * (now - started)
-            return
-        self._take_up()
+        if self._link is None and time.monotonic() >= self._rests_until:
+            self._try_again()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         x = _gathered(rows, keys)  # first: a GPU's memory may run out in it
@@ -85,6 +78,17 @@ class RemoteWorker:
                 keys = ()
         return keys
 
+    def _try_again(self) -> None:
+        started = time.monotonic()
+        try:
+            self._link = self._connect()
+        except MixchatError as error:
+            now = time.monotonic()
+            self._rests_until = now + _REST * (now - started)
+            self._tell_once(str(error).removeprefix(f"{self.name}: "))
+        else:
+            self._take_up()
+
     def _take_up(self) -> None:
         """Let the worker hold what is planned for it, as far as it has room for that by now."""
         assert self._link is not None
@@ -94,14 +98,20 @@ class RemoteWorker:
         except WorkerLostError as error:
             self._lose(error)
         else:
-            self._held = frozenset(keys)
+            self._held, self._is_told = frozenset(keys), False
 
     def _lose(self, error: WorkerLostError) -> None:
         self._drop()
-        self._note(
-            f"worker {self.name} is lost ({error.reason}): this machine computes its experts "
-            "until it is back"
-        )
+        self._tell_once(error.reason)
+
+    def _tell_once(self, reason: str) -> None:
+        """Tell that the worker is lost, unless that was told since it last took part."""
+        if not self._is_told:
+            self._note(
+                f"worker {self.name} is lost ({reason}): this machine computes its experts "
+                "until it is back"
+            )
+        self._is_told = True
 
     def _drop(self) -> None:
         if self._link is not None:

@@ -110,9 +110,13 @@ def test_what_cannot_be_sent_is_computed_at_home() -> None:
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize(("seconds", "tries"), [(2.0, 3), (0.001, 12)], ids=["hangs", "refuses"])
+@pytest.mark.parametrize(
+    ("seconds", "error", "tries"),
+    [(2.0, MixchatError, 3), (0.001, MixchatError, 12)],
+    ids=["hangs", "refuses"],
+)
 def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, tries: int
+    monkeypatch: pytest.MonkeyPatch, seconds: float, error: type[MixchatError], tries: int
 ) -> None:
     """One that hung cost 2 s at every turn."""
     clock = [100.0]
@@ -123,7 +127,7 @@ def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
         if len(tried) == 1:
             return FakeLink()
         clock[0] += seconds
-        raise MixchatError("it does not answer")
+        raise error("it is a test")
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     worker = RemoteWorker(connect, lambda line: None)  # type: ignore[arg-type]
@@ -134,6 +138,30 @@ def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
         worker.begin_turn()
         clock[0] += 4
     assert len(tried) - 1 == tries
+
+
+def test_a_worker_that_ends_between_two_turns_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody was told that it no longer took part: only a fault within an answer gave a line."""
+    links = [FakeLink(), None, None, FakeLink(), None]
+    notes: list[str] = []
+
+    def connect() -> FakeLink:
+        link = links.pop(0)
+        if link is None:
+            raise MixchatError("fake: no worker listens there")
+        return link
+
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)  # a try takes no time: no rest follows
+    worker = RemoteWorker(connect, notes.append)  # type: ignore[arg-type]
+    worker.hold(KEYS)
+    for told in (1, 1, 1, 2):
+        if worker._link is not None:
+            worker._link.is_lost = True  # type: ignore[misc]
+        worker.begin_turn()
+        assert len(notes) == told
+    assert notes[0].startswith("worker fake is lost (no worker listens there)")
 
 
 def fail(*request: Any) -> None:
