@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from mixchat.errors import MixchatError
+from mixchat.errors import MixchatError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.link import Link, WorkerLostError
@@ -83,8 +83,9 @@ class RemoteWorker:
         try:
             self._link = self._connect()
         except MixchatError as error:
-            now = time.monotonic()
-            self._rests_until = now + _REST * (now - started)
+            if not isinstance(error, ResourceError):  # one that is busy lives, and may soon be free
+                now = time.monotonic()
+                self._rests_until = now + _REST * (now - started)
             self._tell_once(str(error).removeprefix(f"{self.name}: "))
         else:
             self._take_up()

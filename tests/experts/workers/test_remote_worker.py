@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.errors import MixchatError
+from mixchat.errors import MixchatError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.link import WorkerLostError
@@ -112,13 +112,13 @@ def test_what_cannot_be_sent_is_computed_at_home() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "error", "tries"),
-    [(2.0, MixchatError, 3), (0.001, MixchatError, 12)],
-    ids=["hangs", "refuses"],
+    [(2.0, MixchatError, 3), (0.001, MixchatError, 12), (2.0, ResourceError, 12)],
+    ids=["hangs", "refuses", "is busy"],
 )
 def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, seconds: float, error: type[MixchatError], tries: int
 ) -> None:
-    """One that hung cost 2 s at every turn."""
+    """One that hung cost 2 s at every turn. One that Ctrl-C had left busy rested for 20 s."""
     clock = [100.0]
     tried: list[float] = []
 
