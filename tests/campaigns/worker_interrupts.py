@@ -10,7 +10,7 @@ import rig
 from worker_campaign import DECODE, HALF, PREFILL, Campaign, Found, ended, taken_up
 from worker_rig import worker_arguments
 
-STARTS = 4.0  # seconds, about: `mixchat worker` is ready
+STARTS = 1.5  # seconds, about: `mixchat worker` is ready
 LOADS = 0.6  # seconds, about: a worker's new chat connects and loads experts
 MOMENTS = ("starting", "idle", "loading", "decode", "prefill")
 
