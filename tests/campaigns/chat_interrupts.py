@@ -20,7 +20,8 @@ HANGS = 1.9  # seconds that a chat waits for a worker that it connects to
 def interrupted_runs(campaign: Campaign, count: int) -> Found:
     """Interrupt an answer to one question: while it starts, connects, loads, and answers."""
     found, worker = Found("Ctrl-C to one answer"), campaign.worker()
-    lengths = [Run(campaign, worker, long).lengths() for long in (False, True)]
+    lengths = Run(campaign, worker, long=False).lengths()
+    lengths["prefill"] = Run(campaign, worker, long=True).lengths()["prefill"]
     for number in range(count):
         moment = ("start", "hang", "loading", "prefill", "decode")[number % 5]
         run = Run(campaign, worker, moment == "prefill")
@@ -41,20 +42,19 @@ def interrupted_runs(campaign: Campaign, count: int) -> Found:
     return found
 
 
-def wait_in(run: Run, moment: str, lengths: list[tuple[float, float, float]], drawn: float) -> None:
+def wait_in(run: Run, moment: str, lengths: dict[str, tuple[float, float]], drawn: float) -> None:
     """Wait until a drawn time in a moment of an answer."""
-    start, first, whole = lengths[moment == "prefill"]
-    if moment == "start":
-        time.sleep(drawn * start)
-    elif moment == "hang":
+    if moment == "hang":
         run.wait_for_load()
         time.sleep(drawn * HANGS)
-    elif moment == "decode":
+        return
+    if moment == "decode":
         run.wait_for_text()
-        time.sleep(0.9 * drawn * (whole - first))
-    else:
-        run.wait_for_worker()
-        time.sleep(0.95 * drawn * (first - start))
+    elif moment != "start":
+        run.wait_for_load()
+    began = lengths["loading" if moment == "prefill" else moment][0]
+    begin, end = (at - began for at in lengths[moment])
+    time.sleep(begin + 0.95 * drawn * (end - begin))
 
 
 def free_again(campaign: Campaign, worker: Worker, found: Found, where: str) -> None:
@@ -76,7 +76,8 @@ def interrupted_chats(campaign: Campaign, count: int) -> Found:
     with Chat(campaign, with_worker=False) as alone:
         expected = alone.answer(QUESTION)
     with Chat(campaign) as chat:
-        lengths = {long: chat.length(long) for long in (False, True)}
+        (first, whole), (long_first, _) = chat.lengths(long=False), chat.lengths(long=True)
+        lengths = {"decode": whole, "prefill": long_first}
         for number in range(count):
             moment = ("decode", "prefill", "hang", "connecting")[number % 4]
             where = f"chat {number} ({moment})"
@@ -88,8 +89,9 @@ def interrupted_chats(campaign: Campaign, count: int) -> Found:
                 time.sleep(0.3)
                 stop(chat, found, where, "waiting for a worker that hangs")
             chat.ask(long=moment == "prefill")
-            length = lengths[moment == "prefill"] if moment in ("decode", "prefill") else HANGS
-            time.sleep(0.95 * campaign.chance.random() * length)
+            before = first if moment == "decode" else 0.0
+            drawn = campaign.chance.random()
+            time.sleep(before + 0.9 * drawn * (lengths.get(moment, HANGS) - before))
             stop(chat, found, where, moment)
             worker.send(signal.SIGCONT)
             next_answer(chat, found, where, expected)
@@ -99,8 +101,12 @@ def interrupted_chats(campaign: Campaign, count: int) -> Found:
 
 def stop(chat: Chat, found: Found, where: str, moment: str) -> None:
     """Press Ctrl-C in an answer: the prompt is back soon."""
-    seconds, stopped = chat.interrupt()
-    found.outcomes[f"{moment}: {'stopped' if stopped else 'it had ended already'}"] += 1
+    if moment in ("decode", "prefill"):
+        moment = "decode" if chat.has_text() else "prefill"
+    seconds = chat.interrupt()
+    if seconds is None:
+        found.outcomes[f"{moment}: it had ended already"] += 1
+        return
     found.seconds.setdefault(f"the prompt is back: {moment}", []).append(seconds)
     if seconds > STOPS:
         found.faults.append(f"{where}: the prompt was back after {seconds:.1f} s")
@@ -120,5 +126,5 @@ def next_answer(chat: Chat, found: Found, where: str, expected: str) -> None:
     found.outcomes["taken up in turn 1" if turns == 1 else "taken up later"] += 1
     found.seconds.setdefault("until an answer with the worker", []).append(time.monotonic() - began)
     if turns > 1:
-        lines = re.findall(r"worker [^\r\n]*", chat.since_interrupt())
+        lines = re.findall(r"worker [^\r\n]* is lost[^\r\n]*", chat.since_interrupt())
         found.faults.append(f"{where}: taken up in turn {turns}; lines: {lines}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
+from itertools import count, pairwise
 from pathlib import Path
 
 import rig
@@ -45,6 +45,13 @@ def _long_file(campaign: Campaign, number: int) -> Path:
     return path
 
 
+def _wait_until(reached: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end, "it hangs"
+        time.sleep(0.01)
+
+
 class Run:
     """One answer to one question."""
 
@@ -54,28 +61,22 @@ class Run:
         files = ["-f", str(_long_file(campaign, 0))] if long else []
         self._terminal = _start(campaign, True, "-n", "40", *files, STORY)
 
-    def lengths(self) -> tuple[float, float, float]:
-        """Return the seconds until the worker has a chat, the first text, and the end."""
-        self.wait_for_worker()
-        times = [time.monotonic() - self._began]
-        self.wait_for_text()
-        times.append(time.monotonic() - self._began)
-        assert self._terminal.wait_for_end(PATIENCE) == 0
-        times.append(time.monotonic() - self._began)
-        start, first, whole = times
-        return start, first, whole
+    def lengths(self) -> dict[str, tuple[float, float]]:
+        """Return from when to when it starts, loads, processes the prompt and decodes."""
+        times = [0.0]
+        for wait in (self.wait_for_load, self._wait_until_loaded, self.wait_for_text, self._wait):
+            wait()
+            times.append(time.monotonic() - self._began)
+        moments = ("start", "loading", "prefill", "decode")
+        return dict(zip(moments, pairwise(times), strict=True))
 
-    def wait_for_worker(self) -> None:
-        """Wait until the worker has begun a chat with it."""
-        self._worker.wait_for("a chat begins", self._before + 1)
+    def wait_for_load(self) -> None:
+        """Wait until it begins to load, which begins with connecting."""
+        _wait_until(lambda: LOADING in self._terminal.look())
 
     def wait_for_text(self) -> None:
         """Wait for the first text of the answer."""
-        self._wait_until(self._text)
-
-    def wait_for_load(self) -> None:
-        """Wait until it begins to load, and then to connect."""
-        self._wait_until(lambda: LOADING in self._terminal.look())
+        _wait_until(self._text)
 
     def phase(self) -> str:
         """Return what it does now, as far as it shows."""
@@ -98,11 +99,11 @@ class Run:
         """Return whether it ended because the worker did not answer."""
         return "does not answer" in self._terminal.screen.decode(errors="replace")
 
-    def _wait_until(self, reached: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not reached():
-            assert time.monotonic() < end, self._terminal.screen
-            time.sleep(0.01)
+    def _wait_until_loaded(self) -> None:
+        _wait_until(lambda: LOADED in self._terminal.look())
+
+    def _wait(self) -> None:
+        assert self._terminal.wait_for_end(PATIENCE) == 0
 
     def _text(self) -> str:
         return _SEQUENCES.sub("", self._terminal.look().partition(LOADED)[2])
@@ -112,7 +113,7 @@ class Chat:
     """A chat with one prompt after the other."""
 
     def __init__(self, campaign: Campaign, with_worker: bool = True) -> None:
-        self._campaign, self._numbers = campaign, itertools.count(1)
+        self._campaign, self._numbers = campaign, count(1)
         self._interrupted_at = 0
         self._shown = ""  # with the last answer
         self._terminal = _start(campaign, with_worker, "-n", "40", "--verbose")
@@ -142,21 +143,34 @@ class Chat:
             self.command(f"/read {_long_file(self._campaign, next(self._numbers))}")
         self.type_line(STORY)
 
-    def length(self, long: bool) -> float:
-        """Return the seconds that an answer takes."""
-        self.ask(long)
-        began = time.monotonic()
-        self._terminal.wait_for(PROMPT, PATIENCE)
-        self.command("/clear")
-        return time.monotonic() - began
+    def lengths(self, long: bool) -> tuple[float, float]:
+        """Return the seconds until the first text and the end, where the like was asked before."""
+        for _ in range(2):
+            self.ask(long)
+            began = time.monotonic()
+            _wait_until(self.has_text)
+            first = time.monotonic() - began
+            self._terminal.wait_for(PROMPT, PATIENCE)
+            whole = time.monotonic() - began
+            self.command("/clear")
+        return first, whole
 
-    def interrupt(self) -> tuple[float, bool]:
-        """Press Ctrl-C; return the seconds until the prompt is back, and if an answer stopped."""
+    def has_text(self) -> bool:
+        """Return whether some text of the answer is there."""
+        self._terminal.look()
+        since = self._terminal.screen[self._terminal._seen :].decode(errors="replace")
+        return bool(_SEQUENCES.sub("", since))
+
+    def interrupt(self) -> float | None:
+        """Press Ctrl-C; return the seconds until the prompt is back, None if no answer stopped."""
         self._interrupted_at = len(self._terminal.look())
         pressed = time.monotonic()
         self._terminal.type(CTRL_C)
         shown = self._terminal.wait_for(PROMPT, PATIENCE)
-        return time.monotonic() - pressed, "(stopped" in shown
+        if "(stopped" in shown:
+            return time.monotonic() - pressed
+        time.sleep(0.5)  # it came to a prompt, and there is another one by then
+        return None
 
     def answer(self, question: str) -> str:
         """Return the answer to a question, as it was saved."""
