@@ -80,7 +80,7 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
     engine = load_engine(install(quantized), CPU)
     ours = logits(engine, ids, TOKENS).float()
     # Attention is in 4 bits too: a prompt's activations are rounded to bytes there as well.
-    assert_as_near(ours, exact, rounded, times=3)
+    assert_as_near(ours, exact, rounded, times=4)
     assert (rounded - exact).norm() < 0.05 * exact.norm()  # or the comparison would say nothing
 
 
