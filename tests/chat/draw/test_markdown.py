@@ -350,7 +350,7 @@ BRACKETS = r"""
 
 def test_brackets_are_shown_as_they_are():
     made, parts = random.Random(0), [*BRACKETS.split(), " "]
-    lines = [f"a{''.join(made.choices(parts, k=made.randint(1, 8)))}b" for _ in range(10_000)]
+    lines = [f"a{''.join(made.choices(parts, k=made.randint(1, 8)))}b" for _ in range(10 * TEXTS)]
     for batch in (lines[start : start + 100] for start in range(0, len(lines), 100)):
         terminal = streamed(Terminal(100, 20), ["\n".join(batch)], frames=0)
         assert terminal.rows == batch
