@@ -11,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+# Tiny models gain nothing from more threads, which wait for each other where cores are busy.
+torch.set_num_threads(1)
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -46,7 +49,6 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     def make(
         *, seed: int = 0, std: float = 0.2, stored_as: str = "float32", **changes: Any
     ) -> Path:
-        import torch
         from transformers import MixtralConfig, MixtralForCausalLM
         from transformers.utils.logging import disable_progress_bar
 

@@ -133,8 +133,9 @@ def test_the_first_time_when_much_is_set_up_does_not_count(
 
 
 def test_another_device_is_measured_beside_the_cpu(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock
+    blueprint: Blueprint, tmp_path: Path, clock: Clock, taking: Callable[[float], None]
 ) -> None:
+    taking(0)
     copied = []
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> None:
