@@ -14,8 +14,8 @@ from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
-from mixchat.weights.matrix import nf3
-from mixchat.weights.matrix.encode import encode_nf3
+from mixchat.weights.matrix import nf3, nf4
+from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 CPU = LoadOptions(device="cpu")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -90,31 +90,34 @@ def test_logits_and_routing_equal_transformers_in_fp32(
             assert torch.equal(torch.cat(routed[layer::layers]), theirs)
 
 
-def by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix taken to NF4 and back by bitsandbytes itself."""
+def by_bitsandbytes(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """An expert's matrix taken to NF4 and back by bitsandbytes itself."""
     # As one row: on AVX512 it reads wrong scales where a row ends within a block.
     codes, state = bnb.quantize_4bit(weight.view(1, -1), blocksize=64, quant_type="nf4")
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
-def by_nf3(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix taken to NF3 and back, whose codes are tested by the definition."""
+def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """w1 and w3 taken to NF3 and back, w2 to NF4; their codes are tested by the definition."""
     shape = (weight.shape[0], weight.shape[1])
+    if ".w2." in name:
+        codes, scales = encode_nf4(weight, search=True)
+        return nf4.dequantize(codes, scales.float(), shape, torch.float32)
     return nf3.dequantize(*encode_nf3(weight), shape, torch.float32)
 
 
-TAKEN = {"nf4": by_bitsandbytes, "nf3": by_nf3}
+TAKEN = {"nf4": by_bitsandbytes, "nf3": in_3_bits}
 
 
 def dequantize_experts(
-    checkpoint: Path, target: Path, take: Callable[[torch.Tensor], torch.Tensor]
+    checkpoint: Path, target: Path, take: Callable[[torch.Tensor, str], torch.Tensor]
 ) -> Path:
     """The checkpoint with each expert matrix taken to few bits and back."""
     shutil.copytree(checkpoint, target)
     tensors = load_file(target / "model.safetensors")
     for name, weight in tensors.items():
         if ".experts." in name:
-            tensors[name] = take(weight.to(torch.bfloat16)).float()
+            tensors[name] = take(weight.to(torch.bfloat16), name).float()
         else:
             tensors[name] = weight.to(torch.bfloat16).float()
     save_file(tensors, target / "model.safetensors")
@@ -177,7 +180,7 @@ def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
     )
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
-    assert (rounded - exact).norm() < 0.02 * exact.norm()  # or the comparison would say nothing
+    assert (rounded - exact).norm() < 0.03 * exact.norm()  # or the comparison would say nothing
 
 
 @pytest.mark.parametrize(
