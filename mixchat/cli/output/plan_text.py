@@ -266,9 +266,10 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
         size = format_size(weights_size(fit.blueprint))
         held = f"{expected.held} of {_count(fit.placement.experts, 'expert')} in memory"
         yield bits, f"{size} of disk, {held}, {_speed(expected.speed)}"
-        loss = DEMO_LOSS[fit.blueprint.quantization.quant_type]
-        yield "", f"the demo model's perplexity rises by {loss:.0%}; a larger model's by less"
-    yield "", "for 3 bits: 'mixchat download --expert-bits 3', better with --calibrate"
+        plain, calibrated = DEMO_LOSS[fit.blueprint.quantization.quant_type]
+        demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
+        yield "", f"the demo model's perplexity rises by {demo}"
+    yield "", "a larger model's rises less; for 3 bits: --expert-bits 3"
 
 
 def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:

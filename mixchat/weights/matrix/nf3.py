@@ -1,7 +1,8 @@
 """3-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
 A code is an index into a table of 8 levels from -1 to 1, and a weight is its level times the scale
-of its block, which is chosen for the least error (`encode.py`) and can be negative.
+of its block, which is chosen for the least error (`encode.py`) and can be negative. w1 and w3 of
+experts can have them.
 
 The levels are those that leave the least error in blocks of 64 normal numbers with such scales,
 found by Lloyd's algorithm: 0.164 of the weights' norm. They are not symmetric, because a scale has
