@@ -46,9 +46,9 @@ def calibrate(
     unless 'mixchat download --keep-source' kept it), and rounded for the least error with these
     inputs (weighted scales, then GPTQ). The model's size and speed stay the same.
 
-    Mixtral takes 4.3 GB of disk meanwhile and 5 GB of memory. Text is read or written at the speed
-    of a chat; then each of the 256 experts takes about a minute on two cores. The same command
-    resumes it once the inputs are recorded. A damaged expert cannot be repaired alone afterwards.
+    Mixtral takes 4.3 GB of disk meanwhile and 4 GB of memory. Text is read or written at the speed
+    of a chat; then each of the 256 experts takes about 50 s on two cores. The same command resumes
+    it once the inputs are recorded. A damaged expert cannot be repaired alone afterwards.
     """
     from mixchat.weights import models
 
