@@ -37,6 +37,7 @@ from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, in_blocks
 from mixchat.weights.matrix.gptq import inverse_factor, round_columns
 
 Searched = Literal["nf4", "nf3"]
+Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
 _PIECE = 2**19  # weights in one pass: between passes the threads wait for Python's lock
 _MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for that lock
@@ -91,16 +92,19 @@ def encode_nf4(
     and scale is rounded, is larger than without; a last block of fewer than 64 weights has absmax
     for its scale. A block's result depends neither on its neighbours nor on the count of threads.
     """
-    codes, scales = _encode("nf4", weight, search, inputs)
-    return _two_a_byte(codes)[: (weight.numel() + 1) // 2], scales
+    codes, scales = _encode("nf4", weight, search, inputs, _two_a_byte, BLOCKSIZE // 2)
+    return codes[: (weight.numel() + 1) // 2], scales
 
 
 def encode_nf3(
     weight: torch.Tensor, *, inputs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales as `nf3.py` has them; for the rest, see `encode_nf4`."""
-    codes, scales = _encode("nf3", weight, True, inputs)
-    return nf3.pack(codes.view(-1, 8)).view(-1), scales
+
+    def pack(codes: torch.Tensor) -> torch.Tensor:
+        return nf3.pack(codes.view(-1, 8)).view(-1)
+
+    return _encode("nf3", weight, True, inputs, pack, BLOCKSIZE * nf3.BITS // 8)
 
 
 def _importance_of(inputs: torch.Tensor) -> torch.Tensor:
@@ -113,36 +117,51 @@ def _importance_of(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(
-    kind: Searched, weight: torch.Tensor, search: bool, inputs: torch.Tensor | None
+    kind: Searched,
+    weight: torch.Tensor,
+    search: bool,
+    inputs: torch.Tensor | None,
+    pack: Pack,
+    size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes, one a byte [B, 64], and scales [B]."""
+    """Return packed codes, of `size` bytes a block, and scales [B]."""
     if inputs is None:
-        return _rounded(kind, weight, search, None)
+        codes, scales = _rounded(kind, weight, search, None, pack, size)
+        return codes.view(-1), scales
     codes, scales = _rounded(kind, weight, True, _importance_of(inputs))
     if weight.shape[-1] % BLOCKSIZE == 0:
         factor = inverse_factor(inputs)
         codes = round_columns(weight, scales.float(), LEVELS[kind].levels, factor)
-    return codes, scales
+    return pack(codes), scales
 
 
 def _rounded(
-    kind: Searched, weight: torch.Tensor, search: bool, importance: torch.Tensor | None
+    kind: Searched,
+    weight: torch.Tensor,
+    search: bool,
+    importance: torch.Tensor | None,
+    pack: Pack = lambda codes: codes,
+    size: int = BLOCKSIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes [B, 64], each the nearest to its weight, and scales [B].
+    """Return codes [B, size], each the nearest to its weight, and scales [B].
 
-    importance: of each column [C], fp32.
+    importance: of each column [C], fp32; pack: applied to each piece, so that codes that take a
+    byte each are never there for the whole matrix.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
-    codes = torch.empty(count, BLOCKSIZE, dtype=torch.uint8)
+    codes = torch.empty(count, size, dtype=torch.uint8)
     scales = torch.empty(count, dtype=torch.bfloat16)
 
-    def quantize(number: int, some: torch.Tensor, *made: torch.Tensor) -> None:
+    @torch.inference_mode()  # a caller's holds for its own thread only
+    def quantize(number: int, some: torch.Tensor, packed: torch.Tensor, made: torch.Tensor) -> None:
         each = None
         if importance is not None:
             places = torch.arange(number * _PIECE, number * _PIECE + len(some)) % columns
             each = in_blocks(importance[places])
-        _quantize_piece(LEVELS[kind], some, *made, search=search, importance=each)
+        separate = torch.empty(len(packed), BLOCKSIZE, dtype=torch.uint8)
+        _quantize_piece(LEVELS[kind], some, separate, made, search=search, importance=each)
+        packed.copy_(pack(separate).view(packed.shape))
 
     pieces = torch.split(flat, _PIECE)
     blocks = _PIECE // BLOCKSIZE
