@@ -1,28 +1,24 @@
-"""Records the inputs of experts while a model computes."""
+"""Records what experts are given while a model computes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
     from mixchat.experts.holder import ExpertRunner
 
-
-class Recorder(Protocol):
-    """Takes the rows [T, D] of a layer and the experts [T, K] chosen for them."""
-
-    def add(
-        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
-    ) -> None: ...
+    # Takes a layer, its rows [T, D], and the experts [T, K] selected for them.
+    Record = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class RecordingRunner:
-    """An `ExpertRunner` that gives the inputs to a recorder, and lets another one compute."""
+    """An `ExpertRunner` that lets another one compute, and records what that was given."""
 
-    def __init__(self, runner: ExpertRunner, recorder: Recorder) -> None:
-        self._runner, self._recorder = runner, recorder
+    def __init__(self, runner: ExpertRunner, record: Record) -> None:
+        self._runner, self._record = runner, record
 
     def run(
         self,
@@ -31,6 +27,7 @@ class RecordingRunner:
         selected_experts: torch.Tensor,
         routing_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Record, and run the experts."""
-        self._recorder.add(layer, hidden_states, selected_experts)
-        return self._runner.run(layer, hidden_states, selected_experts, routing_weights)
+        """Run the experts, then record: a layer that Ctrl-C ends is not recorded."""
+        result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
+        self._record(layer, hidden_states, selected_experts)
+        return result

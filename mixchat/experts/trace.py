@@ -23,8 +23,6 @@ from mixchat.output_file import OutputFile
 if TYPE_CHECKING:
     import torch
 
-    from mixchat.experts.holder import ExpertRunner
-
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()
 # A longer line is not that of a trace, and is not read into memory.
@@ -152,6 +150,12 @@ class TraceWriter:
             if len(self._forward) == self._layers:
                 self._write(self._forward)
 
+    def record(
+        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
+    ) -> None:
+        """Record them for a `RecordingRunner`."""
+        self.add(layer, selected_experts.flatten().tolist())
+
     def close(self) -> None:
         """Close the file; later calls of `add` record nothing."""
         file, self._file = self._file, None
@@ -179,22 +183,3 @@ class TraceWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class TracingRunner:
-    """An `ExpertRunner` that records the routing, and lets another one compute."""
-
-    def __init__(self, runner: ExpertRunner, writer: TraceWriter) -> None:
-        self._runner, self._writer = runner, writer
-
-    def run(
-        self,
-        layer: int,
-        hidden_states: torch.Tensor,
-        selected_experts: torch.Tensor,
-        routing_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Run the experts, then record them: a pass that Ctrl-C ends is not recorded."""
-        result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
-        self._writer.add(layer, selected_experts.flatten().tolist())
-        return result

@@ -74,13 +74,14 @@ def record_inputs(directory: Path, target: Path, text: Text, on_window: OnWindow
     too full, and what loading raises.
     """
     windows = _windows(text)
+    config = ModelConfig.from_file(directory / "config.json")
+    _check_disk(directory, inputs_size(config, len(windows) * WINDOW))
     with InputsWriter(target) as writer:
         engine = load_engine(
             directory,
             LoadOptions(context_size=WINDOW + 1),
-            wrap=lambda runner: RecordingRunner(runner, writer),
+            wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
-        _check_disk(directory, inputs_size(engine.config, len(windows) * WINDOW))
         for number, window in enumerate(windows):
             on_window(number, len(windows))
             _run(engine, window, number)
@@ -93,7 +94,7 @@ def _windows(text: Text) -> Sequence[Sequence[int]]:
         if not start:
             raise CheckpointError(
                 "this model's tokenizer has no token to begin with",
-                hint="Let the model read a text: --calibrate-text FILE.",
+                hint="Let the model read a text: mixchat calibrate MODEL --text FILE.",
             )
         return [start] * WINDOWS
     ids, room = text.ids, WINDOW - len(start)

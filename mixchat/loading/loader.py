@@ -17,8 +17,9 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.errors import UsageError
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
+from mixchat.experts.recording import RecordingRunner
 from mixchat.experts.sharing import in_proportion
-from mixchat.experts.trace import TraceWriter, TracingRunner
+from mixchat.experts.trace import TraceWriter
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
@@ -45,9 +46,8 @@ def load_engine(
     """Build the engine of an installed model. The experts stay in their files until they are used.
 
     `note` is called with each message for the person that is no error. `wrap` puts something
-    between the model and what runs its experts. Raises `CheckpointError`
-    where the model is damaged, `UsageError` where an option cannot be used, `ResourceError` where
-    the model does not fit.
+    between the model and what runs its experts. Raises `CheckpointError` where the model is
+    damaged, `UsageError` where an option cannot be used, `ResourceError` where it does not fit.
     """
     devices = choose_devices(options.device)
     installed = InstalledModel(directory)
@@ -119,7 +119,7 @@ def _assemble(
     )
     runner = wrap(experts)
     if options.trace is not None:
-        runner = TracingRunner(runner, _trace_writer(options.trace, installed))
+        runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)
     model = _build_model(installed, used, runner, context, device)
     return Engine(
         model,

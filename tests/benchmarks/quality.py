@@ -90,7 +90,7 @@ class Variant:
     logits: Logits | None = None
 
     def begin_text(self) -> None:
-        """What follows is another text."""
+        """Begin another text."""
         for figures in (self.losses, self.divergences, self.agreements):
             figures.append([])
 
@@ -115,7 +115,7 @@ class Variant:
         return math.exp(statistics.mean(self.losses[text]))
 
     def against(self, other: Variant, text: int) -> tuple[float, float]:
-        """How much higher the perplexity is, and the standard error of that over windows."""
+        """Return how much higher the perplexity is, and the standard error over windows."""
         apart = [
             mine - its for mine, its in zip(self.losses[text], other.losses[text], strict=True)
         ]

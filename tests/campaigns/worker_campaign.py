@@ -1,4 +1,4 @@
-"""What the parts of the campaign on workers share: what was found, and whom they let take part."""
+"""Shared by the parts of the campaign on workers: what was found, and whom they let take part."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mixchat.errors import ResourceError, UsageError
-from mixchat.experts.trace import Trace, TraceWriter, TracingRunner, read_trace
+from mixchat.experts.recording import RecordingRunner
+from mixchat.experts.trace import Trace, TraceWriter, read_trace
 
 HEADER = {
     "format": "mixchat-trace",
@@ -216,7 +217,7 @@ def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path: Path) -> 
             return hidden * 2
 
     with writer(path) as file:
-        tracing = TracingRunner(Runner(), file)
+        tracing = RecordingRunner(Runner(), file.record)
         for layer, selected in enumerate(THREE):
             chosen = torch.tensor(selected).view(3, 2)
             assert torch.equal(tracing.run(layer, hidden, chosen, weights), hidden * 2)
@@ -232,7 +233,7 @@ def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None
             return hidden
 
     with writer(path) as file:
-        tracing = TracingRunner(Runner(), file)
+        tracing = RecordingRunner(Runner(), file.record)
         chosen = torch.tensor([[0, 1]])
         tracing.run(0, chosen, chosen, chosen)
         with pytest.raises(KeyboardInterrupt):

@@ -53,7 +53,7 @@ class RowsOf(Protocol):
 
 
 class _Codes(Protocol):
-    """What the modules of the types of codes have in common."""
+    """The interface that the modules of the types of codes have in common."""
 
     BITS: Bits
 
