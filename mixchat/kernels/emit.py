@@ -173,8 +173,8 @@ class Pointer:
         self._builder.store(value.raw, address, align=1)
 
     def prefetch(self, offset: Value | int) -> None:
-        """Prefetch the cache line; an address that does not exist does no harm."""
-        read, keep, data = (self._function.constant(i32, number) for number in (0, 2, 1))
+        """Prefetch the cache line to the first level; an address that does not exist is no fault."""
+        read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
         self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:

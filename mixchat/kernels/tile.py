@@ -16,6 +16,10 @@ from mixchat.kernels.units import Unit
 BAND = 32  # rows
 BLOCK = 64  # columns
 _AHEAD = 8  # blocks: how early their scales, which lie far apart, are prefetched
+# Bytes: how early codes are prefetched. The CPU's own prefetcher stops at the end of each page, and
+# the products with several tokens fill the time in which the CPU would look ahead itself.
+_CODES_AHEAD = 3072
+_LINE = 64  # bytes of a cache line
 
 SIGNATURE = Signature(
     "x",
@@ -82,6 +86,7 @@ class Tile:
         starts = self._starts(block)
         steps = BLOCK // unit.columns
         with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
+            self._prefetch(block * BLOCK + first_step * unit.columns)
             for unrolled in range(unit.unrolled):
                 column = block * BLOCK + (first_step + unrolled) * unit.columns
                 at_once = 32 // unit.x_type.width
@@ -94,6 +99,14 @@ class Tile:
                             for part, some in enumerate(levels):
                                 sums[place + part] = unit.add_products(sums[place + part], some, x)
         return sums
+
+    def _prefetch(self, column: Value) -> None:
+        """Prefetch the codes `_CODES_AHEAD` bytes further, for one turn of the loop over columns."""
+        unit = self._unit
+        start = self._bytes_of(column) + _CODES_AHEAD
+        for codes in self._bands:
+            for line in range(0, unit.unrolled * unit.columns * BAND * unit.bits // 8, _LINE):
+                codes.prefetch(start + line)
 
     def _bytes_of(self, columns: Value) -> Value:
         """Return the bytes of the codes of so many columns of a band."""
