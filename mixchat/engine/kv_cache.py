@@ -15,6 +15,7 @@ from mixchat import interrupts
 from mixchat.errors import CheckpointError
 from mixchat.kernels import attention, pages
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
+from mixchat.kernels.program import Step
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import TensorSpec
 
@@ -179,13 +180,36 @@ class PagedKVCache(KVCache):
         return page.view(groups, -1)[:, start : start + PAGE * row].view(groups, PAGE, row)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        addresses = self._with_room(layer, keys.shape[0])
+        pages.store(self._shape, addresses, self.length, keys, values)
+
+    def _with_room(self, layer: int, tokens: int) -> torch.Tensor:
+        """Return the addresses of a layer's pages, with room for so many new tokens."""
         mine = self._pages[layer]
-        while len(mine) * PAGE < self.length + keys.shape[0]:
+        while len(mine) * PAGE < self.length + tokens:
             mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
         # Checked each time, because an error may have come between a page and its address.
         if len(mine) != self._addresses[layer].numel():
             self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
-        pages.store(self._shape, self._addresses[layer], self.length, keys, values)
+        return self._addresses[layer]
+
+    def steps(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> tuple[Step, Step, Step]:
+        """Return `attend` for one token as steps, for any layer; each needs the one before it."""
+        window = self.config.sliding_window
+        attend = attention.attend_steps(self._shape, queries, out, window, self.capacity)
+        return pages.store_step(self._shape, keys, values), *attend
+
+    def set_place(self, steps: tuple[Step, Step, Step], layer: int) -> None:
+        """Let the steps store the next token of a layer, and attend to all tokens up to it."""
+        assert self.length < self.capacity
+        pages = self._with_room(layer, 1).data_ptr()
+        splits = attention.count_splits(self.length + 1)
+        store, attend, merge = steps
+        store.set(pages=pages, past=self.length)
+        attend.set(pages=pages, past=self.length, splits=splits)
+        merge.set(splits=splits)
 
     def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]

@@ -7,6 +7,7 @@ H = num_attention_heads, G = num_key_value_heads, h = head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -18,16 +19,19 @@ from mixchat.kernels import rows
 from mixchat.model_config import ModelConfig
 from mixchat.weights.matrix.linear import Linear
 
+if TYPE_CHECKING:
+    from mixchat.engine.decoder import Decoder
+
 
 class RMSNorm:
     """x / rms(x) times the weight."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        return rows.rms_norm(x, self._weight, self._eps)
+        return rows.rms_norm(x, self.weight, self.eps)
 
 
 class Attention:
@@ -42,17 +46,17 @@ class Attention:
         rope: RotaryEmbedding,
     ) -> None:
         self._layer, self._config = layer, config
-        self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
+        self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
 
     def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = self._qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
-        rotated = self._rope(qkv[:, : heads + groups], cache.length)  # [T, H + G, h]
+        qkv = self.qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        rotated = self.rope(qkv[:, : heads + groups], cache.length)  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
-        return self._o_proj(attended.reshape(tokens, -1))
+        return self.o_proj(attended.reshape(tokens, -1))
 
 
 class Block:
@@ -61,13 +65,13 @@ class Block:
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
     ) -> None:
-        self._attention_norm, self._attention = attention_norm, attention
-        self._moe_norm, self._moe = moe_norm, moe
+        self.attention_norm, self.attention = attention_norm, attention
+        self.moe_norm, self.moe = moe_norm, moe
 
     def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self._attention(self._attention_norm(x), cache)
-        return x + self._moe(self._moe_norm(x))
+        x = x + self.attention(self.attention_norm(x), cache)
+        return x + self.moe(self.moe_norm(x))
 
 
 class Model:
@@ -82,7 +86,8 @@ class Model:
         head: Linear,
     ) -> None:
         self.config = config
-        self._embedding, self._blocks, self._norm, self._head = embedding, blocks, norm, head
+        self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
+        self._decoder: Decoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +98,10 @@ class Model:
     def dtype(self) -> torch.dtype:
         """Return the type of the hidden states."""
         return self._embedding.dtype
+
+    def decode_by(self, decoder: Decoder | None) -> None:
+        """Let a decoder compute the layers for each single token of its cache."""
+        self._decoder = decoder
 
     def forward(
         self,
@@ -108,8 +117,13 @@ class Model:
         layer with its number.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
-        for layer, block in enumerate(self._blocks):
-            x = block(x, cache)
+        decoder = self._decoder if ids.shape[0] == 1 else None
+        if decoder is not None and decoder.cache is cache:
+            decoder.begin(x)
+        else:
+            decoder = None
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache) if decoder is None else decoder.run(layer)
             after_layer(layer)
         logits = self._head(self._norm(x if all_logits else x[-1:]))
         cache.length += ids.shape[0]  # last: an interrupted pass leaves the cache as it was

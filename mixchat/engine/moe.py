@@ -17,12 +17,12 @@ class SparseMoE:
     def __init__(
         self, layer: int, gate: torch.Tensor, experts_per_token: int, runner: ExpertRunner
     ) -> None:
-        self._layer, self._experts_per_token, self._runner = layer, experts_per_token, runner
-        self._gate = gate.float().contiguous()  # [E, D]
+        self._layer, self._experts_per_token, self.runner = layer, experts_per_token, runner
+        self.gate = gate.float().contiguous()  # [E, D]
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
         selected_experts, routing_weights = router.route(  # [T, K], [T, K]
-            hidden_states, self._gate, self._experts_per_token
+            hidden_states, self.gate, self._experts_per_token
         )
-        return self._runner.run(self._layer, hidden_states, selected_experts, routing_weights)
+        return self.runner.run(self._layer, hidden_states, selected_experts, routing_weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from mixchat.kernels import rows
+from mixchat.kernels.program import Step
 
 
 class RotaryEmbedding:
@@ -22,6 +23,10 @@ class RotaryEmbedding:
         self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
         # Both are [context, h]. `sin` has the sign, so that a rotation is one roll and no negation.
         self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
+
+    def set_position(self, step: Step, position: int) -> None:
+        """Let a step of `rows.rotate_step` rotate one token, which is at `position`."""
+        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
 
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [T, heads, h], whose first token is at position `start`."""

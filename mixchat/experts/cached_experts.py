@@ -14,6 +14,7 @@ from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.weights.format.blueprint import Expert
 
 AHEAD = 2  # experts on their way while one is computed
 
@@ -92,6 +93,22 @@ class CachedExperts:
         """Bring an expert into its slot, and wait for it; those in `beside` are not evicted."""
         self._fetcher.request([key], beside)
         self._fetcher.ready(key)
+
+    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+        """Return a layer's experts where all are in slots, and no slot is ever needed for others.
+
+        Return none where the layer has to `begin` instead.
+        """
+        self._fetcher.follow_memory()
+        if not self._fetcher.has_room_for_all or not all(map(self._fetcher.holds, keys)):
+            return ()
+        return [self._fetcher.expert(key) for key in keys]
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        """Note that these experts of a layer were computed out of their slots."""
+        self._fetcher.settle(keys[0].layer, keys)
+        for key in keys:
+            self._fetcher.ready(key)
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Let the first of these experts be on their way; `compute_next` computes them."""

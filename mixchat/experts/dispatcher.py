@@ -17,6 +17,7 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.sharing import share
 from mixchat.experts.stats import ExpertStats
+from mixchat.weights.format.blueprint import Expert
 
 _HERE = 0  # this machine, among those who hold an expert
 
@@ -107,6 +108,13 @@ class Dispatcher:
         for worker in self._workers:
             worker.begin_turn()
         self._look_around()
+
+    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+        alone = len(self._devices) == 1 and not self._workers
+        return self._devices[0].resident(keys) if alone else ()
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        self._devices[0].note_hits(keys)
 
     def run(
         self,

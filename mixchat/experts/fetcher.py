@@ -127,6 +127,17 @@ class Fetcher:
             self.stats.predictions += 1
             room -= 1
 
+    @property
+    def has_room_for_all(self) -> bool:
+        """Return whether no expert is evicted to make room for another one."""
+        return self._cache.limit >= self._placement.experts
+
+    def expert(self, key: ExpertKey) -> Expert:
+        """Return an expert that is in its slot, without counting a use."""
+        slot = self._cache.slot_of(key)
+        assert slot is not None, key
+        return self._store.expert(slot)
+
     def ready(self, key: ExpertKey) -> Expert:
         """Return the expert once it is in its slot. Raises what bringing it raised."""
         transfer = self._coming.get(key)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixchat.experts.keys import ExpertKey
     from mixchat.experts.layer_rows import LayerRows
     from mixchat.experts.stats import ExpertStats
+    from mixchat.weights.format.blueprint import Expert
 
 
 class ExpertRunner(Protocol):
@@ -32,6 +33,16 @@ class ExpertRunner(Protocol):
         hidden_states: [T, D]; selected_experts: [T, K], int64; routing_weights: [T, K], float32.
         Returns [T, D] in the type of hidden_states.
         """
+
+    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+        """Return all experts of a layer, in order, if the model may compute them without `run`.
+
+        It may do so in one pass through the layer, and says then by `note_hits` which it used.
+        Return none where one is not there, or where room has to be made for others.
+        """
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        """Note that these experts, which `resident` has returned, were used."""
 
 
 class ExpertHolder(ExpertRunner, Protocol):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
     from mixchat.experts.holder import ExpertRunner
+    from mixchat.experts.keys import ExpertKey
+    from mixchat.weights.format.blueprint import Expert
 
     # Takes a layer, its rows [T, D], and the experts [T, K] selected for them.
     Record = Callable[[int, torch.Tensor, torch.Tensor], object]
@@ -31,3 +33,10 @@ class RecordingRunner:
         result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
         self._record(layer, hidden_states, selected_experts)
         return result
+
+    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+        """Return none: what is computed without `run` is not recorded."""
+        return ()
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        """Do nothing: there are no hits without experts from `resident`."""

@@ -8,6 +8,7 @@ Read emit.py first, then units.py, tile.py and coded.py: from single instruction
 - object_cache.py: caches machine code from run to run
 - threads.py: runs it on several cores, with torch's threads
 - signature.py: the arguments of a kernel
+- program.py: many kernels in one call, without Python between them
 - units.py: turns codes into numbers and multiplies: AVX2, AVX-512, AVX-512 with bytes
 - tile.py: some rows of a matrix of codes times some tokens, in registers
 - coded.py: x times a matrix of 4-bit or 8-bit codes

@@ -28,6 +28,7 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
+from mixchat.kernels.program import Step
 from mixchat.kernels.signature import Signature
 
 _KEYS = 64  # that are scored before their values are added
@@ -42,7 +43,7 @@ _SIGNATURE = Signature(
 )
 
 
-__all__ = ["attend", "available"]
+__all__ = ["attend", "attend_steps", "available", "count_splits"]
 
 
 def attend(
@@ -55,27 +56,45 @@ def attend(
     `store`.
     """
     queries = queries.contiguous()
-    tokens = queries.shape[0]
-    splits = -(-(past + tokens) // _SPLIT)
-    parts = torch.empty(tokens * shape.heads * splits, shape.width + 2)
     out = torch.empty_like(queries)
+    keys = past + queries.shape[0]
+    for step in attend_steps(shape, queries, out, window, keys):
+        step.set(pages=pages.data_ptr(), past=past, splits=count_splits(keys))
+        step.run()
+    return out
+
+
+def attend_steps(
+    shape: CacheShape,
+    queries: torch.Tensor,
+    out: torch.Tensor,
+    window: int | None,
+    most_keys: int,
+) -> tuple[Step, Step]:
+    """Return the steps of `attend`, for at most so many keys; the second one needs the first.
+
+    `pages`, their address, `past` and `splits`, by `count_splits`, are still to be set.
+    """
+    rows = queries.shape[0] * shape.heads
+    parts = torch.empty(rows * count_splits(most_keys), shape.width + 2)
     numbers = _SIGNATURE.numbers(
-        pages=pages.data_ptr(),
         queries=queries.data_ptr(),
         parts=parts.data_ptr(),
         out=out.data_ptr(),
-        past=past,
-        tokens=tokens,
-        splits=splits,
+        tokens=queries.shape[0],
         per_item=_rows(shape) // shape.shared,
         window=window or _NO_WINDOW,
     )
     compiled = _compiled(shape, instruction_set(), queries.dtype == torch.bfloat16)
-    threads = torch.get_num_threads()
-    compiled.function("attend").run(numbers, threads)
-    numbers[0] = 0
-    compiled.function("merge").run(numbers, threads)
-    return out
+    attend, merge = (compiled.function(name) for name in ("attend", "merge"))
+    copy = type(numbers).from_buffer_copy(numbers)
+    keeps = queries, parts, out
+    return Step(attend, _SIGNATURE, numbers, keeps), Step(merge, _SIGNATURE, copy, keeps)
+
+
+def count_splits(keys: int) -> int:
+    """Return the parts into which so many keys, old and new, are split."""
+    return -(-keys // _SPLIT)
 
 
 def _rows(shape: CacheShape) -> int:

@@ -34,6 +34,7 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
+from mixchat.kernels.program import Step
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 
@@ -41,7 +42,7 @@ _BANDS = 4  # of one item of work; with one token they are read as four streams 
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
-__all__ = ["available", "level_tables", "packed_matmul"]
+__all__ = ["available", "level_tables", "matmul_steps", "packed_matmul"]
 
 
 def packed_matmul(
@@ -67,6 +68,28 @@ def packed_matmul(
     rows, columns = shape
     rounded = x if x.dtype in _DTYPES else x.float()
     flat = rounded.reshape(-1, columns).contiguous()
+    out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
+    for step in matmul_steps(flat, codes, absmax, levels, shape, bits, out, exact=exact):
+        step.run()
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def matmul_steps(
+    flat: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    levels: torch.Tensor | None,
+    shape: tuple[int, int],
+    bits: Bits,
+    out: torch.Tensor,
+    *,
+    exact: bool = False,
+) -> tuple[Step, Step]:
+    """Return the steps of `packed_matmul` for x [N, C], contiguous, which write `out` [N, R].
+
+    The second one needs the first. They do not keep codes and absmax alive.
+    """
+    rows, columns = shape
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
@@ -75,7 +98,6 @@ def packed_matmul(
     # One allocation instead of three, which would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
     scratch = torch.empty(blocks * (8 + BLOCK * size), dtype=torch.uint8)
-    out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
@@ -92,11 +114,13 @@ def packed_matmul(
         chunk=max(8, _X_BYTES // (size * columns)),
     )
     compiled = _compiled(instructions, unit, bf16)
-    threads = torch.get_num_threads()
-    compiled.function("round_x").run(numbers, 1 if tokens == 1 else threads)
-    numbers[0] = 0
-    compiled.function("multiply").run(numbers, threads)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+    round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
+    keeps = flat, levels, out, scratch
+    copy = type(numbers).from_buffer_copy(numbers)
+    return (
+        Step(round_x, SIGNATURE, copy, keeps, threads=1 if tokens == 1 else None),
+        Step(multiply, SIGNATURE, numbers, keeps),
+    )
 
 
 @functools.cache

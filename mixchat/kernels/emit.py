@@ -24,7 +24,7 @@ from llvmlite import ir
 
 i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f32 = ir.FloatType()
-_void = ir.VoidType()
+void = ir.VoidType()
 _byte_pointer = i8.as_pointer()
 
 
@@ -173,9 +173,9 @@ class Pointer:
         self._builder.store(value.raw, address, align=1)
 
     def prefetch(self, offset: Value | int) -> None:
-        """Prefetch the cache line to the first level; an address that does not exist is no fault."""
+        """Prefetch the line into the first cache; an address that does not exist does no harm."""
         read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
-        self._function.call("llvm.prefetch.p0", _void, self.plus(offset), read, keep, data)
+        self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
         """Add one to the 64-bit number there, atomically; return the old number."""
@@ -187,7 +187,7 @@ class Function:
     """A function that is being written; it takes a pointer and `numbers` 64-bit integers."""
 
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
-        kind = ir.FunctionType(_void, [_byte_pointer] + [i64] * numbers)
+        kind = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
         self.raw = ir.Function(module, kind, name)
         self._module = module
         self.builder = ir.IRBuilder(self.raw.append_basic_block())
@@ -249,6 +249,12 @@ class Function:
     def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
         """Call a function that is written in the same module."""
         self.builder.call(other.raw, [pointer.raw, *(number.raw for number in numbers)])
+
+    def call_address(self, address: Value, returns: Any, *pointers: Pointer) -> Value:
+        """Call the function at an address."""
+        kind = ir.FunctionType(returns, [_byte_pointer] * len(pointers)).as_pointer()
+        function = self.builder.inttoptr(address.raw, kind)
+        return Value(self, self.builder.call(function, [pointer.raw for pointer in pointers]))
 
     @contextmanager
     def loop(

@@ -29,6 +29,7 @@ from llvmlite import ir
 from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
 from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
+from mixchat.kernels.program import Step
 from mixchat.kernels.signature import Arguments, Signature
 
 Bits = Literal[32, 16, 8]
@@ -91,17 +92,18 @@ def store(
 
     pages: int64, the addresses of a layer's pages, which hold zeros at first.
     """
-    keys, values = keys.contiguous(), values.contiguous()
+    step = store_step(shape, keys.contiguous(), values.contiguous())
+    step.set(pages=pages.data_ptr(), past=past)
+    step.run()
+
+
+def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> Step:
+    """Return `store` as a step whose `pages`, their address, and `past` are still to be set."""
     tokens = keys.shape[0]
-    numbers = _SIGNATURE.numbers(
-        pages=pages.data_ptr(),
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        past=past,
-        tokens=tokens,
-    )
+    numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
     compiled = _compiled(shape, instruction_set(), keys.dtype == torch.bfloat16)
-    compiled.function("store").run(numbers, 1 if tokens == 1 else torch.get_num_threads())
+    threads = 1 if tokens == 1 else None
+    return Step(compiled.function("store"), _SIGNATURE, numbers, (keys, values), threads)
 
 
 def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:

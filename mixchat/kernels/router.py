@@ -15,6 +15,7 @@ from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, exponential
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
+from mixchat.kernels.program import Step
 from mixchat.kernels.signature import Signature
 
 _MOST = 1024  # experts: their logits are on the stack
@@ -25,6 +26,7 @@ _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
     "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "choices"
 )
+_LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 
 
 def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
@@ -46,7 +48,17 @@ def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tens
         return selected, largest.softmax(dim=-1)
     x, tokens = x.contiguous(), x.shape[0]
     experts = torch.empty(tokens, choices, dtype=torch.int64)
-    weights, logits = torch.empty(tokens, choices), torch.empty(tokens, gate.shape[0])
+    weights = torch.empty(tokens, choices)
+    route_step(x, gate, experts, weights).run()
+    return experts, weights
+
+
+def route_step(
+    x: torch.Tensor, gate: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+) -> Step:
+    """Return `route` as a step that writes experts and weights; x is contiguous."""
+    tokens, choices = experts.shape
+    logits = torch.empty(tokens, gate.shape[0])
     numbers = _SIGNATURE.numbers(
         x=x.data_ptr(),
         gate=gate.data_ptr(),
@@ -58,9 +70,26 @@ def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tens
         count=gate.shape[0],
         choices=choices,
     )
-    compiled = _compiled(instruction_set(), x.dtype == torch.bfloat16)
-    compiled.function("route").run(numbers, 1 if tokens <= _FEW else torch.get_num_threads())
-    return experts, weights
+    function = _compiled(instruction_set(), x.dtype == torch.bfloat16).function("route")
+    threads = 1 if tokens <= _FEW else None
+    return Step(function, _SIGNATURE, numbers, (x, gate, experts, weights, logits), threads)
+
+
+def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
+    """Return a step that writes, for each chosen expert, the numbers that a table has for it.
+
+    experts: int64 [K]; table: int64 [E, n]; targets: int64 [K, n], the addresses to write to. All
+    are contiguous, and so are the tensors that they point into.
+    """
+    numbers = _LOOK_UP.numbers(
+        experts=experts.data_ptr(),
+        table=table.data_ptr(),
+        targets=targets.data_ptr(),
+        choices=targets.shape[0],
+        columns=targets.shape[1],
+    )
+    function = _compiled(instruction_set(), False).function("look_up")
+    return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
 @functools.cache
@@ -69,7 +98,25 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("router")
     _Route(module, LANES[instructions], bf16).write()
+    _write_look_up(module)
     return compile_module(module, instructions)
+
+
+def _write_look_up(module: ir.Module) -> None:
+    """Write `look_up`: all of it is one item of work."""
+    function = Function(module, "look_up")
+    given = _LOOK_UP.read_by(function)
+    experts, table, targets = (given.pointer(name) for name in ("experts", "table", "targets"))
+    columns = given.number("columns")
+    with (
+        function.each_item(function.pointer, function.constant(i64, 1)),
+        function.loop(0, given.number("choices"), 1) as (choice, _),
+        function.loop(0, columns, 1) as (column, _),
+    ):
+        number = table.load(i64, (experts.load(i64, choice * 8) * columns + column) * 8)
+        target = targets.load(i64, (choice * columns + column) * 8)
+        function.address(target).store(number)
+    function.finish()
 
 
 class _Route:

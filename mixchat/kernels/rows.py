@@ -28,7 +28,8 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
-from mixchat.kernels.signature import Numbers, Signature
+from mixchat.kernels.program import Step
+from mixchat.kernels.signature import Signature
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
@@ -52,10 +53,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         mean = (wide * wide).mean(-1, keepdim=True)
         return (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
     x, out = x.contiguous(), torch.empty_like(x)
-    whole = struct.unpack("i", struct.pack("f", eps))[0]
-    numbers = _numbers(x, out, weight=weight.data_ptr(), columns=x.shape[-1], eps=whole)
-    _run("rms_norm", numbers, out)
+    rms_norm_step(x, weight, eps, out).run()
     return out
+
+
+def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
+    """Return `rms_norm` as a step, for tensors that are contiguous."""
+    whole = struct.unpack("i", struct.pack("f", eps))[0]
+    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": whole}
+    return _step("rms_norm", x, out, weight, **given)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -67,17 +73,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     if not can_compute(x.dtype, width // 2, x.device.type):
         return x * cos[:, None] + x.roll(width // 2, dims=-1) * sin[:, None]
     out = torch.empty(tokens, heads, width, dtype=x.dtype)
-    numbers = _numbers(
-        x,
-        out,
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        columns=width,
-        count=heads,
-        stride=x.stride(0),
-    )
-    _run("rotate", numbers, out)
+    step = rotate_step(x, out)
+    step.set(cos=cos.data_ptr(), sin=sin.data_ptr())
+    step.run()
     return out
+
+
+def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return `rotate` as a step whose `cos` and `sin`, addresses, are still to be set."""
+    return _step("rotate", x, out, columns=x.shape[2], count=x.shape[1], stride=x.stride(0))
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -88,8 +92,13 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         return functional.silu(gate) * up
     gate_up = gate_up.contiguous()
     out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
-    _run("swiglu", _numbers(gate_up, out, columns=columns), out)
+    swiglu_step(gate_up, out).run()
     return out
+
+
+def swiglu_step(gate_up: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return `swiglu` as a step, for tensors that are contiguous."""
+    return _step("swiglu", gate_up, out, columns=out.shape[-1])
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -97,20 +106,29 @@ def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         return (x.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()
-    tokens, count, columns = x.shape
-    out = torch.empty(tokens, columns, dtype=x.dtype)
-    numbers = _numbers(x, out, weight=weights.data_ptr(), columns=columns, count=count)
-    _run("weighted_sum", numbers, out)
+    out = torch.empty(x.shape[0], x.shape[2], dtype=x.dtype)
+    weighted_sum_step(x, weights, out).run()
     return out
 
 
-def _numbers(x: torch.Tensor, out: torch.Tensor, **others: int) -> Numbers:
-    return _SIGNATURE.numbers(x=x.data_ptr(), out=out.data_ptr(), tokens=out.shape[0], **others)
+def weighted_sum_step(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return `weighted_sum` as a step, for tensors that are contiguous."""
+    given = {"weight": weights.data_ptr(), "columns": x.shape[2], "count": x.shape[1]}
+    return _step("weighted_sum", x, out, weights, **given)
 
 
-def _run(name: str, numbers: Numbers, out: torch.Tensor) -> None:
-    threads = 1 if out.numel() <= _FEW else torch.get_num_threads()
-    _compiled(instruction_set(), out.dtype == torch.bfloat16).function(name).run(numbers, threads)
+def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return x + other [T, D] as a step, for tensors that are contiguous; torch has the sum."""
+    return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
+
+
+def _step(
+    name: str, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, **given: int
+) -> Step:
+    function = _compiled(instruction_set(), out.dtype == torch.bfloat16).function(name)
+    numbers = _SIGNATURE.numbers(x=x.data_ptr(), out=out.data_ptr(), tokens=out.shape[0], **given)
+    threads = 1 if out.numel() <= _FEW else None
+    return Step(function, _SIGNATURE, numbers, (x, out, *others), threads)
 
 
 @functools.cache
@@ -118,7 +136,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     """Return all functions for rows in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("rows")
-    for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum):
+    for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum, _Add):
         kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
@@ -231,3 +249,13 @@ class _WeightedSum(_Rows):
                 numbers = self.load(self.x, row * self.columns + column)
                 sums[0] = function.multiply_add(numbers, weight, sums[0])
             self.store(sums[0], token * self.columns + column)
+
+
+class _Add(_Rows):
+    name = "add"
+
+    def row(self, token: Value) -> None:
+        other = self.given.pointer("weight")
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            place = token * self.columns + column
+            self.store(self.load(self.x, place) + self.load(other, place), place)

@@ -23,9 +23,17 @@ class Signature:
     def numbers(self, **given: int) -> Numbers:
         """Return the array with these arguments; the others are 0."""
         array = self._array()
-        for name, number in given.items():
-            array[self._places[name]] = number
+        self.set(array, **given)
         return array
+
+    def set(self, numbers: Numbers, **given: int) -> None:
+        """Replace some arguments."""
+        for name, number in given.items():
+            numbers[self._places[name]] = number
+
+    def address(self, numbers: Numbers, name: str) -> int:
+        """Return the address at which an argument lies."""
+        return ctypes.addressof(numbers) + 8 * self._places[name]
 
     def read_by(self, function: Function) -> Arguments:
         """Return the arguments as the function reads them."""

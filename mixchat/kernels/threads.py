@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads")
+
 
 class NativeFunction:
     """A compiled function, which takes a pointer. The code lives as long as `owner`."""
@@ -15,6 +17,11 @@ class NativeFunction:
     def __init__(self, address: int, owner: object) -> None:
         self._address, self._owner = address, owner
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    @property
+    def address(self) -> int:
+        """Return the address of its code."""
+        return self._address
 
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads, of which this is one, and wait for all of them.
@@ -35,9 +42,34 @@ class NativeFunction:
             other.result()
 
 
+def team_functions() -> tuple[int, int] | None:
+    """Return the addresses of two functions for the threads of a run; None without OpenMP.
+
+    At the first one they wait for each other, the second one returns their count, 32 bits.
+    """
+    library = _library()
+    if library is None:
+        return None
+    functions = library.GOMP_barrier, library.omp_get_num_threads
+    barrier, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return barrier, count
+
+
 @functools.cache
 def _openmp() -> Any:
-    """Return the entry of the OpenMP library that torch has loaded; None if there is none.
+    """Return the function of OpenMP that runs another one on several threads, if there is one."""
+    library = _library()
+    if library is None:
+        return None
+    entry = library.GOMP_parallel
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return entry
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the OpenMP library that torch has loaded; None if there is none.
 
     A second library would have threads of its own, which compete with torch's.
     """
@@ -48,11 +80,9 @@ def _openmp() -> Any:
     names = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
     for name in sorted(names):
         if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
-            entry = getattr(ctypes.CDLL(name), "GOMP_parallel", None)
-            if entry is not None:
-                entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-                entry.restype = None
-                return entry
+            library = ctypes.CDLL(name)
+            if all(hasattr(library, name) for name in _NEEDED):
+                return library
     return None
 
 

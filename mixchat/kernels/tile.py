@@ -101,7 +101,7 @@ class Tile:
         return sums
 
     def _prefetch(self, column: Value) -> None:
-        """Prefetch the codes `_CODES_AHEAD` bytes further, for one turn of the loop over columns."""
+        """Prefetch what one turn of the loop over columns will read `_CODES_AHEAD` bytes later."""
         unit = self._unit
         start = self._bytes_of(column) + _CODES_AHEAD
         for codes in self._bands:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mixchat import gpu
+from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Model, RMSNorm
@@ -121,9 +122,11 @@ def _assemble(
     if options.trace is not None:
         runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)
     model = _build_model(installed, used, runner, context, device)
+    cache = new_cache(config, context, dtype, device, options.kv_bits)
+    model.decode_by(new_decoder(used, model.blocks, cache))
     return Engine(
         model,
-        new_cache(config, context, dtype, device, options.kv_bits),
+        cache,
         experts,
         fit.computed,
         prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,

@@ -16,13 +16,15 @@ from statistics import median
 import torch
 
 from mixchat import gpu
+from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.calibration import interpolate
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
@@ -144,8 +146,9 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
         moe = SparseMoE(0, gate, config.num_experts_per_tok, _NoExperts())
         return Block(norm, Attention(0, config, qkv, o, rope), norm, moe)
 
-    turns = itertools.cycle([block() for _ in range(_COPIES)])
+    blocks = [block() for _ in range(_COPIES)]
     cache = new_cache(config, 2 * _CONTEXT, dtype, device)
+    turns = itertools.cycle([(block, new_decoder(used, [block], cache)) for block in blocks])
     earlier = torch.ones(_CONTEXT, config.num_key_value_heads, config.head_dim, dtype=dtype)
     queries = torch.ones(_CONTEXT, config.num_attention_heads, config.head_dim, dtype=dtype)
     cache.attend(0, queries.to(device), earlier.to(device), earlier.to(device))
@@ -154,7 +157,12 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
 
     @torch.inference_mode()
     def compute() -> None:
-        next(turns)(x, cache)
+        block, decoder = next(turns)
+        if decoder is None:
+            block(x, cache)
+        else:
+            decoder.begin(x)
+            decoder.run(0)
 
     return compute
 
@@ -171,6 +179,11 @@ class _NoExperts:
     ) -> torch.Tensor:
         selected_experts.tolist()  # as every runner has to: a GPU is waited for here
         return hidden_states
+
+    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+        return ()
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
 
 
 def _filled(spec: LinearSpec, device: torch.device) -> Linear:

@@ -18,6 +18,7 @@ from mixchat import gpu
 from mixchat.errors import CheckpointError
 from mixchat.kernels import coded, dense, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
+from mixchat.kernels.program import Step
 from mixchat.kernels.units import MANY, Bits, unit_for
 from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import int8, nf3, nf4
@@ -165,6 +166,28 @@ class PackedLinear:
         self._shape = (spec.stored_rows, spec.columns)
         self._levels, self._bits = _level_tables(spec.quant_type), _CODES[spec.quant_type].BITS
         self._exact = spec.exact
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Return the addresses of codes and absmax."""
+        return self._codes.data_ptr(), self._absmax.data_ptr()
+
+    def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
+        """Return the steps that write x [1, C] times the matrix to `out` [1, R].
+
+        The second one needs the first. They do not keep the matrix alive. None has rows of zeros.
+        """
+        assert out.shape[-1] == self._shape[0]
+        return coded.matmul_steps(
+            x,
+            self._codes,
+            self._absmax,
+            self._levels,
+            self._shape,
+            self._bits,
+            out,
+            exact=self._exact,
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         result = coded.packed_matmul(

@@ -1,0 +1,153 @@
+"""Decoding by programs of kernels: the bits are those of the blocks in `model.py`."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.decoder import Decoder
+from mixchat.engine.generate import Engine
+from mixchat.experts.recording import RecordingRunner
+from mixchat.kernels import coded
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.installed_model import InstalledModel
+
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+
+SHAPE = {"intermediate_size": 128, "head_dim": 32, "num_local_experts": 5}
+# Forms of an installed model and of its cache: each takes other ways through the kernels.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
+    "nf4": ({}, {}, None),
+    "attention in nf4": ({}, {"attention": 4}, None),
+    "experts in nf3": ({}, {"quant_type": "nf3"}, None),
+    "8-bit cache": ({}, {}, 8),
+    "sliding window": ({"sliding_window": 20}, {}, None),
+    "one kv head": ({"num_key_value_heads": 1}, {}, None),
+    "top 3": ({"num_experts_per_tok": 3}, {}, None),
+    "top 1": ({"num_experts_per_tok": 1}, {}, None),
+}
+PROMPT, TOKENS = list(range(3, 33)), 60
+FREE = SamplingOptions(temperature=1.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def models(
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """Return the installed model of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def model(kind: str) -> Path:
+        if kind not in made:
+            shape, how, _ = KINDS[kind]
+            made[kind] = install(make_checkpoint(**{**SHAPE, **shape}), **how)
+        return made[kind]
+
+    return model
+
+
+def load(directory: Path, slots: int | None = None, **options: Any) -> Engine:
+    if slots is not None:
+        with InstalledModel(directory) as installed:
+            stride = installed.blueprint.expert.stride
+        options["host_memory"] = MemoryBudget(size=slots * stride)
+    return load_engine(directory, LoadOptions(device="cpu", **options))
+
+
+def without_programs(engine: Engine) -> Engine:
+    engine._model.decode_by(None)
+    return engine
+
+
+def written(engine: Engine, tokens: int = TOKENS) -> tuple[list[int], list[torch.Tensor]]:
+    """Return the answer, and every byte of the KV cache."""
+    engine.forget()
+    made = list(engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=tokens))
+    ids, cache = engine.held()
+    layers = range(engine.config.num_hidden_layers)
+    parts = [cache.content(layer, len(ids)).values() for layer in layers]
+    return made, [tensor for part in parts for tensor in part]
+
+
+def same(one: tuple[list[int], list[torch.Tensor]], other: Any) -> bool:
+    return one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", [None, 3])
+def test_answers_and_caches_have_the_bits_of_the_blocks(
+    kind: str, slots: int | None, models: Callable[[str], Path]
+) -> None:
+    options = {"kv_bits": KINDS[kind][2]}
+    expected = written(without_programs(load(models(kind), **options)))
+    engine = load(models(kind), slots, **options)
+    assert isinstance(engine._model._decoder, Decoder)
+    assert same(written(engine), expected)
+    assert same(written(engine), expected)  # now with everything in memory, if it fits
+
+
+def test_with_all_experts_in_memory_their_runner_is_not_asked(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(models("nf4"))
+    expected = written(engine)
+    before = engine.experts.stats.copy()
+    monkeypatch.setattr(type(engine.experts), "run", None)
+    engine.forget()
+    engine._forward(PROMPT[:1])
+    since = engine.experts.stats.since(before)
+    layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
+    assert since.hits.total() == layers * choices
+    assert not since.misses
+    monkeypatch.undo()
+    assert same(written(engine), expected)
+
+
+def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(
+    models: Callable[[str], Path],
+) -> None:
+    """The addresses of a layer's experts are looked up in a table, which must not grow old."""
+    engine = load(models("nf4"))
+    expected = written(engine)
+    fetcher = engine.experts._devices[0]._fetcher  # type: ignore[attr-defined]
+    total = fetcher.slots
+    ids: list[int] = []
+    engine.forget()
+    for token in engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=TOKENS):
+        ids.append(token)
+        if len(ids) % 7 == 0:
+            fetcher.resize(3)
+        if len(ids) % 7 == 2:
+            fetcher.resize(total)
+    assert ids == expected[0]
+
+
+def test_a_program_does_not_keep_the_memory_of_a_slot(models: Callable[[str], Path]) -> None:
+    engine = load(models("nf4"))
+    written(engine)
+    fetcher = engine.experts._devices[0]._fetcher  # type: ignore[attr-defined]
+    experts = [weakref.ref(fetcher._store.expert(slot)) for slot in fetcher._store.blocks]
+    fetcher.resize(2)
+    assert sum(expert() is not None for expert in experts) == 2
+
+
+def test_a_recording_has_every_row_that_the_blocks_compute(models: Callable[[str], Path]) -> None:
+    def recorded(blocks: bool) -> list[torch.Tensor]:
+        rows: list[torch.Tensor] = []
+        engine = load_engine(
+            models("nf4"),
+            LoadOptions(device="cpu"),
+            wrap=lambda runner: RecordingRunner(runner, lambda layer, x, _: rows.append(x)),
+        )
+        written(without_programs(engine) if blocks else engine)
+        written(engine)  # with all experts in memory
+        return rows
+
+    found, expected = recorded(False), recorded(True)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
