@@ -150,10 +150,15 @@ def _start(work: Callable[[], None]) -> None:
     try:
         threading.Thread(target=work).start()
     except RuntimeError:
-        raise ResourceError(
-            "cannot start a thread to read experts",
-            hint="The limit of processes is reached: end some, or raise it (ulimit -u).",
-        ) from None
+        raise no_thread() from None
+
+
+def no_thread() -> ResourceError:
+    """Return the error where the system gives no thread to read experts."""
+    return ResourceError(
+        "cannot start a thread to read experts",
+        hint="The limit of processes is reached: end some, or raise it (ulimit -u).",
+    )
 
 
 def _ending() -> bool:
