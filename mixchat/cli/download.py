@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,10 +50,6 @@ def download(
             show_default="8; 16 with --expert-bits 16",
         ),
     ] = None,
-    scales: Annotated[
-        Literal["search", "absmax"],
-        typer.Option(help="Choose each block's scale for least error, or as bitsandbytes does."),
-    ] = "absmax",
     calibrate: Calibrate = False,
     calibrate_text: CalibrateText = None,
     keep_source: Annotated[
@@ -92,7 +88,7 @@ def download(
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.quantize_options import QuantizeOptions, expert_type
 
-    options = QuantizeOptions(expert_type(int(expert_bits or 4)), *bits, scales)
+    options = QuantizeOptions(expert_type(int(expert_bits or 4)), *bits)
     if revision is not None:
         checked(revision, "--revision")
     request = DownloadRequest(ref, options, revision, keep_source, check=check_text)

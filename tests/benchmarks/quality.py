@@ -66,10 +66,10 @@ OF_EXPERTS, OF_THE_REST = 32 * 2 * 3 * 4096 * 14336, 32 * 4096 * (4096 + 1024) *
 Logits = Callable[[torch.Tensor], torch.Tensor]
 MADE: dict[str, QuantizeOptions] = {
     BF16: QuantizeOptions(quant_type="none"),
-    NF4: QuantizeOptions(attention=16, head=16),
-    "NF4, the default: the rest in 8 bits": QuantizeOptions(),
+    NF4: QuantizeOptions(attention=16, head=16, scales="absmax"),
+    "NF4, absmax, the rest in 8 bits": QuantizeOptions(scales="absmax"),
+    "NF4, the default: searched scales": QuantizeOptions(),
     "NF4, the rest in 4 bits": QuantizeOptions(attention=4, head=4),
-    "NF4, searched scales": QuantizeOptions(scales="search"),
     "NF4, calibrated": QuantizeOptions(),
     "NF3": QuantizeOptions(quant_type="nf3"),
     "NF3, calibrated": QuantizeOptions(quant_type="nf3"),

@@ -154,6 +154,17 @@ def test_a_damaged_expert_of_a_calibrated_model_is_not_rebuilt(mixchat, installe
     assert "mixchat rm mine" in lines_of(done)[-1]
 
 
+def test_attention_in_4_bits_of_a_calibrated_model_can_be_rebuilt(mixchat, environment, checkpoint):
+    """Its scales followed those of the experts, which calibration replaces: they were forgotten."""
+    command = ("download", str(checkpoint), "--name", "mine", "--dense-bits", "4")
+    assert mixchat(*command, "--calibrate").returncode == 0
+    path = Path(environment["MIXCHAT_HOME"]) / "models" / "mine" / "shared.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert mixchat("repair", "mine").returncode == 0
+    assert path.read_bytes() == whole
+
+
 def test_download_can_calibrate_and_the_same_command_finds_it_done(mixchat, checkpoint, text):
     command = ("download", str(checkpoint), "--name", "new", "--calibrate-text", text)
     assert mixchat(*command).returncode == 0

@@ -49,14 +49,13 @@ def home_of(environment):
 
 def test_its_flags_are_passed_on(mixchat, calls):
     flags = ("--name", "mine", "--revision", "abc", "--dense-bits", "4")
-    done = mixchat("download", "org/name", *flags, "--keep-source", "--scales", "search")
+    done = mixchat("download", "org/name", *flags, "--keep-source")
     assert (done.stdout, done.returncode) == (b"", 0)
     (request,) = calls
     ref, options = request.ref, request.options
     assert (ref.repo, ref.key, request.revision) == ("org/name", "mine", "abc")
     assert request.keep_source
     assert (options.quant_type, options.attention, options.head) == ("nf4", 4, 4)
-    assert options.scales == "search"
     lines = done.stderr.decode().splitlines()
     assert lines[:2] == ["quantizing: 1 kB", "quantizing: 1 kB in less than 1 s"]
     assert lines[2].startswith("mine is ready in ")

@@ -97,16 +97,26 @@ def by_bitsandbytes(weight: torch.Tensor, name: str) -> torch.Tensor:
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
-def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """w1 and w3 taken to NF3 and back, w2 to NF4; their codes are tested by the definition."""
+def in_4_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """An expert's matrix taken to NF4 and back; searched scales are tested by the definition."""
+    codes, scales = encode_nf4(weight, search=True)
     shape = (weight.shape[0], weight.shape[1])
+    return nf4.dequantize(codes, scales.float(), shape, torch.float32)
+
+
+def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """w1 and w3 taken to NF3 and back, w2 to NF4."""
     if ".w2." in name:
-        codes, scales = encode_nf4(weight, search=True)
-        return nf4.dequantize(codes, scales.float(), shape, torch.float32)
+        return in_4_bits(weight, name)
+    shape = (weight.shape[0], weight.shape[1])
     return nf3.dequantize(*encode_nf3(weight), shape, torch.float32)
 
 
-TAKEN = {"nf4": by_bitsandbytes, "nf3": in_3_bits}
+TAKEN = {
+    ("nf4", "absmax"): by_bitsandbytes,
+    ("nf4", "search"): in_4_bits,
+    ("nf3", "search"): in_3_bits,
+}
 
 
 def dequantize_experts(
@@ -154,12 +164,13 @@ def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(
     assert (rounded - exact).norm() < 0.003 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", TAKEN)
+@pytest.mark.parametrize(("kind", "scales"), TAKEN)
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 8}, {"intermediate_size": 128}])
 def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
     changes: dict[str, Any],
     kind: str,
+    scales: str,
     layout: str,
     make_checkpoint: Callable[..., Path],
     install: Callable[..., Path],
@@ -170,14 +181,13 @@ def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
     The spread of the weights is so small that rounding hardly ever flips the router's choice.
     """
     checkpoint = make_checkpoint(std=0.03, **changes)
-    reference = dequantize_experts(checkpoint, tmp_path / "reference", TAKEN[kind])
+    reference = dequantize_experts(checkpoint, tmp_path / "reference", TAKEN[kind, scales])
     ids = prompt(97)
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    engine = load_engine(
-        install(checkpoint, quant_type=kind, layout=layout, attention=16, head=16), CPU
-    )
+    how = {"quant_type": kind, "scales": scales, "layout": layout, "attention": 16, "head": 16}
+    engine = load_engine(install(checkpoint, **how), CPU)
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
     assert (rounded - exact).norm() < 0.03 * exact.norm()  # or the comparison would say nothing

@@ -143,5 +143,5 @@ def test_nothing_of_it_is_searched_again(
         raise AssertionError("quantized a second time")
 
     monkeypatch.setattr(linear, "encode_nf4", refuse)
-    with InstalledModel(install(quantized, scales="search")) as installed:
+    with InstalledModel(install(quantized)) as installed:
         assert installed.manifest.quantization["scales"] == "given"

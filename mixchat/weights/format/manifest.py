@@ -2,7 +2,7 @@
 
 {"format": 3,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
- "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed",
+ "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "layout": "cpu-packed",
                   "attention": "int8", "head": "int8", "dtype": "bfloat16"},
  "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
  "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},

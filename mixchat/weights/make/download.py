@@ -180,7 +180,8 @@ def _begins(commit: str | None, revision: str | None) -> bool:
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested; bits that were not requested may be any.
 
-    One whose checkpoint was in 4 bits may have more in 4 bits than requested.
+    One whose checkpoint was in 4 bits may have more in 4 bits than requested. The experts' scales
+    may be any: an earlier version made others, or the model was calibrated.
     """
     given = made["scales"] == "given" and made["quant_type"] != "none"
 
@@ -188,12 +189,7 @@ def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
         taken_over = given and made[part] == made["quant_type"]
         return bits is None or taken_over or made[part] == dense_type(bits, made["quant_type"])
 
-    same_scales = made["quant_type"] == "nf3" or made["scales"] in (
-        "given",
-        "calibrated",
-        options.scales,
-    )
-    same_experts = given or (options.quant_type == made["quant_type"] and same_scales)
+    same_experts = given or options.quant_type == made["quant_type"]
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 
 

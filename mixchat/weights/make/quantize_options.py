@@ -20,7 +20,7 @@ from mixchat.weights.source.checkpoint_index import (
 # they are calibrated; of the demo model, the mean of a text in prose and one in code, 20,480 tokens
 # each (`tests/benchmarks/quality.py`). A larger model loses less: Mixtral 2 to 4% in 4 bits, as
 # others have published.
-DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.122, 0.043), "nf3": (0.409, 0.149)}
+DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.102, 0.043), "nf3": (0.409, 0.149)}
 DENSE_BITS = 8  # of attention and head, where nothing else is requested
 _DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
 _EXPERT_TYPES: dict[int, QuantType] = {16: "none", 4: "nf4", 3: "nf3"}
@@ -31,14 +31,15 @@ class QuantizeOptions:
     """The form that the matrices get. `quant_type` is that of the experts: "nf4", "nf3" or "none".
 
     attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
-    16 where the experts are not quantized. `scales` says how the scale of each block of 4-bit
-    weights is chosen; `layout` None takes `best_layout`.
+    16 where the experts are not quantized. `scales` says how the scale of each block of an expert's
+    weights is chosen: "absmax" is for comparison with bitsandbytes. `layout` None takes
+    `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
     attention: int | None = None
     head: int | None = None
-    scales: Scales = "absmax"
+    scales: Scales = "search"
     layout: Layout | None = None
 
 
@@ -86,15 +87,9 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
         attention=type_of(_attention(index), options.attention),
         head=type_of(_head(index), options.head),
         dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
-        scales=_scales(quant_type, given_4bit is not None, options),
+        scales="given" if given_4bit or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
-
-
-def _scales(quant_type: QuantType, given: bool, options: QuantizeOptions) -> Scales:
-    if given or quant_type == "none":
-        return "given"
-    return "search" if quant_type == "nf3" else options.scales
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
@@ -102,7 +97,7 @@ def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
     how = blueprint.quantization
     if how.quant_type != "nf4" or how.scales == "given":
         return None
-    return replace(blueprint, quantization=replace(how, quant_type="nf3", scales="search"))
+    return replace(blueprint, quantization=replace(how, quant_type="nf3"))
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:

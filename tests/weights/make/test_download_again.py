@@ -98,16 +98,22 @@ def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake: FakeHub) 
     assert len(meter.notes) == 1
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        QuantizeOptions(attention=4),
+        QuantizeOptions(scales="absmax"),  # as earlier versions had it: scales are not mixed
+    ],
+)
 def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
-    fake: FakeHub, home: Path
+    fake: FakeHub, made: Path, before: QuantizeOptions
 ) -> None:
     fail_second(fake)
     with pytest.raises(HubError):
-        get(REPO)
+        get(REPO, options=before)
     fake.faults.clear()
     meter = Meter()
-    path = get(REPO, options=QuantizeOptions(attention=4), meter=meter)
-    assert read_manifest(path).quantization["attention"] == "nf4"
+    assert files_of(get(REPO, meter=meter)) == files_of(made)
     assert meter.bar("quantizing").first == 0
     assert "starting again" in meter.notes[0]
 

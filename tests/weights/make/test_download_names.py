@@ -223,7 +223,7 @@ class TestAlreadyInstalled:
             QuantizeOptions(head=4),
             QuantizeOptions(head=16),
             QuantizeOptions(quant_type="none"),
-            QuantizeOptions(scales="search"),
+            QuantizeOptions(quant_type="nf3"),
         ],
     )
     def test_with_other_quantization_it_is_not_taken_for_what_was_requested(
@@ -234,6 +234,14 @@ class TestAlreadyInstalled:
         with pytest.raises(UsageError, match="quantized differently") as caught:
             get(str(tiny_checkpoint), key="mine", options=other)
         assert "mixchat rm mine" in (caught.value.hint or "")
+
+    def test_with_scales_that_an_earlier_version_chose_it_is_the_same_model(
+        self, tiny_checkpoint: Path
+    ) -> None:
+        options = QuantizeOptions(scales="absmax")
+        installed = get(str(tiny_checkpoint), key="mine", options=options)
+        assert get(str(tiny_checkpoint), key="mine") == installed
+        assert read_manifest(installed).quantization["scales"] == "absmax"
 
     def test_damaged_it_is_not_called_ready(self, tiny_checkpoint: Path) -> None:
         installed = get(str(tiny_checkpoint), key="mine")
