@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +99,8 @@ def download(
             return
         done = _download(request, progress)
         if calibrate or calibrate_text is not None:
-            _calibrate(ref.directory, text, progress)
+            with resumable(progress, _how_to_resume(ref.key, calibrate_text)):
+                _calibrate(ref.directory, text, progress)
     if as_json:
         show(json.dumps(done, indent=2))
     say(f"{ref.key} is ready in {done['path']}")
@@ -110,6 +112,12 @@ def _calibrate(directory: Path, text: str | None, progress: Progress) -> None:
 
     if read_manifest(directory).quantization["scales"] != "calibrated":
         calibrate_model(directory, text, progress)
+
+
+def _how_to_resume(name: str, text: Path | None) -> str:
+    """Return how to resume a calibration: `download` refuses a model that is half converted."""
+    given = () if text is None else ("--text", str(text))
+    return f"to resume: {shlex.join(('mixchat', 'calibrate', name, *given))}"
 
 
 def check_text(checkpoint: Path) -> None:

@@ -61,7 +61,7 @@ def verify(model: _Model) -> None:
     from mixchat.weights.care.verify import verify as verify_model
     from mixchat.weights.format.manifest import repair_hint
 
-    with show_progress() as progress, resumable(progress, resumes=False):
+    with show_progress() as progress, resumable(progress, "the same command starts again"):
         damages = verify_model(directory, progress)
     _show(damages)
     if damages:

@@ -1,5 +1,6 @@
 """`calibrate`, and `download --calibrate`: on a tiny model, whose checkpoint is a directory."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,25 @@ def test_download_can_calibrate_and_the_same_command_finds_it_done(mixchat, chec
     assert again.returncode == 0
     assert not any("converting" in line for line in lines_of(again))
     assert mixchat("download", str(checkpoint), "--name", "new").returncode == 0
+
+
+def test_a_download_cut_off_while_it_calibrates_names_the_command_that_resumes(
+    mixchat, checkpoint, installed, text, monkeypatch
+):
+    """It named none, and the same command does not resume."""
+    text = text.rename(text.with_name("a text.txt"))
+    command = ("download", str(checkpoint), "--name", "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Converter, "_rewrite", interrupt_at(EXPERTS[1]))
+        stopped = mixchat(*command, "--calibrate-text", text)
+    assert stopped.returncode == 130
+    begin, named = lines_of(stopped)[-1].split(": ")
+    assert (begin, named) == (
+        "interrupted; to resume",
+        f"mixchat calibrate mine --text '{text}'",
+    )
+    assert mixchat(*shlex.split(named)[1:]).returncode == 0
+    assert mixchat(*command, "--calibrate").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -270,11 +270,14 @@ def test_a_status_shows_another_text():
     assert "half of it" in screen.getvalue()
 
 
-@pytest.mark.parametrize(("resumes", "said"), [(True, "resumes"), (False, "starts again")])
-def test_ctrl_c_says_what_the_same_command_does(resumes, said):
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [((), "the same command resumes"), (("to resume: eat",), "to resume: eat")],
+)
+def test_ctrl_c_says_how_to_resume(how, said):
     """It said that it was interrupted, and not that nothing was lost."""
     out = io.StringIO()
     lines = Lines(out, Clock())
-    with pytest.raises(KeyboardInterrupt), resumable(lines, resumes=resumes):
+    with pytest.raises(KeyboardInterrupt), resumable(lines, *how):
         raise KeyboardInterrupt
-    assert out.getvalue() == f"interrupted; the same command {said}\n"
+    assert out.getvalue() == f"interrupted; {said}\n"

@@ -50,12 +50,12 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], 
 
 
 @contextmanager
-def resumable(progress: Progress, resumes: bool = True) -> Iterator[None]:
-    """Print at Ctrl-C that the same command resumes the work, or restarts it."""
+def resumable(progress: Progress, how: str = "the same command resumes") -> Iterator[None]:
+    """Print at Ctrl-C how to resume the work, or to start it again."""
     try:
         yield
     except KeyboardInterrupt:
-        progress.note(f"interrupted; the same command {'resumes' if resumes else 'starts again'}")
+        progress.note(f"interrupted; {how}")
         raise
 
 
