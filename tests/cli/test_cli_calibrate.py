@@ -156,7 +156,7 @@ def test_a_damaged_expert_of_a_calibrated_model_is_not_rebuilt(mixchat, installe
 
 
 def test_attention_in_4_bits_of_a_calibrated_model_can_be_rebuilt(mixchat, environment, checkpoint):
-    """Its scales followed those of the experts, which calibration replaces: they were forgotten."""
+    """It was made with searched scales, and rebuilt with absmax."""
     command = ("download", str(checkpoint), "--name", "mine", "--dense-bits", "4")
     assert mixchat(*command, "--calibrate").returncode == 0
     path = Path(environment["MIXCHAT_HOME"]) / "models" / "mine" / "shared.safetensors"

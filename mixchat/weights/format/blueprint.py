@@ -44,9 +44,9 @@ class Quantization:
     """The form of the matrices; `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`; attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. `scales` are those of the experts alone: attention and head have absmax, also in 4
-    bits. Beside "nf3" an expert's w2 is in "nf4", because 3 bits cost most there: for a tenth more
-    bytes the demo model loses a third less.
+    in 4 bits. `scales` are those of the experts, and of attention and head in 4 bits, but these are
+    never calibrated: they keep searched ones. Beside "nf3" an expert's w2 is in "nf4", because 3
+    bits cost most there: for a tenth more bytes the demo model loses a third less.
     """
 
     quant_type: QuantType = "nf4"
@@ -253,7 +253,10 @@ class Blueprint:
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         how = self.quantization
-        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype, exact=self.exact)
+        scales: Scales = "search" if how.scales == "calibrated" else how.scales
+        return LinearSpec(
+            name, rows, columns, quant_type, how.layout, how.dtype, scales, self.exact
+        )
 
 
 def layer_prefix(layer: int) -> str:

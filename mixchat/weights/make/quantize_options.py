@@ -31,7 +31,7 @@ class QuantizeOptions:
     """The form that the matrices get. `quant_type` is that of the experts: "nf4", "nf3" or "none".
 
     attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
-    16 where the experts are not quantized. `scales` says how the scale of each block of an expert's
+    16 where the experts are not quantized. `scales` says how the scale of each block of 4-bit
     weights is chosen: "absmax" is for comparison with bitsandbytes. `layout` None takes
     `best_layout`.
     """
