@@ -15,6 +15,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.matrix import nf3, nf4
+from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 CPU = LoadOptions(device="cpu")
@@ -109,7 +110,7 @@ def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     if ".w2." in name:
         return in_4_bits(weight, name)
     shape = (weight.shape[0], weight.shape[1])
-    return nf3.dequantize(*encode_nf3(weight), shape, torch.float32)
+    return dequantize(nf3.rows_of, *encode_nf3(weight), shape, torch.float32)
 
 
 TAKEN = {

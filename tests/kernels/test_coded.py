@@ -10,6 +10,7 @@ from mixchat.kernels import coded
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set
 from mixchat.kernels.units import BYTES, MANY, WORDS, Bits, Unit, unit_for
 from mixchat.weights.matrix import nf3, nf4
+from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
@@ -50,7 +51,7 @@ class Matrix:
         shape = self.shape = (rows, columns)
         self.kind, how = kind, (nf3 if kind == "nf3" else nf4)
         if kind == "nf3":
-            self.exact = nf3.dequantize(codes, absmax, shape, torch.float32).double()
+            self.exact = dequantize(nf3.rows_of, codes, absmax, shape, torch.float32).double()
         else:
             wide = absmax.float()
             self.exact = nf4.dequantize(codes, wide, shape, torch.float32, kind).double()

@@ -6,6 +6,7 @@ N = weights, B = blocks, R = rows, C = columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -13,6 +14,18 @@ from torch.nn import functional
 BLOCKSIZE = 64
 BAND = 32  # rows that the layout "cpu-packed" interleaves
 _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
+
+
+class RowsOf(Protocol):
+    """Yields a matrix of codes as dense rows of a type."""
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Iterator[torch.Tensor]: ...
 
 
 def can_pack(rows: int, columns: int) -> bool:
@@ -59,8 +72,15 @@ def dequantized_rows(
         yield blocks.view(-1)[: end - start].view(-1, columns).to(dtype)
 
 
-def joined_rows(pieces: Iterator[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    """Return the matrix of this shape, whose rows come piece by piece."""
+def dequantize(
+    rows_of: RowsOf,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the matrix of this shape as `dtype`; `rows_of` yields its rows."""
+    pieces = rows_of(codes, absmax, shape, dtype)
     first = next(pieces)
     weight = first.new_empty(shape)
     weight[: len(first)] = first

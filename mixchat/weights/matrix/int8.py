@@ -28,7 +28,6 @@ from mixchat.weights.matrix.blocks import (
     absmax_size,
     dequantized_rows,
     in_blocks,
-    joined_rows,
     transposed,
 )
 from mixchat.weights.matrix.encode import each_in_threads
@@ -76,13 +75,6 @@ def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tenso
     scaled = blocks / scale.masked_fill_(scale == 0, 1)
     scaled.mul_(LARGEST).round_().clamp_(-LARGEST, LARGEST)
     codes.copy_(scaled.view(-1)[: len(weight)])
-
-
-def dequantize(
-    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
-    return joined_rows(rows_of(codes, absmax, shape, dtype), shape)
 
 
 def rows_of(

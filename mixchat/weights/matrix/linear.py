@@ -22,7 +22,7 @@ from mixchat.kernels.program import Step
 from mixchat.kernels.units import MANY, Bits, unit_for
 from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import int8, nf3, nf4
-from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, can_pack
+from mixchat.weights.matrix.blocks import BLOCKSIZE, RowsOf, absmax_size, can_pack, dequantize
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
@@ -39,18 +39,6 @@ class Linear(Protocol):
     """A map from [..., C] to [..., R]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class RowsOf(Protocol):
-    """Yields a matrix of codes as dense rows of a type."""
-
-    def __call__(
-        self,
-        codes: torch.Tensor,
-        absmax: torch.Tensor,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> Iterator[torch.Tensor]: ...
 
 
 class _Codes(Protocol):
@@ -348,7 +336,8 @@ class LinearSpec:
         assert self.quant_type == "int8"
         assert not self.packed
         absmax, codes = tensors
-        return int8.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
+        shape = (self.rows, self.columns)
+        return dequantize(int8.rows_of, codes, absmax, shape, self.dtype)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
         """Rewrite these tensors in place from this layout to that of `to`; nothing is lost."""

@@ -38,7 +38,6 @@ from mixchat.weights.matrix.blocks import (
     BLOCKSIZE,
     absmax_size,
     dequantized_rows,
-    joined_rows,
     transposed,
 )
 
@@ -71,13 +70,6 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     rest = packed[..., 0] >> 6 | packed[..., 1] >> 6 << 2 | packed[..., 2] >> 6 << 4
     pairs = torch.cat((packed, rest.unsqueeze(-1)), dim=-1)  # [..., 4]
     return torch.stack((pairs & 7, pairs >> 3 & 7), dim=-1).flatten(-2)
-
-
-def dequantize(
-    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the matrix of this shape as `dtype`. Layout "bitsandbytes"."""
-    return joined_rows(rows_of(codes, absmax, shape, dtype), shape)
 
 
 def rows_of(

@@ -94,14 +94,16 @@ def build(kind: Kind, linear: LinearSpec, seed: int = 0) -> tuple[Linear, torch.
 def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(200, 33)
     codes, absmax = kind.encode(weight)
-    matrix = kind.module.dequantize(codes, absmax, (200, 33), torch.float32)
+    matrix = blocks.dequantize(kind.module.rows_of, codes, absmax, (200, 33), torch.float32)
     for module in (blocks, int8, encode):
         monkeypatch.setattr(module, "_PIECE", 128)
     again = kind.encode(weight)
     assert torch.equal(codes, again[0])
     assert torch.equal(absmax, again[1])
     assert len(list(kind.module.rows_of(codes, absmax, (200, 33), torch.float32))) == 4
-    assert torch.equal(kind.module.dequantize(codes, absmax, (200, 33), torch.float32), matrix)
+    assert torch.equal(
+        blocks.dequantize(kind.module.rows_of, codes, absmax, (200, 33), torch.float32), matrix
+    )
 
 
 @each_dtype
@@ -110,7 +112,7 @@ def test_dequantizing_is_the_definition_to_rounding(
     kind: Kind, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     codes, absmax = kind.encode(random(*shape))
-    result = kind.module.dequantize(codes, absmax, shape, dtype)
+    result = blocks.dequantize(kind.module.rows_of, codes, absmax, shape, dtype)
     assert result.dtype == dtype
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22}[dtype]
     expected = exact(kind, codes, absmax, shape)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixchat.weights.matrix import encode, gptq, nf3, nf4
+from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
 ENCODE = {"nf4": encode_nf4, "nf3": encode_nf3}
@@ -24,7 +25,7 @@ def alike(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
 def dequantized(kind: str, made: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]):
     codes, scales = made
     if kind == "nf3":
-        return nf3.dequantize(codes, scales, shape, torch.float32)
+        return dequantize(nf3.rows_of, codes, scales, shape, torch.float32)
     return nf4.dequantize(codes, scales.float(), shape, torch.float32)
 
 

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixchat.weights.matrix import int8
+from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.linear import Layout, LinearSpec
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -88,13 +89,13 @@ def test_a_block_of_zeros_gives_zeros() -> None:
     codes, absmax = int8.encode_int8(weight)
     assert not codes[64:128].any()
     assert absmax[1] == 0
-    again = int8.dequantize(codes, absmax, (2, 64), torch.float32)
+    again = dequantize(int8.rows_of, codes, absmax, (2, 64), torch.float32)
     assert torch.equal(again[1], torch.zeros(64))
 
 
 def test_8_bits_cost_less_than_a_hundredth_of_a_weight() -> None:
     weight = random(256, 1024)
-    again = int8.dequantize(*int8.encode_int8(weight), (256, 1024), torch.float32)
+    again = dequantize(int8.rows_of, *int8.encode_int8(weight), (256, 1024), torch.float32)
     assert (again - weight).norm() < 0.006 * weight.norm()
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.weights.matrix import nf3
+from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3
 
 
@@ -46,12 +47,12 @@ def test_weights_that_are_levels_are_kept(sign: int) -> None:
     """All levels occur in each block, in either direction: the scale is found within a step."""
     weight = sign * nf3.LEVELS.repeat(4, 8).bfloat16() * 3
     codes, scales = encode_nf3(weight)
-    again = nf3.dequantize(codes, scales, (4, 64), torch.float32)
+    again = dequantize(nf3.rows_of, codes, scales, (4, 64), torch.float32)
     assert (again - weight).abs().max() < 0.05 * 3
 
 
 def test_3_bits_cost_a_sixth_of_normal_weights() -> None:
     """The best of 8 levels and of all scales for blocks of 64 normal numbers leaves 0.164."""
     weight = random(256, 1024)
-    again = nf3.dequantize(*encode_nf3(weight), (256, 1024), torch.float32)
+    again = dequantize(nf3.rows_of, *encode_nf3(weight), (256, 1024), torch.float32)
     assert 0.160 < (again - weight).norm() / weight.norm() < 0.168
