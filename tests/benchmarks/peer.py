@@ -14,9 +14,10 @@ _CHILD = Path(__file__).with_name("peer_child.py")
 _WARM = 2  # tokens whose time is not taken
 
 
-def write_model(python: str, path: Path, layers: int) -> None:
-    """Write a GGUF file with as many layers of Mixtral's shapes, in Q4_0."""
-    _checked(subprocess.run([python, str(_CHILD), "make", str(path), str(layers)], check=False))
+def write_model(python: str, path: Path, layers: int, format: str) -> None:
+    """Write a GGUF file with as many layers of Mixtral's shapes, in a format of llama.cpp."""
+    command = [python, str(_CHILD), "make", str(path), str(layers), format]
+    _checked(subprocess.run(command, check=False))
 
 
 def require(python: str) -> None:

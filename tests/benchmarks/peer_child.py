@@ -1,13 +1,14 @@
 """llama.cpp on Mixtral's real layer shapes: a program of its own, for the Python that has it.
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf     (compiles a while)
-    python peer_child.py make FILE.gguf LAYERS       pure Q4_0, 0.8 GB a layer
+    python peer_child.py make FILE.gguf LAYERS [FORMAT]    Q4_0 (0.8 GB a layer), Q4_K_M, ...
     python peer_child.py bench FILE.gguf PROMPT TOKENS
     python peer_child.py serve FILE.gguf CONTEXT
 
 It imports nothing of mixchat. The weights are random like those of `mixchat/bench/synthetic.py`: a
 large embedding to which each layer adds little, so that tokens look different to the routers and go
-to experts evenly.
+to experts evenly. They are written in Q4_0; from there llama.cpp itself takes them to another
+format, for which the disk has to hold both.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from math import prod
+from pathlib import Path
 
 import numpy as np
+from llama_formats import FORMATS, requantize
 
 HIDDEN, INNER, EXPERTS, KV, VOCAB = 4096, 14336, 8, 1024, 32000
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
@@ -46,8 +49,21 @@ def tensors(layers: int) -> Iterator[Tensor]:
         yield f"{block}ffn_down_exps.weight", (EXPERTS, HIDDEN, INNER), SMALL
 
 
-def make(path: str, layers: int) -> None:
+def make(path: Path, layers: int, format: str) -> None:
     """Write a model of so many layers."""
+    if format == "Q4_0":
+        write_q4_0(path, layers)
+        return
+    plain = path.with_name(f"{path.name}.Q4_0")
+    try:
+        write_q4_0(plain, layers)
+        requantize(plain, path, format)
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def write_q4_0(path: Path, layers: int) -> None:
+    """Write a model of so many layers in Q4_0."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -99,14 +115,14 @@ class Llama:
     them in memory; without, they stay in the mapped file, as they must where it is larger.
     """
 
-    def __init__(self, path: str, context: int, repack: bool) -> None:
+    def __init__(self, path: Path, context: int, repack: bool) -> None:
         import llama_cpp
 
         self._llama = llama_cpp
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.use_extra_bufts = repack
-        model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
         params.n_threads = params.n_threads_batch = os.cpu_count() or 2
@@ -133,7 +149,7 @@ class Llama:
         return time.perf_counter() - start
 
 
-def bench(path: str, prompt: int, tokens: int) -> None:
+def bench(path: Path, prompt: int, tokens: int) -> None:
     """Print the rates of a prompt and of the tokens after it, each another random token."""
     began = time.perf_counter()
     model = Llama(path, prompt + tokens + 8, repack=False)
@@ -144,7 +160,7 @@ def bench(path: str, prompt: int, tokens: int) -> None:
     print(f"llama.cpp: {rate:.2f} tok/s (median {middle:.2f}), first token after {first:.1f} s")
 
 
-def serve(path: str, context: int) -> None:
+def serve(path: Path, context: int) -> None:
     """Measure what the lines of standard input ask for: "COUNT COUNT ..." are the tokens of one
     pass each, from an empty context. Prints the seconds of each pass in a line."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
@@ -156,13 +172,29 @@ def serve(path: str, context: int) -> None:
         print(*(model.run(int(count)) for count in line.split()), file=output)
 
 
-if __name__ == "__main__":
-    commands: dict[str, Callable[..., None]] = {"make": make, "bench": bench, "serve": serve}
+COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
+    make: ("layers",),
+    bench: ("prompt", "tokens"),
+    serve: ("context",),
+}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("file", metavar="FILE.gguf")
-    parser.add_argument("numbers", type=int, nargs="*")
-    given = parser.parse_args()
-    commands[given.command](given.file, *given.numbers)
+    commands = parser.add_subparsers(required=True)
+    for command, numbers in COMMANDS.items():
+        arguments = commands.add_parser(command.__name__)
+        arguments.set_defaults(command=command)
+        arguments.add_argument("path", type=Path, metavar="FILE.gguf")
+        for number in numbers:
+            arguments.add_argument(number, type=int, metavar=number.upper())
+        if command is make:
+            arguments.add_argument("format", nargs="?", choices=FORMATS, default="Q4_0")
+    given = vars(parser.parse_args())
+    given.pop("command")(**given)
+
+
+if __name__ == "__main__":
+    main()

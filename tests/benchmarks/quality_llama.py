@@ -13,7 +13,6 @@ F16's)} as JSON, with lists of lists as in IDS.json. It imports nothing of mixch
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -21,21 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-# Whether all matrices become of it.
-FORMATS = {"F16": False, "Q8_0": True, "Q4_0": True, "Q4_K_M": False, "Q3_K_M": False}
-
-
-def requantize(source: Path, target: Path, name: str) -> None:
-    """Write the model of `source` to `target` in another format."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), FORMATS[name]
-    params.allow_requantize = True
-    files = str(source).encode(), str(target).encode()
-    if llama_cpp.llama_model_quantize(*files, ctypes.byref(params)):
-        raise SystemExit(f"llama.cpp cannot quantize {source} to {name}")
+from llama_formats import FORMATS, requantize
 
 
 def bits(path: Path, pattern: str) -> float:

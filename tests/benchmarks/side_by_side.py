@@ -1,11 +1,12 @@
 """`mixchat bench` with llama.cpp beside it: both measured in the same rounds, one after the other.
 
     python tests/benchmarks/side_by_side.py MODEL --gguf FILE [--python PYTHON] [options of bench]
-    python tests/benchmarks/side_by_side.py --synthetic LAYERS [--python PYTHON] [...]
+    python tests/benchmarks/side_by_side.py --synthetic LAYERS [--format Q4_0] [--python PYTHON]
+        [...]
 
-FILE is the same model for llama.cpp; of a synthetic model it is written, in Q4_0. PYTHON has
-llama-cpp-python and gguf (see `peer_child.py`). What else the machine does then slows both alike. A
-ratio is that of one round; what is shown is the median of all rounds.
+FILE is the same model for llama.cpp; of a synthetic model it is written, in its format FORMAT.
+PYTHON has llama-cpp-python and gguf (see `peer_child.py`). What else the machine does then slows
+both alike. A ratio is that of one round; what is shown is the median of all rounds.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from llama_formats import FORMATS
 from peer import Peer, require, write_model
 
 from mixchat.engine.environment import prepare_environment
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=given.device,
     )
     require(given.python)
-    with models(given.model, given.gguf, given.synthetic, given.python) as (directory, gguf):
+    with models(given) as (directory, gguf):
         with Peer(given.python, gguf, options.context_size) as peer:
             bench = Bench(directory, load, options)
             choose_threads(bench.blueprint)
@@ -127,6 +129,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--gguf", type=Path, metavar="FILE")
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    parser.add_argument("--format", choices=FORMATS, default="Q4_0", help="of --synthetic")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--context", type=int, action="append", metavar="N")
     parser.add_argument("--prompt", type=int, action="append", metavar="N")
@@ -148,22 +151,17 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def models(
-    model: str | None, gguf: Path | None, layers: int | None, python: str
-) -> Iterator[tuple[Path, Path]]:
+def models(given: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     """Yield the directory of mixchat's model and the file of llama.cpp's."""
     from mixchat.bench.synthetic import synthetic_model
     from mixchat.weights.models import installed_directory
 
-    if layers is None:
-        assert model is not None
-        assert gguf is not None
-        yield installed_directory(model), gguf
+    if given.synthetic is None:
+        yield installed_directory(given.model), given.gguf
         return
-    with ExitStack() as stack:
-        directory = stack.enter_context(synthetic_model(layers))
+    with synthetic_model(given.synthetic) as directory:
         gguf = directory.parent / "synthetic.gguf"
-        write_model(python, gguf, layers)
+        write_model(given.python, gguf, given.synthetic, given.format)
         yield directory, gguf
 
 

@@ -1,11 +1,13 @@
 """llama.cpp's process, played by a program that says how long it took."""
 
+import contextlib
 import os
 import stat
 import sys
 from pathlib import Path
 
 import peer
+import peer_child
 import pytest
 from peer import Peer
 
@@ -45,6 +47,23 @@ def test_a_python_without_llama_cpp_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python"):
         peer.require(python_that_runs(tmp_path, "import no_such_module"))
     peer.require(python_that_runs(tmp_path, ""))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_in_another_format_is_made_of_one_that_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def requantize(source: Path, target: Path, name: str) -> None:
+        if fails:
+            raise SystemExit(name)
+        target.write_text(f"{source.read_text()}, then {name}")
+
+    monkeypatch.setattr(peer_child, "write_q4_0", lambda path, layers: path.write_text("Q4_0"))
+    monkeypatch.setattr(peer_child, "requantize", requantize)
+    model = tmp_path / "model.gguf"
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
+        peer_child.make(model, 1, "Q4_K_M")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["Q4_0, then Q4_K_M"] * (not fails)
 
 
 def test_nothing_of_it_is_left_afterwards(tmp_path: Path) -> None:

@@ -22,11 +22,17 @@ from mixchat.errors import MissingDependencyError
 SCRIPTS = sorted(
     path
     for path in Path(__file__).parent.glob("*.py")
-    if path.name not in ("peer.py", "machines.py") and not path.name.startswith("test_")
+    if path.name not in ("peer.py", "machines.py", "llama_formats.py")
+    and not path.name.startswith("test_")
 )
 ECHO = f"""#!{sys.executable}
 import sys
-if sys.argv[1] != "-c" and sys.argv[2] != "make":
+from pathlib import Path
+if sys.argv[1] == "-c":
+    sys.exit()
+if sys.argv[2] == "make":
+    Path(sys.argv[0]).with_name("made").write_text(" ".join(sys.argv[4:]))
+else:
     assert sys.argv[2] == "serve", sys.argv
     print("ready", flush=True)
     for line in sys.stdin:
@@ -119,8 +125,10 @@ def test_random_models_go_as_they_came(
     monkeypatch.setattr(
         synthetic, "write_synthetic", lambda place, layers, bits: shutil.copytree(tiny_model, place)
     )
-    side_by_side.main(["--synthetic", "2", "--python", python, *QUICK])
-    assert list((tmp_path / "home" / "models").iterdir()) == []
+    for more, made in (((), "2 Q4_0"), (("--format", "Q3_K_M"), "2 Q3_K_M")):
+        side_by_side.main(["--synthetic", "2", *more, "--python", python, *QUICK])
+        assert (tmp_path / "made").read_text() == made
+        assert list((tmp_path / "home" / "models").iterdir()) == []
 
 
 def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> None:
