@@ -53,4 +53,4 @@ def round_columns(
             errors[place] = (here[place] - levels[nearest] * scale) / row[0]
             here[place:].addr_(row, errors[place], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return codes.T.reshape(-1, BLOCKSIZE)
+    return codes.T.contiguous().view(-1, BLOCKSIZE)
