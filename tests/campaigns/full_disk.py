@@ -30,11 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     chance, failures, at = random.Random(options.seed), [], Counter[str]()
     began = time.monotonic()
-    with rig.workplace() as work:
-        disk = work / "home"
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "mixchat-campaign", str(disk)]
-        subprocess.run(mount, check=True)
+    with rig.workplace() as work, rig.small_disk(disk := work / "home", DISK):
         rig.warm_up()
         hub = Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL))
         try:
@@ -53,7 +49,6 @@ def main() -> int:
                 struck += place != "there was room"
         finally:
             hub.close()
-            subprocess.run(["umount", "-l", str(disk)], check=True)
     rig.table(
         f"full disk: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
         {

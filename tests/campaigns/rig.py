@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +50,18 @@ def workplace(**more: str) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int) -> Iterator[None]:
+    """Mount a disk of so many bytes there, which takes root, and unmount it at the end."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mixchat-campaign", str(place)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def warm_up() -> None:
@@ -141,13 +154,16 @@ def mixchat(*arguments: str) -> Callable[[], object]:
     return lambda: run(arguments)
 
 
-def wait(pid: int, seconds: float = 120.0) -> int | None:
+def wait(
+    pid: int, seconds: float = 120.0, meanwhile: Callable[[], object] = lambda: None
+) -> int | None:
     """Return the exit code, negative for a signal; None for a child that had to be killed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        meanwhile()
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

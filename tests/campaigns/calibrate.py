@@ -1,0 +1,168 @@
+"""Cuts off calibrations of a tiny model at drawn moments, and resumes them until they are whole.
+
+    python tests/campaigns/calibrate.py [--rounds 30] [--seed 0]
+
+In turn by SIGKILL, by Ctrl-C and by a full disk, up to three times in each round. The model has to
+be intact after each, and in the end equal, to the byte, one that was calibrated in peace: with a
+text, or with one that it writes itself. The disk is a small one of its own, which takes root to
+mount. Exit code 0: no fault was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import rig
+
+DISK = 64_000_000
+NAME = "tiny"
+MOST = 3  # times that one calibration is cut off
+# The exit codes of a calibration that was cut off; a signal that comes early ends it by itself.
+CODES = {
+    "SIGKILL": (-signal.SIGKILL,),
+    "Ctrl-C": (130, -signal.SIGINT),
+    "full disk": (7,),
+}
+
+
+class Calibrations:
+    """Models that are calibrated below `work`, and what came of it."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.chance, self.at = random.Random(seed), Counter[str]()
+        self.faults: list[str] = []
+        self._out, self._base = work / "out", work / "base"
+        self._disk, self._models = work / "home", work / "home/models"
+        self._model = self._models / NAME
+        text = work / "text.txt"
+        text.write_text("Some words to read, and some more of them. " * 40)
+        self._commands = [("calibrate", NAME), ("calibrate", NAME, "--text", str(text))]
+        source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
+        self._expect(0, "download", str(source), "--name", NAME)
+        shutil.copytree(self._model, self._base)
+        self._in_peace(0)  # measures the machine and compiles the kernels
+        self._wholes = [self._in_peace(number) for number in range(len(self._commands))]
+
+    def _in_peace(self, number: int) -> tuple[dict[str, str], float, int]:
+        """Return the files of an undisturbed calibration, its seconds, and the disk it took."""
+        self._begin()
+        began, used = time.monotonic(), [shutil.disk_usage(self._disk).used]
+        pid = rig.fork(rig.mixchat(*self._commands[number]), self._out)
+        code = rig.wait(pid, meanwhile=lambda: used.append(shutil.disk_usage(self._disk).used))
+        assert code == 0, self._out.read_text()
+        return rig.digests(self._model), time.monotonic() - began, max(used) - used[0]
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._models)
+        shutil.copytree(self._base, self._model)
+
+    def round(self, how: str) -> None:
+        """Calibrate one model, cut off in this way until it is whole or was so often enough."""
+        number = self.chance.randrange(len(self._commands))
+        reference, seconds, most = self._wholes[number]
+        self._begin()
+        for _ in range(self.chance.randint(1, MOST)):
+            at = self.chance.random() * seconds
+            room = self.chance.randrange(self.chance.choice((20_000, most)))
+            code = self._cut_off(how, self._commands[number], at, room)
+            place = self._place()
+            self.at[f"{how}, {place}" if code else f"{how}, never"] += 1
+            self._check(how, code, f"{how} after {at:.3f} s, room {room:,}, {place}")
+            if place == "after the end":
+                break
+        else:
+            self._expect(0, *self._commands[number])
+        self._expect(0, "gc")
+        if rig.digests(self._models) != {f"{NAME}/{k}": v for k, v in reference.items()}:
+            self.faults.append(f"{how}, text {number}, last {place}: other files in the end")
+
+    def _cut_off(self, how: str, command: tuple[str, ...], at: float, room: int) -> int | None:
+        """Run a calibration that is cut off after so many seconds; return its exit code."""
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the child begins as `mixchat` does
+        pid = rig.fork(rig.mixchat(*command), self._out)
+        signal.signal(signal.SIGINT, before)
+        time.sleep(at)
+        if how == "full disk":
+            code = rig.wait(pid, meanwhile=lambda: self._fill(room))
+            (self._disk / "filling").unlink(missing_ok=True)
+            return code
+        os.kill(pid, signal.SIGKILL if how == "SIGKILL" else signal.SIGINT)
+        return rig.wait(pid)
+
+    def _fill(self, room: int) -> None:
+        """Fill the disk but for `room`; what the calibration has freed since is taken, too."""
+        more = shutil.disk_usage(self._disk).free - room
+        with open(self._disk / "filling", "ab") as file, contextlib.suppress(OSError):
+            if more > 0:
+                os.posix_fallocate(file.fileno(), file.tell(), more)
+
+    def _place(self) -> str:
+        """Return the stage of the calibration, by its files."""
+        from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
+
+        if (work := self._model / CONVERSION_DIR).exists():
+            made = (work / "journal.jsonl").read_bytes().count(b"\n") - 1
+            return f"{made} of {rig.SMALL['num_hidden_layers']} files made"
+        if read_manifest(self._model).quantization["scales"] == "calibrated":
+            return "after the end"
+        recorded = (self._model / INPUTS_DIR).exists()
+        return "inputs recorded" if recorded else "inputs not recorded yet"
+
+    def _check(self, how: str, code: int | None, where: str) -> None:
+        text = self._out.read_text()
+        if code not in (0, *CODES[how]):
+            self.faults.append(f"{where}: exit {code}: {text[-300:]}")
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        if "Traceback" in text or len(errors) != (code == 7):
+            self.faults.append(f"{where}: not one clear line: {text[-600:]}")
+        self._expect(0, "verify", NAME)
+
+    def _expect(self, expected: int, *command: str) -> None:
+        if (code := rig.wait(rig.fork(rig.mixchat(*command), self._out))) != expected:
+            self.faults.append(f"{command}: exit {code}: {self._out.read_text()[-300:]}")
+
+
+def warm_up() -> None:
+    """Import what children need, and let them calibrate with few tokens."""
+    rig.warm_up()
+    import mixchat.cli.calibrate
+    import mixchat.text.checkpoint_text  # noqa: F401
+    from mixchat.loading import calibrate
+
+    calibrate.WINDOW, calibrate.WINDOWS = 32, 8
+
+
+def main() -> int:
+    """Run the campaign and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.monotonic()
+    with rig.workplace() as work, rig.small_disk(work / "home", DISK):
+        warm_up()
+        calibrations = Calibrations(work, options.seed)
+        for number in range(options.rounds):
+            calibrations.round(list(CODES)[number % len(CODES)])
+    rig.table(
+        f"calibrations: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
+        {**dict(sorted(calibrations.at.items())), "faults": len(calibrations.faults)},
+    )
+    for fault in calibrations.faults:
+        print("FAILED", fault)
+    return 1 if calibrations.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
