@@ -60,7 +60,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "all in nf4": {"layout": "bitsandbytes", "attention": 4, "head": 4},
     "all in nf4, reordered": {"layout": "cpu-packed", "attention": 4, "head": 4},
 }
-TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}  # relative; in 4 bits, kernels of CPUs round differently
+# Relative, 0.03 for others: in 4 bits, kernels of CPUs round differently. With attention in 4 bits
+# two of the 25 tokens get another expert for it, of two that are all but equally good.
+TOLERANCES = {"fp32": 1e-5, "fp16": 0.01, "all in nf4": 0.05, "all in nf4, reordered": 0.05}
 
 
 def load(
