@@ -13,8 +13,9 @@ nats, and how often the most likely token is that of bf16.
   --calibrate-text;
 - prompts not in bytes: what a CPU without AVX512-VNNI gives, for on others prompts are multiplied
   as bytes (`kernels/units.py`);
+- NF4, alone: scales as bitsandbytes has them, and all but experts in bf16;
 - by bitsandbytes: transformers, on the checkpoint with each expert taken to NF4 and back by
-  bitsandbytes. mixchat's NF4 must agree with it within 0.5%;
+  bitsandbytes. NF4 alone must agree with it within 0.5%;
 - llama.cpp, where --llama names a Python that has it (`quality_llama.py`): the dense model that the
   demo model is made of, beside its own F16. Its "experts" are the feed-forward blocks.
 """
