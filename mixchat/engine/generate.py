@@ -206,11 +206,15 @@ class Engine:
             def after_layer(layer: int, before: int = start, tokens: int = len(chunk)) -> None:
                 on_prefill(before + tokens * (layer + 1) // layers, len(ids))
 
-            logits = self._forward(chunk, after_layer)
+            logits = self._forward(chunk, after_layer, exact=self.exact_prompts)
         return logits
 
     def _forward(
-        self, ids: list[int], after_layer: Callable[[int], object] = lambda layer: None
+        self,
+        ids: list[int],
+        after_layer: Callable[[int], object] = lambda layer: None,
+        *,
+        exact: bool = False,
     ) -> torch.Tensor:
         """Return logits. Ctrl-C is handled between two layers, and while an expert is loading."""
 
@@ -220,7 +224,9 @@ class Engine:
 
         def compute() -> torch.Tensor:
             on_device = torch.tensor(ids).to(self._model.device, non_blocking=True)
-            return self._model.forward(on_device, self._cache, after_layer=between_layers)
+            return self._model.forward(
+                on_device, self._cache, exact=exact, after_layer=between_layers
+            )
 
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():

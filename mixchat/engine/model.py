@@ -48,15 +48,16 @@ class Attention:
         self._layer, self._config = layer, config
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
 
-    def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cache: KVCache, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = self.qkv_proj(x).view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        qkv = self.qkv_proj(x, exact=exact)
+        qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
         rotated = self.rope(qkv[:, : heads + groups], cache.length)  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
-        return self.o_proj(attended.reshape(tokens, -1))
+        return self.o_proj(attended.reshape(tokens, -1), exact=exact)
 
 
 class Block:
@@ -68,10 +69,10 @@ class Block:
         self.attention_norm, self.attention = attention_norm, attention
         self.moe_norm, self.moe = moe_norm, moe
 
-    def __call__(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cache: KVCache, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self.attention_norm(x), cache)
-        return x + self.moe(self.moe_norm(x))
+        x = x + self.attention(self.attention_norm(x), cache, exact=exact)
+        return x + self.moe(self.moe_norm(x), exact=exact)
 
 
 class Model:
@@ -108,13 +109,15 @@ class Model:
         ids: torch.Tensor,
         cache: KVCache,
         *,
+        exact: bool = False,
         all_logits: bool = False,
         after_layer: Callable[[int], object] = lambda layer: None,
     ) -> torch.Tensor:
         """Return logits [1, V] of the last token, or [T, V] of all; the ids [T] join the cache.
 
-        The cache must have room for them: P + T <= capacity. `after_layer` is called after each
-        layer with its number.
+        The cache must have room for them: P + T <= capacity. With `exact` each token has the bits
+        that it has in a call of its own, where all matrices can be computed so (see `Linear`).
+        `after_layer` is called after each layer with its number.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
         decoder = self._decoder if ids.shape[0] == 1 else None
@@ -123,8 +126,8 @@ class Model:
         else:
             decoder = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache) if decoder is None else decoder.run(layer)
+            x = block(x, cache, exact=exact) if decoder is None else decoder.run(layer)
             after_layer(layer)
-        logits = self._head(self._norm(x if all_logits else x[-1:]))
+        logits = self._head(self._norm(x if all_logits else x[-1:]), exact=exact)
         cache.length += ids.shape[0]  # last: an interrupted pass leaves the cache as it was
         return logits

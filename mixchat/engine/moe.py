@@ -20,9 +20,11 @@ class SparseMoE:
         self._layer, self._experts_per_token, self.runner = layer, experts_per_token, runner
         self.gate = gate.float().contiguous()  # [E, D]
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
         selected_experts, routing_weights = router.route(  # [T, K], [T, K]
             hidden_states, self.gate, self._experts_per_token
         )
-        return self.runner.run(self._layer, hidden_states, selected_experts, routing_weights)
+        return self.runner.run(
+            self._layer, hidden_states, selected_experts, routing_weights, exact=exact
+        )

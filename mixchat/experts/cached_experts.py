@@ -160,4 +160,4 @@ class CachedExperts:
                 return result
             self._fetcher.request([key])
         expert = self._fetcher.ready(key)
-        return expert(rows.of(key).to(self._device, non_blocking=True))
+        return expert(rows.of(key).to(self._device, non_blocking=True), exact=rows.exact)

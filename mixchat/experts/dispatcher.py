@@ -122,15 +122,22 @@ class Dispatcher:
         hidden_states: torch.Tensor,
         selected_experts: torch.Tensor,
         routing_weights: torch.Tensor,
+        *,
+        exact: bool = False,
     ) -> torch.Tensor:
-        rows = self.compute(layer, hidden_states, selected_experts)
+        rows = self.compute(layer, hidden_states, selected_experts, exact=exact)
         return rows.combine(routing_weights)
 
     def compute(
-        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        *,
+        exact: bool = False,
     ) -> LayerRows:
         """Return the outputs of the selected experts; all are as in `run`."""
-        rows, predicted = self._read(layer, hidden_states, selected_experts)
+        rows, predicted = self._read(layer, hidden_states, selected_experts, exact)
         at_home, sent = self._shared(rows)
         for worker, keys in sent:
             worker.begin(rows, keys)
@@ -146,7 +153,7 @@ class Dispatcher:
         return rows
 
     def _read(
-        self, layer: int, hidden_states: torch.Tensor, selected: torch.Tensor
+        self, layer: int, hidden_states: torch.Tensor, selected: torch.Tensor, exact: bool
     ) -> tuple[LayerRows, torch.Tensor | None]:
         """Return the rows of each expert, and the predicted experts, on the CPU.
 
@@ -163,7 +170,8 @@ class Dispatcher:
             assert self._prefetch is not None
             wanted.append(self._prefetch.predict(layer, hidden_states))
         found = gpu.read(wanted)
-        rows = LayerRows(layer, hidden_states, selected, found[0], found[1] if on_cpu else None)
+        copy = found[1] if on_cpu else None
+        rows = LayerRows(layer, hidden_states, selected, found[0], copy, exact=exact)
         return rows, found[-1] if predicts else None
 
     @property

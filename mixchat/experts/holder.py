@@ -27,11 +27,14 @@ class ExpertRunner(Protocol):
         hidden_states: torch.Tensor,
         selected_experts: torch.Tensor,
         routing_weights: torch.Tensor,
+        *,
+        exact: bool = False,
     ) -> torch.Tensor:
         """Return the weighted sum of the selected experts' outputs, for each token.
 
         hidden_states: [T, D]; selected_experts: [T, K], int64; routing_weights: [T, K], float32.
-        Returns [T, D] in the type of hidden_states.
+        Returns [T, D] in the type of hidden_states. With `exact` a token's result does not depend
+        on the others, as far as `Linear` can do that.
         """
 
     def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:

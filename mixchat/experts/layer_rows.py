@@ -15,7 +15,8 @@ class LayerRows:
     """One call of a layer's experts: each expert is to be used once, with all of its rows.
 
     hidden_states: [T, D]; selected: [T, K], int64, on their device, and `on_cpu` the same on the
-    CPU; copy: the hidden states on the CPU, where they were read with the selection.
+    CPU; copy: the hidden states on the CPU, where they were read with the selection; exact: how
+    experts are to be computed, as in `Linear`.
 
     outputs: [T * K, D], those of a token side by side. Experts may be computed in any
     order and anywhere, because the K outputs of a token stay apart until all are there, and are
@@ -29,8 +30,10 @@ class LayerRows:
         selected: torch.Tensor,
         on_cpu: torch.Tensor,
         copy: torch.Tensor | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
-        self.layer, self.hidden_states = layer, hidden_states
+        self.layer, self.hidden_states, self.exact = layer, hidden_states, exact
         self._selected, self._copy = selected, copy
         self._places: dict[ExpertKey, list[int]] = {}  # in the flattened selection
         for place, expert in enumerate(on_cpu.flatten().tolist()):

@@ -28,9 +28,13 @@ class RecordingRunner:
         hidden_states: torch.Tensor,
         selected_experts: torch.Tensor,
         routing_weights: torch.Tensor,
+        *,
+        exact: bool = False,
     ) -> torch.Tensor:
         """Run the experts, then record: a layer that Ctrl-C ends is not recorded."""
-        result = self._runner.run(layer, hidden_states, selected_experts, routing_weights)
+        result = self._runner.run(
+            layer, hidden_states, selected_experts, routing_weights, exact=exact
+        )
         self._record(layer, hidden_states, selected_experts)
         return result
 

@@ -101,10 +101,11 @@ def _assemble(
     config, stored = installed.config, installed.blueprint
     exact = options.exact_prompts
     fit = fit_model(stored, FreeMemory.now(devices), options)
-    used = fit.computed.computed_on(device, exact=exact)
+    used = fit.computed.computed_on(device)
     dtype = stored.quantization.dtype
     context = fit.context
-    workers = connect_workers(installed, options, used.expert.w13.arithmetic(device), note)
+    arithmetic = used.expert.w13.arithmetic(device, exact=exact)
+    workers = connect_workers(installed, options, arithmetic, note)
     placement, here, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
     experts = build_experts(
@@ -217,7 +218,7 @@ def _build_model(
         )
 
     embedding = installed.tensor(stored.embedding).to(device)
-    head: Linear = DenseLinear(embedding, exact=used.exact)
+    head: Linear = DenseLinear(embedding)
     if stored.head is not None and used.head is not None:
         head = installed.linear(stored.head, used.head, device)
     norm = RMSNorm(installed.tensor(stored.norm).to(device), config.rms_norm_eps)

@@ -57,8 +57,8 @@ class ServedExperts:
             self._exact = hello.exact_prompts
             self._drop()
         self.follow_memory()
-        used = self._installed.blueprint.computed_on(self._device, exact=self._exact)
-        return Welcome(self.slots, used.expert.w13.arithmetic(self._device))
+        matrix = self._installed.blueprint.computed_on(self._device).expert.w13
+        return Welcome(self.slots, matrix.arithmetic(self._device, exact=self._exact))
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):
@@ -103,7 +103,7 @@ class ServedExperts:
 
         def compute() -> torch.Tensor:
             on_device = x.to(self._device), selected.to(self._device)
-            return self._experts.compute(layer, *on_device).outputs.cpu()
+            return self._experts.compute(layer, *on_device, exact=self._exact).outputs.cpu()
 
         return within_memory(self._experts, compute, self._note)
 

@@ -47,10 +47,10 @@ def build_experts(
 
     On "cpu" the slots are in RAM and are filled from disk; behind GPUs RAM is a tier of its own.
     Each GPU has experts of its own, and a part of that RAM. `note` is called with messages for a
-    person. With `exact` an expert is always computed by the same device, in the same way for any
-    number of tokens; with `predicts` experts are prefetched. here: the experts that are not left to
-    workers, None for all. `workers` and `copies` are as in `Dispatcher`. Raises `ResourceError`
-    where a device cannot hold two experts after all.
+    person. With `exact` an expert is always computed by the same device; with `predicts` experts
+    are prefetched. here: the experts that are not left to workers, None for all. `workers` and
+    `copies` are as in `Dispatcher`. Raises `ResourceError` where a device cannot hold two experts
+    after all.
     """
     for device, slots in zip(devices, placement.by_device, strict=True):
         if not slots:
@@ -99,7 +99,7 @@ def _on_device(
     """
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
-    stored, used = blueprint.expert, blueprint.computed_on(device, exact=exact).expert
+    stored, used = blueprint.expert, blueprint.computed_on(device).expert
     reads_again = max(placement.slots, placement.host_slots) < placement.experts
     disk = DiskSource(installed, choose=reads_again)
     behind = None

@@ -72,7 +72,7 @@ def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor
     for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
         if start >= TOKENS:
             break
-        logits = engine._forward(ids[start : start + chunk])
+        logits = engine._forward(ids[start : start + chunk], exact=True)
         start += chunk
     _, cache = engine.held()
     layers = range(engine.config.num_hidden_layers)
@@ -139,8 +139,8 @@ def test_what_the_kernels_cannot_compute_is_read_token_by_token(
         "max_position_embeddings": 128,
     }
     blueprint = Blueprint(ModelConfig.from_dict({**shape, **changes}), quantization)
-    assert chunks_are_exact(blueprint.computed_on(CPU, exact=True), CPU) == apart
-    assert not chunks_are_exact(blueprint.computed_on(CPU, exact=True), torch.device("cuda"))
+    assert chunks_are_exact(blueprint.computed_on(CPU), CPU) == apart
+    assert not chunks_are_exact(blueprint.computed_on(CPU), torch.device("cuda"))
 
 
 def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:

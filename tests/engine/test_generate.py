@@ -86,7 +86,7 @@ def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(
 ) -> None:
     from mixchat.engine.moe import SparseMoE
 
-    def interrupt(self: SparseMoE, hidden_states: object) -> None:
+    def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
         raise KeyboardInterrupt
 
     first = answer(engine, PROMPT, 4)

@@ -76,9 +76,11 @@ def test_logits_and_routing_equal_transformers_in_fp32(
     routed: list[torch.Tensor] = []
     run = Dispatcher.run
 
-    def recording(self: Any, layer: int, hidden: Any, selected: Any, weights: Any) -> torch.Tensor:
+    def recording(
+        self: Any, layer: int, hidden: Any, selected: Any, *rest: Any, **how: bool
+    ) -> Any:
         routed.append(selected.sort(dim=-1).values)
-        return run(self, layer, hidden, selected, weights)
+        return run(self, layer, hidden, selected, *rest, **how)
 
     monkeypatch.setattr(Dispatcher, "run", recording)
     layers, per_token = model.config.num_hidden_layers, model.config.num_experts_per_tok

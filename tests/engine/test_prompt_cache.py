@@ -391,7 +391,7 @@ def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
 ) -> None:
     from mixchat.engine.moe import SparseMoE
 
-    def interrupt(self: SparseMoE, hidden_states: object) -> None:
+    def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
         raise KeyboardInterrupt
 
     one = open_engine()

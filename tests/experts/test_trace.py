@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,22 +213,22 @@ def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path: Path) -> 
     calls = []
 
     class Runner:
-        def run(self, *inputs: object) -> torch.Tensor:
-            calls.append(inputs)
+        def run(self, *inputs: object, exact: bool = False) -> torch.Tensor:
+            calls.append((*inputs, exact))
             return hidden * 2
 
     with writer(path) as file:
         tracing = RecordingRunner(Runner(), file.record)
         for layer, selected in enumerate(THREE):
             chosen = torch.tensor(selected).view(3, 2)
-            assert torch.equal(tracing.run(layer, hidden, chosen, weights), hidden * 2)
-            assert calls[layer] == (layer, hidden, chosen, weights)
+            assert torch.equal(tracing.run(layer, hidden, chosen, weights, exact=True), hidden * 2)
+            assert calls[layer] == (layer, hidden, chosen, weights, True)
     assert read_trace(path).forwards == [THREE]
 
 
 def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None:
     class Runner:
-        def run(self, layer: int, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        def run(self, layer: int, hidden: torch.Tensor, *rest: object, exact: bool = False) -> Any:
             if layer == 1:
                 raise KeyboardInterrupt
             return hidden

@@ -154,7 +154,9 @@ def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
     with torch.inference_mode():
         found = [
-            engine._model.forward(torch.tensor(ids), engine._cache, all_logits=True)
+            engine._model.forward(
+                torch.tensor(ids), engine._cache, exact=engine.exact_prompts, all_logits=True
+            )
             for ids in (PROMPT, [33], [60], [2], [95], [8])
         ]
         engine.forget()
@@ -243,9 +245,9 @@ def test_a_line_tells_of_a_worker_that_computes_otherwise(
     assert notes == []
     here = ""
 
-    def arithmetic(spec: LinearSpec, device: torch.device) -> str:
+    def arithmetic(spec: LinearSpec, device: torch.device, *, exact: bool) -> str:
         nonlocal here
-        here = others.get(real(spec, device), "of another kind")
+        here = others.get(real(spec, device, exact=exact), "of another kind")
         return here
 
     monkeypatch.setattr(LinearSpec, "arithmetic", arithmetic)

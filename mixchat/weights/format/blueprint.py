@@ -16,7 +16,7 @@ each begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,14 +70,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Expert:
-    """The two linear maps of one expert, which is a function of x [n, D]."""
+    """The two linear maps of one expert, which is a function of x [n, D]; `exact` as in `Linear`."""
 
     w13: Linear
     w2: Linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Return w2(silu(w1 x) * w3 x), [n, D]."""
-        return self.w2(rows.swiglu(self.w13(x)))
+        return self.w2(rows.swiglu(self.w13(x, exact=exact)), exact=exact)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,6 @@ class Blueprint:
 
     config: ModelConfig
     quantization: Quantization
-    exact: bool = field(default=False, compare=False)  # of all matrices, as in `LinearSpec`
 
     @cached_property
     def expert(self) -> ExpertSpec:
@@ -228,11 +227,10 @@ class Blueprint:
         """Return the count of experts in all layers together."""
         return self.config.num_hidden_layers * self.config.num_local_experts
 
-    def computed_on(self, device: torch.device, *, exact: bool = False) -> Blueprint:
+    def computed_on(self, device: torch.device) -> Blueprint:
         """Return the same model with its codes in the layout that this device computes fastest."""
         packed = device.type == "cpu" and coded.available()
-        used = self.in_layout("cpu-packed" if packed else "bitsandbytes")
-        return replace(used, exact=exact)
+        return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:
         """Return the same model with its codes in this layout."""
@@ -254,9 +252,7 @@ class Blueprint:
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         how = self.quantization
         scales: Scales = "search" if how.scales == "calibrated" else how.scales
-        return LinearSpec(
-            name, rows, columns, quant_type, how.layout, how.dtype, scales, self.exact
-        )
+        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype, scales)
 
 
 def layer_prefix(layer: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -36,9 +36,13 @@ _WIDENED = 2**23  # weights that are widened at once
 
 
 class Linear(Protocol):
-    """A map from [..., C] to [..., R]."""
+    """A map from [..., C] to [..., R].
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    `exact` means batch invariant: where `LinearSpec.can_be_exact`, a token's result has the same
+    bits however many are computed with it. One alone is always computed like that.
+    """
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
 
 
 class _Codes(Protocol):
@@ -65,17 +69,17 @@ _CODES: dict[QuantType, _Codes] = {"nf3": nf3, "nf4": nf4, "fp4": nf4, "int8": i
 
 
 class DenseLinear:
-    """A dense matrix: weight [R, C]. `exact` as in `LinearSpec`."""
+    """A dense matrix: weight [R, C]."""
 
-    def __init__(self, weight: torch.Tensor, *, exact: bool = False) -> None:
-        self._weight, self._exact = weight, exact
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._exact and dense.can_multiply(x, self._weight):
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        tokens = x.shape[:-1].numel()
+        if (exact or tokens == 1) and dense.can_multiply(x, self._weight):
             return dense.exact_matmul(x, self._weight)
         if x.device.type != "cpu" or x.dtype == torch.float32:
             return functional.linear(x, self._weight)
-        tokens = x.shape[:-1].numel()
         if tokens == 1:
             with _without_onednn():
                 return functional.linear(x, self._weight)
@@ -124,7 +128,7 @@ class FourBitLinear:
         self._codes, self._absmax, self._shape = codes, absmax, shape
         self._quant_type = quant_type
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         # Not earlier: the bytes of `absmax` change when another expert moves into the slot.
         absmax = self._absmax.float()
         return nf4.bitsandbytes_matmul(x, self._codes, absmax, self._shape, self._quant_type)
@@ -141,9 +145,9 @@ class RowsLinear:
     ) -> None:
         self._codes, self._absmax, self._shape, self._rows_of = codes, absmax, shape, rows_of
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         pieces = self._rows_of(self._codes, self._absmax, self._shape, x.dtype)
-        return torch.cat([DenseLinear(piece)(x) for piece in pieces], dim=-1)
+        return torch.cat([DenseLinear(piece)(x, exact=exact) for piece in pieces], dim=-1)
 
 
 class PackedLinear:
@@ -153,7 +157,6 @@ class PackedLinear:
         self._codes, self._absmax, self._rows = codes, absmax, spec.rows
         self._shape = (spec.stored_rows, spec.columns)
         self._levels, self._bits = _level_tables(spec.quant_type), _CODES[spec.quant_type].BITS
-        self._exact = spec.exact
 
     @property
     def addresses(self) -> tuple[int, int]:
@@ -174,10 +177,9 @@ class PackedLinear:
             self._shape,
             self._bits,
             out,
-            exact=self._exact,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = coded.packed_matmul(
             x,
             self._codes,
@@ -185,7 +187,7 @@ class PackedLinear:
             self._levels,
             self._shape,
             self._bits,
-            exact=self._exact,
+            exact=exact,
         )
         if self._rows == self._shape[0]:
             return result
@@ -204,8 +206,7 @@ class LinearSpec:
     """The form in which a matrix is stored.
 
     `dtype` is that of a dense matrix; `layout` is requested for a matrix of codes, and `packed`
-    says whether it gets it. `exact` concerns computing only, and means batch invariant: if
-    `can_be_exact`, a token's result has the same bits however many are computed with it.
+    says whether it gets it.
     """
 
     name: str
@@ -215,7 +216,6 @@ class LinearSpec:
     layout: Layout
     dtype: torch.dtype
     scales: Scales = "absmax"
-    exact: bool = field(default=False, compare=False)
 
     @property
     def can_be_exact(self) -> bool:
@@ -237,7 +237,7 @@ class LinearSpec:
             return self.rows
         return _CODES[self.quant_type].stored_rows(self.rows, self.columns)
 
-    def arithmetic(self, device: torch.device) -> str:
+    def arithmetic(self, device: torch.device, *, exact: bool) -> str:
         """Return a name for how many rows are computed there: alike, they have the same bits.
 
         The kernels add up integers, so they do not depend on the width of a CPU's registers.
@@ -248,7 +248,7 @@ class LinearSpec:
         if not self.packed or instructions is None:
             return torch.backends.cpu.get_cpu_capability()
         bits = _CODES[self.quant_type].BITS
-        unit = unit_for(instructions, bits, 1 if self.exact else MANY)
+        unit = unit_for(instructions, bits, 1 if exact else MANY)
         return "bytes" if unit.x_type.width == 8 else "words"
 
     @property
@@ -319,7 +319,7 @@ class LinearSpec:
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """Return the map over these tensors, which are used in place."""
         if self.quant_type == "none":
-            return DenseLinear(tensors[0], exact=self.exact)
+            return DenseLinear(tensors[0])
         absmax, codes = tensors
         if self.packed:
             return PackedLinear(codes, absmax, self)
