@@ -2,6 +2,7 @@
 
 - generate.py: prefill, decode, and the KV cache reused between turns
 - sampling.py: the next token from the logits
+- speculation.py: proposes tokens, to verify several in one pass
 - model.py: norm, attention, block, logits
 - moe.py: the router
 - rope.py: rotary position embedding

@@ -14,6 +14,7 @@ from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.sampling import Sampler
+from mixchat.engine.speculation import Proposals, Speculation, SpeculationStats
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
@@ -37,6 +38,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     experts: ExpertStats = field(default_factory=ExpertStats)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 class Engine:
@@ -46,7 +48,9 @@ class Engine:
     two differ. `total_tokens` and `total_seconds` count all that the model computed. `note` is
     called with messages for a person. `identity` differs where the weights do; `blueprint`
     is the form in which they are computed. With `exact_prompts` the tokens of a prompt have the
-    same bits as decoded ones, in chunks of any size. `name` is the model's name for a person.
+    same bits as decoded ones, in chunks of any size. With `speculation` several tokens are
+    verified in one pass, which has to be exact on this device (see `Model.forward`): answers are
+    the same without it. `name` is the model's name for a person.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Engine:
         note: Callable[[str], object] = lambda text: None,
         identity: str = "",
         exact_prompts: bool = False,
+        speculation: Speculation | None = None,
         name: str = "MODEL",
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
@@ -67,6 +72,7 @@ class Engine:
         self.total_tokens, self.total_seconds = 0, 0.0
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
+        self._speculation = speculation
         self._ids: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
@@ -157,6 +163,8 @@ class Engine:
         self._experts_before = self.experts.stats.copy()
         logits = self._prefill(ids[reused:], on_prefill)
         stats.prefill_seconds = time.perf_counter() - start
+        proposals = Proposals(self._speculation, stop_ids)
+        stats.speculation = proposals.stats
         while True:
             token = sampler.sample(self._checked(logits[0]), ids)
             ids.append(token)
@@ -165,7 +173,7 @@ class Engine:
             if token in stop_ids or stats.generated_tokens >= limit:
                 return
             start = time.perf_counter()
-            logits = self._forward([token])
+            logits = self._decode(ids, proposals, limit - stats.generated_tokens)
             stats.decode_seconds += time.perf_counter() - start
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
@@ -209,29 +217,57 @@ class Engine:
             logits = self._forward(chunk, after_layer, exact=self.exact_prompts)
         return logits
 
+    def _decode(self, ids: list[int], proposals: Proposals, left: int) -> torch.Tensor:
+        """Return the logits [1, V] after the last of `ids`; `left` more tokens may be generated.
+
+        Whenever the answer ends, the cache is as without speculation: a verified token joins it
+        here, when the next one is asked for.
+        """
+        token = ids[-1]
+        verified = proposals.take(token)
+        if verified is not None:
+            with interrupts.deferred():
+                self._ids.append(token)
+                self._cache.length += 1
+            return verified
+        proposal = proposals.propose(ids, left - 1)
+        start = time.perf_counter()
+        logits = self._forward([token], proposal=proposal, exact=True)
+        return proposals.put(proposal, logits, time.perf_counter() - start)
+
     def _forward(
         self,
         ids: list[int],
         after_layer: Callable[[int], object] = lambda layer: None,
         *,
         exact: bool = False,
+        proposal: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Return logits. Ctrl-C is handled between two layers, and while an expert is loading."""
+        """Return logits [1, V] of the last token; with a `proposal` those of all tokens, [T, V].
+
+        The proposal comes behind the ids. Its keys and values are stored, but the cache ends before
+        them. Ctrl-C is handled between two layers, and while an expert is loading.
+        """
 
         def between_layers(layer: int) -> None:
             interrupts.check()
             after_layer(layer)
 
         def compute() -> torch.Tensor:
-            on_device = torch.tensor(ids).to(self._model.device, non_blocking=True)
+            on_device = torch.tensor([*ids, *proposal]).to(self._model.device, non_blocking=True)
             return self._model.forward(
-                on_device, self._cache, exact=exact, after_layer=between_layers
+                on_device,
+                self._cache,
+                exact=exact,
+                all_logits=bool(proposal),
+                after_layer=between_layers,
             )
 
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():
             logits = within_memory(self.experts, compute, self._note)
+            self._cache.length -= len(proposal)
             self._ids += ids
-            self.total_tokens += len(ids)
+            self.total_tokens += len(ids) + len(proposal)
             self.total_seconds += time.perf_counter() - start
         return logits

@@ -15,6 +15,7 @@ from mixchat.engine.model import Attention, Block, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.speculation import Speculation
 from mixchat.errors import UsageError
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
@@ -122,6 +123,9 @@ def _assemble(
     runner = wrap(experts)
     if options.trace is not None:
         runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)
+    # A worker computes many rows otherwise than one. A record has the tokens of the text only.
+    alone = not workers and runner is experts
+    speculates = options.speculation and alone and passes_are_exact(used, device)
     model = _build_model(installed, used, runner, context, device)
     cache = new_cache(config, context, dtype, device, options.kv_bits)
     model.decode_by(new_decoder(used, model.blocks, cache))
@@ -132,6 +136,7 @@ def _assemble(
         fit.computed,
         prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
         exact_prompts=exact,
+        speculation=Speculation() if speculates else None,
         note=note,
         identity=identity_of(installed.manifest),
         name=_name_of(installed.directory),
@@ -178,6 +183,12 @@ def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
     return rows.can_compute(used.quantization.dtype, used.config.hidden_size) and all(
         matrix.can_be_exact for matrix in matrices
     )
+
+
+def passes_are_exact(used: Blueprint, device: torch.device) -> bool:
+    """Return whether chunks are exact, and their logits, too."""
+    head = used.head
+    return chunks_are_exact(used, device) and (head is None or head.can_be_exact)
 
 
 def _trace_writer(path: Path, installed: InstalledModel) -> TraceWriter:

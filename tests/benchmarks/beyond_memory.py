@@ -139,7 +139,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     if depth is not None:
         prefetch.DEPTHS = (depth,)
     host_memory = None if budget == "auto" else MemoryBudget.parse(budget)
-    engine = load_engine(model, LoadOptions(host_memory=host_memory, device="cpu"))
+    options = LoadOptions(host_memory=host_memory, device="cpu", speculation=False)
+    engine = load_engine(model, options)
     prompt = torch.randint(5, 32000, (PROMPT,), generator=torch.Generator().manual_seed(0))
     sampling = SamplingOptions(temperature=1, seed=0)
     stats = engine.experts.stats

@@ -15,6 +15,14 @@ KEY = ExpertKey(0, 0)
 
 
 @dataclass
+class SpeculationStats:
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    single_seconds: float = 0.0
+
+
+@dataclass
 class Stats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -22,6 +30,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     experts: ExpertStats = field(default_factory=ExpertStats)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 @dataclass

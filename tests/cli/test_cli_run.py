@@ -6,10 +6,11 @@ import signal
 import subprocess
 
 import pytest
+from chat_doubles import SpeculationStats, Stats
 from command_line import FAKE, Done
 from fake_mixchat import make_session
 
-from mixchat.cli.output.verbose import VerboseReport
+from mixchat.cli.output.verbose import VerboseReport, generation_lines
 
 
 def prompts_in(path):
@@ -151,6 +152,15 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     assert lines[4] == "loaded   6 kB, waited 0.0 s for it"
     assert lines[10] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
     assert lines[11] == "loaded   5 kB, waited 0.0 s for it"
+
+
+def test_verbose_tells_of_tokens_that_were_proposed():
+    did = SpeculationStats(passes=3, proposed=48, accepted=30, single_seconds=0.1)
+    stats = Stats(generated_tokens=41, decode_seconds=2.0, speculation=did)
+    assert generation_lines(stats, None)[2:] == [
+        "decode   41 tokens, 20.0 tok/s",
+        "proposed 48 tokens, 30 of them accepted, in 3 passes (10.0 tok/s without)",
+    ]
 
 
 def test_a_seed_is_drawn_where_none_is_given(mixchat):

@@ -14,6 +14,7 @@ from mixchat.quantities import format_age, format_rates, format_size
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished
     from mixchat.engine.generate import Engine, GenerationStats
+    from mixchat.engine.speculation import SpeculationStats
     from mixchat.experts.stats import ExpertStats
     from mixchat.planning.expectation import SpeedRange
 
@@ -54,6 +55,16 @@ def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> lis
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
         f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}{beside}",
+        *_speculation_lines(stats.speculation),
+    ]
+
+
+def _speculation_lines(did: SpeculationStats) -> list[str]:
+    if not did.passes:
+        return []
+    return [
+        f"proposed {did.proposed} tokens, {did.accepted} of them accepted, in {did.passes} passes "
+        f"({_rate(1, did.single_seconds)} without)"
     ]
 
 

@@ -70,7 +70,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Expert:
-    """The two linear maps of one expert, which is a function of x [n, D]; `exact` as in `Linear`."""
+    """The two maps of one expert, which is a function of x [n, D]; `exact` as in `Linear`."""
 
     w13: Linear
     w2: Linear

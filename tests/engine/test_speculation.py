@@ -1,0 +1,371 @@
+"""Speculation: answers are byte for byte those without it, and so is what the cache holds."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat import interrupts
+from mixchat.engine.generate import Engine
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.model import Model
+from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.errors import CheckpointError
+from mixchat.experts.holder import ExpertRunner
+from mixchat.experts.recording import RecordingRunner
+from mixchat.kernels import coded
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.quantities import MemoryBudget
+
+GREEDY = SamplingOptions(temperature=0)
+# Cold enough for random models to repeat themselves now and then.
+SAMPLED = SamplingOptions(temperature=0.1, seed=7)
+PENALIZED = SamplingOptions(temperature=0.1, seed=7, repeat_penalty=1.1, top_p=0.9, min_p=0.05)
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
+    "nf4": ({}, {}, LoadOptions()),
+    "nf3": ({}, {"quant_type": "nf3"}, LoadOptions()),
+    "attention and head in bf16": ({}, {"attention": 16, "head": 16}, LoadOptions()),
+    "attention in nf4": ({}, {"attention": 4}, LoadOptions()),
+    "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, LoadOptions()),
+    "dense in fp32": ({}, {"quant_type": "none"}, LoadOptions()),
+    "8-bit cache": ({}, {}, LoadOptions(kv_bits=8)),
+    "sliding window": ({"sliding_window": 20}, {}, LoadOptions()),
+    "from disk": ({}, {}, LoadOptions(host_memory=MemoryBudget(fraction=0.3))),
+    "exact prompts": ({}, {}, LoadOptions(exact_prompts=True)),
+}
+
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+
+
+class Always(Speculation):
+    """Speculation that never stops, however slow it is."""
+
+    @property
+    def pays(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def models(
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """Return the installed model of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def model(kind: str) -> Path:
+        if kind not in made:
+            shape, how, _ = KINDS[kind]
+            made[kind] = install(
+                make_checkpoint(std=0.1, **{"intermediate_size": 128, **shape}), **how
+            )
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture
+def pair(models: Callable[[str], Path]) -> Callable[..., tuple[Engine, Engine]]:
+    """Load a model twice: with speculation that never stops, and without."""
+
+    def load(kind: str, **options: Any) -> tuple[Engine, Engine]:
+        changed = replace(KINDS[kind][2], device="cpu", **options)
+        engines = [
+            load_engine(models(kind), replace(changed, speculation=how)) for how in (True, False)
+        ]
+        assert engines[1]._speculation is None
+        assert engines[0]._speculation is not None
+        engines[0]._speculation = Always()
+        return engines[0], engines[1]
+
+    return load
+
+
+def prompt_of(seed: int) -> list[int]:
+    """Return tokens that repeat themselves in part."""
+    choose = random.Random(seed)
+    piece = [choose.randrange(3, 97) for _ in range(choose.randrange(6, 14))]
+    others = [choose.randrange(3, 97) for _ in range(choose.randrange(1, 8))]
+    return [*piece, *others, *piece]
+
+
+# The model answers it with the same token again and again.
+LOOPING = 2 * [75, 11, 35, 18, 66, 60, 63, 86]
+
+
+def answer(
+    engine: Engine, prompt: Sequence[int], sampling: SamplingOptions, **how: Any
+) -> list[int]:
+    given = {"stop_ids": {2}, "max_tokens": 40, **how}
+    return list(engine.generate(prompt, sampling=sampling, **given))
+
+
+def content(engine: Engine) -> list[torch.Tensor]:
+    """Return the keys and values of the tokens that the cache holds, as far as blocks are whole."""
+    ids, cache = engine.held()
+    whole = len(ids) // 16 * 16
+    layers = range(engine.config.num_hidden_layers)
+    return [tensor for layer in layers for tensor in cache.content(layer, whole).values()]
+
+
+def same_state(one: Engine, other: Engine) -> bool:
+    pairs = zip(content(one), content(other), strict=True)
+    return one.held()[0] == other.held()[0] and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_and_cache_are_those_without_it(
+    pair: Callable[..., tuple[Engine, Engine]], kind: str
+) -> None:
+    speculating, plain = pair(kind)
+    accepted = proposed = 0
+    for seed, sampling in itertools.product(range(6), (GREEDY, SAMPLED, PENALIZED)):
+        prompt = prompt_of(seed)
+        assert answer(speculating, prompt, sampling) == answer(plain, prompt, sampling)
+        assert same_state(speculating, plain)
+        did = speculating.stats.speculation
+        accepted, proposed = accepted + did.accepted, proposed + did.proposed
+        assert plain.stats.speculation.passes == 0
+    assert 0 < accepted < proposed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(
+    pair: Callable[..., tuple[Engine, Engine]], kind: str, threads: int
+) -> None:
+    many, one = pair(kind)
+    choose = random.Random(3)
+    ids = [choose.randrange(3, 97) for _ in range(64)]
+    torch.set_num_threads(threads)
+    try:
+        logits = torch.cat([one._forward([token]) for token in ids])
+        many._forward(ids[:16], exact=True)
+        verified = many._forward(ids[16:17], proposal=ids[17:], exact=True)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(verified, logits[16:])
+    assert many.held()[0] == ids[:17]
+    many.resume(ids)
+    assert same_state(many, one)
+
+
+def test_fewer_passes_suffice_where_text_is_repeated(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: dict[KVCache, int] = {}
+    forward = Model.forward
+
+    def counting(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        passes[cache] = passes.get(cache, 0) + 1
+        return forward(self, ids, cache, **how)
+
+    monkeypatch.setattr(Model, "forward", counting)
+    engines = pair("nf4")
+    for engine in engines:
+        answer(engine, LOOPING, GREEDY, max_tokens=80)
+    with_it, without = (passes[engine._cache] for engine in engines)
+    assert without == 80
+    assert with_it == 80 - engines[0].stats.speculation.accepted
+    assert with_it < 30
+
+
+def ways_to_end(plain: Engine, prompt: list[int]) -> Iterator[dict[str, Any]]:
+    whole = answer(plain, prompt, GREEDY, stop_ids=set())
+    yield from ({"max_tokens": count} for count in range(1, 40))
+    yield from ({"stop_ids": {token}} for token in set(whole))
+
+
+def test_it_ends_like_an_answer_without_it(pair: Callable[..., tuple[Engine, Engine]]) -> None:
+    speculating, plain = pair("nf4")
+    prompt = prompt_of(0)
+    for how in ways_to_end(plain, prompt):
+        assert answer(speculating, prompt, GREEDY, **how) == answer(plain, prompt, GREEDY, **how)
+        assert same_state(speculating, plain)
+
+
+@pytest.mark.parametrize("room", range(1, 20))
+def test_it_fills_the_context_to_the_last_token(
+    pair: Callable[..., tuple[Engine, Engine]], room: int
+) -> None:
+    prompt = prompt_of(0)
+    speculating, plain = pair("nf4", context_size=len(prompt) + room)
+    how = {"max_tokens": None, "stop_ids": set()}
+    assert answer(speculating, prompt, GREEDY, **how) == answer(plain, prompt, GREEDY, **how)
+    assert same_state(speculating, plain)
+
+
+@pytest.mark.parametrize("taken", range(1, 40, 3))
+def test_an_answer_that_is_dropped_leaves_the_cache_as_without_it(
+    pair: Callable[..., tuple[Engine, Engine]], taken: int
+) -> None:
+    """A stop string ends an answer so: what was verified behind it belongs to no text."""
+    engines = pair("nf4")
+    for engine in engines:
+        ids = engine.generate(prompt_of(0), sampling=GREEDY, stop_ids=set())
+        part = [next(ids) for _ in range(taken)]
+        ids.close()  # type: ignore[attr-defined]
+        assert engine.held()[0] == [*prompt_of(0), *part[:-1]]
+    assert same_state(*engines)
+    longer = [*prompt_of(0), *part, 7]
+    assert answer(engines[0], longer, SAMPLED) == answer(engines[1], longer, SAMPLED)
+
+
+def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, verifying = pair("nf4"), []
+    forward = Model.forward
+
+    def interrupted(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        if how["all_logits"]:
+            verifying.append(True)
+            how["after_layer"] = lambda layer: interrupts.check() if layer else stop()
+        return forward(self, ids, cache, **how)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    part: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            part.extend(engines[0].generate(prompt_of(0), sampling=GREEDY, stop_ids=set()))
+    assert verifying == [True]
+    answer(engines[1], prompt_of(0), GREEDY, max_tokens=5)
+    assert answer(engines[0], prompt_of(0), GREEDY) == answer(engines[1], prompt_of(0), GREEDY)
+    assert same_state(*engines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"intermediate_size": 96}, {}),
+        ({}, {"attention": 16, "head": 4}),  # 97 rows in 4 bits cannot be packed
+        ({"stored_as": "float16"}, {"quant_type": "none"}),
+    ],
+    ids=["odd shape", "odd head", "fp16"],
+)
+def test_there_is_none_where_passes_are_not_exact(
+    make_checkpoint: Callable[..., Path],
+    install: Callable[..., Path],
+    changes: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    model = install(make_checkpoint(**{"intermediate_size": 128, **changes}), **how)
+    assert load_engine(model, LoadOptions(device="cpu"))._speculation is None
+
+
+def test_there_is_none_where_what_experts_get_is_recorded(models: Callable[[str], Path]) -> None:
+    """Tokens that are rejected are none of the text."""
+
+    def wrap(runner: ExpertRunner) -> ExpertRunner:
+        return RecordingRunner(runner, lambda *given: None)
+
+    assert load_engine(models("nf4"), LoadOptions(device="cpu"))._speculation is not None
+    assert load_engine(models("nf4"), LoadOptions(device="cpu"), wrap=wrap)._speculation is None
+
+
+def proposals(speculation: Speculation | None = None) -> Proposals:
+    return Proposals(speculation or Always(), {2})
+
+
+def test_what_followed_the_last_five_tokens_is_proposed_twice_as_many_as_stood_there() -> None:
+    counted = list(range(10, 40))
+    assert proposals().propose([*counted, *counted[:5]], 99) == counted[5:15]
+    assert proposals().propose([*counted, *counted[:7]], 99) == counted[7:21]
+    assert proposals().propose([*counted, *counted[:7]], 3) == counted[7:10]
+    assert proposals().propose([*counted, *counted[:4]], 99) == []
+    long = list(range(10, 90))
+    assert proposals().propose([*long, *long[:30]], 99) == long[30:78]
+
+
+def test_what_repeats_itself_is_proposed_again_and_again() -> None:
+    assert proposals().propose([3, *(2 * [5, 6, 7, 8]), 5], 99) == 2 * [6, 7, 8, 5] + [6, 7]
+    assert proposals().propose(10 * [5], 30) == 18 * [5]
+
+
+def test_the_last_place_counts_and_nothing_is_proposed_from_a_stop_token_on() -> None:
+    start = [5, 6, 7, 8, 9]
+    twice = [*start, 11, 12, *start, 13, 14, 2, 15, *start]
+    assert proposals().propose(twice, 99) == [13, 14]
+
+
+def test_an_answer_is_searched_as_it_grows() -> None:
+    tried, ids = proposals(), [5, 6, 7, 8, 9]
+    for token in (10, 11, 5, 6, 7, 8):
+        assert tried.propose(ids, 99) == []
+        ids.append(token)
+    assert tried.propose([*ids, 9], 9) == [10, 11, 5, 6, 7, 8, 9, 10, 11]
+
+
+def decode(speculation: Speculation, tokens: int, cost: float, right: int) -> float:
+    """Return the seconds of so many tokens, where there is always something to propose.
+
+    A token takes a second, a pass that verifies `cost` seconds; of its tokens `right` are right.
+    """
+    seconds, made = 0.0, 0
+    while made < tokens:
+        verifies = speculation.pays
+        seconds += cost if verifies else 1.0
+        made += 1 + right if verifies else 1
+        if verifies:
+            speculation.add_verifying(cost)
+            for _ in range(right):
+                speculation.add_accepted()
+        else:
+            speculation.add_single(1.0)
+    return seconds
+
+
+@pytest.mark.parametrize("cost", [1.1, 1.5, 3.0, 8.0])
+def test_proposals_that_are_wrong_cost_three_percent_at_most(cost: float) -> None:
+    assert decode(Speculation(), 2000, cost, right=0) <= 2000 * 1.03
+
+
+def test_proposals_that_are_right_pay_at_once() -> None:
+    assert decode(Speculation(), 2000, cost=3.0, right=11) < 2000 * 0.27
+
+
+def test_what_was_won_earlier_pays_for_few_failures() -> None:
+    speculation = Speculation()
+    decode(speculation, 10_000, cost=3.0, right=11)
+    assert decode(speculation, 2000, cost=3.0, right=0) <= 2000 * 1.03
+
+
+def test_it_is_taken_up_again_where_text_begins_to_repeat() -> None:
+    speculation = Speculation()
+    decode(speculation, 2000, cost=3.0, right=0)
+    assert decode(speculation, 2000, cost=3.0, right=11) < 2000 * 0.35
+
+
+def test_what_the_pass_behind_takes_longer_is_its_loss() -> None:
+    """It brings experts back that the verified tokens drove out."""
+    speculation = Speculation()
+    speculation.add_single(1.0)
+    speculation.add_verifying(2.0)
+    speculation.add_accepted()
+    assert speculation.pays
+    speculation.add_single(6.0)
+    assert speculation.single_seconds == 1.0
+    assert not speculation.pays
+
+
+def test_damaged_weights_are_named_although_tokens_were_verified(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculating, _ = pair("nf4")
+    forward = Model.forward
+
+    def damaged(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        logits = forward(self, ids, cache, **how)
+        return logits * float("nan") if how["all_logits"] else logits
+
+    monkeypatch.setattr(Model, "forward", damaged)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        answer(speculating, prompt_of(0), GREEDY)
