@@ -29,6 +29,9 @@ _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "avx512": ((8, 1), (3, 1)),
     "avx2": ((4, 1), (2, 1)),
 }
+# Bytes: how early weights are prefetched. The CPU's own prefetcher stops at the end of each page;
+# without this, one token in bf16 took 10% longer than with torch's own product.
+_AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 
 
@@ -86,15 +89,20 @@ class _DenseTile:
         function, given = self.function, _SIGNATURE.read_by(self.function)
         x, weight = given.pointer("x"), given.pointer("weight")
         columns, (row, token) = given.number("columns"), function.numbers
-        zero = function.constant(vector(f32, self._lanes), 0.0)
+        zero, size = function.constant(vector(f32, self._lanes), 0.0), 2 if self._bf16 else 4
         zeros = [zero] * (self.rows * self.tokens)
         with function.loop(0, columns, self._lanes, zeros) as (column, sums):
             numbers = [
                 as_fp32(x, (token + number) * columns + column, self._bf16, self._lanes)
                 for number in range(self.tokens)
             ]
+            further = column + _AHEAD // size
+            # What comes behind the end of a row is read by this tile anyway.
+            behind = further + columns * (self.rows - 1)
+            further = further.compare("<", columns).choose(further, behind)
             for number in range(self.rows):
                 place = (row + number) * columns + column
+                weight.prefetch(((row + number) * columns + further) * size)
                 factors = as_fp32(weight, place, self._bf16, self._lanes)
                 for at, one in enumerate(numbers, number * self.tokens):
                     sums[at] = function.multiply_add(factors, one, sums[at])
