@@ -95,7 +95,7 @@ def prompt_of(seed: int) -> list[int]:
 
 
 # The model answers it with the same token again and again.
-LOOPING = 2 * [75, 11, 35, 18, 66, 60, 63, 86]
+LOOPING = 2 * [17, 19, 72, 79, 94, 25, 31, 19]
 
 
 def answer(
