@@ -43,6 +43,13 @@ def test_each_task_is_measured_in_each_round(bench: Bench) -> None:
     assert len(bench.limits) == 9
 
 
+def test_decoding_is_measured_token_by_token(bench: Bench) -> None:
+    """Random weights repeat themselves: with speculation they would seem faster than any text."""
+    list(bench.run())
+    assert bench.engine.stats.speculation.passes == 0
+    assert bench.engine._speculation is None
+
+
 def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
     list(bench.run())
     here, behind, prompt = bench.tasks
