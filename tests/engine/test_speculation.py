@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mixchat import interrupts
 from mixchat.engine.generate import Engine
@@ -329,6 +331,15 @@ def test_an_answer_is_searched_as_it_grows() -> None:
         assert tried.propose(ids, 99) == []
         ids.append(token)
     assert tried.propose(ids, 99) == [19, *range(11, 18)]
+
+
+@given(st.lists(st.sampled_from([0, 1, 256, 257, 65536]), min_size=9, max_size=200))
+def test_the_search_finds_whole_tokens(ids: list[int]) -> None:
+    """Tokens are searched as bytes: those of 256 lie across two tokens 1, and so on."""
+    last = ids[-8:]
+    ends = [end for end in range(8, len(ids)) if ids[end - 8 : end] == last]
+    found = Proposals(Always(), set()).propose(ids, 1)
+    assert found == [ids[end] for end in ends[-1:]]
 
 
 def decode(speculation: Speculation, tokens: int, cost: float, right: int) -> float:
