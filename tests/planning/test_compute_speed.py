@@ -78,9 +78,9 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(
     before: list[int] = []
     attend = Attention.__call__
 
-    def watch(attention: Attention, x: torch.Tensor, cache: object, *rest: object) -> torch.Tensor:
+    def watch(attention: Attention, x: torch.Tensor, cache: object, **how: bool) -> torch.Tensor:
         before.append(cache.length)  # type: ignore[attr-defined]
-        return attend(attention, x, cache, *rest)  # type: ignore[arg-type]
+        return attend(attention, x, cache, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Attention, "__call__", watch)
     compute = layer_probe(blueprint, CPU)

@@ -1,0 +1,313 @@
+"""Speculation: answers are byte for byte those without it, and so is what the cache holds."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat import interrupts
+from mixchat.engine.generate import Engine
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.model import Model
+from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.errors import CheckpointError
+from mixchat.experts.holder import ExpertRunner
+from mixchat.experts.recording import RecordingRunner
+from mixchat.kernels import coded
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.quantities import MemoryBudget
+
+GREEDY = SamplingOptions(temperature=0)
+# Cold enough for random models to repeat themselves now and then.
+SAMPLED = SamplingOptions(temperature=0.1, seed=7)
+PENALIZED = SamplingOptions(temperature=0.1, seed=7, repeat_penalty=1.1, top_p=0.9, min_p=0.05)
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
+    "nf4": ({}, {}, LoadOptions()),
+    "nf3": ({}, {"quant_type": "nf3"}, LoadOptions()),
+    "attention and head in bf16": ({}, {"attention": 16, "head": 16}, LoadOptions()),
+    "attention in nf4": ({}, {"attention": 4}, LoadOptions()),
+    "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, LoadOptions()),
+    "dense in fp32": ({}, {"quant_type": "none"}, LoadOptions()),
+    "8-bit cache": ({}, {}, LoadOptions(kv_bits=8)),
+    "sliding window": ({"sliding_window": 20}, {}, LoadOptions()),
+    "from disk": ({}, {}, LoadOptions(host_memory=MemoryBudget(fraction=0.3))),
+    "exact prompts": ({}, {}, LoadOptions(exact_prompts=True)),
+}
+
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+
+
+class Always(Speculation):
+    """Speculation that never stops, however slow it is."""
+
+    @property
+    def pays(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def models(
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """Return the installed model of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def model(kind: str) -> Path:
+        if kind not in made:
+            shape, how, _ = KINDS[kind]
+            made[kind] = install(
+                make_checkpoint(std=0.1, **{"intermediate_size": 128, **shape}), **how
+            )
+        return made[kind]
+
+    return model
+
+
+@pytest.fixture
+def pair(models: Callable[[str], Path]) -> Callable[..., tuple[Engine, Engine]]:
+    """Load a model twice: with speculation that never stops, and without."""
+
+    def load(kind: str, **options: Any) -> tuple[Engine, Engine]:
+        changed = replace(KINDS[kind][2], device="cpu", **options)
+        engines = [
+            load_engine(models(kind), replace(changed, speculation=how)) for how in (True, False)
+        ]
+        assert engines[1]._speculation is None
+        assert engines[0]._speculation is not None
+        engines[0]._speculation = Always()
+        return engines[0], engines[1]
+
+    return load
+
+
+def prompt_of(seed: int) -> list[int]:
+    """Return tokens that repeat themselves in part."""
+    choose = random.Random(seed)
+    piece = [choose.randrange(3, 97) for _ in range(choose.randrange(6, 14))]
+    others = [choose.randrange(3, 97) for _ in range(choose.randrange(1, 8))]
+    return [*piece, *others, *piece]
+
+
+# The model answers it with the same token again and again.
+LOOPING = 2 * [17, 19, 72, 79, 94, 25, 31, 19]
+
+
+def answer(
+    engine: Engine, prompt: Sequence[int], sampling: SamplingOptions, **how: Any
+) -> list[int]:
+    given = {"stop_ids": {2}, "max_tokens": 40, **how}
+    return list(engine.generate(prompt, sampling=sampling, **given))
+
+
+def content(engine: Engine) -> list[torch.Tensor]:
+    """Return the keys and values of the tokens that the cache holds, as far as blocks are whole."""
+    ids, cache = engine.held()
+    whole = len(ids) // 16 * 16
+    layers = range(engine.config.num_hidden_layers)
+    return [tensor for layer in layers for tensor in cache.content(layer, whole).values()]
+
+
+def same_state(one: Engine, other: Engine) -> bool:
+    pairs = zip(content(one), content(other), strict=True)
+    return one.held()[0] == other.held()[0] and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_and_cache_are_those_without_it(
+    pair: Callable[..., tuple[Engine, Engine]], kind: str
+) -> None:
+    speculating, plain = pair(kind)
+    accepted = proposed = 0
+    for seed, sampling in itertools.product(range(6), (GREEDY, SAMPLED, PENALIZED)):
+        prompt = prompt_of(seed)
+        assert answer(speculating, prompt, sampling) == answer(plain, prompt, sampling)
+        assert same_state(speculating, plain)
+        did = speculating.stats.speculation
+        accepted, proposed = accepted + did.accepted, proposed + did.proposed
+        assert plain.stats.speculation.passes == 0
+    assert 0 < accepted < proposed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(
+    pair: Callable[..., tuple[Engine, Engine]], kind: str, threads: int
+) -> None:
+    many, one = pair(kind)
+    choose = random.Random(3)
+    ids = [choose.randrange(3, 97) for _ in range(64)]
+    torch.set_num_threads(threads)
+    try:
+        logits = torch.cat([one._forward([token]) for token in ids])
+        many._forward(ids[:16], exact=True)
+        verified = many._forward(ids[16:17], proposal=ids[17:], exact=True)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(verified, logits[16:])
+    assert many.held()[0] == ids[:17]
+    many.resume(ids)
+    assert same_state(many, one)
+
+
+def partly_right(whole: list[int], seed: int) -> Callable[..., list[int]]:
+    """Return a method that proposes what comes in `whole`; most proposals have a wrong token."""
+    choose = random.Random(seed)
+
+    def propose(self: Proposals, ids: Sequence[int], most: int) -> list[int]:
+        proposal = whole[len(ids) : len(ids) + min(choose.randrange(25), most)]
+        if proposal and choose.random() < 0.7:
+            proposal[choose.randrange(len(proposal))] = choose.randrange(3, 97)
+        return proposal
+
+    return propose
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_proposed_answers_are_those_without_it(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Proposals of all lengths are right up to any token."""
+    speculating, plain = pair(kind)
+    for seed, sampling in itertools.product(range(4), (GREEDY, SamplingOptions(1.0, seed=3))):
+        prompt = prompt_of(seed)
+        expected = answer(plain, prompt, sampling)
+        monkeypatch.setattr(Proposals, "propose", partly_right([*prompt, *expected], seed))
+        assert answer(speculating, prompt, sampling) == expected
+        assert same_state(speculating, plain)
+        assert len(expected) < 20 or speculating.stats.speculation.accepted
+
+
+def test_fewer_passes_suffice_where_text_is_repeated(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: dict[KVCache, int] = {}
+    forward = Model.forward
+
+    def counting(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        passes[cache] = passes.get(cache, 0) + 1
+        return forward(self, ids, cache, **how)
+
+    monkeypatch.setattr(Model, "forward", counting)
+    engines = pair("nf4")
+    for engine in engines:
+        answer(engine, LOOPING, GREEDY, max_tokens=80)
+    with_it, without = (passes[engine._cache] for engine in engines)
+    assert without == 80
+    assert with_it == 80 - engines[0].stats.speculation.accepted
+    assert with_it < 40
+
+
+def test_it_ends_like_an_answer_without_it(pair: Callable[..., tuple[Engine, Engine]]) -> None:
+    engines = pair("nf4")
+    whole, same = (answer(engine, LOOPING, GREEDY, stop_ids=set()) for engine in engines)
+    assert whole == same
+    ways: list[dict[str, Any]] = [{"max_tokens": count} for count in range(1, 40)]
+    ways += [{"stop_ids": {token}} for token in set(whole)]
+    for how in ways:
+        one, other = (answer(engine, LOOPING, GREEDY, **how) for engine in engines)
+        assert one == other
+        assert same_state(*engines)
+
+
+@pytest.mark.parametrize("room", range(1, 20))
+def test_it_fills_the_context_to_the_last_token(
+    pair: Callable[..., tuple[Engine, Engine]], room: int
+) -> None:
+    engines = pair("nf4", context_size=len(LOOPING) + room)
+    how = {"max_tokens": None, "stop_ids": set()}
+    one, other = (answer(engine, LOOPING, GREEDY, **how) for engine in engines)
+    assert one == other
+    assert len(one) == room
+    assert same_state(*engines)
+
+
+@pytest.mark.parametrize("taken", range(1, 40, 3))
+def test_an_answer_that_is_dropped_leaves_the_cache_as_without_it(
+    pair: Callable[..., tuple[Engine, Engine]], taken: int
+) -> None:
+    """A stop string ends an answer so: what was verified behind it belongs to no text."""
+    engines = pair("nf4")
+    for engine in engines:
+        ids = engine.generate(LOOPING, sampling=GREEDY, stop_ids=set())
+        part = [next(ids) for _ in range(taken)]
+        ids.close()  # type: ignore[attr-defined]
+        assert engine.held()[0] == [*LOOPING, *part[:-1]]
+    assert same_state(*engines)
+    longer = [*LOOPING, *part, 7]
+    assert answer(engines[0], longer, SAMPLED) == answer(engines[1], longer, SAMPLED)
+
+
+def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, verifying = pair("nf4"), []
+    forward = Model.forward
+
+    def interrupted(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        if how["all_logits"]:
+            verifying.append(True)
+            how["after_layer"] = lambda layer: interrupts.check() if layer else stop()
+        return forward(self, ids, cache, **how)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    part: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            part.extend(engines[0].generate(LOOPING, sampling=GREEDY, stop_ids=set()))
+    assert verifying == [True]
+    answer(engines[1], LOOPING, GREEDY, max_tokens=5)
+    assert answer(engines[0], LOOPING, GREEDY) == answer(engines[1], LOOPING, GREEDY)
+    assert same_state(*engines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"intermediate_size": 96}, {}),
+        ({}, {"attention": 16, "head": 4}),  # 97 rows in 4 bits cannot be packed
+        ({"stored_as": "float16"}, {"quant_type": "none"}),
+    ],
+    ids=["odd shape", "odd head", "fp16"],
+)
+def test_there_is_none_where_passes_are_not_exact(
+    make_checkpoint: Callable[..., Path],
+    install: Callable[..., Path],
+    changes: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    model = install(make_checkpoint(**{"intermediate_size": 128, **changes}), **how)
+    assert load_engine(model, LoadOptions(device="cpu"))._speculation is None
+
+
+def test_there_is_none_where_what_experts_get_is_recorded(models: Callable[[str], Path]) -> None:
+    """Tokens that are rejected are none of the text."""
+
+    def wrap(runner: ExpertRunner) -> ExpertRunner:
+        return RecordingRunner(runner, lambda *given: None)
+
+    assert load_engine(models("nf4"), LoadOptions(device="cpu"))._speculation is not None
+    assert load_engine(models("nf4"), LoadOptions(device="cpu"), wrap=wrap)._speculation is None
+
+
+def test_damaged_weights_are_named_although_tokens_were_verified(
+    pair: Callable[..., tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculating, _ = pair("nf4")
+    forward = Model.forward
+
+    def damaged(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+        logits = forward(self, ids, cache, **how)
+        return logits * float("nan") if how["all_logits"] else logits
+
+    monkeypatch.setattr(Model, "forward", damaged)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        answer(speculating, LOOPING, GREEDY)
