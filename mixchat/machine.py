@@ -6,11 +6,13 @@ import os
 import platform
 import resource
 import shutil
+import time
 from pathlib import Path
 
 from mixchat import cgroups
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_CPU_TIMES = Path("/proc/stat")  # see proc_stat(5)
 _MEMORY_INFO = Path("/proc/meminfo")
 _PAGES = Path("/proc/self/statm")
 
@@ -35,6 +37,31 @@ def usable_cores() -> int:
         cores = os.cpu_count() or 1
     quota = cgroups.cores()
     return cores if quota is None else min(cores, quota)
+
+
+class OtherPrograms:
+    """The time that other programs take of the cores, from now on."""
+
+    def __init__(self) -> None:
+        self._start = _times()
+
+    def share(self) -> float:
+        """Return their part of the cores' time so far, 0 to 1; 0 where the system has no counts."""
+        taken, idle, own = (now - before for now, before in zip(_times(), self._start, strict=True))
+        whole = taken + idle
+        return max(taken - own, 0.0) / whole if whole > 0 else 0.0
+
+
+def _times() -> tuple[float, float, float]:
+    """Return the seconds in which the cores worked, in which they did not, and for this process."""
+    try:
+        first = _CPU_TIMES.read_text().split("\n", 1)[0]
+        user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
+    except (OSError, ValueError):  # not Linux
+        return 0.0, 0.0, 0.0
+    tick = os.sysconf("SC_CLK_TCK")
+    working = user + nice + system + sum(others)
+    return working / tick, (idle + waiting) / tick, time.process_time()
 
 
 def total_memory() -> int:

@@ -71,6 +71,14 @@ def format_rates(low: float, high: float) -> str:
     return " to ".join(dict.fromkeys(texts))
 
 
+def format_times(low: float, high: float) -> str:
+    """Return `8.31` and `11.9` as `8 to 12 s`: two digits, one figure for equal ones."""
+    if high >= 59.5:
+        return " to ".join(dict.fromkeys(map(format_time, (low, high))))
+    texts = [f"{time:.0f}" if time >= 9.95 else f"{time:.2g}" for time in (low, high)]
+    return " to ".join(dict.fromkeys(texts)) + " s"
+
+
 def format_age(seconds: float) -> str:
     """Return `7200` as `2 hours ago`; less than a minute, or a time in the future, is `now`."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Literal, cast
 
 from mixchat.chat.answer import Answer, Reason
@@ -169,7 +171,8 @@ class ChatSession:
     def ask(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Send `text`; yield the answer piece by piece, then `Finished`.
 
-        `on_prefill` is called while the prompt is processed, as in `Engine.generate`.
+        `on_prefill` is called before the prompt is processed, with 0 and its tokens, and meanwhile,
+        as in `Engine.generate`.
 
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator) the part that was
         shown is remembered. If nothing was shown, or the turn fails, the conversation is unchanged.
@@ -289,6 +292,12 @@ class ChatSession:
             return self.sampling
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
 
+    def _unread(self, prompt_ids: Sequence[int]) -> int:
+        """Return how many tokens of a prompt the engine has to process."""
+        held, _ = self.engine.held()
+        same = sum(1 for _ in takewhile(bool, map(eq, held, prompt_ids)))
+        return max(len(prompt_ids) - same, 1)
+
     def _deltas(
         self,
         prompt_ids: Sequence[int],
@@ -297,6 +306,7 @@ class ChatSession:
         on_prefill: OnPrefill,
     ) -> Iterator[str]:
         stop_ids, limit = self._template.stop_ids, self.longest_answer
+        on_prefill(0, self._unread(prompt_ids))
         generated = self.engine.generate(
             prompt_ids,
             sampling=sampling,

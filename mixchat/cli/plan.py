@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from mixchat.chat.printing import show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.checks import checked_bits
+from mixchat.cli.output.failure import note
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
@@ -48,8 +50,10 @@ def plan(
     """Predict whether a model fits here, and how fast it runs.
 
     The first plan for a model's shape measures the speed of the disk, of memory and of computing.
-    The figures are saved with their date in machine.json in the data directory (MIXCHAT_HOME).
-    'run --verbose' prints the predicted speed beside the real one.
+    The figures are saved with their date in machine.json in the data directory (MIXCHAT_HOME), and
+    are measured again after a month, or where other programs were busy the last time. Each speed is
+    a range: that of the slowest of several samples, and of the fastest. 'run --verbose' prints what
+    was predicted beside what came.
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),
@@ -64,7 +68,8 @@ def plan(
 
     ref = models.resolve(model)  # a name that means nothing is refused before torch loads
     prepare_environment()
-    from mixchat.cli.output.plan_text import plan_as_dict, plan_as_text
+    from mixchat.cli.output.plan_json import plan_as_dict
+    from mixchat.cli.output.plan_text import plan_as_text
     from mixchat.weights.make.outline import outline
 
     with show_progress() as progress:
@@ -103,11 +108,14 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
 
 
 def _measured(fit: Fit, outlined: Outline, device: torch.device, again: bool) -> Measurement:
-    """Return the saved measurement for this form, or measure this machine."""
+    """Return the saved measurement for this form, or measure this machine if that is outdated."""
     from mixchat.planning.machine_speed import measure_machine, saved_measurement
 
     if not again and (saved := saved_measurement(fit.computed, outlined.directory, device)):
-        return saved
+        why = saved.outdated(time.time())
+        if why is None:
+            return saved
+        note(f"measuring this machine again: {why}")
     with status("measuring this machine (about 10 s)"):
         return measure_machine(fit.computed, outlined.directory, device)
 

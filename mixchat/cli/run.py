@@ -26,7 +26,7 @@ from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.planning.expectation import SpeedRange
+    from mixchat.planning.prediction import Prediction
 
 # `run` has a parameter of the same name for each option of sampling.
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
@@ -121,12 +121,21 @@ def run(
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
         saver.resume(resumed, except_for=[name for name in _RESUMED if is_given(context, name)])
-    after_turn = _verbose_report(session, model, device) if verbose else _nothing
+    predict = _speed_predictor(session, model, device)
+    after_turn = _verbose_report(session, predict) if verbose else _nothing
     beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
     try:
         with CacheSaver(session.engine, named_file or beside_chat) as cache:
             if question is None:
-                start_chat(saver, cache, files, raw=raw, vi=vi, after_turn=after_turn)
+                start_chat(
+                    saver,
+                    cache,
+                    files,
+                    raw=raw,
+                    vi=vi,
+                    after_turn=after_turn,
+                    predict=_reading_seconds(predict),
+                )
             else:
                 with saved_turn(saver):
                     after_turn(print_answer(session, question, output, model))
@@ -156,16 +165,29 @@ def _save_report(session: ChatSession, model: str) -> None:
 
 
 def _verbose_report(
-    session: ChatSession, model: str, device: str | None
+    session: ChatSession, predict: Callable[[], Prediction | None]
 ) -> Callable[[Finished], None]:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.engine, _speed_predictor(session, model, device))
+    return VerboseReport(session.engine, predict)
+
+
+def _reading_seconds(
+    predict: Callable[[], Prediction | None],
+) -> Callable[[int, bool], float | None]:
+    """Return a function that predicts the seconds of a prompt, in the first turn or later."""
+
+    def seconds(tokens: int, first: bool) -> float | None:
+        predicted = predict()
+        speed = None if predicted is None else predicted.prompt(tokens, cold=first)
+        return None if speed is None else 2 * tokens / (speed.low + speed.high)
+
+    return seconds
 
 
 def _speed_predictor(
     session: ChatSession, model: str, device: str | None
-) -> Callable[[], SpeedRange | None]:
+) -> Callable[[], Prediction | None]:
     from mixchat.loading.loader import speed_predictor
     from mixchat.weights.models import installed_directory
 

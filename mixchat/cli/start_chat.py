@@ -75,8 +75,12 @@ def start_chat(
     raw: bool,
     vi: bool,
     after_turn: Callable[[Finished], None],
+    predict: Callable[[int, bool], float | None],
 ) -> None:
-    """Chat in the terminal; the texts of `files` go before the first question."""
+    """Chat in the terminal; the texts of `files` go before the first question.
+
+    predict: the seconds that so many tokens of a prompt should take, in the first turn or later.
+    """
     from mixchat.chat.terminal.active_chat import ActiveChat
     from mixchat.chat.terminal.commands import completions
     from mixchat.chat.terminal.prompt import ChatPrompt
@@ -85,7 +89,9 @@ def start_chat(
 
     screen = Screen(raw=raw)
     screen.say(f"{saver.model}; /help shows the commands, Ctrl-D leaves")
-    chat = ActiveChat(saver, screen, cache, report=print_error, after_turn=after_turn)
+    chat = ActiveChat(
+        saver, screen, cache, report=print_error, after_turn=after_turn, predict=predict
+    )
     if saver.session.history:
         chat.show_last_turn()
     for path, text in files.items():

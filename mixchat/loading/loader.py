@@ -26,8 +26,8 @@ from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.options import LoadOptions, device_names
-from mixchat.planning.expectation import SpeedRange, predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.prediction import Prediction, predict_speed
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.progress import Note
 from mixchat.settings import models_dir
@@ -145,15 +145,15 @@ def _assemble(
 
 def speed_predictor(
     directory: Path, device_name: str | None, engine: Engine
-) -> Callable[[], SpeedRange | None]:
-    """Return a function that predicts how fast the engine decodes with the slots it has by then.
+) -> Callable[[], Prediction | None]:
+    """Return a function that predicts how fast the engine is with the slots it has by then.
 
     It returns None where this machine was never measured for such a model; `mixchat plan` does it.
     So it does with workers, whose speed is not measured for it.
     """
     first, *others = choose_devices(device_name)
 
-    def predict() -> SpeedRange | None:
+    def predict() -> Prediction | None:
         if "worker" in engine.slots_by_tier:
             return None
         held = dict(engine.slots_by_tier)

@@ -6,6 +6,8 @@ The data goes one way: `Machine` (the hardware) and the options give a `Fit`; th
 - plan.py: the plan of a model on a machine
 - fitting.py: where a model goes, for planning and for loading
 - expectation.py: how fast it will be: a model of time
+- prompts.py: how long prompts take
+- prediction.py: the same for a model that is loaded
 - spread.py: how fast it will be once workers hold experts, too
 - loads.py: what each of several holders of experts computes
 - simulate.py: replays a routing trace for caches of any size

@@ -10,6 +10,13 @@ from datetime import datetime
 from statistics import median
 from typing import Any
 
+from mixchat.quantities import format_age
+
+_LIFETIME = 30 * 86400  # seconds that a measurement is trusted
+_CALMS_DOWN = 600  # seconds that a busy machine is given before it is measured again
+_BUSY = 0.2  # of the cores that other programs take
+_STEADY = 1.5  # times as fast as the slowest sample may the fastest one be
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -64,20 +71,30 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Samples that were taken one after the other, and when: seconds since 1970.
+    """Samples that were taken one after the other, when (seconds since 1970), and on what.
 
-    They differ with what else the machine does meanwhile.
+    cpu: its name; directory: on the disk that was read; others: the part of the cores' time, 0 to
+    1, that other programs took meanwhile.
     """
 
     measured_at: float
     samples: tuple[Calibration, ...]
+    cpu: str = ""
+    directory: str = ""
+    others: float = 0.0
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
         """Read what `dataclasses.asdict` wrote, for these devices; None where it is damaged."""
         try:
             samples = tuple(Calibration.from_dict(sample, devices) for sample in entry["samples"])
-            found = cls(_figure(entry["measured_at"]), samples)
+            found = cls(
+                _figure(entry["measured_at"]),
+                samples,
+                str(entry["cpu"]),
+                str(entry["directory"]),
+                float(entry["others"]),
+            )
             datetime.fromtimestamp(found.measured_at)  # which is to be shown
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
             return None
@@ -87,6 +104,24 @@ class Measurement:
     def complete(self) -> bool:
         """Return whether the disk was measured each time."""
         return all(sample.disk_bandwidth is not None for sample in self.samples)
+
+    @property
+    def busy(self) -> bool:
+        """Return whether other programs wanted the cores or the memory meanwhile."""
+        speeds = [sample.memory_bandwidth for sample in self.samples]
+        return self.others > _BUSY or max(speeds) > _STEADY * min(speeds)
+
+    def outdated(self, now: float) -> str | None:
+        """Return why to measure again, as the end of a sentence; None where there is no reason.
+
+        Not at once on a busy machine, which would be as busy still.
+        """
+        age = now - self.measured_at
+        if age > _LIFETIME:
+            return f"the last time was {format_age(age)}"
+        if self.busy and age > _CALMS_DOWN:
+            return f"it was busy the last time, {format_age(age)}"
+        return None
 
     @property
     def typical(self) -> Calibration:

@@ -7,8 +7,10 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +21,11 @@ from mixchat.safetensors import ALIGNMENT
 
 _PIECE = 2**24  # bytes that are synced at once
 _ROUNDS = 3
+_EXPERTS = "experts-*.safetensors"
+_FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
+
+# Places to read a block from: a file's descriptor, and the offset.
+Places = list[tuple[int, int]]
 
 
 def measure_disk(
@@ -26,26 +33,60 @@ def measure_disk(
 ) -> tuple[float, float] | None:
     """Return bytes a second while `work` is done and without it; None if they are not measurable.
 
-    Both are of the faster way to read: through the page cache, or past it (O_DIRECT). It writes a
-    file of up to `size` bytes and reads it in blocks of `block`, about `seconds` a figure.
+    Both are of the faster way to read: through the page cache, or past it (O_DIRECT). It reads
+    blocks of `block` bytes, about `seconds` a figure: experts of the model in `directory`, or else
+    a file of up to `size` bytes that it writes there. A machine's host still holds what was just
+    written, and gives that several times as fast as what nobody has read for long.
     """
     if not hasattr(os, "posix_fadvise"):  # macOS: what was just written cannot be dropped
         return None
     try:
-        # A tenth of what is free, so that nobody else runs out of disk.
-        size = min(size, machine.free_disk(directory) // 10)
-        if size < block:
-            return None
-        place = machine.nearest_existing(directory)
-        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
-            started = time.perf_counter()
-            written = _fill(file.fileno(), size, 4 * seconds)
-            # A slow disk is read in pieces, each in about twice `seconds`.
-            piece = int(written * 2 * seconds / (time.perf_counter() - started))
-            block = max(min(block, piece) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
-            return _Disk(file.fileno(), block, written, seconds).measure(work)
+        with ExitStack() as stack:
+            places = stack.enter_context(_installed(directory, block))
+            if len(places) < _FEWEST:
+                block, places = stack.enter_context(_written(directory, block, size, seconds))
+            return _Disk(places, block, seconds).measure(work) if places else None
     except OSError:
         return None
+
+
+@contextmanager
+def _installed(directory: Path, block: int) -> Iterator[Places]:
+    """Yield the blocks of an installed model's experts."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(path.open("rb", buffering=0))
+            for path in sorted(directory.glob(_EXPERTS))
+        ]
+        yield [
+            (file.fileno(), start)
+            for file in files
+            for start in _starts(os.fstat(file.fileno()).st_size, block)
+        ]
+
+
+@contextmanager
+def _written(
+    directory: Path, block: int, size: int, seconds: float
+) -> Iterator[tuple[int, Places]]:
+    """Yield the blocks of a file that is written for it, and their size; none without room."""
+    # A tenth of what is free, so that nobody else runs out of disk.
+    size = min(size, machine.free_disk(directory) // 10)
+    if size < block:
+        yield block, []
+        return
+    place = machine.nearest_existing(directory)
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        started = time.perf_counter()
+        written = _fill(file.fileno(), size, 4 * seconds)
+        # A slow disk is read in pieces, each in about twice `seconds`.
+        piece = int(written * 2 * seconds / (time.perf_counter() - started))
+        block = max(min(block, piece) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        yield block, [(file.fileno(), start) for start in _starts(written, block)]
+
+
+def _starts(size: int, block: int) -> range:
+    return range(0, size - block + 1, block // ALIGNMENT * ALIGNMENT)
 
 
 def _fill(fd: int, size: int, seconds: float) -> int:
@@ -59,12 +100,13 @@ def _fill(fd: int, size: int, seconds: float) -> int:
 
 
 class _Disk:
-    """Reads blocks of a file that is not in the page cache, in each way in turn."""
+    """Reads blocks that are not in the page cache, in each way in turn."""
 
-    def __init__(self, fd: int, block: int, size: int, seconds: float) -> None:
-        self._fd, self._block, self._seconds = fd, block, seconds
-        self._starts = range(0, size - block + 1, block)
-        self._random = random.Random(0)
+    def __init__(self, places: Places, block: int, seconds: float) -> None:
+        self._block, self._seconds, self._count = block, seconds, len(places)
+        # Each time others, and none again before all were read.
+        self._places = cycle(random.sample(places, len(places)))
+        self._fds = {fd for fd, _ in places}
         # Large pages, where the environment asks for them, and aligned, as the slots of experts.
         memory = torch.zeros(block + ALIGNMENT, dtype=torch.uint8)
         skipped = -memory.data_ptr() % ALIGNMENT
@@ -96,33 +138,36 @@ class _Disk:
 
     def _rate(self, direct: bool) -> float:
         """Return bytes a second over all blocks, or as many as there is time for."""
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self._set_direct(direct)
-        done, started = 0, time.perf_counter()
-        for start in self._random.sample(self._starts, len(self._starts)):
-            self._read(start)
+        done, spent = 0, 0.0
+        for fd, start in islice(self._places, self._count):
+            os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
+            spent += self._read(fd, start)
             done += self._block
-            if time.perf_counter() - started > self._seconds:
+            if spent > self._seconds:
                 break
-        return done / (time.perf_counter() - started)
+        return done / spent
 
-    def _read(self, start: int) -> None:
-        done = 0
+    def _read(self, fd: int, start: int) -> float:
+        """Read a block; return the seconds that took."""
+        done, started = 0, time.perf_counter()
         while done < self._block:
-            count = os.preadv(self._fd, [self._target[done:]], start + done)
+            count = os.preadv(fd, [self._target[done:]], start + done)
             if count == 0:
                 raise OSError("the file ended early")
             done += count
+        return time.perf_counter() - started
 
     def _reads_direct(self) -> bool:
         try:
             self._set_direct(True)
-            os.preadv(self._fd, [self._target[:ALIGNMENT]], 0)
+            os.preadv(min(self._fds), [self._target[:ALIGNMENT]], 0)
         except OSError:  # not every file system can
             return False
         return True
 
     def _set_direct(self, direct: bool) -> None:
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
+        for fd in self._fds:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)

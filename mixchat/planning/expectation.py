@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 
@@ -16,14 +14,16 @@ from mixchat.experts.sharing import homes
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.loads import layer_loads
-from mixchat.planning.machine_speed import saved_measurement
 from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
-PROMPT = 20  # tokens of a short prompt
 # Of what could be read while the cores compute, the part that is. Measured with
 # `tests/benchmarks/beyond_memory.py`: prefetching does not start early enough for all of it.
 OVERLAP = 0.5
+# Tokens a second. 238 words a minute are read (Brysbaert 2019, doi 10.1016/j.jml.2019.104047), of
+# some 1.3 tokens each; with less than the other figure, 200 words take four minutes.
+READING = 5.0
+SLOWEST = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,22 @@ class TokenCost:
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second in decoding by the slowest sample of a measurement, and by the fastest."""
+    """Tokens a second by the slowest sample of a measurement, and by the fastest."""
 
     low: float
     high: float
     measured_at: float  # seconds since 1970
 
-
-@dataclass(frozen=True)
-class FirstToken:
-    """The seconds until the first token of a prompt of `PROMPT` tokens, all of the model on disk.
-
-    starting: to read what all tokens share, before the prompt; prompt: the cost of its tokens.
-    """
-
-    starting: float
-    prompt: TokenCost
-
     @property
-    def seconds(self) -> float:
-        """Return all of them."""
-        return self.starting + self.prompt.seconds
+    def in_words(self) -> str:
+        """Return what this speed of decoding means for a person who reads along."""
+        if self.low >= READING:
+            return "faster than you read"
+        if self.high >= READING:
+            return "about as fast as you read"
+        if self.high >= SLOWEST:
+            return "slower than you read"
+        return "much slower than you read: use a smaller model"
 
 
 @dataclass(frozen=True)
@@ -136,17 +131,6 @@ def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedR
     """Return the range of speeds with these costs of a token; None where none is known."""
     seconds = [cost.seconds for cost in costs if cost is not None]
     return SpeedRange(1 / max(seconds), 1 / min(seconds), measured_at) if seconds else None
-
-
-def predict_speed(
-    blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
-) -> SpeedRange | None:
-    """Return the speed at which a loaded model should decode, from the saved measurement.
-
-    None where this machine was never measured for a model of its shape; `mixchat plan` does that.
-    """
-    saved = saved_measurement(blueprint, directory, device)
-    return None if saved is None else expect(blueprint, device, saved, placement).speed
 
 
 def token_cost(
@@ -208,29 +192,6 @@ def moving_cost(
     )
 
 
-def first_token(
-    blueprint: Blueprint, device: torch.device, speeds: Calibration, prompt: int = PROMPT
-) -> FirstToken | None:
-    """Return the cost of a prompt of so many tokens while nothing is in memory.
-
-    It is that of one GPU: with several only the disk counts, which they share.
-    """
-    config, name = blueprint.config, str(device)
-    distinct = expected_distinct(config, prompt)
-    layers = config.num_hidden_layers
-    rows = math.ceil(prompt * config.num_experts_per_tok / distinct)
-    one, shape = speeds.expert_time(name, 1), shape_of(blueprint)
-    # More rows slow the other matrices as much as those of experts.
-    slower = speeds.expert_time(name, prompt) / one
-    layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
-    computing = layers * layer + shape.head / shape.expert * one
-    every = layers * distinct
-    cost = moving_cost(shape, speeds, computing, missing=every, read=every)
-    if cost is None or speeds.disk_bandwidth is None:
-        return None
-    return FirstToken(blueprint.shared_size / speeds.disk_bandwidth, cost)
-
-
 def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
     """Return how many different experts the slots and RAM behind them can hold."""
     slots, behind = sum(placement.by_device), placement.host_slots
@@ -253,15 +214,6 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     held = [{key for key in home if home[key] == number} for number in range(len(slots))]
     most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
     return most / (len(layers) * config.num_experts_per_tok)
-
-
-def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Return the experts of a layer that so many tokens use together, each choosing by chance.
-
-    Of 8 experts, 2 a token: 2 for one token, 3.5 for two, 7.97 for 20.
-    """
-    experts = config.num_local_experts
-    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)
 
 
 def shape_of(blueprint: Blueprint) -> Shape:

@@ -31,7 +31,7 @@ from mixchat.planning.disk_speed import measure_disk
 from mixchat.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 2  # of machine.json; a file of another format is measured again
+_FORMAT = 3  # of machine.json; a file of another format is measured again
 SAMPLES = 3  # of a measurement
 _MOST_RESULTS = 32  # in machine.json: the numbers of some disks change with every start
 
@@ -52,7 +52,8 @@ def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device)
     def sample() -> Calibration:
         return calibrate(blueprint, directory, device, layer, effort=SAMPLE_EFFORT)
 
-    return measure_and_save(measurement_file(), key, sample)
+    place = machine.nearest_existing(directory)
+    return measure_and_save(measurement_file(), key, place, sample)
 
 
 @torch.inference_mode()
@@ -78,10 +79,10 @@ def calibrate(
     disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
     copy_bandwidth = None
     if device == CPU:
-        layer_seconds = host.median_of(layer)
+        layer_seconds = host.mean_of(layer)
     else:
         other = ExpertTimer(blueprint, device, effort)
-        layer_seconds = other.median_of(layer)
+        layer_seconds = other.mean_of(layer)
         seconds[str(device)] = other.seconds()
         copy_bandwidth = other.copy_bandwidth(copy)
         del other
@@ -121,14 +122,18 @@ def load_measurement(path: Path, key: str, device: torch.device) -> Measurement 
     return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
 
 
-def measure_and_save(path: Path, key: str, sample: Callable[[], Calibration]) -> Measurement:
+def measure_and_save(
+    path: Path, key: str, directory: Path, sample: Callable[[], Calibration]
+) -> Measurement:
     """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.
 
+    directory: the one whose disk is measured.
     A damaged file is replaced, and one that cannot be written is ignored. A measurement without
     figures of the disk is not saved, because there may be room the next time.
     """
-    now = time.time()
-    measured = Measurement(now, tuple(sample() for _ in range(SAMPLES)))
+    now, others = time.time(), machine.OtherPrograms()
+    samples = tuple(sample() for _ in range(SAMPLES))
+    measured = Measurement(now, samples, machine.cpu_name(), str(directory), others.share())
     if measured.complete:
         _save(path, key, measured)
     return measured

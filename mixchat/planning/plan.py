@@ -12,8 +12,9 @@ from mixchat import gpu, machine
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
-from mixchat.planning.expectation import Expectation, FirstToken, expect, first_token
+from mixchat.planning.expectation import Expectation, SpeedRange, expect
 from mixchat.planning.fitting import Fit, FreeMemory, Tier
+from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.spread import Spread, WorkerOffer, spread_model
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
@@ -82,8 +83,9 @@ class Form:
 class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
-    device: the one that computes all but experts. first_token is None where the disk could not be
-    measured. spread: the same with workers, None where there are none; all else is without them.
+    device: the one that computes all but experts. prompt: the speed of a prompt of `LONG_PROMPT`
+    tokens; both it and first_token are None where the disk is needed and could not be measured.
+    spread: the same with workers, None where there are none; all else is without them.
     in_3_bits: the same with experts in 3 bits; None where they cannot be, or are installed.
     """
 
@@ -92,6 +94,7 @@ class MachinePlan:
     fit: Fit
     measurement: Measurement
     expected: Expectation
+    prompt: SpeedRange | None
     first_token: FirstToken | None
     more: tuple[More, ...]
     spread: Spread | None = None
@@ -122,7 +125,8 @@ def plan_model(
         fit,
         measurement,
         expect(computed, device, measurement, placement),
-        first_token(fit.blueprint, device, measurement.typical),
+        prompt_speed(computed, device, measurement, placement),
+        first_token(fit.blueprint, device, measurement),
         tuple(_more(device, fit, measurement)),
         spread_model(computed, device, measurement, placement, offers, uses) if offers else None,
     )

@@ -75,6 +75,9 @@ class ScriptedEngine:
     def forget(self) -> None:
         """Nothing is held."""
 
+    def held(self) -> tuple[list[int], None]:
+        return [], None
+
     def generate(
         self,
         prompt_ids: Any,

@@ -441,4 +441,4 @@ def test_the_progress_of_the_prefill_goes_to_whoever_asks():
 
     session.engine.generate = reading
     listen(session.ask("Hi", lambda done, total: seen.append((done, total))))
-    assert seen == [(8, 8)]  # "[user]Hi"
+    assert seen == [(0, 8), (8, 8)]  # "[user]Hi"

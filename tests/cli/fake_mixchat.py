@@ -47,7 +47,15 @@ def open_fake(model, load, form, *, sampling, **options):
 
 def predict_fake(session, model, device):
     measured_at = time.time() - 3 * 86400 - 5
-    return lambda: types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
+    decode = types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
+    from_disk, from_ram = (
+        types.SimpleNamespace(low=4.0, high=8.0),
+        types.SimpleNamespace(low=2.0, high=2.0),
+    )
+    made = types.SimpleNamespace(
+        decode=lambda: decode, prompt=lambda tokens, cold: from_disk if cold else from_ram
+    )
+    return lambda: made
 
 
 def slow_down(engine, delay):

@@ -133,6 +133,7 @@ def test_verbose_prints_figures_on_stderr(mixchat):
     assert done.stderr.decode().splitlines() == [
         "prompt   8 tokens, 0 of them from the cache",
         "prefill  8 tokens, 16.0 tok/s",
+        "         first token after 0.5 s (1 to 2 s predicted, with all experts on disk)",
         "decode   6 tokens, 20.0 tok/s (18 to 21 predicted, measured 3 days ago)",
         "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots",
         "loaded   6 kB, waited 0.0 s for it",
@@ -148,10 +149,10 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
         *_, finished = session.ask(question)
         report(finished)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[3] == "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots"
-    assert lines[4] == "loaded   6 kB, waited 0.0 s for it"
-    assert lines[10] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
-    assert lines[11] == "loaded   5 kB, waited 0.0 s for it"
+    assert lines[4] == "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots"
+    assert lines[5] == "loaded   6 kB, waited 0.0 s for it"
+    assert lines[12] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
+    assert lines[13] == "loaded   5 kB, waited 0.0 s for it"
 
 
 def test_verbose_tells_of_tokens_that_were_proposed():
@@ -166,7 +167,7 @@ def test_verbose_tells_of_tokens_that_were_proposed():
 def test_a_seed_is_drawn_where_none_is_given(mixchat):
     def seed():
         lines = mixchat("run", "Hi", "--verbose").stderr.decode().splitlines()
-        return int(lines[5].split()[1])
+        return int(lines[6].split()[1])
 
     assert seed() != seed()
 

@@ -42,7 +42,7 @@ from mixchat.loading import loader, tiers
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
 from mixchat.options import LoadOptions
-from mixchat.planning import expectation
+from mixchat.planning import expectation, prediction
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.plan import Machine
 from mixchat.quantities import MemoryBudget
@@ -566,7 +566,7 @@ def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
 ) -> None:
     (sample,) = speeds(copy=1e9, expert=1e-3).samples
     known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))
-    monkeypatch.setattr(expectation, "saved_measurement", lambda *_: known)
+    monkeypatch.setattr(prediction, "saved_measurement", lambda *_: known)
     directory, blueprint = case("nf4").directory, case("nf4").blueprint
     for name, placement in {
         "two over RAM for all": Placement(3, EXPERTS, EXPERTS, other_slots=(2,)),
@@ -575,7 +575,9 @@ def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
         engine = spread_out(paper, case("nf4"), name)
         expected = expectation.expect(blueprint, engine.device, known, placement).speed
         assert expected is not None
-        assert speed_predictor(directory, None, engine)() == expected
+        predicted = speed_predictor(directory, None, engine)()
+        assert predicted is not None
+        assert predicted.decode() == expected
 
 
 def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper: PaperRuntime) -> None:

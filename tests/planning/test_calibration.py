@@ -38,6 +38,31 @@ def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
     assert two.expert_seconds == {"cpu": {1: 0.0025, 8: 0.004}}
 
 
+DAY = 86400.0
+
+
+@pytest.mark.parametrize(
+    ("made", "age", "why"),
+    [
+        (Measurement(0.0, (KNOWN,)), 29 * DAY, None),
+        (Measurement(0.0, (KNOWN,)), 31 * DAY, "the last time was 31 days ago"),
+        (Measurement(0.0, (KNOWN,), others=0.3), 599.0, None),
+        (Measurement(0.0, (KNOWN,), others=0.3), 7200.0, "it was busy the last time, 2 hours ago"),
+        (Measurement(0.0, (KNOWN,), others=0.1), 7200.0, None),
+    ],
+)
+def test_what_is_old_or_was_measured_on_a_busy_machine_is_to_be_measured_again(
+    made: Measurement, age: float, why: str | None
+) -> None:
+    assert made.outdated(age) == why
+
+
+@pytest.mark.parametrize(("times", "busy"), [(0.7, False), (0.6, True)])
+def test_a_machine_whose_samples_differ_much_was_busy(times: float, busy: bool) -> None:
+    slower = dataclasses.replace(KNOWN, memory_bandwidth=times * KNOWN.memory_bandwidth)
+    assert Measurement(0.0, (KNOWN, slower, KNOWN)).busy == busy
+
+
 def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some() -> None:
     blind = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
     assert Measurement(0.0, (blind, KNOWN)).typical.disk_bandwidth == KNOWN.disk_bandwidth

@@ -16,12 +16,10 @@ from mixchat.model_config import ModelConfig
 from mixchat.planning import simulate
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.expectation import (
-    PROMPT,
+    SpeedRange,
     TokenCost,
     busiest_share,
     expect,
-    expected_distinct,
-    first_token,
 )
 from mixchat.planning.simulate import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -181,41 +179,20 @@ def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
     assert held_together(BLUEPRINT, GPU, spread) == 256
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 2), (2, 3.5), (20, 7.975), (1000, 8)])
-def test_distinct_experts_of_several_tokens(tokens: int, experts: float) -> None:
-    assert expected_distinct(CONFIG, tokens) == pytest.approx(experts, abs=0.001)
-
-
-def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
-    found = first_token(BLUEPRINT, CPU, SPEEDS)
-    assert found is not None
-    assert found.starting == pytest.approx(BLUEPRINT.shared_size / 2e9)
-    assert 254 < found.prompt.read < 256
-    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
-    # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
-    experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
-    assert experts < found.prompt.computing < experts + 0.3
-    assert found.seconds == found.starting + found.prompt.seconds
-    assert found.prompt.copying == 0
-
-
-def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read() -> None:
-    short, long = (first_token(BLUEPRINT, CPU, SPEEDS, prompt=n) for n in (PROMPT, 200))
-    assert short is not None
-    assert long is not None
-    assert short.prompt.computing < long.prompt.computing
-    assert short.prompt.reading <= long.prompt.reading
-
-
-def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
-    found = first_token(BLUEPRINT, GPU, GPU_SPEEDS)
-    assert found is not None
-    assert found.prompt.copied == found.prompt.read
-    assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
-
-
 def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
     blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
-    assert first_token(BLUEPRINT, CPU, blind) is None
     assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(192)) is None
     assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(256)) is not None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (5.0, 9.0, "faster than you read"),
+        (4.9, 5.0, "about as fast as you read"),
+        (0.5, 4.9, "slower than you read"),
+        (0.5, 0.9, "much slower than you read: use a smaller model"),
+    ],
+)
+def test_a_speed_is_said_in_words(low: float, high: float, words: str) -> None:
+    assert SpeedRange(low, high, 0.0).in_words == words

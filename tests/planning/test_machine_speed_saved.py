@@ -32,12 +32,15 @@ def blueprint(tiny_model: Path) -> Blueprint:
         return installed.blueprint
 
 
-MADE = Measurement(1.7e9, (KNOWN,) * SAMPLES)
+PLACE = Path("/models")
+MADE = Measurement(1.7e9, (KNOWN,) * SAMPLES, "a CPU", str(PLACE), 0.1)
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is that of `MADE`."""
+    """The time and the machine are those of `MADE`."""
+    monkeypatch.setattr(machine, "cpu_name", lambda: MADE.cpu)
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.others)
     monkeypatch.setattr(machine_speed, "time", SimpleNamespace(time=lambda: MADE.measured_at))
 
 
@@ -45,17 +48,17 @@ def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_pa
     path = tmp_path / "new" / "machine.json"
     samples = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
     left = iter(samples)
-    made = measure_and_save(path, "here", lambda: next(left))
-    assert made == Measurement(MADE.measured_at, tuple(samples))
+    made = measure_and_save(path, "here", PLACE, lambda: next(left))
+    assert made == dataclasses.replace(MADE, samples=tuple(samples))
     assert load_measurement(path, "here", CPU) == made
 
 
 def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
     """A measurement that a busy machine had spoiled stayed for good."""
     path = tmp_path / "machine.json"
-    measure_and_save(path, "here", lambda: KNOWN)
+    measure_and_save(path, "here", PLACE, lambda: KNOWN)
     slower = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
-    made = measure_and_save(path, "here", lambda: slower)
+    made = measure_and_save(path, "here", PLACE, lambda: slower)
     assert made.samples == (slower,) * SAMPLES
     assert load_measurement(path, "here", CPU) == made
 
@@ -63,7 +66,7 @@ def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
 def test_what_is_known_can_be_looked_up_without_measuring(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     assert load_measurement(path, "here", CPU) is None
-    measure_and_save(path, "here", lambda: KNOWN)
+    measure_and_save(path, "here", PLACE, lambda: KNOWN)
     assert load_measurement(path, "here", CPU) == MADE
     assert load_measurement(path, "there", CPU) is None
     assert load_measurement(path, "here", OTHER) is None
@@ -73,7 +76,7 @@ def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
     known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
-    made = measure_and_save(path, "here", lambda: known)
+    made = measure_and_save(path, "here", PLACE, lambda: known)
     assert load_measurement(path, "here", torch.device("cuda")) == made
 
 
@@ -81,7 +84,7 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> N
     path = tmp_path / "machine.json"
     results = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + index) for index in range(40)]
     made = [
-        measure_and_save(path, str(index), lambda result=result: result)  # type: ignore[misc]
+        measure_and_save(path, str(index), PLACE, lambda result=result: result)  # type: ignore[misc]
         for index, result in enumerate(results)
     ]
     assert load_measurement(path, "39", CPU) == made[39]
@@ -91,8 +94,8 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> N
 
 def entry(**changes: Any) -> str:
     sample = {**dataclasses.asdict(KNOWN), **changes}
-    made = {"measured_at": MADE.measured_at, "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 2, "machines": {"here": made}})
+    made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
+    return json.dumps({"format": 3, "machines": {"here": made}})
 
 
 def undated() -> str:
@@ -106,14 +109,14 @@ DAMAGED = [
     "[]",
     "\0",
     "[" * 100_000,
-    '{"format": 2}',
-    '{"format": 2, "machines": []}',
-    '{"format": 2, "machines": {"here": null}}',
-    '{"format": 2, "machines": {"here": [1]}}',
-    '{"format": 2, "machines": {"here": {}}}',
-    '{"format": 2, "machines": {"here": {"measured_at": 1, "samples": []}}}',
+    '{"format": 3}',
+    '{"format": 3, "machines": []}',
+    '{"format": 3, "machines": {"here": null}}',
+    '{"format": 3, "machines": {"here": [1]}}',
+    '{"format": 3, "machines": {"here": {}}}',
+    '{"format": 3, "machines": {"here": {"measured_at": 1, "samples": []}}}',
     undated(),
-    entry().replace('"format": 2', '"format": 0'),
+    entry().replace('"format": 3', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
     entry(disk_bandwidth=-1),
@@ -132,6 +135,8 @@ DAMAGED = [
     entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
     entry(layer_seconds=None),
     entry(layer_seconds=0),
+    entry().replace(', "cpu": "a CPU"', ""),
+    entry().replace('"others": 0.1', '"others": "some"'),
     entry().replace(', "layer_seconds": 0.001', ""),
 ]
 
@@ -141,7 +146,7 @@ def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path: Path, tex
     path = tmp_path / "machine.json"
     path.write_text(text)
     assert load_measurement(path, "here", CPU) is None
-    assert measure_and_save(path, "here", lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
     assert load_measurement(path, "here", CPU) == MADE
 
 
@@ -150,10 +155,12 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
     precious.write_text(entry())
     path.symlink_to(precious)
     other = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
-    assert measure_and_save(path, "here", lambda: other).typical == other
+    assert measure_and_save(path, "here", PLACE, lambda: other).typical == other
     assert precious.read_text() == entry()
     assert not path.is_symlink()
-    assert load_measurement(path, "here", CPU) == Measurement(MADE.measured_at, (other,) * SAMPLES)
+    assert load_measurement(path, "here", CPU) == dataclasses.replace(
+        MADE, samples=(other,) * SAMPLES
+    )
 
 
 def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) -> None:
@@ -166,15 +173,15 @@ def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) ->
 def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     partly = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
-    assert measure_and_save(path, "here", lambda: partly).typical == partly
+    assert measure_and_save(path, "here", PLACE, lambda: partly).typical == partly
     assert not path.exists()
-    assert measure_and_save(path, "here", lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
 
 
 def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "machine.json"
-    assert measure_and_save(path, "here", lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
 
 
 def test_the_key_names_what_a_result_depends_on(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.cli.output.plan_text import plan_as_dict, plan_as_text
+from mixchat.cli.output.plan_json import plan_as_dict
+from mixchat.cli.output.plan_text import plan_as_text
 from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
@@ -19,7 +20,6 @@ from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions
 from mixchat.planning import fitting, machine_speed
 from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.planning.expectation import predict_speed
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.machine_speed import (
     SAMPLES,
@@ -28,6 +28,8 @@ from mixchat.planning.machine_speed import (
     saved_measurement,
 )
 from mixchat.planning.plan import Machine, MachinePlan, OtherGPU, plan_model
+from mixchat.planning.prediction import predict_speed
+from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.planning.spread import WorkerOffer
 from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -361,9 +363,16 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
     key = machine_speed.calibration_key(BLUEPRINT, home, CPU)
-    content = {"format": 2, "machines": {key: asdict(measured(SPEEDS, slow))}}
+    content = {"format": 3, "machines": {key: asdict(measured(SPEEDS, slow))}}
     measurement_file().write_text(json.dumps(content))
     found = on_cpu(14.5, SPEEDS, slow)
-    assert predict_speed(BLUEPRINT, home, CPU, found.fit.placement) == found.expected.speed
+    predicted = predict_speed(BLUEPRINT, home, CPU, found.fit.placement)
+    assert predicted is not None
+    assert predicted.decode() == found.expected.speed
+    assert predicted.prompt(LONG_PROMPT, cold=False) == found.prompt
+    from_disk = predicted.prompt(LONG_PROMPT, cold=True)
+    assert from_disk is not None
+    assert found.prompt is not None
+    assert from_disk.high < found.prompt.high
     assert predict_speed(BLUEPRINT, home, GPU, placement) is None
     assert counted == []

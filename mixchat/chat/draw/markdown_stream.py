@@ -33,6 +33,7 @@ _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 # Without mode 7 no line of the tail takes two rows, even where Rich and the terminal disagree on a
 # character's width.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
+_FAINT, _NO_LONGER_FAINT = "\x1b[2m", "\x1b[22m"
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 # Not from the first column on: at the top of the screen tmux takes that for clearing it, and copies
 # what was there to its history.
@@ -69,7 +70,8 @@ class MarkdownStream:
     that is no terminal gets no tail.
 
     `before` is the text that the fed text continues: if it ends in a code block, the drawing starts
-    with that block's last line.
+    with that block's last line. `below` returns a line to be shown, faintly, below the tail, or
+    nothing.
 
     At first the cursor has to be at the start of a line; nothing else may write before `close`.
     """
@@ -79,12 +81,13 @@ class MarkdownStream:
         console: Console,
         *,
         before: str = "",
+        below: Callable[[], str] = str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console, self._clock = console, clock
         lacks_escapes = console.is_dumb_terminal or console.legacy_windows
         self._has_tail = console.is_terminal and not lacks_escapes
-        self._rest, self._before = _Rest([]), before
+        self._rest, self._before, self._below = _Rest([]), before, below
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()
         self._size = console.size
@@ -144,13 +147,18 @@ class MarkdownStream:
         options = self._console.options
         final, rest = self._settled()
         rows = self._rows(rest.blocks(rest.text)) if self._has_tail else []
-        tail = rows[-max(options.size.height - 1, 1) :]
+        tail = [*rows, *self._line_below()] if self._has_tail else []
+        tail = tail[-max(options.size.height - 1, 1) :]
         if final or self._shown != (tail, options):
             up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
             self._write(
                 final, before=_HIDE_CURSOR, after=_NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
             )
         self._rest, self._shown = rest, (tail, options)
+
+    def _line_below(self) -> list[str]:
+        line = self._below()
+        return [f"{_FAINT}{line}{_NO_LONGER_FAINT}"] if line else []
 
     def _settled(self) -> tuple[list[str], _Rest]:
         """Return the rows that have become final, and the rest.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from mixchat import interrupts
 from mixchat.chat.answer import cut_off_note
 from mixchat.chat.printing import one_line
+from mixchat.chat.terminal.reading_time import Predict, ReadingTime
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
 
@@ -38,8 +39,9 @@ class ChatCache(Protocol):
 class ActiveChat:
     """A chat on a screen: its session, the saver that writes it, its KV cache.
 
-    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `attached` has
-    the texts that go before the next question, by the names of their files.
+    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `predict`
+    returns the seconds that a prompt should take. `attached` has the texts that go before the next
+    question, by the names of their files.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ActiveChat:
         *,
         report: Callable[[Exception], object],
         after_turn: Callable[[Finished], None],
+        predict: Predict = lambda tokens, first: None,
     ) -> None:
         self.session, self.saver, self.screen = saver.session, saver, screen
         self.report, self._after_turn = report, after_turn
@@ -59,6 +62,7 @@ class ActiveChat:
         self._draft = ""
         self._warned = False
         self._figures = Figures(self.session)
+        self._reading = ReadingTime(predict)
 
     def leave(self) -> None:
         """Let this turn be the last one."""
@@ -144,9 +148,13 @@ class ActiveChat:
         """Return the status line, as wide as the terminal is now."""
         return self._figures.line(self.saver.model, shutil.get_terminal_size().columns)
 
+    def _status_now(self) -> str:
+        """Return the status line in the middle of an answer."""
+        return self._figures.line_now(self.saver.model, shutil.get_terminal_size().columns)
+
     def _shown(self, ask: Ask, said: str) -> Finished:
-        with self.screen.waiting() as on_prefill:
-            return self.screen.show(ask(on_prefill=on_prefill), said)
+        with self.screen.waiting(self._reading.seconds) as on_prefill:
+            return self.screen.show(ask(on_prefill=on_prefill), said, self._status_now)
 
     def _ended(self, finished: Finished, said: bool) -> None:
         note = _ENDINGS.get(finished.reason)
@@ -161,6 +169,7 @@ class ActiveChat:
             note = "(the model ended the answer at once)"
         self.screen.say(f"{note}\n" if note else "")
         self._figures.turn(finished)
+        self._reading.note(finished.stats)
         self._warn_of_context()
         self._after_turn(finished)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO, cast
 from mixchat.chat import printing
 from mixchat.chat.answer import left_out_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta
+from mixchat.quantities import format_time
 from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 1.0  # seconds before progress is shown
 _FRAME = 0.1  # seconds between two updates of it
+_LONG_WAIT = 3.0  # seconds that are worth to be announced
+_BETWEEN_LINES = 0.5  # seconds between two lines below an answer
 _ERASE = "\r\x1b[K"
 _LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question; of a longer one the first and last
 
@@ -70,13 +73,16 @@ class Screen:
         """Return the columns of the terminal; None where there is none."""
         return printing.columns(self.out) if self._terminal else None
 
-    def show(self, events: Iterator[Event], before: str = "") -> Finished:
+    def show(
+        self, events: Iterator[Event], before: str = "", below: Callable[[], str] = str
+    ) -> Finished:
         """Show an answer as it comes; return its last event. Leaves the cursor at a new line.
 
-        `before` is the earlier part of an answer that is continued, and is not shown again. An
-        exception is passed on when all the text so far is on the screen.
+        `before` is the earlier part of an answer that is continued, and is not shown again. `below`
+        returns a line to be shown below the text while that is drawn, or nothing. An exception is
+        passed on when all the text so far is on the screen.
         """
-        writer = self._answer = self._writer(before)
+        writer = self._answer = self._writer(before, below)
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
@@ -131,13 +137,16 @@ class Screen:
         return self._terminal and not self.raw
 
     @contextmanager
-    def waiting(self) -> Iterator[Callable[[int, int], None]]:
+    def waiting(
+        self, expected: Callable[[int], float | None] = lambda tokens: None
+    ) -> Iterator[Callable[[int, int], None]]:
         """Yield a function that shows the progress of prompt processing, where it takes long.
 
-        It is called with the tokens processed so far, and with those of the whole prompt. Its line
+        It is called with the tokens processed so far, and with those of the whole prompt: at first
+        with 0, when the seconds that are `expected` for these are shown, if they are many. Its line
         is erased when the answer starts, or at the end.
         """
-        line = _WaitingLine(self.out, self._clock, self._terminal)
+        line = _WaitingLine(self.out, self._clock, self._terminal, expected)
         self._waiting = line
         try:
             yield line.update
@@ -145,9 +154,10 @@ class Screen:
             line.erase()
             self._waiting = None
 
-    def _writer(self, before: str) -> _Writer:
+    def _writer(self, before: str, below: Callable[[], str]) -> _Writer:
         if self._draws:
-            return _Markdown(self.out, self._erase_waiting, before)
+            slowly = _Slowly(below, self._clock)
+            return _Markdown(self.out, self._erase_waiting, before, slowly)
         return _Plain(self.out, self._erase_waiting)
 
     def _erase_waiting(self) -> None:
@@ -156,19 +166,48 @@ class Screen:
 
 
 class _WaitingLine:
-    """The line `reading 1,234 of 8,000 tokens (15%)`, shown after a second."""
+    """The line `reading 1,234 of 8,000 tokens (15%), about 40 s left`, shown after a second.
 
-    def __init__(self, out: TextIO, clock: Callable[[], float], terminal: bool) -> None:
+    Where it is expected to take long, `reading 8,000 tokens, about 47 s` is shown at once.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        clock: Callable[[], float],
+        terminal: bool,
+        expected: Callable[[int], float | None],
+    ) -> None:
         self._out, self._clock, self._terminal = out, clock, terminal
-        self._next = clock() + _PATIENCE
+        self._expected = expected
+        self._started = clock()
+        self._next = self._started + _PATIENCE
         self._shown = False
 
     def update(self, done: int, of: int) -> None:
-        now = self._clock()
-        if not self._terminal or now < self._next:
+        if not self._terminal:
             return
-        self._next, self._shown = now + _FRAME, True
-        self._out.write(f"{_ERASE}reading {done:,} of {of:,} tokens ({done / max(of, 1):.0%})")
+        if done == 0:
+            self._announce(of)
+            return
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + _FRAME
+        left = (now - self._started) * (of - done) / done
+        more = f", about {format_time(left)} left" if left >= _LONG_WAIT else ""
+        self._write(f"reading {done:,} of {of:,} tokens ({done / max(of, 1):.0%}){more}")
+
+    def _announce(self, tokens: int) -> None:
+        seconds = self._expected(tokens)
+        self._started = self._clock()
+        if seconds is not None and seconds >= _LONG_WAIT:
+            self._next = self._started + _PATIENCE  # which it takes to be read
+            self._write(f"reading {tokens:,} tokens, about {format_time(seconds)}")
+
+    def _write(self, text: str) -> None:
+        self._shown = True
+        self._out.write(_ERASE + text[: printing.columns(self._out) - 1])
         self._out.flush()
 
     def erase(self) -> None:
@@ -176,6 +215,19 @@ class _WaitingLine:
             self._shown = False
             self._out.write(_ERASE)
             self._out.flush()
+
+
+class _Slowly:
+    """A line that is made anew twice a second, so that it can be read and costs little."""
+
+    def __init__(self, make: Callable[[], str], clock: Callable[[], float]) -> None:
+        self._make, self._clock = make, clock
+        self._line, self._next = "", clock()
+
+    def __call__(self) -> str:
+        if (now := self._clock()) >= self._next:
+            self._line, self._next = self._make(), now + _BETWEEN_LINES
+        return self._line
 
 
 class _Plain:
@@ -206,13 +258,17 @@ class _Plain:
 class _Markdown:
     """Shows an answer as Markdown; the libraries for it are loaded with the first one."""
 
-    def __init__(self, out: TextIO, erase: Callable[[], None], before: str) -> None:
+    def __init__(
+        self, out: TextIO, erase: Callable[[], None], before: str, below: Callable[[], str]
+    ) -> None:
         from rich.console import Console
 
         from mixchat.chat.draw.markdown_stream import MarkdownStream
 
         self._erase = erase
-        self._stream = MarkdownStream(Console(file=out, highlight=False), before=before)
+        self._stream = MarkdownStream(
+            Console(file=out, highlight=False), before=before, below=below
+        )
 
     def feed(self, text: str) -> None:
         self._erase()

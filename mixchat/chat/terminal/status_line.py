@@ -14,6 +14,7 @@ from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
+    from mixchat.engine.generate import GenerationStats
 
 _BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
@@ -122,6 +123,17 @@ class Figures:
             width=width,
         )
 
+    def line_now(self, model: str, width: int) -> str:
+        """Return the status line in the middle of an answer, with the pace of that."""
+        stats = self._session.stats
+        return status_line(
+            model,
+            stats.prompt_tokens + stats.generated_tokens,
+            self._session.engine.context_size,
+            speed=_speed(stats),
+            width=width,
+        )
+
     def count(self) -> None:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
@@ -132,9 +144,12 @@ class Figures:
     def turn(self, finished: Finished) -> None:
         """Count again, after an answer."""
         stats, experts = finished.stats, finished.stats.experts
-        decoded = stats.generated_tokens - 1  # the first token comes from the prefill
-        if decoded > 0 and stats.decode_seconds > 0:
-            self.speed = decoded / stats.decode_seconds
+        self.speed = _speed(stats) or self.speed
         if experts.hits.total() + experts.misses.total():
             self.hit_rate = experts.hit_rate
         self.count()
+
+
+def _speed(stats: GenerationStats) -> float | None:
+    decoded = stats.generated_tokens - 1  # the first token comes from the prefill
+    return decoded / stats.decode_seconds if decoded > 0 and stats.decode_seconds > 0 else None

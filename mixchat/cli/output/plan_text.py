@@ -1,23 +1,30 @@
-"""The plan of `mixchat plan`, as text for a person and as JSON for programs."""
+"""The plan of `mixchat plan` as text for a person."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixchat.cli.output import download_text
 from mixchat.cli.output.table import aligned
-from mixchat.planning.expectation import PROMPT
-from mixchat.quantities import format_age, format_least, format_rates, format_size, format_time
+from mixchat.planning.prompts import LONG_PROMPT, PROMPT
+from mixchat.quantities import (
+    format_age,
+    format_least,
+    format_rates,
+    format_size,
+    format_time,
+    format_times,
+)
 from mixchat.weights.make.download_plan import weights_size
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
+    from mixchat.planning.calibration import Measurement
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
-    from mixchat.planning.plan import Form, MachinePlan, More
+    from mixchat.planning.plan import Form, MachinePlan
     from mixchat.planning.spread import Spread
     from mixchat.weights.make.outline import Outline
 
@@ -46,102 +53,22 @@ def plan_as_text(found: Outline, plan: MachinePlan) -> str:
     return "\n\n".join(texts)
 
 
-def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
-    """Return a plan for programs: bytes, seconds, tokens per second."""
-    fit, expected, first = plan.fit, plan.expected, plan.first_token
-    return {
-        "model": found.name,
-        "path": str(found.directory),
-        "kept": found.installed,
-        "kept_bytes": weights_size(found.blueprint),
-        "quantization": found.blueprint.quantization.description(),
-        "fits": not found.lacking,
-        "disk": download_text.disk_as_dicts(found.disk),
-        "tokens_per_second": expected.tokens_per_second,
-        "machine": asdict(plan.machine),
-        "device": str(plan.device),
-        "speeds": asdict(plan.measurement.typical),
-        "fit": {
-            "context": fit.context,
-            "largest_context": fit.largest_context,
-            "demand": asdict(fit.demand),
-            "placement": asdict(fit.placement),
-        },
-        "held": expected.held,
-        "hit_rate": expected.hit_rate,
-        "host_hit_rate": expected.host_hit_rate,
-        "cost": _cost_as_dict(expected.cost),
-        "speed": expected.speed and asdict(expected.speed),
-        "measured_at": plan.measurement.measured_at,
-        "samples": len(plan.measurement.samples),
-        "first_token": first and asdict(first) | {"seconds": first.seconds},
-        "in_3_bits": plan.in_3_bits and _form_as_dict(plan.in_3_bits),
-        "workers": plan.spread and _spread_as_dict(plan, plan.spread),
-        "what_more_buys": [_more_as_dict(more) for more in plan.more],
-        "download": None
-        if found.download is None
-        else download_text.download_as_dict(found.download),
-    }
-
-
-def _form_as_dict(form: Form) -> dict[str, Any]:
-    expected = form.expected
-    return {
-        "kept_bytes": weights_size(form.fit.blueprint),
-        "held": expected.held,
-        "tokens_per_second": expected.tokens_per_second,
-        "speed": expected.speed and asdict(expected.speed),
-    }
-
-
-def _cost_as_dict(cost: TokenCost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
-
-
-def _spread_as_dict(plan: MachinePlan, spread: Spread) -> dict[str, Any]:
-    expected, of_workers = spread.expected, zip(spread.offers, spread.held, strict=True)
-    return {
-        "offers": [asdict(offer) | {"held": held} for offer, held in of_workers],
-        "experts": {
-            "here": spread.here,
-            "copies": spread.copies,
-            "workers": spread.on_workers,
-            "disk": plan.fit.placement.experts - expected.held,
-        },
-        "tokens_per_second": expected.tokens_per_second,
-        "hit_rate": expected.hit_rate,
-        "host_hit_rate": expected.host_hit_rate,
-        "cost": _cost_as_dict(expected.cost),
-        "speed": expected.speed and asdict(expected.speed),
-    }
-
-
-def _more_as_dict(more: More) -> dict[str, Any]:
-    return {
-        "tier": more.tier,
-        "bytes": more.bytes,
-        "placement": asdict(more.fit.placement),
-        "tokens_per_second": more.expected.tokens_per_second,
-        "speed": more.expected.speed and asdict(more.expected.speed),
-    }
-
-
 def _section(title: str, text: str) -> str:
     indented = "\n".join(f"  {line}" for line in text.splitlines())
     return f"{title[0].upper()}{title[1:]}\n{indented}"
 
 
 def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    expected = plan.expected if plan.spread is None else plan.spread.expected
+    words = f", {expected.speed.in_words}" if expected.speed else ""
     speed = _speed(plan.expected.speed)
     if plan.spread is not None:
         workers = _count(len(plan.spread.offers), "worker")
         speed = f"{_speed(plan.spread.expected.speed)} with {workers}, {speed} without"
     if found.installed:
-        yield "it runs here", speed
+        yield "it runs here", speed + words
     elif not found.lacking:
-        yield "it fits", f"once it is downloaded: {speed}"
+        yield "it fits", f"once it is downloaded: {speed}{words}"
     else:
         for need in found.lacking:
             missing = format_least(need.needed - need.free)
@@ -151,7 +78,7 @@ def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
                 f"{format_least(need.needed)} in {need.place}, {format_size(need.free)} are free",
             )
         yield "", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
-        yield "if it did", speed
+        yield "if it did", speed + words
 
 
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -178,10 +105,16 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
-    measured_at = plan.measurement.measured_at
-    when = datetime.fromtimestamp(measured_at).strftime("%Y-%m-%d %H:%M")
-    age, count = format_age(time.time() - measured_at), len(plan.measurement.samples)
+    yield from _measured(plan.measurement)
+
+
+def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
+    when = datetime.fromtimestamp(made.measured_at).strftime("%Y-%m-%d %H:%M")
+    age, count = format_age(time.time() - made.measured_at), len(made.samples)
     yield "measured", f"{when} ({age}), {_count(count, 'sample')}; --measure measures again"
+    yield "", f"on {made.cpu}, and the disk of {made.directory}"
+    if made.busy:
+        yield "", "it was busy with other programs: better figures come when it is idle"
 
 
 def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -239,10 +172,14 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     else:
         held = f"{hits} are on {_gpus(plan)}"
         yield "cache hits", f"{held}, {expected.host_hit_rate:.0%} there or in RAM"
+    if plan.prompt is not None:
+        rates = format_rates(plan.prompt.low, plan.prompt.high)
+        seconds = format_times(LONG_PROMPT / plan.prompt.high, LONG_PROMPT / plan.prompt.low)
+        yield "prompt", f"{rates} tok/s: {LONG_PROMPT} tokens are read in {seconds}"
     if plan.first_token is not None:
         first = plan.first_token
         prompt = f"for a prompt of {PROMPT} tokens, all weights still on disk:"
-        yield "first token", f"after {_time(first.seconds)} {prompt}"
+        yield "first token", f"after {format_times(first.low, first.high)} {prompt}"
         yield "", f"{_time(first.starting)} reading the shared weights"
         yield from (("", reason) for reason in _reasons(first.prompt))
     fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""

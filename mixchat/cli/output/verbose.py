@@ -9,52 +9,58 @@ from typing import TYPE_CHECKING, TextIO
 
 from mixchat.chat.printing import say
 from mixchat.engine.report import slots_in_words
-from mixchat.quantities import format_age, format_rates, format_size
+from mixchat.quantities import format_age, format_rates, format_size, format_times
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished
     from mixchat.engine.generate import Engine, GenerationStats
     from mixchat.engine.speculation import SpeculationStats
     from mixchat.experts.stats import ExpertStats
-    from mixchat.planning.expectation import SpeedRange
+    from mixchat.planning.prediction import Prediction
 
 
 class VerboseReport:
-    """Prints the figures of a turn; `predict` returns the decoding speed that was predicted."""
+    """Prints the figures of a turn; `predict` returns the speed that was predicted."""
 
     def __init__(
         self,
         engine: Engine,
-        predict: Callable[[], SpeedRange | None],
+        predict: Callable[[], Prediction | None],
         stream: TextIO | None = None,
     ) -> None:
         self._engine, self._predict = engine, predict
         self._stream = stream or sys.stderr
+        self._first = True
 
     def __call__(self, finished: Finished) -> None:
         """Print the figures of the turn that has just ended."""
         lines = [
-            *generation_lines(finished.stats, self._predict()),
+            *generation_lines(finished.stats, self._predict(), first=self._first),
             *expert_lines(finished.stats.experts, self._engine.slots_by_tier),
             f"seed     {finished.seed}",
             f"ended    {finished.reason}",
         ]
+        self._first = False
         say(*lines, stream=self._stream)
 
 
-def generation_lines(stats: GenerationStats, expected: SpeedRange | None) -> list[str]:
-    """Return tokens and rates of prefill and decode, beside the rate that was predicted."""
+def generation_lines(
+    stats: GenerationStats, predicted: Prediction | None, *, first: bool
+) -> list[str]:
+    """Return tokens and rates of prefill and decode, beside those that were predicted.
+
+    first: it was the first turn, whose prompt brings the experts from disk.
+    """
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token comes from the prefill.
     decoded = max(stats.generated_tokens - 1, 0)
-    beside = ""
-    if expected is not None:
-        age = format_age(time.time() - expected.measured_at)
-        beside = f" ({format_rates(expected.low, expected.high)} predicted, measured {age})"
     return [
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
-        f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}{beside}",
+        f"         first token after {stats.prefill_seconds:.1f} s"
+        + _prompt_predicted(predicted, new, first),
+        f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}"
+        + _speed_predicted(predicted),
         *_speculation_lines(stats.speculation),
     ]
 
@@ -66,6 +72,22 @@ def _speculation_lines(did: SpeculationStats) -> list[str]:
         f"proposed {did.proposed} tokens, {did.accepted} of them accepted, in {did.passes} passes "
         f"({_rate(1, did.single_seconds)} without)"
     ]
+
+
+def _prompt_predicted(predicted: Prediction | None, tokens: int, first: bool) -> str:
+    speed = None if predicted is None else predicted.prompt(tokens, cold=first)
+    if speed is None:
+        return ""
+    seconds = format_times(tokens / speed.high, tokens / speed.low)
+    return f" ({seconds} predicted{', with all experts on disk' if first else ''})"
+
+
+def _speed_predicted(predicted: Prediction | None) -> str:
+    speed = None if predicted is None else predicted.decode()
+    if speed is None:
+        return ""
+    age = format_age(time.time() - speed.measured_at)
+    return f" ({format_rates(speed.low, speed.high)} predicted, measured {age})"
 
 
 def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:

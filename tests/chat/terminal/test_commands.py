@@ -324,7 +324,7 @@ def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
     before = []
     show = Screen.show
     monkeypatch.setattr(
-        Screen, "show", lambda self, events, said: before.append(said) or show(self, events, said)
+        Screen, "show", lambda self, events, *more: before.append(more[0]) or show(self, events)
     )
     typed(session_of("```\na", "b", "c"), "Hi", "/continue", "/regen")
     assert before == ["", "```\na", ""]

@@ -1,6 +1,7 @@
 """What a screen shows: raw or drawn, with signs of life, and never a control character."""
 
 import io
+import time
 
 import pyte
 import pytest
@@ -124,6 +125,57 @@ def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_
         assert "510" not in out.getvalue()  # too soon after the one before
         screen.show(answered("Hello"))
     assert out.shown == ["Hello"]
+
+
+def test_the_time_of_a_long_prompt_is_said_before_it_is_read_and_what_is_left_meanwhile(
+    monkeypatch,
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    out, clock = Tty(), Clock()
+    with Screen(out, clock=clock).waiting(lambda tokens: tokens / 80) as reading:
+        reading(0, 3200)
+        assert out.shown == ["reading 3,200 tokens, about 40 s"]
+        clock.now = 0.9
+        reading(32, 3200)
+        assert out.shown == ["reading 3,200 tokens, about 40 s"]
+        clock.now = 10.0
+        reading(800, 3200)
+        assert "reading 800 of 3,200 tokens (25%), about 30 s left" in out.getvalue()
+        clock.now = 39.0
+        reading(3150, 3200)
+        assert out.getvalue().endswith("(98%)")
+
+
+@pytest.mark.parametrize("expected", [None, 2.0])
+def test_of_a_prompt_that_takes_no_time_or_an_unknown_one_nothing_is_said_before(expected):
+    out = Tty()
+    with Screen(out, clock=Clock()).waiting(lambda tokens: expected) as reading:
+        reading(0, 3200)
+        assert out.shown == []
+
+
+def test_progress_takes_one_row_in_a_narrow_terminal():
+    out, clock = Tty(), Clock()
+    with Screen(out, clock=clock).waiting() as reading:
+        clock.now = 1.0
+        reading(500, 2000)
+        assert out.shown == ["reading 500 of 2,000 tokens (25%), abou"]
+
+
+def test_below_an_answer_is_a_line_while_it_is_written():
+    out, clock, lines = Tty(), Clock(), iter(["1 tok/s", "2 tok/s", "3 tok/s"])
+
+    def pieces():
+        for clock.now, piece in ((0.0, "One "), (0.2, "two "), (0.6, "three")):
+            yield TextDelta(piece)
+            shown.append(out.shown[1:])
+            time.sleep(0.04)  # after a frame the drawing pauses
+        yield "end"
+
+    shown = []
+    assert Screen(out, clock=clock).show(pieces(), "", lambda: next(lines)) == "end"
+    assert [rows[-1:] for rows in shown] == [["1 tok/s"], ["1 tok/s"], ["2 tok/s"]]
+    assert "tok/s" not in "".join(out.shown)
 
 
 def test_the_line_is_gone_where_no_answer_comes():

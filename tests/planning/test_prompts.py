@@ -1,0 +1,114 @@
+"""The time of prompts: the first token of a cold start, and the speed of a long one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixchat.engine.generate import PREFILL_CHUNK
+from mixchat.experts.placement import Placement
+from mixchat.model_config import ModelConfig
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.prompts import (
+    PROMPT,
+    FirstToken,
+    expected_distinct,
+    first_token,
+    prompt_cost,
+    prompt_speed,
+)
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.make.outline import MIXTRAL
+
+CPU = torch.device("cpu")
+GPU = torch.device("cpu:0")  # another device by its name
+CONFIG = ModelConfig.from_dict(MIXTRAL)
+BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
+SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+GPU_SPEEDS = replace(
+    SPEEDS,
+    copy_bandwidth=2e10,
+    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 64: 4e-4}},
+    layer_seconds=1e-4,
+)
+BLIND = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+ALL, HALF = Placement(256, 0, 256), Placement(128, 0, 256)
+
+
+def measured(*samples: Calibration) -> Measurement:
+    return Measurement(1.7e9, samples)
+
+
+def cold_start(speeds: Calibration, device: torch.device = CPU, prompt: int = PROMPT) -> FirstToken:
+    found = first_token(BLUEPRINT, device, measured(speeds), prompt)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 2), (2, 3.5), (20, 7.975), (1000, 8)])
+def test_distinct_experts_of_several_tokens(tokens: int, experts: float) -> None:
+    assert expected_distinct(CONFIG, tokens) == pytest.approx(experts, abs=0.001)
+
+
+def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
+    found = cold_start(SPEEDS)
+    assert found.starting == pytest.approx(BLUEPRINT.shared_size / 2e9)
+    assert 254 < found.prompt.read < 256
+    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
+    # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
+    experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
+    assert experts < found.prompt.computing < experts + 0.3
+    assert found.seconds == found.starting + found.prompt.seconds
+    assert found.prompt.copying == 0
+
+
+def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read() -> None:
+    short, long = cold_start(SPEEDS), cold_start(SPEEDS, prompt=200)
+    assert short.prompt.computing < long.prompt.computing
+    assert short.prompt.reading <= long.prompt.reading
+
+
+def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
+    found = cold_start(GPU_SPEEDS, GPU)
+    assert found.prompt.copied == found.prompt.read
+    assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
+
+
+def test_the_first_token_is_a_range_over_the_samples() -> None:
+    slow = replace(SPEEDS, disk_bandwidth=1e9, disk_bandwidth_idle=1e9)
+    found = first_token(BLUEPRINT, CPU, measured(SPEEDS, slow, SPEEDS))
+    assert found is not None
+    assert (found.low, found.high) == (cold_start(SPEEDS).seconds, cold_start(slow).seconds)
+    assert found.seconds == found.low
+
+
+def test_a_prompt_has_a_speed_with_all_experts_in_memory_with_half_and_with_none() -> None:
+    rates = []
+    for placement in (ALL, HALF, None):
+        speed = prompt_speed(BLUEPRINT, CPU, measured(SPEEDS), placement, 512)
+        assert speed is not None
+        assert speed.low == speed.high
+        rates.append(speed.low)
+    assert rates == sorted(rates, reverse=True)
+    cost = prompt_cost(BLUEPRINT, CPU, SPEEDS, 512, missing=0, read=0)
+    assert cost is not None
+    assert rates[0] == pytest.approx(512 / cost.seconds)
+    assert cost.read == 0
+    half = prompt_cost(BLUEPRINT, CPU, SPEEDS, 512, missing=0.5, read=0.5)
+    assert half is not None
+    assert half.read == pytest.approx(128)
+
+
+def test_each_chunk_of_a_prompt_reads_the_experts_again() -> None:
+    one, two = (
+        prompt_cost(BLUEPRINT, CPU, SPEEDS, n * PREFILL_CHUNK, missing=1, read=1) for n in (1, 2)
+    )
+    assert one is not None
+    assert two is not None
+    assert two.read == pytest.approx(2 * one.read)
+
+
+def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
+    assert first_token(BLUEPRINT, CPU, measured(BLIND)) is None
+    assert prompt_speed(BLUEPRINT, CPU, measured(BLIND), HALF) is None
+    assert prompt_speed(BLUEPRINT, CPU, measured(BLIND), ALL) is not None
