@@ -70,7 +70,7 @@ def _volume() -> int:
 def disk_bandwidth(directory: Path, block: int) -> float | None:
     """Return bytes a second in reads of `block`, none of it cached; None if not measurable."""
     found = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
-    return None if found is None else found[1]
+    return None if found is None else found.idle
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float | None:

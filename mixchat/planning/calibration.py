@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -23,8 +23,9 @@ class Calibration:
     """One sample of the figures, in bytes a second and seconds.
 
     disk_bandwidth: of experts read one after the other while the CPU computes others, and
-    disk_bandwidth_idle while it does not; None where the disk could not be measured, for lack of
-    room or of the right to write.
+    disk_bandwidth_idle while it does not; disk_bandwidth_fresh then, into memory that was not used
+    before. All three are None where the disk could not be measured, for lack of room or of the
+    right to write.
     memory_bandwidth: at which the CPU computes experts of one row that lie in RAM.
     copy_bandwidth: from page-locked RAM to the device; None for a CPU.
     expert_seconds: for "cpu" and the device, by count of rows.
@@ -33,6 +34,7 @@ class Calibration:
 
     disk_bandwidth: float | None
     disk_bandwidth_idle: float | None
+    disk_bandwidth_fresh: float | None
     memory_bandwidth: float
     copy_bandwidth: float | None
     expert_seconds: dict[str, dict[int, float]]
@@ -54,11 +56,18 @@ class Calibration:
         return cls(
             disk_bandwidth=_figure(entry["disk_bandwidth"]),
             disk_bandwidth_idle=_figure(entry["disk_bandwidth_idle"]),
+            disk_bandwidth_fresh=_figure(entry["disk_bandwidth_fresh"]),
             memory_bandwidth=_figure(entry["memory_bandwidth"]),
             copy_bandwidth=_figure(entry["copy_bandwidth"]) if len(devices) > 1 else None,
             expert_seconds=seconds,
             layer_seconds=_figure(entry["layer_seconds"]),
         )
+
+    @property
+    def cold(self) -> Calibration:
+        """Return the figures of a cold start, when all memory is fresh."""
+        fresh = self.disk_bandwidth_fresh
+        return replace(self, disk_bandwidth=fresh, disk_bandwidth_idle=fresh)
 
     def expert_time(self, device: str, rows: int) -> float:
         """Return the seconds of one expert for `rows` rows, at least 1, on "cpu" or the device.
@@ -131,6 +140,7 @@ class Measurement:
         return Calibration(
             disk_bandwidth=_median(sample.disk_bandwidth for sample in samples),
             disk_bandwidth_idle=_median(sample.disk_bandwidth_idle for sample in samples),
+            disk_bandwidth_fresh=_median(sample.disk_bandwidth_fresh for sample in samples),
             memory_bandwidth=median(sample.memory_bandwidth for sample in samples),
             copy_bandwidth=_median(sample.copy_bandwidth for sample in samples),
             expert_seconds={

@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import median
+from statistics import harmonic_mean
+from typing import NamedTuple
 
 import torch
 
 from mixchat import machine
+from mixchat.experts.memory import CPU
+from mixchat.experts.store import new_block
 from mixchat.safetensors import ALIGNMENT
 
 _PIECE = 2**24  # bytes that are synced at once
@@ -24,16 +27,29 @@ _ROUNDS = 3
 _EXPERTS = "experts-*.safetensors"
 _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
 
+
+class DiskRates(NamedTuple):
+    """Bytes a second: while the cores compute, while they do not, and then into fresh memory.
+
+    The system gives fresh memory page by page, in a cold start: here that takes three times as long
+    as reading, on a machine whose host gives memory only then.
+    """
+
+    busy: float
+    idle: float
+    fresh: float
+
+
 # Places to read a block from: a file's descriptor, and the offset.
 Places = list[tuple[int, int]]
 
 
 def measure_disk(
     directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
-) -> tuple[float, float] | None:
-    """Return bytes a second while `work` is done and without it; None if they are not measurable.
+) -> DiskRates | None:
+    """Return bytes a second, busy with `work` done meanwhile; None if they are not measurable.
 
-    Both are of the faster way to read: through the page cache, or past it (O_DIRECT). It reads
+    All are of the faster way to read: through the page cache, or past it (O_DIRECT). It reads
     blocks of `block` bytes, about `seconds` a figure: experts of the model in `directory`, or else
     a file of up to `size` bytes that it writes there. A machine's host still holds what was just
     written, and gives that several times as fast as what nobody has read for long.
@@ -113,8 +129,8 @@ class _Disk:
         # Filled, so that the system gives no page while time is taken.
         self._target = memory[skipped : skipped + block].fill_(1).numpy().data
 
-    def measure(self, work: Callable[[], None]) -> tuple[float, float]:
-        """Return bytes a second while `work` is done, and without."""
+    def measure(self, work: Callable[[], None]) -> DiskRates:
+        """Return bytes a second, busy with `work` done meanwhile."""
         ways = [False, True] if self._reads_direct() else [False]
         busy: dict[bool, list[float]] = {way: [] for way in ways}
         idle: dict[bool, list[float]] = {way: [] for way in ways}
@@ -125,8 +141,11 @@ class _Disk:
                 idle[way].append(self._rate(way))
             if time.perf_counter() - started > 6 * self._seconds:
                 break
-        direct = max(ways, key=lambda way: median(busy[way]))
-        return median(busy[direct]), median(idle[direct])
+        direct = max(ways, key=lambda way: harmonic_mean(busy[way]))
+        taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
+        fresh = [self._rate(direct, taken) for _ in busy[direct]]
+        # Of the time that as many bytes take each: a slow round is a part of it.
+        return DiskRates(*map(harmonic_mean, (busy[direct], idle[direct], fresh)))
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
         # As in use: a thread reads, the main one computes.
@@ -136,23 +155,30 @@ class _Disk:
                 work()
             return rate.result()
 
-    def _rate(self, direct: bool) -> float:
-        """Return bytes a second over all blocks, or as many as there is time for."""
+    def _rate(self, direct: bool, taken: list[torch.Tensor] | None = None) -> float:
+        """Return bytes a second over all blocks, or as many as there is time for.
+
+        taken: takes the fresh memory that is read into; None for memory that was used before.
+        """
         self._set_direct(direct)
         done, spent = 0, 0.0
         for fd, start in islice(self._places, self._count):
             os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
-            spent += self._read(fd, start)
+            target = self._target
+            if taken is not None:
+                taken.append(new_block(self._block, CPU))
+                target = taken[-1].numpy().data
+            spent += self._read(fd, start, target)
             done += self._block
             if spent > self._seconds:
                 break
         return done / spent
 
-    def _read(self, fd: int, start: int) -> float:
+    def _read(self, fd: int, start: int, target: memoryview) -> float:
         """Read a block; return the seconds that took."""
         done, started = 0, time.perf_counter()
         while done < self._block:
-            count = os.preadv(fd, [self._target[done:]], start + done)
+            count = os.preadv(fd, [target[done:]], start + done)
             if count == 0:
                 raise OSError("the file ended early")
             done += count

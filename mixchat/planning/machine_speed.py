@@ -87,9 +87,9 @@ def calibrate(
         copy_bandwidth = other.copy_bandwidth(copy)
         del other
         gpu.release_unused(device)  # or it would count as taken
-    busy, idle = disk or (None, None)
     memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
-    return Calibration(busy, idle, memory, copy_bandwidth, seconds, layer_seconds)
+    busy, idle, fresh = disk or (None, None, None)
+    return Calibration(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
 
 
 def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:

@@ -52,10 +52,10 @@ def first_token(
     was not measured.
     """
     parts = [
-        (blueprint.shared_size / speeds.disk_bandwidth, cost)
+        (blueprint.shared_size / speeds.disk_bandwidth_fresh, cost)
         for speeds in (measurement.typical, *measurement.samples)
-        if (cost := prompt_cost(blueprint, device, speeds, prompt, missing=1.0, read=1.0))
-        and speeds.disk_bandwidth
+        if (cost := prompt_cost(blueprint, device, speeds.cold, prompt, missing=1.0, read=1.0))
+        and speeds.disk_bandwidth_fresh
     ]
     if not parts:
         return None
@@ -75,12 +75,13 @@ def prompt_speed(
     placement: None where nothing holds any yet. None where the disk is needed and was not measured.
     """
     missing = read = 1.0
+    cold = [sample.cold for sample in measurement.samples]
     if placement is not None:
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - held_together(blueprint, device, placement) / placement.experts
     costs = [
         prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
-        for speeds in measurement.samples
+        for speeds in (cold if placement is None else measurement.samples)
     ]
     seconds = [cost.seconds for cost in costs if cost is not None]
     if not seconds:

@@ -173,7 +173,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "depth": engine._model.blocks[0].moe.runner._prefetch.trial.variant,
         "first": first,
         "first_bytes": first_bytes,
-        "disk": disk[1] if disk else 0.0,
+        "disk": disk.idle if disk else 0.0,
         "predicted_low": expected.speed.low,
         "predicted_high": expected.speed.high,
         "computing": expected.cost.computing,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixchat import machine
+from mixchat.cli import plan as plan_command
 from mixchat.cli.output import plan_text
 from mixchat.loading import workers
 from mixchat.planning import fitting, machine_speed, torch_threads
@@ -20,7 +21,9 @@ from mixchat.planning.machine_speed import SAMPLES
 from mixchat.planning.spread import WorkerOffer
 
 GB = 10**9
-SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001)
+SPEEDS = Calibration(
+    2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
+)
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
     monkeypatch.setattr(machine, "free_disk", lambda directory: 500 * GB)
     monkeypatch.setattr(torch_threads, "choose_threads", lambda blueprint: None)
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.0)
     return calls
 
 
@@ -246,8 +250,8 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days)
-    monkeypatch.setattr(machine_speed, "time", clock)
-    monkeypatch.setattr(plan_text, "time", clock)
+    for module in (machine_speed, plan_text, plan_command):
+        monkeypatch.setattr(module, "time", clock)
 
 
 def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypatch):
@@ -266,6 +270,67 @@ def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypat
     assert again["measured_at"] == 1.7e9 + 3.5 * 86400
     assert again["tokens_per_second"] < made["tokens_per_second"]
     assert json.loads(run("--json").stdout) == again
+
+
+@pytest.mark.parametrize(
+    ("others", "days", "why"),
+    [
+        (0.1, 29, None),
+        (0.1, 31, b"note: measuring this machine again: the last time was 31 days ago\n"),
+        (0.9, 0.1, b"note: measuring this machine again: it was busy the last time, 2 hours ago\n"),
+        (0.9, 0.001, None),
+    ],
+)
+def test_what_is_old_or_of_a_busy_machine_is_measured_again_and_that_is_said(
+    run, measured, monkeypatch, others, days, why
+):
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: others)
+    at(monkeypatch, 0)
+    assert run("demo").stderr == b""
+    before = len(measured)
+    at(monkeypatch, days)
+    done = run("demo")
+    assert (len(measured) > before) == (why is not None)
+    assert done.stderr == 2 * (why or b"")  # in 4 bits, and in 3
+    busy = "busy with other programs" in sections(done)["This machine"]
+    assert busy == (others > 0.5)
+
+
+def test_it_says_on_what_it_was_measured(run, measured, monkeypatch, environment):
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Abacus 3000")
+    found = sections(run())["This machine"]
+    assert "on Abacus 3000, and the disk of /" in found
+    on = json.loads(run("--json").stdout)["measured_on"]
+    assert on["cpu"] == "Abacus 3000"
+    assert Path(environment["MIXCHAT_HOME"]).is_relative_to(on["directory"])
+
+
+def test_a_prompt_and_the_first_token_are_ranges_too(run, measured, monkeypatch):
+    samples = itertools.cycle(
+        dataclasses.replace(
+            SPEEDS, layer_seconds=seconds, disk_bandwidth_idle=disk, disk_bandwidth_fresh=disk
+        )
+        for seconds, disk in ((0.001, 4e9), (0.004, 3e9), (0.02, 2e9))
+    )
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
+    expected = sections(run())["What to expect"]
+    assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
+    assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
+    found = json.loads(run("--json").stdout)
+    prompt, first = found["prompt"], found["first_token"]
+    assert (prompt["tokens"], first["tokens"]) == (512, 20)
+    assert prompt["low"] < prompt["high"]
+    assert first["low"] < first["seconds"] < first["high"]
+
+
+def test_the_verdict_is_in_words(run, measured, monkeypatch):
+    for factor, words in ((0.1, "faster than you read"), (10, "use a smaller model")):
+        seconds = {"cpu": {1: 0.003 * factor, 8: 0.005 * factor, 512: 0.2 * factor}}
+        changed = dataclasses.replace(SPEEDS, expert_seconds=seconds, layer_seconds=0.001 * factor)
+        monkeypatch.setattr(machine_speed, "calibrate", lambda *_, it=changed, **how: it)
+        monkeypatch.setattr(fitting, "free_on", lambda device: 64 * GB)
+        assert sections(run("--measure"))["Verdict"].endswith(words)
+        assert json.loads(run("--json").stdout)["verdict"].endswith(words)
 
 
 def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
@@ -337,7 +402,9 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
 
 
 def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch):
-    blind = dataclasses.replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = dataclasses.replace(
+        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: blind)
     found = sections(run())
     assert "unknown, because the disk could not be measured" in found["What to expect"]
@@ -389,7 +456,9 @@ def test_with_workers_it_says_who_holds_what_and_how_fast_it_is_with_them_and_wi
     assert re.fullmatch(r"[\d.]+ ms waiting for workers, beyond .*", lines[8][0])
     alone = re.search(r"decode +(.* tok/s)", shown["What to expect"])[1]
     with_them = re.match(r".* tok/s", lines[6][1])[0]
-    assert shown["Verdict"].endswith(f"{with_them} with 2 workers, {alone} without")
+    assert shown["Verdict"].endswith(
+        f"{with_them} with 2 workers, {alone} without, faster than you read"
+    )
 
 
 def test_as_json_it_has_what_workers_offer_and_hold(run, measured, offered, tiny_model):

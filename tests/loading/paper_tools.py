@@ -27,7 +27,7 @@ CONTEXT = 64
 
 def speeds(copy: float, expert: float) -> Measurement:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    sample = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    sample = Calibration(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
     return Measurement(time.time(), (sample,))
 
 

@@ -35,7 +35,7 @@ SHORT = PROMPT[:9]
 
 def calibration(copy: float, expert: float) -> Measurement:
     """A machine on which a copy runs at `copy` bytes a second and an expert takes `expert` s."""
-    speeds = Calibration(1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    speeds = Calibration(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
     return Measurement(time.time(), (speeds,))
 
 

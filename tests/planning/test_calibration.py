@@ -6,7 +6,7 @@ import pytest
 
 from mixchat.planning.calibration import Calibration, Measurement
 
-KNOWN = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+KNOWN = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_a_machine_whose_samples_differ_much_was_busy(times: float, busy: bool) 
 
 
 def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some() -> None:
-    blind = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = dataclasses.replace(
+        KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     assert Measurement(0.0, (blind, KNOWN)).typical.disk_bandwidth == KNOWN.disk_bandwidth
     assert Measurement(0.0, (blind, blind)).typical.disk_bandwidth is None

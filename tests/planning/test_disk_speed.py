@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mixchat import machine
 from mixchat.planning import disk_speed
-from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.disk_speed import DiskRates, measure_disk
 
 BLOCK, SIZE, SECONDS = 12_288, 1_000_000, 0.01
 
@@ -20,7 +21,7 @@ def work() -> None:
     time.sleep(0.0001)
 
 
-def measured(directory: Path) -> tuple[float, float] | None:
+def measured(directory: Path) -> DiskRates | None:
     return measure_disk(directory, BLOCK, SIZE, work, SECONDS)
 
 
@@ -158,6 +159,55 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache(
     result = measured(tmp_path)
     assert result is not None
     assert asked.count(True) == 1
+
+
+def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, targets = os.preadv, []
+
+    def read(fd: int, buffers: Any, offset: int) -> int:
+        targets.append(torch.frombuffer(buffers[0], dtype=torch.uint8).data_ptr())
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    result = measured(tmp_path)
+    assert result is not None
+    assert 1e5 < result.fresh < 1e12
+    assert len(set(targets)) > 2
+
+
+def test_experts_of_an_installed_model_are_read_each_before_one_is_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was just written is still in the cache of a machine's host: a disk seemed as fast."""
+    for layer in range(2):
+        (tmp_path / f"experts-{layer:03d}.safetensors").write_bytes(os.urandom(20 * BLOCK))
+    written, preadv = spy_on_writing(monkeypatch), os.preadv
+    read: list[tuple[str, int]] = []
+
+    def spy(fd: int, buffers: Any, offset: int) -> int:
+        read.append((os.readlink(f"/proc/self/fd/{fd}"), offset))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", spy)
+    assert measured(tmp_path) is not None
+    assert written == []
+    whole = [place for place in read if place[1] % BLOCK == 0][1:]  # first a try past the cache
+    assert len(set(whole[:40])) == 40
+    assert {Path(name).name for name, _ in whole} == {
+        "experts-000.safetensors",
+        "experts-001.safetensors",
+    }
+
+
+def test_a_model_of_few_experts_is_not_read_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "experts-000.safetensors").write_bytes(os.urandom(20 * BLOCK))
+    written = spy_on_writing(monkeypatch)
+    assert measured(tmp_path) is not None
+    assert sum(written) == SIZE
 
 
 def test_ctrl_c_while_the_disk_is_read_leaves_nothing(

@@ -30,7 +30,7 @@ GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = ModelConfig.from_dict(MIXTRAL)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -180,7 +180,9 @@ def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
 
 
 def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
-    blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = replace(
+        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(192)) is None
     assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(256)) is not None
 

@@ -10,6 +10,7 @@ import torch
 
 from mixchat import machine
 from mixchat.planning.compute_speed import Effort
+from mixchat.planning.disk_speed import DiskRates
 from mixchat.planning.machine_speed import calibrate
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.format.installed_model import InstalledModel
@@ -175,11 +176,11 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
 
     def measure_disk(
         directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
-    ) -> tuple[float, float]:
+    ) -> DiskRates:
         rows.clear()
         work()
         asked.append((directory, block, size, [*rows]))
-        return 2e9, 3e9
+        return DiskRates(2e9, 3e9, 1e9)
 
     def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
         rows.append(len(x))
@@ -191,6 +192,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
         result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=effort)
         assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
+        assert result.disk_bandwidth_fresh == 1e9
     stride = blueprint.expert.stride
     assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]
 

@@ -23,7 +23,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
 OTHER = torch.device("cpu:0")  # another device by its name
-KNOWN = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+KNOWN = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
 
 @pytest.fixture
@@ -122,6 +122,7 @@ DAMAGED = [
     entry(disk_bandwidth=-1),
     entry(disk_bandwidth=None),
     entry(disk_bandwidth_idle="3e9"),
+    entry(disk_bandwidth_fresh=0),
     entry(memory_bandwidth=float("nan")),
     entry(memory_bandwidth=float("inf")),
     entry(memory_bandwidth=10**400),
@@ -172,7 +173,9 @@ def test_the_entry_that_the_damaged_ones_are_made_of_is_sound(tmp_path: Path) ->
 
 def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    partly = dataclasses.replace(KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None)
+    partly = dataclasses.replace(
+        KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     assert measure_and_save(path, "here", PLACE, lambda: partly).typical == partly
     assert not path.exists()
     assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE

@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -95,7 +95,7 @@ def test_a_machine_with_16_gb_holds_a_part_and_reads_the_rest() -> None:
     assert found.expected.cost.read == pytest.approx(64 * (1 - found.expected.hit_rate))
     assert speed(found) == 1 / found.expected.cost.seconds
     assert found.first_token is not None
-    assert found.first_token.seconds > 10  # 26 GB at 2 GB a second
+    assert found.first_token.seconds > 9  # 26 GB at 3 GB a second
 
 
 def test_a_machine_that_holds_all_reads_nothing_and_needs_no_more() -> None:
@@ -293,7 +293,9 @@ def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> No
 
 
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
-    blind = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = replace(
+        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     found = on_cpu(14.5, blind)
     assert found.expected.speed is None
     assert (found.expected.cost, found.first_token) == (None, None)

@@ -24,7 +24,7 @@ from mixchat.weights.make.outline import MIXTRAL
 
 CPU = torch.device("cpu")
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 SHAPE = Shape(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
 
 
@@ -183,7 +183,9 @@ def test_a_slow_worker_makes_it_slower_than_none_where_all_fits_here() -> None:
 
 
 def test_without_figures_of_the_disk_only_what_needs_no_disk_is_known() -> None:
-    blind = dataclasses.replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = dataclasses.replace(
+        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     assert spread(64, offer(64), speeds=blind).expected.speed is None
     assert spread(128, offer(128), speeds=blind).expected.speed is not None
 

@@ -11,7 +11,7 @@ from mixchat.planning.expectation import OVERLAP, Shape, TokenCost, token_cost
 
 # 8 uses of experts a token. A head as large as three experts.
 SHAPE = Shape(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
-CPU = Calibration(1e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
+CPU = Calibration(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 GPU = dataclasses.replace(
     CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}
 )
@@ -62,7 +62,9 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
 
 
 def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost() -> None:
-    blind = dataclasses.replace(CPU, disk_bandwidth=None, disk_bandwidth_idle=None)
+    blind = dataclasses.replace(
+        CPU, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
     assert cost(blind, "cpu", 1, 1) == cost(CPU, "cpu", 1, 1)
     assert token_cost(SHAPE, blind, "cpu", hit_rate=0.5, host_hit_rate=0.5) is None
 

@@ -98,6 +98,8 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if speeds.disk_bandwidth is not None and speeds.disk_bandwidth_idle is not None:
         read = f"reads {_rate(speeds.disk_bandwidth_idle)}"
         read += f", {_rate(speeds.disk_bandwidth)} while the CPU computes"
+    if speeds.disk_bandwidth_fresh is not None:
+        read += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
     yield "disk", f"{format_size(there.disk_free)} free, {read}"
     for device in speeds.expert_seconds:
         where = "the CPU" if device == "cpu" else "the GPU"
