@@ -24,6 +24,7 @@ from mixchat.safetensors import ALIGNMENT
 
 _PIECE = 2**24  # bytes that are synced at once
 _ROUNDS = 3
+_FRESH = 6  # times as long as for another figure
 _EXPERTS = "experts-*.safetensors"
 _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
 
@@ -31,8 +32,8 @@ _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of s
 class DiskRates(NamedTuple):
     """Bytes a second: while the cores compute, while they do not, and then into fresh memory.
 
-    The system gives fresh memory page by page, in a cold start: here that takes three times as long
-    as reading, on a machine whose host gives memory only then.
+    In a cold start the system gives fresh memory page by page. On a machine whose host gives it
+    only then, that took up to eight times as long as reading.
     """
 
     busy: float
@@ -142,10 +143,9 @@ class _Disk:
             if time.perf_counter() - started > 6 * self._seconds:
                 break
         direct = max(ways, key=lambda way: harmonic_mean(busy[way]))
-        taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
-        fresh = [self._rate(direct, taken) for _ in busy[direct]]
         # Of the time that as many bytes take each: a slow round is a part of it.
-        return DiskRates(*map(harmonic_mean, (busy[direct], idle[direct], fresh)))
+        beside, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
+        return DiskRates(beside, alone, self._fresh_rate())
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
         # As in use: a thread reads, the main one computes.
@@ -155,27 +155,36 @@ class _Disk:
                 work()
             return rate.result()
 
-    def _rate(self, direct: bool, taken: list[torch.Tensor] | None = None) -> float:
-        """Return bytes a second over all blocks, or as many as there is time for.
+    def _fresh_rate(self) -> float:
+        """Return bytes a second into fresh memory, through the page cache, which takes some, too.
 
-        taken: takes the fresh memory that is read into; None for memory that was used before.
+        It takes longer than the others: the first memory is often what was just given back.
         """
+        most = machine.free_memory() // 8  # as much again goes into the page cache
+        taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
+        self._set_direct(False)
+        spent = 0.0
+        for fd, start in islice(self._places, self._count):
+            taken.append(new_block(self._block, CPU))
+            spent += self._read(fd, start, taken[-1].numpy().data)
+            if spent > _FRESH * self._seconds or len(taken) * self._block > most:
+                break
+        return len(taken) * self._block / spent
+
+    def _rate(self, direct: bool) -> float:
+        """Return bytes a second over all blocks, or as many as there is time for."""
         self._set_direct(direct)
         done, spent = 0, 0.0
         for fd, start in islice(self._places, self._count):
-            os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
-            target = self._target
-            if taken is not None:
-                taken.append(new_block(self._block, CPU))
-                target = taken[-1].numpy().data
-            spent += self._read(fd, start, target)
+            spent += self._read(fd, start, self._target)
             done += self._block
             if spent > self._seconds:
                 break
         return done / spent
 
     def _read(self, fd: int, start: int, target: memoryview) -> float:
-        """Read a block; return the seconds that took."""
+        """Read a block that is not in the page cache; return the seconds that took."""
+        os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
         done, started = 0, time.perf_counter()
         while done < self._block:
             count = os.preadv(fd, [target[done:]], start + done)
