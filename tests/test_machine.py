@@ -112,3 +112,24 @@ def test_total_memory_is_within_the_container(monkeypatch: pytest.MonkeyPatch) -
     assert machine.total_memory() == whole
     monkeypatch.setattr(cgroups, "memory_limit", lambda: 1000)
     assert machine.total_memory() == 1000
+
+
+def test_the_cores_that_other_programs_take_are_told_from_our_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts = tmp_path / "stat"
+    monkeypatch.setattr(machine, "_CPU_TIMES", counts)
+    monkeypatch.setattr(machine.time, "process_time", lambda: own)
+    tick = os.sysconf("SC_CLK_TCK")
+
+    def write(*seconds: float) -> None:
+        counts.write_text(f"cpu  {' '.join(str(int(each * tick)) for each in seconds)} 0 0\ncpu0 1")
+
+    own = 5.0
+    write(100, 0, 10, 1000, 20, 0, 0, 0)  # user, nice, system, idle, waiting, irq, softirq, steal
+    others = machine.OtherPrograms()
+    own = 9.0
+    write(106, 0, 11, 1008, 22, 0, 0, 3)
+    assert others.share() == pytest.approx(0.3)  # 10 of 20 s, of which 4 are ours
+    counts.unlink()
+    assert machine.OtherPrograms().share() == 0

@@ -7,5 +7,6 @@
 - prompt.py: the line where a person types
 - completion.py, input_history.py, editor.py, typeahead.py: its parts
 - status_line.py: the line below it
+- reading_time.py: how long a prompt will take to be read
 - clipboard.py: copies text for /copy
 """
