@@ -4,6 +4,7 @@
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: norm, attention, block, logits
+- decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router
 - rope.py: rotary position embedding
 - kv_cache.py: keys and values, and what new tokens see of them

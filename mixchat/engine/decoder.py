@@ -27,19 +27,18 @@ from mixchat.weights.matrix.linear import Linear, PackedLinear
 
 
 class Decoder:
-    """Computes the layers for the next token of a cache."""
+    """Computes the layers for the next token of a cache: a `LayersForOneToken`."""
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], cache: PagedKVCache) -> None:
         shared = _Shared(config, blocks[0].attention_norm.weight.dtype, cache)
-        self.cache, self._x = cache, shared.x
+        self.cache: KVCache = cache
+        self._x = shared.x
         self._layers = [_Layer(layer, block, shared) for layer, block in enumerate(blocks)]
 
     def begin(self, x: torch.Tensor) -> None:
-        """Start with the token's row [1, D], its embedding."""
         self._x.copy_(x)
 
     def run(self, layer: int) -> torch.Tensor:
-        """Compute a layer, and return the row [1, D], which the next layer overwrites."""
         self._layers[layer].run()
         return self._x
 

@@ -7,7 +7,7 @@ H = num_attention_heads, G = num_key_value_heads, h = head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -18,9 +18,6 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.model_config import ModelConfig
 from mixchat.weights.matrix.linear import Linear
-
-if TYPE_CHECKING:
-    from mixchat.engine.decoder import Decoder
 
 
 class RMSNorm:
@@ -75,6 +72,18 @@ class Block:
         return x + self.moe(self.moe_norm(x), exact=exact)
 
 
+class LayersForOneToken(Protocol):
+    """Another way to compute the blocks for the next token of a cache, with the same bits."""
+
+    cache: KVCache
+
+    def begin(self, x: torch.Tensor) -> None:
+        """Start with the token's row [1, D], its embedding."""
+
+    def run(self, layer: int) -> torch.Tensor:
+        """Compute a layer, and return the row [1, D], which the next layer overwrites."""
+
+
 class Model:
     """Embedding, blocks, norm and head."""
 
@@ -88,7 +97,7 @@ class Model:
     ) -> None:
         self.config = config
         self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
-        self._decoder: Decoder | None = None
+        self._decoder: LayersForOneToken | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,8 +109,8 @@ class Model:
         """Return the type of the hidden states."""
         return self._embedding.dtype
 
-    def decode_by(self, decoder: Decoder | None) -> None:
-        """Let a decoder compute the layers for each single token of its cache."""
+    def decode_by(self, decoder: LayersForOneToken | None) -> None:
+        """Let a decoder compute the blocks for each single token of its cache."""
         self._decoder = decoder
 
     def forward(
