@@ -7,6 +7,7 @@ import platform
 import resource
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mixchat import cgroups
@@ -74,6 +75,18 @@ def total_memory() -> int:
 def free_memory() -> int:
     """Return the bytes of RAM that can be allocated without swapping, within all limits."""
     return min(_free_by_limit().values())
+
+
+def return_freed_memory() -> None:
+    """Return memory to the system that the C library keeps after it was freed.
+
+    glibc keeps what was freed between blocks that are still in use: hundreds of megabytes after a
+    model. Other libraries have no such function.
+    """
+    import ctypes
+
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tightest_memory_limit() -> str | None:

@@ -148,6 +148,26 @@ class ChatSession:
         self.history, self._first = list(history), 0
         self._turns = sum(message.role == "assistant" for message in history)
 
+    def take_model(self, other: ChatSession) -> None:
+        """Continue with the model of another session, to its makers' advice.
+
+        The seed stays, and what was changed of the sampling. Answers of other weights keep their
+        text, but not their token ids.
+        """
+        advised = dataclasses.replace(other.advised, seed=self.advised.seed)
+        changed = {
+            name: value
+            for name, value in vars(self.sampling).items()
+            if value != getattr(self.advised, name)
+        }
+        if other.engine.identity != self.engine.identity:
+            self.history = [dataclasses.replace(message, ids=None) for message in self.history]
+            self._first = 0
+        self.engine, self._tokenizer = other.engine, other._tokenizer
+        self._template = other._template
+        self.advised, self._advised_tokens = advised, other._advised_tokens
+        self.sampling = dataclasses.replace(advised, **changed)
+
     def undo(self, turns: int = 1) -> int:
         """Remove the last questions and their answers; return how many questions that were."""
         questions = [i for i, message in enumerate(self.history) if message.role == "user"]

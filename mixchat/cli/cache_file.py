@@ -6,7 +6,8 @@ The file lies where `--prompt-cache` says, or beside a saved chat (`--keep-cache
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,7 +21,7 @@ from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.engine.generate import Engine
+    from mixchat.chat.session import ChatSession
     from mixchat.engine.prompt_cache import PromptCache
 
 # The start of such a file, behind the length of its header: engine/prompt_cache.py writes it.
@@ -94,14 +95,15 @@ class FileBesideChat:
 
 
 class CacheSaver:
-    """The KV cache of `engine`, loaded from the file of `place` at first and saved at the end.
+    """The KV cache of a session's engine: loaded from the file of `place` at first, saved at the
+    end.
 
     At the end it raises `MixchatError` where the place is strict and the file cannot be written,
     unless something else went wrong before; all else is only printed.
     """
 
-    def __init__(self, engine: Engine, place: CachePlace) -> None:
-        self._engine, self._place = engine, place
+    def __init__(self, session: ChatSession, place: CachePlace) -> None:
+        self._session, self._place = session, place
         self._loaded: PromptCache | None = None
 
     def __enter__(self) -> CacheSaver:
@@ -126,14 +128,29 @@ class CacheSaver:
         if self._place.per_chat:
             self._load()
 
+    @contextmanager
+    def changing_model(self) -> Iterator[None]:
+        """Save the cache before the block replaces the engine; load it again where that fails.
+
+        That of the new engine is saved in its place.
+        """
+        self._save_or_tell(print_error)
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            if not self._session.engine.is_closed:
+                self._load()
+            raise
+        self._loaded = None
+
     def _load(self) -> None:
-        self._engine.forget()  # what it holds may be of another chat
+        self._session.engine.forget()  # what it holds may be of another chat
         self._loaded, path = None, self._place.path
         if not _has_content(path):
             return
         from mixchat.engine.prompt_cache import PromptCache
 
-        self._loaded = PromptCache(path, self._engine)
+        self._loaded = PromptCache(path, self._session.engine)
         try:
             with status(sanitize(f"reading {path}")):
                 self._loaded.load()
@@ -153,7 +170,7 @@ class CacheSaver:
 
         cache, path = self._loaded, self._place.path
         if cache is None or cache.path != path:  # no file yet, or another chat's
-            cache = PromptCache(path, self._engine)
+            cache = PromptCache(path, self._session.engine)
         with interrupts.saving(), status(sanitize(f"writing {path}")):
             cache.save()
 

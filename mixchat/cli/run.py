@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixchat.chat.parameters import checked_overflow
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
+from mixchat.cli.change_model import ModelChanger, save_report
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
@@ -20,12 +21,13 @@ from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import ModelNotFoundError
 from mixchat.experts.workers import torchrun
 from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
+    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.chat.terminal.reading_time import Predict
     from mixchat.planning.prediction import Prediction
 
 # `run` has a parameter of the same name for each option of sampling.
@@ -107,41 +109,49 @@ def run(
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)
-    session = open_session(
-        model,
-        load,
-        output,
+    open_model = partial(
+        open_session,
+        load=load,
+        output=output,
         sampling={name: context.params[name] for name in _SAMPLING},
         system=system or None,
         max_tokens=max_tokens,
         stop=stop or [],
         overflow=checked_overflow(overflow),
     )
+    session = open_model(model)
     saves = save and (question is None or resumed is not None or is_given(context, "save"))
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
         saver.resume(resumed, except_for=[name for name in _RESUMED if is_given(context, name)])
-    predict = _speed_predictor(session, model, device)
-    after_turn = _verbose_report(session, predict) if verbose else _nothing
+
+    def hooks(model: str) -> tuple[AfterTurn, Predict]:
+        predict = _speed_predictor(session, model, device)
+        after_turn = _verbose_report(session, predict) if verbose else _nothing
+        return after_turn, _reading_seconds(predict)
+
+    after_turn, predict = hooks(model)
     beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
     try:
-        with CacheSaver(session.engine, named_file or beside_chat) as cache:
+        with CacheSaver(session, named_file or beside_chat) as cache:
             if question is None:
+                models = ModelChanger(saver, load, open_model, hooks)
                 start_chat(
                     saver,
                     cache,
+                    models,
                     files,
                     raw=raw,
                     vi=vi,
                     after_turn=after_turn,
-                    predict=_reading_seconds(predict),
+                    predict=predict,
                 )
             else:
                 with saved_turn(saver):
                     after_turn(print_answer(session, question, output, model))
     finally:
         torchrun.end()
-        _save_report(session, model)
+        save_report(session, saver.model)
 
 
 def _torchrun_workers() -> tuple[str, ...]:
@@ -150,18 +160,6 @@ def _torchrun_workers() -> tuple[str, ...]:
         return ()
     prepare_environment()
     return torchrun.published()
-
-
-def _save_report(session: ChatSession, model: str) -> None:
-    """Save what `mixchat stats` shows.
-
-    A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
-    """
-    from mixchat.engine.report import report_of, save_report
-    from mixchat.engine.report_path import report_path
-
-    with suppress(OSError, ModelNotFoundError):
-        save_report(report_path(model), report_of(session.engine, model))
 
 
 def _verbose_report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.session import ChatSession, Finished
+    from mixchat.chat.session import ChatSession
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
+    from mixchat.chat.terminal.reading_time import Predict
     from mixchat.cli.cache_file import CacheSaver
 
 
@@ -70,12 +72,13 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 def start_chat(
     saver: ChatSaver,
     cache: CacheSaver,
+    models: ChatModels,
     files: Mapping[Path, str] = MappingProxyType({}),
     *,
     raw: bool,
     vi: bool,
-    after_turn: Callable[[Finished], None],
-    predict: Callable[[int, bool], float | None],
+    after_turn: AfterTurn,
+    predict: Predict,
 ) -> None:
     """Chat in the terminal; the texts of `files` go before the first question.
 
@@ -90,7 +93,13 @@ def start_chat(
     screen = Screen(raw=raw)
     screen.say(f"{saver.model}; /help shows the commands, Ctrl-D leaves")
     chat = ActiveChat(
-        saver, screen, cache, report=print_error, after_turn=after_turn, predict=predict
+        saver,
+        screen,
+        cache,
+        models=models,
+        report=print_error,
+        after_turn=after_turn,
+        predict=predict,
     )
     if saver.session.history:
         chat.show_last_turn()

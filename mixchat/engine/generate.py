@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mixchat import interrupts
+from mixchat import gpu, interrupts, machine
 from mixchat.context import Context
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
@@ -73,6 +73,7 @@ class Engine:
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
         self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
         self._speculation = speculation
+        self.is_closed = False
         self._ids: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
@@ -108,6 +109,18 @@ class Engine:
         """Empty the cache, like that of a new engine."""
         self._ids = []
         self._cache.clear()
+
+    def close(self) -> None:
+        """Give all memory back; then it can only be asked what it is, and what it holds: nothing.
+
+        This cannot be left to the end of the object: an error's traceback may keep it alive.
+        """
+        device, self.is_closed = self.device, True
+        self.forget()
+        self.experts.close()
+        del self._model, self.experts
+        gpu.release_unused(device)
+        machine.return_freed_memory()
 
     def resume(self, ids: Sequence[int]) -> None:
         """Continue from these tokens, whose keys and values have been put into the cache."""

@@ -95,9 +95,10 @@ class Dispatcher:
             device.follow_memory()
 
     def close(self) -> None:
-        """Give the memory of all devices' slots back; nothing can be computed any more."""
         for device in self._devices:
             device.close()
+        for worker in self._workers:
+            worker.close()
 
     def halve(self, number: int | None = None) -> bool:
         full = [device for device in self._devices if number in (None, device.number)]

@@ -82,6 +82,9 @@ class ExpertHolder(ExpertRunner, Protocol):
         number: that of the GPU whose memory ran out; None halves those of all devices.
         """
 
+    def close(self) -> None:
+        """Give all memory of experts back, and leave the workers; nothing can be computed then."""
+
 
 class WorkerExperts(Protocol):
     """A worker on another machine, as the side that chats sees it. No method raises its faults."""
@@ -98,3 +101,6 @@ class WorkerExperts(Protocol):
 
     def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
         """Store the outputs in `rows`; return the experts that it has not computed."""
+
+    def close(self) -> None:
+        """End the chat with the worker, which can then serve another one."""

@@ -190,6 +190,17 @@ def list_models() -> list[ModelEntry]:
     return [describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
 
 
+def installed_names() -> list[str]:
+    """Return a name of every finished model below `models_dir()`, the shortest that it has."""
+    short = {resolve(name).key: name for name in (*ALIASES, DEMO)}
+    try:
+        entries = sorted(models_dir().iterdir())
+    except OSError:
+        return []
+    keys = [entry.name for entry in entries if _is_key(entry.name) and is_installed(entry)]
+    return [short.get(key, key) for key in keys]
+
+
 def describe(directory: Path) -> ModelEntry:
     """Return the entry of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))

@@ -70,13 +70,17 @@ class ScriptedEngine:
         self.total_tokens, self.total_seconds = 1, 1.0
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
-        self.closed = 0
+        self.closed = 0  # answers
+        self.is_closed = False
 
     def forget(self) -> None:
         """Nothing is held."""
 
     def held(self) -> tuple[list[int], None]:
         return [], None
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def generate(
         self,

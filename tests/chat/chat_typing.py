@@ -1,6 +1,7 @@
 """Types keys into a chat, and looks at what it says."""
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
 
 from prompt_toolkit.application import create_app_session
@@ -14,6 +15,7 @@ from mixchat.chat.terminal.commands import completions
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.repl import Repl
 from mixchat.chat.terminal.screen import Screen
+from mixchat.errors import ModelNotFoundError
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 
@@ -25,11 +27,25 @@ class NoCache:
 
     def enter_chat(self): ...
 
+    @contextmanager
+    def changing_model(self):
+        yield
+
+
+class OneModel:
+    """There is no other model to change to."""
+
+    def others(self):
+        return []
+
+    def check(self, name):
+        raise ModelNotFoundError(f"there is no model {name!r}")
+
 
 class Chat:
     """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
 
-    def __init__(self, session, keys, after_turn=None, store=None):
+    def __init__(self, session, keys, after_turn=None, store=None, models=None):
         self.session, self.errors, self.turns = session, [], []
         with create_pipe_input() as source, create_app_session(source, DummyOutput()):
             source.send_text(keys)
@@ -45,6 +61,7 @@ class Chat:
                 self.saver,
                 Screen(out),
                 NoCache(),
+                models=models(self.saver) if models else OneModel(),
                 report=self.errors.append,
                 after_turn=after_turn or self.turns.append,
             )

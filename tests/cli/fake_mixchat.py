@@ -31,7 +31,7 @@ def make_error(spec):
     return getattr(module, spec["raise"])(spec["with"])
 
 
-def open_fake(model, load, form, *, sampling, **options):
+def open_fake(model, load, output, *, sampling, **options):
     session = make_session(
         *answers(),
         context_size=load.context_size or 1000,

@@ -31,7 +31,7 @@ def saver_of(tiny_model, tmp_path):
 
 
 def cache_of(saver, **options):
-    return CacheSaver(saver.session.engine, FileBesideChat(saver, **options))
+    return CacheSaver(saver.session, FileBesideChat(saver, **options))
 
 
 def asked(saver, question):

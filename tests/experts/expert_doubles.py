@@ -84,3 +84,6 @@ class FakeWorker:
             computed = self._experts.compute(rows.layer, x, chosen)
             rows.put(key, computed.outputs)
         return []
+
+    def close(self) -> None:
+        self.works = False

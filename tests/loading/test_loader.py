@@ -110,7 +110,10 @@ def test_a_gpu_gives_what_the_cpu_gives(
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
-def test_an_engine_that_is_dropped_leaves_no_file_open(tiny_model: Path) -> None:
+@pytest.mark.parametrize("how", ["dropped", "closed"])
+def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(
+    tiny_model: Path, how: str
+) -> None:
     """Hundreds of them did, until select() could not be told the number of a terminal's file."""
 
     def open_files() -> int:
@@ -119,10 +122,32 @@ def test_an_engine_that_is_dropped_leaves_no_file_open(tiny_model: Path) -> None
         return sum(file.startswith(str(tiny_model.resolve())) for file in files)
 
     before = open_files()
-    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    kept = [load_engine(tiny_model, LoadOptions(device="cpu"))]
     assert open_files() > before
-    del engine
+    if how == "closed":
+        kept[0].close()
+    else:
+        kept.clear()
     assert open_files() == before
+
+
+def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model: Path) -> None:
+    """An error's traceback keeps it, for example, while another model needs the memory."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    before = tensors()
+    engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=64))
+    answer = engine.generate([5, 6], sampling=SamplingOptions(), stop_ids=set(), max_tokens=4)
+    assert len(list(answer)) == 4
+    del answer
+    assert tensors() > before + 20
+    engine.close()
+    left = engine.held()[1].config.num_hidden_layers  # an empty list of pages for each
+    assert tensors() <= before + left
+    assert (engine.held()[0], engine.is_closed) == ([], True)
 
 
 def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(

@@ -337,6 +337,24 @@ def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
     assert engine.slots_by_tier["worker"] == 8
 
 
+def test_a_closed_engine_leaves_its_workers_to_another_one(
+    load: Callable[..., Engine],
+    alone: Callable[..., Answer],
+    fork: Nursery,
+    model: Callable[[str], Path],
+) -> None:
+    """A chat that changes its model closes one engine, whose parts something may keep."""
+    worker = fork.start(model(FAST), 6)
+    first = load(FAST, 6, [worker.address])
+    text(first)
+    experts = first.experts
+    first.close()
+    second = load(FAST, 6, [worker.address])
+    assert experts.slots_by_tier["worker"] == 0
+    assert second.slots_by_tier["worker"] == 6
+    assert text(second) == alone(FAST).text
+
+
 def test_a_second_chat_is_refused_while_the_first_one_lasts(
     load: Callable[..., Engine], fork: Nursery, model: Callable[[str], Path]
 ) -> None:

@@ -314,6 +314,15 @@ class TestList:
         assert [model.key for model in models.list_models()] == ["good"]
 
 
+def test_names_of_finished_models_are_the_shortest(home: Path) -> None:
+    assert models.installed_names() == []
+    for key in ("mine", "org--tune", "demo", "mistralai--Mixtral-8x7B-Instruct-v0.1"):
+        keep(key)
+    keep("half", finished=False)
+    (models.models_dir() / "a file").write_text("")
+    assert models.installed_names() == ["demo", "mine", "instruct", "org--tune"]
+
+
 def test_importing_does_no_work() -> None:
     program = (
         "import sys, json\n"

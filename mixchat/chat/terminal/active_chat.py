@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mixchat.chat.terminal.screen import Screen
 
 Ask = Callable[..., "Iterator[Event]"]  # a way to ask the session, given all but `on_prefill`
+AfterTurn = Callable[["Finished"], None]
 _ENDINGS = {
     "interrupted": "(stopped)",
     "context": "(cut off: the context is full; /clear starts a new chat)",
@@ -35,9 +37,28 @@ class ChatCache(Protocol):
 
     def enter_chat(self) -> None: ...
 
+    def changing_model(self) -> AbstractContextManager[None]: ...
+
+
+class ChatModels(Protocol):
+    """The models that a chat may change to."""
+
+    def others(self) -> list[str]:
+        """Return the names of the other models on this machine."""
+
+    def check(self, name: str) -> None:
+        """Raise `MixchatError` where the chat cannot change to a model; nothing is changed."""
+
+    def change(self, name: str) -> tuple[AfterTurn, Predict]:
+        """Put a model in place of that of the chat; return its `after_turn` and `predict`.
+
+        Raises `MixchatError` where it cannot be loaded: the one before it is there again then, or,
+        where that fails as well, the session's engine stays closed.
+        """
+
 
 class ActiveChat:
-    """A chat on a screen: its session, the saver that writes it, its KV cache.
+    """A chat on a screen: its session, the saver that writes it, its KV cache, its models.
 
     An error of a turn is passed to `report`, the end of an answer to `after_turn`. `predict`
     returns the seconds that a prompt should take. `attached` has the texts that go before the next
@@ -50,15 +71,16 @@ class ActiveChat:
         screen: Screen,
         cache: ChatCache,
         *,
+        models: ChatModels,
         report: Callable[[Exception], object],
-        after_turn: Callable[[Finished], None],
+        after_turn: AfterTurn,
         predict: Predict = lambda tokens, first: None,
     ) -> None:
         self.session, self.saver, self.screen = saver.session, saver, screen
         self.report, self._after_turn = report, after_turn
         self.attached: dict[str, str] = {}
         self.left = False
-        self._cache = cache
+        self._cache, self.models = cache, models
         self._draft = ""
         self._warned = False
         self._figures = Figures(self.session)
@@ -84,6 +106,24 @@ class ActiveChat:
             self.session.clear()
             self.saver.start_new()
             self.attached.clear()
+
+    def change_model(self, name: str) -> None:
+        """Continue with another model. Raises `MixchatError` where it cannot be loaded."""
+        try:
+            self.models.check(name)
+            with self._cache.changing_model():
+                self._after_turn, predict = self.models.change(name)
+        except KeyboardInterrupt:
+            self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
+            return
+        finally:
+            if self.session.engine.is_closed:
+                self.leave()
+        self._figures, self._warned = Figures(self.session), False
+        self._reading = ReadingTime(predict)
+        self.saver.save()
+        self.screen.say(f"(the model is {one_line(name)} from here on)")
+        self._warn_of_context()
 
     def show_last_turn(self) -> None:
         """Show the last turn of a chat that was resumed, and how many came before it."""
@@ -142,7 +182,8 @@ class ActiveChat:
 
     def count_figures(self) -> None:
         """Count what the status line shows again, after a command may have changed it."""
-        self._figures.count()
+        if not self.left:
+            self._figures.count()
 
     def status(self) -> str:
         """Return the status line, as wide as the terminal is now."""

@@ -24,6 +24,7 @@ _HABITS = {
     **dict.fromkeys(("write", "dump", "download"), "/export"),
     **dict.fromkeys(("prompt", "role", "persona"), "/system"),
     **{name: f"/set {name}" for name in NAMES},
+    **dict.fromkeys(("models", "switch"), "/model"),
     "temperature": "/set temp",
     "context": "/tokens",
     "markdown": "/raw",
@@ -54,8 +55,6 @@ def help_text(table: Mapping[str, str], width: int) -> str:
 
 def hint_for(name: str, names: Iterable[str]) -> str:
     """Return a hint: the command that another program calls `name`, or one of `names` like it."""
-    if name in ("model", "models"):
-        return "A chat cannot change its model. For another one: mixchat run -m NAME"
     if name in _HABITS:
         return f"Did you mean {_HABITS[name]}?"
     near = difflib.get_close_matches(name, names, 1)

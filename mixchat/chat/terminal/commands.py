@@ -139,6 +139,15 @@ def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
     chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
 
 
+def _model(chat: ActiveChat, argument: str) -> None:
+    if argument:
+        chat.change_model(parameters.unquoted(argument))
+        return
+    others = ", ".join(chat.models.others())
+    about = f"also on this machine: {others}" if others else "there is no other one here"
+    chat.screen.say(one_line(f"{chat.saver.model} ({about})"))
+
+
 def _system(chat: ActiveChat, argument: str) -> None:
     if not argument:
         system = chat.session.system
@@ -304,6 +313,10 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     return complete
 
 
+def _models(chat: ActiveChat) -> CompleteArgument:
+    return lambda text: chat.models.others()
+
+
 def _files(chat: ActiveChat) -> CompleteArgument:
     return FILES
 
@@ -329,6 +342,13 @@ COMMANDS = {
     ),
     "show": Command(
         _show, "model and settings", detail="show model, chat, system prompt and parameters"
+    ),
+    "model": Command(
+        _model,
+        "change the model",
+        "[NAME]",
+        "show which model answers, or continue this chat with another one",
+        _models,
     ),
     "system": Command(
         _system,

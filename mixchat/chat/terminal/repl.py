@@ -59,6 +59,8 @@ class Repl:
             with unseen_keys():
                 commands.run_command(self._chat, name, argument)
         except Exception as error:
+            if self._chat.left:  # there is no model any more
+                raise
             self._chat.report(error)
         self._chat.count_figures()
 

@@ -48,7 +48,7 @@ class RemoteWorker:
 
     def begin_turn(self) -> None:
         if self._link is not None and (self._unanswered or self._link.is_lost):
-            self._drop()  # an answer that was stopped in the midst of a layer, or a silent end
+            self.close()  # an answer that was stopped in the midst of a layer, or a silent end
         self._unanswered = ()
         if self._link is None and time.monotonic() >= self._rests_until:
             self._try_again()
@@ -78,6 +78,11 @@ class RemoteWorker:
                 keys = ()
         return keys
 
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link, self._held = None, frozenset()
+
     def _try_again(self) -> None:
         started = time.monotonic()
         try:
@@ -102,7 +107,7 @@ class RemoteWorker:
             self._held, self._is_told = frozenset(keys), False
 
     def _lose(self, error: WorkerLostError) -> None:
-        self._drop()
+        self.close()
         self._tell_once(error.reason)
 
     def _tell_once(self, reason: str) -> None:
@@ -113,11 +118,6 @@ class RemoteWorker:
                 "until it is back"
             )
         self._is_told = True
-
-    def _drop(self) -> None:
-        if self._link is not None:
-            self._link.close()
-        self._link, self._held = None, frozenset()
 
 
 def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_help_explains_one_command(session_of):
         ("/h", "Did you mean /help?"),
         ("/Q", "Did you mean /bye?"),
         ("/temp 0.2", "Did you mean /set temp?"),
-        ("/model instruct", "A chat cannot change its model. For another one: mixchat run -m NAME"),
+        ("/models", "Did you mean /model?"),
         ("/regne", "Did you mean /regen?"),
         ("/zzz", "/help shows them all."),
     ],
