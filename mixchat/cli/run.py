@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 # `run` has a parameter of the same name for each option of sampling.
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
-_RESUMED = ("system", *_SAMPLING)  # a saved chat sets these where no flag is given
+# What a saved chat sets, each where this flag is not given.
+_RESUMED = (("system", "system"), ("system", "system_file"), *((name, name) for name in _SAMPLING))
 
 
 def run(
@@ -48,6 +49,7 @@ def run(
     file: chat_flags.File = None,
     model: model_flags.Model = "instruct",
     system: model_flags.System = None,
+    system_file: model_flags.SystemFile = None,
     temperature: model_flags.Temperature = None,
     top_p: model_flags.TopP = None,
     top_k: model_flags.TopK = None,
@@ -106,6 +108,7 @@ def run(
         serve_rank_0(model, load)
         return
     model_context = context_of(model, ctx_size)
+    system_prompt = model_flags.system_prompt(context, model_context)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)
@@ -114,7 +117,7 @@ def run(
         load=load,
         output=output,
         sampling={name: context.params[name] for name in _SAMPLING},
-        system=system or None,
+        system=system_prompt,
         max_tokens=max_tokens,
         stop=stop or [],
         overflow=checked_overflow(overflow),
@@ -123,7 +126,7 @@ def run(
     saves = save and (question is None or resumed is not None or is_given(context, "save"))
     saver = new_saver(session, model, autosave=saves)
     if resumed is not None:
-        saver.resume(resumed, except_for=[name for name in _RESUMED if is_given(context, name)])
+        saver.resume(resumed, except_for=[of for of, flag in _RESUMED if is_given(context, flag)])
 
     def hooks(model: str) -> tuple[AfterTurn, Predict]:
         predict = _speed_predictor(session, model, device)

@@ -296,3 +296,83 @@ def test_the_example_does_not_speak_of_flags_where_a_list_stands(mixchat):
     example = mixchat("config", "--example").stdout.decode()
     assert '# End the answer before TEXT; the list may hold several.\n#stop = ["TEXT"]' in example
     assert "may be given again" not in example
+
+
+@pytest.fixture
+def asked(mixchat, tmp_path):
+    """Asks `Hi`, and returns the prompt that the engine got."""
+
+    def ask(*flags, **variables):
+        (tmp_path / "prompts").write_text("")
+        done = mixchat("run", "Hi", *flags, PROMPTS=tmp_path / "prompts", **variables)
+        assert (done.stderr, done.returncode) == (b"", 0)
+        return prompts_in(tmp_path / "prompts")[0].removesuffix("[user]Hi")
+
+    return ask
+
+
+@pytest.fixture
+def persona(tmp_path):
+    """A file with a system prompt."""
+    file = tmp_path / "persona.txt"
+    file.write_text("Be\nbrief.\n")
+    return file
+
+
+def test_a_file_gives_the_system_prompt_from_wherever_it_is_named(asked, config_file, persona):
+    from_file = "[system]Be\nbrief."
+    assert asked("--system-file", persona) == from_file
+    assert asked(MIXCHAT_SYSTEM_FILE=persona) == from_file
+    config_file(f'system-file = "{persona}"')
+    assert asked() == from_file
+
+
+def test_of_system_and_its_file_the_nearer_one_counts(asked, config_file, persona):
+    config_file('system = "far"')
+    assert asked(MIXCHAT_SYSTEM_FILE=persona) == "[system]Be\nbrief."
+    assert asked("-s", "near", MIXCHAT_SYSTEM_FILE=persona) == "[system]near"
+    assert asked("-s", "", MIXCHAT_SYSTEM_FILE=persona) == ""
+    assert asked("--system-file", persona, MIXCHAT_SYSTEM="far") == "[system]Be\nbrief."
+
+
+def test_system_and_its_file_exclude_each_other(mixchat, config_file, persona):
+    done = mixchat("run", "Hi", "-s", "x", "--system-file", persona)
+    assert first_line(done) == "error: --system and --system-file exclude each other"
+    assert done.returncode == 2
+    done = mixchat("run", "Hi", MIXCHAT_SYSTEM="x", MIXCHAT_SYSTEM_FILE=persona)
+    assert first_line(done) == "error: MIXCHAT_SYSTEM and MIXCHAT_SYSTEM_FILE exclude each other"
+    path = config_file('system = "x"\nsystem-file = "y"')
+    done = mixchat("run", "Hi")
+    assert first_line(done) == f"error: {path}: system and system-file exclude each other"
+
+
+def test_a_file_in_the_home_directory_is_found(asked, persona, monkeypatch):
+    monkeypatch.setenv("HOME", str(persona.parent))
+    assert asked("--system-file=~/persona.txt", HOME=persona.parent) == "[system]Be\nbrief."
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, "{}: cannot be read (No such file or directory)"),
+        (b" \n", "{} is empty"),
+        (b"a\0b", "{} is not text: it contains a NUL byte at offset 1"),
+        (b"\xff", "{} is not UTF-8: the byte 0xff at offset 0"),
+        (b"x" * 10**7, "{}"),
+    ],
+)
+def test_a_file_that_is_no_prompt_is_refused_as_one_of_f_is(mixchat, tmp_path, content, error):
+    file = tmp_path / "persona"
+    if content is not None:
+        file.write_bytes(content)
+    done, other = mixchat("run", "Hi", "--system-file", file), mixchat("run", "Hi", "-f", file)
+    assert first_line(done).startswith(f"error: {error.format(file)}")
+    assert (done.stderr, done.returncode) == (other.stderr, 3)
+
+
+def test_standard_input_is_for_the_question(mixchat):
+    done = mixchat("run", "Hi", "--system-file", "-")
+    assert first_line(done).startswith("error: --system-file cannot be standard input")
+    done = mixchat("run", "Hi", MIXCHAT_SYSTEM_FILE="-")
+    assert first_line(done).startswith("error: MIXCHAT_SYSTEM_FILE cannot be standard input")
+    assert done.returncode == 2

@@ -127,13 +127,20 @@ def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids,
     assert file.read_bytes() == before
 
 
-def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(chat, ids):
+def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(chat, ids, tmp_path):
     chat("-s", "Be brief", "-n", "3", answers=["Hel"], questions=["Hi"])
     variables = {"MIXCHAT_SYSTEM": "Be new", "MIXCHAT_MODEL": "nosuch"}
     prompts = chat("-r", answers=["Whole answer"], questions=["Again"], variables=variables)
     assert prompts[0].startswith("[system]Be brief[user]Hi")
     prompts = chat("-r", "-s", "Be old", answers=["So"], questions=["Again"])
     assert prompts[0].startswith("[system]Be old[user]Hi")
+    (tmp_path / "persona").write_text("Be odd")
+    persona = {"MIXCHAT_SYSTEM_FILE": str(tmp_path / "persona")}
+    prompts = chat("-r", answers=["So"], questions=["Again"], variables=persona)
+    assert prompts[0].startswith("[system]Be old[user]Hi")
+    flags = ("--system-file", str(tmp_path / "persona"))
+    prompts = chat("-r", *flags, answers=["So"], questions=["Again"])
+    assert prompts[0].startswith("[system]Be odd[user]Hi")
 
 
 def test_a_chat_that_is_not_to_be_saved_leaves_nothing(chat, ids, tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast, get_args
 
 from mixchat.chat.parameters import LENGTHS, SAMPLING
-from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.arguments import STDIN, checked
 from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
 from mixchat.network_address import NetworkAddress
@@ -64,6 +65,13 @@ def checked_stops(texts: list[str]) -> list[str]:
 def checked_system(text: str) -> str:
     """Return the system prompt, if it is empty or UTF-8. Raises `UsageError`."""
     return text and checked(text, "--system")
+
+
+def checked_system_file(path: Path) -> Path:
+    """Return the path, if it is not that of standard input. Raises `UsageError`."""
+    if str(path) == STDIN:
+        raise UsageError("--system-file cannot be standard input, which is for the question")
+    return path
 
 
 def checked_model(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import typer
@@ -57,6 +57,21 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and _SOURCES.get(source.name) == "flag"
 
 
+def chosen(context: typer.Context, *parameters: Any) -> Any:
+    """Return the one of some settings that counts, where each excludes the others; None for none.
+
+    A flag goes before a variable, and that before config.toml. Raises `UsageError` where two are
+    given in one place.
+    """
+    for source in ("flag", "variable", "file"):
+        given = [each for each in parameters if value_source(context, each) == source]
+        if len(given) > 1:
+            raise UsageError(f"{_place(source, given)} exclude each other")
+        if given:
+            return given[0]
+    return None
+
+
 def mark_damaged(context: typer.Context, error: UsageError) -> None:
     """Store an error of config.toml until a setting is needed: --help needs none."""
     context.meta[_DAMAGE] = error
@@ -68,6 +83,15 @@ def explained(error: typer.BadParameter) -> Exception:
     if context is None or value_source(context, error.param) in ("flag", "default"):
         return error
     return _named(context, error.param, error.message, None)
+
+
+def _place(source: ValueSource, parameters: Sequence[Any]) -> str:
+    """Return the names that settings have in the place where they are given."""
+    if source == "file":
+        return f"{config_file()}: {' and '.join(str(_key(each)) for each in parameters)}"
+    if source == "variable":
+        return " and ".join(each.envvar for each in parameters)
+    return " and ".join(f"--{_key(each)}" for each in parameters)
 
 
 def _how(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:

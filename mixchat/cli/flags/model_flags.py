@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mixchat.chat.plain_text import read_text_file
 from mixchat.cli.flags.checks import (
     checked_bits,
     checked_device,
@@ -15,11 +16,19 @@ from mixchat.cli.flags.checks import (
     checked_policy,
     checked_stops,
     checked_system,
+    checked_system_file,
     checked_workers,
     within_limits,
 )
-from mixchat.cli.flags.config_flag import AGAIN, setting, setting_argument
+from mixchat.cli.flags.config_flag import (
+    AGAIN,
+    chosen,
+    setting,
+    setting_argument,
+    settings_of,
+)
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
+from mixchat.context import Context
 from mixchat.experts.policies import POLICIES
 from mixchat.quantities import MemoryBudget
 
@@ -43,6 +52,15 @@ System = Annotated[
         metavar="TEXT",
         check=checked_system,
         help="System prompt; an empty one removes it.",
+    ),
+]
+SystemFile = Annotated[
+    Path | None,
+    setting(
+        "--system-file",
+        metavar="FILE",
+        check=checked_system_file,
+        help="Take the system prompt from FILE, in place of --system.",
     ),
 ]
 Temperature = Annotated[
@@ -256,11 +274,32 @@ def model_argument(help: str) -> Any:
 
 
 def key_path(path: Path | None) -> Path | None:
-    """Return the path of the key, if one was given; a ~ in front is the home directory.
+    """Return the path of the key, if one was given; a ~ in front is the home directory."""
+    return None if path is None else expanded(path)
+
+
+def expanded(path: Path) -> Path:
+    """Return a path with the home directory for a ~ in front.
 
     A shell replaces none in --key-file=~/FILE, in a variable or in config.toml.
     """
-    return None if path is None else Path(os.path.expanduser(path))
+    return Path(os.path.expanduser(path))
+
+
+def system_prompt(context: typer.Context, size: Context) -> str | None:
+    """Return the text of --system, or of the file of --system-file; None without one.
+
+    Raises `UsageError` where both are given, `PromptError` where the file is empty, not text, too
+    long for the context, or cannot be read.
+    """
+    settings = settings_of(context.command)
+    setting = chosen(context, settings["system"], settings["system-file"])
+    if setting is None:
+        return None
+    value = context.params[setting.name]
+    if setting.name == "system":
+        return value or None
+    return read_text_file(expanded(value), size)
 
 
 def budget(text: str | None) -> MemoryBudget | None:
