@@ -24,6 +24,7 @@ from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
     install_completion,
+    one_of,
     show_completion,
 )
 from mixchat.cli.models import list_models, show_model
@@ -46,6 +47,7 @@ app = typer.Typer(
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
     "run",
@@ -68,6 +70,32 @@ app.command("simulate")(simulate)
 app.command("bench")(bench)
 app.command("config")(config)
 app.command("chats")(chats)
+# Their names in other programs: one line of --help has them.
+app.command("pull", hidden=True)(download)
+app.command("ls", hidden=True)(list_models)
+
+
+def _command_names(context: typer.Context, incomplete: str) -> list[str]:
+    return one_of(*context.find_root().command.commands)(incomplete)  # type: ignore[attr-defined]
+
+
+@app.command("help", hidden=True)
+def show_help(
+    context: typer.Context,
+    command: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="COMMAND", autocompletion=_command_names, help="One of mixchat's commands."
+        ),
+    ] = None,
+) -> None:
+    """Show the help of mixchat, or of one command."""
+    root: Any = context.find_root()
+    if command is None:
+        printing.show(root.get_help())
+        return
+    name, found, _ = root.command.resolve_command(root, [command])
+    printing.show(found.context_class(found, info_name=name, parent=root).get_help())
 
 
 def _print_version(given: bool) -> None:

@@ -86,6 +86,14 @@ def test_bash_completes_commands_and_flags(bash):
     assert "--install-completion" in bash("--")
 
 
+def test_bash_completes_other_names_of_commands(bash):
+    assert bash("pu") == ["pull"]
+    assert bash("pull", "--expert-b") == ["--expert-bits"]
+    assert bash("pull", "m") == ["mine"]
+    assert bash("ls", "--j") == ["--json"]
+    assert bash("help", "ver") == ["verify"]
+
+
 @pytest.mark.parametrize(
     "command", ["show", "verify", "repair", "convert", "rm", "stats", "plan", "bench", "download"]
 )

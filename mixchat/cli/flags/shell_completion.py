@@ -37,6 +37,7 @@ def complete(group: Any, instruction: str) -> int:
     # Importing Rich for the help beside a completion would take longer than all the rest.
     cast("dict[str, Any]", sys.modules).setdefault("rich", None)
     for command in group.commands.values():
+        command.hidden = False  # a name in no list is completed all the same
         if not hasattr(command, "commands"):
             command.parse_args = MethodType(_parse_lightly, command)
     if instruction == "complete_bash":
