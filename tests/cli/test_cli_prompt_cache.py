@@ -45,7 +45,7 @@ def ask(mixchat, monkeypatch, exact_model):
     from mixchat.cli.opening import resolve_sampling
     from mixchat.loading.loader import load_engine
 
-    def opened(model, load, form, *, sampling, **options):
+    def opened(model, load, output, *, sampling, **options):
         return ChatSession(
             load_engine(exact_model, replace(load, device="cpu")),
             Tokenizer(),
