@@ -85,7 +85,7 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
     from mixchat.cli import run
 
-    def chat(saver, cache, files, *, raw, vi, after_turn):
+    def chat(saver, cache, models, files, *, after_turn, **others):
         for question in ("Why?", "Where?"):
             *_, finished = saver.session.ask(question)
             after_turn(finished)
