@@ -217,10 +217,10 @@ def test_a_device_that_runs_out_of_memory_continues_with_half_of_the_experts(
     engine = load(tiny_model, 8, 8, expert_size, note=notes.append)
     head, calls = engine._model._head, iter(range(1000))
 
-    def sometimes(x: torch.Tensor) -> torch.Tensor:
+    def sometimes(x: torch.Tensor, **how: Any) -> torch.Tensor:
         if next(calls) in (0, 9):
             out_of_memory()
-        return head(x)
+        return head(x, **how)
 
     monkeypatch.setattr(engine._model, "_head", sometimes)
     assert text(engine) == expected

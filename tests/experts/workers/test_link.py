@@ -233,11 +233,13 @@ def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWor
 
 
 def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
-    computing = threading.Event()
+    waits, computing = threading.Event(), threading.Event()
 
     def send_ctrl_c(check: object) -> None:
         if not computing.is_set():
             computing.set()
+            waits.wait(PATIENCE)  # or the signal would come before the wait for the result
+            time.sleep(0.1)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         time.sleep(0.5)
 
@@ -245,6 +247,7 @@ def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
     link = worker.open(silence=10 * PATIENCE)
     link.start(1, TOKEN, row())
     with pytest.raises(KeyboardInterrupt):
+        waits.set()
         link.finish()
     assert link.is_lost  # the result must not meet the next request
 
