@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # `run` has a parameter of the same name for each option of sampling.
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
-# What a saved chat sets, each where this flag is not given.
+# The settings of a saved chat, each where this flag is not given.
 _RESUMED = (("system", "system"), ("system", "system_file"), *((name, name) for name in _SAMPLING))
 
 

@@ -71,7 +71,7 @@ class Task:
 
 @dataclass
 class Side:
-    """What one side did in a round of a kind of task."""
+    """The work of one side in a round of a kind of task."""
 
     tokens: int = 0
     seconds: float = 0.0

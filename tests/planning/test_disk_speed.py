@@ -180,7 +180,7 @@ def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(
 def test_experts_of_an_installed_model_are_read_each_before_one_is_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was just written is still in the cache of a machine's host: a disk seemed as fast."""
+    """Bytes just written are still in the cache of a machine's host: a disk seemed as fast."""
     for layer in range(2):
         (tmp_path / f"experts-{layer:03d}.safetensors").write_bytes(os.urandom(20 * BLOCK))
     written, preadv = spy_on_writing(monkeypatch), os.preadv
