@@ -25,7 +25,8 @@ class SamplingOptions:
     """The options of the sampler.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
-    filter off; `seed` None draws one.
+    filter off; `seed` None draws one. `presence_penalty` is taken off the logit of each token that
+    the answer has, `frequency_penalty` once for each time; `logit_bias` is added, by token.
     """
 
     temperature: float = 0.7
@@ -34,6 +35,9 @@ class SamplingOptions:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ def checked_overflow(text: str, name: str = "overflow") -> Any:
     return text
 
 
+def numbers_of(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return the numbers that a chat can change, by their names in Python."""
+    return {of.field: getattr(sampling, of.field) for of in SAMPLING.values()}
+
+
 def with_numbers(sampling: SamplingOptions, numbers: Mapping[str, Any]) -> SamplingOptions:
     """Return `sampling` with these numbers, by their names in Python; bad ones are ignored."""
     known = {of.field: of for of in SAMPLING.values()}

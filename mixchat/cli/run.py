@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixchat.chat.parameters import checked_overflow
+from mixchat.chat.parameters import SAMPLING, checked_overflow
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.change_model import ModelChanger, save_report
 from mixchat.cli.flags import chat_flags, model_flags
@@ -22,7 +21,7 @@ from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
-from mixchat.options import DEFAULT_POLICY, LoadOptions, SamplingOptions
+from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from mixchat.chat.terminal.reading_time import Predict
     from mixchat.planning.prediction import Prediction
 
-# `run` has a parameter of the same name for each option of sampling.
-_SAMPLING = tuple(field.name for field in fields(SamplingOptions))
+# `run` has a parameter of the same name for each of these options of sampling.
+_SAMPLING = tuple(parameter.field for parameter in SAMPLING.values())
 # The settings of a saved chat, each where this flag is not given.
 _RESUMED = (("system", "system"), ("system", "system_file"), *((name, name) for name in _SAMPLING))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from typing import Protocol
 
 import torch
 
@@ -10,6 +11,16 @@ from mixchat.options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # temperatures that would only overflow, and choose the best token anyway
 REPEAT_WINDOW = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
+
+
+class Constraint(Protocol):
+    """Allows only the tokens that keep an answer in a given form. V = vocab_size."""
+
+    def allowed(self) -> torch.Tensor:
+        """Return the tokens that may come next: bool [V], on the CPU; at least one is allowed."""
+
+    def accept(self, token: int) -> None:
+        """Take the next token of the answer, which was allowed."""
 
 
 class Sampler:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mixchat.chat.parameters import with_numbers
+from mixchat.chat.parameters import numbers_of, with_numbers
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import MixchatError
@@ -100,7 +100,7 @@ class ChatSaver:
             identity=self.session.engine.identity,
             updated=now(),
             system=self.session.system,
-            sampling=asdict(self.session.sampling),
+            sampling=numbers_of(self.session.sampling),
             messages=tuple(self.session.history),
         )
 

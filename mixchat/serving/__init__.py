@@ -1,0 +1,4 @@
+"""Serving: many answers at once from one loaded model, over HTTP or from a file of prompts.
+
+- service.py: the contract between those who ask and the service that answers
+"""

@@ -1,0 +1,135 @@
+"""The contract between those who ask (HTTP, a file of prompts) and the service that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from mixchat.chat.answer import Reason
+from mixchat.errors import ResourceError
+from mixchat.options import SamplingOptions
+
+if TYPE_CHECKING:
+    from mixchat.context import Context
+    from mixchat.engine.sampling import Constraint
+    from mixchat.text.template import Template
+    from mixchat.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt, and how to answer it.
+
+    top_logprobs: how many of the likeliest tokens to report with each token, 0 for only its own
+    log probability, None for nothing; constraint: makes what allows the next tokens, anew for each
+    answer; stop_ids: the tokens that end the answer.
+    """
+
+    prompt_ids: tuple[int, ...]
+    stop_ids: frozenset[int]
+    sampling: SamplingOptions
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    constraint: Callable[[], Constraint] | None = None
+    continues_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log probability before sampling, and those of the likeliest tokens."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """So many of the prompt's tokens that were not cached are processed."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of text, and the tokens since the last piece where they were asked for."""
+
+    text: str
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an answer, with its counts of tokens; a stop token counts as generated."""
+
+    reason: Reason
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The answer cannot be given, or not be finished."""
+
+    error: Exception
+
+
+JobEvent: TypeAlias = "Reading | Delta | Done | Failed"
+Sink: TypeAlias = "Callable[[JobEvent], object]"
+
+
+class QueueFullError(ResourceError):
+    """So many jobs are waiting that no other one is taken."""
+
+
+class ShuttingDownError(ResourceError):
+    """The service is ending, and takes no new job."""
+
+
+@dataclass(frozen=True)
+class ServiceStats:
+    """Counts since the start: of answers, tokens, seconds, and uses of experts.
+
+    running, waiting: jobs now; prompt_tokens: those that were processed, without cached_tokens;
+    busy_seconds: in which the model computed.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    busy_seconds: float = 0.0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    bytes_moved: int = 0
+
+
+class Service(Protocol):
+    """A loaded model that answers several jobs at once. Any thread may call it."""
+
+    name: str
+    context: Context
+    tokenizer: Tokenizer
+    template: Template
+
+    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
+        """Queue a job; return a function that cancels it, which may be called at any time.
+
+        `sink` is called in the service's thread with each event: `Done` or `Failed` is the last,
+        after a cancellation, too. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError`
+        where the prompt leaves no room for an answer.
+        """
+
+    def stats(self) -> ServiceStats:
+        """Return the counts as they are now."""
+
+    def close(self, patience: float = 0.0) -> None:
+        """Take no more jobs, let the others run for `patience` seconds, and cancel what is left."""
