@@ -5,13 +5,14 @@ import inspect
 
 import pytest
 
+from mixchat.chat.parameters import numbers_of
 from mixchat.cli.flags.checks import within_limits
 from mixchat.cli.opening import resolve_sampling
 from mixchat.cli.run import run
 from mixchat.errors import UsageError
 from mixchat.options import SamplingOptions
 
-NAMES = [field.name for field in dataclasses.fields(SamplingOptions)]
+NAMES = list(numbers_of(SamplingOptions()))
 NOTHING_GIVEN = dict.fromkeys(NAMES)
 
 
@@ -30,7 +31,7 @@ def test_what_the_models_makers_advise_goes_before_the_defaults_and_behind_the_f
 
 def test_options_carry_every_value_over():
     given = dict(zip(NAMES, (0.1, 0.2, 3, 0.4, 1.5, 6), strict=True))
-    assert dataclasses.asdict(resolve_sampling(given, {})) == given
+    assert numbers_of(resolve_sampling(given, {})) == given
 
 
 def test_a_seed_is_drawn_where_none_is_given():
