@@ -47,7 +47,8 @@ class LoadOptions:
     host_memory: RAM for experts; device_memory: all that may be taken on a GPU, one amount for all
     of them or one for each; context_size: in tokens; kv_bits: bits of a number in the KV cache,
     None for those of the model's own dtype; exact_prompts: compute batch-invariantly, so that a
-    prompt's tokens get the same bits as decoded ones; speculation: verify several tokens in one
+    prompt's tokens get the same bits as decoded ones; parallel: the conversations at once, each
+    with a KV cache of this context; speculation: verify several tokens in one
     pass where text is repeated; device: torch's name, or several with commas
     between them; cache_policy: a key of `experts.policies.POLICIES`; trace: a file that gets the
     routing; workers: their addresses, HOST[:PORT]; key_file: the file of their key.
@@ -58,6 +59,7 @@ class LoadOptions:
     context_size: int | None = None
     kv_bits: CacheBits | None = None
     exact_prompts: bool = False
+    parallel: int = 1
     speculation: bool = True
     device: str | None = None
     cache_policy: str = DEFAULT_POLICY

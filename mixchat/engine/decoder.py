@@ -17,7 +17,7 @@ from operator import is_
 import torch
 
 from mixchat.engine.kv_cache import KVCache, PagedKVCache
-from mixchat.engine.model import Block
+from mixchat.engine.model import Block, TokensBefore
 from mixchat.experts.keys import ExpertKey
 from mixchat.kernels import router, rows
 from mixchat.kernels.program import Group, Program
@@ -27,16 +27,22 @@ from mixchat.weights.matrix.linear import Linear, PackedLinear
 
 
 class Decoder:
-    """Computes the layers for the next token of a cache: a `LayersForOneToken`."""
+    """Computes the layers for the next token of a cache: a `LayersForOneToken`.
+
+    It takes this cache, and others of the same capacity and form.
+    """
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], cache: PagedKVCache) -> None:
         shared = _Shared(config, blocks[0].attention_norm.weight.dtype, cache)
-        self.cache: KVCache = cache
-        self._x = shared.x
+        self._shared, self._x = shared, shared.x
         self._layers = [_Layer(layer, block, shared) for layer, block in enumerate(blocks)]
 
-    def begin(self, x: torch.Tensor) -> None:
+    def begin(self, x: torch.Tensor, before: TokensBefore) -> bool:
+        if not isinstance(before, PagedKVCache) or not self._shared.cache.is_like(before):
+            return False
+        self._shared.cache = before
         self._x.copy_(x)
+        return True
 
     def run(self, layer: int) -> torch.Tensor:
         self._layers[layer].run()

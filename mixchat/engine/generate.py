@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -11,15 +10,17 @@ import torch
 
 from mixchat import gpu, interrupts, machine
 from mixchat.context import Context
+from mixchat.engine.held_tokens import HeldTokens
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
+from mixchat.engine.passes import Part, Passes
 from mixchat.engine.sampling import Sampler
 from mixchat.engine.speculation import Proposals, Speculation, SpeculationStats
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.holder import ExpertHolder
-from mixchat.experts.memory import within_memory
 from mixchat.experts.stats import ExpertStats
 from mixchat.options import SamplingOptions
+from mixchat.progress import Note
 from mixchat.weights.format.blueprint import Blueprint
 
 # Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.
@@ -42,13 +43,13 @@ class GenerationStats:
 
 
 class Engine:
-    """A model with its KV cache, which stays filled from call to call.
+    """A model with its KV caches, which stay filled from call to call.
 
     A prompt that begins like the last one (a chat that continues) is prefilled only from where the
-    two differ. `total_tokens` and `total_seconds` count all that the model computed. `note` is
-    called with messages for a person. `identity` differs where the weights do; `blueprint`
-    is the form in which they are computed. With `exact_prompts` the tokens of a prompt have the
-    same bits as decoded ones, in chunks of any size. With `speculation` several tokens are
+    two differ. `sequences` has one for each cache, for a `Batch`; `generate` uses the first.
+    `note` is called with messages for a person. `identity` differs where the weights do;
+    `blueprint` is the form in which they are computed. With `exact_prompts` the tokens of a prompt
+    have the same bits as decoded ones, in chunks of any size. With `speculation` several tokens are
     verified in one pass, which has to be exact on this device (see `Model.forward`): answers are
     the same without it. `name` is the model's name for a person.
     """
@@ -56,35 +57,40 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        cache: KVCache,
+        caches: Sequence[KVCache],
         experts: ExpertHolder,
         blueprint: Blueprint,
         *,
         prefill_chunk: int = PREFILL_CHUNK,
-        note: Callable[[str], object] = lambda text: None,
+        note: Note = lambda text: None,
         identity: str = "",
         exact_prompts: bool = False,
         speculation: Speculation | None = None,
         name: str = "MODEL",
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
-        self.experts, self.blueprint, self._name = experts, blueprint, name
-        self.total_tokens, self.total_seconds = 0, 0.0
+        self.experts, self.blueprint = experts, blueprint
+        self.passes = Passes(model, experts, note, name)
+        self.sequences = [HeldTokens(cache) for cache in caches]
+        self.speculation = speculation
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
-        self._model, self._cache, self._chunk, self._note = model, cache, prefill_chunk, note
-        self._speculation = speculation
+        self._held, self._chunk = self.sequences[0], prefill_chunk
         self.is_closed = False
-        self._ids: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
     def context_size(self) -> int:
         """Return how many tokens prompt and answer may have together."""
-        return self._cache.capacity
+        return self._held.cache.capacity
+
+    @property
+    def context(self) -> Context:
+        """Return the size of the context, and the largest one of this model."""
+        return Context(self.context_size, self.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
         """Return the device on which the model computes."""
-        return self._model.device
+        return self.passes.model.device
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
@@ -103,12 +109,11 @@ class Engine:
 
     def held(self) -> tuple[list[int], KVCache]:
         """Return the tokens whose keys and values the cache holds, and the cache."""
-        return self._ids[: self._cache.length], self._cache
+        return self._held.ids, self._held.cache
 
     def forget(self) -> None:
         """Empty the cache, like that of a new engine."""
-        self._ids = []
-        self._cache.clear()
+        self._held.clear()
 
     def close(self) -> None:
         """Give all memory back; then it can only be asked what it is, and what it holds: nothing.
@@ -116,16 +121,16 @@ class Engine:
         This cannot be left to the end of the object: an error's traceback may keep it alive.
         """
         device, self.is_closed = self.device, True
-        self.forget()
+        for sequence in self.sequences:
+            sequence.clear()
         self.experts.close()
-        del self._model, self.experts
+        del self.passes, self.experts
         gpu.release_unused(device)
         machine.return_freed_memory()
 
     def resume(self, ids: Sequence[int]) -> None:
         """Continue from these tokens, whose keys and values have been put into the cache."""
-        self._ids = list(ids)
-        self._cache.length = len(ids)
+        self._held.resume(ids)
 
     def generate(
         self,
@@ -146,6 +151,11 @@ class Engine:
         damaged weights give logits that are NaN or infinite.
         """
         ids = list(prompt_ids)
+        limit = self.longest_answer(ids, max_tokens)
+        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit, on_prefill)
+
+    def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
+        """Return how many tokens the answer to a prompt may have. Raises as `generate` does."""
         if not ids:
             raise PromptError("the prompt is empty")
         if max(ids) >= self.config.vocab_size:
@@ -154,11 +164,9 @@ class Engine:
                 f"the model has {self.config.vocab_size}"
             )
         if len(ids) >= self.context_size:
-            largest = self.config.max_position_embeddings
-            raise Context(self.context_size, largest).prompt_too_long(len(ids))
+            raise self.context.prompt_too_long(len(ids))
         room = self.context_size - len(ids)
-        limit = room if max_tokens is None else min(max_tokens, room)
-        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit, on_prefill)
+        return room if max_tokens is None else min(max_tokens, room)
 
     def _generate(
         self,
@@ -176,10 +184,10 @@ class Engine:
         self._experts_before = self.experts.stats.copy()
         logits = self._prefill(ids[reused:], on_prefill)
         stats.prefill_seconds = time.perf_counter() - start
-        proposals = Proposals(self._speculation, stop_ids)
+        proposals = Proposals(self.speculation, stop_ids)
         stats.speculation = proposals.stats
         while True:
-            token = sampler.sample(self._checked(logits[0]), ids)
+            token = sampler.sample(self.passes.checked(logits[0]), ids)
             ids.append(token)
             stats.generated_tokens += 1
             yield token
@@ -189,30 +197,13 @@ class Engine:
             logits = self._decode(ids, proposals, limit - stats.generated_tokens)
             stats.decode_seconds += time.perf_counter() - start
 
-    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits [V] in fp32, on the CPU. Raises `CheckpointError` unless all are finite."""
-        checked = logits.cpu().float()
-        if not math.isfinite(checked.sum().item()):
-            raise CheckpointError(
-                "the model computes values that are not numbers: its weights are damaged",
-                hint=f"Run: mixchat verify {self._name}. It names the damaged file; where it finds "
-                "none, the checkpoint itself is damaged.",
-            )
-        return checked
-
     def _rewind(self, ids: list[int]) -> int:
         """Cut the cache back to the beginning that it shares with `ids`; return the length left.
 
         At least one token has to be computed, since the cache has no logits.
         """
-        shared = 0
-        for old, new in zip(self._ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        with interrupts.deferred():
-            del self._ids[shared:]
-            self._cache.length = shared
+        shared = self._held.shared_with(ids[:-1])
+        self._held.cut(shared)
         return shared
 
     def _prefill(self, ids: list[int], on_prefill: OnPrefill) -> torch.Tensor:
@@ -227,7 +218,8 @@ class Engine:
             def after_layer(layer: int, before: int = start, tokens: int = len(chunk)) -> None:
                 on_prefill(before + tokens * (layer + 1) // layers, len(ids))
 
-            logits = self._forward(chunk, after_layer, exact=self.exact_prompts)
+            part = Part(self._held, chunk)
+            logits = self.passes.compute([part], exact=self.exact_prompts, after_layer=after_layer)
         return logits
 
     def _decode(self, ids: list[int], proposals: Proposals, left: int) -> torch.Tensor:
@@ -240,47 +232,10 @@ class Engine:
         verified = proposals.take(token)
         if verified is not None:
             with interrupts.deferred():
-                self._ids.append(token)
-                self._cache.length += 1
+                self._held.add([token])
+                self._held.cache.advance(1)
             return verified
         proposal = proposals.propose(ids, left - 1)
         start = time.perf_counter()
-        logits = self._forward([token], proposal=proposal, exact=True)
+        logits = self.passes.compute([Part(self._held, [token], proposal)], exact=True)
         return proposals.put(proposal, logits, time.perf_counter() - start)
-
-    def _forward(
-        self,
-        ids: list[int],
-        after_layer: Callable[[int], object] = lambda layer: None,
-        *,
-        exact: bool = False,
-        proposal: Sequence[int] = (),
-    ) -> torch.Tensor:
-        """Return logits [1, V] of the last token; with a `proposal` those of all tokens, [T, V].
-
-        The proposal comes behind the ids. Its keys and values are stored, but the cache ends before
-        them. Ctrl-C is handled between two layers, and while an expert is loading.
-        """
-
-        def between_layers(layer: int) -> None:
-            interrupts.check()
-            after_layer(layer)
-
-        def compute() -> torch.Tensor:
-            on_device = torch.tensor([*ids, *proposal]).to(self._model.device, non_blocking=True)
-            return self._model.forward(
-                on_device,
-                self._cache,
-                exact=exact,
-                all_logits=bool(proposal),
-                after_layer=between_layers,
-            )
-
-        start = time.perf_counter()
-        with interrupts.deferred(), torch.inference_mode():
-            logits = within_memory(self.experts, compute, self._note)
-            self._cache.length -= len(proposal)
-            self._ids += ids
-            self.total_tokens += len(ids) + len(proposal)
-            self.total_seconds += time.perf_counter() - start
-        return logits

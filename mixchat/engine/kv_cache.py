@@ -38,6 +38,14 @@ class KVCache(ABC):
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         self.config, self.capacity, self.length = config, capacity, 0
 
+    def positions(self, tokens: int) -> slice:
+        """Return the positions of the next tokens."""
+        return slice(self.length, self.length + tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Count so many new tokens, after all layers have stored them."""
+        self.length += tokens
+
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
@@ -62,6 +70,14 @@ class KVCache(ABC):
         if given != expected or tokens > self.capacity:
             raise CheckpointError(f"the saved part of layer {layer} does not fit this KV cache")
         self._restore(layer, content, tokens)
+
+    def is_like(self, other: KVCache) -> bool:
+        """Return whether the caches have the same form, for the same model and as many tokens."""
+        return (self.config, self.capacity, self.form) == (
+            other.config,
+            other.capacity,
+            other.form,
+        )
 
     @property
     @abstractmethod

@@ -12,12 +12,28 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.model_config import ModelConfig
 from mixchat.weights.matrix.linear import Linear
+
+LAST = slice(-1, None)
+
+
+class TokensBefore(Protocol):
+    """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
+
+    def positions(self, tokens: int) -> slice | torch.Tensor:
+        """Return the positions of the next T tokens in their sequences."""
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries."""
+
+    def advance(self, tokens: int) -> None:
+        """Count so many new tokens, after all layers have stored them."""
 
 
 class RMSNorm:
@@ -45,15 +61,17 @@ class Attention:
         self._layer, self._config = layer, config
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
 
-    def __call__(self, x: torch.Tensor, cache: KVCache, *, exact: bool = False) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, before: TokensBefore, *, exact: bool = False
+    ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = self.qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
-        rotated = self.rope(qkv[:, : heads + groups], cache.length)  # [T, H + G, h]
+        rotated = self.rope(qkv[:, : heads + groups], before.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        attended = cache.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
+        attended = before.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
         return self.o_proj(attended.reshape(tokens, -1), exact=exact)
 
 
@@ -66,19 +84,19 @@ class Block:
         self.attention_norm, self.attention = attention_norm, attention
         self.moe_norm, self.moe = moe_norm, moe
 
-    def __call__(self, x: torch.Tensor, cache: KVCache, *, exact: bool = False) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, before: TokensBefore, *, exact: bool = False
+    ) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self.attention_norm(x), cache, exact=exact)
+        x = x + self.attention(self.attention_norm(x), before, exact=exact)
         return x + self.moe(self.moe_norm(x), exact=exact)
 
 
 class LayersForOneToken(Protocol):
     """Another way to compute the blocks for the next token of a cache, with the same bits."""
 
-    cache: KVCache
-
-    def begin(self, x: torch.Tensor) -> None:
-        """Start with the token's row [1, D], its embedding."""
+    def begin(self, x: torch.Tensor, before: TokensBefore) -> bool:
+        """Start with the token's row [1, D], its embedding; return False where it cannot do it."""
 
     def run(self, layer: int) -> torch.Tensor:
         """Compute a layer, and return the row [1, D], which the next layer overwrites."""
@@ -110,19 +128,19 @@ class Model:
         return self._embedding.dtype
 
     def decode_by(self, decoder: LayersForOneToken | None) -> None:
-        """Let a decoder compute the blocks for each single token of its cache."""
+        """Let a decoder compute the blocks for each single token."""
         self._decoder = decoder
 
     def forward(
         self,
         ids: torch.Tensor,
-        cache: KVCache,
+        before: TokensBefore,
         *,
         exact: bool = False,
-        all_logits: bool = False,
+        logits_of: slice | list[int] = LAST,
         after_layer: Callable[[int], object] = lambda layer: None,
     ) -> torch.Tensor:
-        """Return logits [1, V] of the last token, or [T, V] of all; the ids [T] join the cache.
+        """Return the logits [n, V] of the last token, or of others; the ids [T] join the cache.
 
         The cache must have room for them: P + T <= capacity. With `exact` each token has the bits
         that it has in a call of its own, where all matrices can be computed so (see `Linear`).
@@ -130,13 +148,11 @@ class Model:
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
         decoder = self._decoder if ids.shape[0] == 1 else None
-        if decoder is not None and decoder.cache is cache:
-            decoder.begin(x)
-        else:
+        if decoder is not None and not decoder.begin(x, before):
             decoder = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, exact=exact) if decoder is None else decoder.run(layer)
+            x = block(x, before, exact=exact) if decoder is None else decoder.run(layer)
             after_layer(layer)
-        logits = self._head(self._norm(x if all_logits else x[-1:]), exact=exact)
-        cache.length += ids.shape[0]  # last: an interrupted pass leaves the cache as it was
+        logits = self._head(self._norm(x[logits_of]), exact=exact)
+        before.advance(ids.shape[0])  # last: an interrupted pass leaves the cache as it was
         return logits

@@ -87,8 +87,8 @@ def report_of(engine: Engine, model: str) -> ExpertReport:
         stalled_seconds=stats.stalled_seconds,
         predictions=stats.predictions,
         right_predictions=stats.right_predictions,
-        tokens=engine.total_tokens,
-        seconds=engine.total_seconds,
+        tokens=engine.passes.total_tokens,
+        seconds=engine.passes.total_seconds,
     )
 
 

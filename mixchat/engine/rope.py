@@ -28,7 +28,6 @@ class RotaryEmbedding:
         """Let a step of `rows.rotate_step` rotate one token, which is at `position`."""
         step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
 
-    def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Rotate x [T, heads, h], whose first token is at position `start`."""
-        end = start + x.shape[0]
-        return rows.rotate(x, self._cos[start:end], self._sin[start:end])
+    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """Rotate x [T, heads, h], whose tokens are at these T positions."""
+        return rows.rotate(x, self._cos[positions], self._sin[positions])

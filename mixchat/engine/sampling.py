@@ -51,6 +51,19 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
+def log_probabilities(
+    logits: torch.Tensor, token: int, top: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return the natural log probability of a token, and the `top` likeliest ones with theirs.
+
+    logits: [V]. Among equals, the smaller token comes first.
+    """
+    values = logits.float().log_softmax(0)
+    order = values.sort(descending=True, stable=True)
+    best = zip(order.indices[:top].tolist(), order.values[:top].tolist(), strict=True)
+    return float(values[token]), tuple(best)
+
+
 def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> torch.Tensor:
     """Divide the positive logits of `recent` tokens by `penalty`, multiply the negative ones."""
     ids = torch.tensor(sorted(set(recent)), dtype=torch.long)

@@ -127,11 +127,13 @@ def _assemble(
     alone = not workers and runner is experts
     speculates = options.speculation and alone and passes_are_exact(used, device)
     model = _build_model(installed, used, runner, context, device)
-    cache = new_cache(config, context, dtype, device, options.kv_bits)
-    model.decode_by(new_decoder(used, model.blocks, cache))
+    caches = [
+        new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
+    ]
+    model.decode_by(new_decoder(used, model.blocks, caches[0]))
     return Engine(
         model,
-        cache,
+        caches,
         experts,
         fit.computed,
         prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,

@@ -162,7 +162,7 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
         if decoder is None:
             block(x, cache)
         else:
-            decoder.begin(x)
+            decoder.begin(x, cache)
             decoder.run(0)
 
     return compute

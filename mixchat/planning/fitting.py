@@ -118,6 +118,7 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> F
 def _fit(blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
     context = Context.of(blueprint.config, options.context_size).tokens
     token = cache_bytes(blueprint.config, 1, blueprint.quantization.dtype, options.kv_bits)
+    token *= options.parallel
     demand = Demand(
         shared=computed.shared_size,
         context=context * token,

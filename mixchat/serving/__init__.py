@@ -1,4 +1,6 @@
 """Serving: many answers at once from one loaded model, over HTTP or from a file of prompts.
 
 - service.py: the contract between those who ask and the service that answers
+- model_service.py: the service over one loaded model
+- running_job.py: a job with its answer, from tokens to events
 """

@@ -123,8 +123,8 @@ class Service(Protocol):
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
         """Queue a job; return a function that cancels it, which may be called at any time.
 
-        `sink` is called in the service's thread with each event: `Done` or `Failed` is the last,
-        after a cancellation, too. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError`
+        `sink` is called in the service's thread with each event, and must not raise: `Done` or
+        `Failed` is the last, after a cancellation, too. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError`
         where the prompt leaves no room for an answer.
         """
 

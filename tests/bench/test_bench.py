@@ -47,7 +47,7 @@ def test_decoding_is_measured_token_by_token(bench: Bench) -> None:
     """Random weights repeat themselves: with speculation they would seem faster than any text."""
     list(bench.run())
     assert bench.engine.stats.speculation.passes == 0
-    assert bench.engine._speculation is None
+    assert bench.engine.speculation is None
 
 
 def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
@@ -64,14 +64,14 @@ def test_decoding_meets_the_context_that_was_asked_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
-    real = type(bench.engine._cache).attend
+    real = type(bench.engine.held()[1]).attend
 
     def attend(cache: object, layer: int, *arguments: object) -> object:
         if layer == 0:
             lengths.append(cache.length)
         return real(cache, layer, *arguments)
 
-    monkeypatch.setattr(type(bench.engine._cache), "attend", attend)
+    monkeypatch.setattr(type(bench.engine.held()[1]), "attend", attend)
     bench._decode(40)
     assert lengths == [40 + number for number in range(len(lengths))]
     assert len(lengths) == 1 + 2 + 5

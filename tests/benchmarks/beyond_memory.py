@@ -170,7 +170,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "stalled": did.stalled_seconds / total,
         "predictions": did.predictions,
         "right": did.right_predictions,
-        "depth": engine._model.blocks[0].moe.runner._prefetch.trial.variant,
+        "depth": engine.passes.model.blocks[0].moe.runner._prefetch.trial.variant,
         "first": first,
         "first_bytes": first_bytes,
         "disk": disk.idle if disk else 0.0,

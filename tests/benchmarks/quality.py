@@ -133,8 +133,8 @@ def mixchat_logits(directory: Path, kv_bits: int | None = None) -> Logits:
     engine = load_engine(directory, LoadOptions(device="cpu", kv_bits=kv_bits))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        engine._cache.length = 0
-        return engine._model.forward(ids, engine._cache, all_logits=True)
+        engine.held()[1].length = 0
+        return engine.passes.model.forward(ids, engine.held()[1], logits_of=slice(None))
 
     return logits
 

@@ -122,13 +122,13 @@ class Both:
 
         budget = None if host_memory is None else MemoryBudget.parse(host_memory)
         self.engine = load_engine(model, LoadOptions(host_memory=budget, device="cpu"))
-        self._speculation = self.engine._speculation
+        self._speculation = self.engine.speculation
         if self._speculation is None:
             sys.exit("there is no speculation with this model on this machine")
 
     def choose(self, speculates: bool) -> Engine:
         """Return the engine with an empty cache, with or without speculation."""
-        self.engine._speculation = self._speculation if speculates else None
+        self.engine.speculation = self._speculation if speculates else None
         self.engine.forget()
         return self.engine
 

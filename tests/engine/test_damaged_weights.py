@@ -74,7 +74,7 @@ def answer(request: pytest.FixtureRequest, healthy: Path) -> Callable[[Path], li
         whole = opened(healthy)
         ids = ids_of(whole)
         first = next(ids)
-        whole._model = engine._model
+        whole.passes.model = engine.passes.model
         return [first, *ids]
 
     def opened(model: Path) -> Engine:
@@ -117,6 +117,6 @@ def test_an_installed_model_is_called_by_its_name(
     shutil.copytree(healthy, tmp_path / "models" / "mine")
     engine = load_engine(tmp_path / "models" / "mine", LoadOptions(device="cpu"))
     with pytest.raises(CheckpointError) as error:
-        engine._checked(torch.tensor([1.0, -math.inf]))
+        engine.passes.checked(torch.tensor([1.0, -math.inf]))
     assert error.value.hint is not None
     assert "mixchat verify mine." in error.value.hint

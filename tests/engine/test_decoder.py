@@ -10,6 +10,7 @@ import torch
 
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
+from mixchat.engine.passes import Part
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
@@ -60,7 +61,7 @@ def load(directory: Path, slots: int | None = None, **options: Any) -> Engine:
 
 
 def without_programs(engine: Engine) -> Engine:
-    engine._model.decode_by(None)
+    engine.passes.model.decode_by(None)
     return engine
 
 
@@ -86,7 +87,7 @@ def test_answers_and_caches_have_the_bits_of_the_blocks(
     options = {"kv_bits": KINDS[kind][2]}
     expected = written(without_programs(load(models(kind), **options)))
     engine = load(models(kind), slots, **options)
-    assert isinstance(engine._model._decoder, Decoder)
+    assert isinstance(engine.passes.model._decoder, Decoder)
     assert same(written(engine), expected)
     assert same(written(engine), expected)  # now with everything in memory, if it fits
 
@@ -99,7 +100,7 @@ def test_with_all_experts_in_memory_their_runner_is_not_asked(
     before = engine.experts.stats.copy()
     monkeypatch.setattr(type(engine.experts), "run", None)
     engine.forget()
-    engine._forward(PROMPT[:1])
+    engine.passes.compute([Part(engine.sequences[0], PROMPT[:1])])
     since = engine.experts.stats.since(before)
     layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
     assert since.hits.total() == layers * choices

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
+from mixchat.engine.passes import Part
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.errors import CheckpointError
 from mixchat.kernels import coded
@@ -72,7 +73,9 @@ def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor
     for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
         if start >= TOKENS:
             break
-        logits = engine._forward(ids[start : start + chunk], exact=True)
+        logits = engine.passes.compute(
+            [Part(engine.sequences[0], ids[start : start + chunk])], exact=True
+        )
         start += chunk
     _, cache = engine.held()
     layers = range(engine.config.num_hidden_layers)

@@ -52,9 +52,10 @@ def prompt(vocab_size: int) -> torch.Tensor:
 @torch.inference_mode()
 def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
-    engine._cache.length = 0
+    engine.held()[1].length = 0
     parts = [
-        engine._model.forward(part, engine._cache, all_logits=True) for part in ids.split(chunk)
+        engine.passes.model.forward(part, engine.held()[1], logits_of=slice(None))
+        for part in ids.split(chunk)
     ]
     return torch.cat(parts)
 
@@ -162,7 +163,7 @@ def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(
         exact = oracle(checkpoint)(ids[None]).logits[0]
         rounded = oracle(checkpoint, torch.float16)(ids[None]).logits[0].float()
     engine = load_engine(install(checkpoint, quant_type="none"), CPU)
-    assert engine._model.dtype == torch.float16
+    assert engine.passes.model.dtype == torch.float16
     assert_as_near(logits(engine, ids, chunk).float(), exact, rounded)
     assert (rounded - exact).norm() < 0.003 * exact.norm()
 

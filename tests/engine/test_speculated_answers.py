@@ -13,7 +13,8 @@ import torch
 from mixchat import interrupts
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.model import Model
+from mixchat.engine.model import LAST, Model
+from mixchat.engine.passes import Part
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.errors import CheckpointError
 from mixchat.experts.holder import ExpertRunner
@@ -78,9 +79,9 @@ def pair(models: Callable[[str], Path]) -> Callable[..., tuple[Engine, Engine]]:
         engines = [
             load_engine(models(kind), replace(changed, speculation=how)) for how in (True, False)
         ]
-        assert engines[1]._speculation is None
-        assert engines[0]._speculation is not None
-        engines[0]._speculation = Always()
+        assert engines[1].speculation is None
+        assert engines[0].speculation is not None
+        engines[0].speculation = Always()
         return engines[0], engines[1]
 
     return load
@@ -144,9 +145,10 @@ def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(
     ids = [choose.randrange(3, 97) for _ in range(64)]
     torch.set_num_threads(threads)
     try:
-        logits = torch.cat([one._forward([token]) for token in ids])
-        many._forward(ids[:16], exact=True)
-        verified = many._forward(ids[16:17], proposal=ids[17:], exact=True)
+        logits = torch.cat([one.passes.compute([Part(one.sequences[0], [token])]) for token in ids])
+        held = many.sequences[0]
+        many.passes.compute([Part(held, ids[:16])], exact=True)
+        verified = many.passes.compute([Part(held, ids[16:17], ids[17:])], exact=True)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(verified, logits[16:])
@@ -197,7 +199,7 @@ def test_fewer_passes_suffice_where_text_is_repeated(
     engines = pair("nf4")
     for engine in engines:
         answer(engine, LOOPING, GREEDY, max_tokens=80)
-    with_it, without = (passes[engine._cache] for engine in engines)
+    with_it, without = (passes[engine.held()[1]] for engine in engines)
     assert without == 80
     assert with_it == 80 - engines[0].stats.speculation.accepted
     assert with_it < 40
@@ -250,7 +252,7 @@ def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(
     forward = Model.forward
 
     def interrupted(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
-        if how["all_logits"]:
+        if how["logits_of"] != LAST:
             verifying.append(True)
             how["after_layer"] = lambda layer: interrupts.check() if layer else stop()
         return forward(self, ids, cache, **how)
@@ -285,7 +287,7 @@ def test_there_is_none_where_passes_are_not_exact(
     how: dict[str, Any],
 ) -> None:
     model = install(make_checkpoint(**{"intermediate_size": 128, **changes}), **how)
-    assert load_engine(model, LoadOptions(device="cpu"))._speculation is None
+    assert load_engine(model, LoadOptions(device="cpu")).speculation is None
 
 
 def test_there_is_none_where_what_experts_get_is_recorded(models: Callable[[str], Path]) -> None:
@@ -294,8 +296,8 @@ def test_there_is_none_where_what_experts_get_is_recorded(models: Callable[[str]
     def wrap(runner: ExpertRunner) -> ExpertRunner:
         return RecordingRunner(runner, lambda *given: None)
 
-    assert load_engine(models("nf4"), LoadOptions(device="cpu"))._speculation is not None
-    assert load_engine(models("nf4"), LoadOptions(device="cpu"), wrap=wrap)._speculation is None
+    assert load_engine(models("nf4"), LoadOptions(device="cpu")).speculation is not None
+    assert load_engine(models("nf4"), LoadOptions(device="cpu"), wrap=wrap).speculation is None
 
 
 def test_damaged_weights_are_named_although_tokens_were_verified(
@@ -306,7 +308,7 @@ def test_damaged_weights_are_named_although_tokens_were_verified(
 
     def damaged(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
         logits = forward(self, ids, cache, **how)
-        return logits * float("nan") if how["all_logits"] else logits
+        return logits * float("nan") if how["logits_of"] != LAST else logits
 
     monkeypatch.setattr(Model, "forward", damaged)
     with pytest.raises(CheckpointError, match="not numbers"):

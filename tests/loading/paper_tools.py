@@ -104,9 +104,11 @@ def demand_of(case: Case, kv_bits: Any = None) -> Demand:
 def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
     with torch.inference_mode():
-        device = engine._model.device
+        device = engine.passes.model.device
         found = [
-            engine._model.forward(torch.tensor(ids, device=device), engine._cache, all_logits=True)
+            engine.passes.model.forward(
+                torch.tensor(ids, device=device), engine.held()[1], logits_of=slice(None)
+            )
             for ids in (PROMPT, [33], [60], [2], [95], [8])
         ]
         return torch.cat(found).float().cpu()

@@ -103,7 +103,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
         engine = load_engine(installed, LoadOptions(MemoryBudget(fraction=0.5), device=device))
         ids = torch.arange(5, 45, device=device)
         with torch.inference_mode():
-            result = engine._model.forward(ids, engine._cache, all_logits=True)
+            result = engine.passes.model.forward(ids, engine.held()[1], logits_of=slice(None))
         results.append(result.float().cpu())
     tolerance = 1e-4 if options == {"quant_type": "none"} else 0.03
     assert (results[0] - results[1]).norm() < tolerance * results[1].norm()

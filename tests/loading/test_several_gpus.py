@@ -369,14 +369,14 @@ def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_expert
     notes: list[str] = []
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(5,))
-    forward, calls = engine._model.forward, iter(range(100))
+    forward, calls = engine.passes.model.forward, iter(range(100))
 
     def once(*arguments: Any, **options: Any) -> torch.Tensor:
         if next(calls) == 0:
             raise torch.OutOfMemoryError("out of memory")
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(engine._model, "forward", once)
+    monkeypatch.setattr(engine.passes.model, "forward", once)
     assert text(engine) == expected
     assert notes == ["the device ran out of memory: 4 experts fit now"]
 

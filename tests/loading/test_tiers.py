@@ -215,17 +215,17 @@ def test_a_device_that_runs_out_of_memory_continues_with_half_of_the_experts(
 ) -> None:
     notes: list[str] = []
     engine = load(tiny_model, 8, 8, expert_size, note=notes.append)
-    head, calls = engine._model._head, iter(range(1000))
+    head, calls = engine.passes.model._head, iter(range(1000))
 
     def sometimes(x: torch.Tensor, **how: Any) -> torch.Tensor:
         if next(calls) in (0, 9):
             out_of_memory()
         return head(x, **how)
 
-    monkeypatch.setattr(engine._model, "_head", sometimes)
+    monkeypatch.setattr(engine.passes.model, "_head", sometimes)
     assert text(engine) == expected
     assert notes == [f"the device ran out of memory: {n} experts fit now" for n in (4, 2)]
-    monkeypatch.setattr(engine._model, "forward", out_of_memory)
+    monkeypatch.setattr(engine.passes.model, "forward", out_of_memory)
     with pytest.raises(ResourceError, match="two experts in it"):
         text(engine)
 

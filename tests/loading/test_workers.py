@@ -154,8 +154,11 @@ def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
     with torch.inference_mode():
         found = [
-            engine._model.forward(
-                torch.tensor(ids), engine._cache, exact=engine.exact_prompts, all_logits=True
+            engine.passes.model.forward(
+                torch.tensor(ids),
+                engine.held()[1],
+                exact=engine.exact_prompts,
+                logits_of=slice(None),
             )
             for ids in (PROMPT, [33], [60], [2], [95], [8])
         ]

@@ -92,7 +92,7 @@ def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engin
     session = session_with(open_engine(), max_tokens=6)
     list(session.ask("first"))
     engine = session.engine
-    attend, calls = engine._cache.attend, itertools.count()
+    attend, calls = engine.held()[1].attend, itertools.count()
 
     def interrupted(at, *arguments):
         seen = attend(at, *arguments)
@@ -100,7 +100,7 @@ def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engin
             os.kill(os.getpid(), signal.SIGINT)
         return seen
 
-    engine._cache.attend = interrupted
+    engine.held()[1].attend = interrupted
     assert [event.reason for event in session.ask("a longer second question")] == ["interrupted"]
     assert len(session.history) == 2
     assert_as_in_a_run_of_its_own(session, open_engine, logits)

@@ -1,0 +1,273 @@
+"""Several answers at once: each pass has the next token of each, and pieces of new prompts.
+
+An expert is read once for all tokens that selected it. Passes are exact: an answer has the same
+bits alone as beside others, wherever the kernels can do that (see `Linear`).
+
+V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mixchat.engine.generate import PREFILL_CHUNK, Engine
+from mixchat.engine.held_tokens import HeldTokens
+from mixchat.engine.passes import Part
+from mixchat.engine.sampling import Constraint, Sampler
+from mixchat.engine.speculation import Proposals
+from mixchat.errors import MixchatError
+from mixchat.options import SamplingOptions
+
+# Seconds that a pass may take with a piece of a prompt in it: more where it is read from disk, and
+# so where a pass without one takes long, too.
+_PATIENCE, _PATIENCE_ALONE, _PASSES = 1.0, 8.0, 4
+_LEAST_PIECE = 16  # tokens
+_WORTH_COPYING = 16  # tokens that another sequence has computed already
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and how to answer it; see `Engine.generate`."""
+
+    ids: Sequence[int]
+    sampling: SamplingOptions
+    stop_ids: frozenset[int]
+    max_tokens: int | None = None
+    constraint: Constraint | None = None
+
+
+class BatchedAnswer:
+    """An answer in the making: `ids` are the tokens of the prompt, and those generated so far.
+
+    `cancel` may be called by any thread. `error` is why it failed.
+    """
+
+    def __init__(self, prompt: Prompt, limit: int, proposals: Proposals) -> None:
+        self.ids = list(prompt.ids)
+        self.prompt_tokens, self.reused_tokens = len(prompt.ids), 0
+        self.stop_ids = prompt.stop_ids
+        self.sampler = Sampler(prompt.sampling, prompt.stop_ids)
+        self.proposals = proposals
+        self.held: HeldTokens | None = None
+        self.logits: torch.Tensor | None = None  # [V] behind the last of `ids`
+        self.error: MixchatError | None = None
+        self.is_cancelled = False
+        self._limit = limit
+
+    @property
+    def generated_tokens(self) -> int:
+        """Return how many tokens of the answer there are."""
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """Return how many tokens more may be generated."""
+        return self._limit - self.generated_tokens
+
+    @property
+    def unread(self) -> int:
+        """Return how many tokens of the prompt are still to be computed."""
+        held = 0 if self.held is None else self.held.cache.length
+        return max(self.prompt_tokens - held, 0)
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether no token will follow."""
+        if self.is_cancelled or self.error is not None or self.tokens_left <= 0:
+            return True
+        return self.generated_tokens > 0 and self.ids[-1] in self.stop_ids
+
+    def cancel(self) -> None:
+        """End the answer, before the next pass at the latest."""
+        self.is_cancelled = True
+
+
+class Batch:
+    """The answers that an engine computes now: at most one for each of its caches."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._passes = engine, engine.passes
+        self._free = list(engine.sequences)  # the least recently used first
+        self._answers: list[BatchedAnswer] = []
+        self._piece, self._single_seconds = PREFILL_CHUNK, 0.0
+
+    @property
+    def has_room(self) -> bool:
+        """Return whether `add` may be called."""
+        return len(self._answers) < len(self._engine.sequences)
+
+    @property
+    def size(self) -> int:
+        """Return how many answers are in the making."""
+        return len(self._answers)
+
+    def add(self, prompt: Prompt) -> BatchedAnswer:
+        """Begin an answer. Raises as `Engine.generate` does."""
+        assert self.has_room
+        limit = self._engine.longest_answer(prompt.ids, prompt.max_tokens)
+        self._engine.experts.begin_turn()
+        proposals = Proposals(self._engine.speculation, prompt.stop_ids)
+        answer = BatchedAnswer(prompt, limit, proposals)
+        self._answers.append(answer)
+        return answer
+
+    def step(self) -> list[BatchedAnswer]:
+        """Compute one pass; return the answers with something new: a token, progress, or an end.
+
+        An answer that has ended leaves the batch. A fault is stored in the answers that it hit.
+        """
+        ended = [answer for answer in self._answers if answer.has_ended]
+        computed = self._compute([answer for answer in self._answers if not answer.has_ended])
+        for answer in computed:
+            self._sample(answer)
+        for answer in [*ended, *(answer for answer in computed if answer.has_ended)]:
+            self._remove(answer)
+        return [*ended, *computed]
+
+    def _compute(self, answers: Sequence[BatchedAnswer]) -> list[BatchedAnswer]:
+        """Compute the logits of the next tokens; return the answers that were in the pass."""
+        verified = [answer for answer in answers if self._take_verified(answer)]
+        if verified:
+            return verified
+        pieces = self._pieces(answers)
+        if not pieces:
+            return []
+        computed = [answer for answer, _ in pieces]
+        try:
+            self._pass(pieces)
+        except _AllCancelledError:
+            pass
+        except MixchatError as error:
+            for answer in computed:
+                answer.error = error
+        return computed
+
+    def _take_verified(self, answer: BatchedAnswer) -> bool:
+        """Take the logits behind the last token, if they were computed in an earlier pass."""
+        if answer.held is None or not answer.generated_tokens:
+            return False
+        logits = answer.proposals.take(answer.ids[-1])
+        if logits is None:
+            return False
+        answer.held.add(answer.ids[-1:])
+        answer.held.cache.advance(1)
+        answer.logits = logits[0]
+        return True
+
+    def _pieces(self, answers: Sequence[BatchedAnswer]) -> list[tuple[BatchedAnswer, Part]]:
+        """Return the next pass: the last token of each answer, and tokens of the first prompts.
+
+        A prompt that begins like one in this pass waits for it, to copy its beginning.
+        """
+        decoding = [answer for answer in answers if answer.generated_tokens]
+        pieces = [
+            (answer, self._next_token(answer, alone=len(answers) == 1)) for answer in decoding
+        ]
+        room = self._piece
+        begun: list[BatchedAnswer] = []
+        for answer in answers:
+            if answer.generated_tokens or room <= 0:
+                continue
+            if answer.held is None and not self._begin(answer, begun):
+                continue
+            assert answer.held is not None
+            begun.append(answer)
+            start = answer.held.cache.length
+            ids = answer.ids[start : start + room]
+            room -= len(ids)
+            pieces.append((answer, Part(answer.held, ids)))
+        return pieces
+
+    def _next_token(self, answer: BatchedAnswer, *, alone: bool) -> Part:
+        """Return the last token, which is not computed yet; alone it may have a proposal behind."""
+        assert answer.held is not None
+        most = answer.tokens_left - 1
+        proposal = answer.proposals.propose(answer.ids, most) if alone else []
+        return Part(answer.held, answer.ids[-1:], proposal)
+
+    def _pass(self, pieces: Sequence[tuple[BatchedAnswer, Part]]) -> None:
+        def check(layer: int) -> None:
+            if all(answer.is_cancelled for answer, _ in pieces):
+                raise _AllCancelledError
+
+        start = time.perf_counter()
+        logits = self._passes.compute([part for _, part in pieces], exact=True, after_layer=check)
+        seconds = time.perf_counter() - start
+        self._learn(pieces, seconds)
+        row = 0
+        for answer, part in pieces:
+            rows = logits[row : row + 1 + len(part.proposal)]
+            row += len(rows)
+            if len(pieces) == 1 and answer.generated_tokens:
+                rows = answer.proposals.put(part.proposal, rows, seconds)
+            if not answer.unread:
+                answer.logits = rows[0]
+
+    def _learn(self, pieces: Sequence[tuple[BatchedAnswer, Part]], seconds: float) -> None:
+        """Choose the tokens of the next piece so that a pass takes no longer than others can wait.
+
+        After 0.5 s for 100 tokens, of 1 s, it is 200; after 10 s it is 50.
+        """
+        read = sum(len(part.ids) for answer, part in pieces if not answer.generated_tokens)
+        decoding = any(answer.generated_tokens for answer, _ in pieces)
+        if not read:
+            self._single_seconds = seconds
+            return
+        patience = max(_PATIENCE, _PASSES * self._single_seconds) if decoding else _PATIENCE_ALONE
+        by = min(max(patience / seconds, 0.5), 2.0)
+        if by < 1 or read >= self._piece:
+            self._piece = min(max(round(read * by), _LEAST_PIECE), PREFILL_CHUNK)
+
+    def _sample(self, answer: BatchedAnswer) -> None:
+        """Add the next token to an answer whose logits are there."""
+        if answer.logits is None or answer.has_ended:
+            return
+        try:
+            answer.logits = self._passes.checked(answer.logits)
+        except MixchatError as error:
+            answer.error = error
+            return
+        answer.ids.append(answer.sampler.sample(answer.logits, answer.ids))
+
+    def _begin(self, answer: BatchedAnswer, begun: Sequence[BatchedAnswer]) -> bool:
+        """Give an answer the cache that helps it most; return False where it has to wait."""
+        prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
+        best = max(self._engine.sequences, key=lambda held: held.shared_with(prompt))
+        shared = best.shared_with(prompt)
+        if any(_shared(other.ids, prompt) >= shared + _WORTH_COPYING for other in begun):
+            return False
+        # One that would lose most of what it holds is copied, if there is another.
+        others = [held for held in self._free if held is not best]
+        in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
+        held = best if in_place else others[0]
+        if not in_place:
+            own = held.shared_with(prompt)
+            if shared >= own + _WORTH_COPYING:
+                held.copy_from(best, shared)
+            shared = held.shared_with(prompt)
+        held.cut(shared)
+        self._free.remove(held)
+        answer.held, answer.reused_tokens = held, shared
+        return True
+
+    def _remove(self, answer: BatchedAnswer) -> None:
+        self._answers.remove(answer)
+        if answer.held is not None:
+            self._free.append(answer.held)
+
+
+class _AllCancelledError(Exception):
+    """Nobody waits for the pass any more."""
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    count = 0
+    for mine, yours in zip(one, other, strict=False):
+        if mine != yours:
+            break
+        count += 1
+    return count

@@ -1,0 +1,193 @@
+"""The service over one loaded model: a thread that computes a batch of answers, pass by pass.
+
+The thread loads the model, too: the threads that torch starts for one of ours spin while it
+computes, and there should not be two sets of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mixchat.engine.batch import Batch
+from mixchat.errors import MixchatError
+from mixchat.serving.running_job import RunningJob
+from mixchat.serving.service import (
+    Done,
+    Failed,
+    Job,
+    QueueFullError,
+    ServiceStats,
+    ShuttingDownError,
+    Sink,
+)
+
+if TYPE_CHECKING:
+    from mixchat.engine.generate import Engine
+    from mixchat.text.template import Template
+    from mixchat.text.tokenizer import Tokenizer
+
+
+class ModelService:
+    """A `Service`. It raises what `load` raises, in the thread that makes it.
+
+    `load` returns the engine, which has a cache for each conversation at once; `queue` is how many
+    jobs may wait beside them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Engine],
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        queue: int,
+    ) -> None:
+        self.name, self.tokenizer, self.template = name, tokenizer, template
+        self._queue, self._waiting = queue, deque[RunningJob]()
+        self._running: list[RunningJob] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._stats = ServiceStats()
+        self._loaded: Engine | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=[load], name="model", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._loaded is not None)
+        if isinstance(self._loaded, BaseException):
+            raise self._loaded
+        assert self._loaded is not None
+        self._engine = self._loaded
+        self.context = self._engine.context
+
+    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
+        """Queue a job; return a function that cancels it. See `Service.submit`."""
+        self._engine.longest_answer(job.prompt_ids, job.max_tokens)
+        running = RunningJob(job, sink, self.tokenizer)
+        with self._changed:
+            if self._closing:
+                raise ShuttingDownError("the server is shutting down")
+            if len(self._waiting) >= self._queue and not self._has_room():
+                raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
+            self._waiting.append(running)
+            self._changed.notify_all()
+
+        def cancel() -> None:
+            running.cancel()
+            with self._changed:
+                self._changed.notify_all()
+
+        return cancel
+
+    def stats(self) -> ServiceStats:
+        """Return the counts as they are now."""
+        with self._changed:
+            return replace(self._stats, running=len(self._running), waiting=len(self._waiting))
+
+    def close(self, patience: float = 0.0) -> None:
+        """Take no more jobs, let the others run for `patience` seconds, and cancel what is left."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(patience)
+        with self._changed:
+            for job in (*self._waiting, *self._running):
+                job.cancel()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _has_room(self) -> bool:
+        return len(self._waiting) + len(self._running) < len(self._engine.sequences)
+
+    def _run(self, load: Callable[[], Engine]) -> None:
+        try:
+            loaded: Engine | BaseException = load()
+        except BaseException as error:
+            loaded = error
+        with self._changed:
+            self._loaded = loaded
+            self._changed.notify_all()
+        if isinstance(loaded, BaseException):
+            return
+        batch = Batch(loaded)
+        try:
+            while self._wait(batch):
+                try:
+                    for job in self._next_jobs(batch):
+                        self._begin(job, batch)
+                    self._step(loaded, batch)
+                except Exception as error:  # a fault of ours: nobody may wait for ever
+                    for job in tuple(self._running):
+                        self._end(job, Failed(error))
+                    batch = Batch(loaded)
+        finally:
+            loaded.close()
+
+    def _wait(self, batch: Batch) -> bool:
+        """Wait until there is something to do; return False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or batch.size or self._closing)
+            return bool(self._waiting or batch.size)
+
+    def _next_jobs(self, batch: Batch) -> Iterator[RunningJob]:
+        """Yield the jobs that begin now, and those that were cancelled while they waited."""
+        while True:
+            with self._changed:
+                job = next((job for job in self._waiting if job.is_cancelled), None)
+                if job is None and self._waiting and batch.has_room:
+                    job = self._waiting[0]
+                if job is None:
+                    return
+                self._waiting.remove(job)
+                self._running.append(job)
+            yield job
+
+    def _begin(self, job: RunningJob, batch: Batch) -> None:
+        if job.is_cancelled:
+            self._end(job, job.done("interrupted"))
+            return
+        try:
+            job.begin(batch)
+        except MixchatError as error:
+            self._end(job, Failed(error))
+
+    def _step(self, engine: Engine, batch: Batch) -> None:
+        """Compute a pass, and report what is new after it."""
+        changed = batch.step() if batch.size else []
+        experts = engine.experts.stats
+        with self._changed:
+            self._stats = replace(
+                self._stats,
+                busy_seconds=engine.passes.total_seconds,
+                expert_hits=experts.hits.total(),
+                expert_misses=experts.misses.total(),
+                bytes_moved=experts.bytes_moved,
+            )
+        for job in [job for job in self._running if job.answer in changed]:
+            last = job.report()
+            if last is not None:
+                self._end(job, last)
+
+    def _end(self, job: RunningJob, last: Done | Failed) -> None:
+        with self._changed:
+            self._running.remove(job)
+            self._stats = _with(self._stats, last)
+        job.sink(last)
+
+
+def _with(stats: ServiceStats, last: Done | Failed) -> ServiceStats:
+    """Return the counts with one more answer."""
+    if isinstance(last, Failed):
+        return replace(stats, failed=stats.failed + 1)
+    name = "cancelled" if last.reason == "interrupted" else "finished"
+    return replace(
+        stats,
+        **{name: getattr(stats, name) + 1},
+        prompt_tokens=stats.prompt_tokens + last.prompt_tokens - last.cached_tokens,
+        cached_tokens=stats.cached_tokens + last.cached_tokens,
+        generated_tokens=stats.generated_tokens + last.generated_tokens,
+    )

@@ -1,0 +1,294 @@
+"""Several answers at once are those that each prompt gets alone, bit for bit."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
+from mixchat.engine.generate import Engine
+from mixchat.engine.passes import Passes
+from mixchat.errors import CheckpointError, PromptError
+from mixchat.kernels import coded
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.quantities import MemoryBudget
+from mixchat.weights.format.installed_model import InstalledModel
+
+pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+
+# Forms of an installed model, of its KV cache, and how many of its experts are held at once.
+KINDS: dict[str, tuple[dict[str, Any], LoadOptions, int | None]] = {
+    "nf4": ({}, LoadOptions(), None),
+    "nf3, from disk": ({"quant_type": "nf3"}, LoadOptions(), 3),
+    "attention in nf4": ({"attention": 4}, LoadOptions(), None),
+    "8-bit cache, from disk": ({}, LoadOptions(kv_bits=8), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def load(
+    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> Callable[..., Engine]:
+    """Load a kind of model for several conversations; each is installed once."""
+    checkpoint = make_checkpoint(std=0.1, intermediate_size=128)
+    made: dict[str, Path] = {}
+
+    def load(kind: str = "nf4", **options: Any) -> Engine:
+        how, given, slots = KINDS[kind]
+        directory = made.setdefault(kind, install(checkpoint, **how))
+        if slots is not None:
+            with InstalledModel(directory) as installed:
+                stride = installed.blueprint.expert.stride
+            options["host_memory"] = MemoryBudget(size=slots * stride)
+        options = {"device": "cpu", "exact_prompts": True, "parallel": 4, **options}
+        return load_engine(directory, replace(given, **options))
+
+    return load
+
+
+def prompt_of(seed: int, **options: Any) -> Prompt:
+    """A prompt that repeats itself in part, so that tokens are proposed; sampled or greedy."""
+    choose = random.Random(seed)
+    piece = [choose.randrange(3, 97) for _ in range(choose.randrange(2, 20))]
+    ids = [*piece, *(choose.randrange(3, 97) for _ in range(choose.randrange(1, 9))), *piece]
+    sampling = SamplingOptions(temperature=seed % 2, seed=seed, repeat_penalty=1 + seed % 3 / 10)
+    return Prompt(ids, sampling, **{"stop_ids": frozenset({2, 7}), "max_tokens": 30, **options})
+
+
+def alone(engine: Engine, prompt: Prompt) -> list[int]:
+    engine.forget()
+    return list(
+        engine.generate(
+            prompt.ids,
+            sampling=prompt.sampling,
+            stop_ids=prompt.stop_ids,
+            max_tokens=prompt.max_tokens,
+        )
+    )
+
+
+def run(batch: Batch, waiting: Sequence[Prompt], seed: int = 0) -> list[list[int]]:
+    """Answer all, each joining after a random count of passes."""
+    choose, left = random.Random(seed), list(waiting)
+    answers: list[BatchedAnswer] = []
+    while left or batch.size:
+        while left and batch.has_room and choose.random() < 0.4:
+            answers.append(batch.add(left.pop(0)))
+        batch.step()
+    assert [answer.error for answer in answers] == [None] * len(answers)
+    return [answer.ids[answer.prompt_tokens :] for answer in answers]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read prompts a few tokens at a time."""
+    monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("mixchat.engine.batch._LEAST_PIECE", 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_is_the_one_that_its_prompt_gets_alone(
+    load: Callable[..., Engine], kind: str, seed: int, small_pieces: None
+) -> None:
+    prompts = [prompt_of(20 * seed + n) for n in range(12)]
+    one = load(kind, speculation=False)
+    expected = [alone(one, prompt) for prompt in prompts]
+    assert run(Batch(load(kind)), prompts, seed) == expected
+    assert len({tuple(answer) for answer in expected}) == len(prompts)
+
+
+def test_a_long_prompt_is_read_between_the_tokens_of_others(
+    load: Callable[..., Engine], small_pieces: None
+) -> None:
+    batch = Batch(load())
+    first = batch.add(prompt_of(1, stop_ids=frozenset()))
+    while not first.generated_tokens:
+        batch.step()
+    second = batch.add(Prompt(range(3, 63), SamplingOptions(0), frozenset(), 5))
+    left = []
+    while second.unread:
+        before = first.generated_tokens
+        batch.step()
+        assert first.generated_tokens == before + 1
+        left.append(second.unread)
+    assert len(left) >= 12
+    assert left == sorted(left, reverse=True)
+
+
+def test_the_longest_beginning_is_reused_also_from_a_conversation_that_goes_on(
+    load: Callable[..., Engine],
+) -> None:
+    engine = load()
+    batch = Batch(engine)
+    beginning = list(range(3, 43))
+    first = batch.add(Prompt([*beginning, 50], SamplingOptions(0), frozenset(), 40))
+    while not first.generated_tokens:
+        batch.step()
+    prompt = Prompt([*beginning, 60, 61], SamplingOptions(0), frozenset(), 6)
+    second = batch.add(prompt)
+    while not second.has_ended:
+        batch.step()
+    assert (first.reused_tokens, second.reused_tokens) == (0, len(beginning))
+    assert second.ids[second.prompt_tokens :] == alone(load(), prompt)
+    assert first.generated_tokens < 40
+
+
+def test_prompts_with_one_beginning_that_come_together_compute_it_once(
+    load: Callable[..., Engine],
+) -> None:
+    engine = load()
+    batch = Batch(engine)
+    beginning = list(range(3, 43))
+    prompts = [Prompt([*beginning, 50 + n], SamplingOptions(0), frozenset(), 4) for n in range(4)]
+    answers = [batch.add(prompt) for prompt in prompts]
+    while batch.size:
+        batch.step()
+    assert [answer.reused_tokens for answer in answers] == [0, 40, 40, 40]
+    assert engine.passes.total_tokens == 41 + 3 + 4 * 3
+    expected = [alone(load(), prompt) for prompt in prompts]
+    assert [answer.ids[answer.prompt_tokens :] for answer in answers] == expected
+
+
+def test_a_conversation_that_continues_keeps_its_cache_while_others_come_and_leave(
+    load: Callable[..., Engine],
+) -> None:
+    """Else each turn of a chat would be read from its beginning."""
+    batch = Batch(load())
+    chat = list(range(3, 33))
+    for turn in range(4):
+        answer = batch.add(Prompt(chat, SamplingOptions(0), frozenset(), 4))
+        other = batch.add(prompt_of(90 + turn))
+        while batch.size:
+            batch.step()
+        assert answer.reused_tokens == (0 if not turn else len(chat) - 3)
+        assert other.reused_tokens < 3
+        chat = [*answer.ids, 40, 41]
+
+
+def test_a_cancelled_answer_leaves_and_its_cache_serves_the_next_one(
+    load: Callable[..., Engine],
+) -> None:
+    batch = Batch(load())
+    answers = [batch.add(prompt_of(n, stop_ids=frozenset())) for n in range(4)]
+    assert not batch.has_room
+    for _ in range(6):
+        batch.step()
+    answers[1].cancel()
+    batch.step()
+    assert batch.has_room
+    prompt = prompt_of(9)
+    late = batch.add(prompt)
+    while batch.size:
+        batch.step()
+    assert late.ids[late.prompt_tokens :] == alone(load(), prompt)
+    assert answers[1].generated_tokens < 10
+    assert answers[0].generated_tokens == 30
+
+
+def test_a_pass_that_nobody_waits_for_ends_after_its_layer(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Mixtral from disk, a pass with a piece of a prompt takes ten seconds or more."""
+    engine = load()
+    batch = Batch(engine)
+    answer = batch.add(prompt_of(1))
+    layers: list[int] = []
+    compute = Passes.compute
+
+    def watched(self: Passes, parts: Any, *, after_layer: Any, **how: Any) -> torch.Tensor:
+        def cancel(layer: int) -> None:
+            layers.append(layer)
+            answer.cancel()
+            after_layer(layer)
+
+        return compute(self, parts, after_layer=cancel, **how)
+
+    monkeypatch.setattr(Passes, "compute", watched)
+    assert batch.step() == [answer]
+    assert (layers, answer.generated_tokens, batch.size) == ([0], 0, 0)
+    assert engine.held()[0] == []
+
+
+def test_a_fault_of_the_weights_ends_only_the_answers_that_it_hits(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(load())
+    answers = [batch.add(prompt_of(n)) for n in (1, 2)]
+    batch.step()
+    compute = Passes.compute
+
+    def damaged(self: Passes, *given: Any, **how: Any) -> torch.Tensor:
+        logits = compute(self, *given, **how).clone()
+        logits[0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Passes, "compute", damaged)
+    batch.step()
+    monkeypatch.undo()
+    assert isinstance(answers[0].error, CheckpointError)
+    while batch.size:
+        batch.step()
+    assert answers[1].error is None
+    assert answers[1].ids[answers[1].prompt_tokens :] == alone(load(), prompt_of(2))
+
+
+def test_a_file_that_cannot_be_read_ends_the_pass_and_not_the_batch(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(load())
+    answers = [batch.add(prompt_of(n)) for n in (1, 2)]
+
+    def fails(*given: Any, **how: Any) -> torch.Tensor:
+        raise CheckpointError("experts-000.safetensors cannot be read")
+
+    monkeypatch.setattr(Passes, "compute", fails)
+    batch.step()
+    monkeypatch.undo()
+    assert [str(answer.error) for answer in answers] == 2 * [
+        "experts-000.safetensors cannot be read"
+    ]
+    assert batch.size == 0
+    late = batch.add(prompt_of(3))
+    while batch.size:
+        batch.step()
+    assert late.ids[late.prompt_tokens :] == alone(load(), prompt_of(3))
+
+
+@pytest.mark.parametrize("ids", [[], [3] * 128, [97]])
+def test_a_prompt_that_cannot_be_answered_is_refused(
+    load: Callable[..., Engine], ids: list[int]
+) -> None:
+    batch = Batch(load())
+    with pytest.raises((PromptError, CheckpointError)):
+        batch.add(Prompt(ids, SamplingOptions(), frozenset()))
+    assert batch.size == 0
+
+
+def test_answers_may_fill_the_context_to_the_last_token(load: Callable[..., Engine]) -> None:
+    engine = load()
+    batch = Batch(engine)
+    prompts = [Prompt(range(3, 93), SamplingOptions(0), frozenset()) for _ in range(2)]
+    answers = [batch.add(prompt) for prompt in prompts]
+    while batch.size:
+        batch.step()
+    assert [len(answer.ids) for answer in answers] == [engine.context_size] * 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_count_of_threads_does_not_show(load: Callable[..., Engine], threads: int) -> None:
+    prompts = [prompt_of(n) for n in range(6)]
+    expected = [alone(load(), prompt) for prompt in prompts]
+    torch.set_num_threads(threads)
+    assert run(Batch(load()), prompts) == expected
