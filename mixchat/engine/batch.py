@@ -26,7 +26,7 @@ from mixchat.options import SamplingOptions
 # so where a pass without one takes long, too.
 _PATIENCE, _PATIENCE_ALONE, _PASSES = 1.0, 8.0, 4
 _LEAST_PIECE = 16  # tokens
-_WORTH_COPYING = 16  # tokens that another sequence has computed already
+_WORTH_WAITING = 16  # tokens that another prompt of the pass computes
 
 
 @dataclass(frozen=True)
@@ -238,15 +238,14 @@ class Batch:
         prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
         best = max(self._engine.sequences, key=lambda held: held.shared_with(prompt))
         shared = best.shared_with(prompt)
-        if any(_shared(other.ids, prompt) >= shared + _WORTH_COPYING for other in begun):
+        if any(_shared(other.ids, prompt) >= shared + _WORTH_WAITING for other in begun):
             return False
         # One that would lose most of what it holds is copied, if there is another.
         others = [held for held in self._free if held is not best]
         in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
         held = best if in_place else others[0]
         if not in_place:
-            own = held.shared_with(prompt)
-            if shared >= own + _WORTH_COPYING:
+            if shared > held.shared_with(prompt):
                 held.copy_from(best, shared)
             shared = held.shared_with(prompt)
         held.cut(shared)

@@ -61,7 +61,7 @@ class ModelService:
         if isinstance(self._loaded, BaseException):
             raise self._loaded
         assert self._loaded is not None
-        self._engine = self._loaded
+        self._engine: Engine = self._loaded
         self.context = self._engine.context
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:

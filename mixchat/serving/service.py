@@ -124,8 +124,8 @@ class Service(Protocol):
         """Queue a job; return a function that cancels it, which may be called at any time.
 
         `sink` is called in the service's thread with each event, and must not raise: `Done` or
-        `Failed` is the last, after a cancellation, too. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError`
-        where the prompt leaves no room for an answer.
+        `Failed` is the last, after a cancellation, too. Raises `QueueFullError`,
+        `ShuttingDownError`, and `PromptError` where the prompt leaves no room for an answer.
         """
 
     def stats(self) -> ServiceStats:

@@ -1,0 +1,258 @@
+"""A service over one model: many jobs at once, each answered as if it were alone."""
+
+import math
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixchat.engine.generate import Engine
+from mixchat.engine.passes import Passes
+from mixchat.errors import CheckpointError, PromptError
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.serving.model_service import ModelService
+from mixchat.serving.service import (
+    Delta,
+    Done,
+    Failed,
+    Job,
+    JobEvent,
+    QueueFullError,
+    Reading,
+    ShuttingDownError,
+)
+from mixchat.text.checkpoint_text import CheckpointText
+from tests.tiny_tokenizer import write_tokenizer
+
+WAIT = 60  # seconds after which something hangs
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
+    """An installed model with a tokenizer for all bytes."""
+    checkpoint = make_checkpoint(vocab_size=262, std=0.1, intermediate_size=128)
+    return install(write_tokenizer(checkpoint))
+
+
+@pytest.fixture
+def serve(model: Path) -> Iterator[Callable[..., ModelService]]:
+    """Start a service; it is closed after the test."""
+    started: list[ModelService] = []
+
+    def start(parallel: int = 4, waiting: int = 100) -> ModelService:
+        text = CheckpointText(model)
+        options = LoadOptions(device="cpu", exact_prompts=True, parallel=parallel)
+        tokenizer = text.tokenizer()
+        service = ModelService(
+            "tiny",
+            lambda: load_engine(model, options),
+            tokenizer,
+            text.template((2,)),
+            queue=waiting,
+        )
+        started.append(service)
+        return service
+
+    yield start
+    for service in started:
+        service.close()
+
+
+class Waiter:
+    """A sink that keeps the events, and may cancel the job behind some of them."""
+
+    def __init__(self, service: ModelService, job: Job, cancel_after: int | None = None) -> None:
+        self.events: list[JobEvent] = []
+        self.threads: set[str] = set()
+        self._ended, self._deltas = threading.Event(), 0
+        self._cancel_after = cancel_after
+        self._cancel: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._cancel.put(service.submit(job, self._take))
+
+    def cancel(self) -> None:
+        self._cancel.get(timeout=WAIT)()
+
+    def _take(self, event: JobEvent) -> None:
+        self.events.append(event)
+        self.threads.add(threading.current_thread().name)
+        self._deltas += isinstance(event, Delta)
+        if self._deltas and self._deltas == self._cancel_after:
+            self._cancel_after = None
+            self.cancel()
+        if isinstance(event, Done | Failed):
+            self._ended.set()
+
+    def result(self) -> tuple[str, Any]:
+        """Return the text, and the last event."""
+        assert self._ended.wait(WAIT)
+        ends = [event for event in self.events if isinstance(event, Done | Failed)]
+        assert ends == [self.events[-1]]
+        return "".join(event.text for event in self.events if isinstance(event, Delta)), ends[0]
+
+
+def job(number: int, **options: Any) -> Job:
+    given: dict[str, Any] = {
+        "prompt_ids": tuple(3 + (number * 7 + n * 11) % 250 for n in range(5 + number % 30)),
+        "stop_ids": frozenset({2}),
+        "sampling": SamplingOptions(temperature=1.0, seed=number),
+        "max_tokens": 20,
+    }
+    return Job(**{**given, **options})
+
+
+def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(
+    serve: Callable[..., ModelService],
+) -> None:
+    one = serve(parallel=1)
+    alone = [Waiter(one, job(n)).result() for n in range(40)]
+    service = serve()
+    together = [Waiter(service, job(n), 2 if n % 3 == 0 else None) for n in range(40)]
+    for number, (waiter, (expected, end)) in enumerate(zip(together, alone, strict=True)):
+        text, last = waiter.result()
+        if number % 3 == 0:
+            assert last.reason == "interrupted"
+            assert expected.startswith(text)
+        else:
+            assert (text, last.generated_tokens) == (expected, end.generated_tokens)
+        assert waiter.threads == {"model"}
+    stats = service.stats()
+    assert (stats.finished, stats.cancelled, stats.running, stats.waiting) == (26, 14, 0, 0)
+
+
+def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
+    serve: Callable[..., ModelService],
+) -> None:
+    service = serve()
+    first, last = Waiter(service, job(9)).result()
+    again, end = Waiter(service, job(9)).result()
+    assert again == first
+    assert end == Done(
+        last.reason, last.prompt_tokens, last.prompt_tokens - 1, last.generated_tokens
+    )
+
+
+def test_a_long_prompt_tells_its_progress(
+    serve: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 10)
+    waiter = Waiter(serve(), job(29))
+    waiter.result()
+    progress = [event for event in waiter.events if isinstance(event, Reading)]
+    assert progress[:2] == [Reading(10, 34), Reading(20, 34)]
+
+
+def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
+    serve: Callable[..., ModelService],
+) -> None:
+    service = serve(parallel=1, waiting=2)
+    waiters = [Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))]
+    refused = 0
+    for n in range(1, 9):
+        try:
+            waiters.append(Waiter(service, job(n)))
+        except QueueFullError:
+            refused += 1
+    assert refused >= 5
+    assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
+
+
+def test_one_that_is_cancelled_while_it_waits_is_told_so(
+    serve: Callable[..., ModelService],
+) -> None:
+    service = serve(parallel=1)
+    first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
+    second = Waiter(service, job(1))
+    second.cancel()
+    assert second.result() == ("", Done("interrupted", 6, 0, 0))
+    first.cancel()
+    assert isinstance(first.result()[1], Done)
+
+
+def test_a_prompt_that_is_too_long_is_refused_at_once(serve: Callable[..., ModelService]) -> None:
+    with pytest.raises(PromptError, match="128 tokens"):
+        serve().submit(job(0, prompt_ids=(3,) * 128), print)
+
+
+def test_closing_lets_answers_end_and_takes_no_others(serve: Callable[..., ModelService]) -> None:
+    service = serve()
+    waiters = [Waiter(service, job(n)) for n in range(10)]
+    service.close(patience=WAIT)
+    assert all(waiter.result()[1].reason != "interrupted" for waiter in waiters)
+    with pytest.raises(ShuttingDownError):
+        service.submit(job(0), print)
+
+
+def test_closing_without_patience_cancels(serve: Callable[..., ModelService]) -> None:
+    service = serve(parallel=1)
+    waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(10)]
+    service.close()
+    assert waiters[9].result()[1] == Done("interrupted", 14, 0, 0)
+
+
+def test_log_probabilities_are_those_of_the_model(serve: Callable[..., ModelService]) -> None:
+    waiter = Waiter(serve(), job(4, top_logprobs=3, sampling=SamplingOptions(0)))
+    _, last = waiter.result()
+    deltas = [event for event in waiter.events if isinstance(event, Delta)]
+    tokens = [token for delta in deltas for token in delta.tokens]
+    assert len(tokens) == last.generated_tokens
+    for token in tokens:
+        values = [value for _, value in token.top]
+        assert token.top[0] == (token.token, token.logprob)  # greedy
+        assert values == sorted(values, reverse=True)
+        assert sum(map(math.exp, values)) < 1.0001
+
+
+def test_a_stop_string_ends_the_answer_before_it(serve: Callable[..., ModelService]) -> None:
+    service = serve()
+    text, _ = Waiter(service, job(5, max_tokens=60)).result()
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    shown, last = Waiter(service, job(5, max_tokens=60, stop=(stop,))).result()
+    assert shown == text[: text.index(stop)]
+    assert last.reason == "stop_string"
+
+
+def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(
+    serve: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    expected = Waiter(service, job(3)).result()[0]
+    for fault in (CheckpointError("experts-000.safetensors cannot be read"), RuntimeError("oh")):
+
+        def fails(*given: Any, fault: Exception = fault, **how: Any) -> torch.Tensor:
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Passes, "compute", fails)
+            assert Waiter(service, job(2)).result() == ("", Failed(fault))
+        assert Waiter(service, job(3)).result()[0] == expected
+    assert service.stats().failed == 2
+
+
+def test_a_model_that_cannot_be_loaded_says_why(model: Path) -> None:
+    def load() -> Engine:
+        raise CheckpointError("shared.safetensors is damaged")
+
+    text = CheckpointText(model)
+    tokenizer = text.tokenizer()
+    with pytest.raises(CheckpointError, match="damaged"):
+        ModelService("tiny", load, tokenizer, text.template((2,)), queue=1)
+
+
+def test_counts_are_those_of_the_answers(serve: Callable[..., ModelService]) -> None:
+    service = serve()
+    sums: dict[str, int] = defaultdict(int)
+    for number in range(6):
+        _, last = Waiter(service, job(number)).result()
+        sums["prompt_tokens"] += last.prompt_tokens - last.cached_tokens
+        sums["cached_tokens"] += last.cached_tokens
+        sums["generated_tokens"] += last.generated_tokens
+    stats = service.stats()
+    assert {name: getattr(stats, name) for name in sums} == sums
+    assert stats.busy_seconds > 0
+    assert stats.expert_hits + stats.expert_misses > 0
