@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from mixchat.experts.keys import ExpertKey
@@ -67,7 +68,7 @@ class ScriptedEngine:
         self.stats = Stats()
         self.experts = Experts()
         self.slots_by_tier, self.expert_bytes = self.experts.slots_by_tier, 16_000_000
-        self.total_tokens, self.total_seconds = 1, 1.0
+        self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
         self.closed = 0  # answers
