@@ -207,6 +207,13 @@ def test_budgets_and_context_change_the_plan(run, measured):
         assert fit["context"] == 1000
 
 
+def test_answers_at_once_take_a_context_each(run, measured):
+    one = json.loads(run("--json").stdout)["fit"]
+    four = json.loads(run("--parallel", "4", "--json").stdout)["fit"]
+    assert four["demand"]["context"] == 4 * one["demand"]["context"]
+    assert b"8192 tokens for each of 4 answers at once" in run("--parallel", "4").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -155,6 +155,16 @@ ContextSize = Annotated[
         show_default="the model's, at most 8192",
     ),
 ]
+Parallel = Annotated[
+    int,
+    setting(
+        "--parallel",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Answers that are generated at once, each with a context of its own.",
+    ),
+]
 KVBits = Annotated[
     int | None,
     setting(

@@ -34,6 +34,7 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "speeds": asdict(plan.measurement.typical),
         "fit": {
             "context": fit.context,
+            "parallel": fit.options.parallel,
             "largest_context": fit.largest_context,
             "demand": asdict(fit.demand),
             "placement": asdict(fit.placement),

@@ -130,7 +130,10 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
     yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
-    yield "context", f"{format_size(demand.context)} for {_count(plan.fit.context, 'token')}"
+    parallel = plan.fit.options.parallel
+    each = f" for each of {parallel} answers at once" if parallel > 1 else ""
+    size, tokens = format_size(demand.context), _count(plan.fit.context, "token")
+    yield "context", f"{size} for {tokens}{each}"
     when = "installed" if found.installed else "once it is downloaded"
     yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
 
