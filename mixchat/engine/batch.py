@@ -24,8 +24,8 @@ from mixchat.options import SamplingOptions
 
 # Seconds that a pass may take with a piece of a prompt in it: more where it is read from disk, and
 # so where a pass without one takes long, too.
-_PATIENCE, _PATIENCE_ALONE, _PASSES = 1.0, 8.0, 4
-_LEAST_PIECE = 16  # tokens
+_PATIENCE, _PATIENCE_ALONE, _PASSES = 0.7, 8.0, 4
+_LEAST_PIECE, _FIRST_PIECE = 16, 32  # tokens
 _WORTH_WAITING = 16  # tokens that another prompt of the pass computes
 
 
@@ -93,7 +93,9 @@ class Batch:
         self._engine, self._passes = engine, engine.passes
         self._free = list(engine.sequences)  # the least recently used first
         self._answers: list[BatchedAnswer] = []
-        self._piece, self._single_seconds = PREFILL_CHUNK, 0.0
+        # The most tokens of prompts in a pass, by whether others decode in it.
+        self._most = {False: PREFILL_CHUNK, True: _FIRST_PIECE}
+        self._single_seconds = 0.0  # of the last pass without such tokens
 
     @property
     def has_room(self) -> bool:
@@ -167,7 +169,7 @@ class Batch:
         pieces = [
             (answer, self._next_token(answer, alone=len(answers) == 1)) for answer in decoding
         ]
-        room = self._piece
+        room = self._most[bool(decoding)]
         begun: list[BatchedAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
@@ -219,8 +221,8 @@ class Batch:
             return
         patience = max(_PATIENCE, _PASSES * self._single_seconds) if decoding else _PATIENCE_ALONE
         by = min(max(patience / seconds, 0.5), 2.0)
-        if by < 1 or read >= self._piece:
-            self._piece = min(max(round(read * by), _LEAST_PIECE), PREFILL_CHUNK)
+        if by < 1 or read >= self._most[decoding]:
+            self._most[decoding] = min(max(round(read * by), _LEAST_PIECE), PREFILL_CHUNK)
 
     def _sample(self, answer: BatchedAnswer) -> None:
         """Add the next token to an answer whose logits are there."""

@@ -70,13 +70,21 @@ class Peer:
         seconds = self._run([*prompt, *[1] * (tokens + _WARM)])
         return tokens / sum(seconds[len(prompt) + _WARM :])
 
+    def decode_together(self, sequences: int, tokens: int) -> float:
+        """Return tokens a second of so many sequences, each with so many tokens."""
+        seconds = self._ask(f"{sequences}x{tokens + _WARM}")[_WARM:]
+        return sequences * tokens / sum(seconds)
+
     def prefill(self, tokens: int) -> float:
         """Return tokens a second of a prompt of this length."""
         return tokens / self._run([tokens])[0]
 
     def _run(self, counts: Sequence[int]) -> list[float]:
+        return self._ask(" ".join(map(str, counts)))
+
+    def _ask(self, line: str) -> list[float]:
         assert self._process.stdin is not None
-        self._process.stdin.write(" ".join(map(str, counts)) + "\n")
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return [float(number) for number in self._answer().split()]
 

@@ -28,6 +28,7 @@ from llama_formats import FORMATS, requantize
 HIDDEN, INNER, EXPERTS, KV, VOCAB = 4096, 14336, 8, 1024, 32000
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
 PIECE = 2**24  # weights that are written at once
+SEQUENCES = 8  # at once, at most
 
 Tensor = tuple[str, tuple[int, ...], float | None]  # name, shape, scale of its blocks; None: F32
 
@@ -125,6 +126,7 @@ class Llama:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
+        params.n_seq_max, params.kv_unified = SEQUENCES, True
         params.n_threads = params.n_threads_batch = os.cpu_count() or 2
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._random = np.random.default_rng(1)
@@ -148,6 +150,21 @@ class Llama:
         ctypes.cast(llama.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))[0]
         return time.perf_counter() - start
 
+    def run_together(self, sequences: int, position: int) -> float:
+        """Seconds for one random token more of so many sequences, in one pass."""
+        llama, start = self._llama, time.perf_counter()
+        batch = llama.llama_batch_init(sequences, 0, 1)
+        batch.n_tokens = sequences
+        for n, token in enumerate(self._random.integers(5, VOCAB, sequences).tolist()):
+            batch.token[n], batch.pos[n], batch.logits[n] = token, position, True
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, n
+        if llama.llama_decode(self._context, batch):
+            raise SystemExit("llama_decode failed")
+        llama.llama_synchronize(self._context)
+        ctypes.cast(llama.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))[0]
+        llama.llama_batch_free(batch)
+        return time.perf_counter() - start
+
 
 def bench(path: Path, prompt: int, tokens: int) -> None:
     """Print the rates of a prompt and of the tokens after it, each another random token."""
@@ -162,14 +179,20 @@ def bench(path: Path, prompt: int, tokens: int) -> None:
 
 def serve(path: Path, context: int) -> None:
     """Measure what the lines of standard input ask for: "COUNT COUNT ..." are the tokens of one
-    pass each, from an empty context. Prints the seconds of each pass in a line."""
+    pass each, from an empty context; "NxPASSES" are passes of one token each of N sequences.
+    Prints the seconds of each pass in a line."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # llama.cpp may print
     model = Llama(path, context, repack=True)
     print("ready", file=output)
     for line in sys.stdin:
         model.begin()
-        print(*(model.run(int(count)) for count in line.split()), file=output)
+        if "x" in line:
+            sequences, passes = map(int, line.split("x"))
+            seconds = [model.run_together(sequences, n) for n in range(passes)]
+        else:
+            seconds = [model.run(int(count)) for count in line.split()]
+        print(*seconds, file=output)
 
 
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {

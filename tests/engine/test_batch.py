@@ -89,6 +89,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read prompts a few tokens at a time."""
     monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 5)
     monkeypatch.setattr("mixchat.engine.batch._LEAST_PIECE", 3)
+    monkeypatch.setattr("mixchat.engine.batch._FIRST_PIECE", 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
