@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixchat.errors import PromptError, UsageError
+from mixchat.errors import PromptTooLongError, UsageError
 from mixchat.model_config import ModelConfig
 from mixchat.quantities import format_size
 
@@ -39,21 +39,21 @@ class Context:
         return self.tokens * BYTES_PER_TOKEN
 
     def check_text(self, text: str, name: str) -> None:
-        """Raise `PromptError` where a text cannot fit; its tokens would show that much later."""
+        """Raise `PromptTooLongError` where a text cannot fit; its tokens would show it later."""
         if len(text) > self.longest_text:
             raise self.text_too_long(name)
 
-    def text_too_long(self, name: str) -> PromptError:
+    def text_too_long(self, name: str) -> PromptTooLongError:
         """Return the error for a text that has more bytes than can fit."""
         return self._too_long(name, f"more than {format_size(self.longest_text)}")
 
-    def prompt_too_long(self, tokens: int) -> PromptError:
+    def prompt_too_long(self, tokens: int) -> PromptTooLongError:
         """Return the error for a prompt that leaves no room for an answer."""
         return self._too_long("the prompt", f"{tokens} tokens", tokens)
 
-    def _too_long(self, name: str, size: str, tokens: int = 0) -> PromptError:
+    def _too_long(self, name: str, size: str, tokens: int = 0) -> PromptTooLongError:
         hint = f"Shorten it: this model reads {self.largest - 1} tokens at most."
         if max(self.tokens, tokens) < self.largest:
             hint = f"--ctx-size can be up to {self.largest}."
         holds = f"the context holds {self.tokens} tokens, the answer included"
-        return PromptError(f"{name} is too long: {size}, {holds}", hint=hint)
+        return PromptTooLongError(f"{name} is too long: {size}, {holds}", hint=hint)

@@ -46,6 +46,10 @@ class PromptError(MixchatError):
     exit_code = 3
 
 
+class PromptTooLongError(PromptError):
+    """The prompt leaves no room for an answer in the context."""
+
+
 class ModelNotFoundError(MixchatError):
     """No model of that name exists, on this machine or on the hub."""
 
