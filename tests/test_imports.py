@@ -16,6 +16,7 @@ ORDER = (
     "cli/flags",
     "cli/output",
     "bench",
+    "serving/web",
     "serving",
     "chat/terminal",
     "chat/saved",

@@ -3,4 +3,5 @@
 - service.py: the contract between those who ask and the service that answers
 - model_service.py: the service over one loaded model
 - running_job.py: a job with its answer, from tokens to events
+- web/: the web server, in front of a service
 """

@@ -1,0 +1,238 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mixchat.errors import MixchatError
+from mixchat.serving.service import Service
+from mixchat.serving.web.answers import Answers, while_connected
+from mixchat.serving.web.body import read_object
+from mixchat.serving.web.chat import read_chat
+from mixchat.serving.web.completion import read_completion, token_ids
+from mixchat.serving.web.failures import RequestError, as_request_error, to_json
+from mixchat.serving.web.fields import Fields
+from mixchat.serving.web.guard import Access, error_response, guarded
+from mixchat.serving.web.logprobs import TokenTexts
+from mixchat.serving.web.metrics import CONTENT_TYPE, to_prometheus
+from mixchat.serving.web.options import Asked, Defaults
+from mixchat.serving.web.response_format import Compile, no_forms
+from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
+from mixchat.serving.web.stream import AnswerStream
+
+_OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
+_LEFT = 499  # nginx's status for a client that left; nobody gets it
+
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+Read = Callable[[dict[str, Any], Service, Defaults, Compile], Asked]
+
+
+@dataclass
+class Desk:
+    """What the routes share. `report` gets errors that are faults of mixchat itself."""
+
+    service: Service
+    defaults: Defaults
+    report: Callable[[Exception], object]
+    compile_form: Compile = no_forms
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.texts = TokenTexts(self.service.tokenizer)
+
+    def explain(self, error: Exception) -> RequestError:
+        """Return the error for the client, and report it where it is not the client's fault."""
+        explained = as_request_error(error)
+        if explained.status == 500:
+            self.report(error)
+        return explained
+
+
+def create_app(desk: Desk, access: Access) -> ASGIApp:
+    """Return the application of ASGI."""
+
+    def failed(request: Request, error: Exception) -> Response:
+        return error_response(desk.explain(error))
+
+    app = Starlette(
+        routes=_routes(desk),
+        exception_handlers={
+            HTTPException: _no_such_route,
+            ClientDisconnect: lambda request, error: Response(status_code=_LEFT),
+            RequestError: failed,
+            MixchatError: failed,
+            Exception: failed,
+        },
+    )
+    app.router.redirect_slashes = False
+    return _Envelope(guarded(app, access))
+
+
+def _routes(desk: Desk) -> list[Route]:
+    def route(path: str, method: str, endpoint: Callable[..., Awaitable[ASGIApp]]) -> Route:
+        async def bound(request: Request) -> ASGIApp:
+            return await endpoint(desk, request)
+
+        return Route(path, bound, methods=[method])
+
+    return [
+        route("/v1/chat/completions", "POST", _chat),
+        route("/v1/completions", "POST", _completion),
+        route("/v1/models", "GET", _models),
+        route("/v1/models/{name:path}", "GET", _model),
+        route("/health", "GET", _health),
+        route("/metrics", "GET", _metrics),
+        route("/tokenize", "POST", _tokenize),
+        route("/detokenize", "POST", _detokenize),
+    ]
+
+
+async def _chat(desk: Desk, request: Request) -> ASGIApp:
+    return await _answer(desk, request, read_chat, ChatShape)
+
+
+async def _completion(desk: Desk, request: Request) -> ASGIApp:
+    return await _answer(desk, request, read_completion, CompletionShape)
+
+
+async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
+    body = await _body(desk, request)
+
+    def read_body() -> Asked:
+        return read(read_object(body), desk.service, desk.defaults, desk.compile_form)
+
+    asked = await run_in_threadpool(read_body)
+    shape = kind(asked, desk.service.name, desk.texts)
+    answers = Answers(desk.service, asked.jobs)
+    await run_in_threadpool(answers.submit)
+    if asked.stream:
+        return AnswerStream(
+            answers,
+            shape,
+            desk.texts,
+            include_usage=asked.include_usage,
+            explain=desk.explain,
+        )
+    try:
+        wholes = await while_connected(request.receive, answers.collect())
+    finally:
+        answers.cancel()
+    await run_in_threadpool(desk.texts.learn, [t for whole in wholes for t in whole.tokens])
+    return _json(shape.whole(wholes))
+
+
+async def _models(desk: Desk, request: Request) -> Response:
+    return _json({"object": "list", "data": [_about_model(desk)]})
+
+
+async def _model(desk: Desk, request: Request) -> Response:
+    if request.path_params["name"] != desk.service.name:
+        message = f"there is no such model here; this server has {desk.service.name!r}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
+    return _json(_about_model(desk))
+
+
+def _about_model(desk: Desk) -> dict[str, Any]:
+    return {
+        "id": desk.service.name,
+        "object": "model",
+        "created": desk.created,
+        "owned_by": "mixchat",
+        "context_size": desk.service.context.tokens,
+    }
+
+
+async def _health(desk: Desk, request: Request) -> Response:
+    return _json({"status": "ok"})
+
+
+async def _metrics(desk: Desk, request: Request) -> Response:
+    return Response(to_prometheus(desk.service.stats()), media_type=CONTENT_TYPE)
+
+
+async def _tokenize(desk: Desk, request: Request) -> Response:
+    fields = Fields(read_object(await _body(desk, request)))
+    text, with_bos = fields.text("content"), fields.flag("add_special")
+    if text is None:
+        fields.refuse("content", "is missing", "missing_required_parameter")
+    fields.end()
+    tokenizer = desk.service.tokenizer
+    bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
+    return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text)})
+
+
+async def _detokenize(desk: Desk, request: Request) -> Response:
+    fields = Fields(read_object(await _body(desk, request)))
+    size = desk.service.context.largest
+    items = fields.items("tokens", size)
+    if items is None:
+        fields.refuse("tokens", "is missing", "missing_required_parameter")
+    fields.end()
+    ids = token_ids(items, desk.service.tokenizer.vocab_size, "tokens")
+    return _json({"content": await run_in_threadpool(desk.service.tokenizer.decode, ids)})
+
+
+async def _body(desk: Desk, request: Request) -> bytes:
+    """Return the body. Raises `RequestError` where it is too long, before all of it is read."""
+    most = desk.service.context.longest_text + _OVERHEAD
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError("the body is compressed: send it as it is", status=415)
+    if int(request.headers.get("content-length", "0")) > most:
+        raise _too_large(most)
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise _too_large(most)
+    return bytes(body)
+
+
+def _too_large(most: int) -> RequestError:
+    message = f"the body is too large: this server reads {most} bytes at most"
+    return RequestError(message, status=413, code="request_too_large")
+
+
+def _json(value: object) -> Response:
+    return Response(to_json(value), media_type="application/json")
+
+
+def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
+    return error_response(RequestError(message, status=error.status_code, headers=error.headers))
+
+
+class _Envelope:
+    """Gives every response an ID, and forbids to cache it.
+
+    An ID that a client sends is ignored: it could forge another line in somebody's log.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
+                headers["cache-control"] = "no-cache"
+            await send(message)
+
+        # What the routes raise was answered and reported; Starlette raises it again.
+        with suppress(Exception):
+            await self._app(scope, receive, with_headers)

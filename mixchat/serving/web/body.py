@@ -1,0 +1,90 @@
+"""JSON from the bytes of a body: only what every reader of JSON understands alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mixchat.serving.web.failures import RequestError, plain
+
+_DEEPEST = 64  # lists and objects in each other; a JSON schema may need some
+_ONE_LINE = 80  # characters of a reader's message
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in `body`.
+
+    Raises `RequestError` for what is no object, for NaN and other numbers beyond a double, for a
+    name that comes twice, for half a surrogate pair, and for more than 64 levels.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_distinct,
+        )
+        _check(value, "", 0)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise RequestError(f"the body is not JSON: {error.msg:.{_ONE_LINE}} at {place}") from None
+    except RecursionError:
+        raise _too_deep("") from None
+    except ValueError:  # Python's limit for digits
+        raise RequestError("the body has a number of too many digits") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body has to be a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise RequestError(f"the body is not JSON: {name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise RequestError(f"the number {text[:_ONE_LINE]} is too large")
+    return value
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"the field {_shown(twice)} is given twice", param=plain(twice))
+    return values
+
+
+def _check(value: Any, path: str, depth: int) -> None:
+    """Raise `RequestError` for text that no tokenizer takes, and for too many levels."""
+    if depth > _DEEPEST:
+        raise _too_deep(path)
+    if isinstance(value, str):
+        _check_text(value, path)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]", depth + 1)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(name, path)
+            _check(item, f"{path}.{name}" if path else name, depth + 1)
+
+
+def _check_text(text: str, path: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        where = plain(path) or "a name"
+        raise RequestError(f"{where} has half of a surrogate pair", param=where)
+
+
+def _too_deep(path: str) -> RequestError:
+    return RequestError(f"the body has more than {_DEEPEST} levels", param=plain(path) or None)
+
+
+def _shown(name: str) -> str:
+    return ascii(name[:_ONE_LINE])

@@ -1,0 +1,121 @@
+"""The body of a chat, turned into jobs.
+
+| field                              | taken as                                              |
+| ---------------------------------- | ----------------------------------------------------- |
+| messages                           | system, developer, user, assistant; text only         |
+| messages[].name                    | ignored: no template of these models has a place      |
+| max_completion_tokens              | as max_tokens                                         |
+| logprobs, top_logprobs             | at most 20                                            |
+| response_format                    | text, json_object, json_schema                        |
+| modalities, reasoning_effort       | ["text"] and "none", which is what these models do    |
+| tools, functions, audio, and so on | refused: these models cannot do that                  |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.serving.service import Service
+from mixchat.serving.web.fields import Fields, fields_of, refuse, refuse_value
+from mixchat.serving.web.options import TOP_LOGPROBS, Asked, Defaults, read_options
+from mixchat.serving.web.response_format import Compile, read_response_format
+from mixchat.text.messages import Message, Role
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_NO_TOOLS = "is not supported: the model cannot call tools"
+_NOT_TEXT = "is not supported: the model reads and writes text alone"
+_MOST_MESSAGES = 10_000
+_MOST_PARTS = 1000
+
+
+def read_chat(
+    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+) -> Asked:
+    """Return what a body asks for. It may take seconds to encode a long conversation.
+
+    Raises `RequestError`, and `PromptError` where the template cannot express the conversation.
+    """
+    fields = Fields(body)
+    options = read_options(
+        fields, defaults, service.context, service.name, service.tokenizer.vocab_size
+    )
+    top_logprobs = _top_logprobs(fields)
+    _refuse_what_the_model_cannot_do(fields)
+    messages = _messages(fields)
+    constraint = read_response_format(fields, compile_form)
+    fields.end()
+    service.context.check_text("".join(message.content for message in messages), "the prompt")
+    template = service.template
+    return options.asked(
+        [template.encode(messages)],
+        stop_ids=template.stop_ids,
+        top_logprobs=top_logprobs,
+        constraint=constraint,
+        continues_prompt=template.continues_prompt,
+    )
+
+
+def _top_logprobs(fields: Fields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.number("top_logprobs", TOP_LOGPROBS)
+    if top and not wanted:
+        fields.refuse("top_logprobs", "needs logprobs: true", "invalid_value")
+    return (top or 0) if wanted else None
+
+
+def _refuse_what_the_model_cannot_do(fields: Fields) -> None:
+    fields.ignore("parallel_tool_calls")  # without tools it says nothing
+    if (choice := fields.take("tool_choice")) not in (None, "none", "auto"):
+        fields.wrong("tool_choice", '"none" or "auto", since there are no tools', choice)
+    fields.refuse_if_given(_NO_TOOLS, "tools", "functions", "function_call")
+    fields.refuse_if_given(_NOT_TEXT, "audio", "web_search_options")
+    if (modalities := fields.take("modalities")) not in (None, ["text"]):
+        fields.wrong("modalities", '["text"]', modalities)
+    if (effort := fields.text("reasoning_effort")) not in (None, "none"):
+        fields.wrong("reasoning_effort", '"none": the model does not reason apart', effort)
+
+
+def _messages(fields: Fields) -> list[Message]:
+    items = fields.items("messages", _MOST_MESSAGES)
+    if not items:
+        fields.refuse("messages", "is missing or empty", "missing_required_parameter")
+    return [_message(fields_of(item, f"messages[{i}]")) for i, item in enumerate(items)]
+
+
+def _message(fields: Fields) -> Message:
+    role = fields.text("role")
+    if role in ("tool", "function"):
+        fields.refuse("role", _NO_TOOLS, "unsupported_value")
+    if role not in _ROLES:
+        fields.wrong("role", f"one of {', '.join(_ROLES)}", role)
+    fields.ignore("name")
+    fields.refuse_if_given(_NO_TOOLS, "tool_calls", "function_call", "tool_call_id")
+    fields.refuse_if_given(_NOT_TEXT, "audio", "refusal", "annotations")
+    content = _content(fields.take("content"), fields.where("content"))
+    fields.end()
+    return Message(_ROLES[role], content)
+
+
+def _content(value: Any, path: str) -> str:
+    """Return the text of a message, whose parts are joined as they are."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        refuse_value(path, "a string or a list of parts", value)
+    if len(value) > _MOST_PARTS:
+        refuse(path, f"has more than {_MOST_PARTS} parts")
+    return "".join(_part(fields_of(part, f"{path}[{i}]")) for i, part in enumerate(value))
+
+
+def _part(fields: Fields) -> str:
+    if (kind := fields.text("type")) != "text":
+        fields.wrong("type", '"text": the model reads text alone', kind)
+    text = fields.text("text")
+    if text is None:
+        fields.refuse("text", "is missing", "missing_required_parameter")
+    fields.end()
+    return text

@@ -1,0 +1,176 @@
+"""The fields that chat and completion share: sampling, lengths, stop strings, how to send.
+
+| field                                          | taken as                                  |
+| ---------------------------------------------- | ----------------------------------------- |
+| temperature, top_p, seed                       | OpenAI's; without one, the model's advice |
+| top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run`   |
+| presence_penalty, frequency_penalty            | OpenAI's                                  |
+| logit_bias                                     | by token id, -100 to 100                  |
+| max_tokens                                     | 0: as many as fit                         |
+| n, stop, stream, stream_options.include_usage  | OpenAI's                                  |
+| model                                          | the one that is served, or not given      |
+| user, metadata, service_tier, prompt_cache_key | ignored: they change no answer            |
+| safety_identifier, store: false                | ignored                                   |
+| all others                                     | refused by their names                    |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
+from mixchat.context import Context
+from mixchat.options import SamplingOptions
+from mixchat.serving.service import Job
+from mixchat.serving.web.failures import RequestError
+from mixchat.serving.web.fields import Fields, checked_number
+
+MOST_ANSWERS = 16  # of one request
+MOST_LOGPROBS = 20
+_MOST_STOPS, _LONGEST_STOP = 32, 500
+_LONGEST = 4  # fraction of the context that an answer may take by default, as in a chat
+_IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
+_BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
+_COUNT = NumberParameter(
+    "n", int, lambda x: 1 <= x <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"
+)
+_PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
+TOP_LOGPROBS = NumberParameter(
+    "top_logprobs", int, lambda x: 0 <= x <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"
+)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the model's makers advise; max_tokens: 0 for what fits, None without advice."""
+
+    sampling: SamplingOptions
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read: a job for each answer, `n` for each prompt, and how to send them."""
+
+    jobs: tuple[Job, ...]
+    n: int
+    seed: int
+    stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """The shared fields of one request."""
+
+    sampling: SamplingOptions
+    seed: int
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+
+    def asked(self, prompts: Sequence[Sequence[int]], **about: Any) -> Asked:
+        """Return the request with `n` jobs for each prompt, each with a seed of its own.
+
+        `about` are the fields of `Job` that are not options.
+        """
+        jobs = tuple(
+            Job(
+                prompt_ids=tuple(ids),
+                sampling=dataclasses.replace(self.sampling, seed=(self.seed + i) % 2**63),
+                max_tokens=self.max_tokens,
+                stop=self.stop,
+                **about,
+            )
+            for ids in prompts
+            for i in range(self.n)
+        )
+        return Asked(jobs, self.n, self.seed, self.stream, self.include_usage)
+
+
+def read_options(
+    fields: Fields, defaults: Defaults, context: Context, model: str, vocab_size: int
+) -> Options:
+    """Take the shared fields. Raises `RequestError` for what cannot be used."""
+    _check_model(fields, model)
+    fields.ignore(*_IGNORED)
+    if fields.flag("store"):
+        fields.refuse("store", "has to be false: answers are not stored", "unsupported_value")
+    seed = fields.number("seed", SAMPLING["seed"])
+    stream_options = fields.fields("stream_options") or Fields({})
+    stream_options.ignore("include_obfuscation")
+    options = Options(
+        sampling=_sampling(fields, defaults.sampling, vocab_size),
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        max_tokens=_max_tokens(fields, defaults, context),
+        stop=_stop(fields),
+        n=fields.number("n", _COUNT) or 1,
+        stream=fields.flag("stream"),
+        include_usage=stream_options.flag("include_usage"),
+    )
+    stream_options.end()
+    return options
+
+
+def _check_model(fields: Fields, model: str) -> None:
+    name = fields.text("model")
+    if name not in (None, model):
+        raise RequestError(
+            f"there is no model {name!a:.80} here; this server has {model!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _sampling(fields: Fields, advised: SamplingOptions, vocab_size: int) -> SamplingOptions:
+    numbers = {of.field: of for of in SAMPLING.values() if of.field != "seed"}
+    numbers |= {"presence_penalty": _PENALTY, "frequency_penalty": _PENALTY}
+    given = {name: fields.number(name, limits) for name, limits in numbers.items()}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(advised, **chosen, logit_bias=_logit_bias(fields, vocab_size))
+
+
+def _logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    given = fields.fields("logit_bias")
+    if given is None:
+        return ()
+    pairs: dict[int, float] = {}
+    for name, value in given.named_items().items():
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else vocab_size
+        if token >= vocab_size:
+            given.refuse(name, f"is no token: ids are 0 to {vocab_size - 1}", "invalid_value")
+        pairs[token] = float(checked_number(value, _BIAS, given.where(name)))
+    return tuple(pairs.items())
+
+
+def _max_tokens(fields: Fields, defaults: Defaults, context: Context) -> int | None:
+    old, new = (
+        fields.number(name, LENGTHS["max-tokens"])
+        for name in ("max_tokens", "max_completion_tokens")
+    )
+    if old is not None and new is not None and old != new:
+        fields.refuse("max_tokens", "and max_completion_tokens differ: give one of them")
+    given = old if new is None else new
+    if given is None:
+        given = defaults.max_tokens
+    if given is None:
+        given = context.tokens // _LONGEST
+    return min(given, context.tokens) or None
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    value = fields.take("stop")
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        fields.wrong("stop", "a string or a list of strings", value)
+    if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+        most = f"{_MOST_STOPS} strings of {_LONGEST_STOP} characters"
+        fields.refuse("stop", f"takes at most {most}", "invalid_value")
+    return tuple(text for text in texts if text)

@@ -1,0 +1,63 @@
+"""The form that an answer has to have: any JSON object, or what a JSON schema describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mixchat.errors import MixchatError
+from mixchat.serving.web.failures import RequestError
+from mixchat.serving.web.fields import Fields
+
+if TYPE_CHECKING:
+    from mixchat.engine.sampling import Constraint
+
+MakeConstraint: TypeAlias = "Callable[[], Constraint]"
+# Compiles a JSON schema, or None for any JSON object; raises `MixchatError` where it cannot.
+Compile: TypeAlias = "Callable[[dict[str, Any] | None], MakeConstraint]"
+_TYPES = ("text", "json_object", "json_schema")
+
+
+def read_response_format(fields: Fields, compile_form: Compile) -> MakeConstraint | None:
+    """Take `response_format`; return what makes its constraint, None for text of any form.
+
+    Raises `RequestError` where the format is unknown, or its schema cannot be read or met.
+    """
+    given = fields.fields("response_format")
+    if given is None:
+        return None
+    kind, schema = given.text("type"), None
+    if kind not in _TYPES:
+        given.wrong("type", f"one of {', '.join(_TYPES)}", kind)
+    if kind == "json_schema":
+        schema = _schema(given)
+    given.end()
+    if kind == "text":
+        return None
+    try:
+        return compile_form(schema)
+    except MixchatError as error:
+        message = f"response_format: {error}{'. ' + error.hint if error.hint else ''}"
+        raise RequestError(message, param="response_format", code="invalid_schema") from None
+
+
+def _schema(given: Fields) -> dict[str, Any]:
+    about = given.fields("json_schema")
+    if about is None:
+        given.refuse("json_schema", "is missing", "missing_required_parameter")
+    about.ignore("name", "description")
+    about.flag("strict")  # every schema is followed to the letter
+    schema = about.take("schema")
+    if not isinstance(schema, dict):
+        about.wrong("schema", "an object", schema)
+    about.end()
+    return schema
+
+
+def no_forms(schema: dict[str, Any] | None) -> MakeConstraint:
+    """Refuse every form, where there is nothing that could enforce one."""
+    raise RequestError(
+        "response_format: only text is available on this server",
+        param="response_format",
+        code="unsupported_value",
+    )

@@ -1,0 +1,72 @@
+"""A server on a free port in front of a scripted service, and clients for it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from scripted_service import ScriptedService
+
+from mixchat.options import SamplingOptions
+from mixchat.serving.web.app import Desk, create_app
+from mixchat.serving.web.guard import Access
+from mixchat.serving.web.options import Defaults
+from mixchat.serving.web.server import WebServer
+
+PATIENCE = 20.0  # seconds that a test waits for what should come at once
+
+
+@dataclass
+class Served:
+    """A server that runs, and what it reported."""
+
+    port: int
+    service: ScriptedService
+    server: WebServer
+    reports: list[Exception] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+
+    def openai(self, **options: Any) -> Any:
+        from openai import OpenAI
+
+        given = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE}
+        return OpenAI(base_url=f"{self.url}/v1", **given | options)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """Starts a server, with options of `ScriptedService` and limits of `WebServer`."""
+    servers = []
+
+    def start(
+        access: Access | None = None,
+        defaults: Defaults | None = None,
+        limits: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Served:
+        service, reports = ScriptedService(**options), []
+        desk = Desk(service, defaults or Defaults(SamplingOptions(temperature=0.5)), reports.append)
+        bound = socket.create_server(("127.0.0.1", 0))
+        server = WebServer(create_app(desk, access or Access()), bound, **(limits or {}))
+        server.start()
+        servers.append((server, service))
+        return Served(bound.getsockname()[1], service, server, reports)
+
+    yield start
+    for server, service in servers:
+        service.close()
+        server.stop()
+
+
+@pytest.fixture
+def served(serve: Callable[..., Served]) -> Served:
+    return serve()

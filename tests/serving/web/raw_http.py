@@ -1,0 +1,56 @@
+"""HTTP by hand, for what no client would send."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Response:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+
+def request(path: str, body: Any = None, *, method: str | None = None, **headers: str) -> bytes:
+    """The bytes of a request; a body that is no bytes is sent as JSON. A header's _ is a -."""
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    named = {"host": "localhost", "content-length": str(len(data))}
+    named |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method or ('GET' if body is None else 'POST')} {path} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in named.items() if value is not None]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+
+
+def read_response(connection: socket.socket) -> Response:
+    """Read one response, by its length or to the end of the connection."""
+    data = bytearray()
+    while b"\r\n\r\n" not in data:
+        if not (piece := connection.recv(65536)):
+            raise ConnectionError(f"closed after {bytes(data)!r}")
+        data += piece
+    head, _, body = bytes(data).partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {n.lower(): v for n, v in (line.split(": ", 1) for line in lines)}
+    length = headers.get("content-length")
+    while (length is None or len(body) < int(length)) and (piece := connection.recv(65536)):
+        body += piece
+    return Response(int(first.split()[1]), headers, body)
+
+
+def exchange(served: Any, data: bytes) -> Response:
+    """Send bytes on a new connection, and return the response."""
+    with served.connect() as connection:
+        connection.sendall(data)
+        return read_response(connection)

@@ -1,0 +1,194 @@
+"""A double of `Service`: it answers from a script in threads, a token a character.
+
+The answer to a prompt is what follows `say:` in its last line, and "Hello" without that. Words in
+braces do something: {seed} is the seed, {wait} a pause of 50 ms, {hang} one until it is cancelled,
+{fail} an error, {crash} an exception that is no error of mixchat's.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from mixchat.context import Context
+from mixchat.errors import ResourceError
+from mixchat.serving.service import (
+    Delta,
+    Done,
+    Failed,
+    Job,
+    QueueFullError,
+    Reading,
+    ServiceStats,
+    ShuttingDownError,
+    Sink,
+    TokenLogprob,
+)
+from mixchat.text.messages import Message, require_question
+from mixchat.text.stop import StopStrings
+from mixchat.text.tokenizer import require_unicode
+
+STOP, BOS = 0, 1
+PAUSE = 0.05
+_PARTS = re.compile(r"\{\w+\}|.", re.DOTALL)
+
+
+class CharacterTokenizer:
+    """A token is a character's code point; 0 ends an answer, 1 begins a text."""
+
+    vocab_size = 0x110000
+    bos_id, eos_id = BOS, STOP
+    adds_bos = True
+    control_tokens: ClassVar = {"</s>": STOP, "<s>": BOS}
+
+    def encode(self, text: str) -> list[int]:
+        require_unicode(text)
+        return [ord(character) for character in text]
+
+    def encode_template(self, text: str, inserts: Any = None) -> list[int]:
+        parts = [(inserts or {}).get(character, character) for character in text]
+        return [i for part in parts for i in (self.encode(part) if type(part) is str else part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids if i not in (STOP, BOS))
+
+    def token_id(self, token: str) -> int | None:
+        return self.control_tokens.get(token)
+
+
+class LineTemplate:
+    """`user: Hi`, a line for each message."""
+
+    stop_ids = frozenset({STOP})
+    continues_prompt = False
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        require_question(messages)
+        return [ord(c) for m in messages for c in f"{m.role}: {m.content}\n"]
+
+
+@dataclass
+class Running:
+    """A job that was submitted."""
+
+    job: Job
+    sink: Sink
+    cancelled: threading.Event
+
+
+class ScriptedService:
+    """Answers up to `parallel` jobs at once, each in a thread; `queue` more may wait."""
+
+    def __init__(self, *, parallel: int = 4, queue: int = 64, context_size: int = 4000) -> None:
+        self.name = "scripted"
+        self.context = Context(context_size, 8000)
+        self.tokenizer = CharacterTokenizer()
+        self.template = LineTemplate()
+        self.jobs: list[Job] = []
+        self._places = threading.Semaphore(parallel)
+        self._parallel, self._queue = parallel, queue
+        self._lock = threading.Lock()
+        self._running: list[Running] = []
+        self._stats = ServiceStats()
+        self._closing = False
+        self._empty = threading.Event()
+        self._empty.set()
+
+    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
+        with self._lock:
+            if self._closing:
+                raise ShuttingDownError("the server is shutting down")
+            if len(self._running) >= self._parallel + self._queue:
+                raise QueueFullError(f"{self._queue} requests are waiting")
+            if len(job.prompt_ids) >= self.context.tokens:
+                raise self.context.prompt_too_long(len(job.prompt_ids))
+            self.jobs.append(job)
+            running = Running(job, sink, threading.Event())
+            self._running.append(running)
+            self._empty.clear()
+        threading.Thread(target=self._work, args=(running,), daemon=True).start()
+        return running.cancelled.set
+
+    def stats(self) -> ServiceStats:
+        with self._lock:
+            return replace(self._stats, running=len(self._running))
+
+    def close(self, patience: float = 0.0) -> None:
+        with self._lock:
+            self._closing = True
+        self._empty.wait(patience)
+        for running in list(self._running):
+            running.cancelled.set()
+        self._empty.wait(5)
+
+    def _work(self, running: Running) -> None:
+        with self._places:
+            try:
+                last = self._answer(running)
+            except Exception as error:
+                last = Failed(error)
+        with self._lock:
+            self._running.remove(running)
+            self._count(last)
+            if not self._running:
+                self._empty.set()
+        running.sink(last)
+
+    def _count(self, last: Done | Failed) -> None:
+        if isinstance(last, Failed):
+            name = "failed"
+        else:
+            name = "cancelled" if last.reason == "interrupted" else "finished"
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + 1})
+
+    def _answer(self, running: Running) -> Done:
+        job, total = running.job, len(running.job.prompt_ids)
+        for done in range(0, total + 1, max(total // 2, 1)):
+            running.sink(Reading(done, total))
+        stops, tokens, reason = StopStrings(job.stop), 0, "stop"
+        for part in self._script(job):
+            if part.startswith("{"):
+                self._act(part, running)
+            if running.cancelled.is_set():
+                reason = "interrupted"
+                break
+            if part.startswith("{"):
+                continue
+            if tokens == job.max_tokens:
+                reason = "length"
+                break
+            tokens += 1
+            text, stopped = stops.add(part)
+            running.sink(Delta(text, self._logprobs(job, part)))
+            if stopped:
+                reason = "stop_string"
+                break
+        else:
+            if rest := stops.flush():
+                running.sink(Delta(rest))
+        return Done(reason, total, 0, tokens)
+
+    def _script(self, job: Job) -> Iterator[str]:
+        prompt = self.tokenizer.decode(job.prompt_ids)
+        _, found, script = prompt.rpartition("say:")
+        text = script.strip("\n") if found else "Hello"
+        return iter(_PARTS.findall(text.replace("{seed}", str(job.sampling.seed))))
+
+    def _act(self, part: str, running: Running) -> None:
+        if part == "{wait}":
+            running.cancelled.wait(PAUSE)
+        elif part == "{hang}":
+            running.cancelled.wait()
+        elif part == "{fail}":
+            raise ResourceError("there is no memory", hint="Close other programs.")
+        elif part == "{crash}":
+            raise RuntimeError("a secret of the machine")
+
+    def _logprobs(self, job: Job, part: str) -> tuple[TokenLogprob, ...]:
+        if job.top_logprobs is None:
+            return ()
+        others = [(ord(part), -0.5), (ord("x"), float("-inf")), (STOP, -3.0)]
+        return (TokenLogprob(ord(part), -0.5, tuple(others[: job.top_logprobs])),)

@@ -1,0 +1,186 @@
+"""The other routes, the headers of every response, and bodies that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from raw_http import exchange, read_response, request
+
+CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "say:well"}]}
+
+
+def test_the_models_are_the_one_that_is_served(served):
+    with served.openai() as client:
+        (model,) = client.models.list().data
+        assert (model.id, model.object, model.owned_by) == ("scripted", "model", "mixchat")
+        assert model.context_size == 4000
+        assert client.models.retrieve("scripted") == model
+    missing = exchange(served, request("/v1/models/org/other"))
+    assert (missing.status, missing.error["code"]) == (404, "model_not_found")
+
+
+def test_curl_is_a_client(served):
+    command = ["curl", "-sS", "-m", "20", f"{served.url}{CHAT}", "-d", json.dumps(HI)]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=30)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "well"
+    streamed = subprocess.run(
+        [*command[:-1], json.dumps(HI | {"stream": True})],
+        capture_output=True,
+        check=True,
+        timeout=30,
+    )
+    assert streamed.stdout.endswith(b"\n\ndata: [DONE]\n\n")
+
+
+def test_health_is_told(served):
+    assert exchange(served, request("/health")).json == {"status": "ok"}
+
+
+def test_metrics_are_those_of_the_service(served):
+    for text in ("say:a", "say:b", "say:{fail}"):
+        exchange(served, request(CHAT, {"messages": [{"role": "user", "content": text}]}))
+    response = exchange(served, request("/metrics"))
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = response.body.decode().splitlines()
+    assert "mixchat_requests_finished_total 2" in lines
+    assert "mixchat_requests_failed_total 1" in lines
+    assert "# TYPE mixchat_expert_hits_total counter" in lines
+    assert all(line.startswith(("#", "mixchat_")) for line in lines)
+
+
+def test_text_is_turned_into_tokens_and_back(served):
+    tokens = exchange(served, request("/tokenize", {"content": "Hé"})).json
+    assert tokens == {"tokens": [72, 233]}
+    assert exchange(served, request("/detokenize", tokens)).json == {"content": "Hé"}
+    with_bos = exchange(served, request("/tokenize", {"content": "H", "add_special": True}))
+    assert with_bos.json == {"tokens": [1, 72]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "content"),
+        ("/tokenize", {"content": 5}, "content"),
+        ("/tokenize", {"content": "a", "with_pieces": True}, "with_pieces"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1] * 8001}, "tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_are_refused(served, path, body, param):
+    response = exchange(served, request(path, body))
+    assert (response.status, response.error["param"]) == (400, param)
+
+
+def test_every_response_has_an_id_of_our_own_and_is_not_cached(served):
+    seen = set()
+    for data in (
+        request("/health", x_request_id="evil"),
+        request("/nowhere"),
+        request(CHAT, b"{"),
+        request(CHAT, HI),
+        request("/health", origin="http://elsewhere"),
+    ):
+        headers = exchange(served, data).headers
+        seen.add(headers["x-request-id"])
+        assert headers["cache-control"] == "no-cache"
+        assert "server" not in headers
+    assert len(seen) == 5
+    assert all(identity.startswith("req_") for identity in seen)
+
+
+def test_a_stream_is_kept_from_the_buffers_of_proxies(served):
+    with served.connect() as connection:
+        connection.sendall(request(CHAT, HI | {"stream": True}, connection="close"))
+        response = read_response(connection)
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.headers["content-type"].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (request("/nowhere"), 404),
+        (request("/v1/models/", method="GET"), 404),
+        (request("/v1"), 404),
+        (request(CHAT), 405),
+        (request("/health", method="DELETE"), 405),
+        (request("/models", {}), 404),
+    ],
+)
+def test_wrong_paths_and_methods_have_openais_form(served, data, status):
+    response = exchange(served, data)
+    assert response.status == status
+    assert response.error["type"] == "invalid_request_error"
+    assert status != 405 or response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "a JSON object"),
+        (b"null", "a JSON object"),
+        (b'"text"', "a JSON object"),
+        (b"\xff{}", "not UTF-8: byte 0"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b'{"temperature": NaN}', "NaN is no number"),
+        (b'{"temperature": -Infinity}', "-Infinity is no number"),
+        (b'{"temperature": 1e999}', "1e999 is too large"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"n": 1, "n": 2}', "'n' is given twice"),
+        (b'{"messages": [{"role": "a", "role": "b"}]}', "'role' is given twice"),
+        (b'{"user": "\\ud800"}', "user has half of a surrogate pair"),
+        (b'{"metadata": {"a": ["\\udfff"]}}', "metadata.a[0] has half of a surrogate pair"),
+        (b'{"\\ud800": 1}', "a name has half of a surrogate pair"),
+        (b'{"metadata": ' + b"[" * 70 + b"]" * 70 + b"}", "more than 64 levels"),
+        (b"[" * 100_000, "more than 64 levels"),
+        (b'{"a":' * 100_000, "more than 64 levels"),
+    ],
+)
+def test_a_body_that_no_two_readers_understand_alike_is_refused(served, body, said):
+    response = exchange(served, request(CHAT, body))
+    assert response.status == 400
+    assert said in response.error["message"]
+    assert served.reports == []
+
+
+def test_a_compressed_body_is_refused(served):
+    response = exchange(served, request(CHAT, b"\x1f\x8b", content_encoding="gzip"))
+    assert response.status == 415
+
+
+def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(served):
+    with served.connect() as connection:
+        connection.sendall(request(CHAT, b"", content_length="100000000", expect="100-continue"))
+        response = read_response(connection)
+    assert (response.status, response.error["code"]) == (413, "request_too_large")
+
+
+def test_a_body_of_unknown_length_is_refused_as_soon_as_it_is_too_large(served):
+    chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    with served.connect() as connection:
+        head = request(CHAT, b"", content_length=None, transfer_encoding="chunked")
+        connection.sendall(head)
+        for _ in range(30):  # 2 MB, of the 1.5 MB that are read
+            connection.sendall(chunk)
+        assert read_response(connection).status == 413
+
+
+def test_a_name_that_a_client_chose_cannot_break_the_message(served):
+    body = json.dumps({"a\r\nx: y\x1b[31m\u202e": 1} | HI).encode()
+    message = exchange(served, request(CHAT, body)).error["message"]
+    assert message.isascii()
+    assert message.isprintable()
+
+
+def test_two_requests_behind_each_other_are_both_answered(served):
+    with served.connect() as connection:
+        connection.sendall(request(CHAT, HI) + request("/health"))
+        assert read_response(connection).json["choices"][0]["message"]["content"] == "well"
+        assert read_response(connection).json == {"status": "ok"}

@@ -1,0 +1,96 @@
+"""The openai package as the client of /v1/completions."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+
+def ask(client, prompt, **options):
+    return client.completions.create(model="scripted", prompt=prompt, **options)
+
+
+@pytest.fixture
+def client(served):
+    with served.openai() as client:
+        yield client
+
+
+def ids(text):
+    return [ord(character) for character in text]
+
+
+def test_a_whole_completion_has_openais_shape(client, served):
+    answer = ask(client, "say:abc")
+    assert (answer.object, answer.model) == ("text_completion", "scripted")
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs) == ("abc", "stop", None)
+    # The tokenizer wants BOS in front of plain text.
+    assert served.service.jobs[0].prompt_ids == (1, *ids("say:abc"))
+    assert served.service.jobs[0].continues_prompt
+    assert answer.usage.prompt_tokens == 8
+
+
+def test_a_streamed_completion_is_the_whole_one_in_pieces(client):
+    chunks = list(ask(client, "say:abc", stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.text for chunk in chunks for c in chunk.choices) == "abc"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 3)
+
+
+def test_prompts_may_be_several_and_each_has_n_answers(client):
+    answer = ask(client, ["say:{seed}", "say:x"], n=2, seed=3)
+    assert [(c.index, c.text) for c in answer.choices] == [(0, "3"), (1, "4"), (2, "x"), (3, "x")]
+    assert answer.usage.prompt_tokens == len("say:{seed}") + len("say:x") + 2
+
+
+def test_prompts_may_be_token_ids(client, served):
+    assert ask(client, ids("say:abc")).choices[0].text == "abc"
+    both = ask(client, [ids("say:abc"), ids("say:d")])
+    assert [choice.text for choice in both.choices] == ["abc", "d"]
+    assert served.service.jobs[0].prompt_ids == tuple(ids("say:abc"))
+
+
+def test_log_probabilities_have_the_older_shape(client):
+    (choice,) = ask(client, "say:ab", logprobs=2).choices
+    assert choice.logprobs.tokens == ["a", "b"]
+    assert choice.logprobs.token_logprobs == [-0.5, -0.5]
+    assert choice.logprobs.top_logprobs == [{"a": -0.5, "x": -9999.0}, {"b": -0.5, "x": -9999.0}]
+    assert choice.logprobs.text_offset == [0, 1]
+    chunks = list(ask(client, "say:abc", logprobs=0, stream=True))
+    with_tokens = [c.logprobs for chunk in chunks for c in chunk.choices if c.logprobs.tokens]
+    assert [logprobs.text_offset for logprobs in with_tokens] == [[0], [1], [2]]
+
+
+def test_what_is_usual_and_changes_nothing_is_taken(client):
+    answer = ask(client, "say:a", best_of=1, echo=False, suffix="", user="me")
+    assert answer.choices[0].text == "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"messages": []}, "messages"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, None),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
+        ({"prompt": [5, "a"]}, "prompt[1]"),
+        ({"prompt": [[5, "a"]]}, "prompt[0][1]"),
+        ({"prompt": [0x110000]}, "prompt[0]"),
+        ({"prompt": ["a"] * 17}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 4}, "prompt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_by_its_name(client, served, change, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "x", extra_body=change)
+    assert caught.value.param == param
+    assert served.service.jobs == []

@@ -1,0 +1,174 @@
+"""Connections whose client is slow, silent, or gone."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+from raw_http import exchange, read_response, request
+
+from mixchat.serving.web import stream
+
+CHAT = "/v1/chat/completions"
+PATIENCE = 10.0
+
+
+def asking(text, **options):
+    return request(CHAT, {"messages": [{"role": "user", "content": text}]} | options)
+
+
+def wait_for(condition):
+    """Return once a condition holds; the server's threads need a moment."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def read_until(connection, words):
+    data = b""
+    while words not in data:
+        piece = connection.recv(65536)
+        assert piece, data
+        data += piece
+    return data
+
+
+@pytest.fixture
+def impatient(serve):
+    """A server that waits 0.3 s for a request, and for a client to take an answer."""
+    return serve(limits={"patience": 0.3})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_answer(served, stream):
+    with served.connect() as connection:
+        connection.sendall(asking("say:a{hang}", stream=stream))
+        wait_for(lambda: served.service.stats().running)
+    wait_for(lambda: served.service.stats().cancelled == 1)
+    assert served.service.stats().running == 0
+    assert served.reports == []
+
+
+def test_a_client_that_leaves_ends_all_its_answers(served):
+    with served.connect() as connection:
+        connection.sendall(asking("say:a{hang}", n=3, stream=True))
+        wait_for(lambda: served.service.stats().running == 3)
+    wait_for(lambda: served.service.stats().cancelled == 3)
+
+
+def test_a_client_that_leaves_while_it_waits_for_its_turn_is_forgotten(serve):
+    served = serve(parallel=1)
+    with served.connect() as first:
+        first.sendall(asking("say:a{hang}"))
+        wait_for(lambda: served.service.stats().running)
+        with served.connect() as second:
+            second.sendall(asking("say:b{hang}"))
+            wait_for(lambda: served.service.stats().running == 2)
+    wait_for(lambda: served.service.stats().cancelled == 2)
+
+
+def test_the_reading_of_a_prompt_is_told_in_comments(served):
+    with served.connect() as connection:
+        connection.sendall(asking("say:well", stream=True))
+        data = read_until(connection, b"[DONE]")
+    prompt = len("user: say:well\n")
+    assert f": read 0 of {prompt} tokens\r\n".encode() not in data  # an event ends with \n\n
+    assert f": read 0 of {prompt} tokens\n\n".encode() in data
+
+
+def test_a_job_that_waits_is_pinged(monkeypatch, served):
+    monkeypatch.setattr(stream, "PING_SECONDS", 0.05)
+    with served.connect() as connection:
+        connection.sendall(asking("say:a{hang}", stream=True))
+        read_until(connection, b": waiting\n\n")
+
+
+def test_a_client_that_takes_nothing_holds_nobody_up_and_is_cut_off(impatient):
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", impatient.port))
+        # With log probabilities an answer of 900 tokens fills every buffer on the way.
+        text = "say:" + "a" * 900
+        slow.sendall(asking(text, stream=True, logprobs=True, top_logprobs=3, n=16, max_tokens=0))
+        wait_for(lambda: impatient.service.stats().finished == 16)
+        assert exchange(impatient, request("/health")).status == 200
+        wait_for(lambda: impatient.server.connections == 0)
+    assert impatient.reports == []
+
+
+def test_a_silent_connection_is_closed(impatient):
+    with impatient.connect() as connection:
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"GET", b"GET /health HTTP/1.1\r\nhost: localhost\r\n", asking("Hi")[:-3]],
+    ids=["method", "headers", "body"],
+)
+def test_a_request_that_does_not_end_is_told_so(impatient, data):
+    with impatient.connect() as connection:
+        connection.sendall(data)
+        response = read_response(connection)
+        assert (response.status, response.error["code"]) == (408, "request_timeout")
+        assert connection.recv(1) == b""
+
+
+def test_a_byte_now_and_then_buys_no_time(impatient):
+    with impatient.connect() as connection:
+        end = time.monotonic() + PATIENCE
+        with suppress(OSError):
+            while time.monotonic() < end:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() < end
+
+
+def test_a_connection_is_used_again_and_closed_when_it_is_idle(impatient):
+    with impatient.connect() as connection:
+        for _ in range(2):
+            connection.sendall(request("/health"))
+            assert read_response(connection).status == 200
+        assert connection.recv(1) == b""
+
+
+def test_an_answer_may_take_longer_than_the_patience_for_a_request(impatient):
+    response = exchange(impatient, asking("say:a" + "{wait}" * 10 + "b"))
+    assert response.json["choices"][0]["message"]["content"] == "ab"
+
+
+def test_of_too_many_silent_connections_the_oldest_is_closed(serve):
+    served = serve(limits={"most_waiting": 4})
+    silent = [served.connect() for _ in range(8)]
+    for connection in silent[:4]:
+        assert connection.recv(1) == b""
+    assert exchange(served, request("/health")).status == 200
+    silent[7].sendall(request("/health"))
+    assert read_response(silent[7]).status == 200
+    for connection in silent:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: a\x00b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n\r\n",
+        b"GET /health\r\n HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n"
+        b"content-length: 2\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 70_000,
+    ],
+)
+def test_what_is_no_http_is_refused(served, data):
+    with served.connect() as connection:
+        connection.sendall(data)
+        assert read_response(connection).status == 400
+    assert exchange(served, request("/health")).status == 200
