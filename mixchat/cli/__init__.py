@@ -3,7 +3,7 @@
 - app.py: the commands, and the one place that turns an error into an exit code
 - run.py: mixchat run: a chat, or one answer
 - start_chat.py: starts or resumes a chat
-- opening.py: opens a chat session from a model's name and options
+- opening.py: opens a chat session or a service from a model's name and options
 - change_model.py: changes the model of a chat
 - cache_file.py: the KV cache in a file, that of --prompt-cache or that beside a chat
 - download.py: mixchat download
@@ -12,6 +12,7 @@
 - upkeep.py: mixchat verify, repair, convert, rm, gc
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - worker.py: mixchat worker
+- serve.py: mixchat serve
 - plan.py: mixchat plan
 - stats.py: mixchat stats
 - simulate.py: mixchat simulate

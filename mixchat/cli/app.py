@@ -31,6 +31,7 @@ from mixchat.cli.models import list_models, show_model
 from mixchat.cli.output.failure import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
+from mixchat.cli.serve import serve
 from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
@@ -54,6 +55,7 @@ app.command(
     cls=RunCommand,
     epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
 )(run_model)
+app.command("serve")(serve)
 app.command("download")(download)
 app.command("worker")(worker)
 app.command("plan")(plan)

@@ -1,4 +1,4 @@
-"""Opens a chat session from a model's name and options: all that takes long starts here."""
+"""Opens a chat session or a service from a model's name: all that takes long starts here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.chat.parameters import with_numbers
+from mixchat.cli.output.failure import note
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.context import DEFAULT_TOKENS, Context
@@ -18,6 +19,8 @@ from mixchat.options import LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Overflow
+    from mixchat.serving.model_service import ModelService
+    from mixchat.serving.web.options import Defaults
 
 
 def context_of(model: str, size: int | None) -> Context:
@@ -84,6 +87,34 @@ def open_session(
             stop=stop,
             overflow=overflow,
         )
+
+
+def open_service(model: str, load: LoadOptions, queue: int) -> tuple[ModelService, Defaults]:
+    """Find the model, load it, and return a service with it, and what its makers advise.
+
+    `queue`: how many jobs may wait beside the `load.parallel` that are answered at once.
+    """
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    directory = find_or_build(model)
+    text = CheckpointText(directory)
+    prepare_environment()
+    with status(f"loading {model}"):
+        from mixchat.loading.loader import load_engine
+        from mixchat.serving.model_service import ModelService
+        from mixchat.serving.web.options import Defaults
+        from mixchat.weights.format.manifest import check_files, read_manifest
+
+        check_files(directory, read_manifest(directory))
+        config = ModelConfig.from_file(directory / "config.json")
+        tokenizer, template = text.tokenizer(), text.template(config.eos_token_ids)
+        service = ModelService(
+            model, lambda: load_engine(directory, load, note), tokenizer, template, queue=queue
+        )
+    defaults = Defaults(
+        resolve_sampling({}, advised_sampling(directory)), advised_length(directory)
+    )
+    return service, defaults
 
 
 def find_or_build(name: str, *, quiet: bool = False) -> Path:
