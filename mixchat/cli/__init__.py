@@ -13,6 +13,7 @@
 - chats.py: mixchat chats: lists, prints and removes saved ones
 - worker.py: mixchat worker
 - serve.py: mixchat serve
+- jsonl.py: mixchat run --jsonl: the file of prompts and the file of answers
 - plan.py: mixchat plan
 - stats.py: mixchat stats
 - simulate.py: mixchat simulate

@@ -4,7 +4,7 @@ import math
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import Passes
 from mixchat.errors import CheckpointError, PromptError
-from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.service import (
     Delta,
@@ -28,40 +27,8 @@ from mixchat.serving.service import (
     ShuttingDownError,
 )
 from mixchat.text.checkpoint_text import CheckpointText
-from tests.tiny_tokenizer import write_tokenizer
 
 WAIT = 60  # seconds after which something hangs
-
-
-@pytest.fixture(scope="module")
-def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
-    """An installed model with a tokenizer for all bytes."""
-    checkpoint = make_checkpoint(vocab_size=262, std=0.1, intermediate_size=128)
-    return install(write_tokenizer(checkpoint))
-
-
-@pytest.fixture
-def serve(model: Path) -> Iterator[Callable[..., ModelService]]:
-    """Start a service; it is closed after the test."""
-    started: list[ModelService] = []
-
-    def start(parallel: int = 4, waiting: int = 100) -> ModelService:
-        text = CheckpointText(model)
-        options = LoadOptions(device="cpu", exact_prompts=True, parallel=parallel)
-        tokenizer = text.tokenizer()
-        service = ModelService(
-            "tiny",
-            lambda: load_engine(model, options),
-            tokenizer,
-            text.template((2,)),
-            queue=waiting,
-        )
-        started.append(service)
-        return service
-
-    yield start
-    for service in started:
-        service.close()
 
 
 class Waiter:
@@ -107,11 +74,11 @@ def job(number: int, **options: Any) -> Job:
 
 
 def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(
-    serve: Callable[..., ModelService],
+    model_service: Callable[..., ModelService],
 ) -> None:
-    one = serve(parallel=1)
+    one = model_service(parallel=1)
     alone = [Waiter(one, job(n)).result() for n in range(40)]
-    service = serve()
+    service = model_service()
     together = [Waiter(service, job(n), 2 if n % 3 == 0 else None) for n in range(40)]
     for number, (waiter, (expected, end)) in enumerate(zip(together, alone, strict=True)):
         text, last = waiter.result()
@@ -126,9 +93,9 @@ def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(
 
 
 def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
-    serve: Callable[..., ModelService],
+    model_service: Callable[..., ModelService],
 ) -> None:
-    service = serve()
+    service = model_service()
     first, last = Waiter(service, job(9)).result()
     again, end = Waiter(service, job(9)).result()
     assert again == first
@@ -138,19 +105,19 @@ def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
 
 
 def test_a_long_prompt_tells_its_progress(
-    serve: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
+    model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 10)
-    waiter = Waiter(serve(), job(29))
+    waiter = Waiter(model_service(), job(29))
     waiter.result()
     progress = [event for event in waiter.events if isinstance(event, Reading)]
     assert progress[:2] == [Reading(10, 34), Reading(20, 34)]
 
 
 def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
-    serve: Callable[..., ModelService],
+    model_service: Callable[..., ModelService],
 ) -> None:
-    service = serve(parallel=1, waiting=2)
+    service = model_service(parallel=1, waiting=2)
     waiters = [Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))]
     refused = 0
     for n in range(1, 9):
@@ -163,9 +130,9 @@ def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
 
 
 def test_one_that_is_cancelled_while_it_waits_is_told_so(
-    serve: Callable[..., ModelService],
+    model_service: Callable[..., ModelService],
 ) -> None:
-    service = serve(parallel=1)
+    service = model_service(parallel=1)
     first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
     second = Waiter(service, job(1))
     second.cancel()
@@ -174,13 +141,17 @@ def test_one_that_is_cancelled_while_it_waits_is_told_so(
     assert isinstance(first.result()[1], Done)
 
 
-def test_a_prompt_that_is_too_long_is_refused_at_once(serve: Callable[..., ModelService]) -> None:
+def test_a_prompt_that_is_too_long_is_refused_at_once(
+    model_service: Callable[..., ModelService],
+) -> None:
     with pytest.raises(PromptError, match="128 tokens"):
-        serve().submit(job(0, prompt_ids=(3,) * 128), print)
+        model_service().submit(job(0, prompt_ids=(3,) * 128), print)
 
 
-def test_closing_lets_answers_end_and_takes_no_others(serve: Callable[..., ModelService]) -> None:
-    service = serve()
+def test_closing_lets_answers_end_and_takes_no_others(
+    model_service: Callable[..., ModelService],
+) -> None:
+    service = model_service()
     waiters = [Waiter(service, job(n)) for n in range(10)]
     service.close(patience=WAIT)
     assert all(waiter.result()[1].reason != "interrupted" for waiter in waiters)
@@ -188,15 +159,17 @@ def test_closing_lets_answers_end_and_takes_no_others(serve: Callable[..., Model
         service.submit(job(0), print)
 
 
-def test_closing_without_patience_cancels(serve: Callable[..., ModelService]) -> None:
-    service = serve(parallel=1)
+def test_closing_without_patience_cancels(model_service: Callable[..., ModelService]) -> None:
+    service = model_service(parallel=1)
     waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(10)]
     service.close()
     assert waiters[9].result()[1] == Done("interrupted", 14, 0, 0)
 
 
-def test_log_probabilities_are_those_of_the_model(serve: Callable[..., ModelService]) -> None:
-    waiter = Waiter(serve(), job(4, top_logprobs=3, sampling=SamplingOptions(0)))
+def test_log_probabilities_are_those_of_the_model(
+    model_service: Callable[..., ModelService],
+) -> None:
+    waiter = Waiter(model_service(), job(4, top_logprobs=3, sampling=SamplingOptions(0)))
     _, last = waiter.result()
     deltas = [event for event in waiter.events if isinstance(event, Delta)]
     tokens = [token for delta in deltas for token in delta.tokens]
@@ -208,8 +181,10 @@ def test_log_probabilities_are_those_of_the_model(serve: Callable[..., ModelServ
         assert sum(map(math.exp, values)) < 1.0001
 
 
-def test_a_stop_string_ends_the_answer_before_it(serve: Callable[..., ModelService]) -> None:
-    service = serve()
+def test_a_stop_string_ends_the_answer_before_it(
+    model_service: Callable[..., ModelService],
+) -> None:
+    service = model_service()
     text, _ = Waiter(service, job(5, max_tokens=60)).result()
     stop = text[len(text) // 2 : len(text) // 2 + 2]
     shown, last = Waiter(service, job(5, max_tokens=60, stop=(stop,))).result()
@@ -218,9 +193,9 @@ def test_a_stop_string_ends_the_answer_before_it(serve: Callable[..., ModelServi
 
 
 def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(
-    serve: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
+    model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = serve()
+    service = model_service()
     expected = Waiter(service, job(3)).result()[0]
     for fault in (CheckpointError("experts-000.safetensors cannot be read"), RuntimeError("oh")):
 
@@ -244,8 +219,8 @@ def test_a_model_that_cannot_be_loaded_says_why(model: Path) -> None:
         ModelService("tiny", load, tokenizer, text.template((2,)), queue=1)
 
 
-def test_counts_are_those_of_the_answers(serve: Callable[..., ModelService]) -> None:
-    service = serve()
+def test_counts_are_those_of_the_answers(model_service: Callable[..., ModelService]) -> None:
+    service = model_service()
     sums: dict[str, int] = defaultdict(int)
     for number in range(6):
         _, last = Waiter(service, job(number)).result()

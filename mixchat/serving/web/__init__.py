@@ -14,6 +14,7 @@
 - answers.py: the jobs of one request while they run
 - shapes.py: answers in the shapes of OpenAI
 - logprobs.py: log probabilities in the shapes of OpenAI
+- lines.py: a file of prompts, a JSON object a line
 - stream.py: an answer piece by piece, as server-sent events
 - metrics.py: counts for Prometheus
 - failures.py: errors in the form of OpenAI

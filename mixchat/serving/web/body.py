@@ -13,8 +13,8 @@ _DEEPEST = 64  # lists and objects in each other; a JSON schema may need some
 _ONE_LINE = 80  # characters of a reader's message
 
 
-def read_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in `body`.
+def read_object(body: bytes, what: str = "the body") -> dict[str, Any]:
+    """Return the JSON object in `body`, which messages call `what`.
 
     Raises `RequestError` for what is no object, for NaN and other numbers beyond a double, for a
     name that comes twice, for half a surrogate pair, and for more than 64 levels.
@@ -28,21 +28,21 @@ def read_object(body: bytes) -> dict[str, Any]:
         )
         _check(value, "", 0)
     except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: byte {error.start}") from None
+        raise RequestError(f"{what} is not UTF-8: byte {error.start}") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise RequestError(f"the body is not JSON: {error.msg:.{_ONE_LINE}} at {place}") from None
+        raise RequestError(f"{what} is not JSON: {error.msg:.{_ONE_LINE}} at {place}") from None
     except RecursionError:
         raise _too_deep("") from None
     except ValueError:  # Python's limit for digits
-        raise RequestError("the body has a number of too many digits") from None
+        raise RequestError(f"{what} has a number of too many digits") from None
     if not isinstance(value, dict):
-        raise RequestError("the body has to be a JSON object")
+        raise RequestError(f"{what} has to be a JSON object")
     return value
 
 
 def _refuse_constant(name: str) -> float:
-    raise RequestError(f"the body is not JSON: {name} is no number of JSON")
+    raise RequestError(f"{name} is no number of JSON")
 
 
 def _finite(text: str) -> float:
@@ -83,7 +83,7 @@ def _check_text(text: str, path: str) -> None:
 
 
 def _too_deep(path: str) -> RequestError:
-    return RequestError(f"the body has more than {_DEEPEST} levels", param=plain(path) or None)
+    return RequestError(f"it has more than {_DEEPEST} levels", param=plain(path) or None)
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,137 @@
+"""`mixchat run --jsonl`: the file of prompts, the file of answers, and where to continue."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+from mixchat.chat.printing import show
+from mixchat.cli.flags.arguments import STDIN
+from mixchat.errors import PromptError, UsageError
+from mixchat.files import open_regular, write_all, write_error
+from mixchat.progress import Note
+
+if TYPE_CHECKING:
+    from mixchat.serving.web.lines import Line
+
+Answer: TypeAlias = "Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]]"
+
+_START = b'{"line": '  # of each line of the output
+
+
+class AnswerFile:
+    """The file of `--resume-from`: answers from an earlier run, to which the next are added.
+
+    `last` is the number of the input's line that was answered last; 0 for none. A line that was
+    cut off is removed. Raises `UsageError` where the file holds anything else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.last = path, 0
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UsageError(f"--resume-from {path}: {error.strerror}") from None
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            whole = self._whole(file)
+        os.ftruncate(self._descriptor, whole)
+        os.lseek(self._descriptor, whole, os.SEEK_SET)
+
+    def _whole(self, file: BinaryIO) -> int:
+        """Return the bytes of the whole lines, and note the last one."""
+        size = 0
+        for line in iter(file.readline, b""):
+            if not line.endswith(b"\n") and line[: len(_START)] == _START[: len(line)]:
+                break
+            self.last, size = self._number(line), size + len(line)
+        return size
+
+    def _number(self, line: bytes) -> int:
+        try:
+            number = json.loads(line)["line"]
+            if type(number) is int and number > self.last:
+                return number
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UsageError(
+            f"--resume-from {self._path}: it has a line that --jsonl has not written",
+            hint="Name the file that --jsonl has written, or one that does not exist yet.",
+        )
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Add a line. Raises `ResourceError` where the disk is full."""
+        try:
+            write_all(self._descriptor, json.dumps(answer).encode() + b"\n")
+        except OSError as error:
+            raise write_error(error, self._path, "the answers cannot be written") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+class StandardOutput:
+    """Answers on standard output."""
+
+    last = 0
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Print a line."""
+        show(json.dumps(answer))
+
+    def close(self) -> None:
+        """Leave it open."""
+
+
+@contextmanager
+def open_answers(path: Path | None) -> Iterator[AnswerFile | StandardOutput]:
+    """Open the file of `--resume-from`, or standard output."""
+    answers = StandardOutput() if path is None else AnswerFile(path)
+    try:
+        yield answers
+    finally:
+        answers.close()
+
+
+@contextmanager
+def open_lines(source: str) -> Iterator[Iterable[bytes]]:
+    """Open the file of prompts; `-` is standard input. Raises `UsageError` where it cannot."""
+    if source == STDIN:
+        yield iter(()) if sys.stdin is None else sys.stdin.buffer
+        return
+    try:
+        descriptor = open_regular(Path(source))
+    except OSError as error:
+        raise UsageError(f"--jsonl {source}: {error.strerror}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def write_answers(
+    lines: Iterable[bytes], answers: AnswerFile | StandardOutput, answer: Answer, note: Note
+) -> None:
+    """Answer the lines behind those that are answered already, and write each as it is ready.
+
+    Raises `PromptError` at the end where some could not be answered.
+    """
+    numbered = (item for item in enumerate(lines, start=1) if item[0] > answers.last)
+    count = failed = tokens = 0
+    start = time.perf_counter()
+    for line in answer(numbered):
+        answers.write(line.as_dict())
+        count += 1
+        failed += isinstance(line.done, Exception)
+        tokens += 0 if isinstance(line.done, Exception | None) else line.done.generated_tokens
+    seconds = time.perf_counter() - start
+    rate = f", {tokens / seconds:.1f} tok/s" if tokens else ""
+    note(f"{count} line{'' if count == 1 else 's'} in {seconds:.1f} s{rate}")
+    if failed:
+        raise PromptError(
+            f"{failed} of {count} lines could not be answered", hint='Each has an "error" instead.'
+        )

@@ -1,0 +1,159 @@
+"""A file of prompts, a JSON object a line: several are answered at once, in their order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
+from mixchat.serving.web.body import read_object
+from mixchat.serving.web.chat import read_chat
+from mixchat.serving.web.fields import refuse, refuse_value
+from mixchat.serving.web.options import Asked, Defaults
+from mixchat.serving.web.response_format import Compile
+
+_AHEAD = 2  # lines that are read for each answer that is generated
+_JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041
+_OVERHEAD = 1_000_000  # bytes of a line beside its prompt: a schema, biases
+_NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
+
+
+@dataclass(frozen=True)
+class LineDefaults:
+    """What applies to a line that does not say otherwise.
+
+    advice: of sampling and of the length; fields: values of a request, by their names.
+    """
+
+    advice: Defaults
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+
+
+class Line:
+    """A line of the input, and its answer once `is_ready` is set.
+
+    id: what the line has as its "id", for whoever reads the output; done: the end of its answer, or
+    why there is none.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number, self.id = number, None
+        self.text, self.seed = "", 0
+        self.done: Done | Exception | None = None
+        self.is_ready = threading.Event()
+
+    def take(self, event: JobEvent) -> None:
+        """Take what the service tells."""
+        if isinstance(event, Delta):
+            self.text += event.text
+        elif isinstance(event, Done):
+            self.end(event)
+        elif isinstance(event, Failed):
+            self.end(event.error)
+
+    def end(self, done: Done | Exception) -> None:
+        """Note the end."""
+        self.done = done
+        self.is_ready.set()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer for the output."""
+        about = {"line": self.number} | ({} if self.id is None else {"id": self.id})
+        if not isinstance(self.done, Done):
+            return about | {"error": str(self.done)}
+        return about | {
+            "answer": self.text,
+            "stop_reason": self.done.reason,
+            "seed": self.seed,
+            "usage": {
+                "prompt_tokens": self.done.prompt_tokens,
+                "cached_tokens": self.done.cached_tokens,
+                "generated_tokens": self.done.generated_tokens,
+            },
+        }
+
+
+def answer_lines(
+    service: Service,
+    lines: Iterable[tuple[int, bytes]],
+    given: LineDefaults,
+    compile_form: Compile,
+    at_once: int,
+) -> Iterator[Line]:
+    """Yield the numbered lines in their order, each with its answer; empty ones are left out.
+
+    They are read in a thread, a few ahead of those that are answered: what is ready need not wait
+    for the next line of a slow pipe. Raises what reading raises, once all before it is yielded.
+    """
+    begun: queue.SimpleQueue[Line | BaseException | None] = queue.SimpleQueue()
+    room = threading.Semaphore(_AHEAD * at_once)
+
+    def read() -> None:
+        try:
+            for number, text in lines:
+                if text.strip():
+                    room.acquire()
+                    begun.put(_begun(service, number, text, given, compile_form))
+        except BaseException as error:
+            begun.put(error)
+        else:
+            begun.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (line := begun.get()) is not None:
+        if isinstance(line, BaseException):
+            raise line
+        line.is_ready.wait()
+        yield line
+        room.release()
+
+
+def _begun(
+    service: Service, number: int, text: bytes, given: LineDefaults, compile_form: Compile
+) -> Line:
+    """Return a line whose answer is on its way; a fault of the line is its answer."""
+    line = Line(number)
+    try:
+        asked = _asked(line, service, text, given, compile_form)
+        line.seed = asked.seed
+        service.submit(asked.jobs[0], line.take)
+    except Exception as error:
+        line.end(error)
+    return line
+
+
+def _asked(
+    line: Line, service: Service, text: bytes, given: LineDefaults, compile_form: Compile
+) -> Asked:
+    """Return the request of a line. Raises `RequestError` and `PromptError`."""
+    if len(text) > service.context.longest_text * _JSON_BYTES + _OVERHEAD:
+        raise service.context.text_too_long("the line")
+    body = read_object(text, "the line")
+    line.id = body.pop("id", None)
+    for name in _NOT_HERE:
+        if name in body:
+            refuse(name, "is not for a file of prompts", "unsupported_parameter")
+    body = {**given.fields, **body}
+    if "prompt" in body:
+        body["messages"] = _question(body)
+    messages = body.get("messages")
+    if given.system is not None and isinstance(messages, list) and not _has_system(messages):
+        body["messages"] = [{"role": "system", "content": given.system}, *messages]
+    return read_chat(body, service, given.advice, compile_form)
+
+
+def _question(body: dict[str, Any]) -> list[dict[str, Any]]:
+    prompt = body.pop("prompt")
+    if not isinstance(prompt, str):
+        refuse_value("prompt", "a string", prompt)
+    if "messages" in body:
+        refuse("prompt", "and messages exclude each other")
+    return [{"role": "user", "content": prompt}]
+
+
+def _has_system(messages: list[Any]) -> bool:
+    return any(isinstance(each, dict) and each.get("role") == "system" for each in messages)

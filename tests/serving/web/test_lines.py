@@ -1,0 +1,150 @@
+"""A file of prompts: each line is answered as it would be alone, and they keep their order."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mixchat.options import SamplingOptions
+from mixchat.serving.model_service import ModelService
+from mixchat.serving.web.lines import Line, LineDefaults, answer_lines
+from mixchat.serving.web.options import Defaults
+from mixchat.serving.web.response_format import no_forms
+
+ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
+
+
+def answers(
+    service: ModelService, lines: list[Any], at_once: int = 4, **given: Any
+) -> list[dict[str, Any]]:
+    text = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines]
+    defaults = LineDefaults(ADVICE, **given)
+    return [
+        line.as_dict()
+        for line in answer_lines(service, enumerate(text, 1), defaults, no_forms, at_once)
+    ]
+
+
+def test_lines_are_answered_in_their_order_as_each_one_alone(
+    model_service: Callable[..., ModelService],
+) -> None:
+    lines = [
+        {"prompt": "Tell me " + "more " * (n % 5), "seed": n, "max_tokens": 1 + 7 * n % 20}
+        for n in range(30)
+    ]
+    together = answers(model_service(), lines)
+    assert [line["line"] for line in together] == list(range(1, 31))
+    alone = model_service(parallel=1)
+    for line, found in zip(lines, together, strict=True):
+        expected = answers(alone, [line])[0]
+        assert (found["answer"], found["seed"]) == (expected["answer"], line["seed"])
+        assert found["usage"]["generated_tokens"] <= line["max_tokens"]
+
+
+def test_a_prompt_is_a_question_and_messages_are_a_conversation(
+    model_service: Callable[..., ModelService],
+) -> None:
+    service = model_service()
+    question = [{"role": "user", "content": "Hi"}]
+    one, other = answers(service, [{"prompt": "Hi", "seed": 1}, {"messages": question, "seed": 1}])
+    assert one["answer"] == other["answer"]
+    with_system = [{"role": "system", "content": "Be brief"}, *question]
+    given, own = answers(
+        service,
+        [{"prompt": "Hi", "seed": 1}, {"messages": with_system, "seed": 1}],
+        system="Be brief",
+    )
+    assert given["answer"] == own["answer"] != one["answer"]
+
+
+def test_a_line_goes_before_what_applies_to_all(model_service: Callable[..., ModelService]) -> None:
+    lines = [{"prompt": "Hi"}, {"prompt": "Hi", "seed": 8}]
+    found = answers(model_service(), lines, fields={"seed": 7})
+    assert [line["seed"] for line in found] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", "the line is not JSON"),
+        (b"[]", "has to be a JSON object"),
+        (b"\xff", "not UTF-8"),
+        (b'{"prompt": NaN}', "NaN is no number"),
+        ({"prompt": 3}, "prompt has to be a string, not 3"),
+        ({"prompt": "Hi", "messages": []}, "exclude each other"),
+        ({"temperature": 1}, "messages is missing"),
+        ({"prompt": "Hi", "temperature": -1}, "temperature has to be 0 or more"),
+        ({"prompt": "Hi", "stream": True}, "stream is not for a file"),
+        ({"prompt": "Hi", "n": 2}, "n is not for a file"),
+        ({"prompt": "Hi", "colour": "red"}, "colour is not a field"),
+        ({"prompt": "x" * 200}, "too long"),
+        ({"prompt": "x" * 10**7}, "too long"),
+    ],
+)
+def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(
+    model_service: Callable[..., ModelService], line: Any, said: str
+) -> None:
+    good = {"prompt": "Hi", "seed": 1}
+    first, bad, last = answers(model_service(), [good, line, good])
+    assert said in bad["error"]
+    assert bad["line"] == 2
+    assert first["answer"] == last["answer"]
+
+
+def test_an_id_comes_back_also_with_an_error(model_service: Callable[..., ModelService]) -> None:
+    found = answers(
+        model_service(), [{"id": {"a": [1]}, "prompt": "Hi"}, {"id": "x", "prompt": ""}]
+    )
+    assert found[0]["id"] == {"a": [1]}
+    assert found[1]["id"] == "x"
+
+
+def test_empty_lines_are_left_out(model_service: Callable[..., ModelService]) -> None:
+    found = answers(model_service(), [b"\n", {"prompt": "Hi"}, b"  \n", {"prompt": "Ho"}])
+    assert [line["line"] for line in found] == [2, 4]
+
+
+def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(
+    model_service: Callable[..., ModelService],
+) -> None:
+    answered = threading.Event()
+
+    def slow() -> Iterator[tuple[int, bytes]]:
+        yield 1, b'{"prompt": "Hi"}'
+        assert answered.wait(60)
+        yield 2, b'{"prompt": "Ho"}'
+
+    found: list[Line] = []
+    for line in answer_lines(model_service(), slow(), LineDefaults(ADVICE), no_forms, 4):
+        found.append(line)
+        answered.set()
+    assert [line.number for line in found] == [1, 2]
+
+
+def test_lines_are_read_a_few_ahead_only(model_service: Callable[..., ModelService]) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[tuple[int, bytes]]:
+        for number in range(1, 10**9):
+            read.append(number)
+            yield number, b'{"prompt": "Hi"}'
+
+    running = answer_lines(model_service(), endless(), LineDefaults(ADVICE), no_forms, 4)
+    for _ in range(5):
+        next(running)
+    assert len(read) <= 5 + 2 * 4 + 1
+
+
+def test_what_reading_raises_comes_behind_the_lines_before(
+    model_service: Callable[..., ModelService],
+) -> None:
+    def broken() -> Iterator[tuple[int, bytes]]:
+        yield 1, b'{"prompt": "Hi"}'
+        raise OSError("the disk is gone")
+
+    running = answer_lines(model_service(), broken(), LineDefaults(ADVICE), no_forms, 4)
+    assert next(running).number == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(running)
