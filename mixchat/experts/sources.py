@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,11 +27,22 @@ _STEP = 8 << 20  # bytes of a read: 2 to 8 ms, after which a more urgent load ca
 _ROUND = 8  # experts that are read past the page cache, or through it, between two tries
 
 
+class _Part(NamedTuple):
+    """Bytes to fill with those of an expert from `start` on."""
+
+    start: int
+    bytes: torch.Tensor
+
+
 class _Way(NamedTuple):
     """A way to read: past the page cache or through it, and how many reads at once."""
 
     direct: bool
     at_once: int
+
+
+def _parts(block: torch.Tensor) -> list[_Part]:
+    return [_Part(n * _STEP, part) for n, part in enumerate(torch.split(block, _STEP))]
 
 
 PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
@@ -50,44 +62,68 @@ class DiskSource:
         ways = [_Way(direct, 2) for direct in (True, False)] + [_Way(direct=True, at_once=1)]
         possible = ways if choose and model.open_direct() else [_Way(direct=False, at_once=1)]
         self._ways = Trial(possible, length=_ROUND * model.blueprint.expert.stride)
-        self._others = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="read")
+        self._reads: deque[Future[None]] = deque()  # those in flight
         self._staging: torch.Tensor | None = None
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
-        start = 0
-        while start < len(block):
-            way = self._ways.variant
-            piece = block[start : start + way.at_once * _STEP]
-            if block.device == CPU:
-                self._read(key, piece, start, way)
-            else:  # copied at once: if this load is put off, another one uses the same staging
-                staged = self._stage()[: len(piece)]
-                self._read(key, staged, start, way)
-                piece.copy_(staged)
-            start += len(piece)
+        # A load that was put off may have left reads in flight, for a slot that is this one's now.
+        wait(self._reads)
+        yield from self._steps(key, block) if block.device == CPU else self._staged(key, block)
+
+    def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+        """Read a block; while a step is looked at, the next read is in flight already."""
+        parts, reads = deque(_parts(block)), deque[Future[None]]()
+        self._reads = reads
+        try:
+            while parts or reads:
+                way, began = self._ways.variant, time.perf_counter()
+                size = len(parts[0].bytes) if parts else _STEP
+                if way.at_once == 1 and not reads:
+                    self._read(key, parts.popleft(), way)
+                else:
+                    while parts and len(reads) < way.at_once:
+                        reads.append(self._begin(key, parts.popleft(), way))
+                    reads.popleft().result()
+                self._ways.add(time.perf_counter() - began, size)
+                yield
+        finally:
+            wait(reads)  # none may fill a slot that is another expert's by then
+
+    def _staged(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+        """Read a block that is not in RAM; each step is copied, since others use this staging."""
+        parts = deque(_parts(block))
+        while parts:
+            way, began = self._ways.variant, time.perf_counter()
+            together = [parts.popleft() for _ in range(min(way.at_once, len(parts)))]
+            staged = [
+                _Part(part.start, stage[: len(part.bytes)])
+                for part, stage in zip(together, torch.split(self._stage(), _STEP), strict=False)
+            ]
+            reads = [self._begin(key, part, way) for part in staged[1:]]
+            try:
+                self._read(key, staged[0], way)
+            finally:
+                wait(reads)
+            for read in reads:
+                read.result()
+            for part, stage in zip(together, staged, strict=True):
+                part.bytes.copy_(stage.bytes)
+            size = sum(len(part.bytes) for part in together)
+            self._ways.add(time.perf_counter() - began, size)
             yield
 
     def tier(self, key: ExpertKey) -> str:
         return "disk"
 
-    def _read(self, key: ExpertKey, piece: torch.Tensor, start: int, way: _Way) -> None:
-        began = time.perf_counter()
-
-        def read(number: int, part: torch.Tensor) -> None:
-            self._model.read_expert(*key, part, start + number * _STEP, direct=way.direct)
-
-        here, *parts = enumerate(torch.split(piece, _STEP))
-        reads = []
+    def _begin(self, key: ExpertKey, part: _Part, way: _Way) -> Future[None]:
         try:
-            reads = [self._others.submit(read, *part) for part in parts]
-            read(*here)
-        except RuntimeError as error:  # no thread to be had
+            return self._readers.submit(self._read, key, part, way)
+        except RuntimeError as error:
             raise no_thread() from error
-        finally:
-            wait(reads)  # none may fill a slot that is another expert's by then
-        for other in reads:
-            other.result()
-        self._ways.add(time.perf_counter() - began, len(piece))
+
+    def _read(self, key: ExpertKey, part: _Part, way: _Way) -> None:
+        self._model.read_expert(*key, part.bytes, part.start, direct=way.direct)
 
     def _stage(self) -> torch.Tensor:
         if self._staging is None:
