@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 PORT = 11435
 _NEEDED = ("starlette", "uvicorn")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # that of an extension has its own scheme
 
 
 def serve(
@@ -117,14 +119,13 @@ def _check_packages() -> None:
 
 
 def _checked_key(key: str) -> str:
-    checked(key.strip(), "the API key")
-    if not key.isascii() or not key.isprintable() or key != key.strip():
-        raise UsageError("the API key has to be printable ASCII without spaces around it")
+    if not checked(key, "the API key").isascii() or not key.isprintable() or " " in key:
+        raise UsageError("the API key has to be printable ASCII without spaces")
     return key
 
 
 def _checked_origin(origin: str) -> str:
-    if origin != "*" and not origin.startswith(("http://", "https://", "null")):
-        hint = "Write it as a browser does: http://localhost:3000, without a path."
-        raise UsageError(f"--cors {checked(origin, '--cors')!r} is no origin", hint=hint)
-    return origin.rstrip("/")
+    if origin == "*" or _ORIGIN.fullmatch(origin):
+        return origin
+    hint = "Write it as a browser does: http://localhost:3000, without a path."
+    raise UsageError(f"--cors {checked(origin, '--cors')!r} is no origin", hint=hint)

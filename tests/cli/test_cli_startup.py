@@ -14,9 +14,11 @@ HEAVY = {
     "prompt_toolkit",
     "rich",
     "sentencepiece",
+    "starlette",
     "tokenizers",
     "torch",
     "transformers",
+    "uvicorn",
 }
 PRINT_MODULES = """
 import sys
@@ -34,6 +36,7 @@ finally:
         ["--help"],
         ["--version"],
         ["run", "--help"],
+        ["serve", "-h"],
         ["download", "-h"],
         ["plan", "-h"],
         ["stats", "-h"],
@@ -58,7 +61,9 @@ def test_help_imports_nothing_heavy(arguments):
     assert not HEAVY & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("command", ["run", "download", "show", "plan", "verify", "simulate"])
+@pytest.mark.parametrize(
+    "command", ["run", "serve", "download", "show", "plan", "verify", "simulate"]
+)
 def test_help_names_no_types_of_python(mixchat, command):
     """It said `PROMPT <list[str]>`."""
     said = mixchat(command, "--help").stdout.decode()

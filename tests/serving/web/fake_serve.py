@@ -1,0 +1,20 @@
+"""`mixchat serve` as a program of its own, with a scripted service in place of a model."""
+
+import sys
+
+from scripted_service import ScriptedService
+
+from mixchat.cli import app, serve
+from mixchat.options import SamplingOptions
+from mixchat.serving.web.options import Defaults
+
+
+def open_fake(model, load, queue):
+    service = ScriptedService(parallel=load.parallel, queue=queue)
+    service.name = model
+    return service, Defaults(SamplingOptions())
+
+
+if __name__ == "__main__":
+    serve.open_service = open_fake
+    app.run(["serve", *sys.argv[1:]])

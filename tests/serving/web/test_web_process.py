@@ -1,0 +1,234 @@
+"""`mixchat serve` as a process: its first line, its refusals, and its end by signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from raw_http import exchange, read_response, request
+
+FAKE = [sys.executable, str(Path(__file__).with_name("fake_serve.py"))]
+CHAT = "/v1/chat/completions"
+HANGS = 60  # seconds after which a test fails, since something hangs
+
+
+class Process:
+    """A server in a process of its own, on a free port."""
+
+    def __init__(self, *arguments, **options):
+        self.popen = subprocess.Popen(
+            [*FAKE, "--port", "0", *arguments], stderr=subprocess.PIPE, text=True, **options
+        )
+        self.first_line = self.popen.stderr.readline()
+        found = re.match(r"http://\S+:(\d+)/v1: serving ", self.first_line)
+        assert found, self.first_line + self.popen.stderr.read()
+        self.port = int(found[1])
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANGS)
+
+    def ask(self, text, **options):
+        """A connection on which a question was sent."""
+        connection = self.connect()
+        body = {"messages": [{"role": "user", "content": text}]}
+        connection.sendall(request(CHAT, body | options))
+        return connection
+
+    def wait_until_running(self, count):
+        while f"requests_running {count}" not in exchange(self, request("/metrics")).body.decode():
+            pass
+
+    def wait_until_closing(self):
+        hi = request(CHAT, {"messages": [{"role": "user", "content": "Hi"}]})
+        while (response := exchange(self, hi)).status == 200:
+            pass
+        return response
+
+    def end(self):
+        """The exit code, and what was printed after the first line."""
+        _, rest = self.popen.communicate(timeout=HANGS)
+        return self.popen.returncode, rest
+
+
+@pytest.fixture
+def environment(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MIXCHAT_")}
+    return kept | {"MIXCHAT_HOME": str(tmp_path / "home"), "XDG_CONFIG_HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def start(environment):
+    started = []
+
+    def start(*arguments, variables=None, **options):
+        options["env"] = environment | (variables or {})
+        started.append(Process(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+@pytest.fixture
+def refused(environment):
+    """The exit code and the lines of a server that does not start."""
+
+    def run(*arguments, variables=None):
+        done = subprocess.run(
+            [*FAKE, *arguments],
+            env=environment | (variables or {}),
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANGS,
+            check=False,
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+def content(response):
+    return response.json["choices"][0]["message"]["content"]
+
+
+def test_its_first_line_names_the_url_and_the_model(start):
+    process = start("-m", "demo")
+    assert re.fullmatch(
+        r"http://127\.0\.0\.1:\d+/v1: serving demo; Ctrl-C ends it\n", process.first_line
+    )
+    assert exchange(process, request("/v1/models")).json["data"][0]["id"] == "demo"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_without_a_word(start, number, code):
+    process = start()
+    with process.connect():  # an idle connection keeps nobody
+        process.popen.send_signal(number)
+        assert process.end() == (code, "")
+
+
+def test_running_answers_come_to_their_end_and_new_ones_are_refused(start):
+    process = start()
+    text = "say:a" + "{wait}" * 40 + "b"
+    with process.ask(text) as whole, process.ask(text, stream=True) as streamed:
+        process.wait_until_running(2)
+        process.popen.send_signal(signal.SIGTERM)
+        refusal = process.wait_until_closing()
+        assert (refusal.status, refusal.error["code"]) == (503, "shutting_down")
+        assert content(read_response(whole)) == "ab"
+        assert b"data: [DONE]" in read_response(streamed).body
+    assert process.end() == (143, "")
+
+
+@pytest.mark.slow
+def test_an_answer_without_an_end_is_cut_off(start):
+    process = start()
+    with process.ask("say:a{hang}") as whole, process.ask("say:a{hang}", stream=True) as streamed:
+        process.wait_until_running(2)
+        process.popen.send_signal(signal.SIGTERM)
+        response = read_response(whole)
+        assert (response.status, response.error["code"]) == (503, "shutting_down")
+        body = read_response(streamed).body
+        assert b'"content":"a"' in body
+        assert b"the answer is cut off" in body
+    assert process.end() == (143, "")
+
+
+def test_a_second_ctrl_c_ends_it_at_once(start):
+    process = start()
+    with process.ask("say:a{hang}") as asked:
+        process.wait_until_running(1)
+        process.popen.send_signal(signal.SIGINT)
+        process.wait_until_closing()
+        process.popen.send_signal(signal.SIGINT)
+        assert process.end() == (130, "")
+        with pytest.raises(ConnectionError):
+            read_response(asked)
+
+
+def test_connections_beyond_the_usual_limit_of_files_stop_nobody(start):
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+
+    process = start(preexec_fn=few_files)
+    idle = [process.connect() for _ in range(200)]
+    with process.ask("say:well") as asked:
+        assert content(read_response(asked)) == "well"
+    for connection in idle:
+        connection.close()
+
+
+def test_the_key_may_be_a_variable(start):
+    process = start(variables={"MIXCHAT_API_KEY": "secret"})
+    assert exchange(process, request("/v1/models")).status == 401
+    right = request("/v1/models", authorization="Bearer secret")
+    assert exchange(process, right).status == 200
+
+
+def test_with_a_key_it_may_be_reached_from_elsewhere(start):
+    process = start("--host", "0.0.0.0", "--api-key", "secret")
+    assert process.first_line.startswith("http://0.0.0.0:")
+    data = request("/v1/models", host="box.example", authorization="Bearer secret")
+    assert exchange(process, data).status == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_a_key_it_may_not(refused, host):
+    code, said = refused("--host", host)
+    assert (code, said) == (
+        2,
+        f"error: --host {host}: whoever reaches this machine could use the server\n"
+        "hint: Set a key in MIXCHAT_API_KEY, or leave --host out to serve this machine alone.\n",
+    )
+
+
+def test_a_port_in_use_is_told(refused):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, said = refused("--port", str(port))
+    assert code == 2
+    assert said == (
+        f"error: 127.0.0.1:{port}: the port is in use\n"
+        "hint: Perhaps a server runs already. --port N takes another port.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "70000"], "--port"),
+        (["--parallel", "0"], "--parallel"),
+        (["--queue", "-1"], "--queue"),
+        (["--host", "no such host"], "cannot read"),
+        (["--cors", "localhost:3000"], "is no origin"),
+        (["--cors", "http://localhost:3000/page"], "is no origin"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--api-key", "a b\n"], "the API key has to be"),
+        (["--api-key", "schlüssel"], "the API key has to be"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(refused, arguments, said):
+    code, printed = refused(*arguments)
+    assert code == 2
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def test_it_says_what_has_to_be_installed(monkeypatch):
+    from mixchat.cli import serve
+    from mixchat.errors import MissingDependencyError
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError) as caught:
+        serve._check_packages()
+    assert caught.value.exit_code == 8
+    assert caught.value.hint == "pip install starlette uvicorn"
