@@ -20,6 +20,7 @@ CAMPAIGNS = Path(__file__).parent / "campaigns"
         ["interrupts.py", "--rounds", "100"],
         ["flips.py", "--flips", "8", "--real", "1"],
         ["hub_faults.py", "--rounds", "6"],
+        ["hostile_requests.py", "--rounds", "0.05"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],
     ],
     ids=lambda command: command[0],

@@ -53,11 +53,11 @@ def _finite(text: str) -> float:
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"the field {_shown(twice)} is given twice", param=plain(twice))
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise RequestError(f"the field {name[:_ONE_LINE]!a} is given twice", param=plain(name))
+        values[name] = value
     return values
 
 
@@ -77,14 +77,12 @@ def _check(value: Any, path: str, depth: int) -> None:
 
 
 def _check_text(text: str, path: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         where = plain(path) or "a name"
-        raise RequestError(f"{where} has half of a surrogate pair", param=where)
+        raise RequestError(f"{where} has half of a surrogate pair", param=where) from None
 
 
 def _too_deep(path: str) -> RequestError:
     return RequestError(f"it has more than {_DEEPEST} levels", param=plain(path) or None)
-
-
-def _shown(name: str) -> str:
-    return ascii(name[:_ONE_LINE])

@@ -61,8 +61,7 @@ class AnswerStream:
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of each event; an error is one, too, since the status is sent."""
         try:
-            for chunk in self._shape.openings():
-                yield _event(chunk)
+            yield b"".join(map(_event, self._shape.openings()))
             async for piece in self._answered():
                 yield piece
         except Exception as error:
@@ -73,12 +72,10 @@ class AnswerStream:
         done: dict[int, Done] = {}
         while not self._answers.finished:
             events = await self._answers.next(PING_SECONDS)
-            if not events:
-                yield b": waiting\n\n"
-            for number, event in events:
-                if isinstance(event, Done):
-                    done[number] = event
-                yield await self._piece(number, event)
+            done |= {number: event for number, event in events if isinstance(event, Done)}
+            # What came together is sent together: a slow client has less to take so.
+            pieces = [await self._piece(number, event) for number, event in events]
+            yield b"".join(pieces) or b": waiting\n\n"
         if self._include_usage:
             yield _event(self._shape.usage([done[number] for number in sorted(done)]))
 

@@ -34,17 +34,18 @@ def request(path: str, body: Any = None, *, method: str | None = None, **headers
 
 
 def read_response(connection: socket.socket) -> Response:
-    """Read one response, by its length or to the end of the connection."""
-    data = bytearray()
-    while b"\r\n\r\n" not in data:
-        if not (piece := connection.recv(65536)):
-            raise ConnectionError(f"closed after {bytes(data)!r}")
-        data += piece
-    head, _, body = bytes(data).partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").split("\r\n")
-    headers = {n.lower(): v for n, v in (line.split(": ", 1) for line in lines)}
-    length = headers.get("content-length")
-    while (length is None or len(body) < int(length)) and (piece := connection.recv(65536)):
+    """Read one response, by its length or to the end of the connection, and not a byte more."""
+    stream = connection.makefile("rb", buffering=0)
+    first = stream.readline()
+    if not first:
+        raise ConnectionError("closed without a response")
+    headers = {}
+    while line := stream.readline().strip():
+        name, _, value = line.decode("latin-1").partition(": ")
+        headers[name.lower()] = value
+    length = int(headers.get("content-length", "-1"))
+    body = b""
+    while length != len(body) and (piece := stream.read(max(length - len(body), -1) % 65537)):
         body += piece
     return Response(int(first.split()[1]), headers, body)
 

@@ -1,0 +1,182 @@
+"""The kinds of hostile requests: each sends one to a server, and returns the response."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import rig  # noqa: F401 - it lets the tests' modules be found
+
+from tests.serving.web.raw_http import Response, read_response, request
+
+HANG = 60.0  # seconds
+LARGE = 100_000_000  # bytes
+CHAT = "/v1/chat/completions"
+PATHS = (CHAT, "/v1/completions", "/tokenize", "/detokenize")
+
+
+class Target:
+    """The server."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANG)
+
+    def send(self, *pieces: bytes) -> Response:
+        with self.connect() as connection:
+            with contextlib.suppress(ConnectionError):  # it may have answered before the end
+                for piece in pieces:
+                    connection.sendall(piece)
+            return read_response(connection)
+
+
+Kind = Callable[[Target, random.Random], Response]
+
+
+def chat(content: Any = "Hi", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 3} | more
+
+
+def large_body(target: Target, rng: random.Random) -> Response:
+    piece = rng.choice([b" ", b"[", b"a", b"\xff"]) * 1_000_000
+    head = request(CHAT, b"", content_length=str(LARGE))
+    return target.send(head, *[piece] * (LARGE // len(piece)))
+
+
+def large_chunks(target: Target, rng: random.Random) -> Response:
+    head = request(CHAT, b"", content_length=None, transfer_encoding="chunked")
+    piece = b"100000\r\n" + rng.choice([b" ", b"{"]) * 0x100000 + b"\r\n"
+    return target.send(head, *[piece] * (LARGE // len(piece)), b"0\r\n\r\n")
+
+
+def deep(target: Target, rng: random.Random) -> Response:
+    depth = rng.choice([65, 1000, 100_000, 500_000])
+    opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
+    core = opening * depth + (b"1" + closing * depth if rng.random() < 0.5 else b"")
+    inner = rng.choice([core, b'{"messages":' + core + b"}", b'{"metadata":' + core + b"}"])
+    return target.send(request(rng.choice(PATHS), inner))
+
+
+ODD: list[Any] = [None, True, -1, 0, 1.5, 10**30, 10**400, "", "x", [], [[]], {}, {"a": {}}, "\x00"]
+FIELDS = (
+    *("model", "messages", "prompt", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
+    *("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "logprobs", "top_logprobs"),
+    *("logit_bias", "response_format", "presence_penalty", "frequency_penalty", "echo", "best_of"),
+    *("tools", "user", "store", "content", "tokens", "unknown"),
+)
+
+
+def wrong_type(target: Target, rng: random.Random) -> Response:
+    path = rng.choice(PATHS)
+    body = {CHAT: chat(), PATHS[1]: {"prompt": "Hi", "max_tokens": 3}}.get(path, {})
+    for _ in range(rng.randint(1, 3)):
+        body[rng.choice(FIELDS)] = rng.choice(ODD)
+    return target.send(request(path, body))
+
+
+def wrong_message(target: Target, rng: random.Random) -> Response:
+    part = {"type": rng.choice(["text", "image_url", 5]), "text": rng.choice(ODD)}
+    content = rng.choice([*ODD, [part], [part] * 2000])
+    message = {"role": rng.choice(["user", "tool", *ODD[:6]]), "content": content}
+    return target.send(request(CHAT, chat(messages=[message] * rng.choice([1, 2, 20_000]))))
+
+
+def no_json(target: Target, rng: random.Random) -> Response:
+    values = [b"NaN", b"-Infinity", b"1e999", b"9" * 9999, b'"\\ud800"', b'"\\udc00x"', b"01", b"'"]
+    bodies = [b'{"temperature": %s}', b'{"user": %s}', b'{"n": 1, "n": %s}', b'{"a": %s', b"%s"]
+    body = rng.choice(bodies) % rng.choice(values)
+    return target.send(request(rng.choice(PATHS), rng.choice([body, rng.randbytes(200)])))
+
+
+def no_http(target: Target, rng: random.Random) -> Response:
+    good = bytearray(request(rng.choice(PATHS), chat()))
+    for _ in range(rng.randint(1, 8)):
+        good[rng.randrange(60)] = rng.randrange(256)
+    return target.send(rng.choice([bytes(good) + b"\r\n\r\n", rng.randbytes(400) + b"\r\n\r\n"]))
+
+
+def injection(target: Target, rng: random.Random) -> Response:
+    evil = rng.choice(["a\r\nx-evil: 1", "a\nx-evil: 1", "\x1b[31m", "a\x00b", "%0d%0ax-evil:1"])
+    name = rng.choice(["x_request_id", "origin", "authorization", "user_agent", "content_type"])
+    data = rng.choice(
+        [
+            request(CHAT, chat(), **{name: evil}),
+            request(f"/v1/models/{evil}"),
+            request(CHAT, chat(model=evil)),
+            request(CHAT, chat(**{evil: 1})),
+            request("/health", host=evil),
+        ]
+    )
+    response = target.send(data)
+    assert not any("evil" in name for name in response.headers), response
+    return response
+
+
+def smuggling(target: Target, rng: random.Random) -> Response:
+    both = {"content_length": "5", "transfer_encoding": rng.choice(["chunked", "xchunked", "gzip"])}
+    more = rng.choice(
+        [both, {"content_length": "+5"}, {"content_length": "5, 6"}, {"te": "x" * 70_000}]
+    )
+    return target.send(request(CHAT, b"0\r\n\r\nGET /x HTTP/1.1\r\n\r\n", **more))
+
+
+def slow(target: Target, rng: random.Random) -> Response:
+    data = request(CHAT, chat())
+    with target.connect() as connection:
+        start = rng.choice([1, 20, len(data) - 20])
+        connection.sendall(data[:start])
+        with contextlib.suppress(ConnectionError):
+            for byte in data[start : start + 15]:
+                connection.sendall(bytes([byte]))
+                time.sleep(1)
+        return read_response(connection)
+
+
+def leaving(target: Target, rng: random.Random) -> Response:
+    data = request(CHAT, chat("x " * 200, stream=rng.random() < 0.5, n=4, max_tokens=200))
+    with target.connect() as connection:
+        connection.sendall(data[: rng.choice([len(data) // 2, len(data)])])
+        time.sleep(rng.random() / 4)
+    raise ConnectionResetError
+
+
+def greedy(target: Target, rng: random.Random) -> Response:
+    bodies = [
+        chat("x" * rng.choice([1_000_000, 1_400_000])),
+        chat("\U0001f600" * 100_000),
+        chat(" " * 400_000 + "\u0300" * 100_000),
+        chat(logit_bias={str(i): 1 for i in range(60_000)}),
+        chat(stop=["x" * 500] * 33),
+        chat(n=17),
+        chat(n=10**9),
+        chat(max_tokens=10**18),
+        {"prompt": [[1] * 30_000] * 16},
+        {"prompt": ["x" * 60_000] * 17},
+        {"tokens": list(range(8000)) * 40},
+        {"content": "ab" * 500_000},
+    ]
+    body = rng.choice(bodies)
+    path = PATHS[1] if "prompt" in body else "/detokenize" if "tokens" in body else CHAT
+    return target.send(request("/tokenize" if "content" in body else path, body))
+
+
+KINDS: dict[str, tuple[Kind, int]] = {
+    "100 MB, its length declared": (large_body, 6),
+    "100 MB in chunks": (large_chunks, 6),
+    "deep JSON": (deep, 60),
+    "wrong types": (wrong_type, 200),
+    "wrong messages": (wrong_message, 60),
+    "no JSON": (no_json, 80),
+    "no HTTP": (no_http, 80),
+    "header injection": (injection, 60),
+    "request smuggling": (smuggling, 40),
+    "slow senders": (slow, 24),
+    "clients that leave": (leaving, 60),
+    "asking for too much": (greedy, 60),
+}

@@ -1,0 +1,126 @@
+"""Sends hundreds of hostile requests to a server, while a good client asks it all the time.
+
+Each has to be answered with a 4xx (or be closed without an answer, where it is no request), none
+with a 5xx; nothing may hang, the server may not print a word, and the good client has to get its
+answers. With `--model demo` the server has a real model, otherwise a scripted service.
+
+    python tests/campaigns/hostile_requests.py [--rounds 1] [--model demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from hostile_request_kinds import HANG, KINDS, Kind, Target
+from rig import HERE, table, workplace
+
+WEB = HERE.parent / "serving" / "web"
+IDLE = 1000
+CLOSED = "closed"
+# No request may bring about a 5xx. 200 is that of one which is not as bad as it looks.
+GOOD = {CLOSED, "200", "400", "403", "404", "405", "408", "413", "415", "429", "431"}
+
+
+class Outcomes:
+    """How often each kind of request had which outcome."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.faults: list[str] = []
+
+    def attack(self, target: Target, name: str, kind: Kind, seed: int) -> None:
+        """Send one request of a kind, and record what became of it."""
+        try:
+            response = kind(target, random.Random(seed))
+            outcome = str(response.status)
+            if not response.body.startswith((b"{", b"data", b":", b"Invalid HTTP")):
+                self.faults.append(f"{name}: a strange body: {response.body[:80]!r}")
+        except ConnectionError:
+            outcome = CLOSED
+        except TimeoutError:
+            outcome = "hangs"
+        self.counts[name, outcome] += 1
+        if outcome not in GOOD:
+            self.faults.append(f"{name} (seed {seed}): {outcome}")
+
+    def rows(self) -> dict[str, object]:
+        """Return a row of a table for each kind."""
+        return {
+            name: ", ".join(
+                f"{what}: {n}" for (kind, what), n in sorted(self.counts.items()) if kind == name
+            )
+            for name in KINDS
+        }
+
+
+@contextlib.contextmanager
+def server(model: str | None) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
+    """Start a server; yield it as soon as it serves."""
+    real = [sys.executable, "-m", "mixchat", "serve", "-m", model or ""]
+    command = [sys.executable, str(WEB / "fake_serve.py")] if model is None else real
+    process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if line.startswith("http://"):
+                yield Target(int(line.split("/")[2].rpartition(":")[2])), process
+                break
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start_good_client(target: Target, model: str | None) -> subprocess.Popen[str]:
+    """Start a client; what the scripted service says is known."""
+    expected = ["well"] if model is None else []
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "good_client.py"), str(target.port), *expected],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=float, default=1, help="how often all kinds are sent")
+    parser.add_argument("--model", help="an installed model; a scripted service without one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    work = [
+        (name, kind, options.seed + number)
+        for name, (kind, times) in KINDS.items()
+        for number in range(max(1, round(times * options.rounds)))
+    ]
+    random.Random(options.seed).shuffle(work)
+    outcomes = Outcomes()
+    place = contextlib.nullcontext() if options.model else workplace()
+    with place, server(options.model) as (target, process):
+        good = start_good_client(target, options.model)
+        idle = [target.connect() for _ in range(IDLE)]
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(lambda each: outcomes.attack(target, *each), work))
+        found = json.loads(good.communicate(timeout=HANG)[0])
+        for connection in idle:
+            connection.close()
+        process.terminate()
+        said = process.communicate(timeout=HANG)[1]
+    faults = outcomes.faults + found["faults"]
+    if process.returncode != 143 or said or not found["results"]["answers"]:
+        faults.append(f"the server: exit {process.returncode}, said {said!r}")
+    table(f"{len(work)} hostile requests beside {IDLE} idle connections", outcomes.rows())
+    table("the good client", found["results"])
+    table(f"{len(faults)} faults", dict(enumerate(faults[:40])))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
