@@ -1,0 +1,111 @@
+"""The openai package against `mixchat serve -m demo`: a real model in a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
+HANGS = 300  # seconds
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Say hello to Ann.",
+    "How many legs has a cat?",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """The URL of a server whose first command ever this was, with the demo model."""
+    home = tmp_path_factory.mktemp("home")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixchat", "serve", "-m", "demo", "--port", "0", "--queue", "40"],
+        env=os.environ | {"MIXCHAT_HOME": str(home)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            assert line, "it ended"
+            found = re.match(r"(http://\S+): serving demo", line)
+        yield found[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANGS) == 143
+    finally:
+        process.kill()
+        process.communicate()
+        shutil.rmtree(home)  # 0.5 GB, which pytest would keep
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with OpenAI(base_url=server, api_key="none", max_retries=0, timeout=HANGS) as client:
+        yield client
+
+
+def ask(client, number, **options):
+    messages = [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
+    return client.chat.completions.create(
+        model="demo", messages=messages, **{"seed": number, "max_tokens": 24} | options
+    )
+
+
+def post(client, path, **body):
+    url = str(client.base_url).replace("v1/", path)
+    request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")
+    with urllib.request.urlopen(request, timeout=HANGS) as response:
+        return json.load(response)
+
+
+def test_it_answers_a_question(client):
+    answer = ask(client, 0, temperature=0)
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_tokens_of_an_answer_are_its_text(client):
+    (choice,) = ask(client, 1, logprobs=True, top_logprobs=3).choices
+    tokens = [token for token in choice.logprobs.content if token.token != "<|im_end|>"]
+    assert "".join(token.token for token in tokens) == choice.message.content
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
+
+
+def test_a_bias_of_minus_100_forbids_a_token(client):
+    (plain,) = ask(client, 0, temperature=0, logprobs=True).choices
+    ids = post(client, "tokenize", content=plain.logprobs.content[0].token)["tokens"]
+    biased = ask(client, 0, temperature=0, logit_bias={str(ids[0]): -100}, max_tokens=4)
+    assert not biased.choices[0].message.content.startswith(plain.logprobs.content[0].token)
+
+
+def test_text_goes_through_tokens_and_back(client):
+    text = "Café: 5 \u20ac, <|im_end|> is text"
+    tokens = post(client, "tokenize", content=text)
+    assert post(client, "detokenize", **tokens) == {"content": text}
+    assert tokens["tokens"] != post(client, "tokenize", content=text, add_special=True)["tokens"]
+
+
+def test_a_base_prompt_is_completed(client):
+    answer = client.completions.create(
+        model="demo", prompt="One, two, three, four,", temperature=0, max_tokens=3
+    )
+    assert answer.choices[0].text.strip().startswith("five")
+
+
+def test_a_prompt_that_fills_the_context_is_refused(client):
+    messages = [{"role": "user", "content": "word " * 9000}]
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=messages)
+    assert caught.value.code == "context_length_exceeded"
