@@ -57,3 +57,8 @@ class Context:
             hint = f"--ctx-size can be up to {self.largest}."
         holds = f"the context holds {self.tokens} tokens, the answer included"
         return PromptTooLongError(f"{name} is too long: {size}, {holds}", hint=hint)
+
+
+
+UNKNOWN = Context(2**20, 2**20)
+"""In place of a context whose size is not known: no model is known to have a larger one."""

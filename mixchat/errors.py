@@ -10,7 +10,7 @@ in one place and prints `error: <message>` and the hint. Any other error that es
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model or chat, or it is not on this machine     |
-| 5         | the hub cannot be reached, refuses, or sends something wrong     |
+| 5         | hub or server cannot be reached, refuses, or sends wrong things  |
 | 6         | a checkpoint, model or saved chat is damaged or unsupported      |
 | 7         | not enough disk or memory, or a chat that cannot be saved        |
 | 8         | something else has to be installed first                         |
@@ -64,6 +64,12 @@ class ChatNotFoundError(MixchatError):
 
 class HubError(MixchatError):
     """The hub cannot be reached, refuses, or sends something wrong."""
+
+    exit_code = 5
+
+
+class ServerError(MixchatError):
+    """A server that should answer cannot be reached, refuses, or sends something wrong."""
 
     exit_code = 5
 

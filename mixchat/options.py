@@ -41,6 +41,21 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class RequestedSampling:
+    """The options of sampling that a server is asked for, as above; None leaves one to the server.
+
+    Only what was given is sent: many servers refuse an option that they do not have.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """The options of loading a model. None chooses from what the machine has.
 

@@ -67,6 +67,7 @@ def test_the_demo_is_listed_and_described(home: Path) -> None:
 
 
 def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.options import LoadOptions, SamplingOptions
@@ -74,10 +75,9 @@ def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
 
     directory = home / "models" / "demo"
     tokenizer = load_tokenizer(directory)
+    engine = load_engine(directory, LoadOptions(device="cpu"))
     session = ChatSession(
-        load_engine(directory, LoadOptions(device="cpu")),
-        tokenizer,
-        load_template(directory, tokenizer),
+        EngineBackend(engine, tokenizer, load_template(directory, tokenizer)),
         sampling=SamplingOptions(temperature=0),
         max_tokens=24,
     )

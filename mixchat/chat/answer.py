@@ -11,7 +11,7 @@ from mixchat.text.messages import Message
 from mixchat.text.stop import StopStrings
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
-_COMPLETE = ("stop", "stop_string")
+COMPLETE = ("stop", "stop_string")  # reasons: nothing of the answer is missing
 
 
 def cut_off_note(tokens: int, more: str) -> str:
@@ -66,7 +66,7 @@ class Answer:
         if not (self._whole or self.cut or self.text):
             return None
         ids = tuple(self.ids) if self._whole else self._ids_of_text()
-        content, partial = self.text, self.reason not in _COMPLETE
+        content, partial = self.text, self.reason not in COMPLETE
         if before is not None:
             content = before.content + content
             ids = None if ids is None or before.ids is None else before.ids + ids

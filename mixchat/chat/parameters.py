@@ -7,13 +7,15 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
-    from mixchat.options import SamplingOptions
+    from mixchat.options import RequestedSampling, SamplingOptions
+
+    Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 
 OVERFLOWS = ("stop", "drop-oldest")
 _NONE = ("none", "off", "default")
@@ -68,9 +70,13 @@ def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
     sampling = {name: getattr(session.sampling, of.field) for name, of in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
-    limit = session.longest_answer or "what fits"
+    limit = "what fits" if session.max_tokens == 0 else session.longest_answer
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
-    return {name: str(value) for name, value in {**sampling, **others}.items()}
+    of_server = "left to the server"  # what was not given
+    return {
+        name: of_server if value is None else str(value)
+        for name, value in {**sampling, **others}.items()
+    }
 
 
 def change(session: ChatSession, name: str, text: str) -> None:
@@ -109,12 +115,12 @@ def checked_overflow(text: str, name: str = "overflow") -> Any:
     return text
 
 
-def numbers_of(sampling: SamplingOptions) -> dict[str, Any]:
+def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:
     """Return the numbers that a chat can change, by their names in Python."""
     return {of.field: getattr(sampling, of.field) for of in SAMPLING.values()}
 
 
-def with_numbers(sampling: SamplingOptions, numbers: Mapping[str, Any]) -> SamplingOptions:
+def with_numbers(sampling: Sampling, numbers: Mapping[str, Any]) -> Sampling:
     """Return `sampling` with these numbers, by their names in Python; bad ones are ignored."""
     known = {of.field: of for of in SAMPLING.values()}
     good = {

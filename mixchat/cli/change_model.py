@@ -30,6 +30,8 @@ class ModelChanger:
     `open_model` returns a session with a model, `hooks` its `after_turn` and `predict`.
     """
 
+    place = "on this machine"
+
     def __init__(
         self,
         saver: ChatSaver,
@@ -108,7 +110,7 @@ def save_report(session: ChatSession, model: str) -> None:
     from mixchat.engine.report import report_of, save_report
     from mixchat.engine.report_path import report_path
 
-    if session.engine.is_closed:
+    if session.is_closed:
         return
     with suppress(OSError, ModelNotFoundError):
         save_report(report_path(model), report_of(session.engine, model))

@@ -18,7 +18,8 @@ from mixchat.model_config import ModelConfig, advised_length, advised_sampling
 from mixchat.options import LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession, Overflow
+    from mixchat.chat.backend import Overflow
+    from mixchat.chat.session import ChatSession
     from mixchat.serving.model_service import ModelService
     from mixchat.serving.web.options import Defaults
 
@@ -69,6 +70,7 @@ def open_session(
     text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
     prepare_environment()
     with nullcontext() if output.quiet else status(f"loading {model}"):
+        from mixchat.chat.engine_backend import EngineBackend
         from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import load_engine
         from mixchat.weights.format.manifest import check_files, read_manifest
@@ -76,14 +78,17 @@ def open_session(
         check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
         tokenizer = text.tokenizer()
         engine = load_engine(directory, load, output.note)
-        return ChatSession(
+        backend = EngineBackend(
             engine,
             tokenizer,
             text.template(engine.config.eos_token_ids),
+            advised_tokens=advised_length(directory),
+        )
+        return ChatSession(
+            backend,
             system=system,
             sampling=resolve_sampling(sampling, advised_sampling(directory)),
             max_tokens=max_tokens,
-            advised_tokens=advised_length(directory),
             stop=stop,
             overflow=overflow,
         )

@@ -4,6 +4,7 @@
 - batch.py: several answers at once
 - passes.py: passes through the model, of one sequence or of several
 - held_tokens.py, cache_batch.py: the tokens that a KV cache holds; the caches of several sequences
+- stats.py: counts of one answer
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: norm, attention, block, logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +15,8 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.passes import Part, Passes
 from mixchat.engine.sampling import Sampler
-from mixchat.engine.speculation import Proposals, Speculation, SpeculationStats
+from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.engine.stats import GenerationStats
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.stats import ExpertStats
@@ -27,19 +28,6 @@ from mixchat.weights.format.blueprint import Blueprint
 PREFILL_CHUNK = 2048
 
 OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
-
-
-@dataclass
-class GenerationStats:
-    """Counts of one call of `Engine.generate`: of tokens, seconds, and uses of experts."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    experts: ExpertStats = field(default_factory=ExpertStats)
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 class Engine:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from itertools import cycle, islice, takewhile
 
 import torch
+
+from mixchat.engine.stats import SpeculationStats
 
 # Tokens that have to stand together. Fewer are chance more often: with 4, prose lost 1 to 2% before
 # proposals stopped; with 12, answers with quotes gained half as much.
@@ -25,20 +26,6 @@ _MOST = 48  # tokens proposed at once
 _STAKE = 0.02
 _MOST_WON = 4  # passes of one token: beyond that, what was won earlier pays for no failures now
 _FRESH = 0.2  # weight of the last pass in the mean of seconds
-
-
-@dataclass
-class SpeculationStats:
-    """Counts of one answer.
-
-    passes: those that verified proposals; proposed, accepted: the tokens in them; single_seconds:
-    the mean of passes of one token.
-    """
-
-    passes: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    single_seconds: float = 0.0
 
 
 class Speculation:

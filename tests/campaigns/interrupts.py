@@ -61,6 +61,7 @@ def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
     from chat_doubles import CharacterTokenizer, TinyTemplate
 
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.options import LoadOptions, SamplingOptions
@@ -73,9 +74,8 @@ def open_session(model: Path, experts: int | None) -> Any:
     engine = load_engine(model, options)
     assert experts is None or engine.experts.slots == experts
     greedy = SamplingOptions(temperature=0.0)
-    return ChatSession(
-        engine, CharacterTokenizer(), TinyTemplate(), sampling=greedy, max_tokens=LONGEST
-    )
+    backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
+    return ChatSession(backend, sampling=greedy, max_tokens=LONGEST)
 
 
 def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at: float) -> str:

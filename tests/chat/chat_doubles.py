@@ -153,9 +153,14 @@ class TinyTemplate:
 
 def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     """A `ChatSession` with a scripted engine; it is `session.engine`."""
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
 
-    engine = ScriptedEngine(*script, context_size=options.pop("context_size", 1000))
-    template = PlainTemplate(continues_prompt=options.pop("continues_prompt", False))
+    backend = EngineBackend(
+        ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
+        CharacterTokenizer(),
+        PlainTemplate(continues_prompt=options.pop("continues_prompt", False)),
+        advised_tokens=options.pop("advised_tokens", None),
+    )
     options.setdefault("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
-    return ChatSession(engine, CharacterTokenizer(), template, **options)
+    return ChatSession(backend, **options)

@@ -35,6 +35,8 @@ class NoCache:
 class OneModel:
     """There is no other model to change to."""
 
+    place = "on this machine"
+
     def others(self):
         return []
 

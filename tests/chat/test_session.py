@@ -5,6 +5,7 @@ from contextlib import closing
 import pytest
 from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
 
+from mixchat.chat.engine_backend import EngineBackend
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import PromptError
 from mixchat.options import SamplingOptions
@@ -190,7 +191,8 @@ class SpacelessTokenizer(CharacterTokenizer):
 def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
-    session = ChatSession(engine, SpacelessTokenizer(), template, sampling=SamplingOptions())
+    backend = EngineBackend(engine, SpacelessTokenizer(), template)
+    session = ChatSession(backend, sampling=SamplingOptions())
     assert listen(session.ask("Hello"))[0] == text
 
 
@@ -303,9 +305,11 @@ def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypat
     session = session_of("fine", context_size=400, overflow="drop-oldest")
     turn = [Message("user", "hi"), Message("assistant", "a" * 100, tuple(b"a" * 100))]
     session.restore(turn * 1000)
-    encode, encoded = session._template.encode, []
+    encode, encoded = session.backend.template.encode, []
     monkeypatch.setattr(
-        session._template, "encode", lambda given: encoded.append(len(given)) or encode(given)
+        session.backend.template,
+        "encode",
+        lambda given: encoded.append(len(given)) or encode(given),
     )
     assert session.used_tokens > 400
     *_, finished = session.ask("and now?")

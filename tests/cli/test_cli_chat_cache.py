@@ -15,6 +15,7 @@ from mixchat.options import SamplingOptions
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.options import LoadOptions
@@ -22,9 +23,8 @@ def saver_of(tiny_model, tmp_path):
     def new():
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))
         sampling = SamplingOptions(temperature=0.0)
-        session = ChatSession(
-            engine, CharacterTokenizer(), TinyTemplate(), sampling=sampling, max_tokens=6
-        )
+        backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
+        session = ChatSession(backend, sampling=sampling, max_tokens=6)
         return ChatSaver(session, ChatStore(tmp_path / "chats"), "tiny")
 
     return new

@@ -41,15 +41,15 @@ def exact_model(tiny_checkpoint, install):
 @pytest.fixture
 def ask(mixchat, monkeypatch, exact_model):
     """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.cli.opening import resolve_sampling
     from mixchat.loading.loader import load_engine
 
     def opened(model, load, output, *, sampling, **options):
+        engine = load_engine(exact_model, replace(load, device="cpu"))
         return ChatSession(
-            load_engine(exact_model, replace(load, device="cpu")),
-            Tokenizer(),
-            Template(),
+            EngineBackend(engine, Tokenizer(), Template()),
             sampling=resolve_sampling(sampling, {}),
             **options,
         )

@@ -82,7 +82,7 @@ class ChatSaver:
         `except_for` names what of the latter two stays as it is. An answer by another model keeps
         its text, but not its token ids.
         """
-        session, same = self.session, chat.identity == self.session.engine.identity
+        session, same = self.session, chat.identity == self.session.backend.identity
         messages = chat.messages if same else [replace(m, ids=None) for m in chat.messages]
         session.restore(messages)
         if "system" not in except_for:
@@ -97,7 +97,7 @@ class ChatSaver:
         return replace(
             self.chat,
             model=self.model,
-            identity=self.session.engine.identity,
+            identity=self.session.backend.identity,
             updated=now(),
             system=self.session.system,
             sampling=numbers_of(self.session.sampling),
@@ -119,7 +119,7 @@ class ChatSaver:
             id=self.store.new_id(started),
             name=None,
             model=self.model,
-            identity=self.session.engine.identity,
+            identity=self.session.backend.identity,
             created=started,
             updated=started,
             system=self.session.system,

@@ -41,10 +41,12 @@ class ChatCache(Protocol):
 
 
 class ChatModels(Protocol):
-    """The models that a chat may change to."""
+    """The models that a chat may change to, and the `place` where they are."""
+
+    place: str
 
     def others(self) -> list[str]:
-        """Return the names of the other models on this machine."""
+        """Return the names of the other models. It is called while a name is typed."""
 
     def check(self, name: str) -> None:
         """Raise `MixchatError` where the chat cannot change to a model; nothing is changed."""
@@ -117,7 +119,7 @@ class ActiveChat:
             self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
             return
         finally:
-            if self.session.engine.is_closed:
+            if self.session.is_closed:
                 self.leave()
         self._figures, self._warned = Figures(self.session), False
         self._reading = ReadingTime(predict)
@@ -174,7 +176,7 @@ class ActiveChat:
         except Exception as error:
             self.report(error)
         else:
-            self._ended(finished, said=self.session.history is not before)
+            self._ended(finished, said, remembered=self.session.history is not before)
         finally:  # also where the terminal has been closed
             if self.session.history is not before:
                 with interrupts.deferred(), interrupts.saving():
@@ -197,16 +199,16 @@ class ActiveChat:
         with self.screen.waiting(self._reading.seconds) as on_prefill:
             return self.screen.show(ask(on_prefill=on_prefill), said, self._status_now)
 
-    def _ended(self, finished: Finished, said: bool) -> None:
+    def _ended(self, finished: Finished, said: str, remembered: bool) -> None:
         note = _ENDINGS.get(finished.reason)
-        if finished.reason == "interrupted" and said:
+        if finished.reason == "interrupted" and remembered:
             note = "(stopped; /continue resumes it)"
         elif finished.reason == "length":
             more = "/continue resumes it, /set max-tokens N"
             note = f"({cut_off_note(finished.stats.generated_tokens, more)})"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
-        elif finished.reason == "stop" and finished.stats.generated_tokens <= 1:
+        elif finished.reason == "stop" and self.session.history[-1].content == said:
             note = "(the model ended the answer at once)"
         self.screen.say(f"{note}\n" if note else "")
         self._figures.turn(finished)
@@ -215,7 +217,9 @@ class ActiveChat:
         self._after_turn(finished)
 
     def _warn_of_context(self) -> None:
-        used, size = self._figures.used, self.session.engine.context_size
+        used, size = self._figures.used, self._figures.size
+        if used is None or size is None:
+            return
         full = used >= NEARLY_FULL * size
         if full and not self._warned:
             policy = (

@@ -22,10 +22,12 @@ from mixchat.chat.terminal.completion import (
     CompleteArgument,
     file_argument,
 )
+from mixchat.context import UNKNOWN
 from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.terminal.active_chat import ActiveChat
+    from mixchat.context import Context
 
 _WIDE = 80  # columns, where there is no terminal
 _SHOWN = 20  # chats that /chats lists
@@ -121,15 +123,13 @@ def _set(chat: ActiveChat, argument: str) -> None:
 
 
 def _show(chat: ActiveChat, argument: str) -> None:
-    from mixchat.engine.report import slots_in_words
-
     session, saver = chat.session, chat.saver
     about = {
         "model": chat.saver.model,
         "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
         "turns": str(sum(message.role == "user" for message in session.history)),
         "system": "none" if session.system is None else session.system,
-        "experts": slots_in_words(session.engine.slots_by_tier),
+        **session.backend.about(),
     }
     _say_table(chat, {**about, **parameters.values(session)})
 
@@ -144,7 +144,7 @@ def _model(chat: ActiveChat, argument: str) -> None:
         chat.change_model(parameters.unquoted(argument))
         return
     others = ", ".join(chat.models.others())
-    about = f"also on this machine: {others}" if others else "there is no other one here"
+    about = f"also {chat.models.place}: {others}" if others else "there is no other one here"
     chat.screen.say(one_line(f"{chat.saver.model} ({about})"))
 
 
@@ -246,20 +246,26 @@ def _read(chat: ActiveChat, argument: str) -> None:
         names = one_line(", ".join(chat.attached))
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
-    chat.attach(path, read_text_file(path, chat.session.context))
+    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN))
 
 
 def _tokens(chat: ActiveChat, argument: str) -> None:
-    session, size = chat.session, chat.session.engine.context_size
-    used, stats = session.used_tokens, session.stats
+    session, stats = chat.session, chat.session.stats
     _say_table(
         chat,
         {
-            "context": f"{used:,} of {size:,} tokens ({100 * used // size}%)",
+            "context": _use_of_context(session.used_tokens, session.context),
             "last prompt": f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache",
             "last answer": f"{stats.generated_tokens:,}",
         },
     )
+
+
+def _use_of_context(used: int | None, context: Context | None) -> str:
+    if used is None or context is None:
+        taken = "told with the next answer" if used is None else f"{used:,} tokens"
+        return taken if context else f"{taken} (the server does not tell how many fit)"
+    return f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
 
 
 def _experts(chat: ActiveChat, argument: str) -> None:

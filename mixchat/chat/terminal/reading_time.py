@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mixchat.engine.generate import GenerationStats
+    from mixchat.engine.stats import GenerationStats
 
 # The seconds that so many tokens are predicted to take, in the first turn or later; None where
 # nothing is known.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
@@ -14,7 +13,7 @@ from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.engine.generate import GenerationStats
+    from mixchat.engine.stats import GenerationStats
 
 _BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
@@ -22,8 +21,8 @@ NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
 
 def status_line(
     model: str,
-    used: int,
-    size: int,
+    used: int | None,
+    size: int | None,
     *,
     speed: float | None = None,
     hit_rate: float | None = None,
@@ -34,18 +33,19 @@ def status_line(
     """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
     `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
-    `memory` bytes, `on_workers` experts (`128 on workers`); what is None is left out. To fit into
+    `memory` bytes, `on_workers` experts (`128 on workers`); what is None is left out, and `size`
+    is not shown alone. To fit into
     `width` cells, workers, memory, hits, speed and the model are left out, in this order; then the
     tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of the context on they start with `!`.
     """
-    name, tokens = " ".join(sanitize(model).split()), _Tokens(used, size)
+    name, (long, short, shortest) = " ".join(sanitize(model).split()), _tokens(used, size)
     measured = _measured(speed, hit_rate, memory, on_workers)
-    full = [[name, tokens.long(), *measured[:count]] for count in range(len(measured), -1, -1)]
-    for parts in [*full, [tokens.long()], [tokens.short()]]:
+    full = [[name, long, *measured[:count]] for count in range(len(measured), -1, -1)]
+    for parts in [*full, [long], [short]]:
         line = _BETWEEN.join(part for part in parts if part)
         if get_cwidth(line) <= width:
             return line
-    return cut(tokens.shortest(), width)
+    return cut(shortest, width)
 
 
 def cut(text: str, width: int) -> str:
@@ -73,29 +73,16 @@ def _measured(
     return [text for text in shown if text]
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The use of the context, as text of three lengths."""
-
-    used: int
-    size: int
-
-    def long(self) -> str:
-        return f"{self._mark}{self.used:,} of {self.size:,} tokens ({self._percent})"
-
-    def short(self) -> str:
-        return f"{self._mark}{self.used:,}/{self.size:,} ({self._percent})"
-
-    def shortest(self) -> str:
-        return self._mark + self._percent
-
-    @property
-    def _mark(self) -> str:
-        return "! " if self.used >= NEARLY_FULL * self.size else ""
-
-    @property
-    def _percent(self) -> str:
-        return f"{self.used * 100 // max(self.size, 1)}%"
+def _tokens(used: int | None, size: int | None) -> tuple[str, str, str]:
+    """Return the use of the context, as text of three lengths."""
+    if used is None:
+        return "", "", ""
+    if size is None:
+        return f"{used:,} tokens", f"{used:,}", f"{used:,}"
+    mark = "! " if used >= NEARLY_FULL * size else ""
+    percent = f"{used * 100 // max(size, 1)}%"
+    long = f"{mark}{used:,} of {size:,} tokens ({percent})"
+    return long, f"{mark}{used:,}/{size:,} ({percent})", mark + percent
 
 
 class Figures:
@@ -103,19 +90,25 @@ class Figures:
 
     def __init__(self, session: ChatSession) -> None:
         self._session = session
-        self.used = 0
+        self.used: int | None = 0
         self.speed: float | None = None
         self.hit_rate: float | None = None
         self.memory: int | None = None
         self.on_workers: int | None = None
         self.count()
 
+    @property
+    def size(self) -> int | None:
+        """Return the tokens of the context; None where that is not known."""
+        context = self._session.context
+        return None if context is None else context.tokens
+
     def line(self, model: str, width: int) -> str:
         """Return the status line with these figures."""
         return status_line(
             model,
             self.used,
-            self._session.engine.context_size,
+            self.size,
             speed=self.speed,
             hit_rate=self.hit_rate,
             memory=self.memory,
@@ -128,8 +121,9 @@ class Figures:
         stats = self._session.stats
         return status_line(
             model,
-            stats.prompt_tokens + stats.generated_tokens,
-            self._session.engine.context_size,
+            # A server tells the tokens of its prompt at the end.
+            stats.prompt_tokens + stats.generated_tokens if stats.prompt_tokens else None,
+            self.size,
             speed=_speed(stats),
             width=width,
         )
@@ -138,8 +132,9 @@ class Figures:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used_tokens
-        self.memory = self._session.expert_bytes or None  # 0 before the first answer
-        self.on_workers = self._session.engine.slots_by_tier.get("worker")
+        if (engine := self._session.backend.engine) is not None:
+            self.memory = engine.expert_bytes or None  # 0 before the first answer
+            self.on_workers = engine.slots_by_tier.get("worker")
 
     def turn(self, finished: Finished) -> None:
         """Count again, after an answer."""

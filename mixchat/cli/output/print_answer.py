@@ -60,10 +60,9 @@ def print_answer(
     else:
         finished = _pipe(session, question, output)
     _raise_if_interrupted(finished)
-    if finished.reason == "context":
-        output.note(
-            f"the answer is cut off: the context of {session.engine.context_size} tokens is full"
-        )
+    if finished.reason == "context" and session.context is not None:
+        size = session.context.tokens
+        output.note(f"the answer is cut off: the context of {size} tokens is full")
     if finished.reason == "length" and session.max_tokens is None:
         from mixchat.chat.answer import cut_off_note
 
@@ -137,10 +136,10 @@ def _first_block(answer: str) -> str:
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
     """Return the last answer as JSON has it.
 
-    It has the text, the ids (null where the text was cut within a token), counts of tokens,
-    seconds, and the reason why it ended.
+    It has the text, the ids (null where the text was cut within a token, or a server answered),
+    counts of tokens, seconds, and the reason why it ended.
     """
-    stats, answer = finished.stats, session.history[-1]
+    stats, answer, context = finished.stats, session.history[-1], session.context
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     return {
         "model": model,
@@ -149,10 +148,10 @@ def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, A
         "stop_reason": finished.reason,
         "seed": finished.seed,
         "usage": {
-            "prompt_tokens": stats.prompt_tokens,
+            "prompt_tokens": stats.prompt_tokens or None,  # a server may not tell
             "cached_tokens": stats.reused_tokens,
             "generated_tokens": stats.generated_tokens,
-            "context_tokens": session.engine.context_size,
+            "context_tokens": None if context is None else context.tokens,
         },
         "timings": {
             "prefill_seconds": round(stats.prefill_seconds, 4),

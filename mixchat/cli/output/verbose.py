@@ -13,8 +13,8 @@ from mixchat.quantities import format_age, format_rates, format_size, format_tim
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished
-    from mixchat.engine.generate import Engine, GenerationStats
-    from mixchat.engine.speculation import SpeculationStats
+    from mixchat.engine.generate import Engine
+    from mixchat.engine.stats import GenerationStats, SpeculationStats
     from mixchat.experts.stats import ExpertStats
     from mixchat.planning.prediction import Prediction
 

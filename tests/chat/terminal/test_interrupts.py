@@ -44,15 +44,17 @@ def logits(monkeypatch):
 
 
 def session_with(engine, **options):
+    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
 
-    return ChatSession(engine, CharacterTokenizer(), TinyTemplate(), sampling=GREEDY, **options)
+    backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
+    return ChatSession(backend, sampling=GREEDY, **options)
 
 
 def assert_as_in_a_run_of_its_own(session, open_engine, logits):
     """Ask; a new engine that is given the same prompt has the same logits at every token."""
     before = session.history
-    prompt = session._template.encode([*before, *session_question()])
+    prompt = session.backend.template.encode([*before, *session_question()])
     logits.clear()
     list(session.ask("next"))
     here = list(logits)

@@ -1,0 +1,104 @@
+"""The contract between a conversation and what answers it: an engine here, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mixchat.chat.answer import Reason
+from mixchat.text.messages import Message
+
+if TYPE_CHECKING:
+    from mixchat.context import Context
+    from mixchat.engine.generate import Engine
+    from mixchat.engine.stats import GenerationStats
+    from mixchat.options import RequestedSampling, SamplingOptions
+
+Overflow = Literal["stop", "drop-oldest"]
+# Is called with the tokens of the prompt that are processed, and with their total; 0 and 0 where
+# a server will not tell them, or has not yet.
+OnPrefill = Callable[[int, int], object]
+LEAVE_OUT_HINT = (
+    "The oldest turns can be left out: --overflow drop-oldest, or in a chat /set overflow "
+    "drop-oldest; /clear starts a new chat."
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation whose last message is to be answered, and how.
+
+    system: what goes before the messages, if anything; first: the message before which all are
+    left out since an earlier turn; before: the answer that is to be continued; max_tokens: as
+    `ChatSession` has it.
+    """
+
+    system: Sequence[Message]
+    messages: Sequence[Message]
+    first: int
+    before: Message | None
+    sampling: SamplingOptions | RequestedSampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    overflow: Overflow
+
+    def questions_after_first(self) -> list[int]:
+        """Return the messages from which the prompt may begin, if more turns are left out."""
+        messages = enumerate(self.messages)
+        return [i for i, message in messages if i > self.first and message.role == "user"]
+
+
+class Reply(Protocol):
+    """An answer while it is made. `first`: the first message that is in the prompt."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def reason(self) -> Reason: ...
+
+    def texts(self) -> Iterator[str]:
+        """Yield the text that each token adds, which may be empty; then `reason` is known."""
+
+    def message(self) -> Message | None:
+        """Return what to remember, joined to the answer before; None if nothing new was shown."""
+
+    def close(self) -> None:
+        """End the answer, if it has not ended."""
+
+
+class Backend(Protocol):
+    """A model that answers. `engine` is None where it runs elsewhere.
+
+    identity: differs where the weights do; context: None where its size is not known; stats: of
+    the last answer, as far as it has come.
+    """
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    @property
+    def context(self) -> Context | None: ...
+
+    @property
+    def stats(self) -> GenerationStats: ...
+
+    def about(self) -> dict[str, str]:
+        """Return what a person may want to know of it, by label."""
+
+    def longest_answer(self, max_tokens: int | None) -> int | None:
+        """Return how many tokens an answer may have; None for what fits, or what a server lets."""
+
+    def used_tokens(self, messages: Sequence[Message]) -> int | None:
+        """Return how many tokens a conversation takes; None where that is not known."""
+
+    def reply(self, turn: Turn, on_prefill: OnPrefill) -> Reply:
+        """Begin an answer.
+
+        Raises `PromptError` where the prompt does not fit the context, even without the turns that
+        may be left out.
+        """

@@ -1,0 +1,199 @@
+"""The engine as what answers a conversation: fits it into the context, and remembers token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import takewhile
+from operator import eq
+from typing import TYPE_CHECKING, cast
+
+from mixchat.chat.answer import Answer, Reason
+from mixchat.chat.backend import LEAVE_OUT_HINT
+from mixchat.context import BYTES_PER_TOKEN, Context
+from mixchat.errors import PromptError
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.messages import Message
+from mixchat.text.stop import StopStrings
+
+if TYPE_CHECKING:
+    from mixchat.chat.backend import OnPrefill, Turn
+    from mixchat.engine.generate import Engine
+    from mixchat.engine.stats import GenerationStats
+    from mixchat.options import SamplingOptions
+    from mixchat.text.template import Template
+    from mixchat.text.tokenizer import Tokenizer
+
+# Fractions of the context, as divisors. Old turns are left out where less room is left than the
+# answer may need: --max-tokens, but at most 1/2, or 1/8 without it. Then they are left out until
+# 1/4 is free, because all that stays has to be prefilled again, which should be rare.
+_MOST, _LEAST, _ROOM = 2, 8, 4
+_LONGEST = 4  # fraction of the context that an answer may take by default
+
+
+class EngineBackend:
+    """A `Backend`. `advised_tokens` is the length of answers that the model's makers advise."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        advised_tokens: int | None = None,
+    ) -> None:
+        self.engine, self.tokenizer, self.template = engine, tokenizer, template
+        self._advised_tokens = advised_tokens
+
+    @property
+    def identity(self) -> str:
+        return self.engine.identity
+
+    @property
+    def context(self) -> Context:
+        return Context(self.engine.context_size, self.engine.config.max_position_embeddings)
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self.engine.stats
+
+    def about(self) -> dict[str, str]:
+        from mixchat.engine.report import slots_in_words
+
+        return {"experts": slots_in_words(self.engine.slots_by_tier)}
+
+    def longest_answer(self, max_tokens: int | None) -> int | None:
+        # A small model may never end by itself, so there is a limit by default.
+        if max_tokens is None:
+            max_tokens = self._advised_tokens or self.engine.context_size // _LONGEST
+        return max_tokens or None
+
+    def used_tokens(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens the messages take, which may be more than fit."""
+        least = _tokens_at_least(messages)
+        if least > self.engine.context_size:
+            return least
+        *before, last = messages
+        return len(self.template.encode(before)) + len(self._ids_of(last))
+
+    def reply(self, turn: Turn, on_prefill: OnPrefill) -> EngineReply:
+        start = [] if turn.before is None else self._ids_of(turn.before)
+        prompt_ids, first = self._fitted(turn, start)
+        if len(prompt_ids) >= self.context.tokens:
+            raise self._too_long(turn, first, start, len(prompt_ids))
+        return EngineReply(
+            self._generated(turn, prompt_ids, on_prefill),
+            self._start_answer(turn, prompt_ids),
+            self.template.stop_ids,
+            self.longest_answer(turn.max_tokens),
+            turn.before,
+            first,
+        )
+
+    def _generated(
+        self, turn: Turn, prompt_ids: Sequence[int], on_prefill: OnPrefill
+    ) -> Generator[int, None, None]:
+        on_prefill(0, self._unread(prompt_ids))
+        yield from self.engine.generate(
+            prompt_ids,
+            sampling=cast("SamplingOptions", turn.sampling),  # of which each option has a value
+            stop_ids=self.template.stop_ids,
+            max_tokens=self.longest_answer(turn.max_tokens),
+            on_prefill=on_prefill,
+        )
+
+    def _ids_of(self, answer: Message) -> Sequence[int]:
+        return self.tokenizer.encode(answer.content) if answer.ids is None else answer.ids
+
+    def _fitted(self, turn: Turn, start: Sequence[int]) -> tuple[list[int], int]:
+        """Return the prompt's ids, with the `start` of an answer behind them, and the number of the
+        first message that is in it."""
+        first, size, messages = turn.first, self.engine.context_size, turn.messages
+        later = turn.questions_after_first()
+        while (known := _tokens_at_least(messages[first:])) > size:  # it need not be encoded
+            if turn.overflow == "stop" or not later:
+                raise self._too_long(turn, first, start, known)
+            first = later.pop(0)
+        whole = [*self.template.encode([*turn.system, *messages[first:]]), *start]
+        limit = turn.max_tokens
+        least = min(limit, size // _MOST) if limit else size // _LEAST
+        room = max(least, size // _ROOM)
+        if turn.overflow == "stop" or len(whole) + max(least, 1) <= size:
+            return whole, first
+        for at in later:
+            ids = [*self.template.encode([*turn.system, *messages[at:]]), *start]
+            if len(ids) + room <= size or (at == later[-1] and len(ids) < size):
+                return ids, at
+        return whole, first  # not even the last question fits
+
+    def _too_long(self, turn: Turn, first: int, start: Sequence[int], tokens: int) -> PromptError:
+        """Return the error for a prompt that does not fit; its hint says if old turns could go."""
+        error, asked = self.context.prompt_too_long(tokens), turn.messages
+        if len(asked) - first == 1:
+            return error
+        alone = [*self.template.encode([*turn.system, asked[-1]]), *start]
+        if len(alone) < self.context.tokens:
+            error.hint = f"{LEAVE_OUT_HINT} {error.hint}"
+        return error
+
+    def _start_answer(self, turn: Turn, prompt_ids: Sequence[int]) -> Answer:
+        # A completion, or an answer that is continued, starts in the middle of a text: its spaces
+        # depend on what comes before.
+        context: Sequence[int] = ()
+        if self.template.continues_prompt:
+            context = prompt_ids
+        elif turn.before is not None:
+            context = self._ids_of(turn.before)
+        return Answer(Detokenizer(self.tokenizer, context), StopStrings(turn.stop))
+
+    def _unread(self, prompt_ids: Sequence[int]) -> int:
+        """Return how many tokens of a prompt the engine has to process."""
+        held, _ = self.engine.held()
+        same = sum(1 for _ in takewhile(bool, map(eq, held, prompt_ids)))
+        return max(len(prompt_ids) - same, 1)
+
+
+class EngineReply:
+    """A `Reply` of an engine, which generates `ids`."""
+
+    def __init__(
+        self,
+        ids: Generator[int, None, None],
+        answer: Answer,
+        stop_ids: frozenset[int],
+        limit: int | None,
+        before: Message | None,
+        first: int,
+    ) -> None:
+        self.first, self._ids = first, ids
+        self._answer, self._before = answer, before
+        self._stop_ids, self._limit = stop_ids, limit
+
+    @property
+    def reason(self) -> Reason:
+        return self._answer.reason
+
+    def texts(self) -> Iterator[str]:
+        answer = self._answer
+        for token in self._ids:
+            if token in self._stop_ids:
+                yield "".join(answer.end("stop"))
+                return
+            yield "".join(answer.add(token))
+            if answer.cut:
+                return
+        full = self._limit is None or len(answer.ids) < self._limit
+        yield "".join(answer.end("context" if full else "length"))
+
+    def message(self) -> Message | None:
+        return self._answer.message(self._before)
+
+    def close(self) -> None:
+        self._ids.close()
+
+
+def _tokens_at_least(messages: Sequence[Message]) -> int:
+    """Return how many tokens these have at least, without encoding them."""
+    return sum(
+        len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
+        for message in messages
+    )
