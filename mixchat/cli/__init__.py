@@ -4,6 +4,7 @@
 - run.py: mixchat run: a chat, or one answer
 - start_chat.py: starts or resumes a chat
 - opening.py: opens a chat session or a service from a model's name and options
+- server_chat.py: opens a chat with a server's model
 - change_model.py: changes the model of a chat
 - cache_file.py: the KV cache in a file, that of --prompt-cache or that beside a chat
 - download.py: mixchat download

@@ -103,17 +103,19 @@ class ModelChanger:
 
 
 def save_report(session: ChatSession, model: str) -> None:
-    """Save what `mixchat stats` shows, unless the engine is closed: then it was saved before.
+    """Save what `mixchat stats` shows, unless a server answers, or the engine is closed: then it
+    was saved before.
 
     A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
     """
     from mixchat.engine.report import report_of, save_report
     from mixchat.engine.report_path import report_path
 
-    if session.is_closed:
+    engine = session.backend.engine
+    if engine is None or engine.is_closed:
         return
     with suppress(OSError, ModelNotFoundError):
-        save_report(report_path(model), report_of(session.engine, model))
+        save_report(report_path(model), report_of(engine, model))
 
 
 def _free_frames(error: BaseException | None) -> None:

@@ -17,7 +17,7 @@ from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
-from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
+from mixchat.cli.start_chat import find_chat, model_here, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
@@ -25,7 +25,7 @@ from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
     from mixchat.planning.prediction import Prediction
 
@@ -47,6 +47,7 @@ def run(
     ] = None,
     file: chat_flags.File = None,
     model: model_flags.Model = "instruct",
+    server: chat_flags.Server = None,
     system: model_flags.System = None,
     system_file: model_flags.SystemFile = None,
     temperature: model_flags.Temperature = None,
@@ -83,14 +84,21 @@ def run(
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
     output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
+    if server:
+        from mixchat.cli.server_chat import (
+            ServerCache,
+            ServerModelChanger,
+            ServerModels,
+            check_flags,
+        )
+
+        check_flags(context)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
         from mixchat.experts.trace import trace_file
 
         trace_file(trace).check()
     resumed = find_chat(resume)
-    if resumed is not None and not is_given(context, "model"):
-        model = resumed.model
     load = LoadOptions(
         host_memory=model_flags.budget(host_memory),
         device_memory=model_flags.budgets(device_memory),
@@ -103,18 +111,26 @@ def run(
         workers=(*(worker or ()), *_torchrun_workers()),
         key_file=model_flags.key_path(key_file),
     )
-    if torchrun.rank():
-        serve_rank_0(model, load)
-        return
-    model_context = context_of(model, ctx_size)
+    given = model if is_given(context, "model") else None
+    if server:
+        on_server = ServerModels(server, output)
+        model = on_server.choose(given, None if resumed is None else resumed.model)
+        model_context, open_any = on_server.context_of(model), on_server.open
+    else:
+        model = model_here(given, resumed, model)
+        if torchrun.rank():
+            serve_rank_0(model, load)
+            return
+        model_context = context_of(model, ctx_size)
+        open_any = partial(open_session, load=load, output=output)
     system_prompt = model_flags.system_prompt(context, model_context)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)
+    if not server:
+        _note_server(model, output)
     open_model = partial(
-        open_session,
-        load=load,
-        output=output,
+        open_any,
         sampling={name: context.params[name] for name in _SAMPLING},
         system=system_prompt,
         max_tokens=max_tokens,
@@ -128,16 +144,21 @@ def run(
         saver.resume(resumed, except_for=[of for of, flag in _RESUMED if is_given(context, flag)])
 
     def hooks(model: str) -> tuple[AfterTurn, Predict]:
-        predict = _speed_predictor(session, model, device)
+        predict = _unpredicted if server else _speed_predictor(session, model, device)
         after_turn = _verbose_report(session, predict) if verbose else _nothing
         return after_turn, _reading_seconds(predict)
 
     after_turn, predict = hooks(model)
     beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
+    chat_cache = ServerCache() if server else CacheSaver(session, named_file or beside_chat)
     try:
-        with CacheSaver(session, named_file or beside_chat) as cache:
+        with chat_cache as cache:
             if question is None:
-                models = ModelChanger(saver, load, open_model, hooks)
+                models: ChatModels = (
+                    ServerModelChanger(saver, on_server, open_model, hooks)
+                    if server
+                    else ModelChanger(saver, load, open_model, hooks)
+                )
                 start_chat(
                     saver,
                     cache,
@@ -169,7 +190,7 @@ def _verbose_report(
 ) -> Callable[[Finished], None]:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.engine, predict)
+    return VerboseReport(session.backend.engine, predict)
 
 
 def _reading_seconds(
@@ -192,6 +213,20 @@ def _speed_predictor(
     from mixchat.weights.models import installed_directory
 
     return speed_predictor(installed_directory(model), device, session.engine)
+
+
+def _unpredicted() -> None:
+    """Return None: nobody knows how fast a server is."""
+
+
+def _note_server(model: str, output: OutputOptions) -> None:
+    """Tell of a server on this machine that has the model loaded already."""
+    from mixchat.serving.client import is_served_here
+    from mixchat.serving.server_url import SERVER_PORT
+
+    if not output.quiet and is_served_here(model):
+        flag = f"--server 127.0.0.1:{SERVER_PORT}"
+        output.note(f"a server with {model} is running: {flag} answers without loading it again")
 
 
 def _nothing(finished: Finished) -> None:

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
-    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.cache_file import CacheSaver
 
 
 def find_chat(wanted: str | None) -> SavedChat | None:
@@ -35,6 +34,23 @@ def find_chat(wanted: str | None) -> SavedChat | None:
         if " " in wanted:  # it looks like a question
             error.hint = "Put a PROMPT before --resume, or after --resume ID."
         raise
+
+
+def model_here(given: str | None, resumed: SavedChat | None, usual: str) -> str:
+    """Return the model that was given, else that of the chat, else the usual one.
+
+    The usual one also continues a chat with a server's model that is not known here.
+    """
+    from mixchat.serving.server_backend import ServerBackend
+    from mixchat.weights.models import is_model
+
+    if given is not None:
+        return given
+    if resumed is None or (
+        resumed.identity == ServerBackend.identity and not is_model(resumed.model)
+    ):
+        return usual
+    return resumed.model
 
 
 def new_saver(session: ChatSession, model: str, *, autosave: bool) -> ChatSaver:
@@ -71,7 +87,7 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 
 def start_chat(
     saver: ChatSaver,
-    cache: CacheSaver,
+    cache: ChatCache,
     models: ChatModels,
     files: Mapping[Path, str] = MappingProxyType({}),
     *,

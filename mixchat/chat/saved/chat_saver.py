@@ -10,6 +10,7 @@ from mixchat.chat.parameters import numbers_of, with_numbers
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import MixchatError
+from mixchat.options import SamplingOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,6 +89,9 @@ class ChatSaver:
         if "system" not in except_for:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
+        if session.backend.engine is None:  # a server may refuse options that nobody chose
+            unchosen = numbers_of(SamplingOptions())
+            saved = {name: value for name, value in saved.items() if value != unchosen.get(name)}
         session.sampling = with_numbers(session.sampling, saved)
         self.chat, self._has_file = chat, True
         self.autosave = self._autosave_at_first

@@ -89,6 +89,7 @@ class Screen:
                     if isinstance(event, TextDelta):
                         writer.feed(event.text)
                     elif isinstance(event, LeftOut):
+                        self._erase_waiting()
                         self.say(f"({left_out_note(event.turns)})")
                     else:
                         return event
@@ -143,8 +144,8 @@ class Screen:
         """Yield a function that shows the progress of prompt processing, where it takes long.
 
         It is called with the tokens processed so far, and with those of the whole prompt: at first
-        with 0, when the seconds that are `expected` for these are shown, if they are many. Its line
-        is erased when the answer starts, or at the end.
+        with 0, when the seconds that are `expected` for these are shown, if they are many. Both are
+        0 while a server tells nothing. Its line is erased when the answer starts, or at the end.
         """
         line = _WaitingLine(self.out, self._clock, self._terminal, expected)
         self._waiting = line
@@ -168,7 +169,8 @@ class Screen:
 class _WaitingLine:
     """The line `reading 1,234 of 8,000 tokens (15%), about 40 s left`, shown after a second.
 
-    Where it is expected to take long, `reading 8,000 tokens, about 47 s` is shown at once.
+    Where it is expected to take long, `reading 8,000 tokens, about 47 s` is shown at once; so is
+    `waiting for the server`, until that tells how far it is.
     """
 
     def __init__(
@@ -186,6 +188,9 @@ class _WaitingLine:
 
     def update(self, done: int, of: int) -> None:
         if not self._terminal:
+            return
+        if of == 0:
+            self._write("waiting for the server")
             return
         if done == 0:
             self._announce(of)

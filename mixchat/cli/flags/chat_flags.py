@@ -15,6 +15,7 @@ from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.errors import UsageError
+from mixchat.serving.server_url import ServerURL
 
 _RESUME = ("-r", "--resume")
 _DASHES = "mixchat.dashes"  # in the context's `meta`
@@ -23,6 +24,11 @@ _SHOWN = 60  # characters of a question
 
 def _checked_overflow(text: str) -> None:
     checked_overflow(text, "--overflow")
+
+
+def _checked_server(text: str) -> None:
+    if text:  # an empty one is none, whatever config.toml has
+        ServerURL.parse(text)
 
 
 File = Annotated[
@@ -80,6 +86,17 @@ Raw = Annotated[
 Vi = Annotated[
     bool, setting("--vi/--no-vi", show_default=False, help="Vi key bindings at the prompt.")
 ]
+Server = Annotated[
+    str | None,
+    setting(
+        "--server",
+        check=_checked_server,
+        metavar="URL",
+        help="Let a server answer that has OpenAI's API, such as 'mixchat serve': HOST[:PORT] or a "
+        "URL. -m names one of its models. MIXCHAT_API_KEY is the variable for its key.",
+        show_default="none; the first of its models",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the answer as JSON, with token ids, counts and times."),
@@ -120,12 +137,13 @@ class RunCommand(TyperCommand):
 def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     """Raise `UsageError` where the first word of the PROMPT is a model's name, as for `ollama run`.
 
-    It is accepted in quotes with other words, behind a `--`, or where a model or chat is named.
+    It is accepted in quotes with other words, behind a `--`, or where a model, chat or server is
+    named.
     """
     from mixchat.weights.models import is_model
 
-    chosen = is_given(context, "model") or is_given(context, "resume") or context.meta[_DASHES]
-    if not words or chosen or not is_model(words[0]):
+    named = any(is_given(context, name) for name in ("model", "resume", "server"))
+    if not words or named or context.meta[_DASHES] or not is_model(words[0]):
         return
     name, question = words[0], shlex.join(words[1:])
     if len(question) > _SHOWN:

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class VerboseReport:
-    """Prints the figures of a turn; `predict` returns the speed that was predicted."""
+    """Prints the figures of a turn; `predict` returns the speed that was predicted.
+
+    `engine` is None where a server answers, which does not tell of its experts.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | None,
         predict: Callable[[], Prediction | None],
         stream: TextIO | None = None,
     ) -> None:
@@ -36,12 +39,17 @@ class VerboseReport:
         """Print the figures of the turn that has just ended."""
         lines = [
             *generation_lines(finished.stats, self._predict(), first=self._first),
-            *expert_lines(finished.stats.experts, self._engine.slots_by_tier),
+            *self._expert_lines(finished),
             f"seed     {finished.seed}",
             f"ended    {finished.reason}",
         ]
         self._first = False
         say(*lines, stream=self._stream)
+
+    def _expert_lines(self, finished: Finished) -> list[str]:
+        if self._engine is None:
+            return ["experts  the server does not tell"]
+        return expert_lines(finished.stats.experts, self._engine.slots_by_tier)
 
 
 def generation_lines(
@@ -54,9 +62,12 @@ def generation_lines(
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token comes from the prefill.
     decoded = max(stats.generated_tokens - 1, 0)
-    return [
+    prompt = [
         f"prompt   {stats.prompt_tokens} tokens, {stats.reused_tokens} of them from the cache",
         f"prefill  {new} tokens, {_rate(new, stats.prefill_seconds)}",
+    ]
+    return [
+        *(prompt if stats.prompt_tokens else ["prompt   the server does not tell its tokens"]),
         f"         first token after {stats.prefill_seconds:.1f} s"
         + _prompt_predicted(predicted, new, first),
         f"decode   {stats.generated_tokens} tokens, {_rate(decoded, stats.decode_seconds)}"

@@ -1,0 +1,154 @@
+"""`mixchat run --server`: opens a chat with a model of a server, and changes the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import typer
+
+from mixchat.chat.parameters import with_numbers
+from mixchat.chat.session import ChatSession
+from mixchat.cli.flags.config_flag import is_given
+from mixchat.cli.output.print_answer import OutputOptions
+from mixchat.cli.output.show_progress import status
+from mixchat.context import UNKNOWN, Context
+from mixchat.errors import ModelNotFoundError, UsageError
+from mixchat.options import RequestedSampling
+from mixchat.serving.client import ServerClient
+from mixchat.serving.completion import ServedModel
+from mixchat.serving.server_backend import ServerBackend
+from mixchat.serving.server_url import ServerURL
+
+if TYPE_CHECKING:
+    from mixchat.chat.backend import Overflow
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.chat.terminal.reading_time import Predict
+
+KEY_VARIABLE = "MIXCHAT_API_KEY"
+# What the machine that loads the model decides.
+_OF_LOADING = (
+    "ctx_size",
+    "keep_cache",
+    "kv_bits",
+    "exact_prompts",
+    "host_memory",
+    "device_memory",
+    "device",
+    "worker",
+    "key_file",
+    "cache_policy",
+    "prompt_cache",
+    "trace",
+)
+
+
+def check_flags(context: typer.Context) -> None:
+    """Raise `UsageError` where flags are given that say how to load a model."""
+    given = [f"--{name.replace('_', '-')}" for name in _OF_LOADING if is_given(context, name)]
+    if given:
+        hint = "Give them to the server; or leave --server out, to load a model here."
+        raise UsageError(f"--server does not go with {', '.join(given)}", hint=hint)
+
+
+class ServerModels:
+    """The models of a server, and sessions with them."""
+
+    def __init__(self, url: str, output: OutputOptions) -> None:
+        """Ask the server for its models. Raises `MixchatError` where that fails."""
+        self.url = ServerURL.parse(url)
+        self._client = ServerClient(self.url, os.environ.get(KEY_VARIABLE))
+        with nullcontext() if output.quiet else status(f"asking {self.url}"):
+            self._models = {model.name: model for model in self._client.models()}
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the models, as the server lists them."""
+        return list(self._models)
+
+    def choose(self, given: str | None, resumed: str | None) -> str:
+        """Return the model that was given, else that of a chat if the server has it, else the
+        first. Raises `ModelNotFoundError` where there is none."""
+        if given is not None:
+            return given
+        if resumed in self._models:
+            return resumed
+        if not self._models:
+            raise ModelNotFoundError(f"{self.url} lists no models", hint="Name one: -m MODEL.")
+        return self.names[0]
+
+    def context_of(self, name: str) -> Context:
+        """Return the context of a model; a large one where the server does not tell."""
+        return self._backend(name).context or UNKNOWN
+
+    def open(
+        self,
+        name: str,
+        *,
+        sampling: Mapping[str, float | None],
+        system: str | None,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        overflow: Overflow,
+    ) -> ChatSession:
+        """Return a session with a model. It need not be listed: some servers know other names."""
+        return ChatSession(
+            self._backend(name),
+            system=system,
+            sampling=with_numbers(RequestedSampling(), sampling),
+            max_tokens=max_tokens,
+            stop=stop,
+            overflow=overflow,
+        )
+
+    def _backend(self, name: str) -> ServerBackend:
+        return ServerBackend(self._client, self._models.get(name, ServedModel(name)))
+
+
+class ServerModelChanger:
+    """The `ChatModels` of a chat with a server; arguments as those of `ModelChanger`."""
+
+    def __init__(
+        self,
+        saver: ChatSaver,
+        models: ServerModels,
+        open_model: Callable[[str], ChatSession],
+        hooks: Callable[[str], tuple[AfterTurn, Predict]],
+    ) -> None:
+        self.place = f"on {models.url}"
+        self._saver, self._models = saver, models
+        self._open, self._hooks = open_model, hooks
+
+    def others(self) -> list[str]:
+        return [name for name in self._models.names if name != self._saver.model]
+
+    def check(self, name: str) -> None:
+        if name == self._saver.model:
+            raise UsageError(f"this chat already has the model {name}")
+        if self._models.names and name not in self._models.names:
+            hint = "/model shows those that it has."
+            raise ModelNotFoundError(f"the server has no model {name!r}", hint=hint)
+
+    def change(self, name: str) -> tuple[AfterTurn, Predict]:
+        self._saver.session.take_model(self._open(name))
+        self._saver.model = name
+        return self._hooks(name)
+
+
+class ServerCache:
+    """The `ChatCache` of a chat with a server, which keeps its KV cache to itself."""
+
+    def __enter__(self) -> ServerCache:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def leave_chat(self) -> None: ...
+
+    def enter_chat(self) -> None: ...
+
+    def changing_model(self) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -1,0 +1,146 @@
+"""Reads what a server with OpenAI's API sends: its models, pieces of an answer, its errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mixchat.errors import MixchatError, ModelNotFoundError, PromptError, ServerError, short_message
+from mixchat.sanitize import sanitize
+
+_LONGEST_NAME = 200  # characters
+# The codes, and words of a message, that servers have for a prompt that does not fit.
+_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum context length")
+_NO_MODEL = "model_not_found"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of a server; `context_size` in tokens, None where the server does not tell it."""
+
+    name: str
+    context_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The counts of an answer's tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of an answer. `reason` is why it ended: stop or length, None before that."""
+
+    text: str = ""
+    reason: str | None = None
+    usage: Usage | None = None
+
+
+def read_models(body: bytes) -> list[ServedModel]:
+    """Return the models of a list; those whose names cannot be shown are left out.
+
+    mixchat's own server tells the size of the context as `context_size`. Raises `ServerError`.
+    """
+    listed = _object(_json(body)).get("data")
+    if not isinstance(listed, list):
+        raise ServerError("the server sends no list of models: is it one with OpenAI's API?")
+    models = [_object(each) for each in listed]
+    return [
+        ServedModel(each["id"], _count(each, "context_size") or None)
+        for each in models
+        if _is_name(each.get("id"))
+    ]
+
+
+def read_piece(data: str) -> Piece:
+    """Return a piece of an answer. Raises `ServerError`, also for one that the server sends."""
+    raw = _object(_json(data))
+    if raw.get("error"):
+        raise ServerError(str(error_of(0, raw)))
+    choices = raw.get("choices") or []
+    if not isinstance(choices, list):
+        raise ServerError("the server sends choices that are no list")
+    own = [choice for choice in map(_object, choices) if not choice.get("index")]
+    choice = own[0] if own else {}
+    text = _object(choice.get("delta") or {}).get("content")
+    if text is not None and not isinstance(text, str):
+        raise ServerError("the server sends an answer that is no text")
+    return Piece(_whole_characters(text or ""), _reason(choice), _usage(raw.get("usage")))
+
+
+def error_of(status: int, raw: object) -> MixchatError:
+    """Return the error that a server reports in JSON, with an HTTP status or, 0, in a stream."""
+    code, said = _error(raw)
+    if any(words in code or words in said for words in _TOO_LONG):
+        return PromptError(f"the server says: {said or code}")
+    if _NO_MODEL in code or (status == 404 and "model" in said.lower()):
+        return ModelNotFoundError(f"the server says: {said or code}")
+    return ServerError(f"the server says: {said or code or f'{status}, without a reason'}")
+
+
+def parsed_error(body: bytes) -> object:
+    """Return the JSON of an error's body, or its text where it is none."""
+    try:
+        return _json(body)
+    except ServerError:
+        text = body.decode("utf-8", "replace")
+        return "" if "<" in text else {"error": text}  # no page of a proxy
+
+
+def _error(raw: object) -> tuple[str, str]:
+    """Return the code and the message of an error, in one of the forms that servers have."""
+    found = raw.get("error", raw) if isinstance(raw, dict) else raw
+    if not isinstance(found, dict):
+        return "", short_message(found or "")
+    said = next((found[key] for key in ("message", "detail") if found.get(key)), "")
+    return f"{found.get('code')} {found.get('type')}"[:_LONGEST_NAME], short_message(said)
+
+
+def _json(data: bytes | str) -> object:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ServerError("the server sends something that is not JSON") from None
+
+
+def _object(raw: object) -> Mapping[str, Any]:
+    if not isinstance(raw, dict):
+        raise ServerError("the server sends JSON of another form than OpenAI's API has")
+    return raw
+
+
+def _is_name(name: object) -> bool:
+    """Return whether a model's name can be shown, and typed."""
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        return False
+    return name.isprintable() and sanitize(name) == name
+
+
+def _reason(choice: Mapping[str, Any]) -> str | None:
+    reason = choice.get("finish_reason")
+    return None if not reason else "length" if reason == "length" else "stop"
+
+
+def _usage(raw: object) -> Usage | None:
+    if not isinstance(raw, dict):
+        return None
+    details = raw.get("prompt_tokens_details")
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
+    prompt = _count(raw, "prompt_tokens")
+    return Usage(prompt, min(cached, prompt), _count(raw, "completion_tokens"))
+
+
+def _count(raw: Mapping[str, Any], key: str) -> int:
+    count = raw.get(key)
+    return count if type(count) is int and 0 < count < 2**53 else 0
+
+
+def _whole_characters(text: str) -> str:
+    """Return the text with U+FFFD for each lone surrogate, which JSON can express."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

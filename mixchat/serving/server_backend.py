@@ -1,0 +1,186 @@
+"""A server as what answers a conversation: it gets messages, and sends text."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mixchat.chat.answer import COMPLETE, Reason
+from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
+from mixchat.context import Context
+from mixchat.engine.stats import GenerationStats
+from mixchat.errors import PromptError, ServerError
+from mixchat.serving.client import HTTPReply, ServerClient
+from mixchat.serving.completion import Piece, ServedModel, read_piece
+from mixchat.serving.event_stream import Comment, events
+from mixchat.text.messages import Message
+
+# The comment that mixchat's own server sends while it reads a prompt.
+_READING = re.compile(r"reading ([0-9]{1,9}) of ([0-9]{1,9})", re.ASCII)
+
+
+class ServerBackend:
+    """A `Backend`: a model of a server."""
+
+    identity = "server"
+    engine = None
+
+    def __init__(self, client: ServerClient, model: ServedModel) -> None:
+        self._client, self._model = client, model
+        self.stats = GenerationStats()
+        self._counted: tuple[list[tuple[str, str]], int] = ([], 0)
+
+    @property
+    def context(self) -> Context | None:
+        size = self._model.context_size
+        return None if size is None else Context(size, size)
+
+    def about(self) -> dict[str, str]:
+        return {"server": str(self._client.url)}
+
+    def longest_answer(self, max_tokens: int | None) -> int | None:
+        return max_tokens or None
+
+    def used_tokens(self, messages: Sequence[Message]) -> int | None:
+        """Return what the server has counted for just these messages; None if it has not."""
+        counted, tokens = self._counted
+        return tokens if counted == _texts(messages) else None
+
+    def reply(self, turn: Turn, on_prefill: OnPrefill) -> ServerReply:
+        """Send the conversation. Only the server can tell that it is too long.
+
+        Where turns may be left out then, the older half of them is.
+        """
+        self.stats = GenerationStats()
+        on_prefill(0, 0)
+        started, first = time.perf_counter(), turn.first
+        later = turn.questions_after_first()
+        while True:
+            try:
+                stream = self._client.chat(self._body(turn, first))
+            except PromptError as error:
+                if not later:
+                    raise
+                if turn.overflow == "stop":
+                    error.hint = LEAVE_OUT_HINT
+                    raise
+                first, later = later[len(later) // 2], later[len(later) // 2 + 1 :]
+            else:
+                return ServerReply(self, stream, turn, first, started, on_prefill)
+
+    def count(self, messages: Sequence[Message], tokens: int) -> None:
+        """Note how many tokens a conversation takes."""
+        self._counted = (_texts(messages), tokens)
+
+    def _body(self, turn: Turn, first: int) -> dict[str, Any]:
+        messages = [*turn.system, *turn.messages[first:]]
+        if turn.before is not None:  # a server continues it if its template can
+            messages.append(turn.before)
+        given = {name: value for name, value in vars(turn.sampling).items() if value is not None}
+        if turn.max_tokens:
+            given["max_tokens"] = turn.max_tokens
+        if turn.stop:
+            given["stop"] = list(turn.stop)
+        return {
+            "model": self._model.name,
+            "messages": [{"role": role, "content": content} for role, content in _texts(messages)],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **given,
+        }
+
+
+class ServerReply:
+    """A `Reply` of a server, whose text is in `stream`."""
+
+    def __init__(
+        self,
+        backend: ServerBackend,
+        stream: HTTPReply,
+        turn: Turn,
+        first: int,
+        started: float,
+        on_prefill: OnPrefill,
+    ) -> None:
+        self.first = first
+        self.reason: Reason = "interrupted"
+        self._backend, self._stream, self._turn = backend, stream, turn
+        self._on_prefill = on_prefill
+        self._started = started
+        self._first_text = 0.0  # when it came
+        self._text = ""
+
+    def texts(self) -> Iterator[str]:
+        """Yield the text as it comes. Raises `ServerError` where the server goes away too early."""
+        try:
+            yield from self._pieces()
+        except ServerError:
+            if self.reason == "interrupted":
+                raise
+        if self.reason == "interrupted":
+            raise ServerError("the server ended the answer in its middle")
+
+    def message(self) -> Message | None:
+        if not self._text and self.reason == "interrupted":
+            return None
+        before = "" if self._turn.before is None else self._turn.before.content
+        partial = self.reason not in COMPLETE
+        return Message("assistant", before + self._text, None, partial)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _pieces(self) -> Iterator[str]:
+        for event in events(self._stream.pieces()):
+            if isinstance(event, Comment):
+                self._show_progress(event.text)
+            elif event.text.strip() == "[DONE]":
+                self._end("stop")
+                return
+            else:
+                yield from self._take(read_piece(event.text))
+
+    def _take(self, piece: Piece) -> Iterator[str]:
+        if piece.text:
+            self._text += piece.text
+            self._time_text()
+            yield piece.text
+        if piece.reason is not None:
+            self._end("length" if piece.reason == "length" else "stop")
+            self._stream.hurry()  # some servers forget to say that this is the end
+        if piece.usage is not None:
+            stats, usage = self._backend.stats, piece.usage
+            stats.prompt_tokens = usage.prompt_tokens
+            stats.reused_tokens = usage.cached_tokens
+            stats.generated_tokens = usage.generated_tokens or stats.generated_tokens
+            self._count()
+
+    def _show_progress(self, comment: str) -> None:
+        if found := _READING.fullmatch(comment):
+            done, total = int(found[1]), int(found[2])
+            if done <= total:
+                self._on_prefill(done, total)
+
+    def _time_text(self) -> None:
+        now, stats = time.perf_counter(), self._backend.stats
+        stats.generated_tokens += 1  # until the server tells it: most send a token at a time
+        if not self._first_text:
+            self._first_text = now
+            stats.prefill_seconds = now - self._started
+        stats.decode_seconds = now - self._first_text
+
+    def _end(self, reason: Reason) -> None:
+        if self.reason == "interrupted":
+            self.reason = reason
+
+    def _count(self) -> None:
+        if (message := self.message()) is not None and self._backend.stats.prompt_tokens:
+            messages = [*self._turn.system, *self._turn.messages[self.first :], message]
+            stats = self._backend.stats
+            self._backend.count(messages, stats.prompt_tokens + stats.generated_tokens)
+
+
+def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in messages]

@@ -1,0 +1,58 @@
+"""The URL of a server with OpenAI's API, from text such as `127.0.0.1:11435`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from mixchat.errors import UsageError
+
+SERVER_PORT = 11435
+_PORTS = {"http": 80, "https": 443}
+_HINT = f"Write it like 127.0.0.1:{SERVER_PORT} or https://example.com/v1."
+
+
+@dataclass(frozen=True)
+class ServerURL:
+    """A host, its port, and the path before `/chat/completions`."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> ServerURL:
+        """Read `HOST[:PORT]`, or a URL of http or https; without a path it is `/v1`.
+
+        A host alone has mixchat's own port, 11435. Raises `UsageError` on anything else.
+        """
+        bare = "://" not in text
+        try:
+            # It would drop a newline without a word.
+            parts = urlsplit(f"http://{text}" if bare else text) if _is_plain(text) else None
+            port = parts.port if parts else None
+        except ValueError:
+            parts = None
+        if parts is None or parts.scheme not in _PORTS or not parts.hostname or port == 0:
+            raise UsageError(f"cannot read {text!r} as the URL of a server", hint=_HINT)
+        _check_rest(parts)
+        if port is None:
+            port = SERVER_PORT if bare else _PORTS[parts.scheme]
+        return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/") or "/v1")
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and not set(" \\<>\"'") & set(text)
+
+
+def _check_rest(parts: SplitResult) -> None:
+    if parts.username is not None or parts.password is not None:
+        hint = "Put the server's key into the variable MIXCHAT_API_KEY."
+        raise UsageError("the URL of a server cannot have a name or a password", hint=hint)
+    if parts.query or parts.fragment:
+        raise UsageError("the URL of a server cannot have a ? or a #", hint=_HINT)
