@@ -77,7 +77,8 @@ class ServerModels:
         if resumed in self._models:
             return resumed
         if not self._models:
-            raise ModelNotFoundError(f"{self.url} lists no models", hint="Name one: -m MODEL.")
+            hint = "Name one with -m MODEL, or check the URL."
+            raise ModelNotFoundError(f"{self.url} lists no models", hint=hint)
         return self.names[0]
 
     def context_of(self, name: str) -> Context:

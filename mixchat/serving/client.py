@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from threading import Thread
 from typing import Any
 
@@ -194,4 +194,6 @@ def is_served_here(model: str) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it takes too long"
+    if isinstance(error, IncompleteRead):
+        return "the connection was closed"
     return short_message(getattr(error, "strerror", None) or error) or type(error).__name__

@@ -18,7 +18,7 @@ from mixchat.serving.event_stream import Comment, events
 from mixchat.text.messages import Message
 
 # The comment that mixchat's own server sends while it reads a prompt.
-_READING = re.compile(r"reading ([0-9]{1,9}) of ([0-9]{1,9})", re.ASCII)
+_READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
 
 
 class ServerBackend:
@@ -66,7 +66,8 @@ class ServerBackend:
                 if turn.overflow == "stop":
                     error.hint = LEAVE_OUT_HINT
                     raise
-                first, later = later[len(later) // 2], later[len(later) // 2 + 1 :]
+                half = (len(later) - 1) // 2
+                first, later = later[half], later[half + 1 :]
             else:
                 return ServerReply(self, stream, turn, first, started, on_prefill)
 
@@ -120,7 +121,9 @@ class ServerReply:
             if self.reason == "interrupted":
                 raise
         if self.reason == "interrupted":
-            raise ServerError("the server ended the answer in its middle")
+            where = "in its middle" if self._text else "before it began"
+            hint = "Its own messages may say why; a prompt that is too long is one reason."
+            raise ServerError(f"the server ended the answer {where}", hint=hint)
 
     def message(self) -> Message | None:
         if not self._text and self.reason == "interrupted":

@@ -175,6 +175,8 @@ class ActiveChat:
             self.screen.say("(stopped)\n")
         except Exception as error:
             self.report(error)
+            if self.session.history is not before:  # the server has gone in the middle
+                self.screen.say("(what came is kept; /continue resumes it)\n")
         else:
             self._ended(finished, said, remembered=self.session.history is not before)
         finally:  # also where the terminal has been closed

@@ -251,20 +251,22 @@ def _read(chat: ActiveChat, argument: str) -> None:
 
 def _tokens(chat: ActiveChat, argument: str) -> None:
     session, stats = chat.session, chat.session.stats
+    prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
+    told = stats.prompt_tokens or session.backend.engine is not None
     _say_table(
         chat,
         {
             "context": _use_of_context(session.used_tokens, session.context),
-            "last prompt": f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache",
+            "last prompt": prompt if told else "not told by the server",
             "last answer": f"{stats.generated_tokens:,}",
         },
     )
 
 
 def _use_of_context(used: int | None, context: Context | None) -> str:
+    taken = "not told by the server" if used is None else f"{used:,} tokens"
     if used is None or context is None:
-        taken = "told with the next answer" if used is None else f"{used:,} tokens"
-        return taken if context else f"{taken} (the server does not tell how many fit)"
+        return taken
     return f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
 
 

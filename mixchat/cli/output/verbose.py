@@ -40,7 +40,7 @@ class VerboseReport:
         lines = [
             *generation_lines(finished.stats, self._predict(), first=self._first),
             *self._expert_lines(finished),
-            f"seed     {finished.seed}",
+            *([] if finished.seed is None else [f"seed     {finished.seed}"]),
             f"ended    {finished.reason}",
         ]
         self._first = False

@@ -1,0 +1,119 @@
+"""What a server sends is read if it has the form of OpenAI's API, else refused in one line."""
+
+import json
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixchat.errors import MixchatError, ModelNotFoundError, PromptError, ServerError
+from mixchat.serving.completion import (
+    Piece,
+    ServedModel,
+    Usage,
+    error_of,
+    parsed_error,
+    read_models,
+    read_piece,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["choices", "delta", "content", "usage", "error", "message", "code", "data", "id"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def piece_of(**chunk):
+    return read_piece(json.dumps(chunk))
+
+
+def test_a_piece_has_text_reason_and_usage():
+    assert piece_of(choices=[{"delta": {"content": "Hi"}}]) == Piece("Hi")
+    assert piece_of(choices=[{"delta": {}, "finish_reason": "length"}]) == Piece("", "length")
+    assert piece_of(choices=[{"delta": None, "finish_reason": "eos"}]) == Piece("", "stop")
+    counts = {"prompt_tokens": 5, "completion_tokens": 2}
+    assert piece_of(choices=[], usage=counts) == Piece(usage=Usage(5, 0, 2))
+    counts["prompt_tokens_details"] = {"cached_tokens": 3}
+    assert piece_of(choices=None, usage=counts).usage == Usage(5, 3, 2)
+
+
+def test_other_choices_than_the_first_are_not_mixed_into_it():
+    choices = [{"index": 1, "delta": {"content": "B"}}, {"index": 0, "delta": {"content": "A"}}]
+    assert piece_of(choices=choices).text == "A"
+
+
+def test_half_a_character_is_replaced():
+    assert read_piece('{"choices": [{"delta": {"content": "a\\ud800b"}}]}').text == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["", "nonsense", "[]", "1", "null", "[" * 100_000, '{"choices": 3}', '{"choices": [3]}'],
+)
+def test_what_is_no_piece_is_refused(data):
+    with pytest.raises(ServerError):
+        read_piece(data)
+
+
+@pytest.mark.parametrize("error", [{"message": "broken"}, "broken", {"detail": "broken"}])
+def test_an_error_in_the_stream_is_what_the_server_says(error):
+    with pytest.raises(ServerError, match="the server says: broken"):
+        piece_of(error=error)
+
+
+@given(JSON)
+def test_whatever_comes_is_read_or_refused(value):
+    data = json.dumps(value)
+    for read in (read_piece, lambda text: read_models(text.encode())):
+        with suppress(ServerError):
+            read(data)
+    assert isinstance(error_of(400, parsed_error(data.encode())), MixchatError)
+
+
+def test_models_have_names_that_can_be_shown_and_the_size_that_mixchat_tells():
+    listed = [
+        {"id": "a", "context_size": 4096},
+        {"id": "b", "context_size": "x"},
+        {"id": "c\x1b[2J"},
+        {"id": 3},
+        {"id": ""},
+        {"id": "d" * 300},
+    ]
+    body = json.dumps({"data": listed}).encode()
+    assert read_models(body) == [ServedModel("a", 4096), ServedModel("b")]
+
+
+@pytest.mark.parametrize(
+    ("status", "raw", "kind", "said"),
+    [
+        (400, {"error": {"message": "m", "code": "context_length_exceeded"}}, PromptError, "m"),
+        (400, {"error": {"message": "m", "type": "exceed_context_size_error"}}, PromptError, "m"),
+        (400, {"message": "the maximum context length is 9"}, PromptError, "length is 9"),
+        (404, {"error": {"message": "m", "code": "model_not_found"}}, ModelNotFoundError, "m"),
+        (404, {"error": {"message": "model 'x' not found"}}, ModelNotFoundError, "'x' not found"),
+        (404, {"detail": "Not Found"}, ServerError, "Not Found"),
+        (500, "", ServerError, "500, without a reason"),
+        (500, {"error": "long " * 200}, ServerError, "…"),
+    ],
+)
+def test_errors_of_several_servers_become_ours(status, raw, kind, said):
+    error = error_of(status, raw)
+    assert type(error) is kind
+    assert said in str(error)
+    assert len(str(error)) < 300
+
+
+def test_a_page_of_a_proxy_is_not_shown():
+    assert parsed_error(b"<html>502</html>") == ""
+    assert parsed_error(b"upstream is gone") == {"error": "upstream is gone"}

@@ -1,0 +1,276 @@
+"""A session that a server answers is like any other, except for what only an engine knows."""
+
+import pytest
+from scripted_server import (
+    DONE,
+    STREAM,
+    Answer,
+    ScriptedServer,
+    delta,
+    event,
+    refusal,
+    says,
+    usage,
+)
+
+from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
+from mixchat.errors import MixchatError, PromptError, ServerError, UsageError
+from mixchat.options import RequestedSampling
+from mixchat.serving.client import ServerClient
+from mixchat.serving.completion import ServedModel
+from mixchat.serving.server_backend import ServerBackend
+from mixchat.serving.server_url import ServerURL
+
+
+def session_with(server, context_size=None, **options):
+    client = ServerClient(ServerURL.parse(server.address))
+    options.setdefault("sampling", RequestedSampling())
+    return ChatSession(ServerBackend(client, ServedModel("tiny", context_size)), **options)
+
+
+def text_of(events):
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def contents(session):
+    return [message.content for message in session.history]
+
+
+def test_an_answer_comes_in_pieces_and_is_remembered_without_ids():
+    with ScriptedServer(says("Hel", "lo", counts=usage(7, 3, 4))) as server:
+        session = session_with(server)
+        events = list(session.ask("Hi"))
+    assert [event.text for event in events[:-1]] == ["Hel", "lo"]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason == "stop"
+    stats = events[-1].stats
+    assert (stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens) == (7, 4, 3)
+    assert stats.prefill_seconds > 0
+    assert contents(session) == ["Hi", "Hello"]
+    assert session.history[1].ids is None
+    assert session.used_tokens == 10
+
+
+def test_the_conversation_is_sent_with_nothing_that_nobody_asked_for():
+    with ScriptedServer(says("Hello"), says("Fine")) as server:
+        session = session_with(server, system="Be brief")
+        list(session.ask("Hi"))
+        list(session.ask("And?"))
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And?"},
+    ]
+    assert server.asked()[1] == {
+        "model": "tiny",
+        "messages": messages,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_what_was_asked_for_is_sent_even_if_it_is_the_default_elsewhere():
+    with ScriptedServer(says("a"), says("b")) as server:
+        sampling = RequestedSampling(temperature=0.7, top_k=0, seed=5)
+        session = session_with(server, sampling=sampling, max_tokens=9, stop=["END"])
+        list(session.ask("Hi"))
+        list(session.ask("Hi"))
+    first, second = server.asked()
+    given = {name: first[name] for name in first.keys() - {"model", "messages"}}
+    assert given == {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.7,
+        "top_k": 0,
+        "seed": 5,
+        "max_tokens": 9,
+        "stop": ["END"],
+    }
+    assert second["seed"] == 6  # so that the same question gets another answer
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        [delta(None, "stop"), DONE],
+        [delta("!", "stop")],  # no [DONE]
+        [delta("!"), DONE],  # no reason
+        [delta("!", "stop"), b"data: garbage\n\n"],
+        [delta("!", "eos_token"), usage(3, 2).strip()],
+    ],
+)
+def test_an_answer_has_ended_when_the_server_says_so_in_one_way_or_another(ending):
+    with ScriptedServer(Answer([delta("Hi"), *ending])) as server:
+        session = session_with(server)
+        *_, finished = session.ask("Hi")
+    assert finished.reason == "stop"
+    assert not session.history[-1].partial
+
+
+def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch):
+    monkeypatch.setattr("mixchat.serving.client._ENDING", 0.01)
+    with ScriptedServer(Answer([delta("Hi", "stop")], end="hold")) as server:
+        *_, finished = session_with(server).ask("Hi")
+        assert finished.reason == "stop"
+        assert server.gone.wait(60)
+
+
+def test_without_counts_of_the_server_those_of_the_pieces_are_shown():
+    with ScriptedServer(says("a", "b", "c", reason="length")) as server:
+        session = session_with(server)
+        *_, finished = session.ask("Hi")
+    assert (finished.reason, finished.stats.generated_tokens) == ("length", 3)
+    assert session.history[-1].partial
+    assert session.used_tokens is None
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        Answer([delta("Hel")]),
+        Answer([delta("Hel")], end="reset"),
+        Answer([delta("Hel"), event({"error": {"message": "no memory"}})]),
+        Answer([delta("Hel"), event({"error": {"message": "m", "code": "model_not_found"}})]),
+        Answer([delta("Hel"), b"data: {broken\n\n"]),
+        Answer([delta("Hel"), b"data: " + b"x" * 2**21]),
+        Answer([delta("Hel"), event([1, 2])]),
+        Answer([delta("Hel"), event({"choices": [{"delta": {"content": 5}}]})]),
+        Answer([b"5\r\n", b"data:"], headers=STREAM | {"Transfer-Encoding": "chunked"}),
+        Answer([b"zz\r\n", b"data:"], headers=STREAM | {"Transfer-Encoding": "chunked"}),
+        Answer([delta("Hel")], headers=STREAM | {"Content-Length": "9999"}),
+    ],
+)
+def test_an_answer_that_breaks_off_is_one_line_and_what_was_shown_is_kept(ending):
+    with ScriptedServer(ending, says("Fine")) as server:
+        session = session_with(server)
+        shown = []
+        with pytest.raises(ServerError) as error:
+            shown.extend(session.ask("Hi"))
+        before = contents(session)
+        list(session.ask("Again"))
+    assert "\n" not in str(error.value)
+    if b"Hel" in b"".join(ending.pieces):
+        assert before == ["Hi", "Hel"]
+        assert server.asked()[1]["messages"][1] == {"role": "assistant", "content": "Hel"}
+    else:
+        assert before == []
+
+
+def test_a_piece_that_is_cut_within_a_character_is_whole():
+    body = delta("").replace(b'""', '"é😀"'.encode()) + DONE
+    pieces = [body[i : i + 1] for i in range(len(body))]
+    with ScriptedServer(Answer(pieces)) as server:
+        assert text_of(session_with(server).ask("Hi")) == "é😀"
+
+
+def test_a_refused_question_leaves_no_trace():
+    with ScriptedServer(refusal("429 Busy", "busy"), says("Fine")) as server:
+        session = session_with(server)
+        with pytest.raises(ServerError, match="busy"):
+            list(session.ask("Hi"))
+        assert session.history == []
+        assert text_of(session.ask("Hi")) == "Fine"
+
+
+@pytest.mark.parametrize("way", ["interrupt", "close"])
+def test_an_answer_that_is_stopped_ends_the_request_and_keeps_what_was_shown(way):
+    pieces = [delta("One"), delta(" two"), delta(" three")]
+    with ScriptedServer(Answer(pieces, end="hold")) as server:
+        session = session_with(server)
+        answer = session.ask("Count")
+        assert next(answer).text == "One"
+        if way == "interrupt":
+            session.interrupt()
+            assert next(answer).reason == "interrupted"
+        else:
+            answer.close()
+        assert server.gone.wait(60)
+    assert contents(session) == ["Count", "One"]
+    assert session.history[-1].partial
+
+
+def test_progress_is_what_the_server_tells_in_comments():
+    pieces = [b": waiting\n\n", b": read 5 of 20 tokens\n\n", b": read 30 of 20 tokens\n\n"]
+    seen = []
+    with ScriptedServer(Answer([*pieces, delta("Hi", "stop"), DONE])) as server:
+        list(session_with(server).ask("Hi", lambda *counts: seen.append(counts)))
+    assert seen == [(0, 0), (5, 20)]
+
+
+TOO_LONG = refusal("400 Bad Request", "too many tokens", "context_length_exceeded")
+
+
+def with_turns(server, count, **options):
+    from mixchat.text.messages import Message
+
+    session = session_with(server, **options)
+    turns = [(Message("user", f"q{i}"), Message("assistant", f"a{i}")) for i in range(count)]
+    session.restore([message for turn in turns for message in turn])
+    return session
+
+
+def test_a_conversation_that_the_server_finds_too_long_says_how_old_turns_go():
+    with ScriptedServer(TOO_LONG) as server:
+        with pytest.raises(PromptError, match="too many tokens") as error:
+            list(with_turns(server, 2).ask("last"))
+        assert "drop-oldest" in error.value.hint
+
+
+def test_old_turns_are_left_out_by_halves_until_it_fits_the_server():
+    with ScriptedServer(TOO_LONG, TOO_LONG, says("Fine"), says("Well")) as server:
+        session = with_turns(server, 5, overflow="drop-oldest")
+        events = list(session.ask("last"))
+        list(session.ask("more"))
+    assert events[0] == LeftOut(4)
+    sent = [[m["content"] for m in body["messages"]] for body in server.asked()]
+    assert [texts[0] for texts in sent] == ["q0", "q3", "q4", "q4"]
+    assert len(session.history) == 14
+
+
+def test_a_question_that_does_not_fit_alone_is_refused():
+    with ScriptedServer(TOO_LONG, TOO_LONG) as server:
+        session = with_turns(server, 1, overflow="drop-oldest")
+        with pytest.raises(PromptError):
+            list(session.ask("last"))
+    assert len(server.asked()) == 2
+
+
+def test_a_text_that_cannot_fit_a_known_context_is_not_sent():
+    with ScriptedServer() as server, pytest.raises(PromptError):
+        list(session_with(server, context_size=2).ask("x" * 1000))
+    assert server.requests == []
+
+
+def test_an_answer_is_continued_by_sending_its_beginning():
+    with ScriptedServer(says("One", reason="length"), says(" two")) as server:
+        session = session_with(server)
+        list(session.ask("Count"))
+        assert text_of(session.continue_answer()) == " two"
+    assert server.asked()[1]["messages"][-1] == {"role": "assistant", "content": "One"}
+    assert contents(session) == ["Count", "One two"]
+
+
+def test_what_only_an_engine_knows_is_said_in_one_line():
+    with ScriptedServer() as server:
+        session = session_with(server)
+    with pytest.raises(UsageError, match="a server answers here"):
+        session.engine  # noqa: B018
+    assert session.context is None
+    assert session.used_tokens == 0
+    assert not session.is_closed
+
+
+def test_tokens_are_not_known_any_more_when_the_conversation_has_changed():
+    with ScriptedServer(says("a", counts=usage(5, 2)), says("b", counts=usage(9, 2))) as server:
+        session = session_with(server)
+        list(session.ask("Hi"))
+        list(session.ask("And?"))
+    assert session.used_tokens == 11
+    session.undo()
+    assert session.used_tokens is None
+
+
+def test_every_error_is_one_of_ours():
+    assert issubclass(ServerError, MixchatError)
+    assert ServerError("x").exit_code == 5
