@@ -17,6 +17,7 @@ from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
+from mixchat.cli.server_chat import ServerCache, ServerModelChanger, ServerModels, check_flags
 from mixchat.cli.start_chat import find_chat, model_here, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
@@ -85,13 +86,6 @@ def run(
     output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
     if server:
-        from mixchat.cli.server_chat import (
-            ServerCache,
-            ServerModelChanger,
-            ServerModels,
-            check_flags,
-        )
-
         check_flags(context)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
@@ -123,12 +117,11 @@ def run(
             return
         model_context = context_of(model, ctx_size)
         open_any = partial(open_session, load=load, output=output)
+        _note_server(model, output)
     system_prompt = model_flags.system_prompt(context, model_context)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)
-    if not server:
-        _note_server(model, output)
     open_model = partial(
         open_any,
         sampling={name: context.params[name] for name in _SAMPLING},
@@ -150,19 +143,21 @@ def run(
 
     after_turn, predict = hooks(model)
     beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
-    chat_cache = ServerCache() if server else CacheSaver(session, named_file or beside_chat)
+    chat_cache: ServerCache | CacheSaver
+    changer: Callable[..., ChatModels]
+    if server:
+        chat_cache = ServerCache()
+        changer = partial(ServerModelChanger, saver, on_server)
+    else:
+        chat_cache = CacheSaver(session, named_file or beside_chat)
+        changer = partial(ModelChanger, saver, load)
     try:
         with chat_cache as cache:
             if question is None:
-                models: ChatModels = (
-                    ServerModelChanger(saver, on_server, open_model, hooks)
-                    if server
-                    else ModelChanger(saver, load, open_model, hooks)
-                )
                 start_chat(
                     saver,
                     cache,
-                    models,
+                    changer(open_model, hooks),
                     files,
                     raw=raw,
                     vi=vi,

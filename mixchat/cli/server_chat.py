@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING
 import typer
 
 from mixchat.chat.parameters import with_numbers
-from mixchat.chat.session import ChatSession
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import status
 from mixchat.context import UNKNOWN, Context
 from mixchat.errors import ModelNotFoundError, UsageError
 from mixchat.options import RequestedSampling
-from mixchat.serving.client import ServerClient
-from mixchat.serving.completion import ServedModel
-from mixchat.serving.server_backend import ServerBackend
 from mixchat.serving.server_url import ServerURL
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
     from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.serving.server_backend import ServerBackend
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
 # What the machine that loads the model decides.
@@ -59,6 +57,8 @@ class ServerModels:
 
     def __init__(self, url: str, output: OutputOptions) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails."""
+        from mixchat.serving.client import ServerClient
+
         self.url = ServerURL.parse(url)
         self._client = ServerClient(self.url, os.environ.get(KEY_VARIABLE))
         with nullcontext() if output.quiet else status(f"asking {self.url}"):
@@ -96,6 +96,8 @@ class ServerModels:
         overflow: Overflow,
     ) -> ChatSession:
         """Return a session with a model. It need not be listed: some servers know other names."""
+        from mixchat.chat.session import ChatSession
+
         return ChatSession(
             self._backend(name),
             system=system,
@@ -106,6 +108,9 @@ class ServerModels:
         )
 
     def _backend(self, name: str) -> ServerBackend:
+        from mixchat.serving.completion import ServedModel
+        from mixchat.serving.server_backend import ServerBackend
+
         return ServerBackend(self._client, self._models.get(name, ServedModel(name)))
 
 

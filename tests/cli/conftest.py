@@ -57,6 +57,7 @@ def mixchat(environment, monkeypatch, capsysbinary):
             if fake:
                 patch.setattr("mixchat.cli.run.open_session", fake_mixchat.open_fake)
                 patch.setattr("mixchat.cli.run._speed_predictor", fake_mixchat.predict_fake)
+                patch.setattr("mixchat.cli.run._note_server", fake_mixchat.note_nothing)
             with pytest.raises(SystemExit) as ending:
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()

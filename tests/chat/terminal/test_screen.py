@@ -154,6 +154,23 @@ def test_of_a_prompt_that_takes_no_time_or_an_unknown_one_nothing_is_said_before
         assert out.shown == []
 
 
+def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
+    out, clock = Tty(), Clock()
+    screen = Screen(out, clock=clock, raw=True)
+    with screen.waiting() as reading:
+        reading(0, 0)
+        assert out.shown == ["waiting for the server"]
+        clock.now = 2.0
+        reading(500, 2000)
+        assert out.shown == ["reading 500 of 2,000 tokens (25%), abou"]
+        screen.show(answered(LeftOut(2), "Hi", end="end"))
+    assert out.shown == [
+        "(the context is full: the 2 oldest turns",
+        "are left out from here on)",
+        "Hi",
+    ]
+
+
 def test_progress_takes_one_row_in_a_narrow_terminal():
     out, clock = Tty(), Clock()
     with Screen(out, clock=clock).waiting() as reading:

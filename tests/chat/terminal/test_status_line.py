@@ -73,3 +73,10 @@ def test_a_context_of_no_tokens_is_full():
 def test_wide_characters_are_not_cut_in_half():
     assert cut("模型名", 4) == "模…"
     assert cut("模型名", 6) == "模型名"
+
+
+def test_what_a_server_does_not_tell_is_left_out():
+    assert status_line("big", 1234, None, speed=31.24) == "big · 1,234 tokens · 31.2 tok/s"
+    assert status_line("big", 1234, None, width=7) == "1,234"
+    assert status_line("big", None, 8192, speed=31.24) == "big · 31.2 tok/s"
+    assert status_line("big", None, None, width=2) == ""

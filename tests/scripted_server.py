@@ -80,15 +80,15 @@ def refusal(status: str, message: str, code: str | None = None, **headers: str) 
 class ScriptedServer:
     """`with ScriptedServer(answer, ...) as server`: each POST gets the next answer.
 
-    `models` is the answer to GET. `gone` is set when a client has gone before the end of an answer
-    that holds.
+    `models` is the answer to GET. `holds` is set when an answer holds, `gone` when its client has
+    gone.
     """
 
     def __init__(self, *answers: Answer, models: Answer | None = None) -> None:
         self.answers, self.models = list(answers), models or as_json(LIST)
         self.requests: list[Request] = []
         self.gone = threading.Event()
-        self._held: socket.socket | None = None
+        self.holds = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = "127.0.0.1:{}".format(*self._listener.getsockname()[1:])
         self._thread = threading.Thread(target=self._serve)
@@ -104,8 +104,7 @@ class ScriptedServer:
 
     def stop_holding(self) -> None:
         """Let an answer that holds end, although the client is still there."""
-        while self._held is None:
-            threading.Event().wait(0.01)
+        self.holds.wait()
         self._held.shutdown(socket.SHUT_RDWR)
 
     def asked(self) -> list[Any]:
@@ -130,6 +129,7 @@ class ScriptedServer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif answer.end == "hold":
             self._held = connection
+            self.holds.set()
             with suppress(ConnectionResetError):
                 connection.recv(1)
             self.gone.set()

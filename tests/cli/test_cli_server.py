@@ -1,0 +1,335 @@
+"""`mixchat run --server`: the same command, and the same chat, where a server answers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from command_line import FAKE
+from scripted_server import Answer, ScriptedServer, as_json, delta, refusal, says, usage
+from terminal import Terminal
+from test_cli_startup import PRINT_MODULES
+
+ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
+
+
+@pytest.fixture
+def ask(mixchat):
+    """Runs `mixchat run --server SERVER ARGS`."""
+    return lambda server, *arguments, **how: mixchat(
+        "run", "--server", server.address, *arguments, **how
+    )
+
+
+def test_an_answer_is_printed_as_it_is(ask):
+    with ScriptedServer(says("Par", "is.\x1b[2J")) as server:
+        done = ask(server, "The capital of France?", stdin=b"Be brief.")
+    assert (done.stdout, done.stderr, done.returncode) == (b"Paris.\x1b[2J\n", b"", 0)
+    (body,) = server.asked()
+    assert body["model"] == "tiny"
+    assert body["messages"][-1]["content"] == "Be brief.\n\nThe capital of France?"
+
+
+def test_files_system_prompt_and_extract_work_as_they_do_here(ask, tmp_path):
+    (tmp_path / "notes").write_text("Notes.")
+    with ScriptedServer(says("Look:\n```sh\nls\n```\n")) as server:
+        done = ask(server, "-x", "-f", str(tmp_path / "notes"), "-s", "Be brief", "List files")
+    assert done.stdout == b"ls\n"
+    messages = server.asked()[0]["messages"]
+    assert [m["content"] for m in messages] == ["Be brief", "Notes.\n\nList files"]
+
+
+def test_json_has_what_the_server_tells(ask):
+    models = as_json({"data": [{"id": "big", "context_size": 4096}]})
+    with ScriptedServer(says("Hi", counts=usage(5, 2, 1)), models=models) as server:
+        raw = json.loads(ask(server, "--json", "Hi").stdout)
+    assert raw["usage"] == {
+        "prompt_tokens": 5,
+        "cached_tokens": 1,
+        "generated_tokens": 2,
+        "context_tokens": 4096,
+    }
+    assert (raw["model"], raw["answer"], raw["ids"], raw["seed"]) == ("big", "Hi", None, None)
+
+
+def test_json_has_null_for_what_the_server_does_not_tell(ask):
+    with ScriptedServer(says("Hi")) as server:
+        raw = json.loads(ask(server, "--json", "Hi").stdout)
+    assert raw["usage"]["prompt_tokens"] is None
+    assert raw["usage"]["context_tokens"] is None
+
+
+def test_verbose_says_what_it_knows(ask):
+    with ScriptedServer(says("a", "b", counts=usage(5, 2)), says("a", "b")) as server:
+        told = ask(server, "--verbose", "Hi").stderr.decode()
+        not_told = ask(server, "--verbose", "Hi").stderr.decode()
+    assert "prompt   5 tokens, 0 of them from the cache" in told
+    assert "experts  the server does not tell" in told
+    assert "seed" not in told
+    assert "prompt   the server does not tell" in not_told
+
+
+def test_flags_of_sampling_are_sent_and_nothing_else(ask):
+    with ScriptedServer(says("Hi")) as server:
+        ask(server, "-m", "mine", "--temp", "0.7", "--min-p", "0", "-n", "5", "--stop", "x", "Hi")
+    body = server.asked()[0]
+    for name in ("messages", "stream", "stream_options"):
+        del body[name]
+    assert body == {"model": "mine", "temperature": 0.7, "min_p": 0, "max_tokens": 5, "stop": ["x"]}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ctx-size", "100", "--device", "cpu"],
+        ["--host-memory", "1GB", "--device-memory", "1GB", "--cache-policy", "lru"],
+        ["--worker", "10.0.0.1", "--key-file", "k"],
+        ["--kv-bits", "8", "--exact-prompts", "--keep-cache"],
+        ["--prompt-cache", "c"],
+        ["--trace", "t"],
+    ],
+)
+def test_flags_of_loading_are_refused_by_name_before_anything_is_asked(ask, flags):
+    with ScriptedServer() as server:
+        done = ask(server, *flags, "Hi")
+    named = ", ".join(flag for flag in flags if flag.startswith("--"))
+    first = done.stderr.decode().splitlines()[0]
+    assert set(first.removeprefix("error: --server does not go with ").split(", ")) == set(
+        named.split(", ")
+    )
+    assert (done.returncode, server.requests) == (2, [])
+
+
+def test_settings_of_loading_are_for_other_runs(ask):
+    with ScriptedServer(says("Hi")) as server:
+        done = ask(server, "Hi", MIXCHAT_CTX_SIZE="100", MIXCHAT_MODEL="instruct")
+    assert done.stdout == b"Hi\n"
+    assert server.asked()[0]["model"] == "tiny"
+
+
+def test_a_variable_gives_the_server_and_an_empty_flag_none(mixchat):
+    with ScriptedServer(says("Hi")) as server:
+        at = {"MIXCHAT_SERVER": server.address}
+        assert mixchat("run", "Hi", **at).stdout == b"Hi\n"
+        assert mixchat("run", "--server", "", "Hi", **at).stdout == b"Hello\n"
+
+
+def test_the_key_comes_from_its_variable_and_no_other(ask):
+    with ScriptedServer(says("Hi"), says("Hi")) as server:
+        ask(server, "Hi", MIXCHAT_API_KEY="secret")
+        ask(server, "Hi", OPENAI_API_KEY="for another host")
+    keys = [request.headers.get("authorization") for request in server.requests]
+    assert keys == ["Bearer secret"] * 2 + [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (refusal("401 U", "no key"), 5, "no key"),
+        (refusal("404 N", "no", "model_not_found"), 4, "no"),
+        (refusal("400 B", "long", "context_length_exceeded"), 3, "long"),
+        (refusal("429 B", "busy", Retry_After="3"), 5, "Try again in 3 s."),
+        (Answer(end="reset"), 5, "broke off"),
+        (Answer([b"data: x\n\n"]), 5, "not JSON"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_an_error_of_its_kind(ask, answer, code, said):
+    with ScriptedServer(answer) as server:
+        done = ask(server, "Hi")
+    assert done.returncode == code
+    assert done.stdout == b""
+    error, *hint = done.stderr.decode().splitlines()
+    assert error.startswith("error: ")
+    assert len(hint) <= 1
+    assert said in done.stderr.decode()
+
+
+def test_an_address_that_cannot_be_read_is_wrong_use(mixchat):
+    done = mixchat("run", "--server", "http://a b", "Hi")
+    assert (done.returncode, done.stderr[:28]) == (2, b"error: cannot read 'http://a")
+
+
+def test_a_server_without_models_asks_for_a_name(ask):
+    with ScriptedServer(says("Hi"), models=as_json({"data": []})) as server:
+        assert ask(server, "Hi").returncode == 4
+        assert ask(server, "-m", "x", "Hi").stdout == b"Hi\n"
+
+
+def test_what_came_of_an_answer_is_printed_and_saved(ask, mixchat):
+    with ScriptedServer(Answer([delta("Half an ans")]), says("wer")) as server:
+        done = ask(server, "--save", "Hi")
+        assert done.stdout.startswith(b"Half an ans")
+        assert done.returncode == 5
+        ask(server, "--resume", "last", "Go on")
+    assert server.asked()[1]["messages"][1] == {"role": "assistant", "content": "Half an ans"}
+
+
+def test_a_chat_moves_from_here_to_a_server_and_back(ask, mixchat):
+    """The numbers that nobody chose stay here: a server may not know them."""
+    mixchat("run", "--save", "--temp", "0.2", "Hi", SCRIPT='["Hello"]')
+    with ScriptedServer(says("Fine")) as server:
+        ask(server, "--resume", "last", "How are you?")
+    (body,) = server.asked()
+    assert [m["content"] for m in body["messages"]] == ["Hi", "Hello", "How are you?"]
+    assert body["temperature"] == 0.2
+    assert not {"top_k", "min_p", "repeat_penalty", "top_p"} & set(body)
+    assert body["model"] == "tiny"
+    done = mixchat("run", "--resume", "last", "--json", "And?")
+    assert json.loads(done.stdout)["model"] == "instruct"  # `tiny` is not known here
+
+
+def test_a_chat_stays_with_the_server_s_model(ask):
+    with ScriptedServer(says("Hello"), says("Fine")) as server:
+        ask(server, "--save", "-m", "other", "Hi")
+        ask(server, "--resume", "last", "How are you?")
+    assert [body["model"] for body in server.asked()] == ["other", "other"]
+
+
+def test_a_name_of_a_model_here_is_a_word_like_others(ask):
+    with ScriptedServer(says("Hi")) as server:
+        assert ask(server, "demo", "Hi").stdout == b"Hi\n"
+
+
+def test_it_does_not_load_what_only_an_engine_needs(environment):
+    with ScriptedServer(says("Hi")) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINT_MODULES, "run", "--server", server.address, "Hi"],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=60,
+            env=environment,
+        )
+    assert done.stdout == "Hi\n"
+    loaded = set(done.stderr.split())
+    assert not {"torch", "numpy", "bitsandbytes", "huggingface_hub", "rich"} & loaded
+
+
+def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
+    from mixchat.cli.output.print_answer import OutputOptions
+    from mixchat.cli.run import _note_server
+
+    monkeypatch.setattr("mixchat.serving.client.is_served_here", lambda name: name == "demo")
+    said = []
+    monkeypatch.setattr(OutputOptions, "note", lambda self, text: said.append(text))
+    _note_server("instruct", OutputOptions())
+    _note_server("demo", OutputOptions(quiet=True))
+    assert said == []
+    _note_server("demo", OutputOptions())
+    assert said == [
+        "a server with demo is running: --server 127.0.0.1:11435 answers without loading it again"
+    ]
+
+
+@pytest.fixture
+def chat(environment):
+    """A terminal with a chat that a server answers."""
+    return lambda server, *flags: Terminal(
+        [*FAKE, "run", "--server", server.address, *flags], environment
+    )
+
+
+def leave(terminal):
+    terminal.wait_for(">>>")
+    terminal.type(CTRL_D)
+    assert terminal.wait_for_end() == 0
+
+
+def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
+    models = as_json({"data": [{"id": "tiny", "context_size": 100}, {"id": "other"}]})
+    answers = [says("Hello", counts=usage(5, 2)), says("Fine")]
+    with ScriptedServer(*answers, models=models) as server, chat(server) as terminal:
+        terminal.wait_for("tiny; /help")
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("waiting for the server")
+        terminal.wait_for("Hello")
+        terminal.wait_for(">>>")
+        terminal.type("/tokens" + ENTER)
+        terminal.wait_for("7 of 100 tokens (7%)")
+        terminal.type("/experts" + ENTER)
+        terminal.wait_for("error: a server answers here, and does not tell of its experts")
+        terminal.type("/show" + ENTER)
+        terminal.wait_for(f"http://{server.address}/v1")
+        terminal.wait_for("left to the server")
+        terminal.type("/model" + ENTER)
+        terminal.wait_for(f"(also on http://{server.address}/v1: other)")
+        terminal.type("/model nonsense" + ENTER)
+        terminal.wait_for("error: the server has no model 'nonsense'")
+        terminal.type("/set temp 0.7" + ENTER)
+        terminal.wait_for("takes effect")
+        terminal.type("/model other" + ENTER)
+        terminal.wait_for("(the model is other from here on)")
+        terminal.wait_for(">>>")
+        terminal.type("How are you?" + ENTER)
+        terminal.wait_for("Fine")
+        leave(terminal)
+    body = server.asked()[1]
+    assert (body["model"], body["temperature"]) == ("other", 0.7)
+    assert [m["content"] for m in body["messages"]] == ["Hi", "Hello", "How are you?"]
+
+
+def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
+    with (
+        ScriptedServer(Answer([delta("One two")], end="hold"), says("Fine")) as server,
+        chat(server) as terminal,
+    ):
+        terminal.wait_for(">>>")
+        terminal.type("Count" + ENTER)
+        terminal.wait_for("One two")
+        terminal.type(CTRL_C)
+        assert server.gone.wait(60)
+        terminal.wait_for("(stopped; /continue resumes it)")
+        terminal.wait_for(">>>")
+        terminal.type("Well?" + ENTER)
+        terminal.wait_for("Fine")
+        leave(terminal)
+    assert server.asked()[1]["messages"][1]["content"] == "One two"
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_ctrl_c_ends_the_wait_for_a_server_that_is_silent(chat, head):
+    silent = Answer(end="hold", head=head)
+    with ScriptedServer(silent, says("Fine")) as server, chat(server) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("Count" + ENTER)
+        assert server.holds.wait(60)
+        terminal.type(CTRL_C)
+        assert server.gone.wait(60)
+        terminal.wait_for("(stopped)")
+        terminal.wait_for(">>>")
+        terminal.type("Well?" + ENTER)
+        terminal.wait_for("Fine")
+        leave(terminal)
+
+
+def test_a_server_that_goes_away_leaves_the_chat_and_what_it_said(chat):
+    with (
+        ScriptedServer(Answer([delta("One two")], end="reset"), says(" three")) as server,
+        chat(server) as terminal,
+    ):
+        terminal.wait_for(">>>")
+        terminal.type("Count" + ENTER)
+        terminal.wait_for("One two")
+        terminal.wait_for("error: ")
+        terminal.wait_for("(what came is kept; /continue resumes it)")
+        terminal.wait_for(">>>")
+        terminal.type("/continue" + ENTER)
+        terminal.wait_for("three")
+        leave(terminal)
+    assert server.asked()[1]["messages"][-1]["content"] == "One two"
+
+
+def test_what_a_server_sends_cannot_act_on_the_terminal(chat):
+    evil = "a\x1b[2Jb\x9bc\u202ed"
+    with (
+        ScriptedServer(says(evil), refusal("500 E", f"bad {evil}\nerror: x")) as server,
+        chat(server) as terminal,
+    ):
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("a[2Jbcd")
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("bad a[2Jbcd error: x")
+        leave(terminal)
