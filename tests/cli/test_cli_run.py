@@ -157,7 +157,7 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
 
 def test_verbose_tells_of_tokens_that_were_proposed():
     did = SpeculationStats(passes=3, proposed=48, accepted=30, single_seconds=0.1)
-    stats = Stats(generated_tokens=41, decode_seconds=2.0, speculation=did)
+    stats = Stats(prompt_tokens=9, generated_tokens=41, decode_seconds=2.0, speculation=did)
     assert generation_lines(stats, None, first=True)[3:] == [
         "decode   41 tokens, 20.0 tok/s",
         "proposed 48 tokens, 30 of them accepted, in 3 passes (10.0 tok/s without)",

@@ -65,7 +65,7 @@ def test_verbose_says_what_it_knows(ask):
         not_told = ask(server, "--verbose", "Hi").stderr.decode()
     assert "prompt   5 tokens, 0 of them from the cache" in told
     assert "experts  the server does not tell" in told
-    assert "seed" not in told
+    assert "seed     left to the server" in told
     assert "prompt   the server does not tell" in not_told
 
 

@@ -37,10 +37,11 @@ class VerboseReport:
 
     def __call__(self, finished: Finished) -> None:
         """Print the figures of the turn that has just ended."""
+        seed = "left to the server" if finished.seed is None else finished.seed
         lines = [
             *generation_lines(finished.stats, self._predict(), first=self._first),
             *self._expert_lines(finished),
-            *([] if finished.seed is None else [f"seed     {finished.seed}"]),
+            f"seed     {seed}",
             f"ended    {finished.reason}",
         ]
         self._first = False

@@ -166,7 +166,7 @@ def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
         screen.show(answered(LeftOut(2), "Hi", end="end"))
     assert out.shown == [
         "(the context is full: the 2 oldest turns",
-        "are left out from here on)",
+        " are left out from here on)",
         "Hi",
     ]
 
