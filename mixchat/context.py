@@ -59,6 +59,5 @@ class Context:
         return PromptTooLongError(f"{name} is too long: {size}, {holds}", hint=hint)
 
 
-
 UNKNOWN = Context(2**20, 2**20)
 """In place of a context whose size is not known: no model is known to have a larger one."""

@@ -99,6 +99,6 @@ class Backend(Protocol):
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> Reply:
         """Begin an answer.
 
-        Raises `PromptError` where the prompt does not fit the context, even without the turns that
-        may be left out.
+        Raises `PromptTooLongError` where the prompt does not fit the context, even without the
+        turns that may be left out.
         """

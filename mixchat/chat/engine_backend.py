@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from mixchat.chat.answer import Answer, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
 from mixchat.context import BYTES_PER_TOKEN, Context
-from mixchat.errors import PromptError
+from mixchat.errors import PromptTooLongError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.stop import StopStrings
@@ -125,7 +125,9 @@ class EngineBackend:
                 return ids, at
         return whole, first  # not even the last question fits
 
-    def _too_long(self, turn: Turn, first: int, start: Sequence[int], tokens: int) -> PromptError:
+    def _too_long(
+        self, turn: Turn, first: int, start: Sequence[int], tokens: int
+    ) -> PromptTooLongError:
         """Return the error for a prompt that does not fit; its hint says if old turns could go."""
         error, asked = self.context.prompt_too_long(tokens), turn.messages
         if len(asked) - first == 1:

@@ -17,8 +17,8 @@ from mixchat.cli.opening import open_service
 from mixchat.cli.output.failure import print_error
 from mixchat.errors import MissingDependencyError, UsageError
 from mixchat.options import DEFAULT_POLICY, LoadOptions
+from mixchat.serving.client.server_url import SERVER_PORT
 
-PORT = 11435
 _NEEDED = ("starlette", "uvicorn")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # that of an extension has its own scheme
 
@@ -35,7 +35,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0: a free one.")
-    ] = PORT,
+    ] = SERVER_PORT,
     parallel: model_flags.Parallel = 4,
     queue: Annotated[
         int,

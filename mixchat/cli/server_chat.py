@@ -16,7 +16,7 @@ from mixchat.cli.output.show_progress import status
 from mixchat.context import UNKNOWN, Context
 from mixchat.errors import ModelNotFoundError, UsageError
 from mixchat.options import RequestedSampling
-from mixchat.serving.server_url import ServerURL
+from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.serving.server_backend import ServerBackend
+    from mixchat.serving.client.server_backend import ServerBackend
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
 # What the machine that loads the model decides.
@@ -57,7 +57,7 @@ class ServerModels:
 
     def __init__(self, url: str, output: OutputOptions) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails."""
-        from mixchat.serving.client import ServerClient
+        from mixchat.serving.client.server_client import ServerClient
 
         self.url = ServerURL.parse(url)
         self._client = ServerClient(self.url, os.environ.get(KEY_VARIABLE))
@@ -108,8 +108,8 @@ class ServerModels:
         )
 
     def _backend(self, name: str) -> ServerBackend:
-        from mixchat.serving.completion import ServedModel
-        from mixchat.serving.server_backend import ServerBackend
+        from mixchat.serving.client.server_backend import ServerBackend
+        from mixchat.serving.client.server_json import ServedModel
 
         return ServerBackend(self._client, self._models.get(name, ServedModel(name)))
 

@@ -41,7 +41,7 @@ def model_here(given: str | None, resumed: SavedChat | None, usual: str) -> str:
 
     The usual one also continues a chat with a server's model that is not known here.
     """
-    from mixchat.serving.server_backend import ServerBackend
+    from mixchat.serving.client.server_backend import ServerBackend
     from mixchat.weights.models import is_model
 
     if given is not None:

@@ -4,9 +4,5 @@
 - model_service.py: the service over one loaded model
 - running_job.py: a job with its answer, from tokens to events
 - web/: the web server, in front of a service
-- server_backend.py: a server as what answers a chat
-- client.py: asks a server over HTTP
-- completion.py: what a server sends, in JSON
-- event_stream.py: server-sent events
-- server_url.py: the URL of a server
+- client/: a server, here or elsewhere, as what answers a chat
 """

@@ -209,7 +209,9 @@ def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
     from mixchat.cli.output.print_answer import OutputOptions
     from mixchat.cli.run import _note_server
 
-    monkeypatch.setattr("mixchat.serving.client.is_served_here", lambda name: name == "demo")
+    monkeypatch.setattr(
+        "mixchat.serving.client.server_client.is_served_here", lambda name: name == "demo"
+    )
     said = []
     monkeypatch.setattr(OutputOptions, "note", lambda self, text: said.append(text))
     _note_server("instruct", OutputOptions())

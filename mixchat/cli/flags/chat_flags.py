@@ -15,7 +15,7 @@ from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.errors import UsageError
-from mixchat.serving.server_url import ServerURL
+from mixchat.serving.client.server_url import ServerURL
 
 _RESUME = ("-r", "--resume")
 _DASHES = "mixchat.dashes"  # in the context's `meta`

@@ -3,11 +3,17 @@
 import pytest
 from scripted_server import Answer, ScriptedServer, as_json, refusal, says
 
-from mixchat.errors import MixchatError, ModelNotFoundError, PromptError, ServerError, UsageError
-from mixchat.serving import client as client_module
-from mixchat.serving.client import ServerClient, is_served_here
-from mixchat.serving.completion import ServedModel
-from mixchat.serving.server_url import ServerURL
+from mixchat.errors import (
+    MixchatError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    ServerError,
+    UsageError,
+)
+from mixchat.serving.client import server_client as client_module
+from mixchat.serving.client.server_client import ServerClient, is_served_here
+from mixchat.serving.client.server_json import ServedModel
+from mixchat.serving.client.server_url import ServerURL
 
 
 def client_of(server, key=None):
@@ -78,7 +84,7 @@ def test_a_redirect_is_not_followed_since_the_key_would_go_to_another_server():
         (refusal("401 U", "no key"), ServerError, "no key", "may want a key: set MIXCHAT_API_KEY"),
         (refusal("404 N", "no model x"), ModelNotFoundError, "no model x", None),
         (refusal("404 N", "Not Found"), ServerError, "Not Found", "below /v1"),
-        (refusal("400 B", "m", "context_length_exceeded"), PromptError, "m", None),
+        (refusal("400 B", "m", "context_length_exceeded"), PromptTooLongError, "m", None),
         (refusal("400 B", "unknown: top_k"), ServerError, "unknown: top_k", None),
         (refusal("429 T", "busy", Retry_After="7"), ServerError, "busy", "Try again in 7 s."),
         (refusal("429 T", "busy", Retry_After="-1"), ServerError, "busy", "Try again later."),

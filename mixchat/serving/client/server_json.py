@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.errors import MixchatError, ModelNotFoundError, PromptError, ServerError, short_message
+from mixchat.errors import (
+    MixchatError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    ServerError,
+    short_message,
+)
 from mixchat.sanitize import sanitize
 
 _LONGEST_NAME = 200  # characters
@@ -78,7 +84,7 @@ def error_of(status: int, raw: object) -> MixchatError:
     """Return the error that a server reports in JSON, with an HTTP status or, 0, in a stream."""
     code, said = _error(raw)
     if any(words in code or words in said for words in _TOO_LONG):
-        return PromptError(f"the server says: {said or code}")
+        return PromptTooLongError(f"the server says: {said or code}")
     if _NO_MODEL in code or (status == 404 and "model" in said.lower()):
         return ModelNotFoundError(f"the server says: {said or code}")
     return ServerError(f"the server says: {said or code or f'{status}, without a reason'}")

@@ -16,10 +16,10 @@ from scripted_server import (
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.errors import MixchatError, PromptError, ServerError, UsageError
 from mixchat.options import RequestedSampling
-from mixchat.serving.client import ServerClient
-from mixchat.serving.completion import ServedModel
-from mixchat.serving.server_backend import ServerBackend
-from mixchat.serving.server_url import ServerURL
+from mixchat.serving.client.server_backend import ServerBackend
+from mixchat.serving.client.server_client import ServerClient
+from mixchat.serving.client.server_json import ServedModel
+from mixchat.serving.client.server_url import ServerURL
 
 
 def session_with(server, context_size=None, **options):
@@ -109,7 +109,7 @@ def test_an_answer_has_ended_when_the_server_says_so_in_one_way_or_another(endin
 
 
 def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch):
-    monkeypatch.setattr("mixchat.serving.client._ENDING", 0.01)
+    monkeypatch.setattr("mixchat.serving.client.server_client._ENDING", 0.01)
     with ScriptedServer(Answer([delta("Hi", "stop")], end="hold")) as server:
         *_, finished = session_with(server).ask("Hi")
         assert finished.reason == "stop"

@@ -3,7 +3,7 @@
 import pytest
 
 from mixchat.errors import UsageError
-from mixchat.serving.server_url import ServerURL
+from mixchat.serving.client.server_url import ServerURL
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import MixchatError, ModelNotFoundError, PromptError, ServerError
-from mixchat.serving.completion import (
+from mixchat.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
+from mixchat.serving.client.server_json import (
     Piece,
     ServedModel,
     Usage,
@@ -18,6 +18,7 @@ from mixchat.serving.completion import (
     read_piece,
 )
 
+LONG = PromptTooLongError
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
@@ -97,9 +98,19 @@ def test_models_have_names_that_can_be_shown_and_the_size_that_mixchat_tells():
 @pytest.mark.parametrize(
     ("status", "raw", "kind", "said"),
     [
-        (400, {"error": {"message": "m", "code": "context_length_exceeded"}}, PromptError, "m"),
-        (400, {"error": {"message": "m", "type": "exceed_context_size_error"}}, PromptError, "m"),
-        (400, {"message": "the maximum context length is 9"}, PromptError, "length is 9"),
+        (
+            400,
+            {"error": {"message": "m", "code": "context_length_exceeded"}},
+            PromptTooLongError,
+            "m",
+        ),
+        (
+            400,
+            {"error": {"message": "m", "type": "exceed_context_size_error"}},
+            PromptTooLongError,
+            "m",
+        ),
+        (400, {"message": "the maximum context length is 9"}, LONG, "length is 9"),
         (404, {"error": {"message": "m", "code": "model_not_found"}}, ModelNotFoundError, "m"),
         (404, {"error": {"message": "model 'x' not found"}}, ModelNotFoundError, "'x' not found"),
         (404, {"detail": "Not Found"}, ServerError, "Not Found"),

@@ -11,10 +11,10 @@ from mixchat.chat.answer import COMPLETE, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
 from mixchat.context import Context
 from mixchat.engine.stats import GenerationStats
-from mixchat.errors import PromptError, ServerError
-from mixchat.serving.client import HTTPReply, ServerClient
-from mixchat.serving.completion import Piece, ServedModel, read_piece
-from mixchat.serving.event_stream import Comment, events
+from mixchat.errors import PromptTooLongError, ServerError
+from mixchat.serving.client.event_stream import Comment, events
+from mixchat.serving.client.server_client import HTTPReply, ServerClient
+from mixchat.serving.client.server_json import Piece, ServedModel, read_piece
 from mixchat.text.messages import Message
 
 # The comment that mixchat's own server sends while it reads a prompt.
@@ -60,7 +60,7 @@ class ServerBackend:
         while True:
             try:
                 stream = self._client.chat(self._body(turn, first))
-            except PromptError as error:
+            except PromptTooLongError as error:
                 if not later:
                     raise
                 if turn.overflow == "stop":

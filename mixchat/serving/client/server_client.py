@@ -11,8 +11,8 @@ from threading import Thread
 from typing import Any
 
 from mixchat.errors import MixchatError, ServerError, UsageError, short_message
-from mixchat.serving.completion import ServedModel, error_of, parsed_error, read_models
-from mixchat.serving.server_url import SERVER_PORT, ServerURL
+from mixchat.serving.client.server_json import ServedModel, error_of, parsed_error, read_models
+from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 
 _CONNECTING = 10.0  # seconds
 _ENDING = 2.0  # seconds, for what comes behind an answer
@@ -49,8 +49,8 @@ class ServerClient:
     def chat(self, body: Mapping[str, Any]) -> HTTPReply:
         """Send a request for a streamed answer; return the stream, which has to be closed.
 
-        Raises `PromptError` where the server says that the prompt is too long for the context, and
-        `ModelNotFoundError` where it does not have the model.
+        Raises `PromptTooLongError` where the server says that the prompt does not fit the context,
+        and `ModelNotFoundError` where it does not have the model.
         """
         reply = self._request("POST", "/chat/completions", json.dumps(body).encode())
         try:

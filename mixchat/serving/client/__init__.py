@@ -1,0 +1,8 @@
+"""The client of a server with OpenAI's API, for a chat that such a server answers.
+
+- server_backend.py: a server as what answers a chat
+- server_client.py: asks a server over HTTP
+- server_json.py: what a server sends, in JSON
+- event_stream.py: server-sent events
+- server_url.py: the URL of a server
+"""
