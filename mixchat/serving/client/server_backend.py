@@ -110,7 +110,7 @@ class ServerReply:
         self._backend, self._stream, self._turn = backend, stream, turn
         self._on_prefill = on_prefill
         self._started = started
-        self._first_text = 0.0  # when it came
+        self._first_piece = 0.0  # when it came
         self._text = ""
 
     def texts(self) -> Iterator[str]:
@@ -148,7 +148,8 @@ class ServerReply:
     def _take(self, piece: Piece) -> Iterator[str]:
         if piece.text:
             self._text += piece.text
-            self._time_text()
+            self._backend.stats.generated_tokens += 1  # most servers send a token at a time
+            self._time()
             yield piece.text
         if piece.reason is not None:
             self._end("length" if piece.reason == "length" else "stop")
@@ -166,17 +167,17 @@ class ServerReply:
             if done <= total:
                 self._on_prefill(done, total)
 
-    def _time_text(self) -> None:
+    def _time(self) -> None:
         now, stats = time.perf_counter(), self._backend.stats
-        stats.generated_tokens += 1  # until the server tells it: most send a token at a time
-        if not self._first_text:
-            self._first_text = now
+        if not self._first_piece:
+            self._first_piece = now
             stats.prefill_seconds = now - self._started
-        stats.decode_seconds = now - self._first_text
+        stats.decode_seconds = now - self._first_piece
 
     def _end(self, reason: Reason) -> None:
         if self.reason == "interrupted":
             self.reason = reason
+            self._time()
 
     def _count(self) -> None:
         if (message := self.message()) is not None and self._backend.stats.prompt_tokens:

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 from mixchat.errors import MixchatError, ServerError, UsageError, short_message
+from mixchat.serving.client.patient_reader import PatientReader
 from mixchat.serving.client.server_json import ServedModel, error_of, parsed_error, read_models
 from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 
@@ -72,7 +73,7 @@ class ServerClient:
         try:
             with faults_of(self.url, "closed the connection without an answer"):
                 connection.request(method, self.url.path + path, body, headers)
-                return HTTPReply(self.url, connection)
+                return HTTPReply(self.url, connection.sock, method)
         except BaseException:
             connection.close()
             raise
@@ -131,10 +132,9 @@ class ServerClient:
 class HTTPReply:
     """The reply to a request, from its headers on."""
 
-    def __init__(self, url: ServerURL, connection: HTTPConnection) -> None:
-        self._url, self._connection = url, connection
-        self._socket = connection.sock  # which the connection gives away with its last reply
-        self._response = connection.getresponse()
+    def __init__(self, url: ServerURL, source: socket.socket, method: str) -> None:
+        self._url, self._reader = url, PatientReader(source)
+        self._response = self._reader.response(method)
         self.status = self._response.status
         self.kind = (self.header("Content-Type") or "").partition(";")[0].strip().lower()
 
@@ -155,12 +155,12 @@ class HTTPReply:
 
     def hurry(self) -> None:
         """Wait no longer than 2 s from here on: what is to come is not worth more."""
-        self._socket.settimeout(_ENDING)
+        self._reader.hurry(_ENDING)
 
     def close(self) -> None:
         """Close the connection, which ends an answer that is being made."""
         self._response.close()
-        self._connection.close()
+        self._reader.close()
 
 
 @contextmanager
