@@ -6,15 +6,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from mixchat.chat.printing import show
 from mixchat.cli.flags.arguments import STDIN
+from mixchat.cli.opening import open_service
+from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import PromptError, UsageError
 from mixchat.files import open_regular, write_all, write_error
+from mixchat.options import LoadOptions
 from mixchat.progress import Note
 
 if TYPE_CHECKING:
@@ -23,6 +27,47 @@ if TYPE_CHECKING:
 Answer: TypeAlias = "Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]]"
 
 _START = b'{"line": '  # of each line of the output
+
+
+@dataclass(frozen=True)
+class LineRequest:
+    """The file to answer, `-` for standard input, and what applies where a line says nothing.
+
+    resume_from: the file that gets the answers, and may have some; None for standard output.
+    """
+
+    source: str
+    resume_from: Path | None
+    sampling: Mapping[str, float | None]
+    system: str | None
+    max_tokens: int | None
+    stop: Sequence[str]
+
+
+def answer_file(model: str, load: LoadOptions, request: LineRequest, output: OutputOptions) -> None:
+    """Answer a file of prompts, `load.parallel` at once.
+
+    Raises `UsageError` where a file cannot be used, before the model is loaded; `PromptError` at
+    the end where some lines could not be answered.
+    """
+    with open_lines(request.source) as lines, open_answers(request.resume_from) as answers:
+        from mixchat.serving.web.lines import AHEAD, LineDefaults, answer_lines
+        from mixchat.serving.web.response_format import no_forms
+
+        queue = AHEAD * load.parallel
+        service, advice = open_service(model, load, queue, output, request.sampling)
+        if request.max_tokens is not None:
+            advice = replace(advice, max_tokens=request.max_tokens)
+        seed = request.sampling["seed"]
+        fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
+        defaults = LineDefaults(advice, fields, request.system)
+        with closing(service):
+            write_answers(
+                lines,
+                answers,
+                lambda lines: answer_lines(service, lines, defaults, no_forms, load.parallel),
+                output.note,
+            )
 
 
 class AnswerFile:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mixchat.chat.parameters import with_numbers
-from mixchat.cli.output.failure import note
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.context import DEFAULT_TOKENS, Context
@@ -94,17 +94,24 @@ def open_session(
         )
 
 
-def open_service(model: str, load: LoadOptions, queue: int) -> tuple[ModelService, Defaults]:
-    """Find the model, load it, and return a service with it, and what its makers advise.
+def open_service(
+    model: str,
+    load: LoadOptions,
+    queue: int,
+    output: OutputOptions,
+    sampling: Mapping[str, float | None] = MappingProxyType({}),
+) -> tuple[ModelService, Defaults]:
+    """Find the model, load it, and return a service with it, and its defaults.
 
-    `queue`: how many jobs may wait beside the `load.parallel` that are answered at once.
+    `queue`: how many jobs may wait beside the `load.parallel` that are answered at once. The
+    defaults are `sampling`, and what the model's makers advise.
     """
     from mixchat.text.checkpoint_text import CheckpointText
 
-    directory = find_or_build(model)
+    directory = find_or_build(model, quiet=output.quiet)
     text = CheckpointText(directory)
     prepare_environment()
-    with status(f"loading {model}"):
+    with nullcontext() if output.quiet else status(f"loading {model}"):
         from mixchat.loading.loader import load_engine
         from mixchat.serving.model_service import ModelService
         from mixchat.serving.web.options import Defaults
@@ -114,12 +121,14 @@ def open_service(model: str, load: LoadOptions, queue: int) -> tuple[ModelServic
         config = ModelConfig.from_file(directory / "config.json")
         tokenizer, template = text.tokenizer(), text.template(config.eos_token_ids)
         service = ModelService(
-            model, lambda: load_engine(directory, load, note), tokenizer, template, queue=queue
+            model,
+            lambda: load_engine(directory, load, output.note),
+            tokenizer,
+            template,
+            queue=queue,
         )
-    defaults = Defaults(
-        resolve_sampling({}, advised_sampling(directory)), advised_length(directory)
-    )
-    return service, defaults
+    chosen = resolve_sampling(sampling, advised_sampling(directory))
+    return service, Defaults(chosen, advised_length(directory))
 
 
 def find_or_build(name: str, *, quiet: bool = False) -> Path:

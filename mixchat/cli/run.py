@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
+from mixchat.cli.jsonl import LineRequest, answer_file
 from mixchat.cli.opening import context_of, open_session
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.server_chat import ServerCache, ServerModelChanger, ServerModels, check_flags
@@ -68,6 +70,9 @@ def run(
     vi: chat_flags.Vi = False,
     as_json: chat_flags.AsJson = False,
     extract: chat_flags.Extract = False,
+    jsonl: chat_flags.JSONLines = None,
+    resume_from: chat_flags.ResumeFrom = None,
+    parallel: model_flags.Parallel = 4,
     stream: chat_flags.Stream = True,
     quiet: chat_flags.Quiet = False,
     kv_bits: model_flags.KVBits = None,
@@ -85,6 +90,7 @@ def run(
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
     output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
+    chat_flags.check_lines(context)
     if server:
         check_flags(context)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
@@ -105,6 +111,18 @@ def run(
         workers=(*(worker or ()), *_torchrun_workers()),
         key_file=model_flags.key_path(key_file),
     )
+    sampling = {name: context.params[name] for name in _SAMPLING}
+    if jsonl is not None:
+        request = LineRequest(
+            jsonl,
+            resume_from,
+            sampling=sampling,
+            system=model_flags.system_prompt(context, context_of(model, ctx_size)),
+            max_tokens=max_tokens,
+            stop=stop or [],
+        )
+        answer_file(model, replace(load, exact_prompts=True, parallel=parallel), request, output)
+        return
     given = model if is_given(context, "model") else None
     if server:
         on_server = ServerModels(server, output)
@@ -124,7 +142,7 @@ def run(
     output.check(question is None)
     open_model = partial(
         open_any,
-        sampling={name: context.params[name] for name in _SAMPLING},
+        sampling=sampling,
         system=system_prompt,
         max_tokens=max_tokens,
         stop=stop or [],

@@ -15,6 +15,7 @@ from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import AGAIN
 from mixchat.cli.opening import open_service
 from mixchat.cli.output.failure import print_error
+from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import MissingDependencyError, UsageError
 from mixchat.options import DEFAULT_POLICY, LoadOptions
 from mixchat.serving.client.server_url import SERVER_PORT
@@ -66,7 +67,6 @@ def serve(
     ] = None,
     ctx_size: model_flags.ContextSize = None,
     kv_bits: model_flags.KVBits = None,
-    exact_prompts: model_flags.ExactPrompts = False,
     host_memory: model_flags.HostMemory = None,
     device_memory: model_flags.DeviceMemory = None,
     device: model_flags.Device = None,
@@ -84,7 +84,7 @@ def serve(
         device_memory=model_flags.budgets(device_memory),
         context_size=ctx_size,
         kv_bits=checked_bits(kv_bits),
-        exact_prompts=exact_prompts,
+        exact_prompts=True,  # an answer is the same whoever else is served
         parallel=parallel,
         device=device,
         cache_policy=cache_policy,
@@ -98,7 +98,7 @@ def serve(
 
     address = listener.find_address(host, port, key)
     with listener.bind(address) as bound:
-        service, defaults = open_service(model, load, queue)
+        service, defaults = open_service(model, load, queue, OutputOptions())
         from mixchat.serving.web.app import Desk, create_app
         from mixchat.serving.web.guard import Access
         from mixchat.serving.web.server import WebServer, serve_until_signal

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mixchat.chat.parameters import with_numbers
-from mixchat.cli.flags.config_flag import is_given
+from mixchat.cli.flags.config_flag import refuse_together
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import status
 from mixchat.context import UNKNOWN, Context
@@ -46,10 +46,8 @@ _OF_LOADING = (
 
 def check_flags(context: typer.Context) -> None:
     """Raise `UsageError` where flags are given that say how to load a model."""
-    given = [f"--{name.replace('_', '-')}" for name in _OF_LOADING if is_given(context, name)]
-    if given:
-        hint = "Give them to the server; or leave --server out, to load a model here."
-        raise UsageError(f"--server does not go with {', '.join(given)}", hint=hint)
+    hint = "Give them to the server; or leave --server out, to load a model here."
+    refuse_together(context, "--server", _OF_LOADING, hint)
 
 
 class ServerModels:

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.chat.saved.chat_file import LAST
-from mixchat.cli.flags.config_flag import AGAIN, is_given, setting
+from mixchat.cli.flags.config_flag import AGAIN, is_given, refuse_together, setting
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.errors import UsageError
 from mixchat.serving.client.server_url import ServerURL
@@ -97,6 +97,25 @@ Server = Annotated[
         show_default="none; the first of its models",
     ),
 ]
+JSONLines = Annotated[
+    str | None,
+    typer.Option(
+        "--jsonl",
+        metavar="FILE",
+        help='Answer each line of FILE (-: standard input), a JSON object with a "prompt" or '
+        '"messages", perhaps an "id", and fields that \'mixchat serve\' takes. Several are '
+        "answered at once; the answers are printed in order, a JSON object a line.",
+    ),
+]
+ResumeFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume-from",
+        metavar="OUT",
+        help="With --jsonl: add the answers to the file OUT, and leave out the lines that are "
+        "answered in it. The same command continues what was cut off.",
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the answer as JSON, with token ids, counts and times."),
@@ -132,6 +151,21 @@ class RunCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_DASHES] = "--" in args
         return super().parse_args(ctx, with_last_chat(args))
+
+
+# Of a chat, or of one answer.
+_NOT_OF_LINES = (
+    *("prompt", "file", "server", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
+    *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose"),
+)
+
+
+def check_lines(context: typer.Context) -> None:
+    """Raise `UsageError` for flags that do not go with `--jsonl`, or only with it."""
+    if context.params["jsonl"] is not None:
+        refuse_together(context, "--jsonl", _NOT_OF_LINES)
+    elif only := next((n for n in ("resume_from", "parallel") if is_given(context, n)), None):
+        raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")
 
 
 def check_first_word(context: typer.Context, words: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import typer
@@ -55,6 +55,26 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Return whether a flag gives a parameter, by its name in Python."""
     source = context.get_parameter_source(name)
     return source is not None and _SOURCES.get(source.name) == "flag"
+
+
+def refuse_together(
+    context: typer.Context, flag: str, others: Iterable[str], hint: str | None = None
+) -> None:
+    """Raise `UsageError` where flags are given, by their names in Python, that `flag` excludes."""
+    names = set(others)
+    given = [
+        _shown(parameter)
+        for parameter in context.command.params
+        if parameter.name in names and is_given(context, parameter.name)
+    ]
+    if given:
+        raise UsageError(f"{flag} does not go with {', '.join(given)}", hint=hint)
+
+
+def _shown(parameter: Any) -> str:
+    """Return a flag, or the word that help has for an argument."""
+    long = next((opt for opt in parameter.opts if opt.startswith("--")), None)
+    return str(long or parameter.metavar)
 
 
 def chosen(context: typer.Context, *parameters: Any) -> Any:

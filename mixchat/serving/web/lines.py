@@ -15,7 +15,7 @@ from mixchat.serving.web.fields import refuse, refuse_value
 from mixchat.serving.web.options import Asked, Defaults
 from mixchat.serving.web.response_format import Compile
 
-_AHEAD = 2  # lines that are read for each answer that is generated
+AHEAD = 2  # lines that are read for each answer that is generated
 _JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041
 _OVERHEAD = 1_000_000  # bytes of a line beside its prompt: a schema, biases
 _NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
@@ -90,7 +90,7 @@ def answer_lines(
     for the next line of a slow pipe. Raises what reading raises, once all before it is yielded.
     """
     begun: queue.SimpleQueue[Line | BaseException | None] = queue.SimpleQueue()
-    room = threading.Semaphore(_AHEAD * at_once)
+    room = threading.Semaphore(AHEAD * at_once)
 
     def read() -> None:
         try:

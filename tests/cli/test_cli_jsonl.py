@@ -1,0 +1,155 @@
+"""`run --jsonl`: a file of prompts is answered in order, and what is cut off continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_tokenizer import write_tokenizer
+
+COMMAND = [sys.executable, "-m", "mixchat", "run"]
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
+    return install(write_tokenizer(make_checkpoint(vocab_size=262, std=0.1)))
+
+
+@pytest.fixture
+def run(model: Path, environment: dict[str, str]) -> Callable[..., Any]:
+    """Run `mixchat run -m MODEL ARGS` as a process."""
+
+    def run(*arguments: object, stdin: bytes = b"", **how: Any) -> Any:
+        command = [*COMMAND, "-m", model, *arguments]
+        given = {"input": stdin, "stdout": subprocess.PIPE, "timeout": 120} | how
+        return subprocess.run(
+            list(map(str, command)), stderr=subprocess.PIPE, env=environment, check=False, **given
+        )
+
+    return run
+
+
+def lines_of(count: int, **fields: Any) -> bytes:
+    lines = [
+        {"prompt": f"Question {n}", "seed": n, "max_tokens": 6, **fields} for n in range(count)
+    ]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def parsed(output: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_a_pipe_is_answered_in_order_and_the_note_counts(run: Callable[..., Any]) -> None:
+    done = run("--jsonl", "-", stdin=lines_of(9))
+    assert done.returncode == 0
+    answers = parsed(done.stdout)
+    assert [answer["line"] for answer in answers] == list(range(1, 10))
+    assert all(answer["usage"]["generated_tokens"] <= 6 for answer in answers)
+    assert done.stderr.startswith(b"note: 9 lines in ")
+    assert run("-q", "--jsonl", "-", stdin=lines_of(1)).stderr == b""
+
+
+def test_flags_apply_to_lines_that_say_nothing_else(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b'{"prompt": "Hi"}\n{"prompt": "Hi", "max_tokens": 2}\n')
+    done = run("--jsonl", file, "-n", 3, "--seed", 5, "--temp", 0, "-s", "Be brief")
+    long, short = parsed(done.stdout)
+    assert (long["usage"]["generated_tokens"], short["usage"]["generated_tokens"]) == (3, 2)
+    assert long["seed"] == short["seed"] == 5
+    assert long["answer"].startswith(short["answer"])
+
+
+def test_one_answer_is_that_of_run_with_exact_prompts(run: Callable[..., Any]) -> None:
+    alone = run("--exact-prompts", "--seed", 3, "-n", 9, "-q", "Tell me more")
+    line = json.dumps({"prompt": "Tell me more", "seed": 3, "max_tokens": 9}).encode()
+    (answer,) = parsed(run("--jsonl", "-", stdin=line).stdout)
+    assert answer["answer"].rstrip("\n") + "\n" == alone.stdout.decode()
+
+
+def test_a_line_that_fails_has_an_error_and_the_exit_code_tells(run: Callable[..., Any]) -> None:
+    done = run("--jsonl", "-", stdin=b"{}\n" + lines_of(1))
+    assert done.returncode == 3
+    bad, good = parsed(done.stdout)
+    assert "messages is missing" in bad["error"]
+    assert "answer" in good
+    assert b"error: 1 of 2 lines could not be answered" in done.stderr
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, -1])
+def test_what_was_cut_off_continues_where_it_was(
+    run: Callable[..., Any], tmp_path: Path, cut: int
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(lines_of(5))
+    whole = run("--jsonl", source).stdout
+    kept = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(kept[:2]) + kept[2][:cut])
+    done = run("--jsonl", source, "--resume-from", out)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert [(line["line"], line["answer"]) for line in parsed(out.read_bytes())] == [
+        (line["line"], line["answer"]) for line in parsed(whole)
+    ]
+    assert b"note: 3 lines" in done.stderr
+    again = run("--jsonl", source, "--resume-from", out)
+    assert b"note: 0 lines" in again.stderr
+
+
+@pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"line": 0}\n', '["line"]\n'])
+def test_another_file_is_left_as_it_is(
+    run: Callable[..., Any], tmp_path: Path, content: str
+) -> None:
+    out = tmp_path / "out"
+    out.write_text(content)
+    done = run("--jsonl", "-", "--resume-from", out, stdin=lines_of(1))
+    assert done.returncode == 2
+    assert b"a line that --jsonl has not written" in done.stderr
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jsonl", "-", "Hi"], "--jsonl does not go with PROMPT"),
+        (["--jsonl", "-", "--json", "-f", "x"], "does not go with --file, --json"),
+        (["--jsonl", "/nonexistent"], "--jsonl /nonexistent: No such file"),
+        (["--jsonl", "/tmp"], "Is a directory"),
+        (["--parallel", "3", "Hi"], "--parallel needs --jsonl FILE"),
+        (["--resume-from", "x", "Hi"], "--resume-from needs --jsonl FILE"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
+    run: Callable[..., Any], arguments: list[str], said: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr.decode()
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(
+    model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [*COMMAND, "-m", str(model), "--jsonl", "-", "--resume-from", str(out)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(lines_of(3))
+        process.stdin.flush()  # and it stays open
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            os.sched_yield()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert b"Traceback" not in process.stderr.read()
+    assert len(parsed(out.read_bytes())) == 3
