@@ -50,7 +50,7 @@ class BatchedAnswer:
         self.ids = list(prompt.ids)
         self.prompt_tokens, self.reused_tokens = len(prompt.ids), 0
         self.stop_ids = prompt.stop_ids
-        self.sampler = Sampler(prompt.sampling, prompt.stop_ids)
+        self.sampler = Sampler(prompt.sampling, prompt.stop_ids, prompt.constraint)
         self.proposals = proposals
         self.held: HeldTokens | None = None
         self.logits: torch.Tensor | None = None  # [V] behind the last of `ids`
@@ -230,10 +230,9 @@ class Batch:
             return
         try:
             answer.logits = self._passes.checked(answer.logits)
+            answer.ids.append(answer.sampler.sample(answer.logits, answer.ids))
         except MixchatError as error:
             answer.error = error
-            return
-        answer.ids.append(answer.sampler.sample(answer.logits, answer.ids))
 
     def _begin(self, answer: BatchedAnswer, begun: Sequence[BatchedAnswer]) -> bool:
         """Give an answer the cache that helps it most; return False where it has to wait."""

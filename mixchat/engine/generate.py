@@ -14,7 +14,7 @@ from mixchat.engine.held_tokens import HeldTokens
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.passes import Part, Passes
-from mixchat.engine.sampling import Sampler
+from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
 from mixchat.errors import CheckpointError, PromptError
@@ -127,9 +127,10 @@ class Engine:
         sampling: SamplingOptions,
         stop_ids: Set[int],
         max_tokens: int | None = None,
+        constraint: Constraint | None = None,
         on_prefill: OnPrefill = lambda done, total: None,
     ) -> Iterator[int]:
-        """Yield the answer's tokens as they are sampled.
+        """Yield the answer's tokens as they are sampled, each allowed by `constraint`.
 
         Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
         the context is full. The iterator may be dropped at any point. `on_prefill` is called during
@@ -140,7 +141,8 @@ class Engine:
         """
         ids = list(prompt_ids)
         limit = self.longest_answer(ids, max_tokens)
-        return self._generate(ids, Sampler(sampling, stop_ids), stop_ids, limit, on_prefill)
+        sampler = Sampler(sampling, stop_ids, constraint)
+        return self._generate(ids, sampler, stop_ids, limit, on_prefill)
 
     def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
         """Return how many tokens the answer to a prompt may have. Raises as `generate` does."""

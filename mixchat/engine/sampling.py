@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
@@ -24,14 +25,21 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """Draws tokens; with a seed the same logits give the same tokens, on every device.
+    """Draws an answer's tokens; with a seed the same logits give the same ones, on every device.
 
     The tokens of `stop_ids` get no `repeat_penalty`: a chat's prompt has one at the end of each
-    turn, and with a penalty short answers would not end.
+    turn, and with a penalty short answers would not end. The penalties for presence and frequency
+    count the tokens that this sampler drew. A `constraint` is told each of them.
     """
 
-    def __init__(self, options: SamplingOptions, stop_ids: Set[int] = frozenset()) -> None:
-        self._options, self._stop_ids = options, stop_ids
+    def __init__(
+        self,
+        options: SamplingOptions,
+        stop_ids: Set[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self._options, self._stop_ids, self._constraint = options, stop_ids, constraint
+        self._counts: Counter[int] = Counter()
         self._generator = torch.Generator()
         if options.seed is None:
             self._generator.seed()
@@ -40,14 +48,33 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Return the next token after `history`. logits: [V], any float type, on the CPU."""
+        token = self._draw(self._adjusted(logits.float(), history))
+        self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        return token
+
+    def _adjusted(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
+        """Return logits [V] with penalties and biases; -inf for what the constraint forbids."""
         options = self._options
-        logits = logits.float()
         if options.repeat_penalty != 1:
             recent = set(history[-REPEAT_WINDOW:]) - self._stop_ids
             logits = penalize(logits, recent, options.repeat_penalty)
-        if options.temperature < GREEDY_BELOW:
+        if options.presence_penalty or options.frequency_penalty:
+            presence, frequency = options.presence_penalty, options.frequency_penalty
+            logits = raised(
+                logits, [(i, -presence - n * frequency) for i, n in self._counts.items()]
+            )
+        if options.logit_bias:
+            logits = raised(logits, options.logit_bias)
+        if self._constraint is not None:
+            logits = only(logits, self._constraint.allowed())
+        return logits
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        if self._options.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        probabilities = filtered_probabilities(logits, options)
+        probabilities = filtered_probabilities(logits, self._options)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
@@ -62,6 +89,24 @@ def log_probabilities(
     order = values.sort(descending=True, stable=True)
     best = zip(order.indices[:top].tolist(), order.values[:top].tolist(), strict=True)
     return float(values[token]), tuple(best)
+
+
+def raised(logits: torch.Tensor, amounts: Sequence[tuple[int, float]]) -> torch.Tensor:
+    """Add an amount to each token's logit [V]; tokens that the model does not have are ignored."""
+    known = [(token, amount) for token, amount in amounts if token < len(logits)]
+    ids = torch.tensor([token for token, _ in known], dtype=torch.long)
+    return logits.index_add(0, ids, logits.new_tensor([amount for _, amount in known]))
+
+
+def only(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Return logits [V] that are -inf where a token is not `allowed`.
+
+    A tokenizer may have fewer tokens than the model, or more: those beyond are not allowed.
+    """
+    size = min(len(allowed), len(logits))
+    masked = torch.full_like(logits, -torch.inf)
+    masked[:size] = logits[:size].masked_fill(~allowed[:size], -torch.inf)
+    return masked
 
 
 def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> torch.Tensor:

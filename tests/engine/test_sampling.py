@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mixchat.engine.sampling import Sampler, filtered_probabilities, penalize
+from mixchat.engine.sampling import Sampler, filtered_probabilities, penalize, raised
 from mixchat.options import SamplingOptions
 
 
@@ -109,3 +109,102 @@ def test_logits_may_come_in_any_float_type(dtype: torch.dtype) -> None:
 def test_extreme_values_still_give_a_token(temperature: float, penalty: float) -> None:
     options = SamplingOptions(temperature=temperature, repeat_penalty=penalty, seed=0)
     assert 0 <= Sampler(options).sample(1000 * random_logits(0), [1, 2, 3]) < 50
+
+
+def openai_logits(logits: torch.Tensor, answer: list[int], options: SamplingOptions) -> list[float]:
+    """OpenAI's formula, token by token: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    bias = dict(options.logit_bias)
+    return [
+        float(logit)
+        - answer.count(token) * options.frequency_penalty
+        - (token in answer) * options.presence_penalty
+        + bias.get(token, 0.0)
+        for token, logit in enumerate(logits)
+    ]
+
+
+numbers = st.floats(-2, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    numbers,
+    numbers,
+    st.dictionaries(st.integers(0, 11), st.floats(-100, 100)),
+)
+def test_penalties_of_the_answer_and_biases_follow_openais_formula(
+    seed: int, presence: float, frequency: float, bias: dict[int, float]
+) -> None:
+    options = SamplingOptions(
+        temperature=0,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=tuple(bias.items()),
+    )
+    sampler, answer = Sampler(options), list[int]()
+    for step in range(12):
+        logits = random_logits(seed + step, 12)
+        expected = openai_logits(logits, answer, options)
+        token = sampler.sample(logits, [3, 3, 5, *answer])
+        assert expected[token] == pytest.approx(max(expected), abs=1e-4)
+        answer.append(token)
+
+
+def test_the_prompts_tokens_get_no_presence_or_frequency_penalty() -> None:
+    options = SamplingOptions(temperature=0, presence_penalty=2, frequency_penalty=2)
+    sampler, logits = Sampler(options), torch.tensor([1.0, 0.5, 0.0])
+    assert [sampler.sample(logits, [0, 0, 0]) for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_bias_for_a_token_that_the_model_lacks_is_ignored() -> None:
+    assert raised(torch.zeros(2), [(1, 3.0), (7, 5.0)]).tolist() == [0.0, 3.0]
+
+
+class Script:
+    """A constraint that allows the given tokens, one set after the other."""
+
+    def __init__(self, *steps: set[int], size: int = 50) -> None:
+        self.steps, self.size = list(steps), size
+        self.taken: list[int] = []
+
+    def allowed(self) -> torch.Tensor:
+        return torch.tensor([token in self.steps[0] for token in range(self.size)])
+
+    def accept(self, token: int) -> None:
+        assert token in self.steps.pop(0)
+        self.taken.append(token)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sets(st.integers(0, 49), min_size=1), min_size=1, max_size=8),
+    st.floats(0, 3),
+    st.integers(0, 60),
+    st.floats(0.05, 1),
+    st.floats(0, 0.9),
+)
+def test_only_allowed_tokens_are_drawn_whatever_the_options(
+    seed: int, steps: list[set[int]], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    options = SamplingOptions(
+        temperature, top_p, top_k, min_p, seed=seed, logit_bias=((0, 100.0),), presence_penalty=2
+    )
+    constraint = Script(*steps)
+    sampler, history = Sampler(options, constraint=constraint), [1, 2]
+    for step in range(len(steps)):
+        history.append(sampler.sample(random_logits(seed + step), history))
+    assert constraint.taken == history[2:]
+
+
+def test_what_is_forbidden_takes_no_place_among_the_top_k() -> None:
+    """The mask comes first: else the best tokens, all forbidden, would leave nothing to draw."""
+    sampler = Sampler(SamplingOptions(1.0, top_k=1, seed=0), constraint=Script({2}, size=3))
+    assert sampler.sample(torch.tensor([9.0, 8.0, 1.0]), []) == 2
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_vocabulary_of_another_size_than_the_models_is_masked_too(size: int) -> None:
+    sampler = Sampler(SamplingOptions(temperature=0), constraint=Script({0, 4}, size=size))
+    assert sampler.sample(torch.tensor([1.0, 2.0, 3.0]), []) == 0
