@@ -2,7 +2,7 @@
 
 - tokenizer.py: the interface of a tokenizer
 - spm.py: tokenizer.model (SentencePiece)
-- hf.py: tokenizer.json
+- hf.py, hf_bytes.py: tokenizer.json, and the bytes of its tokens
 - messages.py: a conversation as a list of messages
 - template.py: the interface of a chat template
 - builtin_templates.py: Mistral's instruct format, and plain completion

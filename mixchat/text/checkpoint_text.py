@@ -10,7 +10,7 @@ from typing import Any
 from mixchat.text.messages import Message
 from mixchat.text.sandbox import Request, Sandbox, unusable
 from mixchat.text.template import Template
-from mixchat.text.tokenizer import Insert, Tokenizer
+from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer
 from mixchat.text.tokenizer_files import template_file
 
 
@@ -77,6 +77,13 @@ class _SandboxedTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
+
+    def token_bytes(self) -> TokenBytes:
+        value = self._sandbox.ask(Request(self._subject, "token_bytes"))
+        with _checking_facts(self._subject):
+            within = [str(text).encode("latin-1") for text in value["within"]]
+            first = {int(i): str(text).encode("latin-1") for i, text in value["first"]}
+        return TokenBytes(within, first)
 
     def _ids(self, method: str, *arguments: object) -> list[int]:
         return _ids(self._sandbox.ask(Request(self._subject, method, arguments)), self._subject)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.errors import CheckpointError, short_message
 from mixchat.files import read_json_object
+from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, without
 from mixchat.text.markup import token_pattern
 from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
-from mixchat.text.tokenizer import Insert, require_unicode
+from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode
 from mixchat.text.tokenizer_files import (
     AddedToken,
     parse_added_token,
@@ -61,7 +62,9 @@ class JsonTokenizer:
         words = [t.content for t in controls if t.single_word]
         self._controls = token_pattern(self._marks, whole_words=words)
         self._mark = token_pattern(self._names)
-        self._bytes = self._byte_ids() if "ByteFallback" in json.dumps(spec.get("decoder")) else {}
+        decoder = json.dumps(spec.get("decoder"))
+        self._bytes = self._byte_ids() if "ByteFallback" in decoder else {}
+        self._is_byte_level = "ByteLevel" in decoder
         self._byte_of = {token_id: byte for byte, token_id in self._bytes.items()}
 
         # The tokens of a newline after an insert: where they are two, text after any token gets a
@@ -102,6 +105,15 @@ class JsonTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
+
+    def token_bytes(self) -> TokenBytes:
+        ids = range(self.vocab_size)
+        tokens = (
+            byte_level_bytes(self._tokenizer, ids)
+            if self._is_byte_level
+            else decoded_bytes(self._tokenizer, ids, self._byte_of, anchor=self._ids("a"))
+        )
+        return without(tokens, set(self.control_tokens.values()))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -72,6 +72,11 @@ class _Service:
     def decode(self, ids: Sequence[int]) -> object:
         return self._tokenizer.decode(ids)
 
+    def token_bytes(self) -> object:
+        tokens = self._tokenizer.token_bytes()
+        first = [[i, text.decode("latin-1")] for i, text in tokens.first.items()]
+        return {"within": [text.decode("latin-1") for text in tokens.within], "first": first}
+
     def encode_messages(self, messages: Sequence[Sequence[Any]]) -> object:
         return self._template.encode(
             [

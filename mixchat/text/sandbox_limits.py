@@ -11,13 +11,14 @@ MAX_SETTINGS_FILE = 16_000_000
 MAX_TOKENIZER_FILE = 64_000_000
 
 _SECONDS, _SECONDS_PER_BYTE = 2, 2e-6  # a MB of text takes 1 s
-_SECONDS_TO_LOAD = 3  # a tokenizer; one with a vocabulary of 256,000 takes 2 s
+_SECONDS_OF_VOCABULARY = 3  # loading one of 256,000 tokens takes 2 s
 _BUSY = 10  # a busy machine may give a process a tenth of a core
 
 
 def cpu_seconds(method: str, size: int) -> float:
     """Return the computing time that a request of `size` bytes may take."""
-    least = _SECONDS_TO_LOAD if method == "load_tokenizer" else _SECONDS
+    whole = method in ("load_tokenizer", "token_bytes")
+    least = _SECONDS_OF_VOCABULARY if whole else _SECONDS
     return least + size * _SECONDS_PER_BYTE
 
 

@@ -11,7 +11,7 @@ from mixchat.errors import CheckpointError, short_message
 from mixchat.files import read_bytes
 from mixchat.text.markup import looks_like_markup, token_pattern
 from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
-from mixchat.text.tokenizer import Insert, require_unicode
+from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode
 from mixchat.text.tokenizer_files import (
     read_added_tokens,
     read_optional_json,
@@ -93,6 +93,21 @@ class SentencePieceTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
+
+    def token_bytes(self) -> TokenBytes:
+        within = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        spaced = [i for i, piece in enumerate(within) if piece.startswith(b" ")]
+        alone: list[str] = self._model.decode([[i] for i in spaced])
+        first = {i: text.encode() for i, text in zip(spaced, alone, strict=True)}
+        return TokenBytes(within, {i: text for i, text in first.items() if text != within[i]})
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        if token_id >= self._size or token_id in self.control_tokens.values():
+            return b""
+        piece: str = self._model.id_to_piece(token_id)
+        if self._model.is_byte(token_id):
+            return bytes.fromhex(piece[3:5])  # <0xNN>
+        return piece.replace("\u2581", " ").encode()
 
     def _encode_continued(self, text: str) -> list[int]:
         """Encode text that continues other tokens, without the leading space."""

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from mixchat.errors import PromptError
 
 # A character in a template's text may stand for plain text, or for ids that are taken as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The bytes that each token adds to the UTF-8 of a text; none for control tokens.
+
+    within: by id, of a token that follows others; first: of tokens that add other bytes where they
+    begin a text, as those of SentencePiece lose a leading space there.
+    """
+
+    within: Sequence[bytes]
+    first: Mapping[int, bytes]
 
 
 class Tokenizer(Protocol):
@@ -45,6 +58,13 @@ class Tokenizer(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a control token by its text, None where there is no such token."""
+        ...
+
+    def token_bytes(self) -> TokenBytes:
+        """Return the bytes of all tokens: those of ids, joined, are the UTF-8 of `decode(ids)`.
+
+        That holds where they are valid UTF-8, and there are no control or unknown tokens.
+        """
         ...
 
 

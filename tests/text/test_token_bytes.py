@@ -1,0 +1,122 @@
+"""The bytes of tokens: joined, they are the text that a person sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_strategies import anything
+
+from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.tokenizer import TokenBytes
+
+many = settings(deadline=None, max_examples=150)
+choices = st.lists(st.integers(0, 10**9), min_size=1, max_size=30)
+
+
+def joined(tokens: TokenBytes, ids: list[int], *, begins: bool = True) -> bytes:
+    """Return the bytes of ids, the first of which begins a text or follows another."""
+    head, *rest = ids
+    first = tokens.first.get(head, tokens.within[head]) if begins else tokens.within[head]
+    return first + b"".join(tokens.within[i] for i in rest)
+
+
+def shown(tokenizer: Any, ids: list[int], before: list[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, before)
+    return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
+
+
+@pytest.fixture(scope="session")
+def tokens(tokenizer: Any) -> TokenBytes:
+    result: TokenBytes = tokenizer.token_bytes()
+    return result
+
+
+def pick(tokens: TokenBytes, places: list[int]) -> list[int]:
+    """Return tokens that have bytes, by places among them; one in two is part of a character."""
+    with_text = [i for i, text in enumerate(tokens.within) if text]
+    parts = [i for i in with_text if not is_text(tokens.within[i])] or with_text
+    return [(parts if n % 2 else with_text)[n % len(parts if n % 2 else with_text)] for n in places]
+
+
+def is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@many
+@given(places=choices)
+def test_the_bytes_of_random_tokens_are_the_text_that_is_shown(
+    places: list[int], tokenizer: Any, tokens: TokenBytes
+) -> None:
+    ids = pick(tokens, places)
+    data = joined(tokens, ids)
+    if is_text(data):
+        assert data.decode() == tokenizer.decode(ids) == shown(tokenizer, ids, [])
+
+
+@many
+@given(text=anything, places=choices)
+def test_the_bytes_of_tokens_behind_a_prompt_are_the_text_that_is_shown(
+    text: str, places: list[int], tokenizer: Any, tokens: TokenBytes
+) -> None:
+    before, ids = tokenizer.encode("Once " + text), pick(tokens, places)
+    data = joined(tokens, ids, begins=False)
+    if is_text(data):
+        assert data.decode() == shown(tokenizer, ids, before)
+
+
+@many
+@given(text=anything)
+def test_the_bytes_of_typed_text_are_that_text(
+    text: str, tokenizer: Any, tokens: TokenBytes
+) -> None:
+    ids = tokenizer.encode("x" + text)
+    if not set(ids) & set(tokenizer.control_tokens.values()):  # the vocabulary lacks no character
+        assert joined(tokens, ids).decode() == tokenizer.decode(ids)
+
+
+def test_a_token_that_does_not_fill_a_character_has_its_bytes(v1: Any) -> None:
+    tokens = v1.token_bytes()
+    assert [tokens.within[i] for i in (3 + 0xE2, 3 + 0x82, 3 + 0xAC)] == [b"\xe2", b"\x82", b"\xac"]
+
+
+def test_a_word_loses_its_space_only_at_the_start_of_a_text(v1: Any) -> None:
+    tokens, (hello,) = v1.token_bytes(), v1.encode("Hello")
+    assert (tokens.within[hello], tokens.first[hello]) == (b" Hello", b"Hello")
+
+
+def test_control_tokens_have_no_bytes(tokenizer: Any, tokens: TokenBytes) -> None:
+    controls = tokenizer.control_tokens.values()
+    assert [tokens.within[i] for i in controls] == [b""] * len(controls)
+    assert not tokens.first.keys() & set(controls)
+
+
+def test_every_token_has_an_entry(tokenizer: Any, tokens: TokenBytes) -> None:
+    assert len(tokens.within) == tokenizer.vocab_size
+
+
+def test_added_tokens_that_people_may_write_are_text(checkpoints: Any) -> None:
+    text = CheckpointText(checkpoints["byte-level"])
+    try:
+        tokenizer = text.tokenizer()
+        tokens = tokenizer.token_bytes()
+        (added,) = tokenizer.encode("blockchain")
+        assert tokens.within[added] == b"blockchain"
+    finally:
+        text.close()
+
+
+def test_the_sandbox_gives_the_same_bytes(directory: Path, tokens: TokenBytes) -> None:
+    text = CheckpointText(directory)
+    try:
+        assert text.tokenizer().token_bytes() == tokens
+    finally:
+        text.close()
