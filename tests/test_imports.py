@@ -23,6 +23,7 @@ ORDER = (
     "chat/saved",
     "chat/draw",
     "chat",
+    "text/form",
     "text",
     "loading",
     "planning",

@@ -18,8 +18,10 @@ from mixchat.text.stop import StopStrings
 if TYPE_CHECKING:
     from mixchat.chat.backend import OnPrefill, Turn
     from mixchat.engine.generate import Engine
+    from mixchat.engine.sampling import Constraint
     from mixchat.engine.stats import GenerationStats
     from mixchat.options import SamplingOptions
+    from mixchat.text.form.constraint import CompiledForm
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
@@ -31,7 +33,11 @@ _LONGEST = 4  # fraction of the context that an answer may take by default
 
 
 class EngineBackend:
-    """A `Backend`. `advised_tokens` is the length of answers that the model's makers advise."""
+    """A `Backend`.
+
+    `advised_tokens` is the length of answers that the model's makers advise; each answer has the
+    `form`, if one is given.
+    """
 
     def __init__(
         self,
@@ -40,9 +46,10 @@ class EngineBackend:
         template: Template,
         *,
         advised_tokens: int | None = None,
+        form: CompiledForm | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
-        self._advised_tokens = advised_tokens
+        self._advised_tokens, self._form = advised_tokens, form
 
     @property
     def identity(self) -> str:
@@ -81,7 +88,7 @@ class EngineBackend:
         if len(prompt_ids) >= self.context.tokens:
             raise self._too_long(turn, first, start, len(prompt_ids))
         return EngineReply(
-            self._generated(turn, prompt_ids, on_prefill),
+            self._generated(turn, prompt_ids, self._start_constraint(start), on_prefill),
             self._start_answer(turn, prompt_ids),
             self.template.stop_ids,
             self.longest_answer(turn.max_tokens),
@@ -90,7 +97,11 @@ class EngineBackend:
         )
 
     def _generated(
-        self, turn: Turn, prompt_ids: Sequence[int], on_prefill: OnPrefill
+        self,
+        turn: Turn,
+        prompt_ids: Sequence[int],
+        constraint: Constraint | None,
+        on_prefill: OnPrefill,
     ) -> Generator[int, None, None]:
         on_prefill(0, self._unread(prompt_ids))
         yield from self.engine.generate(
@@ -98,6 +109,7 @@ class EngineBackend:
             sampling=cast("SamplingOptions", turn.sampling),  # of which each option has a value
             stop_ids=self.template.stop_ids,
             max_tokens=self.longest_answer(turn.max_tokens),
+            constraint=constraint,
             on_prefill=on_prefill,
         )
 
@@ -146,6 +158,11 @@ class EngineBackend:
         elif turn.before is not None:
             context = self._ids_of(turn.before)
         return Answer(Detokenizer(self.tokenizer, context), StopStrings(turn.stop))
+
+    def _start_constraint(self, start: Sequence[int]) -> Constraint | None:
+        if self._form is None:
+            return None
+        return self._form.start(start, continued=self.template.continues_prompt)
 
     def _unread(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt the engine has to process."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.serving.model_service import ModelService
     from mixchat.serving.web.options import Defaults
+    from mixchat.text.form.constraint import CompiledForm
+    from mixchat.text.form.form import Form
+    from mixchat.text.template import Template
+    from mixchat.text.tokenizer import Tokenizer
 
 
 def context_of(model: str, size: int | None) -> Context:
@@ -62,8 +66,9 @@ def open_session(
     max_tokens: int | None,
     stop: Sequence[str],
     overflow: Overflow,
+    form: Form | None = None,
 ) -> ChatSession:
-    """Find the model, load it, and return a session with it."""
+    """Find the model, load it, and return a session with it; its answers have the given form."""
     from mixchat.text.checkpoint_text import CheckpointText
 
     directory = find_or_build(model, quiet=output.quiet)
@@ -77,12 +82,14 @@ def open_session(
 
         check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
         tokenizer = text.tokenizer()
-        engine = load_engine(directory, load, output.note)
+        template = text.template(ModelConfig.from_file(directory / "config.json").eos_token_ids)
+        compiled = None if form is None else _compiled(form, tokenizer, template)
         backend = EngineBackend(
-            engine,
+            load_engine(directory, load, output.note),
             tokenizer,
-            text.template(engine.config.eos_token_ids),
+            template,
             advised_tokens=advised_length(directory),
+            form=compiled,
         )
         return ChatSession(
             backend,
@@ -92,6 +99,12 @@ def open_session(
             stop=stop,
             overflow=overflow,
         )
+
+
+def _compiled(form: Form, tokenizer: Tokenizer, template: Template) -> CompiledForm:
+    from mixchat.text.form.constraint import FormCompiler
+
+    return FormCompiler(tokenizer, template.stop_ids).compile(form)
 
 
 def open_service(

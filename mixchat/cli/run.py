@@ -61,6 +61,8 @@ def run(
     seed: model_flags.Seed = None,
     max_tokens: model_flags.MaxTokens = None,
     stop: model_flags.Stop = None,
+    schema: chat_flags.Schema = None,
+    grammar: chat_flags.Grammar = None,
     ctx_size: model_flags.ContextSize = None,
     overflow: chat_flags.Overflow = "stop",
     resume: chat_flags.Resume = None,
@@ -93,6 +95,7 @@ def run(
     chat_flags.check_lines(context)
     if server:
         check_flags(context)
+    form = chat_flags.read_form(schema, grammar)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
     if trace is not None:
         from mixchat.experts.trace import trace_file
@@ -134,7 +137,7 @@ def run(
             serve_rank_0(model, load)
             return
         model_context = context_of(model, ctx_size)
-        open_any = partial(open_session, load=load, output=output)
+        open_any = partial(open_session, load=load, output=output, form=form)
         _note_server(model, output)
     system_prompt = model_flags.system_prompt(context, model_context)
     files = read_files(file or [], model_context, output.note)

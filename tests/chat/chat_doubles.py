@@ -90,6 +90,7 @@ class ScriptedEngine:
         sampling: Any,
         stop_ids: Any,
         max_tokens: int | None = None,
+        constraint: Any = None,
         on_prefill: Any,
     ) -> Iterator[int]:
         self.prompts.append(list(prompt_ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -16,6 +16,9 @@ from mixchat.cli.flags.config_flag import AGAIN, is_given, refuse_together, sett
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.errors import UsageError
 from mixchat.serving.client.server_url import ServerURL
+
+if TYPE_CHECKING:
+    from mixchat.text.form.form import Form
 
 _RESUME = ("-r", "--resume")
 _DASHES = "mixchat.dashes"  # in the context's `meta`
@@ -142,6 +145,24 @@ Quiet = Annotated[
 ]
 
 
+Schema = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|JSON",
+        help="Hold each answer to this JSON schema, in a file or on the command line; ask for JSON "
+        "in the PROMPT, too. Blanks between two parts are at most a new line and 20 more.",
+    ),
+]
+Grammar = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
+        "GBNF (.gbnf). With another ending, the text decides.",
+    ),
+]
+
+
 class RunCommand(TyperCommand):
     """Accepts `--resume` without a value, at the end or before another flag.
 
@@ -187,6 +208,21 @@ def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
         f"{name} is the name of a model; did you mean -m {name}?",
         hint=f"Run: mixchat {meant} (or, to ask just that: mixchat {literal})",
     )
+
+
+def read_form(schema: str | None, grammar: str | None) -> Form | None:
+    """Return the form of --schema or --grammar, None without one.
+
+    Raises `UsageError` with the place of what cannot be read or met, `MissingDependencyError`
+    without llguidance.
+    """
+    if schema is None and grammar is None:
+        return None
+    if schema is not None and grammar is not None:
+        raise UsageError("--schema and --grammar exclude each other")
+    from mixchat.text.form.read_form import read_grammar, read_schema
+
+    return read_schema(schema) if schema is not None else read_grammar(grammar or "")
 
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,64 @@
+"""Reads forms: schemas as JSON or from files, grammars from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mixchat.errors import UsageError
+from mixchat.text.form.form import Form, gbnf_grammar, json_schema, lark_grammar
+from mixchat.text.form.gbnf import looks_like_gbnf
+
+_MOST = 4_000_000  # bytes
+
+
+def read_schema(value: str) -> Form:
+    """Return the form of a JSON schema, or of the file that holds it.
+
+    Raises `UsageError` with the line and column of what is not JSON, or the pointer of what cannot
+    be met or used.
+    """
+    if value.lstrip().startswith("{"):
+        return json_schema(_parsed(value, "--schema"))
+    return json_schema(_parsed(_read(value), value))
+
+
+def read_grammar(path: str) -> Form:
+    """Return the form of a grammar: GBNF or Lark by the file's ending, else by its content.
+
+    Raises `UsageError` with the line of what cannot be read.
+    """
+    text = _read(path)
+    ending = Path(path).suffix.lower()
+    is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
+    return gbnf_grammar(text) if is_gbnf else lark_grammar(text)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path}: cannot be read ({reason})") from None
+    if len(data) > _MOST:
+        raise UsageError(f"{path}: has more than {_MOST // 10**6} MB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at offset {error.start}") from None
+
+
+def _parsed(text: str, name: str) -> object:
+    def refuse(constant: str) -> object:
+        raise ValueError(f"{constant} is not a number in JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UsageError(f"{name}: not JSON at {place}: {error.msg}") from None
+    except RecursionError:
+        raise UsageError(f"{name}: too deeply nested") from None
+    except ValueError as error:
+        raise UsageError(f"{name}: not JSON: {error}") from None

@@ -1,0 +1,110 @@
+"""The parts of a JSON schema: their pointers, and schemas that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote, unquote
+
+_IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_IN_OBJECTS = ("properties", "patternProperties")
+_ALONE = ("items", "additionalProperties")
+_NOT_APPLIED = ("$ref", "$defs", "definitions")
+HOME = "/$defs/mixchat"  # of a schema inside another one
+_MOST_UNFOLDED = 10_000  # values
+
+
+def target_of(node: Mapping[str, Any]) -> str | None:
+    """Return the pointer to which a schema refers, None where it refers to none of its document."""
+    target = node.get("$ref")
+    return unquote(target[1:]) if isinstance(target, str) and target[:1] == "#" else None
+
+
+def part_at(schema: Any, pointer: str) -> Any:
+    """Return the part of a schema at a JSON pointer, None where there is none."""
+    for step in pointer.split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, dict):
+            schema = schema.get(name)
+        elif isinstance(schema, list) and name.isdecimal() and int(name) < len(schema):
+            schema = schema[int(name)]
+        else:
+            return None
+    return schema
+
+
+def parts_of(schema: Mapping[str, Any], pointer: str) -> Iterator[str]:
+    """Yield the pointers of the schemas that the one at `pointer` applies, itself left out."""
+    node = part_at(schema, pointer)
+    if not isinstance(node, dict):
+        return
+    if (target := target_of(node)) is not None:
+        yield target
+    for key in _IN_LISTS:
+        if isinstance(node.get(key), list):
+            yield from (f"{pointer}/{key}/{place}" for place in range(len(node[key])))
+    for key in _IN_OBJECTS:
+        if isinstance(node.get(key), dict):
+            yield from (f"{pointer}/{key}/{_escaped(name)}" for name in node[key])
+    yield from (f"{pointer}/{key}" for key in _ALONE if isinstance(node.get(key), dict))
+
+
+def alone(schema: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
+    whole = _moved({key: value for key, value in schema.items() if key != "$id"})
+    return {"$defs": {"mixchat": whole}, "$ref": f"#{HOME}{quote(pointer, safe='/~')}"}
+
+
+def _moved(value: Any) -> Any:
+    """Return a schema whose references are right inside another one, at `HOME`."""
+    if isinstance(value, list):
+        return [_moved(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: _moved(each) for key, each in value.items()}
+    if target_of(value) is not None:
+        moved["$ref"] = f"#{HOME}{value['$ref'][1:]}"
+    return moved
+
+
+class _TooLargeError(Exception):
+    """A schema has too many values without references."""
+
+
+class Unfolded:
+    """A schema without references: each is replaced by what it refers to, and by `false` in there.
+
+    A value that is finite can do without a part inside the same part, so where this cannot be met,
+    nor can the schema. `loops` has the pointers of the parts that contain themselves; `schema` is
+    None where it would be too large.
+    """
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.loops: list[str] = []
+        self.schema: Any = None
+        self._whole, self._count = schema, 0
+        with suppress(_TooLargeError, RecursionError):
+            self.schema = self._unfold(schema, frozenset({""}))
+
+    def _unfold(self, value: Any, inside: frozenset[str]) -> Any:
+        self._count += 1
+        if self._count > _MOST_UNFOLDED:
+            raise _TooLargeError
+        if isinstance(value, list):
+            return [self._unfold(each, inside) for each in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {k: self._unfold(v, inside) for k, v in value.items() if k not in _NOT_APPLIED}
+        target = target_of(value)
+        if target is None:
+            return kept
+        if target in inside:
+            self.loops.append(target)
+            return False
+        part = self._unfold(part_at(self._whole, target), inside | {target})
+        return {**kept, "allOf": [*kept.get("allOf", []), part]}
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
