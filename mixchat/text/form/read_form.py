@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.errors import UsageError
@@ -18,9 +20,9 @@ def read_schema(value: str) -> Form:
     Raises `UsageError` with the line and column of what is not JSON, or the pointer of what cannot
     be met or used.
     """
-    if value.lstrip().startswith("{"):
-        return json_schema(_parsed(value, "--schema"))
-    return json_schema(_parsed(_read(value), value))
+    inline = value.lstrip().startswith("{")
+    with _named("--schema" if inline else value):
+        return json_schema(_parsed(value if inline else _read(value)))
 
 
 def read_grammar(path: str) -> Form:
@@ -28,10 +30,19 @@ def read_grammar(path: str) -> Form:
 
     Raises `UsageError` with the line of what cannot be read.
     """
-    text = _read(path)
-    ending = Path(path).suffix.lower()
-    is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
-    return gbnf_grammar(text) if is_gbnf else lark_grammar(text)
+    with _named(path):
+        text, ending = _read(path), Path(path).suffix.lower()
+        is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
+        return gbnf_grammar(text) if is_gbnf else lark_grammar(text)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of what is read in front of an error's message."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}", hint=error.hint) from None
 
 
 def _read(path: str) -> str:
@@ -40,16 +51,16 @@ def _read(path: str) -> str:
             data = file.read(_MOST + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path}: cannot be read ({reason})") from None
+        raise UsageError(f"cannot be read ({reason})") from None
     if len(data) > _MOST:
-        raise UsageError(f"{path}: has more than {_MOST // 10**6} MB")
+        raise UsageError(f"more than {_MOST // 10**6} MB")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at offset {error.start}") from None
+        raise UsageError(f"not UTF-8 at offset {error.start}") from None
 
 
-def _parsed(text: str, name: str) -> object:
+def _parsed(text: str) -> object:
     def refuse(constant: str) -> object:
         raise ValueError(f"{constant} is not a number in JSON")
 
@@ -57,8 +68,8 @@ def _parsed(text: str, name: str) -> object:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise UsageError(f"{name}: not JSON at {place}: {error.msg}") from None
+        raise UsageError(f"not JSON at {place}: {error.msg}") from None
     except RecursionError:
-        raise UsageError(f"{name}: too deeply nested") from None
+        raise UsageError("too deeply nested") from None
     except ValueError as error:
-        raise UsageError(f"{name}: not JSON: {error}") from None
+        raise UsageError(f"not JSON: {error}") from None

@@ -16,9 +16,11 @@ _MOST_UNFOLDED = 10_000  # values
 
 
 def target_of(node: Mapping[str, Any]) -> str | None:
-    """Return the pointer to which a schema refers, None where it refers to none of its document."""
+    """Return the pointer to which a schema refers, None without one: a name is no pointer."""
     target = node.get("$ref")
-    return unquote(target[1:]) if isinstance(target, str) and target[:1] == "#" else None
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        return unquote(target[1:])
+    return None
 
 
 def part_at(schema: Any, pointer: str) -> Any:
@@ -68,8 +70,8 @@ def _moved(value: Any) -> Any:
     return moved
 
 
-class _TooLargeError(Exception):
-    """A schema has too many values without references."""
+class _UnknownError(Exception):
+    """A schema would have too many values, or references that have another root."""
 
 
 class Unfolded:
@@ -77,20 +79,21 @@ class Unfolded:
 
     A value that is finite can do without a part inside the same part, so where this cannot be met,
     nor can the schema. `loops` has the pointers of the parts that contain themselves; `schema` is
-    None where it would be too large.
+    None where it is not known.
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self.loops: list[str] = []
         self.schema: Any = None
         self._whole, self._count = schema, 0
-        with suppress(_TooLargeError, RecursionError):
+        with suppress(_UnknownError, RecursionError):
             self.schema = self._unfold(schema, frozenset({""}))
 
     def _unfold(self, value: Any, inside: frozenset[str]) -> Any:
         self._count += 1
-        if self._count > _MOST_UNFOLDED:
-            raise _TooLargeError
+        has_own_root = isinstance(value, dict) and "$id" in value and value is not self._whole
+        if self._count > _MOST_UNFOLDED or has_own_root:
+            raise _UnknownError
         if isinstance(value, list):
             return [self._unfold(each, inside) for each in value]
         if not isinstance(value, dict):

@@ -1,0 +1,50 @@
+"""Random texts of a form, and whether a text has one, by a tokenizer with a token for each byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from mixchat.text.form.constraint import CompiledForm, FormCompiler
+from mixchat.text.form.form import Form
+from mixchat.text.tokenizer import TokenBytes
+
+STOP = 256
+# A value that may end here does so often: else strings, numbers and lists grow without a bound.
+_ENDINGS = frozenset(b'"]},0')
+
+
+class ByteTokenizer:
+    """What a form asks of a tokenizer; `first` has tokens with other bytes at a text's start."""
+
+    def __init__(self, *more: bytes, first: Mapping[int, bytes] | None = None) -> None:
+        self.tokens = TokenBytes(
+            [*(bytes([byte]) for byte in range(256)), b"", *more], dict(first or {})
+        )
+
+    def token_bytes(self) -> TokenBytes:
+        return self.tokens
+
+
+def compiled(form: Form, tokenizer: ByteTokenizer | None = None) -> CompiledForm:
+    return FormCompiler(tokenizer or ByteTokenizer(), {STOP}).compile(form)  # type: ignore[arg-type]
+
+
+def has_form(form: CompiledForm, text: str) -> bool:
+    """Return whether a text has a form, as far as an answer may end behind it."""
+    constraint = form.start()
+    return all(map(constraint.accepts, text.encode())) and bool(constraint.allowed()[STOP])
+
+
+def random_text(form: CompiledForm, seed: int, longest: int = 2000) -> str | None:
+    """Return a random text of a form, None where it has no end within `longest` bytes."""
+    choose, constraint, data = random.Random(seed), form.start(), bytearray()
+    while len(data) < longest:
+        allowed = constraint.allowed().nonzero().flatten().tolist()
+        endings = [token for token in allowed if token == STOP or token in _ENDINGS]
+        token = choose.choice(endings if endings and choose.random() < 0.4 else allowed)
+        constraint.accept(token)
+        if token == STOP:
+            return data.decode()
+        data.append(token)
+    return None
