@@ -1,0 +1,147 @@
+"""Constraints: what they allow is the text that a person sees, and an answer ends by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from form_walks import STOP, ByteTokenizer, compiled
+
+from mixchat.errors import PromptError, UsageError
+from mixchat.text.choose import load_tokenizer
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.form.constraint import FormCompiler, FormConstraint
+from mixchat.text.form.form import json_object, lark_grammar
+
+
+def allowed(constraint: FormConstraint) -> set[int]:
+    return set(constraint.allowed().nonzero().flatten().tolist())
+
+
+def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed() -> None:
+    tokenizer = ByteTokenizer(b"ab", b"")
+    form = FormCompiler(tokenizer, {STOP, 258}).compile(lark_grammar('start: "ab"'))  # type: ignore[arg-type]
+    constraint = form.start()
+    assert allowed(constraint) == {ord("a"), 257}
+    constraint.accept(257)
+    assert allowed(constraint) == {STOP, 258}
+    constraint.accept(258)
+
+
+def test_an_answer_may_end_or_go_on_where_the_form_allows_both() -> None:
+    constraint = compiled(lark_grammar("start: /a+/")).start()
+    assert allowed(constraint) == {ord("a")}
+    constraint.accept(ord("a"))
+    assert allowed(constraint) == {ord("a"), STOP}
+
+
+def test_the_tokens_that_are_allowed_are_a_bool_for_each_of_the_vocabulary() -> None:
+    mask = compiled(json_object(), ByteTokenizer(b"x", b"y")).start().allowed()
+    assert (mask.dtype, mask.shape) == (torch.bool, (259,))
+
+
+def test_answers_have_constraints_of_their_own() -> None:
+    form = compiled(lark_grammar('start: "ab"'))
+    first, second = form.start(), form.start()
+    first.accept(ord("a"))
+    assert (allowed(first), allowed(second)) == ({ord("b")}, {ord("a")})
+
+
+def test_the_first_token_counts_as_it_is_shown() -> None:
+    """SentencePiece shows `▁yes` at the start as `yes`, and behind other text with its space."""
+    tokenizer = ByteTokenizer(b" yes", b" ", first={257: b"yes", 258: b""})
+    form = compiled(lark_grammar('start: "yes" " yes"?'), tokenizer)
+    constraint = form.start()
+    assert allowed(constraint) == {ord("y"), 257}
+    constraint.accept(257)
+    assert allowed(constraint) == {ord(" "), 257, 258, STOP}
+
+
+def test_the_first_token_keeps_its_space_where_it_continues_a_prompt() -> None:
+    tokenizer = ByteTokenizer(b" yes", first={257: b"yes"})
+    form = compiled(lark_grammar('start: " yes" | "no"'), tokenizer)
+    assert allowed(form.start(continued=True)) == {ord(" "), 257, ord("n")}
+    assert allowed(form.start()) == {ord(" "), ord("n")}
+
+
+def test_an_answer_is_continued_where_it_stopped() -> None:
+    form = compiled(lark_grammar('start: "abc"'))
+    assert allowed(form.start([ord("a"), ord("b")])) == {ord("c")}
+
+
+def test_an_answer_of_another_form_cannot_be_continued() -> None:
+    with pytest.raises(PromptError, match="does not have the form"):
+        compiled(lark_grammar('start: "abc"')).start([ord("a"), ord("x")])
+
+
+def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason() -> None:
+    class Few:
+        def token_bytes(self) -> Any:
+            from mixchat.text.tokenizer import TokenBytes
+
+            return TokenBytes([b"a", b"", b"b"], {})
+
+    form = FormCompiler(Few(), {1}).compile(lark_grammar("start: /a/ /z/"))  # type: ignore[arg-type]
+    constraint = form.start()
+    constraint.accept(0)
+    with pytest.raises(UsageError, match="no token for what has to come"):
+        constraint.allowed()
+
+
+@pytest.mark.parametrize("stops", [set(), {1000}])
+def test_a_model_without_a_token_that_ends_answers_is_refused(stops: set[int]) -> None:
+    with pytest.raises(UsageError, match="no token that ends an answer"):
+        FormCompiler(ByteTokenizer(), stops)  # type: ignore[arg-type]
+
+
+def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
+    stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
+    form = FormCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
+    controls = set(tokenizer.control_tokens.values())
+    assert allowed(form.start()) & controls == {stop}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any, kind: str) -> None:
+    """For each kind of tokenizer, at the start of a text and behind a prompt."""
+    pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
+    stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
+    form = FormCompiler(tokenizer, {stop}).compile(lark_grammar(f"start: /{pattern}{{1,30}}/"))
+    for before in ([], tokenizer.encode("Once upon")):
+        constraint, ids = form.start(continued=bool(before)), list[int]()
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            weights = constraint.allowed().float()
+            token = int(torch.multinomial(weights, 1, generator=generator))
+            constraint.accept(token)
+            if token == stop:
+                break
+            ids.append(token)
+        detokenizer = Detokenizer(tokenizer, before)
+        text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
+        assert compiled(form_of(pattern)).start(text.encode()).allowed()[STOP], text
+
+
+def form_of(pattern: str) -> Any:
+    return lark_grammar(f"start: /{pattern}{{1,30}}/")
+
+
+def test_tokens_of_mistrals_vocabulary_spell_json(v1: Any) -> None:
+    constraint = FormCompiler(v1, {2}).compile(json_object()).start()
+    for token in v1.encode('{"name": "Grace\\n é 🙂", "x": [1, 2.5]}'):
+        assert constraint.allowed()[token]
+        constraint.accept(token)
+    assert allowed(constraint) == {2}
+
+
+def test_the_sandboxed_tokenizer_is_taken_as_well(checkpoints: Any) -> None:
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    text = CheckpointText(checkpoints["spm"])
+    try:
+        form = FormCompiler(text.tokenizer(), {2}).compile(json_object())
+        known = FormCompiler(load_tokenizer(checkpoints["spm"]), {2}).compile(json_object())
+        assert torch.equal(form.start().allowed(), known.start().allowed())
+    finally:
+        text.close()

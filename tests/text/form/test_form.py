@@ -1,0 +1,270 @@
+"""Forms: what a schema or a grammar allows, and the place of what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from form_walks import compiled, has_form, random_text
+
+from mixchat.errors import MissingDependencyError, UsageError
+from mixchat.text.form.form import gbnf_grammar, json_object, json_schema, lark_grammar
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+NEVER = {"type": "integer", "minimum": 5, "maximum": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ('{"name": "Ada", "age": 36}', True),
+        ('{"name":"Ada"}', True),
+        ('{\n  "name": "Ada",\n  "age": 36\n}', True),
+        ('{"age": 36}', False),
+        ('{"name": "Ada", "age": -1}', False),
+        ('{"name": "Ada", "job": 1}', False),
+        ('{"name": "Ada"', False),
+        (' {"name": "Ada"}', False),
+        ('{"name": "Ada"}\n', False),
+    ],
+)
+def test_a_schema_allows_what_it_says(text: str, allowed: bool) -> None:
+    assert has_form(compiled(json_schema(PERSON)), text) is allowed
+
+
+@pytest.mark.parametrize("blanks", ["  ", "\n\n", "\n" + 21 * " ", "\t"])
+def test_blanks_are_bounded(blanks: str) -> None:
+    """A model can emit blanks until its answer is cut off, so there is room for an indent only."""
+    form = compiled(json_schema(PERSON))
+    assert not has_form(form, f'{{{blanks}"name": "Ada"}}')
+    assert has_form(form, "{\n" + 20 * " " + '"name": "Ada"}')
+
+
+def test_a_schema_cannot_lift_the_bound_of_blanks() -> None:
+    form = compiled(json_schema({**PERSON, "x-guidance": {"whitespace_pattern": "[ ]*"}}))
+    assert not has_form(form, '{     "name": "Ada"}')
+
+
+def test_any_json_object_is_an_object() -> None:
+    form = compiled(json_object())
+    assert has_form(form, '{"a": [1, {"b": null}], "é": "\\n🙂"}')
+    assert not any(has_form(form, text) for text in ("[]", "1", '"a"', "{a: 1}", "{'a': 1}"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_random_object_is_json(seed: int) -> None:
+    text = random_text(compiled(json_object()), seed)
+    assert text is None or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (NEVER, "met at #: minimum (5) is greater than maximum (3)"),
+        (
+            {"properties": {"a/b": NEVER}, "required": ["a/b"], "type": "object"},
+            "met at #/properties/a~1b: minimum (5) is greater than maximum (3)",
+        ),
+        (
+            {
+                "$defs": {"n": NEVER, "list": {"items": {"$ref": "#/$defs/n"}, "minItems": 1}},
+                "type": "object",
+                "properties": {"a": {"type": "array", "$ref": "#/$defs/list"}},
+                "required": ["a"],
+            },
+            "met at #/$defs/n: minimum (5) is greater than maximum (3)",
+        ),
+        (
+            {"properties": {"a": {"anyOf": [{"type": "string"}, {"not": {}}]}}},
+            "used at #/properties/a/anyOf/1: not supported: not",
+        ),
+        ({"prefixItems": [{}, {"type": "strin"}]}, "used at #/prefixItems/1: Invalid type: strin"),
+        (
+            {"additionalProperties": {"pattern": "("}},
+            "used at #/additionalProperties: regex parse error: unclosed group",
+        ),
+        (
+            {"$id": "http://x.org", "items": {"$ref": "#/$defs/%25"}, "$defs": {"%": {"type": 5}}},
+            "used at #/$defs/%: type must be a string or array of strings",
+        ),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/gone"}}},
+            "used at #/properties/a: Pointer '/$defs/gone' does not exist",
+        ),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "met at #: incompatible types"),
+        ({"enum": []}, "met at #: anyOf is empty"),
+        (
+            {"items": {"oneOf": [{"type": "number"}, {"type": "integer"}]}},
+            "used at #/items: oneOf is only supported where its schemas exclude each other; "
+            "use anyOf",
+        ),
+        ({"uniqueItems": True, "contains": {}}, "used at #: not supported: contains, uniqueItems"),
+        ({"minimum": 10**400}, "used at #: number out of range"),
+        ({"const": "\udc80"}, "used at #: lone leading surrogate in hex escape"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_cannot_be_met_or_used_is_refused_with_its_place(
+    schema: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        json_schema(schema)
+    assert str(error.value) == f"the schema cannot be {message}"
+
+
+def test_a_part_that_can_be_left_out_need_not_be_met() -> None:
+    assert has_form(compiled(json_schema({"type": "object", "properties": {"a": NEVER}})), "{}")
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        (
+            {"$defs": {"node": {**NODE, "required": ["next"]}}, "$ref": "#/$defs/node"},
+            "#/$defs/node",
+        ),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#"),
+        (
+            {
+                "$defs": {
+                    "a": {"type": "array", "items": {"$ref": "#/$defs/b"}, "minItems": 1},
+                    "b": {"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}], "minItems": 1},
+                },
+                "type": "object",
+                "properties": {"x": {"$ref": "#/$defs/b"}},
+                "required": ["x"],
+            },
+            "#/$defs/b",
+        ),
+    ],
+)  # fmt: skip
+def test_a_schema_whose_values_have_no_end_is_refused(schema: dict[str, Any], place: str) -> None:
+    with pytest.raises(UsageError, match="each value contains another one") as error:
+        json_schema(schema)
+    assert f" at {place}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"node": NODE}, "$ref": "#/$defs/node"},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        # Names, and references that have another root, are none of the pointers.
+        {"$ref": "#foo", "$defs": {"A": {"$anchor": "foo", "type": "integer"}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$id": "http://x.org/a", "type": "object"}}},
+    ],
+)
+def test_a_schema_that_refers_to_itself_and_has_an_end_is_used(schema: dict[str, Any]) -> None:
+    assert json_schema(schema).grammar
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize("depth", [100, 2000])
+def test_a_schema_that_is_too_deep_is_refused(depth: int) -> None:
+    with pytest.raises(UsageError, match="the schema"):
+        json_schema(nested(depth))
+
+
+def test_a_chain_of_many_references_is_used() -> None:
+    chain = {f"d{n}": {"properties": {"x": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(600)}
+    last = {"d600": {"$ref": "#/$defs/d0"}}
+    assert json_schema({"$defs": {**chain, **last}, "$ref": "#/$defs/d0"}).grammar
+
+
+@pytest.mark.parametrize("schema", [None, True, [], "a", 5])
+def test_what_is_no_object_is_no_schema(schema: object) -> None:
+    with pytest.raises(UsageError, match="has to be an object"):
+        json_schema(schema)
+
+
+def test_a_lark_grammar_allows_what_it_says() -> None:
+    form = compiled(lark_grammar('start: "yes" | "no" NUMBER\nNUMBER: /[0-9]{1,2}/'))
+    assert all(has_form(form, text) for text in ("yes", "no1", "no12"))
+    assert not any(has_form(form, text) for text in ("", "no", "no123", "yes1", "maybe"))
+
+
+def test_the_options_of_a_grammar_cannot_force_tokens() -> None:
+    """Forced tokens need the tokenizer itself: nothing is there that could encode text."""
+    form = compiled(lark_grammar('%llguidance {"no_forcing": false}\nstart: "abc"'))
+    assert has_form(form, "abc")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ('start: "a" b\n', ' at line 1, column 8: unknown name: "b"'),
+        ("start: A\n\nA: /(/", ' at line 3, column 4: invalid regex "(" (in regex): '
+         "regex parse error: unclosed group"),
+        ("", ": no start rule found"),
+        ("start: x\nx: y\ny: x", ": no text has this form"),
+        ("start: <foo>", ' at line 1, column 8: unknown special token: "<foo>"'),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_cannot_be_used_is_refused_with_its_place(
+    grammar: str, message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        lark_grammar(grammar)
+    assert str(error.value) == f"the grammar cannot be used{message}"
+
+
+LIST = """\
+# A list of things.
+root ::= (item ws)+  # and so on
+item ::= "- " [^\\n\\x00-\\x1f]{1,20} |
+         "* " [a-zé]+ "\\u00df"?
+ws ::= "\\n"?
+"""
+
+
+def test_a_gbnf_grammar_allows_what_it_says() -> None:
+    form = compiled(gbnf_grammar(LIST))
+    assert all(has_form(form, text) for text in ("- milk\n- 2 eggs\n", "* zoé", "* abcß"))
+    assert not any(has_form(form, text) for text in ("milk", "- ", "* ABC", "- a\n\n"))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ('root ::= "a', " at line 1: Unexpected end of input"),
+        ('root ::= "a"\nroot = "b"', " at line 2: Expected ::="),
+        ('root ::= "a"\n\nq ::= zz', " at line 3: Rule 'zz' not found"),
+        ('foo ::= "a"', ": No 'root' rule found"),
+        ('root ::= "a"\nb ::= "c"\nroot ::= "b"', " at line 3: the rule root is there twice"),
+        ('# c\nroot ::= "a" |\n  other\n\n# d\nother ::= "x" [z-a]', ' at line 6: invalid regex '
+         '"[z-a]" (in regex): regex parse error: invalid character class range, the start must be '
+         "<= the end"),
+    ],
+)  # fmt: skip
+def test_a_gbnf_grammar_that_cannot_be_used_is_refused_with_its_line(
+    grammar: str, message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        gbnf_grammar(grammar)
+    assert str(error.value) == f"the grammar cannot be used{message}"
+
+
+def test_without_llguidance_the_command_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    for make in (json_object, lambda: lark_grammar("x"), lambda: gbnf_grammar("x")):
+        with pytest.raises(MissingDependencyError, match="llguidance") as error:
+            make()
+        assert error.value.hint == 'Run: pip install "llguidance>=1.3,<2"'
