@@ -9,6 +9,7 @@ from mixchat.errors import UsageError
 from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
 from mixchat.text.form.grammar_fault import Fault, find_fault, grammar_error
 from mixchat.text.form.schema_fault import raise_schema_fault
+from mixchat.text.form.schema_tree import tightened
 
 # Between two parts of JSON: nothing, a space, or a new line with its indent. Without a bound, a
 # model can emit blanks until its answer is cut off.
@@ -37,7 +38,7 @@ def json_schema(schema: object) -> Form:
         raise UsageError("a JSON schema has to be an object")
     try:
         raise_schema_fault(schema)
-        whole = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANKS}})
+        whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
     return Form(f"start: %json {whole}")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from mixchat.errors import UsageError
 from mixchat.text.form.grammar_fault import NO_TEXT, find_fault
-from mixchat.text.form.schema_tree import HOME, Unfolded, alone, parts_of
+from mixchat.text.form.schema_tree import HOME, Schema, Unfolded, alone, parts_of
 
 _LONGEST = 120  # characters of a pointer
 _MOST = 300  # parts that are looked at: each costs as much as the whole schema
@@ -21,7 +19,7 @@ _FRAME = re.compile(
 )
 
 
-def raise_schema_fault(schema: Mapping[str, Any]) -> None:
+def raise_schema_fault(schema: Schema) -> None:
     """Raise `UsageError` where a schema cannot be met or used, with the pointer of its part."""
     fault = _fault(schema)
     if fault is not None:
@@ -37,7 +35,7 @@ def raise_schema_fault(schema: Mapping[str, Any]) -> None:
         )
 
 
-def _fault(schema: Mapping[str, Any]) -> str | None:
+def _fault(schema: Schema) -> str | None:
     """Return what is wrong with a schema, in llguidance's words."""
     found = find_fault(f"start: %json {json.dumps(schema)}")
     return None if found is None else _FRAME.sub("", found.message).replace(HOME, "")
@@ -47,7 +45,7 @@ def _unmet(fault: str | None) -> bool:
     return fault is not None and (fault == NO_TEXT or fault.startswith(_UNMET))
 
 
-def _deepest(schema: Mapping[str, Any], fault: str) -> tuple[str, str]:
+def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
     """Return the pointer of the deepest part with this fault, and what is wrong there."""
     pointer, seen = "", {""}
     while True:

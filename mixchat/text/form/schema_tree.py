@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
 _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _IN_OBJECTS = ("properties", "patternProperties")
 _ALONE = ("items", "additionalProperties")
-_NOT_APPLIED = ("$ref", "$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
 HOME = "/$defs/mixchat"  # of a schema inside another one
-_MOST_UNFOLDED = 10_000  # values
+_MOST_UNFOLDED = 3_000  # schemas
+_SLIVER, _MOST_TIGHTENED = 1e-9, 1e6
+
+Schema: TypeAlias = "dict[str, Any]"
 
 
-def target_of(node: Mapping[str, Any]) -> str | None:
+def target_of(node: Schema) -> str | None:
     """Return the pointer to which a schema refers, None without one: a name is no pointer."""
     target = node.get("$ref")
     if isinstance(target, str) and (target == "#" or target.startswith("#/")):
@@ -36,7 +39,7 @@ def part_at(schema: Any, pointer: str) -> Any:
     return schema
 
 
-def parts_of(schema: Mapping[str, Any], pointer: str) -> Iterator[str]:
+def parts_of(schema: Schema, pointer: str) -> Iterator[str]:
     """Yield the pointers of the schemas that the one at `pointer` applies, itself left out."""
     node = part_at(schema, pointer)
     if not isinstance(node, dict):
@@ -52,22 +55,47 @@ def parts_of(schema: Mapping[str, Any], pointer: str) -> Iterator[str]:
     yield from (f"{pointer}/{key}" for key in _ALONE if isinstance(node.get(key), dict))
 
 
-def alone(schema: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+def alone(schema: Schema, pointer: str) -> Schema:
     """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
     whole = _moved({key: value for key, value in schema.items() if key != "$id"})
     return {"$defs": {"mixchat": whole}, "$ref": f"#{HOME}{quote(pointer, safe='/~')}"}
 
 
-def _moved(value: Any) -> Any:
+def tightened(schema: Any) -> Any:
+    """Return a schema in which exclusive minima are a little higher.
+
+    For more than 8 and at most 8.75, llguidance 1.9 allows 8 itself.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    changed = _with_parts(schema, tightened)
+    least = schema.get("exclusiveMinimum")
+    if isinstance(least, int | float) and 0 <= least <= _MOST_TIGHTENED:
+        changed["exclusiveMinimum"] = least + _SLIVER
+    return changed
+
+
+def _moved(schema: Any) -> Any:
     """Return a schema whose references are right inside another one, at `HOME`."""
-    if isinstance(value, list):
-        return [_moved(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    moved = {key: _moved(each) for key, each in value.items()}
-    if target_of(value) is not None:
-        moved["$ref"] = f"#{HOME}{value['$ref'][1:]}"
+    if not isinstance(schema, dict):
+        return schema
+    moved = _with_parts(schema, _moved)
+    if target_of(schema) is not None:
+        moved["$ref"] = f"#{HOME}{schema['$ref'][1:]}"
     return moved
+
+
+def _with_parts(schema: Schema, change: Callable[[Any], Any]) -> Schema:
+    """Return a copy of a schema with changed parts; constants and names stay as they are."""
+    changed = dict(schema)
+    for key, value in schema.items():
+        if key in (*_IN_OBJECTS, *_DEFINITIONS) and isinstance(value, dict):
+            changed[key] = {name: change(part) for name, part in value.items()}
+        elif key in _IN_LISTS and isinstance(value, list):
+            changed[key] = [change(part) for part in value]
+        elif key in _ALONE:
+            changed[key] = change(value)
+    return changed
 
 
 class _UnknownError(Exception):
@@ -82,24 +110,23 @@ class Unfolded:
     None where it is not known.
     """
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    def __init__(self, schema: Schema) -> None:
         self.loops: list[str] = []
         self.schema: Any = None
         self._whole, self._count = schema, 0
         with suppress(_UnknownError, RecursionError):
             self.schema = self._unfold(schema, frozenset({""}))
 
-    def _unfold(self, value: Any, inside: frozenset[str]) -> Any:
+    def _unfold(self, schema: Any, inside: frozenset[str]) -> Any:
+        if not isinstance(schema, dict):
+            return schema
         self._count += 1
-        has_own_root = isinstance(value, dict) and "$id" in value and value is not self._whole
+        has_own_root = "$id" in schema and schema is not self._whole
         if self._count > _MOST_UNFOLDED or has_own_root:
             raise _UnknownError
-        if isinstance(value, list):
-            return [self._unfold(each, inside) for each in value]
-        if not isinstance(value, dict):
-            return value
-        kept = {k: self._unfold(v, inside) for k, v in value.items() if k not in _NOT_APPLIED}
-        target = target_of(value)
+        kept = {key: schema[key] for key in schema if key not in ("$ref", *_DEFINITIONS)}
+        kept = _with_parts(kept, lambda part: self._unfold(part, inside))
+        target = target_of(schema)
         if target is None:
             return kept
         if target in inside:

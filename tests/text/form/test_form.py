@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from form_walks import compiled, has_form, random_text
+from jsonschema import Draft202012Validator
+from schema_maker import SchemaMaker
 
 from mixchat.errors import MissingDependencyError, UsageError
 from mixchat.text.form.form import gbnf_grammar, json_object, json_schema, lark_grammar
@@ -62,6 +64,38 @@ def test_any_json_object_is_an_object() -> None:
 def test_any_random_object_is_json(seed: int) -> None:
     text = random_text(compiled(json_object()), seed)
     assert text is None or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_texts_of_a_generated_schema_are_valid(seed: int) -> None:
+    schema = SchemaMaker(seed).schema()
+    form = compiled(json_schema(schema))
+    for number in range(3):
+        text = random_text(form, number)
+        assert text is not None
+        Draft202012Validator(schema).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"exclusiveMinimum": 8, "maximum": 8.75}, ["8.01", "8.75"], ["8", "8.0", "8.76"]),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ["0.25"], ["0", "0.0"]),
+        ({"exclusiveMinimum": 8}, ["8.1", "9"], ["8", "8.0", "7"]),
+        ({"type": "integer", "exclusiveMinimum": 8}, ["9", "10"], ["8", "7"]),
+    ],
+)
+def test_an_exclusive_minimum_is_not_allowed(
+    schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    """llguidance let 8 pass, where more than 8 and at most 8.75 was asked for."""
+    form = compiled(json_schema({"type": "number", **schema}))
+    assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+
+
+def test_constants_are_not_taken_for_schemas() -> None:
+    constant = {"exclusiveMinimum": 8, "properties": {"exclusiveMinimum": 8}}
+    assert has_form(compiled(json_schema({"const": constant})), json.dumps(constant))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""Answers of a given form by models whose random weights would never give one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from tiny_tokenizer import write_tokenizer
+
+from mixchat.engine.generate import Engine
+from mixchat.engine.speculation import Speculation
+from mixchat.kernels import coded
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.text.choose import load_tokenizer
+from mixchat.text.form.constraint import CompiledForm, FormCompiler
+from mixchat.text.form.form import Form, json_object, json_schema, lark_grammar
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
+from schema_maker import SchemaMaker
+
+STOP = 2  # <|im_end|>
+PROMPT = [1, 72, 105]
+ORDER = {
+    "type": "object",
+    "properties": {
+        "item": {"enum": ["tea", "milk"]},
+        "count": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
+    "required": ["item", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
+    """A random model of 262 tokens, one for each byte among them, and its tokenizer."""
+    checkpoint = make_checkpoint(
+        vocab_size=262, max_position_embeddings=1024, intermediate_size=128
+    )
+    return install(write_tokenizer(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    return load_engine(model, LoadOptions(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    return load_tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def compiled(tokenizer: Any) -> Callable[[Form], CompiledForm]:
+    return FormCompiler(tokenizer, {STOP}).compile
+
+
+def answer(
+    engine: Engine, form: CompiledForm | None, seed: int, most: int = 400, **options: Any
+) -> list[int]:
+    return list(
+        engine.generate(
+            PROMPT,
+            sampling=SamplingOptions(seed=seed, **{"temperature": 1.0, **options}),
+            stop_ids={STOP},
+            max_tokens=most,
+            constraint=None if form is None else form.start(),
+        )
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.3}])
+def test_an_answer_is_json_by_the_schema_whatever_the_sampling(
+    engine: Engine,
+    tokenizer: Any,
+    compiled: Callable[[Form], CompiledForm],
+    options: dict[str, Any],
+) -> None:
+    *ids, last = answer(engine, compiled(json_schema(ORDER)), seed=1, **options)
+    assert last == STOP
+    Draft202012Validator(ORDER).validate(json.loads(tokenizer.decode(ids)))
+
+
+def test_without_a_form_this_model_gives_no_json(engine: Engine, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(tokenizer.decode(answer(engine, None, seed=1)))
+
+
+def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(
+    engine: Engine, compiled: Callable[[Form], CompiledForm]
+) -> None:
+    form = compiled(json_schema(ORDER))
+    whole = answer(engine, form, seed=1)
+    assert answer(engine, form, seed=1, most=7) == whole[:7]
+
+
+@pytest.mark.slow
+def test_every_finished_answer_to_200_generated_schemas_is_valid(
+    engine: Engine, tokenizer: Any, compiled: Callable[[Form], CompiledForm]
+) -> None:
+    finished = 0
+    for seed in range(200):
+        schema = SchemaMaker(seed).schema()
+        *ids, last = answer(engine, compiled(json_schema(schema)), seed)
+        if last == STOP:
+            finished += 1
+            Draft202012Validator(schema).validate(json.loads(tokenizer.decode(ids)))
+    assert finished >= 190
+
+
+@pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "form",
+    [
+        json_schema({"type": "array", "items": ORDER, "minItems": 8, "maxItems": 8}),
+        lark_grammar('start: ("the same line again\\n" | "another line\\n"){12}'),
+        json_object(),
+    ],
+    ids=["schema", "grammar", "object"],
+)
+def test_an_answer_is_the_same_with_speculation(
+    model: Path,
+    compiled: Callable[[Form], CompiledForm],
+    form: Form,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Speculation, "pays", property(lambda self: True))
+    engines = [
+        load_engine(model, LoadOptions(device="cpu", speculation=how)) for how in (True, False)
+    ]
+    with_it, without = (
+        answer(engine, compiled(form), 3, temperature=temperature) for engine in engines
+    )
+    assert with_it == without
+    if form != json_object():  # which repeats nothing
+        assert engines[0].stats.speculation.accepted > 0
