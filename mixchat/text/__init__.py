@@ -16,4 +16,5 @@
 - frames.py: JSON messages to that process and back
 - detokenizer.py: text from ids, one at a time, never half a character
 - stop.py: stop strings in a stream of text
+- form/: answers of a given form: JSON by a schema, or text by a grammar
 """

@@ -71,6 +71,7 @@ class ScriptedEngine:
         self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
         self.prompts: list[list[int]] = []
         self.samplings: list[Any] = []
+        self.constraints: list[Any] = []
         self.closed = 0  # answers
         self.is_closed = False
 
@@ -95,6 +96,7 @@ class ScriptedEngine:
     ) -> Iterator[int]:
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
+        self.constraints.append(constraint)
         self.stats = Stats(prompt_tokens=len(prompt_ids), prefill_seconds=0.5, decode_seconds=0.25)
         room = self.context_size - len(prompt_ids)
         try:

@@ -446,3 +446,45 @@ def test_the_progress_of_the_prefill_goes_to_whoever_asks():
     session.engine.generate = reading
     listen(session.ask("Hi", lambda done, total: seen.append((done, total))))
     assert seen == [(0, 8), (8, 8)]  # "[user]Hi"
+
+
+class Form:
+    """A form whose constraints are what it was asked for."""
+
+    def start(self, before=(), *, continued=False):
+        return (list(before), continued)
+
+
+def test_without_a_form_nothing_constrains_an_answer(session_of):
+    session = session_of("Hello")
+    listen(session.ask("Hi"))
+    assert session.engine.constraints == [None]
+
+
+def test_each_answer_has_a_constraint_of_its_own(session_of):
+    session = session_of("One", "Two", form=Form())
+    listen(session.ask("Hi"))
+    listen(session.ask_again())
+    assert session.engine.constraints == [([], False)] * 2
+
+
+def test_an_answer_that_is_continued_keeps_its_form_from_its_start(session_of):
+    session = session_of("abcd", "ef", form=Form(), max_tokens=2)
+    listen(session.ask("Hi"))
+    listen(session.continue_answer())
+    assert session.engine.constraints[1] == ([ord("a"), ord("b")], False)
+
+
+def test_the_form_of_a_completion_continues_the_text_of_its_prompt(session_of):
+    session = session_of("abcd", form=Form())
+    session._template.continues_prompt = True
+    listen(session.ask("Hi"))
+    assert session.engine.constraints == [([], True)]
+
+
+def test_another_model_brings_the_form_for_its_own_tokens(session_of):
+    session, other = session_of("One", form=Form()), session_of("Two")
+    other._form = None
+    session.take_model(other)
+    listen(session.ask("Hi"))
+    assert session.engine.constraints == [None]

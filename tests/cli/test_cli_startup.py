@@ -10,6 +10,7 @@ HEAVY = {
     "bitsandbytes",
     "huggingface_hub",
     "jinja2",
+    "llguidance",
     "numpy",
     "prompt_toolkit",
     "rich",

@@ -154,7 +154,7 @@ Schema = Annotated[
     ),
 ]
 Grammar = Annotated[
-    str | None,
+    Path | None,
     typer.Option(
         metavar="FILE",
         help="Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
@@ -210,19 +210,19 @@ def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     )
 
 
-def read_form(schema: str | None, grammar: str | None) -> Form | None:
+def read_form(schema: str | None, grammar: Path | None) -> Form | None:
     """Return the form of --schema or --grammar, None without one.
 
     Raises `UsageError` with the place of what cannot be read or met, `MissingDependencyError`
     without llguidance.
     """
-    if schema is None and grammar is None:
-        return None
     if schema is not None and grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
     from mixchat.text.form.read_form import read_grammar, read_schema
 
-    return read_schema(schema) if schema is not None else read_grammar(grammar or "")
+    if schema is not None:
+        return read_schema(schema)
+    return None if grammar is None else read_grammar(grammar)
 
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:

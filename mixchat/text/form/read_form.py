@@ -22,16 +22,16 @@ def read_schema(value: str) -> Form:
     """
     inline = value.lstrip().startswith("{")
     with _named("--schema" if inline else value):
-        return json_schema(_parsed(value if inline else _read(value)))
+        return json_schema(_parsed(value if inline else _read(Path(value))))
 
 
-def read_grammar(path: str) -> Form:
+def read_grammar(path: Path) -> Form:
     """Return the form of a grammar: GBNF or Lark by the file's ending, else by its content.
 
     Raises `UsageError` with the line of what cannot be read.
     """
-    with _named(path):
-        text, ending = _read(path), Path(path).suffix.lower()
+    with _named(str(path)):
+        text, ending = _read(path), path.suffix.lower()
         is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
         return gbnf_grammar(text) if is_gbnf else lark_grammar(text)
 
@@ -45,7 +45,7 @@ def _named(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: {error}", hint=error.hint) from None
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(_MOST + 1)

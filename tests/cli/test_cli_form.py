@@ -1,0 +1,100 @@
+"""`mixchat run --schema` and `--grammar`: answers of a form, and what is refused before loading."""
+
+import json
+import sys
+
+import pytest
+from tiny_tokenizer import write_tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "blue"]}, "size": {"type": "integer", "maximum": 99}},
+    "required": ["color", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def installed(make_checkpoint, install):
+    """A model whose random weights would never give JSON."""
+    return install(write_tokenizer(make_checkpoint(vocab_size=262, max_position_embeddings=512)))
+
+
+@pytest.fixture
+def ask(mixchat, installed, tmp_path):
+    """Runs `mixchat run -m tiny ARGS` with the model itself."""
+    models = tmp_path / "home" / "models"
+    models.mkdir(parents=True)
+    (models / "tiny").symlink_to(installed)
+    return lambda *arguments, **how: mixchat(
+        "run", "-m", "tiny", "--device", "cpu", "--temp", "1", *arguments, fake=False, **how
+    )
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_an_answer_is_json_by_the_schema(ask, tmp_path, seed):
+    (tmp_path / "s.json").write_text(json.dumps(SCHEMA))
+    for given in (json.dumps(SCHEMA), str(tmp_path / "s.json")):
+        done = ask("--schema", given, "--seed", seed, "Hi")
+        assert (done.returncode, done.stderr) == (0, b"")
+        answer = json.loads(done.stdout)
+        assert answer["color"] in ("red", "blue")
+        assert answer["size"] <= 99
+
+
+def test_with_json_the_answer_is_a_string_that_holds_json(ask):
+    done = ask("--json", "--schema", json.dumps(SCHEMA), "Hi")
+    printed = json.loads(done.stdout)
+    assert set(json.loads(printed["answer"])) == {"color", "size"}
+    assert printed["stop_reason"] == "stop"
+
+
+def test_a_pipe_gets_an_answer_of_the_grammar(ask, tmp_path):
+    (tmp_path / "g.gbnf").write_text('root ::= "yes" | "no"')
+    done = ask("--grammar", str(tmp_path / "g.gbnf"), stdin=b"Is it so?\n")
+    assert done.stdout in (b"yes\n", b"no\n")
+
+
+def test_the_note_on_an_answer_that_was_cut_off_is_there_with_a_form_too(ask):
+    strings = {"type": "array", "items": {"type": "string", "minLength": 9}, "minItems": 99}
+    done = ask("--schema", json.dumps(strings), "--ctx-size", "64", "Hi")
+    assert (done.returncode, done.stdout[:1]) == (0, b"[")
+    assert b"cut off after 16 tokens; -n N allows more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--schema", '{"type":'), "--schema: not JSON at line 1, column 9: Expecting value"),
+        (("--schema", "nowhere.json"), "nowhere.json: cannot be read (No such file or directory)"),
+        (
+            ("--schema", '{"items": {"type": "integer", "minimum": 2, "maximum": 1}, "minItems": 1,'
+             ' "type": "array"}'),
+            "--schema: the schema cannot be met at #/items: minimum (2) is greater than "
+            "maximum (1)",
+        ),
+        (("--schema", "{}", "--grammar", "x"), "--schema and --grammar exclude each other"),
+    ],
+)  # fmt: skip
+def test_a_form_that_cannot_be_used_is_refused_before_the_model_is_looked_for(
+    mixchat, arguments, message
+):
+    done = mixchat("run", "-m", "there/is-none", *arguments, "Hi", fake=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().splitlines() == [f"error: {message}"]
+
+
+def test_a_grammar_is_refused_with_its_file_and_line(mixchat, tmp_path):
+    (tmp_path / "g.lark").write_text('start: a\na: "x" b\n')
+    done = mixchat("run", "-m", "there/is-none", "--grammar", tmp_path / "g.lark", "Hi", fake=False)
+    assert done.returncode == 2
+    assert 'g.lark: the grammar cannot be used at line 2, column 4: unknown name: "b"' in (
+        done.stderr.decode()
+    )
+
+
+def test_without_llguidance_it_says_how_to_get_it(mixchat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    done = mixchat("run", "--schema", "{}", "Hi", fake=False)
+    assert done.returncode == 8
+    assert b'Run: pip install "llguidance>=' in done.stderr
