@@ -54,7 +54,7 @@ def require_llguidance() -> ModuleType:
     except ImportError:
         raise MissingDependencyError(
             "an answer of a given form needs the package llguidance",
-            hint='Run: pip install "llguidance>=1.3,<2"',
+            hint='Run: pip install "llguidance>=1.8,<2"',
         ) from None
     return llguidance
 

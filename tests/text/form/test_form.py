@@ -301,4 +301,4 @@ def test_without_llguidance_the_command_that_installs_it_is_named(
     for make in (json_object, lambda: lark_grammar("x"), lambda: gbnf_grammar("x")):
         with pytest.raises(MissingDependencyError, match="llguidance") as error:
             make()
-        assert error.value.hint == 'Run: pip install "llguidance>=1.3,<2"'
+        assert error.value.hint == 'Run: pip install "llguidance>=1.8,<2"'
