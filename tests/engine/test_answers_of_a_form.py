@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from tiny_tokenizer import write_tokenizer
 
+from mixchat.engine.batch import Batch, Prompt
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
+from mixchat.errors import UsageError
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions, SamplingOptions
@@ -142,3 +145,58 @@ def test_an_answer_is_the_same_with_speculation(
     assert with_it == without
     if form != json_object():  # which repeats nothing
         assert engines[0].stats.speculation.accepted > 0
+
+
+def prompt(seed: int, constraint: Any) -> Prompt:
+    sampling = SamplingOptions(temperature=1.0, seed=seed)
+    return Prompt([*PROMPT, seed], sampling, frozenset({STOP}), 60, constraint)
+
+
+def answered(engine: Engine, *prompts: Prompt) -> list[tuple[list[int], Exception | None]]:
+    """Answer prompts at once; return the tokens of each, and why it failed."""
+    batch = Batch(engine)
+    answers = [batch.add(prompt) for prompt in prompts]
+    while batch.size:
+        batch.step()
+    return [(answer.ids[answer.prompt_tokens :], answer.error) for answer in answers]
+
+
+@pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(
+    model: Path, compiled: Callable[[Form], CompiledForm]
+) -> None:
+    engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=4))
+    forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
+
+    def prompts() -> list[Prompt]:
+        return [prompt(n + 20, form and form.start()) for n, form in enumerate([*forms, forms[0]])]
+
+    together = answered(engine, *prompts())
+    assert together == [answered(engine, one)[0] for one in prompts()]
+    assert [error for _, error in together] == [None] * 4
+    assert together[0][0][-1] == together[3][0][-1] == STOP
+
+
+class DeadEnd:
+    """Allows one token, and none after it."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def allowed(self) -> torch.Tensor:
+        if self.taken:
+            raise UsageError("nothing can come next")
+        return torch.arange(262) == 50
+
+    def accept(self, token: int) -> None:
+        self.taken += 1
+
+
+def test_a_form_without_a_way_on_ends_only_its_own_answer(
+    model: Path, compiled: Callable[[Form], CompiledForm]
+) -> None:
+    engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=2))
+    other = compiled(json_schema(ORDER))
+    (ids, error), whole = answered(engine, prompt(1, DeadEnd()), prompt(2, other.start()))
+    assert (ids, str(error)) == ([50], "nothing can come next")
+    assert (whole[0][-1], whole[1]) == (STOP, None)
