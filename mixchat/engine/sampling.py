@@ -18,7 +18,10 @@ class Constraint(Protocol):
     """Allows only the tokens that keep an answer in a given form. V = vocab_size."""
 
     def allowed(self) -> torch.Tensor:
-        """Return the tokens that may come next: bool [V], on the CPU; at least one is allowed."""
+        """Return the tokens that may come next, at least one: bool [V], on the CPU.
+
+        Raises `UsageError` where the form leaves none.
+        """
 
     def accept(self, token: int) -> None:
         """Take the next token of the answer, which was allowed."""

@@ -100,9 +100,7 @@ class FormConstraint:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            fault = parsed_fault(self._matcher.get_error()).message
-            reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
-            raise UsageError(f"the answer cannot be continued in its form: {reason}")
+            raise self._error()
         mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
         size, firsts = self._vocabulary.size, self._vocabulary.firsts
         if self._begins_text:
@@ -110,9 +108,9 @@ class FormConstraint:
         return torch.from_numpy(mask[:size])
 
     def accept(self, token: int) -> None:
-        """Take the next token, which was allowed."""
-        accepted = self.accepts(token)
-        assert accepted, token
+        """Take the next token, which was allowed. Raises `UsageError` as `allowed` does."""
+        if not self.accepts(token):
+            raise self._error()
 
     def accepts(self, token: int) -> bool:
         """Take the next token; return whether it was allowed. No other may come after one that
@@ -121,3 +119,8 @@ class FormConstraint:
             token = self._vocabulary.firsts.get(token, token)
             self._begins_text = False
         return self._matcher.consume_token(token)
+
+    def _error(self) -> UsageError:
+        fault = parsed_fault(self._matcher.get_error()).message
+        reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
+        return UsageError(f"the answer cannot be continued in its form: {reason}")

@@ -9,11 +9,14 @@ from mixchat.errors import UsageError
 from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
 from mixchat.text.form.grammar_fault import Fault, find_fault, grammar_error
 from mixchat.text.form.schema_fault import raise_schema_fault
-from mixchat.text.form.schema_tree import tightened
+from mixchat.text.form.schema_tree import depth_of, tightened
 
 # Between two parts of JSON: nothing, a space, or a new line with its indent. Without a bound, a
 # model can emit blanks until its answer is cut off.
 _BLANKS = r"( |\n[ \t]{0,20})?"
+# Of values of a schema. llguidance recurses without a limit where references are followed, and its
+# stack ended at 3,200 at the earliest, with the process.
+_DEEPEST = 1000
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def json_schema(schema: object) -> Form:
     if not isinstance(schema, dict):
         raise UsageError("a JSON schema has to be an object")
     try:
+        if depth_of(schema) > _DEEPEST:
+            raise RecursionError
         raise_schema_fault(schema)
         whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
     except RecursionError:

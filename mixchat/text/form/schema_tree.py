@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
@@ -24,6 +24,33 @@ def target_of(node: Schema) -> str | None:
     if isinstance(target, str) and (target == "#" or target.startswith("#/")):
         return unquote(target[1:])
     return None
+
+
+def depth_of(schema: Schema) -> int:
+    """Return how many values may be inside each other at most, where references are followed.
+
+    Each part is entered once: so it is the depth of the whole and of all that is referred to.
+    """
+    targets = {ref for node in _objects(schema) if isinstance(ref := node.get("$ref"), str)}
+    parts = [part_at(schema, unquote(target[1:])) or schema for target in targets]
+    return _depth(schema) + sum(1 + _depth(part) for part in parts)
+
+
+def _objects(value: Any) -> Iterator[Schema]:
+    """Yield all objects in a value of JSON."""
+    if isinstance(value, dict):
+        yield value
+    for part in _inside(value):
+        yield from _objects(part)
+
+
+def _depth(value: Any) -> int:
+    nested = isinstance(value, dict | list)
+    return 1 + max(map(_depth, _inside(value)), default=0) if nested else 0
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def part_at(schema: Any, pointer: str) -> Any:

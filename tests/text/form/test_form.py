@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -215,10 +216,30 @@ def test_a_schema_that_is_too_deep_is_refused(depth: int) -> None:
         json_schema(nested(depth))
 
 
+def chain(count: int, part: Callable[[Any], Any]) -> dict[str, Any]:
+    """Definitions, each of which refers to the next one, and the last one to the first."""
+    refs = [{"$ref": f"#/$defs/d{(n + 1) % count}"} for n in range(count)]
+    return {"$defs": {f"d{n}": part(ref) for n, ref in enumerate(refs)}, "$ref": "#/$defs/d0"}
+
+
 def test_a_chain_of_many_references_is_used() -> None:
-    chain = {f"d{n}": {"properties": {"x": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(600)}
-    last = {"d600": {"$ref": "#/$defs/d0"}}
-    assert json_schema({"$defs": {**chain, **last}, "$ref": "#/$defs/d0"}).grammar
+    assert json_schema(chain(200, lambda ref: {"properties": {"x": ref}})).grammar
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda ref: {"properties": {"x": {"anyOf": [{"allOf": [ref]}, {"type": "null"}]}}},
+        lambda ref: {"additionalProperties": ref},
+        lambda ref: {"items": ref},
+    ],
+)
+def test_a_chain_of_references_that_would_end_the_process_is_refused(
+    part: Callable[[Any], Any],
+) -> None:
+    """The library's stack overflowed: a request with 2,000 definitions took the server down."""
+    with pytest.raises(UsageError, match="too deeply nested"):
+        json_schema(chain(5000, part))
 
 
 @pytest.mark.parametrize("schema", [None, True, [], "a", 5])
