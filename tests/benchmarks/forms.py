@@ -80,7 +80,6 @@ def opened(directory: Path) -> Iterator[Tokenizer]:
 
 def measure(name: str, tokenizer: Tokenizer, repeats: int) -> None:
     seconds: dict[str, list[float]] = defaultdict(list)
-    tokenizer.token_bytes()  # what takes long the first time is the import in the sandbox
     stop = tokenizer.eos_id or 0
     compiler = timed(seconds["all tokens"], lambda: FormCompiler(tokenizer, {stop}))
     print(f"{name}: {tokenizer.vocab_size} tokens, {milliseconds(seconds['all tokens'])} once")
