@@ -164,6 +164,7 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
         CharacterTokenizer(),
         PlainTemplate(continues_prompt=options.pop("continues_prompt", False)),
         advised_tokens=options.pop("advised_tokens", None),
+        form=options.pop("form", None),
     )
     options.setdefault("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
     return ChatSession(backend, **options)

@@ -476,15 +476,13 @@ def test_an_answer_that_is_continued_keeps_its_form_from_its_start(session_of):
 
 
 def test_the_form_of_a_completion_continues_the_text_of_its_prompt(session_of):
-    session = session_of("abcd", form=Form())
-    session._template.continues_prompt = True
+    session = session_of("abcd", form=Form(), continues_prompt=True)
     listen(session.ask("Hi"))
     assert session.engine.constraints == [([], True)]
 
 
 def test_another_model_brings_the_form_for_its_own_tokens(session_of):
     session, other = session_of("One", form=Form()), session_of("Two")
-    other._form = None
     session.take_model(other)
     listen(session.ask("Hi"))
     assert session.engine.constraints == [None]
