@@ -101,10 +101,11 @@ def serve(
         service, defaults = open_service(model, load, queue, OutputOptions())
         from mixchat.serving.web.app import Desk, create_app
         from mixchat.serving.web.guard import Access
+        from mixchat.serving.web.served_forms import forms_of
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
         access = Access(key, origins, listener.is_loopback(address))
-        app = create_app(Desk(service, defaults, print_error), access)
+        app = create_app(Desk(service, defaults, print_error, forms_of(service)), access)
         ready = f"{listener.url_of(bound)}: serving {service.name}; Ctrl-C ends it"
         serve_until_signal(WebServer(app, bound), service, lambda: say(ready))
 

@@ -11,6 +11,7 @@
 - chat.py: the body of a chat, turned into jobs
 - completion.py: the body of a completion, turned into jobs
 - response_format.py: the form that an answer has to have
+- served_forms.py: compiles forms for the model that is served
 - answers.py: the jobs of one request while they run
 - shapes.py: answers in the shapes of OpenAI
 - logprobs.py: log probabilities in the shapes of OpenAI

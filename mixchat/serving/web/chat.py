@@ -47,7 +47,9 @@ def read_chat(
     top_logprobs = _top_logprobs(fields)
     _refuse_what_the_model_cannot_do(fields)
     messages = _messages(fields)
-    constraint = read_response_format(fields, compile_form)
+    constraint = read_response_format(
+        fields, compile_form, continued=service.template.continues_prompt
+    )
     fields.end()
     service.context.check_text("".join(message.content for message in messages), "the prompt")
     template = service.template

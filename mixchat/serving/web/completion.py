@@ -41,7 +41,7 @@ def read_completion(
     top_logprobs = fields.number("logprobs", TOP_LOGPROBS)
     _refuse_what_is_not_supported(fields, options.n)
     given = _prompts(fields.take("prompt"))
-    constraint = read_response_format(fields, compile_form)
+    constraint = read_response_format(fields, compile_form, continued=True)
     fields.end()
     if len(given) * options.n > MOST_ANSWERS:
         refuse("prompt", f"and n ask for more than {MOST_ANSWERS} answers", "invalid_value")

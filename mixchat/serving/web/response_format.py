@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mixchat.errors import MixchatError
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-# Compiles a JSON schema, or None for any JSON object; raises `MixchatError` where it cannot.
-Compile: TypeAlias = "Callable[[dict[str, Any] | None], MakeConstraint]"
+# Compiles a JSON schema, or None for any JSON object; raises `MixchatError` where it cannot. The
+# function that it returns makes a constraint, for an answer that is `continued` or is not.
+Compile: TypeAlias = "Callable[[dict[str, Any] | None], Callable[..., Constraint]]"
 _TYPES = ("text", "json_object", "json_schema")
 
 
-def read_response_format(fields: Fields, compile_form: Compile) -> MakeConstraint | None:
+def read_response_format(
+    fields: Fields, compile_form: Compile, *, continued: bool
+) -> MakeConstraint | None:
     """Take `response_format`; return what makes its constraint, None for text of any form.
+
+    continued: whether an answer continues the text of its prompt.
 
     Raises `RequestError` where the format is unknown, or its schema cannot be read or met.
     """
@@ -35,7 +41,7 @@ def read_response_format(fields: Fields, compile_form: Compile) -> MakeConstrain
     if kind == "text":
         return None
     try:
-        return compile_form(schema)
+        return partial(compile_form(schema), continued=continued)
     except MixchatError as error:
         message = f"response_format: {error}{'. ' + error.hint if error.hint else ''}"
         raise RequestError(message, param="response_format", code="invalid_schema") from None

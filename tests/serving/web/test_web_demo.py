@@ -109,3 +109,44 @@ def test_a_prompt_that_fills_the_context_is_refused(client):
     with pytest.raises(BadRequestError) as caught:
         client.chat.completions.create(model="demo", messages=messages)
     assert caught.value.code == "context_length_exceeded"
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 8},
+    },
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
+BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "animal", "schema": PERSON}}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_answer_has_the_form_that_is_asked_for(client, number):
+    done = ask(client, number, response_format=BY_SCHEMA, n=2, max_tokens=300)
+    for choice in done.choices:
+        answer = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop"
+        assert set(answer) == {"name", "legs"}
+        assert 0 <= answer["legs"] <= 8
+
+
+def test_an_answer_of_a_form_is_streamed(client):
+    pieces = ask(client, 3, response_format=BY_SCHEMA, stream=True, max_tokens=300)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert set(json.loads(text)) == {"name", "legs"}
+
+
+def test_any_json_object_begins_as_one(client):
+    done = ask(client, 0, response_format={"type": "json_object"}, max_tokens=20)
+    assert done.choices[0].message.content.startswith("{")
+
+
+def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
+    never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+    asked = {"type": "json_schema", "json_schema": {"name": "never", "schema": never}}
+    with pytest.raises(BadRequestError, match="cannot be met at #/properties/a: ") as error:
+        ask(client, 0, response_format=asked)
+    assert (error.value.param, error.value.code) == ("response_format", "invalid_schema")
