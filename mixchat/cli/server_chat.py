@@ -45,9 +45,11 @@ _OF_LOADING = (
 
 
 def check_flags(context: typer.Context) -> None:
-    """Raise `UsageError` where flags are given that say how to load a model."""
+    """Raise `UsageError` where flags are given that a model has to be loaded for."""
     hint = "Give them to the server; or leave --server out, to load a model here."
     refuse_together(context, "--server", _OF_LOADING, hint)
+    hint = "Leave --server out, to load a model here; programs can send response_format."
+    refuse_together(context, "--server", ("schema", "grammar"), hint)
 
 
 class ServerModels:

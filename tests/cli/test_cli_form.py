@@ -98,3 +98,10 @@ def test_without_llguidance_it_says_how_to_get_it(mixchat, monkeypatch):
     done = mixchat("run", "--schema", "{}", "Hi", fake=False)
     assert done.returncode == 8
     assert b'Run: pip install "llguidance>=' in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--schema", "--grammar"])
+def test_a_form_does_not_go_with_a_server(mixchat, flag):
+    done = mixchat("run", "--server", "127.0.0.1:1", flag, "{}", "Hi", fake=False)
+    assert done.returncode == 2
+    assert f"--server does not go with {flag}" in done.stderr.decode()
