@@ -117,8 +117,11 @@ class ScriptedServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, suppress(OSError):
-                self._answer(connection)
+            with connection:
+                try:
+                    self._answer(connection)
+                except OSError:  # the client went while it was sent something
+                    self.gone.set()
 
     def _answer(self, connection: socket.socket) -> None:
         request = _read(connection)

@@ -53,7 +53,6 @@ class ServerBackend:
 
         Where turns may be left out then, the older half of them is.
         """
-        self.stats = GenerationStats()
         on_prefill(0, 0)
         started, first = time.perf_counter(), turn.first
         later = turn.questions_after_first()
@@ -69,6 +68,7 @@ class ServerBackend:
                 half = (len(later) - 1) // 2
                 first, later = later[half], later[half + 1 :]
             else:
+                self.stats = GenerationStats()
                 return ServerReply(self, stream, turn, first, started, on_prefill)
 
     def count(self, messages: Sequence[Message], tokens: int) -> None:

@@ -3,6 +3,7 @@
 | field                              | taken as                                              |
 | ---------------------------------- | ----------------------------------------------------- |
 | messages                           | system, developer, user, assistant; text only         |
+| messages[-1] of the assistant      | the beginning of the answer, which continues it       |
 | messages[].name                    | ignored: no template of these models has a place      |
 | max_completion_tokens              | as max_tokens                                         |
 | logprobs, top_logprobs             | at most 20                                            |
@@ -53,13 +54,20 @@ def read_chat(
     fields.end()
     service.context.check_text("".join(message.content for message in messages), "the prompt")
     template = service.template
+    continued = messages[-1].role == "assistant"
     return options.asked(
-        [template.encode(messages)],
+        [_continued(messages, service) if continued else template.encode(messages)],
         stop_ids=template.stop_ids,
         top_logprobs=top_logprobs,
         constraint=constraint,
-        continues_prompt=template.continues_prompt,
+        continues_prompt=continued or template.continues_prompt,
     )
+
+
+def _continued(messages: list[Message], service: Service) -> list[int]:
+    """Return the prompt for the rest of an answer, whose beginning is the last message."""
+    *asked, answer = messages
+    return [*service.template.encode(asked), *service.tokenizer.encode(answer.content)]
 
 
 def _top_logprobs(fields: Fields) -> int | None:

@@ -194,6 +194,17 @@ def test_a_conversation_gets_to_the_template_with_its_roles(client, served):
     assert prompt == "system: Be brief.\nuser: a\nassistant: b\nuser: cd\n"
 
 
+def test_an_answer_whose_beginning_comes_last_is_continued(client, served):
+    messages = [
+        {"role": "user", "content": "say:one two"},
+        {"role": "assistant", "content": "one"},
+    ]
+    client.chat.completions.create(model="scripted", messages=messages)
+    job = served.service.jobs[-1]
+    assert served.service.tokenizer.decode(job.prompt_ids) == "user: say:one two\none"
+    assert job.continues_prompt  # so that the next word keeps its space
+
+
 def test_an_answer_can_be_sent_back_as_the_client_holds_it(client):
     answer = ask(client, "say:one").choices[0].message
     messages = [
