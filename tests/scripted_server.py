@@ -6,7 +6,6 @@ import json
 import socket
 import struct
 import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +119,7 @@ class ScriptedServer:
             with connection:
                 try:
                     self._answer(connection)
-                except OSError:  # the client went while it was sent something
+                except OSError:  # the client went, perhaps while it was sent something
                     self.gone.set()
 
     def _answer(self, connection: socket.socket) -> None:
@@ -133,8 +132,7 @@ class ScriptedServer:
         elif answer.end == "hold":
             self._held = connection
             self.holds.set()
-            with suppress(ConnectionResetError):
-                connection.recv(1)
+            connection.recv(1)
             self.gone.set()
         else:
             connection.shutdown(socket.SHUT_WR)
