@@ -93,7 +93,7 @@ def run(
     output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
     chat_flags.check_lines(context)
-    if server:
+    if server and jsonl is None:
         check_flags(context)
     form = chat_flags.read_form(schema, grammar)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mixchat.serving.client.server_backend import ServerBackend
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
-# What the machine that loads the model decides.
-_OF_LOADING = (
+# The parameters of `run` that the machine which loads the model decides.
+OF_LOADING = (
     "ctx_size",
     "keep_cache",
     "kv_bits",
@@ -47,7 +47,7 @@ _OF_LOADING = (
 def check_flags(context: typer.Context) -> None:
     """Raise `UsageError` where flags are given that a model has to be loaded for."""
     hint = "Give them to the server; or leave --server out, to load a model here."
-    refuse_together(context, "--server", _OF_LOADING, hint)
+    refuse_together(context, "--server", OF_LOADING, hint)
     hint = "Leave --server out, to load a model here; programs can send response_format."
     refuse_together(context, "--server", ("schema", "grammar"), hint)
 

@@ -5,10 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from command_line import FAKE
 from scripted_server import Answer, ScriptedServer, as_json, delta, refusal, says, usage
 from terminal import Terminal
 from test_cli_startup import PRINT_MODULES
+
+from mixchat.cli import server_chat
+from mixchat.cli.app import app
 
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 
@@ -98,6 +102,24 @@ def test_flags_of_loading_are_refused_by_name_before_anything_is_asked(ask, flag
         named.split(", ")
     )
     assert (done.returncode, server.requests) == (2, [])
+
+
+def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
+    """A new flag that says how to load a model has to be added to those that are refused."""
+    work = {"prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
+    work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
+    work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
+    lines = {"jsonl", "resume_from", "parallel"}  # refused with --server by --jsonl
+    command = typer.main.get_command(app).commands["run"]
+    names = {parameter.name for parameter in command.params}
+    assert names == work | lines | set(server_chat.OF_LOADING)
+
+
+def test_a_server_that_is_a_setting_is_not_that_of_a_file_of_prompts(mixchat, tmp_path):
+    (tmp_path / "lines").write_text("")
+    arguments = ("--jsonl", str(tmp_path / "lines"), "--ctx-size", "50")
+    done = mixchat("run", *arguments, MIXCHAT_SERVER="127.0.0.1:1")
+    assert b"--server" not in done.stderr
 
 
 def test_settings_of_loading_are_for_other_runs(ask):

@@ -159,7 +159,7 @@ class ServerReply:
             stats.prompt_tokens = usage.prompt_tokens
             stats.reused_tokens = usage.cached_tokens
             stats.generated_tokens = usage.generated_tokens or stats.generated_tokens
-            self._count()
+            self._count(stats.prompt_tokens + stats.generated_tokens)
 
     def _show_progress(self, comment: str) -> None:
         if found := _READING.fullmatch(comment):
@@ -179,11 +179,14 @@ class ServerReply:
             self.reason = reason
             self._time()
 
-    def _count(self) -> None:
-        if (message := self.message()) is not None and self._backend.stats.prompt_tokens:
+    def _count(self, tokens: int) -> None:
+        """Note the tokens of prompt and answer, which may say why the answer is cut off."""
+        message, context = self.message(), self._backend.context
+        if self.reason == "length" and context is not None and tokens >= context.tokens:
+            self.reason = "context"
+        if message is not None and self._backend.stats.prompt_tokens:
             messages = [*self._turn.system, *self._turn.messages[self.first :], message]
-            stats = self._backend.stats
-            self._backend.count(messages, stats.prompt_tokens + stats.generated_tokens)
+            self._backend.count(messages, tokens)
 
 
 def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:

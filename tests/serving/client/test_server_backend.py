@@ -271,6 +271,13 @@ def test_tokens_are_not_known_any_more_when_the_conversation_has_changed():
     assert session.used_tokens is None
 
 
+@pytest.mark.parametrize(("size", "reason"), [(12, "context"), (13, "length"), (None, "length")])
+def test_an_answer_that_fills_a_known_context_is_told_from_one_of_full_length(size, reason):
+    with ScriptedServer(says("a", reason="length", counts=usage(9, 3))) as server:
+        *_, finished = session_with(server, context_size=size).ask("Hi")
+    assert finished.reason == reason
+
+
 def test_every_error_is_one_of_ours():
     assert issubclass(ServerError, MixchatError)
     assert ServerError("x").exit_code == 5
