@@ -79,8 +79,12 @@ class Answers:
         failed, and `ShuttingDownError` where the service ended one, behind the events before it.
         """
         if self._error is None:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), patience)
+            # Not `asyncio.wait_for`, which may lose a cancellation that comes with an event.
+            timer = self._loop.call_later(patience, self._arrived.set)
+            try:
+                await self._arrived.wait()
+            finally:
+                timer.cancel()
         self._arrived.clear()
         events, self._events = self._events, []
         if not events and self._error is not None:

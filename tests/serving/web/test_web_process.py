@@ -181,6 +181,20 @@ def test_with_a_key_it_may_be_reached_from_elsewhere(start):
     assert exchange(process, data).status == 200
 
 
+def test_it_listens_on_ipv6_too(start):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    process = start("--host", "::1")
+    assert (
+        process.first_line == f"http://[::1]:{process.port}/v1: serving instruct; Ctrl-C ends it\n"
+    )
+    with socket.create_connection(("::1", process.port), timeout=HANGS) as connection:
+        connection.sendall(request("/health", host=f"[::1]:{process.port}"))
+        assert read_response(connection).status == 200
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_without_a_key_it_may_not(refused, host):
     code, said = refused("--host", host)
