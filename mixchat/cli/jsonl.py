@@ -52,7 +52,7 @@ def answer_file(model: str, load: LoadOptions, request: LineRequest, output: Out
     """
     with open_lines(request.source) as lines, open_answers(request.resume_from) as answers:
         from mixchat.serving.web.lines import AHEAD, LineDefaults, answer_lines
-        from mixchat.serving.web.response_format import no_forms
+        from mixchat.serving.web.served_forms import forms_of
 
         queue = AHEAD * load.parallel
         service, advice = open_service(model, load, queue, output, request.sampling)
@@ -61,11 +61,12 @@ def answer_file(model: str, load: LoadOptions, request: LineRequest, output: Out
         seed = request.sampling["seed"]
         fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
         defaults = LineDefaults(advice, fields, request.system)
+        forms = forms_of(service)
         with closing(service):
             write_answers(
                 lines,
                 answers,
-                lambda lines: answer_lines(service, lines, defaults, no_forms, load.parallel),
+                lambda lines: answer_lines(service, lines, defaults, forms, load.parallel),
                 output.note,
             )
 

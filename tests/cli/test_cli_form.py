@@ -105,3 +105,14 @@ def test_a_form_does_not_go_with_a_server(mixchat, flag):
     done = mixchat("run", "--server", "127.0.0.1:1", flag, "{}", "Hi", fake=False)
     assert done.returncode == 2
     assert f"--server does not go with {flag}" in done.stderr.decode()
+
+
+def test_lines_of_a_file_have_forms_of_their_own(ask, tmp_path):
+    by_schema = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
+    never = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"enum": []}}}
+    asked = [{"prompt": "Hi", "response_format": form} for form in (by_schema, never)]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    done = ask("--jsonl", str(tmp_path / "in"))
+    good, bad = map(json.loads, done.stdout.splitlines())
+    assert set(json.loads(good["answer"])) == {"color", "size"}
+    assert "cannot be met at #: " in json.dumps(bad["error"])

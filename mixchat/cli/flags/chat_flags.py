@@ -177,7 +177,7 @@ class RunCommand(TyperCommand):
 # Of a chat, or of one answer.
 _NOT_OF_LINES = (
     *("prompt", "file", "server", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
-    *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose"),
+    *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose", "schema", "grammar"),
 )
 
 
