@@ -9,7 +9,7 @@ from mixchat.options import SamplingOptions
 from mixchat.serving.web.options import Defaults
 
 
-def open_fake(model, load, queue):
+def open_fake(model, load, queue, output):
     service = ScriptedService(parallel=load.parallel, queue=queue)
     service.name = model
     return service, Defaults(SamplingOptions())
