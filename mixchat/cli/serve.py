@@ -14,7 +14,7 @@ from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import AGAIN
 from mixchat.cli.opening import open_service
-from mixchat.cli.output.failure import print_error
+from mixchat.cli.output.failure import note, print_error
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import MissingDependencyError, UsageError
 from mixchat.options import DEFAULT_POLICY, LoadOptions
@@ -107,7 +107,7 @@ def serve(
         access = Access(key, origins, listener.is_loopback(address))
         app = create_app(Desk(service, defaults, print_error, forms_of(service)), access)
         ready = f"{listener.url_of(bound)}: serving {service.name}; Ctrl-C ends it"
-        serve_until_signal(WebServer(app, bound), service, lambda: say(ready))
+        serve_until_signal(WebServer(app, bound), service, lambda: say(ready), note)
 
 
 def _check_packages() -> None:

@@ -168,6 +168,8 @@ class ModelService:
                 bytes_moved=experts.bytes_moved,
             )
         for job in [job for job in self._running if job.answer in changed]:
+            with self._changed:
+                self._stats = self._stats.with_tokens(*job.new_tokens())
             last = job.report()
             if last is not None:
                 self._end(job, last)
@@ -184,10 +186,4 @@ def _with(stats: ServiceStats, last: Done | Failed) -> ServiceStats:
     if isinstance(last, Failed):
         return replace(stats, failed=stats.failed + 1)
     name = "cancelled" if last.reason == "interrupted" else "finished"
-    return replace(
-        stats,
-        **{name: getattr(stats, name) + 1},
-        prompt_tokens=stats.prompt_tokens + last.prompt_tokens - last.cached_tokens,
-        cached_tokens=stats.cached_tokens + last.cached_tokens,
-        generated_tokens=stats.generated_tokens + last.generated_tokens,
-    )
+    return replace(stats, **{name: getattr(stats, name) + 1})

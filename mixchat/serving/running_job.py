@@ -25,6 +25,7 @@ class RunningJob:
         self._text = Answer(Detokenizer(tokenizer, context), StopStrings(job.stop))
         self._tokens: list[TokenLogprob] = []  # since the last piece of text
         self._seen, self._unread = 0, len(job.prompt_ids)
+        self._counted = (0, 0, 0)
         self.answer: BatchedAnswer | None = None
         self.is_cancelled = False
 
@@ -52,7 +53,7 @@ class RunningJob:
         if answer.generated_tokens > self._seen:
             self._seen += 1
             self._take(answer, answer.ids[-1])
-        elif answer.unread < self._unread:
+        elif answer.unread < self._unread and not answer.is_cancelled:
             self._unread = answer.unread
             total = answer.prompt_tokens - answer.reused_tokens
             self.sink(Reading(total - answer.unread, total))
@@ -66,6 +67,20 @@ class RunningJob:
         if answer is None:
             return Done(reason, len(self._job.prompt_ids), 0, 0)
         return Done(reason, answer.prompt_tokens, answer.reused_tokens, answer.generated_tokens)
+
+    def new_tokens(self) -> tuple[int, int, int]:
+        """Return the tokens of the prompt that were computed since the last call, those that were
+        cached, and those that were generated."""
+        answer, before = self.answer, self._counted
+        if answer is None or answer.held is None:
+            return 0, 0, 0
+        computed = answer.prompt_tokens - answer.reused_tokens - answer.unread
+        self._counted = computed, answer.reused_tokens, answer.generated_tokens
+        return (
+            self._counted[0] - before[0],
+            self._counted[1] - before[1],
+            self._counted[2] - before[2],
+        )
 
     def _take(self, answer: BatchedAnswer, token: int) -> None:
         """Take the next token, and end the answer where it is the last one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mixchat.chat.answer import Reason
@@ -110,6 +110,15 @@ class ServiceStats:
     expert_hits: int = 0
     expert_misses: int = 0
     bytes_moved: int = 0
+
+    def with_tokens(self, prompt: int, cached: int, generated: int) -> ServiceStats:
+        """Return the counts with so many tokens more."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + prompt,
+            cached_tokens=self.cached_tokens + cached,
+            generated_tokens=self.generated_tokens + generated,
+        )
 
 
 class Service(Protocol):

@@ -9,7 +9,9 @@
 | logprobs, top_logprobs             | at most 20                                            |
 | response_format                    | text, json_object, json_schema                        |
 | modalities, reasoning_effort       | ["text"] and "none", which is what these models do    |
-| tools, functions, audio, and so on | refused: these models cannot do that                  |
+| tools, functions                   | ignored, since the model calls none; refused where a  |
+|                                    | choice of them forces a call                          |
+| audio, and so on                   | refused: these models cannot do that                  |
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _NO_TOOLS = "is not supported: the model cannot call tools"
+_UNSUPPORTED = "unsupported_value"
 _NOT_TEXT = "is not supported: the model reads and writes text alone"
 _MOST_MESSAGES = 10_000
 _MOST_PARTS = 1000
@@ -78,10 +81,11 @@ def _top_logprobs(fields: Fields) -> int | None:
 
 
 def _refuse_what_the_model_cannot_do(fields: Fields) -> None:
-    fields.ignore("parallel_tool_calls")  # without tools it says nothing
-    if (choice := fields.take("tool_choice")) not in (None, "none", "auto"):
-        fields.wrong("tool_choice", '"none" or "auto", since there are no tools', choice)
-    fields.refuse_if_given(_NO_TOOLS, "tools", "functions", "function_call")
+    # Open WebUI and others offer tools with each question, and can do without a call.
+    fields.ignore("tools", "functions", "parallel_tool_calls")
+    for name in ("tool_choice", "function_call"):
+        if fields.take(name) not in (None, "none", "auto"):
+            fields.refuse(name, "cannot be followed: the model cannot call tools", _UNSUPPORTED)
     fields.refuse_if_given(_NOT_TEXT, "audio", "web_search_options")
     if (modalities := fields.take("modalities")) not in (None, ["text"]):
         fields.wrong("modalities", '["text"]', modalities)
@@ -99,7 +103,7 @@ def _messages(fields: Fields) -> list[Message]:
 def _message(fields: Fields) -> Message:
     role = fields.text("role")
     if role in ("tool", "function"):
-        fields.refuse("role", _NO_TOOLS, "unsupported_value")
+        fields.refuse("role", _NO_TOOLS, _UNSUPPORTED)
     if role not in _ROLES:
         fields.wrong("role", f"one of {', '.join(_ROLES)}", role)
     fields.ignore("name")

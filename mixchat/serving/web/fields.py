@@ -91,9 +91,10 @@ class Fields:
             self.take(name)
 
     def end(self) -> None:
-        """Raise `RequestError` for the first field that nobody has taken."""
-        for name in self._values:
-            self.refuse(name, "is not a field that is known here", code="unknown_parameter")
+        """Raise `RequestError` for the first field that nobody has taken, unless it is null."""
+        for name, value in self._values.items():
+            if value is not None:
+                self.refuse(name, "is not a field that is known here", code="unknown_parameter")
 
     def refuse(self, name: str, reason: str, code: str | None = None) -> NoReturn:
         """Raise `RequestError` about a field."""

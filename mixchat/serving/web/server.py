@@ -21,6 +21,7 @@ from uvicorn import Config, Server
 
 from mixchat import interrupts
 from mixchat.background import in_background
+from mixchat.progress import Note
 from mixchat.serving.service import Service
 from mixchat.serving.web.connections import MOST_WAITING, PATIENCE, Connection, Waiting
 
@@ -96,7 +97,9 @@ class _Server(Server):
         self.ready.set()
 
 
-def serve_until_signal(server: WebServer, service: Service, ready: Callable[[], object]) -> None:
+def serve_until_signal(
+    server: WebServer, service: Service, ready: Callable[[], object], note: Note
+) -> None:
     """Serve until a signal comes, and raise its exception when all has ended, 10 s later at most.
 
     Meanwhile new requests are refused, and running answers have 7 s. A second Ctrl-C ends at once.
@@ -107,6 +110,10 @@ def serve_until_signal(server: WebServer, service: Service, ready: Callable[[], 
         try:
             server.join()
         finally:
+            stats = service.stats()
+            if count := stats.running + stats.waiting:
+                name = "answer" if count == 1 else "answers"
+                note(f"{count} {name} may end, for {_PATIENCE:.0f} s; Ctrl-C ends them at once")
             wait([in_background(service.close, _PATIENCE)], _PATIENCE + _LATE)
             server.stop()
 

@@ -228,8 +228,10 @@ def test_harmless_fields_change_nothing(client):
         safety_identifier="y",
         modalities=["text"],
         reasoning_effort="none",
-        tool_choice="none",
+        tools=[{"type": "function", "function": {"name": "look"}}],
+        tool_choice="auto",
         parallel_tool_calls=True,
+        extra_body={"functions": [{"name": "look"}], "options": None},
         response_format={"type": "text"},
         stream_options=None,
     )
@@ -237,15 +239,15 @@ def test_harmless_fields_change_nothing(client):
 
 
 REFUSED = [
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
-    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tools": [{}], "tool_choice": "required"}, "tool_choice", "unsupported_value"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", "unsupported_value"),
+    ({"function_call": {"name": "f"}}, "function_call", "unsupported_value"),
     ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"modalities": ["text", "audio"]}, "modalities", "invalid_value"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value"),
     ({"store": True}, "store", "unsupported_value"),
     ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
-    ({"frobnicate": None}, "frobnicate", "unknown_parameter"),
+    ({"frobnicate": False}, "frobnicate", "unknown_parameter"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
     ({"temperature": True}, "temperature", "invalid_value"),
     ({"temperature": -1}, "temperature", "invalid_value"),

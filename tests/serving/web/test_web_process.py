@@ -57,6 +57,9 @@ class Process:
         return self.popen.returncode, rest
 
 
+ENDING = "note: {} may end, for 7 s; Ctrl-C ends them at once\n"
+
+
 @pytest.fixture
 def environment(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MIXCHAT_")}
@@ -126,7 +129,7 @@ def test_running_answers_come_to_their_end_and_new_ones_are_refused(start):
         assert (refusal.status, refusal.error["code"]) == (503, "shutting_down")
         assert content(read_response(whole)) == "ab"
         assert b"data: [DONE]" in read_response(streamed).body
-    assert process.end() == (143, "")
+    assert process.end() == (143, ENDING.format("2 answers"))
 
 
 @pytest.mark.slow
@@ -140,7 +143,7 @@ def test_an_answer_without_an_end_is_cut_off(start):
         body = read_response(streamed).body
         assert b'"content":"a"' in body
         assert b"the answer is cut off" in body
-    assert process.end() == (143, "")
+    assert process.end() == (143, ENDING.format("2 answers"))
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start):
@@ -150,7 +153,7 @@ def test_a_second_ctrl_c_ends_it_at_once(start):
         process.popen.send_signal(signal.SIGINT)
         process.wait_until_closing()
         process.popen.send_signal(signal.SIGINT)
-        assert process.end() == (130, "")
+        assert process.end() == (130, ENDING.format("1 answer"))
         with pytest.raises(ConnectionError):
             read_response(asked)
 
