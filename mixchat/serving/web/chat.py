@@ -51,26 +51,20 @@ def read_chat(
     top_logprobs = _top_logprobs(fields)
     _refuse_what_the_model_cannot_do(fields)
     messages = _messages(fields)
+    service.context.check_text("".join(message.content for message in messages), "the prompt")
+    template, continued = service.template, messages[-1].role == "assistant"
+    start = service.tokenizer.encode(messages.pop().content) if continued else []
     constraint = read_response_format(
-        fields, compile_form, continued=service.template.continues_prompt
+        fields, compile_form, before=start, continued=template.continues_prompt
     )
     fields.end()
-    service.context.check_text("".join(message.content for message in messages), "the prompt")
-    template = service.template
-    continued = messages[-1].role == "assistant"
     return options.asked(
-        [_continued(messages, service) if continued else template.encode(messages)],
+        [[*template.encode(messages), *start]],
         stop_ids=template.stop_ids,
         top_logprobs=top_logprobs,
         constraint=constraint,
         continues_prompt=continued or template.continues_prompt,
     )
-
-
-def _continued(messages: list[Message], service: Service) -> list[int]:
-    """Return the prompt for the rest of an answer, whose beginning is the last message."""
-    *asked, answer = messages
-    return [*service.template.encode(asked), *service.tokenizer.encode(answer.content)]
 
 
 def _top_logprobs(fields: Fields) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,11 +21,12 @@ _TYPES = ("text", "json_object", "json_schema")
 
 
 def read_response_format(
-    fields: Fields, compile_form: Compile, *, continued: bool
+    fields: Fields, compile_form: Compile, *, before: Sequence[int] = (), continued: bool
 ) -> MakeConstraint | None:
     """Take `response_format`; return what makes its constraint, None for text of any form.
 
-    continued: whether an answer continues the text of its prompt.
+    before: the tokens of an answer's beginning, which has to have the form, too; continued: whether
+    the answer continues the text of its prompt.
 
     Raises `RequestError` where the format is unknown, or its schema cannot be read or met.
     """
@@ -41,7 +42,7 @@ def read_response_format(
     if kind == "text":
         return None
     try:
-        return partial(compile_form(schema), continued=continued)
+        return partial(compile_form(schema), before, continued=continued)
     except MixchatError as error:
         message = f"response_format: {error}{'. ' + error.hint if error.hint else ''}"
         raise RequestError(message, param="response_format", code="invalid_schema") from None

@@ -59,7 +59,7 @@ def client(server):
 def ask(client, number, **options):
     messages = [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
     return client.chat.completions.create(
-        model="demo", messages=messages, **{"seed": number, "max_tokens": 24} | options
+        **{"model": "demo", "messages": messages, "seed": number, "max_tokens": 24} | options
     )
 
 
@@ -150,3 +150,23 @@ def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
     with pytest.raises(BadRequestError, match="cannot be met at #/properties/a: ") as error:
         ask(client, 0, response_format=asked)
     assert (error.value.param, error.value.code) == ("response_format", "invalid_schema")
+
+
+def test_an_answer_of_a_form_is_continued_in_it(client):
+    """The beginning that a client sends back counts: the rest alone is no JSON."""
+    begun = '{"name": "Cat", "le'
+    messages = [
+        {"role": "user", "content": "Describe a cat as JSON."},
+        {"role": "assistant", "content": begun},
+    ]
+    done = ask(client, 0, messages=messages, response_format=BY_SCHEMA, max_tokens=300)
+    assert json.loads(begun + done.choices[0].message.content)["name"] == "Cat"
+
+
+def test_a_beginning_of_another_form_is_refused(client):
+    messages = [
+        {"role": "user", "content": "Describe a cat as JSON."},
+        {"role": "assistant", "content": "Sure! Here"},
+    ]
+    with pytest.raises(BadRequestError, match="the answer so far does not have the form"):
+        ask(client, 0, messages=messages, response_format=BY_SCHEMA)
