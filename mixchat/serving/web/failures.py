@@ -6,7 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mixchat.errors import MixchatError, PromptError, PromptTooLongError, ResourceError
+from mixchat.errors import (
+    MixchatError,
+    PromptError,
+    PromptTooLongError,
+    ResourceError,
+    UsageError,
+)
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 RETRY_SECONDS = 2  # until a client that met a full queue should try again
@@ -53,7 +59,7 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(str(error), status=503, kind="server_error", code="shutting_down")
     if isinstance(error, PromptTooLongError):
         return RequestError(_with_hint(error), code="context_length_exceeded")
-    if isinstance(error, PromptError):
+    if isinstance(error, PromptError | UsageError):  # the latter: a form that no answer can keep
         return RequestError(_with_hint(error))
     if isinstance(error, ResourceError):
         return RequestError(_with_hint(error), status=503, kind="server_error", code="no_room")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mixchat.errors import MixchatError
-from mixchat.serving.web.failures import RequestError
+from mixchat.serving.web.failures import RequestError, to_json
 from mixchat.serving.web.fields import Fields
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ MakeConstraint: TypeAlias = "Callable[[], Constraint]"
 # Compiles a JSON schema, or None for any JSON object; raises `MixchatError` where it cannot. The
 # function that it returns makes a constraint, for an answer that is `continued` or is not.
 Compile: TypeAlias = "Callable[[dict[str, Any] | None], Callable[..., Constraint]]"
+_LARGEST = 100_000  # bytes of a schema; the time to compile one grows with their square: 2 s
 _TYPES = ("text", "json_object", "json_schema")
 
 
@@ -57,6 +58,8 @@ def _schema(given: Fields) -> dict[str, Any]:
     schema = about.take("schema")
     if not isinstance(schema, dict):
         about.wrong("schema", "an object", schema)
+    if len(to_json(schema)) > _LARGEST:
+        about.refuse("schema", f"is too large: {_LARGEST} bytes are taken at most")
     about.end()
     return schema
 

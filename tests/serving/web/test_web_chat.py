@@ -278,6 +278,11 @@ REFUSED = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "x" * 10**5}}}},
+        "response_format.json_schema.schema",
+        None,
+    ),
     ({"messages": []}, "messages", "missing_required_parameter"),
     ({"messages": None}, "messages", "missing_required_parameter"),
     ({"messages": "Hi"}, "messages", "invalid_value"),
@@ -309,7 +314,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "param", "code"), REFUSED, ids=str)
+@pytest.mark.parametrize(("change", "param", "code"), REFUSED, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_done_is_refused_by_its_name(client, served, change, param, code):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, "Hi", extra_body=change)
