@@ -166,6 +166,29 @@ def greedy(target: Target, rng: random.Random) -> Response:
     return target.send(request("/tokenize" if "content" in body else path, body))
 
 
+def schema(target: Target, rng: random.Random) -> Response:
+    """A schema that would take long to compile, or an answer that could not end."""
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(28):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    schemas = [
+        deep,
+        {"$ref": "#"},
+        {"type": "string", "pattern": "(a+)+$"},
+        {"type": "string", "pattern": "((a{0,100}){0,100}){0,100}"},
+        {"type": "string", "minLength": 10**9},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+        {"type": "integer", "minimum": -(10**300), "maximum": 10**300},
+        {"type": "integer", "multipleOf": 999999937},
+        {"properties": {f"p{i}": {"type": "integer", "minimum": i} for i in range(5000)}},
+        {"enum": [f"value {i}" for i in range(20_000)]},
+        {"allOf": [{"anyOf": [{"const": j} for j in range(3)]} for _ in range(12)]},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    ]
+    form = {"type": "json_schema", "json_schema": {"schema": rng.choice(schemas)}}
+    return target.send(request(CHAT, chat(response_format=form)))
+
+
 KINDS: dict[str, tuple[Kind, int]] = {
     "100 MB, its length declared": (large_body, 6),
     "100 MB in chunks": (large_chunks, 6),
@@ -179,4 +202,5 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "slow senders": (slow, 24),
     "clients that leave": (leaving, 60),
     "asking for too much": (greedy, 60),
+    "hostile schemas": (schema, 40),
 }
