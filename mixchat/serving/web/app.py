@@ -116,6 +116,8 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
         return read(read_object(body), desk.service, desk.defaults, desk.compile_form)
 
     asked = await run_in_threadpool(read_body)
+    if asked.jobs[0].top_logprobs is not None:
+        await run_in_threadpool(desk.texts.load)
     shape = kind(asked, desk.service.name, desk.texts)
     answers = Answers(desk.service, asked.jobs)
     await run_in_threadpool(answers.submit)
@@ -123,7 +125,6 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
         return AnswerStream(
             answers,
             shape,
-            desk.texts,
             include_usage=asked.include_usage,
             explain=desk.explain,
         )
@@ -131,7 +132,6 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
         wholes = await while_connected(request.receive, answers.collect())
     finally:
         answers.cancel()
-    await run_in_threadpool(desk.texts.learn, [t for whole in wholes for t in whole.tokens])
     return _json(shape.whole(wholes))
 
 

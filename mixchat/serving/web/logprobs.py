@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mixchat.serving.service import TokenLogprob
 from mixchat.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON cannot express
-_UNKNOWN = "\ufffd"
 
 
 class TokenTexts:
-    """The text of each token by itself, a control token's by its name."""
+    """The bytes of each token; a control token, which adds none to a text, has its name."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known = {token: name for name, token in tokenizer.control_tokens.items()}
-        self._before: tuple[list[int], str] | None = None
+        self._names = {token: name.encode() for name, token in tokenizer.control_tokens.items()}
+        self._bytes: Sequence[bytes] | None = None
 
-    def learn(self, tokens: Iterable[TokenLogprob]) -> None:
-        """Decode those that are not known yet, which may block: the tokenizer is a process."""
-        for token in tokens:
-            for number in (token.token, *(other for other, _ in token.top)):
-                if number not in self._known:
-                    self._known[number] = self._decode(number)
+    def load(self) -> None:
+        """Ask the tokenizer, which may take a second, and no time when it was asked before."""
+        if self._bytes is None:
+            self._bytes = self._tokenizer.token_bytes().within
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token, once they are loaded."""
+        assert self._bytes is not None
+        known = self._bytes[token] if token < len(self._bytes) else b""
+        return known or self._names.get(token, b"")
 
     def __getitem__(self, token: int) -> str:
-        """Return the text of a token that `learn` had."""
-        return self._known[token]
-
-    def _decode(self, token: int) -> str:
-        # Behind another one, because a tokenizer may drop the space in front of the first.
-        if self._before is None:
-            ids = self._tokenizer.encode("a")
-            self._before = ids, self._tokenizer.decode(ids)
-        ids, text = self._before
-        return self._tokenizer.decode([*ids, token])[len(text) :]
+        """Return the text of a token by itself; a part of a character is U+FFFD."""
+        return self.bytes_of(token).decode(errors="replace")
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
@@ -63,14 +58,16 @@ def completion_logprobs(
 
 
 def _of_chat(token: TokenLogprob, texts: TokenTexts) -> dict[str, Any]:
-    top = [_one(texts[other], logprob) for other, logprob in token.top]
-    return {**_one(texts[token.token], token.logprob), "top_logprobs": top}
+    top = [_one(other, logprob, texts) for other, logprob in token.top]
+    return {**_one(token.token, token.logprob, texts), "top_logprobs": top}
 
 
-def _one(text: str, logprob: float) -> dict[str, Any]:
-    # The bytes of a part of a character are not known here.
-    known = None if _UNKNOWN in text else list(text.encode())
-    return {"token": text, "logprob": _finite(logprob), "bytes": known}
+def _one(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
+    return {
+        "token": texts[token],
+        "logprob": _finite(logprob),
+        "bytes": list(texts.bytes_of(token)),
+    }
 
 
 def _finite(logprob: float) -> float:

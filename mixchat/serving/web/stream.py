@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from mixchat.serving.service import Delta, Done, JobEvent, Reading
 from mixchat.serving.web.answers import Answers, while_connected
 from mixchat.serving.web.failures import RequestError, as_request_error, to_json
-from mixchat.serving.web.logprobs import TokenTexts
 from mixchat.serving.web.shapes import Shape
 
 PING_SECONDS = 3.0  # without an event, until a ping is sent
@@ -35,12 +33,11 @@ class AnswerStream:
         self,
         answers: Answers,
         shape: Shape,
-        texts: TokenTexts,
         *,
         include_usage: bool,
         explain: Explain = as_request_error,
     ) -> None:
-        self._answers, self._shape, self._texts = answers, shape, texts
+        self._answers, self._shape = answers, shape
         self._include_usage, self._explain = include_usage, explain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,19 +71,17 @@ class AnswerStream:
             events = await self._answers.next(PING_SECONDS)
             done |= {number: event for number, event in events if isinstance(event, Done)}
             # What came together is sent together: a slow client has less to take so.
-            pieces = [await self._piece(number, event) for number, event in events]
+            pieces = [self._piece(number, event) for number, event in events]
             yield b"".join(pieces) or b": waiting\n\n"
         if self._include_usage:
             yield _event(self._shape.usage([done[number] for number in sorted(done)]))
 
-    async def _piece(self, number: int, event: JobEvent) -> bytes:
+    def _piece(self, number: int, event: JobEvent) -> bytes:
         if isinstance(event, Reading):
             return f": read {event.done} of {event.total} tokens\n\n".encode()
         if isinstance(event, Done):
             return _event(self._shape.ending(number, event))
         assert isinstance(event, Delta)
-        if event.tokens:
-            await run_in_threadpool(self._texts.learn, event.tokens)
         return _event(self._shape.piece(number, event))
 
 

@@ -29,11 +29,21 @@ from mixchat.serving.service import (
 )
 from mixchat.text.messages import Message, require_question
 from mixchat.text.stop import StopStrings
-from mixchat.text.tokenizer import require_unicode
+from mixchat.text.tokenizer import TokenBytes, require_unicode
 
 STOP, BOS = 0, 1
 PAUSE = 0.05
 _PARTS = re.compile(r"\{\w+\}|.", re.DOTALL)
+
+
+class _CharacterBytes:
+    """The bytes of each token, which are those of its character."""
+
+    def __len__(self) -> int:
+        return CharacterTokenizer.vocab_size
+
+    def __getitem__(self, token: int) -> bytes:
+        return b"" if token in (STOP, BOS) else chr(token).encode(errors="replace")
 
 
 class CharacterTokenizer:
@@ -54,6 +64,9 @@ class CharacterTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids if i not in (STOP, BOS))
+
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(_CharacterBytes(), {})
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)

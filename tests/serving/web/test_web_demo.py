@@ -80,6 +80,7 @@ def test_the_tokens_of_an_answer_are_its_text(client):
     (choice,) = ask(client, 1, logprobs=True, top_logprobs=3).choices
     tokens = [token for token in choice.logprobs.content if token.token != "<|im_end|>"]
     assert "".join(token.token for token in tokens) == choice.message.content
+    assert bytes(b for token in tokens for b in token.bytes) == choice.message.content.encode()
     assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
 
 
