@@ -15,24 +15,33 @@ from mixchat.serving.web.failures import RequestError, to_json
 
 PATIENCE = 30.0  # seconds for a whole request to come, and for a client to take what is sent
 MOST_WAITING = 256  # connections from which a whole request has yet to come
+_GRACE = 1.0  # seconds
 
 
 class Waiting:
-    """The connections from which a whole request has yet to come, longest first."""
+    """The connections from which a whole request has yet to come, longest first.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._connections: dict[Connection, None] = {}
+    Beyond `most` of them, those are given up that have waited for `grace` seconds: a request that
+    came together with many connections has its turn first.
+    """
+
+    def __init__(self, most: int = MOST_WAITING, grace: float = _GRACE) -> None:
+        self._most, self._grace = most, grace
+        self._since: dict[Connection, float] = {}
 
     def add(self, connection: Connection) -> None:
-        """Add a connection; where there are too many, give up the one that has waited longest."""
-        self._connections[connection] = None
-        if len(self._connections) > self._most:
-            next(iter(self._connections)).give_up()
+        """Add a connection, and give up the oldest ones where there are too many."""
+        now = connection.loop.time()
+        self._since[connection] = now
+        while len(self._since) > self._most:
+            oldest, since = next(iter(self._since.items()))
+            if now - since < self._grace:
+                return
+            oldest.give_up()
 
     def remove(self, connection: Connection) -> None:
         """Remove a connection, if it is here."""
-        self._connections.pop(connection, None)
+        self._since.pop(connection, None)
 
 
 class Connection(H11Protocol):

@@ -23,7 +23,7 @@ from mixchat import interrupts
 from mixchat.background import in_background
 from mixchat.progress import Note
 from mixchat.serving.service import Service
-from mixchat.serving.web.connections import MOST_WAITING, PATIENCE, Connection, Waiting
+from mixchat.serving.web.connections import PATIENCE, Connection, Waiting
 
 _PATIENCE = 7.0  # seconds for running answers to come to their end
 _LATE = 0.5  # seconds more until the service is left behind
@@ -40,10 +40,10 @@ class WebServer:
         bound: socket.socket,
         *,
         patience: float = PATIENCE,
-        most_waiting: int = MOST_WAITING,
+        waiting: Waiting | None = None,
     ) -> None:
-        """Serve nothing yet. `patience` and `most_waiting` are those of `connections`."""
-        protocol: Any = partial(Connection, waiting=Waiting(most_waiting), patience=patience)
+        """Serve nothing yet. `patience` and `waiting` are those of `Connection`."""
+        protocol: Any = partial(Connection, waiting=waiting or Waiting(), patience=patience)
         self._server = _Server(
             Config(
                 app,

@@ -10,6 +10,7 @@ import pytest
 from raw_http import exchange, read_response, request
 
 from mixchat.serving.web import stream
+from mixchat.serving.web.connections import Waiting
 
 CHAT = "/v1/chat/completions"
 PATIENCE = 10.0
@@ -141,13 +142,24 @@ def test_an_answer_may_take_longer_than_the_patience_for_a_request(impatient):
 
 
 def test_of_too_many_silent_connections_the_oldest_is_closed(serve):
-    served = serve(limits={"most_waiting": 4})
+    served = serve(limits={"waiting": Waiting(4, grace=0)})
     silent = [served.connect() for _ in range(8)]
     for connection in silent[:4]:
         assert connection.recv(1) == b""
     assert exchange(served, request("/health")).status == 200
     silent[7].sendall(request("/health"))
     assert read_response(silent[7]).status == 200
+    for connection in silent:
+        connection.close()
+
+
+def test_a_request_that_comes_with_many_connections_is_answered(serve):
+    """It was closed as the oldest of them, before its bytes were read."""
+    served = serve(limits={"waiting": Waiting(4)})
+    with served.connect() as first:
+        silent = [served.connect() for _ in range(8)]
+        first.sendall(request("/health"))
+        assert read_response(first).status == 200
     for connection in silent:
         connection.close()
 
