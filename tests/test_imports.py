@@ -17,6 +17,7 @@ ORDER = (
     "cli/output",
     "bench",
     "serving/web",
+    "serving/requests",
     "serving/client",
     "serving",
     "chat/terminal",

@@ -22,7 +22,7 @@ from mixchat.options import LoadOptions
 from mixchat.progress import Note
 
 if TYPE_CHECKING:
-    from mixchat.serving.web.lines import Line
+    from mixchat.serving.requests.lines import Line
 
 Answer: TypeAlias = "Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]]"
 
@@ -51,8 +51,8 @@ def answer_file(model: str, load: LoadOptions, request: LineRequest, output: Out
     the end where some lines could not be answered.
     """
     with open_lines(request.source) as lines, open_answers(request.resume_from) as answers:
-        from mixchat.serving.web.lines import AHEAD, LineDefaults, answer_lines
-        from mixchat.serving.web.served_forms import forms_of
+        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answer_lines
+        from mixchat.serving.requests.served_forms import forms_of
 
         queue = AHEAD * load.parallel
         service, advice = open_service(model, load, queue, output, request.sampling)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
     from mixchat.chat.session import ChatSession
     from mixchat.serving.model_service import ModelService
-    from mixchat.serving.web.options import Defaults
+    from mixchat.serving.requests.options import Defaults
     from mixchat.text.form.constraint import CompiledForm
     from mixchat.text.form.form import Form
     from mixchat.text.template import Template
@@ -127,7 +127,7 @@ def open_service(
     with nullcontext() if output.quiet else status(f"loading {model}"):
         from mixchat.loading.loader import load_engine
         from mixchat.serving.model_service import ModelService
-        from mixchat.serving.web.options import Defaults
+        from mixchat.serving.requests.options import Defaults
         from mixchat.weights.format.manifest import check_files, read_manifest
 
         check_files(directory, read_manifest(directory))

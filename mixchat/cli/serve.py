@@ -99,9 +99,9 @@ def serve(
     address = listener.find_address(host, port, key)
     with listener.bind(address) as bound:
         service, defaults = open_service(model, load, queue, OutputOptions())
+        from mixchat.serving.requests.served_forms import forms_of
         from mixchat.serving.web.app import Desk, create_app
         from mixchat.serving.web.guard import Access
-        from mixchat.serving.web.served_forms import forms_of
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
         access = Access(key, origins, listener.is_loopback(address))

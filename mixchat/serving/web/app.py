@@ -19,18 +19,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixchat.errors import MixchatError
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.completion import read_completion, token_ids
+from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
+from mixchat.serving.requests.fields import Fields
+from mixchat.serving.requests.options import Asked, Defaults
+from mixchat.serving.requests.response_format import Compile, no_forms
 from mixchat.serving.service import Service
 from mixchat.serving.web.answers import Answers, while_connected
-from mixchat.serving.web.body import read_object
-from mixchat.serving.web.chat import read_chat
-from mixchat.serving.web.completion import read_completion, token_ids
-from mixchat.serving.web.failures import RequestError, as_request_error, to_json
-from mixchat.serving.web.fields import Fields
 from mixchat.serving.web.guard import Access, error_response, guarded
 from mixchat.serving.web.logprobs import TokenTexts
 from mixchat.serving.web.metrics import CONTENT_TYPE, to_prometheus
-from mixchat.serving.web.options import Asked, Defaults
-from mixchat.serving.web.response_format import Compile, no_forms
 from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
 from mixchat.serving.web.stream import AnswerStream
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mixchat.serving.web.failures import RequestError, to_json
+from mixchat.serving.requests.failures import RequestError, to_json
 
 PATIENCE = 30.0  # seconds for a whole request to come, and for a client to take what is sent
 MOST_WAITING = 256  # connections from which a whole request has yet to come

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mixchat.serving.web.failures import RequestError, to_json
+from mixchat.serving.requests.failures import RequestError, to_json
 
 _ANY = "*"
 _FREE = "/health"  # needs no key: it tells nothing

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from mixchat.serving.requests.options import Asked
 from mixchat.serving.service import Delta, Done, TokenLogprob
 from mixchat.serving.web.answers import Whole
 from mixchat.serving.web.logprobs import TokenTexts, chat_logprobs, completion_logprobs
-from mixchat.serving.web.options import Asked
 
 _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
 

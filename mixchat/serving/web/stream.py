@@ -12,9 +12,9 @@ from contextlib import aclosing, suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
 from mixchat.serving.service import Delta, Done, JobEvent, Reading
 from mixchat.serving.web.answers import Answers, while_connected
-from mixchat.serving.web.failures import RequestError, as_request_error, to_json
 from mixchat.serving.web.shapes import Shape
 
 PING_SECONDS = 3.0  # without an event, until a ping is sent

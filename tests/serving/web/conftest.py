@@ -11,9 +11,9 @@ import pytest
 from scripted_service import ScriptedService
 
 from mixchat.options import SamplingOptions
+from mixchat.serving.requests.options import Defaults
 from mixchat.serving.web.app import Desk, create_app
 from mixchat.serving.web.guard import Access
-from mixchat.serving.web.options import Defaults
 from mixchat.serving.web.server import WebServer
 
 PATIENCE = 20.0  # seconds that a test waits for what should come at once

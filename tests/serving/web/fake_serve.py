@@ -6,7 +6,7 @@ from scripted_service import ScriptedService
 
 from mixchat.cli import app, serve
 from mixchat.options import SamplingOptions
-from mixchat.serving.web.options import Defaults
+from mixchat.serving.requests.options import Defaults
 
 
 def open_fake(model, load, queue, output):

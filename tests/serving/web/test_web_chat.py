@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from mixchat.options import SamplingOptions
-from mixchat.serving.web.options import Defaults
+from mixchat.serving.requests.options import Defaults
 
 
 def ask(client, text, **options):

@@ -11,8 +11,8 @@ from mixchat.errors import (
     ResourceError,
     UsageError,
 )
+from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
 from mixchat.serving.service import QueueFullError, ShuttingDownError
-from mixchat.serving.web.failures import RequestError, as_request_error, to_json
 
 
 @pytest.mark.parametrize(

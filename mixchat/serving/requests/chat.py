@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mixchat.serving.requests.fields import Fields, fields_of, refuse, refuse_value
+from mixchat.serving.requests.options import TOP_LOGPROBS, Asked, Defaults, read_options
+from mixchat.serving.requests.response_format import Compile, read_response_format
 from mixchat.serving.service import Service
-from mixchat.serving.web.fields import Fields, fields_of, refuse, refuse_value
-from mixchat.serving.web.options import TOP_LOGPROBS, Asked, Defaults, read_options
-from mixchat.serving.web.response_format import Compile, read_response_format
 from mixchat.text.messages import Message, Role
 
 _ROLES: dict[str, Role] = {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mixchat.text.form.form import json_object, json_schema
 
 if TYPE_CHECKING:
+    from mixchat.serving.requests.response_format import Compile
     from mixchat.serving.service import Service
-    from mixchat.serving.web.response_format import Compile
     from mixchat.text.form.constraint import FormCompiler, FormConstraint
 
 

@@ -10,12 +10,12 @@ from scripted_service import ScriptedService
 
 from mixchat.errors import PromptError
 from mixchat.options import SamplingOptions
-from mixchat.serving.web.body import read_object
-from mixchat.serving.web.chat import read_chat
-from mixchat.serving.web.completion import read_completion
-from mixchat.serving.web.failures import RequestError, as_request_error, to_json
-from mixchat.serving.web.options import Defaults
-from mixchat.serving.web.response_format import no_forms
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.completion import read_completion
+from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
+from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.response_format import no_forms
 
 SERVICE = ScriptedService()
 DEFAULTS = Defaults(SamplingOptions())

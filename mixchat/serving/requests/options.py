@@ -25,9 +25,9 @@ from typing import Any
 from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
 from mixchat.context import Context
 from mixchat.options import SamplingOptions
+from mixchat.serving.requests.failures import RequestError
+from mixchat.serving.requests.fields import Fields, checked_number
 from mixchat.serving.service import Job
-from mixchat.serving.web.failures import RequestError
-from mixchat.serving.web.fields import Fields, checked_number
 
 MOST_ANSWERS = 16  # of one request
 MOST_LOGPROBS = 20

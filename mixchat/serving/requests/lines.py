@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.fields import refuse, refuse_value
+from mixchat.serving.requests.options import Asked, Defaults
+from mixchat.serving.requests.response_format import Compile
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
-from mixchat.serving.web.body import read_object
-from mixchat.serving.web.chat import read_chat
-from mixchat.serving.web.fields import refuse, refuse_value
-from mixchat.serving.web.options import Asked, Defaults
-from mixchat.serving.web.response_format import Compile
 
 AHEAD = 2  # lines that are read for each answer that is generated
 _JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041

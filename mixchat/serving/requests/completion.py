@@ -14,16 +14,16 @@ from typing import Any
 
 from mixchat.chat.parameters import NumberParameter
 from mixchat.errors import PromptError
-from mixchat.serving.service import Service
-from mixchat.serving.web.fields import Fields, checked_number, refuse, refuse_value
-from mixchat.serving.web.options import (
+from mixchat.serving.requests.fields import Fields, checked_number, refuse, refuse_value
+from mixchat.serving.requests.options import (
     MOST_ANSWERS,
     TOP_LOGPROBS,
     Asked,
     Defaults,
     read_options,
 )
-from mixchat.serving.web.response_format import Compile, read_response_format
+from mixchat.serving.requests.response_format import Compile, read_response_format
+from mixchat.serving.service import Service
 from mixchat.text.builtin_templates import CompletionTemplate
 from mixchat.text.messages import Message
 

@@ -9,9 +9,9 @@ import pytest
 
 from mixchat.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
-from mixchat.serving.web.lines import Line, LineDefaults, answer_lines
-from mixchat.serving.web.options import Defaults
-from mixchat.serving.web.response_format import no_forms
+from mixchat.serving.requests.lines import Line, LineDefaults, answer_lines
+from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.response_format import no_forms
 
 ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 

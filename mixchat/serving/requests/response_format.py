@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mixchat.errors import MixchatError
-from mixchat.serving.web.failures import RequestError, to_json
-from mixchat.serving.web.fields import Fields
+from mixchat.serving.requests.failures import RequestError, to_json
+from mixchat.serving.requests.fields import Fields
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint

@@ -1,0 +1,12 @@
+"""Requests: what they ask for, checked field by field and turned into jobs.
+
+- body.py: JSON from bytes
+- fields.py: checked values from a JSON object
+- options.py: the fields that chat and completion share
+- chat.py: a chat, turned into jobs
+- completion.py: a completion, turned into jobs
+- response_format.py: the form that an answer has to have
+- served_forms.py: compiles forms for the model that is served
+- lines.py: a file of prompts, a JSON object a line
+- failures.py: errors in the form of OpenAI
+"""
