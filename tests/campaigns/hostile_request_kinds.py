@@ -204,3 +204,5 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "asking for too much": (greedy, 60),
     "hostile schemas": (schema, 40),
 }
+# The scripted service has no vocabulary for which a form could be compiled.
+NEED_A_MODEL = {"hostile schemas"}

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from hostile_request_kinds import HANG, KINDS, Kind, Target
+from hostile_request_kinds import HANG, KINDS, NEED_A_MODEL, Kind, Target
 from rig import HERE, table, workplace
 
 WEB = HERE.parent / "serving" / "web"
@@ -98,6 +98,7 @@ def main() -> int:
     work = [
         (name, kind, options.seed + number)
         for name, (kind, times) in KINDS.items()
+        if options.model or name not in NEED_A_MODEL
         for number in range(max(1, round(times * options.rounds)))
     ]
     random.Random(options.seed).shuffle(work)
