@@ -6,7 +6,6 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_service import ScriptedService
 
 from mixchat.errors import PromptError
 from mixchat.options import SamplingOptions
@@ -16,6 +15,7 @@ from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.requests.response_format import no_forms
+from tests.serving.web.scripted_service import ScriptedService
 
 SERVICE = ScriptedService()
 DEFAULTS = Defaults(SamplingOptions())
