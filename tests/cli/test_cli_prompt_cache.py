@@ -49,7 +49,7 @@ def ask(mixchat, monkeypatch, exact_model):
     def opened(model, load, output, *, sampling, **options):
         engine = load_engine(exact_model, replace(load, device="cpu"))
         return ChatSession(
-            EngineBackend(engine, Tokenizer(), Template()),
+            EngineBackend(engine, Tokenizer(), Template(), form=options.pop("form")),
             sampling=resolve_sampling(sampling, {}),
             **options,
         )
