@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.chat.parameters import SAMPLING, checked_overflow
-from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
-from mixchat.cli.change_model import ModelChanger, save_report
+from mixchat.cli.cache_file import NamedFile
+from mixchat.cli.change_model import save_report
 from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.jsonl import LineRequest, answer_file
-from mixchat.cli.opening import context_of, open_session
+from mixchat.cli.models_here import ModelsHere
+from mixchat.cli.opening import context_of
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
-from mixchat.cli.server_chat import ServerCache, ServerModelChanger, ServerModels, check_flags
-from mixchat.cli.start_chat import find_chat, model_here, new_saver, saved_turn, start_chat
+from mixchat.cli.server_chat import ServerModels, check_flags
+from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
@@ -28,7 +29,7 @@ from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
+    from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
     from mixchat.planning.prediction import Prediction
 
@@ -126,25 +127,26 @@ def run(
         )
         answer_file(model, replace(load, exact_prompts=True, parallel=parallel), request, output)
         return
-    given = model if is_given(context, "model") else None
-    if server:
-        on_server = ServerModels(server, output)
-        model = on_server.choose(given, None if resumed is None else resumed.model)
-        model_context, open_any = on_server.context_of(model), on_server.open
-    else:
-        model = model_here(given, resumed, model)
+    place: ModelsHere | ServerModels = (
+        ServerModels(server, output)
+        if server
+        else ModelsHere(
+            load, output, form, usual=model, named_file=named_file, keep_cache=keep_cache
+        )
+    )
+    model = place.choose(model if is_given(context, "model") else None, resumed)
+    if not server:
         if torchrun.rank():
             serve_rank_0(model, load)
             return
-        model_context = context_of(model, ctx_size)
-        open_any = partial(open_session, load=load, output=output, form=form)
         _note_server(model, output)
+    model_context = place.context_of(model)
     system_prompt = model_flags.system_prompt(context, model_context)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)
     open_model = partial(
-        open_any,
+        place.open,
         sampling=sampling,
         system=system_prompt,
         max_tokens=max_tokens,
@@ -158,27 +160,18 @@ def run(
         saver.resume(resumed, except_for=[of for of, flag in _RESUMED if is_given(context, flag)])
 
     def hooks(model: str) -> tuple[AfterTurn, Predict]:
-        predict = _unpredicted if server else _speed_predictor(session, model, device)
+        predict = place.predictor(session, model)
         after_turn = _verbose_report(session, predict) if verbose else _nothing
         return after_turn, _reading_seconds(predict)
 
     after_turn, predict = hooks(model)
-    beside_chat = FileBesideChat(saver, keep_cache, strict=keep_cache and question is not None)
-    chat_cache: ServerCache | CacheSaver
-    changer: Callable[..., ChatModels]
-    if server:
-        chat_cache = ServerCache()
-        changer = partial(ServerModelChanger, saver, on_server)
-    else:
-        chat_cache = CacheSaver(session, named_file or beside_chat)
-        changer = partial(ModelChanger, saver, load)
     try:
-        with chat_cache as cache:
+        with place.cache(saver, asks_once=question is not None) as cache:
             if question is None:
                 start_chat(
                     saver,
                     cache,
-                    changer(open_model, hooks),
+                    place.changer(saver, open_model, hooks),
                     files,
                     raw=raw,
                     vi=vi,
@@ -220,19 +213,6 @@ def _reading_seconds(
         return None if speed is None else 2 * tokens / (speed.low + speed.high)
 
     return seconds
-
-
-def _speed_predictor(
-    session: ChatSession, model: str, device: str | None
-) -> Callable[[], Prediction | None]:
-    from mixchat.loading.loader import speed_predictor
-    from mixchat.weights.models import installed_directory
-
-    return speed_predictor(installed_directory(model), device, session.engine)
-
-
-def _unpredicted() -> None:
-    """Return None: nobody knows how fast a server is."""
 
 
 def _note_server(model: str, output: OutputOptions) -> None:

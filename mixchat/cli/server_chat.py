@@ -20,6 +20,7 @@ from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
+    from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
@@ -69,13 +70,13 @@ class ServerModels:
         """Return the names of the models, as the server lists them."""
         return list(self._models)
 
-    def choose(self, given: str | None, resumed: str | None) -> str:
+    def choose(self, given: str | None, resumed: SavedChat | None) -> str:
         """Return the model that was given, else that of a chat if the server has it, else the
         first. Raises `ModelNotFoundError` where there is none."""
         if given is not None:
             return given
-        if resumed in self._models:
-            return resumed
+        if resumed is not None and resumed.model in self._models:
+            return resumed.model
         if not self._models:
             hint = "Name one with -m MODEL, or check the URL."
             raise ModelNotFoundError(f"{self.url} lists no models", hint=hint)
@@ -106,6 +107,23 @@ class ServerModels:
             stop=stop,
             overflow=overflow,
         )
+
+    def predictor(self, session: ChatSession, name: str) -> Callable[[], None]:
+        """Return a function that returns None: nobody knows how fast a server is."""
+        return lambda: None
+
+    def cache(self, saver: ChatSaver, *, asks_once: bool) -> ServerCache:
+        """Return the `ChatCache`."""
+        return ServerCache()
+
+    def changer(
+        self,
+        saver: ChatSaver,
+        open_model: Callable[[str], ChatSession],
+        hooks: Callable[[str], tuple[AfterTurn, Predict]],
+    ) -> ServerModelChanger:
+        """Return what changes the model of a chat."""
+        return ServerModelChanger(saver, self, open_model, hooks)
 
     def _backend(self, name: str) -> ServerBackend:
         from mixchat.serving.client.server_backend import ServerBackend

@@ -36,23 +36,6 @@ def find_chat(wanted: str | None) -> SavedChat | None:
         raise
 
 
-def model_here(given: str | None, resumed: SavedChat | None, usual: str) -> str:
-    """Return the model that was given, else that of the chat, else the usual one.
-
-    The usual one also continues a chat with a server's model that is not known here.
-    """
-    from mixchat.serving.client.server_backend import ServerBackend
-    from mixchat.weights.models import is_model
-
-    if given is not None:
-        return given
-    if resumed is None or (
-        resumed.identity == ServerBackend.identity and not is_model(resumed.model)
-    ):
-        return usual
-    return resumed.model
-
-
 def new_saver(session: ChatSession, model: str, *, autosave: bool) -> ChatSaver:
     """Return the saver of a session's chat, which prints what goes wrong."""
     from mixchat.chat.saved.chat_saver import ChatSaver

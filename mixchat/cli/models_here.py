@@ -1,0 +1,114 @@
+"""The models of this machine, for `mixchat run`; `ServerModels` has the same methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
+from mixchat.cli.change_model import ModelChanger
+from mixchat.cli.opening import context_of, open_session
+from mixchat.cli.output.print_answer import OutputOptions
+from mixchat.context import Context
+from mixchat.options import LoadOptions
+
+if TYPE_CHECKING:
+    from mixchat.chat.backend import Overflow
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ChatSession
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
+    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.planning.prediction import Prediction
+    from mixchat.text.form.form import Form
+
+
+class ModelsHere:
+    """Models that are loaded here, with the flags of a run.
+
+    usual: the model where none is named; named_file: the file of --prompt-cache.
+    """
+
+    def __init__(
+        self,
+        load: LoadOptions,
+        output: OutputOptions,
+        form: Form | None,
+        *,
+        usual: str,
+        named_file: NamedFile | None,
+        keep_cache: bool,
+    ) -> None:
+        self._load, self._output, self._form, self._usual = load, output, form, usual
+        self._named_file, self._keep_cache = named_file, keep_cache
+
+    def choose(self, given: str | None, resumed: SavedChat | None) -> str:
+        """Return the model that was given, else that of the chat, else the usual one.
+
+        The usual one also continues a chat with a server's model that is not known here.
+        """
+        from mixchat.serving.client.server_backend import ServerBackend
+        from mixchat.weights.models import is_model
+
+        if given is not None:
+            return given
+        if resumed is None or (
+            resumed.identity == ServerBackend.identity and not is_model(resumed.model)
+        ):
+            return self._usual
+        return resumed.model
+
+    def context_of(self, name: str) -> Context:
+        """Return the context that a model will have."""
+        return context_of(name, self._load.context_size)
+
+    def open(
+        self,
+        name: str,
+        *,
+        sampling: Mapping[str, float | None],
+        system: str | None,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        overflow: Overflow,
+    ) -> ChatSession:
+        """Load a model, and return a session with it."""
+        return open_session(
+            name,
+            self._load,
+            self._output,
+            sampling=sampling,
+            system=system,
+            max_tokens=max_tokens,
+            stop=stop,
+            overflow=overflow,
+            form=self._form,
+        )
+
+    def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
+        """Return a function that predicts how fast the session's model is."""
+        return _speed_predictor(session, name, self._load.device)
+
+    def cache(self, saver: ChatSaver, *, asks_once: bool) -> CacheSaver:
+        """Return the keeper of the KV cache in a file."""
+        strict = self._keep_cache and asks_once
+        beside_chat = FileBesideChat(saver, self._keep_cache, strict=strict)
+        return CacheSaver(saver.session, self._named_file or beside_chat)
+
+    def changer(
+        self,
+        saver: ChatSaver,
+        open_model: Callable[[str], ChatSession],
+        hooks: Callable[[str], tuple[AfterTurn, Predict]],
+    ) -> ChatModels:
+        """Return what changes the model of a chat."""
+        return ModelChanger(saver, self._load, open_model, hooks)
+
+
+def _speed_predictor(
+    session: ChatSession, model: str, device: str | None
+) -> Callable[[], Prediction | None]:
+    from mixchat.loading.loader import speed_predictor
+    from mixchat.weights.models import installed_directory
+
+    return speed_predictor(installed_directory(model), device, session.engine)
