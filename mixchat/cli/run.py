@@ -128,7 +128,7 @@ def run(
         answer_file(model, replace(load, exact_prompts=True, parallel=parallel), request, output)
         return
     place: ModelsHere | ServerModels = (
-        ServerModels(server, output)
+        ServerModels(server, output, form)
         if server
         else ModelsHere(
             load, output, form, usual=model, named_file=named_file, keep_cache=keep_cache

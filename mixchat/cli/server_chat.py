@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
     from mixchat.serving.client.server_backend import ServerBackend
+    from mixchat.text.form.form import Form
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
 # The parameters of `run` that the machine which loads the model decides.
@@ -49,18 +50,22 @@ def check_flags(context: typer.Context) -> None:
     """Raise `UsageError` where flags are given that a model has to be loaded for."""
     hint = "Give them to the server; or leave --server out, to load a model here."
     refuse_together(context, "--server", OF_LOADING, hint)
-    hint = "Leave --server out, to load a model here; programs can send response_format."
-    refuse_together(context, "--server", ("schema", "grammar"), hint)
+    hint = "Servers take a JSON schema alone: --schema. Or leave --server out."
+    refuse_together(context, "--server", ("grammar",), hint)
 
 
 class ServerModels:
     """The models of a server, and sessions with them."""
 
-    def __init__(self, url: str, output: OutputOptions) -> None:
-        """Ask the server for its models. Raises `MixchatError` where that fails."""
+    def __init__(self, url: str, output: OutputOptions, form: Form | None) -> None:
+        """Ask the server for its models. Raises `MixchatError` where that fails.
+
+        form: that of a JSON schema, for all answers.
+        """
         from mixchat.serving.client.server_client import ServerClient
 
         self.url = ServerURL.parse(url)
+        self._schema = None if form is None else form.schema
         self._client = ServerClient(self.url, os.environ.get(KEY_VARIABLE))
         with nullcontext() if output.quiet else status(f"asking {self.url}"):
             self._models = {model.name: model for model in self._client.models()}
@@ -129,7 +134,8 @@ class ServerModels:
         from mixchat.serving.client.server_backend import ServerBackend
         from mixchat.serving.client.server_json import ServedModel
 
-        return ServerBackend(self._client, self._models.get(name, ServedModel(name)))
+        model = self._models.get(name, ServedModel(name))
+        return ServerBackend(self._client, model, self._schema)
 
 
 class ServerModelChanger:

@@ -85,8 +85,8 @@ def record(engine, path):
 
 
 if __name__ == "__main__":
-    from mixchat.cli import app, run
+    from mixchat.cli import app, models_here, run
 
-    run.open_session, run._speed_predictor = open_fake, predict_fake
+    models_here.open_session, models_here._speed_predictor = open_fake, predict_fake
     run._note_server = note_nothing
     app.run(sys.argv[1:])

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from test_cli_run import prompts_in
@@ -220,15 +219,6 @@ def test_config_as_json_has_every_setting(mixchat, config_file):
     assert holding(done)["temp"] == {"value": None, "from": "default"}
     assert holding(done)["verbose"] == {"value": False, "from": "default"}
     assert json.loads(done.stdout)["exists"] is True
-
-
-def test_the_example_in_readme_holds(mixchat, config_file):
-    readme = Path(__file__).parents[2] / "README.md"
-    (example,) = re.findall(r"```toml\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    config_file(example)
-    done = mixchat("config", "--json")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert holding(done)["host-memory"] == {"value": "8GB", "from": "config.toml"}
 
 
 def test_config_keeps_a_long_or_strange_value_on_one_line(mixchat, config_file):

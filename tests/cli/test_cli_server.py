@@ -109,7 +109,8 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work = {"prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
     work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
     work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
-    other = {"schema", "grammar", "jsonl", "resume_from", "parallel"}  # refused elsewhere
+    work |= {"schema"}
+    other = {"grammar", "jsonl", "resume_from", "parallel"}  # refused elsewhere
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
     assert names == work | other | set(server_chat.OF_LOADING)

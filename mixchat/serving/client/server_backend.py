@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixchat.chat.answer import COMPLETE, Reason
@@ -22,13 +22,18 @@ _READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
 
 
 class ServerBackend:
-    """A `Backend`: a model of a server."""
+    """A `Backend`: a model of a server.
+
+    schema: the JSON schema that its answers have to follow, if any.
+    """
 
     identity = "server"
     engine = None
 
-    def __init__(self, client: ServerClient, model: ServedModel) -> None:
-        self._client, self._model = client, model
+    def __init__(
+        self, client: ServerClient, model: ServedModel, schema: Mapping[str, Any] | None = None
+    ) -> None:
+        self._client, self._model, self._schema = client, model, schema
         self.stats = GenerationStats()
         self._counted: tuple[list[tuple[str, str]], int] = ([], 0)
 
@@ -84,6 +89,9 @@ class ServerBackend:
             given["max_tokens"] = turn.max_tokens
         if turn.stop:
             given["stop"] = list(turn.stop)
+        if self._schema is not None:
+            form = {"name": "answer", "strict": True, "schema": self._schema}
+            given["response_format"] = {"type": "json_schema", "json_schema": form}
         return {
             "model": self._model.name,
             "messages": [{"role": role, "content": content} for role, content in _texts(messages)],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mixchat.errors import UsageError
 from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
@@ -21,9 +23,13 @@ _DEEPEST = 1000
 
 @dataclass(frozen=True)
 class Form:
-    """A form that was checked; `grammar` is in llguidance's kind of Lark."""
+    """A form that was checked.
+
+    grammar: in llguidance's kind of Lark; schema: the JSON schema that it stands for, if any.
+    """
 
     grammar: str
+    schema: Mapping[str, Any] | None = None
 
 
 def json_object() -> Form:
@@ -46,7 +52,7 @@ def json_schema(schema: object) -> Form:
         whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
-    return Form(f"start: %json {whole}")
+    return Form(f"start: %json {whole}", schema)
 
 
 def lark_grammar(text: str) -> Form:

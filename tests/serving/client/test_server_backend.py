@@ -51,6 +51,19 @@ def test_an_answer_comes_in_pieces_and_is_remembered_without_ids():
     assert session.used_tokens == 10
 
 
+def test_a_schema_is_sent_in_the_form_of_openai():
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    with ScriptedServer(says("{}")) as server:
+        client = ServerClient(ServerURL.parse(server.address))
+        backend = ServerBackend(client, ServedModel("tiny"), schema)
+        list(ChatSession(backend, sampling=RequestedSampling()).ask("Hi"))
+    (sent,) = server.asked()
+    assert sent["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": schema},
+    }
+
+
 def test_the_conversation_is_sent_with_nothing_that_nobody_asked_for():
     with ScriptedServer(says("Hello"), says("Fine")) as server:
         session = session_with(server, system="Be brief")
