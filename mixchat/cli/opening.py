@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -69,20 +69,11 @@ def open_session(
     form: Form | None = None,
 ) -> ChatSession:
     """Find the model, load it, and return a session with it; its answers have the given form."""
-    from mixchat.text.checkpoint_text import CheckpointText
-
-    directory = find_or_build(model, quiet=output.quiet)
-    text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
-    prepare_environment()
-    with nullcontext() if output.quiet else status(f"loading {model}"):
+    with _texts(model, output) as (directory, tokenizer, template):
         from mixchat.chat.engine_backend import EngineBackend
         from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import load_engine
-        from mixchat.weights.format.manifest import check_files, read_manifest
 
-        check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
-        tokenizer = text.tokenizer()
-        template = text.template(ModelConfig.from_file(directory / "config.json").eos_token_ids)
         compiled = None if form is None else _compiled(form, tokenizer, template)
         backend = EngineBackend(
             load_engine(directory, load, output.note),
@@ -99,6 +90,22 @@ def open_session(
             stop=stop,
             overflow=overflow,
         )
+
+
+@contextmanager
+def _texts(model: str, output: OutputOptions) -> Iterator[tuple[Path, Tokenizer, Template]]:
+    """Yield a model's directory, tokenizer and template, while a line says that it is loading."""
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    directory = find_or_build(model, quiet=output.quiet)
+    text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
+    prepare_environment()
+    with nullcontext() if output.quiet else status(f"loading {model}"):
+        from mixchat.weights.format.manifest import check_files, read_manifest
+
+        check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
+        config = ModelConfig.from_file(directory / "config.json")
+        yield directory, text.tokenizer(), text.template(config.eos_token_ids)
 
 
 def _compiled(form: Form, tokenizer: Tokenizer, template: Template) -> CompiledForm:
@@ -119,20 +126,11 @@ def open_service(
     `queue`: how many jobs may wait beside the `load.parallel` that are answered at once. The
     defaults are `sampling`, and what the model's makers advise.
     """
-    from mixchat.text.checkpoint_text import CheckpointText
-
-    directory = find_or_build(model, quiet=output.quiet)
-    text = CheckpointText(directory)
-    prepare_environment()
-    with nullcontext() if output.quiet else status(f"loading {model}"):
+    with _texts(model, output) as (directory, tokenizer, template):
         from mixchat.loading.loader import load_engine
         from mixchat.serving.model_service import ModelService
         from mixchat.serving.requests.options import Defaults
-        from mixchat.weights.format.manifest import check_files, read_manifest
 
-        check_files(directory, read_manifest(directory))
-        config = ModelConfig.from_file(directory / "config.json")
-        tokenizer, template = text.tokenizer(), text.template(config.eos_token_ids)
         service = ModelService(
             model,
             lambda: load_engine(directory, load, output.note),
