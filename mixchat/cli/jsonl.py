@@ -81,7 +81,7 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self._path, self.last = path, 0
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UsageError(f"--resume-from {path}: {error.strerror}") from None
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
@@ -164,12 +164,17 @@ def write_answers(
 ) -> None:
     """Answer the lines behind those that are answered already, and write each as it is ready.
 
-    Raises `PromptError` at the end where some could not be answered.
+    Raises `PromptError` at the end where some could not be answered, and at once what is no fault
+    of a line: that line is not written, and is answered where the run is resumed.
     """
+    from mixchat.serving.requests.failures import is_fault_of_request
+
     numbered = (item for item in enumerate(lines, start=1) if item[0] > answers.last)
     count = failed = tokens = 0
     start = time.perf_counter()
     for line in answer(numbered):
+        if isinstance(line.done, Exception) and not is_fault_of_request(line.done):
+            raise line.done
         answers.write(line.as_dict())
         count += 1
         failed += isinstance(line.done, Exception)

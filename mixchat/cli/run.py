@@ -125,7 +125,14 @@ def run(
             max_tokens=max_tokens,
             stop=stop or [],
         )
-        answer_file(model, replace(load, exact_prompts=True, parallel=parallel), request, output)
+        if torchrun.rank():
+            serve_rank_0(model, load)
+            return
+        load = replace(load, exact_prompts=True, parallel=parallel)
+        try:
+            answer_file(model, load, request, output)
+        finally:
+            torchrun.end()
         return
     place: ModelsHere | ServerModels = (
         ServerModels(server, output, form)

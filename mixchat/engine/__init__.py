@@ -2,6 +2,7 @@
 
 - generate.py: prefill, decode, and the KV cache reused between turns
 - batch.py: several answers at once
+- piece_size.py: how many tokens of prompts a pass takes
 - passes.py: passes through the model, of one sequence or of several
 - held_tokens.py, cache_batch.py: the tokens that a KV cache holds; the caches of several sequences
 - stats.py: counts of one answer

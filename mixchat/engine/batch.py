@@ -15,18 +15,20 @@ from dataclasses import dataclass
 import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.held_tokens import HeldTokens
+from mixchat.engine.held_tokens import HeldTokens, shared_beginning
 from mixchat.engine.passes import Part
+from mixchat.engine.piece_size import PieceSize
 from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals
 from mixchat.errors import MixchatError
 from mixchat.options import SamplingOptions
 
-# Seconds that a pass may take with a piece of a prompt in it: more where it is read from disk, and
-# so where a pass without one takes long, too.
+# Seconds that a pass may take with tokens of prompts in it, where others decode in it, or not; and
+# how many times as long as a pass without them.
 _PATIENCE, _PATIENCE_ALONE, _PASSES = 0.7, 8.0, 4
 _LEAST_PIECE, _FIRST_PIECE = 16, 32  # tokens
 _WORTH_WAITING = 16  # tokens that another prompt of the pass computes
+_WORTH_COPYING = 4  # tokens; prompts of a model share their first ones anyway
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,12 @@ class Batch:
         self._engine, self._passes = engine, engine.passes
         self._free = list(engine.sequences)  # the least recently used first
         self._answers: list[BatchedAnswer] = []
-        # The most tokens of prompts in a pass, by whether others decode in it.
-        self._most = {False: PREFILL_CHUNK, True: _FIRST_PIECE}
-        self._single_seconds = 0.0  # of the last pass without such tokens
+        # By whether others decode in the pass.
+        self._pieces_of = {
+            False: PieceSize(PREFILL_CHUNK, _LEAST_PIECE, PREFILL_CHUNK),
+            True: PieceSize(_FIRST_PIECE, _LEAST_PIECE, PREFILL_CHUNK),
+        }
+        self._decoding_seconds = 0.0  # of the last pass without tokens of prompts
 
     @property
     def has_room(self) -> bool:
@@ -169,7 +174,7 @@ class Batch:
         pieces = [
             (answer, self._next_token(answer, alone=len(answers) == 1)) for answer in decoding
         ]
-        room = self._most[bool(decoding)]
+        room = self._room(bool(decoding))
         begun: list[BatchedAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
@@ -210,19 +215,18 @@ class Batch:
                 answer.logits = rows[0]
 
     def _learn(self, pieces: Sequence[tuple[BatchedAnswer, Part]], seconds: float) -> None:
-        """Choose the tokens of the next piece so that a pass takes no longer than others can wait.
-
-        After 0.5 s for 100 tokens, of 1 s, it is 200; after 10 s it is 50.
-        """
+        """Note how long a pass took."""
         read = sum(len(part.ids) for answer, part in pieces if not answer.generated_tokens)
-        decoding = any(answer.generated_tokens for answer, _ in pieces)
-        if not read:
-            self._single_seconds = seconds
-            return
-        patience = max(_PATIENCE, _PASSES * self._single_seconds) if decoding else _PATIENCE_ALONE
-        by = min(max(patience / seconds, 0.5), 2.0)
-        if by < 1 or read >= self._most[decoding]:
-            self._most[decoding] = min(max(round(read * by), _LEAST_PIECE), PREFILL_CHUNK)
+        decodes = any(answer.generated_tokens for answer, _ in pieces)
+        if read:
+            self._pieces_of[decodes].add(read, seconds)
+        else:
+            self._decoding_seconds = seconds
+
+    def _room(self, decodes: bool) -> int:
+        """Return how many tokens of prompts the next pass may have."""
+        patience = max(_PATIENCE, _PASSES * self._decoding_seconds) if decodes else _PATIENCE_ALONE
+        return self._pieces_of[decodes].choose(patience)
 
     def _sample(self, answer: BatchedAnswer) -> None:
         """Add the next token to an answer whose logits are there."""
@@ -239,19 +243,21 @@ class Batch:
         prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
         best = max(self._engine.sequences, key=lambda held: held.shared_with(prompt))
         shared = best.shared_with(prompt)
-        if any(_shared(other.ids, prompt) >= shared + _WORTH_WAITING for other in begun):
+        worth = shared + _WORTH_WAITING
+        if any(shared_beginning(other.ids, prompt) >= worth for other in begun):
             return False
-        # One that would lose most of what it holds is copied, if there is another.
-        others = [held for held in self._free if held is not best]
-        in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
-        held = best if in_place else others[0]
-        if not in_place:
-            if shared > held.shared_with(prompt):
+        held = self._free[0]
+        if shared >= _WORTH_COPYING:
+            # One that would lose most of what it holds is copied, if there is another.
+            others = [each for each in self._free if each is not best]
+            in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
+            held = best if in_place else others[0]
+            if not in_place and shared > held.shared_with(prompt):
                 held.copy_from(best, shared)
-            shared = held.shared_with(prompt)
-        held.cut(shared)
+        answer.reused_tokens = held.shared_with(prompt)
+        held.cut(answer.reused_tokens)
         self._free.remove(held)
-        answer.held, answer.reused_tokens = held, shared
+        answer.held = held
         return True
 
     def _remove(self, answer: BatchedAnswer) -> None:
@@ -262,12 +268,3 @@ class Batch:
 
 class _AllCancelledError(Exception):
     """Nobody waits for the pass any more."""
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for mine, yours in zip(one, other, strict=False):
-        if mine != yours:
-            break
-        count += 1
-    return count

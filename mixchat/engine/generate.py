@@ -13,7 +13,7 @@ from mixchat.context import Context
 from mixchat.engine.held_tokens import HeldTokens
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
-from mixchat.engine.passes import Part, Passes
+from mixchat.engine.passes import ForwardPasses, Part
 from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.blueprint = experts, blueprint
-        self.passes = Passes(model, experts, note, name)
+        self.passes = ForwardPasses(model, experts, note, name)
         self.sequences = [HeldTokens(cache) for cache in caches]
         self.speculation = speculation
         self._stats, self._experts_before = GenerationStats(), ExpertStats()

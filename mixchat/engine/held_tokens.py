@@ -10,6 +10,11 @@ from mixchat import interrupts
 from mixchat.engine.kv_cache import KVCache
 
 
+def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first tokens two sequences have in common."""
+    return sum(1 for _ in takewhile(bool, map(eq, one, other)))
+
+
 class HeldTokens:
     """A KV cache, and the ids of the tokens in it."""
 
@@ -24,7 +29,7 @@ class HeldTokens:
 
     def shared_with(self, ids: Sequence[int]) -> int:
         """Return the length of the beginning that the held tokens share with `ids`."""
-        return sum(1 for _ in takewhile(bool, map(eq, self.ids, ids)))
+        return shared_beginning(self.ids, ids)
 
     def cut(self, length: int) -> None:
         """Hold only the first tokens from now on."""

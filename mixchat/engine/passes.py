@@ -37,7 +37,7 @@ class Part:
     proposal: Sequence[int] = ()
 
 
-class Passes:
+class ForwardPasses:
     """Computes passes, and counts their tokens and seconds.
 
     `note` is called with messages for a person; `name` is the model's name for one.

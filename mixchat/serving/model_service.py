@@ -125,6 +125,13 @@ class ModelService:
                         self._end(job, Failed(error))
                     batch = Batch(loaded)
         finally:
+            with self._changed:
+                self._closing = True
+                left = (*self._waiting, *self._running)
+                self._waiting.clear()
+                self._running.clear()
+            for job in left:  # only where the thread ends by a fault
+                job.sink(Failed(ShuttingDownError("the service has ended")))
             loaded.close()
 
     def _wait(self, batch: Batch) -> bool:

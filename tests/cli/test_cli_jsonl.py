@@ -5,12 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixchat.cli.jsonl import open_answers, write_answers
+from mixchat.errors import CheckpointError
+from mixchat.serving.requests.lines import Line
+from mixchat.serving.service import Done
 from tests.tiny_tokenizer import write_tokenizer
 
 COMMAND = [sys.executable, "-m", "mixchat", "run"]
@@ -124,6 +128,7 @@ def test_another_file_is_left_as_it_is(
         (["--jsonl", "/tmp"], "Is a directory"),
         (["--parallel", "3", "Hi"], "--parallel needs --jsonl FILE"),
         (["--resume-from", "x", "Hi"], "--resume-from needs --jsonl FILE"),
+        (["--jsonl", "-", "--resume-from", "/dev/null"], "is not a regular file"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
@@ -133,6 +138,25 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
     assert done.returncode == 2
     assert said in done.stderr.decode()
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_run(
+    tmp_path: Path,
+) -> None:
+    """It was written as the answer, and resuming left the line out."""
+
+    def answers(lines: Any) -> Iterator[Line]:
+        for number, _ in lines:
+            line = Line(number)
+            fault = CheckpointError("experts-000.safetensors cannot be read")
+            line.end(Done("stop", 1, 0, 1) if number == 1 else fault)
+            yield line
+
+    out = tmp_path / "out"
+    with open_answers(out) as file, pytest.raises(CheckpointError):
+        write_answers([b"{}"] * 3, file, answers, print)
+    with open_answers(out) as file:
+        assert file.last == 1
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(

@@ -11,7 +11,7 @@ import torch
 
 from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
 from mixchat.engine.generate import Engine
-from mixchat.engine.passes import Passes
+from mixchat.engine.passes import ForwardPasses
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
@@ -172,6 +172,21 @@ def test_a_conversation_that_continues_keeps_its_cache_while_others_come_and_lea
         chat = [*answer.ids, 40, 41]
 
 
+def test_prompts_that_share_nothing_take_the_cache_that_was_not_used_for_longest(
+    load: Callable[..., Engine],
+) -> None:
+    engine = load()
+    batch = Batch(engine)
+    used = []
+    for n in range(9):
+        answer = batch.add(Prompt([3, 10 + n, 20 + n], SamplingOptions(0), frozenset(), 2))
+        batch.step()
+        used.append(engine.sequences.index(answer.held))  # type: ignore[arg-type]
+        while batch.size:
+            batch.step()
+    assert used == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
 def test_a_cancelled_answer_leaves_and_its_cache_serves_the_next_one(
     load: Callable[..., Engine],
 ) -> None:
@@ -200,9 +215,9 @@ def test_a_pass_that_nobody_waits_for_ends_after_its_layer(
     batch = Batch(engine)
     answer = batch.add(prompt_of(1))
     layers: list[int] = []
-    compute = Passes.compute
+    compute = ForwardPasses.compute
 
-    def watched(self: Passes, parts: Any, *, after_layer: Any, **how: Any) -> torch.Tensor:
+    def watched(self: ForwardPasses, parts: Any, *, after_layer: Any, **how: Any) -> torch.Tensor:
         def cancel(layer: int) -> None:
             layers.append(layer)
             answer.cancel()
@@ -210,7 +225,7 @@ def test_a_pass_that_nobody_waits_for_ends_after_its_layer(
 
         return compute(self, parts, after_layer=cancel, **how)
 
-    monkeypatch.setattr(Passes, "compute", watched)
+    monkeypatch.setattr(ForwardPasses, "compute", watched)
     assert batch.step() == [answer]
     assert (layers, answer.generated_tokens, batch.size) == ([0], 0, 0)
     assert engine.held()[0] == []
@@ -222,14 +237,14 @@ def test_a_fault_of_the_weights_ends_only_the_answers_that_it_hits(
     batch = Batch(load())
     answers = [batch.add(prompt_of(n)) for n in (1, 2)]
     batch.step()
-    compute = Passes.compute
+    compute = ForwardPasses.compute
 
-    def damaged(self: Passes, *given: Any, **how: Any) -> torch.Tensor:
+    def damaged(self: ForwardPasses, *given: Any, **how: Any) -> torch.Tensor:
         logits = compute(self, *given, **how).clone()
         logits[0] = torch.nan
         return logits
 
-    monkeypatch.setattr(Passes, "compute", damaged)
+    monkeypatch.setattr(ForwardPasses, "compute", damaged)
     batch.step()
     monkeypatch.undo()
     assert isinstance(answers[0].error, CheckpointError)
@@ -248,7 +263,7 @@ def test_a_file_that_cannot_be_read_ends_the_pass_and_not_the_batch(
     def fails(*given: Any, **how: Any) -> torch.Tensor:
         raise CheckpointError("experts-000.safetensors cannot be read")
 
-    monkeypatch.setattr(Passes, "compute", fails)
+    monkeypatch.setattr(ForwardPasses, "compute", fails)
     batch.step()
     monkeypatch.undo()
     assert [str(answer.error) for answer in answers] == 2 * [

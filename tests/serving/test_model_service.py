@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixchat.engine.generate import Engine
-from mixchat.engine.passes import Passes
+from mixchat.engine.passes import ForwardPasses
 from mixchat.errors import CheckpointError, PromptError
 from mixchat.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
@@ -203,7 +203,7 @@ def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(
             raise fault
 
         with monkeypatch.context() as patch:
-            patch.setattr(Passes, "compute", fails)
+            patch.setattr(ForwardPasses, "compute", fails)
             assert Waiter(service, job(2)).result() == ("", Failed(fault))
         assert Waiter(service, job(3)).result()[0] == expected
     assert service.stats().failed == 2

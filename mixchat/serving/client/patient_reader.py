@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import time
+from contextlib import suppress
 from http.client import HTTPResponse
 from typing import TYPE_CHECKING, cast
 
@@ -43,12 +44,10 @@ class PatientReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        while True:
-            try:
+        while time.monotonic() <= self._deadline:
+            with suppress(TimeoutError):
                 return self._source.recv_into(buffer)
-            except TimeoutError:
-                if time.monotonic() > self._deadline:
-                    raise
+        raise TimeoutError
 
     def close(self) -> None:
         super().close()

@@ -17,6 +17,7 @@ from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 RETRY_SECONDS = 2  # until a client that met a full queue should try again
 _LONGEST_PATH = 80  # characters
+_SERVER_FAULT = 500  # the first status that is none of the client's
 _INVALID = "invalid_request_error"
 
 
@@ -67,6 +68,11 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(_with_hint(error), status=500, kind="server_error")
     # What exactly failed is for the person who runs the server, not for those who ask.
     return RequestError("internal error", status=500, kind="server_error")
+
+
+def is_fault_of_request(error: Exception) -> bool:
+    """Return whether another request could do better, since the server itself is well."""
+    return as_request_error(error).status < _SERVER_FAULT
 
 
 def to_json(value: object) -> bytes:

@@ -170,6 +170,7 @@ async def _tokenize(desk: Desk, request: Request) -> Response:
     if text is None:
         fields.refuse("content", "is missing", "missing_required_parameter")
     fields.end()
+    desk.service.context.check_text(text, "content")  # others wait for the tokenizer meanwhile
     tokenizer = desk.service.tokenizer
     bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text)})

@@ -72,7 +72,8 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         before = self.cycle
         super().on_response_complete()  # which may begin with a request that came meanwhile
-        if self.cycle is before and not self.transport.is_closing():
+        waits = self.cycle is before or self.cycle.more_body
+        if waits and not self.transport.is_closing():
             self._wait()
 
     def pause_writing(self) -> None:
@@ -91,6 +92,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _wait(self) -> None:
+        self._stop_waiting()  # for the rest of a request that was answered before its end
         self._begun = False
         self._deadline = self.loop.call_later(self._patience, self.give_up)
         self._waiting.add(self)

@@ -17,6 +17,7 @@ def find_address(host: str, port: int, key: str | None) -> Address:
     Raises `UsageError` where there is no such host, and for one that others can reach without a
     key.
     """
+    host = host.removeprefix("[").removesuffix("]")  # as IPv6 is written in a URL
     address = resolve(str(NetworkAddress(host, port)), any_port=True)
     if key is None and not is_loopback(address):
         raise UsageError(

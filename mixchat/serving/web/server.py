@@ -102,18 +102,24 @@ def serve_until_signal(
 ) -> None:
     """Serve until a signal comes, and raise its exception when all has ended, 10 s later at most.
 
-    Meanwhile new requests are refused, and running answers have 7 s. A second Ctrl-C ends at once.
+    Meanwhile new requests are refused, and running answers have 7 s. After Ctrl-C, a second one
+    ends them at once.
     """
     with interrupts.saving():
         server.start()
         ready()
         try:
             server.join()
-        finally:
+        except BaseException as signal:
             stats = service.stats()
             if count := stats.running + stats.waiting:
                 name = "answer" if count == 1 else "answers"
-                note(f"{count} {name} may end, for {_PATIENCE:.0f} s; Ctrl-C ends them at once")
+                again = (
+                    "; Ctrl-C ends them at once" if isinstance(signal, KeyboardInterrupt) else ""
+                )
+                note(f"{count} {name} may end, for {_PATIENCE:.0f} s{again}")
+            raise
+        finally:
             wait([in_background(service.close, _PATIENCE)], _PATIENCE + _LATE)
             server.stop()
 

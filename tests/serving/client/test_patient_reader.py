@@ -53,3 +53,10 @@ def test_the_socket_is_closed_with_it():
     with PatientReader(source).makefile("rb"):
         pass
     assert source.closed
+
+
+def test_whoever_hurries_does_not_wait_for_the_end_of_what_keeps_coming():
+    reader = PatientReader(Source(*[b": ping"] * 10**6))
+    reader.hurry(-1)
+    with pytest.raises(TimeoutError):
+        reader.makefile("rb").read()

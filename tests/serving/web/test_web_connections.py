@@ -184,3 +184,23 @@ def test_what_is_no_http_is_refused(served, data):
         connection.sendall(data)
         assert read_response(connection).status == 400
     assert exchange(served, request("/health")).status == 200
+
+
+def test_a_body_that_comes_behind_its_refusal_leaves_no_deadline_for_the_next_answer(impatient):
+    """The deadline of the refused request cut a long answer on the same connection."""
+    with impatient.connect() as connection:
+        head, body = request("/nowhere", b"{}").split(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        assert read_response(connection).status == 404
+        connection.sendall(body)
+        connection.sendall(asking("say:a" + "{wait}" * 20 + "b", stream=True))
+        assert b"[DONE]" in read_until(connection, b"[DONE]")
+
+
+def test_a_request_behind_another_has_a_deadline_for_its_body(impatient):
+    with impatient.connect() as connection:
+        unfinished = request(CHAT, b"123456789")[:-9]
+        connection.sendall(request("/health") + unfinished)
+        assert read_response(connection).status == 200
+        while connection.recv(65536):
+            pass
