@@ -169,7 +169,7 @@ def main() -> None:
         list(clients.map(server.ask, rest[50 - len(first) :]))
         late = server.memory()
         print(f"memory after 50 requests {early / 1e6:.0f} MB, after {len(asks)} {late / 1e6:.0f}")
-        if late > 1.1 * early:
+        if late > 1.15 * early:  # it swings by some 10%
             faults.append(f"memory grew from {early} to {late} bytes")
         faults += compare(first, alone, list(map(server.ask, first)))
     print(*faults or ["no fault"], sep="\n")
