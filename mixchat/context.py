@@ -11,6 +11,7 @@ from mixchat.quantities import format_size
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
 # An upper bound: Mistral's longest token has 16 characters, the demo's 81, GPT-4's 128 spaces.
 BYTES_PER_TOKEN = 128
+_USUAL = 4  # fraction of the context that an answer may take by default
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Context:
         if not 1 < tokens <= largest:
             raise UsageError(f"--ctx-size {tokens}: this model takes 2 to {largest} tokens")
         return cls(tokens, largest)
+
+    @property
+    def usual_answer(self) -> int:
+        """Return how many tokens an answer may have where nobody says: some models never end."""
+        return self.tokens // _USUAL
 
     @property
     def longest_text(self) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from itertools import takewhile
-from operator import eq
 from typing import TYPE_CHECKING, cast
 
 from mixchat.chat.answer import Answer, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
 from mixchat.context import BYTES_PER_TOKEN, Context
+from mixchat.engine.held_tokens import shared_beginning
 from mixchat.errors import PromptTooLongError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # answer may need: --max-tokens, but at most 1/2, or 1/8 without it. Then they are left out until
 # 1/4 is free, because all that stays has to be prefilled again, which should be rare.
 _MOST, _LEAST, _ROOM = 2, 8, 4
-_LONGEST = 4  # fraction of the context that an answer may take by default
 
 
 class EngineBackend:
@@ -71,7 +69,7 @@ class EngineBackend:
     def longest_answer(self, max_tokens: int | None) -> int | None:
         # A small model may never end by itself, so there is a limit by default.
         if max_tokens is None:
-            max_tokens = self._advised_tokens or self.engine.context_size // _LONGEST
+            max_tokens = self._advised_tokens or self.context.usual_answer
         return max_tokens or None
 
     def used_tokens(self, messages: Sequence[Message]) -> int:
@@ -167,8 +165,7 @@ class EngineBackend:
     def _unread(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt the engine has to process."""
         held, _ = self.engine.held()
-        same = sum(1 for _ in takewhile(bool, map(eq, held, prompt_ids)))
-        return max(len(prompt_ids) - same, 1)
+        return max(len(prompt_ids) - shared_beginning(held, prompt_ids), 1)
 
 
 class EngineReply:

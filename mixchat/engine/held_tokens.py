@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 from operator import eq
+from typing import TYPE_CHECKING
 
 from mixchat import interrupts
-from mixchat.engine.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from mixchat.engine.kv_cache import KVCache
 
 
 def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:

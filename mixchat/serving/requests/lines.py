@@ -23,7 +23,7 @@ _NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 
 @dataclass(frozen=True)
 class LineDefaults:
-    """What applies to a line that does not say otherwise.
+    """The defaults of a line that does not say otherwise.
 
     advice: of sampling and of the length; fields: values of a request, by their names.
     """

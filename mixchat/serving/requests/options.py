@@ -32,7 +32,6 @@ from mixchat.serving.service import Job
 MOST_ANSWERS = 16  # of one request
 MOST_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 32, 500
-_LONGEST = 4  # fraction of the context that an answer may take by default, as in a chat
 _IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
 _COUNT = NumberParameter(
@@ -46,7 +45,7 @@ TOP_LOGPROBS = NumberParameter(
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the model's makers advise; max_tokens: 0 for what fits, None without advice."""
+    """The advice of the model's makers; max_tokens: 0 for what fits, None without advice."""
 
     sampling: SamplingOptions
     max_tokens: int | None = None
@@ -161,7 +160,7 @@ def _max_tokens(fields: Fields, defaults: Defaults, context: Context) -> int | N
     if given is None:
         given = defaults.max_tokens
     if given is None:
-        given = context.tokens // _LONGEST
+        given = context.usual_answer
     return min(given, context.tokens) or None
 
 

@@ -43,7 +43,7 @@ Read = Callable[[dict[str, Any], Service, Defaults, Compile], Asked]
 
 @dataclass
 class Desk:
-    """What the routes share. `report` gets errors that are faults of mixchat itself."""
+    """The things that routes share. `report` gets errors that are faults of mixchat itself."""
 
     service: Service
     defaults: Defaults

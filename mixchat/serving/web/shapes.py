@@ -17,7 +17,7 @@ _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context":
 
 
 class Shape(ABC):
-    """What the answers to one request look like.
+    """The shape of the answers to one request.
 
     `seed` is mixchat's own field: where the request gave none, it is the one that was drawn.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with a grammar, by llguidance, before there is a model."""
+"""Finds the fault of a grammar, by llguidance, before there is a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_TEXT = "no text has this form"
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and the line and column; both are 0 where the whole grammar is meant."""
+    """A message with its line and column; both are 0 where the whole grammar is meant."""
 
     message: str
     line: int = 0
