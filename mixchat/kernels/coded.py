@@ -38,7 +38,10 @@ from mixchat.kernels.program import Step
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 
-_BANDS = 4  # of one item of work; with one token they are read as four streams from memory
+_STREAMS = 4  # bands that are read at once where there is one token
+# Bytes that a stream goes through in one item of work, if enough items are left for each thread.
+# Its start is read more slowly, before the CPU has found out what will be read next.
+_STREAM_BYTES, _ITEMS = 2**18, 8
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -112,6 +115,7 @@ def matmul_steps(
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
+        run=_run(rows, columns * BAND * bits // 8),
     )
     compiled = _compiled(instructions, unit, bf16)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
@@ -123,12 +127,18 @@ def matmul_steps(
     )
 
 
+def _run(rows: int, band_bytes: int) -> int:
+    """Return how many bands, one behind the other, are a stream's part of an item of work."""
+    most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
+    return max(1, min(most, _STREAM_BYTES // band_bytes))
+
+
 @functools.cache
 def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
     """Compile both functions for x in bf16 (`bf16`) or fp32."""
     module = ir.Module("coded")
     _write_round_x(module, unit, bf16)
-    wide = Tile(module, unit, bf16, _BANDS, 1)
+    wide = Tile(module, unit, bf16, _STREAMS, 1)
     tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths]
     _write_multiply(module, wide, tiles)
     return compile_module(module, instructions)
@@ -179,21 +189,23 @@ def _largest(function: Function, pieces: Sequence[Value]) -> Value:
 
 
 def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
-    """Write `multiply`: an item of work is `_BANDS` bands and one chunk of tokens."""
+    """Write `multiply`: an item of work is `_STREAMS` runs of bands and one chunk of tokens."""
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
-    rows, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
-    bands = rows // BAND
-    groups = (bands + (_BANDS - 1)) // _BANDS
+    rows, tokens, chunk, run = (
+        given.number(name) for name in ("rows", "tokens", "chunk", "run")
+    )
+    bands, size = rows // BAND, run * _STREAMS
+    groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk
     with function.each_item(function.pointer, groups * chunks) as item:
         start = item // groups * chunk
         end = function.minimum(start + chunk, tokens)
-        first = item % groups * _BANDS
-        last = function.minimum(first + _BANDS, bands)
-        together = tokens.compare("==", 1) & (last - first).compare("==", _BANDS)
-        with function.when(together):
-            function.call_own(wide.function, function.pointer, first, start)
+        first = item % groups * size
+        last = function.minimum(first + size, bands)
+        together = tokens.compare("==", 1) & (last - first).compare("==", size)
+        with function.when(together), function.loop(first, first + run, 1) as (band, _):
+            function.call_own(wide.function, function.pointer, band, start, run)
         with (
             function.when(together.compare("==", 0)),
             function.loop(first, last, 1) as (band, _),
@@ -202,6 +214,6 @@ def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
             for tile in tiles:
                 turns = (end - done) // tile.tokens * tile.tokens
                 with function.loop(done, done + turns, tile.tokens) as (token, _):
-                    function.call_own(tile.function, function.pointer, band, token)
+                    function.call_own(tile.function, function.pointer, band, token, run)
                 done = done + turns
     function.finish()

@@ -34,6 +34,7 @@ SIGNATURE = Signature(
     "columns",
     "tokens",
     "chunk",
+    "run",
 )
 
 
@@ -41,24 +42,24 @@ class Tile:
     """A function for the product of `bands` bands with `tokens` tokens; the sums fit in registers.
 
     In each block products of integers are added up, without rounding. The sum is multiplied with
-    both scales and added to the result as a float. The function's numbers are the first band and
-    the first token; its other arguments are `SIGNATURE`.
+    both scales and added to the result as a float. The function's numbers are the first band, the
+    first token, and how many bands the bands lie apart; its other arguments are `SIGNATURE`.
     """
 
     def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
         self.bands, self.tokens = bands, tokens
-        self.function = Function(module, f"tile_{bands}_{tokens}", numbers=2)
+        self.function = Function(module, f"tile_{bands}_{tokens}", numbers=3)
         given = SIGNATURE.read_by(self.function)
         self._unit, self._bf16 = unit(self.function, given.pointer("levels")), bf16
         self._x, self._codes = given.pointer("x_integers"), given.pointer("codes")
         self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
         self._rows, self._columns = given.number("rows"), given.number("columns")
-        band, self._token = self.function.numbers
-        self._row = band * BAND
+        band, self._token, apart = self.function.numbers
+        self._rows_of_bands = [(band + apart * number) * BAND for number in range(bands)]
         self._blocks = self._columns // BLOCK
         self._bands = [
-            self._codes.plus(self._bytes_of((band + number) * self._columns))
+            self._codes.plus(self._bytes_of((band + apart * number) * self._columns))
             for number in range(bands)
         ]
         self._parts = BAND // unit.lanes  # vectors for one number of each row of a band
@@ -71,7 +72,8 @@ class Tile:
             self._add(block, self._sums(block), totals)
         for place, total in enumerate(totals):
             band, token, part = self._split(place)
-            first = (self._token + token) * self._rows + self._row + band * BAND + part * lanes
+            row = self._rows_of_bands[band] + part * lanes
+            first = (self._token + token) * self._rows + row
             store_fp32(self._out, total, first, self._bf16)
         function.finish()
 
@@ -142,7 +144,7 @@ class Tile:
             for token in range(self.tokens)
         ]
         for band in range(self.bands):
-            here = block * self._rows + self._row + band * BAND
+            here = block * self._rows + self._rows_of_bands[band]
             self._absmax.prefetch((here + self._rows * _AHEAD) * 2)
             scales = [
                 as_fp32(self._absmax, here + part * unit.lanes, True, unit.lanes)
