@@ -1,8 +1,9 @@
-"""Decoding: the layers for one token, each as a program of kernels.
+"""Decoding: the layers for one token as programs of kernels.
 
 A program has the steps of `Block` in `model.py`, by the same kernels and so with the same bits. It
-saves the time that Python takes between them. The tensors are made once, and each token writes to
-them anew.
+saves the time that Python takes between them. Where all experts are in memory, one program goes
+through all layers; else it ends with the router of a layer, whose runner has to bring some. The
+tensors are made once, and each token writes to them anew.
 
 D = hidden_size, H = num_attention_heads, G = num_key_value_heads, h = head_dim,
 I = intermediate_size, E = num_local_experts, K = num_experts_per_tok.
@@ -17,7 +18,7 @@ from operator import is_
 import torch
 
 from mixchat.engine.kv_cache import KVCache, PagedKVCache
-from mixchat.engine.model import Block, TokensBefore
+from mixchat.engine.model import AfterLayer, Block, TokensBefore
 from mixchat.experts.keys import ExpertKey
 from mixchat.kernels import router, rows
 from mixchat.kernels.program import Group, Program
@@ -33,20 +34,46 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], cache: PagedKVCache) -> None:
-        shared = _Shared(config, blocks[0].attention_norm.weight.dtype, cache)
-        self._shared, self._x = shared, shared.x
-        self._layers = [_Layer(layer, block, shared) for layer, block in enumerate(blocks)]
+        self._cache, self._rope = cache, blocks[0].attention.rope
+        self._shared = _Shared(config, blocks[0].attention_norm.weight.dtype, cache)
+        self._layers = [_Layer(layer, block, self._shared) for layer, block in enumerate(blocks)]
+        self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
-    def begin(self, x: torch.Tensor, before: TokensBefore) -> bool:
-        if not isinstance(before, PagedKVCache) or not self._shared.cache.is_like(before):
-            return False
-        self._shared.cache = before
-        self._x.copy_(x)
-        return True
+    def run(
+        self, x: torch.Tensor, before: TokensBefore, after_layer: AfterLayer
+    ) -> torch.Tensor | None:
+        if not isinstance(before, PagedKVCache) or not self._cache.is_like(before):
+            return None
+        self._shared.x.copy_(x)
+        self._rope.set_position(self._shared.rotate, before.length)
+        for layer in self._layers:
+            layer.set_place(before)
+        end = 0
+        while end < len(self._layers):
+            end = self._run_from(end)
+            after_layer(end - 1)
+        return self._shared.x
 
-    def run(self, layer: int) -> torch.Tensor:
-        self._layers[layer].run()
-        return self._x
+    def _run_from(self, start: int) -> int:
+        """Compute layers up to the first whose experts have to be brought; return its end."""
+        layers = self._layers[start : self._end(start)]
+        end = start + len(layers)
+        if (start, end) not in self._programs:
+            self._programs[start, end] = Program(
+                [part for layer in layers for part in layer.groups]
+            )
+        self._programs[start, end].run()
+        for layer in layers:
+            layer.finish()
+        return end
+
+    def _end(self, start: int) -> int:
+        for number, layer in enumerate(self._layers[start:], start):
+            if layer.look_for_experts():
+                self._programs.clear()
+            if not layer.has_experts:
+                return number + 1
+        return len(self._layers)
 
 
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
@@ -67,7 +94,7 @@ class _Shared:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, cache: PagedKVCache) -> None:
         hidden, choices = config.hidden_size, config.num_experts_per_tok
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.cache, width = cache, config.head_dim
+        width = config.head_dim
         self.x, self.normed, self.added = (torch.empty(1, hidden, dtype=dtype) for _ in range(3))
         self.qkv = torch.empty(1, (heads + 2 * groups) * width, dtype=dtype)
         by_head = self.qkv.view(1, -1, width)  # [1, H + 2G, h]
@@ -80,7 +107,6 @@ class _Shared:
             by_head[:, heads + groups :],
             self.attended.view(1, heads, width),
         )
-        self.selected = torch.empty(1, choices, dtype=torch.int64)
         self.weights = torch.empty(1, choices)
         self.gate_up = torch.empty(choices, 2 * config.intermediate_size, dtype=dtype)
         self.gated = torch.empty(choices, config.intermediate_size, dtype=dtype)
@@ -88,93 +114,101 @@ class _Shared:
 
 
 class _Layer:
-    """The program of a layer: attention and router, then the experts, where all are in memory."""
+    """The steps of a layer: attention and router, then the experts, where all are in memory."""
 
     def __init__(self, layer: int, block: Block, shared: _Shared) -> None:
-        self._layer, self._shared = layer, shared
-        self._rope, self._runner = block.attention.rope, block.moe.runner
-        self._attention = _attention_groups(block, shared)
+        self._layer, self._shared, self._runner = layer, shared, block.moe.runner
         self._keys = [ExpertKey(layer, expert) for expert in range(block.moe.gate.shape[0])]
+        store, attend, merge = shared.in_cache
+        self._in_cache = store.copy(), attend.copy(), merge.copy()
+        self._selected = torch.empty(1, shared.weights.shape[1], dtype=torch.int64)
+        self._attention = self._attention_groups(block)
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: Sequence[weakref.ref[Expert]] = ()
-        self._program = Program(self._attention)
+        self.groups = self._attention
 
-    def run(self) -> None:
-        """Compute the layer, from `x` to `x`."""
-        shared, cache = self._shared, self._shared.cache
-        self._rope.set_position(shared.rotate, cache.length)
-        cache.set_place(shared.in_cache, self._layer)
-        self._use(self._runner.resident(self._keys))
-        self._program.run()
+    @property
+    def has_experts(self) -> bool:
+        """Return whether the groups end with the experts, and not with the router."""
+        return bool(self._experts)
+
+    def set_place(self, cache: PagedKVCache) -> None:
+        """Let the groups compute the next token of a cache."""
+        cache.set_place(self._in_cache, self._layer)
+
+    def look_for_experts(self) -> bool:
+        """Take the experts into the groups if all are in memory; return whether that is new."""
+        experts = self._runner.resident(self._keys)
+        before = [expert() for expert in self._experts]
+        if len(before) == len(experts) and all(map(is_, before, experts)):
+            return False
+        self._experts = [weakref.ref(expert) for expert in experts]
+        self.groups = self._attention + (self._expert_groups(experts) if experts else [])
+        return True
+
+    def finish(self) -> None:
+        """Let the runner compute the experts that are not in the groups, or note those that are."""
+        shared = self._shared
         if self._experts:
-            chosen = shared.selected[0].tolist()
+            chosen = self._selected[0].tolist()
             self._runner.note_hits([self._keys[expert] for expert in chosen])
             return
         # Copies, because a runner may hold on to what it is given.
-        given = (tensor.clone() for tensor in (shared.normed, shared.selected, shared.weights))
+        given = (tensor.clone() for tensor in (shared.normed, self._selected, shared.weights))
         shared.x += self._runner.run(self._layer, *given)
 
-    def _use(self, experts: Sequence[Expert]) -> None:
-        """Let the program end with these experts, the layer's E; without any, with the router."""
-        before = [expert() for expert in self._experts]
-        if len(before) == len(experts) and all(map(is_, before, experts)):
-            return
-        self._experts = [weakref.ref(expert) for expert in experts]
-        groups = _expert_groups(experts, self._shared) if experts else []
-        self._program = Program(self._attention + groups)
+    def _attention_groups(self, block: Block) -> list[Group]:
+        """Return the steps up to the router."""
+        shared, attention = self._shared, block.attention
+        norm, moe_norm, x, normed = block.attention_norm, block.moe_norm, shared.x, shared.normed
+        round_x, project = _packed(attention.qkv_proj).steps(normed, shared.qkv)
+        store, attend, merge = self._in_cache
+        round_attended, project_out = _packed(attention.o_proj).steps(shared.attended, shared.added)
+        return [
+            Group(after=[rows.rms_norm_step(x, norm.weight, norm.eps, normed), round_x]),
+            Group([project], after=[shared.rotate, store]),
+            Group([attend]),
+            Group([merge], after=[round_attended]),
+            Group(
+                [project_out],
+                after=[
+                    rows.add_step(x, shared.added, x),
+                    rows.rms_norm_step(x, moe_norm.weight, moe_norm.eps, normed),
+                    router.route_step(normed, block.moe.gate, self._selected, shared.weights),
+                ],
+            ),
+        ]
 
-
-def _attention_groups(block: Block, shared: _Shared) -> list[Group]:
-    """Return the steps up to the router."""
-    attention, norm, moe_norm = block.attention, block.attention_norm, block.moe_norm
-    x, normed = shared.x, shared.normed
-    round_x, project = _packed(attention.qkv_proj).steps(normed, shared.qkv)
-    store, attend, merge = shared.in_cache
-    round_attended, project_out = _packed(attention.o_proj).steps(shared.attended, shared.added)
-    return [
-        Group(after=[rows.rms_norm_step(x, norm.weight, norm.eps, normed), round_x]),
-        Group([project], after=[shared.rotate, store]),
-        Group([attend]),
-        Group([merge], after=[round_attended]),
-        Group(
-            [project_out],
-            after=[
-                rows.add_step(x, shared.added, x),
-                rows.rms_norm_step(x, moe_norm.weight, moe_norm.eps, normed),
-                router.route_step(normed, block.moe.gate, shared.selected, shared.weights),
-            ],
-        ),
-    ]
-
-
-def _expert_groups(experts: Sequence[Expert], shared: _Shared) -> list[Group]:
-    """Return the steps of the K experts that are selected, whose addresses are looked up."""
-    outputs = shared.outputs[0]  # [K, D]
-    up, down = _packed(experts[0].w13), _packed(experts[0].w2)
-    w13 = [up.steps(shared.normed, out) for out in torch.split(shared.gate_up, 1)]
-    w2 = [
-        down.steps(x, out)
-        for x, out in zip(torch.split(shared.gated, 1), torch.split(outputs, 1), strict=True)
-    ]
-    table = [(*_packed(expert.w13).addresses, *_packed(expert.w2).addresses) for expert in experts]
-    targets = [
-        [product.address(name) for _, product in pair for name in ("codes", "absmax")]
-        for pair in zip(w13, w2, strict=True)
-    ]
-    look_up = router.look_up_step(shared.selected, torch.tensor(table), torch.tensor(targets))
-    return [
-        Group(after=[look_up, *(round_x for round_x, _ in w13)]),
-        Group([product for _, product in w13]),
-        Group([rows.swiglu_step(shared.gate_up, shared.gated)]),
-        Group([round_x for round_x, _ in w2]),
-        Group(
-            [product for _, product in w2],
-            after=[
-                rows.weighted_sum_step(shared.outputs, shared.weights, shared.added),
-                rows.add_step(shared.x, shared.added, shared.x),
-            ],
-        ),
-    ]
+    def _expert_groups(self, experts: Sequence[Expert]) -> list[Group]:
+        """Return the steps of the K experts that are selected, whose addresses are looked up."""
+        shared = self._shared
+        up, down = _packed(experts[0].w13), _packed(experts[0].w2)
+        w13 = [up.steps(shared.normed, out) for out in torch.split(shared.gate_up, 1)]
+        w2 = [
+            down.steps(x, out)
+            for x, out in zip(
+                torch.split(shared.gated, 1), torch.split(shared.outputs[0], 1), strict=True
+            )
+        ]
+        table = [(*_packed(one.w13).addresses, *_packed(one.w2).addresses) for one in experts]
+        targets = [
+            [product.address(name) for _, product in pair for name in ("codes", "absmax")]
+            for pair in zip(w13, w2, strict=True)
+        ]
+        look_up = router.look_up_step(self._selected, torch.tensor(table), torch.tensor(targets))
+        return [
+            Group(after=[look_up, *(round_x for round_x, _ in w13)]),
+            Group([product for _, product in w13]),
+            Group([rows.swiglu_step(shared.gate_up, shared.gated)]),
+            Group([round_x for round_x, _ in w2]),
+            Group(
+                [product for _, product in w2],
+                after=[
+                    rows.weighted_sum_step(shared.outputs, shared.weights, shared.added),
+                    rows.add_step(shared.x, shared.added, shared.x),
+                ],
+            ),
+        ]
 
 
 def _packed(matrix: Linear) -> PackedLinear:

@@ -20,6 +20,8 @@ from mixchat.weights.matrix.linear import Linear
 
 LAST = slice(-1, None)
 
+AfterLayer = Callable[[int], object]
+
 
 class TokensBefore(Protocol):
     """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
@@ -95,11 +97,14 @@ class Block:
 class LayersForOneToken(Protocol):
     """Another way to compute the blocks for the next token of a cache, with the same bits."""
 
-    def begin(self, x: torch.Tensor, before: TokensBefore) -> bool:
-        """Start with the token's row [1, D], its embedding; return False where it cannot do it."""
+    def run(
+        self, x: torch.Tensor, before: TokensBefore, after_layer: AfterLayer
+    ) -> torch.Tensor | None:
+        """Map the token's row [1, D] to the one after all layers, which the next call overwrites.
 
-    def run(self, layer: int) -> torch.Tensor:
-        """Compute a layer, and return the row [1, D], which the next layer overwrites."""
+        `after_layer` is called with the number of a layer, though not after each. Returns None
+        where it cannot be done for this cache.
+        """
 
 
 class Model:
@@ -138,21 +143,27 @@ class Model:
         *,
         exact: bool = False,
         logits_of: slice | list[int] = LAST,
-        after_layer: Callable[[int], object] = lambda layer: None,
+        after_layer: AfterLayer = lambda layer: None,
     ) -> torch.Tensor:
         """Return the logits [n, V] of the last token, or of others; the ids [T] join the cache.
 
         The cache must have room for them: P + T <= capacity. With `exact` each token has the bits
         that it has in a call of its own, where all matrices can be computed so (see `Linear`).
-        `after_layer` is called after each layer with its number.
+        `after_layer` is called after layers with their number.
         """
         x = functional.embedding(ids, self._embedding)  # [T, D]
-        decoder = self._decoder if ids.shape[0] == 1 else None
-        if decoder is not None and not decoder.begin(x, before):
-            decoder = None
-        for layer, block in enumerate(self.blocks):
-            x = block(x, before, exact=exact) if decoder is None else decoder.run(layer)
-            after_layer(layer)
+        decoded = None
+        if self._decoder is not None and ids.shape[0] == 1:
+            decoded = self._decoder.run(x, before, after_layer)
+        x = self._through_blocks(x, before, exact, after_layer) if decoded is None else decoded
         logits = self._head(self._norm(x[logits_of]), exact=exact)
         before.advance(ids.shape[0])  # last: an interrupted pass leaves the cache as it was
         return logits
+
+    def _through_blocks(
+        self, x: torch.Tensor, before: TokensBefore, exact: bool, after_layer: AfterLayer
+    ) -> torch.Tensor:
+        for layer, block in enumerate(self.blocks):
+            x = block(x, before, exact=exact)
+            after_layer(layer)
+        return x

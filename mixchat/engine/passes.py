@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,11 @@ import torch
 from mixchat import interrupts
 from mixchat.engine.cache_batch import CacheBatch
 from mixchat.engine.held_tokens import HeldTokens
-from mixchat.engine.model import LAST, Model, TokensBefore
+from mixchat.engine.model import LAST, AfterLayer, Model, TokensBefore
 from mixchat.errors import CheckpointError
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 from mixchat.progress import Note
-
-AfterLayer = Callable[[int], object]
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,7 @@ def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
     """Write `multiply`: an item of work is `_STREAMS` runs of bands and one chunk of tokens."""
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
-    rows, tokens, chunk, run = (
-        given.number(name) for name in ("rows", "tokens", "chunk", "run")
-    )
+    rows, tokens, chunk, run = (given.number(name) for name in ("rows", "tokens", "chunk", "run"))
     bands, size = rows // BAND, run * _STREAMS
     groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk

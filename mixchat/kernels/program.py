@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from llvmlite import ir
@@ -43,6 +43,10 @@ class Step:
         """Run it now, and wait for it."""
         self.function.run(self.numbers, self.threads or torch.get_num_threads())
         self.numbers[0] = 0
+
+    def copy(self) -> Step:
+        """Return the same step with arguments of its own, for the same tensors."""
+        return replace(self, numbers=type(self.numbers).from_buffer_copy(self.numbers))
 
     def set(self, **given: int) -> None:
         """Replace some arguments."""

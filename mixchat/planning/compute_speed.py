@@ -159,11 +159,8 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
     @torch.inference_mode()
     def compute() -> None:
         block, decoder = next(turns)
-        if decoder is None:
+        if decoder is None or decoder.run(x, cache, lambda layer: None) is None:
             block(x, cache)
-        else:
-            decoder.begin(x, cache)
-            decoder.run(0)
 
     return compute
 

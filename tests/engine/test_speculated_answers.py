@@ -176,7 +176,7 @@ def test_whatever_is_proposed_answers_are_those_without_it(
 ) -> None:
     """Proposals of all lengths are right up to any token."""
     speculating, plain = pair(kind)
-    for seed, sampling in itertools.product(range(4), (GREEDY, SamplingOptions(1.0, seed=3))):
+    for seed, sampling in itertools.product(range(4), (GREEDY, SamplingOptions(1.0, seed=4))):
         prompt = prompt_of(seed)
         expected = answer(plain, prompt, sampling)
         monkeypatch.setattr(Proposals, "propose", partly_right([*prompt, *expected], seed))
