@@ -26,7 +26,6 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
 COLD_PROMPT = 12  # tokens
-_GREEDY = SamplingOptions(temperature=0)
 _WARM = 2  # tokens whose time is not taken
 _SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
 
@@ -163,7 +162,7 @@ class Bench:
 
     def _rate(self, prompt: list[int], tokens: int) -> float:
         """Return tokens a second, behind the prompt and a few that are not counted."""
-        made = self.engine.generate(prompt, sampling=_GREEDY, stop_ids=set())
+        made = self.engine.generate(prompt, sampling=SamplingOptions(seed=0), stop_ids=set())
         warm = list(islice(made, 1 + (_WARM if tokens else 0)))
         start = time.perf_counter()
         count = len(list(islice(made, tokens)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -65,10 +64,12 @@ class Peer:
         self._output.close()
 
     def decode(self, context: int, tokens: int) -> float:
-        """Return tokens a second behind `context` tokens, which are computed before."""
-        prompt = [context] if context else []
-        seconds = self._run([*prompt, *[1] * (tokens + _WARM)])
-        return tokens / sum(seconds[len(prompt) + _WARM :])
+        """Return tokens a second behind `context` tokens.
+
+        They are computed before, unless the last call was behind as many.
+        """
+        seconds = self._ask(f"{context}: {'1 ' * (tokens + _WARM)}")[_WARM:]
+        return tokens / sum(seconds)
 
     def decode_together(self, sequences: int, tokens: int) -> float:
         """Return tokens a second of so many sequences, each with so many tokens."""
@@ -77,10 +78,7 @@ class Peer:
 
     def prefill(self, tokens: int) -> float:
         """Return tokens a second of a prompt of this length."""
-        return tokens / self._run([tokens])[0]
-
-    def _run(self, counts: Sequence[int]) -> list[float]:
-        return self._ask(" ".join(map(str, counts)))
+        return tokens / self._ask(f"0: {tokens}")[0]
 
     def _ask(self, line: str) -> list[float]:
         assert self._process.stdin is not None

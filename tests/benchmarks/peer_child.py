@@ -110,7 +110,7 @@ def _q4_0(random: np.random.Generator, shape: tuple[int, ...], scale: float) -> 
 
 
 class Llama:
-    """A model in llama.cpp, with a context that is cleared for each measurement.
+    """A model in llama.cpp, with a context that is cut back for each measurement.
 
     `repack`: the weights are copied into the order that its kernels like best, which takes all of
     them in memory; without, they stay in the mapped file, as they must where it is larger.
@@ -130,11 +130,16 @@ class Llama:
         params.n_threads = params.n_threads_batch = os.cpu_count() or 2
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._random = np.random.default_rng(1)
+        self._held = 0
 
-    def begin(self) -> None:
-        """Forget all tokens."""
+    def begin(self, context: int) -> None:
+        """Hold so many random tokens, those that are there first: computing them takes minutes."""
         llama = self._llama
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        memory = llama.llama_get_memory(self._context)
+        if self._held < context or not llama.llama_memory_seq_rm(memory, 0, context, -1):
+            llama.llama_memory_clear(memory, True)
+            self.run(context)
+        self._held = context
 
     def run(self, count: int) -> float:
         """Seconds for so many random tokens behind those that are there."""
@@ -178,20 +183,22 @@ def bench(path: Path, prompt: int, tokens: int) -> None:
 
 
 def serve(path: Path, context: int) -> None:
-    """Measure what the lines of standard input ask for: "COUNT COUNT ..." are the tokens of one
-    pass each, from an empty context; "NxPASSES" are passes of one token each of N sequences.
-    Prints the seconds of each pass in a line."""
+    """Measure what the lines of standard input ask for: "CONTEXT: COUNT COUNT ..." are the tokens
+    of one pass each, behind so many; "NxPASSES" are passes of one token each of N sequences. Prints
+    the seconds of each pass in a line."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # llama.cpp may print
     model = Llama(path, context, repack=True)
     print("ready", file=output)
     for line in sys.stdin:
-        model.begin()
         if "x" in line:
+            model.begin(0)
             sequences, passes = map(int, line.split("x"))
             seconds = [model.run_together(sequences, n) for n in range(passes)]
         else:
-            seconds = [model.run(int(count)) for count in line.split()]
+            context, counts = line.split(":")
+            model.begin(int(context))
+            seconds = [model.run(int(count)) for count in counts.split()]
         print(*seconds, file=output)
 
 

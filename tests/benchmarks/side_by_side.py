@@ -6,7 +6,9 @@
 
 FILE is the same model for llama.cpp; of a synthetic model it is written, in its format FORMAT.
 PYTHON has llama-cpp-python and gguf (see `peer_child.py`). What else the machine does then slows
-both alike. A ratio is that of one round; what is shown is the median of all rounds.
+both alike. A ratio is that of one round; what is shown is the median of all rounds, and the range.
+llama.cpp computes a context before it decodes behind it, which takes minutes: with one --context
+and no --prompt (`--prompt 0`) only once.
 """
 
 from __future__ import annotations
@@ -42,10 +44,7 @@ class SideBySide:
     def run(self) -> Iterator[None]:
         """Measure round by round; yields after each task."""
         for number, task in enumerate(self.bench.run()):
-            rates = self.rates[number % len(self.rates)]
-            # It computes a context first, which takes minutes: once has to do.
-            if not (rates and task.kind == "decode" and task.length):
-                rates.append(self._measure(task))
+            self.rates[number % len(self.rates)].append(self._measure(task))
             yield
 
     def _measure(self, task: BenchTask) -> float:
@@ -59,7 +58,7 @@ class SideBySide:
 
         found = bench_as_dict(self.bench)
         for task, ours, theirs in zip(found["tasks"], self.bench.tasks, self.rates, strict=True):
-            task |= {"llama.cpp": theirs, "to_peer": ratio(ours.rates, theirs)}
+            task |= {"llama.cpp": theirs, "to_peer": median(ratios(ours.rates, theirs))}
         return found
 
     def as_text(self) -> str:
@@ -67,11 +66,13 @@ class SideBySide:
         from mixchat.cli.output.bench_text import bench_heading, task_table
         from mixchat.cli.output.table import aligned
 
-        more = [("LLAMA.CPP", "TIMES")]
+        more = [("LLAMA.CPP", "TIMES", "MIN - MAX")]
         for task, rates in zip(self.bench.tasks, self.rates, strict=True):
-            more.append((f"{median(rates):.1f}", f"{ratio(task.rates, rates):.2f}"))
+            times = ratios(task.rates, rates)
+            spread = f"{min(times):.2f} - {max(times):.2f}"
+            more.append((f"{median(rates):.1f}", f"{median(times):.2f}", spread))
         cells = zip(task_table(self.bench.tasks), more, strict=True)
-        return f"{bench_heading(self.bench)}\n\n{aligned([row + two for row, two in cells])}"
+        return f"{bench_heading(self.bench)}\n\n{aligned([row + others for row, others in cells])}"
 
     def picture(self) -> Any:
         """Draw what `mixchat bench --png` draws, with llama.cpp's bars."""
@@ -86,9 +87,9 @@ class SideBySide:
         )
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return how many times as fast mixchat is: the median over rounds in which both ran."""
-    return median(mine / other for mine, other in zip(ours, theirs, strict=False))
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return how many times as fast mixchat is, in each round."""
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mixchat.planning.torch_threads import choose_threads
 
     png = checked_picture(given.png)
-    contexts, prompts = given.context or (0,), given.prompt or (512,)
+    contexts, prompts = given.context or (0,), [n for n in given.prompt or (512,) if n]
     options = BenchOptions(contexts, prompts, given.tokens, given.rounds)
     load = LoadOptions(
         given.host_memory and MemoryBudget.parse(given.host_memory),

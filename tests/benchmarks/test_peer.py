@@ -26,7 +26,8 @@ ECHO = """
 import sys
 print("ready", flush=True)
 for line in sys.stdin:
-    print(*(0.5 * int(count) for count in line.split()), flush=True)
+    context, counts = line.split(":")
+    print(*(0.5 * int(count) + int(context) for count in counts.split()), flush=True)
 """
 
 
@@ -34,7 +35,7 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path: Path) -> None:
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
         assert running.prefill(64) == pytest.approx(2.0)
         assert running.decode(0, 10) == pytest.approx(2.0)
-        assert running.decode(50, 10) == pytest.approx(2.0)  # without the context's 25 seconds
+        assert running.decode(50, 10) == pytest.approx(1 / 50.5)
 
 
 def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
