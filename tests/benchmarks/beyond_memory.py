@@ -11,8 +11,9 @@ one after the other, in rounds, so that what else the machine does strikes all a
 
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth, measured right after, and of computing it at the speeds that the round's calibration
-found. The prediction is what `mixchat plan` makes of that calibration. --peer runs
-`peer_child.py bench` with that Python.
+found. The prediction is what `mixchat plan` makes of that calibration; another one is made with the
+disk's bandwidth as it was right after, because some disks are twice as fast in one minute as in the
+next. --peer runs `peer_child.py bench` with that Python.
 
 Random weights make routers that choose evenly, and hidden states that change little from layer to
 layer, so that predictions are right more often than with real weights; `--depth 0` makes none.
@@ -29,11 +30,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from mixchat import machine
 from mixchat.engine.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from mixchat.planning.calibration import Measurement
 
 GIB = 2**30
 PEER = Path(__file__).with_name("peer_child.py")
@@ -107,7 +113,8 @@ def described(figures: dict[str, float]) -> str:
     limit = 1 / max(reading, figures["computing"])
     parts = (
         f"{figures['slots']} slots, {figures['rate']:.2f} tok/s (median {figures['median']:.2f})",
-        f"predicted {figures['predicted_low']:.2f} to {figures['predicted_high']:.2f}",
+        f"predicted {figures['predicted_low']:.2f} to {figures['predicted_high']:.2f}, "
+        f"with the disk as it was then {figures['predicted_after']:.2f}",
         f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
         f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
         f"{figures['bytes'] / 1e9:.2f} GB at {figures['disk'] / 1e9:.2f} GB/s",
@@ -161,6 +168,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     assert saved is not None
     expected = expect(blueprint, CPU, saved, placement)
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
+    assert disk is not None
+    after = expect(blueprint, CPU, with_disk(saved, disk.idle), placement)
     return {
         "slots": engine.experts.slots,
         "rate": len(seconds) / total,
@@ -173,12 +182,23 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "depth": engine.passes.model.blocks[0].moe.runner._prefetch.trial.variant,
         "first": first,
         "first_bytes": first_bytes,
-        "disk": disk.idle if disk else 0.0,
+        "disk": disk.idle,
         "predicted_low": expected.speed.low,
         "predicted_high": expected.speed.high,
+        "predicted_after": after.tokens_per_second,
         "computing": expected.cost.computing,
         "expected_hit_rate": expected.hit_rate,
     }
+
+
+def with_disk(measured: Measurement, bandwidth: float) -> Measurement:
+    """Return the measurement as it would be with a disk that reads so many bytes a second."""
+    typical = measured.typical
+    assert typical.disk_bandwidth is not None
+    assert typical.disk_bandwidth_idle is not None
+    busy = typical.disk_bandwidth * bandwidth / typical.disk_bandwidth_idle
+    sample = replace(typical, disk_bandwidth=busy, disk_bandwidth_idle=bandwidth)
+    return replace(measured, samples=(sample,))
 
 
 def calibrate(model: Path) -> None:
