@@ -106,9 +106,7 @@ class CachedExperts:
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Note that these experts of a layer were computed out of their slots."""
-        self._fetcher.settle(keys[0].layer, keys)
-        for key in keys:
-            self._fetcher.ready(key)
+        self._fetcher.count_hits(keys[0].layer, keys)
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Let the first of these experts be on their way; `compute_next` computes them."""

@@ -138,6 +138,13 @@ class Fetcher:
         assert slot is not None, key
         return self._store.expert(slot)
 
+    def count_hits(self, layer: int, keys: Collection[ExpertKey]) -> None:
+        """Count uses of a layer's experts out of their slots; they may have lost these since."""
+        self._passes.enter(layer)
+        for key in keys:
+            self.stats.hits[key] += 1
+            self._cache.lookup(key)
+
     def ready(self, key: ExpertKey) -> Expert:
         """Return the expert once it is in its slot. Raises what bringing it raised."""
         transfer = self._coming.get(key)

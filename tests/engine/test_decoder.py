@@ -13,6 +13,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.passes import Part
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
+from mixchat.kernels.program import Program
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.quantities import MemoryBudget
@@ -125,6 +126,28 @@ def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(
             fetcher.resize(3)
         if len(ids) % 7 == 2:
             fetcher.resize(total)
+    assert ids == expected[0]
+
+
+def test_experts_may_be_evicted_as_soon_as_a_program_has_used_them(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other programs may take memory while a token is computed, before its hits are counted."""
+    engine = load(models("nf4"))
+    expected = written(engine)
+    fetcher = engine.experts._devices[0]._fetcher  # type: ignore[attr-defined]
+    run, total = Program.run, fetcher.slots
+
+    def run_and_evict(program: Program) -> None:
+        run(program)
+        fetcher.resize(2)
+
+    ids: list[int] = []
+    engine.forget()
+    for token in engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=TOKENS):
+        ids.append(token)
+        monkeypatch.setattr(Program, "run", run_and_evict if len(ids) % 5 == 0 else run)
+        fetcher.resize(total)
     assert ids == expected[0]
 
 
