@@ -35,6 +35,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], cache: PagedKVCache) -> None:
         self._cache, self._rope = cache, blocks[0].attention.rope
+        self._runner = blocks[0].moe.runner
         self._shared = _Shared(config, blocks[0].attention_norm.weight.dtype, cache)
         self._layers = [_Layer(layer, block, self._shared) for layer, block in enumerate(blocks)]
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
@@ -56,24 +57,20 @@ class Decoder:
 
     def _run_from(self, start: int) -> int:
         """Compute layers up to the first whose experts have to be brought; return its end."""
-        layers = self._layers[start : self._end(start)]
+        # It keeps the memory of these experts until the program has ended.
+        resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
+        layers = self._layers[start : start + len(resident) + 1]
         end = start + len(layers)
+        used = zip(layers, [*resident, ()], strict=False)  # the last layer may have none
+        if any([layer.use(experts) for layer, experts in used]):  # a list: each has to be told
+            self._programs.clear()
         if (start, end) not in self._programs:
-            self._programs[start, end] = Program(
-                [part for layer in layers for part in layer.groups]
-            )
+            groups = [group for layer in layers for group in layer.groups]
+            self._programs[start, end] = Program(groups)
         self._programs[start, end].run()
         for layer in layers:
             layer.finish()
         return end
-
-    def _end(self, start: int) -> int:
-        for number, layer in enumerate(self._layers[start:], start):
-            if layer.look_for_experts():
-                self._programs.clear()
-            if not layer.has_experts:
-                return number + 1
-        return len(self._layers)
 
 
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
@@ -118,7 +115,7 @@ class _Layer:
 
     def __init__(self, layer: int, block: Block, shared: _Shared) -> None:
         self._layer, self._shared, self._runner = layer, shared, block.moe.runner
-        self._keys = [ExpertKey(layer, expert) for expert in range(block.moe.gate.shape[0])]
+        self.keys = [ExpertKey(layer, expert) for expert in range(block.moe.gate.shape[0])]
         store, attend, merge = shared.in_cache
         self._in_cache = store.copy(), attend.copy(), merge.copy()
         self._selected = torch.empty(1, shared.weights.shape[1], dtype=torch.int64)
@@ -127,18 +124,15 @@ class _Layer:
         self._experts: Sequence[weakref.ref[Expert]] = ()
         self.groups = self._attention
 
-    @property
-    def has_experts(self) -> bool:
-        """Return whether the groups end with the experts, and not with the router."""
-        return bool(self._experts)
-
     def set_place(self, cache: PagedKVCache) -> None:
         """Let the groups compute the next token of a cache."""
         cache.set_place(self._in_cache, self._layer)
 
-    def look_for_experts(self) -> bool:
-        """Take the experts into the groups if all are in memory; return whether that is new."""
-        experts = self._runner.resident(self._keys)
+    def use(self, experts: Sequence[Expert]) -> bool:
+        """Let the groups end with these experts, the layer's E; without any, with the router.
+
+        Returns False where they do already.
+        """
         before = [expert() for expert in self._experts]
         if len(before) == len(experts) and all(map(is_, before, experts)):
             return False
@@ -151,7 +145,7 @@ class _Layer:
         shared = self._shared
         if self._experts:
             chosen = self._selected[0].tolist()
-            self._runner.note_hits([self._keys[expert] for expert in chosen])
+            self._runner.note_hits([self.keys[expert] for expert in chosen])
             return
         # Copies, because a runner may hold on to what it is given.
         given = (tensor.clone() for tensor in (shared.normed, self._selected, shared.weights))

@@ -6,6 +6,7 @@ D = hidden_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import takewhile
 
 import torch
 
@@ -94,15 +95,16 @@ class CachedExperts:
         self._fetcher.request([key], beside)
         self._fetcher.ready(key)
 
-    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
-        """Return a layer's experts where all are in slots, and no slot is ever needed for others.
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+        """Return the experts of the first layers whose experts are all in slots.
 
-        Return none where the layer has to `begin` instead.
+        None where slots are needed for others. The next layer has to `begin` instead.
         """
         self._fetcher.follow_memory()
-        if not self._fetcher.has_room_for_all or not all(map(self._fetcher.holds, keys)):
+        if not self._fetcher.has_room_for_all:
             return ()
-        return [self._fetcher.expert(key) for key in keys]
+        whole = takewhile(lambda keys: all(map(self._fetcher.holds, keys)), layers)
+        return [[self._fetcher.expert(key) for key in keys] for keys in whole]
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Note that these experts of a layer were computed out of their slots."""

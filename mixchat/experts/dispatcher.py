@@ -110,9 +110,9 @@ class Dispatcher:
             worker.begin_turn()
         self._look_around()
 
-    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         alone = len(self._devices) == 1 and not self._workers
-        return self._devices[0].resident(keys) if alone else ()
+        return self._devices[0].resident(layers) if alone else ()
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
         self._devices[0].note_hits(keys)

@@ -37,15 +37,16 @@ class ExpertRunner(Protocol):
         on the others, as far as `Linear` can do that.
         """
 
-    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
-        """Return all experts of a layer, in order, if the model may compute them without `run`.
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+        """Return all experts of these layers, up to the first layer of which one is not there.
 
-        It may do so in one pass through the layer, and says then by `note_hits` which it used.
-        Return none where one is not there, or where room has to be made for others.
+        The model may compute them without `run`, once, and says then by `note_hits` which it used.
+        Returns none where room has to be made for others. Their memory is not given back as long
+        as the result lives.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Note that these experts, which `resident` has returned, were used."""
+        """Note that these experts of a layer, which `resident` has returned, were used."""
 
 
 class ExpertHolder(ExpertRunner, Protocol):

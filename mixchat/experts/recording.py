@@ -38,7 +38,7 @@ class RecordingRunner:
         self._record(layer, hidden_states, selected_experts)
         return result
 
-    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         """Return none: what is computed without `run` is not recorded."""
         return ()
 

@@ -180,7 +180,7 @@ class _NoExperts:
         selected_experts.tolist()  # as every runner has to: a GPU is waited for here
         return hidden_states
 
-    def resident(self, keys: Sequence[ExpertKey]) -> Sequence[Expert]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         return ()
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...

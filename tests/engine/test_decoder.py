@@ -129,18 +129,25 @@ def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(
     assert ids == expected[0]
 
 
-def test_experts_may_be_evicted_as_soon_as_a_program_has_used_them(
-    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("early", [False, True])
+def test_experts_may_be_evicted_while_a_program_runs(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, early: bool
 ) -> None:
-    """Other programs may take memory while a token is computed, before its hits are counted."""
+    """Other programs may take memory meanwhile; its hits are counted afterwards."""
     engine = load(models("nf4"))
     expected = written(engine)
     fetcher = engine.experts._devices[0]._fetcher  # type: ignore[attr-defined]
     run, total = Program.run, fetcher.slots
 
     def run_and_evict(program: Program) -> None:
+        if early:
+            fetcher.resize(2)
+            # What would come into memory that was given back.
+            others = [torch.full((1 << 14,), 255, dtype=torch.uint8) for _ in range(100)]
         run(program)
         fetcher.resize(2)
+        if early:
+            assert others
 
     ids: list[int] = []
     engine.forget()
