@@ -100,8 +100,7 @@ def _on_device(
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert, blueprint.computed_on(device).expert
-    reads_again = max(placement.slots, placement.host_slots) < placement.experts
-    disk = DiskSource(installed, choose=reads_again)
+    disk = DiskSource(installed, choose=not _stays_cached(installed, placement, device))
     behind = None
     if placement.host_slots:
         # What comes down from a device is only of use in the layout of the file.
@@ -119,6 +118,14 @@ def _on_device(
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
     host = None if behind is None or exact else _host_compute(installed, behind, device, note)
     return CachedExperts(fetcher, device, host)
+
+
+def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
+    """Return whether each expert is read once, and the next start finds it in the page cache."""
+    held = placement.slots if device == CPU else placement.host_slots
+    room = machine.free_memory() // installed.blueprint.expert.stride - held
+    reads_once = max(placement.slots, placement.host_slots) >= placement.experts
+    return reads_once and room >= placement.experts
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:

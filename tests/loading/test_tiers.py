@@ -17,6 +17,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.placement import Placement
 from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
@@ -119,6 +120,25 @@ def test_nor_does_it_with_experts_in_3_bits(
         options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
         engine = load_engine(model, options)
         assert [text(engine), text(engine, SHORT)] == expected
+
+
+@pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])
+def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_next_start(
+    tiny_model: Path,
+    expert_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int,
+    free: int,
+    past: bool,
+) -> None:
+    """Through it, a model that just fit into memory was read at a third of the disk's speed."""
+    asked: list[bool] = []
+    monkeypatch.setattr(InstalledModel, "open_direct", lambda _: asked.append(True))
+    monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
+    with InstalledModel(tiny_model) as installed:
+        placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
+        tiers.build_experts(installed, placement, devices, "lru", print)
+    assert asked == [True] * past
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
