@@ -93,9 +93,8 @@ def log_probabilities(
     logits: [V]. Among equals, the smaller token comes first.
     """
     values = logits.float().log_softmax(0)
-    order = values.sort(descending=True, stable=True)
-    best = zip(order.indices[:top].tolist(), order.values[:top].tolist(), strict=True)
-    return float(values[token]), tuple(best)
+    best = _best(values, min(top, len(values)))
+    return float(values[token]), tuple(zip(best.tolist(), values[best].tolist(), strict=True))
 
 
 def raised(logits: torch.Tensor, amounts: Sequence[tuple[int, float]]) -> torch.Tensor:
@@ -163,6 +162,8 @@ def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
 
     Those of logits that are -inf are left out.
     """
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
     least = scaled.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)
     ids = (scaled >= least).nonzero()[:, 0]
     return ids[scaled[ids].sort(descending=True, stable=True).indices[:count]]

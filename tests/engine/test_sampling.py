@@ -12,7 +12,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mixchat.engine.sampling import Sampler, filtered_probabilities, penalize, raised
+from mixchat.engine.sampling import (
+    Sampler,
+    filtered_probabilities,
+    log_probabilities,
+    penalize,
+    raised,
+)
 from mixchat.options import SamplingOptions
 
 
@@ -43,6 +49,38 @@ def test_filters_equal_those_of_transformers(
         logits, SamplingOptions(temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     )
     torch.testing.assert_close(ours, scores[0].softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1), st.data())
+def test_the_best_tokens_come_first_and_of_equal_ones_the_smaller_id(
+    whole: list[int], data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(0, len(whole)))
+    ordered = sorted(range(len(whole)), key=lambda token: (-whole[token], token))
+    values = torch.tensor(whole).float().log_softmax(0)
+    _, best = log_probabilities(torch.tensor(whole).float(), 0, count)
+    assert best == tuple((token, float(values[token])) for token in ordered[:count])
+
+
+def test_tokens_that_a_form_forbids_are_not_among_the_best() -> None:
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 2.0])
+    assert [token for token, _ in log_probabilities(logits, 1, 4)[1]] == [3, 1]
+    kept = filtered_probabilities(logits, SamplingOptions(1.0, top_k=3))
+    torch.testing.assert_close(kept, logits.softmax(0))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_top_p_takes_as_many_tokens_as_it_needs(share: float) -> None:
+    """Here all are equally likely: of 5,000, that is more than are looked at first."""
+    kept = filtered_probabilities(torch.zeros(5000), SamplingOptions(1.0, top_p=share))
+    assert abs(int((kept > 0).sum()) - 5000 * share) <= 1
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.full((50,), -torch.inf)
+    logits[[7, 30]] = 0.0
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=0))
+    assert {sampler.sample(logits, []) for _ in range(200)} == {7, 30}
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.lists(st.integers(0, 49), max_size=70))
