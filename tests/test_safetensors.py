@@ -113,6 +113,47 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path:
             file.read("a")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("numbers", [[2], [5, 0, 5, 1, 0], list(range(6))])
+def test_rows_are_read_once_each_in_the_order_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, numbers: list[int]
+) -> None:
+    matrix, reads, preadv = torch.randn(6, 8).to(dtype), list[int](), os.preadv
+    write(tmp_path / "x", {"before": torch.zeros(3), "x": matrix, "behind": torch.zeros(3)})
+
+    def spy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append(offset)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", spy)
+    with SafetensorsFile(tmp_path / "x") as file:
+        rows = file.read_rows("x", torch.tensor(numbers))
+        first, size = file.header.start("x"), 8 * dtype.itemsize
+    assert rows.dtype == dtype
+    assert torch.equal(rows, matrix[numbers])
+    assert reads == [first + row * size for row in sorted(set(numbers))]
+
+
+def test_a_row_that_is_missing_is_not_read_from_another_tensor(tmp_path: Path) -> None:
+    write(tmp_path / "x", {"before": torch.zeros(9), "x": torch.ones(2, 3), "y": torch.zeros(9)})
+    with SafetensorsFile(tmp_path / "x") as file:
+        for row in (-1, 2):
+            with pytest.raises(AssertionError):
+                file.read_rows("x", torch.tensor([1, row]))
+
+
+def test_rows_of_a_file_that_was_cut_short_or_closed_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "x", {"x": torch.ones(4, 8)})
+    with SafetensorsFile(tmp_path / "x") as file:
+        os.truncate(tmp_path / "x", file.header.start("x") + 2 * 32)
+        assert file.read_rows("x", torch.tensor([1, 0])).shape == (2, 8)
+        with pytest.raises(CheckpointError, match="cut short"):
+            file.read_rows("x", torch.tensor([1, 2]))
+        file.close()
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            file.read_rows("x", torch.tensor([1, 0]))
+
+
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
