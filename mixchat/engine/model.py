@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
@@ -21,6 +20,7 @@ from mixchat.weights.matrix.linear import Linear
 LAST = slice(-1, None)
 
 AfterLayer = Callable[[int], object]
+Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, to rows [T, D]
 
 
 class TokensBefore(Protocol):
@@ -113,7 +113,7 @@ class Model:
     def __init__(
         self,
         config: ModelConfig,
-        embedding: torch.Tensor,
+        embedding: Embedding,
         blocks: Sequence[Block],
         norm: RMSNorm,
         head: Linear,
@@ -124,13 +124,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the ids and of the logits."""
-        return self._embedding.device
+        """Return the device of the hidden states and of the logits."""
+        return self._norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the type of the hidden states."""
-        return self._embedding.dtype
+        return self._norm.weight.dtype
 
     def decode_by(self, decoder: LayersForOneToken | None) -> None:
         """Let a decoder compute the blocks for each single token."""
@@ -147,11 +147,11 @@ class Model:
     ) -> torch.Tensor:
         """Return the logits [n, V] of the last token, or of others; the ids [T] join the cache.
 
-        The cache must have room for them: P + T <= capacity. With `exact` each token has the bits
-        that it has in a call of its own, where all matrices can be computed so (see `Linear`).
-        `after_layer` is called after layers with their number.
+        The ids are on the CPU. The cache must have room for them: P + T <= capacity. With `exact`
+        each token has the bits that it has in a call of its own, where all matrices can be computed
+        so (see `Linear`). `after_layer` is called after layers with their number.
         """
-        x = functional.embedding(ids, self._embedding)  # [T, D]
+        x = self._embedding(ids)  # [T, D]
         decoded = None
         if self._decoder is not None and ids.shape[0] == 1:
             decoded = self._decoder.run(x, before, after_layer)

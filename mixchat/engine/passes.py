@@ -68,7 +68,7 @@ class ForwardPasses:
 
         def compute() -> torch.Tensor:
             return self.model.forward(
-                torch.tensor(ids).to(device, non_blocking=True),
+                torch.tensor(ids),
                 _before(parts, device),
                 exact=exact,
                 logits_of=_wanted(parts),

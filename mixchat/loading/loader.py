@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from mixchat import gpu
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
-from mixchat.engine.model import Attention, Block, Model, RMSNorm
+from mixchat.engine.model import Attention, Block, Embedding, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
@@ -230,10 +231,20 @@ def _build_model(
             SparseMoE(layer, gate, config.num_experts_per_tok, runner),
         )
 
-    embedding = installed.tensor(stored.embedding).to(device)
-    head: Linear = DenseLinear(embedding)
-    if stored.head is not None and used.head is not None:
-        head = installed.linear(stored.head, used.head, device)
+    embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(installed.tensor(stored.norm).to(device), config.rms_norm_eps)
     blocks = [block(layer) for layer in range(config.num_hidden_layers)]
     return Model(config, embedding, blocks, norm, head)
+
+
+def _embedding_and_head(
+    installed: InstalledModel, used: Blueprint, device: torch.device
+) -> tuple[Embedding, Linear]:
+    """Return the embedding, whose table is in memory only where it is the head, and the head."""
+    stored = installed.blueprint
+    if stored.head is None or used.head is None:
+        table = installed.tensor(stored.embedding).to(device)
+        head: Linear = DenseLinear(table)
+        return lambda ids: functional.embedding(ids.to(device, non_blocking=True), table), head
+    head = installed.linear(stored.head, used.head, device)
+    return lambda ids: installed.rows(stored.embedding, ids).to(device, non_blocking=True), head

@@ -179,14 +179,19 @@ def installed(checkpoint: Path, target: Path, options: QuantizeOptions) -> Bluep
     return blueprint
 
 
+def shared_bytes(blueprint: Blueprint) -> int:
+    """The bytes of all but the experts, in files."""
+    return sum(spec.nbytes for spec in blueprint.shared_tensors())
+
+
 def sized(name: str, blueprint: Blueprint, logits: Logits) -> Variant:
     """A variant with the bits of a weight of the whole model, and of its parts."""
     config = blueprint.config
     how = replace(blueprint.quantization, quant_type="none", attention="none", head="none")
-    weights = Blueprint(config, how).shared_size / 2
+    weights = shared_bytes(Blueprint(config, how)) / 2
     expert = 3 * config.hidden_size * config.intermediate_size
     experts = expert * blueprint.expert_count
-    nbytes = blueprint.shared_size + blueprint.expert.nbytes * blueprint.expert_count
+    nbytes = shared_bytes(blueprint) + blueprint.expert.nbytes * blueprint.expert_count
     qkv = blueprint.qkv(0)
     of_qkv = sum(spec.nbytes for spec in qkv.tensors) / (qkv.rows * qkv.columns)
     return Variant(

@@ -104,11 +104,8 @@ def demand_of(case: Case, kv_bits: Any = None) -> Demand:
 def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of a prompt's tokens, and of five decoded after them: [25, V]."""
     with torch.inference_mode():
-        device = engine.passes.model.device
         found = [
-            engine.passes.model.forward(
-                torch.tensor(ids, device=device), engine.held()[1], logits_of=slice(None)
-            )
+            engine.passes.model.forward(torch.tensor(ids), engine.held()[1], logits_of=slice(None))
             for ids in (PROMPT, [33], [60], [2], [95], [8])
         ]
         return torch.cat(found).float().cpu()

@@ -101,7 +101,7 @@ def test_a_gpu_gives_what_the_cpu_gives(
         if device == "cpu":
             monkeypatch.undo()
         engine = load_engine(installed, LoadOptions(MemoryBudget(fraction=0.5), device=device))
-        ids = torch.arange(5, 45, device=device)
+        ids = torch.arange(5, 45)
         with torch.inference_mode():
             result = engine.passes.model.forward(ids, engine.held()[1], logits_of=slice(None))
         results.append(result.float().cpu())

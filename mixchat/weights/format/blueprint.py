@@ -219,8 +219,12 @@ class Blueprint:
 
     @property
     def shared_size(self) -> int:
-        """Return the bytes of all shared tensors."""
-        return sum(spec.nbytes for spec in self.shared_tensors())
+        """Return the bytes of the shared tensors that are held in memory.
+
+        The embedding is not where it is not the head: a token needs one row of it.
+        """
+        size = sum(spec.nbytes for spec in self.shared_tensors())
+        return size if self.head is None else size - self.embedding.nbytes
 
     @property
     def expert_count(self) -> int:

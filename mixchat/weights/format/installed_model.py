@@ -83,6 +83,10 @@ class InstalledModel:
         """Read a shared tensor; it is on the CPU."""
         return self._shared.read(spec.name)
 
+    def rows(self, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
+        """Read rows [n, ...] of a shared tensor, whose numbers [n] may repeat; all on the CPU."""
+        return self._shared.read_rows(spec.name, numbers)
+
     def linear(self, spec: LinearSpec, target: LinearSpec, device: torch.device) -> Linear:
         """Read a shared linear map to `device`, its codes in the layout of `target`.
 

@@ -1,0 +1,108 @@
+"""The token embedding, whose rows are read when tokens need them: the same bits, less memory."""
+
+import gc
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mixchat.engine.generate import Engine
+from mixchat.errors import CheckpointError
+from mixchat.loading.loader import load_engine
+from mixchat.options import LoadOptions, SamplingOptions
+from mixchat.weights.format.installed_model import InstalledModel
+
+CPU = LoadOptions(device="cpu")
+TIED = {"tie_word_embeddings": True}
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bf16": ({}, {}),
+    "bf16, dense head": ({}, {"head": 16}),
+    "fp32": ({}, {"quant_type": "none"}),
+    "tied, bf16": (TIED, {"head": 16}),
+    "tied, fp32": (TIED, {"quant_type": "none"}),
+    "tied, head apart": (TIED, {}),
+}
+IDS = {"one": [42], "repeated": [7, 7, 96, 0, 7, 0], "many": [5 * n % 97 for n in range(100)]}
+
+
+def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
+    """Return the logits [T, V] of tokens in an empty context."""
+    engine.forget()
+    model, cache = engine.passes.model, engine.held()[1]
+    with torch.inference_mode():
+        return model.forward(torch.tensor(ids), cache, logits_of=slice(None))
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize(("changes", "options"), FORMS.values(), ids=FORMS.keys())
+def test_logits_have_the_bits_that_they_have_with_the_table_in_memory(
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    ids: list[int],
+    make_checkpoint: Callable[..., Path],
+    install: Callable[..., Path],
+) -> None:
+    engine = load_engine(directory := install(make_checkpoint(**changes), **options), CPU)
+    found = logits(engine, ids)
+    with InstalledModel(directory) as installed:
+        table = installed.tensor(installed.blueprint.embedding)
+    engine.passes.model._embedding = lambda ids: functional.embedding(ids, table)
+    assert torch.equal(found, logits(engine, ids))
+    assert engine.passes.model.dtype == table.dtype
+
+
+def memories() -> dict[int, torch.UntypedStorage]:
+    """Return the memory of all tensors, by its address; it is kept as long as this is."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16, dense head", "tied, bf16", "tied, head apart"])
+def test_the_table_is_held_only_where_it_is_the_head(
+    name: str, make_checkpoint: Callable[..., Path], install: Callable[..., Path]
+) -> None:
+    """Of 4,096 tokens it has half a megabyte."""
+    changes, options = FORMS[name]
+    directory = install(make_checkpoint(vocab_size=4096, **changes), **options)
+    before = memories()
+    engine = load_engine(directory, CPU)
+    new = [memory.nbytes() for start, memory in memories().items() if start not in before]
+    assert abs(sum(new) - engine.blueprint.shared_size) < 100_000
+
+
+def text(engine: Engine) -> list[int]:
+    greedy = SamplingOptions(temperature=0)
+    return list(engine.generate([5, 17, 42], sampling=greedy, stop_ids=set(), max_tokens=4))
+
+
+@pytest.fixture
+def copied(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def test_a_file_that_is_cut_short_after_loading_ends_the_turn_with_its_name(copied: Path) -> None:
+    """A mapped table would kill the process with SIGBUS here."""
+    engine = load_engine(copied, CPU)
+    whole = (copied / "shared.safetensors").read_bytes()
+    expected = text(engine)
+    engine.forget()
+    os.truncate(copied / "shared.safetensors", 4100)
+    with pytest.raises(CheckpointError, match=r"shared\.safetensors: cut short"):
+        text(engine)
+    (copied / "shared.safetensors").write_bytes(whole)
+    assert text(engine) == expected
+
+
+def test_a_model_that_is_removed_after_loading_still_answers(copied: Path) -> None:
+    engine = load_engine(copied, CPU)
+    expected = text(engine)
+    engine.forget()
+    shutil.rmtree(copied)
+    assert text(engine) == expected
