@@ -1,4 +1,4 @@
-"""The models of this machine, for `mixchat run`; `ServerModels` has the same methods."""
+"""The models of this machine, for `mixchat run`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModelsHere:
-    """Models that are loaded here, with the flags of a run.
+    """The `ModelPlace` of models that are loaded here, with the flags of a run.
 
     usual: the model where none is named; named_file: the file of --prompt-cache.
     """
@@ -43,10 +43,7 @@ class ModelsHere:
         self._named_file, self._keep_cache = named_file, keep_cache
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
-        """Return the model that was given, else that of the chat, else the usual one.
-
-        The usual one also continues a chat with a server's model that is not known here.
-        """
+        """Return a model; the usual one continues a chat with a server's that is unknown here."""
         from mixchat.serving.client.server_backend import ServerBackend
         from mixchat.weights.models import is_model
 
@@ -59,7 +56,6 @@ class ModelsHere:
         return resumed.model
 
     def context_of(self, name: str) -> Context:
-        """Return the context that a model will have."""
         return context_of(name, self._load.context_size)
 
     def open(
@@ -72,7 +68,6 @@ class ModelsHere:
         stop: Sequence[str],
         overflow: Overflow,
     ) -> ChatSession:
-        """Load a model, and return a session with it."""
         return open_session(
             name,
             self._load,
@@ -86,11 +81,9 @@ class ModelsHere:
         )
 
     def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
-        """Return a function that predicts how fast the session's model is."""
         return _speed_predictor(session, name, self._load.device)
 
     def cache(self, saver: ChatSaver, *, asks_once: bool) -> CacheSaver:
-        """Return the keeper of the KV cache in a file."""
         strict = self._keep_cache and asks_once
         beside_chat = FileBesideChat(saver, self._keep_cache, strict=strict)
         return CacheSaver(saver.session, self._named_file or beside_chat)
@@ -101,7 +94,6 @@ class ModelsHere:
         open_model: Callable[[str], ChatSession],
         hooks: Callable[[str], tuple[AfterTurn, Predict]],
     ) -> ChatModels:
-        """Return what changes the model of a chat."""
         return ModelChanger(saver, self._load, open_model, hooks)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.cli.model_place import ModelPlace
     from mixchat.planning.prediction import Prediction
 
 # `run` has a parameter of the same name for each of these options of sampling.
@@ -134,7 +135,7 @@ def run(
         finally:
             torchrun.end()
         return
-    place: ModelsHere | ServerModels = (
+    place: ModelPlace = (
         ServerModels(server, output, form)
         if server
         else ModelsHere(

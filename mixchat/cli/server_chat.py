@@ -55,7 +55,7 @@ def check_flags(context: typer.Context) -> None:
 
 
 class ServerModels:
-    """The models of a server, and sessions with them."""
+    """The `ModelPlace` of a server."""
 
     def __init__(self, url: str, output: OutputOptions, form: Form | None) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails.
@@ -76,8 +76,7 @@ class ServerModels:
         return list(self._models)
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
-        """Return the model that was given, else that of a chat if the server has it, else the
-        first. Raises `ModelNotFoundError` where there is none."""
+        """Return a model: the usual one is the first that the server lists."""
         if given is not None:
             return given
         if resumed is not None and resumed.model in self._models:
@@ -118,7 +117,6 @@ class ServerModels:
         return lambda: None
 
     def cache(self, saver: ChatSaver, *, asks_once: bool) -> ServerCache:
-        """Return the `ChatCache`."""
         return ServerCache()
 
     def changer(
@@ -127,7 +125,6 @@ class ServerModels:
         open_model: Callable[[str], ChatSession],
         hooks: Callable[[str], tuple[AfterTurn, Predict]],
     ) -> ServerModelChanger:
-        """Return what changes the model of a chat."""
         return ServerModelChanger(saver, self, open_model, hooks)
 
     def _backend(self, name: str) -> ServerBackend:

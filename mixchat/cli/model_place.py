@@ -1,0 +1,58 @@
+"""The contract of the place whose models answer in `mixchat run`: this machine, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from mixchat.context import Context
+
+if TYPE_CHECKING:
+    from mixchat.chat.backend import Overflow
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ChatSession
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels
+    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.planning.prediction import Prediction
+
+
+class ModelPlace(Protocol):
+    """Models, and sessions with them: `ModelsHere` and `ServerModels`."""
+
+    def choose(self, given: str | None, resumed: SavedChat | None) -> str:
+        """Return the model that was given, else that of the chat if it is there, else the usual
+        one. Raises `ModelNotFoundError` where there is none."""
+
+    def context_of(self, name: str) -> Context:
+        """Return the context that a model will have."""
+
+    def open(
+        self,
+        name: str,
+        *,
+        sampling: Mapping[str, float | None],
+        system: str | None,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        overflow: Overflow,
+    ) -> ChatSession:
+        """Return a session with a model."""
+
+    def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
+        """Return a function that predicts how fast the session's model is; None if unknown."""
+
+    def cache(self, saver: ChatSaver, *, asks_once: bool) -> AbstractContextManager[ChatCache]:
+        """Return the keeper of the KV cache, for as long as the chat is open."""
+
+    def changer(
+        self,
+        saver: ChatSaver,
+        open_model: Callable[[str], ChatSession],
+        hooks: Callable[[str], tuple[AfterTurn, Predict]],
+    ) -> ChatModels:
+        """Return what changes the model of a chat.
+
+        `open_model` returns a session with a model, `hooks` its `after_turn` and `predict`.
+        """
