@@ -61,6 +61,11 @@ class Answer:
                 self.text += held
                 yield held
 
+    def run_out(self, max_tokens: int | None) -> Iterator[str]:
+        """Yield what was held back: there are no more tokens, of `max_tokens` or of the context."""
+        full = max_tokens is None or len(self.ids) < max_tokens
+        yield from self.end("context" if full else "length")
+
     def message(self, before: Message | None = None) -> Message | None:
         """Return what to remember, joined to the answer `before`; None if nothing new was shown."""
         if not (self._whole or self.cut or self.text):

@@ -197,8 +197,7 @@ class EngineReply:
             yield "".join(answer.add(token))
             if answer.cut:
                 return
-        full = self._limit is None or len(answer.ids) < self._limit
-        yield "".join(answer.end("context" if full else "length"))
+        yield "".join(answer.run_out(self._limit))
 
     def message(self) -> Message | None:
         return self._answer.message(self._before)

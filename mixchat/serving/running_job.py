@@ -94,8 +94,7 @@ class RunningJob:
         if self._text.cut:
             answer.cancel()
         elif answer.tokens_left <= 0:
-            full = self._job.max_tokens is None or answer.generated_tokens < self._job.max_tokens
-            self._tell(self._text.end("context" if full else "length"))
+            self._tell(self._text.run_out(self._job.max_tokens))
 
     def _tell(self, pieces: Iterable[str]) -> None:
         text = "".join(pieces)
