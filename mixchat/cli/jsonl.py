@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.chat.printing import show
 from mixchat.cli.flags.arguments import STDIN
@@ -23,8 +23,6 @@ from mixchat.progress import Note
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Line
-
-Answer: TypeAlias = "Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]]"
 
 _START = b'{"line": '  # of each line of the output
 
@@ -160,7 +158,10 @@ def open_lines(source: str) -> Iterator[Iterable[bytes]]:
 
 
 def write_answers(
-    lines: Iterable[bytes], answers: AnswerFile | StandardOutput, answer: Answer, note: Note
+    lines: Iterable[bytes],
+    answers: AnswerFile | StandardOutput,
+    answer: Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]],
+    note: Note,
 ) -> None:
     """Answer the lines behind those that are answered already, and write each as it is ready.
 

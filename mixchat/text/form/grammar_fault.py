@@ -31,8 +31,8 @@ class Fault:
     column: int = 0
 
 
-class Vocabulary:
-    """Tokens as llguidance takes them: their bytes by id, and no way to encode text.
+class _BareTokenizer:
+    """A tokenizer as llguidance takes it: the tokens' bytes by id, and no way to encode text.
 
     Those of `special_token_ids` are no text; llguidance fails where one of them has no name.
     """
@@ -62,8 +62,8 @@ def require_llguidance() -> ModuleType:
 def ll_tokenizer(tokens: Sequence[bytes], stop_ids: Sequence[int]) -> LLTokenizer:
     """Return llguidance's tokenizer for tokens by id, of which `stop_ids` end an answer."""
     llguidance = require_llguidance()
-    vocabulary = llguidance.TokenizerWrapper(Vocabulary(tokens, stop_ids))
-    result: LLTokenizer = llguidance.LLTokenizer(vocabulary, eos_token=list(stop_ids))
+    wrapped = llguidance.TokenizerWrapper(_BareTokenizer(tokens, stop_ids))
+    result: LLTokenizer = llguidance.LLTokenizer(wrapped, eos_token=list(stop_ids))
     return result
 
 
