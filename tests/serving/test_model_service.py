@@ -104,6 +104,16 @@ def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
     )
 
 
+@pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])
+def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_full(
+    model_service: Callable[..., ModelService], max_tokens: int | None, reason: str
+) -> None:
+    service = model_service()
+    prompt = (3,) * (service.context.tokens - 8)
+    endless = job(0, prompt_ids=prompt, max_tokens=max_tokens, stop_ids=frozenset())
+    assert Waiter(service, endless).result()[1].reason == reason
+
+
 def test_a_long_prompt_tells_its_progress(
     model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
