@@ -21,7 +21,7 @@ from mixchat.experts.workers.address import Address
 _HEADER = struct.Struct(">BI")  # kind, length of the payload
 _LONGEST = 1 << 16  # bytes of a payload
 _SLICE = 50  # milliseconds between two looks for Ctrl-C
-_SEND_DEADLINE = 5.0  # seconds until what the other end does not read is a fault
+SEND_DEADLINE = 3.0  # seconds until what the other end does not read is a fault
 
 # Options by the names that systems have for them: a silent peer is gone after 3 + 4 * 1 s.
 _KEEPALIVE = {
@@ -86,7 +86,7 @@ class Connection:
 
     def send_bytes(self, data: bytes) -> None:
         """Send bytes as they are. Raises `ConnectionLostError`."""
-        rest, deadline = memoryview(data), time.monotonic() + _SEND_DEADLINE
+        rest, deadline = memoryview(data), time.monotonic() + SEND_DEADLINE
         with self._sending:
             while rest:
                 try:

@@ -19,6 +19,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address
 from mixchat.experts.workers.connection import (
+    SEND_DEADLINE,
     Connection,
     ConnectionLostError,
     connect,
@@ -31,6 +32,7 @@ from mixchat.experts.workers.handshake import (
     greet_worker,
 )
 from mixchat.experts.workers.messages import (
+    BEAT,
     Hello,
     Kind,
     Refusal,
@@ -39,7 +41,9 @@ from mixchat.experts.workers.messages import (
     describe_model,
 )
 
-SILENCE = 5.0  # seconds without a byte after which a worker that should answer is lost
+# Seconds without a sign after which a worker that should answer is lost. A sign may take all the
+# time that its sender has, behind a beat that came late: who waits is the more patient one.
+SILENCE = SEND_DEADLINE + 2 * BEAT
 
 _CONNECT = 2.0  # seconds to connect, and as many to prove the key
 _WELCOME = 5.0  # seconds until the worker has said what it has; it may end another chat first

@@ -21,6 +21,7 @@ from mixchat.sanitize import sanitize
 
 MAX_ROWS = 1 << 16  # rows of a request, over all of its experts
 MAX_SLOTS = 1 << 12  # experts that a worker is told to hold
+BEAT = 1.0  # seconds between two signs of a worker that computes
 DTYPES = ("bfloat16", "float16", "float32")
 
 _LONGEST = 200  # characters of a text

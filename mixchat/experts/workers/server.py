@@ -14,8 +14,15 @@ from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import ConnectionLostError
 from mixchat.experts.workers.door import Door, Guest
 from mixchat.experts.workers.group import WORKER, Group
-from mixchat.experts.workers.messages import Hello, Kind, Refusal, Welcome, describe_model
-from mixchat.experts.workers.session import BEAT, HostedExperts, Session
+from mixchat.experts.workers.messages import (
+    BEAT,
+    Hello,
+    Kind,
+    Refusal,
+    Welcome,
+    describe_model,
+)
+from mixchat.experts.workers.session import HostedExperts, Session
 
 _ENDING = 2.0  # seconds that a new chat waits for the end of the one before
 _SLICE = 0.05  # seconds between two looks for Ctrl-C

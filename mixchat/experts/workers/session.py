@@ -17,9 +17,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import Connection, ConnectionLostError, Frame
 from mixchat.experts.workers.group import RESULT, ROW, ROWS, Group, Transfer
-from mixchat.experts.workers.messages import Hello, Kind, Request
-
-BEAT = 1.0  # seconds between two signs of a worker that computes
+from mixchat.experts.workers.messages import BEAT, Hello, Kind, Request
 
 _IDLE = 0.5  # seconds between two looks at the memory, where nothing is asked
 _TICK = 0.25  # of a beat: how often the thread looks

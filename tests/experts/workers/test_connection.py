@@ -108,7 +108,7 @@ def test_what_the_other_end_does_not_read_is_sent_when_it_does(
 def test_what_the_other_end_never_reads_ends_the_connection(
     ends: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "_SEND_DEADLINE", 0.2)
+    monkeypatch.setattr(connection, "SEND_DEADLINE", 0.2)
     here, _ = ends
     with pytest.raises(NoAnswerError):
         here.send_bytes(bytes(20_000_000))

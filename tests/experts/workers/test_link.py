@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,11 +38,18 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import Connection, ConnectionLostError
+from mixchat.experts.workers.connection import (
+    SEND_DEADLINE,
+    Connection,
+    ConnectionLostError,
+    Frame,
+    NoAnswerError,
+)
 from mixchat.experts.workers.door import address_of
+from mixchat.experts.workers.group import Transfer
 from mixchat.experts.workers.handshake import MAGIC, greet_chat
 from mixchat.experts.workers.link import Link, WorkerLostError
-from mixchat.experts.workers.messages import Kind
+from mixchat.experts.workers.messages import Kind, Welcome
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
 
@@ -183,6 +191,32 @@ def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
     assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
     assert link.seconds_computing >= 3
     link.close()
+
+
+def test_a_worker_that_takes_as_long_as_it_may_to_send_each_sign_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was taken for lost: the chat side waited no longer than the worker could send."""
+    now = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    signs = iter([(Kind.BUSY, b""), (Kind.BUSY, b""), (Kind.DONE, messages.pack_seconds(9))])
+
+    def receive(deadline: float) -> Frame:
+        nonlocal now
+        now += messages.BEAT + SEND_DEADLINE
+        if now >= deadline:
+            raise NoAnswerError("it does not answer")
+        return Frame(*next(signs))
+
+    connection: Any = SimpleNamespace(receive=receive, send=lambda *frame: None)
+    group: Any = SimpleNamespace(
+        send=lambda rows, tag: Transfer(rows, []), receive=lambda rows, tag: Transfer(rows, [])
+    )
+    monkeypatch.setattr(link_module, "time", clock)
+    address, welcome = resolve("127.0.0.1"), Welcome(6, "words")
+    link = Link(address, connection, group, HELLO, welcome, link_module.SILENCE)
+    ask(link, 1, TOKEN, row())
+    assert link.seconds_computing == 9
 
 
 def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
