@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +18,7 @@ from mixchat.cli.opening import open_service
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import PromptError, UsageError
 from mixchat.files import open_regular, write_all, write_error
+from mixchat.lock import Busy, exclusive_lock
 from mixchat.options import LoadOptions
 from mixchat.progress import Note
 
@@ -76,12 +77,8 @@ class AnswerFile:
     cut off is removed. Raises `UsageError` where the file holds anything else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self.last = path, 0
-        try:
-            self._descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
-        except OSError as error:
-            raise UsageError(f"--resume-from {path}: {error.strerror}") from None
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._descriptor, self.last = path, descriptor, 0
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             whole = self._whole(file)
         os.ftruncate(self._descriptor, whole)
@@ -115,10 +112,6 @@ class AnswerFile:
         except OSError as error:
             raise write_error(error, self._path, "the answers cannot be written") from None
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
-
 
 class StandardOutput:
     """Answers on standard output."""
@@ -129,18 +122,29 @@ class StandardOutput:
         """Print a line."""
         show(json.dumps(answer))
 
-    def close(self) -> None:
-        """Leave it open."""
-
 
 @contextmanager
 def open_answers(path: Path | None) -> Iterator[AnswerFile | StandardOutput]:
-    """Open the file of `--resume-from`, or standard output."""
-    answers = StandardOutput() if path is None else AnswerFile(path)
-    try:
-        yield answers
-    finally:
-        answers.close()
+    """Open the file of `--resume-from`, or standard output.
+
+    Raises `UsageError` where the file cannot be written, or another process is writing it.
+    """
+    if path is None:
+        yield StandardOutput()
+        return
+    with ExitStack() as opened:
+        try:
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+            opened.callback(os.close, descriptor)
+            opened.enter_context(exclusive_lock(path.resolve()))  # a link has its file's lock
+        except Busy:
+            raise UsageError(
+                f"--resume-from {path}: another mixchat is writing its answers there",
+                hint="Wait until it has finished, or stop it.",
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--resume-from {path}: {error.strerror}") from None
+        yield AnswerFile(path, descriptor)
 
 
 @contextmanager

@@ -159,6 +159,24 @@ def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_r
         assert file.last == 1
 
 
+def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alone(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Both wrote: the second one took the line that the first was writing for one cut off."""
+    out, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(out)
+    with open_answers(out):
+        begun = b'{"line": 1, "ans'
+        out.write_bytes(begun)
+        done = run("--jsonl", "-", "--resume-from", link, stdin=lines_of(1))
+        assert done.returncode == 2
+        assert b"another mixchat is writing its answers there" in done.stderr
+        assert out.read_bytes() == begun
+    with open_answers(link) as file:
+        assert file.last == 0
+    assert sorted(tmp_path.iterdir()) == [link, out]
+
+
 def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(
     model: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
