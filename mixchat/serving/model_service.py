@@ -48,7 +48,7 @@ class ModelService:
         queue: int,
     ) -> None:
         self.name, self.tokenizer, self.template = name, tokenizer, template
-        self._queue, self._waiting = queue, deque[RunningJob]()
+        self._waiting = deque[RunningJob]()
         self._running: list[RunningJob] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -63,6 +63,7 @@ class ModelService:
         assert self._loaded is not None
         self._engine: Engine = self._loaded
         self.context = self._engine.context
+        self.most_jobs: int = len(self._engine.sequences) + queue
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
         """Queue a job; return a function that cancels it. See `Service.submit`."""
@@ -71,7 +72,7 @@ class ModelService:
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            if len(self._waiting) >= self._queue and not self._has_room():
+            if len(self._waiting) + len(self._running) >= self.most_jobs:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
             self._waiting.append(running)
             self._changed.notify_all()
@@ -99,9 +100,6 @@ class ModelService:
                 job.cancel()
             self._changed.notify_all()
         self._thread.join()
-
-    def _has_room(self) -> bool:
-        return len(self._waiting) + len(self._running) < len(self._engine.sequences)
 
     def _run(self, load: Callable[[], Engine]) -> None:
         try:

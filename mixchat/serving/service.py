@@ -122,9 +122,13 @@ class ServiceStats:
 
 
 class Service(Protocol):
-    """A loaded model that answers several jobs at once. Any thread may call it."""
+    """A loaded model that answers several jobs at once. Any thread may call it.
+
+    most_jobs: how many it takes at once, to run and to wait.
+    """
 
     name: str
+    most_jobs: int
     context: Context
     tokenizer: Tokenizer
     template: Template

@@ -124,6 +124,19 @@ def test_a_long_prompt_tells_its_progress(
     assert progress[:2] == [Reading(10, 34), Reading(20, 34)]
 
 
+def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(
+    model_service: Callable[..., ModelService],
+) -> None:
+    """It took as many only where the first of them had begun before the last one came."""
+    service = model_service(parallel=2, waiting=3)
+    assert service.most_jobs == 5
+    with service._changed:  # none begins meanwhile
+        waiters = [Waiter(service, job(n)) for n in range(5)]
+        with pytest.raises(QueueFullError):
+            Waiter(service, job(5))
+    assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
+
+
 def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
     model_service: Callable[..., ModelService],
 ) -> None:

@@ -45,9 +45,7 @@ def read_chat(
     Raises `RequestError`, and `PromptError` where the template cannot express the conversation.
     """
     fields = Fields(body)
-    options = read_options(
-        fields, defaults, service.context, service.name, service.tokenizer.vocab_size
-    )
+    options = read_options(fields, service, defaults)
     top_logprobs = _top_logprobs(fields)
     _refuse_what_the_model_cannot_do(fields)
     messages = _messages(fields)

@@ -16,10 +16,10 @@ from mixchat.chat.parameters import NumberParameter
 from mixchat.errors import PromptError
 from mixchat.serving.requests.fields import Fields, checked_number, refuse, refuse_value
 from mixchat.serving.requests.options import (
-    MOST_ANSWERS,
     TOP_LOGPROBS,
     Asked,
     Defaults,
+    most_answers,
     read_options,
 )
 from mixchat.serving.requests.response_format import Compile, read_response_format
@@ -35,16 +35,15 @@ def read_completion(
 ) -> Asked:
     """Return what a body asks for. Raises `RequestError`, and `PromptError` for a bad prompt."""
     fields = Fields(body)
-    options = read_options(
-        fields, defaults, service.context, service.name, service.tokenizer.vocab_size
-    )
+    options = read_options(fields, service, defaults)
     top_logprobs = fields.number("logprobs", TOP_LOGPROBS)
     _refuse_what_is_not_supported(fields, options.n)
-    given = _prompts(fields.take("prompt"))
+    most = most_answers(service)
+    given = _prompts(fields.take("prompt"), most)
     constraint = read_response_format(fields, compile_form, continued=True)
     fields.end()
-    if len(given) * options.n > MOST_ANSWERS:
-        refuse("prompt", f"and n ask for more than {MOST_ANSWERS} answers", "invalid_value")
+    if len(given) * options.n > most:
+        refuse("prompt", f"and n ask for more than {most} answers", "invalid_value")
     return options.asked(
         [_encoded(prompt, path, service) for prompt, path in given],
         stop_ids=service.template.stop_ids,
@@ -71,8 +70,9 @@ def _refuse_what_is_not_supported(fields: Fields, n: int) -> None:
         fields.refuse("best_of", "has to equal n", "unsupported_value")
 
 
-def _prompts(value: Any) -> list[tuple[str | list[Any], str]]:
-    """Return each prompt with its path: a text, or a list that should hold token ids."""
+def _prompts(value: Any, most: int) -> list[tuple[str | list[Any], str]]:
+    """Return each prompt with its path, at most `most` of them: a text, or a list that should hold
+    token ids."""
     if value is None:
         refuse("prompt", "is missing", "missing_required_parameter")
     if isinstance(value, str):
@@ -81,8 +81,8 @@ def _prompts(value: Any) -> list[tuple[str | list[Any], str]]:
         refuse_value("prompt", _FORMS, value)
     if isinstance(value[0], int):
         return [(value, "prompt")]
-    if len(value) > MOST_ANSWERS:
-        refuse("prompt", f"has {len(value)} items; at most {MOST_ANSWERS} are taken")
+    if len(value) > most:
+        refuse("prompt", f"has {len(value)} items; at most {most} are taken")
     return [(_text_or_ids(item, f"prompt[{i}]"), f"prompt[{i}]") for i, item in enumerate(value)]
 
 

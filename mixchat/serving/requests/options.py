@@ -7,7 +7,8 @@
 | presence_penalty, frequency_penalty            | OpenAI's                                  |
 | logit_bias                                     | by token id, -100 to 100                  |
 | max_tokens                                     | 0: as many as fit                         |
-| n, stop, stream, stream_options.include_usage  | OpenAI's                                  |
+| n                                              | OpenAI's, up to what the server can take  |
+| stop, stream, stream_options.include_usage     | OpenAI's                                  |
 | model                                          | the one that is served, or not given      |
 | user, metadata, service_tier, prompt_cache_key | ignored: they change no answer            |
 | safety_identifier, store: false                | ignored                                   |
@@ -27,16 +28,13 @@ from mixchat.context import Context
 from mixchat.options import SamplingOptions
 from mixchat.serving.requests.failures import RequestError
 from mixchat.serving.requests.fields import Fields, checked_number
-from mixchat.serving.service import Job
+from mixchat.serving.service import Job, Service
 
-MOST_ANSWERS = 16  # of one request
+_MOST_ANSWERS = 16  # of one request
 MOST_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 32, 500
 _IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
-_COUNT = NumberParameter(
-    "n", int, lambda x: 1 <= x <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"
-)
 _PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
 TOP_LOGPROBS = NumberParameter(
     "top_logprobs", int, lambda x: 0 <= x <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"
@@ -93,11 +91,16 @@ class Options:
         return Asked(jobs, self.n, self.seed, self.stream, self.include_usage)
 
 
-def read_options(
-    fields: Fields, defaults: Defaults, context: Context, model: str, vocab_size: int
-) -> Options:
+def most_answers(service: Service) -> int:
+    """Return how many answers a request may have: one that a service never takes is wrong."""
+    return min(_MOST_ANSWERS, service.most_jobs)
+
+
+def read_options(fields: Fields, service: Service, defaults: Defaults) -> Options:
     """Take the shared fields. Raises `RequestError` for what cannot be used."""
-    _check_model(fields, model)
+    most = most_answers(service)
+    count = NumberParameter("n", int, lambda x: 1 <= x <= most, f"between 1 and {most}")
+    _check_model(fields, service.name)
     fields.ignore(*_IGNORED)
     if fields.flag("store"):
         fields.refuse("store", "has to be false: answers are not stored", "unsupported_value")
@@ -105,11 +108,11 @@ def read_options(
     stream_options = fields.fields("stream_options") or Fields({})
     stream_options.ignore("include_obfuscation")
     options = Options(
-        sampling=_sampling(fields, defaults.sampling, vocab_size),
+        sampling=_sampling(fields, defaults.sampling, service.tokenizer.vocab_size),
         seed=secrets.randbelow(2**32) if seed is None else seed,
-        max_tokens=_max_tokens(fields, defaults, context),
+        max_tokens=_max_tokens(fields, defaults, service.context),
         stop=_stop(fields),
-        n=fields.number("n", _COUNT) or 1,
+        n=fields.number("n", count) or 1,
         stream=fields.flag("stream"),
         include_usage=stream_options.flag("include_usage"),
     )

@@ -102,7 +102,7 @@ class ScriptedService:
         self.template = LineTemplate()
         self.jobs: list[Job] = []
         self._places = threading.Semaphore(parallel)
-        self._parallel, self._queue = parallel, queue
+        self.most_jobs = parallel + queue
         self._lock = threading.Lock()
         self._running: list[Running] = []
         self._stats = ServiceStats()
@@ -114,8 +114,8 @@ class ScriptedService:
         with self._lock:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            if len(self._running) >= self._parallel + self._queue:
-                raise QueueFullError(f"{self._queue} requests are waiting")
+            if len(self._running) >= self.most_jobs:
+                raise QueueFullError(f"{len(self._running)} requests are here already")
             if len(job.prompt_ids) >= self.context.tokens:
                 raise self.context.prompt_too_long(len(job.prompt_ids))
             self.jobs.append(job)

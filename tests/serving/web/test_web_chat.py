@@ -359,11 +359,24 @@ def test_a_full_queue_is_told_with_the_time_to_come_again(serve, stream):
 
 
 def test_all_answers_of_a_request_are_taken_or_none(serve):
+    served = serve(parallel=2, queue=1)
+    with served.openai() as client, ask(client, "say:a{hang}", stream=True) as running:
+        next(iter(running))
+        with pytest.raises(openai.RateLimitError):
+            ask(client, "say:{hang}", n=3)
+        assert ask(client, "say:well", n=1).choices[0].message.content == "well"
+
+
+def test_more_answers_than_the_server_ever_takes_are_refused_with_the_most_that_it_does(serve):
+    """It was told to come again later, for ever."""
     served = serve(parallel=1, queue=2)
     with served.openai() as client:
-        with pytest.raises(openai.RateLimitError):
-            ask(client, "say:{hang}", n=4)
-        assert ask(client, "say:well").choices[0].message.content == "well"
+        assert len(ask(client, "say:well", n=3).choices) == 3
+        with pytest.raises(openai.BadRequestError, match="between 1 and 3, not 4") as caught:
+            ask(client, "say:well", n=4)
+        assert caught.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="more than 3 answers"):
+            client.completions.create(model="scripted", prompt=["a", "b"], n=2)
 
 
 def test_a_fault_of_the_model_is_an_error_of_the_server(client, served):
