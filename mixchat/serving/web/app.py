@@ -35,6 +35,7 @@ from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
 from mixchat.serving.web.stream import AnswerStream
 
 _OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
+_CHAT_PATH = "/v1/chat/completions"
 _LEFT = 499  # nginx's status for a client that left; nobody gets it
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
@@ -90,7 +91,7 @@ def _routes(desk: Desk) -> list[Route]:
         return Route(path, bound, methods=[method])
 
     return [
-        route("/v1/chat/completions", "POST", _chat),
+        route(_CHAT_PATH, "POST", _chat),
         route("/v1/completions", "POST", _completion),
         route("/v1/models", "GET", _models),
         route("/v1/models/{name:path}", "GET", _model),
@@ -214,6 +215,8 @@ def _json(value: object) -> Response:
 def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
+    if error.status_code == 404:  # newer clients try /v1/responses first
+        message += f"; this server answers chats at {_CHAT_PATH}"
     return error_response(RequestError(message, status=error.status_code, headers=error.headers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import openai
 import pytest
 from raw_http import exchange, read_response, request
 
@@ -117,6 +118,12 @@ def test_wrong_paths_and_methods_have_openais_form(served, data, status):
     assert response.status == status
     assert response.error["type"] == "invalid_request_error"
     assert status != 405 or response.headers["allow"]
+
+
+def test_a_client_of_another_api_is_told_the_path_of_chats(served):
+    """OpenAI's client shows the message; it said no more than "not found"."""
+    with served.openai() as client, pytest.raises(openai.NotFoundError, match=CHAT):
+        client.responses.create(model="scripted", input="Hi")
 
 
 @pytest.mark.parametrize(
