@@ -21,8 +21,8 @@ _POSITIVE_INTS = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-# What transformers' MixtralConfig takes where a config.json says nothing.
 _MAX_EXPERTS = 100_000  # in all layers: beyond any model, and still quick to list
+# The values of transformers' MixtralConfig where a config.json says nothing.
 _DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 

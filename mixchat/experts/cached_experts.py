@@ -115,7 +115,7 @@ class CachedExperts:
         self._fetcher.settle(rows.layer, keys)
         self._on_host = self._chosen_for_host(rows, keys)
         by_state = sorted(keys, key=self._fetcher.state)
-        # What the CPU computes comes second: a GPU then has its own work meanwhile.
+        # The CPU's experts come second: a GPU then has its own work meanwhile.
         self._order = sorted(
             by_state, key=lambda key: key not in self._on_host and not self._fetcher.holds(key)
         )

@@ -16,7 +16,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.trial import Trial
 
-# How many layers ahead to predict in decoding; which of these pays is found by trying.
+# The layers ahead to predict in decoding; trying them shows which of these pays.
 DEPTHS = (3, 6, 0, 1)
 _ROUND = 8  # tokens until another depth may be tried
 

@@ -97,7 +97,7 @@ class _DenseTile:
                 for number in range(self.tokens)
             ]
             further = column + _AHEAD // size
-            # What comes behind the end of a row is read by this tile anyway.
+            # This tile reads the bytes behind the end of a row anyway.
             behind = further + columns * (self.rows - 1)
             further = further.compare("<", columns).choose(further, behind)
             for number in range(self.rows):

@@ -64,7 +64,7 @@ def build_experts(
         for expert in range(config.num_local_experts)
     }
     here = every if here is None else here
-    # What workers have lost comes beside what is here anyhow, of which each GPU has its part.
+    # Experts of lost workers come beside those of here, of which each GPU has its part.
     home = homes(here, placement.by_device) | homes(every - here, placement.by_device)
     counts = Counter(home.values())
     parts = placement.parts([counts[number] for number in range(len(used))])
@@ -103,7 +103,7 @@ def _on_device(
     disk = DiskSource(installed, choose=not _stays_cached(installed, placement, device))
     behind = None
     if placement.host_slots:
-        # What comes down from a device is only of use in the layout of the file.
+        # Experts that come down from a device are only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and stored == used
         order, lock = POLICIES[policy](passes), _lock_for(device)
         behind = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)

@@ -14,7 +14,7 @@ from mixchat.model_config import ModelConfig
 
 _MOST_CHOICES = 1000  # of a router for a token that are gone through one by one
 
-# How many experts of a layer each holder computes for a token, this machine first; and in how many
+# The experts of a layer that each holder computes for a token, this machine first; and in how many
 # layers that is so, on average.
 Loads = Mapping[tuple[int, ...], float]
 

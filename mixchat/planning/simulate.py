@@ -19,8 +19,8 @@ FRACTIONS = (0.25, 0.5, 0.75)
 # Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do
 # not count.
 _TOKENS, _COLD = 300, 100
-# How often two tokens in a row share an expert, in three of 32 layers: the middle of what table 5
-# of the Mixtral paper (arXiv 2401.04088) gives for texts of many kinds. Chance would be 13/28.
+# The chance that two tokens in a row share an expert, in three of 32 layers: the middle of table 5
+# of the Mixtral paper (arXiv 2401.04088), for texts of many kinds. Of random choices it is 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-# Whether all matrices become of it; in the others, some get more bits.
+# True: all matrices become of it; in the others, some get more bits.
 FORMATS = {"F16": False, "Q8_0": True, "Q4_0": True, "Q4_K_M": False, "Q3_K_M": False}
 
 

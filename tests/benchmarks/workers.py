@@ -88,7 +88,7 @@ def ideal(sizes: Sizes, case: Case, whole: float, timing: Timing) -> float:
 
 
 class Report:
-    """What was measured: runs by the name of their case, in the order of the rounds."""
+    """The measurements: runs by the name of their case, in the order of the rounds."""
 
     def __init__(self, cases: Sequence[Case], sizes: Sizes) -> None:
         self._cases, self._sizes = cases, sizes

@@ -135,7 +135,7 @@ STYLES = re.compile(r"\x1b\[(?!38;5)[0-9;]*m")
 
 
 def own_sequences() -> list[str]:
-    """What drawing itself sends."""
+    """Return what drawing itself sends."""
     from mixchat.chat.draw import markdown_stream as stream
 
     names = ("_BEGIN", "_END", "_NO_WRAP", "_WRAP", "_HIDE_CURSOR", "_SHOW_CURSOR", "_ERASE_BELOW")

@@ -82,7 +82,7 @@ def _download(
             def announce(plan: Any) -> None:
                 if not when:
                     filling.fill()
-                # What was announced held at the time: someone else fills the disk afterwards.
+                # The announced space was free at the time: someone else fills the disk afterwards.
                 type(plan).check = lambda self: None
 
             download.download(request, filling, announce=announce)

@@ -30,7 +30,7 @@ GOOD = {CLOSED, "200", "400", "403", "404", "405", "408", "413", "415", "429", "
 
 
 class Outcomes:
-    """How often each kind of request had which outcome."""
+    """The count of each outcome for each kind of request."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()

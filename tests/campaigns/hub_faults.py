@@ -68,7 +68,7 @@ def _lose_patience() -> None:
 def _round(
     work: Path, hub: Hub, chance: random.Random, reference: dict[str, str], ends: Counter[str]
 ) -> list[str]:
-    """What went wrong."""
+    """Return what went wrong."""
     shutil.rmtree(work / "home", ignore_errors=True)
     keep = ["--keep-source"] if chance.random() < 0.3 else []
     if chance.random() < 0.3:

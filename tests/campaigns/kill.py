@@ -112,7 +112,7 @@ def _round(
 
 
 def _where(work: Path) -> str:
-    """What the killed one was at."""
+    """Return what the killed one was at."""
     target = work / "home/models" / rig.KEY
     if not (target / "journal.jsonl").exists():
         return "before the first file, or after the last"

@@ -105,7 +105,7 @@ def _round(
 
 
 def _first(outputs: list[Path]) -> int:
-    """Which process makes the model: the one that does not say that it waits."""
+    """Return which process makes the model: the one that does not say that it waits."""
     while True:
         working = [n for n, output in enumerate(outputs) if WAITING not in _text(output)]
         if len(working) == 1:

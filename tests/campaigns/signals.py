@@ -37,7 +37,7 @@ PATIENCE = 60  # seconds
 
 @dataclass
 class Found:
-    """What became of the processes."""
+    """The ends of the processes."""
 
     codes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)

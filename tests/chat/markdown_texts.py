@@ -11,7 +11,7 @@ the expert router sends each token to two of eight 日本語 ✅ 👩‍💻 ❤
 snake_case_name __init__ 2*3*4 :smile:
 https://example.org/a/very/long/address/that/fits/into/no/row/of/a/small/terminal/at/all
 """
-# What must not reach a terminal, and what has no width.
+# Among them are those that must not reach a terminal, and those that have no width.
 WORDS = [*_TYPED.split(), "\u200b", "\u202e", "\x1b[31m", "\x9b2J", "e\u0301", "a\tb"]
 CODE = [
     *("def f(x):", "    return x  # why", '    """doc', '"""', "", "", "/* open", "*/ int main("),

@@ -1,4 +1,4 @@
-"""What is printed for a person: nothing acts on the terminal, and words stay whole."""
+"""Text for a person: nothing acts on the terminal, and words stay whole."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""How the tests start a command line, and what it leaves behind."""
+"""A command line as the tests start it, and what it leaves behind."""
 
 import sys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ FAKE = [sys.executable, str(Path(__file__).with_name("fake_mixchat.py"))]
 
 @dataclass
 class Done:
-    """What a command line left behind."""
+    """The output and the exit code of a command line."""
 
     stdout: bytes
     stderr: bytes

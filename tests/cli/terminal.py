@@ -48,7 +48,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, text, seconds=60):
-        """What came up to and with `text`, since the last call."""
+        """Return the output up to and with `text`, since the last call."""
         wanted = text.encode()
         deadline = time.monotonic() + seconds
         while (at := self.screen.find(wanted, self._seen)) < 0:

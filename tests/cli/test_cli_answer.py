@@ -1,4 +1,4 @@
-"""What scripts ask for: JSON, code alone, all at once, nothing but errors on stderr."""
+"""Answers for scripts: JSON, code alone, all at once, nothing but errors on stderr."""
 
 import json
 

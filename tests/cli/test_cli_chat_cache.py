@@ -63,7 +63,7 @@ def test_nothing_is_saved_unless_that_is_wanted(saver_of):
 
 
 def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
-    """What it led to was overwritten, with no flag given: a device's node, as root."""
+    """Its target was overwritten, with no flag given: a device's node, as root."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     for create in (False, True):
@@ -120,7 +120,7 @@ def test_each_chat_of_a_run_has_its_own(saver_of):
 
 
 def test_a_chat_without_a_cache_gets_none_of_another_one_s(saver_of):
-    """What was said in one chat was written into the file of the next."""
+    """The words of one chat were written into the file of the next."""
     saver = saver_of()
     asked(saver, "another chat")
     other = saver.chat

@@ -65,7 +65,7 @@ def installed(shell_environment):
 
 @pytest.fixture
 def bash(installed):
-    """What bash completes the words to, the last of them being begun."""
+    """A function that lets bash complete words, the last of them being begun."""
     environment = installed("bash", "--norc")
 
     def complete(*words):

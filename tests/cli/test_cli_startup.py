@@ -113,7 +113,7 @@ def test_help_names_every_command(mixchat):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
-    """What is being built is removed on the way out; the default action would leave it there."""
+    """A model in the making is removed on the way out; the default action would leave it there."""
     code = (
         "import os, time\n"
         "from mixchat.cli import app\n"

@@ -31,7 +31,7 @@ def test_an_endless_standard_input_is_refused_at_once(environment):
 
 @pytest.mark.parametrize(("more", "what"), [(0, "the question"), (1, "standard input")])
 def test_no_more_is_read_than_the_context_could_hold(mixchat, more, what):
-    """What has more bytes than any tokens of the context stand for is not given to a tokenizer.
+    """Text with more bytes than any tokens of the context stand for is not given to a tokenizer.
 
     The bound is that of 8192 tokens here, as the scripted engine's is not known beforehand.
     """

@@ -1,4 +1,4 @@
-"""Which tokens are proposed, and when it pays."""
+"""The tokens that are proposed, and when that pays."""
 
 import pytest
 from hypothesis import given

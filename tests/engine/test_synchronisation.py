@@ -11,9 +11,9 @@ import torch
 from mixchat.loading.loader import load_engine
 from mixchat.options import LoadOptions, SamplingOptions
 
-# What brings numbers from a device to Python, or a tensor to another device.
+# The ways to bring numbers from a device to Python, or a tensor to another device.
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
-# What waits only where the tensor is on a GPU: the sampler has the logits on the CPU by then.
+# Those that wait only where the tensor is on a GPU: the sampler has the logits on the CPU by then.
 AFTER_THE_LOGITS = {"__int__", "item"}
 
 

@@ -194,7 +194,7 @@ def test_it_switches_itself_off_where_predictions_cost_more_and_on_again(
 
 
 def test_a_token_that_needs_more_counts_for_more_whatever_was_predicted(decoding: Decoding) -> None:
-    """Where half of the time goes into what is needed, tokens of all kinds cost the same."""
+    """Tokens of all kinds cost the same where half of the time goes into what is needed."""
     for number in range(4800):
         needed = 12 if number // 20 % 2 else 4  # 8 on average, but not in each round
         decoding.token(dict.fromkeys(DEPTHS, 0.5 + 0.5 * needed / 8), needed, right=3)

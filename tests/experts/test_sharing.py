@@ -1,4 +1,4 @@
-"""Who holds which experts, and who computes them: what has to be true of any answer."""
+"""The holders of experts, and those who compute them: what has to be true of any answer."""
 
 from collections import Counter
 from itertools import product

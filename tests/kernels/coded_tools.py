@@ -1,4 +1,4 @@
-"""What the tests of products with 4-bit codes and with 8-bit codes have in common."""
+"""Tools that the tests of products with 4-bit codes and with 8-bit codes have in common."""
 
 from collections.abc import Callable
 from typing import Any

@@ -22,7 +22,7 @@ LEVELS = {
 KINDS = list(LEVELS)
 
 
-# How far a product may be from the exact one: by the bits that x has.
+# The most that a product may be off the exact one: by the bits that x has.
 WITHIN = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2}
 
 

@@ -114,7 +114,7 @@ def test_a_sticky_directory_above_is_no_harm(cached: Cached) -> None:
 def test_a_directory_that_the_users_own_group_can_write_is_no_harm(
     cached: Cached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where each user has a group of their own, ~/.local/share has mode 775."""
+    """The mode of ~/.local/share is 775 where each user has a group of their own."""
     cached[0].chmod(0o775)
     monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: True)
     assert cached[1].load() == b"code"

@@ -337,7 +337,7 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
 
     def failing(tensor: torch.Tensor, device: torch.device) -> None:
         nonlocal left
-        # What the mover cannot bring is no error as long as it is a prediction.
+        # A prediction that the mover cannot bring is no error.
         left -= device.index == full and current_thread() is main_thread()
         if left == 0:
             left = -1

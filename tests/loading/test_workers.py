@@ -129,7 +129,7 @@ def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer(NamedTuple):
-    """What an engine without workers computes."""
+    """The results of an engine without workers."""
 
     logits: torch.Tensor
     text: list[int]

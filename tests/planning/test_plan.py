@@ -300,7 +300,7 @@ def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
     assert found.expected.speed is None
     assert (found.expected.cost, found.first_token) == (None, None)
     assert found.expected.tokens_per_second is None
-    # What holds all needs no disk to decode.
+    # A memory that holds all needs no disk to decode.
     assert [more.bytes for more in found.more] == [16 * GB]
 
 

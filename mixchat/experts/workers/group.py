@@ -101,7 +101,7 @@ class Group:
 
 
 class _Store(dist.Store):  # type: ignore[misc, name-defined]
-    """What the members tell each other to meet, sent over their connection."""
+    """The messages by which the members meet, sent over their connection."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()

@@ -23,9 +23,9 @@ class WrongKeyError(ConnectionLostError):
 
 @dataclass(frozen=True)
 class Proofs:
-    """What each end sends over the group, to prove that it is the one of this connection.
+    """The bytes that each end sends over the group, to prove that it is the one of this connection.
 
-    Each has 32 bytes.
+    Each proof has 32 of them.
     """
 
     chat: bytes

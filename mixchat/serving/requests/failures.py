@@ -66,7 +66,7 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(_with_hint(error), status=503, kind="server_error", code="no_room")
     if isinstance(error, MixchatError):
         return RequestError(_with_hint(error), status=500, kind="server_error")
-    # What exactly failed is for the person who runs the server, not for those who ask.
+    # The exact fault is for the person who runs the server, not for those who ask.
     return RequestError("internal error", status=500, kind="server_error")
 
 

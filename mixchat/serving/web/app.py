@@ -237,6 +237,6 @@ class _Envelope:
                 headers["cache-control"] = "no-cache"
             await send(message)
 
-        # What the routes raise was answered and reported; Starlette raises it again.
+        # An error of the routes was answered and reported; Starlette raises it again.
         with suppress(Exception):
             await self._app(scope, receive, with_headers)

@@ -25,7 +25,7 @@ _FREE = "/health"  # needs no key: it tells nothing
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server.
+    """The clients that may use the server.
 
     key: what a request has to carry, None for nothing; origins: of the web pages that may use it,
     "*" for all; local_only: whether it can be reached from this machine alone.

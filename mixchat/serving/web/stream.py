@@ -70,7 +70,7 @@ class AnswerStream:
         while not self._answers.finished:
             events = await self._answers.next(PING_SECONDS)
             done |= {number: event for number, event in events if isinstance(event, Done)}
-            # What came together is sent together: a slow client has less to take so.
+            # Events that came together are sent together: a slow client has less to take so.
             pieces = [self._piece(number, event) for number, event in events]
             yield b"".join(pieces) or b": waiting\n\n"
         if self._include_usage:

@@ -37,7 +37,7 @@ _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
 _BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
 _FLOATS = ("bfloat16", "float16", "float32")
-# What `bnb_4bit_quant_storage` can be: the bytes are the same, only their type differs.
+# The values of `bnb_4bit_quant_storage`: the bytes are the same, only their type differs.
 _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
 _MAX_OFFSET = torch.finfo(torch.float32).max
 

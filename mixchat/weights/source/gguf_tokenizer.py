@@ -32,7 +32,7 @@ def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) 
     tokenizer = Tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
     )
-    # What llama.cpp calls "smollm": each digit by itself, then GPT-2's pattern.
+    # Called "smollm" by llama.cpp: each digit by itself, then GPT-2's pattern.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

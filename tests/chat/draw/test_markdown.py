@@ -58,7 +58,7 @@ class Eager(MarkdownStream):
 
 
 def streamed(terminal, parts, frames=4):
-    """What the text looks like when it came in pieces, of which some were drawn."""
+    """The terminal with a text that came in pieces, of which some were drawn."""
     with Eager(terminal.console) as stream:
         for i, part in enumerate(parts):
             stream.feed(part, draws=i * frames // len(parts) != (i - 1) * frames // len(parts))
@@ -66,7 +66,7 @@ def streamed(terminal, parts, frames=4):
 
 
 def printed(text, *terminal):
-    """What the whole text looks like."""
+    """The terminal with the whole text."""
     terminal = Terminal(*terminal)
     terminal.console.print(render(text))
     return terminal
@@ -161,7 +161,7 @@ def numbered(seed, words_a_line):
 @pytest.mark.parametrize("reflows", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_resizing_loses_and_repeats_nothing(seed, reflows):
-    # What xterm cuts off is gone: there the words fit into the smallest width.
+    # Text that xterm cuts off is gone: there the words fit into the smallest width.
     text, count = numbered(seed, 20 if reflows else 1)
     made, terminal = random.Random(seed), Terminal(40, 12)
     with Eager(terminal.console) as stream:

@@ -51,7 +51,7 @@ def test_emphasis_is_still_drawn():
 
 
 def resumed(before, after, width=60, height=20, size=7):
-    """What the rest of a text looks like, if the beginning was drawn before it broke off."""
+    """The terminal with the rest of a text, if the beginning was drawn before it broke off."""
     terminal = Terminal(width, height, "truecolor")
     with Eager(terminal.console, before=before) as stream:
         for piece in pieces(after, size):

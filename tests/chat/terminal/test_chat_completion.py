@@ -1,4 +1,4 @@
-"""What is offered at each point of a command."""
+"""The completions that are offered at each point of a command."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What is typed after a slash does what /help says it does, or says in one line why not."""
+"""A command after a slash does what /help says it does, or says in one line why not."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""What was typed, from one chat to the next."""
+"""Lines that were typed, from one chat to the next."""
 
 import os
 import stat
@@ -25,7 +25,7 @@ def keep(path, *entries):
 
 
 def saved(path):
-    """What a new chat finds, the oldest first."""
+    """The lines that a new chat finds, the oldest first."""
     history = InputHistory(path)
     assert history.fault is None
     return list(history.load_history_strings())[::-1]

@@ -320,7 +320,7 @@ class Eyes:
         os.write(self._master, text if isinstance(text, bytes) else text.encode())
 
     def read(self):
-        """What the prompt has read."""
+        """Return the line that the prompt has read."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             self._look()
@@ -342,7 +342,7 @@ class Eyes:
         return [line.rstrip() for line in self._screen.display if line.strip()]
 
     def reversed(self, text):
-        """Whether the line with `text` is drawn in reverse."""
+        """Return whether the line with `text` is drawn in reverse."""
         number = next(n for n, line in enumerate(self._screen.display) if text in line)
         return self._screen.buffer[number][0].reverse
 

@@ -1,4 +1,4 @@
-"""How long a prompt takes: as predicted at first, then by the session's own pace."""
+"""The time that a prompt takes: as predicted at first, then by the session's own pace."""
 
 import pytest
 from chat_doubles import Stats

@@ -1,4 +1,4 @@
-"""What a screen shows: raw or drawn, with signs of life, and never a control character."""
+"""A screen shows text raw or drawn, with signs of life, and never a control character."""
 
 import io
 import time

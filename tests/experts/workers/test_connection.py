@@ -57,7 +57,7 @@ def test_frames_arrive_whole_in_whatever_pieces(ends: tuple[Connection, socket.s
 def test_a_frame_that_has_arrived_is_returned_after_the_deadline(
     ends: tuple[Connection, socket.socket],
 ) -> None:
-    """Who was stopped himself for a while must not take the other end for silent."""
+    """An end that was stopped for a while must not take the other one for silent."""
     here, other = ends
     other.sendall(struct.pack(">BI", 7, 0))
     while not here.has_arrived():

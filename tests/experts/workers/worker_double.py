@@ -31,7 +31,7 @@ BEAT = 0.2  # seconds
 def outputs(
     layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor, shared_row: bool = False
 ) -> torch.Tensor:
-    """What the experts of the double return: each multiplies by a number of its own."""
+    """Return what the double's experts compute: each multiplies by a number of its own."""
     inputs = [x] * len(experts) if shared_row else x.split([rows for _, rows in experts])
     return torch.cat(
         [part * (layer + 0.25 * expert) for (expert, _), part in zip(experts, inputs, strict=True)]

@@ -1,4 +1,4 @@
-"""What a server sends is read if it has the form of OpenAI's API, else refused in one line."""
+"""The JSON of a server is read if it has the form of OpenAI's API, else refused in one line."""
 
 import json
 from contextlib import suppress

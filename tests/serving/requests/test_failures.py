@@ -1,4 +1,4 @@
-"""Which status and which code of OpenAI's an error has."""
+"""The status and the code of OpenAI's that an error has."""
 
 from __future__ import annotations
 

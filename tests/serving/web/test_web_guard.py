@@ -1,4 +1,4 @@
-"""Who may use the server: hosts, origins of web pages, keys."""
+"""The clients that may use the server: hosts, origins of web pages, keys."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _ENDINGS = frozenset(b'"]},0')
 
 
 class ByteTokenizer:
-    """What a form asks of a tokenizer; `first` has tokens with other bytes at a text's start."""
+    """A tokenizer as far as forms use it; `first` has tokens with other bytes at a text's start."""
 
     def __init__(self, *more: bytes, first: Mapping[int, bytes] | None = None) -> None:
         self.tokens = TokenBytes(
