@@ -35,18 +35,18 @@ def request(path: str, body: Any = None, *, method: str | None = None, **headers
 
 def read_response(connection: socket.socket) -> Response:
     """Read one response, by its length or to the end of the connection, and not a byte more."""
-    stream = connection.makefile("rb", buffering=0)
-    first = stream.readline()
-    if not first:
-        raise ConnectionError("closed without a response")
-    headers = {}
-    while line := stream.readline().strip():
-        name, _, value = line.decode("latin-1").partition(": ")
-        headers[name.lower()] = value
-    length = int(headers.get("content-length", "-1"))
-    body = b""
-    while length != len(body) and (piece := stream.read(max(length - len(body), -1) % 65537)):
-        body += piece
+    with connection.makefile("rb", buffering=0) as stream:
+        first = stream.readline()
+        if not first:
+            raise ConnectionError("closed without a response")
+        headers = {}
+        while line := stream.readline().strip():
+            name, _, value = line.decode("latin-1").partition(": ")
+            headers[name.lower()] = value
+        length = int(headers.get("content-length", "-1"))
+        body = b""
+        while length != len(body) and (piece := stream.read(max(length - len(body), -1) % 65537)):
+            body += piece
     return Response(int(first.split()[1]), headers, body)
 
 
