@@ -94,7 +94,7 @@ def test_what_was_cut_off_is_written_over(kind: type[KVCache], bits: int) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_cache_takes_no_memory(kind: type[KVCache], monkeypatch: object) -> None:
+def test_an_empty_cache_takes_no_memory(kind: type[KVCache]) -> None:
     def held(cache: KVCache) -> int:
         if isinstance(cache, PagedKVCache):
             return sum(page.nbytes for pages in cache._pages for page in pages)

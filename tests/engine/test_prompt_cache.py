@@ -338,7 +338,9 @@ def test_what_is_no_regular_file_is_not_replaced(open_engine: Open, tmp_path: Pa
 
 
 def test_a_name_of_any_length_can_be_written(open_engine: Open, tmp_path: Path) -> None:
-    saved(tmp_path / ("n" * 255), open_engine())
+    path = tmp_path / ("n" * 255)
+    saved(path, open_engine())
+    assert PromptCache(path, open_engine()).load() == 23
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -357,7 +357,7 @@ def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_on
     assert work.finish() == ["b0", "b there"]
 
 
-def test_a_thread_that_fails_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_fails_lets_nobody_wait() -> None:
     def refuse() -> AbstractContextManager[object]:
         raise MemoryError("no stream")
 

@@ -28,7 +28,7 @@ TALK = [
     Message("assistant", "another text than that of the ids", (5, 6, 7)),
     Message("user", "So?"),
 ]
-HARMLESS = {"id of 4,294,967,295"}
+HARMLESS = "id of 4,294,967,295"
 
 
 @pytest.fixture
@@ -78,13 +78,18 @@ def test_every_hostile_template_ends_in_one_line(name: str, tmp_path: Path) -> N
     assert_refused(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", hostile.TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in hostile.TOKENIZERS if name != HARMLESS])
 @pytest.mark.usefixtures("short_of_time")
 def test_every_hostile_tokenizer_ends_in_one_line(name: str, tmp_path: Path) -> None:
     """Without a sandbox: signal 6 and a backtrace, 30 s and 1.3 GB, or an internal error."""
     hostile.tokenizer(tmp_path / "x", name)
-    if name not in HARMLESS:
-        assert_refused(tmp_path / "x")
+    assert_refused(tmp_path / "x")
+
+
+def test_a_vocabulary_with_a_huge_id_does_no_harm(tmp_path: Path) -> None:
+    hostile.tokenizer(tmp_path / "x", HARMLESS)
+    with closing(CheckpointText(tmp_path / "x")) as text:
+        assert text.tokenizer().encode("a b")
 
 
 def assert_refused(directory: Path) -> None:

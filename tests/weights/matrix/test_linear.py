@@ -25,7 +25,7 @@ def test_a_product_is_right_to_rounding_whichever_way_is_taken(
     assert (result.double() - exact).norm() < within * exact.norm()
 
 
-def test_onednn_is_switched_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_switched_on_again() -> None:
     before = torch._C._get_mkldnn_enabled()
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
     DenseLinear(weight)(torch.ones(1, 8, dtype=torch.bfloat16))
