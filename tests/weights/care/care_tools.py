@@ -1,12 +1,15 @@
-"""An installed model is damaged and checked with these."""
+"""An installed model is damaged, checked and repaired with these."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mixchat.progress import NoProgress
+from mixchat.weights.care.repair import repair
 from mixchat.weights.care.verify import Damage
 from mixchat.weights.care.verify import verify as verify_model
+from mixchat.weights.format.manifest import Source, restore_manifests
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 EXPERTS = "experts-000.safetensors"
 SHARED = "shared.safetensors"
@@ -20,3 +23,11 @@ def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x10
     path.write_bytes(data)
+
+
+def mend(directory: Path, checkpoint: Path) -> None:
+    damages = verify(directory)
+    restore_manifests(directory)
+    repair(
+        directory, damages, DirectoryCheckpoint(checkpoint, Source(str(checkpoint))), NoProgress()
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from care_tools import EXPERTS, SHARED, flip, verify
+from care_tools import EXPERTS, SHARED, flip, mend, verify
 from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import Meter, files_of
@@ -23,18 +23,9 @@ from mixchat.weights.format.manifest import (
     MANIFEST_FILE,
     Source,
     read_either_manifest,
-    restore_manifests,
 )
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.open_checkpoint import open_checkpoint
-
-
-def mend(directory: Path, checkpoint: Path) -> None:
-    damages = verify(directory)
-    restore_manifests(directory)
-    repair(
-        directory, damages, DirectoryCheckpoint(checkpoint, Source(str(checkpoint))), NoProgress()
-    )
 
 
 class TestRepair:

@@ -1,0 +1,148 @@
+"""Attention and head of an installed model get 8 bits, as if it had been downloaded so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from care_tools import flip, mend, verify
+from convert_tools import ALL_4BIT, AS_STORED, DENSE, EIGHT, LAST, reform, stop_at
+from weight_tools import Meter, files_of
+
+from mixchat import machine
+from mixchat.errors import ResourceError, UsageError
+from mixchat.options import DenseBits
+from mixchat.weights.care.convert import find_target
+from mixchat.weights.format.manifest import read_manifest
+
+
+class TestRounding:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize(
+        ("bits", "options"),
+        [
+            (EIGHT, {}),
+            (DenseBits(attention=8), {"head": 16}),
+            (DenseBits(head=8), {"attention": 16}),
+            (DenseBits(8, 16), {"head": 16}),
+        ],
+    )
+    @pytest.mark.parametrize("stored_as", ["float32", "bfloat16"])
+    def test_it_gives_what_a_download_gives(
+        self,
+        make_checkpoint: Callable[..., Path],
+        install: Callable[..., Path],
+        tied: bool,
+        bits: DenseBits,
+        options: dict[str, Any],
+        stored_as: str,
+    ) -> None:
+        checkpoint = make_checkpoint(stored_as=stored_as, tie_word_embeddings=tied)
+        installed = install(checkpoint, layout="bitsandbytes", **DENSE)
+        assert reform(installed, None, bits)
+        assert files_of(installed) == files_of(
+            install(checkpoint, layout="bitsandbytes", **options)
+        )
+        assert verify(installed) == []
+        assert not reform(installed, None, bits)
+
+    def test_only_the_file_that_changes_is_written_and_is_there_twice(
+        self, dense: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = {path.name: path.stat().st_ino for path in dense.iterdir()}
+        size = read_manifest(dense).weights["shared.safetensors"].size
+        monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000 + size)
+        meter = Meter()
+        assert reform(dense, None, EIGHT, meter)
+        changed = {path.name for path in dense.iterdir() if path.stat().st_ino != before[path.name]}
+        assert changed == {"shared.safetensors", "mixchat.json", "mixchat.copy.json"}
+        bar = meter.bar("converting mine")
+        assert 0 < bar.done == bar.total
+        assert read_manifest(dense).weights["shared.safetensors"].size < size
+
+    def test_without_room_it_does_not_begin(
+        self, dense: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = files_of(dense)
+        monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000)
+        with pytest.raises(ResourceError, match="not enough disk"):
+            reform(dense, None, EIGHT)
+        assert files_of(dense) == before
+
+    @pytest.mark.parametrize(
+        ("options", "bits", "said"),
+        [
+            ({}, DenseBits(16, 16), "the attention of 'mine' has 8 bits"),
+            ({}, DenseBits(head=4), "the head of 'mine' has 8 bits"),
+            (ALL_4BIT, EIGHT, "the attention of 'mine' has 4 bits"),
+            (ALL_4BIT, DenseBits(head=16), "the head of 'mine' has 4 bits"),
+            (DENSE, DenseBits(4, 4), "the attention of 'mine' has 16 bits"),
+            ({"attention": 16}, EIGHT, None),
+            ({"attention": 4}, DenseBits(4, 8), None),
+        ],
+    )
+    def test_only_16_bits_can_become_8(
+        self,
+        tiny_checkpoint: Path,
+        install: Callable[..., Path],
+        tmp_path: Path,
+        options: dict[str, Any],
+        bits: DenseBits,
+        said: str | None,
+    ) -> None:
+        made = install(tiny_checkpoint, layout="bitsandbytes", **options)
+        installed = Path(shutil.copytree(made, tmp_path / "mine"))
+        before = files_of(installed)
+        if said is None:
+            reform(installed, None, bits)
+            return
+        with pytest.raises(UsageError, match=said):
+            reform(installed, None, bits)
+        assert files_of(installed) == before
+
+    def test_other_bits_have_to_wait_for_an_unfinished_conversion(
+        self, dense: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            stop_at(patch, LAST, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                reform(dense, "cpu-packed", DenseBits(attention=8))
+        for layout, bits in ((None, EIGHT), ("bitsandbytes", AS_STORED), (None, DenseBits(16))):
+            with pytest.raises(UsageError, match="attention int8, head none"):
+                find_target(dense, layout, bits)  # type: ignore[arg-type]
+        assert reform(dense, None, DenseBits(8, 16))
+        assert verify(dense) == []
+
+    @pytest.mark.parametrize("file", ["shared.safetensors", LAST])
+    def test_in_the_middle_it_is_repaired_in_the_form_of_its_file(
+        self,
+        dense: Path,
+        tiny_checkpoint: Path,
+        install: Callable[..., Path],
+        monkeypatch: pytest.MonkeyPatch,
+        file: str,
+    ) -> None:
+        with monkeypatch.context() as patch:
+            stop_at(patch, LAST, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                reform(dense, "cpu-packed", EIGHT)
+        assert verify(dense) == []
+        flip(dense / file, -5000)
+        assert [damage.file for damage in verify(dense)] == [file]
+        mend(dense, tiny_checkpoint)
+        assert verify(dense) == []
+        assert reform(dense)
+        assert files_of(dense) == files_of(install(tiny_checkpoint, layout="cpu-packed"))
+
+    def test_a_finished_one_is_repaired_from_its_checkpoint(
+        self, dense: Path, tiny_checkpoint: Path
+    ) -> None:
+        """The checkpoint is in fp32, the model that was rounded had 16 bits."""
+        reform(dense, None, EIGHT)
+        converted = files_of(dense)
+        (dense / "shared.safetensors").unlink()
+        mend(dense, tiny_checkpoint)
+        assert files_of(dense) == converted

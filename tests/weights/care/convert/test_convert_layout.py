@@ -1,0 +1,146 @@
+"""An installed model's codes change their layout without loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from care_tools import verify
+from convert_tools import ALL_4BIT, FIRST, LAST, LAYOUTS, layout_of_target, pack, reform, text_of
+from weight_tools import Meter, files_of
+
+from mixchat import machine
+from mixchat.errors import ResourceError, UsageError
+from mixchat.weights.care.convert import _Converter
+from mixchat.weights.format.manifest import CONVERSION_DIR, read_manifest
+from mixchat.weights.make import quantize_options as quantize_module
+from mixchat.weights.matrix.linear import Layout
+
+
+class TestConverting:
+    @pytest.mark.parametrize(("old", "new"), [LAYOUTS, LAYOUTS[::-1]])
+    @pytest.mark.parametrize("options", [{}, ALL_4BIT, {"attention": 16, "head": 16}])
+    def test_it_gives_what_quantizing_straight_into_that_layout_gives(
+        self,
+        tiny_checkpoint: Path,
+        install: Callable[..., Path],
+        old: Layout,
+        new: Layout,
+        options: dict[str, Any],
+    ) -> None:
+        installed, straight = (
+            install(tiny_checkpoint, layout=layout, **options) for layout in (old, new)
+        )
+        before = files_of(installed)
+        assert reform(installed, new)
+        assert files_of(installed) == files_of(straight)
+        assert files_of(installed)[FIRST] != before[FIRST]
+        assert verify(installed) == []
+
+    def test_there_and_back_gives_the_same_bytes(self, installed: Path) -> None:
+        before = files_of(installed)
+        assert pack(installed)
+        assert reform(installed, "bitsandbytes")
+        assert files_of(installed) == before
+
+    @pytest.mark.parametrize(
+        "options", [{"quant_type": "fp4"}, {"head": 4}, {"attention": 16, "head": 16}]
+    )
+    def test_every_matrix_of_a_model_whose_head_is_its_embedding(
+        self,
+        make_checkpoint: Callable[..., Path],
+        install: Callable[..., Path],
+        options: dict[str, Any],
+    ) -> None:
+        checkpoint = make_checkpoint(
+            vocab_size=128, intermediate_size=128, tie_word_embeddings=True
+        )
+        installed, straight = (install(checkpoint, layout=layout, **options) for layout in LAYOUTS)
+        assert pack(installed)
+        assert files_of(installed) == files_of(straight)
+
+    def test_it_answers_as_before(self, installed: Path) -> None:
+        before = text_of(installed)
+        pack(installed)
+        assert text_of(installed) == before
+
+    def test_a_file_in_which_nothing_changes_is_not_written(
+        self, tiny_checkpoint: Path, install: Callable[..., Path]
+    ) -> None:
+        dense = {"attention": 16, "head": 16}
+        installed = install(tiny_checkpoint, layout="bitsandbytes", **dense)
+        before = {path.name: path.stat().st_ino for path in installed.iterdir()}
+        pack(installed)
+        changed = {
+            path.name for path in installed.iterdir() if path.stat().st_ino != before[path.name]
+        }
+        assert changed == {FIRST, LAST, "mixchat.json", "mixchat.copy.json"}
+
+    def test_the_bar_counts_every_byte_that_is_rewritten(self, installed: Path) -> None:
+        meter = Meter()
+        pack(installed, meter)
+        bar = meter.bar("converting mine")
+        assert 0 < bar.done == bar.total
+        assert bar.closed
+
+    def test_no_more_than_one_file_is_there_twice(
+        self, installed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[list[str]] = []
+        move = _Converter._move
+
+        def watched(self: _Converter, name: str) -> None:
+            seen.append(sorted(os.listdir(installed / CONVERSION_DIR)))
+            move(self, name)
+
+        monkeypatch.setattr(_Converter, "_move", watched)
+        pack(installed)
+        names = ("shared.safetensors", FIRST, LAST)
+        assert seen == [sorted([name, "journal.jsonl"]) for name in names]
+
+
+class TestNothingToDo:
+    def test_a_model_that_has_the_layout_is_left_alone(self, installed: Path) -> None:
+        before = files_of(installed)
+        assert not reform(installed, "bitsandbytes")
+        assert files_of(installed) == before
+
+    def test_one_without_4_bits_is_refused(
+        self, tiny_checkpoint: Path, install: Callable[..., Path]
+    ) -> None:
+        dense = install(tiny_checkpoint, quant_type="none", layout="bitsandbytes")
+        before = files_of(dense)
+        with pytest.raises(UsageError, match="in 3 or 4 bits"):
+            pack(dense)
+        assert files_of(dense) == before
+
+    @pytest.mark.parametrize("best", LAYOUTS)
+    def test_without_a_layout_it_takes_the_one_that_this_machine_computes_fastest(
+        self, installed: Path, monkeypatch: pytest.MonkeyPatch, best: Layout
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(quantize_module.coded, "available", lambda: best == "cpu-packed")
+        assert layout_of_target(installed, None) == best
+        assert layout_of_target(installed, "bitsandbytes") == "bitsandbytes"
+
+
+class TestDisk:
+    def test_without_room_for_the_largest_file_it_does_not_begin(
+        self, installed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = files_of(installed)
+        monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000)
+        with pytest.raises(ResourceError, match=r"not enough disk in .*mine: 4"):
+            pack(installed)
+        assert files_of(installed) == before
+
+    def test_room_for_one_file_is_enough(
+        self, installed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        largest = max(record.size for record in read_manifest(installed).weights.values())
+        monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000 + largest)
+        assert pack(installed)
