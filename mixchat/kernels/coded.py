@@ -38,7 +38,7 @@ from mixchat.kernels.program import Step
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 
-_STREAMS = 4  # bands that are read at once where there is one token
+_STREAMS = 2  # bands that are read at once where there is one token; with more, memory gave less
 # Bytes that a stream goes through in one item of work, if enough items are left for each thread.
 # Its start is read more slowly, before the CPU has found out what will be read next.
 _STREAM_BYTES, _ITEMS = 2**18, 8
