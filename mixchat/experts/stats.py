@@ -13,9 +13,9 @@ class ExpertStats:
     """Cumulative counts.
 
     hits, misses: uses of an expert found in fast memory or not, by expert; what a worker computes
-    is a hit. bytes_moved: bytes
-    brought into fast memory. stalled_seconds: time spent waiting for them. predictions: experts
-    that were prefetched; of these, right_predictions were then selected by a router, of these
+    is a hit. bytes_moved: bytes brought into fast memory. stalled_seconds: time spent waiting for
+    them. bytes_read: of experts, from disk, in read_seconds. predictions: experts that were
+    prefetched; of these, right_predictions were then selected by a router, of these
     late_predictions before they had arrived, which makes them misses too.
     """
 
@@ -23,6 +23,8 @@ class ExpertStats:
     misses: Counter[ExpertKey] = field(default_factory=Counter)
     bytes_moved: int = 0
     stalled_seconds: float = 0.0
+    bytes_read: int = 0
+    read_seconds: float = 0.0
     predictions: int = 0
     right_predictions: int = 0
     late_predictions: int = 0

@@ -100,7 +100,7 @@ def _on_device(
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert, blueprint.computed_on(device).expert
-    disk = DiskSource(installed, choose=not _stays_cached(installed, placement, device))
+    disk = DiskSource(installed, stats, choose=not _stays_cached(installed, placement, device))
     behind = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the layout of the file.

@@ -10,10 +10,11 @@ GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. For each
 one after the other, in rounds, so that what else the machine does strikes all alike.
 
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
-bandwidth, measured right after, and of computing it at the speeds that the round's calibration
-found. The prediction is what `mixchat plan` makes of that calibration; another one is made with the
-disk's bandwidth as it was right after, because some disks are twice as fast in one minute as in the
-next. --peer runs `peer_child.py bench` with that Python.
+bandwidth and of computing it at the speeds that the round's calibration found. Some disks are twice
+as fast in one minute as in the next: the bandwidth is the one that the tokens' own reads had; right
+after it is measured with nothing beside it, too. The prediction is what `mixchat plan` makes of the
+calibration; another one is made with the bandwidth that the reads had. --peer runs
+`peer_child.py bench` with that Python.
 
 Random weights make routers that choose evenly, and hidden states that change little from layer to
 layer, so that predictions are right more often than with real weights; `--depth 0` makes none.
@@ -109,15 +110,16 @@ def one_round(
 
 def described(figures: dict[str, float]) -> str:
     """Return the figures of an answer as a line."""
-    reading = figures["bytes"] / figures["disk"]
+    reading = figures["bytes"] / figures["read_rate"]
     limit = 1 / max(reading, figures["computing"])
     parts = (
         f"{figures['slots']} slots, {figures['rate']:.2f} tok/s (median {figures['median']:.2f})",
         f"predicted {figures['predicted_low']:.2f} to {figures['predicted_high']:.2f}, "
-        f"with the disk as it was then {figures['predicted_after']:.2f}",
+        f"with the disk as it was then {figures['predicted_meanwhile']:.2f}",
         f"limit {limit:.2f}, reached {figures['rate'] / limit:.0%}",
         f"computing {figures['computing']:.2f} s, reading {reading:.2f} s: "
-        f"{figures['bytes'] / 1e9:.2f} GB at {figures['disk'] / 1e9:.2f} GB/s",
+        f"{figures['bytes'] / 1e9:.2f} GB at {figures['read_rate'] / 1e9:.2f} GB/s "
+        f"({figures['disk'] / 1e9:.2f} afterwards), the disk busy {figures['busy']:.0%}",
         f"hits {figures['hit_rate']:.1%}, expected {figures['expected_hit_rate']:.1%}",
         f"waited {figures['stalled']:.0%}",
         f"{figures['right']} of {figures['predictions']} predicted, depth {figures['depth']}",
@@ -169,7 +171,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     expected = expect(blueprint, CPU, saved, placement)
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     assert disk is not None
-    after = expect(blueprint, CPU, with_disk(saved, disk.idle), placement)
+    read_rate = did.bytes_read / did.read_seconds
+    meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
     return {
         "slots": engine.experts.slots,
         "rate": len(seconds) / total,
@@ -182,10 +185,12 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
         "depth": engine.passes.model.blocks[0].moe.runner._prefetch.trial.variant,
         "first": first,
         "first_bytes": first_bytes,
+        "read_rate": read_rate,
+        "busy": did.read_seconds / total,
         "disk": disk.idle,
         "predicted_low": expected.speed.low,
         "predicted_high": expected.speed.high,
-        "predicted_after": after.tokens_per_second,
+        "predicted_meanwhile": meanwhile.tokens_per_second,
         "computing": expected.cost.computing,
         "expected_hit_rate": expected.hit_rate,
     }
@@ -193,12 +198,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 
 def with_disk(measured: Measurement, bandwidth: float) -> Measurement:
     """Return the measurement as it would be with a disk that reads so many bytes a second."""
-    typical = measured.typical
-    assert typical.disk_bandwidth is not None
-    assert typical.disk_bandwidth_idle is not None
-    busy = typical.disk_bandwidth * bandwidth / typical.disk_bandwidth_idle
-    sample = replace(typical, disk_bandwidth=busy, disk_bandwidth_idle=bandwidth)
-    return replace(measured, samples=(sample,))
+    typical = replace(measured.typical, disk_bandwidth=bandwidth, disk_bandwidth_idle=bandwidth)
+    return replace(measured, samples=(typical,))
 
 
 def calibrate(model: Path) -> None:

@@ -10,7 +10,8 @@ from chat_doubles import SpeculationStats, Stats
 from command_line import FAKE, Done
 from fake_mixchat import make_session
 
-from mixchat.cli.output.verbose import VerboseReport, generation_lines
+from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
+from mixchat.experts.stats import ExpertStats
 
 
 def prompts_in(path):
@@ -153,6 +154,14 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     assert lines[5] == "loaded   6 kB, waited 0.0 s for it"
     assert lines[12] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
     assert lines[13] == "loaded   5 kB, waited 0.0 s for it"
+
+
+def test_verbose_tells_how_fast_the_disk_was():
+    did = ExpertStats(bytes_moved=3_000_000_000, bytes_read=3_000_000_000, read_seconds=1.5)
+    assert expert_lines(did, {"host": 16})[1:] == [
+        "loaded   3 GB, waited 0.0 s for it",
+        "disk     read for 1.5 s at 2 GB/s",
+    ]
 
 
 def test_verbose_tells_of_tokens_that_were_proposed():

@@ -31,7 +31,7 @@ def runner(
 ) -> Dispatcher:
     layout = "cpu-packed" if coded.available() else "bitsandbytes"
     store = ExpertStore(
-        source or DiskSource(installed, choose=False),
+        source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert,
         used=installed.blueprint.in_layout(layout).expert,
         device=CPU,

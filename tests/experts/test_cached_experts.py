@@ -11,6 +11,7 @@ from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 from mixchat.experts.sources import DiskSource
+from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.installed_model import InstalledModel
 
 
@@ -101,7 +102,7 @@ class Failing:
     """A source whose loads fail, after half of the bytes, until told otherwise."""
 
     def __init__(self, installed: InstalledModel) -> None:
-        self.source, self.fail = DiskSource(installed, choose=False), True
+        self.source, self.fail = DiskSource(installed, ExpertStats(), choose=False), True
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if self.fail:
@@ -167,7 +168,7 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: Inst
             started.append(key.expert)
             yield from super().load(key, block, evicted)
 
-    fetcher = fetcher_of(runner(installed, 4, Noting(installed, choose=False)))
+    fetcher = fetcher_of(runner(installed, 4, Noting(installed, ExpertStats(), choose=False)))
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])
     fetcher.ready(ExpertKey(0, 2))  # the last to come
     assert started == [3, 0, 2]

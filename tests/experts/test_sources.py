@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import itertools
+import math
 import os
 import shutil
 import threading
@@ -22,6 +24,7 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Steps
 from mixchat.experts.policies import LRU
 from mixchat.experts.sources import DiskSource, HostSource
+from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -92,7 +95,7 @@ class Disk(DiskSource):
     """Notes what is read from it, and fails where `fails` says so."""
 
     def __init__(self, installed: InstalledModel) -> None:
-        super().__init__(installed, choose=False)
+        super().__init__(installed, ExpertStats(), choose=False)
         self.stride = installed.blueprint.expert.stride
         self.reads: Counter[ExpertKey] = Counter()
         self.fails = False
@@ -182,7 +185,7 @@ def test_all_ways_from_disk_read_the_same_bytes(
 
     monkeypatch.setattr(InstalledModel, "read_expert", noted)
     with InstalledModel(directory) as installed:
-        source = DiskSource(installed, choose=True)
+        source = DiskSource(installed, ExpertStats(), choose=True)
         for _ in range(4):
             for key in KEYS:
                 assert load(source, key, installed.blueprint.expert.stride) == truth[key]
@@ -199,7 +202,7 @@ def test_without_a_choice_it_reads_through_the_page_cache(
     installed: InstalledModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
 ) -> None:
     monkeypatch.setattr(installed, "open_direct", lambda: pytest.fail("not asked for"))
-    source = DiskSource(installed, choose=False)
+    source = DiskSource(installed, ExpertStats(), choose=False)
     assert load(source, B, installed.blueprint.expert.stride) == truth[B]
 
 
@@ -215,15 +218,31 @@ def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
 
     monkeypatch.setattr(os, "open", refused)
     with InstalledModel(directory) as installed:
-        source = DiskSource(installed, choose=True)
+        source = DiskSource(installed, ExpertStats(), choose=True)
         for key in KEYS:
             assert load(source, key, installed.blueprint.expert.stride) == truth[key]
+
+
+def test_bytes_that_are_read_and_the_time_are_counted(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_STEP", 3 * 4096)  # an expert's last read is shorter
+    times = itertools.count()
+    monkeypatch.setattr(sources.time, "perf_counter", lambda: float(next(times)))
+    for choose in (False, True):
+        with InstalledModel(directory) as installed:
+            stats, size = ExpertStats(), installed.blueprint.expert.stride
+            source = DiskSource(installed, stats, choose=choose)
+            for key in (A, B, C):
+                load(source, key, size)
+            assert stats.bytes_read == 3 * size
+            assert stats.read_seconds == 3 * math.ceil(size / sources._STEP)
 
 
 def test_it_reads_in_steps(installed: InstalledModel) -> None:
     right = whole(installed, C)
     block = torch.full_like(right, 0xEE)
-    steps = DiskSource(installed, choose=False).load(C, block, None)
+    steps = DiskSource(installed, ExpertStats(), choose=False).load(C, block, None)
     assert len(block) >= 2 * 4096
     for done in range(4096, len(block) + 1, 4096):
         next(steps)
@@ -237,7 +256,7 @@ def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
     installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
     """The bytes pass through RAM, where the next load finds the same place."""
-    source = DiskSource(installed, choose=False)
+    source = DiskSource(installed, ExpertStats(), choose=False)
     blocks = [new_block(installed.blueprint.expert.stride, CPU) for _ in range(3)]
     late, later = source.load(A, blocks[0], None), source.load(B, blocks[1], None)
     next(late)
@@ -265,7 +284,7 @@ def test_reads_of_a_load_that_was_put_off_never_fill_the_slot_of_another_expert(
 
     monkeypatch.setattr(InstalledModel, "read_expert", slow)
     with InstalledModel(directory) as installed:
-        source = DiskSource(installed, choose=True)
+        source = DiskSource(installed, ExpertStats(), choose=True)
         block = new_block(installed.blueprint.expert.stride, CPU)
         put_off = source.load(A, block, None)
         next(put_off)
@@ -282,7 +301,10 @@ def test_a_file_cut_short_after_it_was_opened_is_named(
 ) -> None:
     copy = Path(shutil.copytree(directory, tmp_path / "installed"))
     with InstalledModel(copy) as installed:
-        source, size = DiskSource(installed, choose=choose), installed.blueprint.expert.stride
+        source, size = (
+            DiskSource(installed, ExpertStats(), choose=choose),
+            installed.blueprint.expert.stride,
+        )
         file = copy / "experts-002.safetensors"
         os.truncate(file, file.stat().st_size - missing)
         load(source, ExpertKey(2, EXPERTS - 2), size)
@@ -300,7 +322,10 @@ def test_a_read_error_is_raised_with_the_files_name(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with InstalledModel(directory) as installed:
-        source, size = DiskSource(installed, choose=choose), installed.blueprint.expert.stride
+        source, size = (
+            DiskSource(installed, ExpertStats(), choose=choose),
+            installed.blueprint.expert.stride,
+        )
         monkeypatch.setattr(os, "preadv", broken)
         said = r"experts-001\.safetensors: cannot be read \(Input/output error\)"
         with pytest.raises(CheckpointError, match=said):

@@ -111,6 +111,9 @@ def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
         f"experts  {hits} hits, {misses} misses ({rate}), {slots_in_words(slots)}",
         f"loaded   {moved}, waited {waited:.1f} s for it",
     ]
+    if did.read_seconds:
+        bandwidth = format_size(int(did.bytes_read / did.read_seconds))
+        lines.append(f"disk     read for {did.read_seconds:.1f} s at {bandwidth}/s")
     if did.predictions:
         lines.append(f"prefetch {did.predictions} predicted, {did.right_predictions} of them right")
     return lines
