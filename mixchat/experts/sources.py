@@ -24,7 +24,8 @@ from mixchat.experts.trial import Trial
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
-_STEP = 8 << 20  # bytes of a read: 2 to 8 ms, after which a more urgent load can come first
+STEP = 8 << 20  # bytes of a read: 2 to 8 ms, after which a more urgent load can come first
+MOST_AT_ONCE = 4  # reads
 _ROUND = 8  # experts that are read past the page cache, or through it, between two tries
 
 
@@ -43,7 +44,7 @@ class _Way(NamedTuple):
 
 
 def _parts(block: torch.Tensor) -> list[_Part]:
-    return [_Part(n * _STEP, part) for n, part in enumerate(torch.split(block, _STEP))]
+    return [_Part(n * STEP, part) for n, part in enumerate(torch.split(block, STEP))]
 
 
 PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
@@ -55,15 +56,16 @@ class DiskSource:
     With `choose`, several ways to read are tried, and the fastest is used. Reading past the page
     cache (O_DIRECT) takes no core and no memory, and is faster on most disks; but only through it
     come pages that other programs, or the machine's host, have cached. Most disks are faster with
-    two reads at once. `stats` gets the bytes and the time.
+    several reads at once; and while one waits for the disk, another one can wait for the system to
+    clear fresh memory. `stats` gets the bytes and the time.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
         self._model, self._stats = model, stats
-        ways = [_Way(direct, 2) for direct in (True, False)] + [_Way(direct=True, at_once=1)]
-        possible = ways if choose and model.open_direct() else [_Way(direct=False, at_once=1)]
-        self._ways = Trial(possible, length=_ROUND * model.blueprint.expert.stride)
-        self._readers = ThreadPoolExecutor(2, thread_name_prefix="read")
+        kinds = [True, False] if choose and model.open_direct() else [False]
+        ways = [_Way(direct, at_once) for at_once in (MOST_AT_ONCE, 1) for direct in kinds]
+        self._ways = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        self._readers = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="read")
         self._reads: deque[Future[None]] = deque()  # those in flight
         self._staging: torch.Tensor | None = None
 
@@ -79,7 +81,7 @@ class DiskSource:
         try:
             while parts or reads:
                 way, began = self._ways.variant, time.perf_counter()
-                size = len(parts[0].bytes) if parts else _STEP
+                size = len(parts[0].bytes) if parts else STEP
                 if way.at_once == 1 and not reads:
                     self._read(key, parts.popleft(), way)
                 else:
@@ -99,7 +101,7 @@ class DiskSource:
             together = [parts.popleft() for _ in range(min(way.at_once, len(parts)))]
             staged = [
                 _Part(part.start, stage[: len(part.bytes)])
-                for part, stage in zip(together, torch.split(self._stage(), _STEP), strict=False)
+                for part, stage in zip(together, torch.split(self._stage(), STEP), strict=False)
             ]
             reads = [self._begin(key, part, way) for part in staged[1:]]
             try:
@@ -133,7 +135,7 @@ class DiskSource:
 
     def _stage(self) -> torch.Tensor:
         if self._staging is None:
-            self._staging = new_block(2 * _STEP, CPU)
+            self._staging = new_block(MOST_AT_ONCE * STEP, CPU)
         return self._staging
 
 

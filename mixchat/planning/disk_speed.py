@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from mixchat import machine
 from mixchat.experts.memory import CPU
+from mixchat.experts.sources import MOST_AT_ONCE, STEP
 from mixchat.experts.store import new_block
 from mixchat.safetensors import ALIGNMENT
 
@@ -32,7 +33,7 @@ _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of s
 class DiskRates(NamedTuple):
     """Bytes a second: while the cores compute, while they do not, and then into fresh memory.
 
-    In a cold start the system gives fresh memory page by page. On a machine whose host gives it
+    In a cold start the system clears fresh memory page by page. On a machine whose host gives it
     only then, that took up to eight times as long as reading.
     """
 
@@ -62,7 +63,8 @@ def measure_disk(
             places = stack.enter_context(_installed(directory, block))
             if len(places) < _FEWEST:
                 block, places = stack.enter_context(_written(directory, block, size, seconds))
-            return _Disk(places, block, seconds).measure(work) if places else None
+            readers = stack.enter_context(ThreadPoolExecutor(MOST_AT_ONCE))
+            return _Disk(places, block, seconds, readers).measure(work) if places else None
     except OSError:
         return None
 
@@ -116,10 +118,22 @@ def _fill(fd: int, size: int, seconds: float) -> int:
     return written // ALIGNMENT * ALIGNMENT
 
 
+def _fill_from(fd: int, start: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(fd, [target[done:]], start + done)
+        if count == 0:
+            raise OSError("the file ended early")
+        done += count
+
+
 class _Disk:
     """Reads blocks that are not in the page cache, in each way in turn."""
 
-    def __init__(self, places: Places, block: int, seconds: float) -> None:
+    def __init__(
+        self, places: Places, block: int, seconds: float, readers: ThreadPoolExecutor
+    ) -> None:
+        self._readers = readers
         self._block, self._seconds, self._count = block, seconds, len(places)
         # Each time others, and none again before all were read.
         self._places = cycle(random.sample(places, len(places)))
@@ -145,7 +159,7 @@ class _Disk:
         direct = max(ways, key=lambda way: harmonic_mean(busy[way]))
         # Of the time that as many bytes take each: a slow round is a part of it.
         beside, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
-        return DiskRates(beside, alone, self._fresh_rate())
+        return DiskRates(beside, alone, self._fresh_rate(direct))
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
         # As in use: a thread reads, the main one computes.
@@ -155,14 +169,14 @@ class _Disk:
                 work()
             return rate.result()
 
-    def _fresh_rate(self) -> float:
-        """Return bytes a second into fresh memory, through the page cache, which takes some, too.
+    def _fresh_rate(self, direct: bool) -> float:
+        """Return bytes a second into fresh memory.
 
         It takes longer than the others: the first memory is often what was just given back.
         """
-        most = machine.free_memory() // 8  # as much again goes into the page cache
+        most = machine.free_memory() // 8  # as much again may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
-        self._set_direct(False)
+        self._set_direct(direct)
         spent = 0.0
         for fd, start in islice(self._places, self._count):
             taken.append(new_block(self._block, CPU))
@@ -183,14 +197,19 @@ class _Disk:
         return done / spent
 
     def _read(self, fd: int, start: int, target: memoryview) -> float:
-        """Read a block that is not in the page cache; return the seconds that took."""
+        """Read a block that is not in the page cache; return the seconds that took.
+
+        As experts are read: in steps, several at once.
+        """
         os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
-        done, started = 0, time.perf_counter()
-        while done < self._block:
-            count = os.preadv(fd, [target[done:]], start + done)
-            if count == 0:
-                raise OSError("the file ended early")
-            done += count
+        started = time.perf_counter()
+        steps = [
+            self._readers.submit(_fill_from, fd, start + at, target[at : at + STEP])
+            for at in range(0, self._block, STEP)
+        ]
+        wait(steps)
+        for step in steps:
+            step.result()
         return time.perf_counter() - started
 
     def _reads_direct(self) -> bool:

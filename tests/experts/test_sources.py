@@ -38,7 +38,7 @@ keys = st.sampled_from(KEYS)
 @pytest.fixture(scope="module", autouse=True)
 def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_STEP", 4096)
+        patch.setattr(sources, "STEP", 4096)
         yield
 
 
@@ -226,7 +226,7 @@ def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
 def test_bytes_that_are_read_and_the_time_are_counted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_STEP", 3 * 4096)  # an expert's last read is shorter
+    monkeypatch.setattr(sources, "STEP", 3 * 4096)  # an expert's last read is shorter
     times = itertools.count()
     monkeypatch.setattr(sources.time, "perf_counter", lambda: float(next(times)))
     for choose in (False, True):
@@ -236,10 +236,11 @@ def test_bytes_that_are_read_and_the_time_are_counted(
             for key in (A, B, C):
                 load(source, key, size)
             assert stats.bytes_read == 3 * size
-            assert stats.read_seconds == 3 * math.ceil(size / sources._STEP)
+            assert stats.read_seconds == 3 * math.ceil(size / sources.STEP)
 
 
-def test_it_reads_in_steps(installed: InstalledModel) -> None:
+def test_it_reads_in_steps(installed: InstalledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MOST_AT_ONCE", 1)
     right = whole(installed, C)
     block = torch.full_like(right, 0xEE)
     steps = DiskSource(installed, ExpertStats(), choose=False).load(C, block, None)
