@@ -54,7 +54,7 @@ def _try(path: Path) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(path, flags, 0o644)
     try:
-        if _locked(fd) and _is_at(fd, path):
+        if lock_open_file(fd) and _is_at(fd, path):
             return fd
     except BaseException:
         os.close(fd)
@@ -63,7 +63,11 @@ def _try(path: Path) -> int | None:
     return None
 
 
-def _locked(fd: int) -> bool:
+def lock_open_file(fd: int) -> bool:
+    """Lock an open file until it is closed; return False where another process holds the lock.
+
+    For a file that is never replaced by another one: it needs no lock file beside it.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,7 +18,7 @@ from mixchat.cli.opening import open_service
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import PromptError, UsageError
 from mixchat.files import open_regular, write_all, write_error
-from mixchat.lock import Busy, exclusive_lock
+from mixchat.lock import lock_open_file
 from mixchat.options import LoadOptions
 from mixchat.progress import Note
 
@@ -136,14 +136,14 @@ def open_answers(path: Path | None) -> Iterator[AnswerFile | StandardOutput]:
         try:
             descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
             opened.callback(os.close, descriptor)
-            opened.enter_context(exclusive_lock(path.resolve()))  # a link has its file's lock
-        except Busy:
+            is_ours = lock_open_file(descriptor)
+        except OSError as error:
+            raise UsageError(f"--resume-from {path}: {error.strerror}") from None
+        if not is_ours:
             raise UsageError(
                 f"--resume-from {path}: another mixchat is writing its answers there",
                 hint="Wait until it has finished, or stop it.",
-            ) from None
-        except OSError as error:
-            raise UsageError(f"--resume-from {path}: {error.strerror}") from None
+            )
         yield AnswerFile(path, descriptor)
 
 

@@ -61,9 +61,9 @@ class Decoder:
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
         end = start + len(layers)
-        used = zip(layers, [*resident, ()], strict=False)  # the last layer may have none
-        if any([layer.use(experts) for layer, experts in used]):  # a list: each has to be told
-            self._programs.clear()
+        for layer, experts in zip(layers, [*resident, ()], strict=False):  # the last may have none
+            if layer.use(experts):
+                self._programs.clear()
         if (start, end) not in self._programs:
             groups = [group for layer in layers for group in layer.groups]
             self._programs[start, end] = Program(groups)
@@ -86,7 +86,7 @@ def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Dec
 
 
 class _Shared:
-    """The tensors that the steps of all layers write, and the steps that only differ in place."""
+    """The tensors that the steps of all layers write, and steps that each layer uses or copies."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, cache: PagedKVCache) -> None:
         hidden, choices = config.hidden_size, config.num_experts_per_tok
@@ -136,8 +136,8 @@ class _Layer:
         before = [expert() for expert in self._experts]
         if len(before) == len(experts) and all(map(is_, before, experts)):
             return False
-        self._experts = [weakref.ref(expert) for expert in experts]
         self.groups = self._attention + (self._expert_groups(experts) if experts else [])
+        self._experts = [weakref.ref(expert) for expert in experts]
         return True
 
     def finish(self) -> None:

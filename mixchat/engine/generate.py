@@ -199,7 +199,7 @@ class Engine:
     def _prefill(self, ids: list[int], on_prefill: OnPrefill) -> torch.Tensor:
         """Return the logits of the last token.
 
-        `on_prefill` is called after each layer: of 100 tokens, a layer of 32 counts as 3.
+        `on_prefill` is called after layers: of 100 tokens, a layer of 32 counts as 3.
         """
         layers = self.config.num_hidden_layers
         for start in range(0, len(ids), self._chunk):

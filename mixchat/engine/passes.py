@@ -56,8 +56,8 @@ class ForwardPasses:
         """Return the logits [n, V] of the last token of each part.
 
         With a proposal those of the last id, and of each proposed token, one below the other.
-        Ctrl-C is handled between two layers, and while an expert is loading. An interrupted pass
-        leaves all caches as they were.
+        Ctrl-C is handled between layers that are not in one program, and while an expert is
+        loading. An interrupted pass leaves all caches as they were.
         """
         ids = [token for part in parts for token in (*part.ids, *part.proposal)]
         device = self.model.device

@@ -11,7 +11,8 @@ import torch
 from mixchat.options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # temperatures that would only overflow, and choose the best token anyway
-_MANY = 1024  # tokens
+_HOTTEST = 1e30  # temperature: all tokens are equally likely, and no number is too large for fp32
+_LIKELIEST = 1024  # tokens that top-p looks at first
 REPEAT_WINDOW = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
 
 
@@ -80,9 +81,10 @@ class Sampler:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits, self._options)
         # One number and not one for each token, as `torch.multinomial` draws: a tenth of the time.
-        heaped = probabilities.cumsum(0, dtype=torch.float64)
-        point = torch.rand(1, dtype=torch.float64, generator=self._generator) * heaped[-1]
-        return int(torch.searchsorted(heaped, point, right=True))
+        cumulative = probabilities.cumsum(0, dtype=torch.float64)
+        assert cumulative[-1] > 0, "not of numbers"
+        point = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        return int(torch.searchsorted(cumulative, point, right=True))
 
 
 def log_probabilities(
@@ -127,7 +129,7 @@ def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> to
 
     Each filter is applied to the result of the one before. The best token always stays.
     """
-    scaled = logits / options.temperature
+    scaled = logits / min(options.temperature, _HOTTEST)
     probabilities = scaled.softmax(0)
     if 0 < options.top_k < len(logits):
         probabilities = _only_at(_best(scaled, options.top_k), probabilities)
@@ -149,12 +151,14 @@ def _only_at(kept: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
 def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the ids of the best tokens, as few as have the probability `top_p` together."""
     # Sorting all tokens takes ten times as long, and the first ones nearly always suffice.
-    for count in (_MANY, len(scaled)):
+    for count in (_LIKELIEST, len(scaled)):
         ids = _best(scaled, min(count, len(scaled)))
         mass = probabilities[ids].cumsum(0)
         if mass[-1] >= top_p:
             break
-    return ids[mass - probabilities[ids] < top_p]
+    kept = mass - probabilities[ids] < top_p
+    kept[0] = True  # top_p may be 0 in fp32
+    return ids[kept]
 
 
 def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:

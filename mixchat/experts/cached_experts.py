@@ -98,7 +98,7 @@ class CachedExperts:
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         """Return the experts of the first layers whose experts are all in slots.
 
-        None where slots are needed for others. The next layer has to `begin` instead.
+        Return nothing where slots are needed for others. The next layer has to `begin` instead.
         """
         self._fetcher.follow_memory()
         if not self._fetcher.has_room_for_all:

@@ -38,11 +38,11 @@ class ExpertRunner(Protocol):
         """
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
-        """Return all experts of these layers, up to the first layer of which one is not there.
+        """Return the experts of the first of these layers, as many as are in memory completely.
 
         The model may compute them without `run`, once, and says then by `note_hits` which it used.
-        Returns none where room has to be made for others. Their memory is not given back as long
-        as the result lives.
+        Where room has to be made for others, nothing is returned. The memory of experts is not
+        given back as long as the result lives.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:

@@ -16,9 +16,9 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.trial import Trial
 
-# The layers ahead to predict in decoding; trying them shows which of these pays.
+# The number of layers ahead that are predicted in decoding; trying shows which pays.
 DEPTHS = (3, 6, 0, 1)
-_ROUND = 8  # tokens until another depth may be tried
+_ROUND = 2  # tokens until another depth may be tried
 
 
 class NextRouters:

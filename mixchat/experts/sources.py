@@ -24,9 +24,10 @@ from mixchat.experts.trial import Trial
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
-STEP = 8 << 20  # bytes of a read: 2 to 8 ms, after which a more urgent load can come first
+# Bytes of a read, 2 to 8 ms: a more urgent load can come first after those that are in flight.
+STEP = 8 << 20
 MOST_AT_ONCE = 4  # reads
-_ROUND = 8  # experts that are read past the page cache, or through it, between two tries
+_ROUND = 2  # experts that are read in one way before another one may be tried
 
 
 class _Part(NamedTuple):
@@ -43,6 +44,10 @@ class _Way(NamedTuple):
     at_once: int
 
 
+def _new_readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="read")
+
+
 def _parts(block: torch.Tensor) -> list[_Part]:
     return [_Part(n * STEP, part) for n, part in enumerate(torch.split(block, STEP))]
 
@@ -53,11 +58,11 @@ PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast co
 class DiskSource:
     """The experts' files, which have the master copies: one contiguous read an expert, in steps.
 
-    With `choose`, several ways to read are tried, and the fastest is used. Reading past the page
-    cache (O_DIRECT) takes no core and no memory, and is faster on most disks; but only through it
-    come pages that other programs, or the machine's host, have cached. Most disks are faster with
-    several reads at once; and while one waits for the disk, another one can wait for the system to
-    clear fresh memory. `stats` gets the bytes and the time.
+    Several ways to read are tried, and the fastest is used; with `choose`, also past the page
+    cache. That (O_DIRECT) takes no core and no memory, and is faster on most disks; but only
+    through the page cache come pages that other programs, or the machine's host, have cached. Most
+    disks are faster with several reads at once; and while one waits for the disk, another one can
+    wait for the system to clear fresh memory. `stats` gets the bytes and the time.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
@@ -65,8 +70,8 @@ class DiskSource:
         kinds = [True, False] if choose and model.open_direct() else [False]
         ways = [_Way(direct, at_once) for at_once in (MOST_AT_ONCE, 1) for direct in kinds]
         self._ways = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
-        self._readers = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="read")
-        self._reads: deque[Future[None]] = deque()  # those in flight
+        self._readers = _new_readers()
+        self._reads: deque[Future[int]] = deque()  # those in flight
         self._staging: torch.Tensor | None = None
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
@@ -75,19 +80,18 @@ class DiskSource:
         yield from self._steps(key, block) if block.device == CPU else self._staged(key, block)
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Read a block; while a step is looked at, the next read is in flight already."""
-        parts, reads = deque(_parts(block)), deque[Future[None]]()
-        self._reads = reads
+        """Read a block; while a step is looked at, the next reads are in flight already."""
+        parts, reads = deque(_parts(block)), deque[Future[int]]()
         try:
             while parts or reads:
+                self._reads = reads  # also where it resumes after another load
                 way, began = self._ways.variant, time.perf_counter()
-                size = len(parts[0].bytes) if parts else STEP
                 if way.at_once == 1 and not reads:
-                    self._read(key, parts.popleft(), way)
+                    size = self._read(key, parts.popleft(), way)
                 else:
                     while parts and len(reads) < way.at_once:
                         reads.append(self._begin(key, parts.popleft(), way))
-                    reads.popleft().result()
+                    size = reads.popleft().result()
                 self._count(time.perf_counter() - began, size)
                 yield
         finally:
@@ -103,16 +107,16 @@ class DiskSource:
                 _Part(part.start, stage[: len(part.bytes)])
                 for part, stage in zip(together, torch.split(self._stage(), STEP), strict=False)
             ]
-            reads = [self._begin(key, part, way) for part in staged[1:]]
+            reads: list[Future[int]] = []
             try:
-                self._read(key, staged[0], way)
+                for part in staged[1:]:
+                    reads.append(self._begin(key, part, way))
+                size = self._read(key, staged[0], way)
             finally:
                 wait(reads)
-            for read in reads:
-                read.result()
+            size += sum(read.result() for read in reads)
             for part, stage in zip(together, staged, strict=True):
                 part.bytes.copy_(stage.bytes)
-            size = sum(len(part.bytes) for part in together)
             self._count(time.perf_counter() - began, size)
             yield
 
@@ -124,14 +128,19 @@ class DiskSource:
     def tier(self, key: ExpertKey) -> str:
         return "disk"
 
-    def _begin(self, key: ExpertKey, part: _Part, way: _Way) -> Future[None]:
+    def _begin(self, key: ExpertKey, part: _Part, way: _Way) -> Future[int]:
         try:
             return self._readers.submit(self._read, key, part, way)
         except RuntimeError as error:
+            # The read is queued nevertheless, and a thread that is there would still do it.
+            self._readers.shutdown(cancel_futures=True)
+            self._readers = _new_readers()
             raise no_thread() from error
 
-    def _read(self, key: ExpertKey, part: _Part, way: _Way) -> None:
+    def _read(self, key: ExpertKey, part: _Part, way: _Way) -> int:
+        """Fill a part; return its bytes."""
         self._model.read_expert(*key, part.bytes, part.start, direct=way.direct)
+        return len(part.bytes)
 
     def _stage(self) -> torch.Tensor:
         if self._staging is None:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import mean
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
-_SOONEST, _LATEST = 8, 64  # rounds until another variant gets its next try
-_FRESH = 0.5  # weight of a variant's last round, against those before it
+_TRIES = 4  # rounds of each variant in a comparison
+_SOONEST, _LATEST = 32, 256  # rounds until another variant is compared with the best one
 
 
 class Trial(Generic[_T]):
     """Uses the variant that costs least, and tries the others again from time to time.
 
-    A round is `length` units of work done with one variant. With the variants A and B, of which B
-    costs less, the rounds are A B B B B B B B A B ...: each has a try, then the better one is used.
-    The longer the best one stays the same, the rarer the tries become.
+    A round is `length` units of work done with one variant. A machine may become faster or slower
+    within seconds, which is not to be mistaken for a difference between variants: those that are
+    compared take turns, and the cost of a variant is that of its last four rounds. With the
+    variants A and B, of which B costs less, the rounds are A B A B A B A B, then B B B and so on,
+    and later A B A B A B A B again. The longer the best one stays the same, the rarer that becomes.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
         self._variants, self._length = list(variants), length
-        self._costs: list[float | None] = [None] * len(self._variants)  # for a unit
-        self._now = self._last_tried = 0
+        self._costs = [deque[float](maxlen=_TRIES) for _ in self._variants]  # of a unit
+        self._turns: deque[int] = deque(
+            [*range(len(self._variants))] * _TRIES
+        )  # the next rounds' variants
+        self._now: int = self._turns.popleft()
+        self._last_tried = self._rounds = 0
         self._done = self._spent = 0.0
-        self._wait, self._rounds = _SOONEST, 0
+        self._wait = _SOONEST
 
     @property
     def variant(self) -> _T:
@@ -39,9 +47,8 @@ class Trial(Generic[_T]):
             self._end_round(self._spent / self._done)
 
     def _end_round(self, cost: float) -> None:
-        before = self._costs[self._now]
         best = self._best()
-        self._costs[self._now] = cost if before is None else before + _FRESH * (cost - before)
+        self._costs[self._now].append(cost)
         self._done = self._spent = 0.0
         self._rounds += 1
         if self._best() != best:
@@ -49,15 +56,14 @@ class Trial(Generic[_T]):
         self._now = self._next()
 
     def _next(self) -> int:
-        if None in self._costs:
-            return self._costs.index(None)
-        if self._rounds >= self._wait and len(self._variants) > 1:
+        if not self._turns and self._rounds >= self._wait and len(self._variants) > 1:
             self._rounds, self._wait = 0, min(2 * self._wait, _LATEST)
-            others = [n for n in range(len(self._variants)) if n != self._best()]
+            best = self._best()
+            others = [n for n in range(len(self._variants)) if n != best]
             self._last_tried = next((n for n in others if n > self._last_tried), others[0])
-            return self._last_tried
-        return self._best()
+            self._turns.extend([self._last_tried, best] * _TRIES)
+        return self._turns.popleft() if self._turns else self._best()
 
     def _best(self) -> int:
-        known = [(cost, n) for n, cost in enumerate(self._costs) if cost is not None]
+        known = [(mean(costs), n) for n, costs in enumerate(self._costs) if costs]
         return min(known)[1] if known else 0

@@ -115,7 +115,7 @@ def matmul_steps(
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
-        run=_run(rows, columns * BAND * bits // 8),
+        run=_run_length(rows, columns * BAND * bits // 8),
     )
     compiled = _compiled(instructions, unit, bf16)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
@@ -127,7 +127,7 @@ def matmul_steps(
     )
 
 
-def _run(rows: int, band_bytes: int) -> int:
+def _run_length(rows: int, band_bytes: int) -> int:
     """Return how many bands, one behind the other, are a stream's part of an item of work."""
     most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))

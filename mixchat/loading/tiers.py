@@ -68,8 +68,19 @@ def build_experts(
     home = homes(here, placement.by_device) | homes(every - here, placement.by_device)
     counts = Counter(home.values())
     parts = placement.parts([counts[number] for number in range(len(used))])
+    stays_cached = _stays_cached(installed, placement, used[0])
     holders = [
-        _on_device(installed, part, device, policy, stats, note, exact=exact, is_first=number == 0)
+        _on_device(
+            installed,
+            part,
+            device,
+            policy,
+            stats,
+            note,
+            exact=exact,
+            stays_cached=stays_cached,
+            is_first=number == 0,
+        )
         for number, (device, part) in enumerate(zip(used, parts, strict=True))
     ]
     return Dispatcher(
@@ -91,6 +102,7 @@ def _on_device(
     note: Note,
     *,
     exact: bool,
+    stays_cached: bool,
     is_first: bool,
 ) -> CachedExperts:
     """Return the holder of those experts that are at home on a device, in its part of a placement.
@@ -100,7 +112,8 @@ def _on_device(
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert, blueprint.computed_on(device).expert
-    disk = DiskSource(installed, stats, choose=not _stays_cached(installed, placement, device))
+    reads_once = max(placement.slots, placement.host_slots) >= placement.experts
+    disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
     behind = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the layout of the file.
@@ -121,11 +134,10 @@ def _on_device(
 
 
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
-    """Return whether each expert is read once, and the next start finds it in the page cache."""
+    """Return whether the page cache can hold all experts, so that the next start finds them."""
     held = placement.slots if device == CPU else placement.host_slots
     room = machine.free_memory() // installed.blueprint.expert.stride - held
-    reads_once = max(placement.slots, placement.host_slots) >= placement.experts
-    return reads_once and room >= placement.experts
+    return room >= installed.blueprint.expert_count
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:

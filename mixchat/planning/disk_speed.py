@@ -162,7 +162,7 @@ class _Disk:
         return DiskRates(beside, alone, self._fresh_rate(direct))
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
-        # As in use: a thread reads, the main one computes.
+        # As in use: other threads read, the main one computes.
         with ThreadPoolExecutor(1) as pool:
             rate = pool.submit(self._rate, direct)
             while not rate.done():

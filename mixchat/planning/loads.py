@@ -14,8 +14,8 @@ from mixchat.model_config import ModelConfig
 
 _MOST_CHOICES = 1000  # of a router for a token that are gone through one by one
 
-# The experts of a layer that each holder computes for a token, this machine first; and in how many
-# layers that is so, on average.
+# The counts of a layer's experts that each holder computes for a token, this machine first; and in
+# how many layers they are these, on average.
 Loads = Mapping[tuple[int, ...], float]
 
 

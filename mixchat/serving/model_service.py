@@ -73,7 +73,7 @@ class ModelService:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
             if len(self._waiting) + len(self._running) >= self.most_jobs:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
+                raise QueueFullError(f"{self.most_jobs} requests are here already")
             self._waiting.append(running)
             self._changed.notify_all()
 

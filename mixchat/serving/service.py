@@ -124,7 +124,7 @@ class ServiceStats:
 class Service(Protocol):
     """A loaded model that answers several jobs at once. Any thread may call it.
 
-    most_jobs: how many it takes at once, to run and to wait.
+    most_jobs: the most that it takes at once, to run and to wait.
     """
 
     name: str

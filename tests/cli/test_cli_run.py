@@ -156,11 +156,11 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     assert lines[13] == "loaded   5 kB, waited 0.0 s for it"
 
 
-def test_verbose_tells_how_fast_the_disk_was():
+def test_verbose_tells_how_fast_files_were_read():
     did = ExpertStats(bytes_moved=3_000_000_000, bytes_read=3_000_000_000, read_seconds=1.5)
     assert expert_lines(did, {"host": 16})[1:] == [
         "loaded   3 GB, waited 0.0 s for it",
-        "disk     read for 1.5 s at 2 GB/s",
+        "files    read for 1.5 s at 2 GB/s",
     ]
 
 

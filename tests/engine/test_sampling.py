@@ -76,6 +76,18 @@ def test_top_p_takes_as_many_tokens_as_it_needs(share: float) -> None:
     assert abs(int((kept > 0).sum()) - 5000 * share) <= 1
 
 
+@pytest.mark.parametrize("options", [{"top_p": 1e-50}, {"temperature": 1e39}])
+def test_the_best_token_stays_and_a_forbidden_one_is_not_drawn_with_extreme_options(
+    options: dict[str, float],
+) -> None:
+    """Both became 0 or infinite in fp32, all probabilities NaN, and a token was drawn that no
+    model has."""
+    logits = torch.tensor([-torch.inf, 1.0, 5.0])
+    kept = filtered_probabilities(logits, SamplingOptions(**options))
+    assert kept[0] == 0 < kept[2]
+    assert Sampler(SamplingOptions(seed=0, **options)).sample(logits, []) in (1, 2)
+
+
 def test_a_token_without_probability_is_never_drawn() -> None:
     logits = torch.full((50,), -torch.inf)
     logits[[7, 30]] = 0.0

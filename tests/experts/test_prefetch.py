@@ -5,6 +5,7 @@ T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok, L =
 
 from collections import Counter
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -142,9 +143,9 @@ class Decoding:
         return self.now
 
     @property
-    def costs(self) -> dict[int, float | None]:
-        """Return what a token costs, by the depth."""
-        return dict(zip(DEPTHS, self.prefetch.trial._costs, strict=True))
+    def costs(self) -> dict[int, float]:
+        """Return the cost of a token, by the depth."""
+        return dict(zip(DEPTHS, map(mean, self.prefetch.trial._costs), strict=True))
 
     def token(self, seconds: Mapping[int, float], needed: int = 6, right: int = 0) -> int:
         """A token takes so long, by the depth. Of what it needs, `right` were predicted in time.

@@ -189,7 +189,7 @@ def test_all_ways_from_disk_read_the_same_bytes(
         for _ in range(4):
             for key in KEYS:
                 assert load(source, key, installed.blueprint.expert.stride) == truth[key]
-        # Rounds of eight experts; one read at a time is done on the thread that loads.
+        # The ways take turns; one read at a time is done on the thread that loads.
         if installed.open_direct():
             assert ways[True, True] >= 8
             assert ways[True, False] >= 8 <= ways[False, False]
@@ -270,11 +270,16 @@ def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
     assert [digest(block) for block in blocks] == [truth[A], truth[B], truth[C]]
 
 
+@pytest.mark.parametrize("resumes", [False, True])
 def test_reads_of_a_load_that_was_put_off_never_fill_the_slot_of_another_expert(
-    directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
+    directory: Path,
+    truth: dict[ExpertKey, str],
+    monkeypatch: pytest.MonkeyPatch,
+    resumes: bool,
 ) -> None:
     """A prefetch that is put off and cancelled leaves its slot to an expert that is requested,
-    and that one is read first: the reads that were in flight must not come behind its own."""
+    and that one is read first: the reads that were in flight must not come behind its own. They
+    did where the prefetch had been put off before, and had resumed."""
     read = InstalledModel.read_expert
 
     def slow(self: InstalledModel, *given: Any, **how: Any) -> None:
@@ -286,9 +291,13 @@ def test_reads_of_a_load_that_was_put_off_never_fill_the_slot_of_another_expert(
     monkeypatch.setattr(InstalledModel, "read_expert", slow)
     with InstalledModel(directory) as installed:
         source = DiskSource(installed, ExpertStats(), choose=True)
-        block = new_block(installed.blueprint.expert.stride, CPU)
+        block, other = (new_block(installed.blueprint.expert.stride, CPU) for _ in range(2))
         put_off = source.load(A, block, None)
         next(put_off)
+        if resumes:
+            for _ in source.load(C, other, None):
+                pass
+            next(put_off)
         for _ in source.load(B, block, None):
             pass
         put_off.close()

@@ -113,7 +113,7 @@ def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
     ]
     if did.read_seconds:
         bandwidth = format_size(int(did.bytes_read / did.read_seconds))
-        lines.append(f"disk     read for {did.read_seconds:.1f} s at {bandwidth}/s")
+        lines.append(f"files    read for {did.read_seconds:.1f} s at {bandwidth}/s")
     if did.predictions:
         lines.append(f"prefetch {did.predictions} predicted, {did.right_predictions} of them right")
     return lines

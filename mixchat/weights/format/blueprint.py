@@ -221,7 +221,7 @@ class Blueprint:
     def shared_size(self) -> int:
         """Return the bytes of the shared tensors that are held in memory.
 
-        The embedding is not where it is not the head: a token needs one row of it.
+        The embedding is held only where it is the head, too: a token needs one row of it.
         """
         size = sum(spec.nbytes for spec in self.shared_tensors())
         return size if self.head is None else size - self.embedding.nbytes
