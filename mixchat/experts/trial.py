@@ -26,9 +26,8 @@ class Trial(Generic[_T]):
     def __init__(self, variants: Sequence[_T], length: float) -> None:
         self._variants, self._length = list(variants), length
         self._costs = [deque[float](maxlen=_TRIES) for _ in self._variants]  # of a unit
-        self._turns: deque[int] = deque(
-            [*range(len(self._variants))] * _TRIES
-        )  # the next rounds' variants
+        # The variants of the next rounds.
+        self._turns: deque[int] = deque([*range(len(self._variants))] * _TRIES)
         self._now: int = self._turns.popleft()
         self._last_tried = self._rounds = 0
         self._done = self._spent = 0.0

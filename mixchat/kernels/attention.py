@@ -29,7 +29,7 @@ from mixchat.kernels.compile import (
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
 from mixchat.kernels.program import Step
-from mixchat.kernels.signature import Signature
+from mixchat.kernels.signature import Signature, copy_of
 
 _KEYS = 64  # that are scored before their values are added
 _SPLIT = PAGE  # keys of one item of work
@@ -87,9 +87,11 @@ def attend_steps(
     )
     compiled = _compiled(shape, instruction_set(), queries.dtype == torch.bfloat16)
     attend, merge = (compiled.function(name) for name in ("attend", "merge"))
-    copy = type(numbers).from_buffer_copy(numbers)
     keeps = queries, parts, out
-    return Step(attend, _SIGNATURE, numbers, keeps), Step(merge, _SIGNATURE, copy, keeps)
+    return (
+        Step(attend, _SIGNATURE, numbers, keeps),
+        Step(merge, _SIGNATURE, copy_of(numbers), keeps),
+    )
 
 
 def count_splits(keys: int) -> int:

@@ -35,6 +35,7 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.program import Step
+from mixchat.kernels.signature import copy_of
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 
@@ -120,9 +121,8 @@ def matmul_steps(
     compiled = _compiled(instructions, unit, bf16)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
     keeps = flat, levels, out, scratch
-    copy = type(numbers).from_buffer_copy(numbers)
     return (
-        Step(round_x, SIGNATURE, copy, keeps, threads=1 if tokens == 1 else None),
+        Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
         Step(multiply, SIGNATURE, numbers, keeps),
     )
 

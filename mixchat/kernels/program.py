@@ -17,7 +17,7 @@ from llvmlite import ir
 from mixchat.kernels import threads
 from mixchat.kernels.compile import Compiled, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, i32, i64, void
-from mixchat.kernels.signature import Arguments, Numbers, Signature
+from mixchat.kernels.signature import Arguments, Numbers, Signature, copy_of
 from mixchat.kernels.threads import NativeFunction
 
 _SIGNATURE = Signature("steps", "groups", "count", "barrier", "team_size")
@@ -46,7 +46,7 @@ class Step:
 
     def copy(self) -> Step:
         """Return the same step with arguments of its own, for the same tensors."""
-        return replace(self, numbers=type(self.numbers).from_buffer_copy(self.numbers))
+        return replace(self, numbers=copy_of(self.numbers))
 
     def set(self, **given: int) -> None:
         """Replace some arguments."""

@@ -10,6 +10,11 @@ from mixchat.kernels.emit import Function, Pointer, Value, i64
 Numbers = ctypes.Array[ctypes.c_int64]
 
 
+def copy_of(numbers: Numbers) -> Numbers:
+    """Return the same arguments in an array of their own."""
+    return type(numbers).from_buffer_copy(numbers)
+
+
 class Signature:
     """The names of a kernel's arguments, in their order.
 
