@@ -26,7 +26,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 # Bytes of a read, 2 to 8 ms: a more urgent load can come first after those that are in flight.
 STEP = 8 << 20
-MOST_AT_ONCE = 4  # reads
+AT_ONCE = 4  # reads
 _ROUND = 2  # experts that are read in one way before another one may be tried
 
 
@@ -37,15 +37,8 @@ class _Part(NamedTuple):
     bytes: torch.Tensor
 
 
-class _Way(NamedTuple):
-    """A way to read: past the page cache or through it, and how many reads at once."""
-
-    direct: bool
-    at_once: int
-
-
 def _new_readers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="read")
+    return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="read")
 
 
 def _parts(block: torch.Tensor) -> list[_Part]:
@@ -58,18 +51,17 @@ PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast co
 class DiskSource:
     """The experts' files, which have the master copies: one contiguous read an expert, in steps.
 
-    Several ways to read are tried, and the fastest is used; with `choose`, also past the page
-    cache. That (O_DIRECT) takes no core and no memory, and is faster on most disks; but only
-    through the page cache come pages that other programs, or the machine's host, have cached. Most
-    disks are faster with several reads at once; and while one waits for the disk, another one can
-    wait for the system to clear fresh memory. `stats` gets the bytes and the time.
+    With `choose`, reading past the page cache is tried, too, and the faster way is used. That
+    (O_DIRECT) takes no core and no memory, and is faster on most disks; but only through the page
+    cache come pages that other programs, or the machine's host, have cached. Several reads are in
+    flight, which most disks like; and while one waits for the disk, another one can wait for the
+    system to clear fresh memory. `stats` gets the bytes and the time.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
         self._model, self._stats = model, stats
-        kinds = [True, False] if choose and model.open_direct() else [False]
-        ways = [_Way(direct, at_once) for at_once in (MOST_AT_ONCE, 1) for direct in kinds]
-        self._ways = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        ways = [True, False] if choose and model.open_direct() else [False]
+        self._direct = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
         self._readers = _new_readers()
         self._reads: deque[Future[int]] = deque()  # those in flight
         self._staging: torch.Tensor | None = None
@@ -85,13 +77,10 @@ class DiskSource:
         try:
             while parts or reads:
                 self._reads = reads  # also where it resumes after another load
-                way, began = self._ways.variant, time.perf_counter()
-                if way.at_once == 1 and not reads:
-                    size = self._read(key, parts.popleft(), way)
-                else:
-                    while parts and len(reads) < way.at_once:
-                        reads.append(self._begin(key, parts.popleft(), way))
-                    size = reads.popleft().result()
+                began = time.perf_counter()
+                while parts and len(reads) < AT_ONCE:
+                    reads.append(self._begin(key, parts.popleft()))
+                size = reads.popleft().result()
                 self._count(time.perf_counter() - began, size)
                 yield
         finally:
@@ -101,50 +90,49 @@ class DiskSource:
         """Read a block that is not in RAM; each step is copied, since others use this staging."""
         parts = deque(_parts(block))
         while parts:
-            way, began = self._ways.variant, time.perf_counter()
-            together = [parts.popleft() for _ in range(min(way.at_once, len(parts)))]
+            began = time.perf_counter()
+            together = [parts.popleft() for _ in range(min(AT_ONCE, len(parts)))]
             staged = [
                 _Part(part.start, stage[: len(part.bytes)])
                 for part, stage in zip(together, torch.split(self._stage(), STEP), strict=False)
             ]
             reads: list[Future[int]] = []
             try:
-                for part in staged[1:]:
-                    reads.append(self._begin(key, part, way))
-                size = self._read(key, staged[0], way)
+                for part in staged:
+                    reads.append(self._begin(key, part))
             finally:
                 wait(reads)
-            size += sum(read.result() for read in reads)
+            size = sum(read.result() for read in reads)
             for part, stage in zip(together, staged, strict=True):
                 part.bytes.copy_(stage.bytes)
             self._count(time.perf_counter() - began, size)
             yield
 
     def _count(self, seconds: float, size: int) -> None:
-        self._ways.add(seconds, size)
+        self._direct.add(seconds, size)
         self._stats.read_seconds += seconds
         self._stats.bytes_read += size
 
     def tier(self, key: ExpertKey) -> str:
         return "disk"
 
-    def _begin(self, key: ExpertKey, part: _Part, way: _Way) -> Future[int]:
+    def _begin(self, key: ExpertKey, part: _Part) -> Future[int]:
         try:
-            return self._readers.submit(self._read, key, part, way)
+            return self._readers.submit(self._read, key, part, self._direct.variant)
         except RuntimeError as error:
             # The read is queued nevertheless, and a thread that is there would still do it.
             self._readers.shutdown(cancel_futures=True)
             self._readers = _new_readers()
             raise no_thread() from error
 
-    def _read(self, key: ExpertKey, part: _Part, way: _Way) -> int:
+    def _read(self, key: ExpertKey, part: _Part, direct: bool) -> int:
         """Fill a part; return its bytes."""
-        self._model.read_expert(*key, part.bytes, part.start, direct=way.direct)
+        self._model.read_expert(*key, part.bytes, part.start, direct=direct)
         return len(part.bytes)
 
     def _stage(self) -> torch.Tensor:
         if self._staging is None:
-            self._staging = new_block(MOST_AT_ONCE * STEP, CPU)
+            self._staging = new_block(AT_ONCE * STEP, CPU)
         return self._staging
 
 

@@ -19,15 +19,18 @@ class Trial(Generic[_T]):
     A round is `length` units of work done with one variant. A machine may become faster or slower
     within seconds, which is not to be mistaken for a difference between variants: those that are
     compared take turns, and the cost of a variant is that of its last four rounds. With the
-    variants A and B, of which B costs less, the rounds are A B A B A B A B, then B B B and so on,
-    and later A B A B A B A B again. The longer the best one stays the same, the rarer that becomes.
+    variants A and B, of which B costs a little less, the rounds are A B A B A B A B, then B B B and
+    so on, and later A B A B A B A B again. The longer the best one stays the same, the rarer that
+    becomes. Where the first two rounds of A cost more than those of B, each of them, it gets no
+    third one.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
         self._variants, self._length = list(variants), length
         self._costs = [deque[float](maxlen=_TRIES) for _ in self._variants]  # of a unit
-        # The variants of the next rounds.
-        self._turns: deque[int] = deque([*range(len(self._variants))] * _TRIES)
+        self._turns = deque[int]()  # the variants of the next rounds
+        self._compared: dict[int, list[float]] = {}  # the costs in this comparison
+        self._compare(range(len(self._variants)))
         self._now: int = self._turns.popleft()
         self._last_tried = self._rounds = 0
         self._done = self._spent = 0.0
@@ -48,6 +51,9 @@ class Trial(Generic[_T]):
     def _end_round(self, cost: float) -> None:
         best = self._best()
         self._costs[self._now].append(cost)
+        if self._turns:
+            self._compared[self._now].append(cost)
+            self._turns = deque(n for n in self._turns if not self._is_beaten(n))
         self._done = self._spent = 0.0
         self._rounds += 1
         if self._best() != best:
@@ -60,8 +66,17 @@ class Trial(Generic[_T]):
             best = self._best()
             others = [n for n in range(len(self._variants)) if n != best]
             self._last_tried = next((n for n in others if n > self._last_tried), others[0])
-            self._turns.extend([self._last_tried, best] * _TRIES)
+            self._compare([self._last_tried, best])
         return self._turns.popleft() if self._turns else self._best()
+
+    def _compare(self, variants: Sequence[int]) -> None:
+        self._turns.extend([*variants] * _TRIES)
+        self._compared = {variant: [] for variant in variants}
+
+    def _is_beaten(self, variant: int) -> bool:
+        """Return whether two rounds or more of this comparison cost more than all of the best's."""
+        own, best = self._compared[variant], self._compared.get(self._best(), [])
+        return min(len(own), len(best)) >= 2 and min(own) > max(best)
 
     def _best(self) -> int:
         known = [(mean(costs), n) for n, costs in enumerate(self._costs) if costs]

@@ -19,7 +19,7 @@ import torch
 
 from mixchat import machine
 from mixchat.experts.memory import CPU
-from mixchat.experts.sources import MOST_AT_ONCE, STEP
+from mixchat.experts.sources import AT_ONCE, STEP
 from mixchat.experts.store import new_block
 from mixchat.safetensors import ALIGNMENT
 
@@ -63,7 +63,7 @@ def measure_disk(
             places = stack.enter_context(_installed(directory, block))
             if len(places) < _FEWEST:
                 block, places = stack.enter_context(_written(directory, block, size, seconds))
-            readers = stack.enter_context(ThreadPoolExecutor(MOST_AT_ONCE))
+            readers = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
             return _Disk(places, block, seconds, readers).measure(work) if places else None
     except OSError:
         return None

@@ -12,7 +12,8 @@ sampled in turn, and counts the answers that are the same, byte for byte.
 plain questions. The answers to the first two are begun for the model, because one as small as the
 demo does not follow such requests, but continues what it has begun. Each prompt is answered with
 and without speculation, one right after the other, so that what else the machine does strikes both
-alike. The engine with it is kept, as in a chat. `--record` saves the texts.
+alike; which of them comes first alternates. The engine with it is kept, as in a chat. `--record`
+saves the texts.
 
 `replay` lets another model "write" these texts: its own choice of a token is replaced by the text's
 next one, so that exactly as many proposals are right as on the recorded model, while each pass
@@ -229,15 +230,16 @@ def measure(
     kinds = list(dict.fromkeys(task.kind for task in tasks))
     sides: dict[str, list[list[Side]]] = {kind: [] for kind in kinds}
     run(both.choose(False), tasks[0], tokens, Side())  # brings the experts in
-    done = []
+    done, order = [], [0, 1]
     for _ in range(rounds):
         done = []
         for kind in kinds:
             pair = [Side(), Side()]
             for task in (task for task in tasks if task.kind == kind):
+                order.reverse()
                 answers = [
-                    run(both.choose(speculates), task, tokens, side)
-                    for speculates, side in zip((True, False), pair, strict=True)
+                    run(both.choose(speculates=side == 0), task, tokens, pair[side])
+                    for side in order
                 ]
                 if answers[0] != answers[1]:
                     sys.exit(f"an answer ({kind}) is not the same with and without speculation")
