@@ -68,7 +68,7 @@ def _volume() -> int:
 
 
 def disk_bandwidth(directory: Path, block: int) -> float | None:
-    """Return bytes a second in reads of `block`, none of it cached; None if not measurable."""
+    """Return bytes a second in reading blocks as experts are read; None if not measurable."""
     found = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
     return None if found is None else found.idle
 

@@ -127,7 +127,7 @@ class CachedExperts:
         self._fetcher.prefetch(wanted, pinned=self._order)
 
     def compute_next(self, rows: LayerRows) -> bool:
-        """Compute the next expert of `begin`, for which its bytes are waited for.
+        """Wait for the next expert of `begin`, and compute it.
 
         Its output is stored in `rows`. Returns False where none was left.
         """

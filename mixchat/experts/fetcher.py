@@ -102,7 +102,8 @@ class Fetcher:
     def follow_memory(self) -> None:
         """Hold fewer experts where other programs need the memory, or more again."""
         if self._watch is not None:
-            self.resize(self._watch.limit(len(self._cache)))
+            # A prefetch that was given up has left the cache, and its memory to the next one.
+            self.resize(self._watch.limit(len(self._store.blocks)))
 
     def request(self, window: Sequence[ExpertKey], beside: Collection[ExpertKey] = ()) -> None:
         """Start loading those that are missing, until only slots of others in `window` are left.
@@ -181,6 +182,9 @@ class Fetcher:
 
     def close(self) -> None:
         """Give the memory of all slots back at once; nothing can be fetched any more."""
+        for transfer in self._coming.values():
+            transfer.cancelled = True
+        self._coming.clear()
         for slot in list(self._store.blocks):
             self._store.release(slot)
 

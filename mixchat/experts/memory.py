@@ -28,8 +28,8 @@ class MemoryWatch:
     """Limits how many experts are held while the free memory changes.
 
     When less than half of `reserve` is free, the limit falls until all of it would be free; it
-    rises when there is room for two more. All sizes are bytes. With a reserve of 1 GB, experts of
-    0.1 GB and 100 of them held:
+    rises when there is room for two more. While fewer are held it is what there is room for. All
+    sizes are bytes. With a reserve of 1 GB, experts of 0.1 GB and 100 of them held:
 
         free 1.0 GB -> 100      free 0.4 GB -> 94       then free 1.0 GB -> 94      1.3 GB -> 97
     """

@@ -1,6 +1,6 @@
 """Moves experts in the background: requested ones first, then prefetches.
 
-A transfer reads as much at once as a disk likes, so there is one thread. It ends when it has had
+One thread is enough: each transfer has several reads in flight itself. It ends when it has had
 nothing to do for a while. It is no daemon: Python ends daemons in the middle of torch's code, which
 then aborts the process.
 """

@@ -23,8 +23,8 @@ class Calibration:
     """One sample of the figures, in bytes a second and seconds.
 
     disk_bandwidth: of experts read one after the other while the CPU computes others, and
-    disk_bandwidth_idle while it does not; disk_bandwidth_fresh then, into memory that was not used
-    before. All three are None where the disk could not be measured, for lack of room or of the
+    disk_bandwidth_idle while it does not; disk_bandwidth_fresh: as idle, into memory that was not
+    used before. All three are None where the disk could not be measured, for lack of room or of the
     right to write.
     memory_bandwidth: at which the CPU computes experts of one row that lie in RAM.
     copy_bandwidth: from page-locked RAM to the device; None for a CPU.

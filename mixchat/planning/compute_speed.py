@@ -42,7 +42,7 @@ _COPIES = 4  # layers in turn, so that no cache of the CPU holds one
 class Effort:
     """The amounts to measure. `seconds`: the least time for a figure; some take many times that."""
 
-    file_bytes: int = 512_000_000  # of the file that is read, at least four experts
+    file_bytes: int = 512_000_000  # of the file to read where no model is, at least four experts
     pool_bytes: int = 256_000_000  # of experts computed in turn, so that no CPU cache holds them
     seconds: float = 0.25
 

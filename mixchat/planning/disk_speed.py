@@ -31,10 +31,11 @@ _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of s
 
 
 class DiskRates(NamedTuple):
-    """Bytes a second: while the cores compute, while they do not, and then into fresh memory.
+    """Bytes a second.
 
-    In a cold start the system clears fresh memory page by page. On a machine whose host gives it
-    only then, that took up to eight times as long as reading.
+    busy: while the cores compute; idle: while they do not; fresh: as idle, into memory that was not
+    used before. In a cold start the system clears such memory page by page. On a machine whose host
+    gives it only then, that took up to eight times as long as reading.
     """
 
     busy: float

@@ -68,9 +68,9 @@ def calibrate(
 ) -> Calibration:
     """Take one sample for a model of this shape, computed on `device`.
 
-    layer: computes all of a layer but its experts, for one token. directory: where models are
-    installed, on the disk to be measured. A file is written there that never has a name: it is gone
-    with the process, however that ends. Torch uses as many threads as it was set to before.
+    layer: computes all of a layer but its experts, for one token. directory: the model's, on the
+    disk to be measured. Where it is not installed a file is written there that never has a name: it
+    is gone with the process, however that ends. Torch uses as many threads as it was set to before.
     """
     stride = blueprint.expert.stride
     host = ExpertTimer(blueprint, CPU, effort)

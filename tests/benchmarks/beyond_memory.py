@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--calibrate", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.tokens <= SKIPPED + 1:
+        parser.error(f"--tokens: at least {SKIPPED + 2}")
     if given.calibrate:
         calibrate(given.calibrate)
         return
@@ -171,7 +173,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     expected = expect(blueprint, CPU, saved, placement)
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
     assert disk is not None
-    read_rate = did.bytes_read / did.read_seconds
+    # Nothing is read where all experts had come before.
+    read_rate = did.bytes_read / did.read_seconds if did.read_seconds else disk.idle
     meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
     return {
         "slots": engine.experts.slots,

@@ -1,14 +1,14 @@
 """`mixchat bench` with llama.cpp beside it: both measured in the same rounds, one after the other.
 
-    python tests/benchmarks/side_by_side.py MODEL --gguf FILE [--python PYTHON] [options of bench]
+    python tests/benchmarks/side_by_side.py MODEL --gguf FILE [--python PYTHON] [options]
     python tests/benchmarks/side_by_side.py --synthetic LAYERS [--format Q4_0] [--python PYTHON]
         [...]
 
 FILE is the same model for llama.cpp; of a synthetic model it is written, in its format FORMAT.
-PYTHON has llama-cpp-python and gguf (see `peer_child.py`). What else the machine does then slows
-both alike. A ratio is that of one round; what is shown is the median of all rounds, and the range.
-llama.cpp computes a context before it decodes behind it, which takes minutes: with one --context
-and no --prompt (`--prompt 0`) only once.
+PYTHON has llama-cpp-python and gguf (see `peer_child.py`). The options are those of `mixchat bench`
+but for workers. What else the machine does slows both alike. A ratio is that of one round; what is
+shown is the median of all rounds, and the range. llama.cpp computes a context before it decodes
+behind it, which takes minutes: with one --context and no --prompt (`--prompt 0`) only once.
 """
 
 from __future__ import annotations

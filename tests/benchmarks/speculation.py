@@ -3,10 +3,10 @@
     python tests/benchmarks/speculation.py exact MODEL [--prompts 200] [--tokens 96]
     python tests/benchmarks/speculation.py tasks MODEL [--prompts 8] [--tokens 200] [--rounds 3]
         [--record FILE]
-    python tests/benchmarks/speculation.py replay MODEL FILE [--rounds 3] [--host-memory SIZE]
+    python tests/benchmarks/speculation.py replay MODEL FILE [--rounds 3]
 
-MODEL is the directory of an installed model. `exact` answers generated prompts, greedily and
-sampled in turn, and counts the answers that are the same, byte for byte.
+MODEL is the directory of an installed model; all take --host-memory SIZE. `exact` answers generated
+prompts, greedily and sampled in turn, and counts the answers that are the same, byte for byte.
 
 `tasks` has three kinds of prompts: to repeat a file with a name changed, to quote from a text, and
 plain questions. The answers to the first two are begun for the model, because one as small as the
@@ -100,7 +100,8 @@ def main() -> None:
     given = parser.parse_args()
     prepare_environment()
     if given.what == "exact":
-        sys.exit(0 if exact(given.model, given.prompts or 200, given.tokens or 96) else 1)
+        same = exact(given.model, given.prompts or 200, given.tokens or 96, given.host_memory)
+        sys.exit(0 if same else 1)
     if given.what == "tasks":
         tasks = prompts_of(given.model, given.prompts or 8)
         done = measure(given.model, tasks, given.rounds, given.tokens or 200, given.host_memory)
@@ -134,11 +135,11 @@ class Both:
         return self.engine
 
 
-def exact(model: Path, prompts: int, tokens: int) -> bool:
+def exact(model: Path, prompts: int, tokens: int, host_memory: str | None) -> bool:
     """Print how many answers are the same with and without speculation; return if all are."""
     from mixchat.options import SamplingOptions
 
-    both, choose = Both(model), random.Random(SEED)
+    both, choose = Both(model, host_memory), random.Random(SEED)
     config = both.engine.config
     texts = [task.prompt for task in prompts_of(model, 10)]
     same = accepted = proposed = 0

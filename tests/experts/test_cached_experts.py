@@ -81,6 +81,49 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
         assert len(fetcher._store.blocks) <= 4
 
 
+def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
+    fetcher, told = fetcher_of(runner(installed, 4)), []
+    for expert in range(4):
+        fetcher.request([ExpertKey(0, expert)])
+        fetcher.ready(ExpertKey(0, expert))
+    fetcher.prefetch([ExpertKey(1, 0)], [])
+    (transfer,) = fetcher._coming.values()
+    transfer.wait()
+    fetcher._give_up(transfer.key)
+
+    class Watch:
+        def limit(self, held: int) -> int:
+            told.append(held)
+            return 4
+
+    monkeypatch.setattr(fetcher, "_watch", Watch())
+    fetcher.follow_memory()
+    assert told == [4]
+
+
+def test_closing_ends_the_loads_that_are_queued(installed: InstalledModel) -> None:
+    others, gate, loaded = set(threading.enumerate()), threading.Event(), []
+
+    class Waiting(Failing):
+        def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+            loaded.append(key)
+            gate.wait()
+            yield
+
+    fetcher = fetcher_of(runner(installed, 8, Waiting(installed)))
+    fetcher.request([ExpertKey(0, expert) for expert in range(3)])
+    while not loaded:
+        pass
+    fetcher.close()
+    gate.set()
+    for mover in set(threading.enumerate()) - others:
+        mover.join()
+    assert loaded == [ExpertKey(0, 0)]
+
+
 def test_each_expert_is_used_once_a_call(installed: InstalledModel) -> None:
     small = runner(installed, 2)
     small.run(0, *routing(64))
