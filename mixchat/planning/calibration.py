@@ -15,6 +15,9 @@ from mixchat.quantities import format_age
 _LIFETIME = 30 * 86400  # seconds that a measurement is trusted
 _CALMS_DOWN = 600  # seconds that a busy machine is given before it is measured again
 _BUSY = 0.2  # of the cores that other programs take
+# Of the disk's measured speed, what reads into slots have: these take nearly all memory, so that
+# many are made of small pages. Measured with `tests/benchmarks/beyond_memory.py`: 0.7 to 0.95.
+IN_USE = 0.85
 _STEADY = 1.5  # times as fast as the slowest sample may the fastest one be
 
 
@@ -61,6 +64,16 @@ class Calibration:
             copy_bandwidth=_figure(entry["copy_bandwidth"]) if len(devices) > 1 else None,
             expert_seconds=seconds,
             layer_seconds=_figure(entry["layer_seconds"]),
+        )
+
+    @property
+    def in_use(self) -> Calibration:
+        """Return the figures with the disk as tokens have it, which wait for experts in slots."""
+        busy, idle = self.disk_bandwidth, self.disk_bandwidth_idle
+        return replace(
+            self,
+            disk_bandwidth=None if busy is None else IN_USE * busy,
+            disk_bandwidth_idle=None if idle is None else IN_USE * idle,
         )
 
     @property

@@ -75,13 +75,13 @@ def prompt_speed(
     placement: None where nothing holds any yet. None where the disk is needed and was not measured.
     """
     missing = read = 1.0
-    cold = [sample.cold for sample in measurement.samples]
+    cold = placement is None
     if placement is not None:
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - held_together(blueprint, device, placement) / placement.experts
     costs = [
         prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
-        for speeds in (cold if placement is None else measurement.samples)
+        for speeds in (one.cold if cold else one.in_use for one in measurement.samples)
     ]
     seconds = [cost.seconds for cost in costs if cost is not None]
     if not seconds:

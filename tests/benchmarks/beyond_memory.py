@@ -200,8 +200,11 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 
 
 def with_disk(measured: Measurement, bandwidth: float) -> Measurement:
-    """Return the measurement as it would be with a disk that reads so many bytes a second."""
-    typical = replace(measured.typical, disk_bandwidth=bandwidth, disk_bandwidth_idle=bandwidth)
+    """Return the measurement as it would be if reads in use had so many bytes a second."""
+    from mixchat.planning.calibration import IN_USE
+
+    disk = bandwidth / IN_USE
+    typical = replace(measured.typical, disk_bandwidth=disk, disk_bandwidth_idle=disk)
     return replace(measured, samples=(typical,))
 
 

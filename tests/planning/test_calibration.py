@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import IN_USE, Calibration, Measurement
 
 KNOWN = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
@@ -36,6 +36,13 @@ def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
     shorter = dataclasses.replace(KNOWN, expert_seconds={"cpu": {1: 0.001, 8: 0.001}})
     two = Measurement(0.0, (samples[2], shorter)).typical
     assert two.expert_seconds == {"cpu": {1: 0.0025, 8: 0.004}}
+
+
+def test_in_use_the_disk_is_slower_but_for_a_cold_start_which_is_measured_as_it_is() -> None:
+    used = KNOWN.in_use
+    assert used.disk_bandwidth == IN_USE * 2e9
+    assert used.disk_bandwidth_idle == IN_USE * 3e9
+    assert used.cold == KNOWN.cold
 
 
 DAY = 86400.0

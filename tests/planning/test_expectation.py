@@ -14,7 +14,7 @@ from mixchat.experts.sharing import homes
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
 from mixchat.planning import simulate
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import IN_USE, Calibration, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
@@ -136,7 +136,7 @@ def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read() -> None:
     head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
     assert found.computing == pytest.approx(32 * 0.001 + (64 + head) * 0.003)
     assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
-    assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / 3e9)
+    assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 
 
 def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
