@@ -1,8 +1,8 @@
 """Moves experts in the background: requested ones first, then prefetches.
 
-One thread is enough: each transfer has several reads in flight itself. It ends when it has had
-nothing to do for a while. It is no daemon: Python ends daemons in the middle of torch's code, which
-then aborts the process.
+One thread is enough: each transfer has several reads in flight itself. The thread ends when it has
+had nothing to do for a while. It is no daemon: Python ends daemons in the middle of torch's code,
+which then aborts the process.
 """
 
 from __future__ import annotations

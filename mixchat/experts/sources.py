@@ -91,7 +91,9 @@ class DiskSource:
         began = time.perf_counter()
         wait(self._reads)
         self._count(time.perf_counter() - began, 0)
-        yield from self._steps(key, block) if block.device == CPU else self._staged(key, block)
+        yield from (
+            self._steps(key, block) if block.device == CPU else self._steps_to_gpu(key, block)
+        )
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         """Read a block; while a step is looked at, the next reads are in flight already."""
@@ -109,7 +111,7 @@ class DiskSource:
             _end(reads)
             reads.clear()
 
-    def _staged(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+    def _steps_to_gpu(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         """Read a block that is not in RAM; each step is copied, since others use the stages."""
         parts = deque(_parts(block))
         while parts:

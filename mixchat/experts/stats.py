@@ -14,10 +14,10 @@ class ExpertStats:
 
     hits, misses: uses of an expert found in fast memory or not, by expert; what a worker computes
     is a hit. bytes_moved: bytes brought into fast memory. stalled_seconds: time spent waiting for
-    them. bytes_read: of experts, from disk, in
-    read_seconds, which are those of all readers together. predictions: experts that were
-    prefetched; of these, right_predictions were then selected by a router, of these
-    late_predictions before they had arrived, which makes them misses too.
+    them. bytes_read: of experts, from disk, in read_seconds; several GPUs read beside each other,
+    and their seconds are summed. predictions: experts that were prefetched; of these,
+    right_predictions were then selected by a router, of these late_predictions before they had
+    arrived, which makes them misses too.
     """
 
     hits: Counter[ExpertKey] = field(default_factory=Counter)

@@ -21,8 +21,7 @@ class Trial(Generic[_T]):
     compared take turns, and the cost of a variant is that of its last four rounds. With the
     variants A and B, of which B costs a little less, the rounds are A B A B A B A B, then B B B and
     so on, and later A B A B A B A B again. The longer the best one stays the same, the rarer that
-    becomes. Where the first two rounds of A cost more than those of B, each of them, it gets no
-    third one.
+    becomes. Where each of A's first two rounds costs more than each of B's, A gets no third one.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
