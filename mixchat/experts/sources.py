@@ -91,9 +91,8 @@ class DiskSource:
         began = time.perf_counter()
         wait(self._reads)
         self._count(time.perf_counter() - began, 0)
-        yield from (
-            self._steps(key, block) if block.device == CPU else self._steps_to_gpu(key, block)
-        )
+        steps = self._steps if block.device == CPU else self._steps_to_gpu
+        yield from steps(key, block)
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         """Read a block; while a step is looked at, the next reads are in flight already."""
