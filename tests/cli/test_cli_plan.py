@@ -347,7 +347,7 @@ def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
     monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
     done = sections(run())
     assert re.search(r"it fits +once it is downloaded: 0.6 to 0.8 tok/s", done["Verdict"])
-    assert re.search(r"decode +0.67 to 0.92 tok/s: a token takes ", done["What to expect"])
+    assert re.search(r"decode +0.6 to 0.8 tok/s: a token takes ", done["What to expect"])
     assert " to " in done["What more memory would give"]
     made = json.loads(run("--json").stdout)
     assert made["speed"]["low"] < made["tokens_per_second"] < made["speed"]["high"]
