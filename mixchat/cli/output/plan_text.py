@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.cli.output import download_text
 from mixchat.cli.output.table import aligned
+from mixchat.planning.calibration import IN_USE
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.quantities import (
     format_age,
@@ -96,7 +97,7 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "GPU", "not used"
     read = "not measured: it cannot be written to, or has no room"
     if speeds.disk_bandwidth is not None and speeds.disk_bandwidth_idle is not None:
-        read = f"reads {_rate(speeds.disk_bandwidth_idle)}"
+        read = f"reads {_rate(speeds.disk_bandwidth_idle)} (tokens get {IN_USE:.0%} of it)"
         read += f", {_rate(speeds.disk_bandwidth)} while the CPU computes"
     if speeds.disk_bandwidth_fresh is not None:
         read += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
