@@ -146,6 +146,11 @@ class Measurement:
         return None
 
     @property
+    def in_use(self) -> tuple[Calibration, ...]:
+        """Return the typical figures and then those of each sample, as tokens have the disk."""
+        return tuple(one.in_use for one in (self.typical, *self.samples))
+
+    @property
     def typical(self) -> Calibration:
         """Return the median of each figure."""
         samples = self.samples

@@ -121,7 +121,7 @@ def expect(
     host_hit_rate = expected_hit_rate(blueprint.config, held)
     costs = [
         token_cost(shape_of(blueprint), speeds, str(device), hit_rate, host_hit_rate, busiest)
-        for speeds in (measurement.typical.in_use, *(one.in_use for one in measurement.samples))
+        for speeds in measurement.in_use
     ]
     speed = speed_range(costs, measurement.measured_at)
     return Expectation(held, hit_rate, host_hit_rate, costs[0], speed)

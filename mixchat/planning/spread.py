@@ -82,7 +82,7 @@ def spread_model(
         spread_cost(
             shape_of(blueprint), speeds, str(device), loads, offers, hit_rate, host_hit_rate
         )
-        for speeds in (measurement.typical.in_use, *(one.in_use for one in measurement.samples))
+        for speeds in measurement.in_use
     ]
     at_home = _uses_here(loads) / (config.num_hidden_layers * config.num_experts_per_tok)
     copies = len(here & on_workers)

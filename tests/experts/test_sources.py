@@ -256,6 +256,7 @@ def test_where_no_thread_can_be_started_reads_that_wait_for_one_end_too(
     installed: InstalledModel,
     truth: dict[ExpertKey, str],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     on_a_gpu: bool,
 ) -> None:
     """They were waited for without an end."""
@@ -274,7 +275,7 @@ def test_where_no_thread_can_be_started_reads_that_wait_for_one_end_too(
                 read.cancel()
 
     if on_a_gpu:
-        monkeypatch.setattr(sources, "CPU", torch.device("cpu:0"))
+        request.getfixturevalue("a_gpu")
     source = DiskSource(installed, ExpertStats(), choose=False)
     readers: Any = Full()
     monkeypatch.setattr(source, "_readers", readers)
