@@ -14,7 +14,7 @@ from mixchat.kernels.threads import NativeFunction
 
 # Increase it when kernels become faster or slower, or are compiled differently: then earlier
 # measurements and cached machine code are no longer used.
-KERNELS = 4
+KERNELS = 5
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),

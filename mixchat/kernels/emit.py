@@ -26,6 +26,7 @@ i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f32 = ir.FloatType()
 void = ir.VoidType()
 _byte_pointer = i8.as_pointer()
+_CACHE_LINE = 64  # bytes
 
 
 def vector(element: Any, count: int) -> Any:
@@ -189,6 +190,10 @@ class Function:
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
         kind = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
         self.raw = ir.Function(module, kind, name)
+        # Vectors for which there is no register lie on the stack. Its start is a matter of luck in
+        # each process, and a vector that is in two cache lines takes longer to load.
+        self.raw.attributes.add("nounwind")  # llvmlite writes no alignment without an attribute
+        self.raw.attributes.alignstack = _CACHE_LINE
         self._module = module
         self.builder = ir.IRBuilder(self.raw.append_basic_block())
         pointer, *rest = self.raw.args
@@ -243,7 +248,7 @@ class Function:
         kind = ir.ArrayType(i8, size)
         with self.builder.goto_entry_block():
             space = self.builder.alloca(kind)
-            space.align = 64
+            space.align = _CACHE_LINE
         return Pointer(self, self.builder.bitcast(space, _byte_pointer))
 
     def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:

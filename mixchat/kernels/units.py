@@ -139,7 +139,7 @@ class _ThreeBits(_Lookup):
 class Avx512(_Lookup, _Avx512Words):
     """AVX-512: one instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
 
-    widths, unrolled = (8, 4, 2, 1), 4
+    widths, unrolled = (8, 4, 3, 2, 1), 4
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -169,7 +169,7 @@ class Avx512(_Lookup, _Avx512Words):
 class Avx2(_Lookup, _Avx2Words):
     """AVX2: looks up the low and the high bytes of the levels, and puts them together to words."""
 
-    widths, unrolled = (4, 2, 1), 2
+    widths, unrolled = (2, 1), 2
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -214,7 +214,7 @@ class Avx2(_Lookup, _Avx2Words):
 class Avx512Bytes(_Lookup):
     """AVX-512 with x in 8 bits: four products in an instruction and lane, twice as fast."""
 
-    lanes, widths, unrolled, columns = 16, (8, 4, 2, 1), 1, 4
+    lanes, widths, unrolled, columns = 16, (8, 4, 3, 2, 1), 1, 4
     x_type, largest_x, largest_level, offset = i8, 127, 127, 128
 
     def __init__(self, function: Function, table: Pointer) -> None:
@@ -282,7 +282,7 @@ class _Int8(_Words):
 class Avx512Int8(_Int8, _Avx512Words):
     """8-bit codes with AVX-512."""
 
-    widths, unrolled = (8, 4, 2, 1), 4
+    widths, unrolled = (8, 4, 3, 2, 1), 4
 
 
 class Avx2Int8(_Int8, _Avx2Words):

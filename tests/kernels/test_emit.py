@@ -51,6 +51,13 @@ def test_operators_are_those_of_python(
     assert run(write, 20, 3)[0] == expected
 
 
+def test_the_stack_of_a_function_begins_at_a_cache_line() -> None:
+    # llvmlite leaves it out, without a word, for functions that have no attribute.
+    module = ir.Module("test")
+    Function(module, "tested").finish()
+    assert "alignstack(64)" in str(module)
+
+
 @pytest.mark.parametrize(("start", "end", "step"), [(0, 10, 1), (3, 20, 4), (5, 5, 1), (7, 2, 1)])
 def test_a_loop_runs_as_range_does_and_carries_values(start: int, end: int, step: int) -> None:
     def write(function: Function) -> None:
