@@ -6,9 +6,9 @@ import pytest
 import torch
 from coded_tools import AnyCodes, error, random
 
-from mixchat.kernels import coded
+from mixchat.kernels import coded, units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set
-from mixchat.kernels.units import BYTES, MANY, WORDS, Bits, Unit, unit_for
+from mixchat.kernels.units import BYTES, MANY, MULTIPLIES_BYTES, WORDS, Bits, Unit, unit_for
 from mixchat.weights.matrix import nf3, nf4
 from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
@@ -23,21 +23,25 @@ KINDS = list(LEVELS)
 
 
 # The most that a product may be off the exact one: by the bits that x has.
-WITHIN = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2}
+WITHIN = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2, "avx2 bytes": 1.2e-2}
 
 
 @pytest.fixture(params=list(WITHIN))
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each unit that this CPU has, for any count of tokens."""
-    if request.param != "avx2" and instruction_set() != "avx512":
+    instructions, *_ = request.param.split()
+    if instructions == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    if request.param == "avx512 bytes" and not has_feature("avx512vnni"):
+    if request.param.endswith("bytes") and not has_feature(MULTIPLIES_BYTES[instructions]):
         pytest.skip("the CPU does not multiply bytes")
-    instructions = request.param.split()[0]
     monkeypatch.setattr(coded, "instruction_set", lambda: instructions)
 
     def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
-        return BYTES[bits] if request.param.endswith("bytes") else WORDS[instructions, bits]
+        return (
+            BYTES[instructions, bits]
+            if request.param.endswith("bytes")
+            else WORDS[instructions, bits]
+        )
 
     monkeypatch.setattr(coded, "unit_for", unit_for)
     return request.param
@@ -86,7 +90,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(
 
 def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
     """As bitsandbytes' kernel for AVX512-BF16 has them."""
-    if unit == "avx512 bytes":
+    if unit.endswith("bytes"):
         pytest.skip("that is for speed")
     matrix, x = Matrix(256, 1024), random(4, 1024, seed=1)
     expected = x.double() @ matrix.exact.T
@@ -105,23 +109,31 @@ def test_a_token_alone_has_the_result_that_it_has_among_others(unit: str, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [5, 29])
 def test_both_sets_of_instructions_give_the_same_to_the_last_bits(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    matrix, x = Matrix(96, 256, kind), random(5, 256, seed=1)
+    if tokens >= MANY and len({has_feature(name) for name in MULTIPLIES_BYTES.values()}) == 2:
+        pytest.skip("the CPU multiplies bytes with one of them only")
+    matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     wide = matrix(x)
     monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
     torch.testing.assert_close(matrix(x), wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can(bits: Bits) -> None:
-    few, many = (unit_for("avx512", bits, tokens) for tokens in (MANY - 1, MANY))
-    assert few is WORDS["avx512", bits]
-    assert many is (BYTES[bits] if has_feature("avx512vnni") else few)
-    assert unit_for("avx2", bits, MANY) is WORDS["avx2", bits]
+@pytest.mark.parametrize("instructions", MULTIPLIES_BYTES)
+@pytest.mark.parametrize("can", [True, False])
+def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can(
+    bits: Bits, instructions: InstructionSet, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {MULTIPLIES_BYTES[instructions]: can}
+    monkeypatch.setattr(units, "has_feature", features.__getitem__)
+    few, many = (unit_for(instructions, bits, tokens) for tokens in (MANY - 1, MANY))
+    assert few is WORDS[instructions, bits]
+    assert many is (BYTES[instructions, bits] if can else few)
 
 
 @pytest.mark.parametrize("kind", KINDS)
