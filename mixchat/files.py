@@ -134,6 +134,14 @@ def write_private_file(path: Path, data: bytes) -> None:
         write_all(descriptor, data)
 
 
+def read_all(descriptor: int, start: int, target: memoryview) -> int:
+    """Fill `target` from offset `start` on; return how many bytes there were before the end."""
+    done = 0
+    while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
+        done += count
+    return done
+
+
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of `data`, in as many pieces as the system takes."""
     rest = memoryview(data)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.errors import CheckpointError
-from mixchat.files import open_regular, rename_durably, temporary_path
+from mixchat.files import open_regular, read_all, rename_durably, temporary_path
 
 ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
@@ -184,22 +184,19 @@ class SafetensorsFile:
         `direct`, after `open_direct`, reads past the page cache: start, address and length must
         then be multiples of the disk's block size.
         """
-        descriptor = self._direct_fd if direct else self._fd
-        view, done = block.numpy().data, 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and descriptor == self._direct_fd:
-                    descriptor = self._fd  # a disk with larger blocks, or a file cut short
-                    continue
-                raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: cut short: {start + len(view)} bytes are needed, "
-                    f"{start + done} are there"
-                )
-            done += count
+        view = block.numpy().data
+        try:
+            done = read_all(self._direct_fd if direct else self._fd, start, view)
+        except OSError as error:
+            if error.errno == errno.EINVAL and direct:  # larger blocks, or a file cut short
+                self.read_into(block, start)
+                return
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if done < len(view):
+            raise CheckpointError(
+                f"{self.path}: cut short: {start + len(view)} bytes are needed, "
+                f"{start + done} are there"
+            )
 
     def close(self) -> None:
         """Close the file; further reads fail."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -111,10 +112,13 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
 
 def _measured(fit: Fit, outlined: Outline, device: torch.device, again: bool) -> Measurement:
     """Return the saved measurement for this form, or measure this machine if that is outdated."""
+    from mixchat.planning.disk_speed import has_experts
     from mixchat.planning.machine_speed import measure_machine, saved_measurement
 
     if not again and (saved := saved_measurement(fit.computed, outlined.directory, device)):
         why = saved.outdated(time.time())
+        if why is None and outlined.installed and not has_experts(Path(saved.directory)):
+            why = "the model was not here the last time, to read its files"
         if why is None:
             return saved
         note(f"measuring this machine again: {why}")

@@ -21,12 +21,12 @@ from mixchat import machine
 from mixchat.experts.memory import CPU
 from mixchat.experts.sources import AT_ONCE, STEP
 from mixchat.experts.store import new_block
+from mixchat.files import read_all
 from mixchat.safetensors import ALIGNMENT
 
 _PIECE = 2**24  # bytes that are synced at once
 _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
-_EXPERTS = "experts-*.safetensors"
 _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
 
 
@@ -70,13 +70,21 @@ def measure_disk(
         return None
 
 
+def has_experts(directory: Path) -> bool:
+    """Return whether there is a model in this directory, whose experts can be read."""
+    return bool(_expert_files(directory))
+
+
+def _expert_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("experts-*.safetensors"))
+
+
 @contextmanager
 def _installed(directory: Path, block: int) -> Iterator[Places]:
     """Yield the blocks of an installed model's experts."""
     with ExitStack() as stack:
         files = [
-            stack.enter_context(path.open("rb", buffering=0))
-            for path in sorted(directory.glob(_EXPERTS))
+            stack.enter_context(path.open("rb", buffering=0)) for path in _expert_files(directory)
         ]
         yield [
             (file.fileno(), start)
@@ -117,15 +125,6 @@ def _fill(fd: int, size: int, seconds: float) -> int:
         written += os.write(fd, piece[: size - written])
         os.fsync(fd)
     return written // ALIGNMENT * ALIGNMENT
-
-
-def _fill_from(fd: int, start: int, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        count = os.preadv(fd, [target[done:]], start + done)
-        if count == 0:
-            raise OSError("the file ended early")
-        done += count
 
 
 class _Disk:
@@ -205,12 +204,12 @@ class _Disk:
         os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
         steps = [
-            self._readers.submit(_fill_from, fd, start + at, target[at : at + STEP])
+            self._readers.submit(read_all, fd, start + at, target[at : at + STEP])
             for at in range(0, self._block, STEP)
         ]
         wait(steps)
-        for step in steps:
-            step.result()
+        if sum(step.result() for step in steps) < self._block:
+            raise OSError("the file ended early")
         return time.perf_counter() - started
 
     def _reads_direct(self) -> bool:

@@ -304,6 +304,22 @@ def test_what_is_old_or_of_a_busy_machine_is_measured_again_and_that_is_said(
     assert busy == (others > 0.5)
 
 
+def test_a_model_that_was_downloaded_since_is_measured_again_with_its_own_files(
+    run, measured, tiny_model, environment
+):
+    """A host's cache holds a file that was just written, and gives that faster than a model."""
+    assert run(str(tiny_model)).stderr == b""
+    saved = Path(environment["MIXCHAT_HOME"]) / "machine.json"
+    made = saved.read_text()
+    assert str(tiny_model) in made
+    saved.write_text(made.replace(str(tiny_model), str(tiny_model.parent)))
+    said = b"note: measuring this machine again: the model was not here the last time"
+    assert run(str(tiny_model)).stderr.startswith(said)
+    assert len(measured) == 2 * SAMPLES
+    assert run(str(tiny_model)).stderr == b""
+    assert len(measured) == 2 * SAMPLES
+
+
 def test_it_says_on_what_it_was_measured(run, measured, monkeypatch, environment):
     monkeypatch.setattr(machine, "cpu_name", lambda: "Abacus 3000")
     found = sections(run())["This machine"]
