@@ -42,7 +42,7 @@ from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
 _STREAMS = 2  # bands that are read at once where there is one token; with more, memory gave less
 # Bytes that a stream goes through in one item of work, if enough items are left for each thread.
 # Its start is read more slowly, before the CPU has found out what will be read next.
-_STREAM_BYTES, _ITEMS = 2**18, 8
+_STREAM_BYTES, _ITEMS = 2**20, 8
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -15,7 +15,7 @@ from mixchat.kernels.units import Unit
 
 BAND = 32  # rows
 BLOCK = 64  # columns
-_AHEAD = 8  # blocks: how early their scales, which lie far apart, are prefetched
+_AHEAD = 4  # blocks: how early their scales, which lie far apart, are prefetched
 # Bytes: how early codes are prefetched. The CPU's own prefetcher stops at the end of each page, and
 # the products with several tokens fill the time in which the CPU would look ahead itself.
 _CODES_AHEAD = 3072
