@@ -152,8 +152,9 @@ class SafetensorsFile:
         """
         spec = self.header.spec(name)
         first, size = self.header.start(name), spec.nbytes // spec.shape[0]
-        distinct, places = torch.unique(rows, return_inverse=True)
-        starts = [first + row * size for row in distinct.tolist()]
+        numbers = rows.tolist()
+        places = {number: place for place, number in enumerate(sorted(set(numbers)))}
+        starts = [first + number * size for number in places]
         assert all(first <= start < first + spec.nbytes for start in starts), "of another tensor"
         block = torch.empty(len(starts), *spec.shape[1:], dtype=spec.dtype)
         if len(starts) > 1 and hasattr(os, "posix_fadvise"):
@@ -162,7 +163,7 @@ class SafetensorsFile:
                     os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_WILLNEED)
         for start, row in zip(starts, block.view(torch.uint8), strict=True):
             self.read_into(row, start)
-        return block[places]
+        return block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
         """Open the file again, past the page cache; return whether that is possible.
