@@ -7,8 +7,9 @@
 
 It imports nothing of mixchat. The weights are random like those of `mixchat/bench/synthetic.py`: a
 large embedding to which each layer adds little, so that tokens look different to the routers and go
-to experts evenly. They are written in Q4_0; from there llama.cpp itself takes them to another
-format, for which the disk has to hold both.
+to experts evenly. They are written in Q4_0, as llama-quantize makes it of a model with eight
+experts: with more bits for the head, keys and values. From there llama.cpp itself takes them to
+another format, for which the disk has to hold both.
 """
 
 from __future__ import annotations
@@ -30,24 +31,29 @@ LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in
 PIECE = 2**24  # weights that are written at once
 SEQUENCES = 8  # at once, at most
 
-Tensor = tuple[str, tuple[int, ...], float | None]  # name, shape, scale of its blocks; None: F32
+Tensor = tuple[str, tuple[int, ...], float, str]  # name, shape, scale of its blocks, type
+
+# Weights of a block, its bytes, where its scale is (16 bits), and the spread of what it scales,
+# beside that of Q4_0.
+BLOCKS = {"Q4_0": (32, 18, 0, 1), "Q8_0": (32, 34, 0, 16), "Q6_K": (256, 210, 208, 4)}
 
 
 def tensors(layers: int) -> Iterator[Tensor]:
-    """All tensors of the file."""
-    yield "token_embd.weight", (VOCAB, HIDDEN), LARGE
-    yield "output_norm.weight", (HIDDEN,), None
-    yield "output.weight", (VOCAB, HIDDEN), SMALL
+    """All tensors of a file in Q4_0."""
+    yield "token_embd.weight", (VOCAB, HIDDEN), LARGE, "Q4_0"
+    yield "output_norm.weight", (HIDDEN,), 0, "F32"
+    yield "output.weight", (VOCAB, HIDDEN), SMALL, "Q6_K"
     for layer in range(layers):
         block = f"blk.{layer}."
-        yield f"{block}attn_norm.weight", (HIDDEN,), None
-        yield f"{block}ffn_norm.weight", (HIDDEN,), None
+        yield f"{block}attn_norm.weight", (HIDDEN,), 0, "F32"
+        yield f"{block}ffn_norm.weight", (HIDDEN,), 0, "F32"
         for name, rows in (("q", HIDDEN), ("k", KV), ("v", KV), ("output", HIDDEN)):
-            yield f"{block}attn_{name}.weight", (rows, HIDDEN), SMALL
-        yield f"{block}ffn_gate_inp.weight", (EXPERTS, HIDDEN), None
-        yield f"{block}ffn_gate_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL
-        yield f"{block}ffn_up_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL
-        yield f"{block}ffn_down_exps.weight", (EXPERTS, HIDDEN, INNER), SMALL
+            kind = "Q8_0" if rows == KV else "Q4_0"
+            yield f"{block}attn_{name}.weight", (rows, HIDDEN), SMALL, kind
+        yield f"{block}ffn_gate_inp.weight", (EXPERTS, HIDDEN), 0, "F32"
+        yield f"{block}ffn_gate_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL, "Q4_0"
+        yield f"{block}ffn_up_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL, "Q4_0"
+        yield f"{block}ffn_down_exps.weight", (EXPERTS, HIDDEN, INNER), SMALL, "Q4_0"
 
 
 def make(path: Path, layers: int, format: str) -> None:
@@ -81,20 +87,18 @@ def write_q4_0(path: Path, layers: int) -> None:
     writer.add_expert_used_count(2)
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("no_vocab")
-    for name, shape, scale in tensors(layers):
-        quantized = scale is not None
-        kind = gguf.GGMLQuantizationType.Q4_0 if quantized else gguf.GGMLQuantizationType.F32
-        raw = (*shape[:-1], shape[-1] // 32 * 18) if quantized else shape
-        size = prod(raw) * (1 if quantized else 4)
-        dtype = np.dtype(np.uint8 if quantized else np.float32)
-        writer.add_tensor_info(name, raw, dtype, size, raw_dtype=kind)
+    for name, shape, _, kind in tensors(layers):
+        raw = shape if kind == "F32" else _raw_shape(shape, kind)
+        dtype = np.dtype(np.float32 if kind == "F32" else np.uint8)
+        size = prod(raw) * dtype.itemsize
+        writer.add_tensor_info(name, raw, dtype, size, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(0)
-    for name, shape, scale in tensors(layers):
-        if scale is not None:
-            writer.write_tensor_data(_q4_0(random, shape, scale))
+    for name, shape, scale, kind in tensors(layers):
+        if kind != "F32":
+            writer.write_tensor_data(_blocks(random, shape, scale, kind))
         elif "norm" in name:
             writer.write_tensor_data(np.ones(shape, np.float32))
         else:
@@ -102,11 +106,22 @@ def write_q4_0(path: Path, layers: int) -> None:
     writer.close()
 
 
-def _q4_0(random: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Blocks of 32 weights in 18 bytes: the scale in 16 bits, then 32 codes of 4 bits."""
-    blocks = random.integers(0, 256, (prod(shape) // 32, 18), dtype=np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
-    return blocks.reshape(*shape[:-1], shape[-1] // 32 * 18)
+def _blocks(
+    random: np.random.Generator, shape: tuple[int, ...], scale: float, kind: str
+) -> np.ndarray:
+    """Blocks of a type with random codes, whose weights spread as those of Q4_0 with `scale`."""
+    weights, size, place, spread = BLOCKS[kind]
+    blocks = random.integers(0, 256, (prod(shape) // weights, size), dtype=np.uint8)
+    blocks[:, place : place + 2] = np.frombuffer(np.float16(scale / spread).tobytes(), np.uint8)
+    if kind == "Q6_K":
+        blocks[:, place - 16 : place] = 1  # scales of 16 weights each
+    return blocks.reshape(_raw_shape(shape, kind))
+
+
+def _raw_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """The shape in bytes."""
+    weights, size, *_ = BLOCKS[kind]
+    return *shape[:-1], shape[-1] // weights * size
 
 
 class Llama:
