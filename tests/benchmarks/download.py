@@ -165,7 +165,7 @@ def peer(llama_cpp: Path, checkpoint: Path, directory: Path) -> None:
     directory.mkdir()
     whole, small = directory / "bf16.gguf", directory / "q4_0.gguf"
     convert = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(checkpoint)]
-    quantize = [str(llama_cpp / "llama-quantize"), "--pure", str(whole), str(small), "Q4_0"]
+    quantize = [str(llama_cpp / "llama-quantize"), str(whole), str(small), "Q4_0"]
     measure(
         "llama.cpp",
         directory,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-# True: all matrices become of it; in the others, some get more bits.
-FORMATS = {"F16": False, "Q8_0": True, "Q4_0": True, "Q4_K_M": False, "Q3_K_M": False}
+FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M")
 
 
 def requantize(source: Path, target: Path, name: str) -> None:
-    """Write the model of `source` to `target` in another format."""
+    """Write the model of `source` to `target` in another format, as llama-quantize does.
+
+    In most of them some matrices get more bits than their name says.
+    """
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.pure = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), FORMATS[name]
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
     params.allow_requantize = True
     files = str(source).encode(), str(target).encode()
     if llama_cpp.llama_model_quantize(*files, ctypes.byref(params)):

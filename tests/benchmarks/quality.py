@@ -11,8 +11,8 @@ nats, and how often the most likely token is that of bf16.
 
 - calibrated: as `mixchat calibrate` does it, with a text that the model writes itself, or with
   --calibrate-text;
-- prompts not in bytes: what a CPU without AVX512-VNNI gives, for on others prompts are multiplied
-  as bytes (`kernels/units.py`);
+- prompts not in bytes: what a CPU without VNNI gives, for on others prompts are multiplied as bytes
+  (`kernels/units.py`);
 - NF4, alone: scales as bitsandbytes has them, and all but experts in bf16;
 - by bitsandbytes: transformers, on the checkpoint with each expert taken to NF4 and back by
   bitsandbytes. NF4 alone must agree with it within 0.5%;

@@ -4,10 +4,10 @@
     python quality_llama.py MODEL.gguf IDS.json WORK
 
 IDS.json has the windows of each text: lists of lists of token ids. MODEL.gguf is taken to F16, and
-from there to the other formats; in Q8_0 and Q4_0 are all matrices. Prints a list of {"name",
-"bits" (a weight), "expert_bits" (of the feed-forward blocks), "attention_bits", "losses" (the mean
-of each window), "divergences" (KL to F16, the same), "agreements" (how often its first choice is
-F16's)} as JSON, with lists of lists as in IDS.json. It imports nothing of mixchat.
+from there to the other formats. Prints a list of {"name", "bits" (a weight), "expert_bits" (of the
+feed-forward blocks), "attention_bits", "losses" (the mean of each window), "divergences" (KL to
+F16, the same), "agreements" (how often its first choice is F16's)} as JSON, with lists of lists as
+in IDS.json. It imports nothing of mixchat.
 """
 
 from __future__ import annotations
