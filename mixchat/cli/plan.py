@@ -118,7 +118,7 @@ def _measured(fit: Fit, outlined: Outline, device: torch.device, again: bool) ->
     if not again and (saved := saved_measurement(fit.computed, outlined.directory, device)):
         why = saved.outdated(time.time())
         if why is None and outlined.installed and not has_experts(Path(saved.directory)):
-            why = "the model was not here the last time, to read its files"
+            why = "the last time a file just written was read, not the model"
         if why is None:
             return saved
         note(f"measuring this machine again: {why}")
