@@ -139,7 +139,7 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Com
     module = ir.Module("coded")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _STREAMS, 1)
-    tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths]
+    tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths()]
     _write_multiply(module, wide, tiles)
     return compile_module(module, instructions)
 

@@ -49,12 +49,16 @@ class Unit(ABC):
     largest_x: ClassVar[int] = 8191
     largest_level: ClassVar[int] = 4095
     offset: ClassVar[int] = 0  # added to each level
-    # Tokens that are computed at once, the most first: as many as there are registers for.
-    widths: ClassVar[tuple[int, ...]]
     unrolled: ClassVar[int]  # steps of the loop over columns that are written out
+    _widths: ClassVar[tuple[int, ...]]
 
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return how many tokens are computed at once, the most first, as registers allow."""
+        return cls._widths
 
     @abstractmethod
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
@@ -138,7 +142,7 @@ class _ThreeBits(_Lookup):
 class Avx512(_Lookup, _Avx512Words):
     """AVX-512: one instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
 
-    widths, unrolled = (8, 4, 3, 2, 1), 4
+    _widths, unrolled = (8, 4, 3, 2, 1), 4
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -195,13 +199,18 @@ def _interleaved(one: Value, other: Value) -> list[Value]:
 class Avx2(_Avx2Order, _Lookup, _Avx2Words):
     """AVX2: looks up the low and the high bytes of the levels, and puts them together to words."""
 
-    widths, unrolled = (2, 1), 2
+    unrolled = 2
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
         self._bytes = vector(i8, LINE)
         both = table.load(self._bytes)
         self._low, self._high = (both.shuffled(2 * [*range(odd, 32, 2)]) for odd in (0, 1))
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return fewer for the instruction of AVX-VNNI, which is slow with sums on the stack."""
+        return (2, 1) if has_feature("avxvnni") else (4, 3, 2, 1)
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         """Return the levels of each pair of columns."""
@@ -269,7 +278,7 @@ class _Bytes(_Lookup):
 class Avx512Bytes(_Bytes):
     """AVX-512 with x in 8 bits: twice as fast as words."""
 
-    lanes, widths, unrolled = 16, (8, 4, 3, 2, 1), 1
+    lanes, _widths, unrolled = 16, (8, 4, 3, 2, 1), 1
     _look_up, _multiply = "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx512.vpdpbusd.512"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
@@ -280,7 +289,7 @@ class Avx512Bytes(_Bytes):
 class Avx2Bytes(_Avx2Order, _Bytes):
     """AVX2 with x in 8 bits: 1.7 times as fast as words."""
 
-    lanes, widths, unrolled = 8, (2, 1), 1
+    lanes, _widths, unrolled = 8, (2, 1), 1
     _look_up, _multiply = "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.vpdpbusd.256"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
@@ -327,13 +336,13 @@ class _Int8(_Words):
 class Avx512Int8(_Int8, _Avx512Words):
     """8-bit codes with AVX-512."""
 
-    widths, unrolled = (8, 4, 3, 2, 1), 4
+    _widths, unrolled = (8, 4, 3, 2, 1), 4
 
 
 class Avx2Int8(_Int8, _Avx2Words):
     """8-bit codes with AVX2."""
 
-    widths, unrolled = (2, 1), 2
+    _widths, unrolled = (2, 1), 2
 
 
 WORDS: dict[tuple[InstructionSet, Bits], type[Unit]] = {

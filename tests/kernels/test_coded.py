@@ -123,6 +123,21 @@ def test_both_sets_of_instructions_give_the_same_bits(
     assert torch.equal(matrix(x), wide)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_count_of_tokens_at_once_gives_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 the CPU decides about it: this one would only ever try one of the two."""
+    matrix, x = Matrix(96, 256, kind), random(11, 256, seed=1)
+    monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(coded, "_compiled", coded._compiled.__wrapped__)  # without its cache
+    results = []
+    for has in (True, False):
+        monkeypatch.setattr(units, "has_feature", lambda name, has=has: has)
+        results.append(matrix(x))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("instructions", MULTIPLIES_BYTES)
 @pytest.mark.parametrize("can", [True, False])
