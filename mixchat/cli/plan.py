@@ -112,12 +112,12 @@ def _plan(outlined: Outline, options: LoadOptions, measure_again: bool) -> Machi
 
 def _measured(fit: Fit, outlined: Outline, device: torch.device, again: bool) -> Measurement:
     """Return the saved measurement for this form, or measure this machine if that is outdated."""
-    from mixchat.planning.disk_speed import has_experts
     from mixchat.planning.machine_speed import measure_machine, saved_measurement
+    from mixchat.weights.format.manifest import is_installed
 
     if not again and (saved := saved_measurement(fit.computed, outlined.directory, device)):
         why = saved.outdated(time.time())
-        if why is None and outlined.installed and not has_experts(Path(saved.directory)):
+        if why is None and outlined.installed and not is_installed(Path(saved.directory)):
             why = "the last time a file just written was read, not the model"
         if why is None:
             return saved

@@ -27,6 +27,7 @@ from mixchat.safetensors import ALIGNMENT
 _PIECE = 2**24  # bytes that are synced at once
 _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
+_EXPERTS = "experts-*.safetensors"
 _FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
 
 
@@ -70,21 +71,13 @@ def measure_disk(
         return None
 
 
-def has_experts(directory: Path) -> bool:
-    """Return whether there is a model in this directory, whose experts can be read."""
-    return bool(_expert_files(directory))
-
-
-def _expert_files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("experts-*.safetensors"))
-
-
 @contextmanager
 def _installed(directory: Path, block: int) -> Iterator[Places]:
     """Yield the blocks of an installed model's experts."""
     with ExitStack() as stack:
         files = [
-            stack.enter_context(path.open("rb", buffering=0)) for path in _expert_files(directory)
+            stack.enter_context(path.open("rb", buffering=0))
+            for path in sorted(directory.glob(_EXPERTS))
         ]
         yield [
             (file.fileno(), start)
