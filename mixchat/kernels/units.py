@@ -33,6 +33,8 @@ from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 Bits = Literal[3, 4, 8]
 MANY = 16  # tokens from which on x has 8 bits, on CPUs where that is faster
 LINE = 32  # bytes
+# The CPU's feature with which one instruction multiplies and adds to the sums. Bytes need it.
+VNNI: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
 _BYTES_AT = 32  # bytes: in the table, the levels as words come before the levels as bytes
 
 
@@ -210,7 +212,7 @@ class Avx2(_Avx2Order, _Lookup, _Avx2Words):
     @classmethod
     def widths(cls) -> tuple[int, ...]:
         """Return fewer for the instruction of AVX-VNNI, which is slow with sums on the stack."""
-        return (2, 1) if has_feature("avxvnni") else (4, 3, 2, 1)
+        return (2, 1) if has_feature(VNNI["avx2"]) else (4, 3, 2, 1)
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         """Return the levels of each pair of columns."""
@@ -359,13 +361,12 @@ BYTES: dict[tuple[InstructionSet, Bits], type[Unit]] = {
     ("avx2", 3): Avx2ThreeBitsBytes,
     ("avx2", 4): Avx2Bytes,
 }
-MULTIPLIES_BYTES: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
 
 
 def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
     """Return the unit for such codes and so many tokens: for many, bytes, if the CPU has VNNI."""
     some = instructions, bits
-    if tokens >= MANY and some in BYTES and has_feature(MULTIPLIES_BYTES[instructions]):
+    if tokens >= MANY and some in BYTES and has_feature(VNNI[instructions]):
         return BYTES[some]
     return WORDS[some]
 

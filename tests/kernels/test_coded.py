@@ -8,7 +8,7 @@ from coded_tools import AnyCodes, error, random
 
 from mixchat.kernels import coded, units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set
-from mixchat.kernels.units import BYTES, MANY, MULTIPLIES_BYTES, WORDS, Bits, Unit, unit_for
+from mixchat.kernels.units import BYTES, MANY, VNNI, WORDS, Bits, Unit, unit_for
 from mixchat.weights.matrix import nf3, nf4
 from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
@@ -32,16 +32,13 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     instructions, *_ = request.param.split()
     if instructions == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    if request.param.endswith("bytes") and not has_feature(MULTIPLIES_BYTES[instructions]):
+    if request.param.endswith("bytes") and not has_feature(VNNI[instructions]):
         pytest.skip("the CPU does not multiply bytes")
     monkeypatch.setattr(coded, "instruction_set", lambda: instructions)
 
     def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
-        return (
-            BYTES[instructions, bits]
-            if request.param.endswith("bytes")
-            else WORDS[instructions, bits]
-        )
+        table = BYTES if request.param.endswith("bytes") else WORDS
+        return table[instructions, bits]
 
     monkeypatch.setattr(coded, "unit_for", unit_for)
     return request.param
@@ -115,7 +112,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
 ) -> None:
     if instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    if tokens >= MANY and len({has_feature(name) for name in MULTIPLIES_BYTES.values()}) == 2:
+    if tokens >= MANY and len({has_feature(name) for name in VNNI.values()}) == 2:
         pytest.skip("the CPU multiplies bytes with one of them only")
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     wide = matrix(x)
@@ -139,12 +136,12 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("instructions", MULTIPLIES_BYTES)
+@pytest.mark.parametrize("instructions", VNNI)
 @pytest.mark.parametrize("can", [True, False])
 def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can(
     bits: Bits, instructions: InstructionSet, can: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = {MULTIPLIES_BYTES[instructions]: can}
+    features = {VNNI[instructions]: can}
     monkeypatch.setattr(units, "has_feature", features.__getitem__)
     few, many = (unit_for(instructions, bits, tokens) for tokens in (MANY - 1, MANY))
     assert few is WORDS[instructions, bits]
