@@ -6,7 +6,6 @@ import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads")
 
@@ -32,9 +31,9 @@ class NativeFunction:
         if threads == 1:
             self._call(where)
             return
-        parallel = _openmp()
-        if parallel is not None:
-            parallel(self._address, where, threads, 0)
+        library = _library()
+        if library is not None:
+            library.GOMP_parallel(self._address, where, threads, 0)
             return
         others = [_pool(threads - 1).submit(self._call, where) for _ in range(threads - 1)]
         self._call(where)
@@ -56,18 +55,6 @@ def team_functions() -> tuple[int, int] | None:
 
 
 @functools.cache
-def _openmp() -> Any:
-    """Return the function of OpenMP that runs another one on several threads, if there is one."""
-    library = _library()
-    if library is None:
-        return None
-    entry = library.GOMP_parallel
-    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    entry.restype = None
-    return entry
-
-
-@functools.cache
 def _library() -> ctypes.CDLL | None:
     """Return the OpenMP library that torch has loaded; None if there is none.
 
@@ -82,6 +69,9 @@ def _library() -> ctypes.CDLL | None:
         if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
             library = ctypes.CDLL(name)
             if all(hasattr(library, name) for name in _NEEDED):
+                entry = library.GOMP_parallel  # runs a function on several threads
+                entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                entry.restype = None
                 return library
     return None
 

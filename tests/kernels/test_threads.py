@@ -29,8 +29,8 @@ class Recorder:
 @pytest.fixture(params=["OpenMP", "a pool"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "a pool":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
+        monkeypatch.setattr(threads, "_library", lambda: None)
+    elif threads._library() is None:
         pytest.skip("no OpenMP library is loaded")
 
 
@@ -47,7 +47,7 @@ def test_the_threads_are_those_of_torch() -> None:
     """A second OpenMP library in the process would have its own, and both would spin."""
     import torch
 
-    if threads._openmp() is None:
+    if threads._library() is None:
         pytest.skip("no OpenMP library is loaded")
     count = torch.get_num_threads()
     torch.ones(10**6).sum()
