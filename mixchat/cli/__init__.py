@@ -19,7 +19,6 @@
 - jsonl.py: mixchat run --jsonl: the file of prompts and the file of answers
 - plan.py: mixchat plan
 - stats.py: mixchat stats
-- simulate.py: mixchat simulate
 - bench.py: mixchat bench
 - config.py: mixchat config
 - flags/: flags, their checks, their defaults, their completion

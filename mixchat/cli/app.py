@@ -32,7 +32,6 @@ from mixchat.cli.output.failure import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
 from mixchat.cli.serve import serve
-from mixchat.cli.simulate import simulate
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
 from mixchat.cli.worker import worker
@@ -68,7 +67,6 @@ app.command("calibrate")(calibrate)
 app.command("rm")(rm)
 app.command("gc")(gc)
 app.command("stats")(stats)
-app.command("simulate")(simulate)
 app.command("bench")(bench)
 app.command("config")(config)
 app.command("chats")(chats)

@@ -9,7 +9,7 @@
 - cached_experts.py: computes experts on one device
 - fetcher.py: brings them into their slots
 - cache.py: which expert is in which slot, without a tensor
-- policies.py: which one is evicted: LRU, LFU, Belady's
+- policies.py: which one is evicted: the least recently used one
 - prefetch.py: predicts which experts the next layers need
 - mover.py: loads experts in the background, requested ones first
 - store.py: moves bytes into slots, without a policy

@@ -1,9 +1,9 @@
 """Eviction policies: each orders the experts of a cache for eviction.
 
-`layered`, the default, evicts the least recently used expert, counted in passes of its own layer;
-`lru` counts all uses, `lfu` evicts the least frequently used one. Hit rates in decoding, by
-`mixchat simulate`, for a cache that holds 25, 50 and 75% of the experts, on a trace with experts
-repeated as in the Mixtral paper, and on a story by the demo model:
+`layered`, the default, evicts the least recently used expert, counted in passes of its own layer.
+`lru` counts all uses. Hit rates in decoding, for a cache that holds 25, 50 and 75% of the experts,
+on a trace with experts repeated as in the Mixtral paper, and on a story by the demo model
+(tests/benchmarks/cache_policies.py, which has `lfu` and the best possible policy, too):
 
 | trace            | layered          | lru              | lfu              | best possible    |
 | ---------------- | ---------------- | ---------------- | ---------------- | ---------------- |
@@ -105,65 +105,7 @@ class LRU:
         return iter(self._order)
 
 
-class LFU:
-    """Least frequently used first, where older uses count less; among equals the oldest use first.
-
-    Each use weighs more than the one before, which has the same effect as all earlier ones fading.
-    Uses of evicted experts are remembered. `half_life` is the count of uses, of any expert, after
-    which one counts half.
-    """
-
-    def __init__(self, half_life: int = 2000) -> None:
-        self._growth = 2.0 ** (1 / half_life)
-        self._weight = 1.0
-        self._scores: dict[ExpertKey, float] = {}
-        self._present: OrderedDict[ExpertKey, None] = OrderedDict()
-
-    def use(self, key: ExpertKey) -> None:
-        self._weight *= self._growth
-        self._scores[key] = self._scores.get(key, 0.0) + self._weight
-        self._present[key] = None
-        self._present.move_to_end(key)
-        if self._weight > 1e200:  # before a float overflows
-            self._scores = {key: score / self._weight for key, score in self._scores.items()}
-            self._weight = 1.0
-
-    def forget(self, key: ExpertKey) -> None:
-        self._present.pop(key, None)
-
-    def victims(self) -> list[ExpertKey]:
-        return sorted(self._present, key=self._scores.__getitem__)
-
-
-class Belady:
-    """The optimum: it knows all future uses, and evicts the expert whose next use is the latest.
-
-    It works in a replay only, for comparison: no policy can do better. `uses` are all uses in
-    order; a call of `use` is the next one of its expert.
-    """
-
-    def __init__(self, uses: Iterable[ExpertKey]) -> None:
-        self._uses: dict[ExpertKey, list[int]] = {}
-        for time, key in enumerate(uses):
-            self._uses.setdefault(key, []).append(time)
-        for times in self._uses.values():
-            times.reverse()  # the next use is the last of the list
-        self._next: dict[ExpertKey, float] = {}  # of the experts that are there
-
-    def use(self, key: ExpertKey) -> None:
-        times = self._uses[key]
-        times.pop()
-        self._next[key] = times[-1] if times else float("inf")
-
-    def forget(self, key: ExpertKey) -> None:
-        self._next.pop(key, None)
-
-    def victims(self) -> list[ExpertKey]:
-        return sorted(self._next, key=self._next.__getitem__, reverse=True)
-
-
 POLICIES: dict[str, Callable[[Passes], Policy]] = {
     "layered": LayeredLRU,
     "lru": lambda passes: LRU(),
-    "lfu": lambda passes: LFU(),
 }

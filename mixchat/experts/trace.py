@@ -1,4 +1,4 @@
-"""Routing traces: the experts that the tokens of a run went to, recorded to a file and read back.
+"""Routing traces: the experts that the tokens of a run went to, recorded to a file.
 
 A trace is JSON Lines. The first line is an object:
 
@@ -15,9 +15,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from mixchat.errors import ResourceError, UsageError
+from mixchat.errors import ResourceError
 from mixchat.output_file import OutputFile
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()
-# A longer line is not that of a trace, and is not read into memory.
-_LONGEST_HEADER, _LONGEST_LINE = 2**16, 2**26  # bytes
-_MOST = 1024  # layers, experts
 _COUNTS = ("layers", "experts", "experts_per_token")
 
 
@@ -44,71 +41,6 @@ class Trace:
     def tokens(self, forward: list[list[int]]) -> int:
         """Return the count of tokens in a forward pass: one is decode, more are prefill."""
         return len(forward[0]) // self.experts_per_token
-
-
-def read_trace(path: Path) -> Trace:
-    """Read the trace in a file; ignore a last line that a crash cut short.
-
-    Raises `UsageError` with the line and its fault where the file is not a trace.
-    """
-    try:
-        with open(path, "rb") as file:
-            trace = _read_header(path, file.readline(_LONGEST_HEADER))
-            number = 1
-            while line := file.readline(_LONGEST_LINE):
-                number += 1
-                if (forward := _read_forward(trace, f"{path}: line {number}", line)) is not None:
-                    trace.forwards.append(forward)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    return trace
-
-
-def _read_header(path: Path, line: bytes) -> Trace:
-    where = f"{path}: line 1"
-    try:
-        raw: Any = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        raw = None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise _not_a_trace(where, "not the header of a routing trace")
-    if raw.get("version") != VERSION:
-        raise _not_a_trace(where, f"a trace of version {raw.get('version')!r}, not {VERSION}")
-    if not isinstance(raw.get("model"), str):
-        raise _not_a_trace(where, "'model' is not text")
-    for name in _COUNTS:
-        if type(raw.get(name)) is not int or not 1 <= raw[name] <= _MOST:
-            raise _not_a_trace(where, f"{name!r} is not a number from 1 to {_MOST}")
-    layers, experts, choices = (raw[name] for name in _COUNTS)
-    if choices > experts:
-        raise _not_a_trace(where, "more experts per token than there are")
-    return Trace(raw["model"], layers, experts, choices, forwards=[])
-
-
-def _read_forward(trace: Trace, where: str, line: bytes) -> list[list[int]] | None:
-    """Return a forward pass, or None for a line that was cut short: neither JSON nor ended."""
-    try:
-        forward: Any = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
-            return None
-        raise _not_a_trace(where, "not JSON") from None
-    if not isinstance(forward, list) or len(forward) != trace.layers:
-        raise _not_a_trace(where, f"not a list of {trace.layers} layers")
-    for layer, selected in enumerate(forward):
-        if not isinstance(selected, list) or not selected:
-            raise _not_a_trace(where, f"layer {layer} is not a list of experts")
-        if len(selected) % trace.experts_per_token or len(selected) != len(forward[0]):
-            raise _not_a_trace(where, f"layer {layer} has a wrong count of experts")
-        for expert in selected:
-            if type(expert) is not int or not 0 <= expert < trace.experts:
-                what = f"layer {layer} has {str(expert)[:20]!r}, not an expert"
-                raise _not_a_trace(where, f"{what} from 0 to {trace.experts - 1}")
-    return forward
-
-
-def _not_a_trace(where: str, what: str) -> UsageError:
-    return UsageError(f"{where}: {what}", hint="'mixchat run --trace FILE' records a trace.")
 
 
 def trace_file(path: Path) -> OutputFile:

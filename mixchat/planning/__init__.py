@@ -10,7 +10,7 @@ The data goes one way: `Machine` (the hardware) and the options give a `Fit`; th
 - prediction.py: the same for a model that is loaded
 - spread.py: how fast it will be once workers hold experts, too
 - loads.py: what each of several holders of experts computes
-- simulate.py: replays a routing trace for caches of any size
+- hit_rate.py: the hit rate that a cache of any size will have
 - calibration.py: the figures that are measured
 - machine_speed.py: measures this machine, and remembers that in machine.json
 - compute_speed.py, disk_speed.py: the measurements

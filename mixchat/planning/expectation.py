@@ -13,8 +13,8 @@ from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import layer_loads
-from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
 # Of what could be read while the cores compute, the part that is. Measured with

@@ -21,8 +21,8 @@ from mixchat.planning.expectation import (
     shape_of,
     speed_range,
 )
+from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import Loads, layer_loads
-from mixchat.planning.simulate import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
 

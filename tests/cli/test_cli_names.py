@@ -57,7 +57,6 @@ def shown(home, environment, *arguments, typed=""):
         ["stats", "-m", "unfinished", "--png", HOSTILE],
         ["plan", f"./{HOSTILE}"],
         ["download", f"./{HOSTILE}"],
-        ["simulate", HOSTILE],
         [f"--{HOSTILE}"],
     ],
     ids=lambda arguments: " ".join(arguments)[:16],

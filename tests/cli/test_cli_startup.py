@@ -41,7 +41,6 @@ finally:
         ["download", "-h"],
         ["plan", "-h"],
         ["stats", "-h"],
-        ["simulate", "-h"],
         ["rm", "-h"],
         ["verify", "-h"],
         ["repair", "-h"],
@@ -62,9 +61,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert not HEAVY & set(done.stderr.split())
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "serve", "download", "show", "plan", "verify", "simulate"]
-)
+@pytest.mark.parametrize("command", ["run", "serve", "download", "show", "plan", "verify"])
 def test_help_names_no_types_of_python(mixchat, command):
     """It said `PROMPT <list[str]>`."""
     said = mixchat(command, "--help").stdout.decode()

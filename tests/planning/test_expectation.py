@@ -13,7 +13,7 @@ from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
-from mixchat.planning import simulate
+from mixchat.planning import hit_rate
 from mixchat.planning.calibration import IN_USE, Calibration, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
@@ -21,7 +21,7 @@ from mixchat.planning.expectation import (
     busiest_share,
     expect,
 )
-from mixchat.planning.simulate import Replay, replay, synthetic_trace
+from mixchat.planning.hit_rate import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
@@ -109,8 +109,8 @@ def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too() -> N
 
 def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for at every plan, several times: that takes a tenth of a second each."""
-    simulate.expected_hit_rate.cache_clear()
-    simulate._paper_trace.cache_clear()
+    hit_rate.expected_hit_rate.cache_clear()
+    hit_rate._paper_trace.cache_clear()
     replayed: list[int] = []
     made: list[int] = []
 
@@ -122,8 +122,8 @@ def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch
         made.append(tokens)
         return synthetic_trace(*shape, tokens=tokens)
 
-    monkeypatch.setattr(simulate, "replay", counted_replay)
-    monkeypatch.setattr(simulate, "synthetic_trace", counted_trace)
+    monkeypatch.setattr(hit_rate, "replay", counted_replay)
+    monkeypatch.setattr(hit_rate, "synthetic_trace", counted_trace)
     for slots in (100, 101, 100):
         hit_rates(BLUEPRINT, CPU, on_cpu(slots))
     assert sum(replayed) <= 2 * 400

@@ -16,8 +16,8 @@ from mixchat.experts.placement import Placement
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.expectation import Shape, TokenCost, token_cost
+from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import layer_loads
-from mixchat.planning.simulate import expected_hit_rate
 from mixchat.planning.spread import Spread, WorkerOffer, spread_cost, spread_model
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL

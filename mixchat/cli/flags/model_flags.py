@@ -214,7 +214,7 @@ CachePolicy = Annotated[
         autocompletion=one_of(*POLICIES),
         metavar="NAME",
         help="Experts that stay in memory: most recently used, counted by layer (layered) or "
-        "overall (lru), or most often used (lfu).",
+        "overall (lru).",
     ),
 ]
 Trace = Annotated[

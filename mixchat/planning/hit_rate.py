@@ -1,21 +1,19 @@
-"""Replays a routing trace for caches of any size and policy, without a model or a tensor."""
+"""Hit rates that expert caches will have: a routing trace is replayed without a model."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import POLICIES, Belady, Passes, Policy
+from mixchat.experts.policies import POLICIES, Passes, Policy
 from mixchat.experts.trace import Trace
 from mixchat.model_config import ModelConfig
 from mixchat.options import DEFAULT_POLICY
 
-ORACLE = "belady"
-FRACTIONS = (0.25, 0.5, 0.75)
 # Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do
 # not count.
 _TOKENS, _COLD = 300, 100
@@ -82,7 +80,7 @@ class Counts:
 
     @property
     def hit_rate(self) -> float | None:
-        """Return the hits among all uses, 0 to 1; None where there were no uses."""
+        """Return the hits among all uses, 0 to 1; None if there were no uses."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else None
 
@@ -96,64 +94,46 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class HitRateRow:
-    """The hit rates of decode with so many slots, by policy; `capacity` is slots among experts."""
-
-    capacity: float
-    slots: int
-    hit_rates: dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class _Visit:
+class Visit:
     """The experts that one layer asks for in one forward pass, each once."""
 
     experts: list[ExpertKey]
     prefill: bool
 
 
-def replay(trace: Trace, slots: int, policy: str) -> Replay:
-    """Return what a cache does in a trace; `policy` is a name of `POLICIES`, or `belady`.
-
-    As the runner does, each layer uses each of its experts once, those in the cache first.
-    """
-    visits = [
-        _Visit([ExpertKey(layer, expert) for expert in dict.fromkeys(selected)], tokens > 1)
+def visits(trace: Trace) -> list[Visit]:
+    """Return the visits of a trace, in order."""
+    return [
+        Visit([ExpertKey(layer, expert) for expert in dict.fromkeys(selected)], tokens > 1)
         for forward in trace.forwards
         for tokens in [trace.tokens(forward)]
         for layer, selected in enumerate(forward)
         if selected
     ]
-    if policy != ORACLE:
-        passes = Passes(trace.layers)
-        return _replay(visits, slots, POLICIES[policy](passes), passes)
-    visits = _farthest_first(visits)
-    oracle = Belady(key for visit in visits for key in visit.experts)
-    return _replay(visits, slots, oracle, Passes(trace.layers))
 
 
-def hit_rate_table(
-    trace: Trace,
-    fractions: Sequence[float] = FRACTIONS,
-    slots: Iterable[int] = (),
-    started: Callable[[int, int], object] = lambda replay, of: None,
-) -> list[HitRateRow]:
-    """Return the policies side by side, with caches for `fractions` of all experts and of `slots`.
+def replay(trace: Trace, slots: int, policy: str) -> Replay:
+    """Return what a cache with so many slots does in a trace; `policy` is a name of `POLICIES`."""
+    passes = Passes(trace.layers)
+    return replay_visits(visits(trace), slots, POLICIES[policy](passes), passes)
 
-    `started` is called at the start of each replay with its number, from 1 on, and the number of
-    all.
+
+def replay_visits(trace: Iterable[Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
+    """Return what a cache does with these visits.
+
+    As the runner does, each layer uses each of its experts once, those in the cache first.
     """
-    total = trace.layers * trace.experts
-    counts = [*(max(1, int(fraction * total)) for fraction in fractions), *slots]
-    names = [*POLICIES, ORACLE]
-    rows: list[HitRateRow] = []
-    for count in counts:
-        rates: dict[str, float | None] = {}
-        for name in names:
-            started(len(rows) * len(names) + len(rates) + 1, len(counts) * len(names))
-            rates[name] = replay(trace, count, name).decode.hit_rate
-        rows.append(HitRateRow(count / total, count, rates))
-    return rows
+    cache, result = ExpertCache(slots, policy), Replay()
+    for visit in trace:
+        passes.enter(visit.experts[0].layer)
+        counts = result.prefill if visit.prefill else result.decode
+        for key in sorted(visit.experts, key=lambda key: key not in cache):
+            if cache.lookup(key) is not None:
+                counts.hits += 1
+            else:
+                counts.misses += 1
+                cache.admit(key)
+    return result
 
 
 @lru_cache
@@ -195,36 +175,3 @@ def _only(among: frozenset[ExpertKey], trace: Trace) -> Trace:
 @lru_cache(maxsize=1)
 def _paper_trace(layers: int, experts: int, experts_per_token: int) -> Trace:
     return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)
-
-
-def _replay(visits: list[_Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
-    cache, result = ExpertCache(slots, policy), Replay()
-    for visit in visits:
-        passes.enter(visit.experts[0].layer)
-        counts = result.prefill if visit.prefill else result.decode
-        for key in sorted(visit.experts, key=lambda key: key not in cache):
-            if cache.lookup(key) is not None:
-                counts.hits += 1
-            else:
-                counts.misses += 1
-                cache.admit(key)
-    return result
-
-
-def _farthest_first(visits: list[_Visit]) -> list[_Visit]:
-    """Return each layer's experts in the order of their next use, the farthest first.
-
-    Belady needs the uses in one order, but hits go first, so that the order depends on the cache.
-    Only two things hang on it, and this order is best for both. The last miss of a visit always
-    stays: let that be the one that is used again first. And of two experts that the same visit uses
-    next, one is to go: the one that is used again sooner after that, for as a miss it then stays.
-    """
-    ordered, position = [], 0
-    next_use: dict[ExpertKey, int] = {}  # counted from the end: the nearer, the larger
-    for visit in reversed(visits):
-        experts = sorted(visit.experts, key=lambda key: next_use.get(key, 0))
-        for key in reversed(experts):
-            position += 1
-            next_use[key] = position
-        ordered.append(_Visit(experts, visit.prefill))
-    return ordered[::-1]

@@ -1,16 +1,16 @@
 import math
 from collections import Counter
-from itertools import combinations, pairwise, permutations, product
+from itertools import combinations, pairwise, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.trace import Trace
-from mixchat.planning.simulate import Counts, hit_rate_table, replay, sharing, synthetic_trace
+from mixchat.planning.hit_rate import Counts, replay, sharing, synthetic_trace
 
 TOKENS = 4000
 
@@ -100,14 +100,6 @@ def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic
     assert rates["layered"][2] > rates["lru"][2] + 0.1
 
 
-def test_a_prefill_costs_lfu_none_of_its_favourites() -> None:
-    """Evicting the most used first would leave decode a cache of the least used."""
-    favourites = [[[0, 1], [0, 1]]] * 50
-    made = trace(*favourites, [[0, 1, 2, 3], [0, 1, 2, 3]], favourites[0])
-    after = replay(made, 5, "lfu").decode
-    assert after.misses - replay(trace(*favourites), 5, "lfu").decode.misses <= 1
-
-
 policies = st.sampled_from(sorted(POLICIES))
 
 
@@ -120,72 +112,6 @@ def traces(draw: st.DrawFn, forwards: int, layers: int, tokens: int, experts: in
     depth = draw(st.integers(1, layers))
     lengths = draw(st.lists(st.integers(1, tokens), min_size=1, max_size=forwards))
     return trace(*(forward(count) for count in lengths), experts=experts)
-
-
-@given(traces(forwards=25, layers=3, tokens=3), st.integers(1, 12))
-def test_the_oracle_is_never_worse_than_a_policy(made: Trace, slots: int) -> None:
-    def misses(policy: str) -> int:
-        result = replay(made, slots, policy)
-        return result.prefill.misses + result.decode.misses
-
-    assert all(misses("belady") <= misses(policy) for policy in POLICIES)
-
-
-def fewest_misses(made: Trace, slots: int, *, hits_first: bool) -> int:
-    """By trying everything: every order of the experts of a layer, and every victim."""
-    states: dict[frozenset[ExpertKey], int] = {frozenset(): 0}
-    for forward in made.forwards:
-        for layer, selected in enumerate(forward):
-            wanted = {ExpertKey(layer, expert) for expert in selected}
-            after: dict[frozenset[ExpertKey], int] = {}
-            for state, cost in states.items():
-                for order in permutations(wanted):
-                    if hits_first and [k in state for k in order] != sorted(
-                        (k in state for k in order), reverse=True
-                    ):
-                        continue
-                    for end, extra in ends(state, order, slots):
-                        after[end] = min(after.get(end, 10**9), cost + extra)
-            states = after
-    return min(states.values())
-
-
-def ends(
-    state: frozenset[ExpertKey], order: tuple[ExpertKey, ...], slots: int
-) -> set[tuple[frozenset[ExpertKey], int]]:
-    """Return the states that a cache can have after these uses, each with its misses."""
-    reached = {(state, 0)}
-    for key in order:
-        step = set()
-        for cache, misses in reached:
-            if key in cache:
-                step.add((cache, misses))
-            elif len(cache) < slots:
-                step.add((cache | {key}, misses + 1))
-            else:
-                step |= {(cache - {victim} | {key}, misses + 1) for victim in cache}
-        reached = step
-    return reached
-
-
-@settings(max_examples=60, deadline=None)
-@given(traces(forwards=6, layers=2, tokens=2), st.integers(1, 5), st.booleans())
-def test_the_oracle_is_as_good_as_trying_everything(
-    made: Trace, slots: int, hits_first: bool
-) -> None:
-    result = replay(made, slots, "belady")
-    best = fewest_misses(made, slots, hits_first=hits_first)
-    assert result.prefill.misses + result.decode.misses == best
-
-
-def test_of_two_that_are_used_next_together_the_oracle_keeps_the_right_one() -> None:
-    """In one slot after the first pass: whichever of 1 and 2 is missed in the second one stays.
-
-    1 is used alone after that, so that it has to be the one that is missed.
-    """
-    made = trace([[1, 2]], [[1, 2]], [[1, 1]], [[1, 1]])
-    assert replay(made, 1, "belady").decode == Counts(3, 3)
-    assert fewest_misses(made, 1, hits_first=True) == 3
 
 
 @given(traces(forwards=20, layers=2, tokens=2), st.integers(1, 8), policies)
@@ -206,16 +132,6 @@ def test_a_replay_does_what_plain_calls_of_the_cache_do(
                 cache.admit(key)
     result = replay(made, slots, policy)
     assert [result.decode.hits, result.prefill.hits] == hits
-
-
-def test_a_table_has_a_row_for_each_size_and_a_rate_for_each_policy(synthetic: Trace) -> None:
-    short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:200])
-    rows = hit_rate_table(short, (0.25, 0.6), slots=(256,))
-    assert [(row.capacity, row.slots) for row in rows] == [(0.25, 64), (153 / 256, 153), (1, 256)]
-    assert all(list(row.hit_rates) == ["layered", "lru", "lfu", "belady"] for row in rows)
-    assert rows[0].hit_rates["lru"] == replay(short, 64, "lru").decode.hit_rate
-    everything = set(rows[2].hit_rates.values())
-    assert everything == {1 - 256 / (200 * 64)}  # each expert is missed once
 
 
 def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic: Trace) -> None:

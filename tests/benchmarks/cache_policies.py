@@ -1,0 +1,138 @@
+"""Hit rates of expert caches by size and policy: a routing trace replayed, without a model.
+
+    python tests/benchmarks/cache_policies.py [TRACE]     (a file that `mixchat run --trace` wrote)
+
+Without a trace it makes a synthetic one, with the repetitions that the Mixtral paper measured. The
+policies are those of mixchat, `lfu` (least frequently used), and Belady's, which knows the future:
+no policy can do better. Hit rates are those of decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import POLICIES, Passes, Policy
+from mixchat.experts.trace import Trace
+from mixchat.planning.hit_rate import Replay, Visit, replay_visits, synthetic_trace, visits
+
+NAMES = [*POLICIES, "lfu", "belady"]
+FRACTIONS = (0.25, 0.5, 0.75)
+TOKENS = 2000
+
+
+class LFU:
+    """Least frequently used first, where older uses count less; among equals the oldest use first.
+
+    Each use weighs more than the one before, which has the same effect as all earlier ones fading.
+    Uses of evicted experts are remembered. `half_life` is the count of uses, of any expert, after
+    which one counts half.
+    """
+
+    def __init__(self, half_life: int = 2000) -> None:
+        self._growth = 2.0 ** (1 / half_life)
+        self._weight = 1.0
+        self._scores: dict[ExpertKey, float] = {}
+        self._present: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def use(self, key: ExpertKey) -> None:
+        self._weight *= self._growth
+        self._scores[key] = self._scores.get(key, 0.0) + self._weight
+        self._present[key] = None
+        self._present.move_to_end(key)
+        if self._weight > 1e200:  # before a float overflows
+            self._scores = {key: score / self._weight for key, score in self._scores.items()}
+            self._weight = 1.0
+
+    def forget(self, key: ExpertKey) -> None:
+        self._present.pop(key, None)
+
+    def victims(self) -> list[ExpertKey]:
+        return sorted(self._present, key=self._scores.__getitem__)
+
+
+class Belady:
+    """The optimum: it knows all future uses, and evicts the expert whose next use is the latest.
+
+    It works in a replay only, for comparison: no policy can do better. `uses` are all uses in
+    order; a call of `use` is the next one of its expert.
+    """
+
+    def __init__(self, uses: Iterable[ExpertKey]) -> None:
+        self._uses: dict[ExpertKey, list[int]] = {}
+        for time, key in enumerate(uses):
+            self._uses.setdefault(key, []).append(time)
+        for times in self._uses.values():
+            times.reverse()  # the next use is the last of the list
+        self._next: dict[ExpertKey, float] = {}  # of the experts that are there
+
+    def use(self, key: ExpertKey) -> None:
+        times = self._uses[key]
+        times.pop()
+        self._next[key] = times[-1] if times else float("inf")
+
+    def forget(self, key: ExpertKey) -> None:
+        self._next.pop(key, None)
+
+    def victims(self) -> list[ExpertKey]:
+        return sorted(self._next, key=self._next.__getitem__, reverse=True)
+
+
+def farthest_first(trace: Sequence[Visit]) -> list[Visit]:
+    """Return each layer's experts in the order of their next use, the farthest first.
+
+    Belady needs the uses in one order, but hits go first, so that the order depends on the cache.
+    Only two things hang on it, and this order is best for both. The last miss of a visit always
+    stays: let that be the one that is used again first. And of two experts that the same visit uses
+    next, one is to go: the one that is used again sooner after that, for as a miss it then stays.
+    """
+    ordered, position = [], 0
+    next_use: dict[ExpertKey, int] = {}  # counted from the end: the nearer, the larger
+    for visit in reversed(trace):
+        experts = sorted(visit.experts, key=lambda key: next_use.get(key, 0))
+        for key in reversed(experts):
+            position += 1
+            next_use[key] = position
+        ordered.append(Visit(experts, visit.prefill))
+    return ordered[::-1]
+
+
+def replay(trace: Trace, slots: int, name: str) -> Replay:
+    """Return what a cache does in a trace with a policy of `NAMES`."""
+    passes, order = Passes(trace.layers), visits(trace)
+    if name == "belady":
+        order = farthest_first(order)
+        policy: Policy = Belady(key for visit in order for key in visit.experts)
+    else:
+        policy = LFU() if name == "lfu" else POLICIES[name](passes)
+    return replay_visits(order, slots, policy, passes)
+
+
+def read_trace(path: Path) -> Trace:
+    """Return the trace in a file; ignore a last line that was cut short."""
+    header, *lines = path.read_text().splitlines(keepends=True)
+    about = json.loads(header)
+    counts = (about[name] for name in ("layers", "experts", "experts_per_token"))
+    forwards = [json.loads(line) for line in lines if line.endswith("\n")]
+    return Trace(about["model"], *counts, forwards=forwards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the policies of expert caches.")
+    parser.add_argument("trace", type=Path, nargs="?")
+    path = parser.parse_args().trace
+    trace = synthetic_trace(tokens=TOKENS) if path is None else read_trace(path)
+    print(f"{trace.model}: {trace.layers} layers of {trace.experts} experts")
+    print("capacity", *(f"{name:>8}" for name in NAMES))
+    for fraction in FRACTIONS:
+        slots = max(1, int(fraction * trace.layers * trace.experts))
+        rates = (replay(trace, slots, name).decode.hit_rate for name in NAMES)
+        print(f"{fraction:8.0%}", *(" " * 8 if rate is None else f"{rate:8.1%}" for rate in rates))
+
+
+if __name__ == "__main__":
+    main()

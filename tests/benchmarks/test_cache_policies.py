@@ -1,0 +1,180 @@
+"""The policies that only the benchmark has, against naive ones and against trying everything."""
+
+from itertools import permutations
+
+from cache_policies import LFU, NAMES, Belady, read_trace, replay
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixchat.experts.keys import ExpertKey
+from mixchat.experts.policies import Policy
+from mixchat.experts.trace import Trace, TraceWriter
+from mixchat.planning.hit_rate import Counts
+
+A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
+keys = st.sampled_from([A, B, C, D, ExpertKey(1, 0)])
+
+
+def used(policy: Policy, *uses: ExpertKey) -> list[ExpertKey]:
+    for key in uses:
+        policy.use(key)
+    return list(policy.victims())
+
+
+def trace(*forwards: list[list[int]], experts: int = 4, choices: int = 2) -> Trace:
+    return Trace("synthetic", len(forwards[0]), experts, choices, list(forwards))
+
+
+@st.composite
+def traces(draw: st.DrawFn, forwards: int, layers: int, tokens: int, experts: int = 4) -> Trace:
+    def forward(count: int) -> list[list[int]]:
+        pair = st.permutations(range(experts)).map(lambda order: list(order)[:2])
+        return [[e for _ in range(count) for e in draw(pair)] for _ in range(depth)]
+
+    depth = draw(st.integers(1, layers))
+    lengths = draw(st.lists(st.integers(1, tokens), min_size=1, max_size=forwards))
+    return trace(*(forward(count) for count in lengths), experts=experts)
+
+
+def test_lfu_gives_up_first_what_was_used_least() -> None:
+    assert used(LFU(), A, A, A, B, C, C) == [B, C, A]
+
+
+def test_lfu_decides_between_equals_by_the_last_use() -> None:
+    assert used(LFU(), A, B, C, C, B, A) == [C, B, A]
+
+
+def test_lfu_remembers_the_uses_of_an_expert_that_went() -> None:
+    policy = LFU()
+    used(policy, A, A, A)
+    policy.forget(A)
+    assert used(policy, B, B) == [B]
+    assert used(policy, A) == [B, A]
+
+
+def test_a_use_a_half_life_ago_counts_half() -> None:
+    """Three uses of A, and B's two come 10 uses later: 1.5 against 2."""
+    assert used(LFU(half_life=10), A, A, A, *[C] * 7, B, B)[:2] == [A, B]
+    assert used(LFU(half_life=1000), A, A, A, *[C] * 7, B, B)[:2] == [B, A]
+
+
+@given(st.lists(keys, max_size=30), st.lists(keys, min_size=1, max_size=30))
+def test_lfu_orders_as_sums_of_fading_uses_do_also_after_rescaling(
+    early: list[ExpertKey], late: list[ExpertKey]
+) -> None:
+    """With a half-life of one use the weights pass 1e200 in 665 uses, and are scaled down."""
+    uses = [*early, *[A] * 650, *late]
+    # An expert's uses, the last of all worth 1: what went below a float's reach is worth nothing.
+    scores = dict.fromkeys(uses, 0.0)
+    for age, key in enumerate(reversed(uses)):
+        scores[key] += 0.5**age
+    last = {key: time for time, key in enumerate(uses)}
+    naive = sorted(scores, key=lambda key: (scores[key], last[key]))
+    assert used(LFU(half_life=1), *uses) == naive
+
+
+def test_lfu_does_not_overflow() -> None:
+    policy = LFU(half_life=1)
+    assert used(policy, B, *[A] * 5000) == [B, A]
+    assert used(policy, *[B] * 3) == [A, B]
+
+
+def test_belady_gives_up_first_what_is_used_again_last() -> None:
+    uses = [A, B, C, B, C, A]
+    assert used(Belady(uses), *uses[:3]) == [A, C, B]
+
+
+def test_belady_gives_up_first_of_all_what_is_never_used_again() -> None:
+    assert used(Belady([A, B, C, B, A]), A, B, C) == [C, A, B]
+
+
+def test_belady_counts_uses_that_came_before_an_expert_went() -> None:
+    policy = Belady([A, B, A, C, B, A])
+    used(policy, A, B)
+    policy.forget(A)
+    assert list(policy.victims()) == [B]
+    assert used(policy, A, C) == [C, A, B]
+
+
+def test_a_prefill_costs_lfu_none_of_its_favourites() -> None:
+    """Evicting the most used first would leave decode a cache of the least used."""
+    favourites = [[[0, 1], [0, 1]]] * 50
+    made = trace(*favourites, [[0, 1, 2, 3], [0, 1, 2, 3]], favourites[0])
+    after = replay(made, 5, "lfu").decode
+    assert after.misses - replay(trace(*favourites), 5, "lfu").decode.misses <= 1
+
+
+@given(traces(forwards=25, layers=3, tokens=3), st.integers(1, 12))
+def test_the_oracle_is_never_worse_than_a_policy(made: Trace, slots: int) -> None:
+    def misses(policy: str) -> int:
+        result = replay(made, slots, policy)
+        return result.prefill.misses + result.decode.misses
+
+    assert all(misses("belady") <= misses(policy) for policy in NAMES)
+
+
+def fewest_misses(made: Trace, slots: int, *, hits_first: bool) -> int:
+    """By trying everything: every order of the experts of a layer, and every victim."""
+    states: dict[frozenset[ExpertKey], int] = {frozenset(): 0}
+    for forward in made.forwards:
+        for layer, selected in enumerate(forward):
+            wanted = {ExpertKey(layer, expert) for expert in selected}
+            after: dict[frozenset[ExpertKey], int] = {}
+            for state, cost in states.items():
+                for order in permutations(wanted):
+                    if hits_first and [k in state for k in order] != sorted(
+                        (k in state for k in order), reverse=True
+                    ):
+                        continue
+                    for end, extra in ends(state, order, slots):
+                        after[end] = min(after.get(end, 10**9), cost + extra)
+            states = after
+    return min(states.values())
+
+
+def ends(
+    state: frozenset[ExpertKey], order: tuple[ExpertKey, ...], slots: int
+) -> set[tuple[frozenset[ExpertKey], int]]:
+    """Return the states that a cache can have after these uses, each with its misses."""
+    reached = {(state, 0)}
+    for key in order:
+        step = set()
+        for cache, misses in reached:
+            if key in cache:
+                step.add((cache, misses))
+            elif len(cache) < slots:
+                step.add((cache | {key}, misses + 1))
+            else:
+                step |= {(cache - {victim} | {key}, misses + 1) for victim in cache}
+        reached = step
+    return reached
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(forwards=6, layers=2, tokens=2), st.integers(1, 5), st.booleans())
+def test_the_oracle_is_as_good_as_trying_everything(
+    made: Trace, slots: int, hits_first: bool
+) -> None:
+    result = replay(made, slots, "belady")
+    best = fewest_misses(made, slots, hits_first=hits_first)
+    assert result.prefill.misses + result.decode.misses == best
+
+
+def test_of_two_that_are_used_next_together_the_oracle_keeps_the_right_one() -> None:
+    """In one slot after the first pass: whichever of 1 and 2 is missed in the second one stays.
+
+    1 is used alone after that, so that it has to be the one that is missed.
+    """
+    made = trace([[1, 2]], [[1, 2]], [[1, 1]], [[1, 1]])
+    assert replay(made, 1, "belady").decode == Counts(3, 3)
+    assert fewest_misses(made, 1, hits_first=True) == 3
+
+
+def test_a_trace_that_was_recorded_is_read(tmp_path) -> None:
+    path, forward = tmp_path / "a.trace", [[0, 1], [2, 3]]
+    with TraceWriter(path, "tiny", layers=2, experts=4, experts_per_token=2) as writer:
+        for layer, selected in enumerate(forward):
+            writer.add(layer, selected)
+    with open(path, "a") as file:
+        file.write("[[0, 1], [2")
+    assert read_trace(path) == Trace("tiny", 2, 4, 2, [forward])
