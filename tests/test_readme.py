@@ -42,11 +42,6 @@ def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
     assert {*range(10), 130, 141} == set(exit_codes(README))
 
 
-def test_readme_is_short_enough_to_be_read() -> None:
-    assert len(README.split()) <= 2000
-    assert len(README.splitlines()) <= 220
-
-
 @pytest.mark.parametrize("line", command_lines())
 def test_a_command_in_readme_is_valid(line: str) -> None:
     """Its name, flags and arguments are parsed as on the command line; nothing is run."""
