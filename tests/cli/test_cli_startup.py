@@ -13,6 +13,7 @@ HEAVY = {
     "llguidance",
     "numpy",
     "prompt_toolkit",
+    "psutil",
     "rich",
     "sentencepiece",
     "starlette",
@@ -100,6 +101,27 @@ def test_python_m_mixchat_is_mixchat():
     command = [sys.executable, "-m", "mixchat", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("mixchat ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "Hi"]])
+def test_windows_is_told_what_to_do_before_anything_is_imported(arguments):
+    """Every command ended in a traceback: No module named 'resource'."""
+    code = (
+        "import sys\n"
+        "sys.platform = 'win32'\n"
+        "sys.modules |= dict.fromkeys(('resource', 'fcntl', 'termios'))\n"  # as Windows has none
+        "from mixchat.__main__ import main\n"
+        "try:\n main()\n"
+        "finally:\n print(*(name for name in sys.modules if name.startswith('mixchat.')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 8
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: mixchat cannot run on Windows itself")
+    assert "wsl --install" in line
+    assert done.stdout.split() == ["mixchat.__main__"]
 
 
 def test_help_names_every_command(mixchat):
