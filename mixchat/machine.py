@@ -13,8 +13,6 @@ from pathlib import Path
 from mixchat import cgroups
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_CPU_TIMES = Path("/proc/stat")  # see proc_stat(5)
-_MEMORY_INFO = Path("/proc/meminfo")
 _PAGES = Path("/proc/self/statm")
 
 
@@ -55,19 +53,23 @@ class OtherPrograms:
 
 def _times() -> tuple[float, float, float]:
     """Return the seconds in which the cores worked, in which they did not, and for this process."""
+    import psutil
+
     try:
-        first = _CPU_TIMES.read_text().split("\n", 1)[0]
-        user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
-    except (OSError, ValueError):  # not Linux
+        times = psutil.cpu_times()._asdict()
+    except OSError:  # a sandbox without /proc/stat
         return 0.0, 0.0, 0.0
-    tick = os.sysconf("SC_CLK_TCK")
-    working = user + nice + system + sum(others)
-    return working / tick, (idle + waiting) / tick, time.process_time()
+    idle = times.pop("idle") + times.pop("iowait", 0.0)
+    # A guest's time is in the user's time already.
+    working = sum(seconds for name, seconds in times.items() if not name.startswith("guest"))
+    return working, idle, time.process_time()
 
 
 def total_memory() -> int:
     """Return the bytes of RAM, used or not, within the limits of control groups."""
-    whole = _installed_memory()
+    import psutil
+
+    whole = int(psutil.virtual_memory().total)
     limit = cgroups.memory_limit()
     return whole if limit is None else min(whole, limit)
 
@@ -101,24 +103,13 @@ def tightest_memory_limit() -> str | None:
 
 def _free_by_limit() -> dict[str, int]:
     """Return the bytes that each limit leaves, by its name; "" is the machine itself."""
-    free = {"": _available_memory()}
+    import psutil
+
+    free = {"": int(psutil.virtual_memory().available)}
     room = cgroups.memory_room()
     if room is not None:
         free["control group"] = room
     return free | memory_left_by_ulimit()
-
-
-def _available_memory() -> int:
-    try:
-        fields = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        # macOS reports only the total; half of it is a cautious estimate.
-        return _installed_memory() // 2
-
-
-def _installed_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_left_by_ulimit() -> dict[str, int]:

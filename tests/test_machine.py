@@ -1,8 +1,10 @@
 import os
 import platform
 import resource
+from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mixchat import cgroups, machine
@@ -116,24 +118,50 @@ def test_total_memory_is_within_the_container(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_cores_that_other_programs_take_are_told_from_our_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counts = tmp_path / "stat"
-    monkeypatch.setattr(machine, "_CPU_TIMES", counts)
+    names = "user nice system idle iowait irq softirq steal guest guest_nice"
+    LinuxTimes = namedtuple("LinuxTimes", names)  # as psutil has them
+    counted, own = LinuxTimes(100, 0, 10, 1000, 20, 0, 0, 0, 60, 0), 5.0
+    monkeypatch.setattr(psutil, "cpu_times", lambda: counted)
     monkeypatch.setattr(machine.time, "process_time", lambda: own)
-    tick = os.sysconf("SC_CLK_TCK")
-
-    def write(*seconds: float) -> None:
-        counts.write_text(f"cpu  {' '.join(str(int(each * tick)) for each in seconds)} 0 0\ncpu0 1")
-
-    own = 5.0
-    write(100, 0, 10, 1000, 20, 0, 0, 0)  # user, nice, system, idle, waiting, irq, softirq, steal
     others = machine.OtherPrograms()
-    own = 9.0
-    write(106, 0, 11, 1008, 22, 0, 0, 3)
+    counted, own = LinuxTimes(106, 0, 11, 1008, 22, 0, 0, 3, 66, 0), 9.0
     assert others.share() == pytest.approx(0.3)  # 10 of 20 s, of which 4 are ours
-    counts.unlink()
+
+
+def test_the_cores_that_other_programs_take_are_seen_on_macos_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A busy machine without /proc/stat counted as idle."""
+    MacTimes = namedtuple("MacTimes", "user nice system idle")
+    counted = MacTimes(100.0, 0.0, 10.0, 1000.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: counted)
+    monkeypatch.setattr(machine.time, "process_time", lambda: 1.0)
+    others = machine.OtherPrograms()
+    counted = MacTimes(108.0, 0.0, 11.0, 1001.0)
+    assert others.share() == pytest.approx(0.9)
+
+
+def test_a_system_without_counts_of_its_cores_counts_as_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", refuse)
     assert machine.OtherPrograms().share() == 0
+
+
+@pytest.mark.usefixtures("no_limits")
+def test_free_memory_is_asked_of_the_system_also_without_proc(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On macOS half of all memory counted as free, whatever else ran."""
+    Memory = namedtuple("Memory", "total available")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(16 * 10**9, 11 * 10**9))
+    assert machine.free_memory() == 11 * 10**9
+    assert machine.total_memory() == 16 * 10**9
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps as much")
