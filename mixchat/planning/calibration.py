@@ -14,7 +14,7 @@ from mixchat.quantities import format_age
 
 _LIFETIME = 30 * 86400  # seconds that a measurement is trusted
 _CALMS_DOWN = 600  # seconds that a busy machine is given before it is measured again
-_BUSY = 0.2  # of the cores that other programs take
+BUSY = 0.2  # of the cores that other programs take
 # Of the disk's measured speed, what reads into slots have: these take nearly all memory, so that
 # many are made of small pages. Measured with `tests/benchmarks/beyond_memory.py`: 0.7 to 0.95.
 IN_USE = 0.85
@@ -131,12 +131,12 @@ class Measurement:
     def busy(self) -> bool:
         """Return whether other programs wanted the cores or the memory meanwhile."""
         speeds = [sample.memory_bandwidth for sample in self.samples]
-        return self.others > _BUSY or max(speeds) > _STEADY * min(speeds)
+        return self.others > BUSY or max(speeds) > _STEADY * min(speeds)
 
     def outdated(self, now: float) -> str | None:
-        """Return why to measure again, as the end of a sentence; None where there is no reason.
+        """Return why to measure again, as the end of a sentence; None if there is no reason.
 
-        Not at once on a busy machine, which would be as busy still.
+        A machine that was busy is given some time first.
         """
         age = now - self.measured_at
         if age > _LIFETIME:

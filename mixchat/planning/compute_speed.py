@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
@@ -40,29 +40,41 @@ _COPIES = 4  # layers in turn, so that no cache of the CPU holds one
 
 @dataclass(frozen=True)
 class Effort:
-    """The amounts to measure. `seconds`: the least time for a figure; some take many times that."""
+    """The amounts to measure. `seconds`: the least time for a figure; some take many times that.
+
+    until: when to end, by `time.perf_counter`. A figure that is begun later is that of one try.
+    """
 
     file_bytes: int = 512_000_000  # of the file to read where no model is, at least four experts
     pool_bytes: int = 256_000_000  # of experts computed in turn, so that no CPU cache holds them
     seconds: float = 0.25
+    until: float = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether it is time to end."""
+        return time.perf_counter() >= self.until
 
 
-FULL_EFFORT = Effort()
 SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several calibrations
+_MOST_FOR_THREADS = 10.0  # seconds, of which an idle machine takes three
 
 
 @torch.inference_mode()
 def thread_seconds(
-    blueprint: Blueprint, counts: Sequence[int], effort: Effort = FULL_EFFORT
+    blueprint: Blueprint, counts: Sequence[int], effort: Effort = Effort()
 ) -> dict[int, float]:
     """Return seconds of one expert for one row by count of threads: the best of two rounds.
 
-    Afterwards torch uses as many as before.
+    On a busy machine there may be one round. Afterwards torch uses as many threads as before.
     """
+    effort = replace(effort, until=time.perf_counter() + _MOST_FOR_THREADS)
     before, experts = torch.get_num_threads(), ExpertTimer(blueprint, CPU, effort)
     seconds = dict.fromkeys(counts, math.inf)
     try:
         for count in [*counts, *counts]:  # a machine's pace may change from one to the next
+            if effort.is_over and seconds[count] < math.inf:
+                break
             torch.set_num_threads(count)
             seconds[count] = min(seconds[count], experts.mean_of(experts.compute_next))
     finally:
@@ -91,7 +103,8 @@ class ExpertTimer:
         """Return seconds of an expert by count of rows, without the last ones if they take long."""
         seconds: dict[int, float] = {}
         for rows in ROWS:
-            if len(seconds) > 1 and interpolate(seconds, rows) > 10 * self._effort.seconds:
+            slow = len(seconds) > 1 and interpolate(seconds, rows) > 10 * self._effort.seconds
+            if slow or (len(seconds) > 1 and self._effort.is_over):
                 break
             seconds[rows] = self._seconds_for(self._rows(rows))
         return seconds
@@ -124,6 +137,8 @@ class ExpertTimer:
         least, most = self._effort.seconds, 3 * self._effort.seconds
         self._seconds_of(run)
         while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
+            if samples and self._effort.is_over:
+                break
             samples.append(self._seconds_of(run))
         return mean(samples)
 

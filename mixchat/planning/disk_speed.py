@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import random
 import tempfile
@@ -44,29 +45,37 @@ class DiskRates(NamedTuple):
     fresh: float
 
 
+_F_NOCACHE = 48  # the command of macOS's fcntl(2) that keeps a file out of the page cache
+
 # Places to read a block from: a file's descriptor, and the offset.
 Places = list[tuple[int, int]]
 
 
 def measure_disk(
-    directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
+    directory: Path,
+    block: int,
+    size: int,
+    work: Callable[[], None],
+    seconds: float,
+    until: float = math.inf,
 ) -> DiskRates | None:
     """Return bytes a second, busy with `work` done meanwhile; None if they are not measurable.
 
     All are of the faster way to read: through the page cache, or past it (O_DIRECT). It reads
     blocks of `block` bytes, about `seconds` a figure: experts of the model in `directory`, or else
     a file of up to `size` bytes that it writes there. A machine's host still holds what was just
-    written, and gives that several times as fast as what nobody has read for long.
+    written, and gives that several times as fast as what nobody has read for long. `until`: when
+    to end, by `time.perf_counter`, if at least one block was read for each figure.
     """
-    if not hasattr(os, "posix_fadvise"):  # macOS: what was just written cannot be dropped
-        return None
     try:
         with ExitStack() as stack:
             places = stack.enter_context(_installed(directory, block))
             if len(places) < _FEWEST:
-                block, places = stack.enter_context(_written(directory, block, size, seconds))
+                block, places = stack.enter_context(
+                    _written(directory, block, size, seconds, until)
+                )
             readers = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
-            return _Disk(places, block, seconds, readers).measure(work) if places else None
+            return _Disk(places, block, seconds, until, readers).measure(work) if places else None
     except OSError:
         return None
 
@@ -88,7 +97,7 @@ def _installed(directory: Path, block: int) -> Iterator[Places]:
 
 @contextmanager
 def _written(
-    directory: Path, block: int, size: int, seconds: float
+    directory: Path, block: int, size: int, seconds: float, until: float
 ) -> Iterator[tuple[int, Places]]:
     """Yield the blocks of a file that is written for it, and their size; none without room."""
     # A tenth of what is free, so that nobody else runs out of disk.
@@ -99,22 +108,28 @@ def _written(
     place = machine.nearest_existing(directory)
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
         started = time.perf_counter()
-        written = _fill(file.fileno(), size, 4 * seconds)
+        _set_direct(file.fileno(), not _drops_pages())
+        written = _fill(file.fileno(), size, min(started + 4 * seconds, until))
         # A slow disk is read in pieces, each in about twice `seconds`.
         piece = int(written * 2 * seconds / (time.perf_counter() - started))
         block = max(min(block, piece) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
         yield block, [(file.fileno(), start) for start in _starts(written, block)]
 
 
+def _drops_pages() -> bool:
+    """Return whether the page cache can drop a file's pages; macOS's only takes none at all."""
+    return hasattr(os, "posix_fadvise")
+
+
 def _starts(size: int, block: int) -> range:
     return range(0, size - block + 1, block // ALIGNMENT * ALIGNMENT)
 
 
-def _fill(fd: int, size: int, seconds: float) -> int:
-    """Write up to `size` bytes to the disk, fewer where that takes longer; return how many."""
+def _fill(fd: int, size: int, until: float) -> int:
+    """Write up to `size` bytes to the disk, fewer if that takes longer; return how many."""
     piece = memoryview(os.urandom(min(size, _PIECE)))  # random: some disks compress
-    written, started = 0, time.perf_counter()
-    while written < size and (not written or time.perf_counter() - started < seconds):
+    written = 0
+    while written < size and (not written or time.perf_counter() < until):
         written += os.write(fd, piece[: size - written])
         os.fsync(fd)
     return written // ALIGNMENT * ALIGNMENT
@@ -124,9 +139,14 @@ class _Disk:
     """Reads blocks that are not in the page cache, in each way in turn."""
 
     def __init__(
-        self, places: Places, block: int, seconds: float, readers: ThreadPoolExecutor
+        self,
+        places: Places,
+        block: int,
+        seconds: float,
+        until: float,
+        readers: ThreadPoolExecutor,
     ) -> None:
-        self._readers = readers
+        self._readers, self._until = readers, until
         self._block, self._seconds, self._count = block, seconds, len(places)
         # Each time others, and none again before all were read.
         self._places = cycle(random.sample(places, len(places)))
@@ -137,19 +157,24 @@ class _Disk:
         # Filled, so that the system gives no page while time is taken.
         self._target = memory[skipped : skipped + block].fill_(1).numpy().data
 
+    @property
+    def _is_over(self) -> bool:
+        return time.perf_counter() >= self._until
+
     def measure(self, work: Callable[[], None]) -> DiskRates:
         """Return bytes a second, busy with `work` done meanwhile."""
-        ways = [False, True] if self._reads_direct() else [False]
-        busy: dict[bool, list[float]] = {way: [] for way in ways}
-        idle: dict[bool, list[float]] = {way: [] for way in ways}
-        started = time.perf_counter()
-        for _ in range(_ROUNDS):
-            for way in ways:
-                busy[way].append(self._rate_during(work, way))
-                idle[way].append(self._rate(way))
-            if time.perf_counter() - started > 6 * self._seconds:
+        busy: dict[bool, list[float]] = {}
+        idle: dict[bool, list[float]] = {}
+        ways = self._ways()
+        until = time.perf_counter() + 6 * self._seconds
+        for number in range(_ROUNDS * len(ways)):
+            way = ways[number % len(ways)]
+            busy.setdefault(way, []).append(self._rate_during(work, way))
+            idle.setdefault(way, []).append(self._rate(way))
+            has_tried_all = (number + 1) % len(ways) == 0
+            if self._is_over or (has_tried_all and time.perf_counter() > until):
                 break
-        direct = max(ways, key=lambda way: harmonic_mean(busy[way]))
+        direct = max(busy, key=lambda way: harmonic_mean(busy[way]))
         # Of the time that as many bytes take each: a slow round is a part of it.
         beside, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
         return DiskRates(beside, alone, self._fresh_rate(direct))
@@ -174,7 +199,7 @@ class _Disk:
         for fd, start in islice(self._places, self._count):
             taken.append(new_block(self._block, CPU))
             spent += self._read(fd, start, taken[-1].numpy().data)
-            if spent > _FRESH * self._seconds or len(taken) * self._block > most:
+            if spent > _FRESH * self._seconds or len(taken) * self._block > most or self._is_over:
                 break
         return len(taken) * self._block / spent
 
@@ -185,7 +210,7 @@ class _Disk:
         for fd, start in islice(self._places, self._count):
             spent += self._read(fd, start, self._target)
             done += self._block
-            if spent > self._seconds:
+            if spent > self._seconds or self._is_over:
                 break
         return done / spent
 
@@ -194,7 +219,8 @@ class _Disk:
 
         As experts are read: in steps, several at once.
         """
-        os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
+        if _drops_pages():
+            os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
         steps = [
             self._readers.submit(read_all, fd, start + at, target[at : at + STEP])
@@ -205,16 +231,27 @@ class _Disk:
             raise OSError("the file ended early")
         return time.perf_counter() - started
 
-    def _reads_direct(self) -> bool:
+    def _ways(self) -> list[bool]:
+        """Return the ways to read: past the page cache, or through it, as far as they can be."""
+        if not _drops_pages():
+            return [True]
         try:
             self._set_direct(True)
             os.preadv(min(self._fds), [self._target[:ALIGNMENT]], 0)
         except OSError:  # not every file system can
-            return False
-        return True
+            return [False]
+        return [False, True]
 
     def _set_direct(self, direct: bool) -> None:
         for fd in self._fds:
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            _set_direct(fd, direct)
+
+
+def _set_direct(fd: int, direct: bool) -> None:
+    """Let a file be read and written past the page cache, or through it."""
+    if not _drops_pages():
+        fcntl.fcntl(fd, _F_NOCACHE, int(direct))
+        return
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)

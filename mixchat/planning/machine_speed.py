@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.compute_speed import (
-    FULL_EFFORT,
     SAMPLE_EFFORT,
     Copy,
     Effort,
@@ -33,6 +33,7 @@ from mixchat.weights.format.blueprint import Blueprint
 
 _FORMAT = 3  # of machine.json; a file of another format is measured again
 SAMPLES = 3  # of a measurement
+MOST_SECONDS = 20.0  # that measuring takes, unless one try of each figure takes longer
 _MOST_RESULTS = 32  # in machine.json: the numbers of some disks change with every start
 
 
@@ -45,15 +46,27 @@ def saved_measurement(
     )
 
 
-def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
-    """Measure this machine, in about ten seconds, and save that in place of what was known."""
+def measuring_ends() -> float:
+    """Return when measuring that begins now has to end, by `time.perf_counter`."""
+    return time.perf_counter() + MOST_SECONDS
+
+
+def measure_machine(
+    blueprint: Blueprint, directory: Path, device: torch.device, until: float | None = None
+) -> Measurement:
+    """Measure this machine, and save that in place of what was known.
+
+    until: when to end, as `measuring_ends` returns it. A busy machine gets fewer samples by then.
+    """
     key, layer = calibration_key(blueprint, directory, device), layer_probe(blueprint, device)
+    until = measuring_ends() if until is None else until
+    effort = replace(SAMPLE_EFFORT, until=until)
 
     def sample() -> Calibration:
-        return calibrate(blueprint, directory, device, layer, effort=SAMPLE_EFFORT)
+        return calibrate(blueprint, directory, device, layer, effort=effort)
 
     place = machine.nearest_existing(directory)
-    return measure_and_save(measurement_file(), key, place, sample)
+    return measure_and_save(measurement_file(), key, place, sample, until)
 
 
 @torch.inference_mode()
@@ -64,7 +77,7 @@ def calibrate(
     layer: Callable[[], object],
     *,
     copy: Copy = torch.Tensor.copy_,
-    effort: Effort = FULL_EFFORT,
+    effort: Effort = SAMPLE_EFFORT,
 ) -> Calibration:
     """Take one sample for a model of this shape, computed on `device`.
 
@@ -76,7 +89,7 @@ def calibrate(
     host = ExpertTimer(blueprint, CPU, effort)
     seconds = {str(CPU): host.seconds()}
     size = max(4 * stride, effort.file_bytes)
-    disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds)
+    disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds, effort.until)
     copy_bandwidth = None
     if device == CPU:
         layer_seconds = host.mean_of(layer)
@@ -123,17 +136,26 @@ def load_measurement(path: Path, key: str, device: torch.device) -> Measurement 
 
 
 def measure_and_save(
-    path: Path, key: str, directory: Path, sample: Callable[[], Calibration]
+    path: Path,
+    key: str,
+    directory: Path,
+    sample: Callable[[], Calibration],
+    until: float = math.inf,
 ) -> Measurement:
     """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.
 
-    directory: the one whose disk is measured.
+    directory: the one whose disk is measured; until: no sample is begun that would end later.
     A damaged file is replaced, and one that cannot be written is ignored. A measurement without
     figures of the disk is not saved, because there may be room the next time.
     """
     now, others = time.time(), machine.OtherPrograms()
-    samples = tuple(sample() for _ in range(SAMPLES))
-    measured = Measurement(now, samples, machine.cpu_name(), str(directory), others.share())
+    started, samples = time.perf_counter(), [sample()]
+    while len(samples) < SAMPLES:
+        each = (time.perf_counter() - started) / len(samples)
+        if time.perf_counter() + each > until:
+            break
+        samples.append(sample())
+    measured = Measurement(now, tuple(samples), machine.cpu_name(), str(directory), others.share())
     if measured.complete:
         _save(path, key, measured)
     return measured

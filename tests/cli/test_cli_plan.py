@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,7 +258,7 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
-    clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days)
+    clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days, perf_counter=time.perf_counter)
     for module in (machine_speed, plan_text, plan_command):
         monkeypatch.setattr(module, "time", clock)
 
@@ -281,27 +282,64 @@ def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("others", "days", "why"),
+    ("then", "now", "days", "said"),
     [
-        (0.1, 29, None),
-        (0.1, 31, b"note: measuring this machine again: the last time was 31 days ago\n"),
-        (0.9, 0.1, b"note: measuring this machine again: it was busy the last time, 2 hours ago\n"),
-        (0.9, 0.001, None),
+        (0.1, 0.1, 29, b""),
+        (0.1, 0.1, 31, b"note: measuring this machine again: the last time was 31 days ago\n"),
+        (
+            *(0.9, 0.1, 0.1),
+            b"note: measuring this machine again: it was busy the last time, 2 hours ago\n",
+        ),
+        (0.9, 0.1, 0.001, b""),
+        (
+            0.1,
+            0.9,
+            31,
+            b"note: this machine is busy, so the speeds measured 31 days ago are used\n",
+        ),
+        (
+            0.9,
+            0.9,
+            0.1,
+            b"note: this machine is busy, so the speeds measured 2 hours ago are used\n",
+        ),
     ],
 )
-def test_what_is_old_or_of_a_busy_machine_is_measured_again_and_that_is_said(
-    run, measured, monkeypatch, others, days, why
+def test_what_is_outdated_is_measured_again_unless_the_machine_is_busy(
+    run, measured, monkeypatch, then, now, days, said
 ):
-    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: others)
+    """On a busy machine a saved measurement was replaced by a worse one, which took minutes."""
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: then)
     at(monkeypatch, 0)
     assert run("demo").stderr == b""
     before = len(measured)
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: now)
     at(monkeypatch, days)
     done = run("demo")
-    assert (len(measured) > before) == (why is not None)
-    assert done.stderr == 2 * (why or b"")  # in 4 bits, and in 3
-    busy = "busy with other programs" in sections(done)["This machine"]
-    assert busy == (others > 0.5)
+    again = b"again" in said
+    assert (len(measured) > before) == again
+    assert done.stderr == 2 * said  # in 4 bits, and in 3
+    busy = b"measured on a busy machine" in done.stdout
+    assert busy == (then > 0.5 and not again)
+
+
+def test_a_second_form_is_left_out_if_the_first_took_all_the_time(run, measured, monkeypatch):
+    """On a busy machine `plan` measured for five minutes, twice as many figures as it needed."""
+    clock = SimpleNamespace(now=0.0, time=time.time, perf_counter=lambda: clock.now)
+
+    def measure_slowly(*_, **how):
+        clock.now += 30
+        return SPEEDS
+
+    for module in (machine_speed, plan_command):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(machine_speed, "calibrate", measure_slowly)
+    done = run()
+    assert clock.now == 30
+    assert "With experts in fewer bits" not in sections(done)
+    assert done.stderr.startswith(b"note: 3 bits are not compared: ")
+    again = json.loads(run("--json").stdout)
+    assert (again["samples"], again["in_3_bits"] is None) == (1, False)
 
 
 def test_a_model_that_was_downloaded_since_is_measured_again_with_its_own_files(

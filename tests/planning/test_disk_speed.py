@@ -1,9 +1,11 @@
 """Measuring a disk: how much is written and read, in the faster way, and nothing stays behind."""
 
+import math
 import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,11 +110,60 @@ def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch: pytest.M
     assert measured(Path("/proc")) is None
 
 
-def test_a_system_on_which_the_page_cache_cannot_be_emptied_is_not_measured(
+def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A disk on macOS was never measured, because it has no posix_fadvise."""
+    f_nocache, uncached = 48, set[int]()
     monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "O_DIRECT")
+
+    def control(fd: int, command: int, value: int) -> int:
+        assert (command, value) == (f_nocache, 1)
+        uncached.add(fd)
+        return 0
+
+    touched: list[int] = []
+    preadv, write = os.preadv, os.write
+    monkeypatch.setattr(disk_speed.fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "preadv", lambda fd, *rest: (touched.append(fd), preadv(fd, *rest))[1])
+    monkeypatch.setattr(os, "write", lambda fd, data: (touched.append(fd), write(fd, data))[1])
+    result = measured(tmp_path)
+    assert result is not None
+    assert all(1e5 < bandwidth < 1e12 for bandwidth in result)
+    assert touched
+    assert set(touched) <= uncached
+
+
+def test_a_system_on_which_the_page_cache_cannot_be_passed_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")  # and no command of fcntl in its place
     assert measured(tmp_path) is None
+
+
+@pytest.mark.parametrize(("until", "reads"), [(0.0, 3), (10.0, 5), (math.inf, 6)])
+def test_a_busy_disk_is_read_no_longer_than_it_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: float, reads: int
+) -> None:
+    """A disk that other programs read, too, was tried in all ways, however long a block took."""
+    clock = SimpleNamespace(now=0.0)
+
+    def perf_counter() -> float:
+        clock.now += 1e-6
+        return float(clock.now)
+
+    def read_in_3_s(fd: int, start: int, target: memoryview) -> int:
+        clock.now += 3
+        return len(target)
+
+    clock.perf_counter = perf_counter
+    monkeypatch.setattr(disk_speed, "time", clock)
+    monkeypatch.setattr(disk_speed, "read_all", read_in_3_s)
+    result = measure_disk(tmp_path, BLOCK, SIZE, work, 1.0, until)
+    assert result is not None
+    assert result.idle == pytest.approx(BLOCK / 3)
+    assert round(clock.now) == 3 * reads
 
 
 def test_a_slow_disk_is_measured_with_less_than_an_expert(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from mixchat import machine
+from mixchat.planning import machine_speed
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates
 from mixchat.planning.machine_speed import calibrate
@@ -29,6 +31,9 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
     def perf_counter(self) -> float:
         self.now += 1e-5
@@ -144,6 +149,41 @@ def test_a_figure_is_the_mean_of_what_came(
     assert result.layer_seconds == pytest.approx(0.003, rel=0.05)
 
 
+@pytest.mark.parametrize(("each", "samples"), [(0.02, 3), (2.0, 1), (20.0, 1)])
+def test_measuring_a_busy_machine_has_an_end(
+    blueprint: Blueprint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    each: float,
+    samples: int,
+) -> None:
+    """It took five minutes where other programs had the cores, and ten seconds elsewhere."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    tries: Counter[str] = Counter()
+
+    def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        tries["expert"] += 1
+        clock.sleep(each)
+        return x
+
+    def read(*given: object) -> DiskRates:
+        tries["disk"] += 1
+        clock.sleep(3 * each)
+        return DiskRates(2e9, 3e9, 1e9)
+
+    monkeypatch.setattr(Expert, "__call__", compute)
+    monkeypatch.setattr(machine_speed, "time", clock)
+    monkeypatch.setattr(machine_speed, "measure_disk", read)
+    monkeypatch.setattr(machine_speed, "layer_probe", lambda *given: lambda: clock.sleep(each))
+    made = machine_speed.measure_machine(blueprint, tmp_path, CPU)
+    assert len(made.samples) == samples
+    once = 9 * each  # what is computed is tried twice, for the first time does not count
+    assert clock.now < max(machine_speed.MOST_SECONDS, once + 0.1)
+    if samples == 1:
+        assert tries == {"expert": 4, "disk": 1}
+
+
 def test_another_device_is_measured_beside_the_cpu(
     blueprint: Blueprint, tmp_path: Path, clock: Clock, taking: Callable[[float], None]
 ) -> None:
@@ -186,7 +226,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
     rows: list[int] = []
 
     def measure_disk(
-        directory: Path, block: int, size: int, work: Callable[[], None], seconds: float
+        directory: Path, block: int, size: int, work: Callable[[], None], *_: float
     ) -> DiskRates:
         rows.clear()
         work()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time and the machine are those of `MADE`."""
     monkeypatch.setattr(machine, "cpu_name", lambda: MADE.cpu)
     monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.others)
-    monkeypatch.setattr(machine_speed, "time", SimpleNamespace(time=lambda: MADE.measured_at))
+    monkeypatch.setattr(
+        machine_speed,
+        "time",
+        SimpleNamespace(time=lambda: MADE.measured_at, perf_counter=time.perf_counter),
+    )
 
 
 def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
     yield "measured", f"{when} ({age}), {_count(count, 'sample')}; --measure measures again"
     yield "", f"on {made.cpu}, and the disk of {made.directory}"
     if made.busy:
-        yield "", "it was busy with other programs: better figures come when it is idle"
+        yield "", "measured on a busy machine: better figures come when it is idle"
 
 
 def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
