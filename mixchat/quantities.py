@@ -42,9 +42,33 @@ class MemoryBudget:
         """Read amounts with commas between them, like `12GB,8GB`. Raises `UsageError`."""
         return tuple(cls.parse(part) for part in text.split(","))
 
+    def __str__(self) -> str:
+        """Return the text that `parse` reads as this budget."""
+        return str(self.size) if self.fraction is None else f"{100 * self.fraction:.6g}%"
+
     def of(self, whole: int) -> int:
         """Return the budget in bytes; a fraction is taken of `whole` bytes."""
         return int(self.fraction * whole) if self.fraction is not None else self.size or 0
+
+
+def parse_size(text: str) -> int:
+    """Return `16GB` in bytes. Raises `UsageError` on anything else, and below a megabyte."""
+    size = MemoryBudget.parse(text).size
+    if size is None:
+        raise UsageError(f"{text!r} is a part of nothing", hint="Write a size like 16GB.")
+    if size < 10**6:
+        raise UsageError(f"{text!r} is {format_size(size)}", hint="Write a size like 16GB.")
+    return size
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Return `12GB,8GB` in bytes. Raises `UsageError` as `parse_size` does."""
+    return tuple(map(parse_size, text.split(",")))
+
+
+def parse_rate(text: str) -> int:
+    """Return `3GB/s` in bytes a second. Raises `UsageError` on anything else."""
+    return parse_size(re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE))
 
 
 def format_least(size: int) -> str:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixchat.chat.printing import show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.checks import checked_bits
+from mixchat.cli.flags.quantization import ExpertBits
 from mixchat.cli.output.failure import note
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
 from mixchat.errors import UsageError
 from mixchat.machine import OtherPrograms
 from mixchat.options import LoadOptions
-from mixchat.quantities import format_age
+from mixchat.quantities import format_age, parse_rate, parse_size, parse_sizes
 
 if TYPE_CHECKING:
     import torch
 
     from mixchat.planning.calibration import Measurement
+    from mixchat.planning.hardware import ToldMachine
     from mixchat.planning.plan import MachinePlan
     from mixchat.planning.spread import WorkerOffer
     from mixchat.weights.format.blueprint import Blueprint
@@ -46,6 +49,25 @@ def plan(
     device: model_flags.Device = None,
     worker: model_flags.Worker = None,
     key_file: model_flags.KeyFile = None,
+    expert_bits: ExpertBits = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Plan for a machine with so much RAM (16GB), not for this one."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="For one with such a GPU: 24GB, or 12GB,8GB for two GPUs."
+        ),
+    ] = None,
+    disk_speed: Annotated[
+        str | None, typer.Option(metavar="RATE", help="For one whose disk reads so fast: 3GB/s.")
+    ] = None,
+    free_disk: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For one with so much free disk: 100GB.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine again (20 s at most).")
     ] = False,
@@ -58,6 +80,10 @@ def plan(
     are measured again after a month, or if other programs were busy the last time. While they are
     busy, the saved figures are used. Each speed is a range: the speed by the slowest of several
     samples, and by the fastest. 'run --verbose' prints what was predicted beside what came.
+
+    --ram, --gpu, --disk-speed and --free-disk tell about another machine. What is not told is this
+    machine's, also the speed of the CPU. A GPU that cannot be measured here gets the speeds of a
+    cheap card, which the plan names.
     """
     options = LoadOptions(
         host_memory=model_flags.budget(host_memory),
@@ -69,6 +95,15 @@ def plan(
         workers=tuple(worker or ()),
         key_file=model_flags.key_path(key_file),
     )
+    told = {
+        "ram": _told("--ram", ram, parse_size),
+        "gpus": _told("--gpu", gpu, parse_sizes) or (),
+        "disk_speed": _told("--disk-speed", disk_speed, parse_rate),
+        "free_disk": _told("--free-disk", free_disk, parse_size),
+    }
+    if told["gpus"] and device is not None:
+        raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
+    bits = None if expert_bits is None else int(expert_bits)
     from mixchat.weights import models
 
     others = OtherPrograms()
@@ -76,44 +111,58 @@ def plan(
     prepare_environment()
     from mixchat.cli.output.plan_json import plan_as_dict
     from mixchat.cli.output.plan_text import plan_as_text
+    from mixchat.planning.hardware import ToldMachine
     from mixchat.weights.make.outline import outline
 
     with show_progress() as progress:
-        outlined = outline(ref, progress)
-    made = _plan(outlined, options, others, measure)
+        outlined = outline(ref, progress, bits, told["free_disk"])
+    made = _plan(outlined, options, ToldMachine(**told), _Speeds(outlined, others, again=measure))
     if as_json:
         show(json.dumps(plan_as_dict(outlined, made), indent=2))
     else:
         show_lines(plan_as_text(outlined, made))
 
 
+def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:
+    """Return what a flag tells, None if it is not given. Raises `UsageError` with its name."""
+    try:
+        return None if text is None else parse(text)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}", hint=error.hint) from None
+
+
 def _plan(
-    outlined: Outline, options: LoadOptions, others: OtherPrograms, measure_again: bool
+    outlined: Outline, options: LoadOptions, told: ToldMachine, speeds: _Speeds
 ) -> MachinePlan:
     from mixchat.engine.report import saved_uses
     from mixchat.engine.report_path import report_path
     from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
-    from mixchat.planning.plan import Machine, plan_form, plan_model
+    from mixchat.planning.hardware import Machine
+    from mixchat.planning.plan import plan_form, plan_model
     from mixchat.planning.torch_threads import choose_threads
     from mixchat.weights.make.quantize_options import in_3_bits
 
-    devices, blueprint = choose_devices(options.device), outlined.blueprint
-    device = devices[0]
-    machine = Machine.now(outlined.directory, devices)
+    devices, blueprint = choose_devices(options.device), told.layout(outlined.blueprint)
+    here, device = devices[0], told.device(devices[0])
+    machine = told.machine(Machine.now(outlined.directory, devices))
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
     offers = _offers(outlined, options)
-    speeds = _Speeds(outlined, device, others, again=measure_again)
-    measurement = speeds.saved_or_measured(fit.computed)
+    known = speeds.of(here, told.measurable(fit, here))
+    measurement = told.measurement(known, fit.computed, device)
     uses = saved_uses(report_path(outlined.name))
-    made = plan_model(machine, device, fit, measurement, offers, uses)
-    small = None if outlined.installed else in_3_bits(blueprint)
+    made = replace(plan_model(machine, device, fit, measurement, offers, uses), told=told)
+    is_chosen = outlined.installed or "--expert-bits" in outlined.arguments
+    small = None if is_chosen else in_3_bits(blueprint)
     if small is None:
         return made
     other = fit_model(small, machine.free, options)
-    compared = speeds.if_there_is_time(other.computed)
-    return replace(made, in_3_bits=compared and plan_form(device, other, compared))
+    compared = speeds.of_a_second(here, told.measurable(other, here))
+    if compared is None:
+        return made
+    compared = told.measurement(compared, other.computed, device)
+    return replace(made, in_3_bits=plan_form(device, other, compared))
 
 
 class _Speeds:
@@ -122,40 +171,34 @@ class _Speeds:
     others: the other programs since `plan` began; again: measure what is saved, too.
     """
 
-    def __init__(
-        self, outlined: Outline, device: torch.device, others: OtherPrograms, *, again: bool
-    ) -> None:
-        self._outlined, self._device, self._again = outlined, device, again
-        self._others, self._until = others, 0.0
+    def __init__(self, outlined: Outline, others: OtherPrograms, *, again: bool) -> None:
+        self._outlined, self._others, self._again = outlined, others, again
+        self._notes: set[str] = set()
+        self._until: float | None = None  # None if nothing was measured yet
 
-    def saved_or_measured(self, blueprint: Blueprint) -> Measurement:
-        """Return the saved measurement, or measure this machine if that is outdated."""
-        from mixchat.planning.machine_speed import measuring_ends
+    def of(self, device: torch.device, form: Blueprint) -> Measurement:
+        """Return the saved measurement of a form, or measure this machine if it is outdated."""
+        from mixchat.planning.machine_speed import measure_machine, measuring_ends
 
-        if (saved := self._saved(blueprint)) is not None:
+        if (saved := self._saved(device, form)) is not None:
             return saved
         self._until = self._until or measuring_ends()
-        return self._measured(blueprint)
+        with status("measuring this machine (20 s at most)"):
+            return measure_machine(form, self._outlined.directory, device, self._until)
 
-    def if_there_is_time(self, blueprint: Blueprint) -> Measurement | None:
+    def of_a_second(self, device: torch.device, form: Blueprint) -> Measurement | None:
         """Return the same for a second form; None, with a note, if the time for it is over."""
-        if not self._until or time.perf_counter() < self._until:
-            return self.saved_or_measured(blueprint)
-        if (saved := self._saved(blueprint)) is None:
-            note("3 bits are not compared: measuring took long enough, for this machine is busy")
+        if self._until is None or time.perf_counter() < self._until:
+            return self.of(device, form)
+        if (saved := self._saved(device, form)) is None:
+            note("3 bits are not compared: this machine is busy, and measuring took long enough")
         return saved
 
-    def _measured(self, blueprint: Blueprint) -> Measurement:
-        from mixchat.planning.machine_speed import measure_machine
-
-        with status("measuring this machine (20 s at most)"):
-            return measure_machine(blueprint, self._outlined.directory, self._device, self._until)
-
-    def _saved(self, blueprint: Blueprint) -> Measurement | None:
+    def _saved(self, device: torch.device, form: Blueprint) -> Measurement | None:
         from mixchat.planning.calibration import BUSY
         from mixchat.planning.machine_speed import saved_measurement
 
-        saved = saved_measurement(blueprint, self._outlined.directory, self._device)
+        saved = saved_measurement(form, self._outlined.directory, device)
         if saved is None or self._again:
             return None
         why = self._outdated(saved)
@@ -163,10 +206,16 @@ class _Speeds:
             return saved
         if self._others.share() > BUSY:
             age = format_age(time.time() - saved.measured_at)
-            note(f"this machine is busy, so the speeds measured {age} are used")
+            self._note_once(f"this machine is busy, so the speeds measured {age} are used")
             return saved
-        note(f"measuring this machine again: {why}")
+        self._note_once(f"measuring this machine again: {why}")
         return None
+
+    def _note_once(self, text: str) -> None:
+        """Print a note, unless it stands there already, for another form."""
+        if text not in self._notes:
+            note(text)
+        self._notes.add(text)
 
     def _outdated(self, saved: Measurement) -> str | None:
         from mixchat.weights.format.manifest import is_installed

@@ -82,7 +82,7 @@ class Calibration:
         fresh = self.disk_bandwidth_fresh
         return replace(self, disk_bandwidth=fresh, disk_bandwidth_idle=fresh)
 
-    def expert_time(self, device: str, rows: int) -> float:
+    def expert_time(self, device: str, rows: float) -> float:
         """Return the seconds of one expert for `rows` rows, at least 1, on "cpu" or the device.
 
         With 1 s for 8 rows and 5 s for 64, 36 rows take 3 s. Beyond the last count measured, time
@@ -180,7 +180,7 @@ def _medians(samples: Sequence[dict[int, float]]) -> dict[int, float]:
     return {rows: median(sample[rows] for sample in samples) for rows in sorted(counts)}
 
 
-def interpolate(seconds: dict[int, float], rows: int) -> float:
+def interpolate(seconds: dict[int, float], rows: float) -> float:
     """Return the seconds for `rows` rows, out of at least two measured counts of rows."""
     points = sorted(seconds.items())
     for (fewer, sooner), (more, later) in itertools.pairwise(points):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -67,7 +67,7 @@ class TokenCost:
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second by the slowest sample of a measurement, and by the fastest."""
+    """Tokens a second by the slowest sample of a measurement, and by the fastest; of one answer."""
 
     low: float
     high: float
@@ -82,7 +82,7 @@ class SpeedRange:
             return "about as fast as you read"
         if self.high >= SLOWEST:
             return "slower than you read"
-        return "much slower than you read: use a smaller model"
+        return "much slower than you read"
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ class Expectation:
     """The speed of a model in decoding, with a placement of its experts.
 
     Hit rates, 0 to 1, are those of the slots, and of the slots with RAM behind them; together they
-    hold `held` different experts. cost: by the typical figures of all samples; speed: by each
-    sample. Both are None where the disk is needed and was not measured.
+    hold `held` different experts. cost: by the typical figures of all samples; speed: of each
+    answer, by each sample. Both are None where the disk is needed and was not measured. answers:
+    how many are generated at once.
     """
 
     held: int
@@ -99,32 +100,54 @@ class Expectation:
     host_hit_rate: float
     cost: TokenCost | None
     speed: SpeedRange | None
+    answers: int = 1
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return the typical speed."""
+        """Return the typical speed of each answer."""
         return None if self.cost is None else 1 / self.cost.seconds
+
+    @property
+    def together(self) -> SpeedRange | None:
+        """Return the speed of all answers together."""
+        speed, answers = self.speed, self.answers
+        return speed and replace(speed, low=answers * speed.low, high=answers * speed.high)
 
 
 def expect(
-    blueprint: Blueprint, device: torch.device, measurement: Measurement, placement: Placement
+    blueprint: Blueprint,
+    device: torch.device,
+    measurement: Measurement,
+    placement: Placement,
+    answers: int = 1,
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
 
-    These are taken to be as fast as `device`, and as near to RAM. All compute side by side, and
-    bring experts up side by side, so that the one with the most of a token's experts counts. They
-    share the disk. Rows are taken to travel in no time.
+    answers: those that are generated at once, each of which gets a token in each pass. The GPUs are
+    taken to be as fast as `device`, and as near to RAM. All compute side by side, and bring experts
+    up side by side, so that the one with the most of a token's experts counts. They share the disk.
+    Rows are taken to travel in no time.
     """
     held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
     busiest = busiest_share(blueprint.config, placement.by_device)
     host_hit_rate = expected_hit_rate(blueprint.config, held)
+    uses = expected_distinct(blueprint.config, answers)
     costs = [
-        token_cost(shape_of(blueprint), speeds, str(device), hit_rate, host_hit_rate, busiest)
+        token_cost(
+            shape_of(blueprint),
+            speeds,
+            str(device),
+            hit_rate,
+            host_hit_rate,
+            busiest,
+            answers=answers,
+            uses=uses,
+        )
         for speeds in measurement.in_use
     ]
     speed = speed_range(costs, measurement.measured_at)
-    return Expectation(held, hit_rate, host_hit_rate, costs[0], speed)
+    return Expectation(held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
 
 def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedRange | None:
@@ -140,18 +163,27 @@ def token_cost(
     hit_rate: float,
     host_hit_rate: float,
     busiest: float = 1.0,
+    *,
+    answers: int = 1,
+    uses: float | None = None,
 ) -> TokenCost | None:
-    """Return the cost of a decoded token on `device`.
+    """Return the cost of a decoded token of each of several answers on `device`.
 
     hit_rate: uses of experts that the slots hold; host_hit_rate: uses of those that the slots or
     RAM behind them hold; busiest: of a layer's chosen experts, those of the GPU that has the most.
-    All 0 to 1. None where the disk is needed and was not measured.
+    All 0 to 1. uses: the experts of a layer that the answers use together, None for one answer.
+    None where the disk is needed and was not measured.
     """
-    uses = shape.layers * shape.experts_per_token
+    one = speeds.expert_time(device, 1)
+    # More rows slow the other matrices as much as those of experts.
+    slower = speeds.expert_time(device, answers) / one
+    uses = uses or float(shape.experts_per_token)
+    expert = speeds.expert_time(device, answers * shape.experts_per_token / uses)
+    uses *= shape.layers
     computing = (
-        shape.layers * speeds.layer_seconds
-        + uses * busiest * speeds.expert_time(device, 1)
-        + shape.head / shape.expert * speeds.expert_time(device, 1)
+        slower * shape.layers * speeds.layer_seconds
+        + uses * busiest * expert
+        + slower * shape.head / shape.expert * one
     )
     return moving_cost(
         shape,
@@ -226,3 +258,12 @@ def shape_of(blueprint: Blueprint) -> Shape:
         expert=blueprint.expert.stride,
         head=sum(tensor.nbytes for tensor in tensors),
     )
+
+
+def expected_distinct(config: ModelConfig, tokens: int) -> float:
+    """Return the experts of a layer that so many tokens use together, each choosing by chance.
+
+    Of 8 experts, 2 a token: 2 for one token, 3.5 for two, 7.97 for 20.
+    """
+    experts = config.num_local_experts
+    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)

@@ -4,61 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mixchat import gpu, machine
+from mixchat import gpu
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
-from mixchat.planning.fitting import Fit, FreeMemory, Tier
+from mixchat.planning.fitting import Fit, Tier
+from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.spread import Spread, WorkerOffer, spread_model
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
 _GPU_STEP = 8 * 10**9
-
-
-@dataclass(frozen=True)
-class OtherGPU:
-    """A GPU beside the first one: torch's name for the device, its name for people, its bytes."""
-
-    device: str
-    name: str
-    memory: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The hardware, in bytes; `gpu` and `gpu_memory` are None where the CPU computes."""
-
-    cpu: str
-    cores: int
-    memory: int
-    free: FreeMemory
-    disk_free: int
-    gpu: str | None = None
-    gpu_memory: int | None = None
-    other_gpus: tuple[OtherGPU, ...] = ()
-
-    @classmethod
-    def now(cls, directory: Path, devices: Sequence[torch.device]) -> Machine:
-        """Return this machine, with the disk of `directory`, which need not be there yet."""
-        device, *others = devices
-        return cls(
-            cpu=machine.cpu_name(),
-            cores=machine.usable_cores(),
-            memory=machine.total_memory(),
-            free=FreeMemory.now(devices),
-            disk_free=machine.free_disk(directory),
-            gpu=gpu.name(device) if gpu.is_gpu(device) else None,
-            gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
-            other_gpus=tuple(
-                OtherGPU(str(other), gpu.name(other), gpu.total_memory(other)) for other in others
-            ),
-        )
 
 
 @dataclass(frozen=True)
@@ -83,10 +43,12 @@ class Form:
 class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
-    device: the one that computes all but experts. prompt: the speed of a prompt of `LONG_PROMPT`
-    tokens; both it and first_token are None where the disk is needed and could not be measured.
-    spread: the same with workers, None where there are none; all else is without them.
-    in_3_bits: the same with experts in 3 bits; None where they cannot be, or are installed.
+    told: what is told about the machine, and not measured. device: the one that computes all but
+    experts. expected: with as many answers at once as the options of the fit say. prompt: the speed
+    of a prompt of `LONG_PROMPT` tokens; both it and first_token are of one answer, and None if the
+    disk is needed and could not be measured. spread: one answer at a time with workers, None if
+    there are none; all else is without them. in_3_bits: the same with experts in 3 bits; None if
+    they cannot be, are not compared or are installed.
     """
 
     machine: Machine
@@ -99,11 +61,21 @@ class MachinePlan:
     more: tuple[More, ...]
     spread: Spread | None = None
     in_3_bits: Form | None = None
+    told: ToldMachine = NOTHING_TOLD
+
+    @property
+    def gpu_is_assumed(self) -> bool:
+        """Return whether the speeds of the GPU are those of a cheap card, for none is here."""
+        return bool(self.told.gpus) and not gpu.count()
+
+
+def _expected(device: torch.device, fit: Fit, measurement: Measurement) -> Expectation:
+    return expect(fit.computed, device, measurement, fit.placement, fit.options.parallel)
 
 
 def plan_form(device: torch.device, fit: Fit, measurement: Measurement) -> Form:
     """Return what a download in this form would give."""
-    return Form(fit, expect(fit.computed, device, measurement, fit.placement))
+    return Form(fit, _expected(device, fit, measurement))
 
 
 def plan_model(
@@ -124,7 +96,7 @@ def plan_model(
         device,
         fit,
         measurement,
-        expect(computed, device, measurement, placement),
+        _expected(device, fit, measurement),
         prompt_speed(computed, device, measurement, placement),
         first_token(fit.blueprint, device, measurement),
         tuple(_more(device, fit, measurement)),
@@ -140,7 +112,7 @@ def _more(device: torch.device, fit: Fit, measurement: Measurement) -> Iterator[
     seen = {_counts(fit.placement)}
     for tier, step in steps:
         richer = fit.with_more(tier, step)
-        expected = expect(richer.computed, device, measurement, richer.placement)
+        expected = _expected(device, richer, measurement)
         if expected.cost is not None and _counts(richer.placement) not in seen:
             yield More(tier, step, richer, expected)
             seen.add(_counts(richer.placement))

@@ -9,11 +9,11 @@ import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
+    expected_distinct,
     held_together,
     moving_cost,
     shape_of,
@@ -117,12 +117,3 @@ def prompt_cost(
         computing += config.num_hidden_layers * layer
         uses += config.num_hidden_layers * distinct
     return moving_cost(shape, speeds, computing, missing=uses * missing, read=uses * read)
-
-
-def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Return the experts of a layer that so many tokens use together, each choosing by chance.
-
-    Of 8 experts, 2 a token: 2 for one token, 3.5 for two, 7.97 for 20.
-    """
-    experts = config.num_local_experts
-    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)

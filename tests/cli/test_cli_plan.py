@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_tokenizer import write_tokenizer
 
 from mixchat import machine
 from mixchat.cli import plan as plan_command
@@ -318,7 +319,7 @@ def test_what_is_outdated_is_measured_again_unless_the_machine_is_busy(
     done = run("demo")
     again = b"again" in said
     assert (len(measured) > before) == again
-    assert done.stderr == 2 * said  # in 4 bits, and in 3
+    assert done.stderr == said  # once, for 4 bits and for 3
     busy = b"measured on a busy machine" in done.stdout
     assert busy == (then > 0.5 and not again)
 
@@ -386,13 +387,164 @@ def test_a_prompt_and_the_first_token_are_ranges_too(run, measured, monkeypatch)
 
 
 def test_the_verdict_is_in_words(run, measured, monkeypatch):
-    for factor, words in ((0.1, "faster than you read"), (10, "use a smaller model")):
+    for factor, words in ((0.1, "faster than you read"), (10, "much slower than you read")):
         seconds = {"cpu": {1: 0.003 * factor, 8: 0.005 * factor, 512: 0.2 * factor}}
         changed = dataclasses.replace(SPEEDS, expert_seconds=seconds, layer_seconds=0.001 * factor)
         monkeypatch.setattr(machine_speed, "calibrate", lambda *_, it=changed, **how: it)
         monkeypatch.setattr(fitting, "free_on", lambda device: 64 * GB)
-        assert sections(run("--measure"))["Verdict"].endswith(words)
-        assert json.loads(run("--json").stdout)["verdict"].endswith(words)
+        _, speed, _ = sections(run("--measure"))["Verdict"].splitlines()
+        assert speed.endswith(words)
+        assert json.loads(run("--json").stdout)["verdict"] == words
+
+
+def verdict(done):
+    """The verdict's three lines: their labels and what they say."""
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = sections(done)["Verdict"].splitlines()
+    return dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines)
+
+
+def test_the_verdict_says_what_fits_how_fast_it_is_and_what_to_type(run, measured, tiny_model):
+    """ "It fits ... use a smaller model" contradicted itself, and nothing said how to go on."""
+    found = verdict(run())
+    held = json.loads(run("--json").stdout)["held"]
+    assert found == {
+        "it fits": f"{held} of 256 experts in RAM, {256 - held} on disk, read when a token needs "
+        "them",
+        "speed": found["speed"],
+        "type": "mixchat download instruct",
+    }
+    installed = verdict(run(str(tiny_model), "--ctx-size", "64", "--host-memory", "50%"))
+    assert installed["it runs here"].startswith("4 of 8 experts in RAM, 4 on disk")
+    assert installed["type"] == (
+        f"mixchat run -m {tiny_model} --ctx-size 64 --device cpu --host-memory 50%"
+    )
+
+
+def test_with_answers_at_once_it_says_whose_speed_is_which(run, measured):
+    """`--parallel 4` gave one speed without saying whose."""
+    speed = verdict(run("--parallel", "4"))["speed"]
+    each, together = map(float, re.findall(r"([\d.]+) tok/s", speed))
+    assert " tok/s for each of 4 answers at once, " in speed
+    assert " tok/s together" in speed
+    assert together == pytest.approx(4 * each, rel=0.1)  # they have two digits
+    found = json.loads(run("--parallel", "4", "--json").stdout)
+    assert found["together"]["low"] == pytest.approx(4 * found["speed"]["low"])
+    alone = json.loads(run("--ctx-size", "32768", "--json").stdout)  # takes as much memory
+    assert found["held"] == alone["held"]
+    assert found["speed"]["high"] < alone["speed"]["high"] < found["together"]["high"]
+
+
+def test_an_installed_model_for_answers_at_once_is_served(run, measured, tiny_model):
+    command = verdict(run(str(tiny_model), "--parallel", "2"))["type"]
+    assert command == f"mixchat serve -m {tiny_model} --parallel 2 --device cpu"
+
+
+def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monkeypatch):
+    """A plan was only for the machine at hand, and what it could not measure was made up."""
+    at(monkeypatch, 0)
+    blind = dataclasses.replace(
+        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+    )
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: blind)
+    told = ("--ram", "10GB", "--disk-speed", "1.5 GB/s", "--free-disk", "100GB")
+    shown = sections(run(*told))
+    assert "This machine" not in shown
+    assert "To download it" not in shown  # is about this machine's disk and memory
+    there = shown["The machine"]
+    assert "RAM       10 GB (told), 8 GB free (assumed)" in there
+    assert "disk      100 GB free (told), reads 1.5 GB/s (told; tokens get 85% of it)" in there
+    found = json.loads(run(*told, "--json").stdout)
+    assert found["told"] == {
+        "ram": 10 * GB,
+        "gpus": [],
+        "disk_speed": 1.5e9,
+        "free_disk": 100 * GB,
+    }
+    assert found["assumed"] is None
+    # The same as on a machine that has all that.
+    monkeypatch.setattr(fitting, "free_on", lambda device: 8 * GB)
+    same = dataclasses.replace(
+        SPEEDS, disk_bandwidth=1.5e9, disk_bandwidth_idle=1.5e9, disk_bandwidth_fresh=1.5e9
+    )
+    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: same)
+    there = json.loads(run("--json").stdout)
+    for key in ("fit", "cost", "held", "tokens_per_second", "what_more_buys", "first_token"):
+        assert found[key] == there[key]
+
+
+def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat, measured):
+    arguments = ("plan", "--ram", "32GB", "--gpu", "12GB,8GB")
+    done = mixchat(*arguments, fake=False)
+    there = sections(done)["The machine"]
+    assert "GPU       a GPU, 12 GB (told), 11.5 GB free (assumed)" in there
+    assert "cuda:1    a GPU, 8 GB (told), 7.5 GB free (assumed)" in there
+    assert "300 GB/s from its memory, 12 GB/s from RAM, 20 TFLOP/s" in there
+    assert "(of a GPU whose speed is assumed)" in verdict(done)["speed"]
+    found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
+    assert found["assumed"] == {"gpu_memory": 3e11, "gpu_bus": 1.2e10, "gpu_compute": 2e13}
+    assert found["machine"]["free"]["others"] == {"cuda:1": int(7.5 * GB)}
+    assert found["device"] == "cuda:0"
+    expert = found["fit"]["demand"]["expert"]
+    assert found["speeds"]["expert_seconds"]["cuda:0"]["1"] == pytest.approx(expert / 3e11, rel=0.1)
+    assert found["cost"]["copying"] > 0
+    one = json.loads(mixchat("plan", "--ram", "32GB", "--gpu", "12GB", "--json", fake=False).stdout)
+    none = json.loads(mixchat("plan", "--ram", "32GB", "--json", fake=False).stdout)
+    assert found["hit_rate"] > one["hit_rate"]
+    assert one["tokens_per_second"] > none["tokens_per_second"]
+
+
+@pytest.mark.parametrize(("free", "fits"), [("20GB", False), ("100GB", True)])
+def test_a_disk_that_is_told_about_is_one_without_the_model(run, measured, free, fits):
+    found = json.loads(run("--free-disk", free, "--json").stdout)
+    assert found["fits"] is fits
+    assert found["disk"][0]["free_bytes"] == int(free[:-2]) * GB
+    assert found["command"] == ("mixchat download instruct" if fits else None)
+
+
+def test_experts_of_other_bits_are_planned_before_they_are_downloaded(run, measured):
+    """`plan` named --expert-bits as advice, and did not take it."""
+    four, three = (json.loads(run("--expert-bits", bits, "--json").stdout) for bits in ("4", "3"))
+    assert four["quantization"]["quant_type"] == "nf4"
+    assert three["quantization"]["quant_type"] == "nf3"
+    assert three["kept_bytes"] == json.loads(run("--json").stdout)["in_3_bits"]["kept_bytes"]
+    assert three["held"] > four["held"]
+    assert three["command"] == "mixchat download instruct --expert-bits 3"
+    assert (four["in_3_bits"], three["in_3_bits"]) == (None, None)
+
+
+def test_other_bits_of_an_installed_model_are_those_of_a_second_download(
+    run, mixchat, measured, make_checkpoint
+):
+    source = write_tokenizer(make_checkpoint(vocab_size=262, hidden_size=128))
+    assert mixchat("download", str(source), "--name", "mine", fake=False).returncode == 0
+    same = json.loads(run("mine", "--expert-bits", "4", "--json").stdout)
+    assert (same["kept"], same["command"]) == (True, "mixchat run -m mine --device cpu")
+    other = json.loads(run("mine", "--expert-bits", "3", "--json").stdout)
+    assert (other["kept"], other["quantization"]["quant_type"]) == (False, "nf3")
+    assert Path(other["path"]).name == "mine-3bit"
+    assert other["command"] == f"mixchat download {source} --expert-bits 3 --name mine-3bit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ram", "50%"], b"--ram: '50%' is a part of nothing"),
+        (["--ram", "16"], b"--ram: '16' is 16 bytes"),
+        (["--ram", "much"], b"--ram: cannot read 'much' as an amount of memory"),
+        (["--gpu", "24GB,"], b"--gpu: cannot read '' as"),
+        (["--disk-speed", "fast"], b"--disk-speed: cannot read 'fast' as"),
+        (["--disk-speed", "3GB/h"], b"--disk-speed: cannot read '3GB/h' as"),
+        (["--free-disk", "0"], b"--free-disk: '0' is 0 bytes"),
+        (["--gpu", "24GB", "--device", "cpu"], b"--gpu tells about a GPU of another machine"),
+        (["--expert-bits", "5"], b"'5' is not one of '16', '4', '3'"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_before_torch_loads(run, measured, arguments, said):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert said in done.stderr
+    assert measured == []
 
 
 def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
@@ -401,7 +553,7 @@ def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
     )
     monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
     done = sections(run())
-    assert re.search(r"it fits +once it is downloaded: 0.6 to 0.8 tok/s", done["Verdict"])
+    assert re.search(r"speed +0.6 to 0.8 tok/s, ", done["Verdict"])
     assert re.search(r"decode +0.6 to 0.8 tok/s: a token takes ", done["What to expect"])
     assert " to " in done["What more memory would give"]
     made = json.loads(run("--json").stdout)
@@ -416,14 +568,14 @@ def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured
     first, *rest = sections(done)
     assert first == "Verdict"
     assert "What to expect" in rest
-    verdict = sections(done)["Verdict"].splitlines()
+    lines = sections(done)["Verdict"].splitlines()
     assert re.search(
         r"it does not fit +28\.0 GB of disk are missing: the download takes up to 30\.0 GB in "
         r"\S+, 2 GB are free$",
-        verdict[0],
+        lines[0],
     )
-    assert "set MIXCHAT_HOME to a directory on a larger disk" in verdict[1]
-    assert re.search(r"if it did +\S+ tok/s", verdict[2])
+    assert re.search(r"speed +\S+ tok/s", lines[1])
+    assert re.search(r"to do .* set MIXCHAT_HOME to a directory on a larger disk", lines[2])
     found = json.loads(run("--json").stdout)
     assert found["fits"] is False
     (need,) = found["disk"]
@@ -518,9 +670,7 @@ def test_with_workers_it_says_who_holds_what_and_how_fast_it_is_with_them_and_wi
     assert re.fullmatch(r"[\d.]+ ms waiting for workers, beyond .*", lines[8][0])
     alone = re.search(r"decode +(.* tok/s)", shown["What to expect"])[1]
     with_them = re.match(r".* tok/s", lines[6][1])[0]
-    assert shown["Verdict"].endswith(
-        f"{with_them} with 2 workers, {alone} without, faster than you read"
-    )
+    assert f"{with_them} with 2 workers, {alone} without, faster than you read" in shown["Verdict"]
 
 
 def test_as_json_it_has_what_workers_offer_and_hold(run, measured, offered, tiny_model):

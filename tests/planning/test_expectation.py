@@ -20,6 +20,7 @@ from mixchat.planning.expectation import (
     TokenCost,
     busiest_share,
     expect,
+    shape_of,
 )
 from mixchat.planning.hit_rate import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -193,8 +194,33 @@ def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
         (5.0, 9.0, "faster than you read"),
         (4.9, 5.0, "about as fast as you read"),
         (0.5, 4.9, "slower than you read"),
-        (0.5, 0.9, "much slower than you read: use a smaller model"),
+        (0.5, 0.9, "much slower than you read"),
     ],
 )
 def test_a_speed_is_said_in_words(low: float, high: float, words: str) -> None:
     assert SpeedRange(low, high, 0.0).in_words == words
+
+
+@pytest.mark.parametrize("held", [256, 100])
+def test_answers_at_once_share_experts_and_each_is_slower_than_one_alone(held: int) -> None:
+    """With several answers `plan` printed one speed, as if each were alone."""
+    known = Measurement(0.0, (replace(SPEEDS, expert_seconds={"cpu": {1: 0.003, 64: 0.03}}),))
+    one, four = (expect(BLUEPRINT, CPU, known, on_cpu(held), answers) for answers in (1, 4))
+    assert one == expect(BLUEPRINT, CPU, known, on_cpu(held))
+    assert one.speed == one.together
+    assert one.speed is not None
+    assert four.speed is not None
+    assert four.together is not None
+    assert four.together.high == 4 * four.speed.high
+    assert four.speed.high < one.speed.high < four.together.high
+
+
+def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use() -> None:
+    slow_experts = replace(SPEEDS, expert_seconds={"cpu": {1: 0.01, 1000: 0.01}}, layer_seconds=0.0)
+    known = Measurement(0.0, (slow_experts,))
+    costs = [expect(BLUEPRINT, CPU, known, on_cpu(256), answers).cost for answers in (1, 2)]
+    shape = shape_of(BLUEPRINT)
+    head = 0.01 * shape.head / shape.expert
+    assert [cost and cost.seconds for cost in costs] == [
+        pytest.approx(32 * 0.01 * distinct + head, rel=0.01) for distinct in (2, 3.5)
+    ]

@@ -21,13 +21,14 @@ from mixchat.options import LoadOptions
 from mixchat.planning import fitting, machine_speed
 from mixchat.planning.calibration import Calibration, Measurement
 from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.hardware import Machine, OtherGPU
 from mixchat.planning.machine_speed import (
     SAMPLES,
     measure_machine,
     measurement_file,
     saved_measurement,
 )
-from mixchat.planning.plan import Machine, MachinePlan, OtherGPU, plan_model
+from mixchat.planning.plan import MachinePlan, plan_model
 from mixchat.planning.prediction import predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.planning.spread import WorkerOffer

@@ -9,10 +9,10 @@ from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.model_config import ModelConfig
 from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.expectation import expected_distinct
 from mixchat.planning.prompts import (
     PROMPT,
     FirstToken,
-    expected_distinct,
     first_token,
     prompt_cost,
     prompt_speed,

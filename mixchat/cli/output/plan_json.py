@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mixchat.cli.output import download_text
+from mixchat.cli.output.plan_text import next_command
+from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.download_plan import weights_size
 
@@ -28,7 +30,11 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "fits": not found.lacking,
         "disk": download_text.disk_as_dicts(found.disk),
         "tokens_per_second": expected.tokens_per_second,
+        "together": expected.together and asdict(expected.together),
         "verdict": expected.speed and expected.speed.in_words,
+        "command": next_command(found, plan),
+        "told": asdict(plan.told),
+        "assumed": _assumed(plan),
         "machine": asdict(plan.machine),
         "device": str(plan.device),
         "speeds": asdict(plan.measurement.typical),
@@ -57,6 +63,13 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         if found.download is None
         else download_text.download_as_dict(found.download),
     }
+
+
+def _assumed(plan: MachinePlan) -> dict[str, float] | None:
+    """Return the speeds of a GPU that could not be measured, None if none is assumed."""
+    if not plan.gpu_is_assumed:
+        return None
+    return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
 
 
 def _form_as_dict(form: Form) -> dict[str, Any]:

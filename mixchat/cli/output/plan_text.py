@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from mixchat.cli.output import download_text
 from mixchat.cli.output.table import aligned
 from mixchat.planning.calibration import IN_USE
+from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.quantities import (
     format_age,
@@ -36,7 +38,7 @@ def plan_as_text(found: Outline, plan: MachinePlan) -> str:
     """Return all of a plan, in sections."""
     sections: list[tuple[str, Rows]] = [
         ("verdict", list(_verdict(found, plan))),
-        ("this machine", list(_machine(plan))),
+        ("the machine" if plan.told.is_another else "this machine", list(_machine(plan))),
         (f"the model: {found.name}", list(_model(found, plan))),
         ("what goes where", list(_places(plan))),
         ("what to expect", list(_expected(plan))),
@@ -49,7 +51,7 @@ def plan_as_text(found: Outline, plan: MachinePlan) -> str:
         ("what more memory would give", list(_more(plan))),
     ]
     texts = [_section(title, aligned(rows)) for title, rows in sections]
-    if not found.installed:
+    if not found.installed and not plan.told.is_another:
         texts.append(_section("to download it", _download(found)))
     return "\n\n".join(texts)
 
@@ -60,55 +62,126 @@ def _section(title: str, text: str) -> str:
 
 
 def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    expected = plan.expected if plan.spread is None else plan.spread.expected
-    words = f", {expected.speed.in_words}" if expected.speed else ""
-    speed = _speed(plan.expected.speed)
-    if plan.spread is not None:
-        workers = _count(len(plan.spread.offers), "worker")
-        speed = f"{_speed(plan.spread.expected.speed)} with {workers}, {speed} without"
-    if found.installed:
-        yield "it runs here", speed + words
-    elif not found.lacking:
-        yield "it fits", f"once it is downloaded: {speed}{words}"
+    """Yield three lines: whether it fits, how fast it is and what to type."""
+    for need in found.lacking:
+        missing = format_least(need.needed - need.free)
+        place = f" in {need.place}" if plan.told.free_disk is None else ""
+        yield (
+            "it does not fit",
+            f"{missing} of disk are missing: the download takes up to "
+            f"{format_least(need.needed)}{place}, {format_size(need.free)} are free",
+        )
+    if not found.lacking:
+        here = found.installed and not plan.told.is_another
+        yield "it runs here" if here else "it fits", _held(plan)
+    yield "speed", _speed_in_words(plan)
+    if command := next_command(found, plan):
+        yield "type", command
     else:
-        for need in found.lacking:
-            missing = format_least(need.needed - need.free)
-            yield (
-                "it does not fit",
-                f"{missing} of disk are missing: the download takes up to "
-                f"{format_least(need.needed)} in {need.place}, {format_size(need.free)} are free",
-            )
-        yield "", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
-        yield "if it did", speed + words
+        yield "to do", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
+
+
+def _held(plan: MachinePlan) -> str:
+    """Return where the experts are, the fastest memory first."""
+    placement, expected = plan.fit.placement, plan.expected
+    first = sum(placement.by_device)
+    where = "in RAM" if plan.machine.free.device is None else f"on {_gpus(plan)}"
+    parts = [f"{first} of {_count(placement.experts, 'expert')} {where}"]
+    if expected.held > first:
+        parts.append(f"{expected.held - first} in RAM")
+    if expected.held < placement.experts:
+        parts.append(f"{placement.experts - expected.held} on disk, read when a token needs them")
+    return ", ".join(parts)
+
+
+def _speed_in_words(plan: MachinePlan) -> str:
+    expected, text = plan.expected, _speed(plan.expected.speed)
+    if plan.spread is not None:
+        expected = plan.spread.expected
+        workers = _count(len(plan.spread.offers), "worker")
+        text = f"{_speed(expected.speed)} with {workers}, {text} without"
+    elif expected.answers > 1:
+        together = _speed(expected.together)
+        text = f"{text} for each of {expected.answers} answers at once, {together} together"
+    if expected.speed is not None:
+        text += f", {expected.speed.in_words}"
+    if plan.gpu_is_assumed:
+        return f"{text} (of a GPU whose speed is assumed)"
+    return f"{text} (measured on a busy machine)" if plan.measurement.busy else text
+
+
+def next_command(found: Outline, plan: MachinePlan) -> str | None:
+    """Return what to type next: what downloads the model, or what runs it as it was planned."""
+    if found.lacking:
+        return None
+    if not found.installed:
+        return shlex.join(("mixchat", "download", *found.arguments))
+    options = plan.fit.options
+    serves = ("serve", "-m", found.name, "--parallel", str(options.parallel))
+    run = serves if options.parallel > 1 else ("run", "-m", found.name)
+    flags = {
+        "--ctx-size": options.context_size,
+        "--kv-bits": options.kv_bits,
+        "--device": options.device,
+        "--host-memory": options.host_memory,
+        "--device-memory": ",".join(map(str, options.device_memory)) or None,
+        "--worker": " --worker ".join(options.workers) or None,
+    }
+    given = (f"{flag} {value}" for flag, value in flags.items() if value is not None)
+    return " ".join((shlex.join(("mixchat", *run)), *given))
 
 
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    there, speeds = plan.machine, plan.measurement.typical
-    yield "CPU", f"{there.cpu}, {_count(there.cores, 'core')}"
+    there, told = plan.machine, plan.told
+    not_told = ", this machine's" if told.is_another else ""
+    yield "CPU", f"{there.cpu}, {_count(there.cores, 'core')}{not_told}"
     limit = f" (limit: {there.free.limit})" if there.free.limit else ""
-    yield "RAM", f"{format_size(there.memory)}, {format_size(there.free.host)} free{limit}"
+    yield "RAM", f"{_memory(there.memory, there.free.host, told.ram is not None)}{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
-        free = format_size(there.free.device)
-        yield "GPU", f"{there.gpu}, {format_size(there.gpu_memory)}, {free} free"
+        is_told = bool(told.gpus)
+        yield "GPU", f"{there.gpu}, {_memory(there.gpu_memory, there.free.device, is_told)}"
         for other in there.other_gpus:
-            free = format_size(there.free.others[other.device])
-            yield other.device, f"{other.name}, {format_size(other.memory)}, {free} free"
+            free = there.free.others[other.device]
+            yield other.device, f"{other.name}, {_memory(other.memory, free, is_told)}"
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
-    read = "not measured: it cannot be written to, or has no room"
-    if speeds.disk_bandwidth is not None and speeds.disk_bandwidth_idle is not None:
-        read = f"reads {_rate(speeds.disk_bandwidth_idle)} (tokens get {IN_USE:.0%} of it)"
-        read += f", {_rate(speeds.disk_bandwidth)} while the CPU computes"
+    yield "disk", _disk(plan)
+    yield from _speeds(plan)
+    yield from _measured(plan.measurement)
+
+
+def _memory(size: int, free: int, is_told: bool) -> str:
+    if is_told:
+        return f"{format_size(size)} (told), {format_size(free)} free (assumed)"
+    return f"{format_size(size)}, {format_size(free)} free"
+
+
+def _disk(plan: MachinePlan) -> str:
+    speeds, told = plan.measurement.typical, plan.told
+    free = f"{format_size(plan.machine.disk_free)} free{' (told)' if told.free_disk else ''}"
+    if told.disk_speed is not None:
+        return f"{free}, reads {_rate(told.disk_speed)} (told; tokens get {IN_USE:.0%} of it)"
+    if speeds.disk_bandwidth is None or speeds.disk_bandwidth_idle is None:
+        return f"{free}, not measured: it cannot be written to, or has no room; see --disk-speed"
+    read = f"reads {_rate(speeds.disk_bandwidth_idle)} (tokens get {IN_USE:.0%} of it)"
+    read += f", {_rate(speeds.disk_bandwidth)} while the CPU computes"
     if speeds.disk_bandwidth_fresh is not None:
         read += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
-    yield "disk", f"{format_size(there.disk_free)} free, {read}"
+    return f"{free}, {read}"
+
+
+def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    speeds = plan.measurement.typical
     for device in speeds.expert_seconds:
         where = "the CPU" if device == "cpu" else "the GPU"
         pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
         yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
-    yield from _measured(plan.measurement)
+    if plan.gpu_is_assumed:
+        yield "assumed", "the speeds of the GPU, because this machine has none to measure:"
+        memory, compute = _rate(GPU_MEMORY), f"{GPU_COMPUTE / 1e12:.0f} TFLOP/s"
+        yield "", f"{memory} from its memory, {_rate(GPU_BUS)} from RAM, {compute}"
 
 
 def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
@@ -195,9 +268,11 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
     if expected.cost is None:
         yield "decode", _speed(None)
-    else:
-        yield "decode", f"{_speed(expected.speed)}: a token takes {_time(expected.cost.seconds)}"
-        yield from (("", reason) for reason in _reasons(expected.cost))
+        return
+    yield "decode", f"{_pace(expected)}: a token takes {_time(expected.cost.seconds)}"
+    yield from (("", reason) for reason in _reasons(expected.cost))
+    if expected.answers > 1:
+        yield "together", f"{_speed(expected.together)} of {expected.answers} answers at once"
 
 
 def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
@@ -212,7 +287,7 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
         plain, calibrated = DEMO_LOSS[fit.blueprint.quantization.quant_type]
         demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
         yield "", f"the demo model's perplexity rises by {demo}"
-    yield "", "a larger model's rises less; for 3 bits: --expert-bits 3"
+    yield "", "a larger model's rises less; --expert-bits 3 plans or downloads it in 3 bits"
 
 
 def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:
@@ -246,7 +321,7 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     for more in plan.more:
         first = "the first GPU" if plan.machine.free.others else "the GPU"
         what = "RAM" if more.tier == "host" else f"on {first}"
-        yield f"+{format_size(more.bytes)} {what}", _speed(more.expected.speed)
+        yield f"+{format_size(more.bytes)} {what}", _pace(more.expected)
 
 
 def _download(found: Outline) -> str:
@@ -257,6 +332,11 @@ def _download(found: Outline) -> str:
 
 def _gpus(plan: MachinePlan) -> str:
     return "the GPUs" if plan.machine.free.others else "the GPU"
+
+
+def _pace(expected: Expectation) -> str:
+    each = " for each answer" if expected.answers > 1 else ""
+    return f"{_speed(expected.speed)}{each}"
 
 
 def _speed(speed: SpeedRange | None) -> str:

@@ -91,12 +91,19 @@ class DownloadPlan:
             )
 
 
-def make_plan(target: Path, checkpoint: Checkpoint, blueprint: Blueprint) -> DownloadPlan:
-    """Make the plan for the model `blueprint` of `checkpoint` in the directory `target`."""
+def make_plan(
+    target: Path, checkpoint: Checkpoint, blueprint: Blueprint, free_disk: int | None = None
+) -> DownloadPlan:
+    """Make the plan for the model `blueprint` of `checkpoint` in the directory `target`.
+
+    free_disk: as for `find_disk_needs`.
+    """
     index, remaining = checkpoint.index, find_remaining(checkpoint, target, blueprint)
     fetch = sum(checkpoint.missing(shard) for shard in remaining.shards)
     elsewhere = [(checkpoint.cache, fetch)] if checkpoint.cache else []
-    disk, ahead = find_disk_needs(target, index, blueprint, checkpoint.temporary, elsewhere)
+    disk, ahead = find_disk_needs(
+        target, index, blueprint, checkpoint.temporary, elsewhere, free_disk
+    )
     return DownloadPlan(
         name=target.name,
         target=target,
@@ -134,14 +141,17 @@ def find_disk_needs(
     blueprint: Blueprint,
     temporary: Callable[[str], int],
     elsewhere: Sequence[tuple[Path, int]] = (),
+    free_disk: int | None = None,
 ) -> tuple[tuple[Need, ...], bool]:
     """Return the need of each disk beyond what is in `target`, and whether there is room to fetch
-    ahead; without that room, less is needed. `temporary` is as for `estimate_peak_disk`."""
-    here = machine.disk_usage(target)
+    ahead; without that room, less is needed. `temporary` is as for `estimate_peak_disk`. free_disk:
+    the free bytes of another machine's disks, which hold nothing of the model yet."""
+    here = machine.disk_usage(target) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
         peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)
-        return add_up_needs((target, max(0, peak - here)), *elsewhere)
+        found = add_up_needs((target, max(0, peak - here)), *elsewhere)
+        return found if free_disk is None else tuple(replace(n, free=free_disk) for n in found)
 
     ahead = all(need.suffices for need in needs(True))
     return needs(ahead), ahead

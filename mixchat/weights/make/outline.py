@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mixchat.errors import ModelNotFoundError
 from mixchat.model_config import ModelConfig
 from mixchat.progress import Progress
+from mixchat.settings import models_dir
 from mixchat.weights import models
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.format.manifest import check_files, read_manifest
+from mixchat.weights.format.manifest import Source, check_files, read_manifest
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
-from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.make.quantize_options import (
+    QuantizeOptions,
+    expert_bits,
+    expert_type,
+    make_blueprint,
+)
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -44,7 +51,8 @@ class Outline:
     """A model's tensors, and the directory in which it is installed or will be.
 
     disk: what the download needs, nothing for an installed model; download: the plan of the
-    download, None for an installed model, or where only the hub knows it.
+    download, None for an installed model, or if only the hub knows it; arguments: those of
+    'mixchat download' for this form.
     """
 
     name: str
@@ -53,6 +61,7 @@ class Outline:
     installed: bool
     disk: tuple[Need, ...] = ()
     download: DownloadPlan | None = None
+    arguments: tuple[str, ...] = ()
 
     @property
     def lacking(self) -> list[Need]:
@@ -60,31 +69,63 @@ class Outline:
         return [need for need in self.disk if not need.suffices]
 
 
-def outline(ref: models.ModelRef, progress: Progress) -> Outline:
-    """Return the outline of a model, with the default options where it is not installed.
+def outline(
+    ref: models.ModelRef,
+    progress: Progress,
+    bits: int | None = None,
+    free_disk: int | None = None,
+) -> Outline:
+    """Return the outline of a model, with the default options if it is not installed.
 
+    bits: those of its experts. If it is installed with others, this is the outline of a second
+    download. free_disk: the free bytes of another machine's disk, to which it is downloaded.
     Asks the hub only for one of its models that is neither installed nor in `models.ALIASES`.
     Raises what `models.installed_directory` and opening a checkpoint raise.
     """
-    try:
+    source, target = None, ref.directory
+    flags = [] if bits is None else ["--expert-bits", str(bits)]
+    with suppress(ModelNotFoundError):
         directory = models.installed_directory(ref.name)
-    except ModelNotFoundError:
-        return _before_download(ref, progress)
+        source, found = _installed(ref.name, directory)
+        if bits not in (None, expert_bits(found.blueprint.quantization.quant_type)):
+            target = models_dir() / f"{directory.name.rpartition('--')[2]}-{bits}bit"
+            flags += ["--name", target.name]
+        elif free_disk is None:
+            return found
+    source = source or ref.find_source()
+    how = QuantizeOptions() if bits is None else QuantizeOptions(expert_type(bits))
+    made = _before_download(source, target, how, free_disk, progress)
+    arguments = (ref.name if ref.source_repo else source.repo, *flags)
+    return replace(made, name=ref.name, arguments=arguments)
+
+
+def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
+    """Return an installed model's source and its outline."""
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = ModelConfig.from_file(directory / "config.json")
     how = Quantization.from_description(manifest.quantization)
-    return Outline(ref.name, Blueprint(config, how), directory, installed=True)
+    return manifest.source, Outline(name, Blueprint(config, how), directory, installed=True)
 
 
-def _before_download(ref: models.ModelRef, progress: Progress) -> Outline:
-    target = ref.directory
-    if ref.repo in models.ALIASES.values():
-        index = expected_index(ModelConfig.from_dict(MIXTRAL), ref.name, _SHARD)
-        blueprint = make_blueprint(index, QuantizeOptions())
-        disk, _ = find_disk_needs(target, index, blueprint, lambda shard: index.header(shard).size)
-        return Outline(ref.name, blueprint, target, installed=False, disk=disk)
-    with open_checkpoint(ref.find_source(), target, progress) as checkpoint:
-        blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
-        plan = make_plan(target, checkpoint, blueprint)
-    return Outline(ref.name, blueprint, target, installed=False, disk=plan.disk, download=plan)
+def _before_download(
+    source: Source,
+    target: Path,
+    how: QuantizeOptions,
+    free_disk: int | None,
+    progress: Progress,
+) -> Outline:
+    name = source.repo
+    if name in models.ALIASES.values():
+        index = expected_index(ModelConfig.from_dict(MIXTRAL), name, _SHARD)
+        blueprint = make_blueprint(index, how)
+
+        def size(shard: str) -> int:
+            return index.header(shard).size
+
+        disk, _ = find_disk_needs(target, index, blueprint, size, free_disk=free_disk)
+        return Outline(name, blueprint, target, installed=False, disk=disk)
+    with open_checkpoint(source, target, progress) as checkpoint:
+        blueprint = make_blueprint(checkpoint.index, how)
+        plan = make_plan(target, checkpoint, blueprint, free_disk)
+    return Outline(name, blueprint, target, installed=False, disk=plan.disk, download=plan)

@@ -55,6 +55,11 @@ def expert_type(bits: int) -> QuantType:
     return _EXPERT_TYPES[bits]
 
 
+def expert_bits(quant_type: QuantType) -> int:
+    """Return the bits of experts of this type: `expert_type` the other way."""
+    return next((bits for bits, kind in _EXPERT_TYPES.items() if kind == quant_type), 4)
+
+
 def dense_type(bits: int, quant_type: QuantType) -> QuantType:
     """Return the type of attention or head in so many bits, beside experts of `quant_type`."""
     return _DENSE_TYPES.get(bits, "fp4" if quant_type == "fp4" else "nf4")

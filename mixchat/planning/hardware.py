@@ -1,0 +1,160 @@
+"""The hardware that a plan is for: this machine, or what a person tells about another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mixchat import gpu, machine
+from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.compute_speed import ROWS
+from mixchat.planning.fitting import Fit, FreeMemory
+from mixchat.weights.format.blueprint import Blueprint
+
+# Of memory that is told, what other programs are taken to need: bytes, and a part of all at most.
+_TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
+# The speeds of a GPU that is told about, and that is not here to be measured: those of a cheap card
+# for a PC. Bytes a second of its memory and of the bus to it, operations a second, and the seconds
+# to start the kernels of a layer.
+GPU_MEMORY, GPU_BUS, GPU_COMPUTE = 3e11, 1.2e10, 2e13
+_STARTING = 2e-4
+
+
+@dataclass(frozen=True)
+class OtherGPU:
+    """A GPU beside the first one: torch's name for the device, its name for people, its bytes."""
+
+    device: str
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware, in bytes; `gpu` and `gpu_memory` are None where the CPU computes."""
+
+    cpu: str
+    cores: int
+    memory: int
+    free: FreeMemory
+    disk_free: int
+    gpu: str | None = None
+    gpu_memory: int | None = None
+    other_gpus: tuple[OtherGPU, ...] = ()
+
+    @classmethod
+    def now(cls, directory: Path, devices: Sequence[torch.device]) -> Machine:
+        """Return this machine, with the disk of `directory`, which need not be there yet."""
+        device, *others = devices
+        return cls(
+            cpu=machine.cpu_name(),
+            cores=machine.usable_cores(),
+            memory=machine.total_memory(),
+            free=FreeMemory.now(devices),
+            disk_free=machine.free_disk(directory),
+            gpu=gpu.name(device) if gpu.is_gpu(device) else None,
+            gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
+            other_gpus=tuple(
+                OtherGPU(str(other), gpu.name(other), gpu.total_memory(other)) for other in others
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class ToldMachine:
+    """The figures that a person tells about a machine, in bytes and bytes a second.
+
+    Those that are None, or nothing, are this machine's. So is the speed of the CPU.
+    """
+
+    ram: int | None = None
+    gpus: tuple[int, ...] = ()
+    disk_speed: int | None = None
+    free_disk: int | None = None
+
+    @property
+    def is_another(self) -> bool:
+        """Return whether anything is told."""
+        return self != NOTHING_TOLD
+
+    def device(self, here: torch.device) -> torch.device:
+        """Return the device that computes, beside the one that does so here."""
+        return torch.device(gpu.KIND, 0) if self.gpus else here
+
+    def layout(self, blueprint: Blueprint) -> Blueprint:
+        """Return the model as it is downloaded on that machine."""
+        return blueprint.in_layout("bitsandbytes") if self.gpus else blueprint
+
+    def measurable(self, fit: Fit, here: torch.device) -> Blueprint:
+        """Return the form of the model that can be measured on the device that computes here."""
+        return fit.computed if here.type == self.device(here).type else fit.blueprint
+
+    def machine(self, here: Machine) -> Machine:
+        """Return the machine that is told about."""
+        memory, free = here.memory, here.free
+        if self.ram is not None:
+            memory, free = self.ram, replace(free, host=_free(self.ram, _TAKEN_RAM), limit=None)
+        found = replace(here, memory=memory, free=free)
+        if self.free_disk is not None:
+            found = replace(found, disk_free=self.free_disk)
+        return self._with_gpus(found) if self.gpus else found
+
+    def measurement(
+        self, here: Measurement, computed: Blueprint, device: torch.device
+    ) -> Measurement:
+        """Return a measurement of this machine with what is told, and what follows from it."""
+        samples = tuple(self._sample(sample, computed, str(device)) for sample in here.samples)
+        return replace(here, samples=samples)
+
+    def _with_gpus(self, found: Machine) -> Machine:
+        first, *others = self.gpus
+        names = [f"{gpu.KIND}:{number}" for number in range(1, len(self.gpus))]
+        free = [_free(size, _TAKEN_GPU) for size in self.gpus]
+        return replace(
+            found,
+            free=replace(
+                found.free, device=free[0], others=dict(zip(names, free[1:], strict=True))
+            ),
+            gpu=found.gpu or "a GPU",
+            gpu_memory=first,
+            other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), others)),
+        )
+
+    def _sample(self, sample: Calibration, computed: Blueprint, device: str) -> Calibration:
+        if self.disk_speed is not None:
+            sample = replace(
+                sample,
+                disk_bandwidth=self.disk_speed,
+                disk_bandwidth_idle=self.disk_speed,
+                disk_bandwidth_fresh=self.disk_speed,
+            )
+        if device in sample.expert_seconds:
+            return sample
+        return replace(
+            sample,
+            copy_bandwidth=GPU_BUS,
+            expert_seconds={**sample.expert_seconds, device: _gpu_expert_seconds(computed)},
+            layer_seconds=_gpu_layer_seconds(computed),
+        )
+
+
+NOTHING_TOLD = ToldMachine()
+
+
+def _free(size: int, taken: int) -> int:
+    return size - min(taken, int(_TAKEN_PART * size))
+
+
+def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
+    expert = computed.expert
+    weights = sum(linear.rows * linear.columns for linear in (expert.w13, expert.w2))
+    reading = expert.nbytes / GPU_MEMORY
+    return {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
+
+
+def _gpu_layer_seconds(computed: Blueprint) -> float:
+    tensors = [*computed.qkv(0).tensors, *computed.o(0).tensors]
+    return _STARTING + sum(tensor.nbytes for tensor in tensors) / GPU_MEMORY
