@@ -52,12 +52,10 @@ class MemoryBudget:
 
 
 def parse_size(text: str) -> int:
-    """Return `16GB` in bytes. Raises `UsageError` on anything else, and below a megabyte."""
+    """Return `16GB` in bytes. Raises `UsageError` on anything else."""
     size = MemoryBudget.parse(text).size
     if size is None:
         raise UsageError(f"{text!r} is a part of nothing", hint="Write a size like 16GB.")
-    if size < 10**6:
-        raise UsageError(f"{text!r} is {format_size(size)}", hint="Write a size like 16GB.")
     return size
 
 

@@ -41,7 +41,7 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) ->
     """Two experts of 240 are the least: 1.41 MB each, in whole pages."""
     story = ("run", "-m", "demo", "--seed", "7", "-n", "48", "Tell me a story about a lighthouse.")
     answers = {
-        size: mixchat(home, *story, "--expert-memory", size, "--verbose")
+        size: mixchat(home, *story, "--host-memory", size, "--verbose")
         for size in ("2.83MB", "20MB", "30%", "100%")
     }
     assert len({answer.stdout for answer in answers.values()}) == 1

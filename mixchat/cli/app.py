@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +41,12 @@ from mixchat.errors import MixchatError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+# Flags' names of before, by those of today: they still work, and nothing shows them.
+_OLD_NAMES = {
+    "--host-memory": "--expert-memory",
+    "--calibrate-text": "--text",
+    "--depth": "--context",
+}
 
 app = typer.Typer(
     name="mixchat",
@@ -205,11 +213,24 @@ def _command() -> Any:
     context = command.context_class(command, **command.context_settings)
     command.get_help_option(context).default = False
     for each in command.commands.values():
+        each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
                 # PROMPT is enough for a person: no <list[str]> behind it.
                 parameter.display_type_rich = lambda ctx: ""
     return command
+
+
+def _parser_with_old_names(
+    parameters: Sequence[Any], make_parser: Callable[[Any], Any], context: Any
+) -> Any:
+    parser = make_parser(context)
+    for parameter in parameters:
+        if old := _OLD_NAMES.get(parameter.opts[0]):
+            twin = copy(parameter)
+            twin.opts = [old]
+            twin.add_to_parser(parser, context)
+    return parser
 
 
 def _is_closed_pipe(error: Exception) -> bool:

@@ -47,7 +47,7 @@ def bench(
         ),
     ] = None,
     expert_bits: ExpertBits = None,
-    context: Annotated[
+    depth: Annotated[
         list[int] | None,
         typer.Option(
             metavar="N",
@@ -90,7 +90,7 @@ def bench(
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
 
-    options = BenchOptions(context or (0,), prompt or (512,), tokens, rounds)
+    options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
     load = LoadOptions(
         host_memory=model_flags.budget(host_memory),
         device_memory=model_flags.budgets(device_memory),

@@ -13,6 +13,7 @@ import typer
 
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.quantization import CalibrateText
 from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.show_progress import resumable, show_progress, status
 from mixchat.engine.environment import prepare_environment
@@ -34,10 +35,7 @@ def calibrate(
             help="A model's name; 'mixchat list' shows them.",
         ),
     ],
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read this text, instead of one that the model writes."),
-    ] = None,
+    text: CalibrateText = None,
 ) -> None:
     """Round a model's experts anew, for the inputs that they get.
 

@@ -116,7 +116,7 @@ def _calibrate(directory: Path, text: str | None, progress: Progress) -> None:
 
 def _how_to_resume(name: str, text: Path | None) -> str:
     """Return how to resume a calibration: `download` refuses a model that is half converted."""
-    given = () if text is None else ("--text", str(text))
+    given = () if text is None else ("--calibrate-text", str(text))
     return f"to resume: {shlex.join(('mixchat', 'calibrate', name, *given))}"
 
 

@@ -94,7 +94,7 @@ def _windows(text: Text) -> Sequence[Sequence[int]]:
         if not start:
             raise CheckpointError(
                 "this model's tokenizer has no token to begin with",
-                hint="Let the model read a text: mixchat calibrate MODEL --text FILE.",
+                hint="Let the model read a text: mixchat calibrate MODEL --calibrate-text FILE.",
             )
         return [start] * WINDOWS
     ids, room = text.ids, WINDOW - len(start)

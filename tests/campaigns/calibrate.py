@@ -45,7 +45,7 @@ class Calibrations:
         self._model = self._models / NAME
         text = work / "text.txt"
         text.write_text("Some words to read, and some more of them. " * 40)
-        self._commands = [("calibrate", NAME), ("calibrate", NAME, "--text", str(text))]
+        self._commands = [("calibrate", NAME), ("calibrate", NAME, "--calibrate-text", str(text))]
         source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
         self._expect(0, "download", str(source), "--name", NAME)
         shutil.copytree(self._model, self._base)

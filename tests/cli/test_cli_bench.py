@@ -60,7 +60,7 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
 
 
 def test_json_has_each_round(mixchat, tiny):
-    done = run(mixchat, tiny, "--json", "--context", "0", "--context", "30", "--kv-bits", "8")
+    done = run(mixchat, tiny, "--json", "--depth", "0", "--depth", "30", "--kv-bits", "8")
     found = json.loads(done.stdout)
     assert [task["name"] for task in found["tasks"]] == [
         "decode behind 0 tokens",

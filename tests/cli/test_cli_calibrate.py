@@ -51,7 +51,7 @@ def lines_of(done):
 def test_with_a_text_all_experts_and_nothing_else_change(mixchat, installed, text):
     before, shared = contents(installed), contents(installed, ["shared.safetensors"])
     size = read_manifest(installed).size
-    done = mixchat("calibrate", "mine", "--text", text)
+    done = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert (done.stdout, done.returncode) == (b"", 0), done.stderr
     assert lines_of(done)[-1] == "mine is calibrated"
     assert all(one != other for one, other in zip(contents(installed), before, strict=True))
@@ -73,7 +73,7 @@ def test_the_scales_follow_from_the_text(mixchat, installed, text):
     made = []
     for content in (TEXT, TEXT[::-1]):
         text.write_text(content)
-        assert mixchat("calibrate", "mine", "--text", text).returncode == 0
+        assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 0
         made.append(contents(installed))
     assert made[0] != made[1]
 
@@ -82,10 +82,10 @@ def test_cut_off_while_experts_are_made_it_resumes_with_the_same_inputs(
     mixchat, installed, text, monkeypatch
 ):
     whole = shutil.copytree(installed, installed.parent / "whole")
-    assert mixchat("calibrate", "whole", "--text", text).returncode == 0
+    assert mixchat("calibrate", "whole", "--calibrate-text", text).returncode == 0
     with monkeypatch.context() as patch:
         patch.setattr(_Converter, "_rewrite", interrupt_at(EXPERTS[1]))
-        stopped = mixchat("calibrate", "mine", "--text", text)
+        stopped = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert stopped.returncode == 130
     assert lines_of(stopped)[-1] == "interrupted; the same command resumes"
     assert (installed / CONVERSION_DIR).exists()
@@ -131,7 +131,7 @@ def test_cut_off_while_it_reads_the_model_is_as_before(mixchat, installed, text,
     before = contents(installed)
     with monkeypatch.context() as patch:
         patch.setattr(calibrate_module, "_run", interrupted)
-        assert mixchat("calibrate", "mine", "--text", text).returncode == 130
+        assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 130
     assert contents(installed) == before
     assert mixchat("verify", "mine").returncode == 0
     assert {path.name for path in installed.iterdir()}.isdisjoint({INPUTS_DIR, CONVERSION_DIR})
@@ -144,7 +144,7 @@ def test_inputs_that_no_conversion_needs_are_swept_away(mixchat, installed):
 
 
 def test_a_damaged_expert_of_a_calibrated_model_is_not_rebuilt(mixchat, installed, text):
-    assert mixchat("calibrate", "mine", "--text", text).returncode == 0
+    assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 0
     path = installed / EXPERTS[0]
     data = bytearray(path.read_bytes())
     data[5000] ^= 1
@@ -189,7 +189,7 @@ def test_a_download_cut_off_while_it_calibrates_names_the_command_that_resumes(
     begin, named = lines_of(stopped)[-1].split(": ")
     assert (begin, named) == (
         "interrupted; to resume",
-        f"mixchat calibrate mine --text '{text}'",
+        f"mixchat calibrate mine --calibrate-text '{text}'",
     )
     assert mixchat(*shlex.split(named)[1:]).returncode == 0
     assert mixchat(*command, "--calibrate").returncode == 0
@@ -207,7 +207,7 @@ def test_a_text_that_cannot_be_used_is_one_line(mixchat, installed, text, conten
     text.unlink()
     if content is not None:
         text.write_bytes(content)
-    done = mixchat("calibrate", "mine", "--text", text)
+    done = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert done.returncode == 2
     assert said in lines_of(done)[0]
     assert len(lines_of(done)) <= 2
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     monkeypatch.setattr(calibrate_module.machine, name, lambda *_: free)
     if what == "memory":  # loading asks for it, too
         monkeypatch.setattr(calibrate_module, "record_inputs", None)
-    done = mixchat("calibrate", "mine", "--text", text)
+    done = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert done.returncode == 7
     assert f"not enough {what}" in lines_of(done)[0]
     assert contents(installed) == before
@@ -232,6 +232,6 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
 
 def test_without_weights_to_round_there_is_nothing_to_calibrate(mixchat, checkpoint, text):
     mixchat("download", str(checkpoint), "--name", "dense", "--expert-bits", "16")
-    done = mixchat("calibrate", "dense", "--text", text)
+    done = mixchat("calibrate", "dense", "--calibrate-text", text)
     assert done.returncode == 2
     assert "no experts in 3 or 4 bits" in lines_of(done)[0]

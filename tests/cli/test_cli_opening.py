@@ -39,7 +39,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     monkeypatch.setattr("mixchat.text.checkpoint_text.CheckpointText", Text)
     monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
     flags = (
-        *("--ctx-size", "77", "--expert-memory", "50%", "--device", "cpu", "-s", "Be brief."),
+        *("--ctx-size", "77", "--host-memory", "50%", "--device", "cpu", "-s", "Be brief."),
         *("--temp", "0.3", "--top-p", "0.4", "--top-k", "5", "--min-p", "0.06"),
         *("--repeat-penalty", "1.7", "--seed", "8", "-n", "9", "--stop", "x", "--stop", "y"),
     )

@@ -189,7 +189,6 @@ HostMemory = Annotated[
     str | None,
     setting(
         "--host-memory",
-        "--expert-memory",
         check=MemoryBudget.parse,
         metavar="SIZE",
         help="RAM for experts: 300MB, 8GiB, or 50% of all experts.",
