@@ -4,6 +4,7 @@ The data goes one way: `Machine` (the hardware) and the options give a `Fit`; th
 `Measurement` give a `MachinePlan`.
 
 - plan.py: the plan of a model on a machine
+- hardware.py: the machine that a plan is for: this one, or one that a person tells about
 - fitting.py: where a model goes, for planning and for loading
 - expectation.py: how fast it will be: a model of time
 - prompts.py: how long prompts take

@@ -1,7 +1,7 @@
 """The output of commands: text, JSON, progress, errors.
 
 - print_answer.py: one answer, on a terminal, into a pipe, or as JSON
-- plan_text.py, plan_json.py: a plan
+- plan_verdict.py, plan_text.py, plan_json.py: a plan
 - model_text.py: the installed models
 - download_text.py: the plan of a download
 - table.py: columns of equal width

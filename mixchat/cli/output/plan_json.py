@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mixchat.cli.output import download_text
-from mixchat.cli.output.plan_text import next_command
+from mixchat.cli.output.plan_verdict import next_command
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.download_plan import weights_size

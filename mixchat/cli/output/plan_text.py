@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from mixchat.cli.output import download_text
+from mixchat.cli.output.plan_verdict import count_text, gpus_text, speed_text, verdict
 from mixchat.cli.output.table import aligned
 from mixchat.planning.calibration import IN_USE
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.quantities import (
     format_age,
-    format_least,
     format_rates,
     format_size,
     format_time,
@@ -26,7 +25,7 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.calibration import Measurement
-    from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
+    from mixchat.planning.expectation import Expectation, TokenCost
     from mixchat.planning.plan import Form, MachinePlan
     from mixchat.planning.spread import Spread
     from mixchat.weights.make.outline import Outline
@@ -37,7 +36,7 @@ Rows = Sequence[tuple[str, str]]
 def plan_as_text(found: Outline, plan: MachinePlan) -> str:
     """Return all of a plan, in sections."""
     sections: list[tuple[str, Rows]] = [
-        ("verdict", list(_verdict(found, plan))),
+        ("verdict", list(verdict(found, plan))),
         ("the machine" if plan.told.is_another else "this machine", list(_machine(plan))),
         (f"the model: {found.name}", list(_model(found, plan))),
         ("what goes where", list(_places(plan))),
@@ -61,80 +60,10 @@ def _section(title: str, text: str) -> str:
     return f"{title[0].upper()}{title[1:]}\n{indented}"
 
 
-def _verdict(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    """Yield three lines: whether it fits, how fast it is and what to type."""
-    for need in found.lacking:
-        missing = format_least(need.needed - need.free)
-        place = f" in {need.place}" if plan.told.free_disk is None else ""
-        yield (
-            "it does not fit",
-            f"{missing} of disk are missing: the download takes up to "
-            f"{format_least(need.needed)}{place}, {format_size(need.free)} are free",
-        )
-    if not found.lacking:
-        here = found.installed and not plan.told.is_another
-        yield "it runs here" if here else "it fits", _held(plan)
-    yield "speed", _speed_in_words(plan)
-    if command := next_command(found, plan):
-        yield "type", command
-    else:
-        yield "to do", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
-
-
-def _held(plan: MachinePlan) -> str:
-    """Return where the experts are, the fastest memory first."""
-    placement, expected = plan.fit.placement, plan.expected
-    first = sum(placement.by_device)
-    where = "in RAM" if plan.machine.free.device is None else f"on {_gpus(plan)}"
-    parts = [f"{first} of {_count(placement.experts, 'expert')} {where}"]
-    if expected.held > first:
-        parts.append(f"{expected.held - first} in RAM")
-    if expected.held < placement.experts:
-        parts.append(f"{placement.experts - expected.held} on disk, read when a token needs them")
-    return ", ".join(parts)
-
-
-def _speed_in_words(plan: MachinePlan) -> str:
-    expected, text = plan.expected, _speed(plan.expected.speed)
-    if plan.spread is not None:
-        expected = plan.spread.expected
-        workers = _count(len(plan.spread.offers), "worker")
-        text = f"{_speed(expected.speed)} with {workers}, {text} without"
-    elif expected.answers > 1:
-        together = _speed(expected.together)
-        text = f"{text} for each of {expected.answers} answers at once, {together} together"
-    if expected.speed is not None:
-        text += f", {expected.speed.in_words}"
-    if plan.gpu_is_assumed:
-        return f"{text} (of a GPU whose speed is assumed)"
-    return f"{text} (measured on a busy machine)" if plan.measurement.busy else text
-
-
-def next_command(found: Outline, plan: MachinePlan) -> str | None:
-    """Return what to type next: what downloads the model, or what runs it as it was planned."""
-    if found.lacking:
-        return None
-    if not found.installed:
-        return shlex.join(("mixchat", "download", *found.arguments))
-    options = plan.fit.options
-    serves = ("serve", "-m", found.name, "--parallel", str(options.parallel))
-    run = serves if options.parallel > 1 else ("run", "-m", found.name)
-    flags = {
-        "--ctx-size": options.context_size,
-        "--kv-bits": options.kv_bits,
-        "--device": options.device,
-        "--host-memory": options.host_memory,
-        "--device-memory": ",".join(map(str, options.device_memory)) or None,
-        "--worker": " --worker ".join(options.workers) or None,
-    }
-    given = (f"{flag} {value}" for flag, value in flags.items() if value is not None)
-    return " ".join((shlex.join(("mixchat", *run)), *given))
-
-
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     there, told = plan.machine, plan.told
     not_told = ", this machine's" if told.is_another else ""
-    yield "CPU", f"{there.cpu}, {_count(there.cores, 'core')}{not_told}"
+    yield "CPU", f"{there.cpu}, {count_text(there.cores, 'core')}{not_told}"
     limit = f" (limit: {there.free.limit})" if there.free.limit else ""
     yield "RAM", f"{_memory(there.memory, there.free.host, told.ram is not None)}{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
@@ -187,7 +116,7 @@ def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
     when = datetime.fromtimestamp(made.measured_at).strftime("%Y-%m-%d %H:%M")
     age, count = format_age(time.time() - made.measured_at), len(made.samples)
-    yield "measured", f"{when} ({age}), {_count(count, 'sample')}; --measure measures again"
+    yield "measured", f"{when} ({age}), {count_text(count, 'sample')}; --measure measures again"
     yield "", f"on {made.cpu}, and the disk of {made.directory}"
     if made.busy:
         yield "", "measured on a busy machine: better figures come when it is idle"
@@ -206,7 +135,7 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
     parallel = plan.fit.options.parallel
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
-    size, tokens = format_size(demand.context), _count(plan.fit.context, "token")
+    size, tokens = format_size(demand.context), count_text(plan.fit.context, "token")
     yield "context", f"{size} for {tokens}{each}"
     when = "installed" if found.installed else "once it is downloaded"
     yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
@@ -214,7 +143,7 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
-    slots = f"{placement.slots} of {_count(placement.experts, 'expert')}, the shared weights"
+    slots = f"{placement.slots} of {count_text(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
         left = free.host - demand.shared - placement.slots * demand.expert
         yield "RAM", f"{slots}; {format_size(left)} left free"
@@ -225,13 +154,14 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "GPU", f"{slots}, the context; {format_size(left)} left free"
         for (name, size), count in zip(free.others.items(), placement.other_slots, strict=True):
             left = size - count * demand.expert
-            held = _count(count, "expert") if count else "not used, for two experts do not fit"
+            held = count_text(count, "expert") if count else "not used, for two experts do not fit"
             yield name, f"{held}; {format_size(left)} left free"
-        left = free.host - placement.host_slots * demand.expert
-        behind = _count(placement.host_slots, "expert") if placement.host_slots else "no experts"
-        fit = sum(placement.by_device) + placement.host_slots
+        host = placement.host_slots
+        left = free.host - host * demand.expert
+        behind = count_text(host, "expert") if host else "no experts"
+        fit = sum(placement.by_device) + host
         if plan.expected.held < min(fit, placement.experts):
-            behind += f", those on {_gpus(plan)} among them"
+            behind += f", those on {gpus_text(plan)} among them"
         yield "RAM", f"{behind}; {format_size(left)} left free"
     yield "disk", _rest(placement.experts - plan.expected.held)
 
@@ -239,7 +169,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 def _rest(experts: int) -> str:
     if not experts:
         return "nothing that is read more than once"
-    return f"the other {_count(experts, 'expert')}, read when a token needs them"
+    return f"the other {count_text(experts, 'expert')}, read when a token needs them"
 
 
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -249,7 +179,7 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if plan.machine.free.device is None:
         yield "cache hits", f"{hits} are in RAM"
     else:
-        held = f"{hits} are on {_gpus(plan)}"
+        held = f"{hits} are on {gpus_text(plan)}"
         yield "cache hits", f"{held}, {expected.host_hit_rate:.0%} there or in RAM"
     if plan.prompt is not None:
         rates = format_rates(plan.prompt.low, plan.prompt.high)
@@ -267,12 +197,12 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
 
 def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
     if expected.cost is None:
-        yield "decode", _speed(None)
+        yield "decode", speed_text(None)
         return
     yield "decode", f"{_pace(expected)}: a token takes {_time(expected.cost.seconds)}"
     yield from (("", reason) for reason in _reasons(expected.cost))
     if expected.answers > 1:
-        yield "together", f"{_speed(expected.together)} of {expected.answers} answers at once"
+        yield "together", f"{speed_text(expected.together)} of {expected.answers} answers at once"
 
 
 def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
@@ -282,8 +212,8 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
         ("3 bits", form.fit, form.expected),
     ):
         size = format_size(weights_size(fit.blueprint))
-        held = f"{expected.held} of {_count(fit.placement.experts, 'expert')} in memory"
-        yield bits, f"{size} of disk, {held}, {_speed(expected.speed)}"
+        held = f"{expected.held} of {count_text(fit.placement.experts, 'expert')} in memory"
+        yield bits, f"{size} of disk, {held}, {speed_text(expected.speed)}"
         plain, calibrated = DEMO_LOSS[fit.blueprint.quantization.quant_type]
         demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
         yield "", f"the demo model's perplexity rises by {demo}"
@@ -292,11 +222,11 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
 
 def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:
     for offer, held in zip(spread.offers, spread.held, strict=True):
-        yield offer.address, f"holds {_count(held, 'expert')}, with room for {offer.slots}"
+        yield offer.address, f"holds {count_text(held, 'expert')}, with room for {offer.slots}"
         each = f"{_time(offer.expert_seconds)} for an expert and a token"
         yield "", f"takes {each}, and {_time(offer.round_trip)} for the way there and back"
     beside = f", {spread.copies} of them beside a worker" if spread.copies else ""
-    yield "this machine", f"holds {_count(spread.here, 'expert')}{beside}"
+    yield "this machine", f"holds {count_text(spread.here, 'expert')}{beside}"
     yield "disk", _rest(plan.fit.placement.experts - spread.expected.held)
     yield from _decode(spread.expected)
 
@@ -330,23 +260,9 @@ def _download(found: Outline) -> str:
     return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
 
 
-def _gpus(plan: MachinePlan) -> str:
-    return "the GPUs" if plan.machine.free.others else "the GPU"
-
-
 def _pace(expected: Expectation) -> str:
     each = " for each answer" if expected.answers > 1 else ""
-    return f"{_speed(expected.speed)}{each}"
-
-
-def _speed(speed: SpeedRange | None) -> str:
-    if speed is None:
-        return "unknown, because the disk could not be measured"
-    return f"{format_rates(speed.low, speed.high)} tok/s"
-
-
-def _count(count: int, unit: str) -> str:
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    return f"{speed_text(expected.speed)}{each}"
 
 
 def _rate(bytes_per_second: float) -> str:
