@@ -176,7 +176,7 @@ def _host_compute(
         return None  # the CPU computes this layout slowly, or not at all
     known = saved_measurement(blueprint, directory, device)
     if known is None:
-        note("measuring this machine, about 10 s (only the first time)")
+        note("measuring this machine, 20 s at most (only the first time)")
         known = measure_machine(blueprint, directory, device)
     measured = known.typical
     if measured.copy_bandwidth is None:
