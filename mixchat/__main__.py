@@ -1,12 +1,11 @@
 """`mixchat` and `python -m mixchat` start here."""
 
-from __future__ import annotations
+# First of all, and without the module `signal`, whose import takes milliseconds: at Ctrl-C Python's
+# own handler prints a traceback.
+import _signal
 
-import signal
-
-# Before the imports, which take a moment: Python's own handler would print a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import os
 import sys

@@ -1,6 +1,7 @@
 """Stress of a chat with the demo model in a real terminal, and texts that could act on it.
 
-    python tests/campaigns/chat.py [--interrupts 50] [--pipes 100] [--payloads 200] [--texts 1000]
+    python tests/campaigns/chat.py [--early 12] [--interrupts 50] [--pipes 100] [--payloads 200]
+        [--texts 1000]
 
 The demo model must be installed. Exit code 0: no fault was found.
 """
@@ -61,6 +62,33 @@ def interrupts(rounds: int, work: Path) -> list[str]:
         f"(median), {max(seconds) * 1e3:.0f} ms at most"
     )
     return faults + [f"{s * 1e3:.0f} ms until the prompt" for s in seconds if s > 0.5]
+
+
+def early(rounds: int, work: Path) -> list[str]:
+    """Press Ctrl-C right after Enter: the answer stops, however soon it is."""
+    from terminal import Terminal
+
+    environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
+    faults = []
+    with Terminal([*MIXCHAT, "run", "-m", "demo", "-n", "40"], environment) as terminal:
+        terminal.wait_for(PROMPT, 60)
+        for milliseconds in (0, 5, 10, 20, 30):
+            stopped = sum(stops_early(terminal, milliseconds / 1000) for _ in range(rounds))
+            print(f"Ctrl-C {milliseconds} ms after Enter: {stopped} of {rounds} answers stopped")
+            if stopped < rounds:
+                faults.append(f"{rounds - stopped} answers went on after {milliseconds} ms")
+    return faults
+
+
+def stops_early(terminal: Any, seconds: float) -> bool:
+    """Ask, and press Ctrl-C so many seconds later: whether the answer stopped."""
+    time.sleep(0.3)
+    terminal._seen = len(terminal.look().encode())
+    terminal.type(LONG + ENTER)
+    time.sleep(seconds)
+    terminal.type(CTRL_C)
+    terminal.wait_for("\x1b[?2004l")  # the line was taken
+    return "(stopped" in terminal.wait_for(PROMPT)
 
 
 def pipes(rounds: int, work: Path) -> list[str]:
@@ -200,7 +228,8 @@ def home(work: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, count in (("interrupts", 50), ("pipes", 100), ("payloads", 200), ("texts", 1000)):
+    counts = {"early": 12, "interrupts": 50, "pipes": 100, "payloads": 200, "texts": 1000}
+    for name, count in counts.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     asked = parser.parse_args()
     os.environ["TERM"] = "xterm"
@@ -208,6 +237,8 @@ def main() -> None:
         faults = payloads(asked.payloads)
         if asked.texts:
             faults += texts(asked.texts)
+        if asked.early:
+            faults += early(asked.early, Path(name))
         if asked.interrupts:
             faults += interrupts(asked.interrupts, Path(name))
         if asked.pipes:

@@ -1,6 +1,6 @@
 """SIGTERM, SIGHUP and SIGINT at random moments of a start, an answer and a chat of the demo.
 
-    python tests/campaigns/signals.py [--one 300] [--chats 100] [--at-once 1]
+    python tests/campaigns/signals.py [--starts 100] [--one 300] [--chats 100] [--at-once 1]
 
 Each process has to end with 128 + n as a shell counts it, within a second, and say nothing; a chat
 keeps what was said, and leaves the terminal as it was. The demo model has to be installed already.
@@ -33,6 +33,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LATEST = 8.0  # seconds after the start
 SOON = 1.0  # seconds
 PATIENCE = 60  # seconds
+START = 0.12  # seconds
+OURS = f"{Path('mixchat', '__main__.py')}"  # in a traceback
 
 
 @dataclass
@@ -111,6 +113,30 @@ def one_shots(count: int, at_once: int, work: Path, seed: int) -> Found:
     return found
 
 
+def starts(count: int, work: Path, seed: int) -> list[str]:
+    """Ctrl-C while Python starts: a traceback may come from Python's own files, not from ours."""
+    chance, ends, faults = random.Random(seed), Counter[str](), []
+    environment = os.environ | {"MIXCHAT_HOME": str(home(work))}
+    for _ in range(count):
+        at = chance.random() * START
+        with subprocess.Popen(
+            [*MIXCHAT, "--version"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            time.sleep(at)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=PATIENCE)
+        ours = OURS in errors
+        ends["quiet" if not errors else "ours" if ours else "Python's own traceback"] += 1
+        if ours:
+            faults.append(f"Ctrl-C at {at:.3f} s: {errors!r}")
+    print(f"\nCtrl-C within {START} s of the start: {dict(ends)}", flush=True)
+    return faults
+
+
 def chats(count: int, work: Path, seed: int) -> Found:
     """A chat, ended while it starts, waits, reads and answers."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "cli"))
@@ -162,6 +188,7 @@ def lost(screen: str, place: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--starts", type=int, default=100)
     parser.add_argument("--one", type=int, default=300)
     parser.add_argument("--chats", type=int, default=100)
     parser.add_argument("--at-once", type=int, default=1)
@@ -170,6 +197,8 @@ def main() -> None:
     faults = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     with TemporaryDirectory(prefix="mixchat-campaign-") as name:
+        if asked.starts:
+            faults += starts(asked.starts, Path(name), asked.seed)
         if asked.one:
             found = one_shots(asked.one, asked.at_once, Path(name), asked.seed)
             found.tell("one answer")

@@ -1,6 +1,9 @@
 """The chat as a person meets it: a process in a pseudo-terminal."""
 
+import time
+
 import pyte
+import pytest
 from command_line import FAKE
 from terminal import Terminal
 
@@ -59,6 +62,21 @@ def test_ctrl_c_stops_an_answer_and_the_chat_continues(environment, tmp_path):
     said = said.removeprefix("[user]Hi[assistant]").removesuffix("[user]Well?")
     assert 3 <= len(said) < 2000
     assert set(said) == {"x"}
+
+
+@pytest.mark.parametrize("milliseconds", [0, 5, 10, 20, 30])
+def test_ctrl_c_right_after_enter_stops_the_answer(environment, milliseconds):
+    """Within 20 ms it was a key for the next prompt, and the whole answer was given."""
+    variables = environment | {"SCRIPT": f'["{"x" * 9000}"]', "DELAY": "0.02"}
+    with Terminal([*FAKE, "run"], variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("Hi" + ENTER)
+        time.sleep(milliseconds / 1000)
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped", 30)
+        terminal.wait_for(">>>")
+        terminal.type(CTRL_D)
+        assert terminal.wait_for_end() == 0
 
 
 def test_an_error_in_a_turn_is_one_line_and_the_chat_continues(environment):

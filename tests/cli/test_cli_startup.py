@@ -130,6 +130,27 @@ def test_help_names_every_command(mixchat):
     assert all(f"  {name} " in said for name in ("run", "download", "list", "show"))
 
 
+def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
+    """The import of `signal` came first: Ctrl-C in its milliseconds printed a traceback."""
+    code = (
+        "import _signal, sys\n"
+        "seen = {}\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        seen[name] = _signal.getsignal(_signal.SIGINT)\n"
+        "_signal.signal(_signal.SIGINT, _signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "for name in ('__future__', 'signal', 'enum', 're'):\n"
+        "    sys.modules.pop(name, None)\n"
+        "import mixchat.__main__\n"
+        "from mixchat import interrupts\n"
+        "del seen['mixchat'], seen['mixchat.__main__']\n"
+        "seen = {name: handler == _signal.SIG_DFL for name, handler in seen.items()}\n"
+        "assert seen['signal'] and all(seen.values()), seen\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
     """A model in the making is removed on the way out; the default action would leave it there."""

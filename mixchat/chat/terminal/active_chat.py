@@ -161,9 +161,12 @@ class ActiveChat:
         finally:  # Ctrl-C may come when the answer is there
             if self.session.history is not before:
                 self.attached.clear()
-        if self.attached:  # there was no answer: nothing is lost, and nothing hidden
-            names = one_line(", ".join(self.attached))
-            self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
+        self._note_attached()
+
+    def stopped(self) -> None:
+        """Note that Ctrl-C came before what was typed was begun."""
+        self.screen.say("(stopped)\n")
+        self._note_attached()
 
     def answer(self, ask: Ask, said: str = "") -> None:
         """Ask, show the answer, or the rest of one that has `said` something, and save the chat."""
@@ -183,6 +186,11 @@ class ActiveChat:
             if self.session.history is not before:
                 with interrupts.deferred(), interrupts.saving():
                     self.saver.save()
+
+    def _note_attached(self) -> None:
+        if self.attached:  # there was no answer: nothing is lost, and nothing hidden
+            names = one_line(", ".join(self.attached))
+            self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 
     def count_figures(self) -> None:
         """Count what the status line shows again, after a command may have changed it."""

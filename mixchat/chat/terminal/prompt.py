@@ -63,6 +63,8 @@ class ChatPrompt:
     ) -> None:
         self.typed = False
         """There was text when Ctrl-C was pressed."""
+        self.sent = False
+        """The last text was sent: a Ctrl-C that comes now is for what it asks."""
         self.quoted = False
         """The last text was in quotes, so it is no command, whatever it starts with."""
         self._status = status
@@ -75,9 +77,10 @@ class ChatPrompt:
     def read(self, default: str = "") -> str:
         """Return the text, which the user edits from `default`, without newlines at its end.
 
-        Raises `EOFError` at Ctrl-D on an empty line, and `KeyboardInterrupt` at Ctrl-C.
+        Raises `EOFError` at Ctrl-D on an empty line, and `KeyboardInterrupt` at Ctrl-C, also at one
+        that comes right after the text is `sent`.
         """
-        self.typed = self.quoted = False
+        self.typed = self.sent = self.quoted = False
         self._warn_of_history()
         text = self._ask(default)
         while self._to_editor:
@@ -91,7 +94,9 @@ class ChatPrompt:
         self._to_editor = self._session.app.erase_when_done = False
         try:
             with reading_keys(self._session.app.input):
-                return self._session.prompt(_PROMPT, default=default)
+                text = self._session.prompt(_PROMPT, default=default)
+                self.sent = bool(text.strip()) and not self._to_editor
+            return text
         except KeyboardInterrupt:
             self.typed = bool(self._session.default_buffer.text)
             raise

@@ -19,6 +19,7 @@ class Prompt(Protocol):
     """The line at which a person types."""
 
     typed: bool  # something, when Ctrl-C came
+    sent: bool  # the text that was read: Ctrl-C is for what it asks then
     quoted: bool  # the text that was read: no command then
 
     def read(self, default: str = "") -> str: ...
@@ -65,7 +66,10 @@ class Repl:
         self._chat.count_figures()
 
     def _after_ctrl_c(self) -> None:
-        """Leave at the second Ctrl-C in a row; the first one clears the line."""
+        """Leave at the second Ctrl-C in a row; the first one clears the line, or stops its text."""
+        if self._prompt.sent:
+            self._chat.stopped()
+            return
         if self._about_to_leave and not self._prompt.typed:
             self._chat.leave()
             return

@@ -16,6 +16,7 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
+from prompt_toolkit.keys import Keys
 
 _CTRL_D = b"\x04"
 # A terminal puts these around a paste, if it was told to mark pastes.
@@ -75,11 +76,38 @@ def reading_keys(source: Input) -> Iterator[None]:
     Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
     Ctrl-J: a line would not be sent. The same is true for a line that comes after the first look
     at what waits, so there is a second one when the terminal no longer does that.
+
+    Raises `KeyboardInterrupt` at the end if Ctrl-C came behind the Enter that ended the prompt: the
+    terminal did not make a signal of it yet.
     """
     _take(source, _waiting_bytes)
     with source.raw_mode():
         _take(source, _late_bytes)
         yield
+        with suppress(OSError, NotImplementedError, termios.error):  # no terminal
+            _turn_on_signals(source.fileno())
+        _take(source, _late_bytes)
+        if _drop_ctrl_c(source):
+            raise KeyboardInterrupt
+
+
+def _turn_on_signals(fd: int) -> None:
+    """Let the terminal make a signal of Ctrl-C, and keep what was typed before it."""
+    attributes = termios.tcgetattr(fd)
+    attributes[3] |= termios.ISIG | termios.NOFLSH
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+
+
+def _drop_ctrl_c(source: Input) -> bool:
+    """Drop a Ctrl-C that waits before the Enter of another line. Return whether there was one."""
+    keys = get_typeahead(source)
+    ends = (Keys.ControlC, Keys.ControlM)
+    at = next((i for i, press in enumerate(keys) if press.key in ends), None)
+    found = at is not None and keys[at].key == Keys.ControlC
+    if found:
+        del keys[at]
+    store_typeahead(source, keys)
+    return found
 
 
 def _take(source: Input, read: Callable[[Input], bytes]) -> None:

@@ -12,7 +12,7 @@ from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.errors import PromptError
 
 
-@pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, CTRL_C * 2])
+@pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, "\r" + CTRL_C * 2])
 def test_it_answers_turn_after_turn_until_the_user_leaves(session_of, leave):
     session = session_of("Hello", "Fine")
     chat = Chat(session, "Hi\rHow are you?\r" + leave)
@@ -39,10 +39,21 @@ def test_ctrl_c_after_typing_again_does_not_leave(session_of):
     assert prompts_of(session) == ["[user]Hi"]
 
 
-def test_ctrl_c_twice_with_a_question_in_between_does_not_leave(session_of):
-    session = session_of("Hello", "Fine")
-    Chat(session, CTRL_C + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
-    assert len(session.engine.prompts) == 2
+def test_ctrl_c_right_after_enter_stops_the_answer_and_does_not_leave(session_of):
+    """It was taken for a key at the next prompt, if it came before the prompt's end: the answer was
+    given, and another Ctrl-C would have left."""
+    session = session_of("Fine")
+    chat = Chat(session, CTRL_C + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
+    assert chat.text.endswith("(stopped)\n\nFine\n\n")
+    assert prompts_of(session) == ["[user]And?"]
+
+
+def test_a_file_stays_before_the_question_after_one_that_was_stopped_at_once(session_of, tmp_path):
+    (tmp_path / "a").write_text("text")
+    session = session_of("Fine")
+    keys = f"/read {tmp_path / 'a'}\rHi\r" + CTRL_C + "And?\r" + CTRL_D
+    assert "still before the next question" in Chat(session, keys).text
+    assert prompts_of(session) == ["[user]text\n\nAnd?"]
 
 
 def test_clear_forgets_the_conversation(session_of):

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -58,3 +59,21 @@ def test_what_is_typed_at_the_prompt_stays_what_it_is() -> None:
         assert get_typeahead(source) == []
         os.write(person, b"a\nb\r")
         assert os.read(source.fileno(), 100) == b"a\nb\r"
+
+
+def test_ctrl_c_behind_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() -> None:
+    """It was read as a key in raw mode, and the answer that it should stop was given."""
+    with terminal() as (person, source):
+        with pytest.raises(KeyboardInterrupt), typeahead.reading_keys(source):
+            os.write(person, b"a\x03b\x03")
+            select.select([source.fileno()], [], [], 10)
+        assert [press.key for press in get_typeahead(source)] == ["a", "b", Keys.ControlC]
+
+
+def test_ctrl_c_behind_the_enter_of_another_line_is_left_to_that_line() -> None:
+    with terminal() as (person, source):
+        with typeahead.reading_keys(source):
+            os.write(person, b"a\r\x03")
+            select.select([source.fileno()], [], [], 10)
+        keys = [press.key for press in get_typeahead(source)]
+        assert keys == ["a", Keys.ControlM, Keys.ControlC]
