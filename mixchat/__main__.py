@@ -2,7 +2,7 @@
 
 # First of all, and without the module `signal`, whose import takes milliseconds: at Ctrl-C Python's
 # own handler prints a traceback.
-import _signal
+import _signal  # type: ignore[import-not-found]
 
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -54,15 +54,19 @@ class OutputFile:
     def write(self, data: bytes) -> None:
         """Write all of `data`, or leave no file. Raises `ResourceError` where the disk is full."""
         with self.open() as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError as error:
-                if regular:
-                    with suppress(OSError):
-                        self.place.unlink()
-                raise self.write_error(error) from None
+            self.write_first(file, data)
+
+    def write_first(self, file: BinaryIO, data: bytes) -> None:
+        """Write all of `data` to the file that `open` returned, or leave no file, as `write`."""
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            if regular:
+                with suppress(OSError):
+                    self.place.unlink()
+            raise self.write_error(error) from None
 
     def open(self) -> BinaryIO:
         """Return the file, empty and open for writing, without a buffer. Raises as `write` does."""

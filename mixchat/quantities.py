@@ -10,6 +10,7 @@ from mixchat.errors import UsageError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", re.IGNORECASE | re.ASCII)
+_FEWEST = 10_000  # bytes that can be meant without a unit
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class MemoryBudget:
             if not 0 < number <= 100:
                 raise UsageError(f"{text!r} is not between 0% and 100%")
             return cls(fraction=number / 100)
+        if text.strip()[-1].isdigit() and 0 < number < _FEWEST:
+            raise UsageError(
+                f"{text!r} is an amount of {number:.0f} bytes, too few for anything",
+                hint=f"For gigabytes: {text.strip()}GB.",
+            )
         return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
 
     @classmethod

@@ -13,6 +13,8 @@ from mixchat.quantities import MemoryBudget, format_age, format_least, format_ra
         ("1.5GiB", 3 * 2**29),
         ("2gib", 2**31),
         ("12345", 12345),
+        ("8B", 8),
+        ("0", 0),
         (" 7 kB ", 7000),
     ],
 )
@@ -62,7 +64,7 @@ def test_sizes_are_written_with_three_digits(size: int, text: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 999, 1001, 24_576, 187_170_816, 10**9, 4_199_999_999])
 def test_a_minimum_is_rounded_up(size: int) -> None:
-    shown = MemoryBudget.parse(format_least(size).replace("bytes", "")).of(0)
+    shown = MemoryBudget.parse(format_least(size).replace("bytes", "B")).of(0)
     assert size <= shown <= 1.1 * size
 
 
@@ -95,3 +97,11 @@ def test_rates_have_two_digits_and_are_one_where_they_are_the_same(
 )
 def test_an_age_has_one_unit(seconds: float, text: str) -> None:
     assert format_age(seconds) == text
+
+
+@pytest.mark.parametrize("text", ["8", " 16 ", "1.5", "9999"])
+def test_a_bare_number_that_means_gigabytes_is_refused(text: str) -> None:
+    """`--host-memory 8` was taken for 8 bytes."""
+    with pytest.raises(UsageError, match="bytes") as refused:
+        MemoryBudget.parse(text)
+    assert refused.value.hint == f"For gigabytes: {text.strip()}GB."

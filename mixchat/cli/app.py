@@ -11,6 +11,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mixchat import __version__, interrupts
 from mixchat.chat import printing
@@ -22,6 +23,7 @@ from mixchat.cli.download import download
 from mixchat.cli.flags.chat_flags import RunCommand
 from mixchat.cli.flags.config_defaults import apply_config
 from mixchat.cli.flags.config_flag import explained
+from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
 from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
@@ -47,14 +49,26 @@ _OLD_NAMES = {
     "--calibrate-text": "--text",
     "--depth": "--context",
 }
+_WIDEST = 120  # columns of --help, if the terminal has more
+
+
+class Commands(TyperGroup):
+    """Refuses a command that does not exist with the best answer that is known."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            raise unknown_command(args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     name="mixchat",
+    cls=Commands,
     add_completion=False,  # see flags/shell_completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST},
     epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
@@ -118,7 +132,7 @@ def _mixchat(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "-V", "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
     completing: Annotated[
@@ -194,12 +208,18 @@ def _invoke(arguments: Sequence[str]) -> int:
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
     try:
+        refuse_foreign_flags(arguments)
         with command.make_context("mixchat", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as ending:
         return ending.exit_code
     except typer.BadParameter as error:
         raise explained(error) from None
+    except Exception as error:
+        # Typer's error for an unknown flag has these; its class has no public name.
+        if flag := hasattr(error, "possibilities") and getattr(error, "option_name", None):
+            raise unknown_flag(flag, error.ctx) from None  # type: ignore[attr-defined]
+        raise
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixchat.chat.printing import draw, say, show
+from mixchat.cli.flags.config_flag import settings_of, value_source
 from mixchat.cli.flags.model_flags import model_argument
 from mixchat.cli.output.png import PNG_HELP, checked_picture, new_figure, write_figure
 from mixchat.errors import ModelNotFoundError
@@ -29,7 +30,13 @@ _COLOURS = {
 
 
 def stats(
-    model: Annotated[str, model_argument("A name, as for 'mixchat run -m'.")] = "instruct",
+    context: typer.Context,
+    model: Annotated[
+        str,
+        model_argument(
+            "A name, as for 'mixchat run -m'.", show_default="the model of the last run"
+        ),
+    ] = "instruct",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     png: Annotated[
         Path | None,
@@ -38,7 +45,8 @@ def stats(
 ) -> None:
     """Show each expert's use in the last run, and where it was held."""
     picture = checked_picture(png)
-    report = _last_report(model)
+    is_named = value_source(context, settings_of(context.command)["model"]) != "default"
+    report = _last_report(model, is_named)
     if picture is not None:
         write_figure(picture, _picture(report))
         say(f"wrote {png}")
@@ -50,11 +58,13 @@ def stats(
         draw(drawn(report, sys.stdout))
 
 
-def _last_report(name: str) -> ExpertReport:
+def _last_report(name: str, is_named: bool) -> ExpertReport:
+    """Return the last report of a model; if none is named, that of the last run."""
     from mixchat.engine.report import load_report
-    from mixchat.engine.report_path import report_path
+    from mixchat.engine.report_path import newest_report_path, report_path
 
-    path = report_path(name)
+    newest = None if is_named else newest_report_path()
+    path = newest or report_path(name)
     if not path.exists():
         raise ModelNotFoundError(
             f"there is no report of a run of {name!r} yet", hint=f"mixchat run -m {name} saves one."

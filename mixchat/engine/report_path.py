@@ -17,6 +17,12 @@ def report_path(name: str) -> Path:
     return report_path_by_key(resolve(name).key)
 
 
+def newest_report_path() -> Path | None:
+    """Return the path of the report that was written last; None without one."""
+    paths = (data_dir() / "stats").glob("*.json")
+    return max(paths, key=lambda path: path.lstat().st_mtime_ns, default=None)
+
+
 def report_path_by_key(key: str) -> Path:
     """Return the path for the key of an installed model: the name of its directory."""
     return data_dir() / "stats" / f"{key}.json"

@@ -48,6 +48,10 @@ def trace_file(path: Path) -> OutputFile:
     return OutputFile("--trace", path, _is_ours)
 
 
+def _line(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
 def _is_ours(head: bytes) -> bool:
     return head.startswith(_BEGINNING)
 
@@ -68,7 +72,12 @@ class TraceWriter:
         # could fail again.
         self._file: BinaryIO | None = self._output.open()
         counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
-        self._write({"format": FORMAT, "version": VERSION, "model": model} | counts)
+        header = {"format": FORMAT, "version": VERSION, "model": model} | counts
+        try:
+            self._output.write_first(self._file, _line(header))
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, layer: int, selected: list[int]) -> None:
         """Record the experts that a layer selected; layer 0 starts a forward pass.
@@ -97,7 +106,7 @@ class TraceWriter:
     def _write(self, value: object) -> None:
         if self._file is None:
             return
-        rest = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        rest = _line(value)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
@@ -127,10 +129,11 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
     if _is_key(name) and (models_dir() / name).is_dir():
         repo = name.replace("--", "/", 1)
         return ModelRef(name, key or name, repo=repo if _is_repo_id(repo) else None)
-    if _is_clean(name) and os.path.isdir(name):
-        path = Path(os.path.abspath(name))
+    if (path := _directory_of(name)) is not None:
         return ModelRef(name, key or _directory_key(path), path=path)
-    raise ModelNotFoundError(f"there is no model {_shown(name)}", hint=_NAMES_HINT)
+    meant = _meant(name)
+    hint = f"Did you mean {meant}?" if meant else _NAMES_HINT
+    raise ModelNotFoundError(f"there is no model {_shown(name)}", hint=hint)
 
 
 def installed_directory(name: str, *, anywhere: bool = True) -> Path:
@@ -138,9 +141,12 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
 
     With `anywhere`, `name` may also be the path of an installed model outside the data directory.
     """
+    path = _directory_of(name) if anywhere else None
+    if path is not None and is_installed(path):
+        return path
+    if path is not None and not _is_own_key(path.name):
+        raise _no_model_in(path)
     ref = resolve(name)
-    if anywhere and ref.path is not None and is_installed(ref.path):
-        return ref.path
     directory = ref.directory
     if is_installed(directory):
         return directory
@@ -149,6 +155,8 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
             f"the model {_shown(name)} is unfinished: its download was interrupted",
             hint=f"To resume it: mixchat download {name}",
         )
+    if path is not None and not _has_checkpoint(path):
+        raise _no_model_in(path)
     hint = f"Download it first: mixchat download {name}"
     if ref.repo in ALIASES.values():
         hint += f" ({_FETCHED}). 'mixchat plan {name}' says how it would run on this machine, and "
@@ -223,6 +231,40 @@ def describe(directory: Path) -> ModelEntry:
         context=config.max_position_embeddings,
         weights=manifest.size,
     )
+
+
+def _directory_of(name: str) -> Path | None:
+    """Return the directory that `name` means, if it is not the name of a model."""
+    if name == DEMO or name in ALIASES or _is_repo_id(name):
+        return None
+    if _is_key(name) and (models_dir() / name).is_dir():
+        return None
+    is_directory = _is_clean(name) and os.path.isdir(name)
+    return Path(os.path.abspath(name)) if is_directory else None
+
+
+def _meant(name: str) -> str | None:
+    """Return the name here of a model that other programs call `name`, or that is spelled so."""
+    lower = name.lower()
+    if re.match(r"mixtral\b", lower):
+        return "base" if re.search(r"\b(base|text)\b", lower) else "instruct"
+    known = {each.lower(): each for each in (*ALIASES, DEMO, *installed_names())}
+    near = get_close_matches(lower, known, 1)
+    return known[near[0]] if near else None
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    return (directory / "config.json").exists()
+
+
+def _no_model_in(directory: Path) -> ModelNotFoundError:
+    """Return the error for a directory in which there is no installed model."""
+    if _has_checkpoint(directory):
+        place = shlex.quote(str(directory))
+        hint = f"Install the checkpoint in it first: mixchat download {place} --name NAME"
+    else:
+        hint = "There is no checkpoint in it either, which has a config.json."
+    return ModelNotFoundError(f"there is no installed model in {directory}", hint=hint)
 
 
 def _directory_key(path: Path) -> str:

@@ -119,7 +119,7 @@ def test_a_picture_is_drawn(mixchat, tiny, tmp_path):
         ((), "give a MODEL, or --synthetic LAYERS"),
         (("demo", "--synthetic", "4"), "give a MODEL, or --synthetic LAYERS"),
         (("demo", "--kv-bits", "4"), "--kv-bits has to be 8 or 16, not 4"),
-        (("--synthetic", "33"), "Invalid value for '--synthetic'"),
+        (("--synthetic", "33"), "--synthetic has to be at most 32, not '33'"),
     ],
 )
 def test_what_cannot_be_is_refused(mixchat, arguments, said):

@@ -35,7 +35,7 @@ def test_the_list_of_commands_has_each_once_and_the_other_names_in_a_line(mixcha
 def test_help_of_no_command_says_what_a_command_line_with_it_says(mixchat):
     done, other = mixchat("help", "rum"), mixchat("rum")
     assert done.stderr == other.stderr
-    assert b"No such command 'rum'" in done.stderr
+    assert b"there is no command 'rum'" in done.stderr
     assert (done.returncode, other.returncode) == (2, 2)
 
 

@@ -72,9 +72,15 @@ def test_stats_draws_the_last_run(mixchat, kept, monkeypatch):
     assert "2 tokens" in shown[-3]
 
 
-def test_stats_is_of_instruct_by_default(mixchat, home):
-    save_report(report_path("instruct"), replace(REPORT, model="the default"))
-    assert b"the default" in mixchat("stats").stdout
+def test_stats_is_of_the_last_run_unless_a_model_is_named(mixchat, home):
+    """After a chat with the demo it asked for a run of instruct."""
+    for time, model in enumerate(("demo", "instruct", "base")):
+        save_report(report_path(model), replace(REPORT, model=f"of {model}"))
+        os.utime(report_path(model), (time, time))
+    os.utime(report_path("demo"), (10, 10))
+    assert b"of demo" in mixchat("stats").stdout
+    assert b"of base" in mixchat("stats", "base").stdout
+    assert b"of instruct" in mixchat("stats", MIXCHAT_MODEL="instruct").stdout
 
 
 def test_json_is_the_report(mixchat, kept):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -165,3 +166,23 @@ def test_traces_and_replays_need_no_torch() -> None:
     code = "import sys, mixchat.experts.trace, mixchat.planning.hit_rate as s\n"
     code += "s.replay(s.synthetic_trace(tokens=3), 9, 'lru'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_trace_that_cannot_be_begun_leaves_no_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk left an empty file, which looks like a trace."""
+    from mixchat.output_file import OutputFile
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.fileno, self.close = file.fileno, file.close
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = OutputFile.open
+    monkeypatch.setattr(OutputFile, "open", lambda output: Full(opened(output)))
+    with pytest.raises(ResourceError, match="No space left"):
+        writer(path)
+    assert not path.exists()

@@ -246,6 +246,8 @@ def _read(chat: ActiveChat, argument: str) -> None:
         names = one_line(", ".join(chat.attached))
         raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
     path = file_argument(argument)
+    if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
+        raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
     chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN))
 
 
@@ -307,15 +309,21 @@ def _parameter_names(chat: ActiveChat) -> CompleteArgument:
 
 
 def _saved_chats(chat: ActiveChat) -> CompleteArgument:
-    known: dict[int, list[str]] = {}  # by the time of the directory's last change
+    # By the time of the directory's last change: names and IDs, with what each chat is about.
+    known: dict[int, list[tuple[str, str]]] = {}
 
-    def complete(text: str) -> Iterable[str]:
+    def complete(text: str) -> Iterable[tuple[str, str]]:
         store = chat.saver.store
         changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
         if changed not in known:
             known.clear()
-            names = [name for one in store.all() for name in (one.name, one.id) if name]
-            known[changed] = names
+            chats = store.all()
+            known[changed] = [
+                (word, one.problem or one.question)
+                for one in chats
+                for word in (one.name, one.id)
+                if word
+            ]
         return known[changed]
 
     return complete

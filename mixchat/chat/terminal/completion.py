@@ -14,8 +14,9 @@ from prompt_toolkit.document import Document
 from mixchat.chat.printing import one_line
 from mixchat.sanitize import sanitize
 
-CompleteArgument = Callable[[str], Iterable[str]]
-"""Returns the arguments that the start of one may mean. It may raise `OSError`."""
+CompleteArgument = Callable[[str], "Iterable[str] | Iterable[tuple[str, str]]"]
+"""Returns the arguments that the start of one may mean, with or without texts for the menu. It may
+raise `OSError`."""
 
 _QUOTES = ("'", '"')
 _MOST_FILES = 1000  # more than anyone reads, few enough to show at every key
@@ -120,19 +121,24 @@ class CommandCompleter(Completer):
 
 
 def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
-    for candidate in _candidates(completes, typed):
+    for candidate, about in _candidates(completes, typed):
         if completes is FILES:
             display = _last_part(candidate)
         elif candidate.casefold().startswith(typed.casefold()):
             display = candidate
         else:
             continue
-        yield Completion(candidate, start_position=-len(typed), display=one_line(display))
+        yield Completion(
+            candidate,
+            start_position=-len(typed),
+            display=one_line(display),
+            display_meta=one_line(about),
+        )
 
 
-def _candidates(completes: CompleteArgument, typed: str) -> list[str]:
+def _candidates(completes: CompleteArgument, typed: str) -> list[tuple[str, str]]:
     try:
-        return list(completes(typed))
+        return [(each, "") if isinstance(each, str) else each for each in completes(typed)]
     except OSError:
         return []
 

@@ -101,11 +101,11 @@ def _turn_on_signals(fd: int) -> None:
 def _drop_ctrl_c(source: Input) -> bool:
     """Drop a Ctrl-C that waits before the Enter of another line. Return whether there was one."""
     keys = get_typeahead(source)
-    ends = (Keys.ControlC, Keys.ControlM)
-    at = next((i for i, press in enumerate(keys) if press.key in ends), None)
-    found = at is not None and keys[at].key == Keys.ControlC
-    if found:
-        del keys[at]
+    here = [press.key for press in keys]
+    if Keys.ControlM in here:
+        here = here[: here.index(Keys.ControlM)]
+    if found := Keys.ControlC in here:
+        del keys[here.index(Keys.ControlC)]
     store_typeahead(source, keys)
     return found
 

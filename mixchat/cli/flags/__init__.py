@@ -5,6 +5,7 @@
 - model_flags.py: the flags of sampling and loading
 - chat_flags.py: the flags of a chat and of its output
 - checks.py: checks for their values
+- habits.py: answers to flags and commands of other programs, and to misspelled ones
 - quantization.py: the bits of weights, and calibration
 - arguments.py: checked text: arguments, files, standard input; the prompt
 - shell_completion.py: completion in a shell

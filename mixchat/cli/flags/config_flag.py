@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import typer
@@ -16,6 +16,13 @@ _DAMAGE = "mixchat.config"  # in the context's `meta`: the error that reading co
 AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
 
 ValueSource = Literal["flag", "variable", "file", "default"]
+# By pydantic's names of errors.
+_KINDS = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+_LIMITS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
 _SOURCES: dict[str, ValueSource] = {
     "COMMANDLINE": "flag",
     "ENVIRONMENT": "variable",
@@ -98,11 +105,29 @@ def mark_damaged(context: typer.Context, error: UsageError) -> None:
 
 
 def explained(error: typer.BadParameter) -> Exception:
-    """Return the error; it names the variable or the file if the value comes from there."""
+    """Return the error with the value and what is allowed; it names the variable or the file if the
+    value comes from there."""
     context: Any = error.ctx
-    if context is None or value_source(context, error.param) in ("flag", "default"):
+    message = error.message
+    if (details := getattr(error.__cause__, "errors", None)) is not None:
+        message = f"{_shown(error.param)} has to be {_allowed(details()[0])}"
+    elif context is None or value_source(context, error.param) in ("flag", "default"):
         return error
-    return _named(context, error.param, error.message, None)
+    return _named(context, error.param, message, f"'{context.command_path} --help' explains it.")
+
+
+def _allowed(detail: Mapping[str, Any]) -> str:
+    """Return `a number, not 'hot'` for what pydantic says of a value."""
+    kind, given = detail["type"], detail.get("ctx", {})
+    _, listed, choices = detail["msg"].rstrip(".").partition(" is not one of ")
+    if listed:
+        allowed = " or ".join(choices.replace("'", "").rsplit(", ", 1))
+    elif kind in _LIMITS:
+        word, limit = _LIMITS[kind]
+        allowed = f"{word} {given[limit]}"
+    else:
+        allowed = _KINDS.get(kind, detail["msg"])
+    return f"{allowed}, not {detail['input']!r}"
 
 
 def _place(source: ValueSource, parameters: Sequence[Any]) -> str:

@@ -271,7 +271,7 @@ Verbose = Annotated[
 ]
 
 
-def model_argument(help: str) -> Any:
+def model_argument(help: str, **about: Any) -> Any:
     """Return the argument MODEL of a command; where it is left out, the setting `model` counts."""
     return setting_argument(
         "model",
@@ -279,6 +279,7 @@ def model_argument(help: str) -> Any:
         check=checked_model,
         autocompletion=runnable_models,
         help=help,
+        **about,
     )
 
 

@@ -153,3 +153,11 @@ def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeyp
     for number in range(9):
         (tmp_path / str(number)).touch()
     assert len(list(file_names(f"{tmp_path}/"))) == 3
+
+
+def test_an_argument_may_have_a_text_beside_it():
+    """The IDs of /load said nothing of the chats."""
+    about = CommandCompletion("load a chat", lambda typed: [("mine", "What is a\nmixture?")])
+    event, document = CompleteEvent(text_inserted=True), Document("/load m")
+    (found,) = CommandCompleter({"load": about}).get_completions(document, event)
+    assert (found.text, found.display_meta_text) == ("mine", "What is a mixture?")

@@ -386,6 +386,19 @@ def test_what_was_read_is_dropped_by_clear_by_load_and_by_read_none(session_of, 
         session.engine.script = ["a", "b"]
 
 
+def test_read_does_not_wait_for_a_fifo(session_of, tmp_path):
+    """Nobody writes to it, so the chat waited for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    assert error_of(typed(session_of(), f"/read {tmp_path / 'fifo'}")).endswith("is not a file")
+
+
+def test_load_completes_to_each_chat_with_its_question(session_of, store):
+    chat = typed(session_of("Hello"), "What is\ta mixture?", "/save mine", store=store)
+    offered = list(completions(chat.active)["load"].argument(""))
+    assert offered[0] == ("mine", "What is a mixture?")
+    assert offered[1] == (store.ids()[0], "What is a mixture?")
+
+
 def test_a_file_that_still_waits_after_a_failed_question_is_named(session_of, tmp_path):
     (tmp_path / "notes").write_text("All")
     text = typed(session_of([RuntimeError("out of order")]), "/read notes", "Why").text

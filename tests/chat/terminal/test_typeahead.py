@@ -29,6 +29,12 @@ def terminal() -> Iterator[tuple[int, Input]]:
         os.close(theirs)
 
 
+def type_keys(keys: bytes, person: int, source: Input) -> None:
+    """Type at the one end, and wait until it has come to the other."""
+    os.write(person, keys)
+    select.select([source.fileno()], [], [], 10)
+
+
 @pytest.mark.parametrize(
     ("typed", "keys"),
     [
@@ -65,15 +71,13 @@ def test_ctrl_c_behind_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() 
     """It was read as a key in raw mode, and the answer that it should stop was given."""
     with terminal() as (person, source):
         with pytest.raises(KeyboardInterrupt), typeahead.reading_keys(source):
-            os.write(person, b"a\x03b\x03")
-            select.select([source.fileno()], [], [], 10)
+            type_keys(b"a\x03b\x03", person, source)
         assert [press.key for press in get_typeahead(source)] == ["a", "b", Keys.ControlC]
 
 
 def test_ctrl_c_behind_the_enter_of_another_line_is_left_to_that_line() -> None:
     with terminal() as (person, source):
         with typeahead.reading_keys(source):
-            os.write(person, b"a\r\x03")
-            select.select([source.fileno()], [], [], 10)
+            type_keys(b"a\r\x03", person, source)
         keys = [press.key for press in get_typeahead(source)]
         assert keys == ["a", Keys.ControlM, Keys.ControlC]

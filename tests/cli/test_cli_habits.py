@@ -1,0 +1,107 @@
+"""Flags, commands and models as other programs call them, misspelled words, and wrong values."""
+
+import pytest
+
+FLAGS = {
+    "-ngl": "Experts go to the GPU by themselves; see --device-memory.",
+    "--ngl": "Experts go to the GPU by themselves; see --device-memory.",
+    "--threads": "The threads are chosen by themselves",
+    "--num-ctx": "--ctx-size N sets it.",
+    "-c": "--ctx-size N sets the context",
+    "-p": "A PROMPT needs no flag",
+    "-hf": "'mixchat download ORG/NAME' installs a model of the hub",
+    "-v": "'mixchat --version' prints the version",
+    "--temprature": "Did you mean --temperature?",
+    "--max-token": "Did you mean --max-tokens?",
+    "--nonsense": "'mixchat run --help' shows its flags.",
+    "-Z": "'mixchat run --help' shows its flags.",
+}
+COMMANDS = {
+    "version": "'mixchat --version' prints the version.",
+    "ps": "A model is loaded as long as",
+    "chat": "'mixchat run' is a chat, or one answer.",
+    "dowload": "Did you mean 'mixchat download'?",
+    "xyz": "'mixchat --help' shows all commands.",
+}
+
+
+def lines_of(done):
+    assert (done.stdout, done.returncode) == (b"", 2)
+    return done.stderr.decode().splitlines()
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_of_another_program_gets_an_answer(mixchat, flag):
+    """`--ngl` got --jsonl as an answer, `--threads` --stream, and `-hf` all of --help."""
+    error, hint = lines_of(mixchat("run", flag, "4", "Hi"))
+    assert error == f"error: there is no flag {flag}"
+    assert hint.startswith(f"hint: {FLAGS[flag]}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_another_program_gets_an_answer(mixchat, name):
+    """`version` got `verify` as an answer."""
+    error, hint = lines_of(mixchat(name))
+    assert error == f"error: there is no command {name!r}"
+    assert hint.startswith(f"hint: {COMMANDS[name]}")
+
+
+def test_an_answer_names_no_flag_that_the_command_lacks(mixchat):
+    assert lines_of(mixchat("list", "-c"))[1] == "hint: 'mixchat list --help' shows its flags."
+
+
+def test_a_question_behind_two_dashes_may_be_any_word(mixchat):
+    assert mixchat("run", "--", "-hf").stdout == b"Hello\n"
+
+
+def test_capital_v_is_the_version(mixchat):
+    assert mixchat("-V").stdout == mixchat("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("mixtral", "instruct"), ("mixtral:8x7b-text", "base"), ("Demo", "demo"), ("dmo", "demo")],
+)
+def test_a_model_under_another_name_is_recognized(mixchat, name, meant):
+    done = mixchat("run", "-m", name, "Hi", fake=False)
+    assert done.stderr.decode().endswith(f"hint: Did you mean {meant}?\n")
+    assert done.returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--temp", "hot"), "--temp has to be a number, not 'hot'"),
+        (("run", "-n", "ten"), "--max-tokens has to be a whole number, not 'ten'"),
+        (("download", "base", "--expert-bits", "2"), "--expert-bits has to be 16, 4 or 3, not '2'"),
+        (("serve", "--port", "70000"), "--port has to be at most 65535, not '70000'"),
+    ],
+)
+def test_a_wrong_value_is_said_with_what_is_allowed(mixchat, arguments, said):
+    """It said only that some input should be a valid number."""
+    error, hint = lines_of(mixchat(*arguments))
+    assert error == f"error: {said}"
+    assert "--help' explains it" in hint
+
+
+def test_a_directory_without_a_model_is_not_to_be_downloaded(mixchat, tmp_path):
+    """`run -m /etc` said "Download it first", and `bench DIRECTORY` spoke of --name."""
+    for name in ("plain", "two words"):
+        (tmp_path / name).mkdir()
+        done = mixchat("bench", str(tmp_path / name))
+        assert done.returncode == 4
+        assert done.stderr.decode().splitlines() == [
+            f"error: there is no installed model in {tmp_path / name}",
+            "hint: There is no checkpoint in it either, which has a config.json.",
+        ]
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(200, 120), (100, 100), (60, 60)])
+def test_help_is_as_wide_as_the_terminal_and_120_columns_at_most(
+    mixchat, monkeypatch, columns, widest
+):
+    """It was 80 columns wide on every terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for arguments in (("run", "--help"), ("help", "run")):
+        longest = max(map(len, mixchat(*arguments).stdout.decode().splitlines()))
+        assert widest - 12 <= longest <= widest
