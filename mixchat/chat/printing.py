@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from mixchat.chat.theme import painted
 from mixchat.sanitize import sanitize
 
 # The rows below a wrapped line are indented as far as a bracket, a label or a first column.
@@ -20,13 +21,14 @@ _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38
 _SHORT = 2  # columns of an indent where a longer one leaves too few for some word
 
 
-def say(*lines: str, stream: TextIO | None = None) -> None:
+def say(*lines: str, stream: TextIO | None = None, style: str = "") -> None:
     """Print a message on standard error, a row for each of `lines` and more where one is full.
 
     A name within a line cannot start a new line, whatever it contains.
     """
     stream = stream or sys.stderr
-    print("\n".join(fitted(one_line(line), stream) for line in lines), file=stream, flush=True)
+    text = "\n".join(fitted(one_line(line), stream) for line in lines)
+    print(painted(text, style, stream) if style else text, file=stream, flush=True)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

@@ -140,3 +140,34 @@ def test_ctrl_d_while_it_loads_leaves(environment):
         terminal.type("Hi" + ENTER + CTRL_D)
         terminal.wait_for("Hello")
         assert terminal.wait_for_end() == 0
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}])
+def test_prompt_question_and_error_have_colours_unless_they_are_switched_off(
+    environment, variables
+):
+    """All of a chat was grey."""
+    environment = {key: value for key, value in environment.items() if key != "NO_COLOR"}
+    with Terminal([*FAKE, "run"], environment | variables) as terminal:
+        terminal.wait_for(">>>")
+        terminal.type("/nonsense" + ENTER)
+        terminal.wait_for("hint:")
+        terminal.type("Hi" + ENTER)
+        terminal.wait_for("Hello")
+        terminal.wait_for(">>>")
+        terminal.type(CTRL_D)
+        assert terminal.wait_for_end() == 0
+    seen = pyte.Screen(80, 24)
+    pyte.ByteStream(seen).feed(terminal.screen)
+    colours = {
+        "".join(row[x].data for x in range(80)).split()[0]: (row[0].fg, row[4].fg)
+        for row in (seen.buffer[y] for y in range(1, 4))
+    }
+    painted = {">>>": ("green", "green"), "error:": ("red", "red"), "hint:": ("default",) * 2}
+    assert colours == {
+        word: ("default", "default") if variables else pair for word, pair in painted.items()
+    }
+
+
+def test_an_error_in_a_pipe_has_no_colour(process):
+    assert process("show", "nosuch").stderr.startswith(b"error: there is no model")

@@ -13,27 +13,11 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from mixchat.chat.theme import FRAME, TOKENS
+
 TAB = " " * 4
-FRAME = "dim"  # the style of what the model did not write
 _BAR = 20  # columns
 _ASCII = str.maketrans("─│•", "-|-")
-# Few colours, which a light and a dark background both show well.
-_COLOURS = {
-    "Token.Comment": "dim italic",
-    "Token.Keyword": "magenta",
-    "Token.Operator.Word": "magenta",
-    "Token.Literal.String": "green",
-    "Token.Literal.Number": "cyan",
-    "Token.Name.Builtin": "cyan",
-    "Token.Name.Function": "blue",
-    "Token.Name.Class": "blue",
-    "Token.Name.Decorator": "blue",
-    "Token.Name.Tag": "blue",
-    "Token.Generic.Deleted": "red",
-    "Token.Generic.Inserted": "green",
-    "Token.Generic.Heading": "bold",
-    "Token.Generic.Subheading": "bold",
-}
 
 
 def fitting(frame: str, options: ConsoleOptions) -> str:
@@ -140,6 +124,6 @@ def _lexer(language: str) -> Any:
 
 
 def _colour(kind: Any) -> str:
-    while kind.parent is not None and str(kind) not in _COLOURS:
+    while kind.parent is not None and str(kind) not in TOKENS:
         kind = kind.parent
-    return _COLOURS.get(str(kind), "")
+    return TOKENS.get(str(kind), "")

@@ -14,14 +14,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mixchat.chat.draw.highlight import FRAME, TAB, Bar, Code, fitting
+from mixchat.chat.draw.highlight import TAB, Bar, Code, fitting
 from mixchat.chat.draw.markdown_rules import DEEPEST, parser
+from mixchat.chat.theme import CODE, FRAME, HEADINGS, INLINE, LINK
 from mixchat.sanitize import sanitize
-
-# Colours that a light and a dark terminal both show well: few, and no background.
-_HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
-_INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
-_CODE, _LINK = "cyan", "underline"
 
 _NARROWEST = 6  # columns for indented text; with fewer it is not indented
 _CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn
@@ -165,7 +161,7 @@ class _Source:
             return self._as_written(node)
         if token.type in ("paragraph_open", "heading_open"):
             if token.tag != "p":
-                return _inline(children[0].token, _HEADINGS.get(token.tag, "bold"))
+                return _inline(children[0].token, HEADINGS.get(token.tag, "bold"))
             return _inline(children[0].token, before=self._indent(node))
         if token.type == "fence":
             return Code(token.content, token.info.strip(), closed=_is_closed(token))
@@ -298,14 +294,14 @@ def _inline(token: Token, style: str = "", before: str = "") -> Text:
             targets.append((len(text), _target(child, "href")))
         elif child.type == "link_close":
             start, target = targets.pop()
-            text.stylize(_LINK, start)
+            text.stylize(LINK, start)
             text.append("" if text.plain[start:] == target else f" ({target})")
         elif child.nesting == 1:
-            styles.append(_INLINE[child.tag])
+            styles.append(INLINE[child.tag])
         elif child.nesting == -1:
             styles.pop()
         else:
-            own = [_CODE] if child.tag == "code" else []
+            own = [CODE] if child.tag == "code" else []
             text.append(_leaf(child), " ".join(styles + own))
     return text
 

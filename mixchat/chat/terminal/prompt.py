@@ -26,6 +26,7 @@ from prompt_toolkit.layout.processors import Processor, Transformation, Transfor
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
+from mixchat.chat import theme
 from mixchat.chat.printing import say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.terminal.editor import edited
@@ -39,8 +40,13 @@ _PROMPT, _CONTINUED = ">>> ", "... "
 _QUOTES = '"""'
 _ESC_WAIT = 0.05  # seconds until Esc is a key by itself in vi mode, not the start of an arrow key
 
-# Without a style a suggestion would look like typed text.
-_STYLE = Style.from_dict({"auto-suggestion": "#808080 italic"})
+_STYLE = Style.from_dict(
+    {
+        "prompt": theme.for_prompt(theme.PROMPT),
+        "words": theme.for_prompt(theme.WORDS),
+        "auto-suggestion": theme.SUGGESTION,
+    }
+)
 
 
 class ChatPrompt:
@@ -94,7 +100,7 @@ class ChatPrompt:
         self._to_editor = self._session.app.erase_when_done = False
         try:
             with reading_keys(self._session.app.input):
-                text = self._session.prompt(_PROMPT, default=default)
+                text = self._session.prompt([("class:prompt", _PROMPT)], default=default)
                 self.sent = bool(text.strip()) and not self._to_editor
             return text
         except KeyboardInterrupt:
@@ -132,7 +138,7 @@ class ChatPrompt:
             vi_mode=vi,
             enable_suspend=True,
             style=_STYLE,
-            input_processors=[_Visible()],
+            input_processors=[_Words()],
             input=input,
             output=output,
         )
@@ -198,9 +204,9 @@ def _within_quotes() -> bool:
     return body.startswith(_QUOTES) and not _closes_early(body) and quoted_text(text) is None
 
 
-def _continuation(width: int, line: int, wraps: int) -> str:
+def _continuation(width: int, line: int, wraps: int) -> StyleAndTextTuples:
     """Return the mark before a new line; a line that is wrapped has none."""
-    return " " * width if wraps else _CONTINUED
+    return [("class:prompt", " " * width if wraps else _CONTINUED)]
 
 
 def _begins_like_a_command() -> bool:
@@ -225,13 +231,22 @@ def _complete_further(event: KeyPressEvent) -> None:
     event.current_buffer.start_completion()
 
 
-class _Visible(Processor):
-    """Shows characters that would reverse the direction of text, typed or not, as visible ones."""
+class _Words(Processor):
+    """Shows a person's words in their colour, and no character that would act on the terminal.
+
+    Characters that would reverse the direction of text are shown as visible ones.
+    """
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         """Replace one character by one, so that the cursor stays where it is."""
         fragments = transformation_input.fragments
-        return Transformation([(part[0], part[1].translate(VISIBLE)) for part in fragments])
+        return Transformation(
+            [(_coloured(part[0]), part[1].translate(VISIBLE)) for part in fragments]
+        )
+
+
+def _coloured(style: str) -> str:
+    return style if "auto-suggestion" in style else f"class:words {style}"
 
 
 def _ignored(event: KeyPressEvent) -> None:

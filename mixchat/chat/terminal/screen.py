@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
-from mixchat.chat import printing
+from mixchat.chat import printing, theme
 from mixchat.chat.answer import left_out_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta
 from mixchat.quantities import format_time
@@ -119,8 +119,12 @@ class Screen:
         if len(lines) > _LONG:
             hidden = len(lines) - _FIRST - _LAST
             lines[_FIRST:-_LAST] = [f"({hidden:,} more lines)"]
-        shown = [f">>> {lines[0]}", *(f"... {line}" for line in lines[1:])]
-        printing.show("".join(f"{sanitize(line)}\n" for line in shown), self.out)
+        marks = [">>>", *["..."] * (len(lines) - 1)]
+        printing.draw("\n".join(map(self._question_line, marks, lines)), self.out)
+
+    def _question_line(self, mark: str, line: str) -> str:
+        words = theme.painted(sanitize(line), theme.WORDS, self.out)
+        return f"{theme.painted(mark, theme.PROMPT, self.out)} {words}"
 
     def _show_whole(self, text: str) -> None:
         if not self._draws:

@@ -9,6 +9,7 @@ import traceback
 from contextlib import suppress
 
 from mixchat.chat.printing import one_line, say, show
+from mixchat.chat.theme import ERROR
 from mixchat.errors import MixchatError, ResourceError, UsageError
 from mixchat.files import DISK_FULL
 from mixchat.machine import memory_left_by_ulimit
@@ -45,7 +46,7 @@ def print_error(error: Exception) -> int:
         )
     if os.environ.get("MIXCHAT_DEBUG"):
         show("".join(traceback.format_exception(error)), sys.stderr)
-    _print_line(f"error: {known}")
+    _print_line(f"error: {known}", ERROR)
     if known.hint:
         _print_line(f"hint: {known.hint}")
     return known.exit_code
@@ -98,7 +99,7 @@ def _is_lack_of_memory(error: BaseException) -> bool:
     return before is not None and _is_lack_of_memory(before)
 
 
-def _print_line(text: str) -> None:
+def _print_line(text: str, style: str = "") -> None:
     """Print one line: a file's name in the text may hold a newline or an escape."""
     with suppress(OSError):
-        say(" ".join(text.split()))
+        say(" ".join(text.split()), style=style)

@@ -393,7 +393,7 @@ def test_read_does_not_wait_for_a_fifo(session_of, tmp_path):
 
 
 def test_load_completes_to_each_chat_with_its_question(session_of, store):
-    chat = typed(session_of("Hello"), "What is\ta mixture?", "/save mine", store=store)
+    chat = typed(session_of("Hello"), "What is  a mixture?", "/save mine", store=store)
     offered = list(completions(chat.active)["load"].argument(""))
     assert offered[0] == ("mine", "What is a mixture?")
     assert offered[1] == (store.ids()[0], "What is a mixture?")

@@ -229,3 +229,17 @@ def test_earlier_turns_are_shown_with_what_was_asked():
     question, answer = Message("user", "Why\nnot?"), Message("assistant", "**So**", partial=True)
     Screen(out).show_turns([question, answer])
     assert out.getvalue() == ">>> Why\n... not?\n**So**\n(unfinished; /continue resumes it)\n\n"
+
+
+def test_a_resumed_question_has_the_colours_that_it_was_typed_in(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    out = Tty()
+    Screen(out, raw=True).show_turns([Message("user", "a\x1b[31m\n\nb")])
+    mark, words = "\x1b[1;32m{}\x1b[0m", "\x1b[32m{}\x1b[0m"
+    assert out.getvalue().split("\n") == [
+        f"{mark.format('>>>')} {words.format('a[31m')}",
+        f"{mark.format('...')} ",
+        f"{mark.format('...')} {words.format('b')}",
+        "",
+    ]

@@ -1,0 +1,55 @@
+"""The styles of everything on the screen, in Rich's words.
+
+The colours are ANSI's own sixteen, so that the terminal's theme decides how they look. Yellow and
+white are none of them, since they are hard to read on a light background.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+PROMPT, WORDS = "bold green", "green"  # the `>>>`, and what the person wrote
+ERROR = "bold red"
+# From the history: it should not look like typed text. Some themes have bright black as background.
+SUGGESTION = "#808080 italic"
+FRAME = "dim"  # what the model did not write
+CODE, LINK = "cyan", "underline"
+HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
+INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
+TOKENS = {
+    "Token.Comment": "dim italic",
+    "Token.Keyword": "magenta",
+    "Token.Operator.Word": "magenta",
+    "Token.Literal.String": "green",
+    "Token.Literal.Number": "cyan",
+    "Token.Name.Builtin": "cyan",
+    "Token.Name.Function": "blue",
+    "Token.Name.Class": "blue",
+    "Token.Name.Decorator": "blue",
+    "Token.Name.Tag": "blue",
+    "Token.Generic.Deleted": "red",
+    "Token.Generic.Inserted": "green",
+    "Token.Generic.Heading": "bold",
+    "Token.Generic.Subheading": "bold",
+}
+
+_CODES = {"bold": "1", "red": "31", "green": "32"}
+
+
+def painted(text: str, style: str, stream: TextIO) -> str:
+    """Return `text` with the escapes for a style, if `stream` is a terminal that shows colours."""
+    if not text or not _has_colours(stream):
+        return text
+    codes = ";".join(_CODES[word] for word in style.split())
+    return f"\x1b[{codes}m{text}\x1b[0m"
+
+
+def for_prompt(style: str) -> str:
+    """Return a style in the words of prompt-toolkit, which follows NO_COLOR by itself."""
+    return " ".join(f"ansi{word}" if word in ("red", "green") else word for word in style.split())
+
+
+def _has_colours(stream: TextIO) -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
