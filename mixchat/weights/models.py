@@ -155,7 +155,7 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
             f"the model {_shown(name)} is unfinished: its download was interrupted",
             hint=f"To resume it: mixchat download {name}",
         )
-    if path is not None and not _has_checkpoint(path):
+    if path is not None and not (path / "config.json").exists():
         raise _no_model_in(path)
     hint = f"Download it first: mixchat download {name}"
     if ref.repo in ALIASES.values():
@@ -253,13 +253,9 @@ def _meant(name: str) -> str | None:
     return known[near[0]] if near else None
 
 
-def _has_checkpoint(directory: Path) -> bool:
-    return (directory / "config.json").exists()
-
-
 def _no_model_in(directory: Path) -> ModelNotFoundError:
     """Return the error for a directory in which there is no installed model."""
-    if _has_checkpoint(directory):
+    if (directory / "config.json").exists():
         place = shlex.quote(str(directory))
         hint = f"Install the checkpoint in it first: mixchat download {place} --name NAME"
     else:

@@ -6,7 +6,7 @@ FLAGS = {
     "-ngl": "Experts go to the GPU by themselves; see --device-memory.",
     "--ngl": "Experts go to the GPU by themselves; see --device-memory.",
     "--threads": "The threads are chosen by themselves",
-    "--num-ctx": "--ctx-size N sets it.",
+    "--num-ctx": "--ctx-size N sets the context",
     "-c": "--ctx-size N sets the context",
     "-p": "A PROMPT needs no flag",
     "-hf": "'mixchat download ORG/NAME' installs a model of the hub",

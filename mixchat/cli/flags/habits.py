@@ -10,52 +10,55 @@ from typing import Any
 from mixchat.errors import UsageError
 
 _NEAR = 0.65  # of difflib: `temprature` is near, `threads` and `stream` are not
-_DEVICES = "--device cuda:0,cuda:1 chooses the GPUs, --device-memory 12GB,8GB their shares."
-_EXPERTS = "Experts go to the GPU by themselves; see --device-memory."
-
-# As ollama, llama.cpp and llm have them; a command that lacks the first flag of an answer ignores
-# it.
-_FLAGS = {
-    **dict.fromkeys(("-ngl", "--ngl", "--gpu-layers", "--n-gpu-layers", "--num-gpu"), _EXPERTS),
-    **dict.fromkeys(("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe", "-ot"), _EXPERTS),
-    **dict.fromkeys(("-ts", "--tensor-split", "-mg", "--main-gpu", "--split-mode"), _DEVICES),
-    **dict.fromkeys(("--mlock", "--no-mmap"), "--host-memory says how much RAM experts may take."),
-    **dict.fromkeys(("--num-ctx", "--ctx", "--n-ctx", "--context"), "--ctx-size N sets it."),
-    "-c": "--ctx-size N sets the context; 'mixchat run --resume' continues the last chat.",
-    **dict.fromkeys(
-        ("-t", "--threads", "--num-thread"),
-        "The threads are chosen by themselves; the variable OMP_NUM_THREADS sets their number.",
+# By the answer: the names in ollama, llama.cpp and llm. A command that lacks the first flag of an
+# answer does not give it.
+_FLAGS_BY_ANSWER = {
+    "Experts go to the GPU by themselves; see --device-memory.": (
+        "-ngl --ngl --gpu-layers --n-gpu-layers --num-gpu -ncmoe --n-cpu-moe -cmoe --cpu-moe -ot"
     ),
-    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), "See --kv-bits."),
-    **dict.fromkeys(("-p", "--prompt"), "A PROMPT needs no flag: mixchat run 'What is a mixture?'"),
-    **dict.fromkeys(
-        ("-hf", "-hfr", "--hf-repo"),
-        "'mixchat download ORG/NAME' installs a model of the hub; -m ORG/NAME then names it.",
+    "--device cuda:0,cuda:1 chooses the GPUs, --device-memory 12GB,8GB their shares.": (
+        "-ts --tensor-split -mg --main-gpu --split-mode"
     ),
-    **dict.fromkeys(("-sys", "--system-prompt"), "--system TEXT is the system prompt."),
-    **dict.fromkeys(("--predict", "--n-predict", "--num-predict"), "--max-tokens N limits it."),
-    **dict.fromkeys(("-np", "--num-parallel"), "--parallel N answers so many at once."),
-    **dict.fromkeys(("-j", "--json-schema", "--format"), "--schema holds an answer to a schema."),
-    "--grammar-file": "--grammar FILE holds an answer to a grammar.",
-    "--rpc": "--worker HOST computes experts on another machine.",
-    "--keepalive": "'mixchat serve' keeps a model loaded.",
-    "-o": "Each option is a flag of its own, as in --temp 0.2.",
-    **dict.fromkeys(("-v", "-V"), "'mixchat --version' prints the version, --verbose speeds."),
-    **dict.fromkeys(("-i", "-it", "-cnv"), "'mixchat run' without a PROMPT is a chat."),
+    "--host-memory says how much RAM experts may take.": "--mlock --no-mmap",
+    "--ctx-size N sets the context; 'mixchat run --resume' continues the last chat.": (
+        "-c --ctx --num-ctx --n-ctx --context"
+    ),
+    "The threads are chosen by themselves; the variable OMP_NUM_THREADS sets their number.": (
+        "-t --threads --num-thread"
+    ),
+    "--kv-bits 8 halves the KV cache.": "-ctk -ctv --cache-type-k --cache-type-v",
+    "A PROMPT needs no flag: mixchat run 'What is a mixture?'": "-p --prompt",
+    "'mixchat download ORG/NAME' installs a model of the hub; -m ORG/NAME then names it.": (
+        "-hf -hfr --hf-repo"
+    ),
+    "--system TEXT is the system prompt.": "-sys --system-prompt",
+    "--max-tokens N limits the answer.": "--predict --n-predict --num-predict",
+    "--parallel N answers so many at once.": "-np --num-parallel",
+    "--schema holds an answer to a schema.": "-j --json-schema --format",
+    "--grammar FILE holds an answer to a grammar.": "--grammar-file",
+    "--worker HOST computes experts on another machine.": "--rpc",
+    "'mixchat serve' keeps a model loaded.": "--keepalive",
+    "Each option is a flag of its own, as in --temp 0.2.": "-o",
+    "'mixchat --version' prints the version, --verbose speeds.": "-v -V",
+    "'mixchat run' without a PROMPT is a chat.": "-i -it -cnv",
 }
-# Click would read the others as -h or -n with a value.
+_FLAGS = {flag: answer for answer, flags in _FLAGS_BY_ANSWER.items() for flag in flags.split()}
+# Click would read these as -h or -n with a value.
 _NEVER_OURS = [flag for flag in _FLAGS if re.fullmatch(r"-\w{2,}", flag)]
+_COMMANDS_BY_ANSWER = {
+    "'mixchat --version' prints the version.": "version",
+    "'mixchat run' is a chat, or one answer.": "chat prompt ask cli",
+    "A model is loaded as long as its 'mixchat run' or 'serve' runs; see 'mixchat list'.": "ps",
+    "Ctrl-C ends 'mixchat run' and 'mixchat serve', and frees their memory.": "stop",
+    "'mixchat chats' lists the saved chats.": "logs",
+    "'mixchat list' shows the installed models.": "models",
+    "'mixchat serve' answers over HTTP.": "server",
+    "'mixchat download' installs a model.": "install get import create",
+    "'mixchat rm' removes a model.": "remove delete uninstall",
+    "A model is rounded when it is installed: see 'mixchat download --help'.": "quantize",
+}
 _COMMANDS = {
-    "version": "'mixchat --version' prints the version.",
-    **dict.fromkeys(("chat", "prompt", "ask", "cli"), "'mixchat run' is a chat, or one answer."),
-    "ps": "A model is loaded as long as its 'mixchat run' or 'serve' runs; see 'mixchat list'.",
-    "stop": "Ctrl-C ends 'mixchat run' and 'mixchat serve', and frees their memory.",
-    "logs": "'mixchat chats' lists the saved chats.",
-    "models": "'mixchat list' shows the installed models.",
-    "server": "'mixchat serve' answers over HTTP.",
-    **dict.fromkeys(("install", "get", "import", "create"), "'mixchat download' installs a model."),
-    **dict.fromkeys(("remove", "delete", "uninstall"), "'mixchat rm' removes a model."),
-    "quantize": "A model is rounded when it is installed: see 'mixchat download --help'.",
+    name: answer for answer, names in _COMMANDS_BY_ANSWER.items() for name in names.split()
 }
 
 
