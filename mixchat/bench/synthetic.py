@@ -7,7 +7,6 @@ It is written in mixchat's format, so that no checkpoint in bf16 is needed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -62,11 +61,11 @@ def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
-    files = {"config.json": FileRecord(len(text), hashlib.sha256(text).hexdigest())}
+    files = {"config.json": FileRecord.of(text)}
     weights = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
     for layer in range(layers):
         name = experts_file(layer)
-        weights[name] = _write(directory / name, blueprint.expert_tensors(), layer + 1)
+        weights[name] = _write(directory / name, blueprint.expert_tensors(layer), layer + 1)
     how = quantization.description()
     write_manifest(directory, Manifest(Source("synthetic"), how, files, weights))
 

@@ -36,6 +36,12 @@ def calibrate(
         ),
     ],
     text: CalibrateText = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Take a checkpoint although nothing shows that it is still the same."
+        ),
+    ] = False,
 ) -> None:
     """Round a model's experts anew, for the inputs that they get.
 
@@ -46,7 +52,9 @@ def calibrate(
 
     Mixtral takes 4.3 GB of disk meanwhile and 4 GB of memory. Text is read or written at the speed
     of a chat; then each of the 256 experts takes about 50 s on two cores. The same command resumes
-    it once the inputs are recorded. A damaged expert cannot be repaired alone afterwards.
+    it once the inputs are recorded. A layer is replaced at a time, so that the model can be used
+    whenever this is interrupted. The checkpoint has to be the one that the model was made of. A
+    damaged expert cannot be repaired alone afterwards.
     """
     from mixchat.weights import models
 
@@ -54,12 +62,17 @@ def calibrate(
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     with show_progress() as progress, resumable(progress):
-        calibrate_model(directory, given, progress)
+        calibrate_model(directory, given, progress, force=force)
     say(f"{model} is calibrated")
 
 
-def calibrate_model(directory: Path, text: str | None, progress: Progress) -> None:
-    """Calibrate an installed model with `text`, or one that it writes."""
+def calibrate_model(
+    directory: Path, text: str | None, progress: Progress, *, force: bool = False
+) -> None:
+    """Calibrate an installed model with `text`, or one that it writes.
+
+    force: take a checkpoint although nothing shows that it is the one the model was made of.
+    """
     from mixchat.loading.calibrate import Text, calibration
     from mixchat.options import DenseBits
     from mixchat.text.checkpoint_text import CheckpointText
@@ -76,7 +89,7 @@ def calibrate_model(directory: Path, text: str | None, progress: Progress) -> No
         target = find_target(directory, None, DenseBits(), calibrated=True)
         with ExitStack() as stack:
             with _shown_windows(text) as on_window:
-                made = calibration(directory, tokens, progress, on_window)
+                made = calibration(directory, tokens, progress, on_window, force=force)
                 remake = stack.enter_context(made)
             convert(directory, target, progress, remake)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,7 +98,7 @@ def download(
             return
         done = _download(request, progress)
         if calibrate or calibrate_text is not None:
-            with resumable(progress, _how_to_resume(ref.key, calibrate_text)):
+            with resumable(progress):
                 _calibrate(ref.directory, text, progress)
     if as_json:
         show(json.dumps(done, indent=2))
@@ -107,17 +106,12 @@ def download(
 
 
 def _calibrate(directory: Path, text: str | None, progress: Progress) -> None:
-    """Calibrate the model, unless it is calibrated already."""
-    from mixchat.weights.format.manifest import read_manifest
+    """Calibrate the model, or what is left of it, unless it is calibrated already."""
+    from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 
-    if read_manifest(directory).quantization["scales"] != "calibrated":
+    calibrated = read_manifest(directory).quantization["scales"] == "calibrated"
+    if not calibrated or (directory / INPUTS_DIR).exists():
         calibrate_model(directory, text, progress)
-
-
-def _how_to_resume(name: str, text: Path | None) -> str:
-    """Return how to resume a calibration: `download` refuses a model that is half converted."""
-    given = () if text is None else ("--calibrate-text", str(text))
-    return f"to resume: {shlex.join(('mixchat', 'calibrate', name, *given))}"
 
 
 def check_text(checkpoint: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -69,7 +68,7 @@ def verify(model: _Model) -> None:
             f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
             hint=repair_hint(directory),
         )
-    say(f"{model} is intact{_half_converted_note(directory)}")
+    say(f"{model} is intact")
 
 
 def repair(model: _Model) -> None:
@@ -94,7 +93,7 @@ def repair(model: _Model) -> None:
             with open_checkpoint(source, directory, progress) as checkpoint:
                 repair_model(directory, damages, checkpoint, progress)
     again = " again" if damages else ""
-    say(f"{model} is intact{again}{_half_converted_note(directory)}")
+    say(f"{model} is intact{again}")
 
 
 def convert(
@@ -122,8 +121,8 @@ def convert(
 
     --dense-bits 8 makes a model of 16 bits what 'mixchat download' makes by default: smaller and
     faster. The 16 bits are gone then: only another download brings them back. Both flags together
-    are one conversion. The disk holds one file twice meanwhile. The same command resumes an
-    interrupted conversion.
+    are one conversion. The disk holds one file twice meanwhile. An interrupted conversion leaves
+    files of both forms, with which the model runs; the same command converts the rest.
     """
     from mixchat.weights import models
 
@@ -139,14 +138,14 @@ def convert(
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         before = read_manifest(directory).quantization
         target = find_target(directory, layout, bits)
-        convert_model(directory, target, progress)
+        changed = convert_model(directory, target, progress)
     rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
     if rounded:
         say(f"{model} has 8 bits in {' and '.join(rounded)} now: that cannot be undone")
     elif any(bits):
         say(f"{model} has the requested bits already")
     if layout or not (rounded or any(bits)):
-        when = "already" if before["layout"] == target.layout else "now"
+        when = "now" if changed else "already"
         say(f"{model} has the layout {target.layout} {when}")
 
 
@@ -154,7 +153,8 @@ def gc(
     unfinished: Annotated[
         bool,
         typer.Option(
-            "--unfinished", help="Also delete unfinished downloads; they will restart from scratch."
+            "--unfinished",
+            help="Also delete unfinished downloads and calibrations; they restart from scratch.",
         ),
     ] = False,
 ) -> None:
@@ -172,7 +172,7 @@ def gc(
                 freed += leftover.bytes
                 say(f"removed: {what}")
             else:
-                say(f"left: {what}, which a download can resume")
+                say(f"left: {what}, which the same command can resume")
         for path, size in ChatStore().sweep():
             freed += size
             say(f"removed: {path} ({format_size(size)})")
@@ -188,15 +188,6 @@ def _ask(question: str) -> None:
         )
     if not confirmed(question):
         raise typer.Abort
-
-
-def _half_converted_note(directory: Path) -> str:
-    """Return what to add to the line of a model that cannot be loaded before it is converted."""
-    from mixchat.weights.format.manifest import CONVERSION_DIR, finishing_command
-
-    if not (directory / CONVERSION_DIR).exists():
-        return ""
-    return f", but half converted; to finish that: {finishing_command(directory)}"
 
 
 def _show(damages: list[Damage]) -> None:

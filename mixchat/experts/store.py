@@ -5,7 +5,7 @@ It has no policy: the cache decides which expert goes into which slot.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,16 +37,17 @@ class ExpertSource(Protocol):
 class ExpertStore:
     """`slots` blocks of memory on `device`, each ready to compute the expert it holds.
 
-    stored: the layout of experts at the source; used: the layout that this device computes. Where
-    the two differ a block is reordered after each load, which takes a GPU a millisecond and a CPU a
-    second. name: the tier of slots on a GPU. `bytes_moved` counts the bytes that came into slots.
+    stored: returns the layout that a layer's experts have at the source; used: the layout that this
+    device computes. Where the two differ a block is reordered after each load, which takes a GPU a
+    millisecond and a CPU a second. name: the tier of slots on a GPU. `bytes_moved` counts the bytes
+    that came into slots.
     """
 
     def __init__(
         self,
         source: ExpertSource,
         *,
-        stored: ExpertSpec,
+        stored: Callable[[int], ExpertSpec],
         used: ExpertSpec,
         device: torch.device,
         name: str = "device",
@@ -108,7 +109,7 @@ class ExpertStore:
         before.wait(self._side)
         evicted, slot.holds = slot.holds, None
         yield from self._source.load(key, slot.block, evicted)
-        self._stored.convert(slot.block, self._used)
+        self._stored(key.layer).convert(slot.block, self._used)
         arrived = self._streams.Event()
         arrived.record(self._side)
         arrived.synchronize()

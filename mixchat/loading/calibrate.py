@@ -19,10 +19,11 @@ from mixchat.experts.recording import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.progress import Progress
+from mixchat.progress import Note, Progress
 from mixchat.quantities import format_least, format_size
-from mixchat.weights.care.convert import Remake
-from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
+from mixchat.weights.care.recalibration import Recalibration
+from mixchat.weights.format.blueprint import SHARED_FILE
+from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import Calibrator
 from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.source.checkpoint import CheckpointReader
@@ -46,36 +47,50 @@ class Text(NamedTuple):
 
 @contextmanager
 def calibration(
-    directory: Path, text: Text, progress: Progress, on_window: OnWindow
-) -> Iterator[Remake]:
+    directory: Path,
+    text: Text,
+    progress: Progress,
+    on_window: OnWindow,
+    *,
+    force: bool = False,
+) -> Iterator[Recalibration]:
     """Record the inputs of a model's experts, and yield what makes an expert for them.
 
-    Where a conversion was interrupted its inputs are used again; they are removed once the block
-    has ended well. Raises what `record_inputs` and opening the checkpoint raise.
+    If a calibration was interrupted, its inputs are used again for the layers that are left; they
+    are removed once the block has ended well. The checkpoint has to be the one that the model was
+    made of: `force` as in `Recalibration`. Raises what `record_inputs` and opening the checkpoint
+    raise.
     """
-    inputs = directory / INPUTS_DIR
-    _check_memory(ModelConfig.from_file(directory / "config.json"))
-    if not (directory / CONVERSION_DIR).exists():
-        record_inputs(directory, inputs, text, on_window)
-    source = read_manifest(directory).source
+    manifest, path = read_manifest(directory), directory / INPUTS_DIR
+    config = ModelConfig.from_file(directory / "config.json")
+    _check_memory(config)
     with (
-        open_checkpoint(source, directory, progress) as checkpoint,
-        CheckpointReader(checkpoint) as reader,
+        open_checkpoint(manifest.source, directory, progress) as checkpoint,
+        CheckpointReader(checkpoint, manifest.checkpoint) as reader,
     ):
-        index = checkpoint.index
-        yield Calibrator(ExpertInputs(inputs, index.config), index, reader.read).make
-    shutil.rmtree(inputs)
+        inputs = ExpertInputs(path, config)
+        make = Calibrator(inputs, checkpoint.index, reader.read).make
+        remake = Recalibration(directory, checkpoint, reader, inputs, make, force)
+        if path.exists():
+            progress.note("resuming an interrupted calibration, with the inputs that it recorded")
+        else:
+            remake.check_first(progress.note)
+            record_inputs(directory, path, text, on_window, progress.note)
+        yield remake
+    shutil.rmtree(path)
 
 
-def record_inputs(directory: Path, target: Path, text: Text, on_window: OnWindow) -> None:
+def record_inputs(
+    directory: Path, target: Path, text: Text, on_window: OnWindow, note: Note = lambda text: None
+) -> None:
     """Record in `target` the inputs of an installed model's experts.
 
-    Raises `UsageError` where the text is shorter than a window, `ResourceError` where the disk is
-    too full, and what loading raises.
+    `note` is called with the disk that the calibration takes. Raises `UsageError` where the text is
+    shorter than a window, `ResourceError` where the disk is too full, and what loading raises.
     """
     windows = _windows(text)
     config = ModelConfig.from_file(directory / "config.json")
-    _check_disk(directory, inputs_size(config, len(windows) * WINDOW))
+    _check_disk(directory, inputs_size(config, len(windows) * WINDOW), note)
     with InputsWriter(target) as writer:
         engine = load_engine(
             directory,
@@ -125,11 +140,15 @@ def _check_memory(config: ModelConfig) -> None:
         )
 
 
-def _check_disk(directory: Path, needed: int) -> None:
-    free = machine.free_disk(directory)
+def _check_disk(directory: Path, inputs: int, note: Note) -> None:
+    """Say what the inputs and a second copy of one layer take. Raises `ResourceError`."""
+    weights = read_manifest(directory).weights
+    layer = max(record.size for name, record in weights.items() if name != SHARED_FILE)
+    needed, free = inputs + layer, machine.free_disk(directory)
+    disk = f"{format_least(needed)} of disk in {directory}, {format_size(free)} free"
     if needed > free:
         raise ResourceError(
-            f"not enough disk in {directory}: {format_least(needed)} needed for the inputs of "
-            f"experts, {format_size(free)} free",
-            hint="Free some space.",
+            f"not enough disk: a calibration takes {disk}",
+            hint=f"Free some space: {format_least(inputs)} are for the inputs of experts.",
         )
+    note(f"the calibration takes {disk}")

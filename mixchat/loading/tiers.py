@@ -111,15 +111,17 @@ def _on_device(
     """
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
-    stored, used = blueprint.expert, blueprint.computed_on(device).expert
+    stored, used = blueprint.expert_of, blueprint.computed_on(device).expert
     reads_once = max(placement.slots, placement.host_slots) >= placement.experts
     disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
     behind = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the layout of the file.
-        swaps = placement.host_slots < placement.experts and stored == used
+        swaps = placement.host_slots < placement.experts and blueprint.all_packed_as(used)
         order, lock = POLICIES[policy](passes), _lock_for(device)
-        behind = HostSource(disk, placement.host_slots, stored, order, swaps=swaps, lock=lock)
+        behind = HostSource(
+            disk, placement.host_slots, blueprint.expert, order, swaps=swaps, lock=lock
+        )
     name = "device" if is_first else "other-device"
     store = ExpertStore(behind or disk, stored=stored, used=used, device=device, name=name)
     slots, watch = placement.slots, None
@@ -172,7 +174,7 @@ def _host_compute(
     installed: InstalledModel, source: HostSource, device: torch.device, note: Note
 ) -> HostCompute | None:
     blueprint, directory = installed.blueprint, installed.directory
-    if blueprint.expert != blueprint.computed_on(CPU).expert:
+    if not blueprint.all_packed_as(blueprint.computed_on(CPU).expert):
         return None  # the CPU computes this layout slowly, or not at all
     known = saved_measurement(blueprint, directory, device)
     if known is None:

@@ -15,7 +15,6 @@ from mixchat.model_config import ModelConfig
 from mixchat.settings import models_dir
 from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import (
-    CONVERSION_DIR,
     Source,
     check_files,
     is_installed,
@@ -88,7 +87,8 @@ class ModelEntry:
     """A model in the data directory; `problem` is None where it is finished and can be read.
 
     `bytes` is its size on disk, `weights` that of its files of weights alone: the figure that a
-    plan gives beforehand. `context` is the longest conversation in tokens.
+    plan gives beforehand. `context` is the longest conversation in tokens. `partly` is "converted"
+    or "calibrated" if only some layers are.
     """
 
     key: str
@@ -100,6 +100,7 @@ class ModelEntry:
     context: int | None = None
     problem: str | None = None
     weights: int | None = None
+    partly: str | None = None
 
     @property
     def size(self) -> int:
@@ -215,8 +216,6 @@ def describe(directory: Path) -> ModelEntry:
     if not is_installed(directory):
         source = unfinished_source(directory) or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
-    if (directory / CONVERSION_DIR).exists():
-        return replace(entry, problem="half converted")
     try:
         manifest = read_manifest(directory)
         check_files(directory, manifest)
@@ -230,6 +229,7 @@ def describe(directory: Path) -> ModelEntry:
         quantization=manifest.quantization["quant_type"],
         context=config.max_position_embeddings,
         weights=manifest.size,
+        partly=manifest.partly,
     )
 
 

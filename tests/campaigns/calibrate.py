@@ -1,11 +1,12 @@
-"""Cuts off calibrations of a tiny model at drawn moments, and resumes them until they are whole.
+"""Cuts off calibrations and conversions of a tiny model at drawn moments, and resumes them.
 
-    python tests/campaigns/calibrate.py [--rounds 30] [--seed 0]
+    python tests/campaigns/calibrate.py [--rounds 40] [--seed 0]
 
-In turn by SIGKILL, by Ctrl-C and by a full disk, up to three times in each round. The model has to
-be intact after each, and in the end equal, to the byte, one that was calibrated in peace: with a
-text, or with one that it writes itself. The disk is a small one of its own, which takes root to
-mount. Exit code 0: no fault was found.
+In turn by SIGKILL, by Ctrl-C and by a full disk, up to three times in each round. After each, the
+model has to be intact and has to answer, while its checkpoint is away. Sometimes the same command
+then gets a checkpoint with one other weight, which has to be refused. In the end the model has to
+be equal, to the byte, to one that was left in peace. The disk is a small one of its own, which
+takes root to mount. Exit code 0: no fault was found.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CODES = {
 
 
 class Calibrations:
-    """Models that are calibrated below `work`, and what came of it."""
+    """Models that are calibrated or converted below `work`, and what came of it."""
 
     def __init__(self, work: Path, seed: int) -> None:
         self.chance, self.at = random.Random(seed), Counter[str]()
@@ -45,10 +46,18 @@ class Calibrations:
         self._model = self._models / NAME
         text = work / "text.txt"
         text.write_text("Some words to read, and some more of them. " * 40)
-        self._commands = [("calibrate", NAME), ("calibrate", NAME, "--calibrate-text", str(text))]
-        source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
-        self._expect(0, "download", str(source), "--name", NAME)
+        self._commands = [
+            ("calibrate", NAME),
+            ("calibrate", NAME, "--calibrate-text", str(text)),
+            ("convert", NAME, "--layout", "bitsandbytes"),
+            ("convert", NAME, "--layout", "bitsandbytes", "--dense-bits", "8"),
+        ]
+        self._source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
+        download = ("download", str(self._source), "--name", NAME, "--dense-bits", "16")
+        self._expect(0, *download)
+        self._expect(0, "convert", NAME, "--layout", "cpu-packed")
         shutil.copytree(self._model, self._base)
+        self._answers = {self._answer()}
         self._in_peace(0)  # measures the machine and compiles the kernels
         self._wholes = [self._in_peace(number) for number in range(len(self._commands))]
 
@@ -59,6 +68,8 @@ class Calibrations:
         pid = rig.fork(rig.mixchat(*self._commands[number]), self._out)
         code = rig.wait(pid, meanwhile=lambda: used.append(shutil.disk_usage(self._disk).used))
         assert code == 0, self._out.read_text()
+        if "--dense-bits" in self._commands[number]:
+            self._answers.add(self._answer())
         return rig.digests(self._model), time.monotonic() - began, max(used) - used[0]
 
     def _begin(self) -> None:
@@ -66,7 +77,7 @@ class Calibrations:
         shutil.copytree(self._base, self._model)
 
     def round(self, how: str) -> None:
-        """Calibrate one model, cut off in this way until it is whole or was so often enough."""
+        """Change one model, cut off in this way until it is whole or was so often enough."""
         number = self.chance.randrange(len(self._commands))
         reference, seconds, most = self._wholes[number]
         self._begin()
@@ -76,14 +87,18 @@ class Calibrations:
             code = self._cut_off(how, self._commands[number], at, room)
             place = self._place()
             self.at[f"{how}, {place}" if code else f"{how}, never"] += 1
-            self._check(how, code, f"{how} after {at:.3f} s, room {room:,}, {place}")
+            where = f"{number}, {how} after {at:.3f} s, room {room:,}, {place}"
+            self._check(how, code, where)
+            self._check_use(number, where)
             if place == "after the end":
                 break
+            if number < 2 and self.chance.random() < 0.5:
+                self._check_other(number, where)
         else:
             self._expect(0, *self._commands[number])
         self._expect(0, "gc")
         if rig.digests(self._models) != {f"{NAME}/{k}": v for k, v in reference.items()}:
-            self.faults.append(f"{how}, text {number}, last {place}: other files in the end")
+            self.faults.append(f"{how}, command {number}, last {place}: other files in the end")
 
     def _cut_off(self, how: str, command: tuple[str, ...], at: float, room: int) -> int | None:
         """Run a calibration that is cut off after so many seconds; return its exit code."""
@@ -106,16 +121,19 @@ class Calibrations:
                 os.posix_fallocate(file.fileno(), file.tell(), more)
 
     def _place(self) -> str:
-        """Return the stage of the calibration, by its files."""
-        from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
+        """Return the stage of the work, by its files."""
+        from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 
-        if (work := self._model / CONVERSION_DIR).exists():
-            made = (work / "journal.jsonl").read_bytes().count(b"\n") - 1
-            return f"{made} of {rig.SMALL['num_hidden_layers']} files made"
-        if read_manifest(self._model).quantization["scales"] == "calibrated":
+        manifest, base = read_manifest(self._model), read_manifest(self._base)
+        new = [name for name in base.weights if manifest.weights[name] != base.weights[name]]
+        old = [name for name, record in manifest.weights.items() if record.unlike]
+        if old:
+            return f"{len(new) - len(old)} files replaced"
+        if new and not (self._model / INPUTS_DIR).exists():
             return "after the end"
-        recorded = (self._model / INPUTS_DIR).exists()
-        return "inputs recorded" if recorded else "inputs not recorded yet"
+        if (self._model / INPUTS_DIR).exists():
+            return "all files replaced" if new else "inputs recorded"
+        return "nothing replaced yet"
 
     def _check(self, how: str, code: int | None, where: str) -> None:
         text = self._out.read_text()
@@ -126,6 +144,33 @@ class Calibrations:
             self.faults.append(f"{where}: not one clear line: {text[-600:]}")
         self._expect(0, "verify", NAME)
 
+    def _check_use(self, number: int, where: str) -> None:
+        """Use the model while the checkpoint is away; a conversion keeps its answers."""
+        away = self._source.rename(self._source.with_name("away"))
+        self._expect(0, "verify", NAME)
+        self._expect(0, "list")
+        answer = self._answer()
+        if number >= 2 and answer not in self._answers:
+            self.faults.append(f"{where}: another answer: {answer!r}")
+        away.rename(self._source)
+        self.at["used while the checkpoint was away"] += 1
+
+    def _answer(self) -> str:
+        self._expect(0, "run", "-q", "-m", NAME, "--temp", "0", "-n", "8", "hello")
+        return self._out.read_text()
+
+    def _check_other(self, number: int, where: str) -> None:
+        """Resume with a checkpoint of which one weight of the last expert is another."""
+        path = max(self._source.glob("*.safetensors"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x80]))
+        self._expect(6, *self._commands[number])
+        if f"{path.name} is not what" not in (said := self._out.read_text()):
+            self.faults.append(f"{where}: the file is not named: {said[-300:]}")
+        self._check_use(number, where)
+        path.write_bytes(whole)
+        self.at["refused with another weight"] += 1
+
     def _expect(self, expected: int, *command: str) -> None:
         if (code := rig.wait(rig.fork(rig.mixchat(*command), self._out))) != expected:
             self.faults.append(f"{command}: exit {code}: {self._out.read_text()[-300:]}")
@@ -135,6 +180,7 @@ def warm_up() -> None:
     """Import what children need, and let them calibrate with few tokens."""
     rig.warm_up()
     import mixchat.cli.calibrate
+    import mixchat.cli.opening
     import mixchat.text.checkpoint_text  # noqa: F401
     from mixchat.loading import calibrate
 
@@ -146,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()
@@ -156,7 +202,7 @@ def main() -> int:
         for number in range(options.rounds):
             calibrations.round(list(CODES)[number % len(CODES)])
     rig.table(
-        f"calibrations: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
+        f"calibrations and conversions: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
         {**dict(sorted(calibrations.at.items())), "faults": len(calibrations.faults)},
     )
     for fault in calibrations.faults:

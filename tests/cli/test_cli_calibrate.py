@@ -1,24 +1,32 @@
 """`calibrate`, and `download --calibrate`: on a tiny model, whose checkpoint is a directory."""
 
-import shlex
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.loading import calibrate as calibrate_module
+from mixchat.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.care.convert import _Converter
-from mixchat.weights.format.manifest import CONVERSION_DIR, INPUTS_DIR, read_manifest
+from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 
 EXPERTS = ("experts-000.safetensors", "experts-001.safetensors")
 TEXT = "hello, this is a text. " * 40
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint):
+def built(make_checkpoint):
     shape = {"vocab_size": 262, "hidden_size": 128, "max_position_embeddings": 256}
     return write_tokenizer(make_checkpoint(**shape))
+
+
+@pytest.fixture
+def checkpoint(built, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(built, tmp_path / "source")
 
 
 @pytest.fixture
@@ -53,6 +61,7 @@ def test_with_a_text_all_experts_and_nothing_else_change(mixchat, installed, tex
     size = read_manifest(installed).size
     done = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert (done.stdout, done.returncode) == (b"", 0), done.stderr
+    assert lines_of(done)[0].startswith("the calibration takes ")
     assert lines_of(done)[-1] == "mine is calibrated"
     assert all(one != other for one, other in zip(contents(installed), before, strict=True))
     assert contents(installed, ["shared.safetensors"]) == shared
@@ -78,9 +87,10 @@ def test_the_scales_follow_from_the_text(mixchat, installed, text):
     assert made[0] != made[1]
 
 
-def test_cut_off_while_experts_are_made_it_resumes_with_the_same_inputs(
-    mixchat, installed, text, monkeypatch
+def test_cut_off_while_experts_are_made_it_answers_and_resumes_with_the_same_inputs(
+    mixchat, installed, checkpoint, text, monkeypatch
 ):
+    """The model could not run until the same command had ended, for good without its checkpoint."""
     whole = shutil.copytree(installed, installed.parent / "whole")
     assert mixchat("calibrate", "whole", "--calibrate-text", text).returncode == 0
     with monkeypatch.context() as patch:
@@ -88,33 +98,66 @@ def test_cut_off_while_experts_are_made_it_resumes_with_the_same_inputs(
         stopped = mixchat("calibrate", "mine", "--calibrate-text", text)
     assert stopped.returncode == 130
     assert lines_of(stopped)[-1] == "interrupted; the same command resumes"
-    assert (installed / CONVERSION_DIR).exists()
-    refused = mixchat("convert", "mine")
-    assert refused.returncode == 2
-    assert lines_of(refused)[1] == "hint: Finish it first: mixchat calibrate mine"
-    assert mixchat("verify", "mine").returncode == 0
-    assert mixchat("gc").returncode == 0
-    assert mixchat("calibrate", "mine").returncode == 0
-    assert contents(installed) == contents(whole)
+    assert contents(installed, EXPERTS[:1]) == contents(whole, EXPERTS[:1])
+    assert sorted(path.name for path in (installed / INPUTS_DIR).iterdir()) == [
+        "inputs-001",
+        "selected-001",
+    ]
+    assert b"nf4, partly calibrated" in mixchat("list").stdout
+    assert b"mixchat calibrate mine" in mixchat("show", "mine").stdout
+    hidden = checkpoint.rename(checkpoint.with_name("hidden"))
+    for command in (("verify", "mine"), ("gc",), ("run", "-m", "mine", "-n", "3", "hello")):
+        done = mixchat(*command)
+        assert done.returncode == 0, done.stderr
+    hidden.rename(checkpoint)
+    resumed = mixchat("calibrate", "mine")
+    assert resumed.returncode == 0, resumed.stderr
+    assert any(line.startswith("resuming an interrupted") for line in lines_of(resumed))
+    assert contents(installed, ["mixchat.json", *EXPERTS]) == contents(
+        whole, ["mixchat.json", *EXPERTS]
+    )
+    assert not (installed / INPUTS_DIR).exists()
 
 
-def test_an_interrupted_conversion_is_finished_first(mixchat, installed, monkeypatch):
+def test_conversions_and_calibrations_may_be_interrupted_by_each_other(
+    mixchat, installed, text, monkeypatch
+):
+    straight = shutil.copytree(installed, installed.parent / "straight")
+    layout = ("--layout", other_layout(installed))
+    assert mixchat("calibrate", "straight", "--calibrate-text", text).returncode == 0
+    assert mixchat("convert", "straight", *layout).returncode == 0
     with monkeypatch.context() as patch:
         patch.setattr(_Converter, "_rewrite", interrupt_at(EXPERTS[1]))
-        assert mixchat("convert", "mine", "--layout", other_layout(installed)).returncode == 130
-    refused = mixchat("calibrate", "mine")
-    assert refused.returncode == 2
-    assert lines_of(refused)[1] == "hint: Finish it first: mixchat convert mine"
+        assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 130
+        assert mixchat("convert", "mine", *layout).returncode == 130
+    assert mixchat("verify", "mine").returncode == 0
+    assert mixchat("run", "-m", "mine", "-n", "3", "hello").returncode == 0
+    assert mixchat("calibrate", "mine").returncode == 0
+    assert contents(installed, ["mixchat.json", *EXPERTS]) == contents(
+        straight, ["mixchat.json", *EXPERTS]
+    )
+
+
+def test_inputs_of_a_calibration_can_be_given_up(mixchat, installed, text, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(_Converter, "_rewrite", interrupt_at(EXPERTS[1]))
+        assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 130
+    left = mixchat("gc")
+    assert any("which the same command can resume" in line for line in lines_of(left))
+    assert (installed / INPUTS_DIR).exists()
+    assert mixchat("gc", "--unfinished").returncode == 0
     assert not (installed / INPUTS_DIR).exists()
+    assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 0
+    assert mixchat("verify", "mine").returncode == 0
 
 
 def interrupt_at(stop):
     rewrite = _Converter._rewrite
 
-    def stopping(self, name, task):
+    def stopping(self, name, *rest):
         if name == stop:
             raise KeyboardInterrupt
-        return rewrite(self, name, task)
+        return rewrite(self, name, *rest)
 
     return stopping
 
@@ -134,12 +177,6 @@ def test_cut_off_while_it_reads_the_model_is_as_before(mixchat, installed, text,
         assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 130
     assert contents(installed) == before
     assert mixchat("verify", "mine").returncode == 0
-    assert {path.name for path in installed.iterdir()}.isdisjoint({INPUTS_DIR, CONVERSION_DIR})
-
-
-def test_inputs_that_no_conversion_needs_are_swept_away(mixchat, installed):
-    (installed / INPUTS_DIR).mkdir()
-    assert mixchat("gc").returncode == 0
     assert not (installed / INPUTS_DIR).exists()
 
 
@@ -176,23 +213,19 @@ def test_download_can_calibrate_and_the_same_command_finds_it_done(mixchat, chec
     assert mixchat("download", str(checkpoint), "--name", "new").returncode == 0
 
 
-def test_a_download_cut_off_while_it_calibrates_names_the_command_that_resumes(
+def test_a_download_cut_off_while_it_calibrates_is_resumed_by_the_same_command(
     mixchat, checkpoint, installed, text, monkeypatch
 ):
-    """It named none, and the same command does not resume."""
-    text = text.rename(text.with_name("a text.txt"))
-    command = ("download", str(checkpoint), "--name", "mine")
+    """It took a model that was half calibrated for one that it could not resume."""
+    command = ("download", str(checkpoint), "--name", "mine", "--calibrate-text", text)
     with monkeypatch.context() as patch:
         patch.setattr(_Converter, "_rewrite", interrupt_at(EXPERTS[1]))
-        stopped = mixchat(*command, "--calibrate-text", text)
+        stopped = mixchat(*command)
     assert stopped.returncode == 130
-    begin, named = lines_of(stopped)[-1].split(": ")
-    assert (begin, named) == (
-        "interrupted; to resume",
-        f"mixchat calibrate mine --calibrate-text '{text}'",
-    )
-    assert mixchat(*shlex.split(named)[1:]).returncode == 0
-    assert mixchat(*command, "--calibrate").returncode == 0
+    assert lines_of(stopped)[-1] == "interrupted; the same command resumes"
+    assert read_manifest(installed).partly == "calibrated"
+    assert mixchat(*command).returncode == 0
+    assert read_manifest(installed).partly is None
 
 
 @pytest.mark.parametrize(
@@ -227,7 +260,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     assert done.returncode == 7
     assert f"not enough {what}" in lines_of(done)[0]
     assert contents(installed) == before
-    assert {path.name for path in installed.iterdir()}.isdisjoint({INPUTS_DIR, CONVERSION_DIR})
+    assert not (installed / INPUTS_DIR).exists()
 
 
 def test_without_weights_to_round_there_is_nothing_to_calibrate(mixchat, checkpoint, text):
@@ -235,3 +268,85 @@ def test_without_weights_to_round_there_is_nothing_to_calibrate(mixchat, checkpo
     done = mixchat("calibrate", "dense", "--calibrate-text", text)
     assert done.returncode == 2
     assert "no experts in 3 or 4 bits" in lines_of(done)[0]
+
+
+def change_tensor(checkpoint, name):
+    """Flip the sign of one weight of a tensor."""
+    path = checkpoint / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        start = file.header.start(name)
+    data = bytearray(path.read_bytes())
+    data[start + 3] ^= 0x80
+    path.write_bytes(data)
+
+
+def change_config(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+W2 = "model.layers.{}.block_sparse_moe.experts.{}.w2.weight"
+
+
+def test_the_manifest_has_the_hash_of_each_tensor_that_was_read(installed, checkpoint):
+    with SafetensorsFile(checkpoint / "model.safetensors") as file:
+        expected = {spec.name: tensor_sha256(file.read(spec.name)) for spec in file.header.specs}
+    assert read_manifest(installed).checkpoint == expected
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with hashes", "installed earlier"])
+def test_a_checkpoint_with_another_config_is_refused(mixchat, installed, checkpoint, text, known):
+    """One with another rope_theta was accepted."""
+    before = contents(installed)
+    if not known:
+        as_format_3(installed)
+    change_config(checkpoint)
+    done = mixchat("calibrate", "mine", "--calibrate-text", text)
+    assert done.returncode == 6
+    assert "config.json is not what the model was made of" in lines_of(done)[0]
+    assert contents(installed) == before
+    assert not (installed / INPUTS_DIR).exists()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with hashes", "installed earlier"])
+@pytest.mark.parametrize(("layer", "expert", "made"), [(0, 0, 0), (0, 3, 0), (1, 3, 1)])
+def test_a_checkpoint_with_another_tensor_is_refused_before_its_layer_is_replaced(
+    mixchat, installed, checkpoint, text, known, layer, expert, made
+):
+    """It was accepted, and after a kill one model had layers of two checkpoints."""
+    before = contents(installed)
+    if not known:
+        as_format_3(installed)
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    change_tensor(checkpoint, W2.format(layer, expert))
+    done = mixchat("calibrate", "mine", "--calibrate-text", text)
+    assert done.returncode == 6
+    error = next(line for line in lines_of(done) if line.startswith("error: "))
+    assert ("model.safetensors is not what" if known else "no longer gives the bytes") in error
+    same = [one == other for one, other in zip(contents(installed), before, strict=True)]
+    assert same == [number >= made for number in range(2)]
+    assert mixchat("verify", "mine").returncode == 0
+    assert mixchat("calibrate", "mine").returncode == 6
+    (checkpoint / "model.safetensors").write_bytes(whole)
+    assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 0
+
+
+def test_a_checkpoint_of_one_that_was_calibrated_earlier_needs_force(
+    mixchat, installed, checkpoint, text
+):
+    """Nothing tells whether its checkpoint is still the same."""
+    assert mixchat("calibrate", "mine", "--calibrate-text", text).returncode == 0
+    as_format_3(installed)
+    before = contents(installed)
+    refused = mixchat("calibrate", "mine")
+    assert refused.returncode == 2
+    assert "nothing shows that it is still the same" in lines_of(refused)[0]
+    assert "--force" in lines_of(refused)[1]
+    assert contents(installed) == before
+    forced = mixchat("calibrate", "mine", "--calibrate-text", text, "--force")
+    assert forced.returncode == 0
+    assert lines_of(forced)[0].startswith("warning: nothing shows that the checkpoint")
+    assert mixchat("calibrate", "mine").returncode == 0  # it knows the hashes now
+    change_tensor(checkpoint, W2.format(0, 0))
+    assert mixchat("calibrate", "mine", "--force").returncode == 6

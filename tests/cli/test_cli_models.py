@@ -71,6 +71,7 @@ def test_list_as_json_is_for_programs(mixchat, keep):
         "name": "org--name",
         "path": str(directory),
         "quantization": "nf4",
+        "partly": None,
         "context": 8192,
         "source": "org/name",
         "commit": "abc123",
@@ -139,7 +140,7 @@ def test_show_as_json_prints_nothing_else(mixchat, keep):
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-@pytest.mark.parametrize("fault", ["missing", "short", "half converted"])
+@pytest.mark.parametrize("fault", ["missing", "short", "converted in part"])
 def test_show_and_list_agree_that_a_model_is_damaged(mixchat, keep, flags, fault):
     """`show` called a model healthy that `list` called damaged, and that `run` refused."""
     directory = keep("mine", "org/name")
@@ -149,11 +150,11 @@ def test_show_and_list_agree_that_a_model_is_damaged(mixchat, keep, flags, fault
         (directory / "shared.safetensors").write_bytes(b"short")
     else:
         (directory / "conversion").mkdir()
-    problem = "half converted" if fault == "half converted" else "damaged"
+    problem = "damaged"
     assert problem in mixchat("list").stdout.decode()
     done = mixchat("show", "mine", *flags)
     assert done.returncode == 6
-    command = "convert" if fault == "half converted" else "repair"
+    command = "rm" if fault == "converted in part" else "repair"
     assert f"mixchat {command} mine" in done.stderr.decode().splitlines()[1]
     if flags:
         shown = json.loads(done.stdout)

@@ -213,7 +213,7 @@ class TestGc:
         done = mixchat("gc")
         lines = lines_of(done)
         assert [line.split()[0] for line in lines] == ["left:", "removed:", "freed"]
-        assert "which a download can resume" in lines[0]
+        assert "which the same command can resume" in lines[0]
         assert not (installed / "source").exists()
         assert (installed / "mixchat.json").exists()
         assert half.exists()

@@ -32,7 +32,7 @@ def runner(
     layout = "cpu-packed" if coded.available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(installed, ExpertStats(), choose=False),
-        stored=installed.blueprint.expert,
+        stored=installed.blueprint.expert_of,
         used=installed.blueprint.in_layout(layout).expert,
         device=CPU,
     )

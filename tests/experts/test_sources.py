@@ -115,7 +115,7 @@ class Device:
     def __init__(self, source: ExpertSource, stride: int, slots: int) -> None:
         layout: Any = Bytes(stride)
         self.cache = ExpertCache(slots)
-        self.store = ExpertStore(source, stored=layout, used=layout, device=CPU)
+        self.store = ExpertStore(source, stored=lambda _: layout, used=layout, device=CPU)
         self.put_off: dict[ExpertKey, Steps] = {}
 
     def load(self, key: ExpertKey) -> None:

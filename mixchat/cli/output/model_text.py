@@ -22,6 +22,7 @@ def list_as_text(models: Sequence[ModelEntry]) -> str:
     table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
     for model in models:
         quantization, context = model.problem or model.quantization, str(model.context or "-")
+        quantization += f", partly {model.partly}" if model.partly else ""
         size, commit = format_size(model.size), (model.commit or "-")[:12]
         table.append((model.key, size, quantization, context, commit, model.source or "-"))
     return aligned(table)
@@ -29,7 +30,7 @@ def list_as_text(models: Sequence[ModelEntry]) -> str:
 
 def entry_as_dict(model: ModelEntry) -> dict[str, Any]:
     """Return a model of the list as JSON has it."""
-    keys = ("bytes", "quantization", "context", "source", "commit", "problem")
+    keys = ("bytes", "quantization", "partly", "context", "source", "commit", "problem")
     return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 
@@ -57,6 +58,10 @@ def model_as_text(directory: Path, manifest: Manifest, config: ModelConfig) -> s
         ("hidden size", str(config.hidden_size)),
         ("context", f"{config.max_position_embeddings} tokens"),
     ]
+    if manifest.partly:
+        command = {"calibrated": "calibrate", "converted": "convert"}[manifest.partly]
+        rest = f"mixchat {command} {directory.name}"
+        rows.append(("unfinished", f"only some layers are {manifest.partly}; the rest: {rest}"))
     return aligned(rows)
 
 

@@ -3,6 +3,6 @@
 - verify.py: compares every byte with the manifest
 - repair.py: rebuilds what is damaged
 - convert.py: rewrites a model in another layout or with fewer bits, file by file
-- half_converted.py: the form that each file has while a conversion is unfinished
+- recalibration.py: makes experts anew from the checkpoint, if it is still the same
 - housekeeping.py: removes models and leftovers
 """

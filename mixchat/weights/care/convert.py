@@ -1,81 +1,61 @@
 """Rewrites an installed model in another form, file by file.
 
 The codes get their other layout, losslessly; or attention and head are rounded from 16 bits to 8,
-as a download rounds them; or the experts are made anew from the checkpoint. For each file that
-changes, a new one is written in `conversion/`, a directory inside the model's, recorded in the
-journal there with the SHA-256s of its tensors, and moved over the old one. So each file is complete
-at every moment, and `half_converted.py` can tell its form. The manifest comes last. The disk has to
-hold one file more, not a second model.
-
-A model that has `conversion/` cannot be loaded, because its manifest names one form only.
+as a download rounds them; or the experts are made anew from the checkpoint. Each file that changes
+is written beside the old one and replaces it (`replacement.py`), so that the model can be used at
+every moment: files of both forms may be mixed. The disk has to hold one file more, not a second
+model.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from mixchat import machine
 from mixchat.errors import CheckpointError, ResourceError, UsageError
-from mixchat.files import rename_durably, temporary_path
 from mixchat.options import DenseBits
 from mixchat.progress import Progress, Task, progress_bar
 from mixchat.quantities import format_least, format_size
 from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
-from mixchat.weights.care.half_converted import (
-    conversion_head,
-    manifest_of_files,
-    new_sizes,
-    read_half_converted,
-    with_digests,
-)
-from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization
+from mixchat.weights.care.recalibration import Recalibration
+from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.journal import Journal, read_journal
 from mixchat.weights.format.manifest import (
-    CONVERSION_DIR,
-    FORMAT,
-    INPUTS_DIR,
+    NEW_SUFFIX,
     Manifest,
-    check_sizes,
-    finishing_command,
+    WeightsRecord,
+    check_files,
     read_manifest,
     repair_hint,
     write_manifest,
 )
+from mixchat.weights.format.replacement import finish_replacement, replace_file
 from mixchat.weights.make.parts import Part, parts
-from mixchat.weights.make.quantize_options import best_layout, bits_of, dense_type
+from mixchat.weights.make.quantize_options import best_layout, bits_of
 from mixchat.weights.matrix.linear import Layout, QuantType
 
-_SMALL_FILES = 4_000_000  # bytes: journal and manifests
-
-
-Remake = Callable[[Part], list[torch.Tensor]]  # returns an expert's part, from the checkpoint
+_SMALL_FILES = 4_000_000  # bytes: the manifests
 
 
 def find_target(
     directory: Path, layout: Layout | None, bits: DenseBits, *, calibrated: bool = False
 ) -> Quantization:
-    """Return the form to convert to: an unfinished conversion's, or the requested one.
+    """Return the form to convert to. With neither a layout nor bits nor `calibrated`, it has the
+    layout that this machine computes fastest.
 
-    With neither a layout nor bits nor `calibrated`, it has the layout that this machine computes
-    fastest. Raises `UsageError` where no matrix is in 4 bits, for what a conversion cannot give,
-    and for another form than that of an unfinished conversion.
+    Raises `UsageError` where no matrix is in 4 bits, and for what a conversion cannot give.
     """
-    manifest = read_manifest(directory)
-    now = Quantization.from_description(manifest.quantization)
+    now = Quantization.from_description(read_manifest(directory).quantization)
     if now.quant_type == "none":
         raise UsageError(
             f"{directory.name!r} has no experts in 3 or 4 bits: there is nothing to convert"
         )
-    unfinished = read_half_converted(directory, manifest)
-    if unfinished is not None:
-        return _same(directory, unfinished.target, layout, bits, calibrated)
     if not any(bits) and not calibrated:
         layout = layout or best_layout()
     if calibrated and now.scales == "given":
@@ -102,161 +82,102 @@ def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) ->
     )
 
 
-def _same(
-    directory: Path,
-    target: Quantization,
-    layout: Layout | None,
-    bits: DenseBits,
-    calibrated: bool,
-) -> Quantization:
-    """Return the form of the unfinished conversion. Raises `UsageError` if another is requested."""
-
-    def type_of(bits: int | None, stored: QuantType) -> QuantType:
-        return dense_type(bits, target.quant_type) if bits else stored
-
-    unlike = calibrated != (directory / INPUTS_DIR).exists()
-    requested = replace(
-        target,
-        layout=layout or target.layout,
-        attention=type_of(bits.attention, target.attention),
-        head=type_of(bits.head, target.head),
-        scales="calibrated" if calibrated else target.scales,
-    )
-    if unlike or requested != target:
-        form = (
-            f"layout {target.layout}, attention {target.attention}, head {target.head}, "
-            f"scales {target.scales}"
-        )
-        raise UsageError(
-            f"a conversion of {directory.name!r} was interrupted: to {form}",
-            hint=f"Finish it first: {finishing_command(directory)}",
-        )
-    return target
-
-
 def convert(
     directory: Path,
     target: Quantization,
     progress: Progress,
-    remake: Remake | None = None,
+    remake: Recalibration | None = None,
 ) -> bool:
     """Convert an installed model to what `find_target` returned; False where it is so already.
 
-    `remake` makes the experts anew, where their scales change. Resumes an unfinished conversion.
-    Raises `CheckpointError` where a file is not what the manifest says, `ResourceError` where the
-    disk has no room for one file more. After a failure the converted files stay converted and the
-    next call resumes; if there are none, the model is as before.
+    `remake` makes experts anew. Files that a conversion has replaced before it was cut off are not
+    converted again. Raises `CheckpointError` where a file is not what the manifest says,
+    `ResourceError` where the disk has no room for one file more. After a failure the model can be
+    used, and the next call converts the rest.
     """
+    finish_replacement(directory)
     manifest = read_manifest(directory)
-    files = manifest_of_files(directory, manifest)
-    check_sizes(directory, files)
-    changes = manifest.quantization != target.description() or remake is not None
-    if not changes and not (directory / CONVERSION_DIR).exists():
-        return False
-    old = installed_blueprint(directory, files)
-    _Converter(directory, manifest, old, target, progress, remake).run()
-    return True
+    check_files(directory, manifest)
+    return _Converter(directory, manifest, target, progress, remake).run()
 
 
 class _Converter:
-    """One run of a conversion, which may resume that of an earlier one.
-
-    old: the model in the form that its files have now.
-    """
+    """One run of a conversion, which may resume that of an earlier one."""
 
     def __init__(
         self,
         directory: Path,
         manifest: Manifest,
-        old: Blueprint,
         target: Quantization,
         progress: Progress,
-        remake: Remake | None,
+        remake: Recalibration | None,
     ) -> None:
-        self._remake = remake
-        self._directory, self._work = directory, directory / CONVERSION_DIR
-        self._manifest, self._progress = manifest, progress
-        self._old, self._new = old, replace(old, quantization=target)
-        self._sizes = {name: layout.size for name, layout in file_layouts(self._new).items()}
-        unfinished = read_half_converted(directory, manifest)
-        fresh = conversion_head(target, self._sizes[SHARED_FILE])
-        self._head = unfinished.head if unfinished else fresh
-        self._files = _files_that_change(old, self._new, remake is not None)
+        self._directory, self._manifest, self._progress = directory, manifest, progress
+        self._target, self._remake = target, remake
+        self._remade = remake.inputs.layers if remake else set()
+        self._old = installed_blueprint(directory, manifest)
+        self._new = _converted(self._old, target, self._remade)
+        self._layouts = file_layouts(self._new)
+        self._files = _files_that_change(self._old, self._new, self._remade)
 
-    def run(self) -> None:
-        """Convert the files that are not converted yet, then write the manifest."""
-        made, _ = read_journal(self._work, self._head)
-        self._check_disk(set(self._files) - set(made))
-        if not self._work.exists():
-            self._start()
-        journal = Journal(self._work, self._head)
-        try:
-            self._convert(journal)
-        except BaseException:
-            if not journal.made:  # no file has changed: the model can be used
-                self._finish()
-            raise
-        write_manifest(self._directory, self._converted(journal))
-        self._finish()
+    def run(self) -> bool:
+        """Convert the files that have another form; return whether there was anything to do."""
+        if not self._files:
+            return self._rename_form()
+        self._check_disk()
+        sizes = {name: sum(old.nbytes for old, _ in both) for name, both in self._files.items()}
+        title = f"converting {self._directory.name}"
+        with progress_bar(self._progress, title, sum(sizes.values())) as task:
+            for name in [*self._files]:
+                self._replace(name, task)
+        return True
 
-    def _converted(self, journal: Journal) -> Manifest:
-        """Return the manifest of the converted model."""
-        before, after = self._manifest.quantization, self._new.quantization.description()
-        same = all(before[part] == after[part] for part in ("attention", "head"))
-        return replace(
-            with_digests(self._manifest, journal.made, new_sizes(self._head)),
-            quantization=after,
-            format=self._manifest.format if same else FORMAT,
-        )
+    def _rename_form(self) -> bool:
+        """Write the target to the manifest of a model that has no matrix of another form."""
+        after = self._after()
+        if after != self._manifest:
+            write_manifest(self._directory, after)
+        return after != self._manifest
 
-    def _check_disk(self, todo: set[str]) -> None:
-        needed = max((self._sizes[name] for name in todo), default=0) + _SMALL_FILES
+    def _check_disk(self) -> None:
+        needed = max(self._layouts[name].size for name in self._files) + _SMALL_FILES
         free = machine.free_disk(self._directory)
+        disk = f"{format_least(needed)} of disk in {self._directory}, {format_size(free)} free"
         if needed > free:
             raise ResourceError(
-                f"not enough disk in {self._directory}: {format_least(needed)} needed, "
-                f"{format_size(free)} free",
+                f"not enough disk: a conversion takes {disk}",
                 hint="Free some space: a conversion needs room for a second copy of one file.",
             )
+        if self._remake is None:  # a calibration has said what it takes
+            self._progress.note(f"the conversion takes {disk}")
 
-    def _start(self) -> None:
-        """Make the directory appear together with its journal."""
-        fresh = temporary_path(self._work)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        Journal(fresh, self._head)
-        rename_durably(fresh, self._work)
+    def _replace(self, name: str, task: Task) -> None:
+        written = self._directory / f"{name}{NEW_SUFFIX}"
+        digests = self._rewrite(name, written, task)
+        expert = self._files.pop(name)[-1][1].expert
+        self._manifest = self._after({name: WeightsRecord(self._layouts[name].size, digests)})
+        replace_file(self._directory, self._manifest, name, written)
+        if self._remake is not None and expert is not None:
+            self._remake.inputs.remove(expert[0])
 
-    def _finish(self) -> None:
-        """Make the directory disappear at once; `gc` removes what a power cut leaves of it."""
-        finished = temporary_path(self._work)
-        shutil.rmtree(finished, ignore_errors=True)
-        rename_durably(self._work, finished)
-        shutil.rmtree(finished)
+    def _after(self, made: Mapping[str, WeightsRecord] = MappingProxyType({})) -> Manifest:
+        """Return the manifest with these records, while `self._files` have their old form."""
+        now, weights = self._manifest, {}
+        target, forms = self._target.description(), self._new.quantizations()
+        for name, record in {**now.weights, **made}.items():
+            done = name not in self._files
+            form = forms[name].description() if done else now.quantization_of(name)
+            unlike = {key: form[key] for key in form if form[key] != target[key]}
+            weights[name] = replace(record, unlike=unlike)
+        checkpoint = now.checkpoint | (self._remake.reader.digests if self._remake else {})
+        return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
-    def _convert(self, journal: Journal) -> None:
-        for name in journal.made:
-            if (self._work / name).exists():  # the last run ended before it was moved
-                self._move(name)
-        sizes = {name: sum(old.nbytes for old, _ in both) for name, both in self._files.items()}
-        done = sum(sizes.get(name, 0) for name in journal.made)
-        what = f"converting {self._directory.name}"
-        with progress_bar(self._progress, what, sum(sizes.values()), done) as task:
-            for name in self._files:
-                if name not in journal.made:
-                    journal.add(name, self._rewrite(name, task))
-                    journal.save()
-                    self._move(name)
-
-    def _move(self, name: str) -> None:
-        rename_durably(self._work / name, self._directory / name)
-
-    def _rewrite(self, name: str, task: Task) -> dict[str, str]:
+    def _rewrite(self, name: str, path: Path, task: Task) -> dict[str, str]:
         """Write a file in the new form; return the SHA-256 in hex of each of its tensors."""
         digests: dict[str, str] = {}
         with (
             SafetensorsFile(self._directory / name) as file,
-            SafetensorsWriter(self._work / name, self._new.files()[name]) as writer,
+            SafetensorsWriter(path, self._layouts[name].header.specs) as writer,
         ):
             if file.header.specs != self._old.files()[name]:
                 raise CheckpointError(
@@ -264,10 +185,12 @@ class _Converter:
                     hint=repair_hint(self._directory),
                 )
             for old, new in self._files[name]:
-                if self._remake is not None and new.expert is not None:
-                    made = self._remake(new)
-                else:
-                    made = self._made(file, old, new)
+                remade = new.expert is not None and new.expert[0] in self._remade
+                made = (
+                    self._remake.make(new)
+                    if self._remake and remade
+                    else self._made(file, old, new)
+                )
                 for spec, tensor in zip(new.tensors, made, strict=True):
                     writer.write(spec.name, tensor)
                     digests[spec.name] = tensor_sha256(tensor)
@@ -292,19 +215,28 @@ class _Converter:
         return tensors
 
 
+def _converted(old: Blueprint, target: Quantization, remade: set[int]) -> Blueprint:
+    """Return the model as it will be: only the experts that are made anew get other scales."""
+    forms = [
+        replace(target, scales="calibrated" if layer in remade else form.scales)
+        for layer, form in enumerate([*old.quantizations().values()][1:])
+    ]
+    return Blueprint(old.config, target, tuple(forms))
+
+
 def _files_that_change(
-    old: Blueprint, new: Blueprint, experts: bool
+    old: Blueprint, new: Blueprint, remade: set[int]
 ) -> dict[str, list[tuple[Part, Part]]]:
     """Return the parts, before and after, of each file with a matrix that changes.
 
-    experts: all of them change.
+    remade: the layers whose experts all change.
     """
     files: dict[str, list[tuple[Part, Part]]] = {}
     changed = set()
     for before, after in _both_forms(old, new):
         files.setdefault(after.file, []).append((before, after))
         same = before.tensors == after.tensors and _packed(before) == _packed(after)
-        if not same or (experts and after.expert is not None):
+        if not same or (after.expert is not None and after.expert[0] in remade):
             changed.add(after.file)
     return {name: both for name, both in files.items() if name in changed}
 

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixchat import machine
-from mixchat.errors import ModelNotFoundError, UsageError
+from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.lock import Busy, exclusive_lock
 from mixchat.settings import models_dir
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import (
-    CONVERSION_DIR,
     INPUTS_DIR,
     MANIFEST_COPY,
     MANIFEST_FILE,
+    NEW_SUFFIX,
     is_installed,
 )
+from mixchat.weights.format.replacement import place_new_files
 from mixchat.weights.make.spill import SPILL_PREFIX
 from mixchat.weights.models import list_models
 from mixchat.weights.source import hub
@@ -33,7 +34,7 @@ from mixchat.weights.source.transfer import PART_SUFFIX
 class Leftover:
     """Something that no finished model needs, its bytes, and whether it has been removed.
 
-    `resumable`: it is work that a download can resume.
+    `resumable`: it is work that a download or a calibration can resume.
     """
 
     path: Path
@@ -126,10 +127,9 @@ def _left_in(target: Path) -> Iterator[Leftover]:
     if not is_installed(target):
         yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
         return
-    if not (target / CONVERSION_DIR).exists() and (target / INPUTS_DIR).exists():
-        yield Leftover(
-            target / INPUTS_DIR, machine.disk_usage(target / INPUTS_DIR), resumable=False
-        )
-    names = (JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}")
-    for path in sorted(path for name in names for path in target.glob(name)):
-        yield Leftover(path, machine.disk_usage(path), resumable=False)
+    names = [JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}"]
+    with suppress(CheckpointError):  # without a manifest, nothing tells which new files are used
+        place_new_files(target)
+        names.append(f"*{NEW_SUFFIX}")
+    for path in sorted(path for name in [INPUTS_DIR, *names] for path in target.glob(name)):
+        yield Leftover(path, machine.disk_usage(path), resumable=path.name == INPUTS_DIR)

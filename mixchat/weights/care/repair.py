@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from mixchat.errors import CheckpointError
 from mixchat.files import read_bytes, write_file
 from mixchat.progress import Progress, progress_bar
 from mixchat.safetensors import tensor_bytes
-from mixchat.weights.care.half_converted import manifest_of_files, parts_of_files
 from mixchat.weights.care.verify import MISSING, Damage, verify
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import Manifest, read_either_manifest
-from mixchat.weights.make.parts import Part
+from mixchat.weights.format.manifest import Manifest, read_manifest
+from mixchat.weights.format.replacement import finish_replacement
+from mixchat.weights.make.parts import Part, parts
 from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader
 from mixchat.weights.source.checkpoint_files import CONFIG
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
 
 def repair(
@@ -29,7 +32,8 @@ def repair(
     Raises `CheckpointError` where the checkpoint no longer has the same bytes, and what reading
     it raises. May be repeated after a failure.
     """
-    manifest = manifest_of_files(directory, read_either_manifest(directory))
+    finish_replacement(directory)
+    manifest = read_manifest(directory)
     for name in sorted({damage.file for damage in damages} & set(manifest.files)):
         data = read_bytes(checkpoint.companions() / name)
         _check_digest(manifest.files[name].sha256, data, name)
@@ -48,23 +52,29 @@ def _repair_weights(
 ) -> None:
     """Rebuild the parts with damaged tensors; opening a file repairs its header and its size."""
     blueprint, index = installed_blueprint(directory, manifest), checkpoint.index
-    every = parts_of_files(directory, manifest, blueprint)
-    damaged = [part for part in every if _is_damaged(part, damages)]
+    damaged = [part for part in parts(blueprint) if _is_damaged(part, damages)]
     total = sum(index.nbytes(part.components(index)) for part in damaged)
     with (
         closing(ModelWriter(directory, blueprint)) as files,
-        CheckpointReader(checkpoint) as readers,
+        CheckpointReader(checkpoint, manifest.checkpoint) as reader,
         progress_bar(progress, f"repairing {directory.name}", total) as task,
     ):
         for part in damaged:
             _refuse_calibrated(part, directory)
-            tensors = part.make(index, readers.read)
-            for spec, tensor in zip(part.tensors, tensors, strict=True):
-                expected = manifest.weights[part.file].sha256[spec.name]
-                _check_digest(expected, tensor_bytes(tensor), spec.name)
-            files.write(part, tensors)
+            files.write(part, made_again(part, manifest, index, reader.read))
             task.advance(index.nbytes(part.components(index)))
         files.finish()
+
+
+def made_again(
+    part: Part, manifest: Manifest, index: CheckpointIndex, read: Read
+) -> list[torch.Tensor]:
+    """Make a part as it was installed. Raises `CheckpointError` where that gives other bytes."""
+    tensors = part.make(index, read)
+    for spec, tensor in zip(part.tensors, tensors, strict=True):
+        expected = manifest.weights[part.file].sha256[spec.name]
+        _check_digest(expected, tensor_bytes(tensor), spec.name)
+    return tensors
 
 
 def _refuse_calibrated(part: Part, directory: Path) -> None:

@@ -12,10 +12,15 @@ from pathlib import Path
 from mixchat.errors import CheckpointError
 from mixchat.files import open_regular, read_bytes
 from mixchat.progress import Progress, Task, progress_bar
-from mixchat.weights.care.half_converted import manifest_of_files
 from mixchat.weights.format.file_layout import FileLayout, file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import MANIFESTS, Manifest, is_manifest, read_either_manifest
+from mixchat.weights.format.manifest import (
+    MANIFESTS,
+    Manifest,
+    is_manifest,
+    path_of,
+    read_either_manifest,
+)
 from mixchat.weights.make.recheck import read_most
 from mixchat.weights.source.checkpoint_files import CONFIG
 
@@ -39,7 +44,7 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     Raises `CheckpointError` where neither the manifest nor its copy can be read: then there is
     nothing to compare with.
     """
-    manifest = manifest_of_files(directory, read_either_manifest(directory))
+    manifest = read_either_manifest(directory)
     with progress_bar(progress, f"verifying {directory.name}", manifest.size) as task:
         found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
         found += _damaged_files(directory, manifest)
@@ -62,7 +67,7 @@ def _damaged_files(directory: Path, manifest: Manifest) -> Iterator[Damage]:
 def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
     for name, layout in file_layouts(installed_blueprint(directory, manifest)).items():
         try:
-            with open(open_regular(directory / name), "rb", buffering=0) as file:
+            with open(open_regular(path_of(directory, manifest, name)), "rb", buffering=0) as file:
                 yield from _damaged_tensors(file, name, layout, manifest, task)
         except OSError:
             yield Damage(name, MISSING)

@@ -92,6 +92,11 @@ class ExpertSpec:
         """Return the bytes of the matrices."""
         return sum(spec.nbytes for spec in (*self.w13.tensors, *self.w2.tensors))
 
+    @property
+    def packed(self) -> tuple[bool, bool]:
+        """Return whether w13 and w2 have the packed layout."""
+        return self.w13.packed, self.w2.packed
+
     @cached_property
     def stride(self) -> int:
         """Return the bytes of the block: `nbytes` rounded up to whole pages."""
@@ -130,14 +135,36 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The tensors of a model of this shape and quantization, and how they are computed."""
+    """The tensors of a model of this shape and quantization, and how they are computed.
+
+    layers: the quantization of each layer's experts, if not all have `quantization`. Their layouts
+    and scales may differ, and so may the order of codes in a block, but not its size.
+    """
 
     config: ModelConfig
     quantization: Quantization
+    layers: tuple[Quantization, ...] = ()
+
+    def quantizations(self) -> dict[str, Quantization]:
+        """Return the quantization of each file of weights."""
+        layers = self.layers or (self.quantization,) * self.config.num_hidden_layers
+        experts = {experts_file(layer): how for layer, how in enumerate(layers)}
+        return {SHARED_FILE: self.quantization} | experts
+
+    def expert_of(self, layer: int) -> ExpertSpec:
+        """Return the form of an expert's block in a layer."""
+        if not self.layers:
+            return self.expert
+        return Blueprint(self.config, self.layers[layer]).expert
+
+    def all_packed_as(self, used: ExpertSpec) -> bool:
+        """Return whether the experts of all layers have the layout of `used`."""
+        layers = range(self.config.num_hidden_layers)
+        return all(self.expert_of(layer).packed == used.packed for layer in layers)
 
     @cached_property
     def expert(self) -> ExpertSpec:
-        """Return the layout of an expert's block; all experts have the same."""
+        """Return the form of an expert's block, as `quantization` has it."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
         w2 = "nf4" if kind == "nf3" else kind
@@ -204,17 +231,17 @@ class Blueprint:
         if self.head is not None:
             yield from self.head.tensors
 
-    def expert_tensors(self) -> Iterator[TensorSpec]:
-        """Yield the tensors of an `experts-LLL.safetensors`, in their order."""
+    def expert_tensors(self, layer: int) -> Iterator[TensorSpec]:
+        """Yield the tensors of a layer's `experts-LLL.safetensors`, in their order."""
+        layout = self.expert_of(layer)
         for expert in range(self.config.num_local_experts):
-            yield from self.expert.tensors(expert)
+            yield from layout.tensors(expert)
 
     def files(self) -> dict[str, list[TensorSpec]]:
         """Return the files of weights by name, each with its tensors in their order."""
-        experts = list(self.expert_tensors())
         layers = range(self.config.num_hidden_layers)
         return {SHARED_FILE: list(self.shared_tensors())} | {
-            experts_file(layer): experts for layer in layers
+            experts_file(layer): list(self.expert_tensors(layer)) for layer in layers
         }
 
     @property
@@ -238,7 +265,7 @@ class Blueprint:
 
     def in_layout(self, layout: Layout) -> Blueprint:
         """Return the same model with its codes in this layout."""
-        return replace(self, quantization=replace(self.quantization, layout=layout))
+        return Blueprint(self.config, replace(self.quantization, layout=layout))
 
     def widened(self) -> Blueprint:
         """Return the same model with dense matrices in place of those in 8 bits.

@@ -15,21 +15,21 @@ from mixchat.model_config import ModelConfig
 from mixchat.safetensors import SafetensorsFile, TensorSpec
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.format.manifest import (
-    CONVERSION_DIR,
     MANIFEST_FILE,
     Manifest,
     check_files,
+    path_of,
     read_manifest,
     repair_hint,
 )
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
-Stamp: TypeAlias = tuple[int, ...] | None  # identifies a manifest file; None where there is none
+Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content; None where there is none
 
 
-def _stamp(directory: Path) -> Stamp:
+def _stamp(path: Path) -> Stamp:
     try:
-        status = (directory / MANIFEST_FILE).stat()
+        status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
@@ -41,10 +41,16 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     Raises `CheckpointError` where the manifest lists other tensors.
     """
     config = ModelConfig.from_file(directory / "config.json")
-    blueprint = Blueprint(config, Quantization.from_description(manifest.quantization))
+    names = [SHARED_FILE, *map(experts_file, range(config.num_hidden_layers))]
+    for name in names:
+        if name not in manifest.weights:
+            raise _other_tensors(directory / name)
+    shared, *layers = (
+        Quantization.from_description(manifest.quantization_of(name)) for name in names
+    )
+    blueprint = Blueprint(config, shared, () if {*layers} == {shared} else tuple(layers))
     for name, specs in blueprint.files().items():
-        record = manifest.weights.get(name)
-        if record is None or {spec.name for spec in specs} != set(record.sha256):
+        if {spec.name for spec in specs} != set(manifest.weights[name].sha256):
             raise _other_tensors(directory / name)
     return blueprint
 
@@ -60,24 +66,31 @@ class InstalledModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        before = _stamp(directory)
-        self.manifest = read_manifest(directory)
-        check_files(directory, self.manifest)
-        self.blueprint = installed_blueprint(directory, self.manifest)
-        self.config = self.blueprint.config
         self._files: list[SafetensorsFile] = []
+        manifest, names = _stamp(directory / MANIFEST_FILE), _stamp(directory)
         try:
-            self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
-            self._experts = [
-                self._open(experts_file(layer), self.blueprint.expert_tensors())
-                for layer in range(self.config.num_hidden_layers)
-            ]
-            first = next(self.blueprint.expert_tensors()).name
-            self._expert_base = [file.header.start(first) for file in self._experts]
-            self._check_unchanged(before)
-        except BaseException:
+            self._open_all()
+        except CheckpointError:
             self.close()
+            if _stamp(directory) != names:  # a file may have got its last name
+                raise self._changed() from None
             raise
+        if _stamp(directory / MANIFEST_FILE) != manifest:
+            self.close()
+            raise self._changed()
+
+    def _open_all(self) -> None:
+        self.manifest = read_manifest(self.directory)
+        check_files(self.directory, self.manifest)
+        self.blueprint = installed_blueprint(self.directory, self.manifest)
+        self.config = self.blueprint.config
+        self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
+        self._experts = [
+            self._open(experts_file(layer), self.blueprint.expert_tensors(layer))
+            for layer in range(self.config.num_hidden_layers)
+        ]
+        first = next(self.blueprint.expert_tensors(0)).name
+        self._expert_base = [file.header.start(first) for file in self._experts]
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         """Read a shared tensor; it is on the CPU."""
@@ -131,21 +144,14 @@ class InstalledModel:
     ) -> None:
         self.close()
 
-    def _check_unchanged(self, before: Stamp) -> None:
-        """Ensure that all files have the layout that the manifest names.
-
-        A conversion makes its directory before it replaces the first file, and writes the manifest
-        before it removes the directory: so the directory has to be checked first.
-        """
-        converting = (self.directory / CONVERSION_DIR).exists()
-        if converting or _stamp(self.directory) != before:
-            raise CheckpointError(
-                f"{self.directory}: the model was changed while it was being loaded",
-                hint="Try again when the other command has finished.",
-            )
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory}: the model was changed while it was being loaded",
+            hint="Try again when the other command has finished.",
+        )
 
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
-        file = SafetensorsFile(self.directory / name)
+        file = SafetensorsFile(path_of(self.directory, self.manifest, name))
         self._files.append(file)
         if file.header.specs != list(expected):
             raise _other_tensors(file.path)

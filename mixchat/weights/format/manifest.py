@@ -1,20 +1,22 @@
 """The manifest of an installed model, `mixchat.json`, written last: it marks a finished model.
 
-{"format": 3,
+{"format": 4,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
  "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "layout": "cpu-packed",
                   "attention": "int8", "head": "int8", "dtype": "bfloat16"},
  "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
- "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...}}, ...},
+ "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...},
+                                    "unlike": {}}, ...},
+ "checkpoint": {"model.layers.0.block_sparse_moe.experts.0.w1.weight": "...", ...},
  "sha256": "..."}
 
-Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone. The
-last SHA-256 is the manifest's own, of all other keys (`_digest`). The same bytes are stored once
-more as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
+Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone.
+`unlike` has the values of `quantization` that a file does not have yet, while a conversion is
+unfinished. `checkpoint` has the SHA-256 of each tensor of the checkpoint that the model was made
+of. The last SHA-256 is the manifest's own, of all other keys (`_digest`). The same bytes are stored
+once more as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
 
-In format 2, attention and head were true (of the type of the experts) or false (dense). A manifest
-of that format stays so when it is written again, unless one of the two changes: then older versions
-of mixchat cannot read the model.
+Format 3 lacked `checkpoint` and `unlike`. It is read, and replaced when the manifest is written.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ from mixchat.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-CONVERSION_DIR = "conversion"  # while it is there, not all files have the manifest's layout
+NEW_SUFFIX = ".new"
 INPUTS_DIR = "expert-inputs"  # of a calibration
-FORMAT = 3
-_FORMATS = (2, 3)
+FORMAT = 4
+_FORMATS = (3, FORMAT)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": ("nf3", "nf4", "fp4", "none"),
@@ -46,6 +48,7 @@ _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
 }
 _DENSE_PARTS = ("attention", "head")
+_CONVERTED = ("scales", "layout", *_DENSE_PARTS)
 _KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 
 
@@ -68,27 +71,36 @@ class FileRecord:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, data: bytes) -> FileRecord:
+        """Return the record of a file with these bytes."""
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
 
 @dataclass(frozen=True)
 class WeightsRecord:
-    """The size in bytes of a file of weights, and the SHA-256 of each of its tensors by name."""
+    """The size in bytes of a file of weights, and the SHA-256 of each of its tensors by name.
+
+    unlike: the values of the manifest's `quantization` that the file does not have yet.
+    """
 
     size: int
     sha256: dict[str, str]
+    unlike: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of `mixchat.json`; `quantization` has the keys and values shown above.
 
-    `format` is that of the file.
+    checkpoint: the SHA-256 of each tensor that was read; empty if an older version made the model.
     """
 
     source: Source
     quantization: dict[str, Any]
     files: dict[str, FileRecord]
     weights: dict[str, WeightsRecord]
-    format: int = FORMAT
+    checkpoint: dict[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -100,14 +112,21 @@ class Manifest:
         """Return the bytes of all files of weights together, as a download's plan predicts them."""
         return sum(record.size for record in self.weights.values())
 
+    @property
+    def partly(self) -> str | None:
+        """Return "converted" or "calibrated" if not all files are so yet, else None."""
+        unlike = {key for record in self.weights.values() for key in record.unlike}
+        return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
+
+    def quantization_of(self, name: str) -> dict[str, Any]:
+        """Return the quantization that a file of weights has now."""
+        return self.quantization | self.weights[name].unlike
+
     def serialized(self) -> bytes:
         """Return the bytes of `mixchat.json`."""
-        document: dict[str, Any] = {"format": self.format, **asdict(self)}
-        how = {key: self.quantization[key] for key in _KEYS}
-        if self.format == 2:
-            how |= {part: how[part] != "none" for part in _DENSE_PARTS}
-        document["quantization"] = how
-        return (json.dumps({**document, "sha256": _digest(document)}, indent=1) + "\n").encode()
+        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        document["quantization"] = {key: self.quantization[key] for key in _KEYS}
+        return _dumped({**document, "sha256": _digest(document)})
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
@@ -162,24 +181,12 @@ def _read(path: Path) -> Manifest:
             quantization={key: raw["quantization"][key] for key in _KEYS},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
             weights={name: WeightsRecord(**record) for name, record in raw["weights"].items()},
-            format=version,
+            checkpoint=dict(raw.get("checkpoint", {}).items()),
         )
+        _check(path, manifest)
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: a part is missing or malformed") from None
-    if version == 2:
-        manifest = replace(manifest, quantization=_with_words(path, manifest.quantization))
-    _check(path, manifest)
     return manifest
-
-
-def _with_words(path: Path, quantization: dict[str, Any]) -> dict[str, Any]:
-    """Return the quantization of format 2 as format 3 has it."""
-    words = {}
-    for part in _DENSE_PARTS:
-        if type(quantization[part]) is not bool:
-            raise _unknown(path, part, quantization[part])
-        words[part] = quantization["quant_type"] if quantization[part] else "none"
-    return quantization | words
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -196,7 +203,8 @@ def is_installed(directory: Path) -> bool:
 def is_manifest(path: Path) -> bool:
     """Return whether the file is a manifest that can be read, to the byte as mixchat writes it."""
     try:
-        return read_bytes(path) == _read(path).serialized()
+        _read(path)
+        return read_bytes(path) == _dumped(read_json_object(path))
     except CheckpointError:
         return False
 
@@ -215,39 +223,43 @@ def read_either_manifest(directory: Path) -> Manifest:
 
 
 def restore_manifests(directory: Path) -> None:
-    """Write the intact one of manifest and copy over the other.
+    """Make the copy equal to the manifest, or the manifest to its copy if only that is intact.
 
     Raises `CheckpointError` where neither is intact.
     """
-    manifest = read_either_manifest(directory)
+    intact = [name for name in MANIFESTS if is_manifest(directory / name)]
+    found = read_bytes(directory / intact[0]) if intact else None
+    data = found or read_either_manifest(directory).serialized()
     for name in MANIFESTS:
-        if not is_manifest(directory / name):
-            write_file(directory / name, manifest.serialized())
+        if name not in intact or read_bytes(directory / name) != data:
+            write_file(directory / name, data)
+
+
+def path_of(directory: Path, manifest: Manifest, name: str) -> Path:
+    """Return the path of a model's file, which may have a new file's name yet: `replacement.py`."""
+    if name in manifest.weights:
+        new = new_path(directory, manifest, name)
+        if new.is_file():
+            return new
+    return directory / name
+
+
+def new_path(directory: Path, manifest: Manifest, name: str) -> Path:
+    """Return the name that a file of weights has before it replaces the one before it."""
+    tensors = "".join(manifest.weights[name].sha256.values())
+    digest = hashlib.sha256(tensors.encode()).hexdigest()
+    return directory / f"{name}.{digest[:16]}{NEW_SUFFIX}"
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Ensure that a model can be loaded: it is not half converted, and each file has its size.
-
-    Raises `CheckpointError` with the first fault.
-    """
-    if (directory / CONVERSION_DIR).exists():
-        raise CheckpointError(
-            f"{directory}: a conversion is running or was interrupted",
-            hint=f"To finish it: {finishing_command(directory)}",
-        )
-    check_sizes(directory, manifest)
-
-
-def finishing_command(directory: Path) -> str:
-    """Return the command that finishes the conversion of a model."""
-    command = "calibrate" if (directory / INPUTS_DIR).exists() else "convert"
-    return f"mixchat {command} {directory.name}"
-
-
-def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
+    if (directory / "conversion").exists():
+        raise CheckpointError(
+            f"{directory}: a conversion by an earlier mixchat was interrupted",
+            hint=f"Remove it (mixchat rm {directory.name}) and download it again.",
+        )
     for name, expected in manifest.sizes.items():
-        path = directory / name
+        path = path_of(directory, manifest, name)
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing", hint=repair_hint(directory))
         if (size := path.stat().st_size) != expected:
@@ -257,34 +269,39 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             )
 
 
+def _dumped(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
 def _digest(document: dict[str, Any]) -> str:
     """Return the SHA-256 of a document's canonical form: keys sorted, no spaces."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_quantization(path: Path, quantization: dict[str, Any]) -> None:
+def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     """Raise `CheckpointError`, which names `path`, for values that a manifest cannot have."""
     four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
     of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits))
     for key, allowed in (_QUANTIZATION | of_parts).items():
         value = quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):
-            raise _unknown(path, key, value)
-
-
-def _unknown(path: Path, key: str, value: object) -> CheckpointError:
-    return CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
+            raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    check_quantization(path, manifest.quantization)
+    _check_quantization(path, manifest.quantization)
+    for record in manifest.weights.values():
+        if not record.unlike.keys() <= set(_CONVERTED):
+            raise CheckpointError(f"{path}: a record of weights is malformed")
+        _check_quantization(path, manifest.quantization | record.unlike)
     source = manifest.source
     if not all(
         isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")
     ):
         raise CheckpointError(f"{path}: the source is malformed")
-    hashes = [record.sha256 for record in manifest.files.values()]
+    hashes = [*manifest.checkpoint.values()]
+    hashes += [record.sha256 for record in manifest.files.values()]
     for record in manifest.weights.values():
         if not isinstance(record.sha256, dict):
             raise CheckpointError(f"{path}: a record of weights is malformed")

@@ -8,7 +8,6 @@ continues, the files are checked against it.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Generator
@@ -23,7 +22,7 @@ from mixchat.background import in_background
 from mixchat.errors import HubError
 from mixchat.files import read_bytes, write_file
 from mixchat.progress import NoProgress, Progress, Task, progress_bar
-from mixchat.safetensors import SafetensorsFile
+from mixchat.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_journal
@@ -43,6 +42,7 @@ from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_files import COMPANION_FILES
 
+_CHECKPOINT = "checkpoint"  # in the journal: the tensors that were read of it
 _SECONDS_BETWEEN_SAVES = 2.0
 _SECONDS_TO_STOP = 0.3
 NO_PROGRESS = NoProgress()
@@ -205,11 +205,17 @@ class _Build:
         return {name for name in names if self._index.shard_of(name) == shard}
 
     def _make(self, part: Part, file: SafetensorsFile, files: ModelWriter, task: Task) -> None:
-        def read(name: str) -> torch.Tensor:
-            return self._spill.read(name) if name in self._spill.names else file.read(name)
+        read: dict[str, str] = {}
 
-        digests = files.write(part, part.make(self._index, read))
+        def reading(name: str) -> torch.Tensor:
+            spilled = name in self._spill.names
+            tensor = self._spill.read(name) if spilled else file.read(name)
+            read[name] = tensor_sha256(tensor)
+            return tensor
+
+        digests = files.write(part, part.make(self._index, reading))
         self._journal.add(part.file, digests)
+        self._journal.add(_CHECKPOINT, read)
         task.advance(self._nbytes(part))
 
     def _save(self, files: ModelWriter) -> None:
@@ -223,16 +229,17 @@ class _Build:
         records = {}
         for name, data in self._companions.items():
             write_file(self._target / name, data)
-            records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+            records[name] = FileRecord.of(data)
         weights = {}
         for name, size in files.finish().items():
             made = self._journal.made[name]
             order = (spec.name for spec in self._blueprint.files()[name])
             weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
+        read = self._journal.made[_CHECKPOINT]
         description = self._blueprint.quantization.description()
-        write_manifest(
-            self._target, Manifest(self._checkpoint.source, description, records, weights)
-        )
+        checkpoint = {name: read[name] for name in sorted(read)}
+        manifest = Manifest(self._checkpoint.source, description, records, weights, checkpoint)
+        write_manifest(self._target, manifest)
         finish_interrupted(self._target)
 
 

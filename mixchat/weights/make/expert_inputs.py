@@ -63,6 +63,17 @@ class ExpertInputs:
         self._directory, self._config = directory, config
         self._layer, self._inputs, self._selected = -1, torch.empty(0), torch.empty(0)
 
+    @property
+    def layers(self) -> set[int]:
+        """Return the layers whose inputs are there."""
+        return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
+
+    def remove(self, layer: int) -> None:
+        """Remove the inputs of a layer."""
+        inputs, selected = _paths(self._directory, layer)
+        selected.unlink()  # first: `layers` goes by these files
+        inputs.unlink()
+
     def of(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of all tokens, bf16 [N, D], and which of them chose the expert: bool [N].
 

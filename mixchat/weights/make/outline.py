@@ -12,7 +12,8 @@ from mixchat.model_config import ModelConfig
 from mixchat.progress import Progress
 from mixchat.settings import models_dir
 from mixchat.weights import models
-from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Source, check_files, read_manifest
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
@@ -103,9 +104,8 @@ def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
     """Return an installed model's source and its outline."""
     manifest = read_manifest(directory)
     check_files(directory, manifest)
-    config = ModelConfig.from_file(directory / "config.json")
-    how = Quantization.from_description(manifest.quantization)
-    return manifest.source, Outline(name, Blueprint(config, how), directory, installed=True)
+    blueprint = installed_blueprint(directory, manifest)
+    return manifest.source, Outline(name, blueprint, directory, installed=True)
 
 
 def _before_download(

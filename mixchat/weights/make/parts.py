@@ -122,7 +122,7 @@ def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> Part:
 
 
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[Part]:
-    layout, file = blueprint.expert, experts_file(layer)
+    layout, file = blueprint.expert_of(layer), experts_file(layer)
     specs = tuple(layout.tensors(expert))
     cut = len(layout.w13.tensors)
     w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))

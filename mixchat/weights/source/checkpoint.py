@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Protocol
 
 import torch
 
+from mixchat.errors import CheckpointError
 from mixchat.progress import Task
+from mixchat.safetensors import tensor_sha256
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
@@ -77,19 +79,39 @@ class Stopped(Exception):
     """The caller set `stop`."""
 
 
-class CheckpointReader:
-    """Reads a tensor from the shard that holds it: a context manager."""
+def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> CheckpointError:
+    """Return the error for a checkpoint that is not the one that a model was made of."""
+    return CheckpointError(
+        f"{checkpoint.source.repo}: {file} is not what the model was made of ({difference})",
+        hint="Bring the checkpoint back as it was, or remove the model (mixchat rm) and download "
+        "it again.",
+    )
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+
+class CheckpointReader:
+    """Reads a tensor from the shard that holds it: a context manager.
+
+    expected: the SHA-256s of tensors, as far as they are known; `digests`: of those that were read.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, expected: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._checkpoint, self._expected = checkpoint, expected
         self._open: dict[str, ShardReader] = {}
         self._stack = ExitStack()
+        self.digests: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
+        """Return a tensor. Raises `CheckpointError` where it has another SHA-256 than expected."""
         shard = self._checkpoint.index.shard_of(name)
         if shard not in self._open:
             self._open[shard] = self._stack.enter_context(self._checkpoint.open(shard))
-        return self._open[shard].read(name)
+        tensor = self._open[shard].read(name)
+        digest = self.digests[name] = tensor_sha256(tensor)
+        if digest != self._expected.get(name, digest):
+            raise other_checkpoint(self._checkpoint, shard, f"the SHA-256 of {name} differs")
+        return tensor
 
     def __enter__(self) -> CheckpointReader:
         return self

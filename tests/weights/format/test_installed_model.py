@@ -1,11 +1,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from manifest_tools import as_format_3
 
 from mixchat.errors import CheckpointError
 from mixchat.weights.format import manifest
@@ -110,6 +111,11 @@ def test_another_format_says_what_to_do(installed: Path) -> None:
         {"weights": {"a": {"size": 1, "sha256": {"x": 1}}}},
         {"weights": {"../a": {"size": 1, "sha256": {}}}},
         {"weights": {"a": {"size": True, "sha256": {}}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "unlike": []}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "unlike": {"dtype": "float32"}}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "unlike": {"layout": "?"}}}},
+        {"checkpoint": []},
+        {"checkpoint": {"a": 1}},
     ],
 )
 def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any]) -> None:
@@ -140,45 +146,31 @@ def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> 
     assert MANIFEST_FILE in refusal(installed)
 
 
-def format_2(installed: Path, **quantization: Any) -> None:
-    """The manifest as it was before format 3, with attention and head as truth values."""
-    how = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
-    edit_manifest(installed, format=2, quantization={**how, **quantization})
-
-
-def test_a_manifest_of_format_2_is_read_as_words(
-    tiny_checkpoint: Path, install: Callable[..., Path], tmp_path: Path
-) -> None:
-    made = install(tiny_checkpoint, attention=16, head=4)
-    installed = Path(shutil.copytree(made, tmp_path / "installed"))
-    format_2(installed, attention=False, head=True)
-    found = read_manifest(installed)
-    assert found.format == 2
-    assert (found.quantization["attention"], found.quantization["head"]) == ("none", "nf4")
-    with InstalledModel(installed) as model, InstalledModel(made) as same:
+def test_a_manifest_of_format_3_is_read(installed: Path, tiny_model: Path) -> None:
+    before = read_manifest(installed)
+    as_format_3(installed)
+    assert read_manifest(installed) == replace(before, checkpoint={})
+    assert manifest.is_manifest(installed / MANIFEST_FILE)
+    with InstalledModel(installed) as model, InstalledModel(tiny_model) as same:
         assert model.blueprint == same.blueprint
-    written = json.loads(found.serialized())
-    assert written == json.loads((installed / MANIFEST_FILE).read_text())
-    assert list(written)[:3] == ["format", "source", "quantization"]
 
 
-@pytest.mark.parametrize(("part", "value"), [("head", "none"), ("attention", 0), ("head", None)])
-def test_words_in_format_2_are_refused(installed: Path, part: str, value: object) -> None:
-    format_2(installed, **{"attention": False, "head": False, part: value})
-    assert f"{part} {value!r} is not known" in refusal(installed)
+def test_a_manifest_of_format_2_is_one_line(installed: Path) -> None:
+    edit_manifest(installed, format=2)
+    assert "format 2 is not known" in refusal(installed)
 
 
 @pytest.mark.parametrize(
     ("part", "value"), [("head", False), ("attention", True), ("head", "fp4"), ("head", "int4")]
 )
-def test_other_words_in_format_3_are_refused(installed: Path, part: str, value: object) -> None:
+def test_other_words_are_refused(installed: Path, part: str, value: object) -> None:
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
     edit_manifest(installed, quantization={**quantization, part: value})
     assert f"{part} {value!r} is not known" in refusal(installed)
 
 
-def test_a_manifest_names_format_3_and_the_types(installed: Path) -> None:
+def test_a_manifest_names_format_4_and_the_types(installed: Path) -> None:
     document = json.loads((installed / MANIFEST_FILE).read_text())
-    assert document["format"] == 3
+    assert document["format"] == 4
     quantization = document["quantization"]
     assert (quantization["attention"], quantization["head"]) == ("int8", "int8")

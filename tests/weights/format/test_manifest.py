@@ -10,7 +10,7 @@ import pytest
 from mixchat.errors import CheckpointError
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, check_files, read_manifest
 
-DAMAGES = ["", "{", "[1]", '{"format": 2}', '{"format": 2, "sha256": "0"}']
+DAMAGES = ["", "{", "[1]", '{"format": 4}', '{"format": 4, "sha256": "0"}']
 
 
 @pytest.fixture

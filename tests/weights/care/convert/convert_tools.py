@@ -12,7 +12,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.options import DenseBits, LoadOptions, SamplingOptions
 from mixchat.safetensors import SafetensorsWriter
 from mixchat.weights.care.convert import convert, find_target
-from mixchat.weights.format.manifest import CONVERSION_DIR
+from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.matrix.linear import Layout
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
@@ -46,8 +46,8 @@ def text_of(directory: Path) -> list[int]:
 
 
 def is_half_converted(directory: Path) -> bool:
-    """Return whether the model cannot be loaded, being half converted."""
-    return (directory / CONVERSION_DIR).exists()
+    """Return whether files of both forms are mixed."""
+    return any(record.unlike for record in read_manifest(directory).weights.values())
 
 
 def stop_at(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
@@ -55,7 +55,7 @@ def stop_at(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
     write = SafetensorsWriter.write
 
     def stopping(self: SafetensorsWriter, tensor: str, *rest: Any) -> None:
-        if self.path.name == name and len(self._todo) == 1:
+        if self.path.name == f"{name}.new" and len(self._todo) == 1:
             raise error
         write(self, tensor, *rest)
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from care_tools import flip, mend, verify
-from convert_tools import ALL_4BIT, AS_STORED, DENSE, EIGHT, LAST, reform, stop_at
+from convert_tools import ALL_4BIT, DENSE, EIGHT, LAST, reform, stop_at
 from weight_tools import Meter, files_of
 
 from mixchat import machine
 from mixchat.errors import ResourceError, UsageError
 from mixchat.options import DenseBits
-from mixchat.weights.care.convert import find_target
 from mixchat.weights.format.manifest import read_manifest
 
 
@@ -102,19 +101,6 @@ class TestRounding:
         with pytest.raises(UsageError, match=said):
             reform(installed, None, bits)
         assert files_of(installed) == before
-
-    def test_other_bits_have_to_wait_for_an_unfinished_conversion(
-        self, dense: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with monkeypatch.context() as patch:
-            stop_at(patch, LAST, KeyboardInterrupt())
-            with pytest.raises(KeyboardInterrupt):
-                reform(dense, "cpu-packed", DenseBits(attention=8))
-        for layout, bits in ((None, EIGHT), ("bitsandbytes", AS_STORED), (None, DenseBits(16))):
-            with pytest.raises(UsageError, match="attention int8, head none"):
-                find_target(dense, layout, bits)  # type: ignore[arg-type]
-        assert reform(dense, None, DenseBits(8, 16))
-        assert verify(dense) == []
 
     @pytest.mark.parametrize("file", ["shared.safetensors", LAST])
     def test_in_the_middle_it_is_repaired_in_the_form_of_its_file(

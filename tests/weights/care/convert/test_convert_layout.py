@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from weight_tools import Meter, files_of
 
 from mixchat import machine
 from mixchat.errors import ResourceError, UsageError
-from mixchat.weights.care.convert import _Converter
-from mixchat.weights.format.manifest import CONVERSION_DIR, read_manifest
+from mixchat.weights.care import convert as convert_module
+from mixchat.weights.format.manifest import Manifest, read_manifest
+from mixchat.weights.format.replacement import replace_file
 from mixchat.weights.make import quantize_options as quantize_module
 from mixchat.weights.matrix.linear import Layout
 
@@ -91,16 +91,20 @@ class TestConverting:
         self, installed: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[list[str]] = []
-        move = _Converter._move
 
-        def watched(self: _Converter, name: str) -> None:
-            seen.append(sorted(os.listdir(installed / CONVERSION_DIR)))
-            move(self, name)
+        def watched(directory: Path, manifest: Manifest, name: str, written: Path) -> None:
+            seen.append(sorted(path.name for path in directory.glob("*.new")))
+            replace_file(directory, manifest, name, written)
 
-        monkeypatch.setattr(_Converter, "_move", watched)
+        monkeypatch.setattr(convert_module, "replace_file", watched)
         pack(installed)
-        names = ("shared.safetensors", FIRST, LAST)
-        assert seen == [sorted([name, "journal.jsonl"]) for name in names]
+        assert seen == [[f"{name}.new"] for name in ("shared.safetensors", FIRST, LAST)]
+
+    def test_the_disk_that_it_takes_is_said_beforehand(self, installed: Path) -> None:
+        meter = Meter()
+        pack(installed, meter)
+        assert meter.notes[0].startswith("the conversion takes 4")
+        assert " free" in meter.notes[0]
 
 
 class TestNothingToDo:
@@ -134,7 +138,7 @@ class TestDisk:
     ) -> None:
         before = files_of(installed)
         monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000)
-        with pytest.raises(ResourceError, match=r"not enough disk in .*mine: 4"):
+        with pytest.raises(ResourceError, match="not enough disk: a conversion takes 4"):
             pack(installed)
         assert files_of(installed) == before
 

@@ -14,8 +14,10 @@ import torch
 from convert_tools import FIRST, LAST, pack, reform
 
 from mixchat.errors import CheckpointError
+from mixchat.weights.format import installed_model
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.format.manifest import CONVERSION_DIR
+from mixchat.weights.format.manifest import new_path, path_of, read_manifest
+from mixchat.weights.format.replacement import finish_replacement
 
 
 class TestLoadingBeside:
@@ -41,19 +43,25 @@ class TestLoadingBeside:
         with InstalledModel(installed):
             pass
 
-    def test_files_of_a_conversion_that_is_under_way_are_not_loaded(
+    def test_a_new_file_may_get_its_last_name_meanwhile(
         self, installed: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        new = new_path(installed, read_manifest(installed), LAST)
+        (installed / LAST).rename(new)
+        InstalledModel(installed).close()
         opened = InstalledModel._open
 
         def beside(model: InstalledModel, name: str, expected: Any) -> Any:
             if name == LAST:
-                (installed / CONVERSION_DIR).mkdir(exist_ok=True)
+                found = path_of(installed, model.manifest, name)
+                finish_replacement(installed)
+                monkeypatch.setattr(installed_model, "path_of", lambda *_: found)
             return opened(model, name, expected)
 
         monkeypatch.setattr(InstalledModel, "_open", beside)
         with pytest.raises(CheckpointError, match="changed while it was being loaded"):
             InstalledModel(installed)
+        assert not new.exists()
 
     def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(
         self, installed: Path
