@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
+from mixchat.errors import UsageError
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix import linear
+from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
 WHOLE_BLOCKS = {"intermediate_size": 128}
@@ -109,6 +113,25 @@ def test_no_code_is_changed(
         gate = installed.blueprint.gate(0)
         expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
         assert torch.equal(installed.tensor(gate), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (QuantizeOptions("nf3"), "the experts to 4 bits already"),
+        (QuantizeOptions("none"), "the experts to 4 bits already"),
+        (QuantizeOptions(attention=8), "the attention to 4 bits already"),
+    ],
+)
+def test_other_bits_than_it_has_are_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, options: QuantizeOptions, said: str
+) -> None:
+    """`download DIRECTORY --expert-bits 3` said nothing and installed 4 bits."""
+    quantized, _ = prequantize(make_checkpoint(**WHOLE_BLOCKS), tmp_path, quant_type="nf4")
+    index = DirectoryCheckpoint(quantized, Source("x")).index
+    with pytest.raises(UsageError, match=said):
+        make_blueprint(index, options)
+    assert make_blueprint(index, QuantizeOptions(attention=4)).quantization.attention == "nf4"
 
 
 def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(

@@ -16,7 +16,11 @@ from mixchat.progress import Progress
 from mixchat.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
-from mixchat.weights.format.manifest import check_files, is_installed, read_manifest
+from mixchat.weights.format.manifest import (
+    check_files,
+    is_installed,
+    read_manifest,
+)
 from mixchat.weights.make.build import build, finish_interrupted, journal_head
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, dense_type, make_blueprint
@@ -58,9 +62,9 @@ def download(
     suffice, `UsageError` where another model, or this one with other options, is installed under
     the name, and what fetching and quantizing raise.
     """
+    target = request.ref.directory
     if installed := _find_installed(request):
         return installed
-    target = request.ref.directory
 
     def wait() -> None:
         progress.note(f"another mixchat is installing {target.name}; waiting for it")
@@ -180,16 +184,14 @@ def _begins(commit: str | None, revision: str | None) -> bool:
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested; bits that were not requested may be any.
 
-    One whose checkpoint was in 4 bits may have more in 4 bits than requested. The experts' scales
-    may be any: an earlier version made others, or the model was calibrated.
+    The experts' scales may be any: an earlier version made others, or the model was calibrated.
     """
     given = made["scales"] == "given" and made["quant_type"] != "none"
 
     def fits(part: str, bits: int | None) -> bool:
-        taken_over = given and made[part] == made["quant_type"]
-        return bits is None or taken_over or made[part] == dense_type(bits, made["quant_type"])
+        return bits is None or made[part] == dense_type(bits, made["quant_type"])
 
-    same_experts = given or options.quant_type == made["quant_type"]
+    same_experts = options.quant_type == ("nf4" if given else made["quant_type"])
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixchat import gpu
+from mixchat.errors import UsageError
 from mixchat.kernels import coded
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout, QuantType, Scales
@@ -74,14 +75,19 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     """Return the blueprint of the model that these options make of this checkpoint.
 
     Matrices that bitsandbytes has quantized stay so: the experts decide the type; attention and
-    head follow where all of their matrices have it.
+    head follow where all of their matrices have it. Raises `UsageError` where the options ask for
+    other bits.
     """
     given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
+    if given_4bit and options.quant_type != "nf4":
+        raise _has_4_bits(index, "experts")
     unquantized = options.quant_type == "none" and given_4bit is None
     quant_type = given_4bit or options.quant_type
 
-    def type_of(matrices: list[str], bits: int | None) -> QuantType:
+    def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
         if given_4bit and all(index.quant_type(matrix) == given_4bit for matrix in matrices):
+            if bits not in (None, 4):
+                raise _has_4_bits(index, part)
             return given_4bit
         default = 16 if options.quant_type == "none" else DENSE_BITS
         return dense_type(bits or default, quant_type)
@@ -89,12 +95,20 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     quantization = Quantization(
         quant_type=quant_type,
         layout=options.layout or best_layout(),
-        attention=type_of(_attention(index), options.attention),
-        head=type_of(_head(index), options.head),
+        attention=type_of("attention", _attention(index), options.attention),
+        head=type_of("head", _head(index), options.head),
         dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
         scales="given" if given_4bit or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
+
+
+def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
+    return UsageError(
+        f"{index.where}: bitsandbytes has quantized the {part} to 4 bits already",
+        hint="Other bits would round the weights twice: leave them out, or download a checkpoint "
+        "that is not quantized.",
+    )
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:

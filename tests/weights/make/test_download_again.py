@@ -210,7 +210,9 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
     how = {"scales": "given", "quant_type": "nf4", "attention": "nf4", "head": "none"}
     assert _made_as(QuantizeOptions(), how)
     assert _made_as(QuantizeOptions(attention=4), how)
-    assert _made_as(QuantizeOptions(attention=16), how)
+    assert not _made_as(QuantizeOptions(attention=16), how)
+    assert not _made_as(QuantizeOptions("nf3"), how)
+    assert not _made_as(QuantizeOptions("none"), how)
     assert _made_as(QuantizeOptions(head=16), how)
     assert not _made_as(QuantizeOptions(head=4), how)
     assert not _made_as(QuantizeOptions(head=8), how)
