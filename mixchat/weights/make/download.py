@@ -19,12 +19,14 @@ from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import (
     check_files,
     is_installed,
+    read_either_manifest,
     read_manifest,
 )
 from mixchat.weights.make.build import build, finish_interrupted, journal_head
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, dense_type, make_blueprint
 from mixchat.weights.models import ModelRef
+from mixchat.weights.source import demo
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -56,6 +58,8 @@ def download(
 ) -> Path:
     """Install the model and return its directory; do nothing if it is installed already.
 
+    A demo of an earlier version gets today's advice.
+
     `announce` is called with the plan before any weight is fetched. If another process is
     installing the same model, this one waits for it. Unfinished work stays on disk, also after
     Ctrl-C, and the next call resumes it. Raises `ResourceError` where disk or memory do not
@@ -63,7 +67,9 @@ def download(
     the name, and what fetching and quantizing raise.
     """
     target = request.ref.directory
-    if installed := _find_installed(request):
+    here = request.ref.demo and is_installed(target)
+    outdated = here and demo.is_outdated(read_either_manifest(target))
+    if not outdated and (installed := _find_installed(request)):
         return installed
 
     def wait() -> None:
@@ -71,6 +77,8 @@ def download(
 
     with local_errors(), exclusive_lock(target, on_wait=wait):
         finish_interrupted(target)
+        if outdated:
+            demo.update(target)
         if not _find_installed(request):
             _install(request, target, progress, announce)
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)

