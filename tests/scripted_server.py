@@ -123,7 +123,7 @@ class ScriptedServer:
                     self.gone.set()
 
     def _answer(self, connection: socket.socket) -> None:
-        request = _read(connection)
+        request = read_request(connection)
         self.requests.append(request)
         answer = self.models if request.method == "GET" else self.answers.pop(0)
         answer.send(connection)
@@ -140,7 +140,7 @@ class ScriptedServer:
                 pass
 
 
-def _read(connection: socket.socket) -> Request:
+def read_request(connection: socket.socket) -> Request:
     with connection.makefile("rb") as file:
         method, path, _ = file.readline().decode().split()
         headers = {}

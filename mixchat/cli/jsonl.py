@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.chat.printing import show
 from mixchat.cli.flags.arguments import STDIN
-from mixchat.cli.opening import open_service
-from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.errors import PromptError, UsageError
-from mixchat.files import open_regular, write_all, write_error
+from mixchat.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.lock import lock_open_file
-from mixchat.options import LoadOptions
 from mixchat.progress import Note
 
 if TYPE_CHECKING:
+    from mixchat.cli.model_place import ModelPlace
     from mixchat.serving.requests.lines import Line
 
 _START = b'{"line": '  # of each line of the output
@@ -33,77 +32,89 @@ class LineRequest:
     """The file to answer, `-` for standard input, and what applies where a line says nothing.
 
     resume_from: the file that gets the answers, and may have some; None for standard output.
+    keep_failed: do not try again the lines that failed in it. parallel: answers at once.
     """
 
     source: str
     resume_from: Path | None
+    keep_failed: bool
+    parallel: int
     sampling: Mapping[str, float | None]
     system: str | None
     max_tokens: int | None
     stop: Sequence[str]
 
 
-def answer_file(model: str, load: LoadOptions, request: LineRequest, output: OutputOptions) -> None:
-    """Answer a file of prompts, `load.parallel` at once.
+def answer_file(place: ModelPlace, model: str, request: LineRequest, note: Note) -> None:
+    """Answer a file of prompts, `request.parallel` at once.
 
     Raises `UsageError` where a file cannot be used, before the model is loaded; `PromptError` at
     the end where some lines could not be answered.
     """
-    with open_lines(request.source) as lines, open_answers(request.resume_from) as answers:
-        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answer_lines
-        from mixchat.serving.requests.served_forms import forms_of
+    with (
+        open_lines(request.source) as file,
+        open_answers(request.resume_from, keep_failed=request.keep_failed) as answers,
+        place.lines(model, request) as (begin, context),
+    ):
+        from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
-        queue = AHEAD * load.parallel
-        service, advice = open_service(model, load, queue, output, request.sampling)
-        if request.max_tokens is not None:
-            advice = replace(advice, max_tokens=request.max_tokens)
-        seed = request.sampling["seed"]
-        fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
-        defaults = LineDefaults(advice, fields, request.system)
-        forms = forms_of(service)
-        with closing(service):
-            write_answers(
-                lines,
-                answers,
-                lambda lines: answer_lines(service, lines, defaults, forms, load.parallel),
-                output.note,
-            )
+        lines = numbered_lines(file, longest_line(context))
+        write_answers(
+            lines, answers, lambda lines: answer_lines(lines, begin, request.parallel), note
+        )
 
 
-class AnswerFile:
+class Answers:
+    """Answers on standard output, and the numbers of the lines that have one.
+
+    last: the largest number, 0 for none; count: how many lines; failed: those whose last answer is
+    an error.
+    """
+
+    def __init__(self) -> None:
+        self.last = self.count = 0
+        self.failed: set[int] = set()
+
+    def want(self, number: int) -> bool:
+        """Return whether a line has to be answered."""
+        return True
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Print the answer of a line."""
+        self.note(answer)
+        show(json.dumps(answer))
+
+    def note(self, answer: dict[str, Any]) -> None:
+        """Note the answer of a line: the last one counts."""
+        number = answer["line"]
+        self.count += number > self.last
+        self.last = max(self.last, number)
+        if "error" in answer:
+            self.failed.add(number)
+        else:
+            self.failed.discard(number)
+
+
+class AnswerFile(Answers):
     """The file of `--resume-from`: answers from an earlier run, to which the next are added.
 
-    `last` is the number of the input's line that was answered last; 0 for none. A line that was
+    A line that failed is answered again, unless `keep_failed` is set. A line of the file that was
     cut off is removed. Raises `UsageError` where the file holds anything else.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor, self.last = path, descriptor, 0
+    def __init__(self, path: Path, descriptor: int, *, keep_failed: bool = False) -> None:
+        super().__init__()
+        self._path, self._descriptor = path, descriptor
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
-            whole = self._whole(file)
+            whole = self._read(file)
         os.ftruncate(self._descriptor, whole)
         os.lseek(self._descriptor, whole, os.SEEK_SET)
+        self._before = self.last
+        self._again = frozenset(() if keep_failed else self.failed)
 
-    def _whole(self, file: BinaryIO) -> int:
-        """Return the bytes of the whole lines, and note the last one."""
-        size = 0
-        for line in iter(file.readline, b""):
-            if not line.endswith(b"\n") and line[: len(_START)] == _START[: len(line)]:
-                break
-            self.last, size = self._number(line), size + len(line)
-        return size
-
-    def _number(self, line: bytes) -> int:
-        try:
-            number = json.loads(line)["line"]
-            if type(number) is int and number > self.last:
-                return number
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass
-        raise UsageError(
-            f"--resume-from {self._path}: it has a line that --jsonl has not written",
-            hint="Name the file that --jsonl has written, or one that does not exist yet.",
-        )
+    def want(self, number: int) -> bool:
+        """Return whether a line has no answer yet, or one that is an error."""
+        return number > self._before or number in self._again
 
     def write(self, answer: dict[str, Any]) -> None:
         """Add a line. Raises `ResourceError` where the disk is full."""
@@ -111,26 +122,42 @@ class AnswerFile:
             write_all(self._descriptor, json.dumps(answer).encode() + b"\n")
         except OSError as error:
             raise write_error(error, self._path, "the answers cannot be written") from None
+        self.note(answer)
 
+    def _read(self, file: BinaryIO) -> int:
+        """Note the answers, and return the bytes of the whole lines."""
+        size = 0
+        while line := file.readline(MAX_SIZE):
+            cut_off = not line.endswith(b"\n") and len(line) < MAX_SIZE
+            if cut_off and line[: len(_START)] == _START[: len(line)]:
+                break
+            self.note(self._checked(line))
+            size += len(line)
+        return size
 
-class StandardOutput:
-    """Answers on standard output."""
-
-    last = 0
-
-    def write(self, answer: dict[str, Any]) -> None:
-        """Print a line."""
-        show(json.dumps(answer))
+    def _checked(self, line: bytes) -> dict[str, Any]:
+        """Return an answer. No line is answered again after an answer that is no error."""
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            number = answer["line"]
+            if type(number) is int and (number > self.last or number in self.failed):
+                return answer
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UsageError(
+            f"--resume-from {self._path}: it has a line that --jsonl has not written",
+            hint="Name the file that --jsonl has written, or one that does not exist yet.",
+        )
 
 
 @contextmanager
-def open_answers(path: Path | None) -> Iterator[AnswerFile | StandardOutput]:
+def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[Answers]:
     """Open the file of `--resume-from`, or standard output.
 
     Raises `UsageError` where the file cannot be written, or another process is writing it.
     """
     if path is None:
-        yield StandardOutput()
+        yield Answers()
         return
     with ExitStack() as opened:
         try:
@@ -144,50 +171,53 @@ def open_answers(path: Path | None) -> Iterator[AnswerFile | StandardOutput]:
                 f"--resume-from {path}: another mixchat is writing its answers there",
                 hint="Wait until it has finished, or stop it.",
             )
-        yield AnswerFile(path, descriptor)
+        yield AnswerFile(path, descriptor, keep_failed=keep_failed)
 
 
 @contextmanager
-def open_lines(source: str) -> Iterator[Iterable[bytes]]:
-    """Open the file of prompts; `-` is standard input. Raises `UsageError` where it cannot."""
+def open_lines(source: str) -> Iterator[BinaryIO]:
+    """Open the file of prompts, which may be a pipe; `-` is standard input.
+
+    Raises `UsageError` if it cannot be opened.
+    """
     if source == STDIN:
-        yield iter(()) if sys.stdin is None else sys.stdin.buffer
+        yield io.BytesIO() if sys.stdin is None else sys.stdin.buffer
         return
     try:
-        descriptor = open_regular(Path(source))
+        file = open(source, "rb")  # noqa: SIM115 - an error of reading is another one
     except OSError as error:
         raise UsageError(f"--jsonl {source}: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
+    with file:
         yield file
 
 
 def write_answers(
-    lines: Iterable[bytes],
-    answers: AnswerFile | StandardOutput,
+    lines: Iterable[tuple[int, bytes]],
+    answers: Answers,
     answer: Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]],
     note: Note,
 ) -> None:
-    """Answer the lines behind those that are answered already, and write each as it is ready.
+    """Answer the lines that have no answer yet, and write each as it is ready.
 
-    Raises `PromptError` at the end where some could not be answered, and at once what is no fault
-    of a line: that line is not written, and is answered where the run is resumed.
+    Raises `PromptError` at the end if some line of the whole file could not be answered, and at
+    once what is no fault of a line: that line is not written, and is answered where the run is
+    resumed.
     """
     from mixchat.serving.requests.failures import is_fault_of_request
 
-    numbered = (item for item in enumerate(lines, start=1) if item[0] > answers.last)
-    count = failed = tokens = 0
+    count = tokens = 0
     start = time.perf_counter()
-    for line in answer(numbered):
+    for line in answer(item for item in lines if answers.want(item[0])):
         if isinstance(line.done, Exception) and not is_fault_of_request(line.done):
             raise line.done
         answers.write(line.as_dict())
         count += 1
-        failed += isinstance(line.done, Exception)
         tokens += 0 if isinstance(line.done, Exception | None) else line.done.generated_tokens
     seconds = time.perf_counter() - start
     rate = f", {tokens / seconds:.1f} tok/s" if tokens else ""
     note(f"{count} line{'' if count == 1 else 's'} in {seconds:.1f} s{rate}")
-    if failed:
+    if answers.failed:
         raise PromptError(
-            f"{failed} of {count} lines could not be answered", hint='Each has an "error" instead.'
+            f"{len(answers.failed)} of {answers.count} lines could not be answered",
+            hint='Each has an "error" instead.',
         )

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.cli.jsonl import LineRequest
     from mixchat.planning.prediction import Prediction
+    from mixchat.serving.requests.lines import Begin
 
 
 class ModelPlace(Protocol):
@@ -39,6 +41,11 @@ class ModelPlace(Protocol):
         overflow: Overflow,
     ) -> ChatSession:
         """Return a session with a model."""
+
+    def lines(
+        self, model: str, request: LineRequest
+    ) -> AbstractContextManager[tuple[Begin, Context]]:
+        """Load a model, and return what begins the answer of a line, and the model's context."""
 
     def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
         """Return a function that predicts how fast the session's model is; None if unknown."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.change_model import ModelChanger
-from mixchat.cli.opening import context_of, open_session
+from mixchat.cli.opening import context_of, open_service, open_session
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.context import Context
 from mixchat.options import LoadOptions
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.cli.jsonl import LineRequest
     from mixchat.planning.prediction import Prediction
+    from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.form import Form
 
 
@@ -79,6 +83,22 @@ class ModelsHere:
             overflow=overflow,
             form=self._form,
         )
+
+    @contextmanager
+    def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
+        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
+        from mixchat.serving.requests.served_forms import forms_of
+
+        load = replace(self._load, exact_prompts=True, parallel=request.parallel)
+        queue = AHEAD * request.parallel
+        service, advice = open_service(model, load, queue, self._output, request.sampling)
+        if request.max_tokens is not None:
+            advice = replace(advice, max_tokens=request.max_tokens)
+        seed = request.sampling["seed"]
+        fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
+        given = LineDefaults(fields, request.system)
+        with closing(service):
+            yield answered_here(service, advice, given, forms_of(service)), self.context_of(model)
 
     def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
         return _speed_predictor(session, name, self._load.device)

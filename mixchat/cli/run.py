@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,6 @@ from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.jsonl import LineRequest, answer_file
 from mixchat.cli.models_here import ModelsHere
-from mixchat.cli.opening import context_of
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.server_chat import ServerModels, check_flags
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
@@ -76,6 +74,7 @@ def run(
     extract: chat_flags.Extract = False,
     jsonl: chat_flags.JSONLines = None,
     resume_from: chat_flags.ResumeFrom = None,
+    keep_failed: chat_flags.KeepFailed = False,
     parallel: model_flags.Parallel = 4,
     stream: chat_flags.Stream = True,
     quiet: chat_flags.Quiet = False,
@@ -95,7 +94,7 @@ def run(
     output = OutputOptions(as_json, extract, stream, raw, quiet)
     chat_flags.check_first_word(context, prompt or [])
     chat_flags.check_lines(context)
-    if server and jsonl is None:
+    if server:
         check_flags(context)
     form = chat_flags.read_form(schema, grammar)
     named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
@@ -117,24 +116,6 @@ def run(
         key_file=model_flags.key_path(key_file),
     )
     sampling = {name: context.params[name] for name in _SAMPLING}
-    if jsonl is not None:
-        request = LineRequest(
-            jsonl,
-            resume_from,
-            sampling=sampling,
-            system=model_flags.system_prompt(context, context_of(model, ctx_size)),
-            max_tokens=max_tokens,
-            stop=stop or [],
-        )
-        if torchrun.rank():
-            serve_rank_0(model, load)
-            return
-        load = replace(load, exact_prompts=True, parallel=parallel)
-        try:
-            answer_file(model, load, request, output)
-        finally:
-            torchrun.end()
-        return
     place: ModelPlace = (
         ServerModels(server, output, form)
         if server
@@ -143,13 +124,29 @@ def run(
         )
     )
     model = place.choose(model if is_given(context, "model") else None, resumed)
-    if not server:
-        if torchrun.rank():
-            serve_rank_0(model, load)
-            return
-        _note_server(model, output)
+    if not server and torchrun.rank():
+        serve_rank_0(model, load)
+        return
     model_context = place.context_of(model)
     system_prompt = model_flags.system_prompt(context, model_context)
+    if jsonl is not None:
+        request = LineRequest(
+            jsonl,
+            resume_from,
+            keep_failed,
+            parallel,
+            sampling=sampling,
+            system=system_prompt,
+            max_tokens=max_tokens,
+            stop=stop or [],
+        )
+        try:
+            answer_file(place, model, request, output.note)
+        finally:
+            torchrun.end()
+        return
+    if not server:
+        _note_server(model, output)
     files = read_files(file or [], model_context, output.note)
     question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
     output.check(question is None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.cli.jsonl import LineRequest
     from mixchat.serving.client.server_backend import ServerBackend
+    from mixchat.serving.client.server_json import ServedModel
+    from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.form import Form
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
@@ -50,8 +53,6 @@ def check_flags(context: typer.Context) -> None:
     """Raise `UsageError` where flags are given that a model has to be loaded for."""
     hint = "Give them to the server; or leave --server out, to load a model here."
     refuse_together(context, "--server", OF_LOADING, hint)
-    hint = "Servers take a JSON schema alone: --schema. Or leave --server out."
-    refuse_together(context, "--server", ("grammar",), hint)
 
 
 class ServerModels:
@@ -60,12 +61,12 @@ class ServerModels:
     def __init__(self, url: str, output: OutputOptions, form: Form | None) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails.
 
-        form: that of a JSON schema, for all answers.
+        form: the form of all answers, if any.
         """
         from mixchat.serving.client.server_client import ServerClient
 
         self.url = ServerURL.parse(url)
-        self._schema = None if form is None else form.schema
+        self._form = {} if form is None else form.request_fields()
         self._client = ServerClient(self.url, os.environ.get(KEY_VARIABLE))
         with nullcontext() if output.quiet else status(f"asking {self.url}"):
             self._models = {model.name: model for model in self._client.models()}
@@ -112,6 +113,19 @@ class ServerModels:
             overflow=overflow,
         )
 
+    @contextmanager
+    def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
+        from mixchat.serving.requests.lines import LineDefaults
+        from mixchat.serving.requests.served_lines import answered_by
+
+        given: dict[str, Any] = {**request.sampling, "max_tokens": request.max_tokens or None}
+        fields = {name: value for name, value in given.items() if value is not None}
+        if request.stop:
+            fields["stop"] = list(request.stop)
+        defaults = LineDefaults(fields, request.system)
+        begin = answered_by(self._client, self._model(model), defaults, request.parallel)
+        yield begin, self.context_of(model)
+
     def predictor(self, session: ChatSession, name: str) -> Callable[[], None]:
         """Return a function that returns None: nobody knows how fast a server is."""
         return lambda: None
@@ -129,10 +143,14 @@ class ServerModels:
 
     def _backend(self, name: str) -> ServerBackend:
         from mixchat.serving.client.server_backend import ServerBackend
+
+        model = self._model(name)
+        return ServerBackend(self._client, model, self._form)
+
+    def _model(self, name: str) -> ServedModel:
         from mixchat.serving.client.server_json import ServedModel
 
-        model = self._models.get(name, ServedModel(name))
-        return ServerBackend(self._client, model, self._schema)
+        return self._models.get(name, ServedModel(name))
 
 
 class ServerModelChanger:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mixchat.cli.jsonl import open_answers, write_answers
-from mixchat.errors import CheckpointError
+from mixchat.errors import CheckpointError, PromptError, UsageError
+from mixchat.serving.requests.failures import RequestError
 from mixchat.serving.requests.lines import Line
 from mixchat.serving.service import Done
 from tests.tiny_tokenizer import write_tokenizer
@@ -128,6 +129,8 @@ def test_another_file_is_left_as_it_is(
         (["--jsonl", "/tmp"], "Is a directory"),
         (["--parallel", "3", "Hi"], "--parallel needs --jsonl FILE"),
         (["--resume-from", "x", "Hi"], "--resume-from needs --jsonl FILE"),
+        (["--keep-failed", "Hi"], "--keep-failed needs --jsonl FILE"),
+        (["--jsonl", "-", "--keep-failed"], "--keep-failed needs --resume-from OUT"),
         (["--jsonl", "-", "--resume-from", "/dev/null"], "is not a regular file"),
     ],
 )
@@ -154,9 +157,65 @@ def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_r
 
     out = tmp_path / "out"
     with open_answers(out) as file, pytest.raises(CheckpointError):
-        write_answers([b"{}"] * 3, file, answers, print)
+        write_answers(enumerate([b"{}"] * 3, 1), file, answers, print)
     with open_answers(out) as file:
         assert file.last == 1
+
+
+def answer_with(out: Path, lines: int, errors: set[int], *, keep_failed: bool = False) -> list[int]:
+    """Answer so many lines, those in `errors` with an error; return the numbers that were asked."""
+    asked = []
+
+    def answers(numbered: Any) -> Iterator[Line]:
+        for number, _ in numbered:
+            asked.append(number)
+            line = Line(number)
+            line.end(RequestError("no") if number in errors else Done("stop", 1, 0, 1))
+            yield line
+
+    with open_answers(out, keep_failed=keep_failed) as file:
+        write_answers(enumerate([b"{}"] * lines, 1), file, answers, lambda text: None)
+    return asked
+
+
+def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path: Path) -> None:
+    """They were never tried again, and the second run exited with 0."""
+    out = tmp_path / "out"
+    with pytest.raises(PromptError, match="2 of 3 lines"):
+        answer_with(out, 3, {1, 2})
+    with pytest.raises(PromptError, match="1 of 5 lines"):
+        answer_with(out, 5, {2})
+    assert [answer["line"] for answer in parsed(out.read_bytes())] == [1, 2, 3, 1, 2, 4, 5]
+    with pytest.raises(PromptError, match="1 of 5 lines"):
+        assert answer_with(out, 5, set(), keep_failed=True) == []
+    assert answer_with(out, 5, set()) == [2]
+    assert answer_with(out, 5, set()) == []
+    before = out.read_bytes()
+    out.write_bytes(before + b'{"line": 2, "error": "after an answer"}\n')
+    with pytest.raises(UsageError, match="has not written"):
+        answer_with(out, 5, set())
+
+
+def test_an_answer_file_of_one_endless_line_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixchat.cli.jsonl.MAX_SIZE", 1000)
+    out = tmp_path / "out"
+    with open(out, "wb") as file:
+        file.write(b'{"line": 1, "answer": "')
+        file.truncate(1 << 33)  # sparse: reading it would take 8 GB
+    with pytest.raises(UsageError, match="has not written"):
+        answer_with(out, 1, set())
+
+
+def test_the_lines_may_come_from_a_pipe_with_a_name(run: Callable[..., Any]) -> None:
+    """It said "is not a regular file" for `--jsonl <(command)`."""
+    reading, writing = os.pipe()
+    os.write(writing, lines_of(2))
+    os.close(writing)
+    done = run("--jsonl", f"/dev/fd/{reading}", pass_fds=[reading])
+    os.close(reading)
+    assert (done.returncode, len(parsed(done.stdout))) == (0, 2)
 
 
 def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alone(

@@ -3,11 +3,21 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import typer
 from command_line import FAKE
-from scripted_server import Answer, ScriptedServer, as_json, delta, refusal, says, usage
+from scripted_server import (
+    Answer,
+    ScriptedServer,
+    as_json,
+    delta,
+    read_request,
+    refusal,
+    says,
+    usage,
+)
 from terminal import Terminal
 from test_cli_startup import PRINT_MODULES
 
@@ -109,18 +119,108 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work = {"prompt", "file", "model", "server", "system", "system_file", "temperature", "top_p"}
     work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
     work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
-    work |= {"schema"}
-    other = {"grammar", "jsonl", "resume_from", "parallel"}  # refused elsewhere
+    work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel"}
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
-    assert names == work | other | set(server_chat.OF_LOADING)
+    assert names == work | set(server_chat.OF_LOADING)
 
 
-def test_a_server_that_is_a_setting_is_not_that_of_a_file_of_prompts(mixchat, tmp_path):
-    (tmp_path / "lines").write_text("")
-    arguments = ("--jsonl", str(tmp_path / "lines"), "--ctx-size", "50")
-    done = mixchat("run", *arguments, MIXCHAT_SERVER="127.0.0.1:1")
-    assert b"--server" not in done.stderr
+def lines_of(*texts):
+    return b"".join(json.dumps({"prompt": text}).encode() + b"\n" for text in texts)
+
+
+def test_a_file_of_prompts_is_answered_as_it_is_here(ask):
+    """`--server` refused `--jsonl`."""
+    stdin = b'{"prompt": "Hi", "id": "a", "seed": 5, "top_k": 3}\n'
+    with ScriptedServer(says("Par", "is", counts=usage(9, 2, 4))) as server:
+        done = ask(
+            server, "--jsonl", "-", "-s", "Be brief", "--temp", "0.5", "-n", "7", stdin=stdin
+        )
+    assert json.loads(done.stdout) == {
+        "line": 1,
+        "id": "a",
+        "answer": "Paris",
+        "stop_reason": "stop",
+        "seed": 5,
+        "usage": {"prompt_tokens": 9, "cached_tokens": 4, "generated_tokens": 2},
+    }
+    (body,) = server.asked()
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi"},
+    ]
+    given = {name: body[name] for name in ("model", "temperature", "max_tokens", "seed", "top_k")}
+    assert given == {"model": "tiny", "temperature": 0.5, "max_tokens": 7, "seed": 5, "top_k": 3}
+
+
+def test_a_line_that_the_server_refuses_has_an_error_and_the_others_are_answered(ask):
+    answers = [refusal("400 B", "bad colour"), says("Fine")]
+    with ScriptedServer(*answers) as server:
+        done = ask(server, "--jsonl", "-", "--parallel", "1", stdin=lines_of("a", "b"))
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (done.returncode, second["answer"]) == (3, "Fine")
+    assert first == {"line": 1, "error": "the server says: bad colour"}
+    assert b"error: 1 of 2 lines could not be answered" in done.stderr
+
+
+def test_a_busy_server_is_asked_again(ask):
+    with ScriptedServer(refusal("429 B", "busy", Retry_After="0"), says("Fine")) as server:
+        done = ask(server, "--jsonl", "-", "--parallel", "1", stdin=lines_of("a"))
+    assert (done.returncode, json.loads(done.stdout)["answer"]) == (0, "Fine")
+
+
+def test_a_server_that_breaks_off_ends_the_run_and_the_next_one_resumes(ask, tmp_path):
+    out = str(tmp_path / "out")
+    broken = [says("One"), Answer([delta("Tw")], end="reset")]
+    how = ("--jsonl", "-", "--parallel", "1", "--resume-from", out)
+    with ScriptedServer(*broken) as server:
+        done = ask(server, *how, stdin=lines_of("a", "b"))
+    assert done.returncode == 5
+    with ScriptedServer(says("Two")) as server:
+        assert ask(server, *how, stdin=lines_of("a", "b")).returncode == 0
+    with open(out) as file:
+        assert [json.loads(line)["answer"] for line in file] == ["One", "Two"]
+
+
+def test_several_lines_are_asked_at_once_and_their_answers_keep_the_order(ask):
+    class Together(ScriptedServer):
+        """Answers nobody before three requests are here."""
+
+        def __init__(self):
+            super().__init__()
+            self.three = threading.Barrier(3, timeout=60)
+
+        def handle(self, connection):
+            with connection:
+                request = read_request(connection)
+                if request.method == "GET":
+                    self.models.send(connection)
+                    return
+                self.three.wait()
+                says(request.body["messages"][-1]["content"]).send(connection)
+
+        def _serve(self):
+            while True:
+                try:
+                    connection, _ = self._listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=self.handle, args=[connection], daemon=True).start()
+
+    with Together() as server:
+        done = ask(server, "--jsonl", "-", "--parallel", "3", stdin=lines_of("a", "b", "c"))
+    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == ["a", "b", "c"]
+
+
+def test_a_grammar_is_sent_as_the_field_that_servers_have_for_it(ask, tmp_path):
+    """`--server` refused `--grammar`."""
+    pytest.importorskip("llguidance")
+    grammar = tmp_path / "answer.gbnf"
+    grammar.write_text('root ::= "yes" | "no"\n')
+    with ScriptedServer(says("yes")) as server:
+        done = ask(server, "--grammar", str(grammar), "Is it?")
+    assert done.stdout == b"yes\n"
+    assert server.asked()[0]["grammar"] == grammar.read_text()
 
 
 def test_settings_of_loading_are_for_other_runs(ask):

@@ -116,7 +116,14 @@ ResumeFrom = Annotated[
         "--resume-from",
         metavar="OUT",
         help="With --jsonl: add the answers to the file OUT, and leave out the lines that are "
-        "answered in it. The same command continues what was cut off.",
+        "answered in it. The same command continues what was cut off, and tries lines again that "
+        "failed: the last answer of a line counts.",
+    ),
+]
+KeepFailed = Annotated[
+    bool,
+    typer.Option(
+        "--keep-failed", help="With --resume-from: do not try lines again that failed in OUT."
     ),
 ]
 AsJson = Annotated[
@@ -158,7 +165,7 @@ Grammar = Annotated[
     typer.Option(
         metavar="FILE",
         help="Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
-        "GBNF (.gbnf). With another ending, the text decides.",
+        "GBNF (.gbnf). With another ending, the text decides. llama.cpp's server takes GBNF alone.",
     ),
 ]
 
@@ -176,16 +183,19 @@ class RunCommand(TyperCommand):
 
 # Of a chat, or of one answer.
 _NOT_OF_LINES = (
-    *("prompt", "file", "server", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
+    *("prompt", "file", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
     *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose", "schema", "grammar"),
 )
+_OF_LINES = ("resume_from", "keep_failed", "parallel")
 
 
 def check_lines(context: typer.Context) -> None:
     """Raise `UsageError` for flags that do not go with `--jsonl`, or only with it."""
     if context.params["jsonl"] is not None:
         refuse_together(context, "--jsonl", _NOT_OF_LINES)
-    elif only := next((n for n in ("resume_from", "parallel") if is_given(context, n)), None):
+        if context.params["keep_failed"] and context.params["resume_from"] is None:
+            raise UsageError("--keep-failed needs --resume-from OUT")
+    elif only := next((name for name in _OF_LINES if is_given(context, name)), None):
         raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")
 
 

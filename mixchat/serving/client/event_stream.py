@@ -31,17 +31,19 @@ def events(pieces: Iterable[bytes]) -> Iterator[Data | Comment]:
     is longer than 1 MiB.
     """
     data: list[str] = []
+    size = 0
     for line in _lines(pieces):
         name, _, value = line.partition(":")
         if not line:
             if data:
                 yield Data("\n".join(data))
-            data = []
+            data, size = [], 0
         elif not name:
             yield Comment(value.strip())
         elif name == "data":
             data.append(value.removeprefix(" "))
-            if sum(map(len, data)) > _LONGEST:
+            size += len(data[-1]) + 1
+            if size > _LONGEST:
                 raise _too_long()
     if data:  # the empty line behind it is missing
         yield Data("\n".join(data))

@@ -9,9 +9,10 @@ from typing import Any
 
 from mixchat.chat.answer import COMPLETE, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
-from mixchat.context import Context
+from mixchat.context import UNKNOWN, Context
 from mixchat.engine.stats import GenerationStats
 from mixchat.errors import PromptTooLongError, ServerError
+from mixchat.options import RequestedSampling
 from mixchat.serving.client.event_stream import Comment, events
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
 from mixchat.serving.client.server_json import Piece, ServedModel, read_piece
@@ -19,21 +20,23 @@ from mixchat.text.messages import Message
 
 # The comment that mixchat's own server sends while it reads a prompt.
 _READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+_NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 
 
 class ServerBackend:
     """A `Backend`: a model of a server.
 
-    schema: the JSON schema that its answers have to follow, if any.
+    form: the fields of each request that hold its answer to a form, if any.
     """
 
     identity = "server"
     engine = None
 
     def __init__(
-        self, client: ServerClient, model: ServedModel, schema: Mapping[str, Any] | None = None
+        self, client: ServerClient, model: ServedModel, form: Mapping[str, Any] | None = None
     ) -> None:
-        self._client, self._model, self._schema = client, model, schema
+        self._client, self._model, self._form = client, model, form or {}
         self.stats = GenerationStats()
         self._counted: tuple[list[tuple[str, str]], int] = ([], 0)
 
@@ -59,11 +62,10 @@ class ServerBackend:
         Where turns may be left out then, the older half of them is.
         """
         on_prefill(0, 0)
-        started, first = time.perf_counter(), turn.first
-        later = turn.questions_after_first()
+        first, later = turn.first, turn.questions_after_first()
         while True:
             try:
-                stream = self._client.chat(self._body(turn, first))
+                return self._send(self._body(turn, first), turn, first, on_prefill)
             except PromptTooLongError as error:
                 if not later:
                     raise
@@ -72,9 +74,18 @@ class ServerBackend:
                     raise
                 half = (len(later) - 1) // 2
                 first, later = later[half], later[half + 1 :]
-            else:
-                self.stats = GenerationStats()
-                return ServerReply(self, stream, turn, first, started, on_prefill)
+
+    def send(self, body: Mapping[str, Any]) -> ServerReply:
+        """Send a request as it is, for an answer that is no part of a chat."""
+        return self._send(body, _NO_TURN, 0, lambda done, total: None)
+
+    def _send(
+        self, body: Mapping[str, Any], turn: Turn, first: int, on_prefill: OnPrefill
+    ) -> ServerReply:
+        started = time.perf_counter()
+        stream = self._client.chat({**body, **_STREAMED})
+        self.stats = GenerationStats()
+        return ServerReply(self, stream, turn, first, started, on_prefill)
 
     def count(self, messages: Sequence[Message], tokens: int) -> None:
         """Note how many tokens a conversation takes."""
@@ -89,15 +100,11 @@ class ServerBackend:
             given["max_tokens"] = turn.max_tokens
         if turn.stop:
             given["stop"] = list(turn.stop)
-        if self._schema is not None:
-            form = {"name": "answer", "strict": True, "schema": self._schema}
-            given["response_format"] = {"type": "json_schema", "json_schema": form}
         return {
             "model": self._model.name,
             "messages": [{"role": role, "content": content} for role, content in _texts(messages)],
-            "stream": True,
-            "stream_options": {"include_usage": True},
             **given,
+            **self._form,
         }
 
 
@@ -156,6 +163,8 @@ class ServerReply:
     def _take(self, piece: Piece) -> Iterator[str]:
         if piece.text:
             self._text += piece.text
+            if len(self._text) > (self._backend.context or UNKNOWN).longest_text:
+                raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()
             yield piece.text

@@ -12,7 +12,13 @@ from typing import Any
 
 from mixchat.errors import MixchatError, ServerError, UsageError, short_message
 from mixchat.serving.client.patient_reader import PatientReader
-from mixchat.serving.client.server_json import ServedModel, error_of, parsed_error, read_models
+from mixchat.serving.client.server_json import (
+    BusyError,
+    ServedModel,
+    error_of,
+    parsed_error,
+    read_models,
+)
 from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 
 _CONNECTING = 10.0  # seconds
@@ -113,10 +119,12 @@ class ServerClient:
         if reply.status in (401, 403):
             wanted = "does not accept the key in" if self._key else "may want a key: set"
             return f"The server {wanted} MIXCHAT_API_KEY."
-        if reply.status in (429, 503):
+        if isinstance(error, BusyError):
             wait = reply.header("Retry-After") or ""
-            known = wait.isascii() and wait.isdigit() and len(wait) < 6
-            return f"Try again in {int(wait)} s." if known else "Try again later."
+            if not (wait.isascii() and wait.isdigit() and len(wait) < 6):
+                return "Try again later."
+            error.seconds = int(wait)
+            return f"Try again in {int(wait)} s."
         if reply.status == 404 and isinstance(error, ServerError):
             return f"Is {self.url} the address of its API? Many have it below /v1."
         return None

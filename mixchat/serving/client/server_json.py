@@ -22,6 +22,22 @@ _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum co
 _NO_MODEL = "model_not_found"
 
 
+class BusyError(ServerError):
+    """The server takes no more requests for now; another attempt may do better in `seconds`."""
+
+    seconds = 2.0
+
+
+class RefusedError(ServerError):
+    """The server does not take just this request."""
+
+
+_BY_STATUS: dict[int, type[ServerError]] = {
+    **dict.fromkeys((400, 413, 422), RefusedError),
+    **dict.fromkeys((429, 503), BusyError),
+}
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model of a server; `context_size` in tokens, None where the server does not tell it."""
@@ -87,7 +103,8 @@ def error_of(status: int, raw: object) -> MixchatError:
         return PromptTooLongError(f"the server says: {said or code}")
     if _NO_MODEL in code or (status == 404 and "model" in said.lower()):
         return ModelNotFoundError(f"the server says: {said or code}")
-    return ServerError(f"the server says: {said or code or f'{status}, without a reason'}")
+    kind = _BY_STATUS.get(status, ServerError)
+    return kind(f"the server says: {said or code or f'{status}, without a reason'}")
 
 
 def parsed_error(body: bytes) -> object:

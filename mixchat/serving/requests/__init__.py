@@ -8,5 +8,6 @@
 - response_format.py: the form that an answer has to have
 - served_forms.py: compiles forms for the model that is served
 - lines.py: a file of prompts, a JSON object a line
+- served_lines.py: a file of prompts that a server answers
 - failures.py: errors in the form of OpenAI
 """

@@ -8,6 +8,7 @@
 | max_completion_tokens              | as max_tokens                                         |
 | logprobs, top_logprobs             | at most 20                                            |
 | response_format                    | text, json_object, json_schema                        |
+| grammar                            | GBNF or Lark                                          |
 | modalities, reasoning_effort       | ["text"] and "none", which is what these models do    |
 | tools, functions                   | ignored, since the model calls none; refused where a  |
 |                                    | choice of them forces a call                          |

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
+from mixchat.context import Context
+from mixchat.errors import PromptError
+from mixchat.quantities import format_size
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.fields import refuse, refuse_value
-from mixchat.serving.requests.options import Asked, Defaults
+from mixchat.serving.requests.options import Defaults
 from mixchat.serving.requests.response_format import Compile
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
 
 AHEAD = 2  # lines that are read for each answer that is generated
 _JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041
 _OVERHEAD = 1_000_000  # bytes of a line beside its prompt: a schema, biases
+_LONGEST_LINE = 100_000_000  # bytes, whatever the context holds
+_MOST_SKIPPED = 1_000_000_000  # bytes of a line that is too long, before its end is given up
+_PIECE = 1 << 20  # bytes
 _NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 
 
@@ -25,10 +31,9 @@ _NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 class LineDefaults:
     """The defaults of a line that does not say otherwise.
 
-    advice: of sampling and of the length; fields: values of a request, by their names.
+    fields: values of a request, by their names; system: the system prompt.
     """
 
-    advice: Defaults
     fields: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
 
@@ -42,7 +47,8 @@ class Line:
 
     def __init__(self, number: int) -> None:
         self.number, self.id = number, None
-        self.text, self.seed = "", 0
+        self.text = ""
+        self.seed: int | None = None
         self.done: Done | Exception | None = None
         self.is_ready = threading.Event()
 
@@ -77,13 +83,37 @@ class Line:
         }
 
 
-def answer_lines(
-    service: Service,
-    lines: Iterable[tuple[int, bytes]],
-    given: LineDefaults,
-    compile_form: Compile,
-    at_once: int,
-) -> Iterator[Line]:
+# Starts the answer of a line, which the line takes. An error that it raises is the answer.
+Begin: TypeAlias = "Callable[[Line, bytes], object]"
+
+
+def longest_line(context: Context) -> int:
+    """Return the bytes that a line of prompts may have."""
+    return min(context.longest_text * _JSON_BYTES + _OVERHEAD, _LONGEST_LINE)
+
+
+def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
+    """Yield each line with its number, from 1 on. A longer line is cut: it has a byte too many.
+
+    Raises `PromptError` if a line has no end within 1 GB, as /dev/zero has none.
+    """
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        yield number, line
+        skipped = len(line)
+        while line and not line.endswith(b"\n"):
+            line = file.readline(_PIECE)
+            skipped += len(line)
+            if skipped > _MOST_SKIPPED:
+                size = format_size(_MOST_SKIPPED)
+                raise PromptError(
+                    f"line {number} has no end within {size}: this is no file of prompts",
+                    hint="Give a file with a JSON object on each line.",
+                )
+
+
+def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int) -> Iterator[Line]:
     """Yield the numbered lines in their order, each with its answer; empty ones are left out.
 
     They are read in a thread, a few ahead of those that are answered: what is ready need not wait
@@ -97,7 +127,7 @@ def answer_lines(
             for number, text in lines:
                 if text.strip():
                     room.acquire()
-                    begun.put(_begun(service, number, text, given, compile_form))
+                    begun.put(_begun(Line(number), text, begin))
         except BaseException as error:
             begun.put(error)
         else:
@@ -112,26 +142,33 @@ def answer_lines(
         room.release()
 
 
-def _begun(
-    service: Service, number: int, text: bytes, given: LineDefaults, compile_form: Compile
-) -> Line:
+def _begun(line: Line, text: bytes, begin: Begin) -> Line:
     """Return a line whose answer is on its way; a fault of the line is its answer."""
-    line = Line(number)
     try:
-        asked = _asked(line, service, text, given, compile_form)
-        line.seed = asked.seed
-        service.submit(asked.jobs[0], line.take)
+        begin(line, text)
     except Exception as error:
         line.end(error)
     return line
 
 
-def _asked(
-    line: Line, service: Service, text: bytes, given: LineDefaults, compile_form: Compile
-) -> Asked:
-    """Return the request of a line. Raises `RequestError` and `PromptError`."""
-    if len(text) > service.context.longest_text * _JSON_BYTES + _OVERHEAD:
-        raise service.context.text_too_long("the line")
+def answered_here(
+    service: Service, advice: Defaults, given: LineDefaults, compile_form: Compile
+) -> Begin:
+    """Return what lets a service answer lines; `advice` is its defaults."""
+
+    def begin(line: Line, text: bytes) -> None:
+        body = request_of(line, text, given, service.context)
+        asked = read_chat(body, service, advice, compile_form)
+        line.seed = asked.seed
+        service.submit(asked.jobs[0], line.take)
+
+    return begin
+
+
+def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -> dict[str, Any]:
+    """Return the body of a line's request. Raises `RequestError` and `PromptError`."""
+    if len(text) > longest_line(context):
+        raise context.text_too_long("the line")
     body = read_object(text, "the line")
     line.id = body.pop("id", None)
     for name in _NOT_HERE:
@@ -143,7 +180,7 @@ def _asked(
     messages = body.get("messages")
     if given.system is not None and isinstance(messages, list) and not _has_system(messages):
         body["messages"] = [{"role": "system", "content": given.system}, *messages]
-    return read_chat(body, service, given.advice, compile_form)
+    return body
 
 
 def _question(body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The form that an answer has to have: any JSON object, or what a JSON schema describes."""
+"""The form that an answer has to have: a JSON object, what a JSON schema describes, a grammar."""
 
 from __future__ import annotations
 
@@ -14,24 +14,36 @@ if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-# Compiles a JSON schema, or None for any JSON object; raises `MixchatError` where it cannot. The
-# function that it returns makes a constraint, for an answer that is `continued` or is not.
-Compile: TypeAlias = "Callable[[dict[str, Any] | None], Callable[..., Constraint]]"
-_LARGEST = 100_000  # bytes of a schema; the time to compile one grows with their square: 2 s
+# Compiles a JSON schema, a grammar's text, or None for any JSON object; raises `MixchatError` where
+# it cannot. The function that it returns makes a constraint, for an answer that is `continued` or
+# is not.
+Compile: TypeAlias = "Callable[[dict[str, Any] | str | None], Callable[..., Constraint]]"
+_LARGEST = (
+    100_000  # bytes of a schema or a grammar; the time to compile one grows with their square: 2 s
+)
 _TYPES = ("text", "json_object", "json_schema")
+_KINDS = {"response_format": "schema", "grammar": "grammar"}
 
 
 def read_response_format(
     fields: Fields, compile_form: Compile, *, before: Sequence[int] = (), continued: bool
 ) -> MakeConstraint | None:
-    """Take `response_format`; return what makes its constraint, None for text of any form.
+    """Take `response_format` and `grammar`, which is the field of llama.cpp's server.
+
+    Return what makes the constraint, None for text of any form.
 
     before: the tokens of an answer's beginning, which has to have the form, too; continued: whether
     the answer continues the text of its prompt.
 
     Raises `RequestError` where the format is unknown, or its schema cannot be read or met.
     """
-    given = fields.fields("response_format")
+    given, grammar = fields.fields("response_format"), fields.text("grammar")
+    if grammar:
+        if given is not None:
+            fields.refuse("grammar", "and response_format exclude each other")
+        if len(grammar) > _LARGEST:
+            fields.refuse("grammar", f"is too large: {_LARGEST} bytes are taken at most")
+        return partial(_compiled("grammar", compile_form, grammar), before, continued=continued)
     if given is None:
         return None
     kind, schema = given.text("type"), None
@@ -42,11 +54,18 @@ def read_response_format(
     given.end()
     if kind == "text":
         return None
+    compiled = _compiled("response_format", compile_form, schema)
+    return partial(compiled, before, continued=continued)
+
+
+def _compiled(
+    field: str, compile_form: Compile, form: dict[str, Any] | str | None
+) -> Callable[..., Constraint]:
     try:
-        return partial(compile_form(schema), before, continued=continued)
+        return compile_form(form)
     except MixchatError as error:
-        message = f"response_format: {error}{'. ' + error.hint if error.hint else ''}"
-        raise RequestError(message, param="response_format", code="invalid_schema") from None
+        message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
+        raise RequestError(message, param=field, code=f"invalid_{_KINDS[field]}") from None
 
 
 def _schema(given: Fields) -> dict[str, Any]:
@@ -64,7 +83,7 @@ def _schema(given: Fields) -> dict[str, Any]:
     return schema
 
 
-def no_forms(schema: dict[str, Any] | None) -> MakeConstraint:
+def no_forms(given: dict[str, Any] | str | None) -> MakeConstraint:
     """Refuse every form, where there is nothing that could enforce one."""
     raise RequestError(
         "response_format: only text is available on this server",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mixchat.text.form.form import json_object, json_schema
+from mixchat.text.form.form import any_grammar, json_object, json_schema
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.response_format import Compile
@@ -23,8 +23,11 @@ def forms_of(service: Service) -> Compile:
 
         return FormCompiler(service.tokenizer, service.template.stop_ids)
 
-    def compile_form(schema: dict[str, Any] | None) -> Callable[..., FormConstraint]:
-        form = json_object() if schema is None else json_schema(schema)
+    def compile_form(given: dict[str, Any] | str | None) -> Callable[..., FormConstraint]:
+        if isinstance(given, str):
+            form = any_grammar(given)
+        else:
+            form = json_object() if given is None else json_schema(given)
         return compiler().compile(form).start
 
     return compile_form

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixchat.errors import UsageError
-from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
+from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf, looks_like_gbnf
 from mixchat.text.form.grammar_fault import Fault, find_fault, grammar_error
 from mixchat.text.form.schema_fault import raise_schema_fault
 from mixchat.text.form.schema_tree import depth_of, tightened
@@ -25,11 +25,20 @@ _DEEPEST = 1000
 class Form:
     """A form that was checked.
 
-    grammar: in llguidance's kind of Lark; schema: the JSON schema that it stands for, if any.
+    grammar: in llguidance's kind of Lark; schema: the JSON schema that it stands for, if any;
+    text: the grammar as it was given, for a server.
     """
 
     grammar: str
     schema: Mapping[str, Any] | None = None
+    text: str | None = None
+
+    def request_fields(self) -> dict[str, Any]:
+        """Return the fields of a request that ask a server for this form."""
+        if self.schema is None:
+            return {"grammar": self.text}
+        schema = {"name": "answer", "strict": True, "schema": self.schema}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def json_object() -> Form:
@@ -63,7 +72,12 @@ def lark_grammar(text: str) -> Form:
     fault = find_fault(text)
     if fault is not None:
         raise grammar_error(fault)
-    return Form(text)
+    return Form(text, text=text)
+
+
+def any_grammar(text: str) -> Form:
+    """Return the form of a grammar of either kind: the text tells which one it is."""
+    return gbnf_grammar(text) if looks_like_gbnf(text) else lark_grammar(text)
 
 
 def gbnf_grammar(text: str) -> Form:
@@ -75,4 +89,4 @@ def gbnf_grammar(text: str) -> Form:
     fault = find_fault(lark)
     if fault is not None:
         raise grammar_error(Fault(fault.message, line_in_gbnf(text, lark, fault.line)))
-    return Form(lark)
+    return Form(lark, text=text)

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.errors import UsageError
-from mixchat.text.form.form import Form, gbnf_grammar, json_schema, lark_grammar
-from mixchat.text.form.gbnf import looks_like_gbnf
+from mixchat.text.form.form import Form, any_grammar, gbnf_grammar, json_schema, lark_grammar
 
 _MOST = 4_000_000  # bytes
 
@@ -31,9 +30,8 @@ def read_grammar(path: Path) -> Form:
     Raises `UsageError` with the line of what cannot be read.
     """
     with _named(str(path)):
-        text, ending = _read(path), path.suffix.lower()
-        is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
-        return gbnf_grammar(text) if is_gbnf else lark_grammar(text)
+        read = {".gbnf": gbnf_grammar, ".lark": lark_grammar}.get(path.suffix.lower(), any_grammar)
+        return read(_read(path))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Events are the same, wherever the network cuts them."""
 
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import pytest
 from hypothesis import given
@@ -47,3 +47,9 @@ def test_an_event_without_an_end_does_not_fill_the_memory(line):
     with pytest.raises(ServerError, match="more than 1 MiB"):
         for _ in events(line for _ in range(10**6)):
             pass
+
+
+def test_an_event_of_empty_lines_does_not_fill_the_memory_either():
+    """Only the bytes of the data counted, so that lines without any were kept for ever."""
+    with pytest.raises(ServerError, match="more than 1 MiB"):
+        list(events(repeat(b"data:\n" * 10_000, 1000)))

@@ -12,7 +12,7 @@ from mixchat.errors import (
 )
 from mixchat.serving.client import server_client as client_module
 from mixchat.serving.client.server_client import ServerClient, is_served_here
-from mixchat.serving.client.server_json import ServedModel
+from mixchat.serving.client.server_json import BusyError, RefusedError, ServedModel
 from mixchat.serving.client.server_url import ServerURL
 
 
@@ -85,10 +85,10 @@ def test_a_redirect_is_not_followed_since_the_key_would_go_to_another_server():
         (refusal("404 N", "no model x"), ModelNotFoundError, "no model x", None),
         (refusal("404 N", "Not Found"), ServerError, "Not Found", "below /v1"),
         (refusal("400 B", "m", "context_length_exceeded"), PromptTooLongError, "m", None),
-        (refusal("400 B", "unknown: top_k"), ServerError, "unknown: top_k", None),
-        (refusal("429 T", "busy", Retry_After="7"), ServerError, "busy", "Try again in 7 s."),
-        (refusal("429 T", "busy", Retry_After="-1"), ServerError, "busy", "Try again later."),
-        (refusal("503 S", "loading"), ServerError, "loading", "Try again later."),
+        (refusal("400 B", "unknown: top_k"), RefusedError, "unknown: top_k", None),
+        (refusal("429 T", "busy", Retry_After="7"), BusyError, "busy", "Try again in 7 s."),
+        (refusal("429 T", "busy", Retry_After="-1"), BusyError, "busy", "Try again later."),
+        (refusal("503 S", "loading"), BusyError, "loading", "Try again later."),
         (Answer([b"<p>bad"], "502 Bad"), ServerError, "502, without a reason", None),
         (as_json({"error": "odd"}), ServerError, "odd", None),
         (as_json({"choices": []}), ServerError, "answers with application/json, not", None),

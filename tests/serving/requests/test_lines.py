@@ -1,5 +1,6 @@
 """A file of prompts: each line is answered as it would be alone, and they keep their order."""
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -7,24 +8,34 @@ from typing import Any
 
 import pytest
 
+from mixchat.errors import PromptError
 from mixchat.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
-from mixchat.serving.requests.lines import Line, LineDefaults, answer_lines
+from mixchat.serving.requests import lines as lines_module
+from mixchat.serving.requests.lines import (
+    Begin,
+    Line,
+    LineDefaults,
+    answer_lines,
+    answered_here,
+    numbered_lines,
+)
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.requests.response_format import no_forms
 
 ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 
 
+def begin_with(service: ModelService, **given: Any) -> Begin:
+    return answered_here(service, ADVICE, LineDefaults(**given), no_forms)
+
+
 def answers(
     service: ModelService, lines: list[Any], at_once: int = 4, **given: Any
 ) -> list[dict[str, Any]]:
     text = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines]
-    defaults = LineDefaults(ADVICE, **given)
-    return [
-        line.as_dict()
-        for line in answer_lines(service, enumerate(text, 1), defaults, no_forms, at_once)
-    ]
+    lines = answer_lines(enumerate(text, 1), begin_with(service, **given), at_once)
+    return [line.as_dict() for line in lines]
 
 
 def test_lines_are_answered_in_their_order_as_each_one_alone(
@@ -117,7 +128,7 @@ def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(
         yield 2, b'{"prompt": "Ho"}'
 
     found: list[Line] = []
-    for line in answer_lines(model_service(), slow(), LineDefaults(ADVICE), no_forms, 4):
+    for line in answer_lines(slow(), begin_with(model_service()), 4):
         found.append(line)
         answered.set()
     assert [line.number for line in found] == [1, 2]
@@ -131,7 +142,7 @@ def test_lines_are_read_a_few_ahead_only(model_service: Callable[..., ModelServi
             read.append(number)
             yield number, b'{"prompt": "Hi"}'
 
-    running = answer_lines(model_service(), endless(), LineDefaults(ADVICE), no_forms, 4)
+    running = answer_lines(endless(), begin_with(model_service()), 4)
     for _ in range(5):
         next(running)
     assert len(read) <= 5 + 2 * 4 + 1
@@ -144,7 +155,39 @@ def test_what_reading_raises_comes_behind_the_lines_before(
         yield 1, b'{"prompt": "Hi"}'
         raise OSError("the disk is gone")
 
-    running = answer_lines(model_service(), broken(), LineDefaults(ADVICE), no_forms, 4)
+    running = answer_lines(broken(), begin_with(model_service()), 4)
     assert next(running).number == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(running)
+
+
+class Endless(io.RawIOBase):
+    """A file that has the same byte for ever, as /dev/zero; `read` counts what was read of it."""
+
+    read_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        buffer[:] = bytes(len(buffer))
+        self.read_bytes += len(buffer)
+        return len(buffer)
+
+
+def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line's length was checked after it was read: /dev/zero took 8.8 GB in a minute."""
+    monkeypatch.setattr(lines_module, "_MOST_SKIPPED", 3_000_000)
+    endless = Endless()
+    found = numbered_lines(io.BufferedReader(endless), 100)
+    assert next(found) == (1, bytes(101))
+    assert endless.read_bytes < 100_000
+    with pytest.raises(PromptError, match=r"line 1 has no end within 3 MB"):
+        next(found)
+    assert endless.read_bytes < 5_000_000
+
+
+def test_lines_behind_one_that_is_too_long_keep_their_numbers() -> None:
+    file = io.BytesIO(b"one\n" + b"x" * 3_000_000 + b"\nthree\n\nlast")
+    found = list(numbered_lines(file, 10))
+    assert found == [(1, b"one\n"), (2, b"x" * 11), (3, b"three\n"), (4, b"\n"), (5, b"last")]

@@ -145,6 +145,15 @@ def test_any_json_object_begins_as_one(client):
     assert done.choices[0].message.content.startswith("{")
 
 
+@pytest.mark.parametrize("grammar", ['root ::= "yes" | "no"', 'start: "yes" | "no"'])
+def test_an_answer_keeps_to_a_grammar_as_at_the_server_of_llama_cpp(client, grammar):
+    done = ask(client, 0, extra_body={"grammar": grammar})
+    assert done.choices[0].message.content in ("yes", "no")
+    with pytest.raises(BadRequestError, match="the grammar cannot be used") as error:
+        ask(client, 0, extra_body={"grammar": grammar + " ("})
+    assert (error.value.param, error.value.code) == ("grammar", "invalid_grammar")
+
+
 def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
     never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     asked = {"type": "json_schema", "json_schema": {"name": "never", "schema": never}}
