@@ -81,13 +81,14 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
     """
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_SIZE:
-                raise CheckpointError(f"{path}: larger than {format_size(MAX_SIZE)}")
-            return file.read()
+            data = file.read(MAX_SIZE + 1)  # whatever its size is said to be
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > MAX_SIZE:
+        raise CheckpointError(f"{path}: larger than {format_size(MAX_SIZE)}")
+    return data
 
 
 def require_regular(path: Path) -> None:
@@ -100,12 +101,17 @@ def require_regular(path: Path) -> None:
 
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `CheckpointError` where there is none."""
+    return json_object(read_bytes(path, follow=follow), str(path))
+
+
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Return an object in JSON, which messages call `where`. Raises `CheckpointError`."""
     try:
-        value = json.loads(read_bytes(path, follow=follow))
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({short_message(error)})") from None
+        raise CheckpointError(f"{where}: not JSON ({short_message(error)})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{where}: not a JSON object")
     return value
 
 

@@ -36,8 +36,9 @@ class Request:
 class Fault:
     """A fault in the answers to the next `times` requests for `path`, after the first `after`.
 
-    It is an error, a connection cut off, a page of HTML, or a range that begins some bytes
-    `earlier` than requested. `headers` are added. With `ranged` it affects only requests for parts.
+    It is an error, a connection cut off, a page of HTML, a range that begins some bytes `earlier`
+    than requested, or one of the `LIES`, which comes as though it were the file. `headers` are
+    added. With `ranged` it affects only requests for parts.
     """
 
     path: str
@@ -51,6 +52,24 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     ranged: bool = False
     after: int = 0
+    lie: str = ""
+
+
+def _repeated(data: bytes, size: int) -> bytes:
+    return (data * (size // len(data) + 1))[:size]
+
+
+# What comes in place of a file's bytes, with the status and the headers of the file.
+LIES: dict[str, Callable[[bytes], bytes]] = {
+    "page": lambda data: _repeated(PAGE, len(data)),
+    "json": lambda data: _repeated(b'{"error": "try later"} ', len(data)),
+    "zeros": lambda data: bytes(len(data)),
+    "flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "shorter": lambda data: data[:-1],
+    "longer": lambda data: data + b"\n",
+    "empty": lambda data: b"",
+    "large": lambda data: data + bytes(150_000_000),
+}
 
 
 @dataclass
@@ -223,6 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, fault: Fault | None, **headers: str) -> None:
         data = self.hub.serve.get(name, self.hub.files[name])
+        if fault is not None and fault.lie:
+            data = LIES[fault.lie](data)
         start, end, status = 0, len(data), 200
         if self.hub.ranges and (
             match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")

@@ -1,7 +1,8 @@
 """Downloads from a hub that lies, breaks off and refuses, onto a disk that flips bytes.
 
 Each download ends whole, or with one line and exit code 5; the next one, without faults, is whole.
-The good files in Hugging Face's cache stay there.
+The good files in Hugging Face's cache stay there. Before that, each kind of lie about each file is
+told for ever: that ends with 5, in little memory. A broken file that has its hash ends with 6.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import shutil
 import sys
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import hostile
 import rig
 from counted_hub import Hub
+from fake_hub import LIES
 
+SMALL_FILES = ("config.json", "model.safetensors.index.json", "tokenizer.model")
 ANY = "safetensors|config.json|tokenizer.model"
 
 
@@ -37,6 +42,7 @@ def main() -> int:
         try:
             assert _download(work, []) == 0, (work / "out").read_text()
             reference = rig.digests(_model(work))
+            failures += _lies(work, hub, reference)
             for number in range(options.rounds):
                 for problem in _round(work, hub, chance, reference, ends):
                     failures.append(f"round {number}: {problem}")
@@ -49,6 +55,29 @@ def main() -> int:
     for failure in failures[:20]:
         print("FAILED", failure)
     return 1 if failures else 0
+
+
+def _lies(work: Path, hub: Hub, reference: dict[str, str]) -> list[str]:
+    """Tell each kind of lie about each file, with and without its length; return what failed."""
+    found, counts = hostile.Found(), Counter[str]()
+    files = (work / "source").iterdir()
+    shards = sorted(path.name for path in files if path.suffix == ".safetensors")
+    headers = (["Content-Length"], [])
+    for omit, lie, name in product(headers, LIES, (*SMALL_FILES, *shards[:2])):
+        for place in ("home", "hf"):
+            shutil.rmtree(work / place, ignore_errors=True)
+        hub.set(faults=[{"path": f"/{name}$", "lie": lie}], omit=omit)
+        label = f"{name}: {lie}{', without its length' if omit else ''}"
+        code = hostile.judged(rig.mixchat("download", rig.REPO), work / "out", label, found)
+        counts[f"exit code {code}"] += 1
+        said = (work / "out").read_text()
+        whole = code == 0 and rig.digests(_model(work)) == reference
+        if code != 5 and not whole:  # whole: what came before the lie is the file
+            found.failures.append(f"{label}: exit code {code}: {said[-200:]}")
+    rows = {**dict(sorted(counts.items())), "most memory of a process": f"{found.memory:,}"}
+    rig.table(f"lies: {sum(counts.values())}", rows)
+    hub.set(faults=[], omit=[])
+    return found.failures
 
 
 def _lose_patience() -> None:

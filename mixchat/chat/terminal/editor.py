@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.errors import UsageError
+from mixchat.files import MAX_SIZE
 
 _USUAL = ("editor", "nano", "vim", "vi", "emacs")
 
@@ -60,7 +61,8 @@ def _run(command: list[str]) -> None:
 
 def _read(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read(MAX_SIZE)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the editor's file ({error})") from None
     return text.removesuffix("\n")

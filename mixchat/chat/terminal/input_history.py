@@ -91,7 +91,7 @@ def _read(path: Path) -> bytes:
         size = os.fstat(fd).st_size
         if size > _MOST_BYTES:
             file.seek(size - _MOST_BYTES // 2)
-            file.readline()
+            file.readline(_MOST_BYTES)
         return file.read(_MOST_BYTES)
 
 

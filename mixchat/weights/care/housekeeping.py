@@ -23,7 +23,6 @@ from mixchat.weights.format.manifest import (
 )
 from mixchat.weights.format.replacement import place_new_files
 from mixchat.weights.make.spill import SPILL_PREFIX
-from mixchat.weights.models import list_models
 from mixchat.weights.source import hub
 from mixchat.weights.source.demo_checkpoint import BUILD_DIR
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
@@ -80,24 +79,11 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
         with suppress(Busy), exclusive_lock(target):
             for leftover in _left_in(target):
                 yield _cleared(leftover, unfinished)
-    for path, resumable in _left_in_cache():
-        blob = path.name.split(".")[0]
+    # Only --keep-source puts files into huggingface_hub's cache, and other tools use those.
+    for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
+        blob = path.name.removesuffix(PART_SUFFIX)
         with suppress(TimeoutError), hub.blob_lock(path.parents[1].name, blob, timeout=1):
-            yield _cleared(Leftover(path, machine.disk_usage(path), resumable), unfinished)
-
-
-def _left_in_cache() -> Iterator[tuple[Path, bool]]:
-    """Yield our partial files in huggingface_hub's cache, and its own, which it never resumes.
-
-    Each comes with whether a download can resume it. huggingface_hub's own are only those of models
-    that are installed here: other tools may still need the others.
-    """
-    for part in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
-        yield part, True
-    here = list_models()
-    for repo in sorted({model.source for model in here} | {model.key for model in here}):
-        for path in sorted(hub.repo_dir(repo).glob("blobs/*.incomplete")):
-            yield path, False
+            yield _cleared(Leftover(path, machine.disk_usage(path), resumable=True), unfinished)
 
 
 def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import quote
 
 from mixchat.background import in_background
 from mixchat.errors import CheckpointError, HubError
-from mixchat.files import MAX_SIZE, read_bytes
+from mixchat.files import MAX_SIZE, json_object, read_bytes
 from mixchat.model_config import ModelConfig
 from mixchat.safetensors import Header, header_length
 from mixchat.weights.source.checkpoint_files import (
@@ -25,14 +26,15 @@ from mixchat.weights.source.checkpoint_files import (
 )
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
-from mixchat.weights.source.transfer import read_range
+from mixchat.weights.source.hub_request import read_json
+from mixchat.weights.source.transfer import has_beginning, read_range
 
-_LISTING_TIMEOUT = 30.0  # seconds
 # Larger files are not served over plain HTTP.
 _MAX_SHARD = 50_000_000_000
+_MOST_CHECKED = 1_000_000_000  # bytes of a shard that are fetched to check a broken header
 _FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
 _AT_ONCE = 8  # requests
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -41,7 +43,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class RemoteFile:
     """A file of a commit on the hub: its size in bytes, and its SHA-256 if it is large (LFS).
 
-    `git_sha1` is the hash by which git names a small one.
+    `git_sha1` is the hash by which git names a small one; huggingface_hub's cache names it so, too.
     """
 
     repo_id: str
@@ -65,8 +67,9 @@ class RemoteFile:
 
     @property
     def blob(self) -> Path:
-        """Return the path of a large file in huggingface_hub's cache, by its hash."""
-        return repo_dir(self.repo_id) / "blobs" / str(self.sha256)
+        """Return the path of the file in huggingface_hub's cache, by its hash if it has one."""
+        name = self.sha256 or self.git_sha1
+        return repo_dir(self.repo_id) / "blobs" / name if name else self.pointer
 
     @property
     def pointer(self) -> Path:
@@ -76,11 +79,15 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class HubListing:
-    """The files of one commit that make up a checkpoint, and its tensors."""
+    """The files of one commit that make up a checkpoint, and its tensors.
+
+    `read` has the content of the small files that were needed to find the tensors.
+    """
 
     repo_id: str
     commit: str
     small: tuple[RemoteFile, ...]
+    read: dict[str, bytes]
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
 
@@ -95,33 +102,36 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
         commit, listing = _listing(repo_id, revision)
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
-        config = ModelConfig.from_file(fetch_small(listing[CONFIG]))
-        index = read_bytes(fetch_small(listing[INDEX])) if INDEX in listing else None
-        weight_map = read_weight_map(listing, index, where=repo_id)
+        read = {CONFIG: fetch_small(listing[CONFIG])}
+        config = ModelConfig.from_dict(json_object(read[CONFIG], listing[CONFIG].where))
+        if INDEX in listing:
+            read[INDEX] = fetch_small(listing[INDEX])
+        weight_map = read_weight_map(listing, read.get(INDEX), where=repo_id)
         shards = {name: _check_shard(listing[name]) for name in shard_files(weight_map)}
         small = tuple(listing[name] for name in (*COMPANION_FILES, INDEX) if name in listing)
         for file in small:
             _check_small(file)
         headers = _headers(shards)
     tensors = CheckpointIndex(config, headers, weight_map, repo_id)
-    return HubListing(repo_id, commit, small, shards, tensors)
+    return HubListing(repo_id, commit, small, read, shards, tensors)
 
 
-def fetch_small(file: RemoteFile) -> Path:
-    """Return a small file in huggingface_hub's cache, checked; a damaged one is fetched again.
+def fetch_small(file: RemoteFile) -> bytes:
+    """Return the content of a small file: from huggingface_hub's cache if it is there undamaged.
 
     Raises `HubError` where the hub sends another file than it lists.
     """
     _check_small(file)
-    for again in (False, True):
-        path = _into_cache(file, again=again)
-        if _has_listed_bytes(path, file):
-            return path
-    _discard_damaged(path)
-    raise HubError(
-        f"{file.where} is not the file that the hub lists",
-        hint="Run the same command again.",
-    )
+    with suppress(CheckpointError):
+        if _has_listed_bytes(data := read_bytes(file.pointer), file):
+            return data
+    data = bytes(read_range(file.url, 0, file.size, Event(), of=file.size))
+    if not _has_listed_bytes(data, file):
+        raise HubError(
+            f"{file.where} is not the file that the hub lists",
+            hint="Run the same command again.",
+        )
+    return data
 
 
 def cache_dir() -> Path:
@@ -166,45 +176,12 @@ def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
         yield
 
 
-def _into_cache(file: RemoteFile, *, again: bool) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(
-        hf_hub_download(
-            file.repo_id,
-            file.path,
-            revision=file.commit,
-            force_download=again,
-            endpoint=endpoint(),
-            cache_dir=cache_dir(),
-        )
-    )
-
-
-def _has_listed_bytes(path: Path, file: RemoteFile) -> bool:
-    data = read_bytes(path)
+def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
     if file.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == file.sha256
     if file.git_sha1 is not None:
-        return _git_sha1(data) == file.git_sha1
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == file.git_sha1
     return len(data) == file.size
-
-
-def _git_sha1(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _discard_damaged(path: Path) -> None:
-    """Remove a file from the cache, unless its bytes have the hash after which it is named.
-
-    One that has that hash is good, whatever the hub lists.
-    """
-    real, data = path.resolve(), read_bytes(path)
-    if real.name in (hashlib.sha256(data).hexdigest(), _git_sha1(data)):
-        return
-    path.unlink()
-    if cache_dir().resolve() in real.parents:
-        real.unlink(missing_ok=True)
 
 
 def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
@@ -225,10 +202,20 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
 def _header(file: RemoteFile, stop: Event) -> Header:
     url = file.url
     first = read_range(url, 0, min(_FIRST_READ, file.size), stop, of=file.size)
-    end = 8 + header_length(first, file.size, file.where)
-    if end > len(first):
-        first += read_range(url, len(first), end - len(first), stop, of=file.size)
-    return Header(first[8:end], file.size, file.where)
+    try:
+        end = 8 + header_length(first, file.size, file.where)
+        if end > len(first):
+            first += read_range(url, len(first), end - len(first), stop, of=file.size)
+        return Header(first[8:end], file.size, file.where)
+    except CheckpointError:
+        if file.size < _MOST_CHECKED and has_beginning(
+            url, file.size, str(file.sha256), first, stop
+        ):
+            raise
+    raise HubError(
+        f"the hub sends something else in place of {file.where}: no header of safetensors",
+        hint="Does the network ask for a login first? Then log in and run the same command again.",
+    )
 
 
 def _check_shard(file: RemoteFile) -> RemoteFile:
@@ -244,15 +231,12 @@ def _check_shard(file: RemoteFile) -> RemoteFile:
 
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
     """Return the commit of `revision` today, and the files at its top level by name."""
-    from huggingface_hub import HfApi
-
+    place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     try:
-        info = HfApi(endpoint=endpoint()).model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=_LISTING_TIMEOUT
-        )
-        commit = str(info.sha)
-        files = {file.path: file for file in _remote_files(repo_id, commit, info.siblings or ())}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        info = read_json(f"{endpoint()}/api/models/{repo_id}{place}?blobs=true")
+        commit = str(info["sha"])
+        files = {file.path: file for file in _remote_files(repo_id, commit, info["siblings"])}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         commit, files = "", {}
     if not COMMIT.fullmatch(commit):
         raise HubError(
@@ -264,13 +248,20 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
 
 def _remote_files(repo_id: str, commit: str, siblings: Iterable[Any]) -> Iterable[RemoteFile]:
     for sibling in siblings:
-        name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
+        name = sibling["rfilename"]
         if "/" in name:
             continue
-        sha256, sha1 = lfs["sha256"] if lfs else None, sibling.blob_id
-        if type(size) is not int or size < 0 or not (sha256 is None or _SHA256.fullmatch(sha256)):
+        size, lfs, sha1 = (sibling.get(key) for key in ("size", "lfs", "blobId"))
+        sha256 = lfs["sha256"] if lfs else None
+        if type(size) is not int or size < 0 or not _are_hashes(sha1, sha256):
             raise ValueError(name)
         yield RemoteFile(repo_id, commit, name, size, sha256, sha1 if sha256 is None else None)
+
+
+def _are_hashes(sha1: str | None, sha256: str | None) -> bool:
+    return (sha1 is None or bool(_SHA1.fullmatch(sha1))) and (
+        sha256 is None or bool(_SHA256.fullmatch(sha256))
+    )
 
 
 def _check_small(file: RemoteFile) -> None:

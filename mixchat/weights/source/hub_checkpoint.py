@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 
 from mixchat.errors import HubError
+from mixchat.files import write_file
 from mixchat.progress import Task
 from mixchat.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
@@ -37,10 +38,11 @@ _PROBE_SECONDS = 1.0
 class HubCheckpoint:
     """The files of one commit.
 
-    A shard is fetched to `source/` below `target` and removed when it is released; with
-    `keep_source` it is fetched to huggingface_hub's cache, where other tools find it, and stays.
-    One that is in this cache already is used and stays; if its bytes do not have the hash after
-    which it is named, it is fetched again. Nothing is removed from the cache.
+    A shard is fetched to `source/` below `target` and removed when it is released, the small files
+    are removed by `close`. With `keep_source` all are fetched to huggingface_hub's cache, where
+    other tools find them, and stay. A file that is in this cache already is used and stays; if its
+    bytes do not have the hash after which it is named, it is fetched again. Nothing is removed from
+    the cache.
     """
 
     def __init__(
@@ -52,10 +54,26 @@ class HubCheckpoint:
         self._remote, self._directory = remote, target / SOURCE_DIR
 
     def companions(self) -> Path:
-        with plain_errors(self._remote.repo_id):
+        read = self._remote.read
+        with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
             for file in self._remote.small:
-                hub.fetch_small(file)
-        return hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
+                read[file.path] = read.get(file.path) or hub.fetch_small(file)
+                path = self._path(file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, read[file.path])
+                if self.cache:
+                    self._linked(file, path)
+        if self.cache:
+            return hub.snapshot_dir(self._remote.repo_id, self._remote.commit)
+        return self._directory
+
+    def close(self) -> None:
+        """Remove the small files, and the directories that nothing else is in."""
+        for file in self._remote.small:
+            (self._directory / file.path).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._directory.rmdir()
+            self._directory.parent.rmdir()
 
     def missing(self, shard: str) -> int:
         file = self._remote.shards[shard]

@@ -39,7 +39,7 @@ def endpoint() -> str:
 
 
 @contextmanager
-def plain_errors(repo_id: str, home: str = "HF_HOME") -> Iterator[None]:
+def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
     """Turn whatever huggingface_hub raises inside into one of our errors, and silence it.
 
     `home` is the variable that names the directory written to.
@@ -101,23 +101,9 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
         return HubError(f"{host} lists a file of {repo_id} that it does not have")
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(_status(error), repo_id, host)
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _explain_cause(error.__cause__, repo_id, host, home)
     if isinstance(error, OSError):
         return _failed_here(error, repo_id, home)
     return _no_answer(error, host)
-
-
-def _explain_cause(cause: BaseException | None, repo_id: str, host: str, home: str) -> MixchatError:
-    """Return our error for a failed look-up of one file: huggingface_hub wraps its cause."""
-    from huggingface_hub import errors
-
-    if isinstance(cause, errors.FileMetadataError):
-        return HubError(
-            f"{host} does not answer like a hub",
-            hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
-        )
-    return _no_answer(cause, host) if cause is None else _translate(cause, repo_id, home)
 
 
 def _refused(status: int, repo_id: str, host: str) -> MixchatError:

@@ -6,6 +6,7 @@ taken for the file, nor cost the bytes that have arrived.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from mixchat.errors import HubError
 
 _TIMEOUT = 30.0  # seconds without a byte
+_LONGEST_JSON = 2**24  # bytes
 _LONGEST_WAIT = 300.0  # seconds; the hub counts requests over five minutes
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _RANGE_NOT_SATISFIABLE = 416
@@ -44,22 +46,13 @@ class RemoteBytes:
 
         Raises `WrongAnswer` where another file is sent, or another part of it.
         """
-        from huggingface_hub import get_session
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-        )
-
-        # Redirects lead to a store of blobs on another host: the client then omits the token.
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        headers = {}
         if self.ranges and (start or end is not None):
             headers["Range"] = f"bytes={start}-{'' if end is None else end}"
-        with get_session().stream(
-            "GET", self.url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
-        ) as response:
+        with _answer(self.url, headers) as response:
             if response.status_code == _RANGE_NOT_SATISFIABLE:
                 raise self._wrong_range()
-            hf_raise_for_status(response)
+            _raise_for_status(response)
             yield response, self._first_byte(response, start)
 
     def _first_byte(self, response: Any, start: int) -> int:
@@ -97,6 +90,45 @@ class RemoteBytes:
     @property
     def _name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
+
+
+def read_json(url: str) -> Any:
+    """Return the JSON that the hub answers with.
+
+    Raises `ValueError` or `RecursionError` where it is none, or has more than 16 MiB.
+    """
+    data = bytearray()
+    with _answer(url, {}) as response:
+        _raise_for_status(response)
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) > _LONGEST_JSON:
+                raise ValueError("the answer is too long")
+    return json.loads(data)
+
+
+@contextmanager
+def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
+    """Yield the hub's answer, whose body is not read yet."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    # Redirects lead to a store of blobs on another host: the client then omits the token.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+    ) as response:
+        yield response
+
+
+def _raise_for_status(response: Any) -> None:
+    """Raise the error of a status. The body, which may have no end, is left unread."""
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+    kept = [(name, text) for name, text in response.headers.items() if "content-" not in name]
+    hf_raise_for_status(
+        type(response)(response.status_code, headers=kept, request=response.request)
+    )
 
 
 def retry_after(failure: Exception | None) -> float:

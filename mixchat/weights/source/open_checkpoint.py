@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +38,13 @@ def open_checkpoint(
         with closing(DemoCheckpoint(target, progress)) as built:
             yield built
         return
-    checkpoint = _open_checkpoint(source, target, keep_source)
-    if check is not None:
-        check(checkpoint.companions())
-    yield checkpoint
+    with ExitStack() as stack:
+        checkpoint = _open_checkpoint(source, target, keep_source)
+        if isinstance(checkpoint, HubCheckpoint):
+            stack.enter_context(closing(checkpoint))
+        if check is not None:
+            check(checkpoint.companions())
+        yield checkpoint
 
 
 def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Checkpoint:

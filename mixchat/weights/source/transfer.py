@@ -92,6 +92,26 @@ def fetch_and_discard(url: str, task: Task, stop: Event) -> None:
                 return
 
 
+def has_beginning(
+    url: str, size: int, sha256: str, beginning: bytes | bytearray, stop: Event
+) -> bool:
+    """Return whether the hub sends a file of this size and SHA-256 that begins with these bytes.
+
+    All of it is fetched. Raises as `fetch_and_discard` does.
+    """
+    digest, first, done = hashlib.sha256(), bytearray(), 0
+    with RemoteBytes(url, size).stream(0, None) as (response, _):
+        for chunk in response.iter_bytes():
+            if stop.is_set():
+                raise Stopped
+            digest.update(chunk)
+            first += chunk[: len(beginning) - len(first)]
+            done += len(chunk)
+            if done > size:
+                break
+    return digest.hexdigest() == sha256 and first == beginning
+
+
 def wrong_bytes(name: str) -> HubError:
     """Return the error for a file that had the wrong hash and has been removed."""
     return HubError(

@@ -194,20 +194,6 @@ class TestLeftovers:
         list(sweep(unfinished=True))
         assert sorted(path.name for path in blobs.iterdir()) == ["abc", "d.incomplete"]
 
-    def test_what_the_hubs_own_client_left_of_a_model_of_ours_goes(
-        self, finished: Path, cache: Path
-    ) -> None:
-        """Killed while it fetched a small file, it leaves one that it never resumes."""
-        ours, other = hub.repo_dir("done") / "blobs", hub.repo_dir("org/other") / "blobs"
-        for blobs in (ours, other):
-            write(blobs, {"abc.1f2e.incomplete": b"half"})
-        with hub.blob_lock(ours.parent.name, "abc", timeout=1):
-            assert list(sweep()) == []
-        (leftover,) = sweep()
-        assert leftover.removed
-        assert not list(ours.iterdir())
-        assert list(other.iterdir())
-
     def test_a_part_that_is_being_fetched_stays(self, cache: Path) -> None:
         sha256 = "ab" * 32
         blobs = hub.repo_dir("org/name") / "blobs"

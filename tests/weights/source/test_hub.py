@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import COMMIT, REPO, FakeHub
+from fake_hub import COMMIT, LIES, REPO, FakeHub
 from safetensors.torch import load_file, save
 from weight_tools import files_of, shard_names
 
@@ -111,6 +110,25 @@ class TestPlan:
         fake.serve.clear()
         fake.fail(f"^/{SHARDS[1]}", times=2, page=True)
         assert set(hub.look_up(REPO).shards) == set(SHARDS)
+
+    @pytest.mark.parametrize("lie", ["page", "json", "zeros"])
+    def test_a_header_that_the_hub_makes_up_is_no_damaged_checkpoint(
+        self, fake: FakeHub, lie: str
+    ) -> None:
+        """A page of HTML as a part of the file, with 206 and its range, exited with 6."""
+        fake.fail(f"^/{SHARDS[1]}", lie=lie, ranged=True)
+        with pytest.raises(HubError, match=f"something else in place of .*{SHARDS[1]}"):
+            hub.look_up(REPO)
+
+    def test_a_broken_header_that_has_its_hash_is_a_damaged_checkpoint(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake.files[SHARDS[1]] = b"x" * len(fake.files[SHARDS[1]])
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
+            hub.look_up(REPO)
+        monkeypatch.setattr(hub, "_MOST_CHECKED", 1000)  # too large to be fetched for that
+        with pytest.raises(HubError, match="something else"):
+            hub.look_up(REPO)
 
     def test_takes_a_single_file_without_an_index(
         self, fake: FakeHub, tiny_checkpoint: Path
@@ -262,45 +280,42 @@ class TestSmallFiles:
         git = None if sha256 else described["blobId"]
         return hub.RemoteFile(REPO, COMMIT, name, described["size"], sha256, git)
 
+    def cached(self, cache: Path, name: str, data: bytes) -> Path:
+        """Put a file into the cache, as another tool does."""
+        path = hub.snapshot_dir(REPO, COMMIT) / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        return path
+
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-    def test_come_once_into_the_cache(self, fake: FakeHub, cache: Path, name: str) -> None:
+    def test_come_from_the_cache_where_they_are_undamaged(
+        self, fake: FakeHub, cache: Path, name: str
+    ) -> None:
         file = self.small(fake, name)
-        path = hub.fetch_small(file)
-        assert path.read_bytes() == fake.files[name]
-        assert path == hub.snapshot_dir(REPO, COMMIT) / name
+        assert hub.fetch_small(file) == fake.files[name]
+        assert not cache.exists()
+        self.cached(cache, name, fake.files[name])
         before = len(fake.requests)
-        assert hub.fetch_small(file) == path
+        assert hub.fetch_small(file) == fake.files[name]
         assert len(fake.requests) == before
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-    def test_that_are_not_those_listed_are_refused_and_removed(
-        self, fake: FakeHub, name: str
-    ) -> None:
-        """Their size is right: only git's SHA-1, or that of a large file, tells."""
-        good = fake.files[name]
-        fake.serve[name] = bytes(len(good))
-        with pytest.raises(HubError, match="is not the file that the hub lists"):
-            hub.fetch_small(self.small(fake, name))
-        fake.serve.clear()
-        assert hub.fetch_small(self.small(fake, name)).read_bytes() == good
-
-    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
-    def test_that_are_damaged_in_the_cache_are_fetched_again(
+    def test_that_are_damaged_in_the_cache_are_fetched_and_left_there(
         self, fake: FakeHub, cache: Path, name: str, damage: Any
     ) -> None:
-        file = self.small(fake, name)
-        hub.fetch_small(file).resolve().write_bytes(damage(fake.files[name]))
-        path = hub.fetch_small(file)
-        assert path.read_bytes() == fake.files[name]
-        assert path == hub.snapshot_dir(REPO, COMMIT) / name
+        path = self.cached(cache, name, damage(fake.files[name]))
+        assert hub.fetch_small(self.small(fake, name)) == fake.files[name]
+        assert path.read_bytes() == damage(fake.files[name])
 
+    @pytest.mark.parametrize("lie", [*LIES])
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-    def test_that_are_good_stay_in_the_cache_whatever_the_hub_lists(
-        self, fake: FakeHub, cache: Path, name: str
+    def test_that_are_not_those_listed_are_refused(
+        self, fake: FakeHub, name: str, lie: str
     ) -> None:
-        path = hub.fetch_small(self.small(fake, name))
-        wrong = replace(self.small(fake, name), sha256="0" * 64, git_sha1=None)
-        with pytest.raises(HubError, match="is not the file that the hub lists"):
-            hub.fetch_small(wrong)
-        assert path.read_bytes() == fake.files[name]
+        """Some are told only by git's SHA-1, or by the SHA-256 of a large file."""
+        fake.fail(f"/{name}$", lie=lie)
+        with pytest.raises(HubError):
+            hub.fetch_small(self.small(fake, name))
+        fake.faults.clear()
+        assert hub.fetch_small(self.small(fake, name)) == fake.files[name]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file
-from weight_tools import Bar, shard_names
+from weight_tools import Bar, files_of, shard_names
 
 from mixchat.errors import HubError
 from mixchat.weights.format.manifest import Source
@@ -346,7 +346,39 @@ class TestReading:
 
 def test_companions_are_the_small_files_checked(fake: FakeHub, target: Path) -> None:
     fake.files["tokenizer.json"] = json.dumps({"a": 1}).encode()
-    directory = origin_for(target).companions()
+    checkpoint = origin_for(target)
+    directory = checkpoint.companions()
     assert (directory / "tokenizer.json").read_bytes() == fake.files["tokenizer.json"]
     assert (directory / "config.json").read_bytes() == fake.files["config.json"]
     assert not [path for path in directory.iterdir() if path.suffix == ".safetensors"]
+    checkpoint.close()
+    assert not target.exists()
+
+
+def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(
+    fake: FakeHub, target: Path, cache: Path
+) -> None:
+    """3.5 MB of a tokenizer stayed there, although all data is said to be in one directory."""
+    checkpoint = origin_for(target)
+    checkpoint.companions()
+    bring(checkpoint)
+    checkpoint.close()
+    assert not cache.exists()
+    assert [path.name for path in (target / "source").iterdir()] == [SHARDS[0]]
+
+
+def test_small_files_in_hugging_faces_cache_are_used_and_stay(
+    fake: FakeHub, target: Path, cache: Path
+) -> None:
+    origin_for(target, keep_source=True).companions()
+    kept = files_of(cache / "models--org--tiny-mixtral" / "snapshots" / COMMIT)
+    fake.requests.clear()
+    checkpoint = origin_for(target)
+    checkpoint.companions()
+    checkpoint.close()
+    assert not [
+        path
+        for path in fake.got("hub")
+        if not path.startswith("/api/") and "safetensors" not in path
+    ]
+    assert files_of(cache / "models--org--tiny-mixtral" / "snapshots" / COMMIT) == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from mixchat.errors import (
     UsageError,
 )
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source import hub, transfer
+from mixchat.weights.source import hub, hub_request, transfer
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 SHARDS = shard_names(2)
@@ -95,11 +96,17 @@ class TestFaults:
         with pytest.raises(HubError, match="lists a file"):
             fetch(tmp_path)
 
-    @pytest.mark.parametrize("header", ["X-Repo-Commit", "ETag"])
-    def test_what_is_no_hub(self, fake: FakeHub, tmp_path: Path, header: str) -> None:
-        fake.omit_headers.add(header)
-        with pytest.raises(HubError, match="does not answer like a hub"):
-            fetch(tmp_path)
+    def test_an_answer_without_an_end_is_not_read_to_it(
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """huggingface_hub reads a listing, and the reason of a refusal, whole into memory."""
+        monkeypatch.setattr(hub_request, "_LONGEST_JSON", 10_000)
+        fake.listing = lambda answer: b" " * 10_000 + json.dumps(answer).encode()
+        with pytest.raises(HubError, match="is not valid"):
+            hub.look_up(REPO)
+        fake.fail("^/api/", status=500, body=bytes(50_000_000))
+        with pytest.raises(HubError, match="an error of its own"):
+            hub.look_up(REPO)
 
     def test_nobody_there(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with FakeHub({}) as gone:
@@ -149,8 +156,11 @@ class TestFaults:
         self, fake: FakeHub, tmp_path: Path, cache: Path
     ) -> None:
         cache.write_text("a file where the directory should be")
+        fetch(tmp_path)
+        remote = hub.look_up(REPO)
+        checkpoint = HubCheckpoint(remote, Source(REPO), tmp_path / "other", keep_source=True)
         with pytest.raises(UsageError, match="cannot write"):
-            fetch(tmp_path)
+            checkpoint.companions()
 
 
 def _new(directory: Path) -> Path:
