@@ -7,42 +7,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.chat.printing import show
 from mixchat.cli.flags.arguments import STDIN
+from mixchat.cli.model_place import LineRequest, ModelPlace
 from mixchat.errors import PromptError, UsageError
 from mixchat.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.lock import lock_open_file
 from mixchat.progress import Note
 
 if TYPE_CHECKING:
-    from mixchat.cli.model_place import ModelPlace
     from mixchat.serving.requests.lines import Line
 
 _START = b'{"line": '  # of each line of the output
-
-
-@dataclass(frozen=True)
-class LineRequest:
-    """The file to answer, `-` for standard input, and what applies where a line says nothing.
-
-    resume_from: the file that gets the answers, and may have some; None for standard output.
-    keep_failed: do not try again the lines that failed in it. parallel: answers at once.
-    """
-
-    source: str
-    resume_from: Path | None
-    keep_failed: bool
-    parallel: int
-    sampling: Mapping[str, float | None]
-    system: str | None
-    max_tokens: int | None
-    stop: Sequence[str]
 
 
 def answer_file(place: ModelPlace, model: str, request: LineRequest, note: Note) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.context import Context
@@ -15,9 +17,26 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.jsonl import LineRequest
     from mixchat.planning.prediction import Prediction
     from mixchat.serving.requests.lines import Begin
+
+
+@dataclass(frozen=True)
+class LineRequest:
+    """The file to answer, `-` for standard input, and what applies where a line says nothing.
+
+    resume_from: the file that gets the answers, and may have some; None for standard output.
+    keep_failed: do not try again the lines that failed in it. parallel: answers at once.
+    """
+
+    source: str
+    resume_from: Path | None
+    keep_failed: bool
+    parallel: int
+    sampling: Mapping[str, float | None]
+    system: str | None
+    max_tokens: int | None
+    stop: Sequence[str]
 
 
 class ModelPlace(Protocol):

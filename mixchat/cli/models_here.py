@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.jsonl import LineRequest
+    from mixchat.cli.model_place import LineRequest
     from mixchat.planning.prediction import Prediction
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.form import Form

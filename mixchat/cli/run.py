@@ -15,7 +15,8 @@ from mixchat.cli.flags import chat_flags, model_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
-from mixchat.cli.jsonl import LineRequest, answer_file
+from mixchat.cli.jsonl import answer_file
+from mixchat.cli.model_place import LineRequest, ModelPlace
 from mixchat.cli.models_here import ModelsHere
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.server_chat import ServerModels, check_flags
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.model_place import ModelPlace
     from mixchat.planning.prediction import Prediction
 
 # `run` has a parameter of the same name for each of these options of sampling.

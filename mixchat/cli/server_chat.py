@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.jsonl import LineRequest
+    from mixchat.cli.model_place import LineRequest
     from mixchat.serving.client.server_backend import ServerBackend
     from mixchat.serving.client.server_json import ServedModel
     from mixchat.serving.requests.lines import Begin

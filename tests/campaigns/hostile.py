@@ -1,4 +1,4 @@
-"""Hostile names, files, pickles, texts and mutations: refused with one line, nothing harmed."""
+"""Hostile names, files, pickles, texts, mutations, endless input: one line, nothing harmed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Found:
 
 def main() -> int:
     """Run the campaign and return the exit code."""
+    import hostile_endless
     import hostile_files
     import hostile_mutations
     import hostile_names
@@ -41,6 +42,7 @@ def main() -> int:
         "pickles": hostile_pickles.campaign,
         "text": hostile_text.campaign,
         "mutations": hostile_mutations.campaign,
+        "endless": hostile_endless.campaign,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=every, default=list(every))

@@ -126,7 +126,8 @@ class ServerReply:
         self._on_prefill = on_prefill
         self._started = started
         self._first_piece = 0.0  # when it came
-        self._text = ""
+        self._texts: list[str] = []
+        self._length = 0  # of the text, in characters
 
     def texts(self) -> Iterator[str]:
         """Yield the text as it comes. Raises `ServerError` where the server goes away too early."""
@@ -136,16 +137,16 @@ class ServerReply:
             if self.reason == "interrupted":
                 raise
         if self.reason == "interrupted":
-            where = "in its middle" if self._text else "before it began"
+            where = "in its middle" if self._texts else "before it began"
             hint = "Its own messages may say why; a prompt that is too long is one reason."
             raise ServerError(f"the server ended the answer {where}", hint=hint)
 
     def message(self) -> Message | None:
-        if not self._text and self.reason == "interrupted":
+        if not self._texts and self.reason == "interrupted":
             return None
         before = "" if self._turn.before is None else self._turn.before.content
         partial = self.reason not in COMPLETE
-        return Message("assistant", before + self._text, None, partial)
+        return Message("assistant", before + "".join(self._texts), None, partial)
 
     def close(self) -> None:
         self._stream.close()
@@ -162,8 +163,9 @@ class ServerReply:
 
     def _take(self, piece: Piece) -> Iterator[str]:
         if piece.text:
-            self._text += piece.text
-            if len(self._text) > (self._backend.context or UNKNOWN).longest_text:
+            self._texts.append(piece.text)
+            self._length += len(piece.text)
+            if self._length > (self._backend.context or UNKNOWN).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()

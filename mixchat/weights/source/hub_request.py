@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from mixchat import __version__
 from mixchat.errors import HubError
 
 _TIMEOUT = 30.0  # seconds without a byte
@@ -111,10 +112,13 @@ def read_json(url: str) -> Any:
 def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     """Yield the hub's answer, whose body is not read yet."""
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import get_token_to_send  # type: ignore[attr-defined]
 
-    # Redirects lead to a store of blobs on another host: the client then omits the token.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+    # Not build_hf_headers(): it asks the hub for a list of agents, without a limit, and caches it.
+    headers = {"User-Agent": f"mixchat/{__version__}", "Accept-Encoding": "identity", **headers}
+    if token := get_token_to_send(None):
+        # Redirects lead to a store of blobs on another host: the client then omits the token.
+        headers["Authorization"] = f"Bearer {token}"
     with get_session().stream(
         "GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
     ) as response:

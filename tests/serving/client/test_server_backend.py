@@ -296,3 +296,11 @@ def test_an_answer_that_fills_a_known_context_is_told_from_one_of_full_length(si
 def test_every_error_is_one_of_ours():
     assert issubclass(ServerError, MixchatError)
     assert ServerError("x").exit_code == 5
+
+
+def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():
+    endless = Answer([delta("x" * 10_000)] * 100)
+    with ScriptedServer(endless) as server:
+        session = session_with(server, context_size=100)
+        with pytest.raises(ServerError, match="more text than its context can hold"):
+            list(session.ask("Hi"))
