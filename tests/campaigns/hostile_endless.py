@@ -69,8 +69,8 @@ def _here(work: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]:
         yield name, arguments, {}
     chats = Path(os.environ["MIXCHAT_HOME"]) / "chats"
     chats.mkdir(exist_ok=True)
-    _sparse(chats / "20260101-000000-aaaa.json", b"{")
-    yield "a saved chat", ("run", "--resume", "20260101-000000-aaaa", "Hi"), {}
+    _sparse(chats / "20260101-0000-aaa.json", b"{")
+    yield "a saved chat", ("run", "--resume", "20260101-0000-aaa", "Hi"), {}
     for name in ("config.json", "tokenizer.model"):
         model = work / name.partition(".")[0]
         model.mkdir()

@@ -129,9 +129,9 @@ def _compare(work: Path, reference: dict[str, str], keep: list[str], found: Foun
         found.failures.append(f"model {found.models}: gc {code}, other files: {wrong}")
     beside = [path for path in (work / "home").rglob("*") if path.is_file()]
     beside = [path for path in beside if path.parent.name != rig.KEY]
-    cache = [
-        path for path in (work / "hf").rglob("*") if path.name.endswith((".incomplete", ".part"))
-    ]
+    cache = [path for path in (work / "hf").rglob("*") if path.is_file()]
+    if keep:
+        cache = [path for path in cache if path.name.endswith((".incomplete", ".part"))]
     shards = list((work / "hf").rglob("snapshots/*/*-of-*"))
     if beside or cache or bool(shards) != bool(keep):
         found.failures.append(f"model {found.models}: left {beside + cache + shards}")
