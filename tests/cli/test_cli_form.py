@@ -100,18 +100,14 @@ def test_without_llguidance_it_says_how_to_get_it(mixchat, monkeypatch):
     assert b'Run: pip install "llguidance>=' in done.stderr
 
 
-def test_a_grammar_does_not_go_with_a_server(mixchat):
-    done = mixchat("run", "--server", "127.0.0.1:1", "--grammar", "{}", "Hi", fake=False)
-    assert done.returncode == 2
-    assert b"--server does not go with --grammar" in done.stderr
-
-
 def test_lines_of_a_file_have_forms_of_their_own(ask, tmp_path):
     by_schema = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
     never = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"enum": []}}}
     asked = [{"prompt": "Hi", "response_format": form} for form in (by_schema, never)]
+    asked.append({"prompt": "Hi", "grammar": 'root ::= "yes" | "no"'})
     (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in asked))
     done = ask("--jsonl", str(tmp_path / "in"))
-    good, bad = map(json.loads, done.stdout.splitlines())
+    good, bad, by_grammar = map(json.loads, done.stdout.splitlines())
+    assert by_grammar["answer"] in ("yes", "no")
     assert set(json.loads(good["answer"])) == {"color", "size"}
     assert "cannot be met at #: " in json.dumps(bad["error"])
