@@ -69,7 +69,7 @@ class HubError(MixchatError):
 
 
 class ServerError(MixchatError):
-    """A server that should answer cannot be reached, refuses, or sends something wrong."""
+    """A server or worker cannot be reached, does not answer, refuses, or sends something wrong."""
 
     exit_code = 5
 

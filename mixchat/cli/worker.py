@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,7 +41,7 @@ def worker(
 
     The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
     uses the memory and the cores of both. Only those who have the key are served, one chat at a
-    time. What travels is not encrypted: use a network that you trust, or WireGuard.
+    time. What travels is encrypted with that key.
     'torchrun -m mixchat run' starts both: rank 0 chats, the others are its workers.
     """
     options = LoadOptions(
@@ -81,11 +81,11 @@ def _server(model: str, options: LoadOptions, listen: str) -> Iterator[tuple[Ser
     address = resolve(listen, any_port=True)
     directory = find_or_build(model)
     prepare_environment()
-    from mixchat.experts.workers import door
+    from mixchat.experts.workers.listener import Listener
     from mixchat.experts.workers.server import Server
     from mixchat.loading.served_experts import load_served_experts
 
-    with door.listen(address) as listener:
+    with closing(Listener(address, key, say)) as listener:
         served = load_served_experts(directory, options, note)
         say(f"{served.name}: room for {served.slots} of {served.placement.experts} experts")
-        yield Server(listener, key, served, lambda line: say(line)), door.address_of(listener)
+        yield Server(listener, served, say), listener.address

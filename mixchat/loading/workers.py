@@ -13,13 +13,14 @@ import torch
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.report import saved_uses
 from mixchat.engine.report_path import report_path_by_key
-from mixchat.errors import MixchatError
+from mixchat.errors import ServerError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
 from mixchat.experts.workers.address import resolve_workers
+from mixchat.experts.workers.connection import ConnectionLostError
 from mixchat.experts.workers.key_file import default_key_file, read_key_file
-from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.remote_worker import RemoteWorker
 from mixchat.options import LoadOptions
@@ -53,8 +54,8 @@ def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerO
         link = connect()
         try:
             offers.append(_offer(link, installed))
-        except WorkerLostError as error:
-            raise MixchatError(f"{link.address}: the worker is lost: {error.reason}") from None
+        except ConnectionLostError as error:
+            raise ServerError(f"{link.address}: the worker is lost: {error.reason}") from None
         finally:
             link.close()
     return offers

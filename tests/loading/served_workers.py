@@ -20,7 +20,7 @@ import torch
 
 from mixchat import interrupts
 from mixchat.experts.workers.address import resolve
-from mixchat.experts.workers.door import address_of, listen
+from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.options import LoadOptions
@@ -30,7 +30,6 @@ from mixchat.weights.matrix import nf4
 
 KEY = bytes(range(32))
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
-BEAT = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,9 @@ def _serve(directory: str, slots: int, fault: Fault | None, at: str) -> None:
                 os.kill(os.getpid(), fault.signal)
 
     _call_before(served, before)
-    listener = listen(resolve(at, any_port=True))
-    print(json.dumps([os.getpid(), str(address_of(listener))]), flush=True)
-    Server(listener, KEY, served, lambda line: None, BEAT).serve()
+    listener = Listener(resolve(at, any_port=True), KEY, lambda line: None)
+    print(json.dumps([os.getpid(), listener.address]), flush=True)
+    Server(listener, served, lambda line: None).serve()
 
 
 def main() -> None:

@@ -1,185 +1,250 @@
-"""Frames over a TCP connection: small messages, with deadlines and limits of length.
+"""The chat side's connection to a worker, and what both ends of one have in common.
 
-Waiting happens in slices, so that Ctrl-C works in each; a peer that vanishes without a word is
-noticed by the kernel within about 7 s.
+libzmq encrypts what travels, lets both ends prove the key (CURVE), and looks by heartbeats whether
+the other end lives. Its own thread does that, also while this process computes.
 """
 
 from __future__ import annotations
 
+import errno
+import hmac
 import os
-import select
 import socket
-import struct
-import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
 from mixchat import interrupts
+from mixchat.errors import MixchatError, ResourceError, ServerError, UsageError
 from mixchat.experts.workers.address import Address
 
-_HEADER = struct.Struct(">BI")  # kind, length of the payload
-_LONGEST = 1 << 16  # bytes of a payload
-_SLICE = 50  # milliseconds between two looks for Ctrl-C
-SEND_DEADLINE = 3.0  # seconds until what the other end does not read is a fault
+SILENCE_S = 5.0  # without a sign of life the other end counts as lost
+HANDSHAKE_S = 2.0  # to connect, and to prove the key
+PIECE = 1 << 20  # bytes of rows in a message, so that many rows do not hold up the heartbeats
 
-# Options by the names that systems have for them: a silent peer is gone after 3 + 4 * 1 s.
-_KEEPALIVE = {
-    "TCP_KEEPIDLE": 3,  # Linux
-    "TCP_KEEPALIVE": 3,  # macOS
-    "TCP_KEEPINTVL": 1,
-    "TCP_KEEPCNT": 4,
-    "TCP_USER_TIMEOUT": 7000,  # Linux, milliseconds; keepalive rests while bytes are on their way
-}
+_HEAD = 1 << 16  # bytes of a message beside its rows
+_BEATS = 5  # heartbeats in the time of the silence
+_QUEUED = 1024  # messages that may wait until this process reads them
+_DESCRIPTORS = 32  # more than the sockets, threads and monitors of one end take
+_SLICE_S = 0.05  # between two looks for Ctrl-C and the connection's end
+
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
 
 
 class ConnectionLostError(Exception):
-    """The other end is gone, or sends what it must not. `reason` completes a sentence on it."""
+    """The other end is gone, or does not answer. `reason` completes a sentence on it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class NoAnswerError(ConnectionLostError):
-    """The other end does not answer in time."""
+class BadMessageError(ConnectionLostError):
+    """The other end sends what it must not."""
 
 
-class Frame(NamedTuple):
-    """A message: its kind, 0 to 255, and what it says."""
+class CurveKeys(NamedTuple):
+    """A pair of keys for CURVE, in libzmq's encoding."""
 
-    kind: int
-    payload: bytes
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def derive(cls, key: bytes, label: bytes) -> CurveKeys:
+        """Return the pair that everybody derives who knows the key: one for each label."""
+        secret = z85.encode(hmac.digest(key, b"mixchat worker 2 " + label, "sha256"))
+        return cls(zmq.curve_public(secret), secret)
+
+
+def worker_keys(key: bytes) -> CurveKeys:
+    """Return the keys of a worker. Its public key, too, is known only to those who know `key`."""
+    return CurveKeys.derive(key, b"worker")
+
+
+def chat_keys(key: bytes) -> CurveKeys:
+    """Return the keys of a chat side."""
+    return CurveKeys.derive(key, b"chat")
+
+
+def open_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Return a context for sockets.
+
+    Raises `ResourceError` if few descriptors are left: libzmq would abort this process.
+    """
+    spare: list[int] = []
+    try:
+        for _ in range(_DESCRIPTORS):
+            spare.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ResourceError(f"cannot connect: {reason}", hint="Raise `ulimit -n`.") from None
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+    return zmq.Context()
+
+
+def prepare(prepared: zmq.Socket[bytes], keys: CurveKeys, silence: float = SILENCE_S) -> None:
+    """Give a socket its keys, deadlines and limits."""
+    prepared.curve_publickey, prepared.curve_secretkey = keys
+    prepared.linger = 0
+    prepared.handshake_ivl = int(1000 * HANDSHAKE_S)
+    prepared.heartbeat_ivl = int(1000 * silence / _BEATS)
+    prepared.heartbeat_timeout = int(1000 * silence)
+    prepared.maxmsgsize = _HEAD + PIECE
+    prepared.sndhwm, prepared.rcvhwm = 0, _QUEUED
+
+
+def watch(watched: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """Return the socket that tells of a socket's connections."""
+    where = f"inproc://monitor-{id(watched)}"
+    watched.monitor(where, events)
+    monitor: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
+    monitor.linger, monitor.rcvhwm = 0, 0  # or libzmq's thread would wait for who reads it
+    monitor.connect(where)
+    return monitor
+
+
+def read_events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
+    """Return what has happened since: the kinds of events, each with its number."""
+    while True:
+        try:
+            told = recv_monitor_message(monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        yield int(told["event"]), int(told["value"])
+
+
+def endpoint(address: Address) -> str:
+    """Return an address in libzmq's form."""
+    if address.family == socket.AF_INET6:
+        scope = f"%{address.target[3]}" if address.target[3] else ""
+        return f"tcp://[{address.host}{scope}]:{address.port}"
+    return f"tcp://{address.host}:{address.port}"
 
 
 class Connection:
-    """Sends and receives frames. One thread receives; several may send.
+    """Sends messages to a worker and receives them, for one thread.
 
     One that is dropped is closed, as an engine's are when the engine is dropped.
     """
 
-    def __init__(self, connected: socket.socket) -> None:
-        connected.setblocking(False)
-        _set_options(connected)
-        self._socket = connected
-        weakref.finalize(self, connected.close)
-        self._received = bytearray()
-        self._sending = threading.Lock()
-        self._reading = select.poll()
-        self._reading.register(connected, select.POLLIN)
-        self.local_host = str(connected.getsockname()[0])
+    def __init__(self, address: Address, key: bytes, silence: float = SILENCE_S) -> None:
+        """Connect, and prove the key.
 
-    def send(self, kind: int, payload: bytes = b"") -> None:
-        """Send a frame. Raises `ConnectionLostError`."""
-        self.send_bytes(_HEADER.pack(kind, len(payload)) + payload)
-
-    def receive(self, deadline: float | None) -> Frame:
-        """Return the next frame; wait for it until `deadline` (`time.monotonic`), if there is one.
-
-        Raises `ConnectionLostError`; `NoAnswerError` after the deadline. A frame that has arrived
-        is returned however late it is.
+        Raises `UsageError` for a wrong address or key, and `ServerError` if nobody answers.
         """
-        kind, length = _HEADER.unpack(self.receive_bytes(_HEADER.size, deadline))
-        if length > _LONGEST:
-            raise ConnectionLostError("it sent a message that is too long")
-        return Frame(kind, self.receive_bytes(length, deadline))
+        self._context = open_context()
+        self.close = weakref.finalize(self, self._context.destroy, linger=0)
+        self._ended = False
+        try:
+            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+            prepare(self._socket, chat_keys(key), silence)
+            self._socket.curve_serverkey = worker_keys(key).public
+            self._socket.reconnect_ivl = -1  # a worker that comes back is greeted anew
+            self._socket.rcvtimeo = int(1000 * _SLICE_S)
+            self._socket.ipv6 = address.family == socket.AF_INET6
+            self._monitor = watch(self._socket, _EVENTS)
+            self._socket.connect(endpoint(address))
+            self._shake_hands(address, time.monotonic() + HANDSHAKE_S + _SLICE_S)
+        except BaseException:
+            self.close()
+            raise
 
-    def send_bytes(self, data: bytes) -> None:
-        """Send bytes as they are. Raises `ConnectionLostError`."""
-        rest, deadline = memoryview(data), time.monotonic() + SEND_DEADLINE
-        with self._sending:
-            while rest:
-                try:
-                    rest = rest[self._socket.send(rest) :]
-                except BlockingIOError:
-                    writing = select.poll()
-                    writing.register(self._socket, select.POLLOUT)
-                    _wait(writing, deadline)
-                except OSError as error:
-                    raise _lost(error) from None
+    def send(self, message: bytes) -> None:
+        """Send a message. Raises `ConnectionLostError`."""
+        try:
+            self._socket.send(message, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            raise _lost() from None
 
-    def receive_bytes(self, count: int, deadline: float | None) -> bytes:
-        """Return so many bytes. Raises as `receive` does."""
-        while len(self._received) < count:
-            self._receive_more(deadline)
-        data = bytes(self._received[:count])
-        del self._received[:count]
-        return data
-
-    def has_arrived(self, within: float = 0.0) -> bool:
-        """Return whether `receive` has something to read, be it the end of the connection.
-
-        Wait for it, at most `within` seconds.
-        """
-        return bool(self._received) or bool(self._reading.poll(1000 * within))
+    def receive(self, deadline: float) -> bytes:
+        """Return the next message. Raises `ConnectionLostError`, also after the deadline."""
+        ended = False
+        while (message := self._receive()) is None:
+            interrupts.check()
+            if ended:
+                raise _lost()
+            if time.monotonic() >= deadline:
+                raise ConnectionLostError("it does not answer")
+            ended = self.has_ended()  # then a last message may still be there
+        return message
 
     def has_ended(self) -> bool:
-        """Return whether the other end is known to be gone. Any thread may ask."""
-        try:
-            return not self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
+        """Return whether the other end is known to be gone."""
+        if self._socket.closed:
             return True
+        ends = [event for event, _ in read_events(self._monitor) if event == zmq.EVENT_DISCONNECTED]
+        self._ended = self._ended or bool(ends)
+        return self._ended
 
-    def close(self) -> None:
-        """End the connection; no other thread may use it any more."""
-        self._socket.close()
-
-    def _receive_more(self, deadline: float | None) -> None:
-        _wait(self._reading, deadline)
+    def _receive(self) -> bytes | None:
         try:
-            data = self._socket.recv(_LONGEST)
-        except BlockingIOError:  # a packet was damaged on its way
-            return
-        except OSError as error:
-            raise _lost(error) from None
-        if not data:
-            raise ConnectionLostError("it closed the connection")
-        self._received += data
+            return self._socket.recv()
+        except zmq.Again:
+            return None
+
+    def _shake_hands(self, address: Address, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            interrupts.check()
+            self._monitor.poll(int(1000 * _SLICE_S))
+            for event, value in read_events(self._monitor):
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    return
+                raise _refused(address, event, value)
+        raise _refused(address, _FAILED, errno.EAGAIN)
 
 
-def connect(address: Address, deadline: float) -> Connection:
-    """Connect to an address. Raises `OSError`, also `TimeoutError` after the deadline."""
-    opened = socket.socket(address.family, socket.SOCK_STREAM)
-    try:
-        opened.setblocking(False)
-        try:
-            opened.connect(address.target)
-        except BlockingIOError:
-            _wait_for_connect(opened, deadline)
-        return Connection(opened)
-    except BaseException:
-        opened.close()
-        raise
+def _refused(address: Address, event: int, value: int) -> MixchatError:
+    """Return what is wrong if this is the first event of a connection."""
+    if event == zmq.EVENT_CLOSED:
+        hint = "Start `mixchat worker` there, with --listen and its address. Look at its firewall."
+        return ServerError(f"{address}: no worker can be reached there", hint=hint)
+    if event == zmq.EVENT_DISCONNECTED:
+        hint = "Look for the worker's port in what it printed when it started."
+        return UsageError(f"{address}: what listens there is no worker", hint=hint)
+    if value == errno.EAGAIN:
+        hint = "Is the machine switched on, and does its firewall let this port through?"
+        return ServerError(f"{address}: the worker does not answer", hint=hint)
+    hint = "Copy the key file of one machine to the other, and start the worker again."
+    return UsageError(f"{address}: the worker has another key", hint=hint)
 
 
-def _wait_for_connect(opened: socket.socket, deadline: float) -> None:
-    connecting = select.poll()
-    connecting.register(opened, select.POLLOUT)
-    try:
-        _wait(connecting, deadline)
-    except NoAnswerError:
-        raise TimeoutError from None
-    if error := opened.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        raise OSError(error, os.strerror(error))
+def _lost() -> ConnectionLostError:
+    return ConnectionLostError("it has ended, or does not answer")
 
 
-def _wait(ready: select.poll, deadline: float | None) -> None:
-    while not ready.poll(_SLICE):
-        interrupts.check()
-        if deadline is not None and time.monotonic() >= deadline:
-            raise NoAnswerError("it does not answer")
+def send_rows(send: Callable[[bytes], None], head: bytes, rows: torch.Tensor) -> None:
+    """Send rows in as many messages as they need; the first one begins with `head`."""
+    data = _bytes_of(rows.contiguous())
+    send(b"".join((head, data[:PIECE])))
+    for start in range(PIECE, len(data), PIECE):
+        send(bytes(data[start : start + PIECE]))
 
 
-def _set_options(connected: socket.socket) -> None:
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if option := getattr(socket, name, None):
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+def receive_rows(rows: torch.Tensor, piece: bytes, receive: Callable[[], bytes]) -> torch.Tensor:
+    """Fill `rows` with a piece and those that follow it. Raises `ConnectionLostError`."""
+    data, filled = _bytes_of(rows), 0
+    while True:
+        if len(piece) != min(PIECE, len(data) - filled):
+            raise BadMessageError("it sent rows of another size")
+        data[filled : filled + len(piece)] = piece
+        filled += len(piece)
+        if filled == len(data):
+            return rows
+        piece = receive()
 
 
-def _lost(error: OSError) -> ConnectionLostError:
-    reason = error.strerror or str(error)
-    return ConnectionLostError(f"its connection has failed: {reason}")
+def _bytes_of(rows: torch.Tensor) -> memoryview:
+    return rows.view(-1).view(torch.uint8).numpy().data

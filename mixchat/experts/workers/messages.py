@@ -1,7 +1,7 @@
-"""The contents of frames: each is checked for its shape before anything uses it.
+"""The messages between both ends: each is checked for its shape before anything uses it.
 
-First both ends say who they are, in JSON; then numbers travel, in network byte order. Ranges that
-depend on the model are checked by those who know it.
+A message begins with its kind. Both ends say who they are in JSON. Then numbers travel in network
+byte order. Ranges that depend on the model are checked by those who know it.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from typing import Any, TypeVar
 
 from mixchat import __version__
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers.connection import ConnectionLostError
+from mixchat.experts.workers.connection import BadMessageError
 from mixchat.sanitize import sanitize
 
 MAX_ROWS = 1 << 16  # rows of a request, over all of its experts
+MAX_EXPERTS = 1 << 12  # of a layer
 MAX_SLOTS = 1 << 12  # experts that a worker is told to hold
-BEAT = 1.0  # seconds between two signs of a worker that computes
 DTYPES = ("bfloat16", "float16", "float32")
 
 _LONGEST = 200  # characters of a text
-_REQUEST, _EXPERT, _KEY = struct.Struct(">HBH"), struct.Struct(">HI"), struct.Struct(">HH")
-_SECONDS = struct.Struct(">d")
+_REQUEST, _EXPERT = struct.Struct(">BHBH"), struct.Struct(">HI")
+_KEY, _DONE = struct.Struct(">HH"), struct.Struct(">Bd")
 
 _Fields = TypeVar("_Fields", "Hello", "Welcome", "Refusal")
 
 
 class Kind(IntEnum):
-    """The kinds of frames."""
+    """The kinds of messages."""
 
+    NOTHING = 0  # an empty message, which nobody sends
     HELLO = 1  # chat side: who it is
     WELCOME = 2  # worker: what it has
     REFUSAL = 3  # worker: why it will not serve
-    STORE = 4  # both: what the group's members tell each other to meet
-    HOLD = 5  # chat side: which experts to load
-    COMPUTE = 6  # chat side: which experts compute, with rows that travel over the group
-    BUSY = 7  # worker: it still computes
-    DONE = 8  # worker: the result is in the group
-    FAILED = 9  # worker: why it cannot compute
+    HOLD = 4  # chat side: which experts to load
+    COMPUTE = 5  # chat side: which experts compute; their rows follow
+    DONE = 6  # worker: the seconds that it has computed; the result's rows follow
+    FAILED = 7  # worker: why it cannot compute
 
 
 @dataclass(frozen=True)
@@ -104,37 +103,49 @@ def describe_model(name: str, identity: str) -> str:
     return f"{name} ({identity[:12]})"
 
 
-def pack_fields(value: Hello | Welcome | Refusal) -> bytes:
-    """Return what a frame says of one end."""
-    return json.dumps(asdict(value)).encode()
+def kind_of(message: bytes) -> int:
+    """Return a message's kind, which may be none of `Kind`."""
+    return message[0] if message else Kind.NOTHING
+
+
+def expect(kind: Kind, message: bytes) -> bytes:
+    """Return what a message of this kind says. Raises `BadMessageError` if it is of another."""
+    if kind_of(message) != kind:
+        raise BadMessageError("it sent a message out of turn")
+    return message[1:]
+
+
+def pack_fields(kind: Kind, value: Hello | Welcome | Refusal) -> bytes:
+    """Return the message in which one end speaks of itself."""
+    return bytes([kind]) + json.dumps(asdict(value)).encode()
 
 
 def unpack_hello(payload: bytes) -> Hello:
-    """Return the chat side's words. Raises `ConnectionLostError`."""
+    """Return the chat side's words. Raises `BadMessageError`."""
     hello = _unpack_fields(Hello, payload)
     _require(hello.dtype in DTYPES and hello.hidden_size > 0)
     return hello
 
 
 def unpack_welcome(payload: bytes) -> Welcome:
-    """Return the worker's words. Raises `ConnectionLostError`."""
+    """Return the worker's words. Raises `BadMessageError`."""
     welcome = _unpack_fields(Welcome, payload)
     _require(2 <= welcome.slots <= MAX_SLOTS)
     return welcome
 
 
 def unpack_refusal(payload: bytes) -> Refusal:
-    """Return the worker's words. Raises `ConnectionLostError`."""
+    """Return the worker's words. Raises `BadMessageError`."""
     return _unpack_fields(Refusal, payload)
 
 
 def pack_keys(keys: Sequence[ExpertKey]) -> bytes:
-    """Return the frame of the experts to hold."""
-    return b"".join(_KEY.pack(*key) for key in keys)
+    """Return the message that names the experts to hold."""
+    return bytes([Kind.HOLD]) + b"".join(_KEY.pack(*key) for key in keys)
 
 
 def unpack_keys(payload: bytes) -> list[ExpertKey]:
-    """Return the experts to hold; none is there twice. Raises `ConnectionLostError`."""
+    """Return the experts to hold; none is there twice. Raises `BadMessageError`."""
     _require(len(payload) % _KEY.size == 0)
     keys = [ExpertKey(*numbers) for numbers in _KEY.iter_unpack(payload)]
     _require(len(set(keys)) == len(keys) <= MAX_SLOTS)
@@ -142,40 +153,48 @@ def unpack_keys(payload: bytes) -> list[ExpertKey]:
 
 
 def pack_request(request: Request) -> bytes:
-    """Return the frame of a request."""
-    head = _REQUEST.pack(request.layer, request.shared_row, len(request.experts))
+    """Return the beginning of a request, before its rows."""
+    head = _REQUEST.pack(Kind.COMPUTE, request.layer, request.shared_row, len(request.experts))
     return head + b"".join(_EXPERT.pack(*expert) for expert in request.experts)
 
 
-def unpack_request(payload: bytes) -> Request:
-    """Return a request; no expert is there twice. Raises `ConnectionLostError`."""
-    _require(len(payload) >= _REQUEST.size)
-    layer, shared_row, count = _REQUEST.unpack_from(payload)
-    _require(shared_row <= 1 and len(payload) == _REQUEST.size + count * _EXPERT.size)
-    experts = tuple(_EXPERT.iter_unpack(payload[_REQUEST.size :]))
+def unpack_request(message: bytes) -> tuple[Request, bytes]:
+    """Return a request, in which no expert is there twice, and its first rows.
+
+    Raises `BadMessageError`.
+    """
+    _require(len(message) >= _REQUEST.size)
+    _, layer, shared_row, count = _REQUEST.unpack_from(message)
+    end = _REQUEST.size + count * _EXPERT.size
+    _require(shared_row <= 1 and len(message) >= end)
+    experts = tuple(_EXPERT.iter_unpack(message[_REQUEST.size : end]))
     request = Request(layer, experts, bool(shared_row))
-    _require(len({expert for expert, _ in experts}) == count > 0)
+    _require(0 < len({expert for expert, _ in experts}) == count <= MAX_EXPERTS)
     _require(all(rows > 0 for _, rows in experts) and request.rows <= MAX_ROWS)
     _require(not shared_row or request.rows == count)
-    return request
+    return request, message[end:]
 
 
-def pack_seconds(seconds: float) -> bytes:
-    """Return the frame that says how long a request was computed."""
-    return _SECONDS.pack(seconds)
+def pack_done(seconds: float) -> bytes:
+    """Return the beginning of a result, before its rows."""
+    return _DONE.pack(Kind.DONE, seconds)
 
 
-def unpack_seconds(payload: bytes) -> float:
-    """Return the seconds that a request was computed. Raises `ConnectionLostError`."""
-    _require(len(payload) == _SECONDS.size)
-    (seconds,) = _SECONDS.unpack(payload)
+def unpack_done(message: bytes) -> tuple[float, bytes]:
+    """Return the seconds that a request was computed, and the first rows of the result.
+
+    Raises `BadMessageError`.
+    """
+    expect(Kind.DONE, message)
+    _require(len(message) >= _DONE.size)
+    _, seconds = _DONE.unpack_from(message)
     _require(math.isfinite(seconds) and seconds >= 0)
-    return float(seconds)
+    return float(seconds), message[_DONE.size :]
 
 
-def pack_text(text: str) -> bytes:
-    """Return the frame of a line, which may name a path that is not UTF-8."""
-    return text.encode(errors="replace")
+def pack_fault(text: str) -> bytes:
+    """Return the message of a fault in one line, which may name a path that is not UTF-8."""
+    return bytes([Kind.FAILED]) + text.encode(errors="replace")
 
 
 def unpack_text(payload: bytes) -> str:
@@ -207,5 +226,5 @@ def _require(condition: bool) -> None:
         raise _odd()
 
 
-def _odd() -> ConnectionLostError:
-    return ConnectionLostError("it sent a message that makes no sense")
+def _odd() -> BadMessageError:
+    return BadMessageError("it sent a message that makes no sense")

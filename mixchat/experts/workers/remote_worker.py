@@ -5,6 +5,7 @@ D = hidden_size.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -13,10 +14,12 @@ import torch
 from mixchat.errors import MixchatError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
+from mixchat.experts.workers.link import Link
 from mixchat.progress import Note
 
-# A worker that hangs costs seconds to be tried: then it rests so many times as long.
+# A worker that hangs costs seconds to be tried: then it rests so many times as long. One that sends
+# what no worker of mixchat sends is not tried again.
 _REST = 10
 
 
@@ -62,7 +65,7 @@ class RemoteWorker:
                 self._link.finish()
             experts = [(key.expert, rows.counts[key]) for key in keys]
             self._link.start(rows.layer, experts, x)
-        except WorkerLostError as error:
+        except ConnectionLostError as error:
             self._lose(error)
 
     def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
@@ -70,7 +73,7 @@ class RemoteWorker:
         if self._link is not None:
             try:
                 outputs = torch.split(self._link.finish(), [rows.counts[key] for key in keys])
-            except WorkerLostError as error:
+            except ConnectionLostError as error:
                 self._lose(error)
             else:
                 for key, output in zip(keys, outputs, strict=True):
@@ -101,21 +104,23 @@ class RemoteWorker:
         keys = self._planned[: self._link.slots]
         try:
             self._link.hold(keys)
-        except WorkerLostError as error:
+        except ConnectionLostError as error:
             self._lose(error)
         else:
             self._held, self._is_told = frozenset(keys), False
 
-    def _lose(self, error: WorkerLostError) -> None:
+    def _lose(self, error: ConnectionLostError) -> None:
         self.close()
+        if isinstance(error, BadMessageError):
+            self._rests_until = math.inf
         self._tell_once(error.reason)
 
     def _tell_once(self, reason: str) -> None:
         """Tell that the worker is lost, unless that was told since it last took part."""
         if not self._is_told:
+            until = "from now on" if self._rests_until == math.inf else "until it is back"
             self._note(
-                f"worker {self.name} is lost ({reason}): this machine computes its experts "
-                "until it is back"
+                f"worker {self.name} is lost ({reason}): this machine computes its experts {until}"
             )
         self._is_told = True
 

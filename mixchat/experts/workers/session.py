@@ -5,22 +5,26 @@ D = hidden_size, n = rows of a request.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Protocol
 
 import torch
 
+from mixchat import interrupts
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
-from mixchat.experts.workers.connection import Connection, ConnectionLostError, Frame
-from mixchat.experts.workers.group import RESULT, ROW, ROWS, Group, Transfer
-from mixchat.experts.workers.messages import BEAT, Hello, Kind, Request
+from mixchat.experts.workers.connection import (
+    SILENCE_S,
+    BadMessageError,
+    ConnectionLostError,
+    receive_rows,
+    send_rows,
+)
+from mixchat.experts.workers.listener import Listener, Message, Peer
+from mixchat.experts.workers.messages import Hello, Kind, Request
 
-_IDLE = 0.5  # seconds between two looks at the memory, where nothing is asked
-_TICK = 0.25  # of a beat: how often the thread looks
+IDLE_S = 0.25  # between two looks at the memory, if nothing is asked
 
 
 class HostedExperts(Protocol):
@@ -39,9 +43,9 @@ class HostedExperts(Protocol):
         """Return how many experts can be held."""
 
     def follow_memory(self) -> None:
-        """Free experts where other programs need the memory. Often called while nothing is asked.
+        """Free experts if other programs need the memory. Often called while nothing is asked.
 
-        Then there are fewer `slots`; when there is memory again, they become more.
+        Then there are fewer `slots`. When there is memory again, they become more.
         """
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
@@ -60,156 +64,109 @@ class HostedExperts(Protocol):
     ) -> torch.Tensor:
         """Return the outputs of experts, each (expert, rows), expert by expert: [n, D] on the CPU.
 
-        x: [n, D] on the CPU, which is valid until the next request; [1, D] with `shared_row`, for
-        all experts. An expert that is not held is loaded first. `check` is called between two
-        experts, and raises where nobody waits for the result any more.
+        x: [n, D] on the CPU; [1, D] with `shared_row`, for all experts. An expert that is not held
+        is loaded first. `check` is called between two experts, and raises if nobody waits for the
+        result any more.
         """
 
 
 class Session:
-    """One chat, from its first request to the end of its connection."""
+    """One chat, from its first request to the end of its connection.
+
+    `answer_other` gets the messages of other peers, which come between its own.
+    """
 
     def __init__(
         self,
-        connection: Connection,
-        group: Group,
+        listener: Listener,
+        peer: Peer,
         experts: HostedExperts,
         hello: Hello,
-        beat: float = BEAT,
+        answer_other: Callable[[Message], None],
     ) -> None:
         self.requests = 0
-        self._connection, self._group, self._experts = connection, group, experts
+        self._listener, self._peer, self._experts = listener, peer, experts
+        self._answer_other = answer_other
         self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
-        self._beats = _Beats(connection, beat)
-        self._row = self._empty(1)
         self._room = experts.slots  # that the chat side knows of
         self._loading = False
 
     def run(self) -> None:
         """Serve until the chat side is gone: then `ConnectionLostError` is raised.
 
-        An error of the experts is raised, too, after the chat side has been told.
+        An error of the experts is raised, too.
         """
-        with self._beats:
-            row = self._group.receive(self._row, ROW)
-            while True:
-                frame = self._next()
-                if frame.kind == Kind.HOLD:
-                    self._hold(messages.unpack_keys(frame.payload))
-                elif frame.kind == Kind.COMPUTE:
-                    row = self._serve(messages.unpack_request(frame.payload), row)
-                else:
-                    raise ConnectionLostError("it sent a message out of turn")
+        while True:
+            message = self._next()
+            if messages.kind_of(message) == Kind.HOLD:
+                self._hold(messages.unpack_keys(message[1:]))
+            else:
+                messages.expect(Kind.COMPUTE, message)
+                self._serve(*messages.unpack_request(message))
 
-    def _next(self) -> Frame:
-        """Return the next frame. While none is there, experts are loaded, one by one, or freed."""
-        while not self._connection.has_arrived(0.0 if self._loading else _IDLE):
-            with self._beats.busy:  # a request may come meanwhile
-                if self._loading:
-                    self._loading = self._experts.load_next()
-                else:
-                    self._experts.follow_memory()
-        return self._connection.receive(None)
+    def _next(self) -> bytes:
+        """Return the next message. Until there is one, load experts, one by one, or free them."""
+        while (message := self._receive(0.0 if self._loading else IDLE_S)) is None:
+            if self._loading:  # a request may come meanwhile
+                self._loading = self._experts.load_next()
+            else:
+                self._experts.follow_memory()
+        return message
 
     def _hold(self, keys: list[ExpertKey]) -> None:
-        self._require(len(keys) <= self._room)
+        _require(len(keys) <= self._room)
         for layer, expert in keys:
-            self._require(layer < self._experts.num_layers)
-            self._require(expert < self._experts.num_experts)
+            _require(layer < self._experts.num_layers)
+            _require(expert < self._experts.num_experts)
         self._experts.hold(keys)
         self._loading = True
 
-    def _serve(self, request: Request, row: Transfer) -> Transfer:
-        """Compute a request; return the transfer of the next row."""
-        self._require(request.layer < self._experts.num_layers)
-        self._require(all(expert < self._experts.num_experts for expert, _ in request.experts))
-        with self._beats.busy:
-            x = self._receive(request, row)
-            begun = time.perf_counter()
-            y = self._experts.compute(
-                request.layer, request.experts, x, request.shared_row, self._beats.check
-            )
-            seconds = time.perf_counter() - begun
-            assert y.shape == (request.rows, self._hidden_size)
-            assert y.dtype == self._dtype
-            sent = self._group.send(y, RESULT)
-            if request.rows_sent > 1:  # a beat tells of each second that many rows travel
-                sent.wait(self._beats.check)
-        self._connection.send(Kind.DONE, messages.pack_seconds(seconds))
-        sent.wait()
+    def _serve(self, request: Request, piece: bytes) -> None:
+        """Compute a request, whose rows begin with `piece`."""
+        _require(request.layer < self._experts.num_layers)
+        _require(all(expert < self._experts.num_experts for expert, _ in request.experts))
+        x = torch.empty(request.rows_sent, self._hidden_size, dtype=self._dtype)
+        receive_rows(x, piece, self._receive_piece)
+        begun = time.perf_counter()
+        y = self._experts.compute(
+            request.layer, request.experts, x, request.shared_row, self._check
+        )
+        seconds = time.perf_counter() - begun
+        assert y.shape == (request.rows, self._hidden_size)
+        assert y.dtype == self._dtype
+        send_rows(self._send, messages.pack_done(seconds), y)
         self.requests += 1
-        return row if request.rows_sent > 1 else self._group.receive(self._row, ROW)
 
-    def _receive(self, request: Request, row: Transfer) -> torch.Tensor:
-        if request.rows_sent == 1:
-            return row.wait()
-        x = self._empty(request.rows_sent)
-        return self._group.receive(x, ROWS).wait(self._beats.check)
+    def _send(self, message: bytes) -> None:
+        self._listener.send(self._peer, message)
 
-    def _empty(self, rows: int) -> torch.Tensor:
-        return torch.empty(rows, self._hidden_size, dtype=self._dtype)
+    def _receive_piece(self) -> bytes:
+        deadline = time.monotonic() + SILENCE_S
+        while (piece := self._receive(IDLE_S)) is None:
+            if time.monotonic() >= deadline:
+                raise ConnectionLostError("its rows do not arrive")
+        return piece
 
-    def _require(self, condition: bool) -> None:
-        if not condition:
-            raise ConnectionLostError("it asked for what the model does not have")
+    def _check(self) -> None:
+        """Raise if the chat side is gone, or speaks out of turn."""
+        if self._receive(0.0) is not None:
+            raise BadMessageError("it sent a message out of turn")
 
-
-class _Beats:
-    """A thread that tells the chat side of each second of work, and notices when it is gone."""
-
-    def __init__(self, connection: Connection, beat: float) -> None:
-        self.busy = _Busy()
-        self._connection, self._beat = connection, beat
-        self._over, self._gone = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def check(self) -> None:
-        """Raise `ConnectionLostError` where the chat side is gone."""
-        if self._gone:
+    def _receive(self, within: float) -> bytes | None:
+        """Return the chat side's next message, if one comes in time."""
+        interrupts.check()
+        message = self._listener.receive(within)
+        if message is not None and message.peer == self._peer:
+            return message.data
+        if not self._listener.has(self._peer):
+            if message is not None:
+                self._listener.keep(message)  # of the next chat
             raise ConnectionLostError("it closed the connection")
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        last = 0.0
-        while not self._over.wait(self._beat * _TICK):
-            since, now = self.busy.since, time.monotonic()
-            if since is None:
-                continue
-            if now - max(since, last) >= self._beat * (1 - _TICK):
-                last = now
-                self._send()
-            self._gone = self._gone or self._connection.has_ended()
-
-    def _send(self) -> None:
-        try:
-            self._connection.send(Kind.BUSY)
-        except ConnectionLostError:
-            self._gone = True
+        if message is not None:
+            self._answer_other(message)
+        return None
 
 
-class _Busy:
-    """The time since when a request is served; a block that costs next to nothing."""
-
-    since: float | None = None
-
-    def __enter__(self) -> None:
-        self.since = time.monotonic()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.since = None
+def _require(condition: bool) -> None:
+    if not condition:
+        raise BadMessageError("it asked for what the model does not have")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from mixchat.errors import MixchatError, UsageError, short_message
+from mixchat.errors import MixchatError, ServerError, UsageError, short_message
 from mixchat.network_address import NetworkAddress
 
 _PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
@@ -75,7 +75,7 @@ def published() -> tuple[str, ...]:
     try:
         return tuple(store.get(_KEY.format(rank=n)).decode() for n in range(1, size))
     except RuntimeError as error:
-        raise MixchatError(f"a worker does not start: {short_message(error)}") from None
+        raise ServerError(f"a worker does not start: {short_message(error)}") from None
 
 
 def _rendezvous(patience: timedelta = _PATIENCE) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,24 +32,18 @@ from mixchat.errors import (
     CheckpointError,
     MixchatError,
     ResourceError,
+    ServerError,
     UsageError,
 )
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import (
-    SEND_DEADLINE,
-    Connection,
-    ConnectionLostError,
-    Frame,
-    NoAnswerError,
-)
-from mixchat.experts.workers.door import address_of
-from mixchat.experts.workers.group import Transfer
-from mixchat.experts.workers.handshake import MAGIC, greet_chat
-from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.experts.workers.connection import PIECE, BadMessageError, ConnectionLostError
+from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import Kind, Welcome
+from mixchat.network_address import NetworkAddress
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
 
@@ -84,8 +78,35 @@ def impostor(behave: Callable[[socket.socket], None]) -> Iterator[Address]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=accept)
         thread.start()
-        yield resolve(address_of(listener))
+        yield address_of(listener)
         thread.join(PATIENCE)
+
+
+def address_of(listener: socket.socket) -> Address:
+    return resolve(str(NetworkAddress(*listener.getsockname())))
+
+
+WELCOME = messages.pack_fields(Kind.WELCOME, Welcome(6, "words"))
+
+
+@contextmanager
+def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
+    """A worker with the right key, which sends these answers."""
+    over = threading.Event()
+    listener = Listener(resolve("127.0.0.1:0", any_port=True), KEY, print)
+
+    def serve() -> None:
+        while not over.is_set():
+            if message := listener.receive(0.05):
+                is_hello = messages.kind_of(message.data) == Kind.HELLO
+                listener.send(message.peer, welcome if is_hello else result)
+        listener.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield resolve(listener.address)
+    over.set()
+    thread.join(PATIENCE)
 
 
 def test_a_worker_says_what_it_has(link: Link) -> None:
@@ -116,9 +137,7 @@ def test_single_rows_and_many_rows_may_take_turns(link: Link) -> None:
 
 
 @pytest.mark.parametrize("dtype", messages.DTYPES)
-def test_more_rows_than_one_piece_of_the_group_holds_arrive_whole(
-    worker: ThreadedWorker, dtype: str
-) -> None:
+def test_more_rows_than_one_message_holds_arrive_whole(worker: ThreadedWorker, dtype: str) -> None:
     link = worker.open(dataclasses.replace(HELLO, dtype=dtype))
     x = torch.randn(40_000, HELLO.hidden_size).to(getattr(torch, dtype))  # 5 or 10 MB
     experts = [(1, 39_999), (6, 1)]
@@ -151,7 +170,7 @@ def test_one_chat_has_several_workers_and_each_is_lost_alone(worker: ThreadedWor
     other.model.on_compute = interrupt
     first.start(1, TOKEN, x)
     second.start(2, TOKEN, x)
-    with pytest.raises(WorkerLostError):
+    with pytest.raises(ConnectionLostError):
         second.finish()
     assert torch.equal(first.finish(), outputs(1, TOKEN, x, True))
     assert torch.equal(ask(first, 3, TOKEN, x), outputs(3, TOKEN, x, True))
@@ -167,7 +186,7 @@ def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(
     link.start(STUCK_LAYER, TOKEN, row())
     assert process.next_line() == "computing"
     process.signal(signal.SIGKILL)
-    with pytest.raises(WorkerLostError, match=r"closed|reset|failed"):
+    with pytest.raises(ConnectionLostError, match="has ended"):
         link.finish()
     assert link.is_lost
 
@@ -177,7 +196,7 @@ def test_a_worker_that_is_stopped_is_lost_after_the_silence(process: WorkerProce
     assert "begins" in process.next_line()
     process.signal(signal.SIGSTOP)
     link.start(1, TOKEN, row())
-    with pytest.raises(WorkerLostError, match="does not answer"):
+    with pytest.raises(ConnectionLostError, match="does not answer"):
         link.finish()
     assert link.is_lost
 
@@ -193,30 +212,19 @@ def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
     link.close()
 
 
-def test_a_worker_that_takes_as_long_as_it_may_to_send_each_sign_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_worker_that_lives_and_never_answers_is_lost_when_its_time_is_over(
+    worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was taken for lost: the chat side waited no longer than the worker could send."""
-    now = 100.0
-    clock = SimpleNamespace(monotonic=lambda: now)
-    signs = iter([(Kind.BUSY, b""), (Kind.BUSY, b""), (Kind.DONE, messages.pack_seconds(9))])
-
-    def receive(deadline: float) -> Frame:
-        nonlocal now
-        now += messages.BEAT + SEND_DEADLINE
-        if now >= deadline:
-            raise NoAnswerError("it does not answer")
-        return Frame(*next(signs))
-
-    connection: Any = SimpleNamespace(receive=receive, send=lambda *frame: None)
-    group: Any = SimpleNamespace(
-        send=lambda rows, tag: Transfer(rows, []), receive=lambda rows, tag: Transfer(rows, [])
-    )
-    monkeypatch.setattr(link_module, "time", clock)
-    address, welcome = resolve("127.0.0.1"), Welcome(6, "words")
-    link = Link(address, connection, group, HELLO, welcome, link_module.SILENCE)
-    ask(link, 1, TOKEN, row())
-    assert link.seconds_computing == 9
+    """It could say for ever that it still computes: the chat waited as long."""
+    monkeypatch.setattr(link_module, "_REQUEST_S", 0.5)
+    ended = threading.Event()
+    worker.model.on_compute = lambda check: ended.wait(PATIENCE)
+    link = worker.open()
+    link.start(1, TOKEN, row())
+    with pytest.raises(ConnectionLostError, match="does not answer"):
+        link.finish()
+    ended.set()
+    worker.wait_for_note("ends")
 
 
 def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
@@ -227,8 +235,10 @@ def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
     assert not link.is_lost
     process.signal(signal.SIGKILL)
     process.wait()
-    assert link.is_lost
-    with pytest.raises(WorkerLostError):
+    end = time.monotonic() + PATIENCE
+    while not link.is_lost:  # libzmq's thread has to notice it
+        assert time.monotonic() < end
+    with pytest.raises(ConnectionLostError):
         ask(link, 1, TOKEN, row())
     link.close()
 
@@ -241,7 +251,7 @@ def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
 
     link = worker.open()
     worker.model.on_compute = fail
-    with pytest.raises(WorkerLostError, match=r"cannot be read \(Input/output error\)"):
+    with pytest.raises(ConnectionLostError, match=r"cannot be read \(Input/output error\)"):
         ask(link, 1, TOKEN, row())
     worker.model.on_compute = lambda check: None
     link = worker.open()
@@ -316,14 +326,15 @@ def test_another_key_is_refused(worker: ThreadedWorker) -> None:
     assert "another key" in worker.wait_for_note("sent away")
 
 
-def test_a_worker_with_another_key_that_lets_everybody_in_is_found_out() -> None:
-    """The proof is mutual: a worker that does not know the key cannot answer."""
+def test_a_worker_with_another_key_is_found_out_by_the_chat_side() -> None:
+    """The proof is mutual: this impostor speaks the protocol, and does not know the key."""
 
     def pretend(accepted: socket.socket) -> None:
-        accepted.sendall(MAGIC + bytes(32))
-        accepted.recv(64, socket.MSG_WAITALL)
-        accepted.sendall(bytes(32))
-        accepted.recv(1)
+        accepted.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(22, b"\0"))
+        accepted.sendall(b"\x01".ljust(32, b"\0"))
+        accepted.recv(300)
+        accepted.sendall(b"\x04\xa8\x07WELCOME" + bytes(160))
+        accepted.recv(300)
 
     with impostor(pretend) as address, pytest.raises(UsageError, match="another key"):
         Link.open(address, KEY, HELLO)
@@ -380,95 +391,120 @@ def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
 
 
 def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
+    """Its exit code was 1, as for a fault of mixchat."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = resolve(address_of(listener))
-    with pytest.raises(MixchatError, match="no worker listens there") as caught:
+        address = address_of(listener)
+    with pytest.raises(ServerError, match="no worker can be reached there") as caught:
         Link.open(address, KEY, HELLO)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize(
-    "error",
-    [TimeoutError(), OSError(errno.EHOSTUNREACH, "No route to host")],
-    ids=["silent", "no route"],
-)
-def test_a_machine_that_cannot_be_reached_is_one_clear_line(
-    error: OSError, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(address: object, deadline: float) -> None:
-        raise error
+NO_DESCRIPTOR = """
+import os, resource, sys
+from worker_double import HELLO, KEY
+from mixchat.errors import ResourceError
+from mixchat.experts.workers.address import resolve
+from mixchat.experts.workers.link import Link
+address = resolve(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+held = []
+try:
+    while True:
+        held.append(os.dup(2))
+except OSError:
+    pass
+for count in range(40):
+    try:
+        Link.open(address, KEY, HELLO).close()
+        print("opened with", count)
+        break
+    except ResourceError as error:
+        os.close(held.pop())
+"""
 
-    monkeypatch.setattr(link_module, "connect", fail)
-    with pytest.raises(MixchatError, match=r"cannot be reached: (it does not answer|No route)"):
-        Link.open(resolve("192.0.2.1"), KEY, HELLO)
+
+def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker: ThreadedWorker) -> None:
+    """With two of them libzmq aborts the process, and strangers may have taken the others."""
+    command = [sys.executable, "-c", NO_DESCRIPTOR, str(worker.address)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, check=False, capture_output=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"opened with 32\n", b"")
 
 
 def test_something_else_than_a_worker_is_one_clear_line() -> None:
     def answer(accepted: socket.socket) -> None:
         accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-        accepted.recv(1)
+        accepted.recv(64)
 
     with impostor(answer) as address, pytest.raises(UsageError, match="is no worker"):
         Link.open(address, KEY, HELLO)
 
 
-def test_a_listener_that_hangs_up_is_one_clear_line() -> None:
-    with impostor(lambda accepted: None) as address, pytest.raises(UsageError, match="no worker"):
-        Link.open(address, KEY, HELLO)
-
-
-def test_a_worker_that_stops_in_the_handshake_is_one_clear_line() -> None:
-    def stop(accepted: socket.socket) -> None:
-        accepted.sendall(MAGIC + bytes(32))
-        while accepted.recv(64):
-            pass
-
-    with impostor(stop) as address, pytest.raises(MixchatError, match="does not answer"):
-        Link.open(address, KEY, HELLO)
-
-
-@pytest.mark.parametrize(
-    ("kind", "payload"),
-    [
-        (Kind.WELCOME, b"{}"),
-        (Kind.REFUSAL, b"[]"),
-        (Kind.DONE, messages.pack_seconds(1)),
-        (Kind.BUSY, b"x" * 70_000),
-    ],
-)
-def test_an_odd_welcome_is_one_clear_line(kind: Kind, payload: bytes) -> None:
-    def welcome(accepted: socket.socket) -> None:
-        connection = Connection(accepted)
-        greet_chat(connection, KEY, time.monotonic() + PATIENCE)
-        connection.receive(time.monotonic() + PATIENCE)
-        connection.send(kind, payload)
-
-    with impostor(welcome) as address, pytest.raises(MixchatError, match="it sent a message"):
-        Link.open(address, KEY, HELLO)
-
-
-@pytest.mark.parametrize(
-    ("kind", "payload"), [(Kind.DONE, b""), (Kind.DONE, b"\xff" * 8), (Kind.STORE, b"x"), (77, b"")]
-)
-def test_a_worker_that_answers_oddly_is_lost(
-    worker: ThreadedWorker, link: Link, kind: int, payload: bytes
-) -> None:
-    def send_odd(check: Any) -> None:
-        check.__self__._connection.send(kind, payload)
-
-    worker.model.on_compute = send_odd
-    link.start(1, TOKEN, row())
-    with pytest.raises(WorkerLostError, match="it sent a message"):
-        link.finish()
-    assert link.is_lost
-
-
 def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
+    """So is a worker that was stopped. The exit code of both was 1."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        pytest.raises(MixchatError, match="does not answer"),
+        pytest.raises(ServerError, match="does not answer") as caught,
     ):
-        Link.open(resolve(address_of(listener)), KEY, HELLO)
+        Link.open(address_of(listener), KEY, HELLO)
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    "welcome",
+    [b"", b"\x02{}", b"\x03[]", messages.pack_done(1), b"\x02" + b"x" * 60_000],
+    ids=["nothing", "empty", "list", "done", "long"],
+)
+def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
+    with (
+        liar(b"", welcome) as address,
+        pytest.raises(ServerError, match="it sent a message"),
+    ):
+        Link.open(address, KEY, HELLO)
+
+
+DONE = messages.pack_done(1)
+ROW = HELLO.hidden_size * 2  # bytes
+NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (DONE + bytes(2 * 10 * ROW), "rows of another size"),
+        (DONE + bytes(ROW), "rows of another size"),
+        (DONE, "rows of another size"),
+        (DONE + NAN, "numbers that are not finite"),
+        (DONE[:1] + b"\xff" * 8 + bytes(2 * ROW), "a message that makes no sense"),
+        (DONE[:5], "a message that makes no sense"),
+        (WELCOME, "a message out of turn"),
+        (b"\x4dx", "a message out of turn"),
+        (b"", "a message out of turn"),
+    ],
+    ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "odd", "empty"],
+)
+def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer: bytes, reason: str) -> None:
+    """Rows of 640 columns ended the chat; rows of NaN were blamed on this machine's model."""
+    with liar(answer) as address:
+        link = Link.open(address, KEY, HELLO)
+        link.start(1, TOKEN, row())
+        with pytest.raises(BadMessageError, match=reason):
+            link.finish()
+        assert link.is_lost
+
+
+def test_a_worker_is_not_blamed_for_what_is_not_finite_before_it_computes(link: Link) -> None:
+    x = torch.full((1, HELLO.hidden_size), torch.inf).bfloat16()
+    assert ask(link, 1, TOKEN, x).isinf().all()
+
+
+def test_a_message_that_is_too_long_ends_the_connection() -> None:
+    with liar(bytes(2 * PIECE)) as address:
+        link = Link.open(address, KEY, HELLO)
+        link.start(1, TOKEN, row())
+        with pytest.raises(ConnectionLostError, match="has ended"):
+            link.finish()
 
 
 def test_a_worker_is_reached_over_ipv6() -> None:

@@ -9,7 +9,7 @@ import torch
 from mixchat.errors import MixchatError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.workers.link import WorkerLostError
+from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.remote_worker import RemoteWorker
 
 KEYS = [ExpertKey(0, 0), ExpertKey(0, 1)]
@@ -35,7 +35,7 @@ class FakeLink:
     def finish(self) -> torch.Tensor:
         assert self.answered < len(self.requests)
         if self.fails:
-            raise WorkerLostError("it is a test")
+            raise ConnectionLostError("it is a test")
         self.answered += 1
         return self.requests[-1] * len(self.requests)
 
@@ -164,5 +164,26 @@ def test_a_worker_that_ends_between_two_turns_is_told_once(
     assert notes[0].startswith("worker fake is lost (no worker listens there)")
 
 
+def test_a_worker_that_lies_is_blamed_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    links = [FakeLink(), FakeLink()]
+    worker = RemoteWorker(lambda: links.pop(0), notes.append)  # type: ignore[arg-type, return-value]
+    worker.hold(KEYS)
+
+    def lie() -> torch.Tensor:
+        raise BadMessageError("it sent numbers that are not finite")
+
+    worker._link.finish = lie  # type: ignore[union-attr, method-assign]
+    worker.begin(rows_of(5), KEYS)
+    assert list(worker.finish(rows_of(5))) == KEYS
+    for _ in range(3):
+        worker.begin_turn()
+    assert len(links) == 1
+    assert notes == [
+        "worker fake is lost (it sent numbers that are not finite): this machine computes its "
+        "experts from now on"
+    ]
+
+
 def fail(*request: Any) -> None:
-    raise WorkerLostError("its connection has failed")
+    raise ConnectionLostError("its connection has failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
-    Doubles,
     ThreadedWorker,
     WorkerProcess,
     outputs,
@@ -29,14 +29,12 @@ from worker_double import (
 
 from mixchat.errors import MixchatError, UsageError
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers import door, group, messages
+from mixchat.experts.workers import connection, messages, session
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import Connection, ConnectionLostError, connect
-from mixchat.experts.workers.group import CHAT, Group
-from mixchat.experts.workers.handshake import MAGIC, Proofs, greet_worker
-from mixchat.experts.workers.link import Link, WorkerLostError
+from mixchat.experts.workers.connection import Connection, ConnectionLostError
+from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import Kind, Request
-from mixchat.experts.workers.server import Server
 
 TOKEN = [(2, 1), (5, 1)]
 
@@ -53,103 +51,151 @@ def assert_serves(worker: ThreadedWorker) -> None:
     link.close()
 
 
-def dial(address: Address) -> Connection:
-    return connect(address, time.monotonic() + PATIENCE)
+def answer_to(connection: Connection, message: bytes) -> bytes:
+    connection.send(message)
+    return connection.receive(time.monotonic() + PATIENCE)
 
 
-def prove(address: Address) -> tuple[Connection, Proofs]:
-    """A connection that has proved the key, and has said nothing else."""
-    connection = dial(address)
-    return connection, greet_worker(connection, KEY, time.monotonic() + PATIENCE)
+def test_strangers_block_nobody_and_do_not_show_in_a_chat(
+    worker: ThreadedWorker, link: Link
+) -> None:
+    """Some connections to gloo's port ended the worker, before anybody had proved a key.
 
-
-def assert_closed(connection: Connection) -> None:
-    """The worker closes the connection, whatever it sends before."""
-
-    def read_all() -> None:
-        while True:
-            connection.receive_bytes(1, time.monotonic() + PATIENCE)
-
-    with pytest.raises(ConnectionLostError, match=r"closed|reset"):
-        read_all()
-    connection.close()
-
-
-def test_strangers_block_nobody(worker: ThreadedWorker) -> None:
-    """Silence, garbage, half a handshake and wrong keys from 200 connections at once."""
+    Here 300 bring silence, garbage, half a handshake and an end, while rows travel.
+    """
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(22, b"\0") + bytes(32)
+    said = [b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(200), greeting, greeting + os.urandom(300)]
     with ExitStack() as opened:
-        for number in range(200):
+        for number in range(300):
             stranger = socket.create_connection(worker.address.target, PATIENCE)
             opened.callback(stranger.close)
             with suppress(OSError):
-                stranger.sendall(
-                    [b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(32), os.urandom(64)][number % 4]
-                )
-        assert_serves(worker)
-    assert sum("sent away" in line for line in worker.notes) == 1  # one line, not one for each
-
-
-def test_silent_strangers_are_sent_away(
-    worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(door, "_DEADLINE", 0.2)
-    connection = dial(worker.address)
-    assert connection.receive_bytes(len(MAGIC), time.monotonic() + PATIENCE) == MAGIC
-    assert_closed(connection)
-
-
-def test_more_strangers_than_may_prove_the_key_at_once_have_to_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(door, "_MOST", 3)
-    monkeypatch.setattr(door, "_DEADLINE", 0.5)
-    worker = ThreadedWorker()
-    strangers = [dial(worker.address) for _ in range(6)]
+                stranger.sendall(said[number % len(said)])
+            if number % 10 == 0:
+                x = row()
+                link.start(2, TOKEN, x)
+                assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    link.close()
     assert_serves(worker)
-    for stranger in strangers:
-        stranger.close()
-    worker.stop()
 
 
-def test_who_proves_the_key_and_says_nothing_is_sent_away(
+def test_one_line_tells_of_many_with_another_key(worker: ThreadedWorker) -> None:
+    for _ in range(3):
+        with pytest.raises(UsageError, match="another key"):
+            Connection(worker.address, bytes(32))
+    assert_serves(worker)
+    assert sum("sent away" in line for line in worker.notes) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another process's limits need Linux")
+def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> None:
+    """Whoever used them all up from outside ended the worker: gloo aborts."""
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
+    link = process.open()
+    with ExitStack() as opened:
+        for _ in range(100):
+            stranger = socket.create_connection(process.address.target, PATIENCE)
+            opened.callback(stranger.close)
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) == 64
+        for _ in range(20):
+            x = row()
+            link.start(2, TOKEN, x)
+            assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    link.close()
+    process.open().close()
+
+
+def test_silent_strangers_are_sent_away(worker: ThreadedWorker) -> None:
+    with socket.create_connection(worker.address.target, PATIENCE) as stranger:
+        while stranger.recv(100):
+            pass
+
+
+def test_who_knows_the_public_key_alone_is_sent_away(
     worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "_DEADLINE", 0.5)
-    connection, _ = prove(worker.address)
-    assert_closed(connection)
+    """The worker's public key never travels; still, the chat side has to have its own secret."""
+    other = connection.CurveKeys.derive(bytes(32), b"chat")
+    monkeypatch.setattr(connection, "chat_keys", lambda key: other)
+    with pytest.raises(UsageError, match="another key"):
+        Connection(worker.address, KEY)
+
+
+def test_what_travels_is_encrypted(worker: ThreadedWorker) -> None:
+    """Somebody between both ends sees no name of the model, and passes on what works.
+
+    So does an SSH port forward: there is one port, and one connection.
+    """
+    passed = bytearray()
+    with forwarded(worker.address, passed) as address:
+        link, x = Link.open(address, KEY, HELLO), torch.ones(1, HELLO.hidden_size).bfloat16()
+        link.start(2, TOKEN, x)
+        assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+        link.close()
+    assert b"CURVE" in passed
+    assert HELLO.model_identity.encode() not in passed
+    assert b"words" not in passed
+    assert x.view(torch.uint8).numpy().tobytes() not in passed
+
+
+@contextmanager
+def forwarded(target: Address, passed: bytearray) -> Iterator[Address]:
+    """Pass on one connection to an address, and note what is passed."""
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                passed.extend(data)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as opened:
+
+        def accept() -> None:
+            here, _ = listener.accept()
+            there = socket.create_connection(target.target)
+            opened.callback(here.close)
+            opened.callback(there.close)
+            back = threading.Thread(target=carry, args=(there, here))
+            back.start()
+            carry(here, there)
+            back.join(PATIENCE)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield resolve(f"127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(PATIENCE)
 
 
 def hello_with(**changes: object) -> bytes:
-    return json.dumps({**json.loads(messages.pack_fields(HELLO)), **changes}).encode()
+    fields = {**json.loads(messages.pack_fields(Kind.HELLO, HELLO)[1:]), **changes}
+    return bytes([Kind.HELLO]) + json.dumps(fields).encode()
 
 
 @pytest.mark.parametrize(
-    "payload",
+    "message",
     [
         b"",
-        b"\xff\xfe",
-        b"[" * 50_000,
-        b"[1, 2]",
-        b"{}",
+        b"\x01\xff\xfe",
+        b"\x01" + b"[" * 50_000,
+        b"\x01[1, 2]",
+        b"\x01{}",
         hello_with(dtype="float64"),
         hello_with(hidden_size=0),
         hello_with(hidden_size=True),
         hello_with(hidden_size="64"),
         hello_with(model_name=None),
         hello_with(more=1),
+        bytes([Kind.HOLD]),
     ],
-    ids=lambda payload: payload[-30:].decode(errors="replace"),
+    ids=lambda message: message[-30:].decode(errors="replace"),
 )
-def test_a_malformed_hello_ends_the_connection(worker: ThreadedWorker, payload: bytes) -> None:
-    connection, _ = prove(worker.address)
-    connection.send(Kind.HELLO, payload)
-    assert_closed(connection)
-
-
-def test_a_hello_of_another_kind_ends_the_connection(worker: ThreadedWorker) -> None:
-    connection, _ = prove(worker.address)
-    connection.send(Kind.HOLD, messages.pack_fields(HELLO))
-    assert_closed(connection)
+def test_a_malformed_hello_is_refused(worker: ThreadedWorker, message: bytes) -> None:
+    opened = Connection(worker.address, KEY)
+    answer = answer_to(opened, message)
+    assert messages.unpack_refusal(messages.expect(Kind.REFUSAL, answer)).cause == "other"
+    opened.close()
+    assert_serves(worker)
 
 
 @pytest.fixture
@@ -160,96 +206,62 @@ def link(worker: ThreadedWorker) -> Iterator[Link]:
 
 
 REQUEST = messages.pack_request(Request(1, ((2, 1), (5, 1)), True))
+ROW = bytes(2 * HELLO.hidden_size)
 
-ODD_FRAMES = {
-    "no kind": (0, b""),
-    "an unknown kind": (99, b"x"),
-    "a second hello": (Kind.HELLO, messages.pack_fields(HELLO)),
-    "a worker's word": (Kind.DONE, messages.pack_seconds(1)),
-    "a word for the group": (Kind.STORE, b'["0/0", "00"]'),
-    "nothing": (Kind.COMPUTE, b""),
-    "no experts": (Kind.COMPUTE, REQUEST[:3] + bytes(2)),
-    "half a request": (Kind.COMPUTE, REQUEST[:-1]),
-    "a request and more": (Kind.COMPUTE, REQUEST + b"x"),
-    "another flag": (Kind.COMPUTE, REQUEST[:2] + b"\2" + REQUEST[3:]),
-    "a layer too high": (Kind.COMPUTE, struct.pack(">HBHHI", 4, 1, 1, 2, 1)),
-    "an expert too high": (Kind.COMPUTE, struct.pack(">HBHHI", 1, 1, 1, 8, 1)),
-    "no rows": (Kind.COMPUTE, struct.pack(">HBHHI", 1, 0, 1, 2, 0)),
-    "more rows than fit": (Kind.COMPUTE, struct.pack(">HBHHI", 1, 0, 1, 2, 2**32 - 1)),
-    "the same expert twice": (Kind.COMPUTE, struct.pack(">HBHHIHI", 1, 1, 2, 2, 1, 2, 1)),
-    "one row for two of one": (Kind.COMPUTE, struct.pack(">HBHHI", 1, 1, 1, 2, 2)),
-    "half a key": (Kind.HOLD, b"abc"),
-    "a key twice": (Kind.HOLD, messages.pack_keys([ExpertKey(1, 2)] * 2)),
-    "more keys than slots": (
-        Kind.HOLD,
-        messages.pack_keys([ExpertKey(1, expert) for expert in range(7)]),
-    ),
-    "a key's layer too high": (Kind.HOLD, messages.pack_keys([ExpertKey(4, 0)])),
-    "a key's expert too high": (Kind.HOLD, messages.pack_keys([ExpertKey(0, 8)])),
+ODD_MESSAGES = {
+    "nothing": b"",
+    "no kind": b"\0x",
+    "an unknown kind": b"\x63x",
+    "a second hello": messages.pack_fields(Kind.HELLO, HELLO),
+    "a worker's word": messages.pack_done(1),
+    "an empty request": REQUEST[:1],
+    "no experts": REQUEST[:4] + bytes(2),
+    "half a request": REQUEST[:-1],
+    "no row": REQUEST,
+    "a row of another size": REQUEST + 10 * ROW,
+    "another flag": REQUEST[:3] + b"\2" + REQUEST[4:],
+    "a layer too high": struct.pack(">BHBHHI", Kind.COMPUTE, 4, 1, 1, 2, 1) + ROW,
+    "an expert too high": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 1, 1, 8, 1) + ROW,
+    "no rows": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 0, 1, 2, 0),
+    "more rows than fit": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 0, 1, 2, 2**32 - 1),
+    "the same expert twice": struct.pack(">BHBHHIHI", Kind.COMPUTE, 1, 1, 2, 2, 1, 2, 1),
+    "one row for two of one": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 1, 1, 2, 2),
+    "half a key": bytes([Kind.HOLD]) + b"abc",
+    "a key twice": messages.pack_keys([ExpertKey(1, 2)] * 2),
+    "more keys than slots": messages.pack_keys([ExpertKey(1, expert) for expert in range(7)]),
+    "a key's layer too high": messages.pack_keys([ExpertKey(4, 0)]),
+    "a key's expert too high": messages.pack_keys([ExpertKey(0, 8)]),
 }
 
 
-@pytest.mark.parametrize("name", ODD_FRAMES)
+@pytest.mark.parametrize("name", ODD_MESSAGES)
 def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(
     worker: ThreadedWorker, link: Link, name: str
 ) -> None:
-    link._connection.send(*ODD_FRAMES[name])
-    assert_closed(link._connection)
-    line = worker.wait_for_note("ends")
-    assert line.endswith(("makes no sense", "out of turn", "does not have"))
+    answer = answer_to(link._connection, ODD_MESSAGES[name])
+    reason = messages.unpack_text(messages.expect(Kind.FAILED, answer))
+    assert reason.endswith(("makes no sense", "out of turn", "does not have", "another size"))
+    assert worker.wait_for_note("ends").endswith(reason)
     assert_serves(worker)
 
 
 def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(
     worker: ThreadedWorker, link: Link
 ) -> None:
-    link._connection.send_bytes(struct.pack(">BI", Kind.HOLD, 2**31))
-    assert_closed(link._connection)
-    assert "too long" in worker.wait_for_note("ends")
+    link._connection.send(bytes(2 * connection.PIECE))
+    assert "closed the connection" in worker.wait_for_note("ends")
+    assert_serves(worker)
 
 
-@pytest.mark.parametrize("rows", [1, 9])
 def test_rows_that_never_come_end_the_chat(
-    worker: ThreadedWorker, link: Link, rows: int, monkeypatch: pytest.MonkeyPatch
+    worker: ThreadedWorker, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group, "_DEADLINE", 0.3)
-    request = Request(1, ((2, rows),), rows == 1)
-    link._connection.send(Kind.COMPUTE, messages.pack_request(request))
-    assert_closed(link._connection)
+    monkeypatch.setattr(session, "SILENCE_S", 0.3)
+    rows = 2 * connection.PIECE // len(ROW)
+    request = messages.pack_request(Request(1, ((2, rows),)))
+    link._connection.send(request + bytes(connection.PIECE))
     assert "do not arrive" in worker.wait_for_note("ends")
     assert_serves(worker)
-
-
-@pytest.mark.parametrize("payload", [b"", b"{}", b'["0/0"]', b'["0/0", 5]', b'["0/0", "zz"]'])
-def test_an_odd_word_for_the_group_ends_the_chat(worker: ThreadedWorker, payload: bytes) -> None:
-    connection, _ = prove(worker.address)
-    connection.send(Kind.HELLO, messages.pack_fields(HELLO))
-    assert connection.receive(time.monotonic() + PATIENCE).kind == Kind.WELCOME
-    connection.send(Kind.STORE, payload)
-    assert_closed(connection)
-    assert "makes no sense" in worker.wait_for_note("ends")
-    assert_serves(worker)
-
-
-def test_a_stranger_in_the_group_ends_the_chat(worker: ThreadedWorker) -> None:
-    """The group's own port is open to all: its first rows must prove the key."""
-    connection, proofs = prove(worker.address)
-    connection.send(Kind.HELLO, messages.pack_fields(HELLO))
-    assert connection.receive(time.monotonic() + PATIENCE).kind == Kind.WELCOME
-    with suppress(ConnectionLostError):
-        Group(connection, CHAT, Proofs(bytes(32), proofs.worker))
-    assert_closed(connection)
-    assert "a stranger is in the group" in worker.wait_for_note("ends")
-    assert_serves(worker)
-
-
-def test_a_worker_whose_group_has_a_stranger_is_lost(worker: ThreadedWorker) -> None:
-    connection, proofs = prove(worker.address)
-    connection.send(Kind.HELLO, messages.pack_fields(HELLO))
-    assert connection.receive(time.monotonic() + PATIENCE).kind == Kind.WELCOME
-    with pytest.raises(ConnectionLostError, match="stranger"):
-        Group(connection, CHAT, Proofs(proofs.chat, bytes(32)))
-    connection.close()
 
 
 def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link: Link) -> None:
@@ -257,7 +269,7 @@ def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link:
     compute = worker.model.compute
     worker.model.compute = lambda *arguments: compute(*arguments)[:, 1:]
     link.start(1, TOKEN, row())
-    with pytest.raises(WorkerLostError, match="AssertionError"):
+    with pytest.raises(ConnectionLostError, match="AssertionError"):
         link.finish()
     worker.model.compute = compute
     assert_serves(worker)
@@ -298,7 +310,7 @@ def test_a_fault_in_a_path_that_is_not_utf_8_ends_the_chat_only(
 
     worker.model.on_compute = fail
     link.start(1, TOKEN, row())
-    with pytest.raises(WorkerLostError, match=r"le/experts-001\.safetensors: cannot be read"):
+    with pytest.raises(ConnectionLostError, match=r"le/experts-001\.safetensors: cannot be read"):
         link.finish()
     worker.model.on_compute = lambda check: None
     assert_serves(worker)
@@ -352,36 +364,27 @@ def test_a_signal_ends_a_worker_cleanly(
     assert process.wait() == 128 + number
     assert process.next_line() == "clean"
     if busy:
-        with pytest.raises(WorkerLostError):
+        with pytest.raises(ConnectionLostError):
             link.finish()
 
 
 def test_a_port_in_use_is_one_clear_line(worker: ThreadedWorker) -> None:
     with pytest.raises(UsageError, match="port is in use") as caught:
-        door.listen(worker.address)
+        Listener(worker.address, KEY, print)
     assert "--listen" in (caught.value.hint or "")
 
 
 def test_an_address_of_another_machine_is_one_clear_line() -> None:
     with pytest.raises(UsageError, match="no such address"):
-        door.listen(resolve("192.0.2.1:7917"))
+        Listener(resolve("192.0.2.1:7917"), KEY, print)
 
 
 def test_a_worker_serves_chats_until_it_is_over() -> None:
     """Under torchrun it ended with the first one, so that a chat which had lost it was alone."""
-    model, listener = Doubles(), door.listen(resolve("127.0.0.1:0", any_port=True))
-    address, over = resolve(door.address_of(listener)), threading.Event()
-    server = Server(listener, KEY, model, lambda line: None)
-    thread = threading.Thread(target=server.serve, args=(over.is_set,))
-    thread.start()
+    worker = ThreadedWorker()
     for _ in range(2):
-        link, x = Link.open(address, KEY, HELLO), row()
-        link.start(2, TOKEN, x)
-        assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
-        link.close()
-    over.set()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
+        assert_serves(worker)
+    worker.stop()
 
 
 def test_a_port_is_free_at_once_when_its_worker_has_ended() -> None:

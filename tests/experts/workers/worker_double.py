@@ -16,8 +16,8 @@ from mixchat import interrupts
 from mixchat.errors import MixchatError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers.address import resolve
-from mixchat.experts.workers.door import address_of, listen
 from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.experts.workers.server import Server
 
@@ -25,7 +25,6 @@ KEY = bytes(range(32))
 HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64)
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
 SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
-BEAT = 0.2  # seconds
 
 
 def outputs(
@@ -97,9 +96,10 @@ class ThreadedWorker:
         self.model: Any = Doubles() if model is None else model
         self.notes: list[str] = []
         self._noted = threading.Condition()
-        listener = listen(resolve(at, any_port=True))
-        self.address = resolve(address_of(listener))
-        self._server = Server(listener, KEY, self.model, self._note, BEAT)
+        listener = Listener(resolve(at, any_port=True), KEY, self._note)
+        self.address = resolve(listener.address)
+        self._over = False
+        self._server = Server(listener, self.model, self._note)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -118,11 +118,8 @@ class ThreadedWorker:
             return lines[0]
 
     def stop(self) -> None:
-        """End it, as Ctrl-C does; chats must have ended."""
-        self.model.begin = interrupt
-        if self._thread.is_alive():
-            with suppress(MixchatError):
-                self.open()
+        """End it; chats must have ended."""
+        self._over = True
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
@@ -133,7 +130,7 @@ class ThreadedWorker:
 
     def _run(self) -> None:
         with suppress(KeyboardInterrupt):
-            self._server.serve()
+            self._server.serve(lambda: self._over)
 
 
 class WorkerProcess:
@@ -143,7 +140,7 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdout=subprocess.PIPE, text=True
         )
-        self.address = resolve(self.next_line())
+        self.pid, self.address = self._process.pid, resolve(self.next_line())
 
     def open(self, silence: float = SILENCE) -> Link:
         return Link.open(self.address, KEY, HELLO, silence)
@@ -191,10 +188,14 @@ def main() -> None:
     """Serve at some port, which is printed."""
     torch.set_num_threads(1)
     interrupts.install()
-    listener = listen(resolve("127.0.0.1:0", any_port=True))
-    server = Server(listener, KEY, _StuckDoubles(), lambda line: print(line, flush=True))
+
+    def note(line: str) -> None:
+        print(line, flush=True)
+
+    listener = Listener(resolve("127.0.0.1:0", any_port=True), KEY, note)
+    server = Server(listener, _StuckDoubles(), note)
     try:
-        print(address_of(listener), flush=True)
+        print(listener.address, flush=True)
         server.serve()
     except KeyboardInterrupt:
         sys.exit(130)
