@@ -1,5 +1,6 @@
 """`run`, `bench` and `plan` take the addresses of workers, and the file of their key."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,21 @@ def test_a_worker_s_key_may_be_below_the_home_directory(mixchat, monkeypatch, tm
     (tmp_path / "a.key").write_text("")
     said = mixchat("worker", "--key-file=~/a.key").stderr.decode()
     assert said.startswith(f"error: {tmp_path}/a.key: not a key")
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_worker_that_is_silent_or_gone_at_the_start_is_exit_code_5(
+    mixchat, tiny_model, tmp_path, silent
+):
+    """It was 1, which stands for a fault of mixchat itself."""
+    key = tmp_path / "a.key"
+    assert mixchat("worker", "--new-key", "--key-file", str(key)).returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        if not silent:
+            listener.close()
+        flags = ("--worker", address, "--key-file", str(key))
+        done = mixchat("plan", str(tiny_model), *flags)
+    assert done.returncode == 5
+    reason = "the worker does not answer" if silent else "no worker can be reached there"
+    assert done.stderr.decode().startswith(f"error: {address}: {reason}\n")
