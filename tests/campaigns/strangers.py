@@ -1,6 +1,6 @@
 """Connections of strangers to a worker: another key, garbage, half a handshake, too much, silence.
 
-None of them may get more than the greeting, which everybody gets.
+None of them may get more than libzmq's greeting, which everybody gets.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
-from mixchat.experts.workers.handshake import MAGIC
-
-GREETING = len(MAGIC) + 32  # bytes: the magic and a nonce
+# See ZMTP 3.1 and CURVE: a signature, the version, the mechanism; and a chat side's first command.
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+HELLO = b"\x04\xc8\x05HELLO\x01\x00" + bytes(72)
 KINDS: dict[str, Callable[[random.Random], bytes]] = {
-    "another key": lambda _: secrets.token_bytes(64),
+    "another key": lambda _: GREETING + HELLO + secrets.token_bytes(120),
     "garbage": lambda chance: chance.randbytes(chance.randrange(1, 5000)),
-    "half a handshake": lambda _: secrets.token_bytes(32),
-    "too much": lambda _: secrets.token_bytes(1 << 20),
+    "garbage after the greeting": lambda chance: GREETING + chance.randbytes(300),
+    "half a handshake": lambda chance: (GREETING + HELLO)[: chance.randrange(1, 140)],
+    "too much": lambda _: GREETING + b"\x06" + bytes(8) + secrets.token_bytes(1 << 20),
     "HTTP": lambda _: b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n",
     "silence": lambda _: b"",
 }
 _PATIENCE = 20.0  # seconds
-_AT_ONCE = 20
+_AT_ONCE = 100
 
 
 def visit(target: tuple[str, int], count: int, seed: int) -> tuple[Counter[str], float]:
@@ -48,7 +50,7 @@ def visit(target: tuple[str, int], count: int, seed: int) -> tuple[Counter[str],
             outcomes[kind] += 1
             if received is None:
                 outcomes[f"{kind}: kept"] += 1
-            elif received > GREETING:
+            elif received > len(GREETING):
                 outcomes[f"{kind}: served"] += 1
 
     threads = [threading.Thread(target=come) for _ in range(_AT_ONCE)]
@@ -57,6 +59,17 @@ def visit(target: tuple[str, int], count: int, seed: int) -> tuple[Counter[str],
     for thread in threads:
         thread.join()
     return outcomes, longest[0]
+
+
+def crowd(target: tuple[str, int], count: int, seconds: float) -> None:
+    """Let so many strangers come at once and say nothing, again and again for so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with ExitStack() as opened:
+            for _ in range(count):
+                with suppress(OSError):
+                    opened.enter_context(socket.create_connection(target, 0.5))
+            time.sleep(1)
 
 
 def _visit_once(target: tuple[str, int], said: bytes) -> int | None:

@@ -1,7 +1,7 @@
 """Kills, stops, cuts off and interrupts workers at drawn moments: no answer shows it.
 
-    python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers,ctrl-c-worker,
-        ctrl-c-run,ctrl-c-chat] [--seed 0] [--model DIR]
+    python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers,descriptors,
+        ctrl-c-worker,ctrl-c-run,ctrl-c-chat] [--seed 0] [--model DIR]
 
 A worker (`mixchat worker`) and a chat side are in network namespaces of their own, which needs
 root. The chat side is a program that calls `load_engine` and `generate`, and tells when each token
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ CTRL_C = {
     "ctrl-c-run": interrupted_runs,
     "ctrl-c-chat": interrupted_chats,
 }
-PARTS = ",".join(["kills,hangs,links,chats,strangers", *CTRL_C])
+PARTS = ",".join(["kills,hangs,links,chats,strangers,descriptors", *CTRL_C])
 TARGETS = {"kills": 2.0, "hangs": 10.0, "links": 10.0}  # seconds until an answer goes on
 BLOCKED = 5.0  # seconds until a rightful chat side among strangers is served
 
@@ -175,6 +176,34 @@ def among_strangers(campaign: Campaign, count: int) -> Found:
     return found
 
 
+def without_descriptors(campaign: Campaign, count: int) -> Found:
+    """Let a crowd take all descriptors of a worker in the midst of chats: no answer shows it."""
+    found, worker, chat = Found("no descriptors"), campaign.worker(), campaign.chat()
+    target = (campaign.network.hosts[0], PORT)
+    _, _, files = worker.use()
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (files + 30, files + 30))
+    came = rig.fork(campaign.network.inside(1, lambda: strangers.crowd(target, 200, count)))
+    end = time.monotonic() + count
+    while time.monotonic() < end:
+        for kind, ids, tokens in (DECODE, PREFILL):
+            chat.ask(ids, tokens)
+            *_, (_, _, answer, notes, on_worker) = chat.until_end()
+            if answer != campaign.answers[kind]:
+                found.faults.append(f"{kind}: another answer: {answer}")
+            found.outcomes["answers with the worker" if on_worker else "answers alone"] += 1
+            found.outcomes.update(note.split("(")[1].split(")")[0] for note in notes)
+            found.outcomes["looks at which it has no descriptor left"] += (
+                worker.use()[2] >= files + 30
+            )
+    rig.wait(came)
+    if not _lives(worker.pid):
+        found.faults.append("the worker has ended")
+    taken_up(chat, found)
+    chat.end()
+    worker.end()
+    return found
+
+
 def _lives(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -184,7 +213,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=PARTS)
     parser.add_argument(
-        "--rounds", type=int, help="of each part; by default 100, 50, 50, 30, 200 and 50 each"
+        "--rounds",
+        type=int,
+        help="of each part; by default 100, 50, 50, 30, 10000, 20 (seconds) and 50 each",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
@@ -211,7 +242,9 @@ def main() -> int:
 def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
     """Run a part of the campaign."""
     if part == "strangers":
-        return among_strangers(campaign, rounds or 200)
+        return among_strangers(campaign, rounds or 10_000)
+    if part == "descriptors":
+        return without_descriptors(campaign, rounds or 20)
     if part == "chats":
         return chats(campaign, rounds or 20, rounds or 10)
     if part in CTRL_C:
