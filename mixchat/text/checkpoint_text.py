@@ -24,11 +24,12 @@ class CheckpointText:
         self._tokenizer_subject = f"{directory}: the tokenizer"
         self._both_subject = f"{directory}: the chat template or the tokenizer"
         self._sandbox = Sandbox(
-            directory,
+            "mixchat.text.sandbox_child",
             [
                 Request(self._tokenizer_subject, "load_tokenizer"),
                 Request(f"{template_file(directory)}: the chat template", "load_template"),
             ],
+            str(directory),
         )
 
     def tokenizer(self) -> Tokenizer:

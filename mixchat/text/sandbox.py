@@ -1,8 +1,8 @@
-"""The sandbox: a child process that runs a checkpoint's tokenizer and template.
+"""The sandbox: a child process that runs what strangers wrote.
 
-Both are foreign programs that can loop, grow without end or abort, which no list of forbidden
-functions prevents. So the child has limits of memory, time and output (`sandbox_limits`), and
-whatever they do ends as one `CheckpointError`.
+A checkpoint's tokenizer and template, and a form that a request asks for, can loop, grow without
+end or abort, which no list of forbidden functions prevents. So the child has limits of memory,
+time and output (`sandbox_limits`), and whatever they do ends as one `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.background import in_background
+from mixchat.errors import CheckpointError, PromptError, UsageError, short_message
 from mixchat.text.frames import receive, to_frame
 from mixchat.text.sandbox_limits import MAX_MEMORY, MAX_REQUEST, cpu_seconds, reply_seconds
 
 # -I: nothing in the current directory is imported, and no PYTHON* variable has an effect.
 _COMMAND = (
     *("-I", "-c"),
-    "import sys; sys.path[:] = sys.argv[1:-1]; from mixchat.text.sandbox_child import main; main()",
+    "import importlib, sys; *sys.path[:], program, given = sys.argv[1:]; "
+    "importlib.import_module(program).main(given)",
 )
+# The variables that the child gets: where libraries lie, and the encoding of file names. Keys and
+# tokens of the person who runs mixchat are none of its business.
+_KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR")
 # One thread is enough, and each has address space of its own.
 _VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -41,24 +45,34 @@ _VARIABLES = {
 
 @dataclass(frozen=True)
 class Request:
-    """A call of a method in the sandbox. An error message about it begins with `subject`."""
+    """A call of a method in the sandbox. An error message about it begins with `subject`.
+
+    seconds: how long it may compute, None for what its method and its size need; largest: the most
+    bytes that it may have.
+    """
 
     subject: str
     method: str
     arguments: tuple[object, ...] = ()
+    seconds: float | None = None
+    largest: int = MAX_REQUEST
+
+    def allowed(self, size: int = 0) -> float:
+        """Return how many seconds it may compute, if it has so many bytes."""
+        return cpu_seconds(self.method, size) if self.seconds is None else self.seconds
 
 
 class Sandbox:
     """Sends requests to the child, one at a time, and starts another child where one has ended."""
 
-    def __init__(self, directory: Path, opening: Sequence[Request]) -> None:
-        """Start the child for the checkpoint in `directory`, and do not wait for it.
+    def __init__(self, program: str, opening: Sequence[Request] = (), given: str = "") -> None:
+        """Start a child that runs `main(given)` of the module `program`, and do not wait for it.
 
         `opening` are the requests that each child serves before all others.
         """
-        self._directory, self._opening = directory, opening
+        self._command, self._opening = (program, given), opening
         self._lock = threading.Lock()
-        self._child: _Child | None = _Child(directory, opening)
+        self._child: _Child | None = _Child(self._command, opening)
 
     def opened(self) -> Sequence[Any]:
         """Return the values of the opening requests. Raises `CheckpointError`."""
@@ -81,18 +95,24 @@ class Sandbox:
                 raise
         return _value(reply, request.subject)
 
+    def interrupt(self) -> None:
+        """End the child, so that a request of another thread fails at once."""
+        child = self._child
+        if child is not None:
+            child.kill()
+
     def close(self) -> None:
-        """End the child."""
+        """End the child, which no other thread uses."""
         child, self._child = self._child, None
         if child is not None:
             child.end()
 
     def _opened(self) -> _Child:
         if self._child is None:
-            self._child = _Child(self._directory, self._opening)
+            self._child = _Child(self._command, self._opening)
         child = self._child
         for request in self._opening[len(child.values) :]:
-            reply = child.reply(request, cpu_seconds(request.method, 0))
+            reply = child.reply(request, request.allowed())
             child.values.append(_value(reply, request.subject))
         return child
 
@@ -100,15 +120,15 @@ class Sandbox:
 class _Child:
     """A child process, from its start to its end."""
 
-    def __init__(self, directory: Path, opening: Sequence[Request]) -> None:
+    def __init__(self, command: tuple[str, str], opening: Sequence[Request]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, *_COMMAND, *sys.path, str(directory)],
+                [sys.executable, *_COMMAND, *sys.path, *command],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=os.environ | _VARIABLES,
+                env={n: os.environ[n] for n in _KEPT if n in os.environ} | _VARIABLES,
                 start_new_session=True,  # Ctrl-C does not reach it
             )
         self.values: list[Any] = []  # of the opening requests
@@ -116,14 +136,22 @@ class _Child:
         self.end = weakref.finalize(self, _end, process, ours)
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)
-        for request in opening:
-            self._send(_request_frame(request), cpu_seconds(request.method, 0))
+        frames = [(_request_frame(request), request.allowed()) for request in opening]
+        in_background(self._send_all, frames)  # the child has yet to import its libraries
+
+    def kill(self) -> None:
+        """Kill the process; the requests that wait for it fail."""
+        self._process.kill()
 
     def ask(self, request: Request, frame: bytes) -> Any:
         """Return the reply to a request. Raises `CheckpointError` where none comes."""
-        allowed = cpu_seconds(request.method, len(frame))
+        allowed = request.allowed(len(frame))
         self._send(frame, allowed)
         return self.reply(request, allowed)
+
+    def _send_all(self, frames: Sequence[tuple[bytes, float]]) -> None:
+        for frame, allowed in frames:
+            self._send(frame, allowed)
 
     def _send(self, frame: bytes, allowed: float) -> None:
         self._channel.settimeout(reply_seconds(allowed))
@@ -167,6 +195,9 @@ _OUT_OF_MEMORY = ("memory allocation of", "bad_alloc", "cannot allocate memory")
 _TOO_LARGE = f"needs more than {MAX_MEMORY // 10**9} GB of memory"
 
 
+_ERRORS = {error.__name__: error for error in (CheckpointError, PromptError, UsageError)}
+
+
 def unusable(subject: str, reason: str = "") -> CheckpointError:
     """Return the error for a child that sends something else than was requested."""
     return CheckpointError(f"{subject} gives an answer that cannot be used{reason}")
@@ -182,7 +213,7 @@ def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
 
 def _request_frame(request: Request) -> bytes:
     try:
-        return to_frame([request.method, *request.arguments], MAX_REQUEST)
+        return to_frame([request.method, *request.arguments], request.largest)
     except ValueError as error:
         raise PromptError(
             f"the text is too long for a tokenizer: {error}",
@@ -198,9 +229,8 @@ def _value(reply: Any, subject: str) -> Any:
         return reply.get("value")
     kind, text = reply["error"], str(reply.get("text"))
     hint = reply.get("hint")
-    if kind in ("CheckpointError", "PromptError"):
-        error = PromptError if kind == "PromptError" else CheckpointError
-        raise error(text, hint=hint if isinstance(hint, str) else None)
+    if kind in _ERRORS:
+        raise _ERRORS[kind](text, hint=hint if isinstance(hint, str) else None)
     if kind == "MemoryError":
         raise CheckpointError(f"{subject} {_TOO_LARGE}")
     raise CheckpointError(f"{subject} fails: {text or kind}")

@@ -1,4 +1,4 @@
-"""The inside of the sandbox: runs a checkpoint's tokenizer and template for the parent process.
+"""The inside of a sandbox: here, it runs a checkpoint's tokenizer and template for its parent.
 
 The parent is at the other end of the socket on standard input. This process does not import torch,
 and it ends when the socket is closed.
@@ -11,13 +11,12 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.frames import receive, to_frame
 from mixchat.text.messages import Message
@@ -29,11 +28,19 @@ _LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
 _LIMITS = {"RLIMIT_AS": MAX_MEMORY, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
 
 
-def main() -> None:
-    """Serve requests until the parent is gone."""
-    _import_libraries()
+def main(directory: str) -> None:
+    """Run the text of the checkpoint in `directory`."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    serve(_Service(Path(directory)))
+
+
+def serve(service: object) -> None:
+    """Call the service's methods as the parent requests, until the parent is gone.
+
+    Import libraries before: then Python can still write the .pyc files.
+    """
     _set_limits()
-    service = _Service(Path(sys.argv[-1]))
     with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
         while True:
             seconds, (method, *arguments) = receive(channel), receive(channel)
@@ -90,20 +97,14 @@ def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
     """Return the frame of a method's value, or of its error."""
     try:
         return to_frame({"value": method(*arguments)})
-    except (CheckpointError, PromptError) as error:
+    except MixchatError as error:
         return to_frame({"error": type(error).__name__, "text": str(error), "hint": error.hint})
     except BaseException as error:  # A panic inside the package tokenizers is no Exception.
         return to_frame({"error": type(error).__name__, "text": short_message(error)})
 
 
-def _import_libraries() -> None:
-    """Import before the limits are set, so that Python can write the .pyc files."""
-    for name in _LIBRARIES:
-        importlib.import_module(name)
-
-
 def _set_limits() -> None:
-    """Limit this process to what a tokenizer needs. macOS does not know every limit."""
+    """Limit this process to what a tokenizer or a form needs. macOS does not know every limit."""
     for name, most in _LIMITS.items():
         with suppress(ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (most, most))

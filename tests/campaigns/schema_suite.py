@@ -6,7 +6,7 @@
 The source distribution of jsonschema holds the suite; a directory with its tests does, too. An
 instance that is allowed although it is invalid is a fault. One that is refused although it is valid
 may be written in another order of its properties, or with other blanks, than the form wants. Each
-form also makes random texts, all of which have to be valid.
+form also makes random texts, all of which have to be valid. Schemas have a server's limits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
 from form_walks import compiled, has_form, random_text
 
 from mixchat.errors import UsageError
+from mixchat.text.form.checked_form import HASTY_S, checked_schema
 from mixchat.text.form.constraint import CompiledForm
-from mixchat.text.form.form import json_schema
 
 DRAFT = "draft2020-12"
 # In binary fractions, as Python computes, 90.0102 is no multiple of 0.0001.
@@ -64,7 +64,7 @@ class Campaign:
     def judge(self, label: str, group: dict[str, Any], texts: int) -> None:
         """Compile a schema of the suite, and compare its form with its instances."""
         try:
-            form = compiled(json_schema(group["schema"]))
+            form = compiled(checked_schema(group["schema"], HASTY_S))
         except UsageError as error:
             self.counts["schemas refused"] += 1
             self.refused[_reason(str(error))] += 1

@@ -1,7 +1,6 @@
 """`mixchat run --schema` and `--grammar`: answers of a form, and what is refused before loading."""
 
 import json
-import sys
 
 import pytest
 from tiny_tokenizer import write_tokenizer
@@ -93,11 +92,10 @@ def test_a_grammar_is_refused_with_its_file_and_line(mixchat, tmp_path):
     )
 
 
-def test_without_llguidance_it_says_how_to_get_it(mixchat, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    done = mixchat("run", "--schema", "{}", "Hi", fake=False)
-    assert done.returncode == 8
-    assert b'Run: pip install "llguidance>=' in done.stderr
+def test_a_grammar_does_not_go_with_a_server(mixchat):
+    done = mixchat("run", "--server", "127.0.0.1:1", "--grammar", "{}", "Hi", fake=False)
+    assert done.returncode == 2
+    assert b"--server does not go with --grammar" in done.stderr
 
 
 def test_lines_of_a_file_have_forms_of_their_own(ask, tmp_path):

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mixchat.text.form.form import any_grammar, json_object, json_schema
+from mixchat.text.form.checked_form import HASTY_S, checked_schema
+from mixchat.text.form.form import Form, json_object
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.response_format import Compile
     from mixchat.serving.service import Service
     from mixchat.text.form.constraint import FormCompiler, FormConstraint
 
+_MOST_KEPT = 64  # forms; programs ask with the same schema again and again
 
-def forms_of(service: Service) -> Compile:
-    """Return what compiles the forms of a service's answers; the first one takes half a second."""
+
+def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
+    """Return what compiles the forms of a service's answers.
+
+    Each may take so many seconds of computing.
+    """
+    checked: dict[str, Form] = {}
 
     @cache
     def compiler() -> FormCompiler:
         from mixchat.text.form.constraint import FormCompiler
 
-        return FormCompiler(service.tokenizer, service.template.stop_ids)
+        return FormCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
-    def compile_form(given: dict[str, Any] | str | None) -> Callable[..., FormConstraint]:
-        if isinstance(given, str):
-            form = any_grammar(given)
-        else:
-            form = json_object() if given is None else json_schema(given)
-        return compiler().compile(form).start
+    def compile_form(
+        schema: dict[str, Any] | None, at_end: ExitStack | None = None
+    ) -> Callable[..., FormConstraint]:
+        if schema is None:
+            return compiler().compile(json_object()).start
+        key = json.dumps(schema)
+        if key not in checked:
+            form = checked_schema(schema, seconds, at_end)
+            if len(checked) >= _MOST_KEPT:
+                checked.clear()
+            checked[key] = form
+        return compiler().compile(checked[key]).start
 
     return compile_form

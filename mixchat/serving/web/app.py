@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -35,6 +37,7 @@ from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
 from mixchat.serving.web.stream import AnswerStream
 
 _OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
+_FORM_CHECKS = 2  # at once; each may take a core and 1 GB
 _CHAT_PATH = "/v1/chat/completions"
 _LEFT = 499  # nginx's status for a client that left; nobody gets it
 
@@ -54,6 +57,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.service.tokenizer)
+        self.form_checks = CapacityLimiter(_FORM_CHECKS)
 
     def explain(self, error: Exception) -> RequestError:
         """Return the error for the client, and report it where it is not the client's fault."""
@@ -112,11 +116,7 @@ async def _completion(desk: Desk, request: Request) -> ASGIApp:
 
 async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
     body = await _body(desk, request)
-
-    def read_body() -> Asked:
-        return read(read_object(body), desk.service, desk.defaults, desk.compile_form)
-
-    asked = await run_in_threadpool(read_body)
+    asked = await while_connected(request.receive, _read(desk, body, read))
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(desk.texts.load)
     shape = kind(asked, desk.service.name, desk.texts)
@@ -134,6 +134,18 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
     finally:
         answers.cancel()
     return _json(shape.whole(wholes))
+
+
+async def _read(desk: Desk, body: bytes, read: Read) -> Asked:
+    """Return what a body asks for. If the client leaves, the check of its schema ends."""
+    limiter = desk.form_checks if b"response_format" in body else None
+    with ExitStack() as at_end:
+        compile_form = partial(desk.compile_form, at_end=at_end)
+
+        def read_body() -> Asked:
+            return read(read_object(body), desk.service, desk.defaults, compile_form)
+
+        return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
 
 
 async def _models(desk: Desk, request: Request) -> Response:

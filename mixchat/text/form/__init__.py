@@ -6,5 +6,7 @@
 - schema_tree.py: the parts of a schema
 - gbnf.py: grammars of llama.cpp as Lark grammars
 - grammar_fault.py: what is wrong with a grammar, by llguidance
+- checked_form.py: forms that were checked in a sandbox
 - constraint.py: the tokens that keep an answer in its form
+- form_child.py: the inside of the sandbox
 """

@@ -1,31 +1,32 @@
-"""The tokens that keep an answer in its form, computed by llguidance.
+"""The tokens that keep an answer in its form, computed by llguidance in a sandbox.
 
 V = vocab_size of the tokenizer.
 """
 
 from __future__ import annotations
 
+import weakref
+from base64 import b64decode
+from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mixchat.errors import PromptError, UsageError
+from mixchat.background import in_background
+from mixchat.errors import UsageError
+from mixchat.text.form.checked_form import LARGEST, PATIENT_S, PROGRAM, asked
 from mixchat.text.form.form import Form
-from mixchat.text.form.grammar_fault import (
-    NO_TEXT,
-    OPTIONS,
-    grammar_error,
-    ll_tokenizer,
-    parsed_fault,
-    require_llguidance,
-)
-from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.sandbox import Request, Sandbox
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from mixchat.text.tokenizer import Tokenizer
+
+_LOAD_S = 10.0  # computing time for a vocabulary; one of 256,000 tokens takes 1 s
+_STEP_S = 1.0  # computing time for a token; ordinary ones take a hundredth of that at most
+_SUBJECT = "the form of the answer"
 
 
 class FormCompiler:
@@ -36,91 +37,104 @@ class FormCompiler:
     token 0 is 2 where it comes first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
-        """Take the tokens' bytes. Raises `UsageError` where no token can end an answer."""
+    def __init__(
+        self, tokenizer: Tokenizer, stop_ids: Collection[int], seconds: float = PATIENT_S
+    ) -> None:
+        """Take the tokens' bytes; a form may take so many seconds of computing to compile.
+
+        Raises `UsageError` where no token can end an answer.
+        """
         tokens = tokenizer.token_bytes()
         stops = sorted(i for i in stop_ids if i < len(tokens.within))
         if not stops:
             raise UsageError("the model has no token that ends an answer of a given form")
-        size = len(tokens.within)
-        firsts = {i: size + place for place, i in enumerate(tokens.first)}
-        whole = ll_tokenizer([*tokens.within, *tokens.first.values()], stops)
-        self._vocabulary = _Vocabulary(size, firsts, whole)
+        self.size, self.seconds = len(tokens.within), seconds
+        self.firsts = {i: self.size + place for place, i in enumerate(tokens.first)}
+        all_bytes = [text.decode("latin-1") for text in (*tokens.within, *tokens.first.values())]
+        self._load = Request("the vocabulary", "load", (all_bytes, stops), _LOAD_S, LARGEST)
+        self.idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
 
     def compile(self, form: Form) -> CompiledForm:
-        """Return a form for this tokenizer. Raises `UsageError` where it is too large."""
-        matcher = require_llguidance().LLMatcher(
-            self._vocabulary.tokenizer, form.grammar + OPTIONS, log_level=0
-        )
-        if matcher.is_error():
-            raise grammar_error(parsed_fault(matcher.get_error()))
-        return CompiledForm(matcher, self._vocabulary)
+        """Return a form for this tokenizer."""
+        return CompiledForm(form, self)
 
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokens of a model: how many, their second ids at the start of a text, their bytes."""
-
-    size: int
-    firsts: dict[int, int]
-    tokenizer: LLTokenizer
+    def sandbox(self) -> Sandbox:
+        """Return a sandbox that has all tokens, or soon will."""
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return Sandbox(PROGRAM, [self._load])
 
 
 class CompiledForm:
     """A form for one tokenizer; each answer starts a constraint of its own."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, form: Form, compiler: FormCompiler) -> None:
+        self._form, self._compiler = form, compiler
 
     def start(self, before: Sequence[int] = (), *, continued: bool = False) -> FormConstraint:
         """Return a constraint for an answer that begins with the tokens `before`.
 
         continued: the answer continues the text of a prompt, so that its first word keeps its
-        space. Raises `PromptError` where `before` does not have the form.
+        space. The form is compiled in the background.
         """
-        matcher = self._matcher.deep_copy()
-        constraint = FormConstraint(matcher, self._vocabulary, begins_text=not continued)
-        for token in before:
-            if not constraint.accepts(token):
-                raise PromptError("the answer so far does not have the form that is asked for")
-        return constraint
+        return FormConstraint(self._form, self._compiler, before, begins_text=not continued)
 
 
 class FormConstraint:
-    """A `Constraint` of one answer: once it has its form, only a token that ends it is allowed."""
+    """A `Constraint` of one answer: once it has its form, only a token that ends it is allowed.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary, *, begins_text: bool) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
-        self._begins_text = begins_text
+    Its sandbox ends with it, unless the next answer can use it. Every method raises `UsageError`
+    where the form is too complex, and `PromptError` where the tokens before do not have it.
+    """
+
+    def __init__(
+        self, form: Form, compiler: FormCompiler, before: Sequence[int], *, begins_text: bool
+    ) -> None:
+        self._size, self._firsts = compiler.size, compiler.firsts
+        self._begins_text, self._is_new = begins_text, True
+        arguments = (form.grammar, [self._as_first(token) for token in before])
+        request = Request(_SUBJECT, "start", arguments, compiler.seconds, LARGEST)
+        self._sandbox = compiler.sandbox()
+        self._first_mask: Future[str] = in_background(asked, self._sandbox, request)
+        weakref.finalize(self, _give_back, compiler, self._sandbox, self._first_mask)
 
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next: bool [V].
 
-        Raises `UsageError` where the form allows none of the tokens, or is too complex.
+        Raises `UsageError` where the form allows none of the tokens, too.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise self._error()
-        mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
-        size, firsts = self._vocabulary.size, self._vocabulary.firsts
+        bits = self._first_mask.result() if self._is_new else self._ask("mask")
+        mask = np.unpackbits(np.frombuffer(b64decode(bits), np.uint8), bitorder="little")
+        mask = mask.view(np.bool_)
         if self._begins_text:
-            mask[list(firsts)] = mask[list(firsts.values())]
-        return torch.from_numpy(mask[:size])
+            mask[list(self._firsts)] = mask[list(self._firsts.values())]
+        return torch.from_numpy(mask[: self._size])
 
     def accept(self, token: int) -> None:
-        """Take the next token, which was allowed. Raises `UsageError` as `allowed` does."""
+        """Take the next token, which was allowed."""
         if not self.accepts(token):
-            raise self._error()
+            raise UsageError("the answer cannot be continued in its form")
 
     def accepts(self, token: int) -> bool:
         """Take the next token; return whether it was allowed. No other may come after one that
         was not."""
-        if self._begins_text:
-            token = self._vocabulary.firsts.get(token, token)
-            self._begins_text = False
-        return self._matcher.consume_token(token)
+        self._first_mask.result()
+        self._is_new = False
+        return bool(self._ask("accept", self._as_first(token)))
 
-    def _error(self) -> UsageError:
-        fault = parsed_fault(self._matcher.get_error()).message
-        reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
-        return UsageError(f"the answer cannot be continued in its form: {reason}")
+    def _as_first(self, token: int) -> int:
+        """Return the id of a token as it is here, at the start of a text or behind that."""
+        begins_text, self._begins_text = self._begins_text, False
+        return self._firsts.get(token, token) if begins_text else token
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        return asked(self._sandbox, Request(_SUBJECT, method, arguments, _STEP_S))
+
+
+def _give_back(compiler: FormCompiler, sandbox: Sandbox, first_mask: Future[str]) -> None:
+    """Keep the sandbox for the next answer, unless it computes something that nobody wants."""
+    if first_mask.done() and first_mask.exception() is None:
+        compiler.idle.append(sandbox)
+    else:
+        sandbox.interrupt()

@@ -43,7 +43,7 @@ class Form:
 
 def json_object() -> Form:
     """Return the form of any JSON object."""
-    return json_schema({"type": "object"})
+    return _form({"type": "object"})
 
 
 def json_schema(schema: object) -> Form:
@@ -58,9 +58,13 @@ def json_schema(schema: object) -> Form:
         if depth_of(schema) > _DEEPEST:
             raise RecursionError
         raise_schema_fault(schema)
-        whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
+        return _form(schema)
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
+
+
+def _form(schema: dict[str, Any]) -> Form:
+    whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
     return Form(f"start: %json {whole}", schema)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mixchat.text.form.grammar_fault import Fault, grammar_error, require_llguidance
+from mixchat.text.form.grammar_fault import Fault, grammar_error
 
 _RULE = re.compile(r"^[ \t]*([\w-]+)[ \t]*::=", re.MULTILINE)
 _LARK_RULE = re.compile(r"^\w+:", re.MULTILINE)
@@ -20,7 +20,6 @@ def looks_like_gbnf(text: str) -> bool:
 
 def lark_from_gbnf(text: str) -> str:
     """Return a grammar as Lark. Raises `UsageError` with the line where it cannot be read."""
-    require_llguidance()
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
     rules = _RULE.findall(text)

@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mixchat.errors import MissingDependencyError, UsageError, short_message
+from mixchat.errors import UsageError, short_message
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -47,29 +46,19 @@ class _BareTokenizer:
         raise NotImplementedError("without forced tokens nothing is encoded")
 
 
-def require_llguidance() -> ModuleType:
-    """Return the package llguidance. Raises `MissingDependencyError` where it is not there."""
-    try:
-        import llguidance
-    except ImportError:
-        raise MissingDependencyError(
-            "an answer of a given form needs the package llguidance",
-            hint='Run: pip install "llguidance>=1.8,<2"',
-        ) from None
-    return llguidance
-
-
 def ll_tokenizer(tokens: Sequence[bytes], stop_ids: Sequence[int]) -> LLTokenizer:
     """Return llguidance's tokenizer for tokens by id, of which `stop_ids` end an answer."""
-    llguidance = require_llguidance()
-    wrapped = llguidance.TokenizerWrapper(_BareTokenizer(tokens, stop_ids))
-    result: LLTokenizer = llguidance.LLTokenizer(wrapped, eos_token=list(stop_ids))
-    return result
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    wrapped = TokenizerWrapper(_BareTokenizer(tokens, stop_ids))
+    return LLTokenizer(wrapped, eos_token=list(stop_ids))
 
 
 def find_fault(grammar: str) -> Fault | None:
     """Return what is wrong with a Lark grammar, None where it allows some first byte."""
-    matcher = require_llguidance().LLMatcher(_bytes_alone(), grammar + OPTIONS, log_level=0)
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_bytes_alone(), grammar + OPTIONS, log_level=0)
     matcher.compute_bitmask()
     return parsed_fault(matcher.get_error()) if matcher.is_error() else None
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixchat.errors import UsageError
-from mixchat.text.form.form import Form, any_grammar, gbnf_grammar, json_schema, lark_grammar
+from mixchat.text.form.checked_form import checked_grammar, checked_schema
+from mixchat.text.form.form import Form
+from mixchat.text.form.gbnf import looks_like_gbnf
 
 _MOST = 4_000_000  # bytes
 
@@ -21,17 +23,18 @@ def read_schema(value: str) -> Form:
     """
     inline = value.lstrip().startswith("{")
     with _named("--schema" if inline else value):
-        return json_schema(_parsed(value if inline else _read(Path(value))))
+        return checked_schema(_parsed(value if inline else _read(Path(value))))
 
 
 def read_grammar(path: Path) -> Form:
     """Return the form of a grammar: GBNF or Lark by the file's ending, else by its content.
 
-    Raises `UsageError` with the line of what cannot be read.
+    Raises `UsageError` with the line of what cannot be read, and for what takes too much.
     """
     with _named(str(path)):
-        read = {".gbnf": gbnf_grammar, ".lark": lark_grammar}.get(path.suffix.lower(), any_grammar)
-        return read(_read(path))
+        text, ending = _read(path), path.suffix.lower()
+        is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
+        return checked_grammar(text, is_gbnf=is_gbnf)
 
 
 @contextmanager

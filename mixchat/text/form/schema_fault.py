@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 from mixchat.errors import UsageError
 from mixchat.text.form.grammar_fault import NO_TEXT, find_fault
 from mixchat.text.form.schema_tree import HOME, Schema, Unfolded, alone, parts_of
 
 _LONGEST = 120  # characters of a pointer
-_MOST = 300  # parts that are looked at: each costs as much as the whole schema
+# For the search of the part at fault: parts, and seconds of computing. Each part costs as much as
+# the whole schema.
+_MOST, _SECONDS = 300, 1.0
 
 _UNMET = "Unsatisfiable schema: "
 _UNKNOWN = re.compile(r'Unimplemented keys: \["(.*)"\]')
@@ -47,10 +50,10 @@ def _unmet(fault: str | None) -> bool:
 
 def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
     """Return the pointer of the deepest part with this fault, and what is wrong there."""
-    pointer, seen = "", {""}
+    pointer, seen, began = "", {""}, time.process_time()
     while True:
         for part in parts_of(schema, pointer):
-            if part in seen or len(seen) > _MOST:
+            if part in seen or len(seen) > _MOST or time.process_time() - began > _SECONDS:
                 continue
             seen.add(part)
             deeper = _fault(alone(schema, part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import cache
 
 from mixchat.text.form.constraint import CompiledForm, FormCompiler
 from mixchat.text.form.form import Form
@@ -26,8 +27,15 @@ class ByteTokenizer:
         return self.tokens
 
 
+@cache
+def byte_compiler() -> FormCompiler:
+    return FormCompiler(ByteTokenizer(), {STOP})  # type: ignore[arg-type]
+
+
 def compiled(form: Form, tokenizer: ByteTokenizer | None = None) -> CompiledForm:
-    return FormCompiler(tokenizer or ByteTokenizer(), {STOP}).compile(form)  # type: ignore[arg-type]
+    if tokenizer is None:
+        return byte_compiler().compile(form)
+    return FormCompiler(tokenizer, {STOP}).compile(form)  # type: ignore[arg-type]
 
 
 def has_form(form: CompiledForm, text: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from form_walks import compiled, has_form, random_text
 from jsonschema import Draft202012Validator
 from schema_maker import SchemaMaker
 
-from mixchat.errors import MissingDependencyError, UsageError
+from mixchat.errors import UsageError
 from mixchat.text.form.form import gbnf_grammar, json_object, json_schema, lark_grammar
 
 PERSON = {
@@ -314,13 +313,3 @@ def test_a_gbnf_grammar_that_cannot_be_used_is_refused_with_its_line(
     with pytest.raises(UsageError) as error:
         gbnf_grammar(grammar)
     assert str(error.value) == f"the grammar cannot be used{message}"
-
-
-def test_without_llguidance_the_command_that_installs_it_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    for make in (json_object, lambda: lark_grammar("x"), lambda: gbnf_grammar("x")):
-        with pytest.raises(MissingDependencyError, match="llguidance") as error:
-            make()
-        assert error.value.hint == 'Run: pip install "llguidance>=1.8,<2"'

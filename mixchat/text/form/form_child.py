@@ -1,0 +1,77 @@
+"""The inside of the sandbox in which llguidance runs: checks forms, and keeps one answer in its.
+
+A form of 1 kB can take gigabytes and minutes, when it is compiled or at any token of its answer,
+and llguidance's own limits do not bound that.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mixchat.errors import PromptError, UsageError
+from mixchat.text.form import form
+from mixchat.text.form.grammar_fault import (
+    NO_TEXT,
+    OPTIONS,
+    grammar_error,
+    ll_tokenizer,
+    parsed_fault,
+)
+from mixchat.text.sandbox_child import serve
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_MAKERS = {"schema": form.json_schema, "lark": form.lark_grammar, "gbnf": form.gbnf_grammar}
+
+
+def main(given: str) -> None:
+    """Serve the parent."""
+    import llguidance  # noqa: F401 - before the limits are set
+
+    serve(_Service())
+
+
+class _Service:
+    """The methods that a request can name."""
+
+    _vocabulary: LLTokenizer
+    _matcher: LLMatcher
+
+    def check(self, kind: str, text: str) -> str:
+        """Return the grammar of a form. Raises `UsageError`."""
+        return _MAKERS[kind](json.loads(text) if kind == "schema" else text).grammar
+
+    def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
+        """Take the bytes of all tokens."""
+        self._vocabulary = ll_tokenizer([token.encode("latin-1") for token in tokens], stop_ids)
+
+    def start(self, grammar: str, before: Sequence[int]) -> str:
+        """Start an answer that begins with the tokens `before`; return the first mask."""
+        from llguidance import LLMatcher
+
+        self._matcher = LLMatcher(self._vocabulary, grammar + OPTIONS, log_level=0)
+        if self._matcher.is_error():
+            raise grammar_error(parsed_fault(self._matcher.get_error()))
+        if not all(map(self._matcher.consume_token, before)):
+            raise PromptError("the answer so far does not have the form that is asked for")
+        return self.mask()
+
+    def mask(self) -> str:
+        """Return the bits of the tokens that may come next."""
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise self._error()
+        return b64encode(bits).decode()
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; return whether it was allowed."""
+        return self._matcher.consume_token(token)
+
+    def _error(self) -> UsageError:
+        fault = parsed_fault(self._matcher.get_error()).message
+        reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
+        return UsageError(f"the answer cannot be continued in its form: {reason}")
