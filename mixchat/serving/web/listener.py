@@ -34,7 +34,9 @@ def is_loopback(address: Address) -> bool:
 
 def bind(address: Address) -> socket.socket:
     """Return a socket with this address, on which nobody listens yet. Raises `UsageError`."""
-    bound = socket.socket(address.family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only if the protocol is named. Without it each answer on a connection
+    # that stays open takes 40 ms more.
+    bound = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address.target)
