@@ -128,6 +128,8 @@ def open_service(
     queue: int,
     output: OutputOptions,
     sampling: Mapping[str, float | None] = MappingProxyType({}),
+    *,
+    shared_prefix: bool = True,
 ) -> tuple[ModelService, Defaults]:
     """Find the model, load it, and return a service with it, and its defaults.
 
@@ -145,6 +147,7 @@ def open_service(
             tokenizer,
             template,
             queue=queue,
+            shared_prefix=shared_prefix,
         )
     chosen = resolve_sampling(sampling, advised_sampling(directory))
     return service, Defaults(chosen, advised_length(directory))

@@ -89,10 +89,13 @@ class BatchedAnswer:
 
 
 class Batch:
-    """The answers that an engine computes now: at most one for each of its caches."""
+    """The answers that an engine computes now: at most one for each of its caches.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._passes = engine, engine.passes
+    shared_prefix: whether an answer uses what an earlier prompt began with, too.
+    """
+
+    def __init__(self, engine: Engine, *, shared_prefix: bool = True) -> None:
+        self._engine, self._passes, self._shares = engine, engine.passes, shared_prefix
         self._free = list(engine.sequences)  # the least recently used first
         self._answers: list[BatchedAnswer] = []
         # By whether others decode in the pass.
@@ -244,10 +247,12 @@ class Batch:
         best = max(self._engine.sequences, key=lambda held: held.shared_with(prompt))
         shared = best.shared_with(prompt)
         worth = shared + _WORTH_WAITING
-        if any(shared_beginning(other.ids, prompt) >= worth for other in begun):
+        if self._shares and any(shared_beginning(each.ids, prompt) >= worth for each in begun):
             return False
         held = self._free[0]
-        if shared >= _WORTH_COPYING:
+        if not self._shares:
+            held.cut(0)
+        elif shared >= _WORTH_COPYING:
             # One that would lose most of what it holds is copied, if there is another.
             others = [each for each in self._free if each is not best]
             in_place = best in self._free and (2 * shared >= len(best.ids) or not others)

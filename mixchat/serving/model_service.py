@@ -35,7 +35,7 @@ class ModelService:
     """A `Service`. It raises what `load` raises, in the thread that makes it.
 
     `load` returns the engine, which has a cache for each conversation at once; `queue` is how many
-    jobs may wait beside them.
+    jobs may wait beside them; `shared_prefix` is the option of `Batch`.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class ModelService:
         template: Template,
         *,
         queue: int,
+        shared_prefix: bool = True,
     ) -> None:
+        self._shared_prefix = shared_prefix
         self.name, self.tokenizer, self.template = name, tokenizer, template
         self._waiting = deque[RunningJob]()
         self._running: list[RunningJob] = []
@@ -111,7 +113,7 @@ class ModelService:
             self._changed.notify_all()
         if isinstance(loaded, BaseException):
             return
-        batch = Batch(loaded)
+        batch = Batch(loaded, shared_prefix=self._shared_prefix)
         try:
             while self._wait(batch):
                 try:
@@ -121,7 +123,7 @@ class ModelService:
                 except Exception as error:  # a fault of ours: nobody may wait for ever
                     for job in tuple(self._running):
                         self._end(job, Failed(error))
-                    batch = Batch(loaded)
+                    batch = Batch(loaded, shared_prefix=self._shared_prefix)
         finally:
             with self._changed:
                 self._closing = True

@@ -172,6 +172,22 @@ def test_a_conversation_that_continues_keeps_its_cache_while_others_come_and_lea
         chat = [*answer.ids, 40, 41]
 
 
+def test_without_a_shared_prefix_no_answer_tells_what_another_prompt_began_with(
+    load: Callable[..., Engine],
+) -> None:
+    """`cached_tokens` told one client of a server what another one had asked."""
+    batch = Batch(load(), shared_prefix=False)
+    prompts = [Prompt([*range(3, 43), n], SamplingOptions(0), frozenset(), 4) for n in range(3)]
+    answers = [batch.add(prompt) for prompt in (*prompts, prompts[0])]
+    while batch.size:
+        batch.step()
+    late = batch.add(prompts[0])
+    while batch.size:
+        batch.step()
+    assert [answer.reused_tokens for answer in (*answers, late)] == [0] * 5
+    assert late.ids == answers[0].ids == answers[3].ids
+
+
 def test_prompts_that_share_nothing_take_the_cache_that_was_not_used_for_longest(
     load: Callable[..., Engine],
 ) -> None:

@@ -9,7 +9,7 @@ from mixchat.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
 
 
-def open_fake(model, load, queue, output):
+def open_fake(model, load, queue, output, shared_prefix=True):
     service = ScriptedService(parallel=load.parallel, queue=queue)
     service.name = model
     return service, Defaults(SamplingOptions())
