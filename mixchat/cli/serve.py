@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -16,11 +16,10 @@ from mixchat.cli.flags.config_flag import AGAIN
 from mixchat.cli.opening import open_service
 from mixchat.cli.output.failure import note, print_error
 from mixchat.cli.output.print_answer import OutputOptions
-from mixchat.errors import MissingDependencyError, UsageError
+from mixchat.errors import UsageError
 from mixchat.options import DEFAULT_POLICY, LoadOptions
 from mixchat.serving.client.server_url import SERVER_PORT
 
-_NEEDED = ("starlette", "uvicorn")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # that of an extension has its own scheme
 
 
@@ -65,6 +64,22 @@ def serve(
             'perhaps from a file, "$(cat FILE)": other users of this machine can see arguments.',
         ),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse fields of requests that other servers have and that have no effect here, "
+            "such as think. Without it, the header x-mixchat-ignored names them.",
+        ),
+    ] = False,
+    shared_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--shared-prefix/--no-shared-prefix",
+            help="Compute only once what prompts of all clients begin with. From cached_tokens in "
+            "an answer, and from the time it takes, a client learns what others asked.",
+        ),
+    ] = True,
     ctx_size: model_flags.ContextSize = None,
     kv_bits: model_flags.KVBits = None,
     host_memory: model_flags.HostMemory = None,
@@ -93,30 +108,23 @@ def serve(
     )
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))
-    _check_packages()
     from mixchat.serving.web import listener
 
     address = listener.find_address(host, port, key)
     with listener.bind(address) as bound:
-        service, defaults = open_service(model, load, queue, OutputOptions())
+        service, defaults = open_service(
+            model, load, queue, OutputOptions(), shared_prefix=shared_prefix
+        )
+        defaults = replace(defaults, strict=strict)
         from mixchat.serving.requests.served_forms import forms_of
         from mixchat.serving.web.app import Desk, create_app
         from mixchat.serving.web.guard import Access
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
         access = Access(key, origins, listener.is_loopback(address))
-        app = create_app(Desk(service, defaults, print_error, forms_of(service)), access)
+        app = create_app(Desk(service, defaults, print_error, note, forms_of(service)), access)
         ready = f"{listener.url_of(bound)}: serving {service.name}; Ctrl-C ends it"
         serve_until_signal(WebServer(app, bound), service, lambda: say(ready), note)
-
-
-def _check_packages() -> None:
-    """Raise `MissingDependencyError` before a model is loaded in vain."""
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise MissingDependencyError(
-            f"mixchat serve needs {' and '.join(missing)}, which is not installed",
-            hint=f"pip install {' '.join(missing)}",
-        )
 
 
 def _checked_key(key: str) -> str:

@@ -10,13 +10,14 @@
 | response_format                    | text, json_object, json_schema                        |
 | grammar                            | GBNF or Lark                                          |
 | modalities, reasoning_effort       | ["text"] and "none", which is what these models do    |
-| tools, functions                   | ignored, since the model calls none; refused where a  |
-|                                    | choice of them forces a call                          |
+| tools, functions                   | ignored and named, since the model calls none;        |
+|                                    | refused where a choice of them forces a call          |
 | audio, and so on                   | refused: these models cannot do that                  |
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mixchat.serving.requests.fields import Fields, fields_of, refuse, refuse_value
@@ -47,6 +48,8 @@ def read_chat(
     """
     fields = Fields(body)
     options = read_options(fields, service, defaults)
+    # Open WebUI and others offer tools with each question, and can do without a call.
+    offered = tuple(name for name in ("tools", "functions") if fields.is_given(name))
     top_logprobs = _top_logprobs(fields)
     _refuse_what_the_model_cannot_do(fields)
     messages = _messages(fields)
@@ -57,7 +60,7 @@ def read_chat(
         fields, compile_form, before=start, continued=template.continues_prompt
     )
     fields.end()
-    return options.asked(
+    return replace(options, ignored=options.ignored + offered).asked(
         [[*template.encode(messages), *start]],
         stop_ids=template.stop_ids,
         top_logprobs=top_logprobs,
@@ -74,8 +77,7 @@ def _top_logprobs(fields: Fields) -> int | None:
 
 
 def _refuse_what_the_model_cannot_do(fields: Fields) -> None:
-    # Open WebUI and others offer tools with each question, and can do without a call.
-    fields.ignore("tools", "functions", "parallel_tool_calls")
+    fields.ignore("parallel_tool_calls")
     for name in ("tool_choice", "function_call"):
         if fields.take(name) not in (None, "none", "auto"):
             fields.refuse(name, "cannot be followed: the model cannot call tools", _UNSUPPORTED)

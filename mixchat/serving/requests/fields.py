@@ -82,13 +82,23 @@ class Fields:
     def refuse_if_given(self, reason: str, *names: str) -> None:
         """Raise `RequestError` for the first of these that is given; an empty list is nothing."""
         for name in names:
-            if self.take(name) not in (None, []):
+            if self.is_given(name):
                 self.refuse(name, reason, code="unsupported_parameter")
 
     def ignore(self, *names: str) -> None:
         """Drop fields that change nothing."""
         for name in names:
             self.take(name)
+
+    def is_given(self, name: str, usual: object = None) -> bool:
+        """Drop a field; return whether it has another value than the usual one."""
+        return self.take(name) not in (None, [], usual)
+
+    def rename(self, name: str, ours: str, limits: NumberParameter) -> None:
+        """Take a number as that of the field `ours`. Both may not be given and differ."""
+        value = self.number(name, limits)
+        if value is not None and self._values.setdefault(ours, value) != value:
+            self.refuse(name, f"and {ours} differ: give one of them")
 
     def end(self) -> None:
         """Raise `RequestError` for the first field that nobody has taken, unless it is null."""

@@ -12,6 +12,8 @@
 | model                                          | the one that is served, or not given      |
 | user, metadata, service_tier, prompt_cache_key | ignored: they change no answer            |
 | safety_identifier, store: false                | ignored                                   |
+| repetition_penalty                             | as repeat_penalty, the name of llama.cpp  |
+| _FOREIGN, of other servers                     | ignored and named; refused if strict      |
 | all others                                     | refused by their names                    |
 """
 
@@ -34,6 +36,17 @@ _MOST_ANSWERS = 16  # of one request
 MOST_LOGPROBS = 20
 _MOST_STOPS, _LONGEST_STOP = 32, 500
 _IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
+# Fields of other servers that only tune an answer, each with the value that holds here anyway.
+_FOREIGN = {
+    "cache_prompt": True,
+    "chat_template_kwargs": {},
+    "keep_alive": None,
+    "num_ctx": None,
+    "options": {},
+    "reasoning_effort": "none",
+    "think": False,
+    "verbosity": None,
+}
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
 _PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
 TOP_LOGPROBS = NumberParameter(
@@ -43,21 +56,29 @@ TOP_LOGPROBS = NumberParameter(
 
 @dataclass(frozen=True)
 class Defaults:
-    """The advice of the model's makers; max_tokens: 0 for what fits, None without advice."""
+    """The advice of the model's makers, and how requests are read.
+
+    max_tokens: 0 for what fits, None without advice; strict: refuse other servers' fields.
+    """
 
     sampling: SamplingOptions
     max_tokens: int | None = None
+    strict: bool = True
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was read: a job for each answer, `n` for each prompt, and how to send them."""
+    """A request that was read: a job for each answer, `n` for each prompt, and how to send them.
+
+    ignored: the fields without an effect, which the client should know of.
+    """
 
     jobs: tuple[Job, ...]
     n: int
     seed: int
     stream: bool
     include_usage: bool
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,7 @@ class Options:
     n: int
     stream: bool
     include_usage: bool
+    ignored: tuple[str, ...] = ()
 
     def asked(self, prompts: Sequence[Sequence[int]], **about: Any) -> Asked:
         """Return the request with `n` jobs for each prompt, each with a seed of its own.
@@ -88,7 +110,7 @@ class Options:
             for ids in prompts
             for i in range(self.n)
         )
-        return Asked(jobs, self.n, self.seed, self.stream, self.include_usage)
+        return Asked(jobs, self.n, self.seed, self.stream, self.include_usage, self.ignored)
 
 
 def most_answers(service: Service) -> int:
@@ -104,6 +126,7 @@ def read_options(fields: Fields, service: Service, defaults: Defaults) -> Option
     fields.ignore(*_IGNORED)
     if fields.flag("store"):
         fields.refuse("store", "has to be false: answers are not stored", "unsupported_value")
+    ignored = () if defaults.strict else _take_foreign(fields)
     seed = fields.number("seed", SAMPLING["seed"])
     stream_options = fields.fields("stream_options") or Fields({})
     stream_options.ignore("include_obfuscation")
@@ -115,6 +138,7 @@ def read_options(fields: Fields, service: Service, defaults: Defaults) -> Option
         n=fields.number("n", count) or 1,
         stream=fields.flag("stream"),
         include_usage=stream_options.flag("include_usage"),
+        ignored=ignored,
     )
     stream_options.end()
     return options
@@ -129,6 +153,12 @@ def _check_model(fields: Fields, model: str) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def _take_foreign(fields: Fields) -> tuple[str, ...]:
+    """Take the fields of other servers; return the names of those without an effect."""
+    fields.rename("repetition_penalty", "repeat_penalty", SAMPLING["repeat-penalty"])
+    return tuple(name for name, value in _FOREIGN.items() if fields.is_given(name, value))
 
 
 def _sampling(fields: Fields, advised: SamplingOptions, vocab_size: int) -> SamplingOptions:

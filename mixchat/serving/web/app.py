@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixchat.errors import MixchatError
+from mixchat.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
@@ -30,7 +31,7 @@ from mixchat.serving.requests.options import Asked, Defaults
 from mixchat.serving.requests.response_format import Compile, no_forms
 from mixchat.serving.service import Service
 from mixchat.serving.web.answers import Answers, while_connected
-from mixchat.serving.web.guard import Access, error_response, guarded
+from mixchat.serving.web.guard import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.logprobs import TokenTexts
 from mixchat.serving.web.metrics import CONTENT_TYPE, to_prometheus
 from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
@@ -47,17 +48,29 @@ Read = Callable[[dict[str, Any], Service, Defaults, Compile], Asked]
 
 @dataclass
 class Desk:
-    """The things that routes share. `report` gets errors that are faults of mixchat itself."""
+    """The things that routes share. `report` gets errors that are faults of mixchat itself.
+
+    `note` gets a line for each field that requests have without an effect, once.
+    """
 
     service: Service
     defaults: Defaults
     report: Callable[[Exception], object]
+    note: Note
     compile_form: Compile = no_forms
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.service.tokenizer)
+        self._told = set[str]()
         self.form_checks = CapacityLimiter(_FORM_CHECKS)
+
+    def tell_ignored(self, names: Sequence[str]) -> None:
+        """Note fields without an effect that nobody was told of."""
+        for name in names:
+            if name not in self._told:
+                self._told.add(name)
+                self.note(f"requests have the field {name}, which has no effect here")
 
     def explain(self, error: Exception) -> RequestError:
         """Return the error for the client, and report it where it is not the client's fault."""
@@ -117,6 +130,8 @@ async def _completion(desk: Desk, request: Request) -> ASGIApp:
 async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
     body = await _body(desk, request)
     asked = await while_connected(request.receive, _read(desk, body, read))
+    desk.tell_ignored(asked.ignored)
+    request.state.ignored = asked.ignored
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(desk.texts.load)
     shape = kind(asked, desk.service.name, desk.texts)
@@ -233,7 +248,7 @@ def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 class _Envelope:
-    """Gives every response an ID, and forbids to cache it.
+    """Gives every response an ID, and forbids to cache it; names what the request has in vain.
 
     An ID that a client sends is ignored: it could forge another line in somebody's log.
     """
@@ -247,6 +262,8 @@ class _Envelope:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
                 headers["cache-control"] = "no-cache"
+                if ignored := scope.get("state", {}).get("ignored"):
+                    headers[IGNORED] = ", ".join(ignored)
             await send(message)
 
         # An error of the routes was answered and reported; Starlette raises it again.

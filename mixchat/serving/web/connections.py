@@ -84,6 +84,13 @@ class Connection(H11Protocol):
         super().resume_writing()
         self._stop_stall()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in JSON as all other refusals."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            self.transport.write(_NOT_HTTP)
+        self.transport.close()
+
     def give_up(self) -> None:
         """Close the connection; say so, if a part of a request has come."""
         self._stop_waiting()
@@ -109,11 +116,13 @@ class Connection(H11Protocol):
             self._stalled = None
 
 
-def _response_408() -> bytes:
-    message = "the request did not come to its end in time"
-    body = to_json(RequestError(message, code="request_timeout").body)
-    head = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Type: application/json\r\n"
+def _refusal(status: str, message: str, code: str) -> bytes:
+    body = to_json(RequestError(message, code=code).body)
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-_TOO_SLOW = _response_408()
+_TOO_SLOW = _refusal(
+    "408 Request Timeout", "the request did not come to its end in time", "request_timeout"
+)
+_NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "invalid_http")

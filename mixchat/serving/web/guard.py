@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mixchat.serving.requests.failures import RequestError, to_json
 
 _ANY = "*"
+IGNORED = "x-mixchat-ignored"  # the header that names a request's fields without an effect
 _FREE = "/health"  # needs no key: it tells nothing
 
 
@@ -46,7 +47,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
             allow_origins=access.origins,
             allow_methods=("GET", "POST"),
             allow_headers=(_ANY,),
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", IGNORED),
         )
     return _PlaceCheck(app, access)
 
@@ -59,7 +60,7 @@ def error_response(error: RequestError) -> Response:
 
 
 class _PlaceCheck:
-    """Checks where a request comes from, and which host it wanted."""
+    """Checks where a request comes from, which host it wanted, and that its length is clear."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -69,6 +70,10 @@ class _PlaceCheck:
         await (self._app if error is None else error_response(error))(scope, receive, send)
 
     def _fault(self, headers: Headers) -> RequestError | None:
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy that goes by the other one would see other requests in the same bytes.
+            message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
+            return RequestError(message, headers={"Connection": "close"})
         origin, origins = headers.get("origin"), self._access.origins
         if origin is not None and _ANY not in origins and origin not in origins:
             return _forbidden(f"web pages of {origin!a:.80} may not use this server: see --cors")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from scripted_service import ScriptedService
 
+from mixchat.experts.workers.address import resolve
 from mixchat.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.web.app import Desk, create_app
 from mixchat.serving.web.guard import Access
+from mixchat.serving.web.listener import bind
 from mixchat.serving.web.server import WebServer
 
 PATIENCE = 20.0  # seconds that a test waits for what should come at once
@@ -27,6 +29,7 @@ class Served:
     service: ScriptedService
     server: WebServer
     reports: list[Exception] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -44,22 +47,24 @@ class Served:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts a server, with options of `ScriptedService` and limits of `WebServer`."""
+    """Starts a server, with options of `ScriptedService`, `WebServer` and `Desk`."""
     servers = []
 
     def start(
         access: Access | None = None,
         defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
+        desk: dict[str, Any] | None = None,
         **options: Any,
     ) -> Served:
-        service, reports = ScriptedService(**options), []
-        desk = Desk(service, defaults or Defaults(SamplingOptions(temperature=0.5)), reports.append)
-        bound = socket.create_server(("127.0.0.1", 0))
-        server = WebServer(create_app(desk, access or Access()), bound, **(limits or {}))
+        service, reports, notes = ScriptedService(**options), [], []
+        defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
+        shared = Desk(service, defaults, reports.append, notes.append, **(desk or {}))
+        bound = bind(resolve("127.0.0.1:0", any_port=True))
+        server = WebServer(create_app(shared, access or Access()), bound, **(limits or {}))
         server.start()
         servers.append((server, service))
-        return Served(bound.getsockname()[1], service, server, reports)
+        return Served(bound.getsockname()[1], service, server, reports, notes)
 
     yield start
     for server, service in servers:

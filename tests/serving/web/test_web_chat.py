@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 
 import openai
 import pytest
+from form_bombs import bomb
+from raw_http import exchange, request
 
 from mixchat.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.served_forms import forms_of
+
+CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "say:well"}]}
 
 
 def ask(client, text, **options):
@@ -450,3 +457,80 @@ def test_no_number_in_an_answer_is_beyond_json(served):
     assert "Infinity" not in text
     token = json.loads(text)["choices"][0]["logprobs"]["content"][0]
     assert all(math.isfinite(top["logprob"]) for top in token["top_logprobs"])
+
+
+FOREIGN = {
+    "chat_template_kwargs": {"enable_thinking": False},
+    "cache_prompt": False,
+    "keep_alive": "5m",
+    "options": {"num_ctx": 4096},
+    "think": True,
+    "verbosity": "low",
+    "num_ctx": 4096,
+    "reasoning_effort": "high",
+}
+
+
+@pytest.fixture
+def lenient(serve):
+    """A server as `mixchat serve` starts it without --strict."""
+    return serve(defaults=Defaults(SamplingOptions(), strict=False))
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_field_of_another_server_is_ignored_and_named(lenient, name):
+    """Each ended in 400, and so did every request of the clients that send them."""
+    body = HI | {name: FOREIGN[name]}
+    for stream in (False, True, False):
+        asked = request(CHAT, body | {"stream": stream}, connection="close")
+        answer = exchange(lenient, asked)
+        assert (answer.status, answer.headers["x-mixchat-ignored"]) == (200, name)
+    assert lenient.notes == [f"requests have the field {name}, which has no effect here"]
+
+
+def test_a_field_that_asks_for_what_is_done_anyway_is_not_named(lenient):
+    usual = {"cache_prompt": True, "think": False, "reasoning_effort": "none", "num_ctx": None}
+    answer = exchange(lenient, request(CHAT, HI | usual | {"tools": []}))
+    assert answer.status == 200
+    assert "x-mixchat-ignored" not in answer.headers
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_strict_server_refuses_the_field_of_another_one(served, name):
+    answer = exchange(served, request(CHAT, HI | {name: FOREIGN[name]}))
+    assert (answer.status, answer.error["param"]) == (400, name)
+
+
+def test_repetition_penalty_is_the_repeat_penalty(lenient):
+    """The name of Hugging Face and of vLLM for what llama.cpp calls repeat_penalty."""
+    penalty = {"repetition_penalty": 1.3}
+    assert exchange(lenient, request(CHAT, HI | penalty)).status == 200
+    assert lenient.service.jobs[-1].sampling.repeat_penalty == 1.3
+    differs = exchange(lenient, request(CHAT, HI | penalty | {"repeat_penalty": 1.2}))
+    assert (differs.status, differs.error["param"]) == (400, "repetition_penalty")
+
+
+def test_tools_that_may_be_called_are_named_since_none_is(lenient):
+    """They were dropped, and nobody was told."""
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
+    with lenient.openai() as client:
+        raw = client.chat.completions.with_raw_response.create(model="scripted", **HI, **tools)
+    assert raw.headers["x-mixchat-ignored"] == "tools"
+    assert raw.parse().choices[0].message.content == "well"
+    assert lenient.notes == ["requests have the field tools, which has no effect here"]
+
+
+@pytest.mark.parametrize(("change", "param", "code"), REFUSED[:5], ids=lambda v: str(v)[:60])
+def test_what_would_make_another_kind_of_answer_is_always_refused(lenient, change, param, code):
+    refused = exchange(lenient, request(CHAT, HI | change))
+    assert (refused.status, refused.error["param"], refused.error["code"]) == (400, param, code)
+
+
+def test_a_schema_that_takes_gigabytes_is_refused(serve):
+    """It took the server's memory, until the system ended the server."""
+    compile_form = forms_of(serve().service, seconds=1)
+    served = serve(desk={"compile_form": compile_form})
+    form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
+    refused = exchange(served, request(CHAT, HI | {"response_format": form}))
+    assert (refused.status, refused.error["code"]) == (400, "invalid_schema")
+    assert re.search(r"the schema (takes more than 1 s|needs more than 1 GB)", str(refused.error))

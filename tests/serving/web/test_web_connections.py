@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import time
 
+import psutil
 import pytest
+from form_bombs import bomb
 from raw_http import exchange, read_response, request
 
+from mixchat.serving.requests.served_forms import forms_of
 from mixchat.serving.web import stream
 from mixchat.serving.web.connections import Waiting
 
@@ -180,7 +183,8 @@ def test_a_request_that_comes_with_many_connections_is_answered(serve):
 def test_what_is_no_http_is_refused(served, data):
     with served.connect() as connection:
         connection.sendall(data)
-        assert read_response(connection).status == 400
+        refused = read_response(connection)
+        assert (refused.status, refused.error["code"]) == (400, "invalid_http")  # it was text
     assert exchange(served, request("/health")).status == 200
 
 
@@ -202,3 +206,41 @@ def test_a_request_behind_another_has_a_deadline_for_its_body(impatient):
         assert read_response(connection).status == 200
         while connection.recv(65536):
             pass
+
+
+def test_two_lengths_of_one_body_are_refused(served):
+    """The server went by one, a proxy before it may go by the other: a smuggled request."""
+    smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with served.connect() as connection:
+        connection.sendall(request(CHAT, smuggled, transfer_encoding="chunked"))
+        refused = read_response(connection)
+        assert (refused.status, refused.headers["connection"]) == (400, "close")
+        assert "Content-Length and Transfer-Encoding" in refused.error["message"]
+        assert connection.recv(1) == b""
+
+
+def test_answers_on_a_connection_that_stays_open_come_at_once(served):
+    """Each took 40 ms: the listening socket did not name TCP, so asyncio set no TCP_NODELAY."""
+    with served.connect() as connection:
+        began = time.monotonic()
+        for _ in range(50):
+            connection.sendall(request("/health"))
+            assert read_response(connection).status == 200
+        assert time.monotonic() - began < 50 * 0.03
+
+
+def test_a_client_that_leaves_ends_the_check_of_its_schema(serve):
+    """It went on with a core and gigabytes."""
+    served = serve()
+    served = serve(desk={"compile_form": forms_of(served.service, seconds=60)})
+    form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
+    before = children()
+    with served.connect() as connection:
+        connection.sendall(asking("Hi", response_format=form))
+        wait_for(lambda: any(c.cpu_times().user > 0.3 for c in children() - before))
+    wait_for(lambda: children() <= before)
+    assert exchange(served, asking("say:well")).status == 200
+
+
+def children():
+    return set(psutil.Process().children())

@@ -246,14 +246,3 @@ def test_what_cannot_be_used_is_refused(refused, arguments, said):
     assert code == 2
     assert said in printed
     assert "Traceback" not in printed
-
-
-def test_it_says_what_has_to_be_installed(monkeypatch):
-    from mixchat.cli import serve
-    from mixchat.errors import MissingDependencyError
-
-    monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError) as caught:
-        serve._check_packages()
-    assert caught.value.exit_code == 8
-    assert caught.value.hint == "pip install starlette uvicorn"
