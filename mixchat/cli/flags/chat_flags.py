@@ -223,8 +223,7 @@ def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
 def read_form(schema: str | None, grammar: Path | None) -> Form | None:
     """Return the form of --schema or --grammar, None without one.
 
-    Raises `UsageError` with the place of what cannot be read or met, `MissingDependencyError`
-    without llguidance.
+    Raises `UsageError` with the place of what cannot be read or met.
     """
     if schema is not None and grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
