@@ -222,6 +222,20 @@ def test_the_child_inherits_nothing_of_its_parent(sandboxed: CheckpointText) -> 
     assert "libtorch" not in loaded
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_child_gets_no_keys_and_tokens(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer or template that breaks out of its library found them in its environment."""
+    for name in ("HF_TOKEN", "MIXCHAT_API_KEY", "AWS_SECRET_ACCESS_KEY", "ANYTHING"):
+        monkeypatch.setenv(name, "secret")
+    with closing(CheckpointText(checkpoints["byte-level"])) as text:
+        assert text.tokenizer().vocab_size
+        environ = Path(f"/proc/{process_of(text).pid}/environ").read_bytes()
+    assert b"RAYON_NUM_THREADS=1" in environ
+    assert b"secret" not in environ
+
+
 def test_modules_in_the_current_directory_are_not_imported(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
