@@ -11,6 +11,7 @@ from typing import Any
 
 import rig  # noqa: F401 - it lets the tests' modules be found
 
+from tests.form_bombs import bomb, late_bomb
 from tests.serving.web.raw_http import Response, read_response, request
 
 HANG = 60.0  # seconds
@@ -185,8 +186,37 @@ def schema(target: Target, rng: random.Random) -> Response:
         {"allOf": [{"anyOf": [{"const": j} for j in range(3)]} for _ in range(12)]},
         {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     ]
-    form = {"type": "json_schema", "json_schema": {"schema": rng.choice(schemas)}}
-    return target.send(request(CHAT, chat(response_format=form)))
+    return target.send(request(CHAT, chat(response_format=by_schema(rng.choice(schemas)))))
+
+
+def by_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
+def gigabytes(rng: random.Random) -> dict[str, Any]:
+    """A body whose schema takes gigabytes, when it is compiled or behind the answer's beginning."""
+    keys = {"type": "object", "patternProperties": {f"a.{{{n}}}b": {} for n in range(1, 31)}}
+    early = chat(response_format=by_schema(rng.choice([bomb(), bomb("(a|b).{%d}c"), keys])))
+    late = chat(response_format=by_schema(late_bomb()))
+    late["messages"].append({"role": "assistant", "content": '"x'})
+    return rng.choice([early, late])
+
+
+def schema_bomb(target: Target, rng: random.Random) -> Response:
+    return target.send(request(CHAT, gigabytes(rng)))
+
+
+def schema_bomb_leaving(target: Target, rng: random.Random) -> Response:
+    with target.connect() as connection:
+        connection.sendall(request(CHAT, gigabytes(rng)))
+        time.sleep(rng.random())
+    raise ConnectionResetError
+
+
+def foreign(target: Target, rng: random.Random) -> Response:
+    """Fields of other servers, with values that no server has."""
+    names = ("think", "options", "keep_alive", "reasoning_effort", "repetition_penalty", "tools")
+    return target.send(request(CHAT, chat(**{rng.choice(names): rng.choice(ODD)})))
 
 
 KINDS: dict[str, tuple[Kind, int]] = {
@@ -202,7 +232,14 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "slow senders": (slow, 24),
     "clients that leave": (leaving, 60),
     "asking for too much": (greedy, 60),
+    "fields of other servers": (foreign, 60),
     "hostile schemas": (schema, 40),
+    "schemas that take gigabytes": (schema_bomb, 20),
+    "the same, and clients that leave": (schema_bomb_leaving, 20),
 }
 # The scripted service has no vocabulary for which a form could be compiled.
-NEED_A_MODEL = {"hostile schemas"}
+NEED_A_MODEL = {
+    "hostile schemas",
+    "schemas that take gigabytes",
+    "the same, and clients that leave",
+}

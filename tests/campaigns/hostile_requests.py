@@ -15,10 +15,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 from hostile_request_kinds import HANG, KINDS, NEED_A_MODEL, Kind, Target
 from rig import HERE, table, workplace
 
@@ -41,7 +44,7 @@ class Outcomes:
         try:
             response = kind(target, random.Random(seed))
             outcome = str(response.status)
-            if not response.body.startswith((b"{", b"data", b":", b"Invalid HTTP")):
+            if not response.body.startswith((b"{", b"data", b":")):
                 self.faults.append(f"{name}: a strange body: {response.body[:80]!r}")
         except ConnectionError:
             outcome = CLOSED
@@ -78,6 +81,43 @@ def server(model: str | None) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
         process.communicate()
 
 
+class Memory:
+    """Watches the memory of a server and its children."""
+
+    def __init__(self, pid: int) -> None:
+        self._process, self._peak, self._over = psutil.Process(pid), 0, threading.Event()
+        self._before = self._now()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def results(self) -> dict[str, object]:
+        """Return rows of a table."""
+        self._over.set()
+        ended = time.monotonic() + HANG
+        while (busy := self._busy_children()) and time.monotonic() < ended:
+            time.sleep(0.1)
+        growth = (self._peak - self._before) / 1e9
+        return {"memory that the server grew by, GB": round(growth, 2), "left behind": len(busy)}
+
+    def _busy_children(self) -> list[psutil.Process]:
+        """Return the children that compute: one with a GB, or that takes a core."""
+        children = self._process.children()
+        for child in children:
+            child.cpu_percent()
+        time.sleep(0.2)
+        return [child for child in children if child.is_running() and child.cpu_percent() > 20]
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            self._peak = max(self._peak, self._now())
+
+    def _now(self) -> int:
+        size = 0
+        for each in (self._process, *self._process.children()):
+            with contextlib.suppress(psutil.Error):
+                size += each.memory_info().rss
+        return size
+
+
 def start_good_client(target: Target, model: str | None) -> subprocess.Popen[str]:
     """Start a client; what the scripted service says is known."""
     expected = ["well"] if model is None else []
@@ -106,12 +146,14 @@ def main() -> int:
     place = contextlib.nullcontext() if options.model else workplace()
     with place, server(options.model) as (target, process):
         good = start_good_client(target, options.model)
+        memory = Memory(process.pid)
         idle = [target.connect() for _ in range(IDLE)]
         with ThreadPoolExecutor(24) as pool:
             list(pool.map(lambda each: outcomes.attack(target, *each), work))
         found = json.loads(good.communicate(timeout=HANG)[0])
         for connection in idle:
             connection.close()
+        found["results"] |= memory.results()
         process.terminate()
         said = process.communicate(timeout=HANG)[1]
     faults = outcomes.faults + found["faults"]

@@ -12,6 +12,7 @@ from mixchat.text.sandbox import Request, Sandbox
 
 PROGRAM = "mixchat.text.form.form_child"
 LARGEST = 30_000_000  # bytes of a request to the sandbox; a vocabulary of 256,000 tokens has 3 MB
+_HINT = "Use fewer or simpler patterns: one more in an allOf can double the work."
 # Seconds of computing that a form may take to compile: of a stranger, and of the person who waits.
 HASTY_S, PATIENT_S = 3.0, 30.0
 
@@ -45,7 +46,7 @@ def asked(sandbox: Sandbox, request: Request) -> Any:
     try:
         return sandbox.ask(request)
     except CheckpointError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error), hint=_HINT) from None
 
 
 def _checked(kind: str, text: str, seconds: float, at_end: ExitStack | None) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 _LOAD_S = 10.0  # computing time for a vocabulary; one of 256,000 tokens takes 1 s
-_STEP_S = 1.0  # computing time for a token; ordinary ones take a hundredth of that at most
+_STEP_S = 0.5  # computing time for a token; ordinary ones take a hundredth of that at most
 _SUBJECT = "the form of the answer"
 
 
