@@ -3,8 +3,8 @@
     python tests/benchmarks/forms.py [--model NAME]              (demo, which has to be installed)
 
 For the tokenizer of an installed model, and for Mixtral's own, which mistral-common brings along.
-`mask` is what llguidance takes with the copy to torch, `logits` the masking of the logits, `accept`
-the step behind the token.
+`mask` is what llguidance takes, with the way from its process to torch, `logits` the masking of the
+logits, `accept` the step behind the token.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from mixchat.serving.requests.failures import RequestError, as_request_error, to
 from mixchat.serving.requests.fields import Fields
 from mixchat.serving.requests.options import Asked, Defaults
 from mixchat.serving.requests.response_format import Compile, no_forms
-from mixchat.serving.service import Service
+from mixchat.serving.service import QueueFullError, Service
 from mixchat.serving.web.answers import Answers, while_connected
 from mixchat.serving.web.guard import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.logprobs import TokenTexts
@@ -39,6 +39,7 @@ from mixchat.serving.web.stream import AnswerStream
 
 _OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
 _FORM_CHECKS = 2  # at once; each may take a core and 1 GB
+_WAITING_CHECKS = 16
 _CHAT_PATH = "/v1/chat/completions"
 _LEFT = 499  # nginx's status for a client that left; nobody gets it
 
@@ -154,6 +155,8 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
 async def _read(desk: Desk, body: bytes, read: Read) -> Asked:
     """Return what a body asks for. If the client leaves, the check of its schema ends."""
     limiter = desk.form_checks if b"response_format" in body else None
+    if limiter is not None and limiter.statistics().tasks_waiting >= _WAITING_CHECKS:
+        raise QueueFullError(f"{_WAITING_CHECKS} requests wait for their schemas to be checked")
     with ExitStack() as at_end:
         compile_form = partial(desk.compile_form, at_end=at_end)
 

@@ -246,3 +246,14 @@ def test_what_cannot_be_used_is_refused(refused, arguments, said):
     assert code == 2
     assert said in printed
     assert "Traceback" not in printed
+
+
+def test_a_field_of_another_server_is_named_once_in_the_log_or_refused_by_a_strict_server(start):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "think": True}
+    server, strict = start(), start("--strict")
+    assert [exchange(server, request(CHAT, body)).status for _ in range(3)] == [200] * 3
+    assert exchange(strict, request(CHAT, body)).error["param"] == "think"
+    for process in (server, strict):
+        process.popen.send_signal(signal.SIGTERM)
+    assert server.end() == (143, "note: requests have the field think, which has no effect here\n")
+    assert strict.end() == (143, "")
