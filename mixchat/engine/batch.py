@@ -106,9 +106,14 @@ class Batch:
         self._decoding_seconds = 0.0  # of the last pass without tokens of prompts
 
     @property
+    def most(self) -> int:
+        """Return how many answers may be in the making."""
+        return len(self._engine.sequences)
+
+    @property
     def has_room(self) -> bool:
         """Return whether `add` may be called."""
-        return len(self._answers) < len(self._engine.sequences)
+        return len(self._answers) < self.most
 
     @property
     def size(self) -> int:

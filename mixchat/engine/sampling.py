@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +19,10 @@ REPEAT_WINDOW = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp 
 
 class Constraint(Protocol):
     """Allows only the tokens that keep an answer in a given form. V = vocab_size."""
+
+    @property
+    def compiled(self) -> Future[Any]:
+        """Return what is done as soon as it can be asked without a wait."""
 
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next, at least one: bool [V], on the CPU.

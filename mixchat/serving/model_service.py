@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixchat.engine.batch import Batch
-from mixchat.errors import MixchatError
 from mixchat.serving.running_job import RunningJob
 from mixchat.serving.service import (
     Done,
@@ -81,8 +80,7 @@ class ModelService:
 
         def cancel() -> None:
             running.cancel()
-            with self._changed:
-                self._changed.notify_all()
+            self._wake()
 
         return cancel
 
@@ -137,21 +135,41 @@ class ModelService:
     def _wait(self, batch: Batch) -> bool:
         """Wait until there is something to do; return False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or batch.size or self._closing)
+            self._changed.wait_for(
+                lambda: self._next_job(batch) or batch.size or (self._closing and not self._waiting)
+            )
             return bool(self._waiting or batch.size)
 
     def _next_jobs(self, batch: Batch) -> Iterator[RunningJob]:
         """Yield the jobs that begin now, and those that were cancelled while they waited."""
         while True:
             with self._changed:
-                job = next((job for job in self._waiting if job.is_cancelled), None)
-                if job is None and self._waiting and batch.has_room:
-                    job = self._waiting[0]
+                job = self._next_job(batch)
                 if job is None:
                     return
                 self._waiting.remove(job)
                 self._running.append(job)
             yield job
+
+    def _next_job(self, batch: Batch) -> RunningJob | None:
+        """Return a job that was cancelled, else the next one that can begin, if there is room.
+
+        One whose form is compiled holds up no other one. At most as many as may run do that.
+        """
+        for job in self._waiting:
+            if job.is_cancelled:
+                return job
+        count = sum(job.prepares for job in self._waiting)
+        for job in self._waiting if batch.has_room else ():
+            prepared = job.prepares
+            if job.is_ready(self._wake, may_prepare=count < batch.most):
+                return job
+            count += job.prepares - prepared
+        return None
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _begin(self, job: RunningJob, batch: Batch) -> None:
         if job.is_cancelled:
@@ -159,7 +177,7 @@ class ModelService:
             return
         try:
             job.begin(batch)
-        except MixchatError as error:
+        except Exception as error:
             self._end(job, Failed(error))
 
     def _step(self, engine: Engine, batch: Batch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from mixchat.chat.answer import Answer, Reason
@@ -13,6 +13,7 @@ from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.stop import StopStrings
 
 if TYPE_CHECKING:
+    from mixchat.engine.sampling import Constraint
     from mixchat.text.tokenizer import Tokenizer
 
 
@@ -26,6 +27,8 @@ class RunningJob:
         self._tokens: list[TokenLogprob] = []  # since the last piece of text
         self._seen, self._unread = 0, len(job.prompt_ids)
         self._counted = (0, 0, 0)
+        self._constraint: Constraint | None = None
+        self._fault: Exception | None = None  # of what makes it
         self.answer: BatchedAnswer | None = None
         self.is_cancelled = False
 
@@ -35,10 +38,33 @@ class RunningJob:
         if self.answer is not None:
             self.answer.cancel()
 
+    @property
+    def prepares(self) -> bool:
+        """Return whether its form is being compiled, or was, for an answer that has not begun."""
+        return self._constraint is not None
+
+    def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:
+        """Return whether `begin` should be called.
+
+        If not and it `may_prepare`, its form is compiled in the background, and `wake` is called.
+        """
+        if self._job.constraint is None or self._fault is not None:
+            return True
+        if self._constraint is None and may_prepare:
+            try:
+                self._constraint = self._job.constraint()
+            except Exception as error:
+                self._fault = error
+                return True
+            self._constraint.compiled.add_done_callback(lambda compiled: wake())
+        return self._constraint is not None and self._constraint.compiled.done()
+
     def begin(self, batch: Batch) -> None:
         """Let a batch compute the answer. Raises as `Batch.add` does."""
-        job = self._job
-        constraint = None if job.constraint is None else job.constraint()
+        if self._fault is not None:
+            raise self._fault
+        job, constraint = self._job, self._constraint
+        self._constraint = None
         prompt = Prompt(job.prompt_ids, job.sampling, job.stop_ids, job.max_tokens, constraint)
         self.answer = batch.add(prompt)
         if self.is_cancelled:  # meanwhile
@@ -63,6 +89,7 @@ class RunningJob:
 
     def done(self, reason: Reason) -> Done:
         """Return the event of an answer that has ended."""
+        self._constraint = None  # whose process ends with it
         answer = self.answer
         if answer is None:
             return Done(reason, len(self._job.prompt_ids), 0, 0)

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,46 @@ def test_one_that_is_cancelled_while_it_waits_is_told_so(
     assert second.result() == ("", Done("interrupted", 6, 0, 0))
     first.cancel()
     assert isinstance(first.result()[1], Done)
+
+
+class Anything:
+    """A constraint that allows every token, as soon as it is compiled."""
+
+    def __init__(self) -> None:
+        self.compiled: Future[Any] = Future()
+
+    def allowed(self) -> torch.Tensor:
+        assert self.compiled.done()
+        return torch.ones(262, dtype=torch.bool)
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_a_form_that_takes_long_to_compile_holds_up_nobody(
+    model_service: Callable[..., ModelService],
+) -> None:
+    """Forms were compiled in the thread of the model: all other answers stood still meanwhile."""
+    service = model_service(parallel=1)
+    forms = Anything(), Anything()
+    slow, left = (Waiter(service, job(n, constraint=lambda n=n: forms[n])) for n in range(2))
+    assert isinstance(Waiter(service, job(2)).result()[1], Done)
+    left.cancel()
+    assert left.result()[1].reason == "interrupted"
+    forms[0].compiled.set_result(None)
+    assert isinstance(slow.result()[1], Done)
+
+
+def test_a_form_that_cannot_be_compiled_ends_its_own_answer(
+    model_service: Callable[..., ModelService],
+) -> None:
+    def no_process() -> Any:
+        raise OSError("no more processes")
+
+    service = model_service()
+    bad, good = Waiter(service, job(1, constraint=no_process)), Waiter(service, job(2))
+    assert isinstance(bad.result()[1], Failed)
+    assert isinstance(good.result()[1], Done)
 
 
 def test_a_prompt_that_is_too_long_is_refused_at_once(

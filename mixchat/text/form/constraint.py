@@ -84,8 +84,9 @@ class CompiledForm:
 class FormConstraint:
     """A `Constraint` of one answer: once it has its form, only a token that ends it is allowed.
 
-    Its sandbox ends with it, unless the next answer can use it. Every method raises `UsageError`
-    where the form is too complex, and `PromptError` where the tokens before do not have it.
+    `compiled` has the mask of the first token. The sandbox ends with the constraint, unless the
+    next answer can use it. Every method raises `UsageError` where the form is too complex, and
+    `PromptError` where the tokens before do not have it.
     """
 
     def __init__(
@@ -96,15 +97,15 @@ class FormConstraint:
         arguments = (form.grammar, [self._as_first(token) for token in before])
         request = Request(_SUBJECT, "start", arguments, compiler.seconds, LARGEST)
         self._sandbox = compiler.sandbox()
-        self._first_mask: Future[str] = in_background(asked, self._sandbox, request)
-        weakref.finalize(self, _give_back, compiler, self._sandbox, self._first_mask)
+        self.compiled: Future[str] = in_background(asked, self._sandbox, request)
+        weakref.finalize(self, _give_back, compiler, self._sandbox, self.compiled)
 
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next: bool [V].
 
         Raises `UsageError` where the form allows none of the tokens, too.
         """
-        bits = self._first_mask.result() if self._is_new else self._ask("mask")
+        bits = self.compiled.result() if self._is_new else self._ask("mask")
         mask = np.unpackbits(np.frombuffer(b64decode(bits), np.uint8), bitorder="little")
         mask = mask.view(np.bool_)
         if self._begins_text:
@@ -119,7 +120,7 @@ class FormConstraint:
     def accepts(self, token: int) -> bool:
         """Take the next token; return whether it was allowed. No other may come after one that
         was not."""
-        self._first_mask.result()
+        self.compiled.result()
         self._is_new = False
         return bool(self._ask("accept", self._as_first(token)))
 
