@@ -32,26 +32,17 @@ def answer_file(place: ModelPlace, model: str, request: LineRequest, note: Note)
     Raises `UsageError` where a file cannot be used, before the model is loaded; `PromptError` at
     the end where some lines could not be answered.
     """
-    with open_lines(request.source) as lines, open_answers(request.resume_from) as answers:
-        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answer_lines
-        from mixchat.serving.requests.served_forms import forms_of
-        from mixchat.text.form.checked_form import PATIENT_S
+    with (
+        open_lines(request.source) as file,
+        open_answers(request.resume_from, keep_failed=request.keep_failed) as answers,
+        place.lines(model, request) as (begin, context),
+    ):
+        from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
-        queue = AHEAD * load.parallel
-        service, advice = open_service(model, load, queue, output, request.sampling)
-        if request.max_tokens is not None:
-            advice = replace(advice, max_tokens=request.max_tokens)
-        seed = request.sampling["seed"]
-        fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
-        defaults = LineDefaults(advice, fields, request.system)
-        forms = forms_of(service, PATIENT_S)
-        with closing(service):
-            write_answers(
-                lines,
-                answers,
-                lambda lines: answer_lines(service, lines, defaults, forms, load.parallel),
-                output.note,
-            )
+        lines = numbered_lines(file, longest_line(context))
+        write_answers(
+            lines, answers, lambda lines: answer_lines(lines, begin, request.parallel), note
+        )
 
 
 class Answers:

@@ -88,6 +88,7 @@ class ModelsHere:
     def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
         from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
         from mixchat.serving.requests.served_forms import forms_of
+        from mixchat.text.form.checked_form import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=request.parallel)
         queue = AHEAD * request.parallel
@@ -98,7 +99,10 @@ class ModelsHere:
         fields = {"stop": list(request.stop)} | ({} if seed is None else {"seed": seed})
         given = LineDefaults(fields, request.system)
         with closing(service):
-            yield answered_here(service, advice, given, forms_of(service)), self.context_of(model)
+            yield (
+                answered_here(service, advice, given, forms_of(service, PATIENT_S)),
+                self.context_of(model),
+            )
 
     def predictor(self, session: ChatSession, name: str) -> Callable[[], Prediction | None]:
         return _speed_predictor(session, name, self._load.device)

@@ -92,12 +92,6 @@ def test_a_grammar_is_refused_with_its_file_and_line(mixchat, tmp_path):
     )
 
 
-def test_a_grammar_does_not_go_with_a_server(mixchat):
-    done = mixchat("run", "--server", "127.0.0.1:1", "--grammar", "{}", "Hi", fake=False)
-    assert done.returncode == 2
-    assert b"--server does not go with --grammar" in done.stderr
-
-
 def test_lines_of_a_file_have_forms_of_their_own(ask, tmp_path):
     by_schema = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
     never = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"enum": []}}}

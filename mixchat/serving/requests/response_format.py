@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-_LARGEST = 100_000  # bytes of a schema; the time to compile one grows with their square: 2 s
+_LARGEST = 100_000  # bytes of a schema or a grammar; the time for one grows with its square: 2 s
 _TYPES = ("text", "json_object", "json_schema")
 _KINDS = {"response_format": "schema", "grammar": "grammar"}
 
 
 class Compile(Protocol):
-    """Compiles a JSON schema, or None for any JSON object.
+    """Compiles a JSON schema, a grammar's text, or None for any JSON object.
 
     Closing `at_end` ends that. Raises `MixchatError` where it cannot. The function that is returned
     makes a constraint, for an answer that is `continued` or is not.
     """
 
     def __call__(
-        self, schema: dict[str, Any] | None, at_end: ExitStack | None = None
+        self, given: dict[str, Any] | str | None, at_end: ExitStack | None = None
     ) -> Callable[..., Constraint]: ...
 
 
@@ -90,7 +90,7 @@ def _schema(given: Fields) -> dict[str, Any]:
     return schema
 
 
-def no_forms(schema: dict[str, Any] | None, at_end: ExitStack | None = None) -> MakeConstraint:
+def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None) -> MakeConstraint:
     """Refuse every form, where there is nothing that could enforce one."""
     raise RequestError(
         "response_format: only text is available on this server",

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mixchat.text.form.checked_form import HASTY_S, checked_schema
+from mixchat.text.form.checked_form import HASTY_S, checked_grammar, checked_schema
 from mixchat.text.form.form import Form, json_object
+from mixchat.text.form.gbnf import looks_like_gbnf
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.response_format import Compile
@@ -32,14 +33,19 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
 
         return FormCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
+    def check(given: dict[str, Any] | str, at_end: ExitStack | None) -> Form:
+        if isinstance(given, dict):
+            return checked_schema(given, seconds, at_end)
+        return checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
+
     def compile_form(
-        schema: dict[str, Any] | None, at_end: ExitStack | None = None
+        given: dict[str, Any] | str | None, at_end: ExitStack | None = None
     ) -> Callable[..., FormConstraint]:
-        if schema is None:
+        if given is None:
             return compiler().compile(json_object()).start
-        key = json.dumps(schema)
+        key = json.dumps(given)
         if key not in checked:
-            form = checked_schema(schema, seconds, at_end)
+            form = check(given, at_end)
             if len(checked) >= _MOST_KEPT:
                 checked.clear()
             checked[key] = form

@@ -33,12 +33,14 @@ def checked_schema(
     return Form(grammar, schema if isinstance(schema, dict) else None)
 
 
-def checked_grammar(text: str, *, is_gbnf: bool) -> Form:
+def checked_grammar(
+    text: str, is_gbnf: bool, seconds: float = PATIENT_S, at_end: ExitStack | None = None
+) -> Form:
     """Return the form of the texts that a grammar of llama.cpp or of Lark allows.
 
     Raises `UsageError` with the line where it cannot be read, and for one that takes too much.
     """
-    return Form(_checked("gbnf" if is_gbnf else "lark", text, PATIENT_S, None))
+    return Form(_checked("gbnf" if is_gbnf else "lark", text, seconds, at_end), text=text)
 
 
 def asked(sandbox: Sandbox, request: Request) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixchat.errors import UsageError
-from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf, looks_like_gbnf
+from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
 from mixchat.text.form.grammar_fault import Fault, find_fault, grammar_error
 from mixchat.text.form.schema_fault import raise_schema_fault
 from mixchat.text.form.schema_tree import depth_of, tightened
@@ -77,11 +77,6 @@ def lark_grammar(text: str) -> Form:
     if fault is not None:
         raise grammar_error(fault)
     return Form(text, text=text)
-
-
-def any_grammar(text: str) -> Form:
-    """Return the form of a grammar of either kind: the text tells which one it is."""
-    return gbnf_grammar(text) if looks_like_gbnf(text) else lark_grammar(text)
 
 
 def gbnf_grammar(text: str) -> Form:

@@ -34,7 +34,7 @@ def read_grammar(path: Path) -> Form:
     with _named(str(path)):
         text, ending = _read(path), path.suffix.lower()
         is_gbnf = ending == ".gbnf" or (ending != ".lark" and looks_like_gbnf(text))
-        return checked_grammar(text, is_gbnf=is_gbnf)
+        return checked_grammar(text, is_gbnf)
 
 
 @contextmanager
