@@ -2,15 +2,23 @@
 
 First the model reads or writes some text, and the inputs of its experts are recorded beside it.
 Then each expert is read from the checkpoint again, and its scales are chosen for these inputs.
+
+The text is as long as experts with so many columns want it, as the disk and the memory hold it, and
+as this machine reads it and takes it in within two hours.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from mixchat import machine
 from mixchat.engine.generate import Engine
@@ -20,29 +28,35 @@ from mixchat.loading.loader import load_engine
 from mixchat.model_config import ModelConfig
 from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.progress import Note, Progress
-from mixchat.quantities import format_least, format_size
+from mixchat.quantities import format_least, format_size, format_time
 from mixchat.weights.care.recalibration import Recalibration
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
-from mixchat.weights.make.calibrator import Calibrator
+from mixchat.weights.make.calibrator import FOLD, Calibrator
 from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 WINDOW = 512  # tokens that are read or written in one piece
-WINDOWS = 32
+ROWS_A_COLUMN = 2  # that an expert's widest matrix gets: more gains little
+_MOST_SECONDS = 2 * 3600  # that the default text takes
+_MEASURED = 2  # windows: the second one has found the kernels compiled
+_PRODUCT = 1024  # rows and columns of the matrices whose product is measured
 
-OnWindow = Callable[[int, int], object]  # is called with the windows done, and their total
+# Is called with the windows done, and their total; and with a line that says what comes, once.
+OnWindow = Callable[[int, int, str], object]
 
 
 class Text(NamedTuple):
     """The tokens that the model reads, in windows; without them it writes as many by chance.
 
-    first: the token that begins each window, if the model has one. It can read `WINDOWS` windows.
+    first: the token that begins each window, if the model has one; windows: how many it reads, None
+    for what suits the model and the machine.
     """
 
     ids: Sequence[int] | None
     first: int | None
+    windows: int | None = None
 
 
 @contextmanager
@@ -63,20 +77,21 @@ def calibration(
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     config = ModelConfig.from_file(directory / "config.json")
-    _check_memory(config)
+    _check_memory(config, 0)
     with (
         open_checkpoint(manifest.source, directory, progress) as checkpoint,
         CheckpointReader(checkpoint, manifest.checkpoint) as reader,
     ):
         inputs = ExpertInputs(path, config)
-        make = Calibrator(inputs, checkpoint.index, reader.read).make
-        remake = Recalibration(directory, checkpoint, reader, inputs, make, force)
+        calibrator = Calibrator(inputs, checkpoint.index, reader.read, WINDOW)
+        remake = Recalibration(directory, checkpoint, reader, inputs, calibrator.make, force)
         if path.exists():
             progress.note("resuming an interrupted calibration, with the inputs that it recorded")
         else:
             remake.check_first(progress.note)
             record_inputs(directory, path, text, on_window, progress.note)
         yield remake
+        progress.note(calibrator.report())
     shutil.rmtree(path)
 
 
@@ -85,11 +100,12 @@ def record_inputs(
 ) -> None:
     """Record in `target` the inputs of an installed model's experts.
 
-    `note` is called with the disk that the calibration takes. Raises `UsageError` where the text is
-    shorter than a window, `ResourceError` where the disk is too full, and what loading raises.
+    `note` is called with the disk that the calibration takes. Raises `UsageError` if the text is
+    too short, `ResourceError` if the disk or the memory is, and what loading raises.
     """
-    windows = _windows(text)
     config = ModelConfig.from_file(directory / "config.json")
+    windows = _windows(text, text.windows or default_windows(config, directory))
+    _check_memory(config, len(windows))
     _check_disk(directory, inputs_size(config, len(windows) * WINDOW), note)
     with InputsWriter(target) as writer:
         engine = load_engine(
@@ -97,13 +113,80 @@ def record_inputs(
             LoadOptions(context_size=WINDOW + 1),
             wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
-        for number, window in enumerate(windows):
-            on_window(number, len(windows))
+        seconds = 0.0
+        for number, window in enumerate(windows[:_MEASURED]):
+            on_window(number, len(windows), "")
+            seconds = _run(engine, window, number)
+        windows = windows[: _affordable(config, text, len(windows), seconds)]
+        line = _announcement(config, text, len(windows), seconds)
+        for number, window in enumerate(windows[_MEASURED:], _MEASURED):
+            on_window(number, len(windows), line)
+            line = ""
             _run(engine, window, number)
 
 
-def _windows(text: Text) -> Sequence[Sequence[int]]:
-    """Return the tokens of each window to read, or the first one where the model writes."""
+def default_windows(config: ModelConfig, directory: Path) -> int:
+    """Return how many windows suit the shape, if the disk and the memory can hold them.
+
+    They take half of what is free at most.
+    """
+    width = max(config.hidden_size, config.intermediate_size)
+    tokens = ROWS_A_COLUMN * width * config.num_local_experts / config.num_experts_per_tok
+    disk = machine.free_disk(directory) / 2 / inputs_size(config, WINDOW)
+    memory = (machine.free_memory() / 2 - _memory(config, 0)) / _memory_of_window(config)
+    return max(FOLD, int(min(math.ceil(tokens / WINDOW), disk, memory)))
+
+
+def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -> int:
+    """Return how many windows are read, of which one takes so many seconds."""
+    if text.windows is not None:
+        return windows
+    each = seconds + _seconds_to_fit(config, 1) - _seconds_to_fit(config, 0)
+    return max(FOLD, min(windows, int(_MOST_SECONDS / each)))
+
+
+def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float) -> str:
+    """Return what comes, and how long it takes."""
+    experts = config.num_hidden_layers * config.num_local_experts
+    return (
+        f"{'writes' if text.ids is None else 'reads'} {windows} windows of {WINDOW} tokens: about "
+        f"{format_time(windows * seconds)} on this machine; then rounds {experts} experts: about "
+        f"{format_time(_seconds_to_fit(config, windows))}"
+    )
+
+
+def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
+    """Return about how long it takes to round all experts, by a product on this machine.
+
+    It is the count of operations of a Hessian, its inverse's factor, the feedback, and errors. C =
+    columns, R = rows.
+    """
+    rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
+    width, inner = config.hidden_size, config.intermediate_size
+    operations = sum(
+        2 * rows * C**2 + 4 * C**3 + 2 * R * C**2 + 3 * rows * R * C
+        for R, C in ((2 * inner, width), (width, inner))
+    )
+    experts = config.num_hidden_layers * config.num_local_experts
+    return experts * operations / _operations_a_second()
+
+
+@functools.cache
+def _operations_a_second() -> float:
+    """Return the speed of a product in fp32 on this machine, the best of three."""
+    matrix, seconds = torch.ones(_PRODUCT, _PRODUCT), []
+    for _ in range(3):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return 2 * _PRODUCT**3 / min(seconds)
+
+
+def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
+    """Return the tokens of so many windows to read, or the first one if the model writes.
+
+    A text has to be long enough for `text.windows`, or for the least that some can be held out of.
+    """
     start = [] if text.first is None else [text.first]
     if text.ids is None:
         if not start:
@@ -111,33 +194,51 @@ def _windows(text: Text) -> Sequence[Sequence[int]]:
                 "this model's tokenizer has no token to begin with",
                 hint="Let the model read a text: mixchat calibrate MODEL --calibrate-text FILE.",
             )
-        return [start] * WINDOWS
-    ids, room = text.ids, WINDOW - len(start)
+        return [start] * count
+    ids, room, least = text.ids, WINDOW - len(start), text.windows or FOLD
+    if len(ids) < least * room:
+        raise UsageError(
+            f"the text has {len(ids)} tokens: {least} windows need {least * room}",
+            hint="Give a longer text, or none: then the model writes one.",
+        )
     pieces = [[*start, *ids[n : n + room]] for n in range(0, len(ids) - room + 1, room)]
-    if not pieces:
-        raise UsageError(f"the text has {len(ids)} tokens: a calibration needs at least {room}")
-    return pieces[:WINDOWS]
+    return pieces[:count]
 
 
-def _run(engine: Engine, window: Sequence[int], seed: int) -> None:
-    """Read a window, or write the rest of one that has a beginning."""
+def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
+    """Read a window, or write the rest of one that has a beginning; return the seconds it took."""
+    begin = time.monotonic()
     engine.forget()
     sampling = SamplingOptions(temperature=1.0, seed=seed)
     most = WINDOW - len(window) + 1  # the last one is sampled, but not computed
     for _ in engine.generate(window, sampling=sampling, stop_ids=frozenset(), max_tokens=most):
         pass
+    return time.monotonic() - begin
 
 
-def _check_memory(config: ModelConfig) -> None:
-    """Raise `ResourceError` where the memory does not suffice to round an expert's w2."""
-    width, inner = config.hidden_size, config.intermediate_size
-    needed = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner  # four matrices of the inputs
+def _check_memory(config: ModelConfig, windows: int = 0) -> None:
+    """Raise `ResourceError` if the memory does not suffice to round an expert's w2."""
+    needed = _memory(config, windows)
     if needed > (free := machine.free_memory()):
         raise ResourceError(
             f"not enough memory: {format_least(needed)} needed to calibrate an expert, "
             f"{format_size(free)} free",
-            hint="Close other programs.",
+            hint="Close other programs, or read fewer windows (--windows).",
         )
+
+
+def _memory(config: ModelConfig, windows: int) -> int:
+    """Return the bytes that it takes to round an expert's w2: four matrices of its inputs."""
+    width, inner = config.hidden_size, config.intermediate_size
+    matrices = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner
+    return matrices + windows * _memory_of_window(config)
+
+
+def _memory_of_window(config: ModelConfig) -> int:
+    """Return the bytes of a window in memory: a layer's inputs, and those of an expert."""
+    width, inner = config.hidden_size, config.intermediate_size
+    share = config.num_experts_per_tok / config.num_local_experts
+    return int(2 * WINDOW * (width + share * (width + 2 * inner)))
 
 
 def _check_disk(directory: Path, inputs: int, note: Note) -> None:

@@ -45,7 +45,7 @@ class Calibrations:
         self._disk, self._models = work / "home", work / "home/models"
         self._model = self._models / NAME
         text = work / "text.txt"
-        text.write_text("Some words to read, and some more of them. " * 40)
+        text.write_text("Some words to read, and some more of them. " * 60)
         self._commands = [
             ("calibrate", NAME),
             ("calibrate", NAME, "--calibrate-text", str(text)),
@@ -184,7 +184,7 @@ def warm_up() -> None:
     import mixchat.text.checkpoint_text  # noqa: F401
     from mixchat.loading import calibrate
 
-    calibrate.WINDOW, calibrate.WINDOWS = 32, 8
+    calibrate.WINDOW = 32
 
 
 def main() -> int:

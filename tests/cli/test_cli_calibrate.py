@@ -1,6 +1,7 @@
 """`calibrate`, and `download --calibrate`: on a tiny model, whose checkpoint is a directory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.loading import calibrate as calibrate_module
+from mixchat.model_config import ModelConfig
 from mixchat.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.care.convert import _Converter
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+from mixchat.weights.make.expert_inputs import inputs_size
 
 EXPERTS = ("experts-000.safetensors", "experts-001.safetensors")
 TEXT = "hello, this is a text. " * 40
@@ -45,7 +48,6 @@ def text(tmp_path):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(calibrate_module, "WINDOW", 32)
-    monkeypatch.setattr(calibrate_module, "WINDOWS", 3)
 
 
 def contents(directory, names=EXPERTS):
@@ -63,6 +65,14 @@ def test_with_a_text_all_experts_and_nothing_else_change(mixchat, installed, tex
     assert (done.stdout, done.returncode) == (b"", 0), done.stderr
     assert lines_of(done)[0].startswith("the calibration takes ")
     assert lines_of(done)[-1] == "mine is calibrated"
+    ways = re.compile(
+        r"of 16 matrices (\d+) are rounded with error feedback \(GPTQ\), "
+        r"(\d+) have weighted scales, (\d+) are as they were; "
+        r"on text that was held out, the error of their products is \d+% less"
+    )
+    found = ways.fullmatch(lines_of(done)[-2])
+    assert found, lines_of(done)
+    assert sum(map(int, found.groups())) == 16
     assert all(one != other for one, other in zip(contents(installed), before, strict=True))
     assert contents(installed, ["shared.safetensors"]) == shared
     assert read_manifest(installed).size == size
@@ -231,7 +241,8 @@ def test_a_download_cut_off_while_it_calibrates_is_resumed_by_the_same_command(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"too short", "the text has "),
+        (b"too short", "the text has 9 tokens: 5 windows need 155"),
+        (b"a" * 154, "the text has 154 tokens: 5 windows need 155"),
         (b"\xff\xfe" * 50, "not text (UTF-8)"),
         (None, "cannot be read"),
     ],
@@ -350,3 +361,40 @@ def test_a_checkpoint_of_one_that_was_calibrated_earlier_needs_force(
     assert mixchat("calibrate", "mine").returncode == 0  # it knows the hashes now
     change_tensor(checkpoint, W2.format(0, 0))
     assert mixchat("calibrate", "mine", "--force").returncode == 6
+
+
+def test_a_text_too_short_for_the_windows_that_were_asked_for_is_refused(mixchat, installed, text):
+    """511 tokens were taken without a word, and fewer windows than were wanted, too."""
+    text.write_text("a" * 185)
+    done = mixchat("calibrate", "mine", "--calibrate-text", text, "--windows", "6")
+    assert done.returncode == 2
+    assert lines_of(done)[0] == "error: the text has 185 tokens: 6 windows need 186"
+
+
+def test_as_many_windows_are_read_as_were_asked_for_and_it_is_said_beforehand(
+    mixchat, installed, text
+):
+    done = mixchat("calibrate", "mine", "--calibrate-text", text, "--windows", "7")
+    said = (
+        r"reads 7 windows of 32 tokens: about \d+ s on this machine; "
+        r"then rounds 8 experts: about \d+ s"
+    )
+    assert any(re.fullmatch(said, line) for line in lines_of(done)), lines_of(done)
+
+
+def test_by_default_no_more_windows_are_written_than_time_allows(mixchat, installed, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "_MOST_SECONDS", 1e-9)
+    done = mixchat("calibrate", "mine")
+    assert any(line.startswith("writes 5 windows of 32") for line in lines_of(done))
+
+
+def test_by_default_there_are_as_many_windows_as_the_shape_wants_and_the_disk_holds(
+    checkpoint, monkeypatch
+):
+    config = ModelConfig.from_file(checkpoint / "config.json")
+    wanted = 2 * max(config.hidden_size, config.intermediate_size) * config.num_local_experts
+    wanted = -(-wanted // config.num_experts_per_tok // 32)
+    assert calibrate_module.default_windows(config, checkpoint) == wanted > 6
+    free = 2 * 6 * inputs_size(config, 32)
+    monkeypatch.setattr(calibrate_module.machine, "free_disk", lambda *_: free)
+    assert calibrate_module.default_windows(config, checkpoint) == 6

@@ -30,7 +30,7 @@ CalibrateText = Annotated[
     typer.Option(
         "--calibrate-text",
         metavar="FILE",
-        help="Calibrate with the first 16,000 tokens of this text, not one that the model writes.",
+        help="Calibrate with this text, not one that the model writes.",
     ),
 ]
 

@@ -9,6 +9,6 @@
 - writer.py: writes its files of weights
 - recheck.py: checks finished parts against the journal before work continues
 - expert_inputs.py: the inputs of experts, recorded for a calibration
-- calibrator.py: makes experts anew, for their inputs
+- calibrator.py: makes experts anew, for their inputs, and judges them by inputs held out
 - spill.py: tensors spilled to disk until a later shard comes
 """

@@ -20,6 +20,7 @@ from mixchat.weights.format.blueprint import (
     experts_file,
     layer_prefix,
 )
+from mixchat.weights.matrix.gptq import Inputs
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, expert_tensor
 
@@ -66,9 +67,7 @@ class Part:
             return index.read_dense(self.sources[0], read).to(self.tensors[0].dtype)
         return self._stacked(self.linear, index, read)
 
-    def encoded(
-        self, weight: torch.Tensor, inputs: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+    def encoded(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
         """Return the tensors of this part for its matrix; `inputs` as in `LinearSpec.encode`."""
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs))

@@ -5,7 +5,7 @@
 - nf3.py: 3-bit codes in their two layouts
 - nf4.py: 4-bit codes in their two layouts, computed with bitsandbytes
 - int8.py: 8-bit codes in their two layouts
-- encode.py: from a matrix to NF4 or NF3 codes and scales, fast
+- encode.py: from a matrix to NF4 or NF3 codes and scales, fast, or the best of three for its inputs
 - gptq.py: rounding for the least error of products with given inputs
 - bnb_format.py: reads matrices that bitsandbytes has quantized already
 """

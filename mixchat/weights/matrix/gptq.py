@@ -7,27 +7,82 @@ column j > i by -e * U[i, j] / U[i, i]. GPTQ is due to Frantar et al. (arXiv:221
 
 The scales are chosen before, for the least error weighted by H's diagonal (`encode.py`).
 
+With few rows for its columns, H is mostly noise, and error feedback follows the noise: the products
+with other inputs get worse. So H is shrunk toward its diagonal, the more the fewer the rows are.
+
 R = rows, C = columns, n = inputs, B = blocks of 64 weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import torch
 
 from mixchat.weights.matrix.blocks import BLOCKSIZE
 
-_DAMPING = 0.01  # of the mean of H's diagonal, which is added to it: inputs are few
+Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
+_PIECE = 4096  # rows that are widened or multiplied at once
+_PRIOR = 32  # inputs whose columns are alike, beside those that there are
+_TINY = 1e-38
+
+
+class Inputs(NamedTuple):
+    """Rows that a matrix is multiplied with, which it then suits.
+
+    fit: rows [n, C] for which each way is tried; held_out: others [m, C], which decide between the
+    ways; chosen: is called with the way that was taken, and with the sum of squared errors of the
+    products with `held_out`, in that way and in the plain one.
+    """
+
+    fit: torch.Tensor
+    held_out: torch.Tensor
+    chosen: Callable[[Way, float, float], object]
+
+
+def shrinkage(rows: int, columns: int) -> float:
+    """Return by how much H of so many inputs is shrunk: 0 leaves it, 1 leaves its diagonal alone.
+
+    It is .91 for a quarter of a row a column, .71 for one, .45 for four. On the demo's matrices it
+    was best or within 3% of the best of several formulas and of Ledoit and Wolf's estimate, which
+    shrinks less, for inputs of other texts than were calibrated with.
+    """
+    return math.sqrt(columns / (columns + rows))
 
 
 def inverse_factor(inputs: torch.Tensor) -> torch.Tensor:
-    """Return U [C, C], fp32, for inputs [n, C]."""
-    wide = inputs.float()
-    hessian = wide.T @ wide / len(wide)
-    diagonal = hessian.diagonal()
-    diagonal += _DAMPING * diagonal.mean().clamp(min=1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    """Return U [C, C], fp32, for inputs [n, C], with H shrunk toward its diagonal."""
+    sizes = mean_squares(inputs).sqrt()
+    kept = 1 - shrinkage(*inputs.shape)
+    correlations = torch.zeros(len(sizes), len(sizes))
+    for piece in torch.split(inputs, _PIECE):
+        scaled = piece.float() / sizes
+        correlations.addmm_(scaled.T, scaled, alpha=kept / len(inputs))
+    correlations.diagonal().fill_(1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlations))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    return factor.div_(sizes)
+
+
+def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of each column of inputs [n, C]: H's diagonal, fp32 [C].
+
+    It is drawn toward the mean of all columns, as if some more inputs were like that, which counts
+    if inputs are few. None is less than a thousandth of the mean: no column is given up.
+    """
+    squares = torch.zeros(inputs.shape[1])
+    for piece in torch.split(inputs, _PIECE):
+        squares += piece.float().square().sum(0)
+    mean = (squares.mean() / len(inputs)).clamp(min=_TINY)
+    return ((squares + _PRIOR * mean) / (len(inputs) + _PRIOR)).clamp(min=mean / 1000)
+
+
+def sum_of_squares(matrix: torch.Tensor, inputs: torch.Tensor) -> float:
+    """Return the sum of the squares of the products of a matrix [R, C] with inputs [n, C]."""
+    rows, pieces = inputs.float(), torch.split(matrix, _PIECE)
+    return sum(float((rows @ piece.T).square().sum()) for piece in pieces)
 
 
 def round_columns(

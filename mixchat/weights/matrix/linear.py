@@ -25,6 +25,7 @@ from mixchat.weights.matrix import int8, nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, RowsOf, absmax_size, can_pack, dequantize
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+from mixchat.weights.matrix.gptq import Inputs
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]
 Layout = Literal["bitsandbytes", "cpu-packed"]
@@ -264,13 +265,10 @@ class LinearSpec:
             TensorSpec(f"{self.name}.codes", kind, (codes,)),
         ]
 
-    def encode(
-        self, weight: torch.Tensor, inputs: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+    def encode(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C].
 
-        inputs: rows [n, C] that the matrix is multiplied with: codes of 3 or 4 bits are chosen for
-        the least error of their products.
+        inputs: codes of 3 or 4 bits are chosen for the least error of products with them.
         """
         if self.quant_type == "none":
             return [weight.to(self.dtype)]

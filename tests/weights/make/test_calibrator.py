@@ -20,7 +20,7 @@ from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprin
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
-TOKENS = 200
+TOKENS, WINDOW = 200, 10
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def made(
     with CheckpointReader(opened) as reader:
         make = lambda part: part.make(opened.index, reader.read)  # noqa: E731
         if inputs is not None:
-            make = Calibrator(inputs, opened.index, reader.read).make
+            make = Calibrator(inputs, opened.index, reader.read, WINDOW).make
         for part in parts(blueprint):
             if part.expert is None:
                 continue
@@ -101,13 +101,41 @@ def test_products_with_an_experts_own_inputs_get_better(
     assert after[1] < before[1]  # whose columns matter alike in a random model
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf3"])
+def test_a_few_windows_harm_no_expert(
+    wide_checkpoint: Path, config: ModelConfig, tmp_path: Path, kind: str
+) -> None:
+    """A random Mixtral got worse: each expert's codes fitted the noise of its few rows."""
+    with InputsWriter(tmp_path / "inputs") as writer:
+        for layer in range(config.num_hidden_layers):
+            rows = torch.randn(50, config.hidden_size)
+            writer.add(layer, rows, torch.rand(50, 3).argsort(-1)[:, :2])
+    opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
+    options = QuantizeOptions(kind, layout="bitsandbytes")  # type: ignore[arg-type]
+    blueprint = make_blueprint(opened.index, options)
+    dense = make_blueprint(opened.index, QuantizeOptions("none"))
+    exact, plain, calibrated = (
+        made(wide_checkpoint, form, given)
+        for form, given in (
+            (dense, None),
+            (blueprint, None),
+            (blueprint, ExpertInputs(tmp_path / "inputs", config)),
+        )
+    )
+    others = torch.randn(1000, config.hidden_size)
+    for key, (w13, _) in exact.items():
+        assert error(calibrated[key][0], w13, others) < 1.02 * error(plain[key][0], w13, others)
+
+
 def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
     inputs: ExpertInputs,
 ) -> None:
     every, chosen = inputs.of(1, 3)
     assert not chosen.any()
-    seen = Calibrator(inputs, None, None)._rows(1, 3)  # type: ignore[arg-type]
-    assert torch.equal(seen, every[::6][:32])
+    fit, held_out = Calibrator(inputs, None, None, WINDOW)._rows(1, 3)  # type: ignore[arg-type]
+    windows = every.view(-1, 5, WINDOW, every.shape[-1])
+    assert torch.equal(fit, windows[:, :4].flatten(0, 2)[::5][:32])
+    assert torch.equal(held_out, windows[:, 4].flatten(0, 1)[:32])
 
 
 def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path: Path, config: ModelConfig) -> None:

@@ -1,0 +1,259 @@
+"""The loss of calibrated experts against the rows that they learn from, on the demo's weights.
+
+    python tests/benchmarks/calibration_rows.py CALIBRATION TEXT ...
+        [--rows 0.25 0.5 1 2 4 8] [--bits 4 3] [--windows 8] [--checkpoint DIRECTORY]
+
+The demo's experts compute one function, so that one expert a layer is read as a dense model. Its 60
+matrices are rounded as `mixchat calibrate` rounds them. Each gets so many rows a column, drawn
+evenly from all windows of CALIBRATION, and a fifth of these rows is held out. No TEXT may be part
+of CALIBRATION.
+
+"3 bits" is as `--expert-bits 3` has it: w1 and w3 in 3 bits, w2 in 4. "before" is GPTQ as it was
+before rows were held out: H is damped by 1% of its mean, and the result is always taken. For each
+text: the KL divergence to the unquantized model in nats a token, and perplexity.
+
+C = columns, n = inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors import safe_open
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixchat.progress import NoProgress
+from mixchat.text.choose import load_tokenizer
+from mixchat.weights.make.calibrator import FOLD
+from mixchat.weights.matrix import encode, gptq
+from mixchat.weights.matrix.linear import LinearSpec, QuantType
+from mixchat.weights.source import demo
+
+WINDOW = 256  # tokens
+CALIBRATION_WINDOWS = 60  # 15,360 rows: ten for each of the 1,536 columns of w2
+COLUMNS = {"w13": 576, "w2": 1536}
+TYPES: dict[int, dict[str, QuantType]] = {
+    4: {"w13": "nf4", "w2": "nf4"},
+    3: {"w13": "nf3", "w2": "nf4"},
+}
+
+Key = tuple[int, str]  # a layer, and "w13" or "w2"
+Round = Callable[[Key, torch.Tensor], torch.Tensor]  # a matrix to its rounded one
+
+
+def dense_model(checkpoint: Path) -> LlamaForCausalLM:
+    """The model with the first expert of each layer for all tokens."""
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+    config = LlamaConfig(
+        **{key: demo.DEMO_CONFIG[key] for key in same},
+        num_attention_heads=demo.DEMO_CONFIG["num_attention_heads"],
+        num_key_value_heads=demo.DEMO_CONFIG["num_key_value_heads"],
+        max_position_embeddings=demo.DEMO_CONFIG["max_position_embeddings"],
+        rope_parameters={"rope_type": "default", "rope_theta": demo.DEMO_CONFIG["rope_theta"]},
+    )
+    model, state = LlamaForCausalLM(config).eval(), {}
+    names = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (".experts." in name and ".experts.0." not in name) or ".gate.weight" in name:
+                    continue
+                ours = name.replace("block_sparse_moe.experts.0.", "mlp.")
+                for old, new in names.items():
+                    ours = ours.replace(old, new)
+                state[ours] = file.get_tensor(name).float()
+    model.load_state_dict(state)
+    return model
+
+
+def matrices(model: LlamaForCausalLM) -> dict[Key, torch.Tensor]:
+    """The matrices of the feed-forward blocks, as the experts of an installed model have them."""
+    found = {}
+    for number, layer in enumerate(model.model.layers):
+        both = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+        found[number, "w13"] = torch.cat(both).bfloat16()
+        found[number, "w2"] = layer.mlp.down_proj.weight.bfloat16()
+    return found
+
+
+def replace_matrices(model: LlamaForCausalLM, made: dict[Key, torch.Tensor]) -> None:
+    """Give the model these matrices."""
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.weight.data, layer.mlp.up_proj.weight.data = made[number, "w13"].chunk(
+            2
+        )
+        layer.mlp.down_proj.weight.data = made[number, "w2"]
+
+
+def record(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[Key, torch.Tensor]:
+    """The inputs of each matrix while the model reads these windows: bf16 [n, C]."""
+    rows: dict[Key, list[torch.Tensor]] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        for name, linear in (("w13", layer.mlp.gate_proj), ("w2", layer.mlp.down_proj)):
+
+            def add(_: object, given: tuple[torch.Tensor], key: Key = (number, name)) -> None:
+                rows.setdefault(key, []).append(given[0][0].bfloat16())
+
+            hooks.append(linear.register_forward_pre_hook(add))
+    for window in windows:
+        model.model(window[None])
+    for hook in hooks:
+        hook.remove()
+    return {key: torch.cat(parts) for key, parts in rows.items()}
+
+
+def rounded(kind: QuantType, weight: torch.Tensor, inputs: gptq.Inputs | None) -> torch.Tensor:
+    """The matrix with codes of this type."""
+    spec = LinearSpec("w", *weight.shape, kind, "bitsandbytes", torch.bfloat16, "search")
+    return spec.build(spec.encode(weight, inputs))(torch.eye(weight.shape[1])).T.contiguous()
+
+
+def undamped_factor(inputs: torch.Tensor) -> torch.Tensor:
+    """U as it was before: H damped by 1% of its mean."""
+    hessian = inputs.float().T @ inputs.float() / len(inputs)
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+@contextlib.contextmanager
+def before() -> Iterator[None]:
+    """Round as before: what is held out has been seen, so that GPTQ always wins."""
+    with mock.patch.object(encode, "inverse_factor", undamped_factor):
+        yield
+
+
+class Ways:
+    """Rounds matrices in all the ways that are compared."""
+
+    def __init__(self, rows: dict[Key, torch.Tensor]) -> None:
+        self._rows, self.taken = rows, Counter[str]()
+
+    def _some(self, key: Key, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return so many rows a column from all windows, and their windows."""
+        every, wanted = self._rows[key], round(ratio * COLUMNS[key[1]])
+        places = torch.linspace(0, len(every) - 1, min(wanted, len(every))).long()
+        return every[places], places // WINDOW
+
+    def plain(self, bits: int) -> Round:
+        return lambda key, weight: rounded(TYPES[bits][key[1]], weight, None)
+
+    def before(self, bits: int, ratio: float) -> Round:
+        def make(key: Key, weight: torch.Tensor) -> torch.Tensor:
+            rows, _ = self._some(key, ratio)
+            with before():
+                inputs = gptq.Inputs(rows, rows[:: len(rows) // 128 + 1], lambda *_: None)
+                return rounded(TYPES[bits][key[1]], weight, inputs)
+
+        return make
+
+    def calibrated(self, bits: int, ratio: float) -> Round:
+        self.taken.clear()
+
+        def note(way: gptq.Way, *_: float) -> None:
+            self.taken[way] += 1
+
+        def make(key: Key, weight: torch.Tensor) -> torch.Tensor:
+            rows, windows = self._some(key, ratio)
+            last = windows % FOLD == FOLD - 1
+            inputs = gptq.Inputs(rows[~last], rows[last], note)
+            return rounded(TYPES[bits][key[1]], weight, inputs)
+
+        return make
+
+
+class Meter:
+    """Measures a model with the windows of some texts."""
+
+    def __init__(self, model: LlamaForCausalLM, texts: Sequence[torch.Tensor]) -> None:
+        self._model, self._texts = model, texts
+        self._base = [[self._scores(window) for window in text] for text in texts]
+        self.unquantized = [self._perplexity(*pair) for pair in zip(texts, self._base, strict=True)]
+
+    def _scores(self, window: torch.Tensor) -> torch.Tensor:
+        return self._model(window[None]).logits[0, :-1].log_softmax(-1)
+
+    @staticmethod
+    def _perplexity(windows: torch.Tensor, scores: Sequence[torch.Tensor]) -> float:
+        pairs = zip(windows, scores, strict=True)
+        losses = [functional.nll_loss(row, window[1:]).item() for window, row in pairs]
+        return math.exp(sum(losses) / len(losses))
+
+    def cells(self) -> list[str]:
+        """Return KL divergence and perplexity on each text."""
+        found = []
+        for windows, base in zip(self._texts, self._base, strict=True):
+            scores = [self._scores(window) for window in windows]
+            each = [
+                functional.kl_div(one, exact, reduction="batchmean", log_target=True).item()
+                for one, exact in zip(scores, base, strict=True)
+            ]
+            found += [f"{sum(each) / len(each):.4f}", f"{self._perplexity(windows, scores):.2f}"]
+        return found
+
+
+def cut(checkpoint: Path, text: Path, windows: int) -> torch.Tensor:
+    """The first tokens of a text, in windows."""
+    ids = load_tokenizer(checkpoint).encode(text.read_text(encoding="utf-8", errors="replace"))
+    if len(ids) < windows * WINDOW:
+        raise SystemExit(f"{text} has {len(ids)} tokens: {windows * WINDOW} are needed")
+    return torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+
+
+@torch.inference_mode()
+def compare(checkpoint: Path, given: argparse.Namespace) -> None:
+    """Print the table, a row as soon as it is known."""
+    model = dense_model(checkpoint)
+    meter = Meter(model, [cut(checkpoint, text, given.windows) for text in given.texts])
+    exact = matrices(model)
+    ways = Ways(record(model, cut(checkpoint, given.calibration, CALIBRATION_WINDOWS)))
+    heads = ["bits", "rows a column", "way", "GPTQ, weighted, plain"]
+    heads += [f"{text.stem}: {what}" for text in given.texts for what in ("KL", "perplexity")]
+    print(f"| {' | '.join(heads)} |\n|{' ---: |' * len(heads)}")
+
+    def show(bits: int, ratio: str, way: str, make: Round) -> None:
+        replace_matrices(model, {key: make(key, weight).float() for key, weight in exact.items()})
+        taken = ", ".join(str(ways.taken[name]) for name in ("gptq", "weighted", "plain"))
+        cells = [str(bits), ratio, way, taken if way == "calibrated" else "", *meter.cells()]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    perplexities = [cell for value in meter.unquantized for cell in ("0", f"{value:.2f}")]
+    print(f"| {' | '.join(['16', '', 'unquantized', '', *perplexities])} |", flush=True)
+    for bits in given.bits:
+        show(bits, "", "plain", ways.plain(bits))
+        for ratio in given.rows:
+            show(bits, f"{ratio:g}", "before", ways.before(bits, ratio))
+            show(bits, f"{ratio:g}", "calibrated", ways.calibrated(bits, ratio))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("calibration", type=Path, metavar="CALIBRATION")
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
+    parser.add_argument("--rows", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], choices=list(TYPES))
+    parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("--checkpoint", type=Path, help="the demo's, instead of building it")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = given.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(work) / "checkpoint"
+            demo.build_checkpoint(checkpoint, NoProgress())
+        compare(checkpoint, given)
+
+
+if __name__ == "__main__":
+    main()
