@@ -3,11 +3,11 @@
     pip install llama-cpp-python==0.3.36 gguf                      (its own Python)
     python quality_llama.py MODEL.gguf IDS.json WORK
 
-IDS.json has the windows of each text: lists of lists of token ids. MODEL.gguf is taken to F16, and
-from there to the other formats. Prints a list of {"name", "bits" (a weight), "expert_bits" (of the
-feed-forward blocks), "attention_bits", "losses" (the mean of each window), "divergences" (KL to
-F16, the same), "agreements" (how often its first choice is F16's)} as JSON, with lists of lists as
-in IDS.json. It imports nothing of mixchat.
+IDS.json has the windows of a text: lists of token ids. MODEL.gguf is taken to F16, and from there
+to the other formats, once with all matrices and once with the feed-forward blocks alone; what WORK
+has is used again. Prints a list of {"name", "rounded" ("experts" or "all"), "bits" (a weight of the
+matrices that were rounded), "loss" (the mean of each window), "kl" (the divergence from F16, the
+same)} as JSON. It imports nothing of mixchat.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_formats import FORMATS, requantize
+from llama_formats import requantize
+
+FORMATS = "Q4_0", "Q4_K_M", "Q3_K_M"
+PARTS = "experts", "all"
 
 
-def bits(path: Path, pattern: str) -> float:
-    """Bits a weight of the tensors whose names have `pattern` in them."""
+def rounded_bits(path: Path) -> float:
+    """Return the bits a weight of the matrices that were rounded; 16 if none was."""
     import gguf
 
-    tensors = [one for one in gguf.GGUFReader(path).tensors if re.search(pattern, one.name)]
+    exact = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
+    tensors = [one for one in gguf.GGUFReader(path).tensors if one.tensor_type not in exact]
     weights = sum(int(one.n_elements) for one in tensors)
-    return 8 * sum(int(one.n_bytes) for one in tensors) / weights
+    return 8 * sum(int(one.n_bytes) for one in tensors) / weights if weights else 16
 
 
 class Llama:
@@ -44,7 +48,8 @@ class Llama:
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = window
-        params.n_threads = params.n_threads_batch = os.cpu_count() or 2
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 2
+        params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._batch = llama_cpp.llama_batch_init(window, 0, 1)
 
@@ -64,34 +69,39 @@ class Llama:
         scores -= scores.max(axis=-1, keepdims=True)
         return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
 
-def main(source: Path, texts: list[list[list[int]]], work: Path) -> None:
-    rows, models = [], {}
-    for name in FORMATS:
-        path = work / f"{name}.gguf"
-        requantize(source if name == "F16" else work / "F16.gguf", path, name)
-        models[name] = Llama(path, len(texts[0][0]))
-        sizes = {
-            "bits": bits(path, ""),
-            "expert_bits": bits(path, r"\.ffn_(gate|up|down)\."),
-            "attention_bits": bits(path, r"\.attn_(q|k|v|output)\."),
-        }
-        rows.append({"name": name, **sizes, "losses": [], "divergences": [], "agreements": []})
-    for windows in texts:
-        for row in rows:
-            for key in ("losses", "divergences", "agreements"):
-                row[key].append([])
-        for ids in windows:
-            scores = {name: model.log_probabilities(ids) for name, model in models.items()}
-            best, expected = scores["F16"], np.exp(scores["F16"])
-            for row in rows:
-                mine = scores[row["name"]]
-                apart = (expected * (best - mine)).sum(-1).mean(dtype=np.float64)
-                same = (mine.argmax(-1) == best.argmax(-1)).mean()
-                loss = -mine[np.arange(len(mine)), ids[1:]].mean(dtype=np.float64)
-                row["losses"][-1].append(float(loss))
-                row["divergences"][-1].append(float(apart))
-                row["agreements"][-1].append(float(same))
+
+def formats(source: Path, work: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield each format's file, F16 first, and what is known of it."""
+    for name, rounded in (("F16", "all"), *((name, part) for part in PARTS for name in FORMATS)):
+        path = work / f"{name}-{rounded}.gguf"
+        if not path.exists():
+            whole = source if name == "F16" else work / "F16-all.gguf"
+            requantize(whole, path, name, feed_forward_only=rounded == "experts")
+        yield path, {"name": name, "rounded": rounded, "bits": rounded_bits(path)}
+
+
+def main(source: Path, windows: list[list[int]], work: Path) -> None:
+    rows, expected = [], []
+    for path, row in formats(source, work):
+        model = Llama(path, len(windows[0]))
+        row |= {"loss": [], "kl": []}
+        for number, ids in enumerate(windows):
+            mine = model.log_probabilities(ids)
+            if len(expected) == number:
+                expected.append(mine)
+            best = expected[number]
+            loss = -mine[np.arange(len(mine)), ids[1:]].mean(dtype=np.float64)
+            row["loss"].append(float(loss))
+            apart = (np.exp(best) * (best - mine)).sum(-1).mean(dtype=np.float64)
+            row["kl"].append(float(apart))
+        model.close()
+        rows.append(row)
     print(json.dumps(rows))
 
 

@@ -22,8 +22,7 @@ from mixchat.errors import MissingDependencyError
 SCRIPTS = sorted(
     path
     for path in Path(__file__).parent.glob("*.py")
-    if path.name not in ("peer.py", "machines.py", "llama_formats.py")
-    and not path.name.startswith("test_")
+    if not path.name.startswith("test_") and "__main__" in path.read_text(encoding="utf-8")
 )
 ECHO = f"""#!{sys.executable}
 import sys
