@@ -10,7 +10,7 @@ in one place and prints `error: <message>` and the hint. Any other error that es
 | 2         | wrong use: an unknown flag, a value that cannot be read          |
 | 3         | the prompt cannot be used: empty, not text, longer than context  |
 | 4         | there is no such model or chat, or it is not on this machine     |
-| 5         | hub or server cannot be reached, refuses, or sends wrong things  |
+| 5         | hub, server or worker does not answer, refuses, sends wrong data |
 | 6         | a checkpoint, model or saved chat is damaged or unsupported      |
 | 7         | not enough disk or memory, or a chat that cannot be saved        |
 | 8         | something else has to be installed first                         |
