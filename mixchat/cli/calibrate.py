@@ -53,7 +53,7 @@ def calibrate(
         ),
     ] = False,
 ) -> None:
-    """Round a model's experts anew, for the inputs that they get.
+    """Re-quantize a model's experts with GPTQ on sample text.
 
     The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
     each expert is read from the checkpoint again (from the hub, unless 'mixchat download
