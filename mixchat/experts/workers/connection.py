@@ -145,17 +145,22 @@ class Connection:
 
         Raises `UsageError` for a wrong address or key, and `ServerError` if nobody answers.
         """
-        self._context = open_context()
-        self.close = weakref.finalize(self, self._context.destroy, linger=0)
+        context = open_context()
+        # Its reference keeps the socket from the garbage collector, which closes no socket before
+        # it calls this. The end of a context waits for its sockets for ever.
+        opened: list[zmq.Socket[bytes]] = []
+        self.close = weakref.finalize(self, _close, context, opened)
         self._ended = False
         try:
-            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+            self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+            opened.append(self._socket)
             prepare(self._socket, chat_keys(key), silence)
             self._socket.curve_serverkey = worker_keys(key).public
             self._socket.reconnect_ivl = -1  # a worker that comes back is greeted anew
             self._socket.rcvtimeo = int(1000 * _SLICE_S)
             self._socket.ipv6 = address.family == socket.AF_INET6
             self._monitor = watch(self._socket, _EVENTS)
+            opened.append(self._monitor)
             self._socket.connect(endpoint(address))
             self._shake_hands(address, time.monotonic() + HANDSHAKE_S + _SLICE_S)
         except BaseException:
@@ -219,6 +224,12 @@ def _refused(address: Address, event: int, value: int) -> MixchatError:
         return ServerError(f"{address}: the worker does not answer", hint=hint)
     hint = "Copy the key file of one machine to the other, and start the worker again."
     return UsageError(f"{address}: the worker has another key", hint=hint)
+
+
+def _close(context: zmq.Context[zmq.Socket[bytes]], opened: list[zmq.Socket[bytes]]) -> None:
+    for each in opened:
+        each.close(linger=0)
+    context.destroy(linger=0)
 
 
 def _lost() -> ConnectionLostError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -196,6 +197,20 @@ def test_a_malformed_hello_is_refused(worker: ThreadedWorker, message: bytes) ->
     assert messages.unpack_refusal(messages.expect(Kind.REFUSAL, answer)).cause == "other"
     opened.close()
     assert_serves(worker)
+
+
+def test_a_connection_in_a_circle_of_references_is_collected(worker: ThreadedWorker) -> None:
+    """The garbage collector hung for ever, in whatever it interrupted: the context waited for its
+    sockets, which were not closed yet."""
+    opened = Connection(worker.address, KEY)
+    opened.itself = opened  # type: ignore[attr-defined]
+    end = opened.close
+    del opened
+    collecting = threading.Thread(target=gc.collect, daemon=True)
+    collecting.start()
+    collecting.join(PATIENCE)
+    assert not collecting.is_alive()
+    assert not end.alive
 
 
 @pytest.fixture
