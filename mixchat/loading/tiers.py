@@ -117,7 +117,7 @@ def _on_device(
     behind = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the layout of the file.
-        swaps = placement.host_slots < placement.experts and blueprint.all_packed_as(used)
+        swaps = placement.host_slots < placement.experts and blueprint.all_in_layout_of(used)
         order, lock = POLICIES[policy](passes), _lock_for(device)
         behind = HostSource(
             disk, placement.host_slots, blueprint.expert, order, swaps=swaps, lock=lock
@@ -174,7 +174,7 @@ def _host_compute(
     installed: InstalledModel, source: HostSource, device: torch.device, note: Note
 ) -> HostCompute | None:
     blueprint, directory = installed.blueprint, installed.directory
-    if not blueprint.all_packed_as(blueprint.computed_on(CPU).expert):
+    if not blueprint.all_in_layout_of(blueprint.computed_on(CPU).expert):
         return None  # the CPU computes this layout slowly, or not at all
     known = saved_measurement(blueprint, directory, device)
     if known is None:

@@ -100,7 +100,6 @@ def _round(
     if left := [path.name for path in (work / "home/models").iterdir() if path.name != rig.KEY]:
         failures.append(f"round {number}: left {left}")
     shutil.rmtree(work / "home")
-    shutil.rmtree(work / "hf/hub")
     return failures
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import LFU, LRU, POLICIES, Passes, Policy
+from mixchat.experts.policies import LRU, POLICIES, Passes, Policy
 
 A, B, C, D = ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(1, 1)
 keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
@@ -116,8 +116,15 @@ def test_lookup_is_a_use_and_slot_of_is_none() -> None:
     assert cache.slot_of(C) is None
 
 
+class MRU(LRU):
+    """Most recently used first."""
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return reversed(list(super().victims()))
+
+
 def test_the_policy_says_which_one_goes() -> None:
-    for policy, gone in ((LRU(), A), (LFU(), B)):
+    for policy, gone in ((LRU(), A), (MRU(), B)):
         cache = filled(A, B, policy=policy)
         for key in (A, A, B):
             cache.lookup(key)

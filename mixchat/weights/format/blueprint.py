@@ -157,10 +157,10 @@ class Blueprint:
             return self.expert
         return Blueprint(self.config, self.layers[layer]).expert
 
-    def all_packed_as(self, used: ExpertSpec) -> bool:
+    def all_in_layout_of(self, used: ExpertSpec) -> bool:
         """Return whether the experts of all layers have the layout of `used`."""
         layers = range(self.config.num_hidden_layers)
-        return all(self.expert_of(layer).packed == used.packed for layer in layers)
+        return all(self.expert_of(layer).w13.layout == used.w13.layout for layer in layers)
 
     @cached_property
     def expert(self) -> ExpertSpec:
