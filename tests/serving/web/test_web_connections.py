@@ -93,6 +93,10 @@ def test_a_job_that_waits_is_pinged(monkeypatch, served):
         read_until(connection, b": waiting\n\n")
 
 
+def ended(stats):
+    return stats.finished, stats.cancelled
+
+
 def test_a_client_that_takes_nothing_holds_nobody_up_and_is_cut_off(impatient):
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -100,7 +104,8 @@ def test_a_client_that_takes_nothing_holds_nobody_up_and_is_cut_off(impatient):
         # With log probabilities an answer of 900 tokens fills every buffer on the way.
         text = "say:" + "a" * 900
         slow.sendall(asking(text, stream=True, logprobs=True, top_logprobs=3, n=16, max_tokens=0))
-        wait_for(lambda: impatient.service.stats().finished == 16)
+        # On a slow machine the client is cut off before the last answers have ended.
+        wait_for(lambda: sum(ended(impatient.service.stats())) == 16)
         assert exchange(impatient, request("/health")).status == 200
         wait_for(lambda: impatient.server.connections == 0)
     assert impatient.reports == []
