@@ -1,22 +1,56 @@
-"""The script that measures the loss of few bits prints what README and `mixchat plan` have."""
+"""README, `mixchat plan` and the script that measures the loss of few bits say the same."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from padded_model import padded_config
 from quality import (
+    HIDDEN,
+    QUANT_TYPES,
     README_HEAD,
     UNQUANTIZED,
     Variant,
     demo_loss,
     divergence,
     readme_rows,
+    rounded_bits,
 )
+
+from mixchat.model_config import ModelConfig
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.make.quantize_options import DEMO_LOSS
+from mixchat.weights.source.demo import DEMO_CONFIG
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def readme_table() -> dict[str, list[str]]:
+    """Return the cells of each row of README's table of quality, by the row's name."""
+    rows = README[README.index(README_HEAD) + len(README_HEAD) :].split("\n\n")[0]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines() if row]
+    return {name: rest for name, *rest in cells}
 
 
 def measured(name: str, rounded: str, bits: float, loss: float) -> Variant:
     figures = {"prose": {"loss": [loss], "kl": [0.1]}, "code": {"loss": [loss + 1], "kl": [0.2]}}
     return Variant(name, rounded, bits, figures=figures)
+
+
+def test_readme_has_the_figures_that_plan_prints() -> None:
+    """README, `plan` and CHANGELOG had three sets of figures for the same loss."""
+    for name, kind in QUANT_TYPES.items():
+        shown = [cell.split(", ")[0] for cell in readme_table()[name][-2:]]
+        assert shown == [f"{loss:.1%}" for loss in DEMO_LOSS[kind]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("name", "kind"), QUANT_TYPES.items())
+def test_readme_has_the_bits_of_the_tensors_that_are_rounded(name: str, kind: str) -> None:
+    config = ModelConfig.from_dict(padded_config(DEMO_CONFIG, HIDDEN))
+    how = Quantization(quant_type=kind, attention="int8", head="int8")  # type: ignore[arg-type]
+    bits = [f"{rounded_bits(Blueprint(config, how), part):.2f}" for part in ("experts", "all")]
+    assert readme_table()[name][0::3] == bits
 
 
 def test_the_script_prints_what_readme_and_plan_have() -> None:

@@ -17,11 +17,10 @@ from mixchat.weights.source.checkpoint_index import (
     expert_tensor,
 )
 
-# By the type of the experts: how much higher perplexity is than unquantized, and how much where
-# they are calibrated; of the demo model, the mean of a text in prose and one in code, 20,480 tokens
-# each (`tests/benchmarks/quality.py`). A larger model loses less: Mixtral 2 to 4% in 4 bits, as
-# others have published.
-DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.102, 0.043), "nf3": (0.409, 0.149)}
+# By the type of the experts: how much higher perplexity is than unquantized, and how much if they
+# are calibrated; of the demo model, the mean of five texts. `tests/benchmarks/quality.py` prints
+# this line with README's table. A larger model loses less.
+DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.146, 0.063), "nf3": (0.486, 0.195)}
 DENSE_BITS = 8  # of attention and head, where nothing else is requested
 _DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
 _EXPERT_TYPES: dict[int, QuantType] = {16: "none", 4: "nf4", 3: "nf3"}
