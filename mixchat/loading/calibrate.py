@@ -216,7 +216,7 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
     return time.monotonic() - begin
 
 
-def _check_memory(config: ModelConfig, windows: int = 0) -> None:
+def _check_memory(config: ModelConfig, windows: int) -> None:
     """Raise `ResourceError` if the memory does not suffice to round an expert's w2."""
     needed = _memory(config, windows)
     if needed > (free := machine.free_memory()):

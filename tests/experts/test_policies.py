@@ -3,18 +3,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_traces import A, B, C, D, keys, used
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import LRU, POLICIES, LayeredLRU, Passes, Policy
-
-A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
-keys = st.sampled_from([A, B, C, D, ExpertKey(1, 0)])
-
-
-def used(policy: Policy, *uses: ExpertKey) -> list[ExpertKey]:
-    for key in uses:
-        policy.use(key)
-    return list(policy.victims())
 
 
 @given(st.lists(st.tuples(keys, st.booleans())))

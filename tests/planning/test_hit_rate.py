@@ -5,6 +5,7 @@ from itertools import combinations, pairwise, product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_traces import trace, traces
 
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
@@ -18,10 +19,6 @@ TOKENS = 4000
 @pytest.fixture(scope="module")
 def synthetic() -> Trace:
     return synthetic_trace(tokens=TOKENS, seed=1)
-
-
-def trace(*forwards: list[list[int]], experts: int = 4, choices: int = 2) -> Trace:
-    return Trace("synthetic", len(forwards[0]), experts, choices, list(forwards))
 
 
 def test_layers_share_as_the_paper_measured() -> None:
@@ -101,17 +98,6 @@ def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic
 
 
 policies = st.sampled_from(sorted(POLICIES))
-
-
-@st.composite
-def traces(draw: st.DrawFn, forwards: int, layers: int, tokens: int, experts: int = 4) -> Trace:
-    def forward(count: int) -> list[list[int]]:
-        pair = st.permutations(range(experts)).map(lambda order: list(order)[:2])
-        return [[e for _ in range(count) for e in draw(pair)] for _ in range(depth)]
-
-    depth = draw(st.integers(1, layers))
-    lengths = draw(st.lists(st.integers(1, tokens), min_size=1, max_size=forwards))
-    return trace(*(forward(count) for count in lengths), experts=experts)
 
 
 @given(traces(forwards=20, layers=2, tokens=2), st.integers(1, 8), policies)
