@@ -22,7 +22,7 @@ def main() -> None:
     if sys.platform == "win32":  # what is imported below needs modules that it lacks
         sys.stderr.write(_WINDOWS)
         sys.exit(_HAS_TO_BE_INSTALLED)
-    from mixchat import interrupts
+    from mixchat.base import interrupts
     from mixchat.cli.app import run
 
     try:

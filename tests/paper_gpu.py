@@ -36,7 +36,7 @@ import pytest
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.weights.matrix import nf4
 
 KIND = "paper"

@@ -67,10 +67,10 @@ def test_the_demo_is_listed_and_described(home: Path) -> None:
 
 
 def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
+    from mixchat.base.options import LoadOptions, SamplingOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.text.choose import load_template, load_tokenizer
 
     directory = home / "models" / "demo"
@@ -91,8 +91,8 @@ def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
 
 
 def test_verified_tokens_are_those_that_are_decoded_one_by_one(home: Path) -> None:
+    from mixchat.base.options import LoadOptions, SamplingOptions
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.text.choose import load_tokenizer
 
     directory = home / "models" / "demo"

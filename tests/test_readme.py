@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from mixchat import errors
+from mixchat.base import errors
 from mixchat.cli.app import app
 
 ROOT = Path(__file__).parent.parent

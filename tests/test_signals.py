@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 
 BEGINNING = """
 import os, signal, sys, time
-from mixchat import interrupts
+from mixchat.base import interrupts
 interrupts.install()
 
 def send(number):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.planning.disk_speed import measure_disk
 
 _READ = 250_000_000  # floats that are summed: more than any cache of a CPU holds

@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.bench.machine_limits import Limits, LimitsMeter, copy_bandwidth, disk_bandwidth
 from mixchat.bench.random_context import hold_random_context
 from mixchat.bench.work import bytes_per_token, operations_per_token
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 

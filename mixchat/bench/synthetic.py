@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from mixchat.files import write_file
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
-from mixchat.settings import models_dir
+from mixchat.base.files import write_file
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
+from mixchat.base.settings import models_dir
 from mixchat.weights.format.blueprint import (
     EMBEDDING,
     SHARED_FILE,

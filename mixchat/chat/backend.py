@@ -10,10 +10,10 @@ from mixchat.chat.answer import Reason
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
-    from mixchat.context import Context
+    from mixchat.base.context import Context
+    from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
-    from mixchat.options import RequestedSampling, SamplingOptions
 
 Overflow = Literal["stop", "drop-oldest"]
 # Is called with the tokens of the prompt that are processed, and with their total; 0 and 0 where

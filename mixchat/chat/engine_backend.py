@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
+from mixchat.base.context import BYTES_PER_TOKEN, Context
+from mixchat.base.errors import PromptTooLongError
 from mixchat.chat.answer import Answer, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
-from mixchat.context import BYTES_PER_TOKEN, Context
-from mixchat.engine.held_tokens import shared_beginning
-from mixchat.errors import PromptTooLongError
+from mixchat.engine.cached_prefix import shared_beginning
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.stop import StopStrings
 
 if TYPE_CHECKING:
+    from mixchat.base.options import SamplingOptions
     from mixchat.chat.backend import OnPrefill, Turn
     from mixchat.engine.generate import Engine
     from mixchat.engine.sampling import Constraint
     from mixchat.engine.stats import GenerationStats
-    from mixchat.options import SamplingOptions
     from mixchat.text.form.constraint import CompiledForm
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer

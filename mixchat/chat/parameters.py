@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 if TYPE_CHECKING:
+    from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.chat.session import ChatSession
-    from mixchat.options import RequestedSampling, SamplingOptions
 
     Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 

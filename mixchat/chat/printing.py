@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from mixchat.base.sanitize import sanitize
 from mixchat.chat.theme import painted
-from mixchat.sanitize import sanitize
 
 # The rows below a wrapped line are indented as far as a bracket, a label or a first column.
 _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")

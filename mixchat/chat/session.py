@@ -8,16 +8,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import Context
+from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.chat.answer import Reason
 from mixchat.chat.backend import Backend, OnPrefill, Overflow, Turn
-from mixchat.context import Context
-from mixchat.errors import PromptError, ServerError, UsageError
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
+    from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
-    from mixchat.options import RequestedSampling, SamplingOptions
 
 
 @dataclass(frozen=True)

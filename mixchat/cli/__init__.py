@@ -3,8 +3,8 @@
 - app.py: the commands, and the one place that turns an error into an exit code
 - run.py: mixchat run: a chat, or one answer
 - start_chat.py: starts or resumes a chat
-- model_place.py: the contract of the place whose models answer: this machine, or a server
-- models_here.py: the models of this machine, as run uses them
+- model_provider.py: the contract of the place whose models answer: this machine, or a server
+- local_models.py: the models of this machine, as run uses them
 - opening.py: opens a chat session or a service from a model's name and options
 - server_chat.py: opens a chat with a server's model
 - change_model.py: changes the model of a chat

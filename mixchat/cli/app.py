@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mixchat import __version__, interrupts
+from mixchat import __version__
+from mixchat.base import interrupts
+from mixchat.base.errors import MixchatError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
 from mixchat.cli.calibrate import calibrate
@@ -39,7 +41,6 @@ from mixchat.cli.serve import serve
 from mixchat.cli.stats import stats
 from mixchat.cli.upkeep import convert, gc, repair, rm, verify
 from mixchat.cli.worker import worker
-from mixchat.errors import MixchatError
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141

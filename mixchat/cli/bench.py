@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import LoadOptions
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.arguments import checked
@@ -19,12 +21,10 @@ from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.png import PNG_HELP, checked_picture
 from mixchat.cli.output.show_progress import status
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import UsageError
-from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
+    from mixchat.base.output_file import OutputFile
     from mixchat.bench.rounds import Bench
-    from mixchat.output_file import OutputFile
 
 
 def bench(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.errors import CheckpointError, MixchatError
+from mixchat.base.output_file import OutputFile
+from mixchat.base.sanitize import sanitize
 from mixchat.cli.output.failure import note, print_error
 from mixchat.cli.output.show_progress import status
-from mixchat.errors import CheckpointError, MixchatError
-from mixchat.output_file import OutputFile
-from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver

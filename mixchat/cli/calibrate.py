@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.quantities import format_time
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.quantization import CalibrateText
 from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.show_progress import resumable, show_progress, status
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import UsageError
-from mixchat.quantities import format_time
 
 if TYPE_CHECKING:
-    from mixchat.progress import Progress
+    from mixchat.base.progress import Progress
 
 _MOST_TEXT = 2**21  # bytes that are read: more than the tokens of a calibration take
 
@@ -92,8 +92,8 @@ def calibrate_model(
 
     force: take a checkpoint although nothing shows that it is the one the model was made of.
     """
+    from mixchat.base.options import DenseBits
     from mixchat.loading.calibrate import Text, calibration
-    from mixchat.options import DenseBits
     from mixchat.text.checkpoint_text import CheckpointText
     from mixchat.weights.care.convert import convert, find_target
     from mixchat.weights.care.housekeeping import not_in_use

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.context import Context
+from mixchat.base.errors import MixchatError, ModelNotFoundError, UsageError
 from mixchat.cli.flags.checks import checked_model
 from mixchat.cli.opening import find_or_build
 from mixchat.cli.output.show_progress import status
-from mixchat.context import Context
-from mixchat.errors import MixchatError, ModelNotFoundError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mixchat.base.options import LoadOptions
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.options import LoadOptions
 
 
 class ModelChanger:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixchat.base.errors import UsageError
 from mixchat.chat.printing import columns, say, show
 from mixchat.chat.saved.chat_table import chat_table
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import saved_chats
-from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_store import ChatStore, ChatSummary

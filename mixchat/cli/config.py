@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import config_file
 from mixchat.chat.printing import show, show_lines, show_path
 from mixchat.cli.flags.config_defaults import config_defaults, takes_number
 from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
 from mixchat.cli.output.failure import print_error
-from mixchat.errors import UsageError
-from mixchat.settings import config_file
 
 _WIDEST = 60  # characters of a value in the table
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.calibrate import calibrate_model, read_beginning
 from mixchat.cli.flags.arguments import checked
@@ -16,10 +17,9 @@ from mixchat.cli.flags.quantization import Calibrate, CalibrateText, ExpertBits,
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixchat.progress import Progress
+    from mixchat.base.progress import Progress
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.download_plan import DownloadPlan
 

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
+from mixchat.base.lock import lock_open_file
+from mixchat.base.progress import Note
 from mixchat.chat.printing import show
 from mixchat.cli.flags.arguments import STDIN
-from mixchat.cli.model_place import LineRequest, ModelPlace
-from mixchat.errors import PromptError, UsageError
-from mixchat.files import MAX_SIZE, open_regular, write_all, write_error
-from mixchat.lock import lock_open_file
-from mixchat.progress import Note
+from mixchat.cli.model_provider import LineRequest, ModelProvider
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Line
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _START = b'{"line": '  # of each line of the output
 
 
-def answer_file(place: ModelPlace, model: str, request: LineRequest, note: Note) -> None:
+def answer_file(place: ModelProvider, model: str, request: LineRequest, note: Note) -> None:
     """Answer a file of prompts, `request.parallel` at once.
 
     Raises `UsageError` where a file cannot be used, before the model is loaded; `PromptError` at

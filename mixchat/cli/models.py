@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
+from mixchat.base.settings import models_dir
 from mixchat.chat import printing
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.settings import models_dir
 
 
 def list_models(
@@ -53,7 +53,7 @@ def show_model(
     ] = False,
 ) -> None:
     """Show a model in detail, and whether it can be run."""
-    from mixchat.errors import ModelNotFoundError
+    from mixchat.base.errors import ModelNotFoundError
     from mixchat.weights import models
 
     name = checked(model, "the model's name")
@@ -74,8 +74,8 @@ def show_model(
 
 def _show(directory: Path, as_json: bool) -> None:
     """Print an installed model; then raise `CheckpointError` if it is damaged."""
+    from mixchat.base.model_config import ModelConfig
     from mixchat.cli.output.model_text import model_as_dict, model_as_text
-    from mixchat.model_config import ModelConfig
     from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import DEFAULT_TOKENS, Context
+from mixchat.base.errors import MixchatError, ModelNotFoundError
+from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.chat.parameters import with_numbers
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import show_progress, status
-from mixchat.context import DEFAULT_TOKENS, Context
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import MixchatError, ModelNotFoundError
-from mixchat.model_config import ModelConfig, advised_length, advised_sampling
-from mixchat.options import LoadOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
@@ -163,7 +163,7 @@ def find_or_build(name: str, *, quiet: bool = False) -> Path:
         if not models.resolve(name).demo:
             raise
     prepare_environment()
-    from mixchat.progress import NoProgress
+    from mixchat.base.progress import NoProgress
     from mixchat.weights.make.download import DownloadRequest, download
     from mixchat.weights.make.quantize_options import QuantizeOptions
 

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.machine import OtherPrograms
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import format_age, parse_rate, parse_size, parse_sizes
 from mixchat.chat.printing import show, show_lines
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.checks import checked_bits
@@ -18,10 +22,6 @@ from mixchat.cli.flags.quantization import ExpertBits
 from mixchat.cli.output.failure import note
 from mixchat.cli.output.show_progress import show_progress, status
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import UsageError
-from mixchat.machine import OtherPrograms
-from mixchat.options import LoadOptions
-from mixchat.quantities import format_age, parse_rate, parse_size, parse_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mixchat.planning.calibration import Measurement
     from mixchat.planning.hardware import ToldMachine
     from mixchat.planning.plan import MachinePlan
-    from mixchat.planning.spread import WorkerOffer
+    from mixchat.planning.worker_split import WorkerOffer
     from mixchat.weights.format.blueprint import Blueprint
     from mixchat.weights.make.outline import Outline
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.base.options import DEFAULT_POLICY, LoadOptions
 from mixchat.chat.parameters import SAMPLING, checked_overflow
 from mixchat.cli.cache_file import NamedFile
 from mixchat.cli.change_model import save_report
@@ -16,15 +17,14 @@ from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.checks import checked_bits
 from mixchat.cli.flags.config_flag import is_given
 from mixchat.cli.jsonl import answer_file
-from mixchat.cli.model_place import LineRequest, ModelPlace
-from mixchat.cli.models_here import ModelsHere
+from mixchat.cli.local_models import LocalModels
+from mixchat.cli.model_provider import LineRequest, ModelProvider
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.server_chat import ServerModels, check_flags
 from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
 from mixchat.cli.worker import serve_rank_0
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
-from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
@@ -116,10 +116,10 @@ def run(
         key_file=model_flags.key_path(key_file),
     )
     sampling = {name: context.params[name] for name in _SAMPLING}
-    place: ModelPlace = (
+    place: ModelProvider = (
         ServerModels(server, output, form)
         if server
-        else ModelsHere(
+        else LocalModels(
             load, output, form, usual=model, named_file=named_file, keep_cache=keep_cache
         )
     )

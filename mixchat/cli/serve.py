@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import DEFAULT_POLICY, LoadOptions
 from mixchat.chat.printing import say
 from mixchat.cli.flags import model_flags
 from mixchat.cli.flags.arguments import checked
@@ -16,8 +18,6 @@ from mixchat.cli.flags.config_flag import AGAIN
 from mixchat.cli.opening import open_service
 from mixchat.cli.output.failure import note, print_error
 from mixchat.cli.output.print_answer import OutputOptions
-from mixchat.errors import UsageError
-from mixchat.options import DEFAULT_POLICY, LoadOptions
 from mixchat.serving.client.server_url import SERVER_PORT
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # that of an extension has its own scheme
@@ -117,12 +117,12 @@ def serve(
         )
         defaults = replace(defaults, strict=strict)
         from mixchat.serving.requests.served_forms import forms_of
-        from mixchat.serving.web.app import Desk, create_app
+        from mixchat.serving.web.app import AppState, create_app
         from mixchat.serving.web.guard import Access
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
         access = Access(key, origins, listener.is_loopback(address))
-        app = create_app(Desk(service, defaults, print_error, note, forms_of(service)), access)
+        app = create_app(AppState(service, defaults, print_error, note, forms_of(service)), access)
         ready = f"{listener.url_of(bound)}: serving {service.name}; Ctrl-C ends it"
         serve_until_signal(WebServer(app, bound), service, lambda: say(ready), note)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mixchat.base.context import UNKNOWN, Context
+from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.options import RequestedSampling
 from mixchat.chat.parameters import with_numbers
 from mixchat.cli.flags.config_flag import refuse_together
 from mixchat.cli.output.print_answer import OutputOptions
 from mixchat.cli.output.show_progress import status
-from mixchat.context import UNKNOWN, Context
-from mixchat.errors import ModelNotFoundError, UsageError
-from mixchat.options import RequestedSampling
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.model_place import LineRequest
+    from mixchat.cli.model_provider import LineRequest
     from mixchat.serving.client.server_backend import ServerBackend
     from mixchat.serving.client.server_json import ServedModel
     from mixchat.serving.requests.lines import Begin
@@ -56,7 +56,7 @@ def check_flags(context: typer.Context) -> None:
 
 
 class ServerModels:
-    """The `ModelPlace` of a server."""
+    """The `ModelProvider` of a server."""
 
     def __init__(self, url: str, output: OutputOptions, form: Form | None) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails.

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.errors import ChatNotFoundError, MixchatError, ResourceError
+from mixchat.base.settings import data_dir
 from mixchat.cli.output.failure import note, print_error
-from mixchat.errors import ChatNotFoundError, MixchatError, ResourceError
-from mixchat.settings import data_dir
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixchat.base.errors import ModelNotFoundError
 from mixchat.chat.printing import draw, say, show
 from mixchat.cli.flags.config_flag import settings_of, value_source
 from mixchat.cli.flags.model_flags import model_argument
 from mixchat.cli.output.png import PNG_HELP, checked_picture, new_figure, write_figure
-from mixchat.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     from mixchat.engine.report import ExpertReport

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.quantities import format_size
 from mixchat.chat.printing import say
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.quantization import parse_dense_bits
@@ -14,8 +16,6 @@ from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.cli.output.failure import confirmed
 from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import CheckpointError, UsageError
-from mixchat.quantities import format_size
 
 if TYPE_CHECKING:
     from mixchat.weights.care.verify import Damage

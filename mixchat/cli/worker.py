@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixchat.base.options import DEFAULT_POLICY, LoadOptions
 from mixchat.chat.printing import say
 from mixchat.cli.flags import model_flags
 from mixchat.cli.opening import find_or_build
 from mixchat.cli.output.failure import note
 from mixchat.engine.environment import prepare_environment
-from mixchat.options import DEFAULT_POLICY, LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.experts.workers.server import Server

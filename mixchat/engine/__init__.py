@@ -2,9 +2,10 @@
 
 - generate.py: prefill, decode, and the KV cache reused between turns
 - batch.py: several answers at once
-- piece_size.py: how many tokens of prompts a pass takes
+- chunk_sizer.py: how many tokens of prompts a pass takes
 - passes.py: passes through the model, of one sequence or of several
-- held_tokens.py, cache_batch.py: the tokens that a KV cache holds; the caches of several sequences
+- cached_prefix.py: the tokens whose keys and values a cache holds
+- cache_batch.py: the caches of several sequences
 - stats.py: counts of one answer
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.options import SamplingOptions
+from mixchat.engine.cached_prefix import CachedPrefix, shared_beginning
+from mixchat.engine.chunk_sizer import ChunkSizer
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.held_tokens import HeldTokens, shared_beginning
 from mixchat.engine.passes import Part
-from mixchat.engine.piece_size import PieceSize
 from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals
-from mixchat.errors import MixchatError
-from mixchat.options import SamplingOptions
 
 # Seconds that a pass may take with tokens of prompts in it, where others decode in it, or not; and
 # how many times as long as a pass without them.
@@ -54,7 +54,7 @@ class BatchedAnswer:
         self.stop_ids = prompt.stop_ids
         self.sampler = Sampler(prompt.sampling, prompt.stop_ids, prompt.constraint)
         self.proposals = proposals
-        self.held: HeldTokens | None = None
+        self.held: CachedPrefix | None = None
         self.logits: torch.Tensor | None = None  # [V] behind the last of `ids`
         self.error: MixchatError | None = None
         self.is_cancelled = False
@@ -100,8 +100,8 @@ class Batch:
         self._answers: list[BatchedAnswer] = []
         # By whether others decode in the pass.
         self._pieces_of = {
-            False: PieceSize(PREFILL_CHUNK, _LEAST_PIECE, PREFILL_CHUNK),
-            True: PieceSize(_FIRST_PIECE, _LEAST_PIECE, PREFILL_CHUNK),
+            False: ChunkSizer(PREFILL_CHUNK, _LEAST_PIECE, PREFILL_CHUNK),
+            True: ChunkSizer(_FIRST_PIECE, _LEAST_PIECE, PREFILL_CHUNK),
         }
         self._decoding_seconds = 0.0  # of the last pass without tokens of prompts
 

@@ -13,7 +13,7 @@ from mixchat.engine.kv_cache import KVCache
 
 
 class CacheBatch:
-    """Caches with the count of new tokens of each: `TokensBefore` for their rows, in this order.
+    """Caches with the count of new tokens of each: `KVContext` for their rows, in this order.
 
     Attention is computed for one sequence after the other, everything else for all rows at once.
     With 5 and 7 tokens before, and 1 and 2 new ones, the positions are 5, 7, 8.

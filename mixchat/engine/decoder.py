@@ -17,18 +17,18 @@ from operator import is_
 
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import KVCache, PagedKVCache
-from mixchat.engine.model import AfterLayer, Block, TokensBefore
+from mixchat.engine.model import AfterLayer, Block, KVContext
 from mixchat.experts.keys import ExpertKey
 from mixchat.kernels import router, rows
 from mixchat.kernels.program import Group, Program
-from mixchat.model_config import ModelConfig
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import Linear, PackedLinear
 
 
 class Decoder:
-    """Computes the layers for the next token of a cache: a `LayersForOneToken`.
+    """Computes the layers for the next token of a cache: a `SingleTokenDecoder`.
 
     It takes this cache, and others of the same capacity and form.
     """
@@ -41,7 +41,7 @@ class Decoder:
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
     def run(
-        self, x: torch.Tensor, before: TokensBefore, after_layer: AfterLayer
+        self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
         if not isinstance(before, PagedKVCache) or not self._cache.is_like(before):
             return None

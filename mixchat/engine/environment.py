@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from mixchat import interrupts, machine
-from mixchat.errors import ResourceError
-from mixchat.quantities import format_least, format_size
+from mixchat.base import interrupts, machine
+from mixchat.base.errors import ResourceError
+from mixchat.base.quantities import format_least, format_size
 
 # Bytes. With less, native code ends the process while torch or a tokenizer is imported.
 _LEAST_ROOM = 950_000_000

@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from mixchat import gpu, interrupts, machine
-from mixchat.context import Context
-from mixchat.engine.held_tokens import HeldTokens
+from mixchat.base import gpu, interrupts, machine
+from mixchat.base.context import Context
+from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.options import SamplingOptions
+from mixchat.base.progress import Note
+from mixchat.engine.cached_prefix import CachedPrefix
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
 from mixchat.engine.passes import ForwardPasses, Part
 from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
-from mixchat.errors import CheckpointError, PromptError
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.stats import ExpertStats
-from mixchat.options import SamplingOptions
-from mixchat.progress import Note
 from mixchat.weights.format.blueprint import Blueprint
 
 # Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.
@@ -59,7 +59,7 @@ class Engine:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.blueprint = experts, blueprint
         self.passes = ForwardPasses(model, experts, note, name)
-        self.sequences = [HeldTokens(cache) for cache in caches]
+        self.sequences = [CachedPrefix(cache) for cache in caches]
         self.speculation = speculation
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
         self._held, self._chunk = self.sequences[0], prefill_chunk

@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch.nn import functional
 
-from mixchat import interrupts
-from mixchat.errors import CheckpointError
+from mixchat.base import interrupts
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import attention, pages
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
 from mixchat.kernels.program import Step
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import TensorSpec
 
 _STEP = 512  # tokens
 _LARGEST = 127  # of 8 bits

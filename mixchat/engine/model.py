@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
-from mixchat.model_config import ModelConfig
 from mixchat.weights.matrix.linear import Linear
 
 LAST = slice(-1, None)
@@ -23,7 +23,7 @@ AfterLayer = Callable[[int], object]
 Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, to rows [T, D]
 
 
-class TokensBefore(Protocol):
+class KVContext(Protocol):
     """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
 
     def positions(self, tokens: int) -> slice | torch.Tensor:
@@ -63,9 +63,7 @@ class Attention:
         self._layer, self._config = layer, config
         self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
 
-    def __call__(
-        self, x: torch.Tensor, before: TokensBefore, *, exact: bool = False
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -86,19 +84,17 @@ class Block:
         self.attention_norm, self.attention = attention_norm, attention
         self.moe_norm, self.moe = moe_norm, moe
 
-    def __call__(
-        self, x: torch.Tensor, before: TokensBefore, *, exact: bool = False
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         x = x + self.attention(self.attention_norm(x), before, exact=exact)
         return x + self.moe(self.moe_norm(x), exact=exact)
 
 
-class LayersForOneToken(Protocol):
+class SingleTokenDecoder(Protocol):
     """Another way to compute the blocks for the next token of a cache, with the same bits."""
 
     def run(
-        self, x: torch.Tensor, before: TokensBefore, after_layer: AfterLayer
+        self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
         """Map the token's row [1, D] to the one after all layers, which the next call overwrites.
 
@@ -120,7 +116,7 @@ class Model:
     ) -> None:
         self.config = config
         self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
-        self._decoder: LayersForOneToken | None = None
+        self._decoder: SingleTokenDecoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,14 +128,14 @@ class Model:
         """Return the type of the hidden states."""
         return self._norm.weight.dtype
 
-    def decode_by(self, decoder: LayersForOneToken | None) -> None:
+    def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         """Let a decoder compute the blocks for each single token."""
         self._decoder = decoder
 
     def forward(
         self,
         ids: torch.Tensor,
-        before: TokensBefore,
+        before: KVContext,
         *,
         exact: bool = False,
         logits_of: slice | list[int] = LAST,
@@ -161,7 +157,7 @@ class Model:
         return logits
 
     def _through_blocks(
-        self, x: torch.Tensor, before: TokensBefore, exact: bool, after_layer: AfterLayer
+        self, x: torch.Tensor, before: KVContext, exact: bool, after_layer: AfterLayer
     ) -> torch.Tensor:
         for layer, block in enumerate(self.blocks):
             x = block(x, before, exact=exact)

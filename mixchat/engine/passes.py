@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.errors import CheckpointError
+from mixchat.base.progress import Note
 from mixchat.engine.cache_batch import CacheBatch
-from mixchat.engine.held_tokens import HeldTokens
-from mixchat.engine.model import LAST, AfterLayer, Model, TokensBefore
-from mixchat.errors import CheckpointError
+from mixchat.engine.cached_prefix import CachedPrefix
+from mixchat.engine.model import LAST, AfterLayer, KVContext, Model
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
-from mixchat.progress import Note
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Part:
     ends before them.
     """
 
-    held: HeldTokens
+    held: CachedPrefix
     ids: Sequence[int]
     proposal: Sequence[int] = ()
 
@@ -97,7 +97,7 @@ class ForwardPasses:
         return checked
 
 
-def _before(parts: Sequence[Part], device: torch.device) -> TokensBefore:
+def _before(parts: Sequence[Part], device: torch.device) -> KVContext:
     if len(parts) == 1:
         return parts[0].held.cache
     caches = [part.held.cache for part in parts]

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_private_file, write_all, write_error
+from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
-from mixchat.errors import CheckpointError
-from mixchat.files import open_private_file, write_all, write_error
-from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.weights.format.manifest import Manifest
 
 _FORMAT = 1

@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_json_object, write_private_file
 from mixchat.experts.keys import ExpertKey
-from mixchat.files import read_json_object, write_private_file
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixchat.settings import data_dir
+from mixchat.base.settings import data_dir
 
 
 def report_path(name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mixchat.options import SamplingOptions
+from mixchat.base.options import SamplingOptions
 
 GREEDY_BELOW = 1e-5  # temperatures that would only overflow, and choose the best token anyway
 _HOTTEST = 1e30  # temperature: all tokens are equally likely, and no number is too large for fp32

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 import torch
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence, Set
 
 import torch
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.holder import WorkerExperts
 from mixchat.experts.keys import ExpertKey

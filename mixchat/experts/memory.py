@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixchat import gpu, machine
-from mixchat.errors import ResourceError
-from mixchat.progress import Note
+from mixchat.base import gpu, machine
+from mixchat.base.errors import ResourceError
+from mixchat.base.progress import Note
 
 if TYPE_CHECKING:
     from mixchat.experts.holder import ExpertHolder

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 
-from mixchat import interrupts
-from mixchat.errors import ResourceError
+from mixchat.base import interrupts
+from mixchat.base.errors import ResourceError
 from mixchat.experts.keys import ExpertKey
 
 _IDLE = 0.1  # seconds

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mixchat.errors import ResourceError, UsageError
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.quantities import MemoryBudget, format_least, format_size
 from mixchat.experts.sharing import home_counts, in_proportion
-from mixchat.quantities import MemoryBudget, format_least, format_size
 
 MIN_SLOTS = 2
 # Fewer in RAM behind a GPU would not help, and loads that were put off need slots, too.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps

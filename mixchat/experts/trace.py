@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from mixchat.errors import ResourceError
-from mixchat.output_file import OutputFile
+from mixchat.base.errors import ResourceError
+from mixchat.base.output_file import OutputFile
 
 if TYPE_CHECKING:
     import torch

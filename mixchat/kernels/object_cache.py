@@ -15,8 +15,8 @@ from pathlib import Path
 
 import llvmlite
 
-from mixchat.files import write_private_file
-from mixchat.settings import data_dir
+from mixchat.base.files import write_private_file
+from mixchat.base.settings import data_dir
 
 _DIGEST = hashlib.sha256().digest_size
 _MOST_FILES = 64  # enough for some versions and models

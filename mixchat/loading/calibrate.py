@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
+from mixchat.base.errors import CheckpointError, ResourceError, UsageError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Note, Progress
+from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
-from mixchat.errors import CheckpointError, ResourceError, UsageError
 from mixchat.experts.recording import RecordingRunner
 from mixchat.loading.loader import load_engine
-from mixchat.model_config import ModelConfig
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.progress import Note, Progress
-from mixchat.quantities import format_least, format_size, format_time
 from mixchat.weights.care.recalibration import Recalibration
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest

@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from mixchat import gpu
+from mixchat.base import gpu
+from mixchat.base.errors import UsageError
+from mixchat.base.options import LoadOptions, device_names
+from mixchat.base.progress import Note
+from mixchat.base.settings import models_dir
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
@@ -17,7 +21,6 @@ from mixchat.engine.moe import SparseMoE
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.speculation import Speculation
-from mixchat.errors import UsageError
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.recording import RecordingRunner
@@ -26,12 +29,9 @@ from mixchat.experts.trace import TraceWriter
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
-from mixchat.options import LoadOptions, device_names
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.prediction import Prediction, predict_speed
 from mixchat.planning.torch_threads import choose_threads
-from mixchat.progress import Note
-from mixchat.settings import models_dir
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import DenseLinear, Linear

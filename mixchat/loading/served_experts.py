@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mixchat.base.options import LoadOptions
+from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.keys import ExpertKey
@@ -14,10 +16,8 @@ from mixchat.experts.memory import within_memory
 from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
-from mixchat.options import LoadOptions
 from mixchat.planning.fitting import FreeMemory, fit_experts
 from mixchat.planning.torch_threads import choose_threads
-from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
 
 

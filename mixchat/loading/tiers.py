@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from mixchat import gpu, machine
-from mixchat.errors import ResourceError
+from mixchat.base import gpu, machine
+from mixchat.base.errors import ResourceError
+from mixchat.base.progress import Note
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.cached_experts import CachedExperts
 from mixchat.experts.dispatcher import Dispatcher
@@ -26,7 +27,6 @@ from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.machine_speed import measure_machine, saved_measurement
-from mixchat.progress import Note
 from mixchat.weights.format.installed_model import InstalledModel
 
 

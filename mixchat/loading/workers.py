@@ -10,10 +10,12 @@ from statistics import median
 
 import torch
 
+from mixchat.base.errors import ServerError
+from mixchat.base.options import LoadOptions
+from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.report import saved_uses
 from mixchat.engine.report_path import report_path_by_key
-from mixchat.errors import ServerError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
@@ -23,9 +25,7 @@ from mixchat.experts.workers.key_file import default_key_file, read_key_file
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.remote_worker import RemoteWorker
-from mixchat.options import LoadOptions
-from mixchat.planning.spread import WorkerOffer
-from mixchat.progress import Note
+from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.installed_model import InstalledModel
 
 # Of a layer, to measure a worker with, in turn: a single one could stay in a processor's cache.

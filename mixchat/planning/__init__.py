@@ -9,7 +9,7 @@ The data goes one way: `Machine` (the hardware) and the options give a `Fit`; th
 - expectation.py: how fast it will be: a model of time
 - prompts.py: how long prompts take
 - prediction.py: the same for a model that is loaded
-- spread.py: how fast it will be once workers hold experts, too
+- worker_split.py: how fast it will be once workers hold experts, too
 - loads.py: what each of several holders of experts computes
 - hit_rate.py: the hit rate that a cache of any size will have
 - calibration.py: the figures that are measured

@@ -10,7 +10,7 @@ from datetime import datetime
 from statistics import median
 from typing import Any
 
-from mixchat.quantities import format_age
+from mixchat.base.quantities import format_age
 
 _LIFETIME = 30 * 86400  # seconds that a measurement is trusted
 _CALMS_DOWN = 600  # seconds that a busy machine is given before it is measured again
@@ -22,7 +22,7 @@ _STEADY = 1.5  # times as fast as the slowest sample may the fastest one be
 
 
 @dataclass(frozen=True)
-class Calibration:
+class MachineSpeeds:
     """One sample of the figures, in bytes a second and seconds.
 
     disk_bandwidth: of experts read one after the other while the CPU computes others, and
@@ -44,7 +44,7 @@ class Calibration:
     layer_seconds: float
 
     @classmethod
-    def from_dict(cls, entry: Any, devices: set[str]) -> Calibration:
+    def from_dict(cls, entry: Any, devices: set[str]) -> MachineSpeeds:
         """Read what `dataclasses.asdict` wrote; other keys do no harm.
 
         Raises one of several errors where a figure is missing or impossible, or where the figures
@@ -67,7 +67,7 @@ class Calibration:
         )
 
     @property
-    def in_use(self) -> Calibration:
+    def in_use(self) -> MachineSpeeds:
         """Return the figures with the disk as tokens have it, which wait for experts in slots."""
         busy, idle = self.disk_bandwidth, self.disk_bandwidth_idle
         return replace(
@@ -77,7 +77,7 @@ class Calibration:
         )
 
     @property
-    def cold(self) -> Calibration:
+    def cold(self) -> MachineSpeeds:
         """Return the figures of a cold start, when all memory is fresh."""
         fresh = self.disk_bandwidth_fresh
         return replace(self, disk_bandwidth=fresh, disk_bandwidth_idle=fresh)
@@ -100,7 +100,7 @@ class Measurement:
     """
 
     measured_at: float
-    samples: tuple[Calibration, ...]
+    samples: tuple[MachineSpeeds, ...]
     cpu: str = ""
     directory: str = ""
     others: float = 0.0
@@ -109,7 +109,7 @@ class Measurement:
     def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
         """Read what `dataclasses.asdict` wrote, for these devices; None where it is damaged."""
         try:
-            samples = tuple(Calibration.from_dict(sample, devices) for sample in entry["samples"])
+            samples = tuple(MachineSpeeds.from_dict(sample, devices) for sample in entry["samples"])
             found = cls(
                 _figure(entry["measured_at"]),
                 samples,
@@ -146,16 +146,16 @@ class Measurement:
         return None
 
     @property
-    def in_use(self) -> tuple[Calibration, ...]:
+    def in_use(self) -> tuple[MachineSpeeds, ...]:
         """Return the typical figures and then those of each sample, as tokens have the disk."""
         return tuple(one.in_use for one in (self.typical, *self.samples))
 
     @property
-    def typical(self) -> Calibration:
+    def typical(self) -> MachineSpeeds:
         """Return the median of each figure."""
         samples = self.samples
         first = samples[0]
-        return Calibration(
+        return MachineSpeeds(
             disk_bandwidth=_median(sample.disk_bandwidth for sample in samples),
             disk_bandwidth_idle=_median(sample.disk_bandwidth_idle for sample in samples),
             disk_bandwidth_fresh=_median(sample.disk_bandwidth_fresh for sample in samples),

@@ -16,7 +16,7 @@ from statistics import mean
 
 import torch
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, RMSNorm

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
+from mixchat.base.files import read_all
+from mixchat.base.safetensors import ALIGNMENT
 from mixchat.experts.memory import CPU
 from mixchat.experts.sources import AT_ONCE, STEP
 from mixchat.experts.store import new_block
-from mixchat.files import read_all
-from mixchat.safetensors import ALIGNMENT
 
 _PIECE = 2**24  # bytes that are synced at once
 _ROUNDS = 3

@@ -8,11 +8,11 @@ from itertools import product
 
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
-from mixchat.model_config import ModelConfig
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import layer_loads
 from mixchat.weights.format.blueprint import Blueprint
@@ -158,7 +158,7 @@ def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedR
 
 def token_cost(
     shape: Shape,
-    speeds: Calibration,
+    speeds: MachineSpeeds,
     device: str,
     hit_rate: float,
     host_hit_rate: float,
@@ -197,7 +197,7 @@ def token_cost(
 
 def moving_cost(
     shape: Shape,
-    speeds: Calibration,
+    speeds: MachineSpeeds,
     computing: float,
     *,
     missing: float,

@@ -10,9 +10,12 @@ from typing import Literal
 
 import torch
 
-from mixchat.context import Context
+from mixchat.base.context import Context
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.machine import tightest_memory_limit
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.kv_cache import cache_bytes
-from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.memory import CPU, free_on
 from mixchat.experts.placement import (
     MIN_SLOTS,
@@ -22,9 +25,6 @@ from mixchat.experts.placement import (
     place_on_cpu,
     place_on_gpus,
 )
-from mixchat.machine import tightest_memory_limit
-from mixchat.options import LoadOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 
 Tier = Literal["host", "device"]

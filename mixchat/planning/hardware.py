@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mixchat import gpu, machine
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.base import gpu, machine
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.compute_speed import ROWS
 from mixchat.planning.fitting import Fit, FreeMemory
 from mixchat.weights.format.blueprint import Blueprint
@@ -123,7 +123,7 @@ class ToldMachine:
             other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), others)),
         )
 
-    def _sample(self, sample: Calibration, computed: Blueprint, device: str) -> Calibration:
+    def _sample(self, sample: MachineSpeeds, computed: Blueprint, device: str) -> MachineSpeeds:
         if self.disk_speed is not None:
             sample = replace(
                 sample,

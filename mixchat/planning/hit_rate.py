@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import DEFAULT_POLICY
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes, Policy
 from mixchat.experts.trace import Trace
-from mixchat.model_config import ModelConfig
-from mixchat.options import DEFAULT_POLICY
 
 # Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do
 # not count.

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from mixchat import gpu, machine
-from mixchat.errors import CheckpointError
+from mixchat.base import gpu, machine
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_json_object, write_private_file
+from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
-from mixchat.files import read_json_object, write_private_file
 from mixchat.kernels.compile import KERNELS
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.compute_speed import (
     SAMPLE_EFFORT,
     Copy,
@@ -28,7 +29,6 @@ from mixchat.planning.compute_speed import (
     layer_probe,
 )
 from mixchat.planning.disk_speed import measure_disk
-from mixchat.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
 
 _FORMAT = 3  # of machine.json; a file of another format is measured again
@@ -62,7 +62,7 @@ def measure_machine(
     until = measuring_ends() if until is None else until
     effort = replace(SAMPLE_EFFORT, until=until)
 
-    def sample() -> Calibration:
+    def sample() -> MachineSpeeds:
         return calibrate(blueprint, directory, device, layer, effort=effort)
 
     place = machine.nearest_existing(directory)
@@ -78,7 +78,7 @@ def calibrate(
     *,
     copy: Copy = torch.Tensor.copy_,
     effort: Effort = SAMPLE_EFFORT,
-) -> Calibration:
+) -> MachineSpeeds:
     """Take one sample for a model of this shape, computed on `device`.
 
     layer: computes all of a layer but its experts, for one token. directory: the model's, on the
@@ -102,7 +102,7 @@ def calibrate(
         gpu.release_unused(device)  # or it would count as taken
     memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
     busy, idle, fresh = disk or (None, None, None)
-    return Calibration(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
+    return MachineSpeeds(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
 
 
 def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
@@ -139,7 +139,7 @@ def measure_and_save(
     path: Path,
     key: str,
     directory: Path,
-    sample: Callable[[], Calibration],
+    sample: Callable[[], MachineSpeeds],
     until: float = math.inf,
 ) -> Measurement:
     """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat import gpu
+from mixchat.base import gpu
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
@@ -15,7 +15,7 @@ from mixchat.planning.expectation import Expectation, SpeedRange, expect
 from mixchat.planning.fitting import Fit, Tier
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
-from mixchat.planning.spread import Spread, WorkerOffer, spread_model
+from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
 _GPU_STEP = 8 * 10**9
@@ -59,7 +59,7 @@ class MachinePlan:
     prompt: SpeedRange | None
     first_token: FirstToken | None
     more: tuple[More, ...]
-    spread: Spread | None = None
+    spread: WorkerSplit | None = None
     in_3_bits: Form | None = None
     told: ToldMachine = NOTHING_TOLD
 

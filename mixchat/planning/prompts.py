@@ -9,7 +9,7 @@ import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
@@ -92,7 +92,7 @@ def prompt_speed(
 def prompt_cost(
     blueprint: Blueprint,
     device: torch.device,
-    speeds: Calibration,
+    speeds: MachineSpeeds,
     prompt: int,
     *,
     missing: float,

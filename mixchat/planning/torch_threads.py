@@ -12,12 +12,12 @@ from typing import cast
 
 import torch
 
-from mixchat import machine
-from mixchat.errors import CheckpointError
-from mixchat.files import read_json_object, write_private_file
+from mixchat.base import machine
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_json_object, write_private_file
+from mixchat.base.settings import data_dir
 from mixchat.kernels.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
-from mixchat.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
 
 # Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,

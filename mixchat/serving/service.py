@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from mixchat.base.errors import ResourceError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.answer import Reason
-from mixchat.errors import ResourceError
-from mixchat.options import SamplingOptions
 
 if TYPE_CHECKING:
-    from mixchat.context import Context
+    from mixchat.base.context import Context
     from mixchat.engine.sampling import Constraint
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer

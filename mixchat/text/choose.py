@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.hf import JsonTokenizer
 from mixchat.text.jinja_template import JinjaTemplate

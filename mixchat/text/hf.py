@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.errors import CheckpointError, short_message
-from mixchat.files import read_json_object
+from mixchat.base.errors import CheckpointError, short_message
+from mixchat.base.files import read_json_object
 from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, without
 from mixchat.text.markup import token_pattern
 from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 
-from mixchat.errors import CheckpointError, PromptError, short_message
+from mixchat.base.errors import CheckpointError, PromptError, short_message
 from mixchat.text.jinja_environment import TemplateRefusal, compile_template
 from mixchat.text.messages import Message, require_question, system_in_first_question
 from mixchat.text.tokenizer import Insert, Tokenizer

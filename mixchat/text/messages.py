@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from mixchat.errors import PromptError
+from mixchat.base.errors import PromptError
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 

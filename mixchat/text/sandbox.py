@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.background import in_background
-from mixchat.errors import CheckpointError, PromptError, UsageError, short_message
+from mixchat.base.background import in_background
+from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_message
 from mixchat.text.frames import receive, to_frame
 from mixchat.text.sandbox_limits import MAX_MEMORY, MAX_REQUEST, cpu_seconds, reply_seconds
 

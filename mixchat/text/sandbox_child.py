@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import MixchatError, short_message
+from mixchat.base.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.frames import receive, to_frame
 from mixchat.text.messages import Message

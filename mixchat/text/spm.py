@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, short_message
-from mixchat.files import read_bytes
+from mixchat.base.errors import CheckpointError, short_message
+from mixchat.base.files import read_bytes
 from mixchat.text.markup import looks_like_markup, token_pattern
 from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
 from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from mixchat.errors import PromptError
+from mixchat.base.errors import PromptError
 
 # A character in a template's text may stand for plain text, or for ids that are taken as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"

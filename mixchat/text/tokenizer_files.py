@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, short_message
-from mixchat.files import read_bytes, read_json_object
+from mixchat.base.errors import CheckpointError, short_message
+from mixchat.base.files import read_bytes, read_json_object
 from mixchat.text.markup import looks_like_markup
 from mixchat.text.sandbox_limits import MAX_SETTINGS_FILE, MAX_TEMPLATE_FILE
 

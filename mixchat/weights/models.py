@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mixchat.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
-from mixchat.machine import disk_usage
-from mixchat.model_config import ModelConfig
-from mixchat.settings import models_dir
+from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.machine import disk_usage
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.settings import models_dir
 from mixchat.weights.format.journal import unfinished_source
 from mixchat.weights.format.manifest import (
     Source,

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixchat.base.options import LoadOptions
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import Bench, BenchOptions, BenchTask
-from mixchat.options import LoadOptions
 
 OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -136,15 +136,15 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     prepare_environment()
     import torch
 
+    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.quantities import MemoryBudget
     from mixchat.experts import prefetch
     from mixchat.experts.memory import CPU
     from mixchat.experts.placement import Placement
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions, SamplingOptions
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import expect
     from mixchat.planning.machine_speed import saved_measurement
-    from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixchat.progress import NoProgress
+from mixchat.base.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.make.calibrator import FOLD
 from mixchat.weights.matrix import encode, gptq

@@ -28,10 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_hub import REPO, FakeHub
 
-from mixchat.machine import disk_usage
-from mixchat.model_config import ModelConfig
-from mixchat.quantities import format_size
-from mixchat.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.base.machine import disk_usage
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.quantities import format_size
+from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.checkpoint_files import INDEX
 from mixchat.weights.source.checkpoint_index import expected_shapes

@@ -21,12 +21,12 @@ from mixchat.engine.environment import prepare_environment
 
 prepare_environment()
 
+from mixchat.base.options import LoadOptions, SamplingOptions  # noqa: E402
+from mixchat.base.quantities import MemoryBudget  # noqa: E402
 from mixchat.experts.cached_experts import CachedExperts  # noqa: E402
 from mixchat.experts.workers.link import Link  # noqa: E402
 from mixchat.experts.workers.remote_worker import RemoteWorker  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
-from mixchat.options import LoadOptions, SamplingOptions  # noqa: E402
-from mixchat.quantities import MemoryBudget  # noqa: E402
 
 PROMPT = list(range(100, 132))
 WARM = 24  # tokens, in which experts are loaded

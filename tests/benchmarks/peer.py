@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from mixchat.errors import MissingDependencyError, ResourceError
+from mixchat.base.errors import MissingDependencyError, ResourceError
 
 _CHILD = Path(__file__).with_name("peer_child.py")
 _WARM = 2  # tokens whose time is not taken

@@ -36,10 +36,10 @@ from quality_texts import write_texts
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from mixchat.base.options import DenseBits, LoadOptions
+from mixchat.base.progress import NoProgress
 from mixchat.cli.calibrate import calibrate_model
 from mixchat.loading.loader import load_engine
-from mixchat.options import DenseBits, LoadOptions
-from mixchat.progress import NoProgress
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint

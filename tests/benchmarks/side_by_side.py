@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 from llama_formats import FORMATS
 from peer import Peer, require, write_model
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import MixchatError
-from mixchat.quantities import MemoryBudget
 
 if TYPE_CHECKING:
+    from mixchat.base.output_file import OutputFile
     from mixchat.bench.rounds import Bench, BenchTask
-    from mixchat.output_file import OutputFile
 
 
 class SideBySide:
@@ -95,9 +95,9 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parsed(arguments)
     prepare_environment()
+    from mixchat.base.options import LoadOptions
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.png import checked_picture
-    from mixchat.options import LoadOptions
     from mixchat.planning.torch_threads import choose_threads
 
     png = checked_picture(given.png)

@@ -95,8 +95,8 @@ def measure(inner: int) -> dict[int, float]:
     prepare_environment()
     import torch
 
+    from mixchat.base.model_config import ModelConfig
     from mixchat.experts.memory import CPU
-    from mixchat.model_config import ModelConfig
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.format.blueprint import Blueprint, Quantization
     from mixchat.weights.make.outline import MIXTRAL

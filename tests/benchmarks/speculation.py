@@ -118,9 +118,9 @@ class Both:
     """One engine with and without speculation, so that the model is in memory once."""
 
     def __init__(self, model: Path, host_memory: str | None = None) -> None:
+        from mixchat.base.options import LoadOptions
+        from mixchat.base.quantities import MemoryBudget
         from mixchat.loading.loader import load_engine
-        from mixchat.options import LoadOptions
-        from mixchat.quantities import MemoryBudget
 
         budget = None if host_memory is None else MemoryBudget.parse(host_memory)
         self.engine = load_engine(model, LoadOptions(host_memory=budget, device="cpu"))
@@ -137,7 +137,7 @@ class Both:
 
 def exact(model: Path, prompts: int, tokens: int, host_memory: str | None) -> bool:
     """Print how many answers are the same with and without speculation; return if all are."""
-    from mixchat.options import SamplingOptions
+    from mixchat.base.options import SamplingOptions
 
     both, choose = Both(model, host_memory), random.Random(SEED)
     config = both.engine.config
@@ -176,7 +176,7 @@ def generated_prompt(
 
 def prompts_of(model: Path, count: int) -> list[Task]:
     """Return `count` prompts of each kind, without answers."""
-    from mixchat.model_config import ModelConfig
+    from mixchat.base.model_config import ModelConfig
     from mixchat.text.choose import load_template, load_tokenizer
     from mixchat.text.messages import Message
 
@@ -279,8 +279,8 @@ def run(engine: Engine, task: Task, tokens: int | None, side: Side) -> list[int]
 
 def answer_of(engine: Engine, task: Task, tokens: int | None) -> list[int]:
     """Return the model's answer, or the task's own where there is no count of tokens."""
+    from mixchat.base.options import SamplingOptions
     from mixchat.engine.sampling import Sampler
-    from mixchat.options import SamplingOptions
 
     greedy, size = SamplingOptions(temperature=0), engine.config.vocab_size
     if tokens is not None:

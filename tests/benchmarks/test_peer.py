@@ -11,7 +11,7 @@ import peer_child
 import pytest
 from peer import Peer
 
-from mixchat.errors import MissingDependencyError, ResourceError
+from mixchat.base.errors import MissingDependencyError, ResourceError
 
 
 def python_that_runs(directory: Path, program: str) -> str:

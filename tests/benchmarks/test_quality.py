@@ -18,7 +18,7 @@ from quality import (
     rounded_bits,
 )
 
-from mixchat.model_config import ModelConfig
+from mixchat.base.model_config import ModelConfig
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 from mixchat.weights.source.demo import DEMO_CONFIG

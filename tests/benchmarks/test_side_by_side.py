@@ -14,10 +14,10 @@ import side_by_side
 import torch
 from side_by_side import SideBySide, ratios
 
+from mixchat.base.errors import MissingDependencyError
 from mixchat.bench import rounds
 from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import BenchTask
-from mixchat.errors import MissingDependencyError
 
 SCRIPTS = sorted(
     path

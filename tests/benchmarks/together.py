@@ -20,10 +20,10 @@ from statistics import median
 
 from peer import Peer
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.environment import prepare_environment
-from mixchat.errors import MixchatError
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 
 prepare_environment()
 

@@ -217,7 +217,7 @@ def texts(count: int) -> list[str]:
 
 def home(work: Path) -> Path:
     """Return a data directory with chats of its own and the installed models."""
-    from mixchat.settings import data_dir
+    from mixchat.base.settings import data_dir
 
     place = work / "home"
     place.mkdir(exist_ok=True)

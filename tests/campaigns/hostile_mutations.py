@@ -78,7 +78,7 @@ def _collect(lines: list[list[Any]], found: Found) -> None:
 
 def _one(chance: random.Random, work: Path, source: Path, models: Path, spoken: Path) -> list[Any]:
     """One mutation: what was mutated and how, what came of it, and what is wrong with that."""
-    from mixchat.errors import MixchatError
+    from mixchat.base.errors import MixchatError
 
     local = chance.random() < 0.5
     checkpoint = source if local else models / ("spoken" if chance.random() < 0.02 else "source")
@@ -177,8 +177,8 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
 def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     import torch
 
+    from mixchat.base.progress import NoProgress
     from mixchat.cli.download import check_text
-    from mixchat.progress import NoProgress
     from mixchat.weights import models
     from mixchat.weights.care.verify import verify
     from mixchat.weights.format.installed_model import InstalledModel

@@ -61,11 +61,11 @@ def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
     from chat_doubles import CharacterTokenizer, TinyTemplate
 
+    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.quantities import MemoryBudget
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions, SamplingOptions
-    from mixchat.quantities import MemoryBudget
     from mixchat.weights.format.installed_model import InstalledModel
 
     stride = InstalledModel(model).blueprint.expert.stride
@@ -80,7 +80,7 @@ def open_session(model: Path, experts: int | None) -> Any:
 
 def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at: float) -> str:
     """Ask, and press Ctrl-C so many seconds later: how that ended."""
-    from mixchat import interrupts
+    from mixchat.base import interrupts
 
     stopping = interrupts.stopping(session.interrupt) if in_chat else contextlib.nullcontext()
     ended = "before the answer"
@@ -100,7 +100,7 @@ def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at
 
 def rounds(count: int, seed: int, model: Path) -> Iterator[str]:
     """The faults."""
-    from mixchat import interrupts
+    from mixchat.base import interrupts
 
     chance = random.Random(seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it

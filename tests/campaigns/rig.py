@@ -86,7 +86,7 @@ def make_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    from mixchat.model_config import ModelConfig
+    from mixchat.base.model_config import ModelConfig
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
     directory.mkdir(parents=True)

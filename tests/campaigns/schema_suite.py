@@ -28,7 +28,7 @@ from jsonschema.exceptions import _WrappedReferencingError
 sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
 from form_walks import compiled, has_form, random_text
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.checked_form import HASTY_S, checked_schema
 from mixchat.text.form.constraint import CompiledForm
 

@@ -177,10 +177,10 @@ def prompt(seed: int, tokens: int) -> list[int]:
 def _chat(
     orders: int, events: int, model: Path, key: Path, memory: str, addresses: tuple[str, ...]
 ) -> None:
-    from mixchat import interrupts
+    from mixchat.base import interrupts
+    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.quantities import MemoryBudget
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions, SamplingOptions
-    from mixchat.quantities import MemoryBudget
 
     interrupts.install()
     notes: list[str] = []

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from mixchat.base.options import SamplingOptions
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.stats import ExpertStats
-from mixchat.options import SamplingOptions
 
 STOP = 0
 KEY = ExpertKey(0, 0)

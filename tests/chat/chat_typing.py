@@ -8,6 +8,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from mixchat.base.errors import ModelNotFoundError
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.active_chat import ActiveChat
@@ -15,7 +16,6 @@ from mixchat.chat.terminal.commands import completions
 from mixchat.chat.terminal.prompt import ChatPrompt
 from mixchat.chat.terminal.repl import Repl
 from mixchat.chat.terminal.screen import Screen
-from mixchat.errors import ModelNotFoundError
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
 

@@ -5,10 +5,10 @@ from contextlib import closing
 import pytest
 from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
 
+from mixchat.base.errors import PromptError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.engine_backend import EngineBackend
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
-from mixchat.errors import PromptError
-from mixchat.options import SamplingOptions
 from mixchat.text.messages import Message
 
 

@@ -13,7 +13,7 @@ import time
 import types
 from pathlib import Path
 
-import mixchat.errors
+import mixchat.base.errors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
 from chat_doubles import make_session
@@ -27,7 +27,7 @@ def answers():
 
 
 def make_error(spec):
-    module = mixchat.errors if hasattr(mixchat.errors, spec["raise"]) else builtins
+    module = mixchat.base.errors if hasattr(mixchat.base.errors, spec["raise"]) else builtins
     return getattr(module, spec["raise"])(spec["with"])
 
 
@@ -85,8 +85,8 @@ def record(engine, path):
 
 
 if __name__ == "__main__":
-    from mixchat.cli import app, models_here, run
+    from mixchat.cli import app, local_models, run
 
-    models_here.open_session, models_here._speed_predictor = open_fake, predict_fake
+    local_models.open_session, local_models._speed_predictor = open_fake, predict_fake
     run._note_server = note_nothing
     app.run(sys.argv[1:])

@@ -9,9 +9,9 @@ import pytest
 from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.loading import calibrate as calibrate_module
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.care.convert import _Converter
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.expert_inputs import inputs_size

@@ -10,14 +10,14 @@ from chat_typing import CTRL_D, Chat
 from tiny_tokenizer import write_tokenizer
 
 import mixchat.loading.loader
+from mixchat.base.errors import MixchatError, ResourceError
+from mixchat.base.options import LoadOptions
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.change_model import ModelChanger, save_report
 from mixchat.cli.opening import open_session
 from mixchat.cli.output.print_answer import OutputOptions
-from mixchat.errors import MixchatError, ResourceError
-from mixchat.options import LoadOptions
 
 LOAD = LoadOptions(device="cpu")
 

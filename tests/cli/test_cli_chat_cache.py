@@ -5,20 +5,20 @@ import os
 import pytest
 from chat_doubles import CharacterTokenizer, TinyTemplate
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat
-from mixchat.errors import UsageError
-from mixchat.options import SamplingOptions
 
 
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
+    from mixchat.base.options import LoadOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions
 
     def new():
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.lock import exclusive_lock
+from mixchat.base.lock import exclusive_lock
 from mixchat.weights.care import convert as convert_module
 from mixchat.weights.care.convert import _Converter
 

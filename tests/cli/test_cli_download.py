@@ -8,9 +8,9 @@ import pytest
 from fake_hub import COMMIT, REPO, FakeHub
 from tiny_tokenizer import write_tokenizer
 
-from mixchat import machine
-from mixchat.errors import HubError
-from mixchat.progress import progress_bar
+from mixchat.base import machine
+from mixchat.base.errors import HubError
+from mixchat.base.progress import progress_bar
 from mixchat.weights.make.quantize_options import QuantizeOptions
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from mixchat.base.errors import CheckpointError, PromptError, UsageError
 from mixchat.cli.jsonl import open_answers, write_answers
-from mixchat.errors import CheckpointError, PromptError, UsageError
 from mixchat.serving.requests.failures import RequestError
 from mixchat.serving.requests.lines import Line
 from mixchat.serving.service import Done

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.progress import progress_bar
 from mixchat.cli.opening import find_or_build
-from mixchat.errors import ModelNotFoundError
-from mixchat.progress import progress_bar
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,

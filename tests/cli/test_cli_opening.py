@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_tokenizer import write_tokenizer
 
-from mixchat.quantities import MemoryBudget
+from mixchat.base.quantities import MemoryBudget
 from mixchat.weights.format.manifest import Source, read_manifest, write_manifest
 
 

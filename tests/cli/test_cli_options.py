@@ -5,12 +5,12 @@ import inspect
 
 import pytest
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of
 from mixchat.cli.flags.checks import within_limits
 from mixchat.cli.opening import resolve_sampling
 from mixchat.cli.run import run
-from mixchat.errors import UsageError
-from mixchat.options import SamplingOptions
 
 NAMES = list(numbers_of(SamplingOptions()))
 NOTHING_GIVEN = dict.fromkeys(NAMES)

@@ -13,17 +13,17 @@ from types import SimpleNamespace
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.cli import plan as plan_command
 from mixchat.cli.output import plan_text
 from mixchat.loading import workers
 from mixchat.planning import fitting, machine_speed, torch_threads
-from mixchat.planning.calibration import Calibration
+from mixchat.planning.calibration import MachineSpeeds
 from mixchat.planning.machine_speed import SAMPLES
-from mixchat.planning.spread import WorkerOffer
+from mixchat.planning.worker_split import WorkerOffer
 
 GB = 10**9
-SPEEDS = Calibration(
+SPEEDS = MachineSpeeds(
     2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
 )
 

@@ -54,8 +54,8 @@ def ask(mixchat, monkeypatch, exact_model):
             **options,
         )
 
-    monkeypatch.setattr("mixchat.cli.models_here.open_session", opened)
-    monkeypatch.setattr("mixchat.cli.models_here._speed_predictor", lambda *given: lambda: None)
+    monkeypatch.setattr("mixchat.cli.local_models.open_session", opened)
+    monkeypatch.setattr("mixchat.cli.local_models._speed_predictor", lambda *given: lambda: None)
     return lambda *arguments: mixchat(
         *("run", "-s", "A long text.", "--temp", "0", "-n", "8", *arguments), fake=False
     )

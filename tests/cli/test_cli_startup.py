@@ -143,7 +143,7 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
         "for name in ('__future__', 'signal', 'enum', 're'):\n"
         "    sys.modules.pop(name, None)\n"
         "import mixchat.__main__\n"
-        "from mixchat import interrupts\n"
+        "from mixchat.base import interrupts\n"
         "del seen['mixchat'], seen['mixchat.__main__']\n"
         "seen = {name: handler == _signal.SIG_DFL for name, handler in seen.items()}\n"
         "assert seen['signal'] and all(seen.values()), seen\n"

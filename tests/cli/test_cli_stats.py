@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from mixchat.base.errors import CheckpointError, MixchatError
 from mixchat.chat.draw.heatmap import MARKS
 from mixchat.engine.report import TIERS, ExpertReport, load_report, save_report
 from mixchat.engine.report_path import report_path
-from mixchat.errors import CheckpointError, MixchatError
 
 REPORT = ExpertReport(
     model="demo",

@@ -9,7 +9,7 @@ from command_line import FAKE
 from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
-from mixchat.lock import exclusive_lock
+from mixchat.base.lock import exclusive_lock
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint

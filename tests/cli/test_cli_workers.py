@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 GIVEN = ("--worker", "192.168.1.5", "--worker", "helper:80", "--key-file", "a.key")
 TAKEN_BY = {

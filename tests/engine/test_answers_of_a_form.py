@@ -13,13 +13,13 @@ import torch
 from jsonschema import Draft202012Validator
 from tiny_tokenizer import write_tokenizer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine.batch import Batch, Prompt
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
-from mixchat.errors import UsageError
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.form.constraint import CompiledForm, FormCompiler
 from mixchat.text.form.form import Form, json_object, json_schema, lark_grammar

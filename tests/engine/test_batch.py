@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
-from mixchat.errors import CheckpointError, PromptError
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")

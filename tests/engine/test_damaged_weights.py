@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixchat.base.errors import CheckpointError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.engine.generate import Engine
-from mixchat.errors import CheckpointError
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.safetensors import SafetensorsFile
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
 # Of each kind of tensor one, by its file. In 8 bits, the scales stand for a matrix.

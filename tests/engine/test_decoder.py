@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import Part
@@ -15,8 +17,6 @@ from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.kernels.program import Program
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")

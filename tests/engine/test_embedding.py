@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mixchat.base.errors import CheckpointError
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine.generate import Engine
-from mixchat.errors import CheckpointError
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = LoadOptions(device="cpu")

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine import generate
 from mixchat.experts import cache, fetcher, mover
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 
 PROMPT, TOKENS = [5, 17, 60, 3], 1

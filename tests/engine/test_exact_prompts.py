@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.passes import Part
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.errors import CheckpointError
 from mixchat.kernels import coded
 from mixchat.loading.loader import chunks_are_exact, load_engine
-from mixchat.model_config import ModelConfig
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine.generate import Engine
-from mixchat.errors import CheckpointError, PromptError
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0)
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine import kv_cache
 from mixchat.engine.kv_cache import (
     KVCache,
@@ -16,8 +18,6 @@ from mixchat.engine.kv_cache import (
 )
 from mixchat.kernels import attention
 from mixchat.loading.loader import load_engine
-from mixchat.model_config import ModelConfig
-from mixchat.options import LoadOptions, SamplingOptions
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig.from_dict(

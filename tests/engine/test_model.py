@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.matrix import nf3, nf4
 from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4

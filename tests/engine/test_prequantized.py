@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source

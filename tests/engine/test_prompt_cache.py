@@ -13,15 +13,15 @@ import pytest
 import torch
 from test_kv_cache import CONFIG, CPU, needs_kernel
 
-from mixchat import files
+from mixchat.base import files
+from mixchat.base.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine import kv_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 
 GREEDY = SamplingOptions(temperature=0)
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]

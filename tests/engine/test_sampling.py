@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from mixchat.base.options import SamplingOptions
 from mixchat.engine.sampling import (
     Sampler,
     filtered_probabilities,
@@ -19,7 +20,6 @@ from mixchat.engine.sampling import (
     penalize,
     raised,
 )
-from mixchat.options import SamplingOptions
 
 
 def random_logits(seed: int, size: int = 50) -> torch.Tensor:

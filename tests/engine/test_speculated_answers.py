@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.errors import CheckpointError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, Model
 from mixchat.engine.passes import Part
 from mixchat.engine.speculation import Proposals, Speculation
-from mixchat.errors import CheckpointError
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 
 GREEDY = SamplingOptions(temperature=0)
 # Cold enough for random models to repeat themselves now and then.

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
 
 # The ways to bring numbers from a device to Python, or a tensor to another device.
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from expert_doubles import fetcher_of, routing, runner
 
-from mixchat.errors import CheckpointError, ResourceError
+from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 from mixchat.experts.sources import DiskSource

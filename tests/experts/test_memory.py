@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.experts import memory
 from mixchat.experts.memory import INTERVAL, MemoryWatch, free_on
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from mixchat import interrupts
-from mixchat.errors import ResourceError
+from mixchat.base import interrupts
+from mixchat.base.errors import ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.mover import Mover, Steps, Transfer
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import ResourceError, UsageError
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cpu, place_on_gpus
 from mixchat.experts.sharing import home_counts
-from mixchat.quantities import MemoryBudget
 
 GB = 10**9
 MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256)

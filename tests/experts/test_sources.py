@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixchat.errors import CheckpointError, ResourceError
+from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import sources
 from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey

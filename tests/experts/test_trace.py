@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.errors import ResourceError, UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.experts.recording import RecordingRunner
 from mixchat.experts.trace import TraceWriter
 
@@ -172,7 +172,7 @@ def test_a_trace_that_cannot_be_begun_leaves_no_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk left an empty file, which looks like a trace."""
-    from mixchat.output_file import OutputFile
+    from mixchat.base.output_file import OutputFile
 
     class Full:
         def __init__(self, file: Any) -> None:

@@ -8,9 +8,9 @@ import pytest
 from paper_gpu import PaperRuntime
 from paper_tools import CONTEXT, KINDS, LAYERS, Case, logits, speeds
 
+from mixchat.base.options import LoadOptions
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions
 from mixchat.weights.format.installed_model import InstalledModel
 
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from paper_gpu import PaperRuntime
 
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Note
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.experts.placement import Demand
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.fitting import FreeMemory, fit_model
-from mixchat.progress import Note
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint
 
 GREEDY = SamplingOptions(temperature=0)
@@ -27,7 +27,7 @@ CONTEXT = 64
 
 def speeds(copy: float, expert: float) -> Measurement:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    sample = Calibration(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    sample = MachineSpeeds(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
     return Measurement(time.time(), (sample,))
 
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
-from mixchat.options import LoadOptions
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix import nf4
 

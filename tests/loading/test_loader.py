@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.errors import ResourceError, UsageError
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.memory import free_on
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.quantities import MemoryBudget
 
 
 def test_the_default_context_is_the_models_up_to_8192(tiny_model: Path) -> None:

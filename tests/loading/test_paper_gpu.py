@@ -23,9 +23,9 @@ from paper_tools import (
     text,
 )
 
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.bench import machine_limits
 from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
-from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.loading import tiers
 from mixchat.loading.loader import choose_devices

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts import memory
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
@@ -15,8 +17,6 @@ from mixchat.experts.policies import POLICIES
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading.loader import load_engine
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
-from mixchat.options import LoadOptions
-from mixchat.quantities import MemoryBudget
 
 CPU = LoadOptions(MemoryBudget(fraction=0.5), device="cpu")
 

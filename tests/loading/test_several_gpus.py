@@ -28,10 +28,12 @@ from paper_tools import (
     text,
 )
 
-from mixchat import interrupts
+from mixchat.base import interrupts
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
-from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
@@ -41,14 +43,12 @@ from mixchat.experts.workers.messages import Hello
 from mixchat.loading import loader, tiers
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
-from mixchat.options import LoadOptions
 from mixchat.planning import expectation, prediction
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.plan import Machine
-from mixchat.quantities import MemoryBudget
 
 
-class Spread(NamedTuple):
+class WorkerSplit(NamedTuple):
     """Slots on the first GPU, on each other one, and in RAM; and what becomes of them."""
 
     first: int
@@ -58,21 +58,23 @@ class Spread(NamedTuple):
 
 
 SPREADS = {
-    "two hold all": Spread(6, (6,), 0, {"device": 6, "other-device": 6}),
-    "two hold all, each could alone": Spread(
+    "two hold all": WorkerSplit(6, (6,), 0, {"device": 6, "other-device": 6}),
+    "two hold all, each could alone": WorkerSplit(
         EXPERTS, (EXPERTS,), EXPERTS, {"device": 6, "other-device": 6}
     ),
-    "two over RAM for all": Spread(
+    "two over RAM for all": WorkerSplit(
         3, (2,), EXPERTS, {"device": 3, "other-device": 2, "host": EXPERTS}
     ),
-    "two over RAM for some": Spread(3, (3,), 8, {"device": 3, "other-device": 3, "host": 8}),
-    "two, one of them over RAM": Spread(3, (3,), 5, {"device": 3, "other-device": 3, "host": 5}),
-    "two over the disk": Spread(2, (4,), 0, {"device": 2, "other-device": 4}),
-    "three hold all": Spread(2, (8, 3), 0, {"device": 2, "other-device": 10}),
-    "three over RAM for all": Spread(
+    "two over RAM for some": WorkerSplit(3, (3,), 8, {"device": 3, "other-device": 3, "host": 8}),
+    "two, one of them over RAM": WorkerSplit(
+        3, (3,), 5, {"device": 3, "other-device": 3, "host": 5}
+    ),
+    "two over the disk": WorkerSplit(2, (4,), 0, {"device": 2, "other-device": 4}),
+    "three hold all": WorkerSplit(2, (8, 3), 0, {"device": 2, "other-device": 10}),
+    "three over RAM for all": WorkerSplit(
         2, (2, 2), EXPERTS, {"device": 2, "other-device": 4, "host": EXPERTS}
     ),
-    "three over the disk": Spread(2, (2, 2), 0, {"device": 2, "other-device": 4}),
+    "three over the disk": WorkerSplit(2, (2, 2), 0, {"device": 2, "other-device": 4}),
 }
 RESIDENT = [name for name, spread in SPREADS.items() if "hold all" in name]
 

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.errors import CheckpointError, ResourceError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Note
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
-from mixchat.errors import CheckpointError, ResourceError
 from mixchat.experts.host_compute import HostCompute
 from mixchat.experts.placement import Placement
 from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.planning.calibration import Calibration, Measurement
-from mixchat.progress import Note
-from mixchat.quantities import MemoryBudget
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -36,7 +36,7 @@ SHORT = PROMPT[:9]
 
 def calibration(copy: float, expert: float) -> Measurement:
     """A machine on which a copy runs at `copy` bytes a second and an expert takes `expert` s."""
-    speeds = Calibration(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    speeds = MachineSpeeds(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
     return Measurement(time.time(), (speeds,))
 
 
@@ -283,7 +283,7 @@ def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The memory that counts as free, checked at each step."""
     free = {"bytes": 10**12}
-    monkeypatch.setattr("mixchat.machine.free_memory", lambda: free["bytes"])
+    monkeypatch.setattr("mixchat.base.machine.free_memory", lambda: free["bytes"])
     monkeypatch.setattr("mixchat.experts.memory.INTERVAL", 0)
     return free
 

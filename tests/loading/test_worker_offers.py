@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import MixchatError
+from mixchat.base.errors import MixchatError
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.loading.served_experts import load_served_experts
 from mixchat.loading.workers import ask_workers
-from mixchat.options import LoadOptions
-from mixchat.planning.spread import WorkerOffer
-from mixchat.quantities import MemoryBudget
+from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.installed_model import InstalledModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experts" / "workers"))

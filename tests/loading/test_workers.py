@@ -9,13 +9,13 @@ import pytest
 import torch
 from served_workers import KEY, Fault, Nursery
 
+from mixchat.base.errors import ResourceError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Note
+from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
-from mixchat.errors import ResourceError
 from mixchat.experts.workers.link import Link
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions, SamplingOptions
-from mixchat.progress import Note
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
 

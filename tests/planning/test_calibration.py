@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from mixchat.planning.calibration import IN_USE, Calibration, Measurement
+from mixchat.planning.calibration import IN_USE, MachineSpeeds, Measurement
 
-KNOWN = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+KNOWN = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
 
 @pytest.mark.parametrize(

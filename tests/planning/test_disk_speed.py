@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.planning import disk_speed
 from mixchat.planning.disk_speed import DiskRates, measure_disk
 

@@ -8,13 +8,13 @@ from statistics import mean
 import pytest
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
 from mixchat.experts.trace import Trace
-from mixchat.model_config import ModelConfig
 from mixchat.planning import hit_rate
-from mixchat.planning.calibration import IN_USE, Calibration, Measurement
+from mixchat.planning.calibration import IN_USE, MachineSpeeds, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
@@ -31,7 +31,7 @@ GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = ModelConfig.from_dict(MIXTRAL)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -56,7 +56,7 @@ def held_together(blueprint: Blueprint, device: torch.device, placement: Placeme
 
 
 def decode_cost(
-    blueprint: Blueprint, device: torch.device, speeds: Calibration, placement: Placement
+    blueprint: Blueprint, device: torch.device, speeds: MachineSpeeds, placement: Placement
 ) -> TokenCost | None:
     return expect(blueprint, device, Measurement(0.0, (speeds,)), placement).cost
 

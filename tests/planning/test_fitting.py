@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand
-from mixchat.model_config import ModelConfig
-from mixchat.options import LoadOptions
 from mixchat.planning.fitting import Fit, FreeMemory, fit_model
-from mixchat.quantities import MemoryBudget
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixchat import gpu
-from mixchat.model_config import ModelConfig
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.base import gpu
+from mixchat.base.model_config import ModelConfig
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.hardware import GPU_BUS, Machine, OtherGPU, ToldMachine
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -16,7 +16,7 @@ from mixchat.weights.make.outline import MIXTRAL
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device(gpu.KIND, 0)
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization())
-SPEEDS = Calibration(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 HERE = Machine("a CPU", 8, 64 * GB, FreeMemory(40 * GB, limit="control group"), 500 * GB)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.planning import machine_speed
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates

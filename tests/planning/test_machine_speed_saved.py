@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.planning import machine_speed
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.machine_speed import (
     SAMPLES,
     calibration_key,
@@ -24,7 +24,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
 OTHER = torch.device("cpu:0")  # another device by its name
-KNOWN = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+KNOWN = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 
 
 @pytest.fixture

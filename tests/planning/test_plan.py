@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.options import LoadOptions
+from mixchat.base.quantities import MemoryBudget
 from mixchat.cli.output.plan_json import plan_as_dict
 from mixchat.cli.output.plan_text import plan_as_text
-from mixchat.errors import ResourceError, UsageError
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
-from mixchat.model_config import ModelConfig
-from mixchat.options import LoadOptions
 from mixchat.planning import fitting, machine_speed
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine, OtherGPU
 from mixchat.planning.machine_speed import (
@@ -31,8 +32,7 @@ from mixchat.planning.machine_speed import (
 from mixchat.planning.plan import MachinePlan, plan_model
 from mixchat.planning.prediction import predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
-from mixchat.planning.spread import WorkerOffer
-from mixchat.quantities import MemoryBudget
+from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL, Outline
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -58,7 +58,7 @@ def machine(ram: float, gpu: float | None = None) -> Machine:
     return Machine("a CPU", 8, 64 * GB, free, 500 * GB, name, device)
 
 
-def measured(*samples: Calibration) -> Measurement:
+def measured(*samples: MachineSpeeds) -> Measurement:
     return Measurement(1.7e9, samples)
 
 
@@ -68,7 +68,7 @@ def planned(
     return plan_model(there, device, fit_model(BLUEPRINT, there.free, options), known)
 
 
-def on_cpu(ram: float, *samples: Calibration, **options: Any) -> MachinePlan:
+def on_cpu(ram: float, *samples: MachineSpeeds, **options: Any) -> MachinePlan:
     known = measured(*samples or (SPEEDS,))
     return planned(CPU, machine(ram), known, LoadOptions(**options))
 
@@ -333,7 +333,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         device: torch.device,
         layer: Callable[[], object],
         **how: object,
-    ) -> Calibration:
+    ) -> MachineSpeeds:
         layer()
         measured.append(device)
         return SPEEDS if device == CPU else GPU_SPEEDS

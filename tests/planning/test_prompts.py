@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.model_config import ModelConfig
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import expected_distinct
 from mixchat.planning.prompts import (
     PROMPT,
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = ModelConfig.from_dict(MIXTRAL)
 BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,
     copy_bandwidth=2e10,
@@ -35,11 +35,13 @@ BLIND = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_band
 ALL, HALF = Placement(256, 0, 256), Placement(128, 0, 256)
 
 
-def measured(*samples: Calibration) -> Measurement:
+def measured(*samples: MachineSpeeds) -> Measurement:
     return Measurement(1.7e9, samples)
 
 
-def cold_start(speeds: Calibration, device: torch.device = CPU, prompt: int = PROMPT) -> FirstToken:
+def cold_start(
+    speeds: MachineSpeeds, device: torch.device = CPU, prompt: int = PROMPT
+) -> FirstToken:
     found = first_token(BLUEPRINT, device, measured(speeds), prompt)
     assert found is not None
     return found

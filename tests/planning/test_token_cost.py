@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.planning.calibration import Calibration
+from mixchat.planning.calibration import MachineSpeeds
 from mixchat.planning.expectation import OVERLAP, Shape, TokenCost, token_cost
 
 # 8 uses of experts a token. A head as large as three experts.
 SHAPE = Shape(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
-CPU = Calibration(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
+CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 GPU = dataclasses.replace(
     CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}
 )
 rates = st.floats(0, 1)
 
 
-def cost(speeds: Calibration, device: str, hit_rate: float, host_hit_rate: float) -> TokenCost:
+def cost(speeds: MachineSpeeds, device: str, hit_rate: float, host_hit_rate: float) -> TokenCost:
     found = token_cost(SHAPE, speeds, device, hit_rate, host_hit_rate)
     assert found is not None
     return found
@@ -71,7 +71,7 @@ def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost() -> None:
 
 @given(rates, rates, rates, st.sampled_from([CPU, GPU]))
 def test_more_hits_never_cost_more(
-    one: float, other: float, slots: float, known: Calibration
+    one: float, other: float, slots: float, known: MachineSpeeds
 ) -> None:
     worse, better = sorted((one, other))
     device = "cuda" if known is GPU else "cpu"

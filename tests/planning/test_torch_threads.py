@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat import machine
-from mixchat.model_config import ModelConfig
+from mixchat.base import machine
+from mixchat.base.model_config import ModelConfig
 from mixchat.planning import torch_threads
 from mixchat.planning.compute_speed import Effort, thread_seconds
 from mixchat.planning.torch_threads import candidates, choose_threads, known_or_best

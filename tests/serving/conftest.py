@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mixchat.base.options import LoadOptions
 from mixchat.loading.loader import load_engine
-from mixchat.options import LoadOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.text.checkpoint_text import CheckpointText
 from tests.tiny_tokenizer import write_tokenizer

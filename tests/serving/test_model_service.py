@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.options import SamplingOptions
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
-from mixchat.errors import CheckpointError, PromptError
-from mixchat.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.service import (
     Delta,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_strategies import anything
 
-from mixchat.errors import PromptError
+from mixchat.base.errors import PromptError
 from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import text_builders as build
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.jinja_template import JinjaTemplate

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_strategies import anything, harmless
 
-from mixchat.errors import CheckpointError, PromptError
+from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.jinja_template import JinjaTemplate

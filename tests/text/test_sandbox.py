@@ -16,7 +16,7 @@ import hostile_programs as hostile
 import pytest
 import text_builders as build
 
-from mixchat.errors import CheckpointError, PromptError
+from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.detokenizer import Detokenizer

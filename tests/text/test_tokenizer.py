@@ -15,7 +15,7 @@ import text_builders as build
 from hypothesis import given, settings
 from text_strategies import anything, harmless
 
-from mixchat.errors import CheckpointError, PromptError
+from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.hf import JsonTokenizer
 from mixchat.text.spm import SentencePieceTokenizer

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import MixchatError, ModelNotFoundError, UsageError
-from mixchat.machine import disk_usage
+from mixchat.base.errors import MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.machine import disk_usage
 from mixchat.weights import models
 from mixchat.weights.format.manifest import (
     FileRecord,
@@ -329,7 +329,7 @@ def test_importing_does_no_work() -> None:
         "from mixchat.weights import models\n"
         "from mixchat.weights.format import journal, manifest\n"
         "from mixchat.weights.source import demo, hub_errors\n"
-        "from mixchat import lock\n"
+        "from mixchat.base import lock\n"
         "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )

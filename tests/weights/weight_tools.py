@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mixchat.progress import Task
+from mixchat.base.progress import Task
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import build
 from mixchat.weights.make.download import DownloadRequest, download

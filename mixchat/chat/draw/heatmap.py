@@ -11,9 +11,9 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from mixchat.base.quantities import format_size, format_time
+from mixchat.base.sanitize import sanitize
 from mixchat.engine.report import PLACES, ExpertReport
-from mixchat.quantities import format_size, format_time
-from mixchat.sanitize import sanitize
 
 # Uses of an expert in multiples of the mean of its layer, which all would have if the router chose
 # evenly. A level starts at each bound; level 0 is for experts that were never used.

@@ -14,10 +14,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from mixchat.base.sanitize import sanitize
 from mixchat.chat.draw.highlight import TAB, Bar, Code, fitting
 from mixchat.chat.draw.markdown_rules import DEEPEST, parser
 from mixchat.chat.theme import CODE, FRAME, HEADINGS, INLINE, LINK
-from mixchat.sanitize import sanitize
 
 _NARROWEST = 6  # columns for indented text; with fewer it is not indented
 _CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn

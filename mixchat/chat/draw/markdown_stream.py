@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import SegmentLines
 from rich.text import Text
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 from mixchat.chat.draw.highlight import Code
 from mixchat.chat.draw.markdown import (
     NOTHING,

@@ -11,9 +11,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mixchat.errors import CheckpointError, UsageError
-from mixchat.files import open_regular, read_bytes
-from mixchat.sanitize import sanitize
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.files import open_regular, read_bytes
+from mixchat.base.sanitize import sanitize
 from mixchat.text.messages import Message
 
 _FORMAT = 1

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of, with_numbers
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.errors import MixchatError
-from mixchat.options import SamplingOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

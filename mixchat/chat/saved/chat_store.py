@@ -13,6 +13,15 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from mixchat.base.errors import (
+    ChatNotFoundError,
+    CheckpointError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.base.files import sync_directory, write_error, write_private_file
+from mixchat.base.lock import Busy, exclusive_lock
+from mixchat.base.settings import data_dir
 from mixchat.chat.saved.chat_file import (
     ID_PREFIX,
     LAST,
@@ -23,15 +32,6 @@ from mixchat.chat.saved.chat_file import (
     read_name,
     serialized,
 )
-from mixchat.errors import (
-    ChatNotFoundError,
-    CheckpointError,
-    ResourceError,
-    UsageError,
-)
-from mixchat.files import sync_directory, write_error, write_private_file
-from mixchat.lock import Busy, exclusive_lock
-from mixchat.settings import data_dir
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
 _TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike

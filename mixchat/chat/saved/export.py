@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixchat.output_file import OutputFile
+from mixchat.base.output_file import OutputFile
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat

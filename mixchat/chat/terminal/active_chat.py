@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 from mixchat.chat.answer import cut_off_note
 from mixchat.chat.printing import one_line
 from mixchat.chat.terminal.reading_time import Predict, ReadingTime

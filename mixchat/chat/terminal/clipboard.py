@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from typing import TextIO
 
-from mixchat.errors import MissingDependencyError
+from mixchat.base.errors import MissingDependencyError
 
 _LONGEST = 74_994  # bytes: all terminals that can copy take as many
 _SECONDS = 5

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import UNKNOWN
+from mixchat.base.errors import PromptError, UsageError
 from mixchat.chat import parameters
 from mixchat.chat.draw.code import code_blocks
 from mixchat.chat.plain_text import read_text_file
@@ -22,12 +24,10 @@ from mixchat.chat.terminal.completion import (
     CompleteArgument,
     file_argument,
 )
-from mixchat.context import UNKNOWN
-from mixchat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
+    from mixchat.base.context import Context
     from mixchat.chat.terminal.active_chat import ActiveChat
-    from mixchat.context import Context
 
 _WIDE = 80  # columns, where there is no terminal
 _SHOWN = 20  # chats that /chats lists

@@ -11,8 +11,8 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
+from mixchat.base.sanitize import sanitize
 from mixchat.chat.printing import one_line
-from mixchat.sanitize import sanitize
 
 CompleteArgument = Callable[[str], "Iterable[str] | Iterable[tuple[str, str]]"]
 """Returns the arguments that the start of one may mean, with or without texts for the menu. It may

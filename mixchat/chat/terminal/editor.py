@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixchat.errors import UsageError
-from mixchat.files import MAX_SIZE
+from mixchat.base.errors import UsageError
+from mixchat.base.files import MAX_SIZE
 
 _USUAL = ("editor", "nano", "vim", "vi", "emacs")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from prompt_toolkit.history import History
 
-from mixchat.files import open_regular, write_private_file
-from mixchat.lock import exclusive_lock
+from mixchat.base.files import open_regular, write_private_file
+from mixchat.base.lock import exclusive_lock
 
 _MOST_ENTRIES = 2000
 _MOST_BYTES = 4_000_000  # pasted files are entries, too

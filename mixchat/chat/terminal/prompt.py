@@ -26,6 +26,8 @@ from prompt_toolkit.layout.processors import Processor, Transformation, Transfor
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.sanitize import VISIBLE, sanitize
 from mixchat.chat import theme
 from mixchat.chat.printing import say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
@@ -33,8 +35,6 @@ from mixchat.chat.terminal.editor import edited
 from mixchat.chat.terminal.input_history import InputHistory
 from mixchat.chat.terminal.status_line import cut
 from mixchat.chat.terminal.typeahead import reading_keys
-from mixchat.errors import MixchatError
-from mixchat.sanitize import VISIBLE, sanitize
 
 _PROMPT, _CONTINUED = ">>> ", "... "
 _QUOTES = '"""'

@@ -9,11 +9,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
+from mixchat.base.quantities import format_time
+from mixchat.base.sanitize import sanitize
 from mixchat.chat import printing, theme
 from mixchat.chat.answer import left_out_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta
-from mixchat.quantities import format_time
-from mixchat.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Event

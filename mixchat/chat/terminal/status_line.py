@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from prompt_toolkit.utils import get_cwidth
 
-from mixchat.errors import MixchatError
-from mixchat.quantities import format_least
-from mixchat.sanitize import sanitize
+from mixchat.base.errors import MixchatError
+from mixchat.base.quantities import format_least
+from mixchat.base.sanitize import sanitize
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from mixchat.base.context import Context
+from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.progress import Note
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
-from mixchat.context import Context
-from mixchat.errors import PromptError, UsageError
-from mixchat.progress import Note
 
 STDIN = "-"
 _PATIENCE = 1.0  # seconds before the note

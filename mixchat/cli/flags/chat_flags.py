@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from mixchat.base.errors import UsageError
 from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.config_flag import AGAIN, is_given, refuse_together, setting
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
-from mixchat.errors import UsageError
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:

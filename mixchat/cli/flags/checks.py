@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from mixchat.base.errors import UsageError
+from mixchat.base.network_address import NetworkAddress
+from mixchat.base.options import CacheBits, device_names
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import STDIN, checked
-from mixchat.errors import UsageError
 from mixchat.experts.policies import POLICIES
-from mixchat.network_address import NetworkAddress
-from mixchat.options import CacheBits, device_names
 
 # By its name in Python: the flag, and the limits of its value.
 _NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}

@@ -8,9 +8,9 @@ from typing import Any
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import config_file, read_config
 from mixchat.cli.flags.config_flag import mark_damaged, settings_of
-from mixchat.errors import UsageError
-from mixchat.settings import config_file, read_config
 
 Defaults = dict[str, dict[str, Any]]
 _EVERY = "run"  # the command that has every setting as a flag

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import typer
 
-from mixchat.errors import UsageError
-from mixchat.settings import config_file
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import config_file
 
 PREFIX = "MIXCHAT_"
 _DAMAGE = "mixchat.config"  # in the context's `meta`: the error that reading config.toml raised

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 _NEAR = 0.65  # of difflib: `temprature` is near, `threads` and `stream` are not
 # By the answer: the names in ollama, llama.cpp and llm. A command that lacks the first flag of an

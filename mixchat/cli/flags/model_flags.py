@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mixchat.base.context import Context
+from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.plain_text import read_text_file
 from mixchat.cli.flags.checks import (
     checked_bits,
@@ -28,9 +30,7 @@ from mixchat.cli.flags.config_flag import (
     settings_of,
 )
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
-from mixchat.context import Context
 from mixchat.experts.policies import POLICIES
-from mixchat.quantities import MemoryBudget
 
 # Where a flag is not given, the model's generation_config.json decides, then the engine.
 Model = Annotated[

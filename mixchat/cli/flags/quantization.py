@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mixchat.errors import UsageError
-from mixchat.options import DenseBits
+from mixchat.base.errors import UsageError
+from mixchat.base.options import DenseBits
 
 ExpertBits = Annotated[
     Literal["16", "4", "3"] | None,

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import typer
 
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import models_dir
 from mixchat.chat.printing import one_line, say, show, show_piece
-from mixchat.errors import UsageError
-from mixchat.settings import models_dir
 
 COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
 _PROGRAM = "mixchat"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mixchat import machine
+from mixchat.base import machine
 from mixchat.cli.output.model_text import form
 from mixchat.cli.output.png import new_figure
 from mixchat.cli.output.table import aligned

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.cli.output.table import aligned
-from mixchat.quantities import format_least, format_size, format_time
 
 if TYPE_CHECKING:
     from mixchat.weights.make.download_plan import DownloadPlan, Need

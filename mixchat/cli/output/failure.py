@@ -8,11 +8,11 @@ import sys
 import traceback
 from contextlib import suppress
 
+from mixchat.base.errors import MixchatError, ResourceError, UsageError
+from mixchat.base.files import DISK_FULL
+from mixchat.base.machine import memory_left_by_ulimit
 from mixchat.chat.printing import one_line, say, show
 from mixchat.chat.theme import ERROR
-from mixchat.errors import MixchatError, ResourceError, UsageError
-from mixchat.files import DISK_FULL
-from mixchat.machine import memory_left_by_ulimit
 
 # In errors of torch, of the dynamic loader and of C++, in lower case.
 _NO_MEMORY = (

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixchat.base.model_config import checkpoint_dtype
+from mixchat.base.quantities import format_size
 from mixchat.cli.output.table import aligned
-from mixchat.model_config import checkpoint_dtype
-from mixchat.quantities import format_size
 from mixchat.weights.models import describe
 
 if TYPE_CHECKING:
-    from mixchat.model_config import ModelConfig
+    from mixchat.base.model_config import ModelConfig
     from mixchat.weights.format.manifest import Manifest
     from mixchat.weights.models import ModelEntry
 

@@ -14,7 +14,7 @@ from mixchat.weights.make.download_plan import weights_size
 if TYPE_CHECKING:
     from mixchat.planning.expectation import TokenCost
     from mixchat.planning.plan import Form, MachinePlan, More
-    from mixchat.planning.spread import Spread
+    from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
 
@@ -88,7 +88,7 @@ def _cost_as_dict(cost: TokenCost | None) -> dict[str, Any] | None:
     return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
 
 
-def _spread_as_dict(plan: MachinePlan, spread: Spread) -> dict[str, Any]:
+def _spread_as_dict(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
     expected, of_workers = spread.expected, zip(spread.offers, spread.held, strict=True)
     return {
         "offers": [asdict(offer) | {"held": held} for offer, held in of_workers],

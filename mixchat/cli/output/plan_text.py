@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mixchat.cli.output import download_text
-from mixchat.cli.output.plan_verdict import count_text, gpus_text, speed_text, verdict
-from mixchat.cli.output.table import aligned
-from mixchat.planning.calibration import IN_USE
-from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
-from mixchat.planning.prompts import LONG_PROMPT, PROMPT
-from mixchat.quantities import (
+from mixchat.base.quantities import (
     format_age,
     format_rates,
     format_size,
     format_time,
     format_times,
 )
+from mixchat.cli.output import download_text
+from mixchat.cli.output.plan_verdict import count_text, gpus_text, speed_text, verdict
+from mixchat.cli.output.table import aligned
+from mixchat.planning.calibration import IN_USE
+from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
+from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.download_plan import weights_size
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mixchat.planning.calibration import Measurement
     from mixchat.planning.expectation import Expectation, TokenCost
     from mixchat.planning.plan import Form, MachinePlan
-    from mixchat.planning.spread import Spread
+    from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
 Rows = Sequence[tuple[str, str]]
@@ -220,7 +220,7 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
     yield "", "a larger model's rises less; --expert-bits 3 plans or downloads it in 3 bits"
 
 
-def _spread(plan: MachinePlan, spread: Spread) -> Iterator[tuple[str, str]]:
+def _spread(plan: MachinePlan, spread: WorkerSplit) -> Iterator[tuple[str, str]]:
     for offer, held in zip(spread.offers, spread.held, strict=True):
         yield offer.address, f"holds {count_text(held, 'expert')}, with room for {offer.slots}"
         each = f"{_time(offer.expert_seconds)} for an expert and a token"

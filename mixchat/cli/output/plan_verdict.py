@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mixchat.quantities import format_least, format_rates, format_size
+from mixchat.base.quantities import format_least, format_rates, format_size
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import SpeedRange

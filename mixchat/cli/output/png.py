@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import MissingDependencyError
-from mixchat.output_file import OutputFile
+from mixchat.base.errors import MissingDependencyError
+from mixchat.base.output_file import OutputFile
 
 # Bytes near the start of a picture that mixchat drew; the second is a text chunk of PNG.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"

@@ -9,9 +9,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from mixchat.base.errors import NoCodeError, UsageError
 from mixchat.chat.printing import show, show_piece
 from mixchat.cli.output.failure import note
-from mixchat.errors import NoCodeError, UsageError
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Event, Finished

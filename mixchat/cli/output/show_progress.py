@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from mixchat.base.quantities import format_size, format_time
 from mixchat.chat.printing import fitted, one_line, say
-from mixchat.quantities import format_size, format_time
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-    from mixchat.progress import Progress, Task
+    from mixchat.base.progress import Progress, Task
 
 SECONDS_BETWEEN_LINES = 60.0
 

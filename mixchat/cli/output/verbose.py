@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from mixchat.base.quantities import format_age, format_rates, format_size, format_times
 from mixchat.chat.printing import say
 from mixchat.engine.report import slots_in_words
-from mixchat.quantities import format_age, format_rates, format_size, format_times
 
 if TYPE_CHECKING:
     from mixchat.chat.session import Finished

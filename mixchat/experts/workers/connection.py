@@ -20,8 +20,8 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from mixchat import interrupts
-from mixchat.errors import MixchatError, ResourceError, ServerError, UsageError
+from mixchat.base import interrupts
+from mixchat.base.errors import MixchatError, ResourceError, ServerError, UsageError
 from mixchat.experts.workers.address import Address
 
 SILENCE_S = 5.0  # without a sign of life the other end counts as lost

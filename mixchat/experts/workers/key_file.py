@@ -8,9 +8,9 @@ import secrets
 import stat
 from pathlib import Path
 
-from mixchat.errors import UsageError
-from mixchat.files import open_regular, removed_on_error, write_error
-from mixchat.settings import data_dir
+from mixchat.base.errors import UsageError
+from mixchat.base.files import open_regular, removed_on_error, write_error
+from mixchat.base.settings import data_dir
 
 KEY_SIZE = 32  # bytes
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mixchat.errors import CheckpointError, MixchatError, ResourceError, ServerError
+from mixchat.base.errors import CheckpointError, MixchatError, ResourceError, ServerError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.experts.workers.address import Address
 from mixchat.experts.workers.connection import (
     SILENCE_S,

@@ -15,9 +15,9 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from mixchat import __version__
+from mixchat.base.sanitize import sanitize
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers.connection import BadMessageError
-from mixchat.sanitize import sanitize
 
 MAX_ROWS = 1 << 16  # rows of a request, over all of its experts
 MAX_EXPERTS = 1 << 12  # of a layer

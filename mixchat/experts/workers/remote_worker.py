@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from mixchat.errors import MixchatError, ResourceError
+from mixchat.base.errors import MixchatError, ResourceError
+from mixchat.base.progress import Note
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.link import Link
-from mixchat.progress import Note
 
 # A worker that hangs costs seconds to be tried: then it rests so many times as long. One that sends
 # what no worker of mixchat sends is not tried again.

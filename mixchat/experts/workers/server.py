@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from mixchat import __version__, interrupts
-from mixchat.errors import short_message
+from mixchat import __version__
+from mixchat.base import interrupts
+from mixchat.base.errors import short_message
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.listener import Listener, Message, Peer

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import (

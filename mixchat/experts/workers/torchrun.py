@@ -9,8 +9,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from mixchat.errors import MixchatError, ServerError, UsageError, short_message
-from mixchat.network_address import NetworkAddress
+from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
+from mixchat.base.network_address import NetworkAddress
 
 _PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
 _FAREWELL = timedelta(seconds=5)  # for a torchrun that may have been killed

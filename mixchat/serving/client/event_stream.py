@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mixchat.errors import ServerError
+from mixchat.base.errors import ServerError
 
 _LONGEST = 2**20  # bytes of an event: a server could fill the memory
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mixchat.base.context import UNKNOWN, Context
+from mixchat.base.errors import PromptTooLongError, ServerError
+from mixchat.base.options import RequestedSampling
 from mixchat.chat.answer import COMPLETE, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
-from mixchat.context import UNKNOWN, Context
 from mixchat.engine.stats import GenerationStats
-from mixchat.errors import PromptTooLongError, ServerError
-from mixchat.options import RequestedSampling
 from mixchat.serving.client.event_stream import Comment, events
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
 from mixchat.serving.client.server_json import Piece, ServedModel, read_piece

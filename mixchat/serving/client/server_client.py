@@ -10,7 +10,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection, Incomple
 from threading import Thread
 from typing import Any
 
-from mixchat.errors import MixchatError, ServerError, UsageError, short_message
+from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
 from mixchat.serving.client.patient_reader import PatientReader
 from mixchat.serving.client.server_json import (
     BusyError,

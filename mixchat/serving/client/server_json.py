@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.errors import (
+from mixchat.base.errors import (
     MixchatError,
     ModelNotFoundError,
     PromptTooLongError,
     ServerError,
     short_message,
 )
-from mixchat.sanitize import sanitize
+from mixchat.base.sanitize import sanitize
 
 _LONGEST_NAME = 200  # characters
 # The codes, and words of a message, that servers have for a prompt that does not fit.

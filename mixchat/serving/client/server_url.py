@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 SERVER_PORT = 11435
 _PORTS = {"http": 80, "https": 443}

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mixchat.base.errors import PromptError
 from mixchat.chat.parameters import NumberParameter
-from mixchat.errors import PromptError
 from mixchat.serving.requests.fields import Fields, checked_number, refuse, refuse_value
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mixchat.errors import (
+from mixchat.base.errors import (
     MixchatError,
     PromptError,
     PromptTooLongError,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeAlias
 
-from mixchat.context import Context
-from mixchat.errors import PromptError
-from mixchat.quantities import format_size
+from mixchat.base.context import Context
+from mixchat.base.errors import PromptError
+from mixchat.base.quantities import format_size
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.fields import refuse, refuse_value

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixchat.base.context import Context
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
-from mixchat.context import Context
-from mixchat.options import SamplingOptions
 from mixchat.serving.requests.failures import RequestError
 from mixchat.serving.requests.fields import Fields, checked_number
 from mixchat.serving.service import Job, Service

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mixchat.errors import MixchatError
+from mixchat.base.errors import MixchatError
 from mixchat.serving.requests.failures import RequestError, to_json
 from mixchat.serving.requests.fields import Fields
 

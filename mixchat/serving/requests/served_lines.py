@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from mixchat.background import in_background
-from mixchat.context import UNKNOWN
+from mixchat.base.background import in_background
+from mixchat.base.context import UNKNOWN
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, RefusedError, ServedModel

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mixchat.errors import MixchatError
-from mixchat.progress import Note
+from mixchat.base.errors import MixchatError
+from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
@@ -48,7 +48,7 @@ Read = Callable[[dict[str, Any], Service, Defaults, Compile], Asked]
 
 
 @dataclass
-class Desk:
+class AppState:
     """The things that routes share. `report` gets errors that are faults of mixchat itself.
 
     `note` gets a line for each field that requests have without an effect, once.
@@ -81,7 +81,7 @@ class Desk:
         return explained
 
 
-def create_app(desk: Desk, access: Access) -> ASGIApp:
+def create_app(desk: AppState, access: Access) -> ASGIApp:
     """Return the application of ASGI."""
 
     def failed(request: Request, error: Exception) -> Response:
@@ -101,7 +101,7 @@ def create_app(desk: Desk, access: Access) -> ASGIApp:
     return _Envelope(guarded(app, access))
 
 
-def _routes(desk: Desk) -> list[Route]:
+def _routes(desk: AppState) -> list[Route]:
     def route(path: str, method: str, endpoint: Callable[..., Awaitable[ASGIApp]]) -> Route:
         async def bound(request: Request) -> ASGIApp:
             return await endpoint(desk, request)
@@ -120,15 +120,15 @@ def _routes(desk: Desk) -> list[Route]:
     ]
 
 
-async def _chat(desk: Desk, request: Request) -> ASGIApp:
+async def _chat(desk: AppState, request: Request) -> ASGIApp:
     return await _answer(desk, request, read_chat, ChatShape)
 
 
-async def _completion(desk: Desk, request: Request) -> ASGIApp:
+async def _completion(desk: AppState, request: Request) -> ASGIApp:
     return await _answer(desk, request, read_completion, CompletionShape)
 
 
-async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
+async def _answer(desk: AppState, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
     body = await _body(desk, request)
     asked = await while_connected(request.receive, _read(desk, body, read))
     desk.tell_ignored(asked.ignored)
@@ -152,7 +152,7 @@ async def _answer(desk: Desk, request: Request, read: Read, kind: type[Shape]) -
     return _json(shape.whole(wholes))
 
 
-async def _read(desk: Desk, body: bytes, read: Read) -> Asked:
+async def _read(desk: AppState, body: bytes, read: Read) -> Asked:
     """Return what a body asks for. If the client leaves, the check of its schema ends."""
     limiter = desk.form_checks if b"response_format" in body else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _WAITING_CHECKS:
@@ -166,18 +166,18 @@ async def _read(desk: Desk, body: bytes, read: Read) -> Asked:
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
 
 
-async def _models(desk: Desk, request: Request) -> Response:
+async def _models(desk: AppState, request: Request) -> Response:
     return _json({"object": "list", "data": [_about_model(desk)]})
 
 
-async def _model(desk: Desk, request: Request) -> Response:
+async def _model(desk: AppState, request: Request) -> Response:
     if request.path_params["name"] != desk.service.name:
         message = f"there is no such model here; this server has {desk.service.name!r}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
     return _json(_about_model(desk))
 
 
-def _about_model(desk: Desk) -> dict[str, Any]:
+def _about_model(desk: AppState) -> dict[str, Any]:
     return {
         "id": desk.service.name,
         "object": "model",
@@ -187,15 +187,15 @@ def _about_model(desk: Desk) -> dict[str, Any]:
     }
 
 
-async def _health(desk: Desk, request: Request) -> Response:
+async def _health(desk: AppState, request: Request) -> Response:
     return _json({"status": "ok"})
 
 
-async def _metrics(desk: Desk, request: Request) -> Response:
+async def _metrics(desk: AppState, request: Request) -> Response:
     return Response(to_prometheus(desk.service.stats()), media_type=CONTENT_TYPE)
 
 
-async def _tokenize(desk: Desk, request: Request) -> Response:
+async def _tokenize(desk: AppState, request: Request) -> Response:
     fields = Fields(read_object(await _body(desk, request)))
     text, with_bos = fields.text("content"), fields.flag("add_special")
     if text is None:
@@ -207,7 +207,7 @@ async def _tokenize(desk: Desk, request: Request) -> Response:
     return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text)})
 
 
-async def _detokenize(desk: Desk, request: Request) -> Response:
+async def _detokenize(desk: AppState, request: Request) -> Response:
     fields = Fields(read_object(await _body(desk, request)))
     size = desk.service.context.largest
     items = fields.items("tokens", size)
@@ -218,7 +218,7 @@ async def _detokenize(desk: Desk, request: Request) -> Response:
     return _json({"content": await run_in_threadpool(desk.service.tokenizer.decode, ids)})
 
 
-async def _body(desk: Desk, request: Request) -> bytes:
+async def _body(desk: AppState, request: Request) -> bytes:
     """Return the body. Raises `RequestError` where it is too long, before all of it is read."""
     most = desk.service.context.longest_text + _OVERHEAD
     if request.headers.get("content-encoding", "identity") != "identity":

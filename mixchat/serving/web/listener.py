@@ -6,9 +6,9 @@ import errno
 import socket
 from ipaddress import ip_address
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
+from mixchat.base.network_address import NetworkAddress
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.network_address import NetworkAddress
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:

@@ -19,9 +19,9 @@ from typing import Any
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
-from mixchat import interrupts
-from mixchat.background import in_background
-from mixchat.progress import Note
+from mixchat.base import interrupts
+from mixchat.base.background import in_background
+from mixchat.base.progress import Note
 from mixchat.serving.service import Service
 from mixchat.serving.web.connections import PATIENCE, Connection, Waiting
 

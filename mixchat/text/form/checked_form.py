@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack, closing
 from typing import Any
 
-from mixchat.errors import CheckpointError, UsageError
+from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.text.form.form import Form
 from mixchat.text.sandbox import Request, Sandbox
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mixchat.background import in_background
-from mixchat.errors import UsageError
+from mixchat.base.background import in_background
+from mixchat.base.errors import UsageError
 from mixchat.text.form.checked_form import LARGEST, PATIENT_S, PROGRAM, asked
 from mixchat.text.form.form import Form
 from mixchat.text.sandbox import Request, Sandbox

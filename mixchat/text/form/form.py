@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.gbnf import lark_from_gbnf, line_in_gbnf
 from mixchat.text.form.grammar_fault import Fault, find_fault, grammar_error
 from mixchat.text.form.schema_fault import raise_schema_fault

@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mixchat.errors import PromptError, UsageError
+from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.form import form
 from mixchat.text.form.grammar_fault import (
     NO_TEXT,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mixchat.errors import UsageError, short_message
+from mixchat.base.errors import UsageError, short_message
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.checked_form import checked_grammar, checked_schema
 from mixchat.text.form.form import Form
 from mixchat.text.form.gbnf import looks_like_gbnf

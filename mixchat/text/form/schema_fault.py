@@ -6,7 +6,7 @@ import json
 import re
 import time
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar_fault import NO_TEXT, find_fault
 from mixchat.text.form.schema_tree import HOME, Schema, Unfolded, alone, parts_of
 

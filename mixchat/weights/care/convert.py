@@ -16,12 +16,12 @@ from types import MappingProxyType
 
 import torch
 
-from mixchat import machine
-from mixchat.errors import CheckpointError, ResourceError, UsageError
-from mixchat.options import DenseBits
-from mixchat.progress import Progress, Task, progress_bar
-from mixchat.quantities import format_least, format_size
-from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
+from mixchat.base import machine
+from mixchat.base.errors import CheckpointError, ResourceError, UsageError
+from mixchat.base.options import DenseBits
+from mixchat.base.progress import Progress, Task, progress_bar
+from mixchat.base.quantities import format_least, format_size
+from mixchat.base.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 from mixchat.weights.care.recalibration import Recalibration
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.file_layout import file_layouts

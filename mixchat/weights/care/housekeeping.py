@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixchat import machine
-from mixchat.errors import CheckpointError, ModelNotFoundError, UsageError
-from mixchat.lock import Busy, exclusive_lock
-from mixchat.settings import models_dir
+from mixchat.base import machine
+from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.base.lock import Busy, exclusive_lock
+from mixchat.base.settings import models_dir
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import (
     INPUTS_DIR,

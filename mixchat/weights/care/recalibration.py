@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mixchat.errors import UsageError
-from mixchat.progress import Note
+from mixchat.base.errors import UsageError
+from mixchat.base.progress import Note
 from mixchat.weights.care.repair import made_again
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import read_manifest

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, write_file
-from mixchat.progress import Progress, progress_bar
-from mixchat.safetensors import tensor_bytes
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_bytes, write_file
+from mixchat.base.progress import Progress, progress_bar
+from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.care.verify import MISSING, Damage, verify
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Manifest, read_manifest

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mixchat.errors import CheckpointError
-from mixchat.files import open_regular, read_bytes
-from mixchat.progress import Progress, Task, progress_bar
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_regular, read_bytes
+from mixchat.base.progress import Progress, Task, progress_bar
 from mixchat.weights.format.file_layout import FileLayout, file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import (

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import ALIGNMENT, TensorSpec
 from mixchat.kernels import coded, rows
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import ALIGNMENT, TensorSpec
 from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixchat.safetensors import Header, TensorSpec, header_bytes
+from mixchat.base.safetensors import Header, TensorSpec, header_bytes
 from mixchat.weights.format.blueprint import Blueprint
 
 

@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import SafetensorsFile, TensorSpec
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import SafetensorsFile, TensorSpec
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.format.manifest import (
     MANIFEST_FILE,

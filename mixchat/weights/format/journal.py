@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mixchat.files import open_regular, read_bytes, write_file
+from mixchat.base.files import open_regular, read_bytes, write_file
 from mixchat.weights.format.manifest import Source
 
 JOURNAL_FILE = "journal.jsonl"

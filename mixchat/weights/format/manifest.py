@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, read_json_object, write_file
-from mixchat.settings import models_dir
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_bytes, read_json_object, write_file
+from mixchat.base.settings import models_dir
 
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"

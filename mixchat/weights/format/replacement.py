@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixchat.files import rename_durably
+from mixchat.base.files import rename_durably
 from mixchat.weights.format.manifest import (
     NEW_SUFFIX,
     Manifest,

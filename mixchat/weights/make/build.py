@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from mixchat.background import in_background
-from mixchat.errors import HubError
-from mixchat.files import read_bytes, write_file
-from mixchat.progress import NoProgress, Progress, Task, progress_bar
-from mixchat.safetensors import SafetensorsFile, tensor_sha256
+from mixchat.base.background import in_background
+from mixchat.base.errors import HubError
+from mixchat.base.files import read_bytes, write_file
+from mixchat.base.progress import NoProgress, Progress, Task, progress_bar
+from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_journal

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import ResourceError, UsageError
-from mixchat.files import DISK_FULL, NOT_WRITABLE
-from mixchat.lock import exclusive_lock
-from mixchat.progress import Progress
-from mixchat.settings import data_dir
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.files import DISK_FULL, NOT_WRITABLE
+from mixchat.base.lock import exclusive_lock
+from mixchat.base.progress import Progress
+from mixchat.base.settings import data_dir
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.journal import JOURNAL_FILE, read_head
 from mixchat.weights.format.manifest import (

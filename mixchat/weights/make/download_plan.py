@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mixchat import machine
-from mixchat.errors import ResourceError
-from mixchat.quantities import format_least, format_size
+from mixchat.base import machine
+from mixchat.base.errors import ResourceError
+from mixchat.base.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.build import Remaining, find_remaining

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, rename_durably, temporary_path
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import tensor_bytes
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_bytes, rename_durably, temporary_path
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import tensor_bytes
 
 
 class InputsWriter:

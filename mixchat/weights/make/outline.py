@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import ModelNotFoundError
-from mixchat.model_config import ModelConfig
-from mixchat.progress import Progress
-from mixchat.settings import models_dir
+from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import Progress
+from mixchat.base.settings import models_dir
 from mixchat.weights import models
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat.safetensors import TensorSpec
+from mixchat.base.safetensors import TensorSpec
 from mixchat.weights.format.blueprint import (
     EMBEDDING,
     HEAD,

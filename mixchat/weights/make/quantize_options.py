@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mixchat import gpu
-from mixchat.errors import UsageError
+from mixchat.base import gpu
+from mixchat.base.errors import UsageError
 from mixchat.kernels import coded
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout, QuantType, Scales

@@ -12,10 +12,10 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from mixchat.errors import CheckpointError
-from mixchat.files import open_regular
-from mixchat.progress import NoProgress, Progress, Task, progress_bar
-from mixchat.safetensors import Header, SafetensorsFile
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_regular
+from mixchat.base.progress import NoProgress, Progress, Task, progress_bar
+from mixchat.base.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.spill import SPILL_PREFIX

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
+from mixchat.base.errors import CheckpointError
+from mixchat.base.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 
 SPILL_PREFIX = "aside-"  # of file names: unfinished downloads of older versions have it
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mixchat.files import open_regular, sync_directory
-from mixchat.safetensors import tensor_bytes
+from mixchat.base.files import open_regular, sync_directory
+from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.make.parts import Part

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.nf4 import FourBit

@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional
 
-from mixchat import gpu
-from mixchat.errors import CheckpointError
+from mixchat.base import gpu
+from mixchat.base.errors import CheckpointError
+from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import coded, dense, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
 from mixchat.kernels.program import Step
 from mixchat.kernels.units import MANY, Bits, unit_for
-from mixchat.safetensors import TensorSpec
 from mixchat.weights.matrix import int8, nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, RowsOf, absmax_size, can_pack, dequantize
 from mixchat.weights.matrix.bnb_format import Quantized4bit

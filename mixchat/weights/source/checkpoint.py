@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.progress import Task
-from mixchat.safetensors import tensor_sha256
+from mixchat.base.errors import CheckpointError
+from mixchat.base.progress import Task
+from mixchat.base.safetensors import tensor_sha256
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import Header, TensorSpec, header_bytes
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import Header, TensorSpec, header_bytes
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.matrix import bnb_format
 from mixchat.weights.matrix.bnb_format import Quantized4bit

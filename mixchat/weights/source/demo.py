@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
-from mixchat.files import write_file
-from mixchat.model_config import ModelConfig
-from mixchat.progress import Progress, progress_bar
+from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.base.files import write_file
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.format.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint_files import SINGLE

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 
-from mixchat.progress import Progress, Task
-from mixchat.safetensors import SafetensorsFile
+from mixchat.base.progress import Progress, Task
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import demo

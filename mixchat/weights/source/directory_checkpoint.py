@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_bytes, require_regular
-from mixchat.model_config import ModelConfig
-from mixchat.progress import Task
-from mixchat.safetensors import SafetensorsFile
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_bytes, require_regular
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import Task
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint import ShardReader
 from mixchat.weights.source.checkpoint_files import (

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
-from mixchat.files import write_file
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import write_file
 
 _CONTROL = 3  # gguf.TokenType.CONTROL
 

@@ -12,10 +12,10 @@ from types import TracebackType
 
 import torch
 
-from mixchat.errors import HubError
-from mixchat.files import write_file
-from mixchat.progress import Task
-from mixchat.safetensors import Header, SafetensorsFile
+from mixchat.base.errors import HubError
+from mixchat.base.files import write_file
+from mixchat.base.progress import Task
+from mixchat.base.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import ShardReader, Stopped

@@ -10,8 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from mixchat.errors import HubError, MixchatError, ModelNotFoundError, ResourceError, UsageError
-from mixchat.files import DISK_FULL, NOT_WRITABLE
+from mixchat.base.errors import (
+    HubError,
+    MixchatError,
+    ModelNotFoundError,
+    ResourceError,
+    UsageError,
+)
+from mixchat.base.files import DISK_FULL, NOT_WRITABLE
 
 _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 

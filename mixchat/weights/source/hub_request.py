@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from mixchat import __version__
-from mixchat.errors import HubError
+from mixchat.base.errors import HubError
 
 _TIMEOUT = 30.0  # seconds without a byte
 _LONGEST_JSON = 2**24  # bytes

@@ -7,9 +7,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
-from mixchat.files import read_bytes
-from mixchat.progress import Progress
+from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
+from mixchat.base.files import read_bytes
+from mixchat.base.progress import Progress
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub

@@ -14,9 +14,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from mixchat.errors import HubError
-from mixchat.files import open_regular, rename_durably
-from mixchat.progress import Task
+from mixchat.base.errors import HubError
+from mixchat.base.files import open_regular, rename_durably
+from mixchat.base.progress import Task
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after

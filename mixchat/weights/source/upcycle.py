@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.files import write_file
-from mixchat.model_config import ModelConfig
-from mixchat.progress import Progress, progress_bar
-from mixchat.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import write_file
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import Progress, progress_bar
+from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.source.checkpoint_files import SINGLE
 from mixchat.weights.source.checkpoint_index import expected_shapes
 from mixchat.weights.source.gguf_tokenizer import write_tokenizer

@@ -13,10 +13,10 @@ from markdown_texts import CODE, fence, items, markdown, paragraph, table
 from rich.console import Console
 from screens import Terminal
 
+from mixchat.base.sanitize import sanitize
 from mixchat.chat.draw import markdown_stream
 from mixchat.chat.draw.markdown import render
 from mixchat.chat.draw.markdown_stream import MarkdownStream
-from mixchat.sanitize import sanitize
 
 # A campaign sets it to more: MARKDOWN_TEXTS=5000 pytest tests/chat/draw/test_markdown.py
 TEXTS = int(os.environ.get("MARKDOWN_TEXTS", "200"))

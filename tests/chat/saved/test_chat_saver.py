@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
+from mixchat.base.errors import UsageError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved import chat_store
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.errors import UsageError
-from mixchat.options import SamplingOptions
 
 
 @pytest.fixture

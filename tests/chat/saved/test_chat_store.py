@@ -14,15 +14,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
-from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.errors import (
+from mixchat.base.errors import (
     ChatNotFoundError,
     CheckpointError,
     MixchatError,
     ResourceError,
     UsageError,
 )
+from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
+from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)

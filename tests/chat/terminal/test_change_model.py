@@ -4,10 +4,10 @@ import pytest
 from chat_doubles import make_session
 from chat_typing import CTRL_D, Chat, OneModel, prompts_of
 
+from mixchat.base.errors import CheckpointError, MixchatError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.commands import completions
-from mixchat.errors import CheckpointError, MixchatError
-from mixchat.options import SamplingOptions
 
 
 class Models(OneModel):

@@ -9,13 +9,13 @@ import signal
 import pytest
 from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 
+from mixchat.base.errors import MixchatError
+from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal import clipboard
 from mixchat.chat.terminal.command_help import help_text
 from mixchat.chat.terminal.commands import COMMAND_ALIASES, COMMANDS, completions, usages
 from mixchat.chat.terminal.screen import Screen
-from mixchat.errors import MixchatError
-from mixchat.options import SamplingOptions
 
 
 @pytest.fixture

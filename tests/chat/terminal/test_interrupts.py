@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 from chat_doubles import CharacterTokenizer, TinyTemplate
 
-from mixchat.options import SamplingOptions
+from mixchat.base.options import SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0)
 
@@ -22,8 +22,8 @@ def exact_model(tiny_checkpoint, install):
 
 @pytest.fixture
 def open_engine(exact_model):
+    from mixchat.base.options import LoadOptions
     from mixchat.loading.loader import load_engine
-    from mixchat.options import LoadOptions
 
     return lambda: load_engine(exact_model, LoadOptions(device="cpu", context_size=128))
 

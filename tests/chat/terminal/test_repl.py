@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
 
+from mixchat.base.errors import PromptError
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.errors import PromptError
 
 
 @pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, "\r" + CTRL_C * 2])

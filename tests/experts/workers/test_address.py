@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mixchat.errors import MixchatError, UsageError
+from mixchat.base.errors import MixchatError, UsageError
 from mixchat.experts.workers import address
 from mixchat.experts.workers.address import resolve, resolve_workers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.experts.workers.key_file import default_key_file, make_key_file, read_key_file
 
 

@@ -27,14 +27,15 @@ from worker_double import (
     outputs,
 )
 
-from mixchat import interrupts
-from mixchat.errors import (
+from mixchat.base import interrupts
+from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
     ResourceError,
     ServerError,
     UsageError,
 )
+from mixchat.base.network_address import NetworkAddress
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
@@ -43,7 +44,6 @@ from mixchat.experts.workers.connection import PIECE, BadMessageError, Connectio
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import Kind, Welcome
-from mixchat.network_address import NetworkAddress
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
 
@@ -402,7 +402,7 @@ def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
 NO_DESCRIPTOR = """
 import os, resource, sys
 from worker_double import HELLO, KEY
-from mixchat.errors import ResourceError
+from mixchat.base.errors import ResourceError
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link
 address = resolve(sys.argv[1])

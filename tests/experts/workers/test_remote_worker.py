@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.errors import MixchatError, ResourceError
+from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError

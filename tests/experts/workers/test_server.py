@@ -28,7 +28,7 @@ from worker_double import (
     outputs,
 )
 
-from mixchat.errors import MixchatError, UsageError
+from mixchat.base.errors import MixchatError, UsageError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import connection, messages, session
 from mixchat.experts.workers.address import Address, resolve

@@ -3,7 +3,7 @@
 import pytest
 from torch import distributed as dist
 
-from mixchat.errors import MixchatError, UsageError
+from mixchat.base.errors import MixchatError, UsageError
 from mixchat.experts.workers import torchrun
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mixchat import interrupts
-from mixchat.errors import MixchatError
+from mixchat.base import interrupts
+from mixchat.base.errors import MixchatError
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import ServerError
+from mixchat.base.errors import ServerError
 from mixchat.serving.client.event_stream import Comment, Data, events
 
 STREAM = (

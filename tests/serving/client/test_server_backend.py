@@ -13,9 +13,9 @@ from scripted_server import (
     usage,
 )
 
+from mixchat.base.errors import MixchatError, PromptError, ServerError, UsageError
+from mixchat.base.options import RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
-from mixchat.errors import MixchatError, PromptError, ServerError, UsageError
-from mixchat.options import RequestedSampling
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ServedModel

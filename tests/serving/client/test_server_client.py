@@ -3,7 +3,7 @@
 import pytest
 from scripted_server import Answer, ScriptedServer, as_json, refusal, says
 
-from mixchat.errors import (
+from mixchat.base.errors import (
     MixchatError,
     ModelNotFoundError,
     PromptTooLongError,

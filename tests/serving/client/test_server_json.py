@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
+from mixchat.base.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
 from mixchat.serving.client.server_json import (
     Piece,
     ServedModel,

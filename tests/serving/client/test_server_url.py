@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.serving.client.server_url import ServerURL
 
 

@@ -7,8 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.errors import PromptError
-from mixchat.options import SamplingOptions
+from mixchat.base.errors import PromptError
+from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion

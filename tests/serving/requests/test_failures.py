@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mixchat.errors import (
+from mixchat.base.errors import (
     CheckpointError,
     PromptError,
     PromptTooLongError,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mixchat.errors import PromptError
-from mixchat.options import SamplingOptions
+from mixchat.base.errors import PromptError
+from mixchat.base.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests import lines as lines_module
 from mixchat.serving.requests.lines import (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from scripted_service import ScriptedService
 
+from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
-from mixchat.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
-from mixchat.serving.web.app import Desk, create_app
+from mixchat.serving.web.app import AppState, create_app
 from mixchat.serving.web.guard import Access
 from mixchat.serving.web.listener import bind
 from mixchat.serving.web.server import WebServer
@@ -47,7 +47,7 @@ class Served:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts a server, with options of `ScriptedService`, `WebServer` and `Desk`."""
+    """Starts a server, with options of `ScriptedService`, `WebServer` and `AppState`."""
     servers = []
 
     def start(
@@ -59,7 +59,7 @@ def serve() -> Iterator[Callable[..., Served]]:
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
-        shared = Desk(service, defaults, reports.append, notes.append, **(desk or {}))
+        shared = AppState(service, defaults, reports.append, notes.append, **(desk or {}))
         bound = bind(resolve("127.0.0.1:0", any_port=True))
         server = WebServer(create_app(shared, access or Access()), bound, **(limits or {}))
         server.start()

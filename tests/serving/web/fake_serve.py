@@ -4,8 +4,8 @@ import sys
 
 from scripted_service import ScriptedService
 
+from mixchat.base.options import SamplingOptions
 from mixchat.cli import app, serve
-from mixchat.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
 
 

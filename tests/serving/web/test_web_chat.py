@@ -12,7 +12,7 @@ import pytest
 from form_bombs import bomb
 from raw_http import exchange, request
 
-from mixchat.options import SamplingOptions
+from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.requests.served_forms import forms_of
 

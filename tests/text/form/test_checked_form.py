@@ -14,7 +14,7 @@ import pytest
 from form_bombs import bomb, grammar_bomb, late_bomb
 from form_walks import compiled, has_form
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.checked_form import HASTY_S, checked_schema
 from mixchat.text.form.read_form import read_grammar
 

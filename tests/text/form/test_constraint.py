@@ -8,7 +8,7 @@ import pytest
 import torch
 from form_walks import STOP, ByteTokenizer, compiled
 
-from mixchat.errors import PromptError, UsageError
+from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.form.constraint import FormCompiler, FormConstraint

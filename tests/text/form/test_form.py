@@ -11,7 +11,7 @@ from form_walks import compiled, has_form, random_text
 from jsonschema import Draft202012Validator
 from schema_maker import SchemaMaker
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.form import gbnf_grammar, json_object, json_schema, lark_grammar
 
 PERSON = {

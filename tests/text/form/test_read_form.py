@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from form_walks import compiled, has_form
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 from mixchat.text.form.read_form import read_grammar, read_schema
 
 NUMBER = '{"type": "integer", "maximum": 5}'

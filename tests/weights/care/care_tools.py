@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixchat.progress import NoProgress
+from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair
 from mixchat.weights.care.verify import Damage
 from mixchat.weights.care.verify import verify as verify_model

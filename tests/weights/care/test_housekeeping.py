@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from weight_tools import files_of
 
-from mixchat.errors import ModelNotFoundError, UsageError
-from mixchat.lock import exclusive_lock
-from mixchat.machine import disk_usage
+from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.lock import exclusive_lock
+from mixchat.base.machine import disk_usage
 from mixchat.weights import models
 from mixchat.weights.care.housekeeping import Leftover, remove, sweep
 from mixchat.weights.format.manifest import is_installed

@@ -14,9 +14,9 @@ from fake_hub import COMMIT, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import Meter, files_of
 
-from mixchat.errors import CheckpointError, HubError
-from mixchat.progress import NoProgress
-from mixchat.safetensors import SafetensorsFile
+from mixchat.base.errors import CheckpointError, HubError
+from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.care.repair import repair
 from mixchat.weights.format.manifest import (
     MANIFEST_COPY,

@@ -13,8 +13,8 @@ import pytest
 from care_tools import EXPERTS, SHARED, flip, verify
 from weight_tools import Meter, files_of
 
-from mixchat.errors import CheckpointError
-from mixchat.safetensors import SafetensorsFile
+from mixchat.base.errors import CheckpointError
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.care.verify import HEADER, MISSING, SIZE, Damage
 from mixchat.weights.care.verify import verify as verify_model
 from mixchat.weights.format.manifest import (
@@ -116,7 +116,7 @@ class TestFinding:
 
 
 def specs_of(directory: Path, name: str) -> list[Any]:
-    from mixchat.model_config import ModelConfig
+    from mixchat.base.model_config import ModelConfig
     from mixchat.weights.format.blueprint import Blueprint, Quantization
 
     manifest = read_either_manifest(directory)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from manifest_tools import as_format_3
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.weights.format import manifest
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, read_manifest

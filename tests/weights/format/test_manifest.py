@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, check_files, read_manifest
 
 DAMAGES = ["", "{", "[1]", '{"format": 4}', '{"format": 4, "sha256": "0"}']

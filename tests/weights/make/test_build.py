@@ -21,7 +21,7 @@ from weight_tools import (
     shard_names,
 )
 
-from mixchat.errors import MixchatError
+from mixchat.base.errors import MixchatError
 from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.make import build as build_module
 from mixchat.weights.make.parts import parts

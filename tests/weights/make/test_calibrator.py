@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mixchat.errors import CheckpointError
-from mixchat.model_config import ModelConfig
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator

@@ -13,8 +13,8 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
 
-from mixchat import machine
-from mixchat.errors import (
+from mixchat.base import machine
+from mixchat.base.errors import (
     CheckpointError,
     HubError,
     ResourceError,

@@ -12,7 +12,7 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Making, Meter, files_of, get, shard_names
 
-from mixchat.errors import HubError, ModelNotFoundError, UsageError
+from mixchat.base.errors import HubError, ModelNotFoundError, UsageError
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import build
 from mixchat.weights.make.download import DownloadRequest, plan_download

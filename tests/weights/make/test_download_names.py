@@ -13,11 +13,11 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file
 from weight_tools import NF4, Meter, files_of, get, left_in
 
-from mixchat.errors import CheckpointError, HubError, UsageError
-from mixchat.lock import exclusive_lock
-from mixchat.model_config import advised_sampling
-from mixchat.progress import NoProgress
-from mixchat.safetensors import SafetensorsWriter
+from mixchat.base.errors import CheckpointError, HubError, UsageError
+from mixchat.base.lock import exclusive_lock
+from mixchat.base.model_config import advised_sampling
+from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.weights import models
 from mixchat.weights.care.verify import verify
 from mixchat.weights.format.manifest import (

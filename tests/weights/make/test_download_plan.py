@@ -12,10 +12,10 @@ import torch
 from fake_hub import REPO, FakeHub
 from weight_tools import Fetching, order_of, shard
 
-from mixchat import machine
-from mixchat.errors import ResourceError
-from mixchat.machine import disk_usage
-from mixchat.model_config import ModelConfig
+from mixchat.base import machine
+from mixchat.base.errors import ResourceError
+from mixchat.base.machine import disk_usage
+from mixchat.base.model_config import ModelConfig
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.make import download_plan
 from mixchat.weights.make.build import Remaining, build

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from weight_tools import files_of, quantize, shard
 
-from mixchat.errors import CheckpointError
-from mixchat.model_config import ModelConfig
-from mixchat.safetensors import SafetensorsFile, TensorSpec, header_bytes
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, Source, read_manifest
 from mixchat.weights.make.download_plan import find_memory_need

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from weight_tools import Making, Meter, fetching, made_of, run, shard
 
-from mixchat.progress import NoProgress
-from mixchat.safetensors import SafetensorsFile
+from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.care.verify import verify
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.make.build import journal_head

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.weights.matrix.blocks import absmax_size
 from mixchat.weights.matrix.bnb_format import (
     Quantized4bit,

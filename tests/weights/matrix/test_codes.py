@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.kernels.compile import available
 from mixchat.weights.matrix import blocks, encode, int8, nf3
 from mixchat.weights.matrix.bnb_format import Quantized4bit

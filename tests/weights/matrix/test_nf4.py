@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.kernels import coded
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.blocks import absmax_size

@@ -19,9 +19,9 @@ import pytest
 import torch
 from tiny_tokenizer import TEMPLATE, metadata
 
-from mixchat.errors import CheckpointError, HubError, MissingDependencyError, UsageError
-from mixchat.model_config import ModelConfig, advised_length, advised_sampling
-from mixchat.progress import NoProgress
+from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.progress import NoProgress
 from mixchat.weights.source import demo
 from mixchat.weights.source.gguf_tokenizer import write_tokenizer
 

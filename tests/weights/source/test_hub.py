@@ -12,7 +12,7 @@ from fake_hub import COMMIT, LIES, REPO, FakeHub
 from safetensors.torch import load_file, save
 from weight_tools import files_of, shard_names
 
-from mixchat.errors import CheckpointError, HubError, ModelNotFoundError
+from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint_files import INDEX

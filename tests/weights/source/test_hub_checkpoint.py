@@ -15,7 +15,7 @@ from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file
 from weight_tools import Bar, files_of, shard_names
 
-from mixchat.errors import HubError
+from mixchat.base.errors import HubError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub, hub_checkpoint
 from mixchat.weights.source.checkpoint import CheckpointReader, Stopped

@@ -17,7 +17,7 @@ from fake_hub import REPO, FakeHub
 from tiny_tokenizer import write_tokenizer
 from weight_tools import Bar, files_of, shard_names
 
-from mixchat.errors import (
+from mixchat.base.errors import (
     HubError,
     MixchatError,
     ModelNotFoundError,

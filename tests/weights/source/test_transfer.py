@@ -17,7 +17,7 @@ import pytest
 from fake_hub import FakeHub, Fault
 from weight_tools import Bar
 
-from mixchat.errors import HubError
+from mixchat.base.errors import HubError
 from mixchat.weights.source import transfer
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import plain_errors

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from weight_tools import Meter
 
+from mixchat.base.options import DenseBits, LoadOptions, SamplingOptions
+from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.loading.loader import load_engine
-from mixchat.options import DenseBits, LoadOptions, SamplingOptions
-from mixchat.safetensors import SafetensorsWriter
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.matrix.linear import Layout

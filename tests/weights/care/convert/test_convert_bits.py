@@ -12,9 +12,9 @@ from care_tools import flip, mend, verify
 from convert_tools import ALL_4BIT, DENSE, EIGHT, LAST, reform, stop_at
 from weight_tools import Meter, files_of
 
-from mixchat import machine
-from mixchat.errors import ResourceError, UsageError
-from mixchat.options import DenseBits
+from mixchat.base import machine
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.options import DenseBits
 from mixchat.weights.format.manifest import read_manifest
 
 

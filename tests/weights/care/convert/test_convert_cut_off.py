@@ -26,9 +26,9 @@ from convert_tools import (
 )
 from weight_tools import files_of
 
+from mixchat.base.errors import CheckpointError
+from mixchat.base.options import DenseBits
 from mixchat.cli.output.model_text import list_as_text
-from mixchat.errors import CheckpointError
-from mixchat.options import DenseBits
 from mixchat.weights import models
 from mixchat.weights.care import housekeeping
 from mixchat.weights.format.installed_model import InstalledModel

@@ -10,7 +10,7 @@ from care_tools import flip, mend, verify
 from convert_tools import FIRST, LAST, pack
 from weight_tools import files_of
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 
 
 class TestDamage:

@@ -12,8 +12,8 @@ from care_tools import verify
 from convert_tools import ALL_4BIT, FIRST, LAST, LAYOUTS, layout_of_target, pack, reform, text_of
 from weight_tools import Meter, files_of
 
-from mixchat import machine
-from mixchat.errors import ResourceError, UsageError
+from mixchat.base import machine
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.weights.care import convert as convert_module
 from mixchat.weights.format.manifest import Manifest, read_manifest
 from mixchat.weights.format.replacement import replace_file

@@ -13,7 +13,7 @@ import pytest
 import torch
 from convert_tools import FIRST, LAST, pack, reform
 
-from mixchat.errors import CheckpointError
+from mixchat.base.errors import CheckpointError
 from mixchat.weights.format import installed_model
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import new_path, path_of, read_manifest

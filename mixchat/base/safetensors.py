@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from mixchat.errors import CheckpointError
-from mixchat.files import open_regular, read_all, rename_durably, temporary_path
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_regular, read_all, rename_durably, temporary_path
 
 ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.

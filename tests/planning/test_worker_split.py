@@ -11,20 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.model_config import ModelConfig
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import Shape, TokenCost, token_cost
 from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import layer_loads
-from mixchat.planning.spread import Spread, WorkerOffer, spread_cost, spread_model
+from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_cost, spread_model
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
 CPU = torch.device("cpu")
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = Calibration(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 SHAPE = Shape(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
 
 
@@ -52,12 +52,12 @@ def cost(held: Sequence[Set[ExpertKey]], *offers: WorkerOffer, **model: Any) -> 
     return found
 
 
-def spread(slots: int, *offers: WorkerOffer, speeds: Calibration = SPEEDS) -> Spread:
+def spread(slots: int, *offers: WorkerOffer, speeds: MachineSpeeds = SPEEDS) -> WorkerSplit:
     known = Measurement(0.0, (speeds,))
     return spread_model(BLUEPRINT, CPU, known, Placement(slots, 0, 256), offers)
 
 
-def rate(found: Spread) -> float:
+def rate(found: WorkerSplit) -> float:
     assert found.expected.tokens_per_second is not None
     return found.expected.tokens_per_second
 

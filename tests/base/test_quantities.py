@@ -1,7 +1,13 @@
 import pytest
 
-from mixchat.errors import UsageError
-from mixchat.quantities import MemoryBudget, format_age, format_least, format_rates, format_size
+from mixchat.base.errors import UsageError
+from mixchat.base.quantities import (
+    MemoryBudget,
+    format_age,
+    format_least,
+    format_rates,
+    format_size,
+)
 
 
 @pytest.mark.parametrize(

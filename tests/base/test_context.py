@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixchat.context import Context
+from mixchat.base.context import Context
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mixchat.context import Context
+from mixchat.base.context import Context
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
@@ -39,8 +39,8 @@ class LineRequest:
     stop: Sequence[str]
 
 
-class ModelPlace(Protocol):
-    """Models, and sessions with them: `ModelsHere` and `ServerModels`."""
+class ModelProvider(Protocol):
+    """Models, and sessions with them: `LocalModels` and `ServerModels`."""
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
         """Return the model that was given, else that of the chat if it is there, else the usual

@@ -16,8 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError, MixchatError, ResourceError, UsageError, short_message
-from mixchat.quantities import format_size
+from mixchat.base.errors import (
+    CheckpointError,
+    MixchatError,
+    ResourceError,
+    UsageError,
+    short_message,
+)
+from mixchat.base.quantities import format_size
 
 MAX_SIZE = 100_000_000  # bytes; small files of checkpoints and chats have fewer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -11,7 +11,7 @@ import torch
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
-from mixchat.planning.calibration import Calibration, Measurement
+from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import (
     Expectation,
     Shape,
@@ -41,7 +41,7 @@ class WorkerOffer:
 
 
 @dataclass(frozen=True)
-class Spread:
+class WorkerSplit:
     """A model's experts on this machine and on workers, and the speed of the model then.
 
     held: how many experts each worker holds, on_workers: how many different ones; here: how many
@@ -63,7 +63,7 @@ def spread_model(
     placement: Placement,
     offers: Sequence[WorkerOffer],
     uses: Mapping[ExpertKey, int] | None = None,
-) -> Spread:
+) -> WorkerSplit:
     """Return where experts go and how fast decoding is, with at least one worker.
 
     placement: of this machine alone, whose GPUs are taken for one; uses: how often each expert was
@@ -94,12 +94,12 @@ def spread_model(
         speed_range(costs, measurement.measured_at),
     )
     held = tuple(map(len, there))
-    return Spread(tuple(offers), held, len(on_workers), held_here, copies, expected)
+    return WorkerSplit(tuple(offers), held, len(on_workers), held_here, copies, expected)
 
 
 def spread_cost(
     shape: Shape,
-    speeds: Calibration,
+    speeds: MachineSpeeds,
     device: str,
     loads: Loads,
     offers: Sequence[WorkerOffer],

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import CheckpointError, UsageError
-from mixchat.files import open_regular, read_bytes, write_error, write_file, write_private_file
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.files import open_regular, read_bytes, write_error, write_file, write_private_file
 
 
 def fifo(path: Path) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from mixchat.engine.piece_size import PieceSize
+from mixchat.engine.chunk_sizer import ChunkSizer
 
 
 def passes(
     prompt: int, patience: float, took: Callable[[int], float], first: int = 32
 ) -> list[tuple[int, float]]:
     """Return the tokens and seconds of each pass of some prompts, one after the other."""
-    size = PieceSize(first, 16, 2048)
+    size = ChunkSizer(first, 16, 2048)
     done = []
     for _ in range(3):
         left = prompt
@@ -48,11 +48,11 @@ def test_where_a_pass_reads_all_experts_from_disk_a_prompt_takes_few_passes(
 
 
 def test_nothing_is_known_before_the_first_pass() -> None:
-    assert PieceSize(32, 16, 2048).choose(0.7) == 32
+    assert ChunkSizer(32, 16, 2048).choose(0.7) == 32
 
 
 def test_pieces_grow_again_when_the_machine_is_less_busy() -> None:
-    size = PieceSize(32, 16, 2048)
+    size = ChunkSizer(32, 16, 2048)
     for _ in range(10):
         tokens = size.choose(0.7)
         size.add(tokens, tokens * 0.05)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv6Address
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 WORKER_PORT = 7917
 _HINT = f"Write it like 192.168.1.5, 192.168.1.5:{WORKER_PORT} or [fe80::1]:{WORKER_PORT}."

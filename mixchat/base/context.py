@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixchat.errors import PromptTooLongError, UsageError
-from mixchat.model_config import ModelConfig
-from mixchat.quantities import format_size
+from mixchat.base.errors import PromptTooLongError, UsageError
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.quantities import format_size
 
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
 # An upper bound: Mistral's longest token has 16 characters, the demo's 81, GPT-4's 128 spaces.

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from mixchat.errors import CheckpointError
-from mixchat.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
 
 MIXTRAL = {
     "model_type": "mixtral",

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import UsageError
+from mixchat.base.errors import UsageError
 
 _LONGEST_CONFIG = 10**6  # bytes
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mixchat import output_file
-from mixchat.errors import ResourceError, UsageError
-from mixchat.output_file import OutputFile
+from mixchat.base import output_file
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.output_file import OutputFile
 
 OURS = b"ours: "
 

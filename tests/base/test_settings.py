@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.errors import UsageError
-from mixchat.settings import config_file, data_dir, read_config
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import config_file, data_dir, read_config
 
 
 def test_the_environment_chooses_the_data_directory(

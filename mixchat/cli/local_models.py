@@ -7,12 +7,12 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mixchat.base.context import Context
+from mixchat.base.options import LoadOptions
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.change_model import ModelChanger
 from mixchat.cli.opening import context_of, open_service, open_session
 from mixchat.cli.output.print_answer import OutputOptions
-from mixchat.context import Context
-from mixchat.options import LoadOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
     from mixchat.chat.terminal.reading_time import Predict
-    from mixchat.cli.model_place import LineRequest
+    from mixchat.cli.model_provider import LineRequest
     from mixchat.planning.prediction import Prediction
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.form import Form
 
 
-class ModelsHere:
-    """The `ModelPlace` of models that are loaded here, with the flags of a run.
+class LocalModels:
+    """The `ModelProvider` of models that are loaded here, with the flags of a run.
 
     usual: the model where none is named; named_file: the file of --prompt-cache.
     """

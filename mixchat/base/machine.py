@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mixchat import cgroups
+from mixchat.base import cgroups
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _PAGES = Path("/proc/self/statm")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixchat.errors import CheckpointError
-from mixchat.files import read_json_object
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_json_object
 
 _POSITIVE_INTS = (
     "vocab_size",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mixchat.errors import UsageError
-from mixchat.network_address import WORKER_PORT, NetworkAddress
+from mixchat.base.errors import UsageError
+from mixchat.base.network_address import WORKER_PORT, NetworkAddress
 
 # fmt: off
 NOT_ADDRESSES = (

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mixchat.errors import MixchatError, ResourceError, UsageError
-from mixchat.files import DISK_FULL, open_regular
+from mixchat.base.errors import MixchatError, ResourceError, UsageError
+from mixchat.base.files import DISK_FULL, open_regular
 
 _HEAD = 4096  # bytes of a file that show which flag wrote it
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixchat import cgroups
+from mixchat.base import cgroups
 
 UNLIMITED = 9223372036854771712  # as version 1 says it
 Tree = Callable[..., Path]

@@ -7,7 +7,7 @@ from itertools import takewhile
 from operator import eq
 from typing import TYPE_CHECKING
 
-from mixchat import interrupts
+from mixchat.base import interrupts
 
 if TYPE_CHECKING:
     from mixchat.engine.kv_cache import KVCache
@@ -18,7 +18,7 @@ def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, one, other)))
 
 
-class HeldTokens:
+class CachedPrefix:
     """A KV cache, and the ids of the tokens in it."""
 
     def __init__(self, cache: KVCache) -> None:
@@ -49,7 +49,7 @@ class HeldTokens:
         self._ids = list(ids)
         self.cache.length = len(ids)
 
-    def copy_from(self, other: HeldTokens, length: int) -> None:
+    def copy_from(self, other: CachedPrefix, length: int) -> None:
         """Hold the first tokens of another sequence, and nothing else."""
         self.clear()
         for layer in range(self.cache.config.num_hidden_layers):

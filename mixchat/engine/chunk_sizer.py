@@ -6,7 +6,7 @@ _FRESH = 0.7  # weight of each earlier pass, against the one after it
 _EVEN = 0.01  # weight of the belief that a pass of no tokens takes no time
 
 
-class PieceSize:
+class ChunkSizer:
     """Learns from passes that took `fixed + n * each` seconds for n tokens of prompts.
 
     `fixed` is much where experts are read from disk: nearly all of them, whatever n is. Then small

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixchat import lock
-from mixchat.lock import Busy, exclusive_lock
+from mixchat.base import lock
+from mixchat.base.lock import Busy, exclusive_lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from mixchat.lock import exclusive_lock
+from mixchat.base.lock import exclusive_lock
 with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

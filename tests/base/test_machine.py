@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixchat import cgroups, machine
+from mixchat.base import cgroups, machine
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mixchat.errors import CheckpointError
-from mixchat.safetensors import (
+from mixchat.base.errors import CheckpointError
+from mixchat.base.safetensors import (
     Header,
     SafetensorsFile,
     SafetensorsWriter,

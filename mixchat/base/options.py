@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mixchat.errors import UsageError
-from mixchat.quantities import MemoryBudget
+from mixchat.base.errors import UsageError
+from mixchat.base.quantities import MemoryBudget
 
 CacheBits = Literal[8, 16]
 DEFAULT_POLICY = "layered"  # of `experts.policies.POLICIES`
