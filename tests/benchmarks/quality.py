@@ -2,8 +2,8 @@
 
     python tests/benchmarks/quality.py WORK [TEXT ...] [--windows 8] [--llama PYTHON]
 
-Prints a table with all figures, then those that README and `mixchat plan` (`DEMO_LOSS`) have, in
-their form. WORK is a directory for models and results, 9 GB: the same command continues there.
+Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`) have,
+in their form. WORK is a directory for models and results, 9 GB: the same command continues there.
 --llama names a Python that has llama.cpp (`quality_llama.py`); without it there are no rows of
 llama.cpp. Without a TEXT the five of `quality_texts.py` are read.
 
@@ -259,7 +259,7 @@ def show(variants: Sequence[Variant], names: Sequence[str]) -> None:
 
 
 def readme_rows(variants: Sequence[Variant]) -> list[str]:
-    """Return the rows of README's table: each form, with the experts rounded alone, and all."""
+    """Return the rows of the README's table: each form, with the experts rounded alone, and all."""
     rows: dict[str, dict[str, str]] = {}
     for one in variants:
         if one.bits == 16:

@@ -23,12 +23,14 @@ from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 from mixchat.weights.source.demo import DEMO_CONFIG
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL_FIGURES = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
 
 
-def readme_table() -> dict[str, list[str]]:
-    """Return the cells of each row of README's table of quality, by the row's name."""
-    rows = README[README.index(README_HEAD) + len(README_HEAD) :].split("\n\n")[0]
+def full_table() -> dict[str, list[str]]:
+    """Return the cells of each row of the whole table of quality, by the row's name."""
+    rows = ALL_FIGURES[ALL_FIGURES.index(README_HEAD) + len(README_HEAD) :].split("\n\n")[0]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines() if row]
     return {name: rest for name, *rest in cells}
 
@@ -41,16 +43,18 @@ def measured(name: str, rounded: str, bits: float, loss: float) -> Variant:
 def test_readme_has_the_figures_that_plan_prints() -> None:
     """README, `plan` and CHANGELOG had three sets of figures for the same loss."""
     for name, kind in QUANT_TYPES.items():
-        shown = [cell.split(", ")[0] for cell in readme_table()[name][-2:]]
+        cells = full_table()[name][-2:]
+        shown = [cell.split(", ")[0] for cell in cells]
         assert shown == [f"{loss:.1%}" for loss in DEMO_LOSS[kind]]  # type: ignore[index]
+        assert f"| {name:16} | {cells[0]:13} | {cells[1]:25} |" in README
 
 
 @pytest.mark.parametrize(("name", "kind"), QUANT_TYPES.items())
-def test_readme_has_the_bits_of_the_tensors_that_are_rounded(name: str, kind: str) -> None:
+def test_the_table_has_the_bits_of_the_tensors_that_are_rounded(name: str, kind: str) -> None:
     config = ModelConfig.from_dict(padded_config(DEMO_CONFIG, HIDDEN))
     how = Quantization(quant_type=kind, attention="int8", head="int8")  # type: ignore[arg-type]
     bits = [f"{rounded_bits(Blueprint(config, how), part):.2f}" for part in ("experts", "all")]
-    assert readme_table()[name][0::3] == bits
+    assert full_table()[name][0::3] == bits
 
 
 def test_the_script_prints_what_readme_and_plan_have() -> None:
