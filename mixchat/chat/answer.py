@@ -6,9 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Literal
 
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
-from mixchat.text.stop import StopStrings
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
 COMPLETE = ("stop", "stop_string")  # reasons: nothing of the answer is missing

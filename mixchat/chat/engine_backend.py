@@ -10,9 +10,8 @@ from mixchat.base.errors import PromptTooLongError
 from mixchat.chat.answer import Answer, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
 from mixchat.engine.cached_prefix import shared_beginning
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
-from mixchat.text.stop import StopStrings
 
 if TYPE_CHECKING:
     from mixchat.base.options import SamplingOptions
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.engine.sampling import Constraint
     from mixchat.engine.stats import GenerationStats
-    from mixchat.text.form.constraint import CompiledForm
+    from mixchat.text.form.constraint import CompiledConstraint
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
@@ -44,7 +43,7 @@ class EngineBackend:
         template: Template,
         *,
         advised_tokens: int | None = None,
-        form: CompiledForm | None = None,
+        form: CompiledConstraint | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self._advised_tokens, self._form = advised_tokens, form

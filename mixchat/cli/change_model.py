@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from mixchat.base.options import LoadOptions
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
-    from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.chat.terminal.active_chat import AfterTurn, Predict
 
 
 class ModelChanger:

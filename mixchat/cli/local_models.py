@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
-    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels
-    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels, Predict
     from mixchat.cli.model_provider import LineRequest
     from mixchat.planning.prediction import Prediction
     from mixchat.serving.requests.lines import Begin
-    from mixchat.text.form.form import Form
+    from mixchat.text.form.output_constraint import OutputConstraint
 
 
 class LocalModels:
@@ -37,7 +36,7 @@ class LocalModels:
         self,
         load: LoadOptions,
         output: OutputOptions,
-        form: Form | None,
+        form: OutputConstraint | None,
         *,
         usual: str,
         named_file: NamedFile | None,
@@ -88,7 +87,7 @@ class LocalModels:
     def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
         from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
         from mixchat.serving.requests.served_forms import forms_of
-        from mixchat.text.form.checked_form import PATIENT_S
+        from mixchat.text.form.output_constraint import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=request.parallel)
         queue = AHEAD * request.parallel

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
-    from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels
-    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels, Predict
     from mixchat.planning.prediction import Prediction
     from mixchat.serving.requests.lines import Begin
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.serving.model_service import ModelService
     from mixchat.serving.requests.options import Defaults
-    from mixchat.text.form.constraint import CompiledForm
-    from mixchat.text.form.form import Form
+    from mixchat.text.form.constraint import CompiledConstraint
+    from mixchat.text.form.output_constraint import OutputConstraint
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ def open_session(
     max_tokens: int | None,
     stop: Sequence[str],
     overflow: Overflow,
-    form: Form | None = None,
+    form: OutputConstraint | None = None,
 ) -> ChatSession:
     """Find the model, load it, and return a session with it; its answers have the given form."""
     with _texts(model, output) as (directory, tokenizer, template):
@@ -116,10 +116,12 @@ def _texts(model: str, output: OutputOptions) -> Iterator[tuple[Path, Tokenizer,
         yield directory, text.tokenizer(), text.template(config.eos_token_ids)
 
 
-def _compiled(form: Form, tokenizer: Tokenizer, template: Template) -> CompiledForm:
-    from mixchat.text.form.constraint import FormCompiler
+def _compiled(
+    form: OutputConstraint, tokenizer: Tokenizer, template: Template
+) -> CompiledConstraint:
+    from mixchat.text.form.constraint import ConstraintCompiler
 
-    return FormCompiler(tokenizer, template.stop_ids).compile(form)
+    return ConstraintCompiler(tokenizer, template.stop_ids).compile(form)
 
 
 def open_service(

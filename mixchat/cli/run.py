@@ -28,8 +28,7 @@ from mixchat.experts.workers import torchrun
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
-    from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.chat.terminal.active_chat import AfterTurn, Predict
     from mixchat.planning.prediction import Prediction
 
 # `run` has a parameter of the same name for each of these options of sampling.

@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
-    from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.chat.terminal.reading_time import Predict
+    from mixchat.chat.terminal.active_chat import AfterTurn, Predict
     from mixchat.cli.model_provider import LineRequest
     from mixchat.serving.client.server_backend import ServerBackend
     from mixchat.serving.client.server_json import ServedModel
     from mixchat.serving.requests.lines import Begin
-    from mixchat.text.form.form import Form
+    from mixchat.text.form.output_constraint import OutputConstraint
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
 # The parameters of `run` that the machine which loads the model decides.
@@ -58,7 +57,7 @@ def check_flags(context: typer.Context) -> None:
 class ServerModels:
     """The `ModelProvider` of a server."""
 
-    def __init__(self, url: str, output: OutputOptions, form: Form | None) -> None:
+    def __init__(self, url: str, output: OutputOptions, form: OutputConstraint | None) -> None:
         """Ask the server for its models. Raises `MixchatError` where that fails.
 
         form: the form of all answers, if any.

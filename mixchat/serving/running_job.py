@@ -9,8 +9,7 @@ from mixchat.chat.answer import Answer, Reason
 from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
 from mixchat.engine.sampling import log_probabilities
 from mixchat.serving.service import Delta, Done, Failed, Job, Reading, Sink, TokenLogprob
-from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.stop import StopStrings
+from mixchat.text.detokenizer import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer and template, run in a sandbox; the rest of mixchat uses these."""
+"""A checkpoint's tokenizer and template, run in a sandbox. The rest of mixchat uses these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.text.messages import Message
-from mixchat.text.sandbox import Request, Sandbox, unusable
+from mixchat.text.sandbox import Sandbox, SandboxCall, unusable
 from mixchat.text.template import Template
 from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer
 from mixchat.text.tokenizer_files import template_file
@@ -26,8 +26,8 @@ class CheckpointText:
         self._sandbox = Sandbox(
             "mixchat.text.sandbox_child",
             [
-                Request(self._tokenizer_subject, "load_tokenizer"),
-                Request(f"{template_file(directory)}: the chat template", "load_template"),
+                SandboxCall(self._tokenizer_subject, "load_tokenizer"),
+                SandboxCall(f"{template_file(directory)}: the chat template", "load_template"),
             ],
             str(directory),
         )
@@ -35,7 +35,7 @@ class CheckpointText:
     def tokenizer(self) -> Tokenizer:
         """Wait until both are loaded, and return the tokenizer.
 
-        Raises `CheckpointError` where one is damaged, or exceeds its limits.
+        Raises `CheckpointError` if one of them is damaged or exceeds its limits.
         """
         facts, _ = self._sandbox.opened()
         with _checking_facts(self._tokenizer_subject):
@@ -44,7 +44,7 @@ class CheckpointText:
     def template(self, eos_token_ids: Collection[int] = ()) -> Template:
         """Wait until both are loaded, and return the template.
 
-        `eos_token_ids` are those of config.json. Raises `CheckpointError` as `tokenizer` does.
+        `eos_token_ids` come from config.json. Raises `CheckpointError` as `tokenizer` does.
         """
         _, facts = self._sandbox.opened()
         with _checking_facts(self._both_subject):
@@ -55,11 +55,24 @@ class CheckpointText:
         self._sandbox.close()
 
 
-class _SandboxedTokenizer:
+class _Sandboxed:
+    """An object in the sandbox. Errors about it begin with `subject`."""
+
+    def __init__(self, sandbox: Sandbox, subject: str) -> None:
+        self._sandbox, self._subject = sandbox, subject
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        return self._sandbox.ask(SandboxCall(self._subject, method, arguments))
+
+    def _ask_ids(self, method: str, *arguments: object) -> list[int]:
+        return _checked_ids(self._ask(method, *arguments), self._subject)
+
+
+class _SandboxedTokenizer(_Sandboxed):
     """A `Tokenizer` that runs in the sandbox."""
 
     def __init__(self, sandbox: Sandbox, subject: str, facts: Any) -> None:
-        self._sandbox, self._subject = sandbox, subject
+        super().__init__(sandbox, subject)
         self.vocab_size = int(facts["vocab_size"])
         self.bos_id, self.eos_id = (_optional_int(facts[name]) for name in ("bos_id", "eos_id"))
         self.adds_bos = bool(facts["adds_bos"])
@@ -68,43 +81,37 @@ class _SandboxedTokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        return self._ids("encode", text)
+        return self._ask_ids("encode", text)
 
     def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
-        return self._ids("encode_template", text, dict(inserts or {}))
+        return self._ask_ids("encode_template", text, dict(inserts or {}))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._sandbox.ask(Request(self._subject, "decode", (list(ids),))))
+        return str(self._ask("decode", list(ids)))
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)
 
     def token_bytes(self) -> TokenBytes:
-        value = self._sandbox.ask(Request(self._subject, "token_bytes"))
+        value = self._ask("token_bytes")
         with _checking_facts(self._subject):
             within = [str(text).encode("latin-1") for text in value["within"]]
             first = {int(i): str(text).encode("latin-1") for i, text in value["first"]}
         return TokenBytes(within, first)
 
-    def _ids(self, method: str, *arguments: object) -> list[int]:
-        return _ids(self._sandbox.ask(Request(self._subject, method, arguments)), self._subject)
 
-
-class _SandboxedTemplate:
+class _SandboxedTemplate(_Sandboxed):
     """A `Template` that runs in the sandbox."""
 
     def __init__(
         self, sandbox: Sandbox, subject: str, facts: Any, eos_token_ids: Collection[int]
     ) -> None:
-        self._sandbox, self._subject = sandbox, subject
+        super().__init__(sandbox, subject)
         self.continues_prompt = bool(facts["continues_prompt"])
-        self.stop_ids = frozenset([*eos_token_ids, *_ids(facts["stop_ids"], subject)])
+        self.stop_ids = frozenset([*eos_token_ids, *_checked_ids(facts["stop_ids"], subject)])
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        plain = [(m.role, m.content, m.ids) for m in messages]
-        return _ids(
-            self._sandbox.ask(Request(self._subject, "encode_messages", (plain,))), self._subject
-        )
+        return self._ask_ids("encode_messages", [(m.role, m.content, m.ids) for m in messages])
 
 
 @contextmanager
@@ -116,7 +123,7 @@ def _checking_facts(subject: str) -> Iterator[None]:
         raise unusable(subject) from None
 
 
-def _ids(value: Any, subject: str) -> list[int]:
+def _checked_ids(value: Any, subject: str) -> list[int]:
     if isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
         return value
     raise unusable(subject)

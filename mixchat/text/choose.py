@@ -1,22 +1,21 @@
 """Choose the tokenizer and the template of a checkpoint by the files that it has.
 
-Both run in this process here, where they may loop or take all memory. Outside of tests
-`CheckpointText` loads them, in a sandbox.
+Both run in this process, so they may loop or take all memory. Outside of tests `CheckpointText`
+loads them in a sandbox.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from mixchat.base.errors import CheckpointError
-from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.hf import JsonTokenizer
 from mixchat.text.jinja_template import JinjaTemplate
-from mixchat.text.markup import is_mistral_v1
 from mixchat.text.spm import SentencePieceTokenizer
-from mixchat.text.template import Template
+from mixchat.text.template import CompletionTemplate, InstructTemplate, Template
 from mixchat.text.tokenizer import Tokenizer
 from mixchat.text.tokenizer_files import (
     ChatTemplate,
@@ -29,6 +28,10 @@ _SENTENCEPIECE_FILE = "tokenizer.model"
 _JSON_FILE = "tokenizer.json"
 # Tokens that close a turn, in the chat formats that fine-tunes use.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+# Control markup in a template's source. Square brackets are usually Jinja's own there, so only
+# capitals count.
+_MARKUP = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
+_MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -36,11 +39,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     SentencePiece's tokenizer.model is the original of Mistral's own models and comes first. A
     fine-tune that brings another chat template also brings control tokens, which tokenizer.json
-    describes better. Raises `CheckpointError` where there is neither, or one cannot be read.
+    describes better. Raises `CheckpointError` if there is neither, or one cannot be read.
     """
     spm_file, json_file = directory / _SENTENCEPIECE_FILE, directory / _JSON_FILE
     template = read_chat_template(directory)
-    foreign = template is not None and not is_mistral_v1(template.source)
+    foreign = template is not None and not _is_mistral_v1(template.source)
     if json_file.exists() and (foreign or not spm_file.exists()):
         return JsonTokenizer(json_file)
     if spm_file.exists():
@@ -57,9 +60,9 @@ def load_template(
 ) -> Template:
     """Load the template of the checkpoint in `directory`, whose tokenizer is `tokenizer`.
 
-    `eos_token_ids` are those of config.json. A checkpoint without a chat template is taken for a
-    base model; `kind="instruct"` chooses Mistral's format for it, or for any other. Raises
-    `CheckpointError` where the template, or a file beside it, is damaged.
+    `eos_token_ids` come from config.json. A checkpoint without a chat template is taken for a base
+    model. `kind="instruct"` chooses Mistral's format for it, or for any other. Raises
+    `CheckpointError` if the template, or another file next to it, is damaged.
     """
     stop_ids = {*eos_token_ids, *_generation_eos(directory)}
     template = read_chat_template(directory)
@@ -76,10 +79,19 @@ def load_template(
     )
 
 
+def _is_mistral_v1(source: str) -> bool:
+    """Return whether a chat template is Mistral's own, of the first generation.
+
+    `[INST]` and `[/INST]` are ordinary text in it, and nothing else is marked up.
+    """
+    found = set(_MARKUP.findall(source))
+    return "[INST]" in found and found <= _MISTRAL_V1
+
+
 def _is_instruct(template: ChatTemplate, directory: Path, tokenizer: Tokenizer) -> bool:
     # From its third generation on, [INST] is a control token with other rules for spaces.
     return (
-        is_mistral_v1(template.source)
+        _is_mistral_v1(template.source)
         and (directory / _SENTENCEPIECE_FILE).exists()
         and tokenizer.token_id("[INST]") is None
     )

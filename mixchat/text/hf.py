@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_json_object
 from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, without
-from mixchat.text.markup import token_pattern
-from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
-from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode
+from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode, token_pattern
 from mixchat.text.tokenizer_files import (
+    MAX_TOKENIZER_FILE,
     AddedToken,
     parse_added_token,
     read_added_tokens,
@@ -33,13 +32,13 @@ class JsonTokenizer:
     """A `Tokenizer` that gives each control token of tokenizer.json a secret name.
 
     The package finds an added token in any text that spells it. So before it reads the file, each
-    control token is renamed to a mark that nobody can type (it holds a random number): `<|im_end|>`
-    is then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Only names
+    control token is renamed to a mark with a random number, which nobody can type. `<|im_end|>` is
+    then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Only names
     change, so ordinary text is encoded exactly as by the original.
     """
 
     def __init__(self, file: Path) -> None:
-        """Read `file` and the files beside it. Raises `CheckpointError` where one is damaged."""
+        """Read `file` and its neighbours. Raises `CheckpointError` if one is damaged."""
         directory = file.parent
         require_size(file, MAX_TOKENIZER_FILE)
         spec = read_json_object(file)
@@ -67,7 +66,7 @@ class JsonTokenizer:
         self._is_byte_level = "ByteLevel" in decoder
         self._byte_of = {token_id: byte for byte, token_id in self._bytes.items()}
 
-        # The tokens of a newline after an insert: where they are two, text after any token gets a
+        # The tokens of a newline after an insert. If they are two, text after any token gets a
         # leading space, which is wrong for text that continues.
         self._newline = self._ids(self._splice + "\n")[1:]
         first = self._tokenizer.id_to_token(self._newline[0]) if self._newline else None
@@ -125,7 +124,7 @@ class JsonTokenizer:
         """Encode `parts` as one text with `answers` between them.
 
         With `continued` a part after an answer is encoded after a newline, which is dropped again,
-        so that the part gets no leading space. Returns None where the newline's tokens cannot be
+        so that the part gets no leading space. Returns None if the newline's tokens cannot be
         separated from the part's.
         """
         lines = [continued and part != "" and not part.startswith(_OPEN) for part in parts]
@@ -143,7 +142,7 @@ class JsonTokenizer:
         return ids
 
     def _whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
-        """Replace the ids of bytes that are no UTF-8 by those of U+FFFD.
+        """Replace the ids of bytes that are not UTF-8 by the ids of U+FFFD.
 
         The package rejects a whole run of bytes for one wrong byte, so text that was shown would
         change when the next byte arrives.
@@ -168,7 +167,7 @@ class JsonTokenizer:
             yield content, token_id
 
     def _byte_ids(self) -> dict[int, int]:
-        """Return the id of each byte's token; nothing unless all 256 exist."""
+        """Return the id of each byte's token, or nothing unless all 256 exist."""
         ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         return (
             {byte: i for byte, i in ids.items() if i is not None}
@@ -186,7 +185,7 @@ class JsonTokenizer:
 
 
 def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[AddedToken]:
-    """Return the added tokens of tokenizer.json, and those that only the files beside it name."""
+    """Return the added tokens of tokenizer.json, and others that only its neighbours name."""
     entries = spec.get("added_tokens") or []
     if not isinstance(entries, list):
         raise CheckpointError(f"{file}: added_tokens is not a list")
@@ -267,7 +266,7 @@ def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
 
 
 def _add_splice(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-    """Add the token that marks where ids are inserted, and return its id."""
+    """Add the token that marks the place of inserted ids, and return its id."""
     from tokenizers import AddedToken as Added
 
     tokenizer.add_special_tokens([Added(text, normalized=False, special=True)])

@@ -17,26 +17,26 @@ def decoded_bytes(
     byte_tokens: Mapping[int, int],
     anchor: Sequence[int],
 ) -> TokenBytes:
-    """Return the bytes of `ids` by what decoding each of them yields, behind other text or alone.
+    """Return the bytes of `ids`, found by decoding each of them after other text and alone.
 
-    byte_tokens: tokens that stand for one byte, which may be part of a character; anchor: the ids
-    of a short text.
+    `byte_tokens` has the tokens that stand for one byte, which may be part of a character. `anchor`
+    has the ids of a short text.
     """
     text = tokenizer.decode(list(anchor))
-    behind = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+    after = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
     alone = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
 
     def exact(token_id: int, decoded: str) -> bytes:
         is_part = token_id in byte_tokens and byte_tokens[token_id] >= 0x80
         return bytes([byte_tokens[token_id]]) if is_part else decoded.encode()
 
-    within = [exact(i, whole.removeprefix(text)) for i, whole in zip(ids, behind, strict=True)]
+    within = [exact(i, whole.removeprefix(text)) for i, whole in zip(ids, after, strict=True)]
     first = [exact(i, whole) for i, whole in zip(ids, alone, strict=True)]
     return TokenBytes(within, {i: first[n] for n, i in enumerate(ids) if first[n] != within[n]})
 
 
 def byte_level_bytes(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> TokenBytes:
-    """Return the bytes of `ids` where each character of a token's name stands for a byte."""
+    """Return the bytes of `ids`, if each character of a token's name stands for a byte."""
     bytes_of = _byte_level_alphabet()
 
     def exact(piece: str) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import cached_property
+from typing import NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
-from mixchat.text.jinja_environment import TemplateRefusal, compile_template
 from mixchat.text.messages import Message, require_question, system_in_first_question
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
@@ -18,8 +20,8 @@ _PRIVATE_USE = range(0x100000, 0x10FFFE)
 class JinjaTemplate:
     """A chat template, rendered as transformers' `apply_chat_template` does, for ids.
 
-    The rendered text is encoded as one string in which the template's control tokens count and
-    those in the messages do not: see `_Cover`. Answers with ids are inserted as those ids.
+    The rendered text is encoded as one string. The template's control tokens count in it, control
+    tokens in the messages do not (see `_Cover`). Answers with ids are inserted as these ids.
     """
 
     continues_prompt = False
@@ -34,7 +36,7 @@ class JinjaTemplate:
     ) -> None:
         """Compile `template` and render it once.
 
-        `variables` are the special tokens by name (`bos_token`). Raises `CheckpointError` where the
+        `variables` are the special tokens by name (`bos_token`). Raises `CheckpointError` if the
         template has an error or tries to leave its sandbox.
         """
         self._file = template.file
@@ -51,11 +53,11 @@ class JinjaTemplate:
             raise CheckpointError(
                 f"{self._file}: the chat template has an error: {short_message(error)}"
             ) from None
-        with suppress(PromptError):  # It may need other messages; `encode` reports that.
+        with suppress(PromptError):  # it may need other messages, which `encode` reports
             self._render([{"role": "user", "content": "Hi"}])
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Encode as `Template` says. Raises `CheckpointError` where the template itself fails."""
+        """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
             messages = system_in_first_question(messages)
@@ -74,7 +76,7 @@ class JinjaTemplate:
 
     @cached_property
     def _takes_system(self) -> bool:
-        """Return whether the template has a system role: some refuse it, some omit it."""
+        """Return whether the template has a system role. Some refuse it, some omit it."""
         probe = "mixchat-system-probe"
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}]
         try:
@@ -97,7 +99,7 @@ class JinjaTemplate:
             ) from None
         except MemoryError:
             raise
-        except Exception as error:  # The template is foreign code: it can raise anything.
+        except Exception as error:  # foreign code can raise anything
             reason = short_message(error) or type(error).__name__
             raise CheckpointError(f"{self._file}: the chat template fails: {reason}") from None
 
@@ -109,9 +111,9 @@ class _Cover:
     So each character of a message that is the first or the last one of any control token is
     replaced by a character that occurs nowhere, and only the tokenizer restores it, inside plain
     text. No token can then take either end from a message, whether it is whole there, split over
-    two messages, or assembled by a template that trims, cuts or joins. One that takes only its
-    middle from a message ("<|" + "im_end" + "|>") is prevented too: a message that is part of a
-    control token is replaced as a whole.
+    two messages, or assembled by a template that trims, cuts or joins. A token may also take only
+    its middle from a message ("<|" + "im_end" + "|>"). So a message that is part of a control token
+    is replaced as a whole.
 
     Lengths stay the same, white space stays white space, and a message without such characters
     stays as it is. With `<|im_end|>` known, "a < b" is rendered as "a \U00100000 b".
@@ -144,3 +146,60 @@ class _Cover:
             self._replaced[char] = spare = next(self._spare)
             self.inserts[spare] = char
         return self._replaced[char]
+
+
+class TemplateRefusal(Exception):
+    """The template called `raise_exception`, because it cannot express this conversation."""
+
+
+def compile_template(source: str) -> Callable[..., str]:
+    """Return a function that renders a chat template with the variables it is called with.
+
+    The template gets the helpers that transformers gives it, and nothing more. It cannot reach
+    Python's internals. Only the sandbox process limits its time and memory. Raises
+    `jinja2.TemplateSyntaxError`. Rendering raises `TemplateRefusal` if the template refuses the
+    messages, `jinja2.SecurityError` if it reaches for Python's internals, and any other exception
+    if it is broken.
+    """
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks answers for training. Here it only has content."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja declares it like this)
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source).render
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateRefusal(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -16,7 +16,7 @@ class Message:
     """One message of a conversation.
 
     `ids` are the tokens that the model generated for an answer, without the one that ended it.
-    They go into the next prompt as they are: encoding the text again can give other tokens.
+    They go into the next prompt as they are, because encoding the text again can give others.
     `partial` marks an answer that was stopped before its end.
     """
 
@@ -41,7 +41,7 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 def system_in_first_question(messages: Sequence[Message]) -> list[Message]:
     """Return the conversation with its system text in front of the first question.
 
-    Mistral's own format does so; it also serves a template that has no system role.
+    Mistral's own format does so. It also serves a template that has no system role.
     """
     system, rest = split_system(messages)
     first = next((i for i, message in enumerate(rest) if message.role == "user"), None)

@@ -1,8 +1,8 @@
 """The sandbox: a child process that runs what strangers wrote.
 
-A checkpoint's tokenizer and template, and a form that a request asks for, can loop, grow without
-end or abort, which no list of forbidden functions prevents. So the child has limits of memory,
-time and output (`sandbox_limits`), and whatever they do ends as one `CheckpointError`.
+A checkpoint's tokenizer and template, and the schema or grammar of a request, can loop, grow
+without end or abort. No list of forbidden functions prevents that. So the child has limits of
+memory, time and output, and everything that goes wrong in it ends as one `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from typing import Any
 
 from mixchat.base.background import in_background
 from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_message
-from mixchat.text.frames import receive, to_frame
-from mixchat.text.sandbox_limits import MAX_MEMORY, MAX_REQUEST, cpu_seconds, reply_seconds
+from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 
-# -I: nothing in the current directory is imported, and no PYTHON* variable has an effect.
+_MAX_CALL = 2_000_000  # bytes of a call; encoding them takes up to 800 MB
+_CPU_S, _CPU_S_PER_BYTE = 2, 2e-6  # a MB of text takes 1 s
+_VOCABULARY_CPU_S = 3  # loading one of 256,000 tokens takes 2 s
+_WALL_S_PER_CPU_S = 10  # a busy machine may give a process a tenth of a core
+
+# With -I nothing in the current directory is imported, and no PYTHON* variable has an effect.
 _COMMAND = (
     *("-I", "-c"),
     "import importlib, sys; *sys.path[:], program, given = sys.argv[1:]; "
     "importlib.import_module(program).main(given)",
 )
-# The variables that the child gets: where libraries lie, and the encoding of file names. Keys and
-# tokens of the person who runs mixchat are none of its business.
-_KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR")
-# One thread is enough, and each has address space of its own.
-_VARIABLES = {
+# The variables that the child gets: the paths of libraries, and the encoding of file names. It does
+# not get the keys and tokens of the person who runs mixchat.
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR")
+# One thread is enough, and each takes address space.
+_SET_VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
@@ -43,39 +47,60 @@ _VARIABLES = {
 }
 
 
+def cpu_seconds(method: str, size: int) -> float:
+    """Return the computing time that a call of `size` bytes may take."""
+    whole = method in ("load_tokenizer", "token_bytes")
+    return (_VOCABULARY_CPU_S if whole else _CPU_S) + size * _CPU_S_PER_BYTE
+
+
+def reply_seconds(cpu_seconds: float) -> float:
+    """Return the time until the reply must arrive. It ends a child that waits, not computes."""
+    return _WALL_S_PER_CPU_S * cpu_seconds
+
+
 @dataclass(frozen=True)
-class Request:
+class SandboxCall:
     """A call of a method in the sandbox. An error message about it begins with `subject`.
 
-    seconds: how long it may compute, None for what its method and its size need; largest: the most
-    bytes that it may have.
+    `seconds` is the computing time that it may take, by default what its method and its size need.
+    `max_bytes` bounds the size of the call.
     """
 
     subject: str
     method: str
     arguments: tuple[object, ...] = ()
     seconds: float | None = None
-    largest: int = MAX_REQUEST
+    max_bytes: int = _MAX_CALL
 
     def allowed(self, size: int = 0) -> float:
-        """Return how many seconds it may compute, if it has so many bytes."""
+        """Return how many seconds a call of `size` bytes may compute."""
         return cpu_seconds(self.method, size) if self.seconds is None else self.seconds
+
+    def frame(self) -> bytes:
+        """Return the call as it is sent. Raises `PromptError` if it is too long."""
+        try:
+            return to_frame([self.method, *self.arguments], self.max_bytes)
+        except ValueError as error:
+            raise PromptError(
+                f"the text is too long for a tokenizer: {error}",
+                hint="No model's context holds that much. Send a part of it.",
+            ) from None
 
 
 class Sandbox:
-    """Sends requests to the child, one at a time, and starts another child where one has ended."""
+    """Sends calls to the child, one at a time, and starts another child if one has ended."""
 
-    def __init__(self, program: str, opening: Sequence[Request] = (), given: str = "") -> None:
+    def __init__(self, program: str, opening: Sequence[SandboxCall] = (), given: str = "") -> None:
         """Start a child that runs `main(given)` of the module `program`, and do not wait for it.
 
-        `opening` are the requests that each child serves before all others.
+        `opening` are the calls that each child serves before all others.
         """
         self._command, self._opening = (program, given), opening
         self._lock = threading.Lock()
         self._child: _Child | None = _Child(self._command, opening)
 
     def opened(self) -> Sequence[Any]:
-        """Return the values of the opening requests. Raises `CheckpointError`."""
+        """Return the values of the opening calls. Raises `CheckpointError`."""
         with self._lock:
             try:
                 return self._opened().values
@@ -83,20 +108,20 @@ class Sandbox:
                 self.close()
                 raise
 
-    def ask(self, request: Request) -> Any:
-        """Return the value of a request. Raises `CheckpointError` or `PromptError`."""
-        frame = _request_frame(request)
+    def ask(self, call: SandboxCall) -> Any:
+        """Return the value of a call. Raises `CheckpointError` or `PromptError`."""
+        frame = call.frame()
         with self._lock:
             try:
-                reply = self._opened().ask(request, frame)
+                reply = self._opened().ask(call, frame)
             except BaseException:
-                # After Ctrl-C too: the reply would be taken for that of the next request.
+                # After Ctrl-C too, or the reply would be taken for the next call's.
                 self.close()
                 raise
-        return _value(reply, request.subject)
+        return _value(reply, call.subject)
 
     def interrupt(self) -> None:
-        """End the child, so that a request of another thread fails at once."""
+        """End the child, so that a call of another thread fails at once."""
         child = self._child
         if child is not None:
             child.kill()
@@ -111,16 +136,15 @@ class Sandbox:
         if self._child is None:
             self._child = _Child(self._command, self._opening)
         child = self._child
-        for request in self._opening[len(child.values) :]:
-            reply = child.reply(request, request.allowed())
-            child.values.append(_value(reply, request.subject))
+        for call in self._opening[len(child.values) :]:
+            child.values.append(_value(child.reply(call, call.allowed()), call.subject))
         return child
 
 
 class _Child:
     """A child process, from its start to its end."""
 
-    def __init__(self, command: tuple[str, str], opening: Sequence[Request]) -> None:
+    def __init__(self, command: tuple[str, str], opening: Sequence[SandboxCall]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
@@ -128,26 +152,26 @@ class _Child:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={n: os.environ[n] for n in _KEPT if n in os.environ} | _VARIABLES,
+                env={n: os.environ[n] for n in _KEPT_VARIABLES if n in os.environ} | _SET_VARIABLES,
                 start_new_session=True,  # Ctrl-C does not reach it
             )
-        self.values: list[Any] = []  # of the opening requests
+        self.values: list[Any] = []  # of the opening calls
         self._process, self._channel = process, ours
         self.end = weakref.finalize(self, _end, process, ours)
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)
-        frames = [(_request_frame(request), request.allowed()) for request in opening]
+        frames = [(call.frame(), call.allowed()) for call in opening]
         in_background(self._send_all, frames)  # the child has yet to import its libraries
 
     def kill(self) -> None:
-        """Kill the process; the requests that wait for it fail."""
+        """Kill the process. The calls that wait for it fail."""
         self._process.kill()
 
-    def ask(self, request: Request, frame: bytes) -> Any:
-        """Return the reply to a request. Raises `CheckpointError` where none comes."""
-        allowed = request.allowed(len(frame))
+    def ask(self, call: SandboxCall, frame: bytes) -> Any:
+        """Return the reply to a call. Raises `CheckpointError` if none comes."""
+        allowed = call.allowed(len(frame))
         self._send(frame, allowed)
-        return self.reply(request, allowed)
+        return self.reply(call, allowed)
 
     def _send_all(self, frames: Sequence[tuple[bytes, float]]) -> None:
         for frame, allowed in frames:
@@ -158,20 +182,20 @@ class _Child:
         with suppress(OSError):  # `reply` reports a child that is gone
             self._channel.sendall(to_frame(allowed) + frame)
 
-    def reply(self, request: Request, allowed: float) -> Any:
-        """Return the next reply, which is to `request`; that may compute for `allowed` seconds.
+    def reply(self, call: SandboxCall, allowed: float) -> Any:
+        """Return the next reply, which is for `call`. It may compute for `allowed` seconds.
 
-        Raises `CheckpointError` where none comes.
+        Raises `CheckpointError` if none comes.
         """
         try:
             return receive(self._channel, time.monotonic() + reply_seconds(allowed))
         except TimeoutError:
             fault = f"gives no answer in {reply_seconds(allowed):.0f} s"
         except (ValueError, RecursionError) as error:
-            raise unusable(request.subject, f" ({short_message(error)})") from None
+            raise unusable(call.subject, f" ({short_message(error)})") from None
         except (EOFError, OSError):
             fault = self._ending(allowed)
-        raise CheckpointError(f"{request.subject} {fault}")
+        raise CheckpointError(f"{call.subject} {fault}")
 
     def _ending(self, allowed: float) -> str:
         """Return how the child ended by itself."""
@@ -199,7 +223,7 @@ _ERRORS = {error.__name__: error for error in (CheckpointError, PromptError, Usa
 
 
 def unusable(subject: str, reason: str = "") -> CheckpointError:
-    """Return the error for a child that sends something else than was requested."""
+    """Return the error for a child that sends something else than the value of the call."""
     return CheckpointError(f"{subject} gives an answer that cannot be used{reason}")
 
 
@@ -211,18 +235,8 @@ def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
     process.stderr.close()
 
 
-def _request_frame(request: Request) -> bytes:
-    try:
-        return to_frame([request.method, *request.arguments], request.largest)
-    except ValueError as error:
-        raise PromptError(
-            f"the text is too long for a tokenizer: {error}",
-            hint="No model's context holds that much. Send a part of it.",
-        ) from None
-
-
 def _value(reply: Any, subject: str) -> Any:
-    """Return the value in a reply. Raises the error that the reply is instead."""
+    """Return the value in a reply. Raises the error that the reply has instead."""
     if not isinstance(reply, dict):
         raise unusable(subject)
     if "error" not in reply:

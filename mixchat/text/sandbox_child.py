@@ -1,4 +1,4 @@
-"""The inside of a sandbox: here, it runs a checkpoint's tokenizer and template for its parent.
+"""The inside of a sandbox, which serves its parent, and the service for a checkpoint's text.
 
 The parent is at the other end of the socket on standard input. This process does not import torch,
 and it ends when the socket is closed.
@@ -18,9 +18,8 @@ from typing import Any
 
 from mixchat.base.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
-from mixchat.text.frames import receive, to_frame
 from mixchat.text.messages import Message
-from mixchat.text.sandbox_limits import MAX_MEMORY
+from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 from mixchat.text.template import Template
 from mixchat.text.tokenizer import Tokenizer
 
@@ -32,13 +31,13 @@ def main(directory: str) -> None:
     """Run the text of the checkpoint in `directory`."""
     for name in _LIBRARIES:
         importlib.import_module(name)
-    serve(_Service(Path(directory)))
+    serve(_CheckpointService(Path(directory)))
 
 
 def serve(service: object) -> None:
-    """Call the service's methods as the parent requests, until the parent is gone.
+    """Call the service's methods for the parent, until the parent is gone.
 
-    Import libraries before: then Python can still write the .pyc files.
+    Import libraries before, while Python can still write the .pyc files.
     """
     _set_limits()
     with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
@@ -50,8 +49,8 @@ def serve(service: object) -> None:
             channel.sendall(reply)
 
 
-class _Service:
-    """The methods that a request can name."""
+class _CheckpointService:
+    """The methods that a call can name."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -99,7 +98,7 @@ def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
         return to_frame({"value": method(*arguments)})
     except MixchatError as error:
         return to_frame({"error": type(error).__name__, "text": str(error), "hint": error.hint})
-    except BaseException as error:  # A panic inside the package tokenizers is no Exception.
+    except BaseException as error:  # a panic inside the package tokenizers, too
         return to_frame({"error": type(error).__name__, "text": short_message(error)})
 
 
@@ -108,5 +107,5 @@ def _set_limits() -> None:
     for name, most in _LIMITS.items():
         with suppress(ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (most, most))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # of the timer: ends the process in any code
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer ends the process in any code
     os.set_blocking(2, False)  # pages of errors must not wait for a reader

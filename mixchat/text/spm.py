@@ -9,10 +9,15 @@ from typing import Any
 
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_bytes
-from mixchat.text.markup import looks_like_markup, token_pattern
-from mixchat.text.sandbox_limits import MAX_TOKENIZER_FILE
-from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode
+from mixchat.text.tokenizer import (
+    Insert,
+    TokenBytes,
+    looks_like_markup,
+    require_unicode,
+    token_pattern,
+)
 from mixchat.text.tokenizer_files import (
+    MAX_TOKENIZER_FILE,
     read_added_tokens,
     read_optional_json,
     read_special_tokens,
@@ -24,7 +29,7 @@ class SentencePieceTokenizer:
     """A `Tokenizer` for a SentencePiece model and the tokens that a fine-tune added to it."""
 
     def __init__(self, file: Path) -> None:
-        """Read `file` and the files beside it. Raises `CheckpointError` where one is damaged."""
+        """Read `file` and its neighbours. Raises `CheckpointError` if one is damaged."""
         directory = file.parent
         require_size(file, MAX_TOKENIZER_FILE)
         data = read_bytes(file)
@@ -53,8 +58,8 @@ class SentencePieceTokenizer:
         self._newline: list[int] = model.encode("\n")
 
         settings = read_optional_json(directory / "tokenizer_config.json")
-        # `legacy`, transformers' default for these files: text after a control token gets a leading
-        # space, as text at the start does.
+        # With `legacy`, transformers' default for these files, text after a control token gets a
+        # leading space, as text at the start does.
         self._space_after_control = settings.get("legacy") is not False
         names = read_special_tokens(directory)
         self.vocab_size = max([size, *(i + 1 for i in added.values())])
@@ -158,7 +163,7 @@ def _split(
         yield text[start:], False
 
 
-# The file is one protocol buffer, sentencepiece_model.proto: field 1, repeated, is a piece, and a
+# The file is one protocol buffer, sentencepiece_model.proto. Field 1, repeated, is a piece, and a
 # piece's field 3 is its type. The last value of a field counts, so to change one is to append one.
 _USER_DEFINED = 4
 _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
@@ -194,7 +199,7 @@ def _pieces(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the fields of a message: number, start of the field, start and end of its value."""
+    """Yield the number, start, value's start and value's end of each field of a message."""
     while position < end:
         outer = position
         key, position = _read_varint(data, position)

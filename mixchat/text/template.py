@@ -1,11 +1,17 @@
-"""The interface of a chat template."""
+"""Chat templates: their interface, and those that need no file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from mixchat.text.messages import Message
+from mixchat.text.messages import (
+    Message,
+    require_question,
+    split_system,
+    system_in_first_question,
+)
+from mixchat.text.tokenizer import Insert, Tokenizer
 
 
 class Template(Protocol):
@@ -17,6 +23,63 @@ class Template(Protocol):
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation, ready for the model to answer.
 
-        Raises `PromptError` where the template cannot express it.
+        Raises `PromptError` if the template cannot express it.
         """
         ...
+
+
+class InstructTemplate:
+    """The format of Mistral's first instruct models (V1), built from ids, segment by segment.
+
+    One BOS, then for each turn the ids of "[INST] question [/INST]", the ids of the answer, and
+    EOS. Each segment is encoded alone, with SentencePiece's leading space, as in training. The same
+    conversation as one string gives other ids. Source: mistral-common, `InstructTokenizerV1`.
+
+    Hi, Hello: 1, 733 16289 28793 15359 733 28748 16289 28793, 22557, 2
+    """
+
+    continues_prompt = False
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        require_question(messages)
+        ids = [*_optional(self._tokenizer.bos_id)]
+        for message in system_in_first_question(messages):
+            if message.role == "user":
+                ids += self._tokenizer.encode(f"[INST] {message.content} [/INST]")
+            else:
+                answer = message.ids
+                ids += self._tokenizer.encode(message.content) if answer is None else answer
+                ids += _optional(self._tokenizer.eos_id)
+        return ids
+
+
+class CompletionTemplate:
+    """The template of base models, which know no chat. All messages are joined into one text."""
+
+    continues_prompt = True
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = (), add_bos: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._bos = _optional(tokenizer.bos_id) if add_bos else frozenset()
+        self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        system, rest = split_system(messages)
+        if system:
+            rest = [Message("user", f"{system}\n\n" if rest else system), *rest]
+        # All of it is untrusted text, so each message is one character of the "template".
+        inserts: dict[str, Insert] = {
+            chr(0xF0000 + i): message.content if message.ids is None else message.ids
+            for i, message in enumerate(rest)
+        }
+        return [*self._bos, *self._tokenizer.encode_template("".join(inserts), inserts)]
+
+
+def _optional(token_id: int | None) -> frozenset[int]:
+    return frozenset() if token_id is None else frozenset({token_id})

@@ -1,8 +1,9 @@
-"""The interface of a tokenizer."""
+"""The interface of a tokenizer, and the rules for control tokens that both kinds follow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -11,13 +12,18 @@ from mixchat.base.errors import PromptError
 # A character in a template's text may stand for plain text, or for ids that are taken as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"
 
+# <...>, <|...|> or [...] with one word in it that has a letter or digit, so that prose and code do
+# not match. Only one part of a pattern can take the first letter, or a text without an end would
+# take hours.
+_MARKUP = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]")
+
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes that each token adds to the UTF-8 of a text; none for control tokens.
+    """The bytes that each token adds to the UTF-8 of a text, none for control tokens.
 
-    within: by id, of a token that follows others; first: of tokens that add other bytes where they
-    begin a text, as those of SentencePiece lose a leading space there.
+    `within` has the bytes of a token that follows others, by id. `first` has only the tokens that
+    add other bytes at the start of a text, because SentencePiece drops a leading space there.
     """
 
     within: Sequence[bytes]
@@ -25,10 +31,10 @@ class TokenBytes:
 
 
 class Tokenizer(Protocol):
-    """Turns text into token ids and back; untrusted text never yields a control token.
+    """Turns text into token ids and back. Untrusted text never yields a control token.
 
-    A control token (`</s>`, `<|im_end|>`) steers the model. Templates may write one, people may
-    not: `encode` yields none for any text.
+    A control token (`</s>`, `<|im_end|>`) steers the model. Templates may write one. People may
+    not, so `encode` yields none for any text.
     """
 
     vocab_size: int
@@ -38,41 +44,59 @@ class Tokenizer(Protocol):
     control_tokens: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of untrusted text: no control token, no BOS.
+        """Return the ids of untrusted text, without control tokens and BOS.
 
-        Raises `PromptError` where `text` is not valid Unicode.
+        Raises `PromptError` if `text` is not valid Unicode.
         """
         ...
 
     def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
-        """Return the ids of trusted text: control tokens count, and no BOS is added.
+        """Return the ids of trusted text. Control tokens count, and no BOS is added.
 
-        `inserts` maps single characters of `text` to what replaces them: a string is inserted as
-        untrusted text, ids as they are. Raises `PromptError` as `encode` does.
+        `inserts` maps single characters of `text` to their replacements. A string is inserted as
+        untrusted text, ids are inserted as they are. Raises `PromptError` as `encode` does.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Control and unknown ids are skipped; broken UTF-8 is U+FFFD."""
+        """Return the text of ids without control and unknown ones. Broken UTF-8 is U+FFFD."""
         ...
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of a control token by its text, None where there is no such token."""
+        """Return the id of a control token by its text, None without such a token."""
         ...
 
     def token_bytes(self) -> TokenBytes:
-        """Return the bytes of all tokens: those of ids, joined, are the UTF-8 of `decode(ids)`.
+        """Return the bytes of all tokens. Joined, the bytes of ids are the UTF-8 of `decode(ids)`.
 
-        That holds where they are valid UTF-8, and there are no control or unknown tokens.
+        That holds if they are valid UTF-8 and none of the ids is a control or unknown token.
         """
         ...
 
 
 def require_unicode(text: str) -> None:
-    """Raise `PromptError` where `text` holds half a surrogate pair, which no tokenizer accepts."""
+    """Raise `PromptError` if `text` holds half a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(
             f"the text is not valid Unicode: a lone surrogate at character {error.start}"
         ) from None
+
+
+def looks_like_markup(token: str) -> bool:
+    """Return whether a token looks like control markup, as `<tool>`, `<|im_end|>`, `[INST]` do."""
+    return _MARKUP.fullmatch(token.strip().strip("\u2581")) is not None
+
+
+def token_pattern(tokens: Iterable[str], *, whole_words: Iterable[str] = ()) -> re.Pattern[str]:
+    """Return a pattern for any of `tokens`, the longest first. Without tokens it matches nothing.
+
+    A token in `whole_words` counts only if no word character touches it.
+    """
+    bounded = frozenset(whole_words)
+    choices = [
+        rf"(?<!\w){re.escape(token)}(?!\w)" if token in bounded else re.escape(token)
+        for token in sorted(tokens, key=len, reverse=True)
+    ]
+    return re.compile("|".join(choices) or r"(?!)")

@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer: its settings, added tokens and chat template."""
+"""Reads the small files next to a tokenizer, with its settings, added tokens and chat template."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_bytes, read_json_object
-from mixchat.text.markup import looks_like_markup
-from mixchat.text.sandbox_limits import MAX_SETTINGS_FILE, MAX_TEMPLATE_FILE
+from mixchat.text.tokenizer import looks_like_markup
+
+# Bytes of a file. Real chat templates have less than 100 KB, a vocabulary of 256,000 has 33 MB.
+MAX_TEMPLATE_FILE = 1_000_000
+MAX_SETTINGS_FILE = 16_000_000
+MAX_TOKENIZER_FILE = 64_000_000
 
 
 @dataclass(frozen=True)
 class AddedToken:
     """A token that a checkpoint adds to its tokenizer's vocabulary.
 
-    The flags are those of the package tokenizers: `lstrip` and `rstrip` remove the white space
-    beside the token, `single_word` requires white space or punctuation there, and `normalized`
-    looks for the token in the normalized text.
+    The flags come from the package tokenizers. `lstrip` and `rstrip` remove the white space next to
+    the token, `single_word` requires white space or punctuation there, and `normalized` looks for
+    the token in the normalized text.
     """
 
     id: int
@@ -43,24 +47,23 @@ class ChatTemplate:
     file: Path
 
 
-def require_size(file: Path, most: int) -> None:
-    """Raise `CheckpointError` where a file has more than `most` bytes."""
+def require_size(file: Path, max_bytes: int) -> None:
+    """Raise `CheckpointError` if a file has more than `max_bytes`."""
     try:
         size = file.stat().st_size
     except OSError:  # reading it will raise the error
         return
-    if size > most:
-        raise _too_large(file, "the file", size, most)
+    if size > max_bytes:
+        raise _too_large(file, "the file", size, max_bytes)
 
 
-def _too_large(file: Path, what: str, size: int, most: int) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: {what} has {size / 1e6:.1f} MB, mixchat reads at most {most / 1e6:.0f} MB"
-    )
+def _too_large(file: Path, subject: str, size: int, max_bytes: int) -> CheckpointError:
+    limit = f"mixchat reads at most {max_bytes / 1e6:.0f} MB"
+    return CheckpointError(f"{file}: {subject} has {size / 1e6:.1f} MB, {limit}")
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. A missing file is an empty one; a file that is too large is refused."""
+    """Read a JSON object, {} without a file. Raises `CheckpointError` if it is too large."""
     require_size(file, MAX_SETTINGS_FILE)
     return read_json_object(file) if file.exists() else {}
 
@@ -72,7 +75,7 @@ def template_file(directory: Path) -> Path:
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
-    """Return the chat template of a checkpoint, None where it has none.
+    """Return the chat template of a checkpoint, None without one.
 
     As in transformers, the file chat_template.jinja precedes tokenizer_config.json, in which the
     template is a string, or the one named "default" in a list. Raises `CheckpointError`.
@@ -108,8 +111,8 @@ def _read_utf8(file: Path) -> str:
 def read_special_tokens(directory: Path) -> dict[str, str]:
     """Return `bos_token`, `eos_token` and so on, each with its text. Raises `CheckpointError`.
 
-    tokenizer_config.json precedes special_tokens_map.json; either may hold a token as a string
-    or as an object with `content`.
+    tokenizer_config.json precedes special_tokens_map.json. Either may hold a token as a string or
+    as an object with `content`.
     """
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -123,7 +126,7 @@ def read_special_tokens(directory: Path) -> dict[str, str]:
 def read_added_tokens(directory: Path) -> list[AddedToken]:
     """Return the tokens of added_tokens.json and of tokenizer_config.json, ordered by id.
 
-    Raises `CheckpointError` where those are not tables of ids and tokens.
+    Raises `CheckpointError` if they are not tables of ids and tokens.
     """
     found: dict[int, AddedToken] = {}
     file = directory / "added_tokens.json"
@@ -145,7 +148,7 @@ def read_added_tokens(directory: Path) -> list[AddedToken]:
 def parse_added_token(token_id: int, entry: object, file: Path) -> AddedToken:
     """Return an added token from its entry in tokenizer.json or tokenizer_config.json.
 
-    Raises `CheckpointError`, which names `file`, where `entry` is not an object with `content`.
+    Raises `CheckpointError`, which names `file`, if `entry` is not an object with `content`.
     """
     content = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(content, str) or not content:

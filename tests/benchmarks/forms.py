@@ -25,8 +25,8 @@ import torch
 
 from mixchat.engine.sampling import only
 from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.text.form.constraint import FormCompiler
-from mixchat.text.form.form import json_object, json_schema, lark_grammar
+from mixchat.text.form.constraint import ConstraintCompiler
+from mixchat.text.form.output_constraint import json_object, json_schema, lark_grammar
 from mixchat.text.tokenizer import Tokenizer
 from mixchat.weights.models import installed_directory
 
@@ -81,7 +81,7 @@ def opened(directory: Path) -> Iterator[Tokenizer]:
 def measure(name: str, tokenizer: Tokenizer, repeats: int) -> None:
     seconds: dict[str, list[float]] = defaultdict(list)
     stop = tokenizer.eos_id or 0
-    compiler = timed(seconds["all tokens"], lambda: FormCompiler(tokenizer, {stop}))
+    compiler = timed(seconds["all tokens"], lambda: ConstraintCompiler(tokenizer, {stop}))
     print(f"{name}: {tokenizer.vocab_size} tokens, {milliseconds(seconds['all tokens'])} once")
     logits, ids = torch.randn(tokenizer.vocab_size), tokenizer.encode(TEXT)
     for kind, form in FORMS.items():

@@ -21,8 +21,13 @@ from mixchat.engine.speculation import Speculation
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
 from mixchat.text.choose import load_tokenizer
-from mixchat.text.form.constraint import CompiledForm, FormCompiler
-from mixchat.text.form.form import Form, json_object, json_schema, lark_grammar
+from mixchat.text.form.constraint import CompiledConstraint, ConstraintCompiler
+from mixchat.text.form.output_constraint import (
+    OutputConstraint,
+    json_object,
+    json_schema,
+    lark_grammar,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
 from schema_maker import SchemaMaker
@@ -60,12 +65,12 @@ def tokenizer(model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(tokenizer: Any) -> Callable[[Form], CompiledForm]:
-    return FormCompiler(tokenizer, {STOP}).compile
+def compiled(tokenizer: Any) -> Callable[[OutputConstraint], CompiledConstraint]:
+    return ConstraintCompiler(tokenizer, {STOP}).compile
 
 
 def answer(
-    engine: Engine, form: CompiledForm | None, seed: int, most: int = 400, **options: Any
+    engine: Engine, form: CompiledConstraint | None, seed: int, most: int = 400, **options: Any
 ) -> list[int]:
     return list(
         engine.generate(
@@ -82,7 +87,7 @@ def answer(
 def test_an_answer_is_json_by_the_schema_whatever_the_sampling(
     engine: Engine,
     tokenizer: Any,
-    compiled: Callable[[Form], CompiledForm],
+    compiled: Callable[[OutputConstraint], CompiledConstraint],
     options: dict[str, Any],
 ) -> None:
     *ids, last = answer(engine, compiled(json_schema(ORDER)), seed=1, **options)
@@ -96,7 +101,7 @@ def test_without_a_form_this_model_gives_no_json(engine: Engine, tokenizer: Any)
 
 
 def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(
-    engine: Engine, compiled: Callable[[Form], CompiledForm]
+    engine: Engine, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:
     form = compiled(json_schema(ORDER))
     whole = answer(engine, form, seed=1)
@@ -105,7 +110,7 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(
 
 @pytest.mark.slow
 def test_every_finished_answer_to_200_generated_schemas_is_valid(
-    engine: Engine, tokenizer: Any, compiled: Callable[[Form], CompiledForm]
+    engine: Engine, tokenizer: Any, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:
     finished = 0
     for seed in range(200):
@@ -130,8 +135,8 @@ def test_every_finished_answer_to_200_generated_schemas_is_valid(
 )
 def test_an_answer_is_the_same_with_speculation(
     model: Path,
-    compiled: Callable[[Form], CompiledForm],
-    form: Form,
+    compiled: Callable[[OutputConstraint], CompiledConstraint],
+    form: OutputConstraint,
     temperature: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,7 +168,7 @@ def answered(engine: Engine, *prompts: Prompt) -> list[tuple[list[int], Exceptio
 
 @pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
 def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(
-    model: Path, compiled: Callable[[Form], CompiledForm]
+    model: Path, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=4))
     forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
@@ -193,7 +198,7 @@ class DeadEnd:
 
 
 def test_a_form_without_a_way_on_ends_only_its_own_answer(
-    model: Path, compiled: Callable[[Form], CompiledForm]
+    model: Path, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=2))
     other = compiled(json_schema(ORDER))

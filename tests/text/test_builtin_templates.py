@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from text_strategies import anything
 
 from mixchat.base.errors import PromptError
-from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
+from mixchat.text.template import CompletionTemplate, InstructTemplate
 
 
 @pytest.fixture(scope="session")

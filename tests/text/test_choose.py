@@ -10,10 +10,10 @@ import pytest
 import text_builders as build
 
 from mixchat.base.errors import CheckpointError
-from mixchat.text.builtin_templates import CompletionTemplate, InstructTemplate
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.jinja_template import JinjaTemplate
 from mixchat.text.messages import Message
+from mixchat.text.template import CompletionTemplate, InstructTemplate
 
 
 def chosen(directory: Path, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixchat.text.stop import StopStrings
+from mixchat.text.detokenizer import StopStrings
 
 abc = st.text("ab\n", max_size=12)
 

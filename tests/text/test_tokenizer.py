@@ -452,7 +452,7 @@ def test_damaged_settings_are_named_in_one_line(name: str, content: str, tmp_pat
 
 def test_importing_the_room_loads_no_library() -> None:
     code = (
-        "import sys, mixchat.text.choose, mixchat.text.detokenizer, mixchat.text.stop\n"
+        "import sys, mixchat.text.choose, mixchat.text.detokenizer, mixchat.text.detokenizer\n"
         "heavy = {'torch', 'tokenizers', 'sentencepiece', 'jinja2', 'transformers', 'numpy'}\n"
         "print(heavy & set(sys.modules))"
     )

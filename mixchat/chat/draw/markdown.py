@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from markdown_it.rules_block.table import escapedSplit
 from markdown_it.token import Token
+from markdown_it.tree import SyntaxTreeNode
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -19,8 +19,8 @@ from mixchat.chat.draw.highlight import TAB, Bar, Code, fitting
 from mixchat.chat.draw.markdown_rules import DEEPEST, parser
 from mixchat.chat.theme import CODE, FRAME, HEADINGS, INLINE, LINK
 
-_NARROWEST = 6  # columns for indented text; with fewer it is not indented
-_CELL = 7  # columns of a table's cell and its frame; with fewer a table is not drawn
+_MIN_INDENTED_WIDTH = 6  # columns; with fewer, text is not indented
+_MIN_CELL_WIDTH = 7  # columns of a table's cell and its frame; with fewer, it is not drawn
 
 # A backslash before these is Markdown's; before others, as in `\(` and `\{`, it is text.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
@@ -108,41 +108,26 @@ def blocks(text: str) -> list[MarkdownBlock]:
     """
     source = _Source(text.split("\n"))
     found: list[MarkdownBlock] = []
-    for node in _tree(parser().parse(text)):
-        is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
-        for part in node.children if is_list else [node]:
-            found.append(
-                MarkdownBlock(part.start, bool(found) and source.gap(part), source.drawn(part))
-            )
+    for part in _with_items(SyntaxTreeNode(parser().parse(text)).children):
+        gap = bool(found) and source.gap(part)
+        found.append(MarkdownBlock(_start(part), gap, source.drawn(part)))
     return found
 
 
-@dataclass
-class _Node:
-    token: Token
-    children: list[_Node] = field(default_factory=list)
-
-    @property
-    def start(self) -> int:
-        return self.token.map[0] if self.token.map else 0
-
-    @property
-    def too_deep(self) -> bool:
-        is_full = self.token.nesting == 1 and self.token.level >= DEEPEST - 1
-        return is_full or any(child.too_deep for child in self.children)
+def _with_items(nodes: list[SyntaxTreeNode]) -> list[SyntaxTreeNode]:
+    """Return the nodes with the items of lists in place of the lists."""
+    lists = ("bullet_list", "ordered_list")
+    return [part for node in nodes for part in (node.children if node.type in lists else [node])]
 
 
-def _tree(tokens: Sequence[Token]) -> list[_Node]:
-    path: list[list[_Node]] = [[]]
-    for token in tokens:
-        if token.nesting == -1:
-            path.pop()
-            continue
-        node = _Node(token)
-        path[-1].append(node)
-        if token.nesting == 1:
-            path.append(node.children)
-    return path[0]
+def _start(node: SyntaxTreeNode) -> int:
+    return node.map[0] if node.map else 0
+
+
+def _is_too_deep(node: SyntaxTreeNode) -> bool:
+    """Return whether the parser dropped a part of a block, because it was nested too deep."""
+    blocks = (child for child in node.children if child.type != "inline")
+    return (node.is_nested and node.level >= DEEPEST - 1) or any(map(_is_too_deep, blocks))
 
 
 class _Source:
@@ -151,62 +136,61 @@ class _Source:
     def __init__(self, lines: list[str]) -> None:
         self._lines = lines
 
-    def gap(self, node: _Node) -> bool:
-        return not self._lines[node.start - 1].strip(" \t>")
+    def gap(self, node: SyntaxTreeNode) -> bool:
+        """Return whether a blank line comes before a node."""
+        return not self._lines[_start(node) - 1].strip(" \t>")
 
-    def drawn(self, node: _Node) -> RenderableType:
+    def drawn(self, node: SyntaxTreeNode) -> RenderableType:
         """Return one block with everything in it."""
-        token, children = node.token, node.children
-        if node.too_deep:
+        if _is_too_deep(node):
             return self._as_written(node)
-        if token.type in ("paragraph_open", "heading_open"):
-            if token.tag != "p":
-                return _inline(children[0].token, HEADINGS.get(token.tag, "bold"))
-            return _inline(children[0].token, before=self._indent(node))
-        if token.type == "fence":
-            return Code(token.content, token.info.strip(), closed=_is_closed(token))
-        if token.type == "code_block":
-            return _indented_text(token.content)
-        if token.type == "table_open":
-            as_written = self._as_written(node)
-            return as_written if self._has_cells_too_many(node) else _Table(node, as_written)
-        if token.type == "hr":
-            return Bar()
-        if token.type == "blockquote_open":
-            return _Indented("│ ", "│ ", self._all(children))
-        bullet = f"{token.info}{token.markup}" if token.info else "•"
-        return _Indented(f"{bullet} ", " " * (len(bullet) + 1), self._all(children))
+        match node.type:
+            case "heading":
+                return _inline(node.children[0].token, HEADINGS.get(node.tag, "bold"))
+            case "paragraph":
+                return _inline(node.children[0].token, before=self._indent(node))
+            case "fence":
+                return Code(node.content, node.info.strip(), closed=_is_closed(node))
+            case "code_block":
+                return _indented_text(node.content)
+            case "table":
+                as_written = self._as_written(node)
+                return as_written if self._has_cells_too_many(node) else _Table(node, as_written)
+            case "hr":
+                return Bar()
+            case "blockquote":
+                return _Indented("│ ", "│ ", self._all(node.children))
+        bullet = f"{node.info}{node.markup}" if node.info else "•"
+        return _Indented(f"{bullet} ", " " * (len(bullet) + 1), self._all(node.children))
 
-    def _all(self, nodes: list[_Node]) -> list[RenderableType]:
+    def _all(self, nodes: list[SyntaxTreeNode]) -> list[RenderableType]:
         drawn: list[RenderableType] = []
-        for node in nodes:
-            is_list = node.token.type in ("bullet_list_open", "ordered_list_open")
-            for part in node.children if is_list else [node]:
-                if drawn and self.gap(part):
-                    drawn.append(Text())
-                drawn.append(self.drawn(part))
+        for part in _with_items(nodes):
+            if drawn and self.gap(part):
+                drawn.append(Text())
+            drawn.append(self.drawn(part))
         return drawn
 
-    def _has_cells_too_many(self, table: _Node) -> bool:
+    def _has_cells_too_many(self, table: SyntaxTreeNode) -> bool:
         """Return whether a row has more cells than the header: Markdown drops them."""
         header, *rows = (row for section in table.children for row in section.children)
-        return any(_cells(self._lines[row.start]) > len(header.children) for row in rows)
+        return any(_cells(self._lines[_start(row)]) > len(header.children) for row in rows)
 
-    def _indent(self, paragraph: _Node) -> str:
+    def _indent(self, paragraph: SyntaxTreeNode) -> str:
         """Return the spaces before a paragraph, which may be code without a fence.
 
         Within lists they belong to the list, and a single one comes from tokenizers.
         """
-        line = self._lines[paragraph.start]
+        line = self._lines[_start(paragraph)]
         spaces = len(line) - len(line.lstrip(" "))
-        return " " * spaces if spaces > 1 and paragraph.token.level == 0 else ""
+        return " " * spaces if spaces > 1 and paragraph.level == 0 else ""
 
-    def _as_written(self, node: _Node) -> Text:
-        start, end = node.token.map or (0, 0)
+    def _as_written(self, node: SyntaxTreeNode) -> Text:
+        start, end = node.map or (0, 0)
         return Text("\n".join(self._lines[start:end]).rstrip().replace("\t", TAB))
 
 
-def _is_closed(fence: Token) -> bool:
+def _is_closed(fence: SyntaxTreeNode) -> bool:
     """Return whether the fence is closed: its last line is then not one of its code."""
     start, end = fence.map or (0, 0)
     return end - start == len(fence.content.splitlines()) + 2
@@ -250,7 +234,7 @@ class _Indented:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first, other = (fitting(mark, options) for mark in (self._first, self._other))
         width = options.max_width - cell_len(first)
-        if width < _NARROWEST:
+        if width < _MIN_INDENTED_WIDTH:
             yield Text(first.rstrip(), style=FRAME)
             yield from self._content
             return
@@ -266,30 +250,30 @@ class _Indented:
 class _Table:
     """A table; as it was written where it cannot be drawn for lack of columns."""
 
-    def __init__(self, node: _Node, as_written: Text) -> None:
+    def __init__(self, node: SyntaxTreeNode, as_written: Text) -> None:
         self._rows = [row for section in node.children for row in section.children]
         self._as_written = as_written
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         header, *rows = self._rows
-        if options.max_width < _CELL * len(header.children) + 1:
+        if options.max_width < _MIN_CELL_WIDTH * len(header.children) + 1:
             yield self._as_written
             return
         table = Table(box=box.SQUARE, border_style=FRAME)
         for cell in header.children:
-            align = str(cell.token.attrs.get("style", "")).removeprefix("text-align:") or "left"
+            align = str(cell.attrs.get("style", "")).removeprefix("text-align:") or "left"
             table.add_column(_inline(cell.children[0].token), justify=align, overflow="fold")  # type: ignore[arg-type]
         for row in rows:
             table.add_row(*(_inline(cell.children[0].token) for cell in row.children))
         yield table
 
 
-def _inline(token: Token, style: str = "", before: str = "") -> Text:
+def _inline(token: Token | None, style: str = "", before: str = "") -> Text:
     """Return a line of text with its emphasis, code and links, behind the spaces `before` it."""
     text = Text(before, style=style, overflow="fold")
     styles: list[str] = []
     targets: list[tuple[int, str]] = []
-    for child in token.children or []:
+    for child in (token and token.children) or []:
         if child.type == "link_open":
             targets.append((len(text), _target(child, "href")))
         elif child.type == "link_close":

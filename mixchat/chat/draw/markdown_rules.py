@@ -61,3 +61,8 @@ def _newline(state: StateInline, silent: bool) -> bool:
     if not silent:
         state.pending += state.src[begin + 1 : state.pos]
     return True
+
+
+def code_blocks(text: str) -> list[str]:
+    """Return the content of each fenced block of a Markdown text, in order, those in lists too."""
+    return [token.content for token in MarkdownIt().parse(text) if token.type == "fence"]

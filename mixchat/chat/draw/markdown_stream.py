@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import SegmentLines
@@ -92,17 +91,6 @@ class MarkdownStream:
         self._next_frame = clock()
         self._size = console.size
         self._closed = False
-
-    def __enter__(self) -> MarkdownStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless too much time was spent on drawing."""

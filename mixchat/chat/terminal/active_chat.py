@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 from mixchat.base import interrupts
 from mixchat.chat.answer import cut_off_note
 from mixchat.chat.printing import one_line
-from mixchat.chat.terminal.reading_time import Predict, ReadingTime
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
 
@@ -21,9 +20,14 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import Event, Finished
     from mixchat.chat.terminal.screen import Screen
+    from mixchat.engine.stats import GenerationStats
 
+# Returns the seconds that so many tokens should take, in the first turn or a later one. None if
+# nothing is known.
+Predict = Callable[[int, bool], float | None]
 Ask = Callable[..., "Iterator[Event]"]  # a way to ask the session, given all but `on_prefill`
 AfterTurn = Callable[["Finished"], None]
+_MIN_TIMED_PROMPT = 64  # tokens; the pace of a shorter one says nothing about longer ones
 _ENDINGS = {
     "interrupted": "(stopped)",
     "context": "(cut off: the context is full; /clear starts a new chat)",
@@ -239,3 +243,25 @@ class ActiveChat:
             )
             self.screen.say(f"({used:,} of {size:,} tokens of the context are used: {policy})\n")
         self._warned = full
+
+
+class ReadingTime:
+    """Estimates the time to read a prompt: by this session's pace, or else by the prediction."""
+
+    def __init__(self, predict: Predict) -> None:
+        self._predict = predict
+        self._pace: float | None = None  # seconds a token
+        self._first = True
+
+    def note(self, stats: GenerationStats) -> None:
+        """Learn from a turn that has ended."""
+        self._first = False
+        tokens = stats.prompt_tokens - stats.reused_tokens
+        if tokens >= _MIN_TIMED_PROMPT and stats.prefill_seconds > 0:
+            self._pace = stats.prefill_seconds / tokens
+
+    def seconds(self, tokens: int) -> float | None:
+        """Return the seconds that so many tokens will take."""
+        if self._pace is not None:
+            return tokens * self._pace
+        return self._predict(tokens, self._first)

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from mixchat.base.context import UNKNOWN
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.chat import parameters
-from mixchat.chat.draw.code import code_blocks
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import one_line
 from mixchat.chat.saved.chat_table import chat_table
 from mixchat.chat.saved.export import write_export
-from mixchat.chat.terminal.clipboard import copy
 from mixchat.chat.terminal.command_help import help_text, hint_for
 from mixchat.chat.terminal.completion import (
     FILES,
@@ -24,6 +22,7 @@ from mixchat.chat.terminal.completion import (
     CompleteArgument,
     file_argument,
 )
+from mixchat.chat.terminal.other_programs import copy
 
 if TYPE_CHECKING:
     from mixchat.base.context import Context
@@ -229,6 +228,8 @@ def _copy(chat: ActiveChat, argument: str) -> None:
         raise PromptError("nothing has been answered yet")
     text = answers[-1]
     if argument == "code":
+        from mixchat.chat.draw.markdown_rules import code_blocks
+
         blocks = code_blocks(text)
         if not blocks:
             raise PromptError("the last answer has no code block")

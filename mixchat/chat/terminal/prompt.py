@@ -31,14 +31,16 @@ from mixchat.base.sanitize import VISIBLE, sanitize
 from mixchat.chat import theme
 from mixchat.chat.printing import say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
-from mixchat.chat.terminal.editor import edited
 from mixchat.chat.terminal.input_history import InputHistory
+from mixchat.chat.terminal.other_programs import edited
 from mixchat.chat.terminal.status_line import cut
 from mixchat.chat.terminal.typeahead import reading_keys
 
 _PROMPT, _CONTINUED = ">>> ", "... "
 _QUOTES = '"""'
-_ESC_WAIT = 0.05  # seconds until Esc is a key by itself in vi mode, not the start of an arrow key
+_ESC_TIMEOUT_S = (
+    0.05  # seconds until Esc is a key by itself in vi mode, not the start of an arrow key
+)
 
 _STYLE = Style.from_dict(
     {
@@ -138,12 +140,12 @@ class ChatPrompt:
             vi_mode=vi,
             enable_suspend=True,
             style=_STYLE,
-            input_processors=[_Words()],
+            input_processors=[_VisibleText()],
             input=input,
             output=output,
         )
         if vi:
-            session.app.ttimeoutlen = _ESC_WAIT
+            session.app.ttimeoutlen = _ESC_TIMEOUT_S
         return session
 
     def _bottom_line(self) -> StyleAndTextTuples:
@@ -231,7 +233,7 @@ def _complete_further(event: KeyPressEvent) -> None:
     event.current_buffer.start_completion()
 
 
-class _Words(Processor):
+class _VisibleText(Processor):
     """Shows a person's words in their colour, and no character that would act on the terminal.
 
     Characters that would reverse the direction of text are shown as visible ones.

@@ -15,7 +15,7 @@ _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
-class Prompt(Protocol):
+class PromptLine(Protocol):
     """The line at which a person types."""
 
     typed: bool  # something, when Ctrl-C came
@@ -28,7 +28,7 @@ class Prompt(Protocol):
 class Repl:
     """Reads texts at a prompt, and acts on a chat."""
 
-    def __init__(self, chat: ActiveChat, prompt: Prompt) -> None:
+    def __init__(self, chat: ActiveChat, prompt: PromptLine) -> None:
         self._chat, self._prompt = chat, prompt
         self._about_to_leave = False
 

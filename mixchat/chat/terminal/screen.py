@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from mixchat.chat.session import Event
     from mixchat.text.messages import Message
 
-_PATIENCE = 1.0  # seconds before progress is shown
-_FRAME = 0.1  # seconds between two updates of it
-_LONG_WAIT = 3.0  # seconds that are worth to be announced
-_BETWEEN_LINES = 0.5  # seconds between two lines below an answer
+_PROGRESS_DELAY_S = 1.0  # before progress is shown
+_PROGRESS_INTERVAL_S = 0.1  # between two updates of it
+_LONG_WAIT_S = 3.0  # is announced
+_STATUS_INTERVAL_S = 0.5  # between two status lines below an answer
 _ERASE = "\r\x1b[K"
-_LONG, _FIRST, _LAST = 12, 5, 4  # lines of a question; of a longer one the first and last
+_MAX_QUESTION_LINES = 12  # a longer question is shown by its first and last lines
+_FIRST_LINES, _LAST_LINES = 5, 4
 
 
 class _Writer(Protocol):
@@ -57,7 +58,7 @@ class Screen:
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
-        """Show one line or several, broken between words where the terminal is too narrow."""
+        """Show one line or several, broken between words if the terminal is too narrow."""
         printing.say(*text.split("\n"), stream=self.out)
 
     def show_table(self, text: str) -> None:
@@ -70,7 +71,7 @@ class Screen:
 
     @property
     def width(self) -> int | None:
-        """Return the columns of the terminal; None where there is none."""
+        """Return the columns of the terminal, None without one."""
         return printing.columns(self.out) if self._terminal else None
 
     def show(
@@ -78,8 +79,8 @@ class Screen:
     ) -> Finished:
         """Show an answer as it comes; return its last event. Leaves the cursor at a new line.
 
-        `before` is the earlier part of an answer that is continued, and is not shown again. `below`
-        returns a line to be shown below the text while that is drawn, or nothing. An exception is
+        `before` is the earlier part of an answer that is continued. It is not shown again. `below`
+        returns a line to show below the text while the text is drawn, or nothing. An exception is
         passed on when all the text so far is on the screen.
         """
         writer = self._answer = self._writer(before, below)
@@ -87,6 +88,7 @@ class Screen:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
                     if isinstance(event, TextDelta):
+                        self._erase_waiting()
                         writer.feed(event.text)
                     elif isinstance(event, LeftOut):
                         self._erase_waiting()
@@ -95,6 +97,7 @@ class Screen:
                         return event
         finally:
             self._answer = None
+            self._erase_waiting()
             writer.close()
         raise AssertionError("every answer ends with Finished")
 
@@ -114,11 +117,11 @@ class Screen:
             self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
     def _show_question(self, text: str) -> None:
-        """Show it as it was typed; the beginning and end of one with files in it."""
+        """Show a question as it was typed, of a long one the first and last lines."""
         lines = text.splitlines() or [""]
-        if len(lines) > _LONG:
-            hidden = len(lines) - _FIRST - _LAST
-            lines[_FIRST:-_LAST] = [f"({hidden:,} more lines)"]
+        if len(lines) > _MAX_QUESTION_LINES:
+            hidden = len(lines) - _FIRST_LINES - _LAST_LINES
+            lines[_FIRST_LINES:-_LAST_LINES] = [f"({hidden:,} more lines)"]
         marks = [">>>", *["..."] * (len(lines) - 1)]
         printing.draw("\n".join(map(self._question_line, marks, lines)), self.out)
 
@@ -145,11 +148,11 @@ class Screen:
     def waiting(
         self, expected: Callable[[int], float | None] = lambda tokens: None
     ) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that shows the progress of prompt processing, where it takes long.
+        """Yield a function that shows the progress of prompt processing, if it takes long.
 
-        It is called with the tokens processed so far, and with those of the whole prompt: at first
-        with 0, when the seconds that are `expected` for these are shown, if they are many. Both are
-        0 while a server tells nothing. Its line is erased when the answer starts, or at the end.
+        It is called with the tokens processed so far and the tokens of the whole prompt, at first
+        with 0. If many seconds are `expected`, they are shown then. Both counts are 0 while a
+        server tells nothing. The line is erased when the answer starts, or at the end.
         """
         line = _WaitingLine(self.out, self._clock, self._terminal, expected)
         self._waiting = line
@@ -160,10 +163,14 @@ class Screen:
             self._waiting = None
 
     def _writer(self, before: str, below: Callable[[], str]) -> _Writer:
-        if self._draws:
-            slowly = _Slowly(below, self._clock)
-            return _Markdown(self.out, self._erase_waiting, before, slowly)
-        return _Plain(self.out, self._erase_waiting)
+        if not self._draws:
+            return _PlainWriter(self.out)
+        from rich.console import Console
+
+        from mixchat.chat.draw.markdown_stream import MarkdownStream
+
+        console = Console(file=self.out, highlight=False)
+        return MarkdownStream(console, before=before, below=_TwiceASecond(below, self._clock))
 
     def _erase_waiting(self) -> None:
         if self._waiting is not None:
@@ -173,8 +180,8 @@ class Screen:
 class _WaitingLine:
     """The line `reading 1,234 of 8,000 tokens (15%), about 40 s left`, shown after a second.
 
-    Where it is expected to take long, `reading 8,000 tokens, about 47 s` is shown at once; so is
-    `waiting for the server`, until that tells how far it is.
+    If it is expected to take long, `reading 8,000 tokens, about 47 s` is shown at once. So is
+    `waiting for the server`, until the server tells how far it is.
     """
 
     def __init__(
@@ -187,31 +194,31 @@ class _WaitingLine:
         self._out, self._clock, self._terminal = out, clock, terminal
         self._expected = expected
         self._started = clock()
-        self._next = self._started + _PATIENCE
+        self._next = self._started + _PROGRESS_DELAY_S
         self._shown = False
 
-    def update(self, done: int, of: int) -> None:
+    def update(self, done: int, total: int) -> None:
         if not self._terminal:
             return
-        if of == 0:
+        if total == 0:
             self._write("waiting for the server")
             return
         if done == 0:
-            self._announce(of)
+            self._announce(total)
             return
         now = self._clock()
         if now < self._next:
             return
-        self._next = now + _FRAME
-        left = (now - self._started) * (of - done) / done
-        more = f", about {format_time(left)} left" if left >= _LONG_WAIT else ""
-        self._write(f"reading {done:,} of {of:,} tokens ({done / max(of, 1):.0%}){more}")
+        self._next = now + _PROGRESS_INTERVAL_S
+        left = (now - self._started) * (total - done) / done
+        more = f", about {format_time(left)} left" if left >= _LONG_WAIT_S else ""
+        self._write(f"reading {done:,} of {total:,} tokens ({done / total:.0%}){more}")
 
     def _announce(self, tokens: int) -> None:
         seconds = self._expected(tokens)
         self._started = self._clock()
-        if seconds is not None and seconds >= _LONG_WAIT:
-            self._next = self._started + _PATIENCE  # which it takes to be read
+        if seconds is not None and seconds >= _LONG_WAIT_S:
+            self._next = self._started + _PROGRESS_DELAY_S  # time to read it
             self._write(f"reading {tokens:,} tokens, about {format_time(seconds)}")
 
     def _write(self, text: str) -> None:
@@ -226,8 +233,8 @@ class _WaitingLine:
             self._out.flush()
 
 
-class _Slowly:
-    """A line that is made anew twice a second, so that it can be read and costs little."""
+class _TwiceASecond:
+    """A line that is made again twice a second, so that it can be read and costs little."""
 
     def __init__(self, make: Callable[[], str], clock: Callable[[], float]) -> None:
         self._make, self._clock = make, clock
@@ -235,19 +242,17 @@ class _Slowly:
 
     def __call__(self) -> str:
         if (now := self._clock()) >= self._next:
-            self._line, self._next = self._make(), now + _BETWEEN_LINES
+            self._line, self._next = self._make(), now + _STATUS_INTERVAL_S
         return self._line
 
 
-class _Plain:
+class _PlainWriter:
     """Shows an answer as it is written."""
 
-    def __init__(self, out: TextIO, erase: Callable[[], None]) -> None:
-        self._out, self._erase = out, erase
-        self._at_line_start = True
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._at_line_start = out, True
 
     def feed(self, text: str) -> None:
-        self._erase()
         clean = sanitize(text)
         self._out.write(clean)
         self._out.flush()
@@ -258,34 +263,6 @@ class _Plain:
         """Do nothing: all that was written stays."""
 
     def close(self) -> None:
-        self._erase()
         if not self._at_line_start:
             self._out.write("\n")
             self._out.flush()
-
-
-class _Markdown:
-    """Shows an answer as Markdown; the libraries for it are loaded with the first one."""
-
-    def __init__(
-        self, out: TextIO, erase: Callable[[], None], before: str, below: Callable[[], str]
-    ) -> None:
-        from rich.console import Console
-
-        from mixchat.chat.draw.markdown_stream import MarkdownStream
-
-        self._erase = erase
-        self._stream = MarkdownStream(
-            Console(file=out, highlight=False), before=before, below=below
-        )
-
-    def feed(self, text: str) -> None:
-        self._erase()
-        self._stream.feed(text)
-
-    def pause(self) -> None:
-        self._stream.pause()
-
-    def close(self) -> None:
-        self._erase()
-        self._stream.close()

@@ -18,7 +18,7 @@ from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
-    from mixchat.text.form.form import Form
+    from mixchat.text.form.output_constraint import OutputConstraint
 
 _RESUME = ("-r", "--resume")
 _DASHES = "mixchat.dashes"  # in the context's `meta`
@@ -220,14 +220,14 @@ def check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     )
 
 
-def read_form(schema: str | None, grammar: Path | None) -> Form | None:
+def read_form(schema: str | None, grammar: Path | None) -> OutputConstraint | None:
     """Return the form of --schema or --grammar, None without one.
 
     Raises `UsageError` with the place of what cannot be read or met.
     """
     if schema is not None and grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
-    from mixchat.text.form.read_form import read_grammar, read_schema
+    from mixchat.text.form.output_constraint import read_grammar, read_schema
 
     if schema is not None:
         return read_schema(schema)

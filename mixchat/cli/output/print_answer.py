@@ -123,7 +123,7 @@ def _print_whole(
 
 
 def _first_block(answer: str) -> str:
-    from mixchat.chat.draw.code import code_blocks
+    from mixchat.chat.draw.markdown_rules import code_blocks
 
     blocks = code_blocks(answer)
     if not blocks:

@@ -24,8 +24,8 @@ from mixchat.serving.requests.options import (
 )
 from mixchat.serving.requests.response_format import Compile, read_response_format
 from mixchat.serving.service import Service
-from mixchat.text.builtin_templates import CompletionTemplate
 from mixchat.text.messages import Message
+from mixchat.text.template import CompletionTemplate
 
 _FORMS = "a string, a list of strings, or token ids"
 

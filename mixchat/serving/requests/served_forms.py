@@ -8,14 +8,19 @@ from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mixchat.text.form.checked_form import HASTY_S, checked_grammar, checked_schema
-from mixchat.text.form.form import Form, json_object
-from mixchat.text.form.gbnf import looks_like_gbnf
+from mixchat.text.form.grammar import looks_like_gbnf
+from mixchat.text.form.output_constraint import (
+    HASTY_S,
+    OutputConstraint,
+    checked_grammar,
+    checked_schema,
+    json_object,
+)
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.response_format import Compile
     from mixchat.serving.service import Service
-    from mixchat.text.form.constraint import FormCompiler, FormConstraint
+    from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
 
 _MOST_KEPT = 64  # forms; programs ask with the same schema again and again
 
@@ -25,22 +30,22 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
 
     Each may take so many seconds of computing.
     """
-    checked: dict[str, Form] = {}
+    checked: dict[str, OutputConstraint] = {}
 
     @cache
-    def compiler() -> FormCompiler:
-        from mixchat.text.form.constraint import FormCompiler
+    def compiler() -> ConstraintCompiler:
+        from mixchat.text.form.constraint import ConstraintCompiler
 
-        return FormCompiler(service.tokenizer, service.template.stop_ids, seconds)
+        return ConstraintCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
-    def check(given: dict[str, Any] | str, at_end: ExitStack | None) -> Form:
+    def check(given: dict[str, Any] | str, at_end: ExitStack | None) -> OutputConstraint:
         if isinstance(given, dict):
             return checked_schema(given, seconds, at_end)
         return checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
 
     def compile_form(
         given: dict[str, Any] | str | None, at_end: ExitStack | None = None
-    ) -> Callable[..., FormConstraint]:
+    ) -> Callable[..., TokenConstraint]:
         if given is None:
             return compiler().compile(json_object()).start
         key = json.dumps(given)

@@ -1,12 +1,8 @@
-"""Answers of a given form: JSON by a schema, or text by a grammar, token by token.
+"""Answers of a given form, which is JSON by a schema, or text by a grammar, token by token.
 
-- form.py: a form, made from a schema or a grammar
-- read_form.py: forms from files and from the command line
-- schema_fault.py: the part of a schema that is at fault
-- schema_tree.py: the parts of a schema
-- gbnf.py: grammars of llama.cpp as Lark grammars
-- grammar_fault.py: what is wrong with a grammar, by llguidance
-- checked_form.py: forms that were checked in a sandbox
-- constraint.py: the tokens that keep an answer in its form
+- output_constraint.py: schemas and grammars, read from files or requests and checked in a sandbox
+- schema.py: the part of a JSON schema that is at fault
+- grammar.py: the faults of a grammar, and llama.cpp's grammars as Lark grammars
+- constraint.py: the tokens that may come next in an answer
 - form_child.py: the inside of the sandbox
 """

@@ -1,7 +1,7 @@
-"""The inside of the sandbox in which llguidance runs: checks forms, and keeps one answer in its.
+"""The inside of the sandbox in which llguidance runs, to check constraints and answers.
 
-A form of 1 kB can take gigabytes and minutes, when it is compiled or at any token of its answer,
-and llguidance's own limits do not bound that.
+A constraint of 1 kB can take gigabytes and minutes, when it is compiled or at any token of its
+answer, and llguidance's own limits do not bound that.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, UsageError
-from mixchat.text.form import form
-from mixchat.text.form.grammar_fault import (
+from mixchat.text.form.grammar import (
     NO_TEXT,
     OPTIONS,
     grammar_error,
     ll_tokenizer,
     parsed_fault,
 )
+from mixchat.text.form.output_constraint import gbnf_grammar, json_schema, lark_grammar
 from mixchat.text.sandbox_child import serve
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_MAKERS = {"schema": form.json_schema, "lark": form.lark_grammar, "gbnf": form.gbnf_grammar}
+_CONSTRAINT_OF = {"schema": json_schema, "lark": lark_grammar, "gbnf": gbnf_grammar}
 
 
 def main(given: str) -> None:
     """Serve the parent."""
     import llguidance  # noqa: F401 - before the limits are set
 
-    serve(_Service())
+    serve(_FormService())
 
 
-class _Service:
-    """The methods that a request can name."""
+class _FormService:
+    """The methods that a call can name."""
 
     _vocabulary: LLTokenizer
     _matcher: LLMatcher
 
     def check(self, kind: str, text: str) -> str:
-        """Return the grammar of a form. Raises `UsageError`."""
-        return _MAKERS[kind](json.loads(text) if kind == "schema" else text).grammar
+        """Return the Lark grammar of a constraint. Raises `UsageError`."""
+        return _CONSTRAINT_OF[kind](json.loads(text) if kind == "schema" else text).grammar
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
         """Take the bytes of all tokens."""
         self._vocabulary = ll_tokenizer([token.encode("latin-1") for token in tokens], stop_ids)
 
     def start(self, grammar: str, before: Sequence[int]) -> str:
-        """Start an answer that begins with the tokens `before`; return the first mask."""
+        """Start an answer that begins with the tokens `before`, and return the first mask."""
         from llguidance import LLMatcher
 
         self._matcher = LLMatcher(self._vocabulary, grammar + OPTIONS, log_level=0)
@@ -68,7 +68,7 @@ class _Service:
         return b64encode(bits).decode()
 
     def accept(self, token: int) -> bool:
-        """Take the next token; return whether it was allowed."""
+        """Take the next token, and return whether it was allowed."""
         return self._matcher.consume_token(token)
 
     def _error(self) -> UsageError:

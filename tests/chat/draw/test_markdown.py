@@ -7,6 +7,7 @@ import random
 import re
 import signal
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from markdown_texts import CODE, fence, items, markdown, paragraph, table
@@ -59,7 +60,7 @@ class Eager(MarkdownStream):
 
 def streamed(terminal, parts, frames=4):
     """The terminal with a text that came in pieces, of which some were drawn."""
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         for i, part in enumerate(parts):
             stream.feed(part, draws=i * frames // len(parts) != (i - 1) * frames // len(parts))
     return terminal
@@ -133,7 +134,7 @@ def test_what_the_next_letter_changes_is_not_yet_final(text):
 def test_no_row_is_shown_twice_while_a_text_grows():
     words = [f"w{i:03}" for i in range(400)]
     terminal = Terminal(30, 6)
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         for i, word in enumerate(words):
             stream.feed(word + (" " if i % 7 else "\n\n" if i % 3 else "\n- "))
             shown = re.findall(r"w\d{3}", "".join(terminal.rows))
@@ -164,7 +165,7 @@ def test_resizing_loses_and_repeats_nothing(seed, reflows):
     # Text that xterm cuts off is gone: there the words fit into the smallest width.
     text, count = numbered(seed, 20 if reflows else 1)
     made, terminal = random.Random(seed), Terminal(40, 12)
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         for part in pieces(text, made.choice([10, 20, 50])):
             stream.feed(part)
             if made.random() < 0.2:
@@ -177,7 +178,7 @@ def test_resizing_loses_and_repeats_nothing(seed, reflows):
 def test_no_frame_is_drawn_while_the_window_is_being_resized():
     """tmux tells of the new size up to a quarter of a second late."""
     terminal, clock = Terminal(40, 20), Clock()
-    with MarkdownStream(terminal.console, clock=clock) as stream:
+    with closing(MarkdownStream(terminal.console, clock=clock)) as stream:
         for i in range(100):
             clock.now += 0.04
             before = len(terminal.frames)
@@ -202,7 +203,7 @@ def test_a_frame_is_written_in_one_piece_that_the_terminal_shows_at_once():
 
 def test_nothing_is_written_when_nothing_has_changed():
     terminal = Terminal()
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         stream.feed("one")
         before = len(terminal.frames)
         stream.feed("")
@@ -212,7 +213,7 @@ def test_nothing_is_written_when_nothing_has_changed():
 
 def test_code_scrolls_into_the_history_before_it_ends():
     terminal = Terminal(60, 10)
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         stream.feed("```python\n")
         for i in range(500):
             stream.feed(f"x{i} = {i}\n", draws=i % 20 == 0)
@@ -244,7 +245,7 @@ def test_a_long_answer_costs_in_proportion_to_its_length(monkeypatch):
 
 
 def feed_and_fail(terminal, parts, error=ZeroDivisionError):
-    with Eager(terminal.console) as stream:
+    with closing(Eager(terminal.console)) as stream:
         for part in parts:
             stream.feed(part)
         raise error
@@ -305,7 +306,7 @@ def test_closing_twice_writes_once():
 
 def test_a_file_gets_the_text_without_any_escapes():
     file, text = io.StringIO(), markdown(5)
-    with MarkdownStream(Console(file=file, width=50, _environ={})) as stream:
+    with closing(MarkdownStream(Console(file=file, width=50, _environ={}))) as stream:
         for part in pieces(text, 9):
             stream.feed(part)
     reference = io.StringIO()
@@ -318,7 +319,7 @@ def test_a_file_gets_the_text_without_any_escapes():
 def test_a_console_of_few_characters_shows_the_others_as_question_marks(encoding):
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding), width=40, _environ={})
-    with MarkdownStream(console) as stream:
+    with closing(MarkdownStream(console)) as stream:
         stream.feed("- é 日本\n\n> q\n\n```\nx\n```\n\n| a |\n|---|\n| b |\n\n---\n")
     shown = raw.getvalue().decode(encoding)
     assert ("日本" in shown) == (encoding == "utf-8")

@@ -1,6 +1,7 @@
 """Code that is not quite Markdown: without a fence, or broken off within one and resumed."""
 
 import random
+from contextlib import closing
 
 import pytest
 from markdown_texts import fence
@@ -53,7 +54,7 @@ def test_emphasis_is_still_drawn():
 def resumed(before, after, width=60, height=20, size=7):
     """The terminal with the rest of a text, if the beginning was drawn before it broke off."""
     terminal = Terminal(width, height, "truecolor")
-    with Eager(terminal.console, before=before) as stream:
+    with closing(Eager(terminal.console, before=before)) as stream:
         for piece in pieces(after, size):
             stream.feed(piece)
     return terminal
@@ -123,7 +124,7 @@ def test_where_nothing_more_comes_nothing_is_drawn():
 
 def test_a_file_gets_the_rest_of_the_code(tmp_path):
     with open(tmp_path / "out", "w+") as file:
-        with MarkdownStream(Console(file=file, width=40), before="```\na\n") as stream:
+        with closing(MarkdownStream(Console(file=file, width=40), before="```\na\n")) as stream:
             stream.feed("# b\n")
         file.seek(0)
         assert file.read().split("\n")[1] == "# b"

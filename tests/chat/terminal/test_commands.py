@@ -12,7 +12,7 @@ from chat_typing import CTRL_D, CTRL_U, Chat, prompts_of
 from mixchat.base.errors import MixchatError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.terminal import clipboard
+from mixchat.chat.terminal import other_programs
 from mixchat.chat.terminal.command_help import help_text
 from mixchat.chat.terminal.commands import COMMAND_ALIASES, COMMANDS, completions, usages
 from mixchat.chat.terminal.screen import Screen
@@ -349,7 +349,7 @@ def test_without_a_tool_the_terminal_is_asked_to_copy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     master, slave = os.openpty()
     with open(slave, "w") as terminal:
-        assert "terminal" in clipboard.copy("naïve", terminal)
+        assert "terminal" in other_programs.copy("naïve", terminal)
         sent = os.read(master, 1000)
     os.close(master)
     assert sent == b"\x1b]52;c;" + base64.b64encode("naïve".encode()) + b"\x07"
@@ -361,7 +361,7 @@ def test_a_tool_of_the_desktop_gets_the_text(tmp_path, monkeypatch, capsys):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
-    assert clipboard.copy("naïve", None) == "copied"
+    assert other_programs.copy("naïve", None) == "copied"
     assert (tmp_path / "clipboard").read_text() == "naïve"
 
 

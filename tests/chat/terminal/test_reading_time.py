@@ -3,7 +3,7 @@
 import pytest
 from chat_doubles import Stats
 
-from mixchat.chat.terminal.reading_time import ReadingTime
+from mixchat.chat.terminal.active_chat import ReadingTime
 
 
 def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None:

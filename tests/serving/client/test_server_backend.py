@@ -20,7 +20,7 @@ from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ServedModel
 from mixchat.serving.client.server_url import ServerURL
-from mixchat.text.form.form import Form
+from mixchat.text.form.output_constraint import OutputConstraint
 
 
 def session_with(server, context_size=None, **options):
@@ -56,7 +56,7 @@ def test_a_schema_is_sent_in_the_form_of_openai():
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
     with ScriptedServer(says("{}")) as server:
         client = ServerClient(ServerURL.parse(server.address))
-        form = Form("", schema).request_fields()
+        form = OutputConstraint("", schema).request_fields()
         backend = ServerBackend(client, ServedModel("tiny"), form)
         list(ChatSession(backend, sampling=RequestedSampling()).ask("Hi"))
     (sent,) = server.asked()

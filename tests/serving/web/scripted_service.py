@@ -27,8 +27,8 @@ from mixchat.serving.service import (
     Sink,
     TokenLogprob,
 )
+from mixchat.text.detokenizer import StopStrings
 from mixchat.text.messages import Message, require_question
-from mixchat.text.stop import StopStrings
 from mixchat.text.tokenizer import TokenBytes, require_unicode
 
 STOP, BOS = 0, 1

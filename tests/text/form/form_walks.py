@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from functools import cache
 
-from mixchat.text.form.constraint import CompiledForm, FormCompiler
-from mixchat.text.form.form import Form
+from mixchat.text.form.constraint import CompiledConstraint, ConstraintCompiler
+from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.tokenizer import TokenBytes
 
 STOP = 256
@@ -28,23 +28,23 @@ class ByteTokenizer:
 
 
 @cache
-def byte_compiler() -> FormCompiler:
-    return FormCompiler(ByteTokenizer(), {STOP})  # type: ignore[arg-type]
+def byte_compiler() -> ConstraintCompiler:
+    return ConstraintCompiler(ByteTokenizer(), {STOP})  # type: ignore[arg-type]
 
 
-def compiled(form: Form, tokenizer: ByteTokenizer | None = None) -> CompiledForm:
+def compiled(form: OutputConstraint, tokenizer: ByteTokenizer | None = None) -> CompiledConstraint:
     if tokenizer is None:
         return byte_compiler().compile(form)
-    return FormCompiler(tokenizer, {STOP}).compile(form)  # type: ignore[arg-type]
+    return ConstraintCompiler(tokenizer, {STOP}).compile(form)  # type: ignore[arg-type]
 
 
-def has_form(form: CompiledForm, text: str) -> bool:
+def has_form(form: CompiledConstraint, text: str) -> bool:
     """Return whether a text has a form, as far as an answer may end behind it."""
     constraint = form.start()
     return all(map(constraint.accepts, text.encode())) and bool(constraint.allowed()[STOP])
 
 
-def random_text(form: CompiledForm, seed: int, longest: int = 2000) -> str | None:
+def random_text(form: CompiledConstraint, seed: int, longest: int = 2000) -> str | None:
     """Return a random text of a form, None where it has no end within `longest` bytes."""
     choose, constraint, data = random.Random(seed), form.start(), bytearray()
     while len(data) < longest:

@@ -11,17 +11,17 @@ from form_walks import STOP, ByteTokenizer, compiled
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.form.constraint import FormCompiler, FormConstraint
-from mixchat.text.form.form import json_object, lark_grammar
+from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
+from mixchat.text.form.output_constraint import json_object, lark_grammar
 
 
-def allowed(constraint: FormConstraint) -> set[int]:
+def allowed(constraint: TokenConstraint) -> set[int]:
     return set(constraint.allowed().nonzero().flatten().tolist())
 
 
 def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed() -> None:
     tokenizer = ByteTokenizer(b"ab", b"")
-    form = FormCompiler(tokenizer, {STOP, 258}).compile(lark_grammar('start: "ab"'))  # type: ignore[arg-type]
+    form = ConstraintCompiler(tokenizer, {STOP, 258}).compile(lark_grammar('start: "ab"'))  # type: ignore[arg-type]
     constraint = form.start()
     assert allowed(constraint) == {ord("a"), 257}
     constraint.accept(257)
@@ -82,7 +82,7 @@ def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason() -> None:
 
             return TokenBytes([b"a", b"", b"b"], {})
 
-    form = FormCompiler(Few(), {1}).compile(lark_grammar("start: /a/ /z/"))  # type: ignore[arg-type]
+    form = ConstraintCompiler(Few(), {1}).compile(lark_grammar("start: /a/ /z/"))  # type: ignore[arg-type]
     constraint = form.start()
     constraint.accept(0)
     with pytest.raises(UsageError, match="no token for what has to come"):
@@ -92,12 +92,12 @@ def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason() -> None:
 @pytest.mark.parametrize("stops", [set(), {1000}])
 def test_a_model_without_a_token_that_ends_answers_is_refused(stops: set[int]) -> None:
     with pytest.raises(UsageError, match="no token that ends an answer"):
-        FormCompiler(ByteTokenizer(), stops)  # type: ignore[arg-type]
+        ConstraintCompiler(ByteTokenizer(), stops)  # type: ignore[arg-type]
 
 
 def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
     stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
-    form = FormCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
+    form = ConstraintCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
     controls = set(tokenizer.control_tokens.values())
     assert allowed(form.start()) & controls == {stop}
 
@@ -107,7 +107,9 @@ def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any,
     """For each kind of tokenizer, at the start of a text and behind a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
     stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
-    form = FormCompiler(tokenizer, {stop}).compile(lark_grammar(f"start: /{pattern}{{1,30}}/"))
+    form = ConstraintCompiler(tokenizer, {stop}).compile(
+        lark_grammar(f"start: /{pattern}{{1,30}}/")
+    )
     for before in ([], tokenizer.encode("Once upon")):
         constraint, ids = form.start(continued=bool(before)), list[int]()
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +130,7 @@ def form_of(pattern: str) -> Any:
 
 
 def test_tokens_of_mistrals_vocabulary_spell_json(v1: Any) -> None:
-    constraint = FormCompiler(v1, {2}).compile(json_object()).start()
+    constraint = ConstraintCompiler(v1, {2}).compile(json_object()).start()
     for token in v1.encode('{"name": "Grace\\n é 🙂", "x": [1, 2.5]}'):
         assert constraint.allowed()[token]
         constraint.accept(token)
@@ -140,8 +142,8 @@ def test_the_sandboxed_tokenizer_is_taken_as_well(checkpoints: Any) -> None:
 
     text = CheckpointText(checkpoints["spm"])
     try:
-        form = FormCompiler(text.tokenizer(), {2}).compile(json_object())
-        known = FormCompiler(load_tokenizer(checkpoints["spm"]), {2}).compile(json_object())
+        form = ConstraintCompiler(text.tokenizer(), {2}).compile(json_object())
+        known = ConstraintCompiler(load_tokenizer(checkpoints["spm"]), {2}).compile(json_object())
         assert torch.equal(form.start().allowed(), known.start().allowed())
     finally:
         text.close()

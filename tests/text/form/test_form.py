@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from schema_maker import SchemaMaker
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.form import gbnf_grammar, json_object, json_schema, lark_grammar
+from mixchat.text.form.output_constraint import gbnf_grammar, json_object, json_schema, lark_grammar
 
 PERSON = {
     "type": "object",

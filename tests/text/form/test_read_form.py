@@ -8,7 +8,7 @@ import pytest
 from form_walks import compiled, has_form
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.read_form import read_grammar, read_schema
+from mixchat.text.form.output_constraint import read_grammar, read_schema
 
 NUMBER = '{"type": "integer", "maximum": 5}'
 

@@ -1,0 +1,210 @@
+"""Finds the part of a JSON schema that is at fault, which llguidance does not tell."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, TypeAlias
+from urllib.parse import quote, unquote
+
+from mixchat.base.errors import UsageError
+from mixchat.text.form.grammar import NO_TEXT, find_fault
+
+Schema: TypeAlias = "dict[str, Any]"
+
+_MAX_POINTER = 120  # characters in a message
+# The search of the part at fault. Each part costs as much as the whole schema.
+_MAX_SEARCHED, _SEARCH_CPU_S = 300, 1.0  # parts, and seconds of computing
+_MAX_UNFOLDED = 3_000  # schemas
+_SLIVER, _MAX_TIGHTENED = 1e-9, 1e6
+
+_UNMET = "Unsatisfiable schema: "
+_UNKNOWN = re.compile(r'Unimplemented keys: \["(.*)"\]')
+_FRAME = re.compile(
+    r'failed to compile JSON schema: |failed to parse "%json": | at line \d+ column \d+$'
+)
+_IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_IN_OBJECTS = ("properties", "patternProperties")
+_ALONE = ("items", "additionalProperties")
+_DEFINITIONS = ("$defs", "definitions")
+_HOME = "/$defs/mixchat"  # of a schema inside another one
+
+
+def check_schema(schema: Schema) -> None:
+    """Raise `UsageError` if a schema cannot be met or used, with the pointer of its part."""
+    fault = _fault(schema)
+    if fault is not None:
+        pointer, fault = _deepest(schema, fault)
+        verb = "met" if _unmet(fault) else "used"
+        if len(pointer) > _MAX_POINTER:
+            pointer = f"{pointer[: _MAX_POINTER // 2]}...{pointer[-_MAX_POINTER // 2 :]}"
+        raise UsageError(f"the schema cannot be {verb} at #{pointer}: {_in_words(fault)}")
+    unfolded = _Unfolded(schema)
+    if unfolded.schema is not None and unfolded.loops and _unmet(_fault(unfolded.schema)):
+        raise UsageError(
+            f"the schema cannot be met at #{unfolded.loops[0]}: each value contains another one"
+        )
+
+
+def _fault(schema: Schema) -> str | None:
+    """Return what is wrong with a schema, in llguidance's words."""
+    found = find_fault(f"start: %json {json.dumps(schema)}")
+    return None if found is None else _FRAME.sub("", found.message).replace(_HOME, "")
+
+
+def _unmet(fault: str | None) -> bool:
+    return fault is not None and (fault == NO_TEXT or fault.startswith(_UNMET))
+
+
+def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
+    """Return the pointer of the deepest part with this fault, and what is wrong there."""
+    pointer, seen, began = "", {""}, time.process_time()
+    while True:
+        for part in _parts_of(schema, pointer):
+            if (
+                part in seen
+                or len(seen) > _MAX_SEARCHED
+                or time.process_time() - began > _SEARCH_CPU_S
+            ):
+                continue
+            seen.add(part)
+            deeper = _fault(_alone(schema, part))
+            if deeper is not None and (deeper == fault or (_unmet(deeper) and _unmet(fault))):
+                pointer, fault = part, deeper
+                break
+        else:
+            return pointer, fault
+
+
+def _in_words(fault: str) -> str:
+    """Return llguidance's message without its own terms."""
+    if unknown := _UNKNOWN.fullmatch(fault):
+        return f"not supported: {unknown[1].replace(chr(34), '')}"
+    if fault.startswith("oneOf constraints"):
+        return "oneOf is only supported where its schemas exclude each other; use anyOf"
+    return fault.removeprefix(_UNMET)
+
+
+def _target_of(node: Schema) -> str | None:
+    """Return the pointer to which a schema refers, None without one. A name is not a pointer."""
+    target = node.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        return unquote(target[1:])
+    return None
+
+
+def _part_at(schema: Any, pointer: str) -> Any:
+    """Return the part of a schema at a JSON pointer, None if there is none."""
+    for step in pointer.split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, dict):
+            schema = schema.get(name)
+        elif isinstance(schema, list) and name.isdecimal() and int(name) < len(schema):
+            schema = schema[int(name)]
+        else:
+            return None
+    return schema
+
+
+def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
+    """Yield the pointers of the schemas that the one at `pointer` applies, itself left out."""
+    node = _part_at(schema, pointer)
+    if not isinstance(node, dict):
+        return
+    if (target := _target_of(node)) is not None:
+        yield target
+    for key in _IN_LISTS:
+        if isinstance(node.get(key), list):
+            yield from (f"{pointer}/{key}/{place}" for place in range(len(node[key])))
+    for key in _IN_OBJECTS:
+        if isinstance(node.get(key), dict):
+            yield from (f"{pointer}/{key}/{_escaped(name)}" for name in node[key])
+    yield from (f"{pointer}/{key}" for key in _ALONE if isinstance(node.get(key), dict))
+
+
+def _alone(schema: Schema, pointer: str) -> Schema:
+    """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
+    whole = _moved({key: value for key, value in schema.items() if key != "$id"})
+    return {"$defs": {"mixchat": whole}, "$ref": f"#{_HOME}{quote(pointer, safe='/~')}"}
+
+
+def tightened(schema: Any) -> Any:
+    """Return a schema in which exclusive minima are a little higher.
+
+    For more than 8 and at most 8.75, llguidance 1.9 allows 8 itself.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    changed = _with_parts(schema, tightened)
+    least = schema.get("exclusiveMinimum")
+    if isinstance(least, int | float) and 0 <= least <= _MAX_TIGHTENED:
+        changed["exclusiveMinimum"] = least + _SLIVER
+    return changed
+
+
+def _moved(schema: Any) -> Any:
+    """Return a schema whose references are right inside another one, at `_HOME`."""
+    if not isinstance(schema, dict):
+        return schema
+    moved = _with_parts(schema, _moved)
+    if _target_of(schema) is not None:
+        moved["$ref"] = f"#{_HOME}{schema['$ref'][1:]}"
+    return moved
+
+
+def _with_parts(schema: Schema, change: Callable[[Any], Any]) -> Schema:
+    """Return a copy of a schema with changed parts. Constants and names stay as they are."""
+    changed = dict(schema)
+    for key, value in schema.items():
+        if key in (*_IN_OBJECTS, *_DEFINITIONS) and isinstance(value, dict):
+            changed[key] = {name: change(part) for name, part in value.items()}
+        elif key in _IN_LISTS and isinstance(value, list):
+            changed[key] = [change(part) for part in value]
+        elif key in _ALONE:
+            changed[key] = change(value)
+    return changed
+
+
+class _UnknownError(Exception):
+    """A schema would have too many values, or references that have another root."""
+
+
+class _Unfolded:
+    """A schema without references. Each is replaced by its target, and inside itself by `false`.
+
+    A finite value can do without a part inside the same part. So if this cannot be met, the schema
+    cannot either. `loops` has the pointers of the parts that contain themselves. `schema` is None
+    if it is not known.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.loops: list[str] = []
+        self.schema: Any = None
+        self._whole, self._count = schema, 0
+        with suppress(_UnknownError, RecursionError):
+            self.schema = self._unfold(schema, frozenset({""}))
+
+    def _unfold(self, schema: Any, inside: frozenset[str]) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        self._count += 1
+        has_own_root = "$id" in schema and schema is not self._whole
+        if self._count > _MAX_UNFOLDED or has_own_root:
+            raise _UnknownError
+        kept = {key: schema[key] for key in schema if key not in ("$ref", *_DEFINITIONS)}
+        kept = _with_parts(kept, lambda part: self._unfold(part, inside))
+        target = _target_of(schema)
+        if target is None:
+            return kept
+        if target in inside:
+            self.loops.append(target)
+            return False
+        part = self._unfold(_part_at(self._whole, target), inside | {target})
+        return {**kept, "allOf": [*kept.get("allOf", []), part]}
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
