@@ -10,7 +10,7 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.chat.printing import columns, say, show
-from mixchat.chat.saved.chat_table import chat_table
+from mixchat.chat.saved.chat_text import chat_table
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.shell_completion import saved_chats
 
@@ -49,7 +49,7 @@ def _checked(chat: str) -> str:
 
 
 def _print(store: ChatStore, wanted: str, as_json: bool) -> None:
-    from mixchat.chat.saved.export import to_json, to_markdown
+    from mixchat.chat.saved.chat_text import to_json, to_markdown
 
     show((to_json if as_json else to_markdown)(store.load(wanted)))
 

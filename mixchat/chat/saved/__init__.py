@@ -1,6 +1,7 @@
 """Saved chats on disk.
 
-- chat_store.py, chat_file.py, chat_table.py: the saved chats, their files, their list
+- chat_file.py: a chat, and its JSON file
+- chat_store.py: the directory of the chats, in which they are found by ID or name
 - chat_saver.py: saves a chat after each turn, and resumes saved ones
-- export.py: a chat as Markdown or JSON
+- chat_text.py: the table of the chats, and a chat as Markdown or JSON
 """

@@ -1,4 +1,4 @@
-"""A saved chat, and its file: JSON that is read strictly, whatever bytes it has."""
+"""A saved chat, and its JSON file, which is read strictly, whatever bytes it has."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mixchat.base.sanitize import sanitize
 from mixchat.text.messages import Message
 
 _FORMAT = 1
-LONGEST_NAME = 80  # characters
-LAST = "last"  # in place of an ID: the chat that was saved last
+MAX_NAME = 80  # characters
+LAST = "last"  # in place of an ID, means the chat that was saved last
 # The beginning of an ID. No name looks like one, so that no word means two chats.
 ID_PREFIX = re.compile(r"[0-9]{1,8}|[0-9]{8}-[0-9]{0,4}|[0-9]{8}-[0-9]{4}-[a-z0-9]{0,3}")
 
-# The beginning of a file, up to its name; and bytes that hold both: 4 a character at most.
-_BEFORE_NAME, _HEAD = f'{{"format": {_FORMAT}, "name": ', 1024
+_BEFORE_NAME = f'{{"format": {_FORMAT}, "name": '  # the beginning of a file
+_MAX_HEAD = 1024  # bytes that hold this beginning and the name, of 4 bytes a character at most
 
 _Number: TypeAlias = int | float | None
 
 
 @dataclass(frozen=True)
 class SavedChat:
-    """A conversation, and all that it takes to resume it.
+    """A conversation, and everything that resuming it takes.
 
     `model` is its name as typed, `identity` the hash of its weights. `sampling` has the parameters
     by name. The system prompt is not among the messages.
@@ -53,13 +53,13 @@ def now() -> datetime:
 
 
 def checked_name(name: str) -> str:
-    """Return a name without spaces around it. Raises `UsageError` where it cannot be a chat's."""
+    """Return a name without spaces around it. Raises `UsageError` if it cannot be a chat's."""
     name = name.strip()
     problem = None
     if not name:
         problem = "is empty"
-    elif len(name) > LONGEST_NAME:
-        problem = f"is longer than {LONGEST_NAME} characters"
+    elif len(name) > MAX_NAME:
+        problem = f"is longer than {MAX_NAME} characters"
     elif sanitize(name) != name or "\t" in name or len(name.splitlines()) > 1:
         problem = "is not one line of text"
     elif name == LAST:
@@ -74,7 +74,7 @@ def checked_name(name: str) -> str:
 
 
 def serialized(chat: SavedChat) -> bytes:
-    """Return the content of a chat's file. Raises `UsageError` where its name cannot be one."""
+    """Return the content of a chat's file. Raises `UsageError` if its name cannot be one."""
     raw = {
         "format": _FORMAT,
         "name": None if chat.name is None else checked_name(chat.name),
@@ -86,7 +86,7 @@ def serialized(chat: SavedChat) -> bytes:
         "sampling": dict(chat.sampling),
         "messages": [_message_as_json(message) for message in chat.messages],
     }
-    # A lone surrogate, which UTF-8 does not have, comes back as it was: json.loads reads it.
+    # json.loads reads a lone surrogate, which UTF-8 does not have, as it was written.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass")
 
@@ -94,7 +94,7 @@ def serialized(chat: SavedChat) -> bytes:
 def read_chat(path: Path) -> SavedChat:
     """Return the chat in a file, whose name without `.json` is its ID.
 
-    Raises `CheckpointError` where it cannot be read, is damaged, or is of another version.
+    Raises `CheckpointError` if it cannot be read, is damaged, or is of another version.
     """
     data = read_bytes(path, follow=False)
     try:
@@ -115,13 +115,13 @@ def read_chat(path: Path) -> SavedChat:
 
 
 def read_name(path: Path) -> str | None:
-    """Return the name of the chat in a file, or None; only the beginning of the file is read.
+    """Return the name of the chat in a file, or None. Reads only the beginning of the file.
 
-    For the completion of names, which has no time to read whole chats.
+    It serves the completion of names, which has no time to read whole chats.
     """
     try:
         with open(open_regular(path, follow=False), "rb") as file:
-            head = file.read(_HEAD).decode(errors="ignore")
+            head = file.read(_MAX_HEAD).decode(errors="ignore")
         name, _ = json.JSONDecoder().raw_decode(head.removeprefix(_BEFORE_NAME))
         return checked_name(name) if head.startswith(_BEFORE_NAME) and name else None
     except (OSError, ValueError, RecursionError, AttributeError, UsageError):
@@ -138,7 +138,7 @@ def _message_as_json(message: Message) -> dict[str, Any]:
 
 
 def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
-    """Return the chat. Raises `ValueError` where a key is missing or of another type."""
+    """Return the chat. Raises `ValueError` if a key is missing or of another type."""
     known = {"format", *(field.name for field in fields(SavedChat))} - {"id"}
     _check(raw.keys() == known, f"its keys are not {', '.join(sorted(known))}")
     for key in ("model", "identity"):
@@ -171,7 +171,7 @@ def _time(text: object) -> datetime:
     _check(isinstance(text, str), "a time is not text")
     time = datetime.fromisoformat(str(text))
     _check(time.utcoffset() == timedelta(0), "a time is not in UTC")
-    _check(1970 < time.year < 9999, "a time is out of range")  # of which there is a local time
+    _check(1970 < time.year < 9999, "a time is out of range")  # so that it has a local time
     return time.astimezone(timezone.utc)
 
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class ChatSaver:
-    """Saves the chat of `session` where `autosave` is on. A chat gets a file at its first answer.
+    """Saves the chat of `session` if `autosave` is on. A chat gets a file at its first answer.
 
     `model` is the model's name, which is saved with it. `warn` is called with the first of several
-    failures in a row. `note` is called with a line where another session changed the file: both
-    chats are saved then.
+    failures in a row. If another session changed the file, both chats are saved, and `note` is
+    called with a line.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class ChatSaver:
         return self.store.kv_path(self.chat.id)
 
     def start_new(self) -> None:
-        """Start a new chat; the old one stays as it was saved."""
+        """Start a new chat. The old one stays as it was saved."""
         self.chat, self._has_file = self._new_chat(), False
         self.autosave = self._autosave_at_first
 
     def save(self) -> None:
-        """Write the chat as it is now, if it is to be saved; pass an error to `warn`."""
+        """Write the chat as it is now, if it is to be saved. Pass an error to `warn`."""
         try:
             self.save_or_raise()
             self._warned = False
@@ -62,14 +62,14 @@ class ChatSaver:
             self._warned = True
 
     def save_or_raise(self) -> None:
-        """Do as `save` does, but raise the `MixchatError`: for scripts, which read no warning."""
+        """Do as `save` does, but raise the `MixchatError`, for scripts, which read no warning."""
         if self.autosave and (self.session.history or self._has_file):
             self._write()
 
     def rename(self, name: str | None) -> None:
-        """Save the chat, from now on if it was not, under this name if one is given.
+        """Save the chat now and from now on, under this name if one is given.
 
-        Raises `UsageError` where the name is taken or cannot be one, else as `ChatStore.save`.
+        Raises `UsageError` if the name is taken or cannot be one, else as `ChatStore.save`.
         """
         name = None if name is None else checked_name(name)
         self.autosave = True
@@ -78,10 +78,10 @@ class ChatSaver:
             self._is_saved(self.store.rename(self.chat, name))
 
     def resume(self, chat: SavedChat, except_for: Collection[str] = ()) -> None:
-        """Let the session continue a saved chat: its turns, its system prompt, its sampling.
+        """Let the session continue a saved chat with its turns, system prompt and sampling.
 
-        `except_for` names what of the latter two stays as it is. An answer by another model keeps
-        its text, but not its token ids.
+        `except_for` names parts of the latter two that stay as they are. An answer by another model
+        keeps its text, but not its token ids.
         """
         session, same = self.session, chat.identity == self.session.backend.identity
         messages = chat.messages if same else [replace(m, ids=None) for m in chat.messages]
@@ -109,7 +109,7 @@ class ChatSaver:
         )
 
     def _write(self) -> None:
-        self._is_saved(self.store.save_over(self.chat if self._has_file else None, self.current()))
+        self._is_saved(self.store.save(self.current(), self.chat if self._has_file else None))
 
     def _is_saved(self, chat: SavedChat) -> None:
         """Continue with the chat as the store has saved it, perhaps under a new ID."""

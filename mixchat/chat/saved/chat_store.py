@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,18 +34,18 @@ from mixchat.chat.saved.chat_file import (
 )
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
-_TAIL = "23456789abcdefghjkmnpqrstuvwxyz"  # without what looks alike
-_ABANDONED = 3600  # seconds after which no process still writes a file
-_PATIENCE = 5.0  # seconds for other sessions to save, which takes milliseconds
-_LISTED = 5  # chats, in a message
-_LONGEST_QUESTION = 200  # characters
+_ID_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # without those that look alike
+_LOCK_TIMEOUT_S = 5.0  # for other sessions to save, which takes milliseconds
+_MIN_LEFTOVER_AGE_S = 3600  # no process still writes an older file
+_MAX_LISTED = 5  # chats, in a message
+_MAX_QUESTION = 200  # characters
 
 
 @dataclass(frozen=True)
 class ChatSummary:
     """A saved chat in a line. `question` is the beginning of the first one, on one line.
 
-    `problem` says why the chat cannot be read: then little else is known, and `updated` is the
+    `problem` says why the chat cannot be read. Little else is known then, and `updated` is the
     file's own time.
     """
 
@@ -61,10 +61,11 @@ class ChatSummary:
 
 
 class ChatStore:
-    """The chats in a directory, which is created when the first is saved.
+    """The chats in a directory, which is created when the first one is saved.
 
-    Two processes may save one chat at once: each file is whole at every moment, and `save_over`
-    loses nothing of either. A chat's KV cache may lie beside it, at `kv_path`.
+    A chat is one file, not a row of a database, so that a damaged file costs one chat. Several
+    processes may save at once, and no turn is lost: see `save`. The KV cache of a chat is a file
+    next to it, at `kv_path`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -74,91 +75,68 @@ class ChatStore:
         """Return an ID that no chat has: its start, in local time, and 3 random characters."""
         stamp = (started or now()).astimezone().strftime("%Y%m%d-%H%M")
         while True:
-            id = f"{stamp}-{''.join(secrets.choice(_TAIL) for _ in range(3))}"
+            id = f"{stamp}-{''.join(secrets.choice(_ID_LETTERS) for _ in range(3))}"
             if not self._path(id).exists():
                 return id
 
-    def save(self, chat: SavedChat) -> None:
-        """Write a chat's file, or replace it; a link there is replaced, not followed.
+    def save(self, chat: SavedChat, known: SavedChat | None = None) -> SavedChat:
+        """Save a chat in place of `known`, which its file should hold. None stands for no file.
 
-        Raises `UsageError` where its name cannot be one or the directory cannot be written to,
-        `ResourceError` where the disk is full, else another `MixchatError`.
+        If the file holds anything else, another session has changed it. Then it stays, and the chat
+        is saved under a new ID. Returns the chat as it was saved. Raises `UsageError` for a wrong
+        name or a directory that cannot be written to, `ResourceError` if the disk is full, else
+        another `MixchatError`.
         """
-        path = self._path(chat.id)
-        data = serialized(chat)
-        with self._writing(path):
-            write_private_file(path, data)
-
-    def save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
-        """Save a chat in place of `known`, which its file should hold (None: there is no file).
-
-        Where the file holds something else, another session has changed it: it stays, and the chat
-        is saved under a new ID. Returns the chat as it was saved. Raises as `save` does.
-        """
-        with self._alone(chat.id):
-            return self._save_over(known, chat)
+        with self._locked(chat.id):
+            return self._save(chat, known)
 
     def rename(self, chat: SavedChat, name: str) -> SavedChat:
         """Save a chat, which its file should hold, under a name; return it as it was saved.
 
-        Raises `UsageError` where another chat has that name, and as `save_over` does.
+        Raises `UsageError` if another chat has that name, and as `save` does.
         """
         name = checked_name(name)
-        with self._alone(chat.id):
+        with self._locked(chat.id):
             taken = [id for id in self._named(name) if id != chat.id]
             if taken:
                 hint = f"Choose another name, or remove that chat: mixchat chats --rm {taken[0]}"
                 raise UsageError(f"the chat {taken[0]} already has the name {name!r}", hint=hint)
-            return self._save_over(chat, replace(chat, name=name))
+            return self._save(replace(chat, name=name), chat)
 
-    def _save_over(self, known: SavedChat | None, chat: SavedChat) -> SavedChat:
-        if self._holds_another(chat.id, known):
+    def _save(self, chat: SavedChat, known: SavedChat | None) -> SavedChat:
+        path = self._path(chat.id)
+        if os.path.lexists(path) and not _holds(path, known):
             name = None if known is not None and chat.name == known.name else chat.name
             chat = replace(chat, id=self.new_id(chat.created), name=name)
-        self.save(chat)
+        write_private_file(self._path(chat.id), serialized(chat))
         return chat
 
-    def _holds_another(self, id: str, known: SavedChat | None) -> bool:
-        """Return whether a chat's file is there and holds another state of it than `known`."""
-        path = self._path(id)
-        if not os.path.lexists(path):
-            return False
-        try:
-            return read_chat(path) != known
-        except CheckpointError:  # damaged, or of a newer mixchat: not ours to overwrite
-            return os.path.lexists(path)
-
     @contextmanager
-    def _alone(self, id: str) -> Iterator[None]:
-        """Keep other sessions from writing chats, from a look at a file to its renaming."""
-        with ExitStack() as stack:
-            with self._writing(self._path(id)):
-                own = exclusive_lock(
-                    self.directory / "chats", on_wait=lambda: None, timeout=_PATIENCE
-                )
-                try:
-                    stack.enter_context(own)
-                except Busy:
-                    raise ResourceError(
-                        f"{self._path(id)}: the chat cannot be saved (another session is saving)",
-                        hint="If one is suspended, continue or end it.",
-                    ) from None
-            yield
+    def _locked(self, id: str) -> Iterator[None]:
+        """Create the directory, and keep other sessions from writing chats meanwhile.
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        """Create the directory; raise `MixchatError` where nothing can be written to it."""
+        Raises `MixchatError` if nothing can be written, or if the other sessions do not end.
+        """
+        path, fault = self._path(id), "the chat cannot be saved"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            yield
+            with exclusive_lock(
+                self.directory / "chats", on_wait=lambda: None, timeout=_LOCK_TIMEOUT_S
+            ):
+                yield
+        except Busy:
+            raise ResourceError(
+                f"{path}: {fault} (another session is saving)",
+                hint="If one is suspended, continue or end it.",
+            ) from None
         except OSError as error:
-            raise write_error(error, path, "the chat cannot be saved") from None
+            raise write_error(error, path, fault) from None
 
     def load(self, wanted: str) -> SavedChat:
         """Return the chat of this ID or name, or of a unique prefix of its ID; or the last chat.
 
-        Raises `ChatNotFoundError` if there is none, or more than one; `CheckpointError` if it is
-        damaged.
+        Raises `ChatNotFoundError` if there is none, or more than one. Raises `CheckpointError` if
+        it is damaged.
         """
         return self.latest() if wanted == LAST else read_chat(self._path(self.find(wanted)))
 
@@ -181,7 +159,7 @@ class ChatStore:
         )
 
     def latest(self) -> SavedChat:
-        """Return the chat that was saved last; damaged ones do not count.
+        """Return the chat that was saved last and is not damaged.
 
         Raises `ChatNotFoundError` if there is none.
         """
@@ -195,7 +173,7 @@ class ChatStore:
         return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
 
     def names(self) -> list[str]:
-        """Return the names of chats, that of the newest first; reads the beginnings of the files.
+        """Return the names of chats, the newest first. Reads only the beginnings of the files.
 
         Raises `OSError` if the directory cannot be read.
         """
@@ -203,7 +181,7 @@ class ChatStore:
         return [name for name in names if name is not None]
 
     def all(self) -> list[ChatSummary]:
-        """Return a summary of every chat, the one saved last first; of a damaged one its problem.
+        """Return a summary of every chat, damaged or not, the one that was saved last first.
 
         Raises `OSError` if the directory cannot be read, as every search for a chat does.
         """
@@ -213,7 +191,7 @@ class ChatStore:
     def remove(self, wanted: str) -> str:
         """Remove the chat that `wanted` means, damaged or not, and its KV cache; return its ID.
 
-        Raises `ChatNotFoundError` as `find` does, and `MixchatError` where it cannot be removed.
+        Raises `ChatNotFoundError` as `find` does, and `MixchatError` if it cannot be removed.
         """
         id = self.find(wanted)
         path = self._path(id)
@@ -226,25 +204,25 @@ class ChatStore:
         return id
 
     def kv_path(self, id: str) -> Path:
-        """Return the place for a chat's KV cache. Raises `UsageError` if `id` is no ID."""
+        """Return the place for a chat's KV cache. Raises `UsageError` for a wrong ID."""
         return self._path(id).with_suffix(".kv")
 
     def sweep(self) -> Iterator[tuple[Path, int]]:
-        """Remove what killed processes have left; yield each path, and its bytes.
+        """Remove the leftovers of killed processes; yield each path, and its bytes.
 
-        That is KV caches without a chat and files that were never whole, if they are an hour old:
-        a process may be writing newer ones. Raises `OSError`.
+        They are KV caches without a chat and files that were never whole, if they are an hour old.
+        A process may be writing newer ones. Raises `OSError`.
         """
         for path in self._files(".kv", ".tmp"):
             needed = path.suffix == ".kv" and path.with_suffix(".json").exists()
             with suppress(FileNotFoundError):
                 status = path.lstat()
-                if not needed and time.time() - status.st_mtime > _ABANDONED:
+                if not needed and time.time() - status.st_mtime > _MIN_LEFTOVER_AGE_S:
                     path.unlink()
                     yield path, status.st_size
 
     def _path(self, id: str) -> Path:
-        """Return the file of a chat: an ID cannot name one outside the directory."""
+        """Return the file of a chat. An ID cannot name one outside the directory."""
         if not _ID.fullmatch(id):
             raise UsageError(f"{id!r} is not a chat's ID")
         return self.directory / f"{id}.json"
@@ -271,7 +249,7 @@ class ChatStore:
         )
 
     def _summary(self, id: str) -> ChatSummary | None:
-        """Return a chat in a line; None if it has just been removed."""
+        """Return a chat in a line, None if it has just been removed."""
         path = self._path(id)
         try:
             changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
@@ -280,25 +258,29 @@ class ChatStore:
             return None
         except CheckpointError as error:
             return ChatSummary(id, path, changed, problem=str(error))
-        return _summary_of(chat, path)
+        asked = [message.content for message in chat.messages if message.role == "user"]
+        question = " ".join(asked[0][: 5 * _MAX_QUESTION].split()) if asked else ""
+        return ChatSummary(
+            id,
+            path,
+            chat.updated,
+            chat.created,
+            chat.name,
+            chat.model,
+            len(asked),
+            question[:_MAX_QUESTION],
+        )
 
 
-def _summary_of(chat: SavedChat, path: Path) -> ChatSummary:
-    asked = [message.content for message in chat.messages if message.role == "user"]
-    question = " ".join(asked[0][: 5 * _LONGEST_QUESTION].split()) if asked else ""
-    return ChatSummary(
-        chat.id,
-        path,
-        chat.updated,
-        chat.created,
-        chat.name,
-        chat.model,
-        len(asked),
-        question[:_LONGEST_QUESTION],
-    )
+def _holds(path: Path, chat: SavedChat | None) -> bool:
+    """Return whether a file holds just this chat, and not a damaged one or a newer mixchat's."""
+    try:
+        return read_chat(path) == chat
+    except CheckpointError:
+        return False
 
 
 def _some(words: Sequence[str]) -> str:
     """Return the first of the words, and how many more there are."""
-    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
-    return ", ".join(words[:_LISTED]) + more
+    more = f" and {len(words) - _MAX_LISTED} more" if len(words) > _MAX_LISTED else ""
+    return ", ".join(words[:_MAX_LISTED]) + more

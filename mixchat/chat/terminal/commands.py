@@ -13,8 +13,7 @@ from mixchat.base.errors import PromptError, UsageError
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import one_line
-from mixchat.chat.saved.chat_table import chat_table
-from mixchat.chat.saved.export import write_export
+from mixchat.chat.saved.chat_text import chat_table, write_export
 from mixchat.chat.terminal.command_help import help_text, hint_for
 from mixchat.chat.terminal.completion import (
     FILES,

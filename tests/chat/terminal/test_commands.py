@@ -449,7 +449,7 @@ def test_a_name_that_means_another_chat_is_refused(session_of, store):
 
 
 def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixchat.chat.saved.export.to_markdown", lambda chat: "\ud800")
+    monkeypatch.setattr("mixchat.chat.saved.chat_text.to_markdown", lambda chat: "\ud800")
     typed(session_of("a"), "Hi", "/export out.md")
     assert not (tmp_path / "out.md").exists()
 
