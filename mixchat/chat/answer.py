@@ -1,4 +1,4 @@
-"""An answer while it is generated: its ids, the text that was shown, and why it ended."""
+"""An answer while it is generated, with its ids, the text that was shown, and why it ended."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
-COMPLETE = ("stop", "stop_string")  # reasons: nothing of the answer is missing
+COMPLETE = ("stop", "stop_string")  # the reasons of answers of which nothing is missing
 
 
 def cut_off_note(tokens: int, more: str) -> str:
-    """Return the note on an answer cut off by its limit; `more` is the flag that raises it."""
+    """Return the note on an answer cut off by its limit. `more` is the flag that raises it."""
     return f"cut off after {tokens:,} token{'s' if tokens != 1 else ''}; {more} allows more"
 
 
@@ -27,10 +27,10 @@ def left_out_note(turns: int) -> str:
 class Answer:
     """Takes ids, yields text to show.
 
-    The next turn is built from the ids. If the text was cut, they have to end where it does. With
-    the stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`, which ends
-    where the second token does: two ids are remembered. With `A` `.\\n` `\\nB` no token ends there:
-    the text alone is remembered, and the template will encode it.
+    The next turn is built from the ids. If the text was cut, they have to end with it. With the
+    stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`, which ends with
+    the second token, so two ids are remembered. With `A` `.\\n` `\\nB` no token ends there, so the
+    text alone is remembered, and the template will encode it.
     """
 
     def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
@@ -45,13 +45,13 @@ class Answer:
         self._ends: list[int] = []
 
     def add(self, token: int) -> Iterator[str]:
-        """Take the next id; yield the text to show, if there is any."""
+        """Take the next id, and yield the text to show, if there is any."""
         self.ids.append(token)
         self._ends.append(self._length)
         yield from self._show(self._detokenizer.add(token))
 
     def end(self, reason: Reason) -> Iterator[str]:
-        """Yield what was held back: no more ids will come."""
+        """Yield the text that was held back, because no more ids will come."""
         self.reason = reason
         yield from self._show(self._detokenizer.flush())
         if not self.cut:
@@ -61,12 +61,12 @@ class Answer:
                 yield held
 
     def run_out(self, max_tokens: int | None) -> Iterator[str]:
-        """Yield what was held back: there are no more tokens, of `max_tokens` or of the context."""
+        """Do as `end` does, at the limit of `max_tokens` or of the context."""
         full = max_tokens is None or len(self.ids) < max_tokens
         yield from self.end("context" if full else "length")
 
     def message(self, before: Message | None = None) -> Message | None:
-        """Return what to remember, joined to the answer `before`; None if nothing new was shown."""
+        """Return the message to remember, joined to `before`, or None if nothing new was shown."""
         if not (self._whole or self.cut or self.text):
             return None
         ids = tuple(self.ids) if self._whole else self._ids_of_text()

@@ -1,4 +1,4 @@
-"""The parameters of sampling and of a chat: names as the flags have them, limits, changes."""
+"""The parameters of sampling and of a chat, with the names of the flags, limits and changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NONE = ("none", "off", "default")
 
 @dataclass(frozen=True)
 class NumberParameter:
-    """A number that controls sampling or a length; `field` is its name in Python."""
+    """A number that controls sampling or a length. `field` is its name in Python."""
 
     field: str
     kind: Callable[[str], Any]
@@ -31,7 +31,7 @@ class NumberParameter:
     limits: str
 
     def read(self, name: str, text: str) -> Any:
-        """Return the value. Raises `UsageError` where it is no number, or outside the limits."""
+        """Return the value. Raises `UsageError` if it is not a number within the limits."""
         try:
             value = self.kind(text)
         except ValueError:
@@ -40,7 +40,7 @@ class NumberParameter:
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """Raise `UsageError` where the value is outside the limits; NaN always is."""
+        """Raise `UsageError` if the value is outside the limits, as NaN always is."""
         if not self.fits(value):
             raise UsageError(f"{name} has to be {self.limits}, not {value}")
 
@@ -68,21 +68,20 @@ NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # of what a chat can chan
 
 def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
-    sampling = {name: getattr(session.sampling, of.field) for name, of in SAMPLING.items()}
+    sampling = {name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
     limit = "what fits" if session.max_tokens == 0 else session.longest_answer
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
-    of_server = "left to the server"  # what was not given
     return {
-        name: of_server if value is None else str(value)
+        name: "left to the server" if value is None else str(value)
         for name, value in {**sampling, **others}.items()
     }
 
 
 def change(session: ChatSession, name: str, text: str) -> None:
-    """Set a parameter from the next turn on; `none` sets its default.
+    """Set a parameter from the next turn on. The text `none` sets its default.
 
-    Raises `UsageError` where there is no parameter of this name, or the value is not allowed.
+    Raises `UsageError` if no parameter has this name, or if the value is not allowed.
     """
     name, nothing = name.lstrip("-").replace("_", "-"), text.lower() in _NONE
     name = "temp" if name == "temperature" else name
@@ -109,7 +108,7 @@ def unquoted(text: str) -> str:
 
 
 def checked_overflow(text: str, name: str = "overflow") -> Any:
-    """Return the policy. Raises `UsageError` about `name` where there is none like that."""
+    """Return the policy. Raises `UsageError` about `name` for any other text."""
     if text not in OVERFLOWS:
         raise UsageError(f"{name} has to be {' or '.join(OVERFLOWS)}, not {text!r}")
     return text
@@ -117,12 +116,12 @@ def checked_overflow(text: str, name: str = "overflow") -> Any:
 
 def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:
     """Return the numbers that a chat can change, by their names in Python."""
-    return {of.field: getattr(sampling, of.field) for of in SAMPLING.values()}
+    return {number.field: getattr(sampling, number.field) for number in SAMPLING.values()}
 
 
 def with_numbers(sampling: Sampling, numbers: Mapping[str, Any]) -> Sampling:
-    """Return `sampling` with these numbers, by their names in Python; bad ones are ignored."""
-    known = {of.field: of for of in SAMPLING.values()}
+    """Return `sampling` with these numbers, by their names in Python. Bad ones are ignored."""
+    known = {number.field: number for number in SAMPLING.values()}
     good = {
         field: value
         for field, value in numbers.items()

@@ -12,7 +12,7 @@ from mixchat.base.errors import PromptError
 def read_text_file(path: Path, context: Context) -> str:
     """Return the text of a file.
 
-    Raises `PromptError` where it is empty, not text, too long for the context, or cannot be read.
+    Raises `PromptError` if it is empty, not text, too long for the context, or cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -24,32 +24,32 @@ def read_text_file(path: Path, context: Context) -> str:
     return text
 
 
-def read_stream(stream: BinaryIO, where: str, context: Context) -> str:
-    """Return the text of a stream, which may be endless: no more is read than the context holds.
+def read_stream(stream: BinaryIO, source: str, context: Context) -> str:
+    """Return the text of a stream, which may be endless. Reads no more than the context holds.
 
-    Raises `PromptError` where there is more, or it is not text.
+    Raises `PromptError` if there is more, or if it is not text.
     """
     data = stream.read(context.longest_text + 1)
     if len(data) > context.longest_text:
-        raise context.text_too_long(where)
-    return decode(data, where)
+        raise context.text_too_long(source)
+    return decode(data, source)
 
 
-def decode(data: bytes, where: str) -> str:
+def decode(data: bytes, source: str) -> str:
     """Return UTF-8 as text, without a byte order mark and without the newline that ends a file.
 
     Raises `PromptError` with the offset of the first byte that is not text.
     """
     if (offset := data.find(b"\0")) >= 0:
         raise PromptError(
-            f"{where} is not text: it contains a NUL byte at offset {offset}",
+            f"{source} is not text: it contains a NUL byte at offset {offset}",
             hint="A prompt must be text in UTF-8.",
         )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{where} is not UTF-8: the byte 0x{data[error.start]:02x} at offset {error.start}",
+            f"{source} is not UTF-8: the byte 0x{data[error.start]:02x} at offset {error.start}",
             hint="Convert it first, for example with iconv -f LATIN1 -t UTF-8.",
         ) from None
     return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")

@@ -1,6 +1,6 @@
 """Prints everything that a person sees.
 
-No other module of cli/ and chat/ prints: names of files, texts of models and messages of other
+No other module of cli/ and chat/ prints. Names of files, texts of models and messages of other
 libraries may contain control characters, which are removed here.
 """
 
@@ -18,11 +18,11 @@ from mixchat.chat.theme import painted
 
 # The rows below a wrapped line are indented as far as a bracket, a label or a first column.
 _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")
-_SHORT = 2  # columns of an indent where a longer one leaves too few for some word
+_MAX_INDENT = 2  # columns, if a longer one leaves too few for some word
 
 
 def say(*lines: str, stream: TextIO | None = None, style: str = "") -> None:
-    """Print a message on standard error, a row for each of `lines` and more where one is full.
+    """Print a message on standard error, with at least one row for each of `lines`.
 
     A name within a line cannot start a new line, whatever it contains.
     """
@@ -32,7 +32,7 @@ def say(*lines: str, stream: TextIO | None = None, style: str = "") -> None:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print the output of a command on standard output: a terminal gets it sanitized.
+    """Print the output of a command on standard output, sanitized for a terminal.
 
     A program gets every character as it is. The newline at its end may be left out.
     """
@@ -42,7 +42,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 
 def show_lines(text: str, stream: TextIO | None = None) -> None:
-    """Print our own lines and tables: as `show` does, but a terminal gets whole words."""
+    """Print our own lines and tables as `show` does. A terminal gets whole words."""
     stream = stream or sys.stdout
     if stream.isatty():
         text = "\n".join(fitted(sanitize(line), stream) for line in text.split("\n"))
@@ -55,7 +55,7 @@ def show_piece(text: str) -> None:
 
 
 def show_path(path: Path) -> None:
-    """Print a path; a program gets its very bytes, which may not be UTF-8."""
+    """Print a path. A program gets its exact bytes, which may not be UTF-8."""
     if sys.stdout.isatty():
         show(one_line(str(path)))
         return
@@ -75,15 +75,15 @@ def one_line(text: str) -> str:
 
 
 def fitted(line: str, stream: TextIO) -> str:
-    """Return a line for `stream`: broken between words on a terminal where a row is full."""
+    """Return a line for `stream`, broken between words if it is wider than a terminal."""
     return wrapped(line, columns(stream)) if stream.isatty() else line
 
 
 def wrapped(line: str, width: int) -> str:
-    """Return a line broken between words; the rows below are indented as far as its text is.
+    """Return a line broken between words. The rows below are indented as far as its text is.
 
     `note: a b` at 7 columns becomes `note: a` and `      b`. A word that fits into no row, such
-    as a path, stays where it is and whole, so that it can be copied.
+    as a path, stays whole in its place, so that it can be copied.
     """
     if _cells(line) <= width:
         return line
@@ -103,7 +103,7 @@ def _indent(line: str, width: int) -> int:
     found = _HANG.match(line)
     indent = found.end() if found else 0
     longest = max(map(_cells, line.split()), default=0)
-    return indent if indent + longest <= width else min(indent, _SHORT)
+    return indent if indent + longest <= width else min(indent, _MAX_INDENT)
 
 
 def _cells(text: str) -> int:
@@ -116,7 +116,7 @@ def _cells(text: str) -> int:
 
 
 def columns(stream: TextIO) -> int:
-    """Return the width of the terminal of `stream`; `COLUMNS` takes precedence."""
+    """Return the width of the terminal of `stream`. `COLUMNS` takes precedence."""
     try:
         width = os.get_terminal_size(stream.fileno()).columns
     except (AttributeError, OSError, ValueError):

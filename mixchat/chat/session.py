@@ -1,4 +1,4 @@
-"""A conversation: its messages with their token ids, and an answer as a stream of events."""
+"""A conversation with its messages and their token ids, and an answer as a stream of events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The oldest turns are no longer in the prompt, because they do not fit: how many in all."""
+    """The number of the oldest turns that are no longer in the prompt, because they do not fit."""
 
     turns: int
 
@@ -36,7 +36,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of an answer: why it ended, its counts and times, and its seed."""
+    """The last event of an answer, with why it ended, its counts and times, and its seed."""
 
     reason: Reason
     stats: GenerationStats
@@ -81,7 +81,7 @@ class ChatSession:
 
     @property
     def engine(self) -> Engine:
-        """Return the engine. Raises `UsageError` where a server answers."""
+        """Return the engine. Raises `UsageError` if a server answers."""
         engine = self.backend.engine
         if engine is None:
             raise UsageError("a server answers here, and does not tell of its experts")
@@ -95,7 +95,7 @@ class ChatSession:
 
     @property
     def context(self) -> Context | None:
-        """Return what prompt and answer may have together; None where a server does not tell."""
+        """Return the limit of prompt and answer together, None if a server does not tell."""
         return self.backend.context
 
     @property
@@ -110,12 +110,12 @@ class ChatSession:
 
     @property
     def longest_answer(self) -> int | None:
-        """Return how many tokens an answer may have; None for what fits, or what a server lets."""
+        """Return the limit of an answer in tokens, None if the context or a server decides."""
         return self.backend.longest_answer(self.max_tokens)
 
     @property
     def used_tokens(self) -> int | None:
-        """Return how many tokens the conversation takes now; None where that is not known."""
+        """Return how many tokens the conversation takes now, None if that is not known."""
         if not self.history:
             return 0
         return self.backend.used_tokens([*self._system(), *self.history[self._first :]])
@@ -148,7 +148,7 @@ class ChatSession:
         self.sampling = dataclasses.replace(advised, **changed)
 
     def undo(self, turns: int = 1) -> int:
-        """Remove the last questions and their answers; return how many questions that were."""
+        """Remove the last questions and their answers. Returns how many questions that were."""
         questions = [i for i, message in enumerate(self.history) if message.role == "user"]
         taken = questions[-turns:]
         if taken:
@@ -161,20 +161,20 @@ class ChatSession:
         """End the answer after its next token. A signal handler may call it.
 
         Returns False if that may take long, because there is no token yet or this is the second
-        call: then raise `KeyboardInterrupt`, which ends it at once.
+        call. Then raise `KeyboardInterrupt`, which ends it at once.
         """
         soon = self._has_token and not self._interrupted
         self._interrupted = True
         return soon
 
     def ask(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
-        """Send `text`; yield the answer piece by piece, then `Finished`.
+        """Send `text`, and yield the answer piece by piece, then `Finished`.
 
         `on_prefill` is called before the prompt is processed, with 0 and its tokens, and meanwhile.
 
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator, a server that
         goes away) the part that was shown is remembered. If nothing was shown, or the turn fails,
-        the conversation is unchanged. Raises `PromptError` in place of the first event where the
+        the conversation is unchanged. Raises `PromptError` in place of the first event if the
         conversation does not fit the context and `overflow` lets no turns be left out.
         """
         return self._answer([*self.history, Message("user", text)], on_prefill)
@@ -201,7 +201,7 @@ class ChatSession:
     def _answer(
         self, asked: list[Message], on_prefill: OnPrefill, before: Message | None = None
     ) -> Iterator[Event]:
-        """Answer the last of the messages `asked`; `before` is the answer that is continued."""
+        """Answer the last of the messages `asked`. `before` is the answer that is continued."""
         self._has_token = self._interrupted = False
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
@@ -228,7 +228,7 @@ class ChatSession:
                 reason = reply.reason
             except KeyboardInterrupt:
                 pass
-            # SystemExit: the terminal was closed; ServerError: the server has gone
+            # SystemExit if the terminal was closed, ServerError if the server has gone
             except (GeneratorExit, SystemExit, ServerError):
                 remember()
                 raise

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
-PROMPT, WORDS = "bold green", "green"  # the `>>>`, and what the person wrote
+PROMPT, WORDS = "bold green", "green"  # the `>>>`, and the text of the person
 ERROR = "bold red"
-# From the history: it should not look like typed text. Some themes have bright black as background.
+# From the history, so it should not look like typed text. Some themes have bright black as
+# background.
 SUGGESTION = "#808080 italic"
-FRAME = "dim"  # what the model did not write
+FRAME = "dim"  # around the model's text
 CODE, LINK = "cyan", "underline"
 HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
 INLINE = {"strong": "bold", "em": "italic", "s": "strike"}

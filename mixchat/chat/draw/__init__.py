@@ -2,6 +2,5 @@
 
 - markdown.py, markdown_rules.py, highlight.py: Markdown and code
 - markdown_stream.py: Markdown while it is being written
-- code.py: the blocks of code in an answer
 - heatmap.py: the use of the experts in a run
 """

@@ -1,4 +1,4 @@
-"""Draws the use of the experts in a run: a row for each layer, a cell for each expert."""
+"""Draws the use of the experts in a run, with a row for each layer and a cell for each expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixchat.base.sanitize import sanitize
 from mixchat.engine.report import PLACES, ExpertReport
 
 # Uses of an expert in multiples of the mean of its layer, which all would have if the router chose
-# evenly. A level starts at each bound; level 0 is for experts that were never used.
+# evenly. A level starts at each bound. Level 0 is for experts that were never used.
 BOUNDS = (0.5, 0.8, 1.25, 2.0)
 LEVEL_NAMES = ("never", "<0.5", "<0.8", "<1.25", "<2", "2+")
 # From dark to bright as in viridis, in colours that differ on a terminal with 16, too.
@@ -31,7 +31,7 @@ STYLES = (
 MARKS = {"device": "●", "other-device": "◐", "host": "○", "worker": "◆", "disk": "·"}
 ASCII_MARKS = {"device": "#", "other-device": "%", "host": "+", "worker": "*", "disk": "."}
 _BEFORE, _AFTER = 4, 6  # columns for the layer's number and its hit rate
-_NARROW = 2  # columns of a cell that has a level and a mark, and no room for a percentage
+_NARROW_CELL = 2  # columns of a cell that has a level and a mark, and no room for a percentage
 
 
 def drawn(report: ExpertReport, stream: TextIO) -> str:
@@ -43,7 +43,7 @@ def drawn(report: ExpertReport, stream: TextIO) -> str:
 
 
 def relative_uses(report: ExpertReport) -> list[list[float]]:
-    """Return each expert's uses in multiples of its layer's mean; 0 in a layer without any."""
+    """Return each expert's uses in multiples of its layer's mean, 0 in a layer without any."""
     layers = []
     for hits, misses in zip(report.hits, report.misses, strict=True):
         uses = [hit + miss for hit, miss in zip(hits, misses, strict=True)]
@@ -53,7 +53,7 @@ def relative_uses(report: ExpertReport) -> list[list[float]]:
 
 
 class Heatmap:
-    """A heatmap that Rich can print: it fits the width, and needs neither colours nor Unicode."""
+    """A heatmap for Rich, which fits the width and needs neither colours nor Unicode."""
 
     def __init__(self, report: ExpertReport) -> None:
         self._report = report
@@ -62,7 +62,7 @@ class Heatmap:
         report, experts = self._report, len(self._report.tiers[0])
         marks = ASCII_MARKS if options.ascii_only else MARKS
         room = options.max_width - _BEFORE - _AFTER
-        width = next((width for width in (6, 4) if experts * width <= room), _NARROW)
+        width = next((width for width in (6, 4) if experts * width <= room), _NARROW_CELL)
         a_line = _cells_a_line(experts, room // width)
         yield _cropped(_header(width, a_line))
         for layer, uses in enumerate(relative_uses(report)):
@@ -78,15 +78,15 @@ class Heatmap:
 
 
 def _cells_a_line(experts: int, fit: int) -> int:
-    """Return how many experts go on a line: all where they fit, else a multiple of 8 if any."""
+    """Return how many experts go on a line, all if they fit, else a multiple of 8 if possible."""
     if experts <= fit:
         return experts
     return max(fit // 8 * 8 or fit, 1)
 
 
 def _header(width: int, a_line: int) -> Text:
-    """Return the numbers of the experts; only every eighth where cells are too narrow."""
-    if width == _NARROW:
+    """Return the numbers of the experts, only every eighth if cells are too narrow."""
+    if width == _NARROW_CELL:
         names = "".join(f"{i:<{8 * width}}" for i in range(0, a_line, 8))
         names = names[: a_line * width].ljust(a_line * width)
     else:
@@ -95,9 +95,9 @@ def _header(width: int, a_line: int) -> Text:
 
 
 def _cell(use: float, share: float, mark: str, width: int) -> tuple[str, str]:
-    """Return text and style of a cell; `use` in multiples of the mean, `share` of all, 0 to 1."""
+    """Return text and style of a cell. `use` is a multiple of the mean, `share` from 0 to 1."""
     level = bisect_right(BOUNDS, use) + 1 if use else 0
-    if width == _NARROW:
+    if width == _NARROW_CELL:
         return f"{level}{mark}", STYLES[level]
     text = f"{share * 100:3.0f}" if use else "  -"
     return f"{text}{mark}".center(width), STYLES[level]
@@ -112,7 +112,7 @@ def _rows(layer: int, cells: list[tuple[str, str]], a_line: int, rate: str) -> I
 
 
 def _legend(width: int, coloured: bool) -> Text:
-    if width != _NARROW:
+    if width != _NARROW_CELL:
         line = Text("cells    % of the layer's uses")
         if not coloured:
             return line

@@ -16,12 +16,12 @@ from rich.text import Text
 from mixchat.chat.theme import FRAME, TOKENS
 
 TAB = " " * 4
-_BAR = 20  # columns
+_BAR_WIDTH = 20  # columns
 _ASCII = str.maketrans("─│•", "-|-")
 
 
 def fitting(frame: str, options: ConsoleOptions) -> str:
-    """Return `frame` in ASCII where the terminal has nothing else."""
+    """Return `frame`, in ASCII if the terminal has nothing else."""
     return frame.translate(_ASCII) if options.ascii_only else frame
 
 
@@ -43,8 +43,8 @@ class Bar:
 class Code:
     """A code block, or the part of one from line `first` to before line `end`.
 
-    `closed`: its fence has an end. `resumed`: the part is drawn with a frame before it, although
-    it is not the start of the block.
+    A block is `closed` if its fence has an end. A part is `resumed` if it is drawn with a frame
+    before it, although the block starts earlier.
     """
 
     code: str
@@ -61,23 +61,23 @@ class Code:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.first == 0 or self.resumed:
-            yield Bar(self.language, _BAR)
+            yield Bar(self.language, _BAR_WIDTH)
         lines = self.code.expandtabs(len(TAB)).removesuffix("\n").split("\n")[: self.end]
         for line in _highlighted(lines, self.language.split(" ")[0], self.first):
             yield from _folded(line, options.max_width)
         if self.end is None:
-            yield Bar("", _BAR)
+            yield Bar("", _BAR_WIDTH)
 
 
 def _folded(line: Text, width: int) -> Iterable[Text]:
-    """Return the rows of a line, cut where one is full: spaces in code count."""
+    """Return the rows of a line. A full row is cut, because spaces in code count."""
     if cell_len(line.plain) <= width:
         return [line]
     return line.divide(accumulate(map(len, chop_cells(line.plain, width)[:-1])))
 
 
 def _lexed_ends(count: int) -> list[int]:
-    """Return the lines at which code is lexed from its start: 16, 24, 36...
+    """Return the lines at which code is lexed from its start, which are 16, 24, 36...
 
     So the colours of a line depend on the code alone, not on the pieces in which it came. All of it
     takes three times as long as lexing once.

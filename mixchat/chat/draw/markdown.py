@@ -16,13 +16,13 @@ from rich.text import Text
 
 from mixchat.base.sanitize import sanitize
 from mixchat.chat.draw.highlight import TAB, Bar, Code, fitting
-from mixchat.chat.draw.markdown_rules import DEEPEST, parser
+from mixchat.chat.draw.markdown_rules import MAX_NESTING, parser
 from mixchat.chat.theme import CODE, FRAME, HEADINGS, INLINE, LINK
 
-_MIN_INDENTED_WIDTH = 6  # columns; with fewer, text is not indented
-_MIN_CELL_WIDTH = 7  # columns of a table's cell and its frame; with fewer, it is not drawn
+_MIN_INDENTED_WIDTH = 6  # columns, or text is not indented
+_MIN_CELL_WIDTH = 7  # columns of a cell and its frame, or a table is not drawn
 
-# A backslash before these is Markdown's; before others, as in `\(` and `\{`, it is text.
+# A backslash before these is Markdown's. Before others, as in `\(` and `\{`, it is text.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
 # Unicode's line and paragraph separators, which terminals show differently.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
@@ -43,8 +43,8 @@ def cleaned(text: str, encoding: str) -> str:
 class PartlyDrawn:
     """The state of a code block of which `lines` lines are on the screen.
 
-    `path` leads to it where it is in a list's item or a quote: the number of the part in each.
-    `resumed`: what was drawn of it ended with a frame, so its rest gets a new one.
+    If it is in an item of a list or in a quote, `path` leads to it, with the number of the part in
+    each. If it is `resumed`, the drawn lines ended with a frame, so the rest gets a new one.
     """
 
     lines: int
@@ -92,7 +92,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class MarkdownBlock:
-    """A paragraph, table, top-level list item...: it starts at line `start` of its text."""
+    """A paragraph, table, top-level list item, which starts at line `start` of its text."""
 
     start: int
     gap: bool  # a blank line comes before it
@@ -102,9 +102,9 @@ class MarkdownBlock:
 def blocks(text: str) -> list[MarkdownBlock]:
     """Return the blocks of a cleaned text, each drawn independently of the others.
 
-    A block cannot change once a complete line of the next one is there. That is why references and
-    underlined headings are text here, why blank lines stay where they were written (no list is
-    loose as a whole), and why items have the numbers they were given.
+    A block cannot change when a complete line of the next one is there. So references and
+    underlined headings are text here, blank lines stay as they were written (no list is loose as a
+    whole), and items have the numbers they were given.
     """
     source = _Source(text.split("\n"))
     found: list[MarkdownBlock] = []
@@ -127,7 +127,7 @@ def _start(node: SyntaxTreeNode) -> int:
 def _is_too_deep(node: SyntaxTreeNode) -> bool:
     """Return whether the parser dropped a part of a block, because it was nested too deep."""
     blocks = (child for child in node.children if child.type != "inline")
-    return (node.is_nested and node.level >= DEEPEST - 1) or any(map(_is_too_deep, blocks))
+    return (node.is_nested and node.level >= MAX_NESTING - 1) or any(map(_is_too_deep, blocks))
 
 
 class _Source:
@@ -172,7 +172,7 @@ class _Source:
         return drawn
 
     def _has_cells_too_many(self, table: SyntaxTreeNode) -> bool:
-        """Return whether a row has more cells than the header: Markdown drops them."""
+        """Return whether a row has more cells than the header, which Markdown drops."""
         header, *rows = (row for section in table.children for row in section.children)
         return any(_cells(self._lines[_start(row)]) > len(header.children) for row in rows)
 
@@ -191,7 +191,7 @@ class _Source:
 
 
 def _is_closed(fence: SyntaxTreeNode) -> bool:
-    """Return whether the fence is closed: its last line is then not one of its code."""
+    """Return whether the fence is closed, so that its last line is not code."""
     start, end = fence.map or (0, 0)
     return end - start == len(fence.content.splitlines()) + 2
 
@@ -210,7 +210,7 @@ def _cells(row: str) -> int:
 
 
 class _Indented:
-    """A list's item or a quote: its content, behind its mark."""
+    """An item of a list or a quote, with its content after its mark."""
 
     def __init__(self, first: str, other: str, content: list[RenderableType]) -> None:
         self._first, self._other, self._content = first, other, content
@@ -224,7 +224,7 @@ class _Indented:
     def resumed(self, part: int, partly: PartlyDrawn) -> _Indented:
         """Return the same from the rest of this part on, without a mark.
 
-        Returns all of it where there is no such part: what looked like a fence was none.
+        Returns all of it if there is no such part, because the line only looked like a fence.
         """
         if part >= len(self._content):
             return self
@@ -248,7 +248,7 @@ class _Indented:
 
 
 class _Table:
-    """A table; as it was written where it cannot be drawn for lack of columns."""
+    """A table, or its source if there are too few columns to draw it."""
 
     def __init__(self, node: SyntaxTreeNode, as_written: Text) -> None:
         self._rows = [row for section in node.children for row in section.children]
@@ -269,7 +269,7 @@ class _Table:
 
 
 def _inline(token: Token | None, style: str = "", before: str = "") -> Text:
-    """Return a line of text with its emphasis, code and links, behind the spaces `before` it."""
+    """Return a line of text with its emphasis, code and links, after the spaces `before` it."""
     text = Text(before, style=style, overflow="fold")
     styles: list[str] = []
     targets: list[tuple[int, str]] = []

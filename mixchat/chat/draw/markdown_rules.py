@@ -1,4 +1,4 @@
-"""The parser: Markdown without what hides text, or lets later lines change earlier ones."""
+"""The Markdown parser, without rules that hide text or let later lines change earlier ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import lru_cache
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, newline
 
-DEEPEST = 20  # levels; markdown-it drops what is nested deeper
+MAX_NESTING = 20  # levels, below which markdown-it drops everything
 
-# Formulas, and code outside a fence: no emphasis in them, and no escapes.
+# Formulas, and code outside a fence, have no emphasis and no escapes.
 _VERBATIM = re.compile(
     r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
     | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4
@@ -33,8 +33,8 @@ class _Parser(MarkdownIt):
 
 @lru_cache(maxsize=1)
 def parser() -> MarkdownIt:
-    """Return the parser; it is built once."""
-    made = _Parser("commonmark", {"maxNesting": DEEPEST}).enable(["strikethrough", "table"])
+    """Return the parser, which is built once."""
+    made = _Parser("commonmark", {"maxNesting": MAX_NESTING}).enable(["strikethrough", "table"])
     made.disable(["html_block", "html_inline", "autolink", "entity"])
     made.disable(["reference", "lheading", "text_join"])
     made.inline.ruler.before("escape", "verbatim", _verbatim)
@@ -43,7 +43,7 @@ def parser() -> MarkdownIt:
 
 
 def _verbatim(state: StateInline, silent: bool) -> bool:
-    """Take text of `_VERBATIM` as it is: a rule of the parser."""
+    """Take text of `_VERBATIM` as it is (a rule of the parser)."""
     found = _VERBATIM.match(state.src, state.pos, state.posMax)
     if found is None:
         return False
@@ -54,7 +54,7 @@ def _verbatim(state: StateInline, silent: bool) -> bool:
 
 
 def _newline(state: StateInline, silent: bool) -> bool:
-    """End a line, but leave the spaces of the next one: a rule of the parser."""
+    """End a line, but leave the spaces of the next one (a rule of the parser)."""
     begin = state.pos
     if not newline(state, silent):
         return False

@@ -21,21 +21,21 @@ from mixchat.chat.draw.markdown import (
     cleaned,
 )
 
-_SHARE = 0.1  # of the time may be spent on drawing
-_PAUSE = 0.03  # seconds at least between two frames
-# Seconds without a frame after the window's size has changed: while it is being changed, tmux
+_MAX_DRAWING_SHARE = 0.1  # of the time
+_MIN_FRAME_INTERVAL_S = 0.03
+# No frame is drawn so long after the window's size has changed. While it is being changed, tmux
 # reports a new size as late as this, and a tail for the old one might not fit.
-_RESIZING = 0.3
+_RESIZE_PAUSE_S = 0.3
 
 # A terminal that knows mode 2026 shows all of a frame at once.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
-# Without mode 7 no line of the tail takes two rows, even where Rich and the terminal disagree on a
+# Without mode 7 no line of the tail takes two rows, even if Rich and the terminal disagree on a
 # character's width.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 _FAINT, _NO_LONGER_FAINT = "\x1b[2m", "\x1b[22m"
 _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-# Not from the first column on: at the top of the screen tmux takes that for clearing it, and copies
-# what was there to its history.
+# It starts at the second column. At the top of the screen, tmux takes the first column for clearing
+# the screen, and copies the old content to its history.
 _ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
 
 
@@ -61,18 +61,17 @@ class _Rest:
 
 
 class MarkdownStream:
-    """Draws the text it is fed; when it is closed, the screen shows what `render` gives for all.
+    """Draws the text it is fed. When it is closed, the screen shows the same as `render` of all.
 
     Text that cannot change any more is printed once. Below it is the tail, cut to the screen's
-    height. Between frames the cursor, hidden, is where the tail starts: whatever a resized window
-    does to the rows, those from the cursor on are the tail's, and those above are final. A console
-    that is no terminal gets no tail.
+    height. Between frames the hidden cursor is at the start of the tail. Whatever a resized window
+    does to the rows, the rows from the cursor on are the tail, and the rows above are final. Only a
+    terminal gets a tail.
 
-    `before` is the text that the fed text continues: if it ends in a code block, the drawing starts
-    with that block's last line. `below` returns a line to be shown, faintly, below the tail, or
-    nothing.
+    `before` is the text that the fed text continues. If it ends in a code block, the drawing starts
+    with that block's last line. `below` returns a line to show faintly below the tail, or nothing.
 
-    At first the cursor has to be at the start of a line; nothing else may write before `close`.
+    At first the cursor has to be at the start of a line. Nothing else may write before `close`.
     """
 
     def __init__(
@@ -102,15 +101,17 @@ class MarkdownStream:
         if started < self._next_frame:
             return
         if (size := self._console.size) != self._size:
-            self._size, self._next_frame = size, started + _RESIZING
+            self._size, self._next_frame = size, started + _RESIZE_PAUSE_S
             return
         with interrupts.deferred():  # no half frame, and none that is drawn twice
             self._draw()
         now = self._clock()
-        self._next_frame = now + max(_PAUSE, (now - started) * (1 / _SHARE - 1))
+        self._next_frame = now + max(
+            _MIN_FRAME_INTERVAL_S, (now - started) * (1 / _MAX_DRAWING_SHARE - 1)
+        )
 
     def pause(self) -> None:
-        """Erase the tail until more is fed: something else is about to write."""
+        """Erase the tail until more is fed, because something else is about to write."""
         if self._shown is not None and not self._closed:
             self._write([], after=_SHOW_CURSOR)
             self._shown = None
@@ -178,7 +179,7 @@ class MarkdownStream:
         return capture.get().split("\n")[:-1]
 
     def _write(self, final: list[str], before: str = "", after: str = "") -> None:
-        """Write a frame in one piece: final rows in place of the tail, then a new tail."""
+        """Write a frame in one piece, final rows in place of the tail, then a new tail."""
         frame = "".join(f"{row}\n" for row in final)
         if self._has_tail:
             frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"

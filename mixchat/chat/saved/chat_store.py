@@ -1,4 +1,4 @@
-"""The saved chats: one private file each, found by ID or name, written whole."""
+"""The saved chats, each a private file, found by ID or name and written whole."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ChatStore:
     """The chats in a directory, which is created when the first one is saved.
 
     A chat is one file, not a row of a database, so that a damaged file costs one chat. Several
-    processes may save at once, and no turn is lost: see `save`. The KV cache of a chat is a file
+    processes may save at once, and no turn is lost (see `save`). The KV cache of a chat is a file
     next to it, at `kv_path`.
     """
 
@@ -72,7 +72,7 @@ class ChatStore:
         self.directory = data_dir() / "chats" if directory is None else directory
 
     def new_id(self, started: datetime | None = None) -> str:
-        """Return an ID that no chat has: its start, in local time, and 3 random characters."""
+        """Return a new ID, made of the chat's start in local time and 3 random characters."""
         stamp = (started or now()).astimezone().strftime("%Y%m%d-%H%M")
         while True:
             id = f"{stamp}-{''.join(secrets.choice(_ID_LETTERS) for _ in range(3))}"
@@ -91,7 +91,7 @@ class ChatStore:
             return self._save(chat, known)
 
     def rename(self, chat: SavedChat, name: str) -> SavedChat:
-        """Save a chat, which its file should hold, under a name; return it as it was saved.
+        """Save a chat, which its file should hold, under a name. Returns it as it was saved.
 
         Raises `UsageError` if another chat has that name, and as `save` does.
         """
@@ -133,7 +133,7 @@ class ChatStore:
             raise write_error(error, path, fault) from None
 
     def load(self, wanted: str) -> SavedChat:
-        """Return the chat of this ID or name, or of a unique prefix of its ID; or the last chat.
+        """Return the chat of this ID or name, of a unique prefix of its ID, or the last chat.
 
         Raises `ChatNotFoundError` if there is none, or more than one. Raises `CheckpointError` if
         it is damaged.
@@ -189,7 +189,7 @@ class ChatStore:
         return sorted(summaries, key=lambda summary: (summary.updated, summary.id), reverse=True)
 
     def remove(self, wanted: str) -> str:
-        """Remove the chat that `wanted` means, damaged or not, and its KV cache; return its ID.
+        """Remove the chat that `wanted` means, damaged or not, and its KV cache. Returns its ID.
 
         Raises `ChatNotFoundError` as `find` does, and `MixchatError` if it cannot be removed.
         """
@@ -208,7 +208,7 @@ class ChatStore:
         return self._path(id).with_suffix(".kv")
 
     def sweep(self) -> Iterator[tuple[Path, int]]:
-        """Remove the leftovers of killed processes; yield each path, and its bytes.
+        """Remove the leftovers of killed processes, and yield each path and its bytes.
 
         They are KV caches without a chat and files that were never whole, if they are an hour old.
         A process may be writing newer ones. Raises `OSError`.

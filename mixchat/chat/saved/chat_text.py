@@ -1,4 +1,4 @@
-"""Saved chats as text: the table of all chats, and one chat as Markdown or JSON."""
+"""Saved chats as text, which is the table of all, or one chat as Markdown or JSON."""
 
 from __future__ import annotations
 

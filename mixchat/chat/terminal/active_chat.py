@@ -1,4 +1,4 @@
-"""The chat that is open in the terminal: what the loop and the commands act on."""
+"""The chat that is open in the terminal, on which the loop and the commands act."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Predict = Callable[[int, bool], float | None]
 Ask = Callable[..., "Iterator[Event]"]  # a way to ask the session, given all but `on_prefill`
 AfterTurn = Callable[["Finished"], None]
-_MIN_TIMED_PROMPT = 64  # tokens; the pace of a shorter one says nothing about longer ones
+_MIN_TIMED_PROMPT = 64  # tokens, or the pace says nothing about longer prompts
 _ENDINGS = {
     "interrupted": "(stopped)",
     "context": "(cut off: the context is full; /clear starts a new chat)",
@@ -35,7 +35,7 @@ _ENDINGS = {
 
 
 class ChatCache(Protocol):
-    """Saves the engine's KV cache with each chat, where it has a file for each."""
+    """Saves the engine's KV cache with each chat, if it has a file for each."""
 
     def leave_chat(self) -> None: ...
 
@@ -45,7 +45,7 @@ class ChatCache(Protocol):
 
 
 class ChatModels(Protocol):
-    """The models that a chat may change to, and the `place` where they are."""
+    """The models that a chat may change to, and their `place`."""
 
     place: str
 
@@ -53,18 +53,18 @@ class ChatModels(Protocol):
         """Return the names of the other models. It is called while a name is typed."""
 
     def check(self, name: str) -> None:
-        """Raise `MixchatError` where the chat cannot change to a model; nothing is changed."""
+        """Raise `MixchatError` if the chat cannot change to a model. Changes nothing."""
 
     def change(self, name: str) -> tuple[AfterTurn, Predict]:
-        """Put a model in place of that of the chat; return its `after_turn` and `predict`.
+        """Put a model in place of the chat's. Returns its `after_turn` and `predict`.
 
-        Raises `MixchatError` where it cannot be loaded: the one before it is there again then, or,
-        where that fails as well, the session's engine stays closed.
+        Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
+        fails as well, the session's engine stays closed.
         """
 
 
 class ActiveChat:
-    """A chat on a screen: its session, the saver that writes it, its KV cache, its models.
+    """A chat on a screen, with its session, its saver, its KV cache and its models.
 
     An error of a turn is passed to `report`, the end of an answer to `after_turn`. `predict`
     returns the seconds that a prompt should take. `attached` has the texts that go before the next
@@ -106,7 +106,7 @@ class ActiveChat:
         self.show_last_turn()
 
     def start_new(self) -> None:
-        """Start a new chat; the old one stays as it was saved."""
+        """Start a new chat. The old one stays as it was saved."""
         self._cache.leave_chat()
         with interrupts.deferred():
             self.session.clear()
@@ -114,7 +114,7 @@ class ActiveChat:
             self.attached.clear()
 
     def change_model(self, name: str) -> None:
-        """Continue with another model. Raises `MixchatError` where it cannot be loaded."""
+        """Continue with another model. Raises `MixchatError` if it cannot be loaded."""
         try:
             self.models.check(name)
             with self._cache.changing_model():
@@ -147,7 +147,7 @@ class ActiveChat:
         self.screen.say(f"({one_line(path.name)}, {count}, goes before the next question)")
 
     def edit(self, question: str) -> None:
-        """Offer the last question at the prompt; what is sent there replaces it."""
+        """Offer the last question at the prompt. The text that is sent there replaces it."""
         self._draft = question
 
     def take_draft(self) -> str:
@@ -156,7 +156,7 @@ class ActiveChat:
         return draft
 
     def ask(self, text: str, *, instead: bool) -> None:
-        """Ask, with the texts of files before it; `instead` replaces the last question."""
+        """Ask, with the texts of files before it. With `instead`, replace the last question."""
         question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
         before = self.session.history
         ask = self.session.ask_instead if instead else self.session.ask
@@ -186,13 +186,13 @@ class ActiveChat:
                 self.screen.say("(what came is kept; /continue resumes it)\n")
         else:
             self._ended(finished, said, remembered=self.session.history is not before)
-        finally:  # also where the terminal has been closed
+        finally:  # also if the terminal has been closed
             if self.session.history is not before:
                 with interrupts.deferred(), interrupts.saving():
                     self.saver.save()
 
     def _note_attached(self) -> None:
-        if self.attached:  # there was no answer: nothing is lost, and nothing hidden
+        if self.attached:  # without an answer, nothing is lost, and nothing hidden
             names = one_line(", ".join(self.attached))
             self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
 
@@ -246,7 +246,7 @@ class ActiveChat:
 
 
 class ReadingTime:
-    """Estimates the time to read a prompt: by this session's pace, or else by the prediction."""
+    """Estimates the time to read a prompt, by this session's pace, or else by the prediction."""
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict

@@ -39,7 +39,7 @@ _KEYS = (
 
 
 def help_text(table: Mapping[str, str], width: int) -> str:
-    """Return the commands and keys, the commands in two columns where `width` cells have room.
+    """Return the commands and keys, the commands in two columns if `width` cells have room.
 
     `table` has the help of each command by its usage.
     """
@@ -54,7 +54,7 @@ def help_text(table: Mapping[str, str], width: int) -> str:
 
 
 def hint_for(name: str, names: Iterable[str]) -> str:
-    """Return a hint: the command that another program calls `name`, or one of `names` like it."""
+    """Return a hint at the command that is `name` in another program, or one with a near name."""
     if name in _HABITS:
         return f"Did you mean {_HABITS[name]}?"
     near = difflib.get_close_matches(name, names, 1)

@@ -1,4 +1,4 @@
-"""The commands after a `/`: each with its help, its completion and its function."""
+"""The commands after a `/`, each with its help, its completion and its function."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from mixchat.base.context import Context
     from mixchat.chat.terminal.active_chat import ActiveChat
 
-_WIDE = 80  # columns, where there is no terminal
-_SHOWN = 20  # chats that /chats lists
+_PIPED_WIDTH = 80  # columns, without a terminal
+_MAX_LISTED = 20  # chats that /chats lists
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command; `run` is called with the chat and with the text behind the name.
+    """A command. `run` is called with the chat and with the text after the name.
 
-    `argument` is that text's name in /help. `help` has to fit into half a row of /help; `detail` is
+    `argument` is that text's name in /help. `help` has to fit into half a row of /help. `detail` is
     the longer text of `/help NAME`.
     """
 
@@ -47,7 +47,7 @@ class Command:
 
 
 def find_command(name: str) -> Command:
-    """Return the command of this name or alias. Raises `UsageError` where there is none."""
+    """Return the command of this name or alias. Raises `UsageError` if there is none."""
     command = COMMANDS.get(COMMAND_ALIASES.get(name, name))
     if command is None:
         raise UsageError(
@@ -58,7 +58,7 @@ def find_command(name: str) -> Command:
 
 
 def run_command(chat: ActiveChat, name: str, argument: str) -> None:
-    """Run a command. Raises `MixchatError` where it fails."""
+    """Run a command. Raises `MixchatError` if it fails."""
     command = find_command(name)
     if argument and not command.argument:
         raise UsageError(f"/{name} takes no argument, but got {argument!r}")
@@ -83,7 +83,7 @@ def _help(chat: ActiveChat, argument: str) -> None:
         usage = _usage(COMMAND_ALIASES.get(name, name), command)
         chat.screen.say(f"{usage}  {command.detail or command.help}")
         return
-    chat.screen.say(help_text(usages(), chat.screen.width or _WIDE))
+    chat.screen.say(help_text(usages(), chat.screen.width or _PIPED_WIDTH))
 
 
 def usages() -> dict[str, str]:
@@ -176,9 +176,9 @@ def _chats(chat: ActiveChat, argument: str) -> None:
     if not saved:
         chat.screen.say("(there are no saved chats yet)")
         return
-    chat.screen.show_table(chat_table(saved[:_SHOWN], chat.screen.width))
-    if len(saved) > _SHOWN:
-        chat.screen.say(f"({len(saved) - _SHOWN} more: mixchat chats)")
+    chat.screen.show_table(chat_table(saved[:_MAX_LISTED], chat.screen.width))
+    if len(saved) > _MAX_LISTED:
+        chat.screen.say(f"({len(saved) - _MAX_LISTED} more: mixchat chats)")
 
 
 def _regen(chat: ActiveChat, argument: str) -> None:
@@ -309,7 +309,7 @@ def _parameter_names(chat: ActiveChat) -> CompleteArgument:
 
 
 def _saved_chats(chat: ActiveChat) -> CompleteArgument:
-    # By the time of the directory's last change: names and IDs, with what each chat is about.
+    # Names and IDs, with the text for the menu, by the time of the directory's last change.
     known: dict[int, list[tuple[str, str]]] = {}
 
     def complete(text: str) -> Iterable[tuple[str, str]]:

@@ -19,12 +19,12 @@ CompleteArgument = Callable[[str], "Iterable[str] | Iterable[tuple[str, str]]"]
 raise `OSError`."""
 
 _QUOTES = ("'", '"')
-_MOST_FILES = 1000  # more than anyone reads, few enough to show at every key
+_MAX_FILES = 1000  # more than anyone reads, few enough to show at every key
 
 
 @dataclass(frozen=True)
 class CommandCompletion:
-    """A command's line in the menu, and how its argument completes: None for no argument.
+    """A command's line in the menu, and the completion of its argument, None without one.
 
     Of the results of `argument`, only those that start with the typed text are offered, unless it
     is `FILES`.
@@ -35,10 +35,10 @@ class CommandCompletion:
 
 
 def file_names(text: str) -> Iterator[str]:
-    """Yield the files whose names start with `text`; directories end with `/`.
+    """Yield the files whose names start with `text`. Directories end with `/`.
 
     Hidden files are included if a dot was typed. The whole argument is one name, so spaces need no
-    quotes. A quote that was opened stays, and is closed behind a file's name. A directory that
+    quotes. A quote that was opened stays, and is closed after a file's name. A directory that
     cannot be read has no names.
     """
     quote = text[:1] if text[:1] in _QUOTES else ""
@@ -46,7 +46,7 @@ def file_names(text: str) -> Iterator[str]:
     folder, slash, start = typed.rpartition("/")
     try:
         entries = _entries(os.path.expanduser(folder + slash) or ".", start)
-    except (OSError, ValueError):  # ValueError: a NUL in the text
+    except (OSError, ValueError):  # the latter for a NUL in the text
         return
     for name, is_directory in entries:
         place = folder + slash or _place_of(name)
@@ -72,7 +72,7 @@ def _place_of(name: str) -> str:
 def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
     with os.scandir(folder) as entries:
         fitting = (entry for entry in entries if _offered(entry.name, start))
-        return sorted((entry.name, _is_directory(entry)) for entry in islice(fitting, _MOST_FILES))
+        return sorted((entry.name, _is_directory(entry)) for entry in islice(fitting, _MAX_FILES))
 
 
 def _offered(name: str, start: str) -> bool:

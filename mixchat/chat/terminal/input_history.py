@@ -20,9 +20,9 @@ _MOST_BYTES = 4_000_000  # pasted files are entries, too
 class InputHistory(History):
     """Entries in the form of prompt-toolkit's `FileHistory`, in `path`, or in memory if it is None.
 
-    It never raises: an error with the file is described in `fault`, and from then on, as without a
+    It never raises. An error with the file is described in `fault`, and from then on, as without a
     file, entries are in memory. A link, or anything but a regular file, is left as it is. Several
-    chats can write to one file; each reads the others' entries when it starts.
+    chats can write to one file. Each reads the others' entries when it starts.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -113,7 +113,7 @@ def _written(entry: str) -> bytes:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append all of it, or nothing: a cut character would spoil the file. Make it if need be."""
+    """Append all of it or nothing, because a cut character would spoil the file. May create it."""
     fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
     with open(fd, "ab", buffering=0) as file:
         os.fchmod(fd, 0o600)

@@ -1,4 +1,4 @@
-"""Runs other programs for the chat: the person's editor, and a tool for the clipboard."""
+"""Runs other programs for the chat, which are the person's editor and the clipboard's tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixchat.base.files import MAX_SIZE
 
 _USUAL_EDITORS = ("editor", "nano", "vim", "vi", "emacs")
 
-_MAX_COPIED_BY_TERMINAL = 74_994  # bytes: all terminals that can copy take as many
+_MAX_COPIED_BY_TERMINAL = 74_994  # bytes, which all terminals that can copy take
 _CLIPBOARD_TIMEOUT_S = 5
 _CLIPBOARD_TOOLS = (  # each with the variable that tells if its desktop is there
     ("WAYLAND_DISPLAY", ["wl-copy"]),
@@ -30,7 +30,7 @@ _CLIPBOARD_TOOLS = (  # each with the variable that tells if its desktop is ther
 
 
 def edited(text: str) -> str:
-    """Open `text` in the editor (`VISUAL`, `EDITOR` or a usual one); return it as it was saved.
+    """Open `text` in the editor (`VISUAL`, `EDITOR` or a usual one). Returns it as it was saved.
 
     Raises `UsageError` if there is no editor, or if it fails, as with `:cq`, or leaves no UTF-8.
     Only its owner can read the temporary file, which is removed at the end.
@@ -93,7 +93,7 @@ def _ctrl_c_is_the_editors() -> Iterator[None]:
 
 
 def copy(text: str, terminal: TextIO) -> str:
-    """Copy to the clipboard; return how, for a person.
+    """Copy to the clipboard. Returns how, in words for a person.
 
     Without a desktop's tool, as over SSH, the terminal is asked to copy (OSC 52). Most do, some
     need a permission in their settings, and none replies. Raises `MissingDependencyError`.

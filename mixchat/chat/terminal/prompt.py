@@ -1,4 +1,4 @@
-"""The line where a person types: history, completion, several lines, an editor, a status line."""
+"""The prompt at which a person types, with history, completion, an editor and a status line."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _STYLE = Style.from_dict(
 class ChatPrompt:
     """Reads one text after the other from the terminal.
 
-    `history` is the file of earlier texts, or None for memory alone; `commands` has the completions
-    after a `/`; `status` returns the plain text of the status line at every key, so it has to be
-    fast. `warn` is called, between prompts, where the history's file or the editor fails.
+    `history` is the file of earlier texts, or None for memory alone. `commands` has the completions
+    after a `/`. `status` returns the plain text of the status line at every key, so it has to be
+    fast. `warn` is called, between prompts, if the history's file or the editor fails.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ChatPrompt:
         self.sent = False
         """The last text was sent: a Ctrl-C that comes now is for what it asks."""
         self.quoted = False
-        """The last text was in quotes, so it is no command, whatever it starts with."""
+        """The last text was in quotes, so it is not a command, whatever it starts with."""
         self._status = status
         self._warn = warn
         self._to_editor = False
@@ -131,7 +131,7 @@ class ChatPrompt:
         session: PromptSession[str] = PromptSession(
             history=self._history,
             completer=CommandCompleter(commands),
-            # Room for the menu is reserved only where there may be one.
+            # Room for the menu is reserved only if there may be one.
             complete_while_typing=Condition(_begins_like_a_command),
             auto_suggest=AutoSuggestFromHistory(),
             prompt_continuation=_continuation,
@@ -173,13 +173,13 @@ class ChatPrompt:
         return keys
 
     def _leave_for_editor(self, event: KeyPressEvent) -> None:
-        """End the prompt, and erase it: the next one starts with the editor's text."""
+        """End the prompt, and erase it. The next one starts with the editor's text."""
         self._to_editor = event.app.erase_when_done = True
         event.app.exit(result=event.current_buffer.text)
 
 
 def quoted_text(text: str) -> str | None:
-    """Return the inner text of `QQQtextQQQ`, of one line or many; None for other texts.
+    """Return the inner text of `QQQtextQQQ`, of one line or many, None for other texts.
 
     QQQ stands for three double quotes. Quotes that are closed before the first line ends are part
     of an ordinary text.
@@ -200,14 +200,14 @@ def _closes_early(body: str) -> bool:
 
 
 def _within_quotes() -> bool:
-    """Return whether quotes were opened and not closed: Enter then adds a line."""
+    """Return whether quotes were opened and not closed, so that Enter adds a line."""
     text = get_app().current_buffer.text
     body = text.strip()
     return body.startswith(_QUOTES) and not _closes_early(body) and quoted_text(text) is None
 
 
 def _continuation(width: int, line: int, wraps: int) -> StyleAndTextTuples:
-    """Return the mark before a new line; a line that is wrapped has none."""
+    """Return the mark before a new line. A line that is wrapped has none."""
     return [("class:prompt", " " * width if wraps else _CONTINUED)]
 
 
@@ -222,7 +222,7 @@ def _on_directory() -> bool:
 
 
 def _on_the_only_one() -> bool:
-    """Return whether the only completion was taken: another Tab would take it back."""
+    """Return whether the only completion was taken, which another Tab would take back."""
     state = get_app().current_buffer.complete_state
     return bool(state and state.current_completion and len(state.completions) == 1)
 
@@ -240,7 +240,7 @@ class _VisibleText(Processor):
     """
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
-        """Replace one character by one, so that the cursor stays where it is."""
+        """Replace one character by one, so that the cursor stays in its place."""
         fragments = transformation_input.fragments
         return Transformation(
             [(_coloured(part[0]), part[1].translate(VISIBLE)) for part in fragments]

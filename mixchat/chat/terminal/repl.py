@@ -1,4 +1,4 @@
-"""The loop of the chat in the terminal: reads a text, then runs a command or asks."""
+"""The loop of the chat in the terminal, which reads a text, then runs a command or asks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 class PromptLine(Protocol):
     """The line at which a person types."""
 
-    typed: bool  # something, when Ctrl-C came
-    sent: bool  # the text that was read: Ctrl-C is for what it asks then
-    quoted: bool  # the text that was read: no command then
+    typed: bool  # there was text when Ctrl-C came
+    sent: bool  # the text was sent, so Ctrl-C stops its answer
+    quoted: bool  # the text was in quotes, so it is not a command
 
     def read(self, default: str = "") -> str: ...
 
@@ -60,13 +60,13 @@ class Repl:
             with unseen_keys():
                 commands.run_command(self._chat, name, argument)
         except Exception as error:
-            if self._chat.left:  # there is no model any more
+            if self._chat.left:  # without a model
                 raise
             self._chat.report(error)
         self._chat.count_figures()
 
     def _after_ctrl_c(self) -> None:
-        """Leave at the second Ctrl-C in a row; the first one clears the line, or stops its text."""
+        """Leave at the second Ctrl-C in a row. The first one clears the line, or stops its text."""
         if self._prompt.sent:
             self._chat.stopped()
             return

@@ -1,4 +1,4 @@
-"""The screen of a chat: shows notes, the progress of prompt processing, and answers."""
+"""The screen of a chat, which shows notes, the progress of prompt processing, and answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Writer(Protocol):
 
 
 class Screen:
-    """Writes to `out`. `raw` switches Markdown off: answers are then shown as they are written.
+    """Writes to `out`. With `raw`, answers are shown as they are written, not as Markdown.
 
     No control character of any text reaches the terminal.
     """
@@ -77,7 +77,7 @@ class Screen:
     def show(
         self, events: Iterator[Event], before: str = "", below: Callable[[], str] = str
     ) -> Finished:
-        """Show an answer as it comes; return its last event. Leaves the cursor at a new line.
+        """Show an answer as it comes. Returns its last event. Leaves the cursor at a new line.
 
         `before` is the earlier part of an answer that is continued. It is not shown again. `below`
         returns a line to show below the text while the text is drawn, or nothing. An exception is
@@ -260,7 +260,7 @@ class _PlainWriter:
             self._at_line_start = clean.endswith("\n")
 
     def pause(self) -> None:
-        """Do nothing: all that was written stays."""
+        """Do nothing, because all that was written stays."""
 
     def close(self) -> None:
         if not self._at_line_start:

@@ -1,4 +1,4 @@
-"""The status line below the prompt: context, speed, hit rate and memory, in any width."""
+"""The status line below the prompt, with context, speed, hit rate and memory, in any width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.engine.stats import GenerationStats
 
 _BETWEEN = " · "
-NEARLY_FULL = 0.8  # of the context: time to /clear or to finish
+NEARLY_FULL = 0.8  # of the context, when it is time to /clear or to finish
 
 
 def status_line(
@@ -33,10 +33,10 @@ def status_line(
     """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
     `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
-    `memory` bytes, `on_workers` experts (`128 on workers`); what is None is left out, and `size`
-    is not shown alone. To fit into
-    `width` cells, workers, memory, hits, speed and the model are left out, in this order; then the
-    tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of the context on they start with `!`.
+    `memory` bytes, `on_workers` experts (`128 on workers`). A figure that is None is left out, and
+    `size` is not shown alone. To fit into `width` cells, workers, memory, hits, speed and the model
+    are left out, in this order. Then the tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of
+    the context on they start with `!`.
     """
     name, (long, short, shortest) = " ".join(sanitize(model).split()), _tokens(used, size)
     measured = _measured(speed, hit_rate, memory, on_workers)
@@ -49,7 +49,7 @@ def status_line(
 
 
 def cut(text: str, width: int) -> str:
-    """Return `text` in at most `width` cells of the terminal, with `…` where it is cut."""
+    """Return `text` in at most `width` cells of the terminal, with `…` if it is cut."""
     if get_cwidth(text) <= width:
         return text
     shown, cells = "", 1
@@ -99,7 +99,7 @@ class Figures:
 
     @property
     def size(self) -> int | None:
-        """Return the tokens of the context; None where that is not known."""
+        """Return the tokens of the context, None if that is not known."""
         context = self._session.context
         return None if context is None else context.tokens
 

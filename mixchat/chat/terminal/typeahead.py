@@ -1,4 +1,4 @@
-"""Keeps what is typed while nothing reads it: during an answer, or while a model loads."""
+"""Keeps the keys that are typed while nothing reads them, as during an answer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _CTRL_D = b"\x04"
 # A terminal puts these around a paste, if it was told to mark pastes.
 _MARK_PASTES, _NO_MARKS = b"\x1b[?2004h", b"\x1b[?2004l"
 _PASTE, _END_OF_PASTE = b"\x1b[200~", b"\x1b[201~"
-_SILENCE = 0.5  # seconds to wait for the rest of a paste
+_PASTE_TIMEOUT_S = 0.5  # for the rest of a paste
 
 
 @contextmanager
 def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen, where it would be in the middle of an answer.
+    """Keep keys that are typed meanwhile off the screen, which may show an answer.
 
-    It is not lost, not even at Ctrl-C, and a paste stays one. Ctrl-Z calls `pause` and restores the
-    terminal; `fg` takes it again.
+    They are not lost, not even at Ctrl-C, and a paste stays one. Ctrl-Z calls `pause` and restores
+    the terminal. `fg` takes it again.
     """
     try:
         fd = sys.stdin.fileno()
@@ -70,14 +70,14 @@ def _set(fd: int, attributes: list[Any], marks: bytes) -> None:
 
 @contextmanager
 def reading_keys(source: Input) -> Iterator[None]:
-    """Pass what waits in the terminal to the prompt within, as if it were typed there: each line is
-    sent by its Enter, Ctrl-D leaves, and a marked paste is not sent.
+    """Pass the keys that wait in the terminal to the prompt within, as if they were typed there.
 
-    Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
-    Ctrl-J: a line would not be sent. The same is true for a line that comes after the first look
-    at what waits, so there is a second one when the terminal no longer does that.
+    So each line is sent by its Enter, Ctrl-D leaves, and a marked paste is not sent. Outside a
+    prompt the terminal turns Enter into a newline, which the prompt would take for Ctrl-J. Then a
+    line would not be sent. The same is true for a line that comes after the first look, so there is
+    a second one when the terminal no longer does that.
 
-    Raises `KeyboardInterrupt` at the end if Ctrl-C came behind the Enter that ended the prompt: the
+    Raises `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt. The
     terminal did not make a signal of it yet.
     """
     _take(source, _waiting_bytes)
@@ -114,9 +114,9 @@ def _take(source: Input, read: Callable[[Input], bytes]) -> None:
     try:
         typed = read(source)
     except (OSError, termios.error, NotImplementedError, ValueError):
-        return  # no terminal, or it went away: the prompt will notice
+        return  # without a terminal, or if it went away, which the prompt will notice
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
-    # Keys that the last prompt got too late come first; what waits may continue them.
+    # Keys that the last prompt got too late come first. The waiting ones may continue them.
     before = get_typeahead(source)
     store_typeahead(source, before + _keys(text if before else text.lstrip("\r")))
 
@@ -135,12 +135,12 @@ def _waiting_bytes(source: Input) -> bytes:
     while (line := _waiting_line(fd)) is not None:
         typed += line or _CTRL_D  # a terminal returns nothing for Ctrl-D
         if not line:
-            break  # also where the terminal went away: it returns nothing for ever
+            break  # also if the terminal went away, which returns nothing for ever
     if typed.rfind(_PASTE) <= typed.rfind(_END_OF_PASTE):
         return typed
     with source.raw_mode():
         while typed.rfind(_PASTE) > typed.rfind(_END_OF_PASTE):
-            piece = os.read(fd, 65536) if select.select([fd], [], [], _SILENCE)[0] else b""
+            piece = os.read(fd, 65536) if select.select([fd], [], [], _PASTE_TIMEOUT_S)[0] else b""
             typed += piece or _END_OF_PASTE
     return typed
 
@@ -154,7 +154,7 @@ def _late_bytes(source: Input) -> bytes:
 
 
 def _waiting_line(fd: int) -> bytes | None:
-    """Return the next whole line, if there is one: outside a prompt a terminal has only those."""
+    """Return the next whole line, if there is one. Outside a prompt a terminal has only lines."""
     if not os.isatty(fd) or not termios.tcgetattr(fd)[3] & termios.ICANON:
         return None
     return os.read(fd, 65536) if select.select([fd], [], [], 0)[0] else None

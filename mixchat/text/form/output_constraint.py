@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
 MAX_CALL = 30_000_000  # bytes of a call to it, of which a vocabulary of 256,000 tokens has 3 MB
 # Computing time that compiling may take, for a stranger's request and for the person who waits.
 HASTY_S, PATIENT_S = 3.0, 30.0
+# The sandbox's end if llguidance overflows its stack, as a long chain of references makes it.
+_OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
 # The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
 # cut off.
@@ -128,7 +131,8 @@ def asked(sandbox: Sandbox, call: SandboxCall) -> Any:
         return sandbox.ask(call)
     except CheckpointError as error:
         hint = "Use fewer or simpler patterns: one more in an allOf can double the work."
-        raise UsageError(str(error), hint=hint) from None
+        reason = str(error).replace(_OVERFLOW, "is too deeply nested")
+        raise UsageError(reason, hint=hint) from None
 
 
 def read_schema(value: str) -> OutputConstraint:

@@ -149,7 +149,7 @@ def test_a_link_in_a_circle_is_a_name_like_others(files):
 
 
 def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixchat.chat.terminal.completion._MOST_FILES", 3)
+    monkeypatch.setattr("mixchat.chat.terminal.completion._MAX_FILES", 3)
     for number in range(9):
         (tmp_path / str(number)).touch()
     assert len(list(file_names(f"{tmp_path}/"))) == 3

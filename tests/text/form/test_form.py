@@ -12,7 +12,13 @@ from jsonschema import Draft202012Validator
 from schema_maker import SchemaMaker
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.output_constraint import gbnf_grammar, json_object, json_schema, lark_grammar
+from mixchat.text.form.output_constraint import (
+    checked_schema,
+    gbnf_grammar,
+    json_object,
+    json_schema,
+    lark_grammar,
+)
 
 PERSON = {
     "type": "object",
@@ -237,9 +243,9 @@ def test_a_chain_of_many_references_is_used() -> None:
 def test_a_chain_of_references_that_would_end_the_process_is_refused(
     part: Callable[[Any], Any],
 ) -> None:
-    """The library's stack overflowed: a request with 2,000 definitions took the server down."""
-    with pytest.raises(UsageError, match="too deeply nested"):
-        json_schema(chain(5000, part))
+    """The library's stack overflowed. A request with 2,000 definitions took the server down."""
+    with pytest.raises(UsageError, match=r"^the schema is too deeply nested$"):
+        checked_schema(chain(5000, part))
 
 
 @pytest.mark.parametrize("schema", [None, True, [], "a", 5])
