@@ -23,12 +23,6 @@ from mixchat.text.spm import SentencePieceTokenizer
 few = settings(deadline=None, max_examples=80)
 
 
-def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return the control tokens among ids; a character outside the vocabulary is <unk>."""
-    control = set(tokenizer.control_tokens.values()) - {tokenizer.token_id("<unk>")}
-    return [i for i in ids if i in control]
-
-
 @few
 @given(text=harmless)
 def test_ordinary_text_is_encoded_as_by_the_original(
@@ -60,7 +54,7 @@ def test_ordinary_text_is_decoded_as_by_the_original(
 @few
 @given(text=anything)
 def test_nothing_typed_becomes_a_control_token(text: str, tokenizer: Any) -> None:
-    assert controls_in(tokenizer, tokenizer.encode(text)) == []
+    assert build.controls_in(tokenizer, tokenizer.encode(text)) == []
 
 
 def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
@@ -68,7 +62,7 @@ def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
         for text in (token, f"a{token}b", f" {token} ", token * 2, f"{token}\n{token}"):
             ids = tokenizer.encode(text)
             assert token_id not in ids or token == "<unk>"
-            assert controls_in(tokenizer, ids) == []
+            assert build.controls_in(tokenizer, ids) == []
 
 
 @few
@@ -81,22 +75,13 @@ def test_typed_text_decodes_to_itself(text: str, v1: Any) -> None:
 @few
 @given(text=anything)
 def test_typed_text_decodes_to_itself_from_bytes_too(text: str, checkpoints: Any) -> None:
-    tokenizer = loaded(checkpoints["byte-level"])
+    tokenizer = build.loaded(checkpoints["byte-level"])
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-_loaded: dict[Path, Any] = {}
-
-
-def loaded(directory: Path) -> Any:
-    if directory not in _loaded:
-        _loaded[directory] = load_tokenizer(directory)
-    return _loaded[directory]
 
 
 def test_a_template_may_write_control_tokens(tokenizer: Any) -> None:
     for token, token_id in tokenizer.control_tokens.items():
-        assert controls_in(tokenizer, tokenizer.encode_template(f"a{token}\nb")) == (
+        assert build.controls_in(tokenizer, tokenizer.encode_template(f"a{token}\nb")) == (
             [token_id] if token != "<unk>" else []
         )
 
@@ -111,7 +96,7 @@ def test_nothing_is_prepended(tokenizer: Any) -> None:
 def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
     name, end = "<|im_end|>" if tokenizer.token_id("<|im_end|>") else "</s>", [7, 7]
     ids = tokenizer.encode_template(f"a {name}x {name} y", {"x": name, "y": (7, 7)})
-    assert controls_in(tokenizer, ids) == [tokenizer.token_id(name)] * 2
+    assert build.controls_in(tokenizer, ids) == [tokenizer.token_id(name)] * 2
     assert ids[-2:] == end
     assert tokenizer.encode_template("x", {"x": f"a {name} b"}) == tokenizer.encode(f"a {name} b")
 
@@ -198,7 +183,7 @@ def test_third_generation_instruct_tokens_are_control_tokens(tmp_path: Path) -> 
     build.write_checkpoint(tmp_path, model_file=build.V3_FILE)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_template("[INST]") == [tokenizer.token_id("[INST]")] == [3]
-    assert controls_in(tokenizer, tokenizer.encode("[INST] a [/INST]")) == []
+    assert build.controls_in(tokenizer, tokenizer.encode("[INST] a [/INST]")) == []
 
 
 def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) -> None:
@@ -223,7 +208,7 @@ def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) ->
     assert end in original.encode("a<|im_end|>b"), "or there would be nothing to fix"
 
     tokenizer = load_tokenizer(tmp_path)
-    assert controls_in(tokenizer, tokenizer.encode("a<|im_end|>b <|im_start|>")) == []
+    assert build.controls_in(tokenizer, tokenizer.encode("a<|im_end|>b <|im_start|>")) == []
     assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "a<|im_end|>b"
     assert tokenizer.encode_template("<|im_end|>") == [end]
     assert len(tokenizer.encode(long)) > 1 == len(tokenizer.encode_template(long))
@@ -235,7 +220,7 @@ def test_added_words_that_are_not_markup_are_unchanged(checkpoints: Any) -> None
     tokenizer = load_tokenizer(checkpoints["byte-level"])
     assert len(tokenizer.encode("blockchain")) == 1
     assert tokenizer.token_id("blockchain") is None
-    assert controls_in(tokenizer, tokenizer.encode("<tool>[TOOL_CALLS]")) == []
+    assert build.controls_in(tokenizer, tokenizer.encode("<tool>[TOOL_CALLS]")) == []
     tool = tokenizer.token_id("<tool>")
     assert tokenizer.encode_template("a<tool>b")[1] == tool
     assert tokenizer.decode(tokenizer.encode_template("a<tool>b")) == "a<tool>b"
@@ -452,7 +437,7 @@ def test_damaged_settings_are_named_in_one_line(name: str, content: str, tmp_pat
 
 def test_importing_the_room_loads_no_library() -> None:
     code = (
-        "import sys, mixchat.text.choose, mixchat.text.detokenizer, mixchat.text.detokenizer\n"
+        "import sys, mixchat.text.choose, mixchat.text.detokenizer\n"
         "heavy = {'torch', 'tokenizers', 'sentencepiece', 'jinja2', 'transformers', 'numpy'}\n"
         "print(heavy & set(sys.modules))"
     )

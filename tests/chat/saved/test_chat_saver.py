@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved import chat_store
 from mixchat.chat.saved.chat_saver import ChatSaver
@@ -303,16 +302,3 @@ def test_after_clear_a_chat_is_saved_only_where_all_are(session_of, store):
     talk(session, "a secret")
     saver.save()
     assert [saved.question for saved in store.all()] == ["one"]
-
-
-def test_a_name_that_another_chat_has_is_refused(session_of, store):
-    session = session_of("a", "b")
-    saver = ChatSaver(session, store, "demo")
-    talk(session, "one")
-    saver.rename("mine")
-    session.clear()
-    saver.start_new()
-    talk(session, "two")
-    with pytest.raises(UsageError, match="already has the name 'mine'"):
-        saver.rename("mine")
-    assert saver.chat.name is None

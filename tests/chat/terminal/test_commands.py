@@ -105,18 +105,6 @@ def test_set_system_sets_the_system_prompt(session_of, line):
     assert session.system == "be nice"
 
 
-def test_set_system_takes_several_lines(session_of):
-    session = session_of()
-    typed(session, "/set system Be brief.\nBe kind.")
-    assert session.system == "Be brief.\nBe kind."
-
-
-def test_set_parameter_sets_a_parameter(session_of):
-    session = session_of()
-    typed(session, "/set parameter temperature 0.25")
-    assert session.sampling.temperature == 0.25
-
-
 def test_every_command_completes(session_of):
     chat = typed(session_of())
     offered = completions(chat.active)
@@ -276,13 +264,6 @@ def test_regen_answers_the_same_question_again_with_another_seed(session_of):
     assert first.seed != second.seed
 
 
-def test_a_failed_regen_leaves_the_answer_as_it_was(session_of):
-    session = session_of("Hello", [RuntimeError("out of order")])
-    chat = typed(session, "Hi", "/regen")
-    assert [message.content for message in session.history] == ["Hi", "Hello"]
-    assert len(chat.errors) == 1
-
-
 def test_undo_takes_turns_back(session_of, store):
     session = session_of("a", "b", "c", "d")
     typed(session, "one", "two", "three", "/undo 2", "four", store=store)
@@ -399,12 +380,6 @@ def test_load_completes_to_each_chat_with_its_question(session_of, store):
     assert offered[1] == (store.ids()[0], "What is a mixture?")
 
 
-def test_a_file_that_still_waits_after_a_failed_question_is_named(session_of, tmp_path):
-    (tmp_path / "notes").write_text("All")
-    text = typed(session_of([RuntimeError("out of order")]), "/read notes", "Why").text
-    assert "(notes: still before the next question; /read none drops that)" in text
-
-
 @pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
 def test_a_command_that_takes_nothing_is_not_obeyed_with_something_behind_it(session_of, line):
     session = session_of("Hello")
@@ -420,18 +395,6 @@ def test_several_lines_are_a_question_though_they_begin_like_a_command(session_o
     assert prompts_of(session)[1].endswith("[user]/clear\nWhat is 2+2?")
 
 
-def test_a_system_prompt_may_have_several_lines(session_of):
-    session = session_of()
-    typed(session, "/system Be brief.\nBe kind.")
-    assert session.system == "Be brief.\nBe kind."
-
-
-def test_a_parameter_goes_back_to_what_the_model_s_makers_advise(session_of):
-    session = session_of(sampling=SamplingOptions(temperature=0.2))
-    typed(session, "/set temperature 0.9", "/set temp none")
-    assert session.sampling.temperature == 0.2
-
-
 @pytest.mark.parametrize(
     ("given", "name", "hint"),
     [("my chat", "my chat", "'my chat'"), ("'quoted'", "quoted", "quoted")],
@@ -442,23 +405,10 @@ def test_a_name_is_hinted_at_as_a_shell_wants_it(session_of, store, given, name,
     assert f"--resume {hint} resumes" in chat.text
 
 
-def test_a_name_that_means_another_chat_is_refused(session_of, store):
-    assert "means the last chat" in error_of(
-        typed(session_of("a"), "Hi", "/save last", store=store)
-    )
-
-
 def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
     monkeypatch.setattr("mixchat.chat.saved.chat_text.to_markdown", lambda chat: "\ud800")
     typed(session_of("a"), "Hi", "/export out.md")
     assert not (tmp_path / "out.md").exists()
-
-
-def test_a_file_is_not_lost_where_the_question_fails(session_of, tmp_path):
-    (tmp_path / "notes").write_text("All")
-    session = session_of([RuntimeError("out of order")], "a")
-    typed(session, "/read notes", "Why", "Why")
-    assert prompts_of(session)[1] == "[user]All\n\nWhy"
 
 
 @pytest.mark.parametrize(
@@ -511,3 +461,24 @@ def test_of_a_file_that_cannot_fit_no_more_is_read_than_would(session_of, tmp_pa
         file.truncate(10**12)  # a hole: it takes no disk
     error = error_of(typed(session_of(context_size=10), "/read endless"))
     assert "endless is too long: more than 1.28 kB, the context holds 10 tokens" in error
+
+
+@pytest.mark.parametrize("command", ["/system", "/set system"])
+def test_a_system_prompt_may_have_several_lines(session_of, command):
+    session = session_of()
+    typed(session, f"{command} Be brief.\nBe kind.")
+    assert session.system == "Be brief.\nBe kind."
+
+
+def test_a_parameter_goes_back_to_what_the_models_makers_advise(session_of):
+    session = session_of("a", "b", sampling=SamplingOptions(temperature=0.2))
+    typed(session, "/set parameter temperature 0.9", "Hi", "/set temp none", "Hi")
+    assert [sampling.temperature for sampling in session.engine.samplings] == [0.9, 0.2]
+
+
+def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path):
+    (tmp_path / "notes").write_text("All")
+    session = session_of([RuntimeError("out of order")], "a")
+    text = typed(session, "/read notes", "Why", "Why").text
+    assert "(notes: still before the next question; /read none drops that)" in text
+    assert prompts_of(session)[1] == "[user]All\n\nWhy"

@@ -174,14 +174,6 @@ def test_up_and_down_walk_through_the_chats_before(recalling):
     assert recalling("a\rb\rc\r", UP + UP + UP + DOWN + "!" + ENTER) == "b!"
 
 
-def test_several_lines_are_one_entry_of_the_history(recalling):
-    assert recalling("one\rtwo\nlines\r", UP + ENTER) == "two\nlines"
-
-
-def test_a_line_that_begins_with_a_space_is_not_recalled(recalling):
-    assert recalling("one\r secret\r", UP + ENTER) == "one"
-
-
 def test_ctrl_r_finds_what_was_sent(recalling):
     assert recalling("find me\rother\r", CTRL_R + "fi" + ENTER + ENTER) == "find me"
 
@@ -402,14 +394,6 @@ def test_new_lines_have_a_prompt_and_wrapped_ones_have_none():
         assert screen.lines[:3] == [">>> " + "a" * 16, "    aaaa", "... b"]
 
 
-def test_a_paste_is_seen_and_waits():
-    with look() as screen:
-        screen.type(PASTE + "one\rtwo\r" + PASTED)
-        screen.wait_for("... two")
-        screen.type(ENTER)
-        assert screen.read() == "one\ntwo"
-
-
 def test_a_prompt_takes_no_room_for_a_menu_before_there_is_one():
     with look() as screen:
         screen.wait_for("demo")
@@ -447,12 +431,6 @@ def test_enter_goes_into_a_directory_of_the_menu(tmp_path, monkeypatch):
         screen.wait_for("/load chats/monday.json")
         screen.type(ENTER)
         assert screen.read() == "/load chats/monday.json"
-
-
-def test_a_path_at_the_beginning_is_a_question():
-    with look() as screen:
-        screen.type("/etc/hosts is empty" + ENTER)
-        assert screen.read() == "/etc/hosts is empty"
 
 
 # Without ^C, ^D, Enter, ^O (which sends, too), ^Z and ^\, which do what they always do.

@@ -5,8 +5,10 @@ import time
 
 import pyte
 import pytest
+from chat_doubles import Stats
 
 from mixchat.chat.session import LeftOut, TextDelta
+from mixchat.chat.terminal.active_chat import ReadingTime
 from mixchat.chat.terminal.screen import Screen
 from mixchat.text.messages import Message
 
@@ -171,14 +173,6 @@ def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
     ]
 
 
-def test_progress_takes_one_row_in_a_narrow_terminal():
-    out, clock = Tty(), Clock()
-    with Screen(out, clock=clock).waiting() as reading:
-        clock.now = 1.0
-        reading(500, 2000)
-        assert out.shown == ["reading 500 of 2,000 tokens (25%), abou"]
-
-
 def test_below_an_answer_is_a_line_while_it_is_written():
     out, clock, lines = Tty(), Clock(), iter(["1 tok/s", "2 tok/s", "3 tok/s"])
 
@@ -243,3 +237,19 @@ def test_a_resumed_question_has_the_colours_that_it_was_typed_in(monkeypatch):
         f"{mark.format('...')} {words.format('b')}",
         "",
     ]
+
+
+def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None:
+    asked = []
+    reading = ReadingTime(lambda tokens, first: asked.append((tokens, first)) or 7.0)
+    assert reading.seconds(3200) == 7.0
+    reading.note(Stats(prompt_tokens=90, reused_tokens=80, prefill_seconds=9.0))  # too short
+    assert reading.seconds(100) == 7.0
+    assert asked == [(3200, True), (100, False)]
+
+
+def test_after_a_long_prompt_it_is_at_the_pace_of_that() -> None:
+    reading = ReadingTime(lambda tokens, first: None)
+    assert reading.seconds(3200) is None
+    reading.note(Stats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))
+    assert reading.seconds(3200) == pytest.approx(64.0)
