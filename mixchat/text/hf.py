@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,11 +170,8 @@ class JsonTokenizer:
     def _byte_ids(self) -> dict[int, int]:
         """Return the id of each byte's token, or nothing unless all 256 exist."""
         ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-        return (
-            {byte: i for byte, i in ids.items() if i is not None}
-            if None not in ids.values()
-            else {}
-        )
+        known = {byte: token_id for byte, token_id in ids.items() if token_id is not None}
+        return known if len(known) == 256 else {}
 
     def _first_id(self, *tokens: str | None) -> int | None:
         return next((i for t in tokens if t and (i := self.token_id(t)) is not None), None)
@@ -222,16 +220,7 @@ def _renamed(
     if isinstance(unknown, str):
         model["unk_token"] = marks.get(unknown, unknown)
     tokens = [
-        {
-            "id": token.id,
-            "content": marks.get(token.content, token.content),
-            "single_word": token.single_word,
-            "lstrip": token.lstrip,
-            "rstrip": token.rstrip,
-            "normalized": token.normalized,
-            "special": token.special,
-        }
-        for token in added
+        asdict(token) | {"content": marks.get(token.content, token.content)} for token in added
     ]
     return {**spec, "model": model, "added_tokens": tokens, "truncation": None, "padding": None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,9 +41,9 @@ class Command:
     """
 
     run: Callable[[ActiveChat, str], None]
+    argument: str
     help: str
-    argument: str = ""
-    detail: str = ""
+    detail: str
     completes: Callable[[ActiveChat], CompleteArgument] | None = None
 
 
@@ -69,7 +70,7 @@ def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
     """Return how the prompt completes each command."""
     return {
         name: CommandCompletion(
-            f"{command.argument}  {command.detail or command.help}".strip(),
+            f"{command.argument}  {command.detail}".strip(),
             None if command.completes is None else command.completes(chat),
         )
         for name, command in COMMANDS.items()
@@ -81,7 +82,7 @@ def _help(chat: ActiveChat, argument: str) -> None:
         name = argument.lstrip("/")
         command = find_command(name)
         usage = _usage(COMMAND_ALIASES.get(name, name), command)
-        chat.screen.say(f"{usage}  {command.detail or command.help}")
+        chat.screen.say(f"{usage}  {command.detail}")
         return
     chat.screen.say(help_text(usages(), chat.screen.width or _PIPED_WIDTH))
 
@@ -122,14 +123,14 @@ def _set(chat: ActiveChat, argument: str) -> None:
 
 def _show(chat: ActiveChat, argument: str) -> None:
     session, saver = chat.session, chat.saver
-    about = {
-        "model": chat.saver.model,
+    rows = {
+        "model": saver.model,
         "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
         "turns": str(sum(message.role == "user" for message in session.history)),
         "system": "none" if session.system is None else session.system,
         **session.backend.about(),
     }
-    _say_table(chat, {**about, **parameters.values(session)})
+    _say_table(chat, {**rows, **parameters.values(session)})
 
 
 def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
@@ -142,8 +143,8 @@ def _model(chat: ActiveChat, argument: str) -> None:
         chat.change_model(parameters.unquoted(argument))
         return
     others = ", ".join(chat.models.others())
-    about = f"also {chat.models.place}: {others}" if others else "there is no other one here"
-    chat.screen.say(one_line(f"{chat.saver.model} ({about})"))
+    more = f"also {chat.models.place}: {others}" if others else "there is no other one here"
+    chat.screen.say(one_line(f"{chat.saver.model} ({more})"))
 
 
 def _system(chat: ActiveChat, argument: str) -> None:
@@ -192,8 +193,7 @@ def _continue(chat: ActiveChat, argument: str) -> None:
 
 
 def _undo(chat: ActiveChat, argument: str) -> None:
-    turns = _count(argument)
-    taken = chat.session.undo(turns)
+    taken = chat.session.undo(_count(argument))
     if not taken:
         raise PromptError("there is nothing to undo")
     chat.saver.save()
@@ -201,15 +201,10 @@ def _undo(chat: ActiveChat, argument: str) -> None:
 
 
 def _count(argument: str) -> int:
-    if not argument:
-        return 1
-    try:
-        count = int(argument)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
-    return count
+    with suppress(ValueError):
+        if (count := int(argument or 1)) > 0:
+            return count
+    raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
 
 
 def _edit(chat: ActiveChat, argument: str) -> None:
@@ -233,8 +228,8 @@ def _copy(chat: ActiveChat, argument: str) -> None:
         if not blocks:
             raise PromptError("the last answer has no code block")
         text = blocks[-1]
-    how = copy(text, chat.screen.out)
-    chat.screen.say(f"({how}: {len(text):,} characters)")
+    done = copy(text, chat.screen.out)
+    chat.screen.say(f"({done}: {len(text):,} characters)")
 
 
 def _read(chat: ActiveChat, argument: str) -> None:
@@ -282,8 +277,8 @@ def _experts(chat: ActiveChat, argument: str) -> None:
 
 def _raw(chat: ActiveChat, argument: str) -> None:
     chat.screen.raw = not chat.screen.raw
-    how = "plain text" if chat.screen.raw else "Markdown"
-    chat.screen.say(f"(answers are shown as {how})")
+    form = "plain text" if chat.screen.raw else "Markdown"
+    chat.screen.say(f"(answers are shown as {form})")
 
 
 def _export(chat: ActiveChat, argument: str) -> None:
@@ -293,10 +288,6 @@ def _export(chat: ActiveChat, argument: str) -> None:
     path = file_argument(argument) if argument else Path(f"{current.id}.md")
     write_export(current, path)
     chat.screen.say(f"(written to {one_line(str(path))})")
-
-
-def _names(chat: ActiveChat) -> CompleteArgument:
-    return lambda text: [*COMMANDS, *COMMAND_ALIASES]
 
 
 def _parameter_names(chat: ActiveChat) -> CompleteArgument:
@@ -317,11 +308,10 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
         changed = store.directory.stat().st_mtime_ns if store.directory.exists() else 0
         if changed not in known:
             known.clear()
-            chats = store.all()
             known[changed] = [
-                (word, one.problem or one.question)
-                for one in chats
-                for word in (one.name, one.id)
+                (word, saved.problem or saved.question)
+                for saved in store.all()
+                for word in (saved.name, saved.id)
                 if word
             ]
         return known[changed]
@@ -329,83 +319,72 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     return complete
 
 
-def _models(chat: ActiveChat) -> CompleteArgument:
-    return lambda text: chat.models.others()
-
-
-def _files(chat: ActiveChat) -> CompleteArgument:
-    return FILES
-
-
-def _code(chat: ActiveChat) -> CompleteArgument:
-    return lambda text: ["code"]
-
-
 COMMANDS = {
     "help": Command(
-        _help, "show this list", "[COMMAND]", "show all commands, or explain one", _names
+        _help,
+        "[COMMAND]",
+        "show this list",
+        "show all commands, or explain one",
+        lambda chat: lambda text: [*COMMANDS, *COMMAND_ALIASES],
     ),
-    "bye": Command(_bye, "leave", detail="leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
-    "clear": Command(
-        _clear, "start a new chat", detail="start a new chat; the old one stays saved"
-    ),
+    "bye": Command(_bye, "", "leave", "leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
+    "clear": Command(_clear, "", "start a new chat", "start a new chat; the old one stays saved"),
     "set": Command(
         _set,
-        "set a parameter",
         "[NAME VALUE]",
+        "set a parameter",
         "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
         _parameter_names,
     ),
     "show": Command(
-        _show, "model and settings", detail="show model, chat, system prompt and parameters"
+        _show, "", "model and settings", "show model, chat, system prompt and parameters"
     ),
     "model": Command(
         _model,
-        "change the model",
         "[NAME]",
+        "change the model",
         "show which model answers, or continue this chat with another one",
-        _models,
+        lambda chat: lambda text: chat.models.others(),
     ),
     "system": Command(
-        _system,
-        "the system prompt",
-        "[TEXT]",
-        "show or change the system prompt (none: remove it)",
+        _system, "[TEXT]", "the system prompt", "show or change the system prompt (none: remove it)"
     ),
-    "save": Command(_save, "save under a name", "[NAME]", "save this chat under a name"),
-    "load": Command(_load, "resume a chat", "ID or NAME", "resume a saved chat", _saved_chats),
-    "chats": Command(_chats, "list saved chats", detail="list the saved chats, the last one first"),
-    "regen": Command(_regen, "answer again", detail="answer the last question again, differently"),
-    "undo": Command(_undo, "remove turns", "[n]", "remove the last turn, or the last n"),
+    "save": Command(_save, "[NAME]", "save under a name", "save this chat under a name"),
+    "load": Command(_load, "ID or NAME", "resume a chat", "resume a saved chat", _saved_chats),
+    "chats": Command(_chats, "", "list saved chats", "list the saved chats, the last one first"),
+    "regen": Command(_regen, "", "answer again", "answer the last question again, differently"),
+    "undo": Command(_undo, "[n]", "remove turns", "remove the last turn, or the last n"),
     "edit": Command(
-        _edit, "reword the question", detail="change the last question, and ask it instead"
+        _edit, "", "reword the question", "change the last question, and ask it instead"
     ),
-    "continue": Command(_continue, "continue the answer", detail="continue the last answer"),
+    "continue": Command(_continue, "", "continue the answer", "continue the last answer"),
     "copy": Command(
-        _copy, "copy the answer", "[code]", "copy the last answer, or its last code block", _code
+        _copy,
+        "[code]",
+        "copy the answer",
+        "copy the last answer, or its last code block",
+        lambda chat: lambda text: ["code"],
     ),
     "read": Command(
         _read,
-        "ask about a file",
         "FILE",
+        "ask about a file",
         "put a file's text before the next question; /read none drops all files",
-        _files,
+        lambda chat: FILES,
     ),
-    "tokens": Command(_tokens, "room in the context", detail="show how full the context is"),
+    "tokens": Command(_tokens, "", "room in the context", "show how full the context is"),
     "experts": Command(
-        _experts, "use of the experts", detail="show which experts were used, and where they are"
+        _experts, "", "use of the experts", "show which experts were used, and where they are"
     ),
     "raw": Command(
-        _raw,
-        "Markdown off or on",
-        detail="show answers as plain text, or as Markdown again",
+        _raw, "", "Markdown off or on", "show answers as plain text, or as Markdown again"
     ),
     "export": Command(
         _export,
-        "save as Markdown",
         "[FILE]",
+        "save as Markdown",
         "write the chat to a file, as Markdown or JSON (*.json)",
-        _files,
+        lambda chat: FILES,
     ),
 }
 COMMAND_ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
