@@ -104,11 +104,6 @@ class ChatSession:
         return self.backend.stats
 
     @property
-    def messages(self) -> list[Message]:
-        """Return the system prompt and the history."""
-        return [*self._system(), *self.history]
-
-    @property
     def longest_answer(self) -> int | None:
         """Return the limit of an answer in tokens, None if the context or a server decides."""
         return self.backend.longest_answer(self.max_tokens)

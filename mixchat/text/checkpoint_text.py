@@ -89,9 +89,6 @@ class _SandboxedTokenizer(_Sandboxed):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._ask("decode", list(ids)))
 
-    def token_id(self, token: str) -> int | None:
-        return self.control_tokens.get(token)
-
     def token_bytes(self) -> TokenBytes:
         value = self._ask("token_bytes")
         with _checking_facts(self._subject):

@@ -7,9 +7,7 @@ loads them in a sandbox.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from mixchat.base.errors import CheckpointError
 from mixchat.text.hf import JsonTokenizer
@@ -51,26 +49,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     raise CheckpointError(f"{directory}: there is no {_SENTENCEPIECE_FILE} and no {_JSON_FILE}")
 
 
-def load_template(
-    directory: Path,
-    tokenizer: Tokenizer,
-    *,
-    eos_token_ids: Sequence[int] = (),
-    kind: Literal["instruct"] | None = None,
-) -> Template:
+def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     """Load the template of the checkpoint in `directory`, whose tokenizer is `tokenizer`.
 
-    `eos_token_ids` come from config.json. A checkpoint without a chat template is taken for a base
-    model. `kind="instruct"` chooses Mistral's format for it, or for any other. Raises
-    `CheckpointError` if the template, or another file next to it, is damaged.
+    A checkpoint without a chat template is taken for a base model. Raises `CheckpointError` if the
+    template, or another file next to it, is damaged.
     """
-    stop_ids = {*eos_token_ids, *_generation_eos(directory)}
+    stop_ids = set(_generation_eos(directory))
     template = read_chat_template(directory)
-    if kind == "instruct" or (template and _is_instruct(template, directory, tokenizer)):
-        return InstructTemplate(tokenizer, stop_ids=stop_ids)
     if template is None:
         return CompletionTemplate(tokenizer, stop_ids=stop_ids, add_bos=tokenizer.adds_bos)
-    turn_ends = (tokenizer.token_id(token) for token in _TURN_ENDS if token in template.source)
+    if _is_instruct(template, directory, tokenizer):
+        return InstructTemplate(tokenizer, stop_ids=stop_ids)
+    controls = tokenizer.control_tokens
+    turn_ends = (controls.get(token) for token in _TURN_ENDS if token in template.source)
     return JinjaTemplate(
         template,
         tokenizer,
@@ -93,7 +85,7 @@ def _is_instruct(template: ChatTemplate, directory: Path, tokenizer: Tokenizer) 
     return (
         _is_mistral_v1(template.source)
         and (directory / _SENTENCEPIECE_FILE).exists()
-        and tokenizer.token_id("[INST]") is None
+        and "[INST]" not in tokenizer.control_tokens
     )
 
 

@@ -103,9 +103,6 @@ class JsonTokenizer:
         text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._mark.sub(lambda match: self._names[match.group()], text)
 
-    def token_id(self, token: str) -> int | None:
-        return self.control_tokens.get(token)
-
     def token_bytes(self) -> TokenBytes:
         ids = range(self.vocab_size)
         tokens = (
@@ -174,7 +171,7 @@ class JsonTokenizer:
         return known if len(known) == 256 else {}
 
     def _first_id(self, *tokens: str | None) -> int | None:
-        return next((i for t in tokens if t and (i := self.token_id(t)) is not None), None)
+        return next((self.control_tokens[t] for t in tokens if t in self.control_tokens), None)
 
     def _adds_bos(self, setting: object) -> bool:
         if self.bos_id is None or isinstance(setting, bool):

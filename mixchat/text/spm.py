@@ -96,9 +96,6 @@ class SentencePieceTokenizer:
         text: str = self._model.decode(known)
         return text
 
-    def token_id(self, token: str) -> int | None:
-        return self.control_tokens.get(token)
-
     def token_bytes(self) -> TokenBytes:
         within = [self._piece_bytes(i) for i in range(self.vocab_size)]
         spaced = [i for i, piece in enumerate(within) if piece.startswith(b" ")]
@@ -122,8 +119,7 @@ class SentencePieceTokenizer:
         return ids[head:] if ids[:head] == self._newline else self.encode(text)
 
     def _special(self, token: str | None, default: int) -> int | None:
-        found = None if token is None else self.token_id(token)
-        return found if found is not None else default if default >= 0 else None
+        return self.control_tokens.get(token or "", default if default >= 0 else None)
 
 
 def _load(data: bytes, file: Path) -> Any:

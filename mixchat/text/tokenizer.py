@@ -62,10 +62,6 @@ class Tokenizer(Protocol):
         """Return the text of ids without control and unknown ones. Broken UTF-8 is U+FFFD."""
         ...
 
-    def token_id(self, token: str) -> int | None:
-        """Return the id of a control token by its text, None without such a token."""
-        ...
-
     def token_bytes(self) -> TokenBytes:
         """Return the bytes of all tokens. Joined, the bytes of ids are the UTF-8 of `decode(ids)`.
 

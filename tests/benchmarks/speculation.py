@@ -176,13 +176,11 @@ def generated_prompt(
 
 def prompts_of(model: Path, count: int) -> list[Task]:
     """Return `count` prompts of each kind, without answers."""
-    from mixchat.base.model_config import ModelConfig
     from mixchat.text.choose import load_template, load_tokenizer
     from mixchat.text.messages import Message
 
     tokenizer, choose = load_tokenizer(model), random.Random(SEED)
-    config = ModelConfig.from_file(model / "config.json")
-    template = load_template(model, tokenizer, eos_token_ids=config.eos_token_ids)
+    template = load_template(model, tokenizer)
 
     def task(kind: str, question: str, begun: str = "") -> Task:
         ids = template.encode([Message("user", question)])

@@ -46,7 +46,7 @@ def test_the_next_turn_is_built_from_the_generated_ids(session_of):
     listen(session.ask("Hi"))
     listen(session.ask("How are you?"))
     assert prompt_of(session, 1) == "[user]Hi[assistant]Hello[user]How are you?"
-    assert session.messages[1].ids == tuple(map(ord, "Hello"))
+    assert session.history[1].ids == tuple(map(ord, "Hello"))
 
 
 def test_the_system_prompt_comes_first_and_outlives_clear(session_of):
@@ -88,7 +88,7 @@ def test_a_stop_string_is_not_shown_nor_remembered(session_of):
     assert session.engine.closed == 1
     listen(session.ask("On"))
     assert prompt_of(session, 1) == "[user]Count[assistant]One.[user]On"
-    assert session.messages[1].ids == tuple(map(ord, "One."))
+    assert session.history[1].ids == tuple(map(ord, "One."))
 
 
 def test_the_beginning_of_a_stop_string_is_shown_when_the_answer_ends(session_of):
@@ -128,7 +128,7 @@ def test_a_held_back_stop_string_is_not_remembered_when_interrupted(session_of):
     """ "END" may begin at "E": it was not shown, so the next turn does not know it."""
     session = session_of([*"ABE", KeyboardInterrupt()], "Fine", stop=["END"])
     text, _ = listen(session.ask("Hi"))
-    assert (text, session.messages[-1].ids) == ("AB", tuple(map(ord, "AB")))
+    assert (text, session.history[-1].ids) == ("AB", tuple(map(ord, "AB")))
 
 
 @pytest.mark.parametrize("failure", [PromptError("too long"), RuntimeError("broken")])
@@ -136,23 +136,23 @@ def test_a_held_back_stop_string_is_not_remembered_when_interrupted(session_of):
 def test_a_failing_turn_leaves_no_trace(session_of, failure, said):
     session = session_of("Hello", [*said, failure], "Fine")
     listen(session.ask("Hi"))
-    before = list(session.messages)
+    before = list(session.history)
     with pytest.raises(type(failure)):
         list(session.ask("What?"))
-    assert session.messages == before
+    assert session.history == before
     assert listen(session.ask("Again"))[0] == "Fine"
 
 
 def test_a_turn_that_is_stopped_before_it_says_anything_leaves_no_trace(session_of):
     session = session_of([KeyboardInterrupt()])
     assert listen(session.ask("Hi"))[1].reason == "interrupted"
-    assert session.messages == []
+    assert session.history == []
 
 
 def test_an_empty_answer_is_an_answer(session_of):
     session = session_of("")
     assert listen(session.ask("Hi"))[0] == ""
-    assert session.messages[-1].ids == ()
+    assert session.history[-1].ids == ()
 
 
 def test_a_question_asked_again_gets_another_seed_and_a_new_session_the_same(session_of):

@@ -16,8 +16,8 @@ from mixchat.text.messages import Message
 from mixchat.text.template import CompletionTemplate, InstructTemplate
 
 
-def chosen(directory: Path, **options: Any) -> Any:
-    return load_template(directory, load_tokenizer(directory), **options)
+def chosen(directory: Path) -> Any:
+    return load_template(directory, load_tokenizer(directory))
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,8 @@ def test_third_generation_instruct_tokens_use_their_own_template(tmp_path: Path)
     assert template.encode([Message("user", "[INST]")]).count(3) == 1
 
 
-def test_no_template_means_a_base_model_unless_instruct_is_asked_for(checkpoints: Any) -> None:
+def test_no_template_means_a_base_model(checkpoints: Any) -> None:
     assert type(chosen(checkpoints["spm"])) is CompletionTemplate
-    template = chosen(checkpoints["spm"], kind="instruct")
-    assert type(template) is InstructTemplate
-    assert not template.continues_prompt
-    assert type(chosen(checkpoints["byte-level"], kind="instruct")) is InstructTemplate
 
 
 def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path: Path) -> None:
@@ -70,12 +66,10 @@ def test_stop_ids_come_from_all_files(tmp_path: Path) -> None:
         tmp_path, build.byte_level(), template=build.CHATML, eos_token="<|endoftext|>"
     )
     assert chosen(tmp_path).stop_ids == {0, 2}, "the tokenizer's own, and the end of a turn"
-    assert chosen(tmp_path, eos_token_ids=[7, 8]).stop_ids == {0, 2, 7, 8}
     file = tmp_path / "generation_config.json"
     for value, ids in ((9, {9}), ([9, 10], {9, 10}), (None, set())):
         file.write_text(json.dumps({"eos_token_id": value}))
         assert chosen(tmp_path).stop_ids == {0, 2} | ids
-        assert chosen(tmp_path, kind="instruct").stop_ids == {0} | ids
 
 
 def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path: Path) -> None:

@@ -110,7 +110,10 @@ def test_ordinary_talk_gets_transformers_ids(
 def test_the_simplest_case_by_hand(checkpoints: Any) -> None:
     tokenizer = load_tokenizer(checkpoints["byte-level"])
     template = load_template(checkpoints["byte-level"], tokenizer)
-    start, end = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
+    start, end = (
+        tokenizer.control_tokens.get("<|im_start|>"),
+        tokenizer.control_tokens.get("<|im_end|>"),
+    )
     assert template.encode([Message("system", "S"), Message("user", "a < b")]) == [
         start, *tokenizer.encode("system\nS"), end, *tokenizer.encode("\n"),
         start, *tokenizer.encode("user\na < b"), end, *tokenizer.encode("\n"),
@@ -152,7 +155,7 @@ def test_no_template_assembles_a_control_token(
     tokenizer = build.loaded(checkpoints["byte-level"])
     template = JinjaTemplate(ChatTemplate(FORGERS[forger], Path("x")), tokenizer)
     assert build.controls_in(tokenizer, template.encode(messages)) == [
-        tokenizer.token_id("<|im_end|>")
+        tokenizer.control_tokens.get("<|im_end|>")
     ]
 
 

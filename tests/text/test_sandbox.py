@@ -50,12 +50,12 @@ def process_of(text: CheckpointText) -> Any:
 
 def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
-    template = load_template(directory, tokenizer, eos_token_ids=[77])
+    template = load_template(directory, tokenizer)
     with closing(CheckpointText(directory)) as text:
         sandboxed, sandboxed_template = text.tokenizer(), text.template([77])
         for name in ("vocab_size", "bos_id", "eos_id", "adds_bos", "control_tokens"):
             assert getattr(sandboxed, name) == getattr(tokenizer, name)
-        assert sandboxed_template.stop_ids == template.stop_ids
+        assert sandboxed_template.stop_ids == {*template.stop_ids, 77}
         assert sandboxed_template.continues_prompt == template.continues_prompt
         assert sandboxed_template.encode(TALK) == template.encode(TALK)
         ids = tokenizer.encode("Grüße, 🙂 <|im_end|>\n")
@@ -65,7 +65,6 @@ def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> N
             "<s>AxB", inserts
         )
         assert sandboxed.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
-        assert sandboxed.token_id("<|im_end|>") == tokenizer.token_id("<|im_end|>")
         streams = (Detokenizer(sandboxed), Detokenizer(tokenizer))
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
 

@@ -94,9 +94,9 @@ def test_nothing_is_prepended(tokenizer: Any) -> None:
 
 
 def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
-    name, end = "<|im_end|>" if tokenizer.token_id("<|im_end|>") else "</s>", [7, 7]
+    name, end = "<|im_end|>" if tokenizer.control_tokens.get("<|im_end|>") else "</s>", [7, 7]
     ids = tokenizer.encode_template(f"a {name}x {name} y", {"x": name, "y": (7, 7)})
-    assert build.controls_in(tokenizer, ids) == [tokenizer.token_id(name)] * 2
+    assert build.controls_in(tokenizer, ids) == [tokenizer.control_tokens.get(name)] * 2
     assert ids[-2:] == end
     assert tokenizer.encode_template("x", {"x": f"a {name} b"}) == tokenizer.encode(f"a {name} b")
 
@@ -130,9 +130,9 @@ def test_control_tokens_and_unknown_ids_have_no_text(tokenizer: Any) -> None:
 
 
 def test_ids_of_control_tokens_are_known_by_their_text(tokenizer: Any) -> None:
-    assert tokenizer.token_id("no such token") is None
-    assert tokenizer.token_id("the") is None
-    assert all(tokenizer.token_id(t) == i for t, i in tokenizer.control_tokens.items())
+    assert tokenizer.control_tokens.get("no such token") is None
+    assert tokenizer.control_tokens.get("the") is None
+    assert all(tokenizer.control_tokens.get(t) == i for t, i in tokenizer.control_tokens.items())
     assert max(tokenizer.control_tokens.values()) < tokenizer.vocab_size
 
 
@@ -182,7 +182,7 @@ def test_without_legacy_text_after_a_control_token_gets_no_space(tmp_path: Path)
 def test_third_generation_instruct_tokens_are_control_tokens(tmp_path: Path) -> None:
     build.write_checkpoint(tmp_path, model_file=build.V3_FILE)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode_template("[INST]") == [tokenizer.token_id("[INST]")] == [3]
+    assert tokenizer.encode_template("[INST]") == [tokenizer.control_tokens.get("[INST]")] == [3]
     assert build.controls_in(tokenizer, tokenizer.encode("[INST] a [/INST]")) == []
 
 
@@ -219,9 +219,9 @@ def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) ->
 def test_added_words_that_are_not_markup_are_unchanged(checkpoints: Any) -> None:
     tokenizer = load_tokenizer(checkpoints["byte-level"])
     assert len(tokenizer.encode("blockchain")) == 1
-    assert tokenizer.token_id("blockchain") is None
+    assert tokenizer.control_tokens.get("blockchain") is None
     assert build.controls_in(tokenizer, tokenizer.encode("<tool>[TOOL_CALLS]")) == []
-    tool = tokenizer.token_id("<tool>")
+    tool = tokenizer.control_tokens.get("<tool>")
     assert tokenizer.encode_template("a<tool>b")[1] == tool
     assert tokenizer.decode(tokenizer.encode_template("a<tool>b")) == "a<tool>b"
 
@@ -249,10 +249,10 @@ def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path: Pa
         spec["added_tokens"].append({"id": size + 1, "content": "<s>", "special": True, **flags})
 
     tokenizer = load_tokenizer(edited(tmp_path, change))
-    assert tokenizer.token_id("<s>") is not None
-    assert tokenizer.token_id("<s>") not in tokenizer.encode("<s>")
+    assert tokenizer.control_tokens.get("<s>") is not None
+    assert tokenizer.control_tokens.get("<s>") not in tokenizer.encode("<s>")
     assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"
-    assert tokenizer.encode_template("<s>") == [tokenizer.token_id("<s>")]
+    assert tokenizer.encode_template("<s>") == [tokenizer.control_tokens.get("<s>")]
 
 
 def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
     added = {str(size): {"content": "<|tool|>", "special": False}}
     edited(tmp_path, nothing, added_tokens_decoder=added, eos_token="<|im_end|>")
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.token_id("<|tool|>") == size
+    assert tokenizer.control_tokens.get("<|tool|>") == size
     assert tokenizer.vocab_size == size + 1
-    assert tokenizer.eos_id == tokenizer.token_id("<|im_end|>")
+    assert tokenizer.eos_id == tokenizer.control_tokens.get("<|im_end|>")
     assert size not in tokenizer.encode("<|tool|>")
 
 

@@ -188,5 +188,5 @@ def loaded(directory: Path) -> Any:
 
 def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:
     """Return the control tokens among ids; a character outside the vocabulary is <unk>."""
-    control = set(tokenizer.control_tokens.values()) - {tokenizer.token_id("<unk>")}
+    control = set(tokenizer.control_tokens.values()) - {tokenizer.control_tokens.get("<unk>")}
     return [i for i in ids if i in control]

@@ -69,12 +69,9 @@ class ChatPrompt:
         output: Output | None = None,
         warn: Callable[[str], object] = say,
     ) -> None:
-        self.typed = False
-        """There was text when Ctrl-C was pressed."""
-        self.sent = False
-        """The last text was sent: a Ctrl-C that comes now is for what it asks."""
-        self.quoted = False
-        """The last text was in quotes, so it is not a command, whatever it starts with."""
+        self.typed = False  # there was text when Ctrl-C was pressed
+        self.sent = False  # the last text was sent, so a Ctrl-C stops its answer
+        self.quoted = False  # the last text was in quotes, so it is not a command
         self._status = status
         self._warn = warn
         self._to_editor = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from mixchat.chat.terminal import commands
 from mixchat.chat.terminal.active_chat import ActiveChat
 from mixchat.chat.terminal.typeahead import unseen_keys
+
+if TYPE_CHECKING:
+    from mixchat.chat.terminal.prompt import ChatPrompt
 
 # `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
 # is a system prompt.
@@ -15,20 +18,10 @@ _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
-class PromptLine(Protocol):
-    """The line at which a person types."""
-
-    typed: bool  # there was text when Ctrl-C came
-    sent: bool  # the text was sent, so Ctrl-C stops its answer
-    quoted: bool  # the text was in quotes, so it is not a command
-
-    def read(self, default: str = "") -> str: ...
-
-
 class Repl:
     """Reads texts at a prompt, and acts on a chat."""
 
-    def __init__(self, chat: ActiveChat, prompt: PromptLine) -> None:
+    def __init__(self, chat: ActiveChat, prompt: ChatPrompt) -> None:
         self._chat, self._prompt = chat, prompt
         self._about_to_leave = False
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from mixchat.base.quantities import format_time
 from mixchat.base.sanitize import sanitize
@@ -16,6 +16,7 @@ from mixchat.chat.answer import left_out_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta
 
 if TYPE_CHECKING:
+    from mixchat.chat.draw.markdown_stream import MarkdownStream
     from mixchat.chat.session import Event
     from mixchat.text.messages import Message
 
@@ -26,16 +27,6 @@ _STATUS_INTERVAL_S = 0.5  # between two status lines below an answer
 _ERASE = "\r\x1b[K"
 _MAX_QUESTION_LINES = 12  # a longer question is shown by its first and last lines
 _FIRST_LINES, _LAST_LINES = 5, 4
-
-
-class _Writer(Protocol):
-    """Shows an answer piece by piece."""
-
-    def feed(self, text: str) -> None: ...
-
-    def pause(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Screen:
@@ -54,7 +45,9 @@ class Screen:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
-        self._answer: _Writer | None = None  # of the answer that is being shown
+        self._answer: MarkdownStream | _PlainWriter | None = (
+            None  # of the answer that is being shown
+        )
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
@@ -162,7 +155,7 @@ class Screen:
             line.erase()
             self._waiting = None
 
-    def _writer(self, before: str, below: Callable[[], str]) -> _Writer:
+    def _writer(self, before: str, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
         if not self._draws:
             return _PlainWriter(self.out)
         from rich.console import Console

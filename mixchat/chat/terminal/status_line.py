@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit.utils import get_cwidth
 
@@ -91,10 +91,7 @@ class Figures:
     def __init__(self, session: ChatSession) -> None:
         self._session = session
         self.used: int | None = 0
-        self.speed: float | None = None
-        self.hit_rate: float | None = None
-        self.memory: int | None = None
-        self.on_workers: int | None = None
+        self._measured: dict[str, Any] = {}  # arguments of `status_line`
         self.count()
 
     @property
@@ -105,43 +102,31 @@ class Figures:
 
     def line(self, model: str, width: int) -> str:
         """Return the status line with these figures."""
-        return status_line(
-            model,
-            self.used,
-            self.size,
-            speed=self.speed,
-            hit_rate=self.hit_rate,
-            memory=self.memory,
-            on_workers=self.on_workers,
-            width=width,
-        )
+        return status_line(model, self.used, self.size, width=width, **self._measured)
 
     def line_now(self, model: str, width: int) -> str:
         """Return the status line in the middle of an answer, with the pace of that."""
         stats = self._session.stats
-        return status_line(
-            model,
-            # A server tells the tokens of its prompt at the end.
-            stats.prompt_tokens + stats.generated_tokens if stats.prompt_tokens else None,
-            self.size,
-            speed=_speed(stats),
-            width=width,
-        )
+        used = stats.prompt_tokens + stats.generated_tokens
+        # A server tells the tokens of its prompt at the end.
+        known = used if stats.prompt_tokens else None
+        return status_line(model, known, self.size, speed=_speed(stats), width=width)
 
     def count(self) -> None:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used_tokens
         if (engine := self._session.backend.engine) is not None:
-            self.memory = engine.expert_bytes or None  # 0 before the first answer
-            self.on_workers = engine.slots_by_tier.get("worker")
+            self._measured["memory"] = engine.expert_bytes or None  # 0 before the first answer
+            self._measured["on_workers"] = engine.slots_by_tier.get("worker")
 
     def turn(self, finished: Finished) -> None:
         """Count again, after an answer."""
         stats, experts = finished.stats, finished.stats.experts
-        self.speed = _speed(stats) or self.speed
+        if speed := _speed(stats):
+            self._measured["speed"] = speed
         if experts.hits.total() + experts.misses.total():
-            self.hit_rate = experts.hit_rate
+            self._measured["hit_rate"] = experts.hit_rate
         self.count()
 
 

@@ -54,7 +54,7 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
     saver.save()
     other = session_of("more")
     ChatSaver(other, store, "demo").resume(store.load(saver.chat.id))
-    assert other.messages == session.messages
+    assert other.history == session.history
     assert other.history[-1].partial
     assert (other.sampling.temperature, other.sampling.top_k, other.sampling.seed) == (0.25, 7, 9)
     talk(other, "Again")

@@ -144,7 +144,7 @@ def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
         chat = Chat(session, "Hi\r" + CTRL_D)
     assert chat.text == "(stopped)\n\n"
     assert session.engine.prompts == []
-    assert session.messages == []
+    assert session.history == []
 
 
 def test_ctrl_c_does_not_wait_long_for_a_token(session_of):

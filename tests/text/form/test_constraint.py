@@ -96,7 +96,7 @@ def test_a_model_without_a_token_that_ends_answers_is_refused(stops: set[int]) -
 
 
 def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
-    stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
+    stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
     form = ConstraintCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
     controls = set(tokenizer.control_tokens.values())
     assert allowed(form.start()) & controls == {stop}
@@ -106,7 +106,7 @@ def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
 def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any, kind: str) -> None:
     """For each kind of tokenizer, at the start of a text and behind a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
-    stop = tokenizer.eos_id or tokenizer.token_id("<|im_end|>")
+    stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
     form = ConstraintCompiler(tokenizer, {stop}).compile(
         lark_grammar(f"start: /{pattern}{{1,30}}/")
     )
