@@ -127,7 +127,7 @@ class CharacterTokenizer:
 
 @dataclass
 class PlainTemplate:
-    """`[user]Hi[assistant]Hello[user]...`, with the ids of an answer where it has some."""
+    """`[user]Hi[assistant]Hello[user]...`, with the ids of an answer if it has some."""
 
     continues_prompt: bool = False
     stop_ids: frozenset[int] = field(default=frozenset({STOP}))

@@ -38,7 +38,7 @@ class Terminal(io.TextIOBase):
         self._emulator = pyte.Stream(self.screen)
 
     def write(self, text):
-        if text:  # Rich writes nothing where it captures what it would write
+        if text:  # Rich writes nothing while it captures
             self.frames.append(text)
         self._emulator.feed(text.replace("\n", "\r\n"))
         self.__dict__.pop("cells", None)

@@ -93,7 +93,7 @@ def test_a_path_reaches_a_program_byte_for_byte(tmp_path, monkeypatch):
         ("error: a/path/of/18/chars x", ["error:", "  a/path/of/18/chars", "  x"]),
     ],
 )
-def test_a_line_breaks_between_words_behind_its_label(line, rows):
+def test_a_line_breaks_between_words_after_its_label(line, rows):
     assert wrapped(line, 20).split("\n") == rows
 
 
@@ -104,7 +104,7 @@ def test_a_program_gets_a_message_in_one_line(monkeypatch):
     assert "\n" in fitted(text, Tty())
 
 
-def test_the_width_is_that_of_the_stream_s_own_terminal(monkeypatch):
+def test_the_width_comes_from_the_streams_own_terminal(monkeypatch):
     """With standard output in a pipe, messages on the terminal were laid out for 80 columns."""
     import fcntl
     import struct

@@ -222,7 +222,7 @@ def test_without_an_answer_there_is_nothing_to_do_again(session_of, way):
 @pytest.mark.parametrize(
     ("reason", "partial"), [("stop", False), ("stop_string", False), ("length", True)]
 )
-def test_an_answer_is_marked_where_it_was_stopped_before_its_end(session_of, reason, partial):
+def test_an_answer_that_was_stopped_before_its_end_is_marked(session_of, reason, partial):
     options = {"stop": {}, "stop_string": {"stop": ["lo"]}, "length": {"max_tokens": 2}}[reason]
     session = session_of("Hello", **options)
     _, finished = listen(session.ask("Hi"))
@@ -268,7 +268,7 @@ def answers_under(session, count):
     return seen
 
 
-def test_old_turns_are_left_out_whole_where_the_context_is_full(session_of):
+def test_old_turns_are_left_out_whole_when_the_context_is_full(session_of):
     script = [f"answer {number}" for number in range(12)]
     session = session_of(*script, system="Be brief", context_size=200, overflow="drop-oldest")
     seen = answers_under(session, 12)
@@ -337,7 +337,7 @@ def refuse_long_prompts(engine):
 
 
 def test_turns_are_left_out_while_there_is_room_for_a_short_answer_only(session_of):
-    """An answer was cut off after a few tokens where the oldest turn could have gone."""
+    """An answer was cut off after a few tokens, although the oldest turn could have gone."""
     session = session_of("a" * 50, "b" * 30, context_size=120, overflow="drop-oldest", max_tokens=0)
     turns_of(session, "x" * 30)
     *_, finished = session.ask("again")
@@ -346,7 +346,7 @@ def test_turns_are_left_out_while_there_is_room_for_a_short_answer_only(session_
 
 
 @pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt()])
-def test_an_answer_is_remembered_where_the_program_has_to_end(session_of, error):
+def test_an_answer_is_remembered_if_the_program_has_to_end(session_of, error):
     session = session_of(["a", "b", error])
     try:
         for _ in session.ask("Hi"):
@@ -403,7 +403,7 @@ def test_a_question_that_cannot_fit_is_refused_before_it_is_made_into_tokens(ses
     assert session.history == []
 
 
-def test_old_turns_are_offered_to_be_left_out_only_where_that_helps(session_of):
+def test_leaving_out_old_turns_is_offered_only_if_it_helps(session_of):
     """A first question got the hint /set overflow drop-oldest, with no turn that could go."""
     session = session_of("a" * 20, "b", context_size=60)
     with pytest.raises(PromptError) as first:

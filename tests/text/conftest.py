@@ -85,7 +85,7 @@ def tokenizer(directory: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def reference(directory: Path) -> Any:
-    """transformers' tokenizer of the same directory; None where there is only tokenizer.model."""
+    """transformers' tokenizer of the same directory, None if there is only tokenizer.model."""
     if not (directory / "tokenizer.json").exists():
         return None
     from transformers import AutoTokenizer

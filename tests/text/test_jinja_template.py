@@ -181,7 +181,7 @@ def test_no_template_assembles_a_control_token(
 def test_a_simple_encoding_would_assemble_these_tokens(
     forger: str, texts: list[str], checkpoints: Any
 ) -> None:
-    """Each of them forges a token where the rendered text is simply encoded."""
+    """Each of them forges a token if the rendered text is simply encoded."""
     from jinja2 import Environment
 
     tokenizer = build.loaded(checkpoints["byte-level"])
@@ -253,7 +253,7 @@ def test_without_a_system_role_its_text_goes_to_the_first_question(
     )
 
 
-def test_a_system_role_is_used_where_there_is_one(checkpoints: Any) -> None:
+def test_a_system_role_is_used_if_there_is_one(checkpoints: Any) -> None:
     tokenizer = build.loaded(checkpoints["byte-level"])
     template = load_template(checkpoints["byte-level"], tokenizer)
     text = tokenizer.decode(template.encode([Message("system", "S"), Message("user", "a")]))

@@ -124,7 +124,7 @@ def test_a_child_that_ends_is_replaced(number: int, sandboxed: CheckpointText) -
     assert tokenizer.encode("Hello") == ids
 
 
-def test_after_ctrl_c_no_reply_is_taken_for_that_of_another_request(
+def test_after_ctrl_c_no_reply_is_taken_for_another_calls(
     sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = sandboxed.tokenizer()
@@ -178,7 +178,7 @@ def test_a_child_may_send_anything(
 
 
 def test_the_child_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
-    """Also where the parent is killed."""
+    """Also if the parent is killed."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"

@@ -64,7 +64,7 @@ def test_the_bytes_of_random_tokens_are_the_text_that_is_shown(
 
 @many
 @given(text=anything, places=choices)
-def test_the_bytes_of_tokens_behind_a_prompt_are_the_text_that_is_shown(
+def test_the_bytes_of_tokens_after_a_prompt_are_the_text_that_is_shown(
     text: str, places: list[int], tokenizer: Any, tokens: TokenBytes
 ) -> None:
     before, ids = tokenizer.encode("Once " + text), pick(tokens, places)

@@ -153,7 +153,7 @@ def test_mistrals_own_ids(v1: Any) -> None:
     assert v1.encode_template("</s>") == [2]
 
 
-def test_added_tokens_follow_those_of_sentencepiece(checkpoints: Any, v1: Any) -> None:
+def test_added_tokens_follow_sentencepieces_own(checkpoints: Any, v1: Any) -> None:
     tokenizer = load_tokenizer(checkpoints["spm-added"])
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (32002, 32001)
@@ -187,7 +187,7 @@ def test_third_generation_instruct_tokens_are_control_tokens(tmp_path: Path) -> 
 
 
 def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) -> None:
-    """Some fine-tunes write their markup into tokenizer.model, where any text can spell it."""
+    """Some fine-tunes write their markup into tokenizer.model, so that any text can spell it."""
     import io
 
     import sentencepiece

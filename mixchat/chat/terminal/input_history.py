@@ -13,8 +13,8 @@ from prompt_toolkit.history import History
 from mixchat.base.files import open_regular, write_private_file
 from mixchat.base.lock import exclusive_lock
 
-_MOST_ENTRIES = 2000
-_MOST_BYTES = 4_000_000  # pasted files are entries, too
+_MAX_ENTRIES = 2000
+_MAX_FILE_BYTES = 4_000_000  # pasted files are entries, too
 
 
 class InputHistory(History):
@@ -62,8 +62,8 @@ class InputHistory(History):
         """Read the file, and remove the oldest entries if there are too many."""
         data = _read(path)
         entries = _entries_in(data)
-        self._entries = entries[-_MOST_ENTRIES:]
-        if len(entries) > _MOST_ENTRIES or path.stat().st_size > len(data):
+        self._entries = entries[-_MAX_ENTRIES:]
+        if len(entries) > _MAX_ENTRIES or path.stat().st_size > len(data):
             write_private_file(path, b"".join(map(_written, self._entries)))
 
     @contextmanager
@@ -85,14 +85,14 @@ def _alone(path: Path) -> AbstractContextManager[None]:
 
 
 def _read(path: Path) -> bytes:
-    """Return the end of the file, at most `_MOST_BYTES`."""
+    """Return the end of the file, at most `_MAX_FILE_BYTES`."""
     fd = open_regular(path, follow=False)
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
-        if size > _MOST_BYTES:
-            file.seek(size - _MOST_BYTES // 2)
-            file.readline(_MOST_BYTES)
-        return file.read(_MOST_BYTES)
+        if size > _MAX_FILE_BYTES:
+            file.seek(size - _MAX_FILE_BYTES // 2)
+            file.readline(_MAX_FILE_BYTES)
+        return file.read(_MAX_FILE_BYTES)
 
 
 def _entries_in(data: bytes) -> list[str]:

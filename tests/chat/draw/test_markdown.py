@@ -377,7 +377,7 @@ def test_brackets_are_shown_as_they_are():
         "snake_case_name",
     ],
 )
-def test_what_is_no_markdown_for_a_terminal_stays_as_typed(text):
+def test_text_that_is_not_markdown_stays_as_typed(text):
     assert rows_of(text) == text.split("\n")
 
 
@@ -415,7 +415,7 @@ def test_what_blocks_look_like():
     ]
 
 
-def test_a_table_is_shown_as_typed_where_it_does_not_fit_or_has_cells_too_many():
+def test_a_table_that_does_not_fit_or_has_too_many_cells_is_shown_as_typed():
     table = "| a | b | c |\n|---|---|---|\n| 1 | 2 | 3 |"
     assert "".join(rows_of(table, 12)).replace(" ", "") == table.replace("\n", "").replace(" ", "")
     table = "| a |\n|---|\n| x || y |"

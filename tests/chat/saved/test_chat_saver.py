@@ -131,7 +131,7 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_continues(sessi
     assert len(session.history) == 6
 
 
-def test_a_chat_that_was_changed_in_another_session_is_saved_beside_it(session_of, store):
+def test_a_chat_that_was_changed_in_another_session_is_saved_as_a_new_one(session_of, store):
     """The one that was saved last won, and the other's turns were gone."""
     session, said = session_of("Hello", "here"), []
     first = ChatSaver(session, store, "demo", note=said.append)
@@ -168,7 +168,7 @@ def questions_in(store):
     )
 
 
-def test_a_turn_is_not_lost_where_another_is_saved_between_the_look_and_the_write(
+def test_a_turn_is_not_lost_if_another_is_saved_between_the_look_and_the_write(
     session_of, store, monkeypatch
 ):
     """Of two processes that resumed one chat, 11 of 60 times one's turn was in no file."""
@@ -277,7 +277,7 @@ def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
     assert store.load(saver.chat.id).messages == ()
 
 
-def test_a_loaded_chat_is_saved_only_where_all_are(session_of, store):
+def test_a_loaded_chat_is_saved_only_if_all_are(session_of, store):
     session = session_of("a", "b")
     talk(session, "one")
     ChatSaver(session, store, "demo").save()
@@ -291,7 +291,7 @@ def test_a_loaded_chat_is_saved_only_where_all_are(session_of, store):
     assert sorted(saved.turns for saved in store.all()) == [1, 1]
 
 
-def test_after_clear_a_chat_is_saved_only_where_all_are(session_of, store):
+def test_after_clear_a_chat_is_saved_only_if_all_are(session_of, store):
     """It was saved for ever after one /save in a run with --no-save."""
     session = session_of("a", "b")
     saver = ChatSaver(session, store, "demo", autosave=False)

@@ -176,7 +176,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         "id", ["", "../x", f"../{ID}", f"{ID}/../x", f"{ID}\n", "sky", "x" * 9]
     )
-    def test_what_is_no_id_names_no_file(self, store, id):
+    def test_a_text_that_is_not_an_id_names_no_file(self, store, id):
         for use in (store.kv_path, lambda id: store.save(chat_of(id))):
             with pytest.raises(UsageError, match="not a chat's ID"):
                 use(id)
@@ -331,7 +331,7 @@ class TestNamesAlone:
     @pytest.mark.parametrize(
         "head", [b"", b"{", b"[]", b'{"name": "x"}', b'{"format": 1, "name": 5', b"\xff" * 99]
     )
-    def test_what_is_no_chat_has_none(self, three, head):
+    def test_a_file_that_is_not_a_chat_has_none(self, three, head):
         for id in three.ids():
             file_of(three, id).write_bytes(head)
         assert three.names() == []
@@ -409,7 +409,7 @@ class TestRemoving:
         assert sorted(three.sweep()) == sorted((three.directory / name, 3) for name in names)
         assert sorted(os.listdir(three.directory)) == sorted([*before, f"{ID}.kv", "notes.tmp"])
 
-    def test_there_is_nothing_to_sweep_where_nothing_is(self, store):
+    def test_there_is_nothing_to_sweep_without_a_directory(self, store):
         assert list(store.sweep()) == []
 
 

@@ -63,7 +63,7 @@ def test_markdown_says_what_it_is_and_who_said_what():
     )
 
 
-def test_the_title_is_the_name_where_there_is_one():
+def test_the_title_is_the_name_if_there_is_one():
     assert to_markdown(replace(CHAT, name="My *best* chat")).startswith("# My \\*best\\* chat\n")
     assert to_markdown(replace(CHAT, messages=())).startswith("# A chat\n")
 

@@ -90,7 +90,7 @@ def test_no_chat_is_saved_that_has_no_answer(session_of, tmp_path):
     assert store.ids() == []
 
 
-def test_figures_after_an_answer_are_those_of_the_new_model(session_of):
+def test_figures_after_an_answer_are_the_new_models(session_of):
     before, after = [], []
     session = session_of("One")
     Chat(
@@ -127,7 +127,7 @@ def test_ctrl_c_while_it_loads_leaves_the_old_one(session_of, step):
     assert said(chat) == ["(stopped; the model is still demo)", "One"]
 
 
-def test_the_chat_ends_where_no_model_is_left(session_of):
+def test_the_chat_ends_if_no_model_is_left(session_of):
     class Lost(Models):
         def change(self, name):
             self.saver.session.engine.close()

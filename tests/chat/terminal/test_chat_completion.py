@@ -71,7 +71,7 @@ def test_a_command_with_an_argument_gets_a_space():
     "text",
     ["", "help", "what is /h", " /h", "/etc/hosts is empty", "/nothing x", "/help x", "/h\nmore"],
 )
-def test_what_is_no_command_is_left_alone(text):
+def test_text_that_is_not_a_command_is_left_alone(text):
     assert results(text) == []
 
 
@@ -107,7 +107,7 @@ def test_the_home_directory_stays_a_tilde(files):
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_a_quote_is_closed_behind_a_file_and_not_behind_a_directory(files, quote):
+def test_a_quote_is_closed_after_a_file_and_not_after_a_directory(files, quote):
     assert list(file_names(f"{quote}two")) == [f"{quote}two words.txt{quote}"]
     assert list(file_names(f"{quote}su")) == [f"{quote}sub dir/"]
 
@@ -155,7 +155,7 @@ def test_a_directory_of_very_many_files_is_not_read_to_its_end(tmp_path, monkeyp
     assert len(list(file_names(f"{tmp_path}/"))) == 3
 
 
-def test_an_argument_may_have_a_text_beside_it():
+def test_an_argument_may_have_a_text_next_to_it():
     """The IDs of /load said nothing of the chats."""
     about = CommandCompletion("load a chat", lambda typed: [("mine", "What is a\nmixture?")])
     event, document = CompleteEvent(text_inserted=True), Document("/load m")

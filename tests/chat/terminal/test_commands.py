@@ -119,7 +119,7 @@ def test_an_unknown_command_is_not_sent(session_of):
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bye", "save")])
-def test_no_command_fails_in_a_chat_where_nothing_was_said(session_of, store, name):
+def test_no_command_fails_in_an_empty_chat(session_of, store, name):
     chat = typed(session_of(), f"/{name}", store=store)
     for error in chat.errors:
         assert isinstance(error, MixchatError), repr(error)
@@ -241,7 +241,7 @@ def test_a_chat_that_is_not_saved_is_from_save_on(session_of, store):
     assert [saved.turns for saved in store.all()] == [1]
 
 
-def test_load_keeps_the_chat_as_it_is_where_there_is_no_other(session_of, store):
+def test_load_keeps_the_chat_if_there_is_no_other(session_of, store):
     session = session_of("Hello")
     assert "there is no saved chat 'nothing'" in error_of(
         typed(session, "Hi", "/load nothing", store=store)
@@ -291,7 +291,7 @@ def test_an_edit_that_is_given_up_changes_nothing(session_of):
     assert prompts_of(session)[1] == "[user]one[assistant]a[user]two"
 
 
-def test_continue_continues_where_the_answer_ended(session_of):
+def test_continue_continues_the_answer_from_its_end(session_of):
     session = session_of("Hello", "world", max_tokens=3)
     chat = typed(session, "Hi", "/continue")
     assert prompts_of(session)[1] == "[user]HiHel"
@@ -381,7 +381,7 @@ def test_load_completes_to_each_chat_with_its_question(session_of, store):
 
 
 @pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
-def test_a_command_that_takes_nothing_is_not_obeyed_with_something_behind_it(session_of, line):
+def test_a_command_without_an_argument_refuses_one(session_of, line):
     session = session_of("Hello")
     chat = typed(session, "Hi", line)
     assert "takes no argument" in error_of(chat)
@@ -421,7 +421,7 @@ def test_an_export_that_fails_leaves_no_file(session_of, tmp_path, monkeypatch):
         (b"a\0b", "not text"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused(session_of, tmp_path, content, said):
+def test_a_file_that_is_not_text_is_refused(session_of, tmp_path, content, said):
     if content is not None:
         (tmp_path / "notes").write_bytes(content)
     assert said in error_of(typed(session_of(), "/read notes"))

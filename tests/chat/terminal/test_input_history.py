@@ -94,8 +94,8 @@ def test_what_was_typed_before_loading_is_there_once(path):
     assert list(history.load_history_strings()) == ["one"]
 
 
-def test_the_newest_stay_where_there_are_too_many(path, monkeypatch):
-    monkeypatch.setattr(input_history, "_MOST_ENTRIES", 3)
+def test_the_newest_stay_if_there_are_too_many(path, monkeypatch):
+    monkeypatch.setattr(input_history, "_MAX_ENTRIES", 3)
     keep(path, *"abcde")
     assert saved(path) == ["c", "d", "e"]
     assert path.read_text().count("+") == 3
@@ -104,7 +104,7 @@ def test_the_newest_stay_where_there_are_too_many(path, monkeypatch):
 
 
 def test_a_file_that_is_too_long_keeps_its_end(path, monkeypatch):
-    monkeypatch.setattr(input_history, "_MOST_BYTES", 500)
+    monkeypatch.setattr(input_history, "_MAX_FILE_BYTES", 500)
     keep(path, *(f"é number {number}" for number in range(100)))
     entries = saved(path)
     assert entries[-1] == "é number 99"
@@ -135,7 +135,7 @@ def test_two_chats_do_not_break_each_others(path):
 
 def test_an_entry_that_is_added_after_another_chat_shortened_the_file_is_there(path, monkeypatch):
     first = keep(path, *"abcd")
-    monkeypatch.setattr(input_history, "_MOST_ENTRIES", 2)
+    monkeypatch.setattr(input_history, "_MAX_ENTRIES", 2)
     InputHistory(path)
     first.append_string("e")
     assert saved(path) == ["d", "e"]
@@ -145,7 +145,7 @@ MANY = """
 import sys
 from pathlib import Path
 from mixchat.chat.terminal import input_history
-input_history._MOST_ENTRIES = 80
+input_history._MAX_ENTRIES = 80
 for number in range(40):
     history = input_history.InputHistory(Path(sys.argv[1]))
     history.append_string(f"{sys.argv[2]}{number}\\nsecond line")

@@ -16,7 +16,7 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def exact_model(tiny_checkpoint, install):
-    """In fp32: where a prompt is read in other pieces, rounding changes next to nothing."""
+    """In fp32. If a prompt is read in other pieces, rounding changes next to nothing."""
     return install(tiny_checkpoint, quant_type="none")
 
 

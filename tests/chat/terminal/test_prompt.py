@@ -152,7 +152,7 @@ def test_ctrl_c_says_whether_there_was_text(typing):
     assert typing("a" + CTRL_C + CTRL_C + "b" + ENTER) == [("Ctrl-C", True), ("Ctrl-C", False), "b"]
 
 
-def test_ctrl_d_deletes_where_there_is_text(typing):
+def test_ctrl_d_deletes_text_if_there_is_some(typing):
     assert typing("ab\x01" + CTRL_D + ENTER) == ["b"]
 
 
@@ -286,7 +286,7 @@ class Eyes:
         self._screen = pyte.Screen(width, rows)
         self._stream = pyte.ByteStream(self._screen)
         self._master, self.slave = pty.openpty()
-        self._screen.write_process_input = self.type  # answers where the cursor is
+        self._screen.write_process_input = self.type  # answers with the cursor's place
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, width, 0, 0))
         self._read = queue.Queue()
         self._out = os.fdopen(os.dup(self.slave), "w", encoding="utf-8")

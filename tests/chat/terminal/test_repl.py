@@ -75,7 +75,7 @@ def test_an_answer_without_a_word_says_so(session_of):
     assert "(the model ended the answer at once)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
 
 
-def test_a_path_is_no_command(session_of):
+def test_a_path_is_not_a_command(session_of):
     session = session_of("So it is")
     Chat(session, "/etc/hosts is empty\r" + CTRL_D)
     assert prompts_of(session) == ["[user]/etc/hosts is empty"]

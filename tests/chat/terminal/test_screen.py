@@ -189,7 +189,7 @@ def test_below_an_answer_is_a_line_while_it_is_written():
     assert "tok/s" not in "".join(out.shown)
 
 
-def test_the_line_is_gone_where_no_answer_comes():
+def test_the_line_is_gone_if_no_answer_comes():
     out, clock = Tty(), Clock()
     screen = Screen(out, clock=clock)
     with screen.waiting() as reading:

@@ -47,7 +47,7 @@ def test_what_is_zero_is_known():
         (0, ""),
     ],
 )
-def test_the_least_important_goes_first_where_there_is_less_room(width, shown):
+def test_the_least_important_goes_first_in_less_room(width, shown):
     assert line(width) == shown
 
 

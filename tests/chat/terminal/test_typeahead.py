@@ -67,7 +67,7 @@ def test_what_is_typed_at_the_prompt_stays_what_it_is() -> None:
         assert os.read(source.fileno(), 100) == b"a\nb\r"
 
 
-def test_ctrl_c_behind_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() -> None:
+def test_ctrl_c_after_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() -> None:
     """It was read as a key in raw mode, and the answer that it should stop was given."""
     with terminal() as (person, source):
         with pytest.raises(KeyboardInterrupt), typeahead.reading_keys(source):
@@ -75,7 +75,7 @@ def test_ctrl_c_behind_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() 
         assert [press.key for press in get_typeahead(source)] == ["a", "b", Keys.ControlC]
 
 
-def test_ctrl_c_behind_the_enter_of_another_line_is_left_to_that_line() -> None:
+def test_ctrl_c_after_the_enter_of_another_line_is_left_to_that_line() -> None:
     with terminal() as (person, source):
         with typeahead.reading_keys(source):
             type_keys(b"a\r\x03", person, source)

@@ -39,13 +39,13 @@ def compiled(form: OutputConstraint, tokenizer: ByteTokenizer | None = None) -> 
 
 
 def has_form(form: CompiledConstraint, text: str) -> bool:
-    """Return whether a text has a form, as far as an answer may end behind it."""
+    """Return whether a text has a form, after which an answer may end."""
     constraint = form.start()
     return all(map(constraint.accepts, text.encode())) and bool(constraint.allowed()[STOP])
 
 
 def random_text(form: CompiledConstraint, seed: int, longest: int = 2000) -> str | None:
-    """Return a random text of a form, None where it has no end within `longest` bytes."""
+    """Return a random text of a form, None if it has no end within `longest` bytes."""
     choose, constraint, data = random.Random(seed), form.start(), bytearray()
     while len(data) < longest:
         allowed = constraint.allowed().nonzero().flatten().tolist()

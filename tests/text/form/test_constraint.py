@@ -29,7 +29,7 @@ def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed()
     constraint.accept(258)
 
 
-def test_an_answer_may_end_or_go_on_where_the_form_allows_both() -> None:
+def test_an_answer_may_end_or_continue_if_the_form_allows_both() -> None:
     constraint = compiled(lark_grammar("start: /a+/")).start()
     assert allowed(constraint) == {ord("a")}
     constraint.accept(ord("a"))
@@ -49,7 +49,7 @@ def test_answers_have_constraints_of_their_own() -> None:
 
 
 def test_the_first_token_counts_as_it_is_shown() -> None:
-    """SentencePiece shows `▁yes` at the start as `yes`, and behind other text with its space."""
+    """SentencePiece shows `▁yes` at the start as `yes`, and after other text with its space."""
     tokenizer = ByteTokenizer(b" yes", b" ", first={257: b"yes", 258: b""})
     form = compiled(lark_grammar('start: "yes" " yes"?'), tokenizer)
     constraint = form.start()
@@ -58,14 +58,14 @@ def test_the_first_token_counts_as_it_is_shown() -> None:
     assert allowed(constraint) == {ord(" "), 257, 258, STOP}
 
 
-def test_the_first_token_keeps_its_space_where_it_continues_a_prompt() -> None:
+def test_the_first_token_keeps_its_space_if_it_continues_a_prompt() -> None:
     tokenizer = ByteTokenizer(b" yes", first={257: b"yes"})
     form = compiled(lark_grammar('start: " yes" | "no"'), tokenizer)
     assert allowed(form.start(continued=True)) == {ord(" "), 257, ord("n")}
     assert allowed(form.start()) == {ord(" "), ord("n")}
 
 
-def test_an_answer_is_continued_where_it_stopped() -> None:
+def test_an_answer_is_continued_from_its_end() -> None:
     form = compiled(lark_grammar('start: "abc"'))
     assert allowed(form.start([ord("a"), ord("b")])) == {ord("c")}
 
@@ -104,7 +104,7 @@ def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any, kind: str) -> None:
-    """For each kind of tokenizer, at the start of a text and behind a prompt."""
+    """For each kind of tokenizer, at the start of a text and after a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
     form = ConstraintCompiler(tokenizer, {stop}).compile(

@@ -98,7 +98,7 @@ def test_random_texts_of_a_generated_schema_are_valid(seed: int) -> None:
 def test_an_exclusive_minimum_is_not_allowed(
     schema: dict[str, Any], good: list[str], bad: list[str]
 ) -> None:
-    """llguidance let 8 pass, where more than 8 and at most 8.75 was asked for."""
+    """llguidance let 8 pass, although more than 8 and at most 8.75 was asked for."""
     form = compiled(json_schema({"type": "number", **schema}))
     assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
 
@@ -252,7 +252,7 @@ def test_a_chain_of_references_that_would_end_the_process_is_refused(
 
 
 @pytest.mark.parametrize("schema", [None, True, [], "a", 5])
-def test_what_is_no_object_is_no_schema(schema: object) -> None:
+def test_a_schema_has_to_be_an_object(schema: object) -> None:
     with pytest.raises(UsageError, match="has to be an object"):
         json_schema(schema)
 
