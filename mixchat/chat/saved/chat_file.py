@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.errors import CheckpointError, UsageError, short_message
 from mixchat.base.files import open_regular, read_bytes
 from mixchat.base.sanitize import sanitize
 from mixchat.text.messages import Message
@@ -104,10 +104,9 @@ def read_chat(path: Path) -> SavedChat:
         _check(type(version) is int, "it does not say its format")
         if version == _FORMAT:
             return _chat(path.stem, raw)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (ValueError, RecursionError, UsageError) as error:
         hint = f"To remove it: mixchat chats --rm {path.stem}"
-        raise CheckpointError(f"{path} is damaged ({reason})", hint=hint) from None
+        raise CheckpointError(f"{path} is damaged ({short_message(error)})", hint=hint) from None
     raise CheckpointError(
         f"{path} was written by another version of mixchat (format {version}, not {_FORMAT})",
         hint="Read it with that version.",
@@ -145,9 +144,11 @@ def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
         _check(isinstance(raw[key], str), f"its {key} is not text")
     for key in ("name", "system"):
         _check(raw[key] is None or isinstance(raw[key], str), f"its {key} is neither text nor null")
+    name = raw["name"]
+    _check(name is None or checked_name(name) == name, "its name has spaces around it")
     return SavedChat(
         id,
-        None if raw["name"] is None else _name(raw["name"]),
+        name,
         raw["model"],
         raw["identity"],
         _time(raw["created"]),
@@ -156,15 +157,6 @@ def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
         _sampling(raw["sampling"]),
         _messages(raw["messages"]),
     )
-
-
-def _name(text: str) -> str:
-    try:
-        name = checked_name(text)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    _check(name == text, "its name has spaces around it")
-    return name
 
 
 def _time(text: object) -> datetime:
@@ -176,7 +168,7 @@ def _time(text: object) -> datetime:
 
 
 def _sampling(raw: object) -> dict[str, _Number]:
-    if not isinstance(raw, dict) or not all(_is_number(value) for value in raw.values()):
+    if not isinstance(raw, dict) or not all(map(_is_number, raw.values())):
         raise ValueError("its sampling is not an object of numbers")
     return raw
 
