@@ -171,7 +171,8 @@ class JsonTokenizer:
         return known if len(known) == 256 else {}
 
     def _first_id(self, *tokens: str | None) -> int | None:
-        return next((self.control_tokens[t] for t in tokens if t in self.control_tokens), None)
+        known = self.control_tokens
+        return next((known[token] for token in tokens if token and token in known), None)
 
     def _adds_bos(self, setting: object) -> bool:
         if self.bos_id is None or isinstance(setting, bool):

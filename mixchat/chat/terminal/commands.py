@@ -319,7 +319,7 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     return complete
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "help": Command(
         _help,
         "[COMMAND]",
@@ -387,6 +387,6 @@ COMMANDS = {
         lambda chat: FILES,
     ),
 }
-COMMAND_ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}
+COMMAND_ALIASES: dict[str, str] = {"?": "help", "exit": "bye", "quit": "bye"}
 LEAVING = ("bye", "exit", "quit")
 """Words that leave without a slash, as in a shell or Python."""
