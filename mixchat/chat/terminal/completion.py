@@ -121,7 +121,7 @@ class CommandCompleter(Completer):
 
 
 def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
-    for candidate, about in _candidates(completes, typed):
+    for candidate, note in _candidates(completes, typed):
         if completes is FILES:
             display = _last_part(candidate)
         elif candidate.casefold().startswith(typed.casefold()):
@@ -132,7 +132,7 @@ def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
             candidate,
             start_position=-len(typed),
             display=one_line(display),
-            display_meta=one_line(about),
+            display_meta=one_line(note),
         )
 
 
