@@ -84,7 +84,10 @@ def serialized(chat: SavedChat) -> bytes:
         "updated": chat.updated.astimezone(timezone.utc).isoformat(),
         "system": chat.system,
         "sampling": dict(chat.sampling),
-        "messages": [_message_as_json(message) for message in chat.messages],
+        "messages": [
+            {key: value for key, value in vars(message).items() if value not in (None, False)}
+            for message in chat.messages
+        ],
     }
     # json.loads reads a lone surrogate, which UTF-8 does not have, as it was written.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
@@ -125,15 +128,6 @@ def read_name(path: Path) -> str | None:
         return checked_name(name) if head.startswith(_BEFORE_NAME) and name else None
     except (OSError, ValueError, RecursionError, AttributeError, UsageError):
         return None
-
-
-def _message_as_json(message: Message) -> dict[str, Any]:
-    raw: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.ids is not None:
-        raw["ids"] = list(message.ids)
-    if message.partial:
-        raw["partial"] = True
-    return raw
 
 
 def _chat(id: str, raw: dict[str, Any]) -> SavedChat:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mixchat.text.messages import Message
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
-_COLUMNS = ((0, 1, 2, 3), (0, 1, 2), (0, 1), (0,))  # of the table, fewer for a narrow terminal
 _MIN_QUESTION_WIDTH = 20  # cells
 _PIPED_QUESTION_WIDTH = 60  # cells, if the table does not go to a terminal
 _MAX_TITLE = 80  # characters
@@ -33,21 +32,21 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
 
     rows = [_HEADINGS, *map(_cells, chats)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    shown, room = _fitting(widths, width)
+    count, room = _fitting(widths, width)
     last = ["ABOUT", *(_about(summary, room) for summary in chats)]
-    columns = ("  ".join(_padded(row[at], widths[at]) for at in shown) for row in rows)
+    columns = ("  ".join(map(_padded, row[:count], widths)) for row in rows)
     return "\n".join(map("  ".join, zip(columns, last, strict=True)))
 
 
-def _fitting(widths: Sequence[int], width: int | None) -> tuple[Sequence[int], int]:
-    """Return the columns to show, and the cells that are left for a question."""
+def _fitting(widths: Sequence[int], width: int | None) -> tuple[int, int]:
+    """Return how many columns to show, and the cells that are left for a question."""
     if width is None:
-        return _COLUMNS[0], _PIPED_QUESTION_WIDTH
-    for shown in _COLUMNS:
-        room = width - sum(widths[at] + 2 for at in shown)
+        return len(widths), _PIPED_QUESTION_WIDTH
+    for count in range(len(widths), 0, -1):
+        room = width - sum(cells + 2 for cells in widths[:count])
         if room >= _MIN_QUESTION_WIDTH:
             break
-    return shown, max(room, _MIN_QUESTION_WIDTH)
+    return count, max(room, _MIN_QUESTION_WIDTH)
 
 
 def _padded(cell: str, width: int) -> str:
