@@ -184,7 +184,7 @@ def write_answers(
     once what is no fault of a line: that line is not written, and is answered where the run is
     resumed.
     """
-    from mixchat.serving.requests.failures import is_fault_of_request
+    from mixchat.serving.requests.errors import is_fault_of_request
 
     count = tokens = 0
     start = time.perf_counter()

@@ -85,8 +85,8 @@ class LocalModels:
 
     @contextmanager
     def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
+        from mixchat.serving.requests.forms import forms_of
         from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
-        from mixchat.serving.requests.served_forms import forms_of
         from mixchat.text.form.output_constraint import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=request.parallel)

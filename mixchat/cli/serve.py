@@ -108,22 +108,21 @@ def serve(
     )
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))
-    from mixchat.serving.web import listener
+    from mixchat.serving.web.access import Access, bind, find_address, is_loopback, url_of
 
-    address = listener.find_address(host, port, key)
-    with listener.bind(address) as bound:
+    address = find_address(host, port, key)
+    with bind(address) as bound:
         service, defaults = open_service(
             model, load, queue, OutputOptions(), shared_prefix=shared_prefix
         )
         defaults = replace(defaults, strict=strict)
-        from mixchat.serving.requests.served_forms import forms_of
+        from mixchat.serving.requests.forms import forms_of
         from mixchat.serving.web.app import AppState, create_app
-        from mixchat.serving.web.guard import Access
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
-        access = Access(key, origins, listener.is_loopback(address))
+        access = Access(key, origins, is_loopback(address))
         app = create_app(AppState(service, defaults, print_error, note, forms_of(service)), access)
-        ready = f"{listener.url_of(bound)}: serving {service.name}; Ctrl-C ends it"
+        ready = f"{url_of(bound)}: serving {service.name}; Ctrl-C ends it"
         serve_until_signal(WebServer(app, bound), service, lambda: say(ready), note)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mixchat.chat.terminal.active_chat import AfterTurn, Predict
     from mixchat.cli.model_provider import LineRequest
     from mixchat.serving.client.server_backend import ServerBackend
-    from mixchat.serving.client.server_json import ServedModel
+    from mixchat.serving.client.server_json import ListedModel
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.output_constraint import OutputConstraint
 
@@ -114,8 +114,7 @@ class ServerModels:
 
     @contextmanager
     def lines(self, model: str, request: LineRequest) -> Iterator[tuple[Begin, Context]]:
-        from mixchat.serving.requests.lines import LineDefaults
-        from mixchat.serving.requests.served_lines import answered_by
+        from mixchat.serving.requests.lines import LineDefaults, answered_by
 
         given: dict[str, Any] = {**request.sampling, "max_tokens": request.max_tokens or None}
         fields = {name: value for name, value in given.items() if value is not None}
@@ -146,10 +145,10 @@ class ServerModels:
         model = self._model(name)
         return ServerBackend(self._client, model, self._form)
 
-    def _model(self, name: str) -> ServedModel:
-        from mixchat.serving.client.server_json import ServedModel
+    def _model(self, name: str) -> ListedModel:
+        from mixchat.serving.client.server_json import ListedModel
 
-        return self._models.get(name, ServedModel(name))
+        return self._models.get(name, ListedModel(name))
 
 
 class ServerModelChanger:

@@ -13,7 +13,7 @@ import pytest
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
 from mixchat.cli.jsonl import open_answers, write_answers
-from mixchat.serving.requests.failures import RequestError
+from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.lines import Line
 from mixchat.serving.service import Done
 from tests.tiny_tokenizer import write_tokenizer

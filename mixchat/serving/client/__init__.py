@@ -2,8 +2,7 @@
 
 - server_backend.py: a server as what answers a chat
 - server_client.py: asks a server over HTTP
-- patient_reader.py: reads from a socket, and lets Ctrl-C in
-- server_json.py: what a server sends, in JSON
-- event_stream.py: server-sent events
+- server_json.py: what a server sends: models, events, errors
 - server_url.py: the URL of a server
+- patient_reader.py: reads from a socket, and lets Ctrl-C in
 """

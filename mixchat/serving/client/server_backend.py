@@ -13,9 +13,8 @@ from mixchat.base.options import RequestedSampling
 from mixchat.chat.answer import COMPLETE, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
 from mixchat.engine.stats import GenerationStats
-from mixchat.serving.client.event_stream import Comment, events
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
-from mixchat.serving.client.server_json import Piece, ServedModel, read_piece
+from mixchat.serving.client.server_json import Comment, ListedModel, Piece, events, read_piece
 from mixchat.text.messages import Message
 
 # The comment that mixchat's own server sends while it reads a prompt.
@@ -34,7 +33,7 @@ class ServerBackend:
     engine = None
 
     def __init__(
-        self, client: ServerClient, model: ServedModel, form: Mapping[str, Any] | None = None
+        self, client: ServerClient, model: ListedModel, form: Mapping[str, Any] | None = None
     ) -> None:
         self._client, self._model, self._form = client, model, form or {}
         self.stats = GenerationStats()

@@ -14,7 +14,7 @@ from mixchat.base.errors import MixchatError, ServerError, UsageError, short_mes
 from mixchat.serving.client.patient_reader import PatientReader
 from mixchat.serving.client.server_json import (
     BusyError,
-    ServedModel,
+    ListedModel,
     error_of,
     parsed_error,
     read_models,
@@ -42,7 +42,7 @@ class ServerClient:
         if key is not None and not (key.isascii() and key.isprintable()):
             raise UsageError("the key in MIXCHAT_API_KEY has characters that no key can have")
 
-    def models(self) -> list[ServedModel]:
+    def models(self) -> list[ListedModel]:
         """Return the models of the server; none where it has no list of them."""
         reply = self._request("GET", "/models")
         try:
@@ -185,7 +185,7 @@ def is_served_here(model: str) -> bool:
 
     It takes 50 ms at most. No key is sent, because any user's program may listen there.
     """
-    found: list[ServedModel] = []
+    found: list[ListedModel] = []
 
     def look() -> None:
         try:

@@ -1,9 +1,9 @@
-"""Reads what a server with OpenAI's API sends: its models, pieces of an answer, its errors."""
+"""Reads what a server with OpenAI's API sends: its models, events, errors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,71 @@ from mixchat.base.errors import (
     short_message,
 )
 from mixchat.base.sanitize import sanitize
+
+_LONGEST = 2**20  # bytes of an event: a server could fill the memory
+
+
+@dataclass(frozen=True)
+class Data:
+    """An event's data."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Comment:
+    """A line that is no event: servers send them so that nobody cuts a silent connection."""
+
+    text: str
+
+
+def events(pieces: Iterable[bytes]) -> Iterator[Data | Comment]:
+    """Yield the events of a stream, and comments; other fields are left out.
+
+    Lines end with LF or CRLF. What is not UTF-8 becomes U+FFFD. Raises `ServerError` where an event
+    is longer than 1 MiB.
+    """
+    data: list[str] = []
+    size = 0
+    for line in _lines(pieces):
+        name, _, value = line.partition(":")
+        if not line:
+            if data:
+                yield Data("\n".join(data))
+            data, size = [], 0
+        elif not name:
+            yield Comment(value.strip())
+        elif name == "data":
+            data.append(value.removeprefix(" "))
+            size += len(data[-1]) + 1
+            if size > _LONGEST:
+                raise _too_long()
+    if data:  # the empty line behind it is missing
+        yield Data("\n".join(data))
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    rest = bytearray()
+    for piece in pieces:
+        start = len(rest)  # before it there is no newline
+        rest += piece
+        while (end := rest.find(b"\n", start)) >= 0:
+            yield _text(rest[:end])
+            del rest[: end + 1]
+            start = 0
+        if len(rest) > _LONGEST:
+            raise _too_long()
+    if rest:
+        yield _text(rest)
+
+
+def _text(line: bytearray) -> str:
+    return line.decode("utf-8", "replace").removesuffix("\r")
+
+
+def _too_long() -> ServerError:
+    return ServerError("the server sends an event of more than 1 MiB")
+
 
 _LONGEST_NAME = 200  # characters
 # The codes, and words of a message, that servers have for a prompt that does not fit.
@@ -39,7 +104,7 @@ _BY_STATUS: dict[int, type[ServerError]] = {
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ListedModel:
     """A model of a server; `context_size` in tokens, None where the server does not tell it."""
 
     name: str
@@ -64,7 +129,7 @@ class Piece:
     usage: Usage | None = None
 
 
-def read_models(body: bytes) -> list[ServedModel]:
+def read_models(body: bytes) -> list[ListedModel]:
     """Return the models of a list; those whose names cannot be shown are left out.
 
     mixchat's own server tells the size of the context as `context_size`. Raises `ServerError`.
@@ -74,7 +139,7 @@ def read_models(body: bytes) -> list[ServedModel]:
         raise ServerError("the server sends no list of models: is it one with OpenAI's API?")
     models = [_object(each) for each in listed]
     return [
-        ServedModel(each["id"], _count(each, "context_size") or None)
+        ListedModel(each["id"], _count(each, "context_size") or None)
         for each in models
         if _is_name(each.get("id"))
     ]

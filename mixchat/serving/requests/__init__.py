@@ -5,9 +5,7 @@
 - options.py: the fields that chat and completion share
 - chat.py: a chat, turned into jobs
 - completion.py: a completion, turned into jobs
-- response_format.py: the form that an answer has to have
-- served_forms.py: compiles forms for the model that is served
+- forms.py: the form that an answer has to have
 - lines.py: a file of prompts, a JSON object a line
-- served_lines.py: a file of prompts that a server answers
-- failures.py: errors in the form of OpenAI
+- errors.py: errors in the form of OpenAI
 """

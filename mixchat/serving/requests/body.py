@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mixchat.serving.requests.failures import RequestError, plain
+from mixchat.serving.requests.errors import RequestError, plain
 
 _DEEPEST = 64  # lists and objects in each other; a JSON schema may need some
 _ONE_LINE = 80  # characters of a reader's message

@@ -21,8 +21,8 @@ from dataclasses import replace
 from typing import Any
 
 from mixchat.serving.requests.fields import Fields, fields_of, refuse, refuse_value
-from mixchat.serving.requests.options import TOP_LOGPROBS, Asked, Defaults, read_options
-from mixchat.serving.requests.response_format import Compile, read_response_format
+from mixchat.serving.requests.forms import Compile, read_response_format
+from mixchat.serving.requests.options import TOP_LOGPROBS, Defaults, ParsedRequest, read_options
 from mixchat.serving.service import Service
 from mixchat.text.messages import Message, Role
 
@@ -41,7 +41,7 @@ _MOST_PARTS = 1000
 
 def read_chat(
     body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> Asked:
+) -> ParsedRequest:
     """Return what a body asks for. It may take seconds to encode a long conversation.
 
     Raises `RequestError`, and `PromptError` where the template cannot express the conversation.

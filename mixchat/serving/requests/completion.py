@@ -15,14 +15,14 @@ from typing import Any
 from mixchat.base.errors import PromptError
 from mixchat.chat.parameters import NumberParameter
 from mixchat.serving.requests.fields import Fields, checked_number, refuse, refuse_value
+from mixchat.serving.requests.forms import Compile, read_response_format
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
-    Asked,
     Defaults,
+    ParsedRequest,
     most_answers,
     read_options,
 )
-from mixchat.serving.requests.response_format import Compile, read_response_format
 from mixchat.serving.service import Service
 from mixchat.text.messages import Message
 from mixchat.text.template import CompletionTemplate
@@ -32,7 +32,7 @@ _FORMS = "a string, a list of strings, or token ids"
 
 def read_completion(
     body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> Asked:
+) -> ParsedRequest:
     """Return what a body asks for. Raises `RequestError`, and `PromptError` for a bad prompt."""
     fields = Fields(body)
     options = read_options(fields, service, defaults)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mixchat.chat.parameters import NumberParameter
-from mixchat.serving.requests.failures import RequestError, plain
+from mixchat.serving.requests.errors import RequestError, plain
 
 _SHOWN = 60  # characters of a value in a message
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeAlias
 
-from mixchat.base.context import Context
+from mixchat.base.background import in_background
+from mixchat.base.context import UNKNOWN, Context
 from mixchat.base.errors import PromptError
 from mixchat.base.quantities import format_size
+from mixchat.serving.client.server_backend import ServerBackend
+from mixchat.serving.client.server_client import ServerClient
+from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.fields import refuse, refuse_value
+from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults
-from mixchat.serving.requests.response_format import Compile
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
 
 AHEAD = 2  # lines that are read for each answer that is generated
@@ -194,3 +200,53 @@ def _question(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _has_system(messages: list[Any]) -> bool:
     return any(isinstance(each, dict) and each.get("role") == "system" for each in messages)
+
+
+_BUSY_TIMEOUT_S = 600.0
+
+
+def answered_by(
+    client: ServerClient, model: ListedModel, given: LineDefaults, at_once: int
+) -> Begin:
+    """Return what lets a server answer lines, at most `at_once` at a time."""
+    context = ServerBackend(client, model).context or UNKNOWN
+    waiting: queue.SimpleQueue[tuple[Line, Mapping[str, Any]]] = queue.SimpleQueue()
+
+    def begin(line: Line, text: bytes) -> None:
+        body = request_of(line, text, given, context)
+        line.seed = body.get("seed")
+        waiting.put((line, {"model": model.name, **body}))
+
+    def work() -> None:
+        while True:
+            line, body = waiting.get()
+            try:
+                line.end(_answer(line, ServerBackend(client, model), body))
+            except Exception as error:
+                line.end(error)
+
+    for _ in range(at_once):
+        in_background(work)
+    return begin
+
+
+def _answer(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
+    """Ask the server, again if it is busy. Raises `RequestError` if the line is at fault."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            reply = backend.send(body)
+        except RefusedError as error:
+            raise RequestError(str(error)) from None
+        except BusyError as error:
+            if time.monotonic() + error.seconds > deadline:
+                raise
+            time.sleep(error.seconds)
+        else:
+            break
+    try:
+        line.text = "".join(reply.texts())
+    finally:
+        reply.close()
+    stats = backend.stats
+    return Done(reply.reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)

@@ -28,7 +28,7 @@ from typing import Any
 from mixchat.base.context import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
-from mixchat.serving.requests.failures import RequestError
+from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.fields import Fields, checked_number
 from mixchat.serving.service import Job, Service
 
@@ -67,7 +67,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request that was read: a job for each answer, `n` for each prompt, and how to send them.
 
     ignored: the fields without an effect, which the client should know of.
@@ -94,7 +94,7 @@ class Options:
     include_usage: bool
     ignored: tuple[str, ...] = ()
 
-    def asked(self, prompts: Sequence[Sequence[int]], **about: Any) -> Asked:
+    def asked(self, prompts: Sequence[Sequence[int]], **about: Any) -> ParsedRequest:
         """Return the request with `n` jobs for each prompt, each with a seed of its own.
 
         `about` are the fields of `Job` that are not options.
@@ -110,7 +110,7 @@ class Options:
             for ids in prompts
             for i in range(self.n)
         )
-        return Asked(jobs, self.n, self.seed, self.stream, self.include_usage, self.ignored)
+        return ParsedRequest(jobs, self.n, self.seed, self.stream, self.include_usage, self.ignored)
 
 
 def most_answers(service: Service) -> int:

@@ -25,17 +25,21 @@ from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
-from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
+from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
 from mixchat.serving.requests.fields import Fields
-from mixchat.serving.requests.options import Asked, Defaults
-from mixchat.serving.requests.response_format import Compile, no_forms
+from mixchat.serving.requests.forms import Compile, no_forms
+from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
-from mixchat.serving.web.answers import Answers, while_connected
-from mixchat.serving.web.guard import IGNORED, Access, error_response, guarded
-from mixchat.serving.web.logprobs import TokenTexts
-from mixchat.serving.web.metrics import CONTENT_TYPE, to_prometheus
-from mixchat.serving.web.shapes import ChatShape, CompletionShape, Shape
-from mixchat.serving.web.stream import AnswerStream
+from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
+from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.responses import (
+    CONTENT_TYPE,
+    ChatResponses,
+    CompletionResponses,
+    ResponseBuilder,
+    TokenTexts,
+    to_prometheus,
+)
 
 _OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
 _FORM_CHECKS = 2  # at once; each may take a core and 1 GB
@@ -44,7 +48,7 @@ _CHAT_PATH = "/v1/chat/completions"
 _LEFT = 499  # nginx's status for a client that left; nobody gets it
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
-Read = Callable[[dict[str, Any], Service, Defaults, Compile], Asked]
+Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 
 
 @dataclass
@@ -81,14 +85,14 @@ class AppState:
         return explained
 
 
-def create_app(desk: AppState, access: Access) -> ASGIApp:
+def create_app(state: AppState, access: Access) -> ASGIApp:
     """Return the application of ASGI."""
 
     def failed(request: Request, error: Exception) -> Response:
-        return error_response(desk.explain(error))
+        return error_response(state.explain(error))
 
     app = Starlette(
-        routes=_routes(desk),
+        routes=_routes(state),
         exception_handlers={
             HTTPException: _no_such_route,
             ClientDisconnect: lambda request, error: Response(status_code=_LEFT),
@@ -101,10 +105,10 @@ def create_app(desk: AppState, access: Access) -> ASGIApp:
     return _Envelope(guarded(app, access))
 
 
-def _routes(desk: AppState) -> list[Route]:
+def _routes(state: AppState) -> list[Route]:
     def route(path: str, method: str, endpoint: Callable[..., Awaitable[ASGIApp]]) -> Route:
         async def bound(request: Request) -> ASGIApp:
-            return await endpoint(desk, request)
+            return await endpoint(state, request)
 
         return Route(path, bound, methods=[method])
 
@@ -120,30 +124,32 @@ def _routes(desk: AppState) -> list[Route]:
     ]
 
 
-async def _chat(desk: AppState, request: Request) -> ASGIApp:
-    return await _answer(desk, request, read_chat, ChatShape)
+async def _chat(state: AppState, request: Request) -> ASGIApp:
+    return await _answer(state, request, read_chat, ChatResponses)
 
 
-async def _completion(desk: AppState, request: Request) -> ASGIApp:
-    return await _answer(desk, request, read_completion, CompletionShape)
+async def _completion(state: AppState, request: Request) -> ASGIApp:
+    return await _answer(state, request, read_completion, CompletionResponses)
 
 
-async def _answer(desk: AppState, request: Request, read: Read, kind: type[Shape]) -> ASGIApp:
-    body = await _body(desk, request)
-    asked = await while_connected(request.receive, _read(desk, body, read))
-    desk.tell_ignored(asked.ignored)
+async def _answer(
+    state: AppState, request: Request, read: Read, kind: type[ResponseBuilder]
+) -> ASGIApp:
+    body = await _body(state, request)
+    asked = await while_connected(request.receive, _read(state, body, read))
+    state.tell_ignored(asked.ignored)
     request.state.ignored = asked.ignored
     if asked.jobs[0].top_logprobs is not None:
-        await run_in_threadpool(desk.texts.load)
-    shape = kind(asked, desk.service.name, desk.texts)
-    answers = Answers(desk.service, asked.jobs)
+        await run_in_threadpool(state.texts.load)
+    shape = kind(asked, state.service.name, state.texts)
+    answers = PendingAnswers(state.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
         return AnswerStream(
             answers,
             shape,
             include_usage=asked.include_usage,
-            explain=desk.explain,
+            explain=state.explain,
         )
     try:
         wholes = await while_connected(request.receive, answers.collect())
@@ -152,75 +158,75 @@ async def _answer(desk: AppState, request: Request, read: Read, kind: type[Shape
     return _json(shape.whole(wholes))
 
 
-async def _read(desk: AppState, body: bytes, read: Read) -> Asked:
+async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
     """Return what a body asks for. If the client leaves, the check of its schema ends."""
-    limiter = desk.form_checks if b"response_format" in body else None
+    limiter = state.form_checks if b"response_format" in body else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _WAITING_CHECKS:
         raise QueueFullError(f"{_WAITING_CHECKS} requests wait for their schemas to be checked")
     with ExitStack() as at_end:
-        compile_form = partial(desk.compile_form, at_end=at_end)
+        compile_form = partial(state.compile_form, at_end=at_end)
 
-        def read_body() -> Asked:
-            return read(read_object(body), desk.service, desk.defaults, compile_form)
+        def read_body() -> ParsedRequest:
+            return read(read_object(body), state.service, state.defaults, compile_form)
 
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
 
 
-async def _models(desk: AppState, request: Request) -> Response:
-    return _json({"object": "list", "data": [_about_model(desk)]})
+async def _models(state: AppState, request: Request) -> Response:
+    return _json({"object": "list", "data": [_about_model(state)]})
 
 
-async def _model(desk: AppState, request: Request) -> Response:
-    if request.path_params["name"] != desk.service.name:
-        message = f"there is no such model here; this server has {desk.service.name!r}"
+async def _model(state: AppState, request: Request) -> Response:
+    if request.path_params["name"] != state.service.name:
+        message = f"there is no such model here; this server has {state.service.name!r}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_about_model(desk))
+    return _json(_about_model(state))
 
 
-def _about_model(desk: AppState) -> dict[str, Any]:
+def _about_model(state: AppState) -> dict[str, Any]:
     return {
-        "id": desk.service.name,
+        "id": state.service.name,
         "object": "model",
-        "created": desk.created,
+        "created": state.created,
         "owned_by": "mixchat",
-        "context_size": desk.service.context.tokens,
+        "context_size": state.service.context.tokens,
     }
 
 
-async def _health(desk: AppState, request: Request) -> Response:
+async def _health(state: AppState, request: Request) -> Response:
     return _json({"status": "ok"})
 
 
-async def _metrics(desk: AppState, request: Request) -> Response:
-    return Response(to_prometheus(desk.service.stats()), media_type=CONTENT_TYPE)
+async def _metrics(state: AppState, request: Request) -> Response:
+    return Response(to_prometheus(state.service.stats()), media_type=CONTENT_TYPE)
 
 
-async def _tokenize(desk: AppState, request: Request) -> Response:
-    fields = Fields(read_object(await _body(desk, request)))
+async def _tokenize(state: AppState, request: Request) -> Response:
+    fields = Fields(read_object(await _body(state, request)))
     text, with_bos = fields.text("content"), fields.flag("add_special")
     if text is None:
         fields.refuse("content", "is missing", "missing_required_parameter")
     fields.end()
-    desk.service.context.check_text(text, "content")  # others wait for the tokenizer meanwhile
-    tokenizer = desk.service.tokenizer
+    state.service.context.check_text(text, "content")  # others wait for the tokenizer meanwhile
+    tokenizer = state.service.tokenizer
     bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text)})
 
 
-async def _detokenize(desk: AppState, request: Request) -> Response:
-    fields = Fields(read_object(await _body(desk, request)))
-    size = desk.service.context.largest
+async def _detokenize(state: AppState, request: Request) -> Response:
+    fields = Fields(read_object(await _body(state, request)))
+    size = state.service.context.largest
     items = fields.items("tokens", size)
     if items is None:
         fields.refuse("tokens", "is missing", "missing_required_parameter")
     fields.end()
-    ids = token_ids(items, desk.service.tokenizer.vocab_size, "tokens")
-    return _json({"content": await run_in_threadpool(desk.service.tokenizer.decode, ids)})
+    ids = token_ids(items, state.service.tokenizer.vocab_size, "tokens")
+    return _json({"content": await run_in_threadpool(state.service.tokenizer.decode, ids)})
 
 
-async def _body(desk: AppState, request: Request) -> bytes:
+async def _body(state: AppState, request: Request) -> bytes:
     """Return the body. Raises `RequestError` where it is too long, before all of it is read."""
-    most = desk.service.context.longest_text + _OVERHEAD
+    most = state.service.context.longest_text + _OVERHEAD
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
     if int(request.headers.get("content-length", "0")) > most:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.base.errors import ServerError
-from mixchat.serving.client.event_stream import Comment, Data, events
+from mixchat.serving.client.server_json import Comment, Data, events
 
 STREAM = (
     ": waiting\n\ndata: one\r\n\r\nevent: x\ndata: é€😀\ndata:second line\nid: 7\n\n:\n\n\n"

@@ -18,7 +18,7 @@ from mixchat.base.options import RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
-from mixchat.serving.client.server_json import ServedModel
+from mixchat.serving.client.server_json import ListedModel
 from mixchat.serving.client.server_url import ServerURL
 from mixchat.text.form.output_constraint import OutputConstraint
 
@@ -26,7 +26,7 @@ from mixchat.text.form.output_constraint import OutputConstraint
 def session_with(server, context_size=None, **options):
     client = ServerClient(ServerURL.parse(server.address))
     options.setdefault("sampling", RequestedSampling())
-    return ChatSession(ServerBackend(client, ServedModel("tiny", context_size)), **options)
+    return ChatSession(ServerBackend(client, ListedModel("tiny", context_size)), **options)
 
 
 def text_of(events):
@@ -57,7 +57,7 @@ def test_a_schema_is_sent_in_the_form_of_openai():
     with ScriptedServer(says("{}")) as server:
         client = ServerClient(ServerURL.parse(server.address))
         form = OutputConstraint("", schema).request_fields()
-        backend = ServerBackend(client, ServedModel("tiny"), form)
+        backend = ServerBackend(client, ListedModel("tiny"), form)
         list(ChatSession(backend, sampling=RequestedSampling()).ask("Hi"))
     (sent,) = server.asked()
     assert sent["response_format"] == {

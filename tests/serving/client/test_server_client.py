@@ -12,7 +12,7 @@ from mixchat.base.errors import (
 )
 from mixchat.serving.client import server_client as client_module
 from mixchat.serving.client.server_client import ServerClient, is_served_here
-from mixchat.serving.client.server_json import BusyError, RefusedError, ServedModel
+from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.client.server_url import ServerURL
 
 
@@ -30,7 +30,7 @@ def refused(answer, key=None):
 
 def test_models_are_those_of_the_server():
     with ScriptedServer() as server:
-        assert client_of(server).models() == [ServedModel("tiny"), ServedModel("other")]
+        assert client_of(server).models() == [ListedModel("tiny"), ListedModel("other")]
     assert server.requests[0].path == "/v1/models"
 
 

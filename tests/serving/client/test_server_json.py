@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
 from mixchat.serving.client.server_json import (
+    ListedModel,
     Piece,
-    ServedModel,
     Usage,
     error_of,
     parsed_error,
@@ -92,7 +92,7 @@ def test_models_have_names_that_can_be_shown_and_the_size_that_mixchat_tells():
         {"id": "d" * 300},
     ]
     body = json.dumps({"data": listed}).encode()
-    assert read_models(body) == [ServedModel("a", 4096), ServedModel("b")]
+    assert read_models(body) == [ListedModel("a", 4096), ListedModel("b")]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion
-from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
+from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
+from mixchat.serving.requests.forms import no_forms
 from mixchat.serving.requests.options import Defaults
-from mixchat.serving.requests.response_format import no_forms
 from tests.serving.web.scripted_service import ScriptedService
 
 SERVICE = ScriptedService()

@@ -12,6 +12,7 @@ from mixchat.base.errors import PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests import lines as lines_module
+from mixchat.serving.requests.forms import no_forms
 from mixchat.serving.requests.lines import (
     Begin,
     Line,
@@ -21,7 +22,6 @@ from mixchat.serving.requests.lines import (
     numbered_lines,
 )
 from mixchat.serving.requests.options import Defaults
-from mixchat.serving.requests.response_format import no_forms
 
 ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 

@@ -13,9 +13,8 @@ from scripted_service import ScriptedService
 from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
 from mixchat.serving.requests.options import Defaults
+from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
-from mixchat.serving.web.guard import Access
-from mixchat.serving.web.listener import bind
 from mixchat.serving.web.server import WebServer
 
 PATIENCE = 20.0  # seconds that a test waits for what should come at once
@@ -54,12 +53,12 @@ def serve() -> Iterator[Callable[..., Served]]:
         access: Access | None = None,
         defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
-        desk: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
         **options: Any,
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
-        shared = AppState(service, defaults, reports.append, notes.append, **(desk or {}))
+        shared = AppState(service, defaults, reports.append, notes.append, **(state or {}))
         bound = bind(resolve("127.0.0.1:0", any_port=True))
         server = WebServer(create_app(shared, access or Access()), bound, **(limits or {}))
         server.start()

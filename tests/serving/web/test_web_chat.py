@@ -13,8 +13,8 @@ from form_bombs import bomb
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
+from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults
-from mixchat.serving.requests.served_forms import forms_of
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "say:well"}]}
@@ -529,7 +529,7 @@ def test_what_would_make_another_kind_of_answer_is_always_refused(lenient, chang
 def test_a_schema_that_takes_gigabytes_is_refused(serve):
     """It took the server's memory, until the system ended the server."""
     compile_form = forms_of(serve().service, seconds=1)
-    served = serve(desk={"compile_form": compile_form})
+    served = serve(state={"compile_form": compile_form})
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     refused = exchange(served, request(CHAT, HI | {"response_format": form}))
     assert (refused.status, refused.error["code"]) == (400, "invalid_schema")

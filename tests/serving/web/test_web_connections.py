@@ -10,9 +10,8 @@ import pytest
 from form_bombs import bomb
 from raw_http import exchange, read_response, request
 
-from mixchat.serving.requests.served_forms import forms_of
-from mixchat.serving.web import stream
-from mixchat.serving.web.connections import Waiting
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.web.server import Waiting
 
 CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.timeout(60)  # seconds after which something hangs
@@ -87,7 +86,7 @@ def test_the_reading_of_a_prompt_is_told_in_comments(served):
 
 
 def test_a_job_that_waits_is_pinged(monkeypatch, served):
-    monkeypatch.setattr(stream, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(answers, "PING_SECONDS", 0.05)
     with served.connect() as connection:
         connection.sendall(asking("say:a{hang}", stream=True))
         read_until(connection, b": waiting\n\n")
@@ -237,7 +236,7 @@ def test_answers_on_a_connection_that_stays_open_come_at_once(served):
 def test_a_client_that_leaves_ends_the_check_of_its_schema(serve):
     """It went on with a core and gigabytes."""
     served = serve()
-    served = serve(desk={"compile_form": forms_of(served.service, seconds=60)})
+    served = serve(state={"compile_form": forms_of(served.service, seconds=60)})
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     before = children()
     with served.connect() as connection:

@@ -6,7 +6,7 @@ import openai
 import pytest
 from raw_http import exchange, request
 
-from mixchat.serving.web.guard import Access
+from mixchat.serving.web.access import Access
 
 PAGE = "http://localhost:3000"
 

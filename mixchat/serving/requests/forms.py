@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from mixchat.base.errors import MixchatError
-from mixchat.serving.requests.failures import RequestError, to_json
+from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.requests.fields import Fields
+from mixchat.text.form.grammar import looks_like_gbnf
+from mixchat.text.form.output_constraint import (
+    HASTY_S,
+    OutputConstraint,
+    checked_grammar,
+    checked_schema,
+    json_object,
+)
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
+    from mixchat.serving.service import Service
+    from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
+
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
 _LARGEST = 100_000  # bytes of a schema or a grammar; the time for one grows with its square: 2 s
@@ -97,3 +109,40 @@ def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None
         param="response_format",
         code="unsupported_value",
     )
+
+
+_MOST_KEPT = 64  # forms; programs ask with the same schema again and again
+
+
+def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
+    """Return what compiles the forms of a service's answers.
+
+    Each may take so many seconds of computing.
+    """
+    checked: dict[str, OutputConstraint] = {}
+
+    @cache
+    def compiler() -> ConstraintCompiler:
+        from mixchat.text.form.constraint import ConstraintCompiler
+
+        return ConstraintCompiler(service.tokenizer, service.template.stop_ids, seconds)
+
+    def check(given: dict[str, Any] | str, at_end: ExitStack | None) -> OutputConstraint:
+        if isinstance(given, dict):
+            return checked_schema(given, seconds, at_end)
+        return checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
+
+    def compile_form(
+        given: dict[str, Any] | str | None, at_end: ExitStack | None = None
+    ) -> Callable[..., TokenConstraint]:
+        if given is None:
+            return compiler().compile(json_object()).start
+        key = json.dumps(given)
+        if key not in checked:
+            form = check(given, at_end)
+            if len(checked) >= _MOST_KEPT:
+                checked.clear()
+            checked[key] = form
+        return compiler().compile(checked[key]).start
+
+    return compile_form

@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI: whole ones and chunks, of a chat and of a completion."""
+"""The objects of OpenAI's API that answer a request, and counts for Prometheus."""
 
 from __future__ import annotations
 
@@ -6,17 +6,92 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from mixchat.serving.requests.options import Asked
-from mixchat.serving.service import Delta, Done, TokenLogprob
-from mixchat.serving.web.answers import Whole
-from mixchat.serving.web.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from mixchat.serving.requests.options import ParsedRequest
+from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
+from mixchat.text.tokenizer import Tokenizer
+
+_LEAST = -9999.0  # stands for minus infinity, which JSON cannot express
+
+
+class TokenTexts:
+    """The bytes of each token; a control token, which adds none to a text, has its name."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names = {token: name.encode() for name, token in tokenizer.control_tokens.items()}
+        self._bytes: Sequence[bytes] | None = None
+
+    def load(self) -> None:
+        """Ask the tokenizer, which may take a second, and no time when it was asked before."""
+        if self._bytes is None:
+            self._bytes = self._tokenizer.token_bytes().within
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token, once they are loaded."""
+        assert self._bytes is not None
+        known = self._bytes[token] if token < len(self._bytes) else b""
+        return known or self._names.get(token, b"")
+
+    def __getitem__(self, token: int) -> str:
+        """Return the text of a token by itself; a part of a character is U+FFFD."""
+        return self.bytes_of(token).decode(errors="replace")
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
+    """Return what a choice of a chat has as `logprobs`."""
+    return {"content": [_of_chat(token, texts) for token in tokens], "refusal": None}
+
+
+def completion_logprobs(
+    tokens: Sequence[TokenLogprob], texts: TokenTexts, offset: int
+) -> dict[str, Any]:
+    """Return what a choice of a completion has as `logprobs`.
+
+    offset: where the first token begins in the text, in characters.
+    """
+    own = [texts[token.token] for token in tokens]
+    offsets = [offset + sum(map(len, own[:i])) for i in range(len(own))]
+    return {
+        "tokens": own,
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [{texts[t]: _finite(p) for t, p in token.top} for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _of_chat(token: TokenLogprob, texts: TokenTexts) -> dict[str, Any]:
+    top = [_one(other, logprob, texts) for other, logprob in token.top]
+    return {**_one(token.token, token.logprob, texts), "top_logprobs": top}
+
+
+def _one(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
+    return {
+        "token": texts[token],
+        "logprob": _finite(logprob),
+        "bytes": list(texts.bytes_of(token)),
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)
+
 
 _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
 
 
-class Shape(ABC):
+@dataclass
+class FinishedAnswer:
+    """One answer from its beginning to its end."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    done: Done | None = None
+
+
+class ResponseBuilder(ABC):
     """The shape of the answers to one request.
 
     `seed` is mixchat's own field: where the request gave none, it is the one that was drawn.
@@ -26,7 +101,7 @@ class Shape(ABC):
     name: str  # of the object
     chunk_name: str
 
-    def __init__(self, asked: Asked, model: str, texts: TokenTexts) -> None:
+    def __init__(self, asked: ParsedRequest, model: str, texts: TokenTexts) -> None:
         self._asked, self._texts = asked, texts
         self._with_logprobs = asked.jobs[0].top_logprobs is not None
         self._head = {
@@ -36,7 +111,7 @@ class Shape(ABC):
             "seed": asked.seed,
         }
 
-    def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
+    def whole(self, wholes: Sequence[FinishedAnswer]) -> dict[str, Any]:
         """Return the body of an answer that is sent at once."""
         done = [whole.done for whole in wholes if whole.done is not None]
         choices = [
@@ -93,7 +168,7 @@ class Shape(ABC):
         }
 
 
-class ChatShape(Shape):
+class ChatResponses(ResponseBuilder):
     """The answers of /v1/chat/completions."""
 
     prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -130,12 +205,12 @@ class ChatShape(Shape):
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
-class CompletionShape(Shape):
+class CompletionResponses(ResponseBuilder):
     """The answers of /v1/completions."""
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, asked: Asked, model: str, texts: TokenTexts) -> None:
+    def __init__(self, asked: ParsedRequest, model: str, texts: TokenTexts) -> None:
         super().__init__(asked, model, texts)
         self._lengths = [0] * len(asked.jobs)  # of the tokens' texts so far
 
@@ -153,3 +228,31 @@ class CompletionShape(Shape):
 
 def _finish(done: Done | None) -> str | None:
     return None if done is None else _FINISH[done.reason]
+
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Name, type, field of the counts, help.
+_METRICS = (
+    ("requests_running", "gauge", "running", "Answers that are being generated."),
+    ("requests_waiting", "gauge", "waiting", "Answers that wait for their turn."),
+    ("requests_finished_total", "counter", "finished", "Answers that came to their end."),
+    ("requests_cancelled_total", "counter", "cancelled", "Answers whose client left."),
+    ("requests_failed_total", "counter", "failed", "Answers that failed."),
+    ("prompt_tokens_total", "counter", "prompt_tokens", "Tokens of prompts that were processed."),
+    ("cached_tokens_total", "counter", "cached_tokens", "Tokens of prompts that were cached."),
+    ("generated_tokens_total", "counter", "generated_tokens", "Tokens of answers."),
+    ("busy_seconds_total", "counter", "busy_seconds", "Seconds in which the model computed."),
+    ("expert_hits_total", "counter", "expert_hits", "Uses of experts that were in memory."),
+    ("expert_misses_total", "counter", "expert_misses", "Uses of experts that were fetched."),
+    ("expert_bytes_total", "counter", "bytes_moved", "Bytes of experts that were fetched."),
+)
+
+
+def to_prometheus(stats: ServiceStats) -> str:
+    """Return the counts as text."""
+    lines = []
+    for name, kind, count, about in _METRICS:
+        full = f"mixchat_{name}"
+        lines += [f"# HELP {full} {about}", f"# TYPE {full} {kind}"]
+        lines += [f"{full} {getattr(stats, count)}"]
+    return "\n".join(lines) + "\n"

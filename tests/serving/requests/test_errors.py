@@ -11,7 +11,7 @@ from mixchat.base.errors import (
     ResourceError,
     UsageError,
 )
-from mixchat.serving.requests.failures import RequestError, as_request_error, to_json
+from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 
