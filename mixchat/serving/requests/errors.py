@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI: which status an error has, and what its body says."""
+"""Errors in OpenAI's format: the status of an error, and the body that tells it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from mixchat.base.errors import (
 )
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 
-RETRY_SECONDS = 2  # until a client that met a full queue should try again
-_LONGEST_PATH = 80  # characters
-_SERVER_FAULT = 500  # the first status that is none of the client's
-_INVALID = "invalid_request_error"
+RETRY_S = 2  # until a client that met a full queue should try again
+_MAX_PATH = 80  # characters
+_MAX_VALUE = 60  # characters of a value in a message
 
 
 class RequestError(Exception):
     """A request that cannot be answered.
 
-    status: of HTTP; param: the path of the field that is wrong; kind and code: OpenAI's words.
+    status: HTTP's; param: the path of the wrong field; kind, code: OpenAI's `type` and `code`.
     """
 
     def __init__(
@@ -34,56 +33,72 @@ class RequestError(Exception):
         status: int = 400,
         param: str | None = None,
         code: str | None = None,
-        kind: str = _INVALID,
+        kind: str = "invalid_request_error",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self._about = {"type": kind, "param": param, "code": code}
+        self._fields = {"type": kind, "param": param, "code": code}
 
     @property
     def body(self) -> dict[str, Any]:
-        """Return what the client gets as JSON."""
-        return {"error": {"message": str(self), **self._about}}
+        """Return the JSON that the client gets."""
+        return {"error": {"message": str(self), **self._fields}}
 
 
 def as_request_error(error: Exception) -> RequestError:
     """Return an error with the status and the code that clients know it by."""
     if isinstance(error, RequestError):
         return error
+    if not isinstance(error, MixchatError):
+        # The exact fault is for the person who runs the server, not for a client.
+        return RequestError("internal error", status=500, kind="server_error")
+    message = f"{error}. {error.hint}" if error.hint else str(error)
     if isinstance(error, QueueFullError):
-        again = {"Retry-After": str(RETRY_SECONDS)}
+        again = {"Retry-After": str(RETRY_S)}
         return RequestError(
-            str(error), status=429, kind="rate_limit_error", code="queue_full", headers=again
+            message, status=429, kind="rate_limit_error", code="queue_full", headers=again
         )
     if isinstance(error, ShuttingDownError):
-        return RequestError(str(error), status=503, kind="server_error", code="shutting_down")
+        return RequestError(message, status=503, kind="server_error", code="shutting_down")
     if isinstance(error, PromptTooLongError):
-        return RequestError(_with_hint(error), code="context_length_exceeded")
-    if isinstance(error, PromptError | UsageError):  # the latter: a form that no answer can keep
-        return RequestError(_with_hint(error))
+        return RequestError(message, code="context_length_exceeded")
+    if isinstance(error, PromptError | UsageError):  # UsageError: a form that no answer can keep
+        return RequestError(message)
     if isinstance(error, ResourceError):
-        return RequestError(_with_hint(error), status=503, kind="server_error", code="no_room")
-    if isinstance(error, MixchatError):
-        return RequestError(_with_hint(error), status=500, kind="server_error")
-    # The exact fault is for the person who runs the server, not for those who ask.
-    return RequestError("internal error", status=500, kind="server_error")
+        return RequestError(message, status=503, kind="server_error", code="no_room")
+    return RequestError(message, status=500, kind="server_error")
 
 
 def is_fault_of_request(error: Exception) -> bool:
-    """Return whether another request could do better, since the server itself is well."""
-    return as_request_error(error).status < _SERVER_FAULT
+    """Return whether the request is at fault and the server is well."""
+    return as_request_error(error).status < 500
 
 
-def to_json(value: object) -> bytes:
-    """Return JSON in ASCII on one line. Raises `ValueError` for NaN, which JSON cannot express."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+def field_error(path: str, reason: str, code: str | None = None) -> RequestError:
+    """Return the error about the field at `path`, such as `messages[0].role`."""
+    return RequestError(f"{plain(path)} {reason}", param=plain(path), code=code)
+
+
+def value_error(path: str, allowed: str, value: object) -> RequestError:
+    """Return the error about a value at `path` that is not one of those allowed."""
+    return field_error(path, f"has to be {allowed}, not {shown(value)}", "invalid_value")
 
 
 def plain(path: str) -> str:
-    """Return a field's path for a message: a client chose its names."""
-    return ascii(path[:_LONGEST_PATH])[1:-1]
+    """Return a field's path as short ASCII, because a client chose its names."""
+    return ascii(path[:_MAX_PATH])[1:-1]
 
 
-def _with_hint(error: MixchatError) -> str:
-    return f"{error}. {error.hint}" if error.hint else str(error)
+def shown(value: object) -> str:
+    """Return a value for a message, as short ASCII."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) > 10**_MAX_VALUE:
+        return "a number of many digits"
+    return ascii(value[:_MAX_VALUE]) if isinstance(value, str) else json.dumps(value)
+
+
+def to_json(value: object) -> bytes:
+    """Return JSON in ASCII on one line. Raises `ValueError` for NaN, which JSON lacks."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

@@ -1,155 +1,150 @@
-"""Checked values from a JSON object: each field is taken once, and what is left is refused."""
+"""The fields of a request as pydantic models, and errors of OpenAI's for wrong ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Container
+from itertools import islice
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mixchat.chat.parameters import NumberParameter
-from mixchat.serving.requests.errors import RequestError, plain
+from mixchat.serving.requests.errors import RequestError, field_error, shown, value_error
 
-_SHOWN = 60  # characters of a value in a message
+NO_CODE = "no_code"
+_MAX_FIELDS = 100  # more than any object has known ones
+# OpenAI's codes, by the type of a pydantic error. A custom error has the code as its type.
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    NO_CODE: None,
+    **{
+        code: code
+        for code in (
+            "missing_required_parameter",
+            "unknown_parameter",
+            "unsupported_parameter",
+            "unsupported_value",
+        )
+    },
+}
+_MESSAGES = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a field that is known here",
+    "model_type": "has to be an object",
+    "dict_type": "has to be an object",
+    "list_type": "has to be a list",
+    "string_type": "has to be a string",
+    "int_type": "has to be a whole number",
+    "bool_type": "has to be true or false",
+}
+_Model = TypeVar("_Model", bound="RequestObject")
 
 
-class Fields:
-    """The fields of a JSON object; `path` is its place in the body, such as `messages[0]`.
+class RequestObject(BaseModel):
+    """A JSON object. Its types are exact: true is not 1. Unknown fields are refused.
 
-    null counts as not given. Every method raises `RequestError` with the field's path for a value
-    of another type, or outside its limits.
+    null counts as not given. `ignored` names the fields that may have any value. A field in
+    `never_null` is refused as a wrong value, not as a missing one.
     """
 
-    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        self._values = dict(values)
-        self._path = path
+    model_config = ConfigDict(strict=True, extra="forbid")
+    ignored: ClassVar[tuple[str, ...]] = ()
+    never_null: ClassVar[tuple[str, ...]] = ()
 
-    def where(self, name: str) -> str:
-        """Return the path of a field."""
-        return f"{self._path}.{name}" if self._path else name
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        kept = {
+            n: value for n, value in given.items() if value is not None and n not in cls.ignored
+        }
+        if len(kept) > _MAX_FIELDS:  # pydantic would make an error for each unknown field
+            kept = dict(islice(kept.items(), _MAX_FIELDS))
+        for name in cls.never_null:
+            kept.setdefault(name, None)
+        return kept
 
-    def take(self, name: str) -> Any:
-        """Return the value of a field as it is, None where it is not given."""
-        return self._values.pop(name, None)
 
-    def text(self, name: str) -> str | None:
-        """Return a string, None where it is not given."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            self.wrong(name, "a string", value)
+def validated(model: type[_Model], given: object) -> _Model:
+    """Return JSON as a model. Raises `RequestError` about the first field that is wrong."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    raise _request_error(first)
+
+
+def _request_error(details: ErrorDetails) -> RequestError:
+    path, kind = "", details["type"]
+    for part in details["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    code = _CODES.get(kind, "invalid_value")
+    reason = _MESSAGES.get(kind) or details["msg"].replace("Input should be", "has to be", 1)
+    if code == "invalid_value" and reason.startswith("has to be"):
+        reason += f", not {shown(details['input'])}"
+    return field_error(path, reason, code)
+
+
+def wrong(code: str, reason: str) -> PydanticCustomError:
+    """Return the error to raise in a validator, with a code of OpenAI's."""
+    return PydanticCustomError(code, reason)  # type: ignore[arg-type]
+
+
+def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
+    """Return what refuses all values but some."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise wrong(code, reason)
         return value
 
-    def flag(self, name: str) -> bool:
-        """Return true or false; false where it is not given."""
-        value = self.take(name)
-        if value is not None and not isinstance(value, bool):
-            self.wrong(name, "true or false", value)
-        return bool(value)
+    return AfterValidator(check)
 
-    def number(self, name: str, limits: NumberParameter) -> Any:
-        """Return a number within its limits, None where it is not given.
 
-        Where the limits are those of a whole number, another one is refused.
-        """
-        value = self.take(name)
-        if value is None:
-            return None
-        return checked_number(value, limits, self.where(name))
+def max_items(limit: int) -> BeforeValidator:
+    """Return what refuses a list of more items, before each of them is checked."""
 
-    def items(self, name: str, most: int) -> list[Any] | None:
-        """Return a list of at most so many items, None where it is not given."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            self.wrong(name, "a list", value)
-        if len(value) > most:
-            self.refuse(name, f"has {len(value)} items; at most {most} are taken")
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limit:
+            raise wrong(NO_CODE, f"has {len(value)} items; at most {limit} are taken")
         return value
 
-    def fields(self, name: str) -> Fields | None:
-        """Return the fields of an object, None where it is not given."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            self.wrong(name, "an object", value)
-        return Fields(value, self.where(name))
+    return BeforeValidator(check)
 
-    def named_items(self) -> Mapping[str, Any]:
-        """Return all that is left, for an object whose names are data."""
-        values, self._values = self._values, {}
-        return values
 
-    def refuse_if_given(self, reason: str, *names: str) -> None:
-        """Raise `RequestError` for the first of these that is given; an empty list is nothing."""
-        for name in names:
-            if self.is_given(name):
-                self.refuse(name, reason, code="unsupported_parameter")
+def number(limits: NumberParameter) -> PlainValidator:
+    """Return what takes a number within its limits."""
 
-    def ignore(self, *names: str) -> None:
-        """Drop fields that change nothing."""
-        for name in names:
-            self.take(name)
+    def check(value: Any) -> Any:
+        if not _fits(value, limits):
+            raise wrong("invalid_value", f"has to be {limits.limits}")
+        return value
 
-    def is_given(self, name: str, usual: object = None) -> bool:
-        """Drop a field; return whether it has another value than the usual one."""
-        return self.take(name) not in (None, [], usual)
-
-    def rename(self, name: str, ours: str, limits: NumberParameter) -> None:
-        """Take a number as that of the field `ours`. Both may not be given and differ."""
-        value = self.number(name, limits)
-        if value is not None and self._values.setdefault(ours, value) != value:
-            self.refuse(name, f"and {ours} differ: give one of them")
-
-    def end(self) -> None:
-        """Raise `RequestError` for the first field that nobody has taken, unless it is null."""
-        for name, value in self._values.items():
-            if value is not None:
-                self.refuse(name, "is not a field that is known here", code="unknown_parameter")
-
-    def refuse(self, name: str, reason: str, code: str | None = None) -> NoReturn:
-        """Raise `RequestError` about a field."""
-        refuse(self.where(name), reason, code)
-
-    def wrong(self, name: str, wanted: str, value: object) -> NoReturn:
-        """Raise `RequestError` about a value that is not as wanted."""
-        refuse_value(self.where(name), wanted, value)
+    return PlainValidator(check)
 
 
 def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
     """Return `value` if it is a number within its limits. Raises `RequestError`."""
-    kinds: Sequence[type] = (int,) if limits.kind is int else (int, float)
+    if not _fits(value, limits):
+        raise value_error(path, limits.limits, value)
+    return value
+
+
+def _fits(value: Any, limits: NumberParameter) -> bool:
+    if type(value) is not int and (type(value) is not float or limits.kind is int):
+        return False
     try:
-        # A double holds no whole number of 400 digits.
-        if type(value) in kinds and limits.fits(value) and limits.kind(value) is not None:
-            return value
-    except OverflowError:
-        pass
-    refuse_value(path, limits.limits, value)
-
-
-def fields_of(value: Any, path: str) -> Fields:
-    """Return the fields of an item of a list. Raises `RequestError` where it is no object."""
-    if not isinstance(value, dict):
-        refuse_value(path, "an object", value)
-    return Fields(value, path)
-
-
-def refuse(path: str, reason: str, code: str | None = None) -> NoReturn:
-    """Raise `RequestError` about the field at `path`."""
-    raise RequestError(f"{plain(path)} {reason}", param=plain(path), code=code)
-
-
-def refuse_value(path: str, wanted: str, value: object) -> NoReturn:
-    """Raise `RequestError` about a value at `path` that is not as wanted."""
-    refuse(path, f"has to be {wanted}, not {_shown(value)}", code="invalid_value")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, int) and abs(value) > 10**_SHOWN:
-        return "a number of many digits"
-    text = ascii(value[:_SHOWN]) if isinstance(value, str) else str(value)
-    return text
+        return limits.fits(value) and limits.kind(value) is not None
+    except OverflowError:  # a double holds no whole number of 400 digits
+        return False

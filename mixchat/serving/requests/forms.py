@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from mixchat.base.errors import MixchatError
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.fields import Fields
+from mixchat.serving.requests.fields import NO_CODE, RequestObject, wrong
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.form.output_constraint import (
     HASTY_S,
@@ -25,18 +27,17 @@ if TYPE_CHECKING:
     from mixchat.serving.service import Service
     from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
 
-
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-_LARGEST = 100_000  # bytes of a schema or a grammar; the time for one grows with its square: 2 s
-_TYPES = ("text", "json_object", "json_schema")
-_KINDS = {"response_format": "schema", "grammar": "grammar"}
+_MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s; the time grows as the square
+_MAX_CACHED_FORMS = 64  # programs ask with the same schema again and again
+_TOO_LARGE = f"is too large: {_MAX_FORM} bytes are taken at most"
 
 
 class Compile(Protocol):
     """Compiles a JSON schema, a grammar's text, or None for any JSON object.
 
-    Closing `at_end` ends that. Raises `MixchatError` where it cannot. The function that is returned
-    makes a constraint, for an answer that is `continued` or is not.
+    Closing `at_end` ends the compiling. Raises `MixchatError` if the form is wrong. The returned
+    function makes a constraint, for an answer that continues its prompt or does not.
     """
 
     def __call__(
@@ -44,66 +45,90 @@ class Compile(Protocol):
     ) -> Callable[..., Constraint]: ...
 
 
-def read_response_format(
-    fields: Fields, compile_form: Compile, *, before: Sequence[int] = (), continued: bool
+def _small_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(to_json(schema)) > _MAX_FORM:
+        raise wrong(NO_CODE, _TOO_LARGE)
+    return schema
+
+
+def _small_grammar(grammar: str) -> str:
+    if len(grammar) > _MAX_FORM:
+        raise wrong(NO_CODE, _TOO_LARGE)
+    return grammar
+
+
+class _JsonSchema(RequestObject):
+    ignored = ("name", "description")
+    never_null = ("schema",)
+    strict: bool = False  # every schema is followed to the letter
+    given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_small_schema)]
+
+
+class ResponseFormat(RequestObject):
+    """The field response_format."""
+
+    never_null = ("type",)
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = Field(None, validate_default=True)
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _belongs_to_type(cls, given: Any, info: ValidationInfo) -> Any:
+        has_schema = info.data.get("type") == "json_schema"
+        if has_schema and given is None:
+            raise wrong("missing_required_parameter", "is missing")
+        if given is not None and not has_schema:
+            raise wrong("unknown_parameter", "belongs to the type json_schema alone")
+        return given
+
+
+class FormFields(RequestObject):
+    """The fields that give an answer its form. `grammar` is the field of llama.cpp's server."""
+
+    response_format: ResponseFormat | None = None
+    grammar: Annotated[str, AfterValidator(_small_grammar)] = ""
+
+    @field_validator("grammar")
+    @classmethod
+    def _stands_alone(cls, given: str, info: ValidationInfo) -> str:
+        if given and info.data.get("response_format") is not None:
+            raise wrong(NO_CODE, "and response_format exclude each other")
+        return given
+
+
+def constraint_of(
+    fields: FormFields, compile_form: Compile, before: Sequence[int], continued: bool
 ) -> MakeConstraint | None:
-    """Take `response_format` and `grammar`, which is the field of llama.cpp's server.
+    """Return what makes the constraint of an answer, None for text of any form.
 
-    Return what makes the constraint, None for text of any form.
+    before: the tokens of the answer's beginning, which has to have the form, too; continued:
+    whether the answer continues the text of its prompt.
 
-    before: the tokens of an answer's beginning, which has to have the form, too; continued: whether
-    the answer continues the text of its prompt.
-
-    Raises `RequestError` where the format is unknown, or its schema cannot be read or met.
+    Raises `RequestError` if the form cannot be read or met.
     """
-    given, grammar = fields.fields("response_format"), fields.text("grammar")
-    if grammar:
-        if given is not None:
-            fields.refuse("grammar", "and response_format exclude each other")
-        if len(grammar) > _LARGEST:
-            fields.refuse("grammar", f"is too large: {_LARGEST} bytes are taken at most")
-        return partial(_compiled("grammar", compile_form, grammar), before, continued=continued)
-    if given is None:
+    form = fields.response_format
+    if fields.grammar:
+        compiled = _compiled("grammar", "invalid_grammar", compile_form, fields.grammar)
+    elif form is None or form.type == "text":
         return None
-    kind, schema = given.text("type"), None
-    if kind not in _TYPES:
-        given.wrong("type", f"one of {', '.join(_TYPES)}", kind)
-    if kind == "json_schema":
-        schema = _schema(given)
-    given.end()
-    if kind == "text":
-        return None
-    compiled = _compiled("response_format", compile_form, schema)
+    else:
+        schema = None if form.json_schema is None else form.json_schema.given
+        compiled = _compiled("response_format", "invalid_schema", compile_form, schema)
     return partial(compiled, before, continued=continued)
 
 
 def _compiled(
-    field: str, compile_form: Compile, form: dict[str, Any] | str | None
+    field: str, code: str, compile_form: Compile, given: dict[str, Any] | str | None
 ) -> Callable[..., Constraint]:
     try:
-        return compile_form(form)
+        return compile_form(given)
     except MixchatError as error:
         message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
-        raise RequestError(message, param=field, code=f"invalid_{_KINDS[field]}") from None
-
-
-def _schema(given: Fields) -> dict[str, Any]:
-    about = given.fields("json_schema")
-    if about is None:
-        given.refuse("json_schema", "is missing", "missing_required_parameter")
-    about.ignore("name", "description")
-    about.flag("strict")  # every schema is followed to the letter
-    schema = about.take("schema")
-    if not isinstance(schema, dict):
-        about.wrong("schema", "an object", schema)
-    if len(to_json(schema)) > _LARGEST:
-        about.refuse("schema", f"is too large: {_LARGEST} bytes are taken at most")
-    about.end()
-    return schema
+        raise RequestError(message, param=field, code=code) from None
 
 
 def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None) -> MakeConstraint:
-    """Refuse every form, where there is nothing that could enforce one."""
+    """Refuse every form, because nothing could enforce one."""
     raise RequestError(
         "response_format: only text is available on this server",
         param="response_format",
@@ -111,14 +136,8 @@ def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None
     )
 
 
-_MOST_KEPT = 64  # forms; programs ask with the same schema again and again
-
-
 def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
-    """Return what compiles the forms of a service's answers.
-
-    Each may take so many seconds of computing.
-    """
+    """Return what compiles forms for a service's answers, each within so many seconds."""
     checked: dict[str, OutputConstraint] = {}
 
     @cache
@@ -140,7 +159,7 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
         key = json.dumps(given)
         if key not in checked:
             form = check(given, at_end)
-            if len(checked) >= _MOST_KEPT:
+            if len(checked) >= _MAX_CACHED_FORMS:
                 checked.clear()
             checked[key] = form
         return compiler().compile(checked[key]).start

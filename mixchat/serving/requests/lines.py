@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from mixchat.base.background import in_background
 from mixchat.base.context import UNKNOWN, Context
@@ -17,12 +17,12 @@ from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.requests.body import read_object
-from mixchat.serving.requests.chat import read_chat
-from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.requests.fields import refuse, refuse_value
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
+
+if TYPE_CHECKING:
+    from mixchat.serving.requests.forms import Compile
+    from mixchat.serving.requests.options import Defaults
 
 AHEAD = 2  # lines that are read for each answer that is generated
 _JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041
@@ -161,6 +161,7 @@ def answered_here(
     service: Service, advice: Defaults, given: LineDefaults, compile_form: Compile
 ) -> Begin:
     """Return what lets a service answer lines; `advice` is its defaults."""
+    from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:
         body = request_of(line, text, given, service.context)
@@ -179,7 +180,7 @@ def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -
     line.id = body.pop("id", None)
     for name in _NOT_HERE:
         if name in body:
-            refuse(name, "is not for a file of prompts", "unsupported_parameter")
+            raise field_error(name, "is not for a file of prompts", "unsupported_parameter")
     body = {**given.fields, **body}
     if "prompt" in body:
         body["messages"] = _question(body)
@@ -192,9 +193,9 @@ def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -
 def _question(body: dict[str, Any]) -> list[dict[str, Any]]:
     prompt = body.pop("prompt")
     if not isinstance(prompt, str):
-        refuse_value("prompt", "a string", prompt)
+        raise value_error("prompt", "a string", prompt)
     if "messages" in body:
-        refuse("prompt", "and messages exclude each other")
+        raise field_error("prompt", "and messages exclude each other")
     return [{"role": "user", "content": prompt}]
 
 

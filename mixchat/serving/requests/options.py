@@ -1,4 +1,4 @@
-"""The fields that chat and completion share: sampling, lengths, stop strings, how to send.
+"""The fields that chat and completion share: sampling, lengths, stop strings, the way to send.
 
 | field                                          | taken as                                  |
 | ---------------------------------------------- | ----------------------------------------- |
@@ -6,9 +6,10 @@
 | top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run`   |
 | presence_penalty, frequency_penalty            | OpenAI's                                  |
 | logit_bias                                     | by token id, -100 to 100                  |
-| max_tokens                                     | 0: as many as fit                         |
+| max_tokens, max_completion_tokens              | 0: as many as fit                         |
 | n                                              | OpenAI's, up to what the server can take  |
 | stop, stream, stream_options.include_usage     | OpenAI's                                  |
+| response_format, grammar                       | text, json_object, json_schema; GBNF, Lark|
 | model                                          | the one that is served, or not given      |
 | user, metadata, service_tier, prompt_cache_key | ignored: they change no answer            |
 | safety_identifier, store: false                | ignored                                   |
@@ -19,24 +20,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, PlainValidator
 
 from mixchat.base.context import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
-from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.requests.fields import Fields, checked_number
+from mixchat.serving.requests.errors import RequestError, field_error, value_error
+from mixchat.serving.requests.fields import (
+    RequestObject,
+    checked_number,
+    number,
+    only,
+    validated,
+    wrong,
+)
+from mixchat.serving.requests.forms import FormFields
 from mixchat.serving.service import Job, Service
 
-_MOST_ANSWERS = 16  # of one request
-MOST_LOGPROBS = 20
-_MOST_STOPS, _LONGEST_STOP = 32, 500
-_IGNORED = ("user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier")
-# Fields of other servers that only tune an answer, each with the value that holds here anyway.
+_MAX_ANSWERS = 16  # of one request
+_MAX_LOGPROBS = 20
+_MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
+# Fields of other servers that only tune an answer, each with the value that applies here anyway.
 _FOREIGN = {
     "cache_prompt": True,
     "chat_template_kwargs": {},
@@ -47,18 +56,19 @@ _FOREIGN = {
     "think": False,
     "verbosity": None,
 }
+_FOREIGN_PENALTY = "repetition_penalty"
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
 _PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
 TOP_LOGPROBS = NumberParameter(
-    "top_logprobs", int, lambda x: 0 <= x <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"
+    "top_logprobs", int, lambda x: 0 <= x <= _MAX_LOGPROBS, f"between 0 and {_MAX_LOGPROBS}"
 )
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """The advice of the model's makers, and how requests are read.
+    """The advice of the model's makers, and whether to refuse other servers' fields.
 
-    max_tokens: 0 for what fits, None without advice; strict: refuse other servers' fields.
+    max_tokens: 0 for as many as fit, None without advice.
     """
 
     sampling: SamplingOptions
@@ -68,9 +78,9 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request that was read: a job for each answer, `n` for each prompt, and how to send them.
+    """The `n` jobs for each prompt of a request, and the way to send their answers.
 
-    ignored: the fields without an effect, which the client should know of.
+    ignored: the fields without an effect, which the client should know.
     """
 
     jobs: tuple[Job, ...]
@@ -81,128 +91,151 @@ class ParsedRequest:
     ignored: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Options:
-    """The shared fields of one request."""
-
-    sampling: SamplingOptions
-    seed: int
-    max_tokens: int | None
-    stop: tuple[str, ...]
-    n: int
-    stream: bool
-    include_usage: bool
-    ignored: tuple[str, ...] = ()
-
-    def asked(self, prompts: Sequence[Sequence[int]], **about: Any) -> ParsedRequest:
-        """Return the request with `n` jobs for each prompt, each with a seed of its own.
-
-        `about` are the fields of `Job` that are not options.
-        """
-        jobs = tuple(
-            Job(
-                prompt_ids=tuple(ids),
-                sampling=dataclasses.replace(self.sampling, seed=(self.seed + i) % 2**63),
-                max_tokens=self.max_tokens,
-                stop=self.stop,
-                **about,
-            )
-            for ids in prompts
-            for i in range(self.n)
-        )
-        return ParsedRequest(jobs, self.n, self.seed, self.stream, self.include_usage, self.ignored)
+def _stop_strings(given: Any) -> tuple[str, ...]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise wrong("invalid_value", "has to be a string or a list of strings")
+    if len(texts) > _MAX_STOPS or any(len(text) > _MAX_STOP_LENGTH for text in texts):
+        limit = f"{_MAX_STOPS} strings of {_MAX_STOP_LENGTH} characters"
+        raise wrong("invalid_value", f"takes at most {limit}")
+    return tuple(text for text in texts if text)
 
 
-def most_answers(service: Service) -> int:
-    """Return how many answers a request may have: one that a service never takes is wrong."""
-    return min(_MOST_ANSWERS, service.most_jobs)
+class StreamOptions(RequestObject):
+    """The field stream_options."""
+
+    ignored = ("include_obfuscation",)
+    include_usage: bool = False
 
 
-def read_options(fields: Fields, service: Service, defaults: Defaults) -> Options:
-    """Take the shared fields. Raises `RequestError` for what cannot be used."""
-    most = most_answers(service)
-    count = NumberParameter("n", int, lambda x: 1 <= x <= most, f"between 1 and {most}")
-    _check_model(fields, service.name)
-    fields.ignore(*_IGNORED)
-    if fields.flag("store"):
-        fields.refuse("store", "has to be false: answers are not stored", "unsupported_value")
-    ignored = () if defaults.strict else _take_foreign(fields)
-    seed = fields.number("seed", SAMPLING["seed"])
-    stream_options = fields.fields("stream_options") or Fields({})
-    stream_options.ignore("include_obfuscation")
-    options = Options(
-        sampling=_sampling(fields, defaults.sampling, service.tokenizer.vocab_size),
-        seed=secrets.randbelow(2**32) if seed is None else seed,
-        max_tokens=_max_tokens(fields, defaults, service.context),
-        stop=_stop(fields),
-        n=fields.number("n", count) or 1,
-        stream=fields.flag("stream"),
-        include_usage=stream_options.flag("include_usage"),
-        ignored=ignored,
+class SharedFields(FormFields):
+    """The fields that chat and completion share. A number that is not given is None."""
+
+    ignored = (
+        *("model", "user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"),
     )
-    stream_options.end()
-    return options
+    store: Annotated[
+        bool, only((False,), "unsupported_value", "has to be false: answers are not stored")
+    ] = False
+    seed: Annotated[int | None, number(SAMPLING["seed"])] = None
+    temperature: Annotated[float | None, number(SAMPLING["temp"])] = None
+    top_p: Annotated[float | None, number(SAMPLING["top-p"])] = None
+    top_k: Annotated[int | None, number(SAMPLING["top-k"])] = None
+    min_p: Annotated[float | None, number(SAMPLING["min-p"])] = None
+    repeat_penalty: Annotated[float | None, number(SAMPLING["repeat-penalty"])] = None
+    presence_penalty: Annotated[float | None, number(_PENALTY)] = None
+    frequency_penalty: Annotated[float | None, number(_PENALTY)] = None
+    logit_bias: dict[str, Any] = Field({})
+    max_tokens: Annotated[int | None, number(LENGTHS["max-tokens"])] = None
+    max_completion_tokens: Annotated[int | None, number(LENGTHS["max-tokens"])] = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
 
 
-def _check_model(fields: Fields, model: str) -> None:
-    name = fields.text("model")
-    if name not in (None, model):
+_Fields = TypeVar("_Fields", bound=SharedFields)
+
+
+def max_answers(service: Service) -> int:
+    """Return how many answers a request may have: one that a service never takes is wrong."""
+    return min(_MAX_ANSWERS, service.most_jobs)
+
+
+def read_fields(
+    kind: type[_Fields], body: dict[str, Any], service: Service, defaults: Defaults
+) -> tuple[_Fields, Job, tuple[str, ...]]:
+    """Return a body's fields, a job with its options, and the names of fields without an effect.
+
+    Raises `RequestError` for the first field that cannot be used.
+    """
+    _check_model(body.get("model"), service.name)
+    ignored: tuple[str, ...] = ()
+    if not defaults.strict:
+        body, ignored = _without_foreign(body)
+    fields = validated(kind, body)
+    limit = max_answers(service)
+    if not 1 <= fields.n <= limit:
+        raise value_error("n", f"between 1 and {limit}", fields.n)
+    job = Job(
+        prompt_ids=(),
+        stop_ids=service.template.stop_ids,
+        sampling=_sampling(fields, defaults.sampling, service.tokenizer.vocab_size),
+        max_tokens=_max_tokens(fields, defaults, service.context),
+        stop=fields.stop,
+    )
+    return fields, job, ignored
+
+
+def parsed(
+    fields: SharedFields, job: Job, prompts: Sequence[Sequence[int]], ignored: tuple[str, ...]
+) -> ParsedRequest:
+    """Return the request with `n` jobs like `job` for each prompt, each with its own seed."""
+    seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
+    jobs = tuple(
+        replace(
+            job,
+            prompt_ids=tuple(ids),
+            sampling=replace(job.sampling, seed=(seed + i) % 2**63),
+        )
+        for ids in prompts
+        for i in range(fields.n)
+    )
+    include_usage = fields.stream_options.include_usage
+    return ParsedRequest(jobs, fields.n, seed, fields.stream, include_usage, ignored)
+
+
+def _check_model(given: object, served: str) -> None:
+    if given is not None and not isinstance(given, str):
+        raise value_error("model", "a string", given)
+    if given not in (None, served):
         raise RequestError(
-            f"there is no model {name!a:.80} here; this server has {model!r}",
+            f"there is no model {given!a:.80} here; this server has {served!r}",
             status=404,
             param="model",
             code="model_not_found",
         )
 
 
-def _take_foreign(fields: Fields) -> tuple[str, ...]:
-    """Take the fields of other servers; return the names of those without an effect."""
-    fields.rename("repetition_penalty", "repeat_penalty", SAMPLING["repeat-penalty"])
-    return tuple(name for name, value in _FOREIGN.items() if fields.is_given(name, value))
+def _without_foreign(body: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a body without other servers' fields, and the names of those without an effect."""
+    named = tuple(
+        name for name, usual in _FOREIGN.items() if body.get(name) not in (None, [], usual)
+    )
+    body = {name: value for name, value in body.items() if name not in _FOREIGN}
+    penalty = body.pop(_FOREIGN_PENALTY, None)
+    if penalty is not None:
+        checked_number(penalty, SAMPLING["repeat-penalty"], _FOREIGN_PENALTY)
+        if body.get("repeat_penalty") not in (None, penalty):
+            raise field_error(_FOREIGN_PENALTY, "and repeat_penalty differ: give one of them")
+        body["repeat_penalty"] = penalty
+    return body, named
 
 
-def _sampling(fields: Fields, advised: SamplingOptions, vocab_size: int) -> SamplingOptions:
-    numbers = {of.field: of for of in SAMPLING.values() if of.field != "seed"}
-    numbers |= {"presence_penalty": _PENALTY, "frequency_penalty": _PENALTY}
-    given = {name: fields.number(name, limits) for name, limits in numbers.items()}
+def _sampling(fields: SharedFields, advised: SamplingOptions, vocab_size: int) -> SamplingOptions:
+    names = [limits.field for limits in SAMPLING.values() if limits.field != "seed"]
+    given = {n: getattr(fields, n) for n in (*names, "presence_penalty", "frequency_penalty")}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(advised, **chosen, logit_bias=_logit_bias(fields, vocab_size))
+    bias = _logit_bias(fields.logit_bias, vocab_size)
+    return replace(advised, **chosen, logit_bias=bias)
 
 
-def _logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    given = fields.fields("logit_bias")
-    if given is None:
-        return ()
+def _logit_bias(given: dict[str, Any], vocab_size: int) -> tuple[tuple[int, float], ...]:
     pairs: dict[int, float] = {}
-    for name, value in given.named_items().items():
+    for name, value in given.items():
+        path = f"logit_bias.{name}"
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else vocab_size
         if token >= vocab_size:
-            given.refuse(name, f"is no token: ids are 0 to {vocab_size - 1}", "invalid_value")
-        pairs[token] = float(checked_number(value, _BIAS, given.where(name)))
+            raise field_error(path, f"is no token: ids are 0 to {vocab_size - 1}", "invalid_value")
+        pairs[token] = float(checked_number(value, _BIAS, path))
     return tuple(pairs.items())
 
 
-def _max_tokens(fields: Fields, defaults: Defaults, context: Context) -> int | None:
-    old, new = (
-        fields.number(name, LENGTHS["max-tokens"])
-        for name in ("max_tokens", "max_completion_tokens")
-    )
+def _max_tokens(fields: SharedFields, defaults: Defaults, context: Context) -> int | None:
+    old, new = fields.max_tokens, fields.max_completion_tokens
     if old is not None and new is not None and old != new:
-        fields.refuse("max_tokens", "and max_completion_tokens differ: give one of them")
-    given = old if new is None else new
-    if given is None:
-        given = defaults.max_tokens
-    if given is None:
-        given = context.usual_answer
-    return min(given, context.tokens) or None
-
-
-def _stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.take("stop")
-    texts = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        fields.wrong("stop", "a string or a list of strings", value)
-    if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
-        most = f"{_MOST_STOPS} strings of {_LONGEST_STOP} characters"
-        fields.refuse("stop", f"takes at most {most}", "invalid_value")
-    return tuple(text for text in texts if text)
+        raise field_error("max_tokens", "and max_completion_tokens differ: give one of them")
+    for tokens in (new, old, defaults.max_tokens):
+        if tokens is not None:
+            return min(tokens, context.tokens) or None
+    return min(context.usual_answer, context.tokens) or None

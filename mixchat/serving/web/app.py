@@ -25,8 +25,8 @@ from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
-from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
-from mixchat.serving.requests.fields import Fields
+from mixchat.serving.requests.errors import RequestError, as_request_error, field_error, to_json
+from mixchat.serving.requests.fields import RequestObject, validated
 from mixchat.serving.requests.forms import Compile, no_forms
 from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
@@ -201,27 +201,30 @@ async def _metrics(state: AppState, request: Request) -> Response:
     return Response(to_prometheus(state.service.stats()), media_type=CONTENT_TYPE)
 
 
+class _Text(RequestObject):
+    content: str
+    add_special: bool = False
+
+
 async def _tokenize(state: AppState, request: Request) -> Response:
-    fields = Fields(read_object(await _body(state, request)))
-    text, with_bos = fields.text("content"), fields.flag("add_special")
-    if text is None:
-        fields.refuse("content", "is missing", "missing_required_parameter")
-    fields.end()
-    state.service.context.check_text(text, "content")  # others wait for the tokenizer meanwhile
+    text = validated(_Text, read_object(await _body(state, request)))
+    state.service.context.check_text(text.content, "content")  # others wait for the tokenizer
     tokenizer = state.service.tokenizer
-    bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
-    return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text)})
+    bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
+    return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text.content)})
+
+
+class _Tokens(RequestObject):
+    tokens: list[Any]
 
 
 async def _detokenize(state: AppState, request: Request) -> Response:
-    fields = Fields(read_object(await _body(state, request)))
-    size = state.service.context.largest
-    items = fields.items("tokens", size)
-    if items is None:
-        fields.refuse("tokens", "is missing", "missing_required_parameter")
-    fields.end()
-    ids = token_ids(items, state.service.tokenizer.vocab_size, "tokens")
-    return _json({"content": await run_in_threadpool(state.service.tokenizer.decode, ids)})
+    items = validated(_Tokens, read_object(await _body(state, request))).tokens
+    limit, tokenizer = state.service.context.largest, state.service.tokenizer
+    if len(items) > limit:
+        raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
+    ids = token_ids(items, tokenizer.vocab_size, "tokens")
+    return _json({"content": await run_in_threadpool(tokenizer.decode, ids)})
 
 
 async def _body(state: AppState, request: Request) -> bytes:
