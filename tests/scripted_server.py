@@ -13,6 +13,10 @@ LIST = {"object": "list", "data": [{"id": "tiny", "object": "model"}, {"id": "ot
 STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
 
 
+class NothingAskedError(Exception):
+    """A client connected, and left without a request."""
+
+
 @dataclass
 class Request:
     method: str
@@ -119,6 +123,8 @@ class ScriptedServer:
             with connection:
                 try:
                     self._answer(connection)
+                except NothingAskedError:
+                    continue
                 except OSError:  # the client went, perhaps while it was sent something
                     self.gone.set()
 
@@ -142,7 +148,10 @@ class ScriptedServer:
 
 def read_request(connection: socket.socket) -> Request:
     with connection.makefile("rb") as file:
-        method, path, _ = file.readline().decode().split()
+        first = file.readline()
+        if not first:
+            raise NothingAskedError
+        method, path, _ = first.decode().split()
         headers = {}
         while line := file.readline().decode().strip():
             name, _, value = line.partition(":")

@@ -8,12 +8,15 @@ import pytest
 
 HEAVY = {
     "bitsandbytes",
+    "httpcore2",
+    "httpx2",
     "huggingface_hub",
     "jinja2",
     "llguidance",
     "numpy",
     "prompt_toolkit",
     "psutil",
+    "pydantic",
     "rich",
     "sentencepiece",
     "starlette",

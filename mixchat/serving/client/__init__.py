@@ -4,5 +4,4 @@
 - server_client.py: asks a server over HTTP
 - server_json.py: what a server sends: models, events, errors
 - server_url.py: the URL of a server
-- patient_reader.py: reads from a socket, and lets Ctrl-C in
 """

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
-from threading import Thread
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
+import httpcore2
+
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
-from mixchat.serving.client.patient_reader import PatientReader
 from mixchat.serving.client.server_json import (
     BusyError,
     ListedModel,
@@ -19,22 +21,29 @@ from mixchat.serving.client.server_json import (
     parsed_error,
     read_models,
 )
-from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
+from mixchat.serving.client.server_url import ServerURL
 
-_CONNECTING = 10.0  # seconds
-_ENDING = 2.0  # seconds, for what comes behind an answer
-_GLANCE = 0.05  # seconds, for a look at this machine
-_LONGEST_BODY = 2**24  # bytes: a list of models, an error
-_PIECE = 2**16  # bytes
-_START = "Start it with 'mixchat serve', or check the URL."
+_CONNECT_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 2.0  # for what comes after the last piece of an answer
+_READ_S = 0.2  # of each attempt to read
+_MAX_BODY = 2**24  # bytes: a list of models, an error
+_START_HINT = "Start it with 'mixchat serve', or check the URL."
+# A machine that was switched off is noticed, although nothing limits the silence.
+_KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+_FAULTS = (
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.TimeoutException,
+    ValueError,  # a host's name of a wrong form
+)
 
 
 class ServerClient:
-    """The client of one server; each request has a connection of its own.
+    """The client of one server. Each request has its own connection.
 
-    `key` is sent to this server alone: redirects are not followed. A server that is silent is
-    waited for without a limit, since a long prompt may take it minutes; Ctrl-C ends that at once.
-    All methods raise `MixchatError`, in one line, where the server does not do its part.
+    `key` is sent to this server alone, because redirects are not followed. A long prompt may take
+    the server minutes, so nothing limits its silence; Ctrl-C ends the wait at once. All methods
+    raise `MixchatError`, in one line, if the server is at fault.
     """
 
     def __init__(self, url: ServerURL, key: str | None = None) -> None:
@@ -43,75 +52,77 @@ class ServerClient:
             raise UsageError("the key in MIXCHAT_API_KEY has characters that no key can have")
 
     def models(self) -> list[ListedModel]:
-        """Return the models of the server; none where it has no list of them."""
-        reply = self._request("GET", "/models")
-        try:
+        """Return the models of the server; none if it has no list of them."""
+        with closing(self._request("GET", "/models")) as reply:
             if reply.status in (404, 405, 501):
                 return []
             self._check(reply)
             return read_models(reply.body())
-        finally:
-            reply.close()
 
     def chat(self, body: Mapping[str, Any]) -> HTTPReply:
         """Send a request for a streamed answer; return the stream, which has to be closed.
 
-        Raises `PromptTooLongError` where the server says that the prompt does not fit the context,
-        and `ModelNotFoundError` where it does not have the model.
+        Raises `PromptTooLongError` if the server says that the prompt does not fit the context,
+        and `ModelNotFoundError` if it does not have the model.
         """
-        reply = self._request("POST", "/chat/completions", json.dumps(body).encode())
-        try:
+        with ExitStack() as opened:
+            reply = self._request("POST", "/chat/completions", json.dumps(body).encode())
+            opened.callback(reply.close)
             self._check(reply)
             if reply.kind not in ("text/event-stream", ""):
                 raise self._no_stream(reply)
-        except BaseException:
-            reply.close()
-            raise
-        return reply
+            opened.pop_all()
+            return reply
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> HTTPReply:
-        headers = {"Accept": "text/event-stream, application/json", "Connection": "close"}
+        url = self.url
+        target = httpcore2.URL(
+            scheme=url.scheme, host=url.host, port=url.port, target=url.path + path
+        )
+        connection = httpcore2.HTTPConnection(
+            target.origin,
+            ssl.create_default_context() if url.scheme == "https" else None,
+            network_backend=_PatientNetwork(),
+            socket_options=_KEEPALIVE,
+        )
+        timeouts = {"timeout": {"connect": _CONNECT_TIMEOUT_S}}
+        request = connection.stream(
+            method, target, headers=self._headers(body), content=body, extensions=timeouts
+        )
+        with ExitStack() as opened:
+            opened.enter_context(connection)
+            try:
+                response = opened.enter_context(request)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout, ValueError) as error:
+                said = f"no server answers at {url} ({_reason(error)})"
+                raise ServerError(said, hint=_START_HINT) from None
+            except _FAULTS as error:
+                raise _fault(url, "closed the connection without an answer", error) from None
+            return HTTPReply(url, response, opened.pop_all().close)
+
+    def _headers(self, body: bytes | None) -> dict[bytes | str, bytes | str]:
+        headers: dict[bytes | str, bytes | str] = {
+            "Host": self.url.authority,
+            "Accept": "text/event-stream, application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
         if body is not None:
             headers["Content-Type"] = "application/json"
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        connection = self._connect()
-        try:
-            with faults_of(self.url, "closed the connection without an answer"):
-                connection.request(method, self.url.path + path, body, headers)
-                return HTTPReply(self.url, connection.sock, method)
-        except BaseException:
-            connection.close()
-            raise
-
-    def _connect(self) -> HTTPConnection:
-        kind = HTTPSConnection if self.url.scheme == "https" else HTTPConnection
-        connection = kind(self.url.host, self.url.port, timeout=_CONNECTING)
-        try:
-            connection.connect()
-        except (OSError, ValueError) as error:  # ValueError: the name of the host has no such form
-            connection.close()
-            said = f"no server answers at {self.url} ({_reason(error)})"
-            raise ServerError(said, hint=_START) from None
-        except BaseException:
-            connection.close()
-            raise
-        # A machine that was switched off is noticed, although nobody limits the silence.
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.sock.settimeout(None)
-        return connection
+        return headers
 
     def _check(self, reply: HTTPReply) -> None:
         """Raise what the status of a reply means, unless that is success."""
-        status = reply.status
-        if 200 <= status < 300:
+        if 200 <= reply.status < 300:
             return
-        if 300 <= status < 400:
+        if 300 <= reply.status < 400:
             place = short_message(reply.header("Location") or "nowhere")
             place = place.removesuffix("/chat/completions").removesuffix("/models")
             hint = f"If that is the server that you mean: --server {place}"
             raise ServerError(f"{self.url} sends the request elsewhere, to {place}", hint=hint)
-        error = error_of(status, parsed_error(reply.body()))
+        error = error_of(reply.status, parsed_error(reply.body()))
         error.hint = self._hint(error, reply)
         raise error
 
@@ -138,70 +149,96 @@ class ServerClient:
 
 
 class HTTPReply:
-    """The reply to a request, from its headers on."""
+    """The reply to a request, from its headers on.
 
-    def __init__(self, url: ServerURL, source: socket.socket, method: str) -> None:
-        self._url, self._reader = url, PatientReader(source)
-        self._response = self._reader.response(method)
-        self.status = self._response.status
+    `close` closes the connection, which ends an answer that is being made.
+    """
+
+    def __init__(
+        self, url: ServerURL, response: httpcore2.Response, close: Callable[[], None]
+    ) -> None:
+        self.close = close
+        self._url, self._response = url, response
+        self.status = response.status
         self.kind = (self.header("Content-Type") or "").partition(";")[0].strip().lower()
 
     def header(self, name: str) -> str | None:
         """Return the value of a header."""
-        return self._response.getheader(name)
+        for key, value in self._response.headers:
+            if key.lower() == name.lower().encode():
+                return value.decode("latin-1")
+        return None
 
     def body(self) -> bytes:
         """Return the body, at most 16 MiB of it."""
-        with faults_of(self._url, "broke off"):
-            return self._response.read(_LONGEST_BODY)
+        body = bytearray()
+        for piece in self._pieces("broke off"):
+            body += piece
+            if len(body) > _MAX_BODY:
+                break
+        return bytes(body[:_MAX_BODY])
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the body as it comes."""
-        with faults_of(self._url, "broke off in the middle of the answer"):
-            while piece := self._response.read1(_PIECE):
-                yield piece
+        return self._pieces("broke off in the middle of the answer")
 
     def hurry(self) -> None:
         """Wait no longer than 2 s from here on: what is to come is not worth more."""
-        self._reader.hurry(_ENDING)
+        self._response.extensions["network_stream"].deadline = time.monotonic() + _END_TIMEOUT_S
+
+    def _pieces(self, fault: str) -> Iterator[bytes]:
+        try:
+            yield from self._response.iter_stream()
+        except _FAULTS as error:
+            raise _fault(self._url, fault, error) from None
+
+
+class _PatientNetwork(httpcore2.SyncBackend):
+    """Connections that wait for as long as it takes, and let Ctrl-C in meanwhile."""
+
+    def connect_tcp(self, *args: Any, **options: Any) -> _PatientStream:
+        return _PatientStream(super().connect_tcp(*args, **options))
+
+
+class _PatientStream(httpcore2.NetworkStream):
+    """A connection that reads until `deadline`.
+
+    A signal that comes just before a read begins to block is not handled before that read ends. So
+    each attempt is short, and the next one follows.
+    """
+
+    deadline = math.inf  # seconds of the monotonic clock
+
+    def __init__(self, stream: httpcore2.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        while time.monotonic() <= self.deadline:
+            with suppress(httpcore2.ReadTimeout):
+                return self._stream.read(max_bytes, _READ_S)
+        raise httpcore2.ReadTimeout
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, timeout)
 
     def close(self) -> None:
-        """Close the connection, which ends an answer that is being made."""
-        self._response.close()
-        self._reader.close()
+        self._stream.close()
+
+    def start_tls(self, *args: Any, **options: Any) -> _PatientStream:
+        return _PatientStream(self._stream.start_tls(*args, **options))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
-@contextmanager
-def faults_of(url: ServerURL, what: str) -> Iterator[None]:
-    """Turn what goes wrong on the network into a `ServerError`: the server at `url` did `what`."""
-    try:
-        yield
-    except (OSError, HTTPException, ValueError) as error:
-        raise ServerError(f"the server at {url} {what} ({_reason(error)})") from None
+def _fault(url: ServerURL, fault: str, error: Exception) -> ServerError:
+    return ServerError(f"the server at {url} {fault} ({_reason(error)})")
 
 
-def is_served_here(model: str) -> bool:
-    """Return whether a server on this machine, at the usual port, has a model of this name.
-
-    It takes 50 ms at most. No key is sent, because any user's program may listen there.
-    """
-    found: list[ListedModel] = []
-
-    def look() -> None:
-        try:
-            found.extend(ServerClient(ServerURL.parse(f"127.0.0.1:{SERVER_PORT}")).models())
-        except MixchatError:
-            return
-
-    thread = Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_GLANCE)
-    return any(served.name == model for served in found)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
+def _reason(error: BaseException) -> str:
+    """Return what the operating system says of an error, if it is the cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, TimeoutError | httpcore2.TimeoutException):
         return "it takes too long"
-    if isinstance(error, IncompleteRead):
-        return "the connection was closed"
     return short_message(getattr(error, "strerror", None) or error) or type(error).__name__

@@ -98,7 +98,7 @@ def _request_error(details: ErrorDetails) -> RequestError:
 
 def wrong(code: str, reason: str) -> PydanticCustomError:
     """Return the error to raise in a validator, with a code of OpenAI's."""
-    return PydanticCustomError(code, reason)  # type: ignore[arg-type]
+    return PydanticCustomError(code, reason)
 
 
 def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
@@ -142,9 +142,8 @@ def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
 
 
 def _fits(value: Any, limits: NumberParameter) -> bool:
-    if type(value) is not int and (type(value) is not float or limits.kind is int):
-        return False
+    kinds = (int,) if limits.kind is int else (int, float)
     try:
-        return limits.fits(value) and limits.kind(value) is not None
+        return type(value) in kinds and limits.fits(value) and limits.kind(value) is not None
     except OverflowError:  # a double holds no whole number of 400 digits
         return False

@@ -23,7 +23,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, PlainValidator
 
@@ -111,8 +111,13 @@ class StreamOptions(RequestObject):
 class SharedFields(FormFields):
     """The fields that chat and completion share. A number that is not given is None."""
 
-    ignored = (
-        *("model", "user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"),
+    ignored: ClassVar[tuple[str, ...]] = (
+        "model",
+        "user",
+        "metadata",
+        "service_tier",
+        "prompt_cache_key",
+        "safety_identifier",
     )
     store: Annotated[
         bool, only((False,), "unsupported_value", "has to be false: answers are not stored")

@@ -10,10 +10,10 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.serving.client import server_client as client_module
-from mixchat.serving.client.server_client import ServerClient, is_served_here
+from mixchat.serving.client import server_url
+from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
-from mixchat.serving.client.server_url import ServerURL
+from mixchat.serving.client.server_url import ServerURL, is_served_here
 
 
 def client_of(server, key=None):
@@ -136,11 +136,11 @@ def test_a_name_that_has_no_address_is_one_line(host):
 
 
 def test_a_server_of_this_machine_is_found_by_its_model(monkeypatch):
-    monkeypatch.setattr(client_module, "_GLANCE", 60)
+    monkeypatch.setattr(server_url, "_GLANCE_S", 60)
     monkeypatch.setenv("MIXCHAT_API_KEY", "secret")
     with ScriptedServer() as server:
         port = int(server.address.rpartition(":")[2])
-        monkeypatch.setattr(client_module, "SERVER_PORT", port)
+        monkeypatch.setattr(server_url, "SERVER_PORT", port)
         assert is_served_here("other")
         assert not is_served_here("instruct")
     assert not is_served_here("other")
@@ -150,7 +150,7 @@ def test_a_server_of_this_machine_is_found_by_its_model(monkeypatch):
 def test_a_server_of_this_machine_that_is_silent_costs_next_to_nothing(monkeypatch):
     with ScriptedServer(models=Answer(head=False, end="hold")) as server:
         port = int(server.address.rpartition(":")[2])
-        monkeypatch.setattr(client_module, "SERVER_PORT", port)
+        monkeypatch.setattr(server_url, "SERVER_PORT", port)
         assert not is_served_here("tiny")
         assert not server.gone.is_set()
         server.stop_holding()
