@@ -11,6 +11,7 @@ from form_bombs import bomb
 from raw_http import exchange, read_response, request
 
 from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.web import answers
 from mixchat.serving.web.server import Waiting
 
 CHAT = "/v1/chat/completions"
