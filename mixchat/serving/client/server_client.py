@@ -236,7 +236,10 @@ def _fault(url: ServerURL, fault: str, error: Exception) -> ServerError:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what the operating system says of an error, if it is the cause."""
+    """Return the reason in a few words: the operating system's, if it is the cause."""
+    if isinstance(error, httpcore2.RemoteProtocolError):
+        closed = str(error).startswith(("peer closed", "Server disconnected"))
+        return "the connection was closed" if closed else "that is not HTTP"
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, TimeoutError | httpcore2.TimeoutException):
