@@ -1,4 +1,9 @@
-"""Access to the server: the address that it listens on, and the requests that it turns away."""
+"""Access to the server: the address that it listens on, and the requests that it turns away.
+
+A web page that a person has open can send requests to this machine. Its origin has to be one of
+`--cors`. A page whose host name resolves to 127.0.0.1 (DNS rebinding) has no foreign origin, but
+its name is in the Host header.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +24,15 @@ from mixchat.base.network_address import NetworkAddress
 from mixchat.experts.workers.address import Address, resolve
 from mixchat.serving.requests.errors import RequestError, to_json
 
+_ANY = "*"
+_OPEN_PATH = "/health"  # needs no key, because it tells nothing
+IGNORED = "x-mixchat-ignored"  # the header that names a request's fields without an effect
+
 
 def find_address(host: str, port: int, key: str | None) -> Address:
     """Return the address to listen on; a port of 0 lets the system choose one.
 
-    Raises `UsageError` where there is no such host, and for one that others can reach without a
-    key.
+    Raises `UsageError` if there is no such host, or if others can reach it without a key.
     """
     host = host.removeprefix("[").removesuffix("]")  # as IPv6 is written in a URL
     address = resolve(str(NetworkAddress(host, port)), any_port=True)
@@ -56,7 +64,7 @@ def bind(address: Address) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Return the URL under which clients of OpenAI's API find the server."""
+    """Return the URL for clients of OpenAI's API."""
     host, port = bound.getsockname()[:2]
     return f"http://{NetworkAddress(host, port)}/v1"
 
@@ -71,17 +79,12 @@ def _bind_error(address: Address, error: OSError) -> UsageError:
     return UsageError(f"{address}: cannot listen there ({error.strerror})")
 
 
-_ANY = "*"
-IGNORED = "x-mixchat-ignored"  # the header that names a request's fields without an effect
-_FREE = "/health"  # needs no key: it tells nothing
-
-
 @dataclass(frozen=True)
 class Access:
     """The clients that may use the server.
 
-    key: what a request has to carry, None for nothing; origins: of the web pages that may use it,
-    "*" for all; local_only: whether it can be reached from this machine alone.
+    key: has to be in a request, unless it is None; origins: of the web pages that may use it, "*"
+    for all; local_only: whether only this machine can reach it.
     """
 
     key: str | None = None
@@ -90,7 +93,7 @@ class Access:
 
 
 def guarded(app: ASGIApp, access: Access) -> ASGIApp:
-    """Return `app` behind all checks."""
+    """Return `app` with all checks before it."""
     if access.key is not None:
         app = _KeyCheck(app, access.key)
     if access.origins:
@@ -101,7 +104,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
             allow_headers=(_ANY,),
             expose_headers=("x-request-id", "retry-after", IGNORED),
         )
-    return _PlaceCheck(app, access)
+    return _HeaderCheck(app, access)
 
 
 def error_response(error: RequestError) -> Response:
@@ -111,8 +114,8 @@ def error_response(error: RequestError) -> Response:
     )
 
 
-class _PlaceCheck:
-    """Checks where a request comes from, which host it wanted, and that its length is clear."""
+class _HeaderCheck:
+    """Checks a request's origin and host, and that its length is clear."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -123,16 +126,16 @@ class _PlaceCheck:
 
     def _fault(self, headers: Headers) -> RequestError | None:
         if "content-length" in headers and "transfer-encoding" in headers:
-            # A proxy that goes by the other one would see other requests in the same bytes.
+            # A proxy that reads the other one would see other requests in the same bytes.
             message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
             return RequestError(message, headers={"Connection": "close"})
-        origin, origins = headers.get("origin"), self._access.origins
+        message, origins = "", self._access.origins
+        origin, host = headers.get("origin"), headers.get("host", "")
         if origin is not None and _ANY not in origins and origin not in origins:
-            return _forbidden(f"web pages of {origin!a:.80} may not use this server: see --cors")
-        open_to_all = self._access.local_only and self._access.key is None
-        if open_to_all and not _is_local(host := headers.get("host", "")):
-            return _forbidden(f"this server is not {host!a:.80}: use localhost or 127.0.0.1")
-        return None
+            message = f"web pages of {origin!a:.80} may not use this server: see --cors"
+        elif self._access.local_only and self._access.key is None and not _is_local(host):
+            message = f"this server is not {host!a:.80}: use localhost or 127.0.0.1"
+        return RequestError(message, status=403, code="forbidden") if message else None
 
 
 class _KeyCheck:
@@ -145,7 +148,7 @@ class _KeyCheck:
         given = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         right = hmac.compare_digest(_digest(key.strip()), self._digest)
-        if (right and scheme.lower() == b"bearer") or scope["path"] == _FREE:
+        if (right and scheme.lower() == b"bearer") or scope["path"] == _OPEN_PATH:
             await self._app(scope, receive, send)
             return
         error = RequestError(
@@ -159,10 +162,6 @@ class _KeyCheck:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _forbidden(message: str) -> RequestError:
-    return RequestError(message, status=403, code="forbidden")
 
 
 def _is_local(host: str) -> bool:

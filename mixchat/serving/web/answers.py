@@ -1,4 +1,8 @@
-"""The jobs of one request while they run, and their events as they are sent."""
+"""The jobs of one request while they run, and their answers: whole, or as server-sent events.
+
+A comment of a stream starts with a colon. It keeps proxies from cutting a silent connection while
+a prompt is read, or while the job waits for its turn.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
+from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.service import (
     Delta,
     Done,
@@ -25,14 +29,20 @@ from mixchat.serving.service import (
 from mixchat.serving.web.responses import FinishedAnswer, ResponseBuilder
 
 _T = TypeVar("_T")
-_WHOLE = 3600.0  # seconds; a whole answer is waited for as long as it takes
+_LONG_S = 3600.0  # between looks at an answer that is sent whole
+PING_S = 3.0  # without an event, until a ping is sent
+_END = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold pieces back
+]
 
 
 class PendingAnswers:
     """The answers to one request, each with a number.
 
-    A client that is slow to take them holds nobody up: events wait here, and there are no more of
-    them than an answer can have tokens.
+    A slow client holds nobody up, because events wait here. There are no more of them than an
+    answer has tokens.
     """
 
     def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
@@ -47,7 +57,7 @@ class PendingAnswers:
 
     @property
     def finished(self) -> bool:
-        """Return whether every answer has ended, and its end was taken."""
+        """Return whether `next` has returned the end of every answer."""
         return self._unfinished == 0
 
     def submit(self) -> None:
@@ -64,15 +74,15 @@ class PendingAnswers:
         for cancel in self._cancels:
             cancel()
 
-    async def next(self, patience: float) -> list[tuple[int, JobEvent]]:
+    async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
         """Return the events that have come, each with its answer's number; wait for one.
 
-        None come where nothing happens for `patience` seconds. Raises the error of an answer that
-        failed, and `ShuttingDownError` where the service ended one, behind the events before it.
+        Returns none if nothing happens for `timeout` seconds. After the events before it, raises
+        the error of an answer that failed, and `ShuttingDownError` if the service ended one.
         """
         if self._error is None:
             # Not `asyncio.wait_for`, which may lose a cancellation that comes with an event.
-            timer = self._loop.call_later(patience, self._arrived.set)
+            timer = self._loop.call_later(timeout, self._arrived.set)
             try:
                 await self._arrived.wait()
             finally:
@@ -86,40 +96,37 @@ class PendingAnswers:
 
     async def collect(self) -> list[FinishedAnswer]:
         """Return all answers, whole. Raises what `next` does."""
-        wholes = [FinishedAnswer() for _ in self._jobs]
+        answers = [FinishedAnswer() for _ in self._jobs]
         while not self.finished:
-            for number, event in await self.next(_WHOLE):
+            for number, event in await self.next(_LONG_S):
                 if isinstance(event, Delta):
-                    wholes[number].text += event.text
-                    wholes[number].tokens += event.tokens
+                    answers[number].text += event.text
+                    answers[number].tokens += event.tokens
                 elif isinstance(event, Done):
-                    wholes[number].done = event
-        return wholes
+                    answers[number].done = event
+        return answers
 
     def _hear(self, number: int, event: JobEvent) -> None:
+        """Take an event, in the service's thread."""
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._take, number, event)
 
     def _take(self, number: int, event: JobEvent) -> None:
         if self._error is None:
-            self._error = _error_of(event)
-        if self._error is None:
-            self._events.append((number, event))
+            if isinstance(event, Failed):
+                self._error = event.error
+            elif isinstance(event, Done) and event.reason == "interrupted":
+                message = "the server is shutting down: the answer is cut off"
+                self._error = ShuttingDownError(message)
+            else:
+                self._events.append((number, event))
         self._arrived.set()
 
 
-def _error_of(event: JobEvent) -> Exception | None:
-    if isinstance(event, Failed):
-        return event.error
-    if isinstance(event, Done) and event.reason == "interrupted":
-        return ShuttingDownError("the server is shutting down: the answer is cut off")
-    return None
-
-
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the result of `work`; where the client leaves first, end it.
+    """Return the result of `work`, once the request's body is read.
 
-    Raises `ClientDisconnect` then. The request's body has to be read before.
+    If the client leaves first, end the work and raise `ClientDisconnect`.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_leaving(receive))
@@ -139,28 +146,19 @@ async def _leaving(receive: Receive) -> None:
         pass
 
 
-PING_SECONDS = 3.0  # without an event, until a ping is sent
-_DONE = b"data: [DONE]\n\n"
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold pieces back
-]
-Explain = Callable[[Exception], RequestError]
-
-
 class AnswerStream:
     """A response of ASGI that sends answers as they come, and ends them if the client leaves."""
 
     def __init__(
         self,
         answers: PendingAnswers,
-        shape: ResponseBuilder,
+        responses: ResponseBuilder,
+        explain: Callable[[Exception], RequestError],
         *,
         include_usage: bool,
-        explain: Explain = as_request_error,
     ) -> None:
-        self._answers, self._shape = answers, shape
-        self._include_usage, self._explain = include_usage, explain
+        self._answers, self._responses = answers, responses
+        self._explain, self._include_usage = explain, include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all, or until the client leaves."""
@@ -178,33 +176,33 @@ class AnswerStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of each event; an error is one, too, since the status is sent."""
+        """Yield the bytes of each event. An error is an event, too, since the status is sent."""
         try:
-            yield b"".join(map(_event, self._shape.openings()))
+            yield b"".join(map(_event, self._responses.openings()))
             async for piece in self._answered():
                 yield piece
         except Exception as error:
             yield _event(self._explain(error).body)
-        yield _DONE
+        yield _END
 
     async def _answered(self) -> AsyncIterator[bytes]:
         done: dict[int, Done] = {}
         while not self._answers.finished:
-            events = await self._answers.next(PING_SECONDS)
+            events = await self._answers.next(PING_S)
             done |= {number: event for number, event in events if isinstance(event, Done)}
-            # Events that came together are sent together: a slow client has less to take so.
+            # Events that came together are sent together, which is less for a slow client.
             pieces = [self._piece(number, event) for number, event in events]
             yield b"".join(pieces) or b": waiting\n\n"
         if self._include_usage:
-            yield _event(self._shape.usage([done[number] for number in sorted(done)]))
+            yield _event(self._responses.usage([done[number] for number in sorted(done)]))
 
     def _piece(self, number: int, event: JobEvent) -> bytes:
         if isinstance(event, Reading):
             return f": read {event.done} of {event.total} tokens\n\n".encode()
         if isinstance(event, Done):
-            return _event(self._shape.ending(number, event))
+            return _event(self._responses.ending(number, event))
         assert isinstance(event, Delta)
-        return _event(self._shape.piece(number, event))
+        return _event(self._responses.piece(number, event))
 
 
 def _event(value: object) -> bytes:

@@ -41,21 +41,22 @@ from mixchat.serving.web.responses import (
     to_prometheus,
 )
 
-_OVERHEAD = 1_000_000  # bytes of a body beside the text of a prompt: escapes, a schema, biases
-_FORM_CHECKS = 2  # at once; each may take a core and 1 GB
-_WAITING_CHECKS = 16
+_MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt: escapes, a schema, biases
+_MAX_FORM_CHECKS = 2  # at once; each may take a core and 1 GB
+_MAX_WAITING_CHECKS = 16
 _CHAT_PATH = "/v1/chat/completions"
-_LEFT = 499  # nginx's status for a client that left; nobody gets it
+_CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
-Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
 Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 
 
 @dataclass
 class AppState:
-    """The things that routes share. `report` gets errors that are faults of mixchat itself.
+    """The objects that routes share.
 
-    `note` gets a line for each field that requests have without an effect, once.
+    report: gets errors that are faults of mixchat itself; note: gets a line for each field that
+    requests have without an effect, once.
     """
 
     service: Service
@@ -67,18 +68,18 @@ class AppState:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.service.tokenizer)
-        self._told = set[str]()
-        self.form_checks = CapacityLimiter(_FORM_CHECKS)
+        self._noted = set[str]()
+        self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
 
-    def tell_ignored(self, names: Sequence[str]) -> None:
-        """Note fields without an effect that nobody was told of."""
+    def note_ignored(self, names: Sequence[str]) -> None:
+        """Note the fields without an effect that were not noted before."""
         for name in names:
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._noted:
+                self._noted.add(name)
                 self.note(f"requests have the field {name}, which has no effect here")
 
     def explain(self, error: Exception) -> RequestError:
-        """Return the error for the client, and report it where it is not the client's fault."""
+        """Return the error for the client, and report it if mixchat is at fault."""
         explained = as_request_error(error)
         if explained.status == 500:
             self.report(error)
@@ -91,37 +92,33 @@ def create_app(state: AppState, access: Access) -> ASGIApp:
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error))
 
+    def route(path: str, method: str, endpoint: Endpoint) -> Route:
+        async def bound(request: Request) -> ASGIApp:
+            return await endpoint(state, request)
+
+        return Route(path, bound, methods=[method])
+
     app = Starlette(
-        routes=_routes(state),
+        routes=[
+            route(_CHAT_PATH, "POST", _chat),
+            route("/v1/completions", "POST", _completion),
+            route("/v1/models", "GET", _models),
+            route("/v1/models/{name:path}", "GET", _model),
+            route("/health", "GET", _health),
+            route("/metrics", "GET", _metrics),
+            route("/tokenize", "POST", _tokenize),
+            route("/detokenize", "POST", _detokenize),
+        ],
         exception_handlers={
             HTTPException: _no_such_route,
-            ClientDisconnect: lambda request, error: Response(status_code=_LEFT),
+            ClientDisconnect: lambda request, error: Response(status_code=_CLIENT_LEFT),
             RequestError: failed,
             MixchatError: failed,
             Exception: failed,
         },
     )
     app.router.redirect_slashes = False
-    return _Envelope(guarded(app, access))
-
-
-def _routes(state: AppState) -> list[Route]:
-    def route(path: str, method: str, endpoint: Callable[..., Awaitable[ASGIApp]]) -> Route:
-        async def bound(request: Request) -> ASGIApp:
-            return await endpoint(state, request)
-
-        return Route(path, bound, methods=[method])
-
-    return [
-        route(_CHAT_PATH, "POST", _chat),
-        route("/v1/completions", "POST", _completion),
-        route("/v1/models", "GET", _models),
-        route("/v1/models/{name:path}", "GET", _model),
-        route("/health", "GET", _health),
-        route("/metrics", "GET", _metrics),
-        route("/tokenize", "POST", _tokenize),
-        route("/detokenize", "POST", _detokenize),
-    ]
+    return _ResponseHeaders(guarded(app, access))
 
 
 async def _chat(state: AppState, request: Request) -> ASGIApp:
@@ -133,36 +130,31 @@ async def _completion(state: AppState, request: Request) -> ASGIApp:
 
 
 async def _answer(
-    state: AppState, request: Request, read: Read, kind: type[ResponseBuilder]
+    state: AppState, request: Request, read: Read, builder: type[ResponseBuilder]
 ) -> ASGIApp:
     body = await _body(state, request)
     asked = await while_connected(request.receive, _read(state, body, read))
-    state.tell_ignored(asked.ignored)
+    state.note_ignored(asked.ignored)
     request.state.ignored = asked.ignored
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(state.texts.load)
-    shape = kind(asked, state.service.name, state.texts)
+    responses = builder(asked, state.service.name, state.texts)
     answers = PendingAnswers(state.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
-        return AnswerStream(
-            answers,
-            shape,
-            include_usage=asked.include_usage,
-            explain=state.explain,
-        )
+        return AnswerStream(answers, responses, state.explain, include_usage=asked.include_usage)
     try:
-        wholes = await while_connected(request.receive, answers.collect())
+        return _json(responses.whole(await while_connected(request.receive, answers.collect())))
     finally:
         answers.cancel()
-    return _json(shape.whole(wholes))
 
 
 async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
     """Return what a body asks for. If the client leaves, the check of its schema ends."""
     limiter = state.form_checks if b"response_format" in body else None
-    if limiter is not None and limiter.statistics().tasks_waiting >= _WAITING_CHECKS:
-        raise QueueFullError(f"{_WAITING_CHECKS} requests wait for their schemas to be checked")
+    if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
+        message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
+        raise QueueFullError(message)
     with ExitStack() as at_end:
         compile_form = partial(state.compile_form, at_end=at_end)
 
@@ -173,17 +165,17 @@ async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
 
 
 async def _models(state: AppState, request: Request) -> Response:
-    return _json({"object": "list", "data": [_about_model(state)]})
+    return _json({"object": "list", "data": [_model_object(state)]})
 
 
 async def _model(state: AppState, request: Request) -> Response:
     if request.path_params["name"] != state.service.name:
         message = f"there is no such model here; this server has {state.service.name!r}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_about_model(state))
+    return _json(_model_object(state))
 
 
-def _about_model(state: AppState) -> dict[str, Any]:
+def _model_object(state: AppState) -> dict[str, Any]:
     return {
         "id": state.service.name,
         "object": "model",
@@ -228,23 +220,20 @@ async def _detokenize(state: AppState, request: Request) -> Response:
 
 
 async def _body(state: AppState, request: Request) -> bytes:
-    """Return the body. Raises `RequestError` where it is too long, before all of it is read."""
-    most = state.service.context.longest_text + _OVERHEAD
+    """Return the body. Raises `RequestError` if it is too long, before all of it is read."""
+    limit = state.service.context.longest_text + _MAX_BODY_EXTRA
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
-    if int(request.headers.get("content-length", "0")) > most:
-        raise _too_large(most)
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise _too_large(most)
-    return bytes(body)
-
-
-def _too_large(most: int) -> RequestError:
-    message = f"the body is too large: this server reads {most} bytes at most"
-    return RequestError(message, status=413, code="request_too_large")
+    size, body = int(request.headers.get("content-length", "0")), bytearray()
+    if size <= limit:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
+    message = f"the body is too large: this server reads {limit} bytes at most"
+    raise RequestError(message, status=413, code="request_too_large")
 
 
 def _json(value: object) -> Response:
@@ -259,10 +248,10 @@ def _no_such_route(request: Request, error: Exception) -> Response:
     return error_response(RequestError(message, status=error.status_code, headers=error.headers))
 
 
-class _Envelope:
-    """Gives every response an ID, and forbids to cache it; names what the request has in vain.
+class _ResponseHeaders:
+    """Gives every response an ID, forbids to cache it, and names fields without an effect.
 
-    An ID that a client sends is ignored: it could forge another line in somebody's log.
+    An ID that a client sends is ignored, because it could forge another line in somebody's log.
     """
 
     def __init__(self, app: ASGIApp) -> None:

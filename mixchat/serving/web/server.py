@@ -1,4 +1,10 @@
-"""uvicorn in a thread, from the first request to an orderly end."""
+"""uvicorn in a thread, from the first request to an orderly end.
+
+uvicorn itself waits for ever for the first byte of a request, for the rest of one, and for a client
+that takes no more of an answer. Anybody could use up all connections that way. The main thread
+waits for a signal, and mixchat's own handlers stay, because uvicorn installs its handlers only in
+the main thread.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +29,43 @@ from mixchat.base.progress import Note
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.service import Service
 
-PATIENCE = 30.0  # seconds for a whole request to come, and for a client to take what is sent
-MOST_WAITING = 256  # connections from which a whole request has yet to come
-_GRACE = 1.0  # seconds
+_CLIENT_TIMEOUT_S = 30.0  # for a whole request to come, and for a client to take what is sent
+_MAX_WAITING = 256  # connections from which a whole request has yet to come
+_WAITING_GRACE_S = 1.0
+_ANSWER_TIMEOUT_S = 7.0  # for running answers to come to their end
+_CLOSE_TIMEOUT_S = 0.5  # more, until the service is left to itself
+_FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
+_OPEN_FILES = 8192  # the usual limit of 1,024 would bound the connections
 
 
-class Waiting:
-    """The connections from which a whole request has yet to come, longest first.
+def _refusal(status: str, message: str, code: str) -> bytes:
+    body = to_json(RequestError(message, code=code).body)
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
-    Beyond `most` of them, those are given up that have waited for `grace` seconds: a request that
-    came together with many connections has its turn first.
+
+_TOO_SLOW = _refusal(
+    "408 Request Timeout", "the request did not come to its end in time", "request_timeout"
+)
+_NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "invalid_http")
+
+
+class WaitingConnections:
+    """The connections from which a whole request has yet to come, oldest first.
+
+    If there are more than `limit`, those are closed that have waited for `grace` seconds. A request
+    that came together with many connections has its turn first.
     """
 
-    def __init__(self, most: int = MOST_WAITING, grace: float = _GRACE) -> None:
-        self._most, self._grace = most, grace
+    def __init__(self, limit: int = _MAX_WAITING, grace: float = _WAITING_GRACE_S) -> None:
+        self._limit, self._grace = limit, grace
         self._since: dict[ClientConnection, float] = {}
 
     def add(self, connection: ClientConnection) -> None:
-        """Add a connection, and give up the oldest ones where there are too many."""
+        """Add a connection, and close the oldest ones if there are too many."""
         now = connection.loop.time()
         self._since[connection] = now
-        while len(self._since) > self._most:
+        while len(self._since) > self._limit:
             oldest, since = next(iter(self._since.items()))
             if now - since < self._grace:
                 return
@@ -57,9 +79,11 @@ class Waiting:
 class ClientConnection(H11Protocol):
     """One connection of a client, which may carry many requests, one after the other."""
 
-    def __init__(self, *args: Any, waiting: Waiting, patience: float, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, waiting: WaitingConnections, timeout: float, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self._waiting, self._patience = waiting, patience
+        self._waiting, self._timeout = waiting, timeout
         self._deadline: asyncio.TimerHandle | None = None  # of a request
         self._stalled: asyncio.TimerHandle | None = None  # since the client takes nothing
         self._begun = False  # whether a part of the request has come
@@ -88,7 +112,7 @@ class ClientConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self._patience, self.transport.abort)
+        self._stalled = self.loop.call_later(self._timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -111,37 +135,17 @@ class ClientConnection(H11Protocol):
     def _wait(self) -> None:
         self._stop_waiting()  # for the rest of a request that was answered before its end
         self._begun = False
-        self._deadline = self.loop.call_later(self._patience, self.give_up)
+        self._deadline = self.loop.call_later(self._timeout, self.give_up)
         self._waiting.add(self)
 
     def _stop_waiting(self) -> None:
         self._waiting.remove(self)
         if self._deadline is not None:
             self._deadline.cancel()
-            self._deadline = None
 
     def _stop_stall(self) -> None:
         if self._stalled is not None:
             self._stalled.cancel()
-            self._stalled = None
-
-
-def _refusal(status: str, message: str, code: str) -> bytes:
-    body = to_json(RequestError(message, code=code).body)
-    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-_TOO_SLOW = _refusal(
-    "408 Request Timeout", "the request did not come to its end in time", "request_timeout"
-)
-_NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "invalid_http")
-
-
-_PATIENCE = 7.0  # seconds for running answers to come to their end
-_LATE = 0.5  # seconds more until the service is left behind
-_FLUSH = 1  # seconds for what is computed to be sent
-_FILES = 8192  # open files; the usual limit of 1,024 would bound the connections
 
 
 class WebServer:
@@ -152,11 +156,13 @@ class WebServer:
         app: ASGIApp,
         bound: socket.socket,
         *,
-        patience: float = PATIENCE,
-        waiting: Waiting | None = None,
+        timeout: float = _CLIENT_TIMEOUT_S,
+        waiting: WaitingConnections | None = None,
     ) -> None:
-        """Serve nothing yet. `patience` and `waiting` are those of `ClientConnection`."""
-        protocol: Any = partial(ClientConnection, waiting=waiting or Waiting(), patience=patience)
+        """Serve nothing yet. `timeout` is for a request to come, and for a client to read."""
+        protocol: Any = partial(
+            ClientConnection, waiting=waiting or WaitingConnections(), timeout=timeout
+        )
         self._server = _Server(
             Config(
                 app,
@@ -164,18 +170,18 @@ class WebServer:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="critical",  # what goes wrong is told by the application
+                log_level="critical",  # the application tells what goes wrong
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=math.ceil(patience),
-                timeout_graceful_shutdown=_FLUSH,
+                timeout_keep_alive=math.ceil(timeout),
+                timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
             )
         )
         self._bound = bound
         self._over: Future[None] | None = None
 
     def start(self) -> None:
-        """Start to serve, and return as soon as it does. Raises `OSError` where it cannot."""
+        """Start to serve, and return as soon as it does. Raises `OSError` if it cannot."""
         _allow_files()
         self._over = in_background(self._server.run, [self._bound])
         self._over.add_done_callback(lambda over: self._server.ready.set())
@@ -197,10 +203,12 @@ class WebServer:
         """Take no more connections, send what is computed, and end."""
         self._server.should_exit = True
         if self._over is not None:
-            wait([self._over], _FLUSH + 0.5)
+            wait([self._over], _FLUSH_TIMEOUT_S + 0.5)
 
 
 class _Server(Server):
+    """Sets `ready` as soon as it serves."""
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()
@@ -213,10 +221,10 @@ class _Server(Server):
 def serve_until_signal(
     server: WebServer, service: Service, ready: Callable[[], object], note: Note
 ) -> None:
-    """Serve until a signal comes, and raise its exception when all has ended, 10 s later at most.
+    """Serve until a signal comes, and raise its exception when all has ended, within 10 s.
 
-    Meanwhile new requests are refused, and running answers have 7 s. After Ctrl-C, a second one
-    ends them at once.
+    Meanwhile new requests are refused, and running answers have 7 s. A second Ctrl-C ends them at
+    once.
     """
     with interrupts.saving():
         server.start()
@@ -227,20 +235,20 @@ def serve_until_signal(
             stats = service.stats()
             if count := stats.running + stats.waiting:
                 name = "answer" if count == 1 else "answers"
-                again = (
-                    "; Ctrl-C ends them at once" if isinstance(signal, KeyboardInterrupt) else ""
-                )
-                note(f"{count} {name} may end, for {_PATIENCE:.0f} s{again}")
+                is_ctrl_c = isinstance(signal, KeyboardInterrupt)
+                again = "; Ctrl-C ends them at once" if is_ctrl_c else ""
+                note(f"{count} {name} may end, for {_ANSWER_TIMEOUT_S:.0f} s{again}")
             raise
         finally:
-            wait([in_background(service.close, _PATIENCE)], _PATIENCE + _LATE)
+            closing = in_background(service.close, _ANSWER_TIMEOUT_S)
+            wait([closing], _ANSWER_TIMEOUT_S + _CLOSE_TIMEOUT_S)
             server.stop()
 
 
 def _allow_files() -> None:
     """Raise the limit on open files as far as it may be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -12,7 +12,7 @@ from raw_http import exchange, read_response, request
 
 from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.web import answers
-from mixchat.serving.web.server import Waiting
+from mixchat.serving.web.server import WaitingConnections
 
 CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.timeout(60)  # seconds after which something hangs
@@ -46,7 +46,7 @@ def read_until(connection, words):
 @pytest.fixture
 def impatient(serve):
     """A server that waits 0.3 s for a request, and for a client to take an answer."""
-    return serve(limits={"patience": 0.3})
+    return serve(limits={"timeout": 0.3})
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -87,7 +87,7 @@ def test_the_reading_of_a_prompt_is_told_in_comments(served):
 
 
 def test_a_job_that_waits_is_pinged(monkeypatch, served):
-    monkeypatch.setattr(answers, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(answers, "PING_S", 0.05)
     with served.connect() as connection:
         connection.sendall(asking("say:a{hang}", stream=True))
         read_until(connection, b": waiting\n\n")
@@ -148,7 +148,7 @@ def test_an_answer_may_take_longer_than_the_patience_for_a_request(impatient):
 
 
 def test_of_too_many_silent_connections_the_oldest_is_closed(serve):
-    served = serve(limits={"waiting": Waiting(4, grace=0)})
+    served = serve(limits={"waiting": WaitingConnections(4, grace=0)})
     silent = [served.connect() for _ in range(8)]
     for connection in silent[:4]:
         assert connection.recv(1) == b""
@@ -161,7 +161,7 @@ def test_of_too_many_silent_connections_the_oldest_is_closed(serve):
 
 def test_a_request_that_comes_with_many_connections_is_answered(serve):
     """It was closed as the oldest of them, before its bytes were read."""
-    served = serve(limits={"waiting": Waiting(4)})
+    served = serve(limits={"waiting": WaitingConnections(4)})
     with served.connect() as first:
         silent = [served.connect() for _ in range(8)]
         first.sendall(request("/health"))
