@@ -58,7 +58,7 @@ class ServerBackend:
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> ServerReply:
         """Send the conversation. Only the server can tell that it is too long.
 
-        Where turns may be left out then, the older half of them is.
+        If turns may be left out then, the older half of them is.
         """
         on_prefill(0, 0)
         first, later = turn.first, turn.questions_after_first()
@@ -75,7 +75,7 @@ class ServerBackend:
                 first, later = later[half], later[half + 1 :]
 
     def send(self, body: Mapping[str, Any]) -> ServerReply:
-        """Send a request as it is, for an answer that is no part of a chat."""
+        """Send a request as it is, for an answer outside a chat."""
         return self._send(body, _NO_TURN, 0, lambda done, total: None)
 
     def _send(
@@ -121,50 +121,44 @@ class ServerReply:
     ) -> None:
         self.first = first
         self.reason: Reason = "interrupted"
+        self.close = stream.close
         self._backend, self._stream, self._turn = backend, stream, turn
         self._on_prefill = on_prefill
-        self._started = started
-        self._first_piece = 0.0  # when it came
-        self._texts: list[str] = []
-        self._length = 0  # of the text, in characters
+        self._started, self._first_piece = started, 0.0  # times
+        self._text = ""
 
     def texts(self) -> Iterator[str]:
-        """Yield the text as it comes. Raises `ServerError` where the server goes away too early."""
+        """Yield the text as it comes. Raises `ServerError` if the server goes away too early."""
         try:
             yield from self._pieces()
         except ServerError:
             if self.reason == "interrupted":
                 raise
         if self.reason == "interrupted":
-            where = "in its middle" if self._texts else "before it began"
+            place = "in its middle" if self._text else "before it began"
             hint = "Its own messages may say why; a prompt that is too long is one reason."
-            raise ServerError(f"the server ended the answer {where}", hint=hint)
+            raise ServerError(f"the server ended the answer {place}", hint=hint)
 
     def message(self) -> Message | None:
-        if not self._texts and self.reason == "interrupted":
+        if not self._text and self.reason == "interrupted":
             return None
         before = "" if self._turn.before is None else self._turn.before.content
-        partial = self.reason not in COMPLETE
-        return Message("assistant", before + "".join(self._texts), None, partial)
-
-    def close(self) -> None:
-        self._stream.close()
+        return Message("assistant", before + self._text, None, self.reason not in COMPLETE)
 
     def _pieces(self) -> Iterator[str]:
         for event in events(self._stream.pieces()):
             if isinstance(event, Comment):
                 self._show_progress(event.text)
-            elif event.text.strip() == "[DONE]":
+            elif event.strip() == "[DONE]":
                 self._end("stop")
                 return
             else:
-                yield from self._take(read_piece(event.text))
+                yield from self._take(read_piece(event))
 
     def _take(self, piece: Piece) -> Iterator[str]:
         if piece.text:
-            self._texts.append(piece.text)
-            self._length += len(piece.text)
-            if self._length > (self._backend.context or UNKNOWN).longest_text:
+            self._text += piece.text
+            if len(self._text) > (self._backend.context or UNKNOWN).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()

@@ -16,85 +16,21 @@ from mixchat.base.errors import (
 )
 from mixchat.base.sanitize import sanitize
 
-_LONGEST = 2**20  # bytes of an event: a server could fill the memory
-
-
-@dataclass(frozen=True)
-class Data:
-    """An event's data."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Comment:
-    """A line that is no event: servers send them so that nobody cuts a silent connection."""
-
-    text: str
-
-
-def events(pieces: Iterable[bytes]) -> Iterator[Data | Comment]:
-    """Yield the events of a stream, and comments; other fields are left out.
-
-    Lines end with LF or CRLF. What is not UTF-8 becomes U+FFFD. Raises `ServerError` where an event
-    is longer than 1 MiB.
-    """
-    data: list[str] = []
-    size = 0
-    for line in _lines(pieces):
-        name, _, value = line.partition(":")
-        if not line:
-            if data:
-                yield Data("\n".join(data))
-            data, size = [], 0
-        elif not name:
-            yield Comment(value.strip())
-        elif name == "data":
-            data.append(value.removeprefix(" "))
-            size += len(data[-1]) + 1
-            if size > _LONGEST:
-                raise _too_long()
-    if data:  # the empty line behind it is missing
-        yield Data("\n".join(data))
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    rest = bytearray()
-    for piece in pieces:
-        start = len(rest)  # before it there is no newline
-        rest += piece
-        while (end := rest.find(b"\n", start)) >= 0:
-            yield _text(rest[:end])
-            del rest[: end + 1]
-            start = 0
-        if len(rest) > _LONGEST:
-            raise _too_long()
-    if rest:
-        yield _text(rest)
-
-
-def _text(line: bytearray) -> str:
-    return line.decode("utf-8", "replace").removesuffix("\r")
-
-
-def _too_long() -> ServerError:
-    return ServerError("the server sends an event of more than 1 MiB")
-
-
-_LONGEST_NAME = 200  # characters
+_MAX_EVENT = 2**20  # bytes: a server could fill the memory
+_MAX_NAME = 200  # characters
 # The codes, and words of a message, that servers have for a prompt that does not fit.
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum context length")
 _NO_MODEL = "model_not_found"
 
 
 class BusyError(ServerError):
-    """The server takes no more requests for now; another attempt may do better in `seconds`."""
+    """The server takes no more requests for now. Another attempt may do better in `seconds`."""
 
     seconds = 2.0
 
 
 class RefusedError(ServerError):
-    """The server does not take just this request."""
+    """The server refuses this request, and may take others."""
 
 
 _BY_STATUS: dict[int, type[ServerError]] = {
@@ -105,10 +41,17 @@ _BY_STATUS: dict[int, type[ServerError]] = {
 
 @dataclass(frozen=True)
 class ListedModel:
-    """A model of a server; `context_size` in tokens, None where the server does not tell it."""
+    """A model of a server; `context_size` in tokens, None if the server does not tell it."""
 
     name: str
     context_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Comment:
+    """A line of a stream that is no event, which servers send so that nobody cuts a silence."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +65,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of an answer. `reason` is why it ended: stop or length, None before that."""
+    """The next piece of an answer. `reason` is stop or length at its end, None before."""
 
     text: str = ""
     reason: str | None = None
@@ -130,39 +73,90 @@ class Piece:
 
 
 def read_models(body: bytes) -> list[ListedModel]:
-    """Return the models of a list; those whose names cannot be shown are left out.
+    """Return the models of a list, but those whose names cannot be shown.
 
     mixchat's own server tells the size of the context as `context_size`. Raises `ServerError`.
     """
     listed = _object(_json(body)).get("data")
     if not isinstance(listed, list):
         raise ServerError("the server sends no list of models: is it one with OpenAI's API?")
-    models = [_object(each) for each in listed]
     return [
-        ListedModel(each["id"], _count(each, "context_size") or None)
-        for each in models
-        if _is_name(each.get("id"))
+        ListedModel(model["id"], _count(model, "context_size") or None)
+        for model in map(_object, listed)
+        if _is_name(model.get("id"))
     ]
 
 
+def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
+    """Yield the data of each server-sent event, and comments. Pieces may be cut anywhere.
+
+    Lines end with LF or CRLF. What is not UTF-8 becomes U+FFFD. Raises `ServerError` if an event is
+    longer than 1 MiB.
+    """
+    data: list[str] = []
+    size = 0
+    for line in _lines(pieces):
+        name, _, value = line.partition(":")
+        if not line:
+            if data:
+                yield "\n".join(data)
+            data, size = [], 0
+        elif not name:
+            yield Comment(value.strip())
+        elif name == "data":
+            data.append(value.removeprefix(" "))
+            size += len(data[-1]) + 1
+            _check_size(size)
+    if data:  # the empty line after it is missing
+        yield "\n".join(data)
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    rest = bytearray()
+    for piece in pieces:
+        start = len(rest)  # before it there is no newline
+        rest += piece
+        while (end := rest.find(b"\n", start)) >= 0:
+            yield _line(rest[:end])
+            del rest[: end + 1]
+            start = 0
+        _check_size(len(rest))
+    if rest:
+        yield _line(rest)
+
+
+def _line(line: bytearray) -> str:
+    return line.decode("utf-8", "replace").removesuffix("\r")
+
+
+def _check_size(size: int) -> None:
+    if size > _MAX_EVENT:
+        raise ServerError("the server sends an event of more than 1 MiB")
+
+
 def read_piece(data: str) -> Piece:
-    """Return a piece of an answer. Raises `ServerError`, also for one that the server sends."""
+    """Return a piece of an answer. Raises `ServerError`, also for an error in the stream."""
     raw = _object(_json(data))
     if raw.get("error"):
         raise ServerError(str(error_of(0, raw)))
     choices = raw.get("choices") or []
     if not isinstance(choices, list):
         raise ServerError("the server sends choices that are no list")
-    own = [choice for choice in map(_object, choices) if not choice.get("index")]
-    choice = own[0] if own else {}
+    choice = next((each for each in map(_object, choices) if not each.get("index")), {})
     text = _object(choice.get("delta") or {}).get("content")
-    if text is not None and not isinstance(text, str):
+    text = "" if text is None else text
+    if not isinstance(text, str):
         raise ServerError("the server sends an answer that is no text")
-    return Piece(_whole_characters(text or ""), _reason(choice), _usage(raw.get("usage")))
+    # JSON can express half of a surrogate pair.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    reason = choice.get("finish_reason")
+    if reason:
+        reason = "length" if reason == "length" else "stop"
+    return Piece(text, reason or None, _usage(raw.get("usage")))
 
 
 def error_of(status: int, raw: object) -> MixchatError:
-    """Return the error that a server reports in JSON, with an HTTP status or, 0, in a stream."""
+    """Return the error that a server reports in JSON, with an HTTP status or, in a stream, 0."""
     code, said = _error(raw)
     if any(words in code or words in said for words in _TOO_LONG):
         return PromptTooLongError(f"the server says: {said or code}")
@@ -173,7 +167,7 @@ def error_of(status: int, raw: object) -> MixchatError:
 
 
 def parsed_error(body: bytes) -> object:
-    """Return the JSON of an error's body, or its text where it is none."""
+    """Return the JSON of an error's body, or its text if it is not JSON."""
     try:
         return _json(body)
     except ServerError:
@@ -187,7 +181,7 @@ def _error(raw: object) -> tuple[str, str]:
     if not isinstance(found, dict):
         return "", short_message(found or "")
     said = next((found[key] for key in ("message", "detail") if found.get(key)), "")
-    return f"{found.get('code')} {found.get('type')}"[:_LONGEST_NAME], short_message(said)
+    return f"{found.get('code')} {found.get('type')}"[:_MAX_NAME], short_message(said)
 
 
 def _json(data: bytes | str) -> object:
@@ -205,14 +199,9 @@ def _object(raw: object) -> Mapping[str, Any]:
 
 def _is_name(name: object) -> bool:
     """Return whether a model's name can be shown, and typed."""
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME:
         return False
     return name.isprintable() and sanitize(name) == name
-
-
-def _reason(choice: Mapping[str, Any]) -> str | None:
-    reason = choice.get("finish_reason")
-    return None if not reason else "length" if reason == "length" else "stop"
 
 
 def _usage(raw: object) -> Usage | None:
@@ -227,8 +216,3 @@ def _usage(raw: object) -> Usage | None:
 def _count(raw: Mapping[str, Any], key: str) -> int:
     count = raw.get(key)
     return count if type(count) is int and 0 < count < 2**53 else 0
-
-
-def _whole_characters(text: str) -> str:
-    """Return the text with U+FFFD for each lone surrogate, which JSON can express."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""JSON from the bytes of a body: only what every reader of JSON understands alike."""
+"""JSON from the bytes of a body, which every reader of JSON understands alike."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from mixchat.serving.requests.errors import RequestError, plain
 
-_DEEPEST = 64  # lists and objects in each other; a JSON schema may need some
-_ONE_LINE = 80  # characters of a reader's message
+_MAX_LEVELS = 64  # of lists and objects in each other; a JSON schema may need some
+_MAX_QUOTE = 80  # characters of a name, a number or a reader's message
 
 
-def read_object(body: bytes, what: str = "the body") -> dict[str, Any]:
-    """Return the JSON object in `body`, which messages call `what`.
+def read_object(body: bytes, name: str = "the body") -> dict[str, Any]:
+    """Return the JSON object in `body`, which messages call `name`.
 
-    Raises `RequestError` for what is no object, for NaN and other numbers beyond a double, for a
-    name that comes twice, for half a surrogate pair, and for more than 64 levels.
+    Raises `RequestError` for any other JSON, for NaN and other numbers beyond a double, for a field
+    that is given twice, for half a surrogate pair, and for more than 64 levels.
     """
     try:
         value = json.loads(
@@ -28,16 +28,16 @@ def read_object(body: bytes, what: str = "the body") -> dict[str, Any]:
         )
         _check(value, "", 0)
     except UnicodeDecodeError as error:
-        raise RequestError(f"{what} is not UTF-8: byte {error.start}") from None
+        raise RequestError(f"{name} is not UTF-8: byte {error.start}") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise RequestError(f"{what} is not JSON: {error.msg:.{_ONE_LINE}} at {place}") from None
+        raise RequestError(f"{name} is not JSON: {error.msg:.{_MAX_QUOTE}} at {place}") from None
     except RecursionError:
         raise _too_deep("") from None
     except ValueError:  # Python's limit for digits
-        raise RequestError(f"{what} has a number of too many digits") from None
+        raise RequestError(f"{name} has a number of too many digits") from None
     if not isinstance(value, dict):
-        raise RequestError(f"{what} has to be a JSON object")
+        raise RequestError(f"{name} has to be a JSON object")
     return value
 
 
@@ -48,7 +48,7 @@ def _refuse_constant(name: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise RequestError(f"the number {text[:_ONE_LINE]} is too large")
+        raise RequestError(f"the number {text[:_MAX_QUOTE]} is too large")
     return value
 
 
@@ -56,14 +56,14 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise RequestError(f"the field {name[:_ONE_LINE]!a} is given twice", param=plain(name))
+            raise RequestError(f"the field {name[:_MAX_QUOTE]!a} is given twice", param=plain(name))
         values[name] = value
     return values
 
 
 def _check(value: Any, path: str, depth: int) -> None:
     """Raise `RequestError` for text that no tokenizer takes, and for too many levels."""
-    if depth > _DEEPEST:
+    if depth > _MAX_LEVELS:
         raise _too_deep(path)
     if isinstance(value, str):
         _check_text(value, path)
@@ -80,9 +80,9 @@ def _check_text(text: str, path: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        where = plain(path) or "a name"
-        raise RequestError(f"{where} has half of a surrogate pair", param=where) from None
+        param = plain(path) or "a name"
+        raise RequestError(f"{param} has half of a surrogate pair", param=param) from None
 
 
 def _too_deep(path: str) -> RequestError:
-    return RequestError(f"it has more than {_DEEPEST} levels", param=plain(path) or None)
+    return RequestError(f"it has more than {_MAX_LEVELS} levels", param=plain(path) or None)

@@ -13,24 +13,25 @@ from mixchat.base.background import in_background
 from mixchat.base.context import UNKNOWN, Context
 from mixchat.base.errors import PromptError
 from mixchat.base.quantities import format_size
-from mixchat.serving.client.server_backend import ServerBackend
-from mixchat.serving.client.server_client import ServerClient
-from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
 
 if TYPE_CHECKING:
+    from mixchat.serving.client.server_backend import ServerBackend
+    from mixchat.serving.client.server_client import ServerClient
+    from mixchat.serving.client.server_json import ListedModel
     from mixchat.serving.requests.forms import Compile
     from mixchat.serving.requests.options import Defaults
 
 AHEAD = 2  # lines that are read for each answer that is generated
-_JSON_BYTES = 6  # of a line for each byte of a prompt, as in \u0041
-_OVERHEAD = 1_000_000  # bytes of a line beside its prompt: a schema, biases
-_LONGEST_LINE = 100_000_000  # bytes, whatever the context holds
-_MOST_SKIPPED = 1_000_000_000  # bytes of a line that is too long, before its end is given up
-_PIECE = 1 << 20  # bytes
-_NOT_HERE = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
+_BYTES_PER_BYTE = 6  # of a line for each byte of a prompt, as in \u0041
+_MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt: a schema, biases
+_MAX_LINE = 100_000_000  # bytes, for a context of any size
+_MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long, before its end is given up
+_READ_SIZE = 1 << 20  # bytes
+_BUSY_TIMEOUT_S = 600.0
+_NOT_IN_FILES = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class LineDefaults:
 class Line:
     """A line of the input, and its answer once `is_ready` is set.
 
-    id: what the line has as its "id", for whoever reads the output; done: the end of its answer, or
-    why there is none.
+    id: the line's "id", which is copied into the output; done: the end of its answer, or the reason
+    for having none.
     """
 
     def __init__(self, number: int) -> None:
@@ -59,13 +60,11 @@ class Line:
         self.is_ready = threading.Event()
 
     def take(self, event: JobEvent) -> None:
-        """Take what the service tells."""
+        """Take an event of the service."""
         if isinstance(event, Delta):
             self.text += event.text
-        elif isinstance(event, Done):
-            self.end(event)
-        elif isinstance(event, Failed):
-            self.end(event.error)
+        elif isinstance(event, Done | Failed):
+            self.end(event if isinstance(event, Done) else event.error)
 
     def end(self, done: Done | Exception) -> None:
         """Note the end."""
@@ -74,10 +73,10 @@ class Line:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer for the output."""
-        about = {"line": self.number} | ({} if self.id is None else {"id": self.id})
+        found = {"line": self.number} | ({} if self.id is None else {"id": self.id})
         if not isinstance(self.done, Done):
-            return about | {"error": str(self.done)}
-        return about | {
+            return found | {"error": str(self.done)}
+        return found | {
             "answer": self.text,
             "stop_reason": self.done.reason,
             "seed": self.seed,
@@ -95,7 +94,7 @@ Begin: TypeAlias = "Callable[[Line, bytes], object]"
 
 def longest_line(context: Context) -> int:
     """Return the bytes that a line of prompts may have."""
-    return min(context.longest_text * _JSON_BYTES + _OVERHEAD, _LONGEST_LINE)
+    return min(context.longest_text * _BYTES_PER_BYTE + _MAX_LINE_EXTRA, _MAX_LINE)
 
 
 def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
@@ -109,10 +108,10 @@ def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
         yield number, line
         skipped = len(line)
         while line and not line.endswith(b"\n"):
-            line = file.readline(_PIECE)
+            line = file.readline(_READ_SIZE)
             skipped += len(line)
-            if skipped > _MOST_SKIPPED:
-                size = format_size(_MOST_SKIPPED)
+            if skipped > _MAX_SKIPPED:
+                size = format_size(_MAX_SKIPPED)
                 raise PromptError(
                     f"line {number} has no end within {size}: this is no file of prompts",
                     hint="Give a file with a JSON object on each line.",
@@ -120,10 +119,10 @@ def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
 
 
 def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int) -> Iterator[Line]:
-    """Yield the numbered lines in their order, each with its answer; empty ones are left out.
+    """Yield the numbered lines in their order, each with its answer, without the empty lines.
 
-    They are read in a thread, a few ahead of those that are answered: what is ready need not wait
-    for the next line of a slow pipe. Raises what reading raises, once all before it is yielded.
+    A thread reads a few lines ahead, so that an answer need not wait for the next line of a slow
+    pipe. Raises what reading raises, once all lines before it are yielded.
     """
     begun: queue.SimpleQueue[Line | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(AHEAD * at_once)
@@ -139,7 +138,7 @@ def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int)
         else:
             begun.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    in_background(read)
     while (line := begun.get()) is not None:
         if isinstance(line, BaseException):
             raise line
@@ -149,7 +148,7 @@ def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int)
 
 
 def _begun(line: Line, text: bytes, begin: Begin) -> Line:
-    """Return a line whose answer is on its way; a fault of the line is its answer."""
+    """Return a line whose answer is on its way. An error of the line is its answer."""
     try:
         begin(line, text)
     except Exception as error:
@@ -160,56 +159,24 @@ def _begun(line: Line, text: bytes, begin: Begin) -> Line:
 def answered_here(
     service: Service, advice: Defaults, given: LineDefaults, compile_form: Compile
 ) -> Begin:
-    """Return what lets a service answer lines; `advice` is its defaults."""
+    """Return what lets a service answer lines; `advice` are the model's defaults."""
     from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:
         body = request_of(line, text, given, service.context)
-        asked = read_chat(body, service, advice, compile_form)
-        line.seed = asked.seed
-        service.submit(asked.jobs[0], line.take)
+        request = read_chat(body, service, advice, compile_form)
+        line.seed = request.seed
+        service.submit(request.jobs[0], line.take)
 
     return begin
-
-
-def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -> dict[str, Any]:
-    """Return the body of a line's request. Raises `RequestError` and `PromptError`."""
-    if len(text) > longest_line(context):
-        raise context.text_too_long("the line")
-    body = read_object(text, "the line")
-    line.id = body.pop("id", None)
-    for name in _NOT_HERE:
-        if name in body:
-            raise field_error(name, "is not for a file of prompts", "unsupported_parameter")
-    body = {**given.fields, **body}
-    if "prompt" in body:
-        body["messages"] = _question(body)
-    messages = body.get("messages")
-    if given.system is not None and isinstance(messages, list) and not _has_system(messages):
-        body["messages"] = [{"role": "system", "content": given.system}, *messages]
-    return body
-
-
-def _question(body: dict[str, Any]) -> list[dict[str, Any]]:
-    prompt = body.pop("prompt")
-    if not isinstance(prompt, str):
-        raise value_error("prompt", "a string", prompt)
-    if "messages" in body:
-        raise field_error("prompt", "and messages exclude each other")
-    return [{"role": "user", "content": prompt}]
-
-
-def _has_system(messages: list[Any]) -> bool:
-    return any(isinstance(each, dict) and each.get("role") == "system" for each in messages)
-
-
-_BUSY_TIMEOUT_S = 600.0
 
 
 def answered_by(
     client: ServerClient, model: ListedModel, given: LineDefaults, at_once: int
 ) -> Begin:
     """Return what lets a server answer lines, at most `at_once` at a time."""
+    from mixchat.serving.client.server_backend import ServerBackend
+
     context = ServerBackend(client, model).context or UNKNOWN
     waiting: queue.SimpleQueue[tuple[Line, Mapping[str, Any]]] = queue.SimpleQueue()
 
@@ -222,7 +189,7 @@ def answered_by(
         while True:
             line, body = waiting.get()
             try:
-                line.end(_answer(line, ServerBackend(client, model), body))
+                line.end(_ask(line, ServerBackend(client, model), body))
             except Exception as error:
                 line.end(error)
 
@@ -231,23 +198,51 @@ def answered_by(
     return begin
 
 
-def _answer(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
+def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
     """Ask the server, again if it is busy. Raises `RequestError` if the line is at fault."""
+    from mixchat.serving.client.server_json import BusyError, RefusedError
+
     deadline = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:
             reply = backend.send(body)
+            break
         except RefusedError as error:
             raise RequestError(str(error)) from None
         except BusyError as error:
             if time.monotonic() + error.seconds > deadline:
                 raise
             time.sleep(error.seconds)
-        else:
-            break
     try:
         line.text = "".join(reply.texts())
     finally:
         reply.close()
     stats = backend.stats
     return Done(reply.reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)
+
+
+def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -> dict[str, Any]:
+    """Return the body of a line's request. Raises `RequestError` and `PromptError`."""
+    if len(text) > longest_line(context):
+        raise context.text_too_long("the line")
+    body = read_object(text, "the line")
+    line.id = body.pop("id", None)
+    for name in _NOT_IN_FILES:
+        if name in body:
+            raise field_error(name, "is not for a file of prompts", "unsupported_parameter")
+    body = {**given.fields, **body}
+    if "prompt" in body:
+        prompt = body.pop("prompt")
+        if not isinstance(prompt, str):
+            raise value_error("prompt", "a string", prompt)
+        if "messages" in body:
+            raise field_error("prompt", "and messages exclude each other")
+        body["messages"] = [{"role": "user", "content": prompt}]
+    messages = body.get("messages")
+    if given.system is not None and isinstance(messages, list) and not _has_system(messages):
+        body["messages"] = [{"role": "system", "content": given.system}, *messages]
+    return body
+
+
+def _has_system(messages: list[Any]) -> bool:
+    return any(isinstance(each, dict) and each.get("role") == "system" for each in messages)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.base.errors import ServerError
-from mixchat.serving.client.server_json import Comment, Data, events
+from mixchat.serving.client.server_json import Comment, events
 
 STREAM = (
     ": waiting\n\ndata: one\r\n\r\nevent: x\ndata: é€😀\ndata:second line\nid: 7\n\n:\n\n\n"
@@ -15,11 +15,11 @@ STREAM = (
 ).encode()
 EVENTS = [
     Comment("waiting"),
-    Data("one"),
-    Data("é€😀\nsecond line"),
+    "one",
+    "é€😀\nsecond line",
     Comment(""),
-    Data(""),
-    Data("last"),
+    "",
+    "last",
 ]
 
 
@@ -31,7 +31,7 @@ def test_pieces_may_be_cut_anywhere(cuts):
 
 
 def test_what_is_not_utf_8_is_replaced():
-    assert list(events([b"data: a\xff\n\n"])) == [Data("a\ufffd")]
+    assert list(events([b"data: a\xff\n\n"])) == ["a\ufffd"]
 
 
 def test_an_event_comes_before_the_next_piece_is_read():
@@ -39,7 +39,7 @@ def test_an_event_comes_before_the_next_piece_is_read():
         yield b"data: one\n\n"
         raise AssertionError("it was read too early")
 
-    assert next(events(pieces())) == Data("one")
+    assert next(events(pieces())) == "one"
 
 
 @pytest.mark.parametrize("line", [b"x" * 65536, b"data: " + b"x" * 65536 + b"\n"])

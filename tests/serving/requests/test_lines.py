@@ -177,7 +177,7 @@ class Endless(io.RawIOBase):
 
 def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line's length was checked after it was read: /dev/zero took 8.8 GB in a minute."""
-    monkeypatch.setattr(lines_module, "_MOST_SKIPPED", 3_000_000)
+    monkeypatch.setattr(lines_module, "_MAX_SKIPPED", 3_000_000)
     endless = Endless()
     found = numbered_lines(io.BufferedReader(endless), 100)
     assert next(found) == (1, bytes(101))
