@@ -1,4 +1,4 @@
-"""Serving: many answers at once from one loaded model, over HTTP or from a file of prompts.
+"""Serving, which gives many answers at once from one loaded model.
 
 - service.py: the contract between those who ask and the service that answers
 - model_service.py: the service over one loaded model

@@ -1,4 +1,4 @@
-"""A server as what answers a conversation: it gets messages, and sends text."""
+"""A server that answers a conversation. It gets messages, and sends text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 
 
 class ServerBackend:
-    """A `Backend`: a model of a server.
+    """A `Backend` for a model of a server.
 
-    form: the fields of each request that hold its answer to a form, if any.
+    `form` has the fields of each request that give its answer a form.
     """
 
     identity = "server"
@@ -51,7 +51,7 @@ class ServerBackend:
         return max_tokens or None
 
     def used_tokens(self, messages: Sequence[Message]) -> int | None:
-        """Return what the server has counted for just these messages; None if it has not."""
+        """Return what the server has counted for just these messages, if anything."""
         counted, tokens = self._counted
         return tokens if counted == _texts(messages) else None
 

@@ -1,4 +1,4 @@
-"""Asks a server with OpenAI's API over HTTP: for its models, and for answers as they are made."""
+"""Asks a server with OpenAI's API for its models, and for answers as they are made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mixchat.serving.client.server_url import ServerURL
 _CONNECT_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 2.0  # for what comes after the last piece of an answer
 _READ_S = 0.2  # of each attempt to read
-_MAX_BODY = 2**24  # bytes: a list of models, an error
+_MAX_BODY = 2**24  # bytes of a list of models, or of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
 # A machine that was switched off is noticed, although nothing limits the silence.
 _KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
@@ -42,7 +42,7 @@ class ServerClient:
     """The client of one server. Each request has its own connection.
 
     `key` is sent to this server alone, because redirects are not followed. A long prompt may take
-    the server minutes, so nothing limits its silence; Ctrl-C ends the wait at once. All methods
+    the server minutes, so nothing limits its silence. Ctrl-C ends the wait at once. All methods
     raise `MixchatError`, in one line, if the server is at fault.
     """
 
@@ -52,7 +52,7 @@ class ServerClient:
             raise UsageError("the key in MIXCHAT_API_KEY has characters that no key can have")
 
     def models(self) -> list[ListedModel]:
-        """Return the models of the server; none if it has no list of them."""
+        """Return the models of the server, or nothing if it does not list them."""
         with closing(self._request("GET", "/models")) as reply:
             if reply.status in (404, 405, 501):
                 return []
@@ -60,7 +60,7 @@ class ServerClient:
             return read_models(reply.body())
 
     def chat(self, body: Mapping[str, Any]) -> HTTPReply:
-        """Send a request for a streamed answer; return the stream, which has to be closed.
+        """Send a request for a streamed answer, and return the stream, which has to be closed.
 
         Raises `PromptTooLongError` if the server says that the prompt does not fit the context,
         and `ModelNotFoundError` if it does not have the model.
@@ -183,7 +183,7 @@ class HTTPReply:
         return self._pieces("broke off in the middle of the answer")
 
     def hurry(self) -> None:
-        """Wait no longer than 2 s from here on: what is to come is not worth more."""
+        """Wait no longer than 2 s from here on, because the answer has come."""
         self._response.extensions["network_stream"].deadline = time.monotonic() + _END_TIMEOUT_S
 
     def _pieces(self, fault: str) -> Iterator[bytes]:
@@ -236,7 +236,7 @@ def _fault(url: ServerURL, fault: str, error: Exception) -> ServerError:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason in a few words: the operating system's, if it is the cause."""
+    """Return the reason in a few words, if possible the words of the operating system."""
     if isinstance(error, httpcore2.RemoteProtocolError):
         closed = str(error).startswith(("peer closed", "Server disconnected"))
         return "the connection was closed" if closed else "that is not HTTP"

@@ -1,4 +1,4 @@
-"""Reads what a server with OpenAI's API sends: its models, events, errors."""
+"""Reads what a server with OpenAI's API sends, which are models, events and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixchat.base.errors import (
 )
 from mixchat.base.sanitize import sanitize
 
-_MAX_EVENT = 2**20  # bytes: a server could fill the memory
+_MAX_EVENT = 2**20  # bytes, because a server could fill the memory
 _MAX_NAME = 200  # characters
 # The codes, and words of a message, that servers have for a prompt that does not fit.
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum context length")
@@ -41,7 +41,7 @@ _BY_STATUS: dict[int, type[ServerError]] = {
 
 @dataclass(frozen=True)
 class ListedModel:
-    """A model of a server; `context_size` in tokens, None if the server does not tell it."""
+    """A model of a server. `context_size` is in tokens, or None if the server does not tell it."""
 
     name: str
     context_size: int | None = None
@@ -49,7 +49,7 @@ class ListedModel:
 
 @dataclass(frozen=True)
 class Comment:
-    """A line of a stream that is no event, which servers send so that nobody cuts a silence."""
+    """A line of a stream between events, which servers send to keep a silent connection open."""
 
     text: str
 
@@ -114,7 +114,7 @@ def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
     rest = bytearray()
     for piece in pieces:
-        start = len(rest)  # before it there is no newline
+        start = len(rest)  # no newline comes before it
         rest += piece
         while (end := rest.find(b"\n", start)) >= 0:
             yield _line(rest[:end])

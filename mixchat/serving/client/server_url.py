@@ -24,7 +24,7 @@ class ServerURL:
 
     @classmethod
     def parse(cls, text: str) -> ServerURL:
-        """Read `HOST[:PORT]`, or a URL of http or https; without a path it is `/v1`.
+        """Read `HOST[:PORT]`, or a URL of http or https. Without a path it is `/v1`.
 
         A host alone has mixchat's own port, 11435. Raises `UsageError` on anything else.
         """

@@ -1,4 +1,4 @@
-"""Requests: what they ask for, checked field by field and turned into jobs.
+"""Requests, checked field by field and turned into jobs.
 
 - body.py: JSON from bytes
 - fields.py: checked values from a JSON object

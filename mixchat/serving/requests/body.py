@@ -9,7 +9,7 @@ from typing import Any
 
 from mixchat.serving.requests.errors import RequestError, plain
 
-_MAX_LEVELS = 64  # of lists and objects in each other; a JSON schema may need some
+_MAX_LEVELS = 64  # of nested lists and objects, which a JSON schema may need
 _MAX_QUOTE = 80  # characters of a name, a number or a reader's message
 
 

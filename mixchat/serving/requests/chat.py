@@ -2,14 +2,13 @@
 
 | field                              | taken as                                              |
 | ---------------------------------- | ----------------------------------------------------- |
-| messages                           | system, developer, user, assistant; text only         |
+| messages                           | system, developer, user, assistant, in text only      |
 | messages[-1] of the assistant      | the beginning of the answer, which continues it       |
-| messages[].name                    | ignored: no template of these models has a place      |
+| messages[].name                    | ignored, since the templates have no place for it     |
 | logprobs, top_logprobs             | at most 20                                            |
-| modalities, reasoning_effort       | ["text"] and "none", which is what these models do    |
-| tools, functions                   | ignored and named, since the model calls none;        |
-|                                    | refused if a choice of them forces a call             |
-| audio, and so on                   | refused: these models cannot do that                  |
+| modalities, reasoning_effort       | ["text"] and "none", as these models do             |
+| tools, functions                   | ignored and named, or refused if they force a call    |
+| audio, and so on                   | refused, since these models cannot do that            |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's format: the status of an error, and the body that tells it."""
+"""Errors in OpenAI's format, with a status and a body."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_VALUE = 60  # characters of a value in a message
 class RequestError(Exception):
     """A request that cannot be answered.
 
-    status: HTTP's; param: the path of the wrong field; kind, code: OpenAI's `type` and `code`.
+    `param` is the path of the wrong field. `kind` and `code` are OpenAI's `type` and `code`.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(message, status=503, kind="server_error", code="shutting_down")
     if isinstance(error, PromptTooLongError):
         return RequestError(message, code="context_length_exceeded")
-    if isinstance(error, PromptError | UsageError):  # UsageError: a form that no answer can keep
+    if isinstance(
+        error, PromptError | UsageError
+    ):  # UsageError is for a form that no answer can keep
         return RequestError(message)
     if isinstance(error, ResourceError):
         return RequestError(message, status=503, kind="server_error", code="no_room")

@@ -51,7 +51,7 @@ _Model = TypeVar("_Model", bound="RequestObject")
 
 
 class RequestObject(BaseModel):
-    """A JSON object. Its types are exact: true is not 1. Unknown fields are refused.
+    """A JSON object. Its types are exact, so true is not 1. Unknown fields are refused.
 
     null counts as not given. `ignored` names the fields that may have any value. A field in
     `never_null` is refused as a wrong value, not as a missing one.

@@ -1,4 +1,4 @@
-"""The form that an answer has to have: a JSON object, what a JSON schema describes, a grammar."""
+"""The form of an answer, from a JSON schema or a grammar, or any JSON object."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-_MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s; the time grows as the square
+_MAX_FORM = 100_000  # bytes of a schema or a grammar. They take 2 s, and twice as many 8 s
 _MAX_CACHED_FORMS = 64  # programs ask with the same schema again and again
 _TOO_LARGE = f"is too large: {_MAX_FORM} bytes are taken at most"
 
@@ -101,8 +101,8 @@ def constraint_of(
 ) -> MakeConstraint | None:
     """Return what makes the constraint of an answer, None for text of any form.
 
-    before: the tokens of the answer's beginning, which has to have the form, too; continued:
-    whether the answer continues the text of its prompt.
+    `before` are the tokens of the answer's beginning, which has to have the form, too. `continued`
+    tells whether the answer continues the text of its prompt.
 
     Raises `RequestError` if the form cannot be read or met.
     """

@@ -1,4 +1,4 @@
-"""A file of prompts, a JSON object a line: several are answered at once, in their order."""
+"""A file of prompts, a JSON object a line. Several are answered at once, in their order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # lines that are read for each answer that is generated
 _BYTES_PER_BYTE = 6  # of a line for each byte of a prompt, as in \u0041
-_MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt: a schema, biases
+_MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt, as for a schema
 _MAX_LINE = 100_000_000  # bytes, for a context of any size
 _MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long, before its end is given up
 _READ_SIZE = 1 << 20  # bytes
@@ -38,7 +38,7 @@ _NOT_IN_FILES = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 class LineDefaults:
     """The defaults of a line that does not say otherwise.
 
-    fields: values of a request, by their names; system: the system prompt.
+    `fields` are values of a request, by their names. `system` is the system prompt.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -48,8 +48,8 @@ class LineDefaults:
 class Line:
     """A line of the input, and its answer once `is_ready` is set.
 
-    id: the line's "id", which is copied into the output; done: the end of its answer, or the reason
-    for having none.
+    `id` is the line's "id", which is copied into the output. `done` is the end of its answer, or
+    the reason for having none.
     """
 
     def __init__(self, number: int) -> None:
@@ -98,7 +98,7 @@ def longest_line(context: Context) -> int:
 
 
 def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its number, from 1 on. A longer line is cut: it has a byte too many.
+    """Yield each line with its number, from 1 on. A longer line is cut to `longest` + 1 bytes.
 
     Raises `PromptError` if a line has no end within 1 GB, as /dev/zero has none.
     """
@@ -159,7 +159,7 @@ def _begun(line: Line, text: bytes, begin: Begin) -> Line:
 def answered_here(
     service: Service, advice: Defaults, given: LineDefaults, compile_form: Compile
 ) -> Begin:
-    """Return what lets a service answer lines; `advice` are the model's defaults."""
+    """Return what lets a service answer lines. `advice` are the model's defaults."""
     from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:

@@ -1,20 +1,20 @@
-"""The fields that chat and completion share: sampling, lengths, stop strings, the way to send.
+"""The fields that chat and completion share.
 
 | field                                          | taken as                                  |
 | ---------------------------------------------- | ----------------------------------------- |
-| temperature, top_p, seed                       | OpenAI's; without one, the model's advice |
+| temperature, top_p, seed                       | OpenAI's, else the model's advice         |
 | top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run`   |
 | presence_penalty, frequency_penalty            | OpenAI's                                  |
 | logit_bias                                     | by token id, -100 to 100                  |
-| max_tokens, max_completion_tokens              | 0: as many as fit                         |
+| max_tokens, max_completion_tokens              | 0 for as many as fit                      |
 | n                                              | OpenAI's, up to what the server can take  |
 | stop, stream, stream_options.include_usage     | OpenAI's                                  |
-| response_format, grammar                       | text, json_object, json_schema; GBNF, Lark|
+| response_format, grammar                       | see forms.py                              |
 | model                                          | the one that is served, or not given      |
-| user, metadata, service_tier, prompt_cache_key | ignored: they change no answer            |
-| safety_identifier, store: false                | ignored                                   |
+| user, metadata, service_tier, prompt_cache_key | ignored, since they change no answer      |
+| safety_identifier, store (false)               | ignored                                   |
 | repetition_penalty                             | as repeat_penalty, the name of llama.cpp  |
-| _FOREIGN, of other servers                     | ignored and named; refused if strict      |
+| _FOREIGN, of other servers                     | ignored and named, or refused if strict   |
 | all others                                     | refused by their names                    |
 """
 
@@ -68,7 +68,7 @@ TOP_LOGPROBS = NumberParameter(
 class Defaults:
     """The advice of the model's makers, and whether to refuse other servers' fields.
 
-    max_tokens: 0 for as many as fit, None without advice.
+    `max_tokens` is 0 for as many as fit, and None without advice.
     """
 
     sampling: SamplingOptions
@@ -80,7 +80,7 @@ class Defaults:
 class ParsedRequest:
     """The `n` jobs for each prompt of a request, and the way to send their answers.
 
-    ignored: the fields without an effect, which the client should know.
+    `ignored` names the fields without an effect, which the client should know.
     """
 
     jobs: tuple[Job, ...]
@@ -143,7 +143,7 @@ _Fields = TypeVar("_Fields", bound=SharedFields)
 
 
 def max_answers(service: Service) -> int:
-    """Return how many answers a request may have: one that a service never takes is wrong."""
+    """Return how many answers a request may have, which the service can take at once."""
     return min(_MAX_ANSWERS, service.most_jobs)
 
 

@@ -1,4 +1,4 @@
-"""The web server: OpenAI's routes over HTTP, in front of a `Service`.
+"""The web server, which offers a `Service` at OpenAI's routes.
 
 - access.py: the address that it listens on, and the requests that it turns away
 - server.py: uvicorn in a thread, from the first request to an orderly end

@@ -1,4 +1,4 @@
-"""Access to the server: the address that it listens on, and the requests that it turns away.
+"""The address that the server listens on, and the requests that it turns away.
 
 A web page that a person has open can send requests to this machine. Its origin has to be one of
 `--cors`. A page whose host name resolves to 127.0.0.1 (DNS rebinding) has no foreign origin, but
@@ -30,7 +30,7 @@ IGNORED = "x-mixchat-ignored"  # the header that names a request's fields withou
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
-    """Return the address to listen on; a port of 0 lets the system choose one.
+    """Return the address to listen on. A port of 0 lets the system choose one.
 
     Raises `UsageError` if there is no such host, or if others can reach it without a key.
     """
@@ -83,8 +83,8 @@ def _bind_error(address: Address, error: OSError) -> UsageError:
 class Access:
     """The clients that may use the server.
 
-    key: has to be in a request, unless it is None; origins: of the web pages that may use it, "*"
-    for all; local_only: whether only this machine can reach it.
+    A request needs the `key`, if there is one. `origins` are of the web pages that may use it, or
+    "*". If `local_only`, no other machine can reach it.
     """
 
     key: str | None = None
@@ -165,7 +165,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _is_local(host: str) -> bool:
-    """Return whether the Host header names this machine: localhost, or a loopback address."""
+    """Return whether the Host header names this machine, as localhost or a loopback address."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     if name.lower() == "localhost":
         return True

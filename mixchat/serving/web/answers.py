@@ -1,4 +1,4 @@
-"""The jobs of one request while they run, and their answers: whole, or as server-sent events.
+"""The jobs of one request while they run, and their answers, whole or as a stream.
 
 A comment of a stream starts with a colon. It keeps proxies from cutting a silent connection while
 a prompt is read, or while the job waits for its turn.
@@ -61,7 +61,7 @@ class PendingAnswers:
         return self._unfinished == 0
 
     def submit(self) -> None:
-        """Submit all jobs, or none: raises what `Service.submit` does. It may block a moment."""
+        """Submit all jobs, or none. Raises what `Service.submit` does. It may block a moment."""
         try:
             for number, job in enumerate(self._jobs):
                 self._cancels.append(self._service.submit(job, partial(self._hear, number)))
@@ -75,7 +75,7 @@ class PendingAnswers:
             cancel()
 
     async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
-        """Return the events that have come, each with its answer's number; wait for one.
+        """Return the events that have come, each with its answer's number. Wait for one.
 
         Returns none if nothing happens for `timeout` seconds. After the events before it, raises
         the error of an answer that failed, and `ShuttingDownError` if the service ended one.

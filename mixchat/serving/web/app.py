@@ -41,8 +41,8 @@ from mixchat.serving.web.responses import (
     to_prometheus,
 )
 
-_MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt: escapes, a schema, biases
-_MAX_FORM_CHECKS = 2  # at once; each may take a core and 1 GB
+_MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt, as for a schema
+_MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
 _CHAT_PATH = "/v1/chat/completions"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
@@ -55,7 +55,7 @@ Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 class AppState:
     """The objects that routes share.
 
-    report: gets errors that are faults of mixchat itself; note: gets a line for each field that
+    `report` gets errors that are faults of mixchat itself. `note` gets a line for each field that
     requests have without an effect, once.
     """
 
@@ -267,6 +267,6 @@ class _ResponseHeaders:
                     headers[IGNORED] = ", ".join(ignored)
             await send(message)
 
-        # An error of the routes was answered and reported; Starlette raises it again.
+        # An error of the routes was answered and reported. Starlette raises it again.
         with suppress(Exception):
             await self._app(scope, receive, with_headers)

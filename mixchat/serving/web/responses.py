@@ -51,7 +51,7 @@ class TokenTexts:
         return known or self._names.get(token, b"")
 
     def __getitem__(self, token: int) -> str:
-        """Return the text of a token alone; a part of a character is U+FFFD."""
+        """Return the text of a token alone, with U+FFFD for a part of a character."""
         return self.bytes_of(token).decode(errors="replace")
 
 
@@ -119,14 +119,14 @@ class ResponseBuilder(ABC):
         *,
         whole: bool = False,
     ) -> dict[str, Any]:
-        """Return an answer, or a part of it; the last part has a reason to finish."""
+        """Return an answer, or a part of it. The last part has a reason to finish."""
 
     def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._request.include_usage else {}
         return {**self._head, "object": self.chunk_name, "choices": list(choices), **usage}
 
     def _usage(self, done: Sequence[Done]) -> dict[str, Any]:
-        """Return the counts: a prompt counts once, however many answers it has."""
+        """Return the counts. A prompt counts once, however many answers it has."""
         prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
         generated = sum(each.generated_tokens for each in done)
         cached = min(prompt, sum(each.cached_tokens for each in done[:: self._request.n]))
