@@ -1,4 +1,4 @@
-"""The fields of a request as pydantic models, and errors of OpenAI's for wrong ones."""
+"""The fields of a request as pydantic models, and OpenAI's errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -20,32 +20,14 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from mixchat.chat.parameters import NumberParameter
 from mixchat.serving.requests.errors import RequestError, field_error, shown, value_error
 
-NO_CODE = "no_code"
 _MAX_FIELDS = 100  # more than any object has known ones
-# OpenAI's codes, by the type of a pydantic error. A custom error has the code as its type.
-_CODES = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
-    NO_CODE: None,
-    **{
-        code: code
-        for code in (
-            "missing_required_parameter",
-            "unknown_parameter",
-            "unsupported_parameter",
-            "unsupported_value",
-        )
-    },
-}
-_MESSAGES = {
+# OpenAI's code and our words, by pydantic's type of an error.
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+_REASONS = {
     "missing": "is missing",
     "extra_forbidden": "is not a field that is known here",
     "model_type": "has to be an object",
     "dict_type": "has to be an object",
-    "list_type": "has to be a list",
-    "string_type": "has to be a string",
-    "int_type": "has to be a whole number",
-    "bool_type": "has to be true or false",
 }
 _Model = TypeVar("_Model", bound="RequestObject")
 
@@ -81,7 +63,7 @@ def validated(model: type[_Model], given: object) -> _Model:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
     raise _request_error(first)
 
 
@@ -89,20 +71,20 @@ def _request_error(details: ErrorDetails) -> RequestError:
     path, kind = "", details["type"]
     for part in details["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    code = _CODES.get(kind, "invalid_value")
-    reason = _MESSAGES.get(kind) or details["msg"].replace("Input should be", "has to be", 1)
+    code = details.get("ctx", {}).get("code", _CODES.get(kind, "invalid_value"))
+    reason = _REASONS.get(kind) or details["msg"].replace("Input should be", "has to be", 1)
     if code == "invalid_value" and reason.startswith("has to be"):
         reason += f", not {shown(details['input'])}"
     return field_error(path, reason, code)
 
 
-def wrong(code: str, reason: str) -> PydanticCustomError:
+def wrong(code: str | None, reason: str) -> PydanticCustomError:
     """Return the error to raise in a validator, with a code of OpenAI's."""
-    return PydanticCustomError(code, reason)
+    return PydanticCustomError("wrong", reason, {"code": code})
 
 
 def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
-    """Return what refuses all values but some."""
+    """Return a validator that refuses all values but some."""
 
     def check(value: Any) -> Any:
         if value not in allowed:
@@ -113,18 +95,18 @@ def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
 
 
 def max_items(limit: int) -> BeforeValidator:
-    """Return what refuses a list of more items, before each of them is checked."""
+    """Return a validator that refuses a longer list, before each item is checked."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:
-            raise wrong(NO_CODE, f"has {len(value)} items; at most {limit} are taken")
+            raise wrong(None, f"has {len(value)} items; at most {limit} are taken")
         return value
 
     return BeforeValidator(check)
 
 
 def number(limits: NumberParameter) -> PlainValidator:
-    """Return what takes a number within its limits."""
+    """Return a validator that takes a number within its limits."""
 
     def check(value: Any) -> Any:
         if not _fits(value, limits):

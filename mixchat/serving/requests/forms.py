@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from mixchat.base.errors import MixchatError
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.fields import NO_CODE, RequestObject, wrong
+from mixchat.serving.requests.fields import RequestObject, wrong
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.form.output_constraint import (
     HASTY_S,
@@ -30,38 +30,26 @@ if TYPE_CHECKING:
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
 _MAX_FORM = 100_000  # bytes of a schema or a grammar. They take 2 s, and twice as many 8 s
 _MAX_CACHED_FORMS = 64  # programs ask with the same schema again and again
-_TOO_LARGE = f"is too large: {_MAX_FORM} bytes are taken at most"
 
 
-class Compile(Protocol):
-    """Compiles a JSON schema, a grammar's text, or None for any JSON object.
-
-    Closing `at_end` ends the compiling. Raises `MixchatError` if the form is wrong. The returned
-    function makes a constraint, for an answer that continues its prompt or does not.
-    """
-
-    def __call__(
-        self, given: dict[str, Any] | str | None, at_end: ExitStack | None = None
-    ) -> Callable[..., Constraint]: ...
+# Compiles a JSON schema, a grammar's text, or None for any JSON object. Closing `at_end` ends it.
+# Raises `MixchatError` if the form is wrong. The returned function makes a constraint from the
+# tokens of an answer's beginning, for an answer that is `continued` or not.
+Compile: TypeAlias = "Callable[..., Callable[..., Constraint]]"
 
 
-def _small_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    if len(to_json(schema)) > _MAX_FORM:
-        raise wrong(NO_CODE, _TOO_LARGE)
-    return schema
-
-
-def _small_grammar(grammar: str) -> str:
-    if len(grammar) > _MAX_FORM:
-        raise wrong(NO_CODE, _TOO_LARGE)
-    return grammar
+def _small(form: Any) -> Any:
+    size = len(form) if isinstance(form, str) else len(to_json(form))
+    if size > _MAX_FORM:
+        raise wrong(None, f"is too large: {_MAX_FORM} bytes are taken at most")
+    return form
 
 
 class _JsonSchema(RequestObject):
     ignored = ("name", "description")
     never_null = ("schema",)
     strict: bool = False  # every schema is followed to the letter
-    given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_small_schema)]
+    given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_small)]
 
 
 class ResponseFormat(RequestObject):
@@ -86,13 +74,13 @@ class FormFields(RequestObject):
     """The fields that give an answer its form. `grammar` is the field of llama.cpp's server."""
 
     response_format: ResponseFormat | None = None
-    grammar: Annotated[str, AfterValidator(_small_grammar)] = ""
+    grammar: Annotated[str, AfterValidator(_small)] = ""
 
     @field_validator("grammar")
     @classmethod
     def _stands_alone(cls, given: str, info: ValidationInfo) -> str:
         if given and info.data.get("response_format") is not None:
-            raise wrong(NO_CODE, "and response_format exclude each other")
+            raise wrong(None, "and response_format exclude each other")
         return given
 
 
@@ -106,22 +94,16 @@ def constraint_of(
 
     Raises `RequestError` if the form cannot be read or met.
     """
-    form = fields.response_format
+    field, code, form = "response_format", "invalid_schema", fields.response_format
+    given: dict[str, Any] | str | None = None
     if fields.grammar:
-        compiled = _compiled("grammar", "invalid_grammar", compile_form, fields.grammar)
+        field, code, given = "grammar", "invalid_grammar", fields.grammar
     elif form is None or form.type == "text":
         return None
-    else:
-        schema = None if form.json_schema is None else form.json_schema.given
-        compiled = _compiled("response_format", "invalid_schema", compile_form, schema)
-    return partial(compiled, before, continued=continued)
-
-
-def _compiled(
-    field: str, code: str, compile_form: Compile, given: dict[str, Any] | str | None
-) -> Callable[..., Constraint]:
+    elif form.json_schema is not None:
+        given = form.json_schema.given
     try:
-        return compile_form(given)
+        return partial(compile_form(given), before, continued=continued)
     except MixchatError as error:
         message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
         raise RequestError(message, param=field, code=code) from None
@@ -146,22 +128,20 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
 
         return ConstraintCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
-    def check(given: dict[str, Any] | str, at_end: ExitStack | None) -> OutputConstraint:
-        if isinstance(given, dict):
-            return checked_schema(given, seconds, at_end)
-        return checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
-
     def compile_form(
         given: dict[str, Any] | str | None, at_end: ExitStack | None = None
     ) -> Callable[..., TokenConstraint]:
         if given is None:
             return compiler().compile(json_object()).start
         key = json.dumps(given)
-        if key not in checked:
-            form = check(given, at_end)
-            if len(checked) >= _MAX_CACHED_FORMS:
-                checked.clear()
-            checked[key] = form
-        return compiler().compile(checked[key]).start
+        form = checked.get(key)
+        if form is None and isinstance(given, dict):
+            form = checked_schema(given, seconds, at_end)
+        elif form is None:
+            form = checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
+        if len(checked) >= _MAX_CACHED_FORMS:
+            checked.clear()
+        checked[key] = form
+        return compiler().compile(form).start
 
     return compile_form

@@ -56,6 +56,9 @@ _FOREIGN = {
     "think": False,
     "verbosity": None,
 }
+_SAMPLING_FIELDS = {"presence_penalty", "frequency_penalty"} | (
+    {parameter.field for parameter in SAMPLING.values()} - {"seed"}
+)
 _FOREIGN_PENALTY = "repetition_penalty"
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
 _PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
@@ -218,11 +221,9 @@ def _without_foreign(body: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, .
 
 
 def _sampling(fields: SharedFields, advised: SamplingOptions, vocab_size: int) -> SamplingOptions:
-    names = [limits.field for limits in SAMPLING.values() if limits.field != "seed"]
-    given = {n: getattr(fields, n) for n in (*names, "presence_penalty", "frequency_penalty")}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    given = fields.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
     bias = _logit_bias(fields.logit_bias, vocab_size)
-    return replace(advised, **chosen, logit_bias=bias)
+    return replace(advised, **given, logit_bias=bias)
 
 
 def _logit_bias(given: dict[str, Any], vocab_size: int) -> tuple[tuple[int, float], ...]:
