@@ -135,13 +135,14 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
             return compiler().compile(json_object()).start
         key = json.dumps(given)
         form = checked.get(key)
-        if form is None and isinstance(given, dict):
-            form = checked_schema(given, seconds, at_end)
-        elif form is None:
-            form = checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
-        if len(checked) >= _MAX_CACHED_FORMS:
-            checked.clear()
-        checked[key] = form
+        if form is None:
+            if isinstance(given, dict):
+                form = checked_schema(given, seconds, at_end)
+            else:
+                form = checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
+            if len(checked) >= _MAX_CACHED_FORMS:
+                checked.clear()
+            checked[key] = form
         return compiler().compile(form).start
 
     return compile_form

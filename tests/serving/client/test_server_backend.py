@@ -13,7 +13,7 @@ from scripted_server import (
     usage,
 )
 
-from mixchat.base.errors import MixchatError, PromptError, ServerError, UsageError
+from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.serving.client.server_backend import ServerBackend
@@ -71,18 +71,15 @@ def test_the_conversation_is_sent_with_nothing_that_nobody_asked_for():
         session = session_with(server, system="Be brief")
         list(session.ask("Hi"))
         list(session.ask("And?"))
-    messages = [
-        {"role": "system", "content": "Be brief"},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "And?"},
+    *_, sent = server.asked()
+    texts = [(message["role"], message["content"]) for message in sent.pop("messages")]
+    assert texts == [
+        ("system", "Be brief"),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "And?"),
     ]
-    assert server.asked()[1] == {
-        "model": "tiny",
-        "messages": messages,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    assert sent == {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}}
 
 
 def test_what_was_asked_for_is_sent_even_if_it_is_the_default_elsewhere():
@@ -92,16 +89,8 @@ def test_what_was_asked_for_is_sent_even_if_it_is_the_default_elsewhere():
         list(session.ask("Hi"))
         list(session.ask("Hi"))
     first, second = server.asked()
-    given = {name: first[name] for name in first.keys() - {"model", "messages"}}
-    assert given == {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": 0.7,
-        "top_k": 0,
-        "seed": 5,
-        "max_tokens": 9,
-        "stop": ["END"],
-    }
+    asked = {"temperature": 0.7, "top_k": 0, "seed": 5, "max_tokens": 9, "stop": ["END"]}
+    assert first.items() >= asked.items()
     assert second["seed"] == 6  # so that the same question gets another answer
 
 
@@ -123,9 +112,17 @@ def test_an_answer_has_ended_when_the_server_says_so_in_one_way_or_another(endin
     assert not session.history[-1].partial
 
 
-def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch):
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer([delta("Hi", "stop")], end="hold"),
+        Answer([delta("Hi", "stop"), *[b": ping\n\n"] * 10**6]),
+    ],
+    ids=["silent", "pings"],
+)
+def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch, answer):
     monkeypatch.setattr("mixchat.serving.client.server_client._END_TIMEOUT_S", 0.01)
-    with ScriptedServer(Answer([delta("Hi", "stop")], end="hold")) as server:
+    with ScriptedServer(answer) as server:
         *_, finished = session_with(server).ask("Hi")
         assert finished.reason == "stop"
         assert server.gone.wait(60)
@@ -291,11 +288,6 @@ def test_an_answer_that_fills_a_known_context_is_told_from_one_of_full_length(si
     with ScriptedServer(says("a", reason="length", counts=usage(9, 3))) as server:
         *_, finished = session_with(server, context_size=size).ask("Hi")
     assert finished.reason == reason
-
-
-def test_every_error_is_one_of_ours():
-    assert issubclass(ServerError, MixchatError)
-    assert ServerError("x").exit_code == 5
 
 
 def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():

@@ -1,5 +1,6 @@
 """The client asks one server, and says in one line what that does wrong."""
 
+import httpcore2
 import pytest
 from scripted_server import Answer, ScriptedServer, as_json, refusal, says
 
@@ -10,7 +11,7 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.serving.client import server_url
+from mixchat.serving.client import server_client, server_url
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.client.server_url import ServerURL, is_served_here
@@ -26,6 +27,24 @@ def refused(answer, key=None):
         client_of(server, key).chat({})
     assert "\n" not in f"{caught.value}{caught.value.hint}"
     return caught.value
+
+
+class Silent(httpcore2.NetworkStream):
+    """A connection that is silent for a hundred reads."""
+
+    silences = 100
+
+    def read(self, max_bytes, timeout=None):
+        assert timeout < 1
+        self.silences -= 1
+        if self.silences >= 0:
+            raise httpcore2.ReadTimeout
+        return b"a"
+
+
+def test_silence_is_waited_out_in_short_reads():
+    """A Ctrl-C that came just before a read blocked was not handled before the server spoke."""
+    assert server_client._PatientStream(Silent()).read(1) == b"a"
 
 
 def test_models_are_those_of_the_server():

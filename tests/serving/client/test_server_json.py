@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from itertools import pairwise, repeat
 
 import pytest
 from hypothesis import given
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
 from mixchat.serving.client.server_json import (
+    Comment,
     ListedModel,
     Piece,
     Usage,
     error_of,
+    events,
     parsed_error,
     read_models,
     read_piece,
@@ -96,30 +99,18 @@ def test_models_have_names_that_can_be_shown_and_the_size_that_mixchat_tells():
 
 
 @pytest.mark.parametrize(
-    ("status", "raw", "kind", "said"),
+    ("raw", "kind", "said"),
     [
-        (
-            400,
-            {"error": {"message": "m", "code": "context_length_exceeded"}},
-            PromptTooLongError,
-            "m",
-        ),
-        (
-            400,
-            {"error": {"message": "m", "type": "exceed_context_size_error"}},
-            PromptTooLongError,
-            "m",
-        ),
-        (400, {"message": "the maximum context length is 9"}, LONG, "length is 9"),
-        (404, {"error": {"message": "m", "code": "model_not_found"}}, ModelNotFoundError, "m"),
-        (404, {"error": {"message": "model 'x' not found"}}, ModelNotFoundError, "'x' not found"),
-        (404, {"detail": "Not Found"}, ServerError, "Not Found"),
-        (500, "", ServerError, "500, without a reason"),
-        (500, {"error": "long " * 200}, ServerError, "…"),
+        ({"error": {"message": "m", "type": "exceed_context_size_error"}}, LONG, "m"),
+        ({"message": "the maximum context length is 9"}, LONG, "length is 9"),
+        ({"error": {"message": "m", "code": "model_not_found"}}, ModelNotFoundError, "m"),
+        ({"detail": "Not Found"}, ServerError, "Not Found"),
+        ("", ServerError, "500, without a reason"),
+        ({"error": "long " * 200}, ServerError, "…"),
     ],
 )
-def test_errors_of_several_servers_become_ours(status, raw, kind, said):
-    error = error_of(status, raw)
+def test_errors_of_several_servers_become_ours(raw, kind, said):
+    error = error_of(500, raw)
     assert type(error) is kind
     assert said in str(error)
     assert len(str(error)) < 300
@@ -128,3 +119,49 @@ def test_errors_of_several_servers_become_ours(status, raw, kind, said):
 def test_a_page_of_a_proxy_is_not_shown():
     assert parsed_error(b"<html>502</html>") == ""
     assert parsed_error(b"upstream is gone") == {"error": "upstream is gone"}
+
+
+STREAM = (
+    ": waiting\n\ndata: one\r\n\r\nevent: x\ndata: é€😀\ndata:second line\nid: 7\n\n:\n\n\n"
+    "retry: 5\n\ndata\n\ndata: last"
+).encode()
+EVENTS = [
+    Comment("waiting"),
+    "one",
+    "é€😀\nsecond line",
+    Comment(""),
+    "",
+    "last",
+]
+
+
+@given(st.lists(st.integers(0, len(STREAM))))
+def test_pieces_may_be_cut_anywhere(cuts):
+    ends = [0, *sorted(cuts), len(STREAM)]
+    pieces = [STREAM[a:b] for a, b in pairwise(ends)]
+    assert list(events(pieces)) == EVENTS
+
+
+def test_what_is_not_utf_8_is_replaced():
+    assert list(events([b"data: a\xff\n\n"])) == ["a\ufffd"]
+
+
+def test_an_event_comes_before_the_next_piece_is_read():
+    def pieces():
+        yield b"data: one\n\n"
+        raise AssertionError("it was read too early")
+
+    assert next(events(pieces())) == "one"
+
+
+@pytest.mark.parametrize("line", [b"x" * 65536, b"data: " + b"x" * 65536 + b"\n"])
+def test_an_event_without_an_end_does_not_fill_the_memory(line):
+    with pytest.raises(ServerError, match="more than 1 MiB"):
+        for _ in events(line for _ in range(10**6)):
+            pass
+
+
+def test_an_event_of_empty_lines_does_not_fill_the_memory_either():
+    """Only the bytes of the data counted, so that lines without any were kept for ever."""
+    with pytest.raises(ServerError, match="more than 1 MiB"):
+        list(events(repeat(b"data:\n" * 10_000, 1000)))

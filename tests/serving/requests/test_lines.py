@@ -3,7 +3,7 @@
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,9 +38,7 @@ def answers(
     return [line.as_dict() for line in lines]
 
 
-def test_lines_are_answered_in_their_order_as_each_one_alone(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_lines_are_answered_in_their_order_as_each_one_alone(model_service):
     lines = [
         {"prompt": "Tell me " + "more " * (n % 5), "seed": n, "max_tokens": 1 + 7 * n % 20}
         for n in range(30)
@@ -54,9 +52,7 @@ def test_lines_are_answered_in_their_order_as_each_one_alone(
         assert found["usage"]["generated_tokens"] <= line["max_tokens"]
 
 
-def test_a_prompt_is_a_question_and_messages_are_a_conversation(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_prompt_is_a_question_and_messages_are_a_conversation(model_service):
     service = model_service()
     question = [{"role": "user", "content": "Hi"}]
     one, other = answers(service, [{"prompt": "Hi", "seed": 1}, {"messages": question, "seed": 1}])
@@ -70,7 +66,7 @@ def test_a_prompt_is_a_question_and_messages_are_a_conversation(
     assert given["answer"] == own["answer"] != one["answer"]
 
 
-def test_a_line_goes_before_what_applies_to_all(model_service: Callable[..., ModelService]) -> None:
+def test_a_line_goes_before_what_applies_to_all(model_service):
     lines = [{"prompt": "Hi"}, {"prompt": "Hi", "seed": 8}]
     found = answers(model_service(), lines, fields={"seed": 7})
     assert [line["seed"] for line in found] == [7, 8]
@@ -94,9 +90,7 @@ def test_a_line_goes_before_what_applies_to_all(model_service: Callable[..., Mod
         ({"prompt": "x" * 10**7}, "too long"),
     ],
 )
-def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(
-    model_service: Callable[..., ModelService], line: Any, said: str
-) -> None:
+def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(model_service, line, said):
     good = {"prompt": "Hi", "seed": 1}
     first, bad, last = answers(model_service(), [good, line, good])
     assert said in bad["error"]
@@ -104,7 +98,7 @@ def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(
     assert first["answer"] == last["answer"]
 
 
-def test_an_id_comes_back_also_with_an_error(model_service: Callable[..., ModelService]) -> None:
+def test_an_id_comes_back_also_with_an_error(model_service):
     found = answers(
         model_service(), [{"id": {"a": [1]}, "prompt": "Hi"}, {"id": "x", "prompt": ""}]
     )
@@ -112,14 +106,12 @@ def test_an_id_comes_back_also_with_an_error(model_service: Callable[..., ModelS
     assert found[1]["id"] == "x"
 
 
-def test_empty_lines_are_left_out(model_service: Callable[..., ModelService]) -> None:
+def test_empty_lines_are_left_out(model_service):
     found = answers(model_service(), [b"\n", {"prompt": "Hi"}, b"  \n", {"prompt": "Ho"}])
     assert [line["line"] for line in found] == [2, 4]
 
 
-def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(model_service):
     answered = threading.Event()
 
     def slow() -> Iterator[tuple[int, bytes]]:
@@ -134,7 +126,7 @@ def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(
     assert [line.number for line in found] == [1, 2]
 
 
-def test_lines_are_read_a_few_ahead_only(model_service: Callable[..., ModelService]) -> None:
+def test_lines_are_read_a_few_ahead_only(model_service):
     read: list[int] = []
 
     def endless() -> Iterator[tuple[int, bytes]]:
@@ -148,9 +140,7 @@ def test_lines_are_read_a_few_ahead_only(model_service: Callable[..., ModelServi
     assert len(read) <= 5 + 2 * 4 + 1
 
 
-def test_what_reading_raises_comes_behind_the_lines_before(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_what_reading_raises_comes_behind_the_lines_before(model_service):
     def broken() -> Iterator[tuple[int, bytes]]:
         yield 1, b'{"prompt": "Hi"}'
         raise OSError("the disk is gone")
@@ -175,7 +165,7 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPatch):
     """A line's length was checked after it was read: /dev/zero took 8.8 GB in a minute."""
     monkeypatch.setattr(lines_module, "_MAX_SKIPPED", 3_000_000)
     endless = Endless()
@@ -187,7 +177,7 @@ def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPat
     assert endless.read_bytes < 5_000_000
 
 
-def test_lines_behind_one_that_is_too_long_keep_their_numbers() -> None:
+def test_lines_behind_one_that_is_too_long_keep_their_numbers():
     file = io.BytesIO(b"one\n" + b"x" * 3_000_000 + b"\nthree\n\nlast")
     found = list(numbered_lines(file, 10))
     assert found == [(1, b"one\n"), (2, b"x" * 11), (3, b"three\n"), (4, b"\n"), (5, b"last")]

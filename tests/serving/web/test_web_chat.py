@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -97,8 +96,6 @@ def test_a_seed_is_drawn_for_each_request_and_told(client):
     answers = [ask(client, "say:{seed}") for _ in range(3)]
     assert len({answer.seed for answer in answers}) > 1
     assert all(answer.choices[0].message.content == str(answer.seed) for answer in answers)
-    chunks = streamed(client, "say:{seed}")
-    assert text_of(chunks) == str(chunks[0].seed)
 
 
 @pytest.mark.parametrize(
@@ -223,116 +220,11 @@ def test_an_answer_can_be_sent_back_as_the_client_holds_it(client):
     assert again.choices[0].message.content == "two"
 
 
-def test_harmless_fields_change_nothing(client):
-    answer = ask(
-        client,
-        "say:one",
-        user="me",
-        store=False,
-        metadata={"a": "b"},
-        service_tier="auto",
-        prompt_cache_key="x",
-        safety_identifier="y",
-        modalities=["text"],
-        reasoning_effort="none",
-        tools=[{"type": "function", "function": {"name": "look"}}],
-        tool_choice="auto",
-        parallel_tool_calls=True,
-        extra_body={"functions": [{"name": "look"}], "options": None},
-        response_format={"type": "text"},
-        stream_options=None,
-    )
-    assert answer.choices[0].message.content == "one"
-
-
-REFUSED = [
-    ({"tools": [{}], "tool_choice": "required"}, "tool_choice", "unsupported_value"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice", "unsupported_value"),
-    ({"function_call": {"name": "f"}}, "function_call", "unsupported_value"),
-    ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
-    ({"modalities": ["text", "audio"]}, "modalities", "invalid_value"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value"),
-    ({"store": True}, "store", "unsupported_value"),
-    ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
-    ({"frobnicate": False}, "frobnicate", "unknown_parameter"),
-    ({"temperature": "hot"}, "temperature", "invalid_value"),
-    ({"temperature": True}, "temperature", "invalid_value"),
-    ({"temperature": -1}, "temperature", "invalid_value"),
-    ({"temperature": 10**400}, "temperature", "invalid_value"),
-    ({"top_p": 0}, "top_p", "invalid_value"),
-    ({"top_k": 1.5}, "top_k", "invalid_value"),
-    ({"seed": -1}, "seed", "invalid_value"),
-    ({"seed": 2**63}, "seed", "invalid_value"),
-    ({"n": 0}, "n", "invalid_value"),
-    ({"n": 17}, "n", "invalid_value"),
-    ({"n": "2"}, "n", "invalid_value"),
-    ({"presence_penalty": 3}, "presence_penalty", "invalid_value"),
-    ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
-    ({"logit_bias": {"65": 101}}, "logit_bias.65", "invalid_value"),
-    ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value"),
-    ({"logit_bias": {"9999999": 1}}, "logit_bias.9999999", "invalid_value"),
-    ({"logit_bias": [1]}, "logit_bias", "invalid_value"),
-    ({"max_tokens": -1}, "max_tokens", "invalid_value"),
-    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", None),
-    ({"stop": 5}, "stop", "invalid_value"),
-    ({"stop": ["a", 5]}, "stop", "invalid_value"),
-    ({"stop": ["a"] * 33}, "stop", "invalid_value"),
-    ({"stop": "a" * 501}, "stop", "invalid_value"),
-    ({"stream": "yes"}, "stream", "invalid_value"),
-    ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
-    ({"logprobs": 1}, "logprobs", "invalid_value"),
-    ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
-    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
-    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
-    (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "x" * 10**5}}}},
-        "response_format.json_schema.schema",
-        None,
-    ),
-    ({"grammar": 5}, "grammar", "invalid_value"),
-    ({"grammar": "x" * 100_001}, "grammar", None),
-    ({"grammar": "root ::=", "response_format": {"type": "text"}}, "grammar", None),
-    ({"messages": []}, "messages", "missing_required_parameter"),
-    ({"messages": None}, "messages", "missing_required_parameter"),
-    ({"messages": "Hi"}, "messages", "invalid_value"),
-    ({"messages": ["Hi"]}, "messages[0]", "invalid_value"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "unsupported_value"),
-    ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_value"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "messages[0].content[0].type",
-        "invalid_value",
-    ),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "messages[0].content[0].text",
-        "missing_required_parameter",
-    ),
-    (
-        {"messages": [{"role": "user", "content": "x", "mood": "y"}]},
-        "messages[0].mood",
-        "unknown_parameter",
-    ),
-    (
-        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
-        "messages[0].tool_calls",
-        "unsupported_parameter",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "param", "code"), REFUSED, ids=lambda value: str(value)[:60])
-def test_what_cannot_be_done_is_refused_by_its_name(client, served, change, param, code):
+def test_a_wrong_field_is_an_error_of_openais(client, served):
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, "Hi", extra_body=change)
-    assert caught.value.param == param
-    if code is not None:
-        assert caught.value.code == code
+        ask(client, "Hi", temperature=-1)
+    assert (caught.value.param, caught.value.code) == ("temperature", "invalid_value")
     assert caught.value.type == "invalid_request_error"
-    assert caught.value.body["message"].startswith(param)
     assert served.service.jobs == []
     assert served.reports == []
 
@@ -414,7 +306,7 @@ def test_an_error_in_the_midst_of_a_stream_comes_as_an_event(client):
 
 def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
     served = serve(parallel=4, queue=40)
-    results: dict[int, str] = {}
+    results = {}
 
     def one(number):
         text = f"say:{{wait}}answer {number} of{{wait}} seed {{seed}}"
@@ -422,53 +314,24 @@ def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
             if number % 3 == 0:
                 with ask(client, f"{text}{{hang}}", stream=True) as stream:
                     next(iter(stream))
-                return
-            if number % 2:
-                found = ask(client, text, seed=number).choices[0].message.content
+            elif number % 2:
+                results[number] = ask(client, text, seed=number).choices[0].message.content
             else:
-                found = text_of(streamed(client, text, seed=number))
-            results[number] = found
+                results[number] = text_of(streamed(client, text, seed=number))
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    expected = {i: f"answer {i} of seed {i}" for i in range(40) if i % 3}
-    assert results == expected
+    with ThreadPoolExecutor(40) as threads:
+        list(threads.map(one, range(40)))
+    assert results == {i: f"answer {i} of seed {i}" for i in range(40) if i % 3}
     served.service.close(10)
     assert served.service.stats().running == 0
     assert served.reports == []
 
 
 def test_no_number_in_an_answer_is_beyond_json(served):
-    import urllib.request
-
-    body = {
-        "messages": [{"role": "user", "content": "say:ab"}],
-        "logprobs": True,
-        "top_logprobs": 3,
-    }
-    request = urllib.request.Request(
-        f"{served.url}/v1/chat/completions", json.dumps(body).encode(), method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=20) as response:
-        text = response.read().decode()
-    assert "Infinity" not in text
-    token = json.loads(text)["choices"][0]["logprobs"]["content"][0]
+    answer = exchange(served, request(CHAT, HI | {"logprobs": True, "top_logprobs": 3}))
+    assert b"Infinity" not in answer.body
+    token = answer.json["choices"][0]["logprobs"]["content"][0]
     assert all(math.isfinite(top["logprob"]) for top in token["top_logprobs"])
-
-
-FOREIGN = {
-    "chat_template_kwargs": {"enable_thinking": False},
-    "cache_prompt": False,
-    "keep_alive": "5m",
-    "options": {"num_ctx": 4096},
-    "think": True,
-    "verbosity": "low",
-    "num_ctx": 4096,
-    "reasoning_effort": "high",
-}
 
 
 @pytest.fixture
@@ -477,37 +340,13 @@ def lenient(serve):
     return serve(defaults=Defaults(SamplingOptions(), strict=False))
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_field_of_another_server_is_ignored_and_named(lenient, name):
-    """Each ended in 400, and so did every request of the clients that send them."""
-    body = HI | {name: FOREIGN[name]}
+def test_a_field_without_an_effect_is_named_in_a_header_and_noted_once(lenient):
     for stream in (False, True, False):
-        asked = request(CHAT, body | {"stream": stream}, connection="close")
+        asked = request(CHAT, HI | {"think": True, "stream": stream}, connection="close")
         answer = exchange(lenient, asked)
-        assert (answer.status, answer.headers["x-mixchat-ignored"]) == (200, name)
-    assert lenient.notes == [f"requests have the field {name}, which has no effect here"]
-
-
-def test_a_field_that_asks_for_what_is_done_anyway_is_not_named(lenient):
-    usual = {"cache_prompt": True, "think": False, "reasoning_effort": "none", "num_ctx": None}
-    answer = exchange(lenient, request(CHAT, HI | usual | {"tools": []}))
-    assert answer.status == 200
-    assert "x-mixchat-ignored" not in answer.headers
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_strict_server_refuses_the_field_of_another_one(served, name):
-    answer = exchange(served, request(CHAT, HI | {name: FOREIGN[name]}))
-    assert (answer.status, answer.error["param"]) == (400, name)
-
-
-def test_repetition_penalty_is_the_repeat_penalty(lenient):
-    """The name of Hugging Face and of vLLM for what llama.cpp calls repeat_penalty."""
-    penalty = {"repetition_penalty": 1.3}
-    assert exchange(lenient, request(CHAT, HI | penalty)).status == 200
-    assert lenient.service.jobs[-1].sampling.repeat_penalty == 1.3
-    differs = exchange(lenient, request(CHAT, HI | penalty | {"repeat_penalty": 1.2}))
-    assert (differs.status, differs.error["param"]) == (400, "repetition_penalty")
+        assert (answer.status, answer.headers["x-mixchat-ignored"]) == (200, "think")
+    assert lenient.notes == ["requests have the field think, which has no effect here"]
+    assert "x-mixchat-ignored" not in exchange(lenient, request(CHAT, HI)).headers
 
 
 def test_tools_that_may_be_called_are_named_since_none_is(lenient):
@@ -518,12 +357,6 @@ def test_tools_that_may_be_called_are_named_since_none_is(lenient):
     assert raw.headers["x-mixchat-ignored"] == "tools"
     assert raw.parse().choices[0].message.content == "well"
     assert lenient.notes == ["requests have the field tools, which has no effect here"]
-
-
-@pytest.mark.parametrize(("change", "param", "code"), REFUSED[:5], ids=lambda v: str(v)[:60])
-def test_what_would_make_another_kind_of_answer_is_always_refused(lenient, change, param, code):
-    refused = exchange(lenient, request(CHAT, HI | change))
-    assert (refused.status, refused.error["param"], refused.error["code"]) == (400, param, code)
 
 
 def test_a_schema_that_takes_gigabytes_is_refused(serve):

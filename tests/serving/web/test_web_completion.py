@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import openai
 import pytest
 
 
@@ -65,32 +64,3 @@ def test_log_probabilities_have_the_older_shape(client):
 def test_what_is_usual_and_changes_nothing_is_taken(client):
     answer = ask(client, "say:a", best_of=1, echo=False, suffix="", user="me")
     assert answer.choices[0].text == "a"
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"echo": True}, "echo"),
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 2}, "best_of"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"logprobs": True}, "logprobs"),
-        ({"messages": []}, "messages"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": {}}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, None),
-        ({"prompt": ["a", 5]}, "prompt[1]"),
-        ({"prompt": [5, "a"]}, "prompt[1]"),
-        ({"prompt": [[5, "a"]]}, "prompt[0][1]"),
-        ({"prompt": [0x110000]}, "prompt[0]"),
-        ({"prompt": ["a"] * 17}, "prompt"),
-        ({"prompt": ["a"] * 5, "n": 4}, "prompt"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_done_is_refused_by_its_name(client, served, change, param):
-    with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, "x", extra_body=change)
-    assert caught.value.param == param
-    assert served.service.jobs == []

@@ -134,12 +134,6 @@ def test_an_answer_has_the_form_that_is_asked_for(client, number):
         assert 0 <= answer["legs"] <= 8
 
 
-def test_an_answer_of_a_form_is_streamed(client):
-    pieces = ask(client, 3, response_format=BY_SCHEMA, stream=True, max_tokens=300)
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
-    assert set(json.loads(text)) == {"name", "legs"}
-
-
 def test_any_json_object_begins_as_one(client):
     done = ask(client, 0, response_format={"type": "json_object"}, max_tokens=20)
     assert done.choices[0].message.content.startswith("{")
