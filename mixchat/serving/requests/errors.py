@@ -15,9 +15,19 @@ from mixchat.base.errors import (
 )
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 
-RETRY_S = 2  # until a client that met a full queue should try again
+_INVALID = "invalid_request_error"
+_RETRY_S = 2  # until a client that met a full queue should try again
 _MAX_PATH = 80  # characters
 _MAX_VALUE = 60  # characters of a value in a message
+# The status, type and code of errors. The first class that fits counts.
+_KINDS = (
+    (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (ShuttingDownError, 503, "server_error", "shutting_down"),
+    (PromptTooLongError, 400, _INVALID, "context_length_exceeded"),
+    (PromptError, 400, _INVALID, None),
+    (UsageError, 400, _INVALID, None),  # a form that no answer can keep
+    (ResourceError, 503, "server_error", "no_room"),
+)
 
 
 class RequestError(Exception):
@@ -33,7 +43,7 @@ class RequestError(Exception):
         status: int = 400,
         param: str | None = None,
         code: str | None = None,
-        kind: str = "invalid_request_error",
+        kind: str = _INVALID,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -54,21 +64,10 @@ def as_request_error(error: Exception) -> RequestError:
         # The exact fault is for the person who runs the server, not for a client.
         return RequestError("internal error", status=500, kind="server_error")
     message = f"{error}. {error.hint}" if error.hint else str(error)
-    if isinstance(error, QueueFullError):
-        again = {"Retry-After": str(RETRY_S)}
-        return RequestError(
-            message, status=429, kind="rate_limit_error", code="queue_full", headers=again
-        )
-    if isinstance(error, ShuttingDownError):
-        return RequestError(message, status=503, kind="server_error", code="shutting_down")
-    if isinstance(error, PromptTooLongError):
-        return RequestError(message, code="context_length_exceeded")
-    if isinstance(
-        error, PromptError | UsageError
-    ):  # UsageError is for a form that no answer can keep
-        return RequestError(message)
-    if isinstance(error, ResourceError):
-        return RequestError(message, status=503, kind="server_error", code="no_room")
+    for kind, status, word, code in _KINDS:
+        if isinstance(error, kind):
+            headers = {"Retry-After": str(_RETRY_S)} if status == 429 else None
+            return RequestError(message, status=status, kind=word, code=code, headers=headers)
     return RequestError(message, status=500, kind="server_error")
 
 

@@ -26,7 +26,7 @@ from mixchat.serving.service import (
     Service,
     ShuttingDownError,
 )
-from mixchat.serving.web.responses import FinishedAnswer, ResponseBuilder
+from mixchat.serving.web.responses import ResponseBuilder
 
 _T = TypeVar("_T")
 _LONG_S = 3600.0  # between looks at an answer that is sent whole
@@ -94,17 +94,17 @@ class PendingAnswers:
         self._unfinished -= sum(isinstance(event, Done) for _, event in events)
         return events
 
-    async def collect(self) -> list[FinishedAnswer]:
+    async def collect(self) -> list[tuple[Delta, Done]]:
         """Return all answers, whole. Raises what `next` does."""
-        answers = [FinishedAnswer() for _ in self._jobs]
+        deltas: list[list[Delta]] = [[] for _ in self._jobs]
+        done: dict[int, Done] = {}
         while not self.finished:
             for number, event in await self.next(_LONG_S):
                 if isinstance(event, Delta):
-                    answers[number].text += event.text
-                    answers[number].tokens += event.tokens
+                    deltas[number].append(event)
                 elif isinstance(event, Done):
-                    answers[number].done = event
-        return answers
+                    done[number] = event
+        return [(_joined(parts), done[number]) for number, parts in enumerate(deltas)]
 
     def _hear(self, number: int, event: JobEvent) -> None:
         """Take an event, in the service's thread."""
@@ -121,6 +121,11 @@ class PendingAnswers:
             else:
                 self._events.append((number, event))
         self._arrived.set()
+
+
+def _joined(parts: Sequence[Delta]) -> Delta:
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return Delta("".join(part.text for part in parts), tokens)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

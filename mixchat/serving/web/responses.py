@@ -6,13 +6,13 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from mixchat.serving.requests.options import ParsedRequest
 from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
 from mixchat.text.tokenizer import Tokenizer
 
+JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 _FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus
@@ -55,15 +55,6 @@ class TokenTexts:
         return self.bytes_of(token).decode(errors="replace")
 
 
-@dataclass
-class FinishedAnswer:
-    """One answer from its beginning to its end."""
-
-    text: str = ""
-    tokens: list[TokenLogprob] = field(default_factory=list)
-    done: Done | None = None
-
-
 class ResponseBuilder(ABC):
     """Builds the objects of one request's answers.
 
@@ -84,48 +75,40 @@ class ResponseBuilder(ABC):
             "seed": request.seed,
         }
 
-    def whole(self, answers: Sequence[FinishedAnswer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
         """Return the body of answers that are sent at once."""
-        done = [answer.done for answer in answers if answer.done is not None]
         choices = [
-            self._choice(number, answer.text, answer.tokens, _FINISH[end.reason], whole=True)
-            for number, (answer, end) in enumerate(zip(answers, done, strict=True))
+            self._choice(number, text, _FINISH[done.reason], whole=True)
+            for number, (text, done) in enumerate(answers)
         ]
-        return {**self._head, "object": self.name, "choices": choices, "usage": self._usage(done)}
+        usage = self._usage([done for _, done in answers])
+        return {**self._head, "object": self.name, "choices": choices, "usage": usage}
 
-    def openings(self) -> list[dict[str, Any]]:
+    def openings(self) -> list[JSON]:
         """Return the chunks that come before all text."""
         return []
 
-    def piece(self, number: int, delta: Delta) -> dict[str, Any]:
+    def piece(self, number: int, delta: Delta) -> JSON:
         """Return the chunk of a piece of text."""
-        return self._chunk(self._choice(number, delta.text, delta.tokens, None))
+        return self._chunk(self._choice(number, delta, None))
 
-    def ending(self, number: int, done: Done) -> dict[str, Any]:
+    def ending(self, number: int, done: Done) -> JSON:
         """Return the last chunk of an answer."""
-        return self._chunk(self._choice(number, "", (), _FINISH[done.reason]))
+        return self._chunk(self._choice(number, Delta(""), _FINISH[done.reason]))
 
-    def usage(self, done: Sequence[Done]) -> dict[str, Any]:
+    def usage(self, done: Sequence[Done]) -> JSON:
         """Return the chunk that has only the counts of tokens."""
         return self._chunk() | {"usage": self._usage(done)}
 
     @abstractmethod
-    def _choice(
-        self,
-        number: int,
-        text: str,
-        tokens: Sequence[TokenLogprob],
-        finish: str | None,
-        *,
-        whole: bool = False,
-    ) -> dict[str, Any]:
+    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
         """Return an answer, or a part of it. The last part has a reason to finish."""
 
-    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, *choices: JSON) -> JSON:
         usage = {"usage": None} if self._request.include_usage else {}
         return {**self._head, "object": self.chunk_name, "choices": list(choices), **usage}
 
-    def _usage(self, done: Sequence[Done]) -> dict[str, Any]:
+    def _usage(self, done: Sequence[Done]) -> JSON:
         """Return the counts. A prompt counts once, however many answers it has."""
         prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
         generated = sum(each.generated_tokens for each in done)
@@ -143,34 +126,26 @@ class ChatResponses(ResponseBuilder):
 
     prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def openings(self) -> list[dict[str, Any]]:
+    def openings(self) -> list[JSON]:
         """Return a chunk for each answer, which names its role."""
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         numbers = range(len(self._request.jobs))
         return [self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers]
 
-    def _choice(
-        self,
-        number: int,
-        text: str,
-        tokens: Sequence[TokenLogprob],
-        finish: str | None,
-        *,
-        whole: bool = False,
-    ) -> dict[str, Any]:
-        content: dict[str, Any] = {"delta": {"content": text} if finish is None else {}}
+    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
+        content: dict[str, Any] = {"delta": {"content": part.text} if finish is None else {}}
         if whole:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            content = {"message": {"role": "assistant", "content": part.text, "refusal": None}}
         logprobs = None
-        if self._has_logprobs and (whole or tokens):
-            logprobs = {"content": list(map(self._token, tokens)), "refusal": None}
+        if self._has_logprobs and (whole or part.tokens):
+            logprobs = {"content": list(map(self._token, part.tokens)), "refusal": None}
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish}
 
-    def _token(self, token: TokenLogprob) -> dict[str, Any]:
+    def _token(self, token: TokenLogprob) -> JSON:
         top = [self._logprob(other, logprob) for other, logprob in token.top]
         return {**self._logprob(token.token, token.logprob), "top_logprobs": top}
 
-    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+    def _logprob(self, token: int, logprob: float) -> JSON:
         data = self._texts.bytes_of(token)
         return {"token": self._texts[token], "logprob": _finite(logprob), "bytes": list(data)}
 
@@ -184,19 +159,11 @@ class CompletionResponses(ResponseBuilder):
         super().__init__(request, model, texts)
         self._lengths = [0] * len(request.jobs)  # of the tokens' texts so far, in characters
 
-    def _choice(
-        self,
-        number: int,
-        text: str,
-        tokens: Sequence[TokenLogprob],
-        finish: str | None,
-        *,
-        whole: bool = False,
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(number, tokens) if self._has_logprobs else None
-        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish}
+    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
+        logprobs = self._logprobs(number, part.tokens) if self._has_logprobs else None
+        return {"index": number, "text": part.text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, number: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, number: int, tokens: Sequence[TokenLogprob]) -> JSON:
         texts, offsets = self._texts, []
         for token in tokens:
             offsets.append(self._lengths[number])
