@@ -221,7 +221,8 @@ def _reading_seconds(
 
 def _note_server(model: str, output: OutputOptions) -> None:
     """Tell of a server on this machine that has the model loaded already."""
-    from mixchat.serving.client.server_url import SERVER_PORT, is_served_here
+    from mixchat.serving.client.local_server import is_served_here
+    from mixchat.serving.client.server_url import SERVER_PORT
 
     if not output.quiet and is_served_here(model):
         flag = f"--server 127.0.0.1:{SERVER_PORT}"

@@ -333,7 +333,7 @@ def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
     from mixchat.cli.run import _note_server
 
     monkeypatch.setattr(
-        "mixchat.serving.client.server_url.is_served_here", lambda name: name == "demo"
+        "mixchat.serving.client.local_server.is_served_here", lambda name: name == "demo"
     )
     said = []
     monkeypatch.setattr(OutputOptions, "note", lambda self, text: said.append(text))

@@ -1,4 +1,4 @@
-"""The URL of a server with OpenAI's API, and the server at mixchat's own port."""
+"""The URL of a server with OpenAI's API, from text such as `127.0.0.1:11435`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from mixchat.base.errors import UsageError
 
 SERVER_PORT = 11435
 _PORTS = {"http": 80, "https": 443}
-_GLANCE_S = 0.05  # for a look at this machine
 _HINT = f"Write it like 127.0.0.1:{SERVER_PORT} or https://example.com/v1."
 
 
@@ -63,26 +62,3 @@ def _check_rest(parts: SplitResult) -> None:
         raise UsageError("the URL of a server cannot have a name or a password", hint=hint)
     if parts.query or parts.fragment:
         raise UsageError("the URL of a server cannot have a ? or a #", hint=_HINT)
-
-
-def is_served_here(model: str) -> bool:
-    """Return whether a server on this machine, at the usual port, has a model of this name.
-
-    It takes 50 ms at most. No key is sent, because any user's program may listen there.
-    """
-    from concurrent.futures import wait
-    from socket import create_connection
-
-    from mixchat.base.background import in_background
-
-    try:  # before the library for HTTP is imported, which takes longer
-        create_connection(("127.0.0.1", SERVER_PORT), _GLANCE_S).close()
-    except OSError:
-        return False
-    from mixchat.serving.client.server_client import ServerClient
-
-    models = in_background(ServerClient(ServerURL.parse(f"127.0.0.1:{SERVER_PORT}")).models)
-    wait([models], _GLANCE_S)
-    if not models.done() or models.exception() is not None:
-        return False
-    return any(listed.name == model for listed in models.result())
