@@ -56,10 +56,10 @@ class _Part(RequestObject):
     text: str
 
 
-def _role(given: Any) -> Any:
+def _no_tool(given: Any) -> Any:
     if given in ("tool", "function"):
         raise wrong("unsupported_value", _NO_TOOLS)
-    return "system" if given == "developer" else given
+    return given
 
 
 def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
@@ -74,14 +74,19 @@ def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
 class _ChatMessage(RequestObject):
     ignored = ("name",)
     never_null = ("role", "content")
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool)]
     tool_calls: _ToolField = None
     function_call: _ToolField = None
     tool_call_id: _ToolField = None
     audio: _MediaField = None
     refusal: _MediaField = None
     annotations: _MediaField = None
+    # A string in the end, by `_text`.
     content: Annotated[list[_Part], FailFast(), max_items(_MAX_PARTS), WrapValidator(_text)]
+
+    def message(self) -> Message:
+        """Return the message for the template."""
+        return Message("system" if self.role == "developer" else self.role, str(self.content))
 
 
 class _ChatFields(SharedFields):
@@ -115,7 +120,7 @@ def read_chat(
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
-    messages = [Message(m.role, str(m.content)) for m in fields.messages]
+    messages = [message.message() for message in fields.messages]
     service.context.check_text("".join(message.content for message in messages), "the prompt")
     template, continued = service.template, messages[-1].role == "assistant"
     start = service.tokenizer.encode(messages.pop().content) if continued else []
