@@ -1,12 +1,10 @@
 """What every room uses: errors, options, files, this machine.
 
 - errors.py: the tree of errors, each with its exit code and hint
-- model_config.py: the shape of a model, with the keys of config.json
-- context.py: the size of a context, and the check for texts that are too long
+- model_config.py: the shape of a model, with the keys of config.json, and its context
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
-- network_address.py: the address of a worker, from text
-- options.py: the options of sampling and of loading a model
+- options.py: the options of sampling and of loading a model, and the address of a worker
 - safetensors.py: the file format of weights
 - files.py: mixchat's own files, read with clear errors, written whole or not at all
 - output_file.py: files that a person names for output, never overwriting another file
@@ -14,8 +12,7 @@
 - machine.py: this machine's processor, memory and disk
 - gpu.py: the GPUs that torch sees, their memory, streams and waits
 - cgroups.py: the limits of memory and CPU time that control groups set
-- background.py: work in a background thread
 - interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are handled
-- progress.py: progress of long work, reported to whatever shows it
+- progress.py: long work: its progress, and work in a background thread
 - sanitize.py: no control characters for the terminal
 """

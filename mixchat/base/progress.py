@@ -1,11 +1,14 @@
-"""Progress of long work, reported to whatever shows it."""
+"""Long work: its progress, reported to whatever shows it, and work in a background thread."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+_T = TypeVar("_T")
 Note = Callable[[str], object]  # prints a line that a person should see
 
 
@@ -55,3 +58,17 @@ class _NoTask:
 
     def close(self) -> None:
         pass
+
+
+def in_background(work: Callable[..., _T], *arguments: object) -> Future[_T]:
+    """Start `work` in a daemon thread, which cannot delay the exit of the process."""
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -10,7 +10,7 @@ from mixchat.chat.answer import Reason
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
-    from mixchat.base.context import Context
+    from mixchat.base.model_config import Context
     from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats

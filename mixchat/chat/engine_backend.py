@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from mixchat.base.context import BYTES_PER_TOKEN, Context
 from mixchat.base.errors import PromptTooLongError
+from mixchat.base.model_config import BYTES_PER_TOKEN, Context
 from mixchat.chat.answer import Answer, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
 from mixchat.engine.cached_prefix import shared_beginning

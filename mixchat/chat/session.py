@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, ServerError, UsageError
+from mixchat.base.model_config import Context
 from mixchat.chat.answer import Reason
 from mixchat.chat.backend import Backend, OnPrefill, Overflow, Turn
 from mixchat.text.messages import Message

@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mixchat.base import interrupts
-from mixchat.base.context import Context
 from mixchat.base.errors import MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.model_config import Context
 from mixchat.cli.flags.checks import checked_model
 from mixchat.cli.opening import find_or_build
 from mixchat.cli.output.show_progress import status

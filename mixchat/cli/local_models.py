@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mixchat.base.context import Context
+from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions
 from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
 from mixchat.cli.change_model import ModelChanger

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mixchat.base.context import Context
+from mixchat.base.model_config import Context
 
 if TYPE_CHECKING:
     from mixchat.chat.backend import Overflow

@@ -8,9 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mixchat.base.context import DEFAULT_TOKENS, Context
 from mixchat.base.errors import MixchatError, ModelNotFoundError
-from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.model_config import (
+    DEFAULT_TOKENS,
+    Context,
+    ModelConfig,
+    advised_length,
+    advised_sampling,
+)
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.chat.parameters import with_numbers
 from mixchat.cli.output.print_answer import OutputOptions

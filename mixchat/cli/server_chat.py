@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mixchat.base.context import UNKNOWN, Context
 from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.options import RequestedSampling
 from mixchat.chat.parameters import with_numbers
 from mixchat.cli.flags.config_flag import refuse_together
@@ -88,7 +88,7 @@ class ServerModels:
 
     def context_of(self, name: str) -> Context:
         """Return the context of a model; a large one where the server does not tell."""
-        return self._backend(name).context or UNKNOWN
+        return self._backend(name).context or UNKNOWN_CONTEXT
 
     def open(
         self,

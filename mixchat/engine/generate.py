@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from mixchat.base import gpu, interrupts, machine
-from mixchat.base.context import Context
 from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
 from mixchat.engine.cached_prefix import CachedPrefix

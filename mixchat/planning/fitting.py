@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import tightest_memory_limit
+from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.kv_cache import cache_bytes

@@ -11,7 +11,7 @@ from mixchat.base.options import SamplingOptions
 from mixchat.chat.answer import Reason
 
 if TYPE_CHECKING:
-    from mixchat.base.context import Context
+    from mixchat.base.model_config import Context
     from mixchat.engine.sampling import Constraint
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer

@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.base.background import in_background
 from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_message
+from mixchat.base.progress import in_background
 from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 
 _MAX_CALL = 2_000_000  # bytes of a call; encoding them takes up to 800 MB

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.model_config import Context, ModelConfig, advised_length, advised_sampling
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -147,3 +147,18 @@ def test_the_recommended_length_of_an_answer_is_read_where_it_is_a_number(
     assert advised_length(tmp_path) is None
     (tmp_path / "generation_config.json").write_text(json.dumps(advice))
     assert advised_length(tmp_path) == length
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "hint"),
+    [
+        (Context(4096, 32768), 5000, "--ctx-size can be up to 32768."),
+        (Context(4096, 32768), 32768, "Shorten it: this model reads 32767 tokens at most."),
+        (Context(8192, 8192), 9000, "Shorten it: this model reads 8191 tokens at most."),
+    ],
+)
+def test_a_larger_context_is_only_offered_where_it_would_be_large_enough(context, tokens, hint):
+    """For a prompt longer than the largest context, the hint advised a larger --ctx-size."""
+    error = context.prompt_too_long(tokens)
+    assert str(error).startswith(f"the prompt is too long: {tokens} tokens, the context holds")
+    assert error.hint == hint

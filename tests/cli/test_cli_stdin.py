@@ -6,7 +6,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.base.context import BYTES_PER_TOKEN, DEFAULT_TOKENS
+from mixchat.base.model_config import BYTES_PER_TOKEN, DEFAULT_TOKENS
 
 LONGEST = DEFAULT_TOKENS * BYTES_PER_TOKEN
 CTRL_D = "\x04"

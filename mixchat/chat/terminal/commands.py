@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixchat.base.context import UNKNOWN
 from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.model_config import UNKNOWN_CONTEXT
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import one_line
@@ -25,7 +25,7 @@ from mixchat.chat.terminal.completion import (
 from mixchat.chat.terminal.other_programs import copy
 
 if TYPE_CHECKING:
-    from mixchat.base.context import Context
+    from mixchat.base.model_config import Context
     from mixchat.chat.terminal.active_chat import ActiveChat
 
 _PIPED_WIDTH = 80  # columns, without a terminal
@@ -243,7 +243,7 @@ def _read(chat: ActiveChat, argument: str) -> None:
     path = file_argument(argument)
     if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
         raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
-    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN))
+    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN_CONTEXT))
 
 
 def _tokens(chat: ActiveChat, argument: str) -> None:

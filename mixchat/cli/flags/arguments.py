@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mixchat.base.context import Context
 from mixchat.base.errors import PromptError, UsageError
+from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 

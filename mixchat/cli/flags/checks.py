@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from mixchat.base.errors import UsageError
-from mixchat.base.network_address import NetworkAddress
-from mixchat.base.options import CacheBits, device_names
+from mixchat.base.options import CacheBits, NetworkAddress, device_names
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import STDIN, checked
 from mixchat.experts.policies import POLICIES

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixchat.base.context import Context
+from mixchat.base.model_config import Context
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.plain_text import read_text_file
 from mixchat.cli.flags.checks import (

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixchat.base import interrupts
-from mixchat.base.background import in_background
 from mixchat.base.errors import MixchatError, UsageError, short_message
-from mixchat.base.network_address import NetworkAddress
+from mixchat.base.options import NetworkAddress
+from mixchat.base.progress import in_background
 
 _DEADLINE = 5.0  # seconds that looking up a name may take
 _SLICE = 0.05  # seconds between two looks for Ctrl-C

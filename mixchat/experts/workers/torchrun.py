@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
-from mixchat.base.network_address import NetworkAddress
+from mixchat.base.options import NetworkAddress
 
 _PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
 _FAREWELL = timedelta(seconds=5)  # for a torchrun that may have been killed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import wait
 from socket import create_connection
 
-from mixchat.base.background import in_background
+from mixchat.base.progress import in_background
 from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 
 _GLANCE_S = 0.05

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mixchat.base.context import UNKNOWN, Context
 from mixchat.base.errors import PromptTooLongError, ServerError
+from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.options import RequestedSampling
 from mixchat.chat.answer import COMPLETE, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
@@ -158,7 +158,7 @@ class ServerReply:
     def _take(self, piece: Piece) -> Iterator[str]:
         if piece.text:
             self._text += piece.text
-            if len(self._text) > (self._backend.context or UNKNOWN).longest_text:
+            if len(self._text) > (self._backend.context or UNKNOWN_CONTEXT).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()

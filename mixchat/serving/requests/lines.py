@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-from mixchat.base.background import in_background
-from mixchat.base.context import UNKNOWN, Context
 from mixchat.base.errors import PromptError
+from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
+from mixchat.base.progress import in_background
 from mixchat.base.quantities import format_size
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
@@ -177,7 +177,7 @@ def answered_by(
     """Return what lets a server answer lines, at most `at_once` at a time."""
     from mixchat.serving.client.server_backend import ServerBackend
 
-    context = ServerBackend(client, model).context or UNKNOWN
+    context = ServerBackend(client, model).context or UNKNOWN_CONTEXT
     waiting: queue.SimpleQueue[tuple[Line, Mapping[str, Any]]] = queue.SimpleQueue()
 
     def begin(line: Line, text: bytes) -> None:

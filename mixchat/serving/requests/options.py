@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, PlainValidator
 
-from mixchat.base.context import Context
+from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import LENGTHS, SAMPLING, NumberParameter
 from mixchat.serving.requests.errors import RequestError, field_error, value_error

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mixchat.base.errors import UsageError
-from mixchat.base.network_address import NetworkAddress
+from mixchat.base.options import NetworkAddress
 from mixchat.experts.workers.address import Address, resolve
 from mixchat.serving.requests.errors import RequestError, to_json
 

@@ -24,8 +24,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mixchat.base import interrupts
-from mixchat.base.background import in_background
-from mixchat.base.progress import Note
+from mixchat.base.progress import Note, in_background
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.service import Service
 

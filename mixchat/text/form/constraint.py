@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mixchat.base.background import in_background
 from mixchat.base.errors import UsageError
+from mixchat.base.progress import in_background
 from mixchat.text.form.output_constraint import (
     MAX_CALL,
     PATIENT_S,

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from mixchat.base.background import in_background
 from mixchat.base.errors import HubError
 from mixchat.base.files import read_bytes, write_file
-from mixchat.base.progress import NoProgress, Progress, Task, progress_bar
+from mixchat.base.progress import NoProgress, Progress, Task, in_background, progress_bar
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.file_layout import file_layouts

@@ -12,10 +12,10 @@ from threading import Event
 from typing import Any
 from urllib.parse import quote
 
-from mixchat.base.background import in_background
 from mixchat.base.errors import CheckpointError, HubError
 from mixchat.base.files import MAX_SIZE, json_object, read_bytes
 from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import in_background
 from mixchat.base.safetensors import Header, header_length
 from mixchat.weights.source.checkpoint_files import (
     COMPANION_FILES,

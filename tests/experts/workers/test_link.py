@@ -35,7 +35,7 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.base.network_address import NetworkAddress
+from mixchat.base.options import NetworkAddress
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages

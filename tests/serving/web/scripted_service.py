@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from mixchat.base.context import Context
 from mixchat.base.errors import ResourceError
+from mixchat.base.model_config import Context
 from mixchat.serving.service import (
     Delta,
     Done,

@@ -3,7 +3,7 @@
 import pytest
 
 from mixchat.base.errors import UsageError
-from mixchat.base.network_address import WORKER_PORT, NetworkAddress
+from mixchat.base.options import WORKER_PORT, NetworkAddress
 
 # fmt: off
 NOT_ADDRESSES = (
