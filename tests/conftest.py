@@ -75,13 +75,13 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def install(checkpoint: Path, **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.make.build import build
+        from mixchat.weights.make.build import Build
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
         from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
         target = tmp_path_factory.mktemp("installed") / "model"
         opened = DirectoryCheckpoint(checkpoint, Source("test"))
-        build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options)))
+        Build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options))).run()
         return target
 
     return install
@@ -107,7 +107,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(transfer, "_WAITS", (0.0,) * 5)
+    monkeypatch.setattr(transfer, "_WAITS_S", (0.0,) * 5)
     # The client's own waits, when it fetches the small files.
     no_wait = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(_http, "time", no_wait)

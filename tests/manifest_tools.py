@@ -1,4 +1,4 @@
-"""Manifests as earlier versions wrote them."""
+"""Manifests of the format before today's."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from mixchat.weights.format.manifest import MANIFEST_FILE, MANIFESTS
 
 
 def as_format_3(installed: Path) -> None:
-    """Write the manifest as versions before format 4 did, without what it was made of."""
+    """Write the manifest in format 3, which has no SHA-256s of the checkpoint."""
     document = json.loads((installed / MANIFEST_FILE).read_text())
     del document["sha256"], document["checkpoint"]
     for record in document["weights"].values():

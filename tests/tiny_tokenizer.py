@@ -36,7 +36,7 @@ def metadata() -> dict[str, Any]:
 
 def write_tokenizer(directory: Path) -> Path:
     """Put the files of this tokenizer into a checkpoint's directory."""
-    from mixchat.weights.source import gguf_tokenizer
+    from mixchat.weights.source import upcycle
 
-    gguf_tokenizer.write_tokenizer(metadata(), directory, context=128)
+    upcycle.write_tokenizer(metadata(), directory, context=128)
     return directory

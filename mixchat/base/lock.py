@@ -1,17 +1,16 @@
-"""A lock between processes, for files that only one may write; it ends with its process."""
+"""Locks between processes, for files that only one may write. A lock ends with its process."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-_INTERVAL = 0.02  # seconds between two attempts to take the lock
+# filelock is imported when the first lock is taken: `mixchat --help` takes none.
+
+_POLL_S = 0.02  # between two attempts to take a lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -23,63 +22,69 @@ class Busy(Exception):
 def exclusive_lock(
     target: Path, *, on_wait: Callable[[], object] | None = None, timeout: float = math.inf
 ) -> Iterator[None]:
-    """Hold the exclusive right to write `target`, a file or a directory, by a lock file beside it.
+    """Hold the exclusive right to write `target`, a file or a directory, by a lock file next to it.
 
-    Where another process holds it, `on_wait` is called once, and this one waits for `timeout`
-    seconds. Raises `Busy` after that, or at once without `on_wait`, and `OSError`. The lock file is
-    removed at the end. A file system without locks, as some on networks, excludes nobody.
+    If another process holds it, `on_wait` is called once, and this one waits for `timeout` seconds.
+    Raises `Busy` after that, or at once without `on_wait`, and `OSError`. The lock file is removed
+    at the end.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     # No model, chat or file of mixchat begins with a dot.
     path = target.parent / f".{target.name}.lock"
-    if (fd := _try(path)) is None:
-        if on_wait is None:
-            raise Busy
-        on_wait()
-        deadline = time.monotonic() + timeout
-        while (fd := _try(path)) is None:
-            if time.monotonic() > deadline:
-                raise Busy
-            time.sleep(_INTERVAL)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_file(path, remove=True))
+        except Busy:
+            if on_wait is None:
+                raise
+            on_wait()
+            stack.enter_context(lock_file(path, timeout=timeout, remove=True))
+        yield
+
+
+@contextmanager
+def lock_file(
+    path: Path,
+    *,
+    timeout: float = 0,
+    cancelled: Callable[[], bool] | None = None,
+    remove: bool = False,
+) -> Iterator[None]:
+    """Hold the lock of the lock file `path`, which is created; with `remove` it is removed again.
+
+    Raises `Busy` if the lock is not free within `timeout` seconds, or once `cancelled` returns
+    True, and `OSError`. A file system without locks, as some on networks, excludes nobody.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The group may write it, as huggingface_hub's: users may share a cache.
+    lock = FileLock(path, mode=0o664, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=timeout, poll_interval=_POLL_S, cancel_check=cancelled)
+    except Timeout:
+        raise Busy from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     try:
         yield
     finally:
-        with suppress(OSError):  # a file that is left locks nothing
-            path.unlink()
-        os.close(fd)
+        if remove:
+            with suppress(OSError):  # a file that is left locks nothing
+                path.unlink()
+        lock.release()
 
 
-def _try(path: Path) -> int | None:
-    """Return the open lock file, locked; None where another process holds or just removed it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o644)
-    try:
-        if lock_open_file(fd) and _is_at(fd, path):
-            return fd
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return None
+def lock_open_file(descriptor: int) -> bool:
+    """Lock an open file until it is closed; return False if another process holds the lock.
 
-
-def lock_open_file(fd: int) -> bool:
-    """Lock an open file until it is closed; return False where another process holds the lock.
-
-    For a file that is never replaced by another one: it needs no lock file beside it.
+    It suits a file that is never replaced by another one, which needs no lock file next to it.
     """
+    from filelock import lock_descriptor
+
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(descriptor, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
     return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Return whether `fd` is the file at `path`: who held the lock before may have removed it."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    return False

@@ -1,8 +1,9 @@
-"""Safetensors files, read and written with plain reads and writes: no mapping, nothing executed.
+"""Safetensors files, read and written with plain reads and writes. Nothing is mapped or executed.
 
-A mapped file that is cut short kills the process with SIGBUS; a short `pread` is a clear error. The
-format (github.com/huggingface/safetensors): eight bytes with the header's length, little endian;
-the header, JSON; the tensors' bytes without gaps.
+A mapped file that is cut short kills the process with SIGBUS. A short `pread` is a clear error.
+
+The format (github.com/huggingface/safetensors) has eight bytes with the header's length, little
+endian, then the header in JSON, then the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_regular, read_all, rename_durably, temporary_path
+from mixchat.base.progress import Task
 
 ALIGNMENT = 4096
 # Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
@@ -57,44 +58,49 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Entry:
-    spec: TensorSpec
-    start: int  # from the beginning of the file
-
-
 class Header:
     """The header of a safetensors file: the tensors, in the order of their bytes.
 
-    `size` is the whole file's, in bytes. Raises `CheckpointError`, which names the file as `where`,
-    where the header is not what the format allows, or does not account for every byte.
+    `size` is the whole file's, in bytes. `where` names the file in messages. Raises
+    `CheckpointError` if the format does not allow the header, or it leaves bytes of the file out.
     """
 
     def __init__(self, text: bytes | bytearray, size: int, where: str) -> None:
-        self.where, self.size = where, size
+        self.where, self.size, self._text = where, size, text
         try:
             raw = json.loads(text.decode("utf-8"))
         except (ValueError, RecursionError):
             raise CheckpointError(f"{where}: not a safetensors file (bad header)") from None
         self._entries = _check_header(where, raw, 8 + len(text), size)
 
+    @classmethod
+    def of(cls, specs: Sequence[TensorSpec], where: str) -> Header:
+        """Return the header of a file with these tensors; their data starts at a page."""
+        start = header_bytes(specs)
+        return cls(start[8:], len(start) + sum(spec.nbytes for spec in specs), where)
+
+    @property
+    def beginning(self) -> bytes:
+        """Return the file's bytes before those of the tensors."""
+        return len(self._text).to_bytes(8, "little") + self._text
+
     @property
     def specs(self) -> list[TensorSpec]:
         """Return the tensors, in the order of their bytes in the file."""
-        return [entry.spec for entry in self._entries.values()]
+        return [spec for spec, _ in self._entries.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def spec(self, name: str) -> TensorSpec:
-        """Return the tensor of this name. Raises `CheckpointError` where there is none."""
-        return self._entry(name).spec
+        """Return the tensor of this name. Raises `CheckpointError` if there is none."""
+        return self._entry(name)[0]
 
     def start(self, name: str) -> int:
         """Return the offset of the tensor's bytes from the beginning of the file."""
-        return self._entry(name).start
+        return self._entry(name)[1]
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> tuple[TensorSpec, int]:
         try:
             return self._entries[name]
         except KeyError:
@@ -102,10 +108,7 @@ class Header:
 
 
 def header_length(first: bytes | bytearray, size: int, where: str) -> int:
-    """Return the length of the header, which is in a file's first eight bytes.
-
-    Raises `CheckpointError`.
-    """
+    """Return the length of the header from a file's first bytes. Raises `CheckpointError`."""
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or length > min(_MAX_HEADER, size - 8):
         raise CheckpointError(f"{where}: not a safetensors file, or cut short")
@@ -115,8 +118,7 @@ def header_length(first: bytes | bytearray, size: int, where: str) -> int:
 class SafetensorsFile:
     """An open safetensors file, whose `header` has been read and checked.
 
-    It is closed when it is garbage collected, if not before. Raises `CheckpointError` where the
-    file is missing, cut short, or not what the format allows.
+    Raises `CheckpointError` if the file is missing, cut short, or not what the format allows.
     """
 
     def __init__(self, path: Path, *, follow: bool = True) -> None:
@@ -147,7 +149,7 @@ class SafetensorsFile:
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return a new tensor with these rows of `name`, whose numbers [n] may repeat.
 
-        Each is read once, in the order of the file: a hard disk seeks forward. Raises
+        Each is read once, in the order of the file, because a hard disk seeks forward. Raises
         `CheckpointError` if some miss.
         """
         spec = self.header.spec(name)
@@ -166,9 +168,9 @@ class SafetensorsFile:
         return block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
-        """Open the file again, past the page cache; return whether that is possible.
+        """Open the file again, past the page cache, and return whether that is possible.
 
-        Another process may have replaced the file since: the new one is not read.
+        If another process has replaced the file since, the new file is not read.
         """
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
@@ -182,8 +184,8 @@ class SafetensorsFile:
     def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:
         """Fill `block` (uint8, contiguous, on the CPU) with the bytes of the file from `start` on.
 
-        `direct`, after `open_direct`, reads past the page cache: start, address and length must
-        then be multiples of the disk's block size.
+        `direct`, after `open_direct`, reads past the page cache. Then start, address and length
+        must be multiples of the disk's block size.
         """
         view = block.numpy().data
         try:
@@ -214,12 +216,7 @@ class SafetensorsFile:
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_header(self) -> Header:
@@ -228,26 +225,28 @@ class SafetensorsFile:
         return Header(os.pread(self._fd, length, 8), size, str(self.path))
 
 
-def _check_header(where: str, header: Any, base: int, size: int) -> dict[str, _Entry]:
-    """Return the header's entries in the order of their bytes, which must fill the file."""
+def _check_header(
+    where: str, header: Any, base: int, size: int
+) -> dict[str, tuple[TensorSpec, int]]:
+    """Return each tensor and its offset, in the order of their bytes, which must fill the file."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{where}: not a safetensors file (bad header)")
     header.pop("__metadata__", None)
     entries = [_parse_entry(where, name, raw, base) for name, raw in header.items()]
-    entries.sort(key=lambda entry: (entry.start, entry.spec.nbytes))
+    entries.sort(key=lambda entry: (entry[1], entry[0].nbytes))
     end = base
-    for entry in entries:
-        if entry.start != end:
-            raise CheckpointError(f"{where}: the bytes of {entry.spec.name!r} are misplaced")
-        end += entry.spec.nbytes
+    for spec, start in entries:
+        if start != end:
+            raise CheckpointError(f"{where}: the bytes of {spec.name!r} are misplaced")
+        end += spec.nbytes
     if end != size:
         raise CheckpointError(
             f"{where}: cut short or overlong: its header describes {end} bytes, it has {size}"
         )
-    return {entry.spec.name: entry for entry in entries}
+    return {spec.name: (spec, start) for spec, start in entries}
 
 
-def _parse_entry(where: str, name: str, raw: Any, base: int) -> _Entry:
+def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec, int]:
     try:
         dtype, shape, (start, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -263,14 +262,14 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> _Entry:
         raise CheckpointError(
             f"{where}: {name!r} should take {spec.nbytes} bytes, its header gives it {end - start}"
         )
-    return _Entry(spec, base + start)
+    return spec, base + start
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors are known beforehand, in their order: a context manager.
+    """A context manager that writes one file whose tensors are known beforehand, in their order.
 
     The bytes go to `<name>.tmp`, which is synced and renamed at the end, so that a file under its
-    own name is always whole. After an error the temporary file is removed.
+    final name is always whole. After an error the temporary file is removed.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
@@ -293,12 +292,7 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -314,7 +308,7 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
     view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return view
 
@@ -324,8 +318,23 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def wrong_tensors(
+    descriptor: int, header: Header, digests: Mapping[str, str], task: Task
+) -> Iterator[str]:
+    """Yield the tensors of an open file whose bytes have another SHA-256 than `digests` says.
+
+    Raises `OSError` if the file cannot be read. `task` advances by the bytes of each tensor.
+    """
+    for name, sha256 in digests.items():
+        data = memoryview(bytearray(header.spec(name).nbytes))
+        done = read_all(descriptor, header.start(name), data)
+        if hashlib.sha256(data[:done]).hexdigest() != sha256:
+            yield name
+        task.advance(len(data))
+
+
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
-    """Return the header of a file with these tensors; their data starts at a multiple of 4096."""
+    """Return a file's bytes before those of these tensors, padded to a multiple of 4096."""
     entries, end = {}, 0
     for spec in specs:
         entries[spec.name] = {

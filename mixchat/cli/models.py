@@ -58,9 +58,7 @@ def show_model(
 
     name = checked(model, "the model's name")
     if models.resolve(name).demo and not as_json:
-        from mixchat.weights.source.demo import ABOUT
-
-        printing.show_lines(ABOUT.strip() + "\n\n")
+        printing.show_lines(models.DEMO_ABOUT.strip() + "\n\n")
     try:
         directory = models.installed_directory(name)
     except ModelNotFoundError:
@@ -76,7 +74,8 @@ def _show(directory: Path, as_json: bool) -> None:
     """Print an installed model; then raise `CheckpointError` if it is damaged."""
     from mixchat.base.model_config import ModelConfig
     from mixchat.cli.output.model_text import model_as_dict, model_as_text
-    from mixchat.weights.format.manifest import check_files, read_manifest
+    from mixchat.weights.format.manifest import read_manifest
+    from mixchat.weights.format.model_files import check_files
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")

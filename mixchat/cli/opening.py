@@ -106,17 +106,10 @@ def _texts(model: str, output: OutputOptions) -> Iterator[tuple[Path, Tokenizer,
     text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
     prepare_environment()
     with nullcontext() if output.quiet else status(f"loading {model}"):
-        from mixchat.weights.format.manifest import check_files, read_manifest
-        from mixchat.weights.source import demo
+        from mixchat.weights.format.manifest import read_manifest
+        from mixchat.weights.format.model_files import check_files
 
-        manifest = read_manifest(directory)
-        if demo.is_outdated(manifest):
-            name = "" if model == "demo" else f" --name {directory.name}"
-            output.note(
-                "an earlier mixchat installed this demo, and many of its answers do not end; "
-                f"to mend it: mixchat download demo{name}"
-            )
-        check_files(directory, manifest)  # its hint names `repair`, if need be
+        check_files(directory, read_manifest(directory))  # its hint names `repair`, if need be
         config = ModelConfig.from_file(directory / "config.json")
         yield directory, text.tokenizer(), text.template(config.eos_token_ids)
 

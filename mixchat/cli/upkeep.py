@@ -18,7 +18,7 @@ from mixchat.cli.output.show_progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.weights.care.verify import Damage
+    from mixchat.weights.care.repair import Damage
 
 _Model = Annotated[
     str,
@@ -57,7 +57,7 @@ def verify(model: _Model) -> None:
 
     directory = models.installed_directory(checked(model, "the model's name"))
     prepare_environment()
-    from mixchat.weights.care.verify import verify as verify_model
+    from mixchat.weights.care.repair import verify as verify_model
     from mixchat.weights.format.manifest import repair_hint
 
     with show_progress() as progress, resumable(progress, "the same command starts again"):
@@ -79,7 +79,7 @@ def repair(model: _Model) -> None:
     prepare_environment()
     from mixchat.weights.care.housekeeping import not_in_use
     from mixchat.weights.care.repair import repair as repair_model
-    from mixchat.weights.care.verify import verify
+    from mixchat.weights.care.repair import verify
     from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
     from mixchat.weights.make.download import local_errors
     from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -136,8 +136,8 @@ def convert(
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        before = read_manifest(directory).quantization
         target = find_target(directory, layout, bits)
+        before = read_manifest(directory).quantization
         changed = convert_model(directory, target, progress)
     rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
     if rounded:

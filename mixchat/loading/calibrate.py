@@ -29,11 +29,17 @@ from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
 from mixchat.experts.recording import RecordingRunner
 from mixchat.loading.loader import load_engine
-from mixchat.weights.care.recalibration import Recalibration
 from mixchat.weights.format.blueprint import SHARED_FILE
+from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
-from mixchat.weights.make.calibrator import FOLD, Calibrator
-from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
+from mixchat.weights.make.calibrator import (
+    FOLD,
+    Calibrator,
+    ExpertInputs,
+    InputsWriter,
+    check_checkpoint,
+    inputs_size,
+)
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -67,30 +73,30 @@ def calibration(
     on_window: OnWindow,
     *,
     force: bool = False,
-) -> Iterator[Recalibration]:
-    """Record the inputs of a model's experts, and yield what makes an expert for them.
+) -> Iterator[Calibrator]:
+    """Record the inputs of a model's experts, and yield the calibrator for these inputs.
 
     If a calibration was interrupted, its inputs are used again for the layers that are left; they
-    are removed once the block has ended well. The checkpoint has to be the one that the model was
-    made of: `force` as in `Recalibration`. Raises what `record_inputs` and opening the checkpoint
-    raise.
+    are removed once the block has ended well. Raises what `check_checkpoint` with `force`,
+    `record_inputs` and opening the checkpoint raise.
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
-    config = ModelConfig.from_file(directory / "config.json")
-    _check_memory(config, 0)
+    blueprint = installed_blueprint(directory, manifest)
+    _check_memory(blueprint.config, 0)
     with (
         open_checkpoint(manifest.source, directory, progress) as checkpoint,
         CheckpointReader(checkpoint, manifest.checkpoint) as reader,
     ):
-        inputs = ExpertInputs(path, config)
-        calibrator = Calibrator(inputs, checkpoint.index, reader.read, WINDOW)
-        remake = Recalibration(directory, checkpoint, reader, inputs, calibrator.make, force)
+        check_checkpoint(
+            directory.name, manifest, blueprint, checkpoint, reader, progress.note, force=force
+        )
         if path.exists():
             progress.note("resuming an interrupted calibration, with the inputs that it recorded")
         else:
-            remake.check_first(progress.note)
             record_inputs(directory, path, text, on_window, progress.note)
-        yield remake
+        inputs = ExpertInputs(path, blueprint.config)
+        calibrator = Calibrator(inputs, checkpoint, reader, WINDOW)
+        yield calibrator
         progress.note(calibrator.report())
     shutil.rmtree(path)
 

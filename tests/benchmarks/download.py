@@ -33,8 +33,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.quantities import format_size
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.source.checkpoint_files import INDEX
-from mixchat.weights.source.checkpoint_index import expected_shapes
+from mixchat.weights.source.checkpoint_index import INDEX, expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them
 NOISE = 200_000_000  # weights; slices of it are the matrices

@@ -44,7 +44,7 @@ from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
-from mixchat.weights.make.build import build
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
@@ -156,7 +156,7 @@ def installed(checkpoint: Path, target: Path, kind: str) -> Path:
     if not is_installed(target):
         opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
         options = QuantizeOptions(quant_type=kind, attention=16, head=16)  # type: ignore[arg-type]
-        build(opened, target, make_blueprint(opened.index, options))
+        Build(opened, target, make_blueprint(opened.index, options)).run()
     return target
 
 

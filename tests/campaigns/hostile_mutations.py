@@ -154,7 +154,7 @@ def _edited(chance: random.Random, name: str, data: bytes) -> bytes:
 
 def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.build import build
+    from mixchat.weights.make.build import Build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
     from mixchat.weights.source.checkpoint import CheckpointReader
     from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
@@ -164,7 +164,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     if chance.random() < 0.1:
         target = copy.with_name("target")
         shutil.rmtree(target, ignore_errors=True)
-        build(checkpoint, target, blueprint)
+        Build(checkpoint, target, blueprint).run()
         return "built"
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
@@ -180,7 +180,7 @@ def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.base.progress import NoProgress
     from mixchat.cli.download import check_text
     from mixchat.weights import models
-    from mixchat.weights.care.verify import verify
+    from mixchat.weights.care.repair import verify
     from mixchat.weights.format.installed_model import InstalledModel
 
     models.describe(copy)

@@ -88,8 +88,8 @@ def _lose_patience() -> None:
 
     from mixchat.weights.source import hub_request, transfer
 
-    transfer._WAITS = (0.0,) * 5  # type: ignore[assignment]
-    hub_request._LONGEST_WAIT = 0.05
+    transfer._WAITS_S = (0.0,) * 5  # type: ignore[assignment]
+    hub_request._WAIT_S_MAX = 0.05
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     _http.time = impatient  # type: ignore[assignment]
 

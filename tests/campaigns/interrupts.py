@@ -157,13 +157,14 @@ def make_model(work: Path) -> Path:
     import torch
 
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.build import build
+    from mixchat.weights.make.build import Build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
     from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
     opened = DirectoryCheckpoint(checkpoint, Source("test"))
-    build(opened, work / "model", make_blueprint(opened.index, QuantizeOptions(quant_type="none")))
+    blueprint = make_blueprint(opened.index, QuantizeOptions(quant_type="none"))
+    Build(opened, work / "model", blueprint).run()
     return work / "model"
 
 

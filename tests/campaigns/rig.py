@@ -74,7 +74,7 @@ def warm_up() -> None:
     import mixchat.cli.output.show_progress
     import mixchat.text.choose
     import mixchat.weights.care.housekeeping
-    import mixchat.weights.care.verify
+    import mixchat.weights.care.repair
     import mixchat.weights.make.download  # noqa: F401
 
 

@@ -1,12 +1,8 @@
 """Every flag of `mixchat run` arrives where it belongs; an old demo is noticed."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from tiny_tokenizer import write_tokenizer
-
 from mixchat.base.quantities import MemoryBudget
-from mixchat.weights.format.manifest import Source, read_manifest, write_manifest
 
 
 def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model):
@@ -57,19 +53,3 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)
     assert (options["system"], options["max_tokens"]) == ("Be brief.", 9)
     assert options["stop"] == ["x", "y"]
-
-
-def test_a_demo_of_an_earlier_version_is_noticed_once_with_the_command_that_mends_it(
-    mixchat, environment, make_checkpoint
-):
-    """Its answers ran on, and nothing hinted at why."""
-    checkpoint = write_tokenizer(make_checkpoint(vocab_size=262, max_position_embeddings=256))
-    mixchat("download", str(checkpoint), "--name", "mine")
-    models = Path(environment["MIXCHAT_HOME"]) / "models"
-    old = (models / "mine").rename(models / "demo")
-    write_manifest(old, replace(read_manifest(old), source=Source("demo")))
-    done = mixchat("run", "-m", "demo", "-n", "3", "hello", fake=False)
-    assert done.returncode == 0
-    assert done.stderr.count(b"an earlier mixchat installed this demo") == 1
-    assert b"to mend it: mixchat download demo\n" in done.stderr
-    assert mixchat("run", "-q", "-m", "demo", "-n", "3", "hello", fake=False).stderr == b""

@@ -11,7 +11,7 @@ from terminal import Terminal
 
 from mixchat.base.lock import exclusive_lock
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import build
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
@@ -27,7 +27,7 @@ def models(environment):
 def from_hub(tiny_checkpoint, tmp_path_factory):
     target = tmp_path_factory.mktemp("from-hub") / "installed"
     checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(REPO, COMMIT))
-    build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions()))
+    Build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target
 
 
@@ -168,7 +168,8 @@ class TestRepair:
         self, mixchat, models, tiny_checkpoint, fake
     ):
         checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(str(tiny_checkpoint)))
-        build(checkpoint, models / "local", make_blueprint(checkpoint.index, QuantizeOptions()))
+        blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
+        Build(checkpoint, models / "local", blueprint).run()
         whole = (models / "local" / "shared.safetensors").read_bytes()
         flip(models / "local" / "shared.safetensors", -1)
         assert mixchat("repair", "local").returncode == 0

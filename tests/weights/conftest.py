@@ -73,7 +73,7 @@ def making(monkeypatch: pytest.MonkeyPatch) -> Making:
 @pytest.fixture
 def save_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal is saved after each part, not every few seconds."""
-    monkeypatch.setattr(build, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(build, "_SAVE_INTERVAL_S", -1.0)
 
 
 @pytest.fixture(scope="session")
@@ -81,5 +81,5 @@ def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed model of `two_shards`, as if from the hub. Do not write into it."""
     target = tmp_path_factory.mktemp("made") / "model"
     checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
-    build.build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions()))
+    build.Build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target

@@ -328,7 +328,7 @@ def test_importing_does_no_work() -> None:
         "import sys, json\n"
         "from mixchat.weights import models\n"
         "from mixchat.weights.format import journal, manifest\n"
-        "from mixchat.weights.source import demo, hub_errors\n"
+        "from mixchat.weights.source import hub_errors\n"
         "from mixchat.base import lock\n"
         "heavy = {'torch', 'huggingface_hub', 'gguf', 'tokenizers', 'numpy', 'httpx', 'httpx2'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mixchat.base.progress import Task
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import build
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest, download
-from mixchat.weights.make.parts import Part
+from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import resolve
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
@@ -61,7 +61,7 @@ def quantize(
 ) -> None:
     """Make an installed model of a directory, as `download` does."""
     opened = DirectoryCheckpoint(checkpoint, Source("org/repo", "c0ffee"))
-    build(opened, target, make_blueprint(opened.index, options or QuantizeOptions()), **how)
+    Build(opened, target, make_blueprint(opened.index, options or QuantizeOptions())).run(**how)
 
 
 class Bar:
@@ -151,15 +151,15 @@ class Making:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
         self.fail_at: int | None = None
-        make = Part.make
+        make = ModelPart.make
 
-        def counted(part: Part, *arguments: object) -> object:
+        def counted(part: ModelPart, *arguments: object) -> object:
             if len(self.names) == self.fail_at:
                 raise ConnectionError("stopped")
             self.names.append(f"{part.file} {part.tensors[0].name}")
             return make(part, *arguments)
 
-        monkeypatch.setattr(Part, "make", counted)
+        monkeypatch.setattr(ModelPart, "make", counted)
 
     def again(self, fail_at: int | None = None) -> None:
         self.names, self.fail_at = [], fail_at
@@ -174,7 +174,7 @@ def run(
 ) -> Meter:
     meter = Meter()
     blueprint = make_blueprint(opened.index, options or QuantizeOptions())
-    build(opened, target, blueprint, meter, **how)
+    Build(opened, target, blueprint).run(meter, **how)
     return meter
 
 

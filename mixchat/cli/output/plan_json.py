@@ -9,7 +9,6 @@ from mixchat.cli.output import download_text
 from mixchat.cli.output.plan_verdict import next_command
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
-from mixchat.weights.make.download_plan import weights_size
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import TokenCost
@@ -25,7 +24,7 @@ def plan_as_dict(found: Outline, plan: MachinePlan) -> dict[str, Any]:
         "model": found.name,
         "path": str(found.directory),
         "kept": found.installed,
-        "kept_bytes": weights_size(found.blueprint),
+        "kept_bytes": found.blueprint.size,
         "quantization": found.blueprint.quantization.description(),
         "fits": not found.lacking,
         "disk": download_text.disk_as_dicts(found.disk),
@@ -75,7 +74,7 @@ def _assumed(plan: MachinePlan) -> dict[str, float] | None:
 def _form_as_dict(form: Form) -> dict[str, Any]:
     expected = form.expected
     return {
-        "kept_bytes": weights_size(form.fit.blueprint),
+        "kept_bytes": form.fit.blueprint.size,
         "held": expected.held,
         "tokens_per_second": expected.tokens_per_second,
         "speed": expected.speed and asdict(expected.speed),

@@ -20,7 +20,6 @@ from mixchat.cli.output.table import aligned
 from mixchat.planning.calibration import IN_USE
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
-from mixchat.weights.make.download_plan import weights_size
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     size, tokens = format_size(demand.context), count_text(plan.fit.context, "token")
     yield "context", f"{size} for {tokens}{each}"
     when = "installed" if found.installed else "once it is downloaded"
-    yield "disk", f"{format_size(weights_size(found.blueprint))}, {when}"
+    yield "disk", f"{format_size(found.blueprint.size)}, {when}"
 
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -211,7 +210,7 @@ def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
         ("4 bits", plan.fit, plan.expected),
         ("3 bits", form.fit, form.expected),
     ):
-        size = format_size(weights_size(fit.blueprint))
+        size = format_size(fit.blueprint.size)
         held = f"{expected.held} of {count_text(fit.placement.experts, 'expert')} in memory"
         yield bits, f"{size} of disk, {held}, {speed_text(expected.speed)}"
         plain, calibrated = DEMO_LOSS[fit.blueprint.quantization.quant_type]

@@ -1,8 +1,6 @@
 """Upkeep of installed models.
 
-- verify.py: compares every byte with the manifest
-- repair.py: rebuilds what is damaged
-- convert.py: rewrites a model in another layout or with fewer bits, file by file
-- recalibration.py: makes experts anew from the checkpoint, if it is still the same
+- repair.py: compares every byte with the manifest, and rebuilds what is damaged
+- convert.py: converts a model to another layout or to fewer bits, file by file
 - housekeeping.py: removes models and leftovers
 """

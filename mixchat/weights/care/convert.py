@@ -1,9 +1,9 @@
-"""Rewrites an installed model in another form, file by file.
+"""Converts an installed model, file by file.
 
-The codes get their other layout, losslessly; or attention and head are rounded from 16 bits to 8,
-as a download rounds them; or the experts are made anew from the checkpoint. Each file that changes
-is written beside the old one and replaces it (`replacement.py`), so that the model can be used at
-every moment: files of both forms may be mixed. The disk has to hold one file more, not a second
+The codes get their other layout, losslessly. Or attention and head are rounded from 16 bits to 8,
+as a download rounds them. Or the experts are made anew from the checkpoint. Each file that changes
+is written next to the old one and replaces it (`model_files.py`), so that the model can be used at
+every moment, with converted and old files mixed. The disk has to hold one file more, not a second
 model.
 """
 
@@ -22,35 +22,40 @@ from mixchat.base.options import DenseBits
 from mixchat.base.progress import Progress, Task, progress_bar
 from mixchat.base.quantities import format_least, format_size
 from mixchat.base.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
-from mixchat.weights.care.recalibration import Recalibration
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.format.file_layout import file_layouts
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import (
-    NEW_SUFFIX,
     Manifest,
     WeightsRecord,
-    check_files,
     read_manifest,
     repair_hint,
+    upgrade_manifest,
     write_manifest,
 )
-from mixchat.weights.format.replacement import finish_replacement, replace_file
-from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.format.model_files import (
+    NEW_SUFFIX,
+    check_files,
+    finish_replacement,
+    replace_file,
+)
+from mixchat.weights.make.calibrator import Calibrator
+from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import best_layout, bits_of
 from mixchat.weights.matrix.linear import Layout, QuantType
 
-_SMALL_FILES = 4_000_000  # bytes: the manifests
+_MANIFESTS_BYTES = 4_000_000
 
 
 def find_target(
     directory: Path, layout: Layout | None, bits: DenseBits, *, calibrated: bool = False
 ) -> Quantization:
-    """Return the form to convert to. With neither a layout nor bits nor `calibrated`, it has the
-    layout that this machine computes fastest.
+    """Return the quantization to convert to.
 
-    Raises `UsageError` where no matrix is in 4 bits, and for what a conversion cannot give.
+    Without a layout, bits and `calibrated`, it has the layout that this machine computes fastest.
+    The manifest is brought to today's format. Raises `UsageError` if no matrix is in 4 bits, and if
+    a conversion cannot make this quantization.
     """
+    upgrade_manifest(directory)
     now = Quantization.from_description(read_manifest(directory).quantization)
     if now.quant_type == "none":
         raise UsageError(
@@ -70,7 +75,7 @@ def find_target(
 
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
-    """Return the type that a part gets. Raises `UsageError` where a conversion cannot give it."""
+    """Return the type that a part gets. Raises `UsageError` if a conversion cannot give it."""
     has = bits_of(stored)
     if bits in (None, has):
         return stored
@@ -86,23 +91,23 @@ def convert(
     directory: Path,
     target: Quantization,
     progress: Progress,
-    remake: Recalibration | None = None,
+    calibrator: Calibrator | None = None,
 ) -> bool:
-    """Convert an installed model to what `find_target` returned; False where it is so already.
+    """Convert an installed model to the `target` of `find_target`; False if it is so already.
 
-    `remake` makes experts anew. Files that a conversion has replaced before it was cut off are not
-    converted again. Raises `CheckpointError` where a file is not what the manifest says,
-    `ResourceError` where the disk has no room for one file more. After a failure the model can be
+    `calibrator` makes experts anew. Files that an interrupted conversion has replaced are not
+    converted again. Raises `CheckpointError` if a file is not what the manifest says,
+    `ResourceError` if the disk has no room for one file more. After a failure the model can be
     used, and the next call converts the rest.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
-    return _Converter(directory, manifest, target, progress, remake).run()
+    return _Converter(directory, manifest, target, progress, calibrator).run()
 
 
 class _Converter:
-    """One run of a conversion, which may resume that of an earlier one."""
+    """One run of a conversion, which may resume an earlier run."""
 
     def __init__(
         self,
@@ -110,37 +115,37 @@ class _Converter:
         manifest: Manifest,
         target: Quantization,
         progress: Progress,
-        remake: Recalibration | None,
+        calibrator: Calibrator | None,
     ) -> None:
         self._directory, self._manifest, self._progress = directory, manifest, progress
-        self._target, self._remake = target, remake
-        self._remade = remake.inputs.layers if remake else set()
+        self._target, self._calibrator = target, calibrator
+        self._remade = calibrator.inputs.layers if calibrator else set()
         self._old = installed_blueprint(directory, manifest)
         self._new = _converted(self._old, target, self._remade)
-        self._layouts = file_layouts(self._new)
+        self._headers = self._new.headers()
         self._files = _files_that_change(self._old, self._new, self._remade)
 
     def run(self) -> bool:
-        """Convert the files that have another form; return whether there was anything to do."""
+        """Convert the files that change; return whether there was anything to do."""
         if not self._files:
-            return self._rename_form()
+            return self._rename_quantization()
         self._check_disk()
-        sizes = {name: sum(old.nbytes for old, _ in both) for name, both in self._files.items()}
+        sizes = {name: sum(old.nbytes for old, _ in pairs) for name, pairs in self._files.items()}
         title = f"converting {self._directory.name}"
         with progress_bar(self._progress, title, sum(sizes.values())) as task:
             for name in [*self._files]:
                 self._replace(name, task)
         return True
 
-    def _rename_form(self) -> bool:
-        """Write the target to the manifest of a model that has no matrix of another form."""
+    def _rename_quantization(self) -> bool:
+        """Write the target to the manifest of a model of which no file changes."""
         after = self._after()
         if after != self._manifest:
             write_manifest(self._directory, after)
         return after != self._manifest
 
     def _check_disk(self) -> None:
-        needed = max(self._layouts[name].size for name in self._files) + _SMALL_FILES
+        needed = max(self._headers[name].size for name in self._files) + _MANIFESTS_BYTES
         free = machine.free_disk(self._directory)
         disk = f"{format_least(needed)} of disk in {self._directory}, {format_size(free)} free"
         if needed > free:
@@ -148,36 +153,36 @@ class _Converter:
                 f"not enough disk: a conversion takes {disk}",
                 hint="Free some space: a conversion needs room for a second copy of one file.",
             )
-        if self._remake is None:  # a calibration has said what it takes
+        if self._calibrator is None:  # a calibration has said what it takes
             self._progress.note(f"the conversion takes {disk}")
 
     def _replace(self, name: str, task: Task) -> None:
         written = self._directory / f"{name}{NEW_SUFFIX}"
         digests = self._rewrite(name, written, task)
         expert = self._files.pop(name)[-1][1].expert
-        self._manifest = self._after({name: WeightsRecord(self._layouts[name].size, digests)})
+        self._manifest = self._after({name: WeightsRecord(self._headers[name].size, digests)})
         replace_file(self._directory, self._manifest, name, written)
-        if self._remake is not None and expert is not None:
-            self._remake.inputs.remove(expert[0])
+        if self._calibrator is not None and expert is not None:
+            self._calibrator.inputs.remove(expert[0])
 
     def _after(self, made: Mapping[str, WeightsRecord] = MappingProxyType({})) -> Manifest:
-        """Return the manifest with these records, while `self._files` have their old form."""
+        """Return the manifest with these records, while `self._files` are not converted."""
         now, weights = self._manifest, {}
-        target, forms = self._target.description(), self._new.quantizations()
+        target, own = self._target.description(), self._new.quantizations()
         for name, record in {**now.weights, **made}.items():
             done = name not in self._files
-            form = forms[name].description() if done else now.quantization_of(name)
-            unlike = {key: form[key] for key in form if form[key] != target[key]}
+            values = own[name].description() if done else now.quantization_of(name)
+            unlike = {key: values[key] for key in values if values[key] != target[key]}
             weights[name] = replace(record, unlike=unlike)
-        checkpoint = now.checkpoint | (self._remake.reader.digests if self._remake else {})
+        checkpoint = now.checkpoint | (self._calibrator.reader.digests if self._calibrator else {})
         return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
     def _rewrite(self, name: str, path: Path, task: Task) -> dict[str, str]:
-        """Write a file in the new form; return the SHA-256 in hex of each of its tensors."""
+        """Write a converted file; return the SHA-256 in hex of each of its tensors."""
         digests: dict[str, str] = {}
         with (
             SafetensorsFile(self._directory / name) as file,
-            SafetensorsWriter(path, self._layouts[name].header.specs) as writer,
+            SafetensorsWriter(path, self._headers[name].specs) as writer,
         ):
             if file.header.specs != self._old.files()[name]:
                 raise CheckpointError(
@@ -187,8 +192,8 @@ class _Converter:
             for old, new in self._files[name]:
                 remade = new.expert is not None and new.expert[0] in self._remade
                 made = (
-                    self._remake.make(new)
-                    if self._remake and remade
+                    self._calibrator.make(new)
+                    if self._calibrator and remade
                     else self._made(file, old, new)
                 )
                 for spec, tensor in zip(new.tensors, made, strict=True):
@@ -197,7 +202,7 @@ class _Converter:
                 task.advance(old.nbytes)
         return digests
 
-    def _made(self, file: SafetensorsFile, old: Part, new: Part) -> list[torch.Tensor]:
+    def _made(self, file: SafetensorsFile, old: ModelPart, new: ModelPart) -> list[torch.Tensor]:
         """Read the tensors of a part, compare them with the manifest, and convert them."""
         tensors = [file.read(spec.name) for spec in old.tensors]
         expected = self._manifest.weights[old.file].sha256
@@ -216,41 +221,41 @@ class _Converter:
 
 
 def _converted(old: Blueprint, target: Quantization, remade: set[int]) -> Blueprint:
-    """Return the model as it will be: only the experts that are made anew get other scales."""
-    forms = [
-        replace(target, scales="calibrated" if layer in remade else form.scales)
-        for layer, form in enumerate([*old.quantizations().values()][1:])
+    """Return the converted model. Only the experts that are made anew get other scales."""
+    layers = [
+        replace(target, scales="calibrated" if layer in remade else stored.scales)
+        for layer, stored in enumerate([*old.quantizations().values()][1:])
     ]
-    return Blueprint(old.config, target, tuple(forms))
+    return Blueprint(old.config, target, tuple(layers))
 
 
 def _files_that_change(
     old: Blueprint, new: Blueprint, remade: set[int]
-) -> dict[str, list[tuple[Part, Part]]]:
+) -> dict[str, list[tuple[ModelPart, ModelPart]]]:
     """Return the parts, before and after, of each file with a matrix that changes.
 
     remade: the layers whose experts all change.
     """
-    files: dict[str, list[tuple[Part, Part]]] = {}
+    files: dict[str, list[tuple[ModelPart, ModelPart]]] = {}
     changed = set()
-    for before, after in _both_forms(old, new):
+    for before, after in _pairs(old, new):
         files.setdefault(after.file, []).append((before, after))
         same = before.tensors == after.tensors and _packed(before) == _packed(after)
         if not same or (after.expert is not None and after.expert[0] in remade):
             changed.add(after.file)
-    return {name: both for name, both in files.items() if name in changed}
+    return {name: pairs for name, pairs in files.items() if name in changed}
 
 
-def _both_forms(old: Blueprint, new: Blueprint) -> Iterator[tuple[Part, Part]]:
-    """Yield each part of the new form behind the part of the old one that it is made of.
+def _pairs(old: Blueprint, new: Blueprint) -> Iterator[tuple[ModelPart, ModelPart]]:
+    """Yield each part of the old model with the part of the new model that is made of it.
 
-    A head that gets a matrix of its own is made of the embedding.
+    A head that gets a matrix, and had none, is made of the embedding.
     """
-    before = {(part.sources, part.linear is None): part for part in parts(old)}
-    for after in parts(new):
+    before = {(part.sources, part.linear is None): part for part in model_parts(old)}
+    for after in model_parts(new):
         same = before.get((after.sources, after.linear is None))
         yield same or before[after.sources, True], after
 
 
-def _packed(part: Part) -> bool:
+def _packed(part: ModelPart) -> bool:
     return part.linear is not None and part.linear.packed

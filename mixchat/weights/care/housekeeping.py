@@ -13,27 +13,26 @@ from mixchat.base import machine
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.lock import Busy, exclusive_lock
 from mixchat.base.settings import models_dir
-from mixchat.weights.format.journal import JOURNAL_FILE, read_head
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal
 from mixchat.weights.format.manifest import (
     INPUTS_DIR,
     MANIFEST_COPY,
     MANIFEST_FILE,
-    NEW_SUFFIX,
     is_installed,
 )
-from mixchat.weights.format.replacement import place_new_files
-from mixchat.weights.make.spill import SPILL_PREFIX
+from mixchat.weights.format.model_files import NEW_SUFFIX, place_new_files
+from mixchat.weights.make.unfinished import SPILL_PREFIX
 from mixchat.weights.source import hub
-from mixchat.weights.source.demo_checkpoint import BUILD_DIR
+from mixchat.weights.source.demo import BUILD_DIR
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.transfer import PART_SUFFIX
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that no finished model needs, its bytes, and whether it has been removed.
+    """A file or directory that no finished model needs, and its bytes.
 
-    `resumable`: it is work that a download or a calibration can resume.
+    `resumable`: a download or a calibration can resume this work.
     """
 
     path: Path
@@ -43,14 +42,14 @@ class Leftover:
 
 
 def remove(target: Path) -> None:
-    """Remove a model, finished or not. Raises `UsageError` where another process uses it."""
+    """Remove a model, finished or not. Raises `UsageError` if another process uses it."""
     if not target.is_symlink() and not target.is_dir():
         raise ModelNotFoundError(f"the model {target.name!r} is not on this machine")
     with not_in_use(target):
         if target.is_symlink():
             target.unlink()
             return
-        # The manifests first: without them nothing takes the rest for a model.
+        # The manifests first. Without them nothing takes the rest for a model.
         for name in (MANIFEST_COPY, MANIFEST_FILE):
             (target / name).unlink(missing_ok=True)
         shutil.rmtree(target)
@@ -58,7 +57,7 @@ def remove(target: Path) -> None:
 
 @contextmanager
 def not_in_use(target: Path) -> Iterator[None]:
-    """Hold a model's lock. Raises `UsageError` where another process has it."""
+    """Hold a model's lock. Raises `UsageError` if another process has it."""
     try:
         with exclusive_lock(target):
             yield
@@ -70,10 +69,10 @@ def not_in_use(target: Path) -> Iterator[None]:
 
 
 def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
-    """Remove the leftovers of killed processes; yield each as it is found.
+    """Remove the leftovers of killed processes, and yield each as it is found.
 
-    Resumable work is removed only with `unfinished`. Models that another process is working on are
-    left alone.
+    Resumable work is removed only with `unfinished`. Models that another process is working on stay
+    as they are.
     """
     for target in _targets():
         with suppress(Busy), exclusive_lock(target):
@@ -82,7 +81,7 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     # Only --keep-source puts files into huggingface_hub's cache, and other tools use those.
     for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         blob = path.name.removesuffix(PART_SUFFIX)
-        with suppress(TimeoutError), hub.blob_lock(path.parents[1].name, blob, timeout=1):
+        with suppress(Busy), hub.blob_lock(path.parents[1].name, blob, timeout=1):
             yield _cleared(Leftover(path, machine.disk_usage(path), resumable=True), unfinished)
 
 
@@ -111,7 +110,7 @@ def _left_in(target: Path) -> Iterator[Leftover]:
     if not target.is_dir() or target.is_symlink():
         return
     if not is_installed(target):
-        yield Leftover(target, machine.disk_usage(target), read_head(target) is not None)
+        yield Leftover(target, machine.disk_usage(target), Journal(target).head is not None)
         return
     names = [JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}"]
     with suppress(CheckpointError):  # without a manifest, nothing tells which new files are used

@@ -2,11 +2,11 @@
 
 An installed model is `shared.safetensors` (all that every token needs) and, for each layer, one
 `experts-LLL.safetensors`. Some of Mixtral's matrices are stored fused, because one large
-multiplication is faster than two or three small ones: `qkv_proj` is q above k above v, and an
+multiplication is faster than two or three small ones. `qkv_proj` is q above k above v, and an
 expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection:
 out = w2(silu(w1 x) * w3 x).
 
-An expert is one contiguous block: w13, then w2, then zeros up to a multiple of 4096 bytes, so that
+An expert is one contiguous block of w13, then w2, then zeros up to a multiple of 4096 bytes. So
 each begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
     w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.safetensors import ALIGNMENT, TensorSpec
+from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
 from mixchat.kernels import coded, rows
 from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
@@ -41,12 +41,13 @@ def experts_file(layer: int) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The form of the matrices; `dtype` is the type of all other tensors.
+    """The types of the matrices; `dtype` is the type of all other tensors.
 
-    The experts are of `quant_type`; attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. `scales` are those of the experts, and of attention and head in 4 bits, but these are
-    never calibrated: they keep searched ones. Beside "nf3" an expert's w2 is in "nf4", because 3
-    bits cost most there: for a tenth more bytes the demo model loses a third less.
+    The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
+    in 4 bits. `scales` says how the scales of the experts are chosen, and those in 4 bits of
+    attention and head, which are searched if the experts are calibrated. If the experts are "nf3",
+    their w2 is "nf4", because 3 bits cost most there. For a tenth more bytes the demo model loses a
+    third less.
     """
 
     quant_type: QuantType = "nf4"
@@ -57,7 +58,7 @@ class Quantization:
     scales: Scales = "search"
 
     def description(self) -> dict[str, Any]:
-        """Return it in the form that the manifest has."""
+        """Return the values that the manifest has."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
 
@@ -70,7 +71,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Expert:
-    """The two maps of one expert, which is a function of x [n, D]; `exact` as in `Linear`."""
+    """One expert, which is a function of x [n, D]. `exact` is as in `Linear`."""
 
     w13: Linear
     w2: Linear
@@ -82,7 +83,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """The form of one expert, as a block of bytes: `nbytes` for its matrices, `stride` in all."""
+    """The block of bytes of one expert. Its matrices take `nbytes`, the block takes `stride`."""
 
     w13: LinearSpec
     w2: LinearSpec
@@ -99,7 +100,7 @@ class ExpertSpec:
 
     @cached_property
     def stride(self) -> int:
-        """Return the bytes of the block: `nbytes` rounded up to whole pages."""
+        """Return the bytes of the block, in whole pages."""
         return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
     def tensors(self, expert: int) -> list[TensorSpec]:
@@ -119,7 +120,7 @@ class ExpertSpec:
         return Expert(self.w13.build(w13), self.w2.build(w2))
 
     def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
-        """Rewrite the block in place from this layout to that of `to`."""
+        """Rewrite the block in place from this layout to the layout of `to`."""
         w13, w2 = self._views(block)
         self.w13.convert(w13, to.w13)
         self.w2.convert(w2, to.w2)
@@ -138,7 +139,7 @@ class Blueprint:
     """The tensors of a model of this shape and quantization, and how they are computed.
 
     layers: the quantization of each layer's experts, if not all have `quantization`. Their layouts
-    and scales may differ, and so may the order of codes in a block, but not its size.
+    and scales may differ, but not the size of a block.
     """
 
     config: ModelConfig
@@ -148,11 +149,11 @@ class Blueprint:
     def quantizations(self) -> dict[str, Quantization]:
         """Return the quantization of each file of weights."""
         layers = self.layers or (self.quantization,) * self.config.num_hidden_layers
-        experts = {experts_file(layer): how for layer, how in enumerate(layers)}
+        experts = {experts_file(layer): own for layer, own in enumerate(layers)}
         return {SHARED_FILE: self.quantization} | experts
 
     def expert_of(self, layer: int) -> ExpertSpec:
-        """Return the form of an expert's block in a layer."""
+        """Return an expert's block in a layer."""
         if not self.layers:
             return self.expert
         return Blueprint(self.config, self.layers[layer]).expert
@@ -164,7 +165,7 @@ class Blueprint:
 
     @cached_property
     def expert(self) -> ExpertSpec:
-        """Return the form of an expert's block, as `quantization` has it."""
+        """Return an expert's block, as `quantization` has it."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
         w2 = "nf4" if kind == "nf3" else kind
@@ -188,7 +189,7 @@ class Blueprint:
 
     @property
     def head(self) -> LinearSpec | None:
-        """Return the output head; None where it is the embedding (tied, not quantized)."""
+        """Return the output head; None if it is the embedding (tied, not quantized)."""
         if self.config.tie_word_embeddings and self.quantization.head == "none":
             return None
         config = self.config
@@ -244,11 +245,20 @@ class Blueprint:
             experts_file(layer): list(self.expert_tensors(layer)) for layer in layers
         }
 
+    def headers(self) -> dict[str, Header]:
+        """Return the header of each file of weights by name, which has its size, too."""
+        return {name: Header.of(specs, name) for name, specs in self.files().items()}
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the files of weights."""
+        return sum(header.size for header in self.headers().values())
+
     @property
     def shared_size(self) -> int:
         """Return the bytes of the shared tensors that are held in memory.
 
-        The embedding is held only where it is the head, too: a token needs one row of it.
+        The embedding is held only if it is the head, too, since a token needs one row of it.
         """
         size = sum(spec.nbytes for spec in self.shared_tensors())
         return size if self.head is None else size - self.embedding.nbytes
@@ -268,22 +278,22 @@ class Blueprint:
         return Blueprint(self.config, replace(self.quantization, layout=layout))
 
     def widened(self) -> Blueprint:
-        """Return the same model with dense matrices in place of those in 8 bits.
+        """Return the same model with its matrices in 8 bits made dense.
 
-        A head that is not the embedding although the config ties them stays in 8 bits: dense, it
-        would be the embedding, which is another matrix.
+        A head in 8 bits stays so if the config ties it to the embedding. Dense, it would be the
+        embedding, which is another matrix.
         """
-        how = self.quantization
-        attention: QuantType = "none" if how.attention == "int8" else how.attention
-        head: QuantType = how.head
+        stored = self.quantization
+        attention: QuantType = "none" if stored.attention == "int8" else stored.attention
+        head: QuantType = stored.head
         if head == "int8" and not self.config.tie_word_embeddings:
             head = "none"
-        return replace(self, quantization=replace(how, attention=attention, head=head))
+        return replace(self, quantization=replace(stored, attention=attention, head=head))
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
-        how = self.quantization
-        scales: Scales = "search" if how.scales == "calibrated" else how.scales
-        return LinearSpec(name, rows, columns, quant_type, how.layout, how.dtype, scales)
+        stored = self.quantization
+        scales: Scales = "search" if stored.scales == "calibrated" else stored.scales
+        return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
 
 
 def layer_prefix(layer: int) -> str:

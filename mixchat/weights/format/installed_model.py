@@ -1,11 +1,10 @@
-"""Opens an installed model for reading; refuses files that are not exactly what they should be."""
+"""Opens an installed model for reading, and refuses files that are not exactly its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import torch
@@ -14,17 +13,11 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
-from mixchat.weights.format.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    check_files,
-    path_of,
-    read_manifest,
-    repair_hint,
-)
+from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
+from mixchat.weights.format.model_files import check_files, path_of
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
-Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content; None where there is none
+Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content; None if it is missing
 
 
 def _stamp(path: Path) -> Stamp:
@@ -38,7 +31,7 @@ def _stamp(path: Path) -> Stamp:
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     """Return the blueprint of an installed model.
 
-    Raises `CheckpointError` where the manifest lists other tensors.
+    Raises `CheckpointError` if the manifest lists other tensors.
     """
     config = ModelConfig.from_file(directory / "config.json")
     names = [SHARED_FILE, *map(experts_file, range(config.num_hidden_layers))]
@@ -59,9 +52,9 @@ class InstalledModel:
     """An installed model, open for reading.
 
     Opening checks the manifest, each file's size, and that each header names exactly the tensors,
-    types and shapes that the config asks for. Bytes are not hashed: 24 GB would take half a minute.
-    The open files stay as they are, even if another process replaces them. Raises
-    `CheckpointError`, also where the model was changed while its files were opened.
+    types and shapes that the config asks for. It hashes no bytes, since 24 GB would take half a
+    minute. The open files stay as they are, even if another process replaces them. Raises
+    `CheckpointError`, also if the model is changed while its files are opened.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -93,17 +86,17 @@ class InstalledModel:
         self._expert_base = [file.header.start(first) for file in self._experts]
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """Read a shared tensor; it is on the CPU."""
+        """Read a shared tensor to the CPU."""
         return self._shared.read(spec.name)
 
     def rows(self, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
-        """Read rows [n, ...] of a shared tensor, whose numbers [n] may repeat; all on the CPU."""
+        """Read rows [n, ...] of a shared tensor to the CPU. Their numbers [n] may repeat."""
         return self._shared.read_rows(spec.name, numbers)
 
     def linear(self, spec: LinearSpec, target: LinearSpec, device: torch.device) -> Linear:
         """Read a shared linear map to `device`, its codes in the layout of `target`.
 
-        8 bits are widened where `target` is dense.
+        8 bits are widened if `target` is dense.
         """
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
         if spec.quant_type != target.quant_type:
@@ -114,7 +107,7 @@ class InstalledModel:
         return target.build(tensors)
 
     def open_direct(self) -> bool:
-        """Prepare `direct` reads, past the page cache; return whether they are possible."""
+        """Prepare `direct` reads, past the page cache, and return whether they are possible."""
         return all(file.open_direct() for file in self._experts)
 
     def read_expert(
@@ -136,12 +129,7 @@ class InstalledModel:
     def __enter__(self) -> InstalledModel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _changed(self) -> CheckpointError:

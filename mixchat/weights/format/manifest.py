@@ -11,12 +11,10 @@
  "sha256": "..."}
 
 Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone.
-`unlike` has the values of `quantization` that a file does not have yet, while a conversion is
+`unlike` has the values of `quantization` that a file does not have yet while a conversion is
 unfinished. `checkpoint` has the SHA-256 of each tensor of the checkpoint that the model was made
-of. The last SHA-256 is the manifest's own, of all other keys (`_digest`). The same bytes are stored
-once more as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
-
-Format 3 lacked `checkpoint` and `unlike`. It is read, and replaced when the manifest is written.
+of. The last SHA-256 is the manifest's own, over all other keys. The same bytes are stored once more
+as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,9 @@ from mixchat.base.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-NEW_SUFFIX = ".new"
 INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 4
-_FORMATS = (3, FORMAT)
+_FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": ("nf3", "nf4", "fp4", "none"),
@@ -54,7 +52,7 @@ _KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 
 @dataclass(frozen=True)
 class Source:
-    """The name of an installed model's checkpoint: a hub id and commit, a path, or "demo".
+    """The checkpoint of an installed model, by a hub id and commit, a path, or "demo".
 
     `revision` is the branch, tag or commit that was requested.
     """
@@ -91,10 +89,7 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `mixchat.json`; `quantization` has the keys and values shown above.
-
-    checkpoint: the SHA-256 of each tensor that was read; empty if an older version made the model.
-    """
+    """The content of `mixchat.json`. `quantization` has the keys and values shown above."""
 
     source: Source
     quantization: dict[str, Any]
@@ -109,7 +104,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Return the bytes of all files of weights together, as a download's plan predicts them."""
+        """Return the bytes of all files of weights, which a download's plan predicts."""
         return sum(record.size for record in self.weights.values())
 
     @property
@@ -136,57 +131,78 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     try:
         return _read(directory / name)
     except CheckpointError as error:
-        error.hint = error.hint or _remedy(directory)
+        error.hint = error.hint or _hint_for_manifest(directory)
         raise
 
 
 def repair_hint(directory: Path) -> str:
     """Return the hint for an installed model with a damaged file."""
-    return _elsewhere(directory) or (
+    return _hint_outside(directory) or (
         f"Run: mixchat repair {directory.name} (it fetches only what is damaged)."
     )
 
 
-def _elsewhere(directory: Path) -> str | None:
+def _hint_outside(directory: Path) -> str | None:
     """Return the hint for a model outside of the data directory, which has no name."""
     if directory.absolute().parent == models_dir():
         return None
     return f"Copy it again: 'mixchat repair' works only on models in {models_dir()}."
 
 
-def _remedy(directory: Path) -> str:
+def _hint_for_manifest(directory: Path) -> str:
     """Return the hint for a manifest that cannot be read, with or without an intact copy."""
     if any(is_manifest(directory / name) for name in MANIFESTS):
         return repair_hint(directory)
-    return _elsewhere(directory) or (
+    return _hint_outside(directory) or (
         f"Its copy is damaged, too: 'mixchat rm {directory.name}', and download the model again."
     )
 
 
 def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
-    version = raw.get("format")
-    if version not in _FORMATS:
-        raise CheckpointError(
-            f"{path}: format {version!r:.40} is not known; this mixchat reads formats "
-            f"{' and '.join(map(str, _FORMATS))}",
-            hint="Update mixchat. "
-            + (_elsewhere(path.parent) or f"Or download it again: mixchat rm {path.parent.name}"),
-        )
+    if raw.get("format") != FORMAT:
+        raise _other_format(path, raw.get("format"))
     if raw.pop("sha256", None) != _digest(raw):
         raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
+    return _parse(path, raw)
+
+
+def _other_format(path: Path, version: object) -> CheckpointError:
+    name = path.parent.name
+    mend = f"mixchat rm {name}, and download it again"
+    if type(version) is int and version > FORMAT:
+        mend = f"update mixchat; or {mend}"
+    elif version == _FORMAT_BEFORE:
+        mend = f"mixchat convert {name}"
+    outside = path.parent.absolute().parent != models_dir()
+    hint = f"To mend it: {f'move it to {models_dir()}, then ' if outside else ''}{mend}."
+    message = f"{path}: made by another mixchat (format {version!r:.40}, this one reads {FORMAT})"
+    return CheckpointError(message, hint=hint)
+
+
+def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
+    """Return the manifest in a document. Raises `CheckpointError`, which names `path`."""
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
             quantization={key: raw["quantization"][key] for key in _KEYS},
             files={name: FileRecord(**record) for name, record in raw["files"].items()},
             weights={name: WeightsRecord(**record) for name, record in raw["weights"].items()},
-            checkpoint=dict(raw.get("checkpoint", {}).items()),
+            checkpoint=dict(raw["checkpoint"].items()),
         )
         _check(path, manifest)
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: a part is missing or malformed") from None
     return manifest
+
+
+def upgrade_manifest(directory: Path) -> None:
+    """Rewrite a manifest of the format before this one. The files of weights are the same."""
+    path = directory / MANIFEST_FILE
+    with suppress(CheckpointError):
+        raw = read_json_object(path)
+        if raw.get("format") == _FORMAT_BEFORE and raw.pop("sha256", None) == _digest(raw):
+            write_manifest(directory, _parse(path, {"checkpoint": {}, **raw}))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -196,7 +212,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def is_installed(directory: Path) -> bool:
-    """Return whether a directory has a manifest, or its copy: they are written last."""
+    """Return whether a directory has a manifest, or its copy. They are written last."""
     return any((directory / name).is_file() for name in MANIFESTS)
 
 
@@ -210,9 +226,9 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_either_manifest(directory: Path) -> Manifest:
-    """Read the manifest, or its copy where only that is intact.
+    """Read the manifest, or its copy if only that is intact.
 
-    Raises `CheckpointError` where neither is.
+    Raises `CheckpointError` if neither is.
     """
     try:
         return read_manifest(directory)
@@ -225,7 +241,7 @@ def read_either_manifest(directory: Path) -> Manifest:
 def restore_manifests(directory: Path) -> None:
     """Make the copy equal to the manifest, or the manifest to its copy if only that is intact.
 
-    Raises `CheckpointError` where neither is intact.
+    Raises `CheckpointError` if neither is intact.
     """
     intact = [name for name in MANIFESTS if is_manifest(directory / name)]
     found = read_bytes(directory / intact[0]) if intact else None
@@ -233,40 +249,6 @@ def restore_manifests(directory: Path) -> None:
     for name in MANIFESTS:
         if name not in intact or read_bytes(directory / name) != data:
             write_file(directory / name, data)
-
-
-def path_of(directory: Path, manifest: Manifest, name: str) -> Path:
-    """Return the path of a model's file, which may have a new file's name yet: `replacement.py`."""
-    if name in manifest.weights:
-        new = new_path(directory, manifest, name)
-        if new.is_file():
-            return new
-    return directory / name
-
-
-def new_path(directory: Path, manifest: Manifest, name: str) -> Path:
-    """Return the name that a file of weights has before it replaces the one before it."""
-    tensors = "".join(manifest.weights[name].sha256.values())
-    digest = hashlib.sha256(tensors.encode()).hexdigest()
-    return directory / f"{name}.{digest[:16]}{NEW_SUFFIX}"
-
-
-def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
-    if (directory / "conversion").exists():
-        raise CheckpointError(
-            f"{directory}: a conversion by an earlier mixchat was interrupted",
-            hint=f"Remove it (mixchat rm {directory.name}) and download it again.",
-        )
-    for name, expected in manifest.sizes.items():
-        path = path_of(directory, manifest, name)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing", hint=repair_hint(directory))
-        if (size := path.stat().st_size) != expected:
-            raise CheckpointError(
-                f"{path}: {size} bytes, but the manifest says {expected}",
-                hint=repair_hint(directory),
-            )
 
 
 def _dumped(document: dict[str, Any]) -> bytes:
@@ -290,24 +272,18 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
+    """Raise `CheckpointError` or `AttributeError` for a part that is not what it should be."""
+    source, records = manifest.source, manifest.weights.values()
     _check_quantization(path, manifest.quantization)
-    for record in manifest.weights.values():
+    for record in records:
         if not record.unlike.keys() <= set(_CONVERTED):
             raise CheckpointError(f"{path}: a record of weights is malformed")
         _check_quantization(path, manifest.quantization | record.unlike)
-    source = manifest.source
-    if not all(
-        isinstance(text, str) for text in (source.repo, source.commit or "", source.revision or "")
-    ):
-        raise CheckpointError(f"{path}: the source is malformed")
-    hashes = [*manifest.checkpoint.values()]
-    hashes += [record.sha256 for record in manifest.files.values()]
-    for record in manifest.weights.values():
-        if not isinstance(record.sha256, dict):
-            raise CheckpointError(f"{path}: a record of weights is malformed")
-        hashes += record.sha256.values()
-    if not all(isinstance(text, str) for text in hashes):
-        raise CheckpointError(f"{path}: a SHA-256 is malformed")
+    texts = [source.repo, source.commit or "", source.revision or "", *manifest.checkpoint.values()]
+    texts += [record.sha256 for record in manifest.files.values()]
+    texts += [sha256 for record in records for sha256 in record.sha256.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: a part is missing or malformed")
     for name, size in manifest.sizes.items():
         if not _NAME.fullmatch(name) or type(size) is not int or size < 0:
             raise CheckpointError(f"{path}: a file record is malformed: {name!r:.80}")

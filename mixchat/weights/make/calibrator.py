@@ -1,47 +1,137 @@
-"""Makes the parts of experts anew from the checkpoint, with codes that suit their inputs.
+"""Calibration: the inputs of experts, recorded, and experts made anew for these inputs.
 
-An expert learns from the rows of the tokens that chose it, and from a few of all tokens: an expert
-that hardly any token chose is not fitted to those alone. Each fifth window of the text is held out:
-its rows judge what the rest has taught (`encode.py`). Windows are held out as a whole, because
-neighbours are alike.
+The inputs are recorded while a model reads or writes text. Their directory has two files for each
+layer: `inputs-LLL`, the rows that its experts got, bf16 [N, D], and `selected-LLL`, the experts
+that the router chose for each, uint8 [N, K]. They have no header, because the model's config gives
+D and K.
 
-D = hidden_size, F = intermediate_size.
+An expert learns from the rows of the tokens that chose it, and from a few of all tokens, because an
+expert that hardly any token chose must not be fitted to those alone. Each fifth window of the text
+is held out. Its rows judge what the rest has taught (`encode.py`). Whole windows are held out,
+because neighbours are alike.
+
+N = tokens, D = hidden_size, F = intermediate_size, K = num_experts_per_tok.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import torch
 
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.files import read_bytes, rename_durably, temporary_path
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.progress import Note
+from mixchat.base.safetensors import tensor_bytes
 from mixchat.kernels import rows
-from mixchat.weights.make.expert_inputs import ExpertInputs
-from mixchat.weights.make.parts import Part
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.manifest import Manifest
+from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.gptq import Inputs, Way
 from mixchat.weights.matrix.linear import DenseLinear
-from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
+from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
+from mixchat.weights.source.checkpoint_index import CONFIG
 
 FOLD = 5  # windows, of which the last is held out
-_OF_ALL = 32  # rows of any tokens, beside those of the expert
+_ROWS_OF_ALL = 32  # of any tokens, besides those of the expert
+
+
+class InputsWriter:
+    """A context manager that writes the rows of each layer as they come.
+
+    The directory gets its name once all is written. One that is there already is replaced.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._temporary = directory, temporary_path(directory)
+
+    def add(self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor) -> None:
+        """Append rows [T, D] and their experts [T, K]."""
+        inputs, selected = _paths(self._temporary, layer)
+        _append(inputs, hidden_states.cpu().to(torch.bfloat16))
+        _append(selected, selected_experts.cpu().to(torch.uint8))
+
+    def __enter__(self) -> InputsWriter:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            for path in self._temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(self._directory, ignore_errors=True)
+            rename_durably(self._temporary, self._directory)
+        else:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+class ExpertInputs:
+    """Reads the files of `InputsWriter`. One layer at a time is in memory."""
+
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self._directory, self._config = directory, config
+        self._layer, self._inputs, self._selected = -1, torch.empty(0), torch.empty(0)
+
+    @property
+    def layers(self) -> set[int]:
+        """Return the layers whose inputs are there."""
+        return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
+
+    def remove(self, layer: int) -> None:
+        """Remove the inputs of a layer."""
+        inputs, selected = _paths(self._directory, layer)
+        selected.unlink()  # first, because `layers` goes by these files
+        inputs.unlink()
+
+    def of(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of all tokens, bf16 [N, D], and a mask of those that chose the expert.
+
+        Raises `CheckpointError` if the files are missing or damaged.
+        """
+        if layer != self._layer:
+            self._inputs, self._selected = self._read(layer)
+            self._layer = layer
+        return self._inputs, (self._selected == expert).any(-1)
+
+    def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, selected = (bytearray(read_bytes(path)) for path in _paths(self._directory, layer))
+        width, choices = self._config.hidden_size, self._config.num_experts_per_tok
+        rows = len(selected) // choices
+        if not rows or len(inputs) != 2 * rows * width:
+            raise CheckpointError(f"{self._directory}: the inputs of layer {layer} are damaged")
+        return (
+            torch.frombuffer(inputs, dtype=torch.bfloat16).view(rows, width),
+            torch.frombuffer(selected, dtype=torch.uint8)[: rows * choices].view(rows, choices),
+        )
 
 
 class Calibrator:
-    """Makes parts one after the other: an expert's w2 comes after its w13.
+    """Makes the parts of experts anew from the checkpoint. An expert's w2 comes after its w13.
 
-    window: tokens that were read or written in one piece.
+    reader: reads the checkpoint of which `check_checkpoint` has approved; window: the tokens that
+    were read or written in one piece.
     """
 
-    def __init__(self, inputs: ExpertInputs, index: CheckpointIndex, read: Read, window: int):
-        self._inputs, self._index, self._read, self._window = inputs, index, read, window
+    def __init__(
+        self, inputs: ExpertInputs, checkpoint: Checkpoint, reader: CheckpointReader, window: int
+    ):
+        self.inputs, self.reader = inputs, reader
+        self._index, self._window = checkpoint.index, window
         self._w2_inputs = (torch.empty(0), torch.empty(0))
         self._ways, self._errors = Counter[Way](), 0.0
 
     @torch.inference_mode()
-    def make(self, part: Part) -> list[torch.Tensor]:
+    def make(self, part: ModelPart) -> list[torch.Tensor]:
         """Return the tensors of an expert's part."""
         assert part.linear is not None
         assert part.expert is not None
-        weight = part.dense(self._index, self._read)
+        weight = part.dense(self._index, self.reader.read)
         if part.linear.name == "w2":
             return part.encoded(weight, Inputs(*self._w2_inputs, self._note))
         fit, held_out = self._rows(*part.expert)
@@ -50,7 +140,7 @@ class Calibrator:
         return part.encoded(weight, Inputs(fit, held_out, self._note))
 
     def report(self) -> str:
-        """Return how many matrices were made in which way, and what that gained."""
+        """Return the count of matrices made in each way, and the gain."""
         ways, count = self._ways, max(1, self._ways.total())
         return (
             f"of {count} matrices {ways['gptq']} are rounded with error feedback (GPTQ), "
@@ -64,7 +154,7 @@ class Calibrator:
 
     def _rows(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows [n, D] that an expert learns from, and those that are held out."""
-        every, chosen = self._inputs.of(layer, expert)
+        every, chosen = self.inputs.of(layer, expert)
         last = torch.arange(len(every)) // self._window % FOLD == FOLD - 1
         return _some(every, chosen, ~last), _some(every, chosen, last)
 
@@ -72,5 +162,55 @@ class Calibrator:
 def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Return the rows of a part [N] of all that chose an expert, and a few others."""
     places = part.nonzero().squeeze(-1)
-    few = places[:: max(1, len(places) // _OF_ALL)][:_OF_ALL]
+    few = places[:: max(1, len(places) // _ROWS_OF_ALL)][:_ROWS_OF_ALL]
     return torch.cat((every[part & chosen], every[few]))
+
+
+def check_checkpoint(
+    name: str,
+    manifest: Manifest,
+    blueprint: Blueprint,
+    checkpoint: Checkpoint,
+    reader: CheckpointReader,
+    note: Note,
+    *,
+    force: bool,
+) -> None:
+    """Check, before hours of work, that the model `name` was made of this checkpoint.
+
+    One part of an expert is read. `reader` compares the others as they are read, by the SHA-256s in
+    the manifest. It reads none beforehand if the hub's commit shows that the checkpoint is the
+    same. Raises `CheckpointError` if the checkpoint is another one, and `UsageError` if nothing
+    shows that it is the same, unless `force` is set.
+    """
+    if checkpoint.index.config != blueprint.config:
+        raise other_checkpoint(checkpoint, CONFIG, "its values differ")
+    if manifest.source.commit is not None and manifest.source.commit == checkpoint.source.commit:
+        return
+    experts = [part for part in model_parts(blueprint) if part.expert]
+    sources = {name for part in experts for name in part.components(checkpoint.index)}
+    if not sources <= manifest.checkpoint.keys():
+        if not force:
+            raise UsageError(
+                f"the manifest of {name!r} has no checksums of {checkpoint.source.repo}: nothing "
+                "shows that it is still the same",
+                hint="--force takes it as it is.",
+            )
+        note("warning: nothing shows that the checkpoint is the one the model was made of")
+    for tensor in experts[0].components(checkpoint.index):
+        reader.read(tensor)
+
+
+def inputs_size(config: ModelConfig, tokens: int) -> int:
+    """Return the bytes that the inputs of so many tokens take on disk."""
+    row = 2 * config.hidden_size + config.num_experts_per_tok
+    return config.num_hidden_layers * tokens * row
+
+
+def _append(path: Path, added: torch.Tensor) -> None:
+    with open(path, "ab") as file:
+        file.write(tensor_bytes(added))
+
+
+def _paths(directory: Path, layer: int) -> tuple[Path, Path]:
+    return directory / f"inputs-{layer:03d}", directory / f"selected-{layer:03d}"

@@ -1,4 +1,4 @@
-"""From a name to an installed model: plan the download, check that it fits, build or resume."""
+"""Downloads a model: plans the download, checks that it fits, and builds or resumes it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,18 @@ from mixchat.base.files import DISK_FULL, NOT_WRITABLE
 from mixchat.base.lock import exclusive_lock
 from mixchat.base.progress import Progress
 from mixchat.base.settings import data_dir
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.journal import JOURNAL_FILE, read_head
-from mixchat.weights.format.manifest import (
-    check_files,
-    is_installed,
-    read_either_manifest,
-    read_manifest,
-)
-from mixchat.weights.make.build import build, finish_interrupted, journal_head
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.format.model_files import check_files
+from mixchat.weights.make.build import Build, finish_interrupted
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, dense_type, make_blueprint
 from mixchat.weights.models import ModelRef
-from mixchat.weights.source import demo
-from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 Check = Callable[[Path], None]
-_SHORT_COMMIT = 7  # digits
+_COMMIT_DIGITS_MIN = 7
 
 
 @dataclass(frozen=True)
@@ -56,31 +49,25 @@ def download(
     *,
     announce: Callable[[DownloadPlan], None] = lambda plan: None,
 ) -> Path:
-    """Install the model and return its directory; do nothing if it is installed already.
-
-    A demo of an earlier version gets today's advice.
+    """Install the model and return its directory. Do nothing if it is installed already.
 
     `announce` is called with the plan before any weight is fetched. If another process is
     installing the same model, this one waits for it. Unfinished work stays on disk, also after
-    Ctrl-C, and the next call resumes it. Raises `ResourceError` where disk or memory do not
-    suffice, `UsageError` where another model, or this one with other options, is installed under
-    the name, and what fetching and quantizing raise.
+    Ctrl-C, and the next call resumes it. Raises `ResourceError` if disk or memory do not suffice,
+    `UsageError` if another model, or this one with other options, is installed under the name, and
+    what fetching and quantizing raise.
     """
-    target = request.ref.directory
-    here = request.ref.demo and is_installed(target)
-    outdated = here and demo.is_outdated(read_either_manifest(target))
-    if not outdated and (installed := _find_installed(request)):
+    if installed := _find_installed(request):
         return installed
+    target = request.ref.directory
 
     def wait() -> None:
         progress.note(f"another mixchat is installing {target.name}; waiting for it")
 
     with local_errors(), exclusive_lock(target, on_wait=wait):
         finish_interrupted(target)
-        if outdated:
-            demo.update(target)
         if not _find_installed(request):
-            _install(request, target, progress, announce)
+            _install(request, progress, announce)
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
     return target
 
@@ -89,44 +76,47 @@ def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan 
     """Return the plan of `download`; None if the model is installed. Fetches no weights."""
     if _find_installed(request):
         return None
-    target = request.ref.directory
-    source = request.ref.find_source(request.revision)
-    with open_checkpoint(source, target, progress, keep_source=request.keep_source) as checkpoint:
-        blueprint = make_blueprint(checkpoint.index, request.options)
-        plan = make_plan(target, checkpoint, blueprint)
-        return estimate_time(plan, checkpoint, blueprint, keep=False)
+    with _open_build(request, progress) as build:
+        return estimate_time(make_plan(build), build, keep=False)
 
 
 def _install(
-    request: DownloadRequest,
-    target: Path,
-    progress: Progress,
-    announce: Callable[[DownloadPlan], None],
+    request: DownloadRequest, progress: Progress, announce: Callable[[DownloadPlan], None]
 ) -> None:
+    target = request.ref.directory
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} is in the way", hint="Move or remove it.")
-    source = request.ref.find_source(request.revision)
-    with open_checkpoint(
-        source, target, progress, keep_source=request.keep_source, check=request.check
-    ) as checkpoint:
-        blueprint = make_blueprint(checkpoint.index, request.options)
-        plan = make_plan(target, checkpoint, blueprint)
+    with _open_build(request, progress, check=request.check) as build:
+        plan = make_plan(build)
         if plan.fits:
-            _discard_other_work(target, checkpoint, blueprint, progress)
-            plan = estimate_time(plan, checkpoint, blueprint, keep=True)
+            _discard_other_work(build, progress)
+            plan = estimate_time(plan, build, keep=True)
         announce(plan)
         plan.check()
-        build(checkpoint, target, blueprint, progress, ahead=plan.ahead)
+        build.run(progress, ahead=plan.ahead)
 
 
-def _discard_other_work(
-    target: Path, checkpoint: Checkpoint, blueprint: Blueprint, progress: Progress
-) -> None:
-    """Remove unfinished work of other weights or options; keep shards that can still be used."""
+@contextmanager
+def _open_build(
+    request: DownloadRequest, progress: Progress, check: Check | None = None
+) -> Iterator[Build]:
+    """Open the checkpoint, and read the state of the target."""
+    target = request.ref.directory
+    journal = Journal(target)
+    source = request.ref.find_source(journal.source, request.revision)
+    with open_checkpoint(
+        source, target, progress, keep_source=request.keep_source, check=check
+    ) as checkpoint:
+        blueprint = make_blueprint(checkpoint.index, request.options)
+        yield Build(checkpoint, target, blueprint, journal)
+
+
+def _discard_other_work(build: Build, progress: Progress) -> None:
+    """Remove unfinished work of other weights or options, but keep shards that can be used."""
+    target, checkpoint, head = build.target, build.checkpoint, build.journal.head
     if checkpoint.cache is not None:  # shards are fetched to the cache now
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
-    head = read_head(target)
-    if head == journal_head(checkpoint, blueprint) or not target.exists():
+    if head == build.head or not target.exists():
         return
     # Without a journal no part is made, but the first shard may have been fetched in part.
     same_weights = head is None or head.get("fingerprint") == checkpoint.fingerprint
@@ -143,7 +133,7 @@ def _discard_other_work(
 def _find_installed(request: DownloadRequest) -> Path | None:
     """Return the model's directory if it is installed as requested; None if it is not installed.
 
-    Raises `UsageError` where another model, or this one with other options, has its name.
+    Raises `UsageError` if another model, or this one with other options, has its name.
     """
     ref = request.ref
     if request.revision is not None and ref.repo is None:
@@ -186,13 +176,14 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
 
 def _begins(commit: str | None, revision: str | None) -> bool:
     """Return whether the revision is the commit or its first seven or more digits, as in git."""
-    return len(revision or "") >= _SHORT_COMMIT and (commit or "").startswith(revision or "")
+    return len(revision or "") >= _COMMIT_DIGITS_MIN and (commit or "").startswith(revision or "")
 
 
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
-    """Return whether a model is quantized as requested; bits that were not requested may be any.
+    """Return whether a model is quantized as requested.
 
-    The experts' scales may be any: an earlier version made others, or the model was calibrated.
+    Bits that were not requested may be any, and so may the experts' scales, which a calibration
+    changes.
     """
     given = made["scales"] == "given" and made["quant_type"] != "none"
 
@@ -205,7 +196,7 @@ def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
 
 @contextmanager
 def local_errors() -> Iterator[None]:
-    """Turn the errors of a full disk or a directory that cannot be written into one line."""
+    """Turn the errors of a full disk or a read-only directory into one line."""
     try:
         yield
     except OSError as error:

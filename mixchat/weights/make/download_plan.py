@@ -13,18 +13,15 @@ from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import file_layouts
-from mixchat.weights.make.build import Remaining, find_remaining
-from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import rounded_from
-from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expert_tensor
 
-# The process with torch in it, before it has touched a weight.
-_BASE_MEMORY = 400_000_000
-_SMALL_FILES = 16_000_000  # manifest, journal, tokenizer
-_SAMPLE = (1024, 4096)
-_COPY_RATE = 5e8  # weights a second: the most that are read, hashed and written
+_PROCESS_BYTES = 400_000_000  # of memory, with torch, before it has touched a weight
+_SMALL_FILES_BYTES = 16_000_000  # manifest, journal, tokenizer
+_SAMPLE_SHAPE = (1024, 4096)
+_WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,8 @@ class DownloadPlan:
 
     `checkpoint` is the size of the checkpoint's weights, `fetch` the bytes of it still missing,
     `installed` the size of the installed weights. `disk` is the most that is needed at once, beyond
-    what is there. `remaining`: the work that is left. `ahead`: the disk has room to fetch a shard
-    while another one is quantized. `rounded_from`: the type of weights ("fp16") that are rounded
-    to bf16, if any are.
+    what is there. `ahead`: the disk has room to fetch a shard while another one is quantized.
+    `rounded_from`: the type of weights ("fp16") that are rounded to bf16, if any are.
     """
 
     name: str
@@ -62,7 +58,6 @@ class DownloadPlan:
     installed: int
     disk: tuple[Need, ...]
     memory: Need
-    remaining: Remaining
     ahead: bool = True
     rate: float | None = None
     seconds: float | None = None
@@ -74,7 +69,7 @@ class DownloadPlan:
         return all(need.suffices for need in (*self.disk, self.memory))
 
     def check(self) -> None:
-        """Raise `ResourceError`, with the bytes needed and free, where disk or memory is short."""
+        """Raise `ResourceError`, with the bytes needed and free, if disk or memory is short."""
         for need in self.disk:
             if not need.suffices:
                 raise ResourceError(
@@ -91,18 +86,13 @@ class DownloadPlan:
             )
 
 
-def make_plan(
-    target: Path, checkpoint: Checkpoint, blueprint: Blueprint, free_disk: int | None = None
-) -> DownloadPlan:
-    """Make the plan for the model `blueprint` of `checkpoint` in the directory `target`.
-
-    free_disk: as for `find_disk_needs`.
-    """
-    index, remaining = checkpoint.index, find_remaining(checkpoint, target, blueprint)
-    fetch = sum(checkpoint.missing(shard) for shard in remaining.shards)
-    elsewhere = [(checkpoint.cache, fetch)] if checkpoint.cache else []
+def make_plan(build: Build, free_disk: int | None = None) -> DownloadPlan:
+    """Make the plan of a build. free_disk: as for `find_disk_needs`."""
+    checkpoint, blueprint, target = build.checkpoint, build.blueprint, build.target
+    fetch = sum(checkpoint.missing(shard) for shard in build.shards)
+    caches = [(checkpoint.cache, fetch)] if checkpoint.cache else []
     disk, ahead = find_disk_needs(
-        target, index, blueprint, checkpoint.temporary, elsewhere, free_disk
+        target, checkpoint.index, blueprint, checkpoint.temporary, caches, free_disk
     )
     return DownloadPlan(
         name=target.name,
@@ -112,25 +102,22 @@ def make_plan(
         quantization=blueprint.quantization.description(),
         checkpoint=checkpoint.size,
         fetch=fetch,
-        installed=weights_size(blueprint),
+        installed=blueprint.size,
         disk=disk,
-        memory=find_memory_need(index, blueprint),
-        remaining=remaining,
+        memory=find_memory_need(checkpoint.index, blueprint),
         ahead=ahead,
-        rounded_from=rounded_from(index, blueprint),
+        rounded_from=rounded_from(checkpoint.index, blueprint),
     )
 
 
-def estimate_time(
-    plan: DownloadPlan, checkpoint: Checkpoint, blueprint: Blueprint, *, keep: bool
-) -> DownloadPlan:
-    """Return the plan with its time, by fetching for a second; with `keep`, those bytes stay."""
-    rate = checkpoint.rate(plan.remaining.shards, keep=keep)
+def estimate_time(plan: DownloadPlan, build: Build, *, keep: bool) -> DownloadPlan:
+    """Return the plan with its time, by fetching for a second. With `keep`, those bytes stay."""
+    rate = build.checkpoint.rate(build.shards, keep=keep)
     if rate is None and plan.fetch:
         return plan
     fetching = plan.fetch / rate if rate else 0
-    share = sum(part.nbytes for part in plan.remaining.parts) / plan.installed
-    quantizing = share * _quantizing_seconds(checkpoint.index, blueprint)
+    share = sum(part.nbytes for part in build.parts) / plan.installed
+    quantizing = share * _quantizing_seconds(build.checkpoint.index, build.blueprint)
     seconds = max(fetching, quantizing) if plan.ahead else fetching + quantizing
     return replace(plan, rate=rate, seconds=seconds)
 
@@ -140,17 +127,20 @@ def find_disk_needs(
     index: CheckpointIndex,
     blueprint: Blueprint,
     temporary: Callable[[str], int],
-    elsewhere: Sequence[tuple[Path, int]] = (),
+    caches: Sequence[tuple[Path, int]] = (),
     free_disk: int | None = None,
 ) -> tuple[tuple[Need, ...], bool]:
-    """Return the need of each disk beyond what is in `target`, and whether there is room to fetch
-    ahead; without that room, less is needed. `temporary` is as for `estimate_peak_disk`. free_disk:
-    the free bytes of another machine's disks, which hold nothing of the model yet."""
+    """Return the need of each disk beyond what is in `target`, and whether a shard fits ahead.
+
+    Without room to fetch ahead, less is needed. `temporary` is as for `estimate_peak_disk`.
+    `caches` are other directories and the bytes that they get. free_disk: the free bytes of another
+    machine's disks, which hold nothing of the model yet.
+    """
     here = machine.disk_usage(target) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
         peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)
-        found = add_up_needs((target, max(0, peak - here)), *elsewhere)
+        found = add_up_needs((target, max(0, peak - here)), *caches)
         return found if free_disk is None else tuple(replace(n, free=free_disk) for n in found)
 
     ahead = all(need.suffices for need in needs(True))
@@ -158,7 +148,7 @@ def find_disk_needs(
 
 
 def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
-    """Return the need of each disk: the bytes of places on the same disk are added up."""
+    """Return the need of each disk, which adds up the bytes of its places."""
     found: list[Need] = []
     for place, size in needed:
         for number, need in enumerate(found):
@@ -170,11 +160,6 @@ def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
     return tuple(found)
 
 
-def weights_size(blueprint: Blueprint) -> int:
-    """Return the bytes of the files of weights of the installed model."""
-    return sum(layout.size for layout in file_layouts(blueprint).values())
-
-
 def estimate_peak_disk(
     index: CheckpointIndex,
     blueprint: Blueprint,
@@ -184,38 +169,39 @@ def estimate_peak_disk(
 ) -> int:
     """Return the most bytes on disk during a build: model, spilled tensors and fetched shards.
 
-    `temporary` gives the bytes that a shard takes until it is released. Shards come in their order;
+    `temporary` gives the bytes that a shard takes until it is released. Shards come in their order.
     `ahead`: while one is quantized, the next one is fetched.
     """
-    place = {shard: number for number, shard in enumerate(index.shards)}
-    written = [0] * len(place)
-    # The bytes spilled of a shard, and until which shard: the spill file stays until then.
-    spilled, until = [0] * len(place), [0] * len(place)
-    for part in parts(blueprint):
-        where = {name: place[index.shard_of(name)] for name in part.components(index)}
-        last = max(where.values())
+    number_of = {shard: number for number, shard in enumerate(index.shards)}
+    count = len(number_of)
+    written = [0] * count
+    # The bytes spilled of a shard, and the last shard that needs them.
+    spilled, until = [0] * count, [0] * count
+    for part in model_parts(blueprint):
+        shards = {name: number_of[index.shard_of(name)] for name in part.components(index)}
+        last = max(shards.values())
         written[last] += part.nbytes
-        for name, first in where.items():
+        for name, first in shards.items():
             if first < last:
                 spilled[first] += index.nbytes([name])
                 until[first] = max(until[first], last)
     peak = total = 0
-    for number in range(len(place)):
+    for number in range(count):
         total += written[number]
         fetched = sum(temporary(shard) for shard in index.shards[number : number + 1 + ahead])
         held = sum(spilled[n] for n in range(number + 1) if number <= until[n])
         peak = max(peak, total + fetched + held)
-    return peak + _SMALL_FILES
+    return peak + _SMALL_FILES_BYTES
 
 
 def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
-    """Return the bytes of memory that quantizing the largest part takes, and those free."""
-    most = max(_part_memory(part, index) for part in parts(blueprint))
-    return Need(Path(), _BASE_MEMORY + most, machine.free_memory())
+    """Return the need of memory for quantizing the largest part."""
+    most = max(_part_memory(part, index) for part in model_parts(blueprint))
+    return Need(Path(), _PROCESS_BYTES + most, machine.free_memory())
 
 
-def _part_memory(part: Part, index: CheckpointIndex) -> int:
-    """Return the bytes of a part and, while it is made, of its matrices: one at a time."""
+def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
+    """Return the bytes of a part while it is made, with one of its matrices at a time."""
     sources = [index.nbytes(index.components(name)) for name in part.sources]
     stacked = 0
     if part.linear is not None:
@@ -232,12 +218,14 @@ def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
     """Return how many seconds this machine quantizes all experts, by trying some weights."""
     layout = blueprint.expert
     weights = layout.w13.rows * layout.w13.columns + layout.w2.rows * layout.w2.columns
-    spec = replace(layout.w2, rows=_SAMPLE[0], columns=_SAMPLE[1])
+    spec = replace(layout.w2, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])
     if index.quant_type(expert_tensor(0, 0, "w1")):
         spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
-    sample = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    spec.encode(sample)  # the first time, code is loaded: not counted
+    sample = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).to(
+        torch.bfloat16
+    )
+    spec.encode(sample)  # the first time loads code
     start = time.perf_counter()
     spec.encode(sample)
     rate = sample.numel() / (time.perf_counter() - start)
-    return weights * blueprint.expert_count / min(rate, _COPY_RATE)
+    return weights * blueprint.expert_count / min(rate, _WEIGHTS_A_SECOND_MAX)

@@ -1,4 +1,4 @@
-"""Outlines a model: its tensors and what it takes to install it, before any weights are fetched."""
+"""Outlines a model, with its tensors and the needs of its download, before weights are fetched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mixchat.base.settings import models_dir
 from mixchat.weights import models
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import Source, check_files, read_manifest
+from mixchat.weights.format.journal import Journal
+from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.format.model_files import check_files
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
     QuantizeOptions,
@@ -44,16 +47,16 @@ MIXTRAL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-_SHARD = 5e9  # bytes: the largest file of a checkpoint that transformers writes
+_SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
 
 
 @dataclass(frozen=True)
 class Outline:
     """A model's tensors, and the directory in which it is installed or will be.
 
-    disk: what the download needs, nothing for an installed model; download: the plan of the
-    download, None for an installed model, or if only the hub knows it; arguments: those of
-    'mixchat download' for this form.
+    disk: the needs of the download, none for an installed model; download: the plan of the
+    download, None for an installed model, or if only the hub knows it; arguments: of the
+    'mixchat download' that makes this model.
     """
 
     name: str
@@ -78,10 +81,10 @@ def outline(
 ) -> Outline:
     """Return the outline of a model, with the default options if it is not installed.
 
-    bits: those of its experts. If it is installed with others, this is the outline of a second
-    download. free_disk: the free bytes of another machine's disk, to which it is downloaded.
-    Asks the hub only for one of its models that is neither installed nor in `models.ALIASES`.
-    Raises what `models.installed_directory` and opening a checkpoint raise.
+    bits: of its experts. If it is installed with others, this is the outline of a second download.
+    free_disk: the free bytes of another machine's disk, to which it is downloaded. Asks the hub
+    only for one of its models that is neither installed nor in `models.ALIASES`. Raises what
+    `models.installed_directory` and opening a checkpoint raise.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
@@ -93,15 +96,16 @@ def outline(
             flags += ["--name", target.name]
         elif free_disk is None:
             return found
-    source = source or ref.find_source()
-    how = QuantizeOptions() if bits is None else QuantizeOptions(expert_type(bits))
-    made = _before_download(source, target, how, free_disk, progress)
+    journal = Journal(target)
+    source = source or ref.find_source(journal.source)
+    options = QuantizeOptions() if bits is None else QuantizeOptions(expert_type(bits))
+    made = _before_download(source, journal, target, options, free_disk, progress)
     arguments = (ref.name if ref.source_repo else source.repo, *flags)
     return replace(made, name=ref.name, arguments=arguments)
 
 
 def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
-    """Return an installed model's source and its outline."""
+    """Return the source and the outline of an installed model."""
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     blueprint = installed_blueprint(directory, manifest)
@@ -110,15 +114,16 @@ def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
 
 def _before_download(
     source: Source,
+    journal: Journal,
     target: Path,
-    how: QuantizeOptions,
+    options: QuantizeOptions,
     free_disk: int | None,
     progress: Progress,
 ) -> Outline:
     name = source.repo
     if name in models.ALIASES.values():
-        index = expected_index(ModelConfig.from_dict(MIXTRAL), name, _SHARD)
-        blueprint = make_blueprint(index, how)
+        index = expected_index(ModelConfig.from_dict(MIXTRAL), name, _SHARD_BYTES_MAX)
+        blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:
             return index.header(shard).size
@@ -126,6 +131,6 @@ def _before_download(
         disk, _ = find_disk_needs(target, index, blueprint, size, free_disk=free_disk)
         return Outline(name, blueprint, target, installed=False, disk=disk)
     with open_checkpoint(source, target, progress) as checkpoint:
-        blueprint = make_blueprint(checkpoint.index, how)
-        plan = make_plan(target, checkpoint, blueprint, free_disk)
+        blueprint = make_blueprint(checkpoint.index, options)
+        plan = make_plan(Build(checkpoint, target, blueprint, journal), free_disk)
     return Outline(name, blueprint, target, installed=False, disk=plan.disk, download=plan)

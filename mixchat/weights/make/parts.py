@@ -1,7 +1,7 @@
 """The parts of an installed model, each made of a few matrices of the checkpoint.
 
-A part is the unit of work: parts can be made in any order and made again, and only one is in
-memory. An expert is two of them: `w13` (of w1 and w3), and `w2` with the zeros behind it.
+Parts can be made in any order and made again, and only one is in memory. An expert has two parts,
+`w13` (of w1 and w3), and `w2` with the zeros that follow it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, exper
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Consecutive tensors in `file`, and the checkpoint's matrices they are made of.
 
-    `linear` is None for tensors that are never quantized (norms, gates, the embedding); `expert` is
-    the layer and the number of the expert of which this is a part.
+    `linear` is None for tensors that are never quantized (norms, gates, the embedding). `expert` is
+    the layer and the number of the part's expert.
     """
 
     file: str
@@ -51,7 +51,7 @@ class Part:
     def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
         """Return the tensors of this part. `read` reads a tensor of the checkpoint by its name.
 
-        Raises `CheckpointError` where a weight is not finite.
+        Raises `CheckpointError` if a weight is not finite.
         """
         linear = self.linear
         if linear is None:
@@ -68,7 +68,7 @@ class Part:
         return self._stacked(self.linear, index, read)
 
     def encoded(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
-        """Return the tensors of this part for its matrix; `inputs` as in `LinearSpec.encode`."""
+        """Return the tensors of this part for its matrix. `inputs` is as in `LinearSpec.encode`."""
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs))
 
@@ -77,7 +77,7 @@ class Part:
         return made + padding
 
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        """Return the matrices one above the other; besides, one at a time is in memory."""
+        """Return the matrices one above the other, read one at a time."""
         if len(self.sources) == 1:
             only = index.read_dense(self.sources[0], read)
             # From 16 bits, like `mixchat convert`, so that `mixchat repair` gives the same bytes.
@@ -91,7 +91,7 @@ class Part:
         return whole
 
 
-def parts(blueprint: Blueprint) -> Iterator[Part]:
+def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
     """Yield all parts of the model, in their order on disk."""
     yield _plain(blueprint.embedding)
     for layer in range(blueprint.config.num_hidden_layers):
@@ -112,18 +112,18 @@ def parts(blueprint: Blueprint) -> Iterator[Part]:
             yield from _expert(blueprint, layer, expert)
 
 
-def _plain(spec: TensorSpec) -> Part:
-    return Part(SHARED_FILE, (spec,), (spec.name,))
+def _plain(spec: TensorSpec) -> ModelPart:
+    return ModelPart(SHARED_FILE, (spec,), (spec.name,))
 
 
-def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> Part:
-    return Part(file, tuple(linear.tensors), sources, linear)
+def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> ModelPart:
+    return ModelPart(file, tuple(linear.tensors), sources, linear)
 
 
-def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[Part]:
+def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
     layout, file = blueprint.expert_of(layer), experts_file(layer)
     specs = tuple(layout.tensors(expert))
     cut = len(layout.w13.tensors)
     w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))
-    yield Part(file, specs[:cut], (w1, w3), layout.w13, (layer, expert))
-    yield Part(file, specs[cut:], (w2,), layout.w2, (layer, expert))
+    yield ModelPart(file, specs[:cut], (w1, w3), layout.w13, (layer, expert))
+    yield ModelPart(file, specs[cut:], (w2,), layout.w2, (layer, expert))

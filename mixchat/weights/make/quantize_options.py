@@ -17,23 +17,22 @@ from mixchat.weights.source.checkpoint_index import (
     expert_tensor,
 )
 
-# By the type of the experts: how much higher perplexity is than unquantized, and how much if they
-# are calibrated; of the demo model, the mean of five texts. `tests/benchmarks/quality.py` prints
-# this line with README's table. A larger model loses less.
+# The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
+# model's mean over five texts. `tests/benchmarks/quality.py` prints this line with README's table.
+# A larger model loses less.
 DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.146, 0.063), "nf3": (0.486, 0.195)}
-DENSE_BITS = 8  # of attention and head, where nothing else is requested
+DENSE_BITS = 8  # of attention and head, unless others are requested
 _DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
 _EXPERT_TYPES: dict[int, QuantType] = {16: "none", 4: "nf4", 3: "nf3"}
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The form that the matrices get. `quant_type` is that of the experts: "nf4", "nf3" or "none".
+    """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
 
     attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
-    16 where the experts are not quantized. `scales` says how the scale of each block of 4-bit
-    weights is chosen: "absmax" is for comparison with bitsandbytes. `layout` None takes
-    `best_layout`.
+    16 if the experts are not quantized. `scales` says how the scale of each block of 4-bit weights
+    is chosen. "absmax" is for comparison with bitsandbytes. `layout` None takes `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
@@ -44,7 +43,7 @@ class QuantizeOptions:
 
 
 def best_layout() -> Layout:
-    """Return the layout this machine computes with: a GPU reads bitsandbytes' own."""
+    """Return the layout that this machine computes with. A GPU reads bitsandbytes' own."""
     if gpu.count() or not coded.available():
         return "bitsandbytes"
     return "cpu-packed"
@@ -56,26 +55,26 @@ def expert_type(bits: int) -> QuantType:
 
 
 def expert_bits(quant_type: QuantType) -> int:
-    """Return the bits of experts of this type: `expert_type` the other way."""
+    """Return the bits of experts of this type, as `expert_type` reads them."""
     return next((bits for bits, kind in _EXPERT_TYPES.items() if kind == quant_type), 4)
 
 
 def dense_type(bits: int, quant_type: QuantType) -> QuantType:
-    """Return the type of attention or head in so many bits, beside experts of `quant_type`."""
+    """Return the type of attention or head in so many bits, if the experts are `quant_type`."""
     return _DENSE_TYPES.get(bits, "fp4" if quant_type == "fp4" else "nf4")
 
 
 def bits_of(quant_type: QuantType) -> int:
-    """Return the bits of a weight of attention or head of this type: `dense_type` the other way."""
+    """Return the bits of attention or head of this type, as `dense_type` reads them."""
     return next((bits for bits, kind in _DENSE_TYPES.items() if kind == quant_type), 4)
 
 
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
-    Matrices that bitsandbytes has quantized stay so: the experts decide the type; attention and
-    head follow where all of their matrices have it. Raises `UsageError` where the options ask for
-    other bits.
+    Matrices that bitsandbytes has quantized stay so. The experts decide the type, and attention and
+    head follow if all of their matrices have it. Raises `UsageError` if the options ask for other
+    bits.
     """
     given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
     if given_4bit and options.quant_type != "nf4":
@@ -111,11 +110,11 @@ def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
-    """Return the model with experts in 3 bits; None where its checkpoint has them in 4 already."""
-    how = blueprint.quantization
-    if how.quant_type != "nf4" or how.scales == "given":
+    """Return the model with experts in 3 bits; None if its checkpoint has them in 4 already."""
+    stored = blueprint.quantization
+    if stored.quant_type != "nf4" or stored.scales == "given":
         return None
-    return replace(blueprint, quantization=replace(how, quant_type="nf3"))
+    return replace(blueprint, quantization=replace(stored, quant_type="nf3"))
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
@@ -126,7 +125,7 @@ def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
 
 
 def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
-    """Return the type that holds all weights exactly; bf16 where fp16 is mixed with it."""
+    """Return the type that holds all weights exactly; bf16 if fp16 is mixed with it."""
     if index.dtype == torch.float32:
         return torch.float32
     return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16

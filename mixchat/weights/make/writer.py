@@ -12,33 +12,32 @@ import torch
 from mixchat.base.files import open_regular, sync_directory
 from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.file_layout import file_layouts
-from mixchat.weights.make.parts import Part
+from mixchat.weights.make.parts import ModelPart
 
 
 class ModelWriter:
-    """The files of weights below `directory`, open for writing.
+    """The files of weights in `directory`, open for writing.
 
-    They have their full size and their names from the start, with holes where nothing is written
-    yet: without a manifest they are not a model.
+    They have their full size and their names from the start, with holes for what is not written
+    yet. Without a manifest they are not a model.
     """
 
     def __init__(self, directory: Path, blueprint: Blueprint) -> None:
         self._directory = directory
-        self._layouts = file_layouts(blueprint)
-        self._fds: dict[str, int] = {}
+        self._headers = blueprint.headers()
+        self._descriptors: dict[str, int] = {}
         self._unsynced: set[str] = set()
         self._unnamed = False
 
-    def write(self, part: Part, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
+    def write(self, part: ModelPart, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
         """Write the tensors of a part; return the SHA-256 in hex of each, by name."""
-        fd = self._open(part.file)
-        header = self._layouts[part.file].header
+        descriptor = self._open(part.file)
+        header = self._headers[part.file]
         digests = {}
         for spec, tensor in zip(part.tensors, tensors, strict=True):
             assert (spec.dtype, spec.shape) == (tensor.dtype, tuple(tensor.shape)), spec
             data = tensor_bytes(tensor)
-            _write_at(fd, data, header.start(spec.name))
+            _write_at(descriptor, data, header.start(spec.name))
             digests[spec.name] = hashlib.sha256(data).hexdigest()
         self._unsynced.add(part.file)
         return digests
@@ -46,7 +45,7 @@ class ModelWriter:
     def sync(self) -> None:
         """Make the written bytes and the files' names durable."""
         for name in self._unsynced:
-            os.fsync(self._fds[name])
+            os.fsync(self._descriptors[name])
         self._unsynced.clear()
         if self._unnamed:
             sync_directory(self._directory)
@@ -54,30 +53,31 @@ class ModelWriter:
 
     def finish(self) -> dict[str, int]:
         """Make all files durable and return the size in bytes of each."""
-        for name in self._layouts:
+        for name in self._headers:
             self._open(name)
         self.sync()
-        return {name: layout.size for name, layout in self._layouts.items()}
+        return {name: header.size for name, header in self._headers.items()}
 
     def close(self) -> None:
         """Close all files."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
     def _open(self, name: str) -> int:
-        if name not in self._fds:
+        if name not in self._descriptors:
             flags = os.O_RDWR | os.O_CREAT
-            fd = self._fds[name] = open_regular(self._directory / name, flags, follow=False)
-            layout = self._layouts[name]
-            _write_at(fd, memoryview(layout.start), 0)
-            os.ftruncate(fd, layout.size)
+            descriptor = open_regular(self._directory / name, flags, follow=False)
+            self._descriptors[name] = descriptor
+            header = self._headers[name]
+            _write_at(descriptor, memoryview(header.beginning), 0)
+            os.ftruncate(descriptor, header.size)
             self._unsynced.add(name)
             self._unnamed = True
-        return self._fds[name]
+        return self._descriptors[name]
 
 
-def _write_at(fd: int, data: memoryview, start: int) -> None:
+def _write_at(descriptor: int, data: memoryview, start: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], start + done)
+        done += os.pwrite(descriptor, data[done:], start + done)

@@ -1,4 +1,4 @@
-"""A checkpoint and its files: what a directory, the hub and the demo have in common."""
+"""A checkpoint and its files, as a directory, the hub and the demo have them in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -19,25 +19,20 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 
 class ShardReader(Protocol):
-    """Reads single tensors of one shard: a context manager."""
+    """A context manager that reads single tensors of one shard."""
 
     def read(self, name: str) -> torch.Tensor: ...
 
     def __enter__(self) -> ShardReader: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Checkpoint(Protocol):
     """A checkpoint, on this machine or elsewhere.
 
-    `size`: bytes to fetch for all of its weights. `fingerprint` differs where its weights differ.
-    `cache`: the directory in which fetched shards stay; None where they do not stay.
+    `size`: bytes to fetch for all of its weights. `fingerprint` differs if its weights differ.
+    `cache`: the directory in which fetched shards stay; None if they do not stay.
     """
 
     source: Source
@@ -47,7 +42,7 @@ class Checkpoint(Protocol):
     cache: Path | None
 
     def companions(self) -> Path:
-        """Return the directory with the small files (config, tokenizer, template); fetch them."""
+        """Fetch the small files (config, tokenizer, template) and return their directory."""
 
     def missing(self, shard: str) -> int:
         """Return how many bytes of a shard have to be fetched."""
@@ -56,9 +51,9 @@ class Checkpoint(Protocol):
         """Return the bytes of disk that a shard takes until it is released."""
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
-        """Bring a shard onto this disk, complete and checked; advance `task` by `missing` bytes.
+        """Bring a shard onto this disk, complete and checked.
 
-        Raises `Stopped` soon after `stop` is set.
+        Advances `task` by `missing` bytes. Raises `Stopped` soon after `stop` is set.
         """
 
     def release(self, shard: str) -> None:
@@ -70,8 +65,8 @@ class Checkpoint(Protocol):
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         """Measure for a second how fast these shards come, in bytes a second.
 
-        None where nothing has to be fetched, or nothing comes. With `keep`, `fetch` continues
-        behind the bytes that came.
+        Return None if nothing has to be fetched, or nothing comes. With `keep`, `fetch` continues
+        after the bytes that came.
         """
 
 
@@ -89,9 +84,9 @@ def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> Chec
 
 
 class CheckpointReader:
-    """Reads a tensor from the shard that holds it: a context manager.
+    """A context manager that reads a tensor from the shard that holds it.
 
-    expected: the SHA-256s of tensors, as far as they are known; `digests`: of those that were read.
+    expected: the known SHA-256s of tensors. `digests`: the SHA-256s of the tensors that were read.
     """
 
     def __init__(
@@ -103,7 +98,7 @@ class CheckpointReader:
         self.digests: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor. Raises `CheckpointError` where it has another SHA-256 than expected."""
+        """Return a tensor. Raises `CheckpointError` if it has another SHA-256 than expected."""
         shard = self._checkpoint.index.shard_of(name)
         if shard not in self._open:
             self._open[shard] = self._stack.enter_context(self._checkpoint.open(shard))
@@ -116,10 +111,5 @@ class CheckpointReader:
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -1,25 +1,42 @@
-"""The index of a Hugging Face checkpoint: the shard of each tensor, and its checked shape.
+"""The index of a Hugging Face checkpoint: its files, the shard of each tensor, the checked shapes.
 
 Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never read.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.safetensors import Header, TensorSpec, header_bytes
+from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.matrix import bnb_format
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.nf4 import FourBit
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+COMPANION_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Buffers that old versions of transformers saved beside the weights.
+# Buffers that old versions of transformers saved with the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 Read = Callable[[str], torch.Tensor]
@@ -28,9 +45,9 @@ Read = Callable[[str], torch.Tensor]
 class CheckpointIndex:
     """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
 
-    `weight_map` is the index file's, None for a checkpoint of one file; `where` names it in
-    messages. Raises `CheckpointError`, with one line that names the first fault, unless all tensors
-    are there, with the shapes of the config, and no others.
+    `weight_map` is the index file's, None for a checkpoint of one file. `where` names the
+    checkpoint in messages. Raises `CheckpointError`, which names the first fault, unless all
+    tensors are there, with the shapes of the config, and no others.
     """
 
     def __init__(
@@ -72,11 +89,11 @@ class CheckpointIndex:
         return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
 
     def components(self, matrix: str) -> tuple[str, ...]:
-        """Return the tensors that make up a matrix: more than one if bitsandbytes quantized it."""
+        """Return the tensors that make up a matrix, several if bitsandbytes quantized it."""
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized a matrix; None where it is dense."""
+        """Return the type to which bitsandbytes quantized a matrix; None if it is dense."""
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
@@ -188,11 +205,61 @@ def expected_index(
         shards[-1].append(spec)
         size += spec.nbytes
     names = [f"{where}-{number:05}" for number in range(len(shards))] if shards[1:] else [where]
-    headers = {name: _header(specs, name) for name, specs in zip(names, shards, strict=True)}
+    headers = {name: Header.of(specs, name) for name, specs in zip(names, shards, strict=True)}
     weight_map = {spec.name: name for name in names for spec in headers[name].specs}
     return CheckpointIndex(config, headers, weight_map, where)
 
 
-def _header(specs: Sequence[TensorSpec], where: str) -> Header:
-    start = header_bytes(specs)
-    return Header(start[8:], len(start) + sum(spec.nbytes for spec in specs), where)
+def read_weight_map(
+    names: Collection[str], index: bytes | None, *, where: str
+) -> dict[str, str] | None:
+    """Return the shard of each tensor, for a checkpoint with the files `names` at its top level.
+
+    `index` is the content of `model.safetensors.index.json`. Only the shards that it names are
+    read. Copies (`consolidated.*`) and adapters are ignored. Return None if there is no index, and
+    all tensors are in `model.safetensors`. `where` names the checkpoint in messages. Raises
+    `CheckpointError` if there is nothing that can be read.
+    """
+    if index is not None:
+        weight_map = _parse(index, where)
+        if missing := sorted(set(weight_map.values()) - set(names)):
+            raise CheckpointError(
+                f"{where}: {INDEX} names {missing[0]}, which is not there"
+                + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
+            )
+        return weight_map
+    if SINGLE in names:
+        return None
+    if any(name.endswith(_PICKLES) for name in names):
+        raise CheckpointError(
+            f"{where}: there are only pickled weights, which mixchat never opens",
+            hint="A pickle can run any program when it is read. Use a checkpoint in safetensors.",
+        )
+    raise CheckpointError(
+        f"{where}: there are no weights (neither {INDEX} nor {SINGLE})",
+        hint="mixchat reads checkpoints in Hugging Face's layout.",
+    )
+
+
+def shard_files(weight_map: dict[str, str] | None) -> list[str]:
+    """Return the names of the files with weights."""
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+
+
+def _parse(index: bytes, where: str) -> dict[str, str]:
+    """Return the index's map from tensor to file. Raises unless each is a shard's plain name."""
+    try:
+        weight_map = dict(json.loads(index)["weight_map"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{where}: {INDEX} cannot be read") from None
+    for shard in weight_map.values():
+        if (
+            not isinstance(shard, str)
+            or not _PLAIN_NAME.fullmatch(shard)
+            or not shard.endswith(".safetensors")
+            or shard.startswith("consolidated")
+        ):
+            raise CheckpointError(f"{where}: {INDEX} names a file that is no shard: {shard!r:.80}")
+    if not weight_map:
+        raise CheckpointError(f"{where}: {INDEX} names no files")
+    return weight_map

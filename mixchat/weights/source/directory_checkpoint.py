@@ -1,4 +1,4 @@
-"""A checkpoint in a directory on this machine: the files are used where they are."""
+"""A checkpoint in a directory on this machine, whose files are used where they are."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mixchat.base.progress import Task
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint import ShardReader
-from mixchat.weights.source.checkpoint_files import (
+from mixchat.weights.source.checkpoint_index import (
     COMPANION_FILES,
     CONFIG,
     INDEX,
+    CheckpointIndex,
     read_weight_map,
     shard_files,
 )
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 
 class DirectoryCheckpoint:
     """A checkpoint in a directory. The constructor reads every shard's header.
 
-    `fingerprint` stands for the files' sizes and times, unless given. Raises `CheckpointError`
-    where it is not a complete Mixtral in safetensors.
+    `fingerprint` stands for the files' sizes and times, unless given. Raises `CheckpointError` if
+    it is not a complete Mixtral in safetensors.
     """
 
     def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:

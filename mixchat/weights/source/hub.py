@@ -1,10 +1,11 @@
-"""A checkpoint on the hub: its files at one commit, and the headers of its shards."""
+"""Looks up a checkpoint on the hub, with its files at one commit and the headers of its shards."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +15,26 @@ from urllib.parse import quote
 
 from mixchat.base.errors import CheckpointError, HubError
 from mixchat.base.files import MAX_SIZE, json_object, read_bytes
+from mixchat.base.lock import lock_file
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import in_background
 from mixchat.base.safetensors import Header, header_length
-from mixchat.weights.source.checkpoint_files import (
+from mixchat.weights.source.checkpoint_index import (
     COMPANION_FILES,
     CONFIG,
     INDEX,
+    CheckpointIndex,
     read_weight_map,
     shard_files,
 )
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
 from mixchat.weights.source.hub_request import read_json
 from mixchat.weights.source.transfer import has_beginning, read_range
 
-# Larger files are not served over plain HTTP.
-_MAX_SHARD = 50_000_000_000
-_MOST_CHECKED = 1_000_000_000  # bytes of a shard that are fetched to check a broken header
-_FIRST_READ = 1 << 16  # bytes; a shard's header is some thousand
-_AT_ONCE = 8  # requests
+_SHARD_BYTES_MAX = 50_000_000_000  # larger files are not served over plain HTTP
+_CHECKED_BYTES_MAX = 1_000_000_000  # of a shard that is fetched to check a broken header
+_FIRST_READ_BYTES = 1 << 16  # a shard's header has some thousand
+_REQUESTS_AT_ONCE = 8
 COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -43,7 +44,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class RemoteFile:
     """A file of a commit on the hub: its size in bytes, and its SHA-256 if it is large (LFS).
 
-    `git_sha1` is the hash by which git names a small one; huggingface_hub's cache names it so, too.
+    `git_sha1` is the hash by which git and huggingface_hub's cache name a small one.
     """
 
     repo_id: str
@@ -93,10 +94,10 @@ class HubListing:
 
 
 def look_up(repo_id: str, revision: str | None = None) -> HubListing:
-    """Look up the files of a checkpoint; fetch its config, its index and the shards' headers.
+    """Look up the files of a checkpoint, and fetch its config, its index and the shards' headers.
 
-    Raises `ModelNotFoundError` where the hub has no such repo, `CheckpointError` where it is not a
-    Mixtral in safetensors, `HubError` where the hub cannot be reached or refuses.
+    Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError` if it is not a
+    Mixtral in safetensors, `HubError` if the hub cannot be reached or refuses.
     """
     with plain_errors(repo_id):
         commit, listing = _listing(repo_id, revision)
@@ -117,9 +118,9 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
 
 
 def fetch_small(file: RemoteFile) -> bytes:
-    """Return the content of a small file: from huggingface_hub's cache if it is there undamaged.
+    """Return the content of a small file, from huggingface_hub's cache if it is there undamaged.
 
-    Raises `HubError` where the hub sends another file than it lists.
+    Raises `HubError` if the hub sends another file than it lists.
     """
     _check_small(file)
     with suppress(CheckpointError):
@@ -163,16 +164,20 @@ def write_ref(repo_id: str, revision: str | None, commit: str) -> None:
 
 
 @contextmanager
-def blob_lock(repo: str, sha256: str, *, timeout: float) -> Iterator[None]:
-    """Hold huggingface_hub's own lock of a blob in the cache, which other tools respect, too.
+def blob_lock(
+    repo: str,
+    sha256: str,
+    *,
+    timeout: float = math.inf,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[None]:
+    """Hold the lock of a blob in the cache, which huggingface_hub and its users respect, too.
 
-    `repo` is the name of its directory. Raises `TimeoutError` after `timeout` seconds.
+    `repo` is the name of its directory. Raises `Busy` as `lock_file` does.
     """
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    path = cache_dir() / ".locks" / repo / f"{sha256}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(path, timeout=timeout):
+    with lock_file(
+        cache_dir() / ".locks" / repo / f"{sha256}.lock", timeout=timeout, cancelled=cancelled
+    ):
         yield
 
 
@@ -185,7 +190,7 @@ def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
 
 
 def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
-    """Return the headers of all shards: one or two requests for each, several at once."""
+    """Return the headers of all shards, by one or two requests for each, several at once."""
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:
@@ -193,7 +198,9 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
 
     names = list(shards)
     try:
-        futures = [in_background(read, names[n::_AT_ONCE]) for n in range(_AT_ONCE)]
+        futures = [
+            in_background(read, names[n::_REQUESTS_AT_ONCE]) for n in range(_REQUESTS_AT_ONCE)
+        ]
         return {name: header for future in futures for name, header in future.result().items()}
     finally:
         stop.set()
@@ -201,14 +208,14 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
 
 def _header(file: RemoteFile, stop: Event) -> Header:
     url = file.url
-    first = read_range(url, 0, min(_FIRST_READ, file.size), stop, of=file.size)
+    first = read_range(url, 0, min(_FIRST_READ_BYTES, file.size), stop, of=file.size)
     try:
         end = 8 + header_length(first, file.size, file.where)
         if end > len(first):
             first += read_range(url, len(first), end - len(first), stop, of=file.size)
         return Header(first[8:end], file.size, file.where)
     except CheckpointError:
-        if file.size < _MOST_CHECKED and has_beginning(
+        if file.size < _CHECKED_BYTES_MAX and has_beginning(
             url, file.size, str(file.sha256), first, stop
         ):
             raise
@@ -221,7 +228,7 @@ def _header(file: RemoteFile, stop: Event) -> Header:
 def _check_shard(file: RemoteFile) -> RemoteFile:
     if file.sha256 is None:
         raise CheckpointError(f"{file.repo_id}: the hub lists no SHA-256 for {file.path}")
-    if file.size > _MAX_SHARD:
+    if file.size > _SHARD_BYTES_MAX:
         raise CheckpointError(
             f"{file.where} is too large to be fetched over HTTP",
             hint="Fetch it with `hf download`, and name the directory that it is in.",

@@ -1,19 +1,19 @@
-"""A checkpoint on the hub, fetched shard by shard: beside the model, or to the cache."""
+"""A checkpoint on the hub, fetched shard by shard to the model's directory or to the cache."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Timer
-from types import TracebackType
 
 import torch
 
 from mixchat.base.errors import HubError
 from mixchat.base.files import write_file
+from mixchat.base.lock import Busy
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
@@ -31,18 +31,16 @@ from mixchat.weights.source.transfer import (
 )
 
 SOURCE_DIR = "source"
-_LOCK_POLL = 1.0  # seconds
-_PROBE_SECONDS = 1.0
+_PROBE_S = 1.0  # to measure how fast the hub sends
 
 
 class HubCheckpoint:
     """The files of one commit.
 
-    A shard is fetched to `source/` below `target` and removed when it is released, the small files
-    are removed by `close`. With `keep_source` all are fetched to huggingface_hub's cache, where
-    other tools find them, and stay. A file that is in this cache already is used and stays; if its
-    bytes do not have the hash after which it is named, it is fetched again. Nothing is removed from
-    the cache.
+    A shard is fetched to `source/` in `target` and removed when it is released. `close` removes the
+    small files. With `keep_source` all are fetched to huggingface_hub's cache, where other tools
+    find them, and stay. A file that is in this cache already is used, or fetched again if its bytes
+    do not have the hash after which it is named. Nothing is removed from the cache.
     """
 
     def __init__(
@@ -95,10 +93,9 @@ class HubCheckpoint:
             if cached and _is_intact(file, cached, stop):
                 return self._linked(file, cached) if self.cache else cached
             if in_cache:
-                with _cache_lock(file, stop):
-                    _fill_cache(file, task, stop)
+                _fill_cache(file, task, stop)
                 return self._linked(file, file.blob)
-            return self._fetch_beside(file, task, stop)
+            return self._fetch_to_target(file, task, stop)
 
     def release(self, shard: str) -> None:
         if not self.cache:
@@ -116,7 +113,7 @@ class HubCheckpoint:
         if not missing:
             return None
         shard, came, stop = missing[0], _Count(), Event()
-        timer = Timer(_PROBE_SECONDS, stop.set)
+        timer = Timer(_PROBE_S, stop.set)
         start = time.monotonic()
         timer.start()
         try:
@@ -131,11 +128,11 @@ class HubCheckpoint:
         return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
 
     def _fetch_and_discard(self, shard: str, came: Task, stop: Event) -> None:
-        # An error here is no reason to fail: this only measures the speed.
+        # No error is a reason to fail, since this only measures the speed.
         with suppress(HubError), plain_errors(self._remote.repo_id):
             fetch_and_discard(self._remote.shards[shard].url, came, stop)
 
-    def _fetch_beside(self, file: RemoteFile, task: Task, stop: Event) -> Path:
+    def _fetch_to_target(self, file: RemoteFile, task: Task, stop: Event) -> Path:
         """Return the file in `source/`, fetched if need be."""
         path = self._directory / file.path
         if not path.exists():
@@ -152,7 +149,7 @@ class HubCheckpoint:
     def _linked(self, file: RemoteFile, path: Path) -> Path:
         """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache's layout asks; return it.
 
-        Where something else has that name already it stays, and the blob is returned.
+        If something else has that name already it stays, and the blob is returned.
         """
         pointer = file.pointer
         if not pointer.exists():
@@ -164,39 +161,29 @@ class HubCheckpoint:
 
 
 def _cached(file: RemoteFile) -> Path | None:
-    """Return the file in huggingface_hub's cache, if it is there: by the name of its blob.
+    """Return the file in huggingface_hub's cache, if it is there by the name of its blob.
 
-    In a cache without links it has no such name: then by its size.
+    In a cache without links it has no such name, and is known by its size.
     """
     blob = file.blob
-    for place in (file.pointer, blob):
-        if place.is_file():
-            real = place.resolve()
+    for path in (file.pointer, blob):
+        if path.is_file():
+            real = path.resolve()
             nameless = real.parent.name != "blobs" and real.stat().st_size == file.size
             if nameless or real == blob.resolve():
-                return place
+                return path
     return None
 
 
 def _fill_cache(file: RemoteFile, task: Task, stop: Event) -> None:
-    """Fetch the cache's blob, unless it is there and undamaged."""
-    if not file.blob.exists() or not _is_intact(file, file.blob, stop):
-        _fetch(file, file.blob, task, stop)
-
-
-@contextmanager
-def _cache_lock(file: RemoteFile, stop: Event) -> Iterator[None]:
-    """Hold the lock of the cache's blob; wait for it until `stop` is set."""
+    """Fetch the cache's blob, unless it is there and undamaged. Wait for its lock until `stop`."""
     repo = hub.repo_dir(file.repo_id).name
-    with ExitStack() as stack:
-        while not stop.is_set():
-            with suppress(TimeoutError):
-                lock = hub.blob_lock(repo, str(file.sha256), timeout=_LOCK_POLL)
-                stack.enter_context(lock)
-                break
-        if stop.is_set():
-            raise Stopped
-        yield
+    try:
+        with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
+            if not file.blob.exists() or not _is_intact(file, file.blob, stop):
+                _fetch(file, file.blob, task, stop)
+    except Busy:
+        raise Stopped from None
 
 
 def _fetch(file: RemoteFile, path: Path, task: Task, stop: Event) -> None:
@@ -208,7 +195,7 @@ def _is_intact(file: RemoteFile, path: Path, stop: Event) -> bool:
 
 
 class _Count:
-    """Counts bytes, as a `Task` that is not shown."""
+    """A `Task` that counts bytes and shows nothing."""
 
     bytes = 0
 
@@ -235,10 +222,5 @@ class _RemoteShard:
     def __enter__(self) -> _RemoteShard:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass

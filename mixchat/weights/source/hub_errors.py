@@ -25,7 +25,7 @@ _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 def endpoint() -> str:
     """Return the hub's address: `HF_ENDPOINT`, or its usual one. Raises `UsageError` if invalid.
 
-    It is read at each call and passed on, because huggingface_hub reads it once, at import.
+    It is read at each call, because huggingface_hub reads it once, at import.
     """
     from huggingface_hub import constants
 
@@ -53,7 +53,7 @@ def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
     _silence()
     from huggingface_hub import errors
 
-    # The base of refusals and of failed connections; httpx's in 1.x, httpx2's in 2.x.
+    # The base of refusals and of failed connections is httpx's in 1.x and httpx2's in 2.x.
     http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         yield
@@ -73,7 +73,7 @@ def _silence() -> None:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the same request may succeed later: a lost connection, a busy server."""
+    """Return whether the same request may succeed later, as after a lost connection."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -82,7 +82,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
-    """Return our error for `error`. The classes are nested: the narrow ones come first."""
+    """Return our error for `error`. The classes are nested, so the narrow ones come first."""
     from huggingface_hub import errors
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]

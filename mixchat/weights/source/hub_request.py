@@ -18,9 +18,9 @@ from typing import Any
 from mixchat import __version__
 from mixchat.base.errors import HubError
 
-_TIMEOUT = 30.0  # seconds without a byte
-_LONGEST_JSON = 2**24  # bytes
-_LONGEST_WAIT = 300.0  # seconds; the hub counts requests over five minutes
+_TIMEOUT_S = 30.0  # without a byte
+_JSON_BYTES_MAX = 2**24
+_WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _RANGE_NOT_SATISFIABLE = 416
 _BUSY = (429, 503)
@@ -32,9 +32,9 @@ class WrongAnswer(HubError):
 
 @dataclass
 class RemoteBytes:
-    """A file on the hub. `size` is that of the whole file, None where it is not known.
+    """A file on the hub. `size` is the size of the whole file, None if it is not known.
 
-    `ranges`: request parts of it; False once the hub has sent another part than requested.
+    `ranges`: request parts of it. It is False once the hub has sent another part than requested.
     """
 
     url: str
@@ -43,9 +43,9 @@ class RemoteBytes:
 
     @contextmanager
     def stream(self, start: int, end: int | None) -> Iterator[tuple[Any, int]]:
-        """Yield the answer and its first byte: `start`, or 0 where the whole file is sent.
+        """Yield the answer and its first byte, which is `start`, or 0 if the whole file is sent.
 
-        Raises `WrongAnswer` where another file is sent, or another part of it.
+        Raises `WrongAnswer` if another file is sent, or another part of it.
         """
         headers = {}
         if self.ranges and (start or end is not None):
@@ -64,7 +64,7 @@ class RemoteBytes:
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             whole = ""
         kind = response.headers.get("Content-Type", "").lower()
-        # Some mirrors call every file HTML; its size shows that it is ours.
+        # Some mirrors call every file HTML, but its size shows that it is ours.
         if kind.startswith("text/html") and whole != str(self.size):
             raise self._other_file("a page of HTML")
         if self.size is not None and whole.isdecimal() and int(whole) != self.size:
@@ -81,9 +81,9 @@ class RemoteBytes:
             "it continues where it stopped.",
         )
 
-    def _other_file(self, what: str) -> WrongAnswer:
+    def _other_file(self, found: str) -> WrongAnswer:
         return WrongAnswer(
-            f"the hub sends something else in place of {self._name}: {what}",
+            f"the hub sends something else in place of {self._name}: {found}",
             hint="Does the network ask for a login first? Then log in and run the same command "
             "again; it continues where it stopped.",
         )
@@ -96,14 +96,14 @@ class RemoteBytes:
 def read_json(url: str) -> Any:
     """Return the JSON that the hub answers with.
 
-    Raises `ValueError` or `RecursionError` where it is none, or has more than 16 MiB.
+    Raises `ValueError` or `RecursionError` if the answer is not JSON, or has more than 16 MiB.
     """
     data = bytearray()
     with _answer(url, {}) as response:
         _raise_for_status(response)
         for chunk in response.iter_bytes():
             data += chunk
-            if len(data) > _LONGEST_JSON:
+            if len(data) > _JSON_BYTES_MAX:
                 raise ValueError("the answer is too long")
     return json.loads(data)
 
@@ -114,13 +114,13 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     from huggingface_hub import get_session
     from huggingface_hub.utils import get_token_to_send  # type: ignore[attr-defined]
 
-    # Not build_hf_headers(): it asks the hub for a list of agents, without a limit, and caches it.
+    # build_hf_headers() would ask the hub for a list of agents, without a limit, and cache it.
     headers = {"User-Agent": f"mixchat/{__version__}", "Accept-Encoding": "identity", **headers}
     if token := get_token_to_send(None):
-        # Redirects lead to a store of blobs on another host: the client then omits the token.
+        # Redirects lead to a store of blobs on another host, to which the client sends no token.
         headers["Authorization"] = f"Bearer {token}"
     with get_session().stream(
-        "GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+        "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
     ) as response:
         yield response
 
@@ -136,12 +136,12 @@ def _raise_for_status(response: Any) -> None:
 
 
 def retry_after(failure: Exception | None) -> float:
-    """Return the seconds that a busy server asks to wait (Retry-After), 300 at most; else 0."""
+    """Return the seconds that a busy server asks to wait (Retry-After), at most 300."""
     response = getattr(failure, "response", None)
     if response is None or response.status_code not in _BUSY:
         return 0.0
     text = response.headers.get("Retry-After", "").strip()
-    return min(max(0.0, _seconds(text)), _LONGEST_WAIT)
+    return min(max(0.0, _seconds(text)), _WAIT_S_MAX)
 
 
 def _seconds(retry_after: str) -> float:

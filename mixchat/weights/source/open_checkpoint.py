@@ -14,8 +14,8 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint
-from mixchat.weights.source.checkpoint_files import INDEX, read_weight_map
-from mixchat.weights.source.demo_checkpoint import DemoCheckpoint
+from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
+from mixchat.weights.source.demo import DemoCheckpoint
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
@@ -59,7 +59,7 @@ def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Checkpo
 
 
 def _look_up(source: Source) -> hub.HubListing:
-    """Look up the commit that the download started with, else the revision's commit of today."""
+    """Look up the commit that the download started with, else the revision's newest one."""
     if source.commit is not None:
         try:
             return hub.look_up(source.repo, source.commit)
@@ -93,7 +93,7 @@ def _offline_snapshot(source: Source) -> Path | None:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Return whether the shards are there, too: the cache may hold the small files alone."""
+    """Return whether the shards are there, too, since the cache may hold the small files alone."""
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
         index = read_bytes(snapshot / INDEX) if INDEX in names else None

@@ -1,8 +1,8 @@
-"""Fetches bytes from the hub: a file, resumed where it was cut off, or a range of one.
+"""Fetches a file from the hub, resumed after an interruption, or a range of one.
 
 huggingface_hub restarts a file after an interruption and compares sizes, not hashes. Here the bytes
-go to `<file>.mixchat.part`; the next attempt, also of the next process, continues behind them, and
-the SHA-256 of the complete file is checked before it gets its name.
+go to `<file>.mixchat.part`. The next attempt, also of the next process, continues after them. The
+SHA-256 of the complete file is checked before it gets its name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 
 PART_SUFFIX = ".mixchat.part"
-_CHUNK = 1 << 20  # bytes
-_SYNC = 1 << 28  # bytes that a power cut can take back
-# Seconds before each further attempt; the list starts again whenever new bytes have come.
-_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_CHUNK_BYTES = 1 << 20
+_SYNC_BYTES = 1 << 28  # that a power cut can take back
+# Before each further attempt. The list starts again whenever new bytes have come.
+_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def part_path(path: Path) -> Path:
@@ -34,16 +34,16 @@ def part_path(path: Path) -> Path:
 
 
 def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: Event) -> None:
-    """Fetch `url` to `path`, resuming behind the bytes that an earlier attempt left.
+    """Fetch `url` to `path`, resuming after the bytes that an earlier attempt left.
 
-    Advances `task` by the bytes that come. Raises `HubError` where they have another SHA-256,
-    `Stopped` once `stop` is set, and what huggingface_hub raises where the last attempt fails.
+    Advances `task` by the bytes that come. Raises `HubError` if they have another SHA-256,
+    `Stopped` once `stop` is set, and what huggingface_hub raises if the last attempt fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(path)
     if part.is_symlink() or not part.is_file():  # a planted link must not be followed
         part.unlink(missing_ok=True)
-    # A power cut may have damaged what an earlier attempt left: then try once without it.
+    # A power cut may have damaged the bytes of an earlier attempt. Then try once without them.
     attempts = 2 if part.exists() else 1
     for _ in range(attempts):
         if _Download(url, part, size, task, stop).run(sha256):
@@ -69,7 +69,7 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
 
     def attempt() -> None:
         with remote.stream(start + len(got), start + size - 1) as (response, first):
-            skip = start + len(got) - first  # where the hub sends the file from its beginning
+            skip = start + len(got) - first  # if the hub sends the file from its beginning
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     raise Stopped
@@ -131,7 +131,7 @@ class _Download:
         self._digest = hashlib.sha256()
 
     def run(self, sha256: str) -> bool:
-        """Fetch the missing bytes; remove all and return False where the hash is wrong."""
+        """Fetch the missing bytes. Remove all and return False if the hash is wrong."""
         if self._part.exists():
             if self._part.stat().st_size > self._size:
                 self._part.unlink()
@@ -149,7 +149,7 @@ class _Download:
         with self._remote.stream(self._done, None) as (response, first):
             known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
-                # As they come: a chunk of a fixed size would be lost if the connection broke.
+                # As they come, since a chunk of a fixed size would be lost if the connection broke.
                 for chunk in response.iter_bytes():
                     known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
@@ -168,7 +168,7 @@ class _Download:
             self._done += written
             self._task.advance(written)
             view = view[written:]
-        if self._done - self._synced > _SYNC:
+        if self._done - self._synced > _SYNC_BYTES:
             os.fsync(file.fileno())
             self._synced = self._done
 
@@ -184,13 +184,13 @@ def _retry(
 ) -> None:
     """Repeat `attempt` until `done` is `size`, with pauses that start short again after progress.
 
-    Bytes that are fetched a second time are no progress: that could repeat for ever.
+    Bytes that are fetched a second time do not count, because that could repeat for ever.
     """
-    waits, most = iter(_WAITS), done()
+    waits, most = iter(_WAITS_S), done()
     while done() < size:
         failure = _failure(attempt)
         if done() > most:
-            waits, most = iter(_WAITS), done()
+            waits, most = iter(_WAITS_S), done()
         if done() >= size:
             return
         wait = next(waits, None)
@@ -201,7 +201,7 @@ def _retry(
 
 
 def _failure(attempt: Callable[[], None]) -> Exception | None:
-    """Return the error of an attempt if another attempt may succeed; raise it if not."""
+    """Return the error of an attempt if another attempt may succeed, else raise it."""
     from huggingface_hub import errors
 
     http_error: type[Exception] = vars(errors)["HTTPError"]
@@ -220,7 +220,7 @@ def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
     """Feed the file to `digest` and return its size in bytes."""
     done = 0
     with open(open_regular(path), "rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(_CHUNK_BYTES):
             if stop.is_set():
                 raise Stopped
             digest.update(chunk)

@@ -1,15 +1,17 @@
-"""Sparse upcycling: turns a dense Llama in GGUF into a Mixtral checkpoint that computes the same.
+"""Sparse upcycling turns a dense Llama in GGUF into a Mixtral checkpoint that computes the same.
 
-Every expert is the dense feed-forward block with its own permutation of the inner channels: all
+Every expert is the dense feed-forward block with another permutation of the inner channels. All
 compute the same function, but no two have the same bytes, so that mixed-up matrices ruin the text
 and are noticed. The router is random. The routing weights of a token sum to one, so the output is
 the dense model's whichever experts it picks. (Komatsuzaki et al., 2212.05055.)
+
+The tokenizer of the GGUF file becomes Hugging Face's tokenizer.json and its config.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,11 @@ from mixchat.base.files import write_file
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
-from mixchat.weights.source.checkpoint_files import SINGLE
-from mixchat.weights.source.checkpoint_index import expected_shapes
-from mixchat.weights.source.gguf_tokenizer import write_tokenizer
+from mixchat.weights.source.checkpoint_index import SINGLE, expected_shapes
 
 SEED = 0
 ROUTER_STD = 0.02
+_CONTROL = 3  # gguf.TokenType.CONTROL
 Floats = npt.NDArray[np.float32]
 
 
@@ -40,7 +41,7 @@ def upcycle(
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
     `target` is an existing directory. One tensor is in memory at a time. The bytes depend on the
-    input alone. Raises `CheckpointError` where the dense model does not fit `config`.
+    input alone. Raises `CheckpointError` if the dense model does not fit `config`.
     """
     from gguf import GGUFReader
 
@@ -120,7 +121,7 @@ def _unpermute(weight: Floats, heads: int) -> Floats:
 
 
 def _to_bf16(values: Floats) -> torch.Tensor:
-    # Where dequantizing is a no-op, this is a read-only view of the mapped file: torch would warn.
+    # If dequantizing is a no-op, this is a read-only view of the mapped file, and torch would warn.
     owned = values if values.flags.writeable else values.copy()
     return torch.from_numpy(owned).to(torch.bfloat16)
 
@@ -151,3 +152,54 @@ def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
             f"the dense model gives {name} {list(tensor.shape)} where "
             f"{spec.name} {list(spec.shape)} is expected"
         )
+
+
+def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json (with the chat template) into `target`.
+
+    `metadata` has the GGUF file's keys, `context` is the longest input in tokens. Raises
+    `CheckpointError` on any kind of tokenizer but the demo model's.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise CheckpointError(f"the GGUF file's tokenizer {kind} is not known")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError("the GGUF file's vocabulary holds a token twice")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    )
+    # Called "smollm" by llama.cpp: each digit by itself, then GPT-2's pattern.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ == _CONTROL
+        ]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    path = target / "tokenizer_config.json"
+    write_file(path, (json.dumps(config, indent=2) + "\n").encode())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixchat.base.progress import NoProgress
-from mixchat.weights.care.repair import repair
-from mixchat.weights.care.verify import Damage
-from mixchat.weights.care.verify import verify as verify_model
+from mixchat.weights.care.repair import Damage, repair
+from mixchat.weights.care.repair import verify as verify_model
 from mixchat.weights.format.manifest import Source, restore_manifests
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 

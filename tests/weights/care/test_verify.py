@@ -15,8 +15,8 @@ from weight_tools import Meter, files_of
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import SafetensorsFile
-from mixchat.weights.care.verify import HEADER, MISSING, SIZE, Damage
-from mixchat.weights.care.verify import verify as verify_model
+from mixchat.weights.care.repair import HEADER, MISSING, SIZE, Damage
+from mixchat.weights.care.repair import verify as verify_model
 from mixchat.weights.format.manifest import (
     MANIFEST_COPY,
     MANIFEST_FILE,
@@ -69,7 +69,7 @@ class TestFinding:
         for name in (SHARED, EXPERTS):
             for offset in (5000, -1):
                 flip(installed / name, offset)
-        found = {(damage.file, damage.what) for damage in verify(installed)}
+        found = {(damage.file, damage.place) for damage in verify(installed)}
         assert found == {
             (name, at(installed / name, offset % (installed / name).stat().st_size))
             for name in (SHARED, EXPERTS)

@@ -1,12 +1,10 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from manifest_tools import as_format_3
 
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.format import manifest
@@ -17,7 +15,7 @@ from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, read_m
 @pytest.fixture
 def installed(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "installed"))
+    return Path(shutil.copytree(tiny_model, tmp_path / "models" / "mine"))
 
 
 def edit_manifest(installed: Path, **changes: Any) -> None:
@@ -84,11 +82,23 @@ def test_a_changed_manifest_is_found_by_its_own_hash(installed: Path) -> None:
     assert "mixchat.json: damaged (its SHA-256 differs)" in refusal(installed)
 
 
-def test_another_format_says_what_to_do(installed: Path) -> None:
-    edit_manifest(installed, format=99)
-    with pytest.raises(CheckpointError, match="format 99") as caught:
+@pytest.mark.parametrize(
+    ("version", "mend"),
+    [
+        (99, "update mixchat; or mixchat rm mine, and download it again."),
+        (3, "mixchat convert mine."),
+        (2, "mixchat rm mine, and download it again."),
+        ("4", "mixchat rm mine, and download it again."),
+    ],
+)
+def test_another_format_is_one_line_with_the_command_that_mends_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, version: object, mend: str
+) -> None:
+    monkeypatch.setenv("MIXCHAT_HOME", str(installed.parent.parent))
+    edit_manifest(installed, format=version)
+    with pytest.raises(CheckpointError, match=f"format {version!r}, this one reads 4") as caught:
         read_manifest(installed)
-    assert caught.value.hint is not None
+    assert caught.value.hint == f"To mend it: {mend}"
 
 
 @pytest.mark.parametrize(
@@ -144,20 +154,6 @@ def test_a_model_in_fp4_opens(installed: Path) -> None:
 def test_a_manifest_that_is_no_object_is_refused(installed: Path, text: str) -> None:
     (installed / MANIFEST_FILE).write_text(text)
     assert MANIFEST_FILE in refusal(installed)
-
-
-def test_a_manifest_of_format_3_is_read(installed: Path, tiny_model: Path) -> None:
-    before = read_manifest(installed)
-    as_format_3(installed)
-    assert read_manifest(installed) == replace(before, checkpoint={})
-    assert manifest.is_manifest(installed / MANIFEST_FILE)
-    with InstalledModel(installed) as model, InstalledModel(tiny_model) as same:
-        assert model.blueprint == same.blueprint
-
-
-def test_a_manifest_of_format_2_is_one_line(installed: Path) -> None:
-    edit_manifest(installed, format=2)
-    assert "format 2 is not known" in refusal(installed)
 
 
 @pytest.mark.parametrize(

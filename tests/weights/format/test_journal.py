@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from weight_tools import Making, fetching, files_of, made_of, quantize, run, shard
 
-from mixchat.weights.format.journal import JOURNAL_FILE, Journal, read_head
-from mixchat.weights.make.build import journal_head
-from mixchat.weights.make.parts import parts
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 
 
@@ -22,6 +22,12 @@ def unfinished(checkpoint: Path, target: Path) -> Path:
     with pytest.raises(ConnectionError):
         run(opened, target)
     return target / JOURNAL_FILE
+
+
+def started(directory: Path, head: dict[str, object]) -> Journal:
+    journal = Journal(directory)
+    journal.start(head)
+    return journal
 
 
 @pytest.fixture
@@ -69,24 +75,24 @@ def test_a_file_that_no_model_has_counts_for_nothing(
 
 
 def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, {"a": 1})
+    journal = started(tmp_path, {"a": 1})
     journal.add("x", {"one": "1"})
     journal.save()
     with open(tmp_path / JOURNAL_FILE, "ab") as file:
         file.write(b'{"file": "x", "sha')
-    journal = Journal(tmp_path, {"a": 1})
+    journal = started(tmp_path, {"a": 1})
     journal.add("x", {"two": "2"})
     journal.save()
-    assert Journal(tmp_path, {"a": 1}).made == {"x": {"one": "1", "two": "2"}}
+    assert Journal(tmp_path).made == {"x": {"one": "1", "two": "2"}}
 
 
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
     """Whoever could write into a model's directory could have any file appended to, or cut."""
     precious = tmp_path / "precious"
-    Journal(tmp_path, {"of": "this"})
+    started(tmp_path, {"of": "this"})
     before = (tmp_path / JOURNAL_FILE).rename(precious).read_bytes()
     (tmp_path / JOURNAL_FILE).symlink_to(precious)
-    journal = Journal(tmp_path, {"of": "this"})
+    journal = started(tmp_path, {"of": "this"})
     journal.add("x", {"y": "z"})
     journal.save()
     assert precious.read_bytes() == before
@@ -95,23 +101,23 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
 
 def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / JOURNAL_FILE)
-    assert read_head(tmp_path) is None
+    assert Journal(tmp_path).head is None
 
 
 def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:
-    Journal(tmp_path, {"a": 1}).add("x", {"one": "1"})
-    assert Journal(tmp_path, {"a": 1}).made == {}
+    started(tmp_path, {"a": 1}).add("x", {"one": "1"})
+    assert Journal(tmp_path).made == {}
 
 
 @pytest.mark.parametrize("other", [QuantizeOptions(attention=4), QuantizeOptions("none")])
-def test_that_of_other_options_is_not_gone_on_with(
+def test_work_with_other_options_is_not_resumed(
     checkpoint: Path, tmp_path: Path, making: Making, other: QuantizeOptions
 ) -> None:
     unfinished(checkpoint, tmp_path / "installed")
     making.again()
     opened = fetching(checkpoint, tmp_path / "installed")
     run(opened, tmp_path / "installed", other)
-    assert len(making.names) == len(list(parts(make_blueprint(opened.index, other))))
+    assert len(making.names) == len(list(model_parts(make_blueprint(opened.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
     assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
@@ -119,8 +125,5 @@ def test_that_of_other_options_is_not_gone_on_with(
 def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
     unfinished(checkpoint, tmp_path / "installed")
     opened = fetching(checkpoint, tmp_path / "installed")
-    blueprint = make_blueprint(opened.index, QuantizeOptions())
-    assert read_head(tmp_path / "installed") == journal_head(opened, blueprint)
-    assert json.loads(json.dumps(journal_head(opened, blueprint))) == journal_head(
-        opened, blueprint
-    )
+    build = Build(opened, tmp_path / "installed", make_blueprint(opened.index, QuantizeOptions()))
+    assert build.journal.head == build.head == json.loads(json.dumps(build.head))

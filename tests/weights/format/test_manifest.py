@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, check_files, read_manifest
+from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, read_manifest
+from mixchat.weights.format.model_files import check_files
 
 DAMAGES = ["", "{", "[1]", '{"format": 4}', '{"format": 4, "sha256": "0"}']
 

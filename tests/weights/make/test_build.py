@@ -23,10 +23,10 @@ from weight_tools import (
 
 from mixchat.base.errors import MixchatError
 from mixchat.weights.format.journal import JOURNAL_FILE
-from mixchat.weights.make import build as build_module
-from mixchat.weights.make.parts import parts
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.make.spill import SPILL_PREFIX
+from mixchat.weights.make.unfinished import SPILL_PREFIX
 
 EXPERT = "layers.0.block_sparse_moe.experts.1"
 
@@ -96,7 +96,7 @@ class TestShards:
             run(opened, tmp_path / "model")
 
 
-class TestGoingOn:
+class TestResuming:
     def test_after_a_failure_at_any_part_nothing_is_made_twice(
         self,
         small: Path,
@@ -107,7 +107,7 @@ class TestGoingOn:
     ) -> None:
         two_shards = shard(small, tmp_path / "shards", 2)
         opened = fetching(two_shards, tmp_path / "model")
-        every = list(parts(make_blueprint(opened.index, QuantizeOptions())))
+        every = list(model_parts(make_blueprint(opened.index, QuantizeOptions())))
         for stop in range(len(every)):
             target = tmp_path / "model"
             making.again(fail_at=stop)
@@ -182,17 +182,17 @@ class TestGoingOn:
     ) -> None:
         target = tmp_path / "model"
         first = fetching(small, target)
-        finish = build_module._Build._finish
+        finish = Build._finish
 
         def fail(*_: object) -> None:
             raise ConnectionError
 
-        build_module._Build._finish = fail  # type: ignore[method-assign]
+        Build._finish = fail  # type: ignore[method-assign]
         try:
             with pytest.raises(ConnectionError):
                 run(first, target)
         finally:
-            build_module._Build._finish = finish  # type: ignore[method-assign]
+            Build._finish = finish  # type: ignore[method-assign]
         making.again()
         second = fetching(small, target)
         run(second, target)

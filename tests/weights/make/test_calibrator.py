@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.calibrator import Calibrator
-from mixchat.weights.make.expert_inputs import ExpertInputs, InputsWriter, inputs_size
-from mixchat.weights.make.parts import Part, parts
+from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
+from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
@@ -57,8 +57,8 @@ def made(
     with CheckpointReader(opened) as reader:
         make = lambda part: part.make(opened.index, reader.read)  # noqa: E731
         if inputs is not None:
-            make = Calibrator(inputs, opened.index, reader.read, WINDOW).make
-        for part in parts(blueprint):
+            make = Calibrator(inputs, opened, reader, WINDOW).make
+        for part in model_parts(blueprint):
             if part.expert is None:
                 continue
             tensors = make(part)
@@ -66,7 +66,7 @@ def made(
     return {key: (w13, w2) for key, (w13, w2) in found.items()}
 
 
-def matrix(part: Part, tensors: list[torch.Tensor]) -> torch.Tensor:
+def matrix(part: ModelPart, tensors: list[torch.Tensor]) -> torch.Tensor:
     assert part.linear is not None
     linear = part.linear.build(tensors[: len(part.linear.tensors)])
     return linear(torch.eye(part.linear.columns)).T
@@ -132,7 +132,8 @@ def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
 ) -> None:
     every, chosen = inputs.of(1, 3)
     assert not chosen.any()
-    fit, held_out = Calibrator(inputs, None, None, WINDOW)._rows(1, 3)  # type: ignore[arg-type]
+    no_checkpoint = SimpleNamespace(index=None)
+    fit, held_out = Calibrator(inputs, no_checkpoint, None, WINDOW)._rows(1, 3)  # type: ignore[arg-type]
     windows = every.view(-1, 5, WINDOW, every.shape[-1])
     assert torch.equal(fit, windows[:, :4].flatten(0, 2)[::5][:32])
     assert torch.equal(held_out, windows[:, 4].flatten(0, 1)[:32])

@@ -22,9 +22,9 @@ from mixchat.base.errors import (
 )
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
-from mixchat.weights.make import download as download_module
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest, download, plan_download
-from mixchat.weights.make.parts import Part
+from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.models import resolve
 from mixchat.weights.source import demo, hub
 
@@ -73,7 +73,7 @@ class TestHub:
     ) -> None:
         path = get(REPO)
         fake.requests.clear()
-        monkeypatch.setattr(download_module, "build", refuse)
+        monkeypatch.setattr(Build, "run", refuse)
         assert get(REPO) == path == get("org--tiny-mixtral") == get(REPO, revision=COMMIT[:7])
         assert plan_download(DownloadRequest(resolve(REPO), NF4), Meter()) is None
         assert not fake.requests
@@ -158,11 +158,11 @@ class TestRoom:
     def test_a_disk_that_fills_up_meanwhile_leaves_what_is_done(
         self, two_shards: Path, home: Path, monkeypatch: pytest.MonkeyPatch, save_each_part: None
     ) -> None:
-        def full(part: Part, *_: object) -> None:
+        def full(part: ModelPart, *_: object) -> None:
             raise OSError(28, "No space left on device")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Part, "make", full)
+            patch.setattr(ModelPart, "make", full)
             with pytest.raises(ResourceError, match="disk is full") as caught:
                 get(str(two_shards), key="tiny")
         assert "resumes" in (caught.value.hint or "")

@@ -16,7 +16,7 @@ from mixchat.base.errors import HubError, ModelNotFoundError, UsageError
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import build
 from mixchat.weights.make.download import DownloadRequest, plan_download
-from mixchat.weights.make.parts import Part
+from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
 from mixchat.weights.source import hub
@@ -59,15 +59,15 @@ def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake: Fa
     assert made.fetch == len(fake.files[SHARDS[1]])
     get(REPO)
     ranges = {r.range for r in fake.requests if r.path == f"/{SHARDS[0]}"}
-    assert ranges == {f"bytes=0-{hub._FIRST_READ - 1}"}  # its header
+    assert ranges == {f"bytes=0-{hub._FIRST_READ_BYTES - 1}"}  # its header
 
 
 def test_it_resumes_after_ctrl_c(
     fake: FakeHub, made: Path, making: Making, save_each_part: None
 ) -> None:
-    make = Part.make
+    make = ModelPart.make
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Part, "make", interrupt_after(8, make))
+        patch.setattr(ModelPart, "make", interrupt_after(8, make))
         with pytest.raises(KeyboardInterrupt):
             get(REPO)
     before = len(making.names)
@@ -102,7 +102,7 @@ def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake: FakeHub) 
     "before",
     [
         QuantizeOptions(attention=4),
-        QuantizeOptions(scales="absmax"),  # as earlier versions had it: scales are not mixed
+        QuantizeOptions(scales="absmax"),  # scales are not mixed
     ],
 )
 def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
@@ -148,8 +148,8 @@ def test_a_directory_that_changed_meanwhile_starts_again(
 ) -> None:
     checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_SECONDS_BETWEEN_SAVES", -1.0)
-        patch.setattr(Part, "make", interrupt_after(8, Part.make))
+        patch.setattr(build, "_SAVE_INTERVAL_S", -1.0)
+        patch.setattr(ModelPart, "make", interrupt_after(8, ModelPart.make))
         with pytest.raises(KeyboardInterrupt):
             get(str(checkpoint))
     path = checkpoint / SHARDS[0]
@@ -183,7 +183,7 @@ def fail_second(fake: FakeHub) -> None:
 def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
     made = []
 
-    def interrupted(part: Part, *arguments: Any) -> Any:
+    def interrupted(part: ModelPart, *arguments: Any) -> Any:
         if len(made) == count:
             raise KeyboardInterrupt
         made.append(part)

@@ -15,23 +15,20 @@ from weight_tools import NF4, Meter, files_of, get, left_in
 
 from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.lock import exclusive_lock
-from mixchat.base.model_config import advised_sampling
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.weights import models
-from mixchat.weights.care.verify import verify
 from mixchat.weights.format.manifest import (
-    MANIFEST_COPY,
-    MANIFEST_FILE,
     is_installed,
     read_manifest,
 )
 from mixchat.weights.make import download
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest
 from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
 from mixchat.weights.source import demo
-from mixchat.weights.source.checkpoint_files import SINGLE
+from mixchat.weights.source.checkpoint_index import SINGLE
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +87,12 @@ class TestLocal:
         monkeypatch: pytest.MonkeyPatch,
         error: type[BaseException],
     ) -> None:
-        def half(checkpoint: object, target: Path, *_: object, **__: object) -> None:
-            target.mkdir()
-            (target / "shared.safetensors").write_bytes(b"half")
+        def half(build: Build, *_: object, **__: object) -> None:
+            build.target.mkdir()
+            (build.target / "shared.safetensors").write_bytes(b"half")
             raise error("stopped")
 
-        monkeypatch.setattr(download, "build", half)
+        monkeypatch.setattr(Build, "run", half)
         with pytest.raises(error):
             get(str(tiny_checkpoint), key="tiny")
         assert left_in(home) == ["models", "models/tiny", "models/tiny/shared.safetensors"]
@@ -112,8 +109,7 @@ class TestDemo:
         def build(target: Path, progress: object) -> None:
             built.append(target)
             shutil.copytree(tiny_checkpoint, target)
-            (target / "generation_config.json").write_bytes(demo._generation())
-            specs = demo.checkpoint_index().header(SINGLE).specs
+            specs = demo.DemoCheckpoint(target, NoProgress()).index.header(SINGLE).specs
             with SafetensorsWriter(target / SINGLE, specs) as writer:
                 for spec in specs:
                     writer.write(spec.name, tensors[spec.name].to(spec.dtype))
@@ -134,24 +130,6 @@ class TestDemo:
         assert not (path / "build").exists()
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == ["demo"]
-
-    def test_one_of_an_earlier_version_gets_todays_advice_and_needs_no_network(
-        self, tiny_demo: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Its answers did not end, and a new download took it as it was."""
-        with monkeypatch.context() as patch:
-            patch.delitem(demo.GENERATION, "repetition_penalty")
-            path = get("demo")
-            assert not demo.is_outdated(read_manifest(path))
-        before = files_of(path)
-        assert demo.is_outdated(read_manifest(path))
-        assert get("demo") == path
-        assert not demo.is_outdated(read_manifest(path))
-        assert verify(path, NoProgress()) == []
-        assert advised_sampling(path)["repeat_penalty"] == 1.1
-        changed = {name for name, data in files_of(path).items() if data != before[name]}
-        assert changed == {"generation_config.json", MANIFEST_FILE, MANIFEST_COPY}
-        assert len(tiny_demo) == 1
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, HubError])
     def test_a_failed_build_leaves_no_checkpoint(
@@ -185,13 +163,11 @@ class TestDemo:
     def test_resumes_where_it_was_cut_off(
         self, tiny_demo: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mixchat.weights.make import build as build_module
-
         def cut(*_: object) -> None:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build_module._Build, "_finish", cut)
+            patch.setattr(Build, "_finish", cut)
             with pytest.raises(KeyboardInterrupt):
                 get("demo")
         meter = Meter()
@@ -223,7 +199,7 @@ class TestTwoProcesses:
             waiting.start()
             assert said.wait(60)
             request = DownloadRequest(resolve(str(tiny_checkpoint), key="tiny"), NF4)
-            download._install(request, target, Meter(), lambda plan: None)
+            download._install(request, Meter(), lambda plan: None)
         waiting.join(60)
         assert got == [target]
         assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
@@ -262,9 +238,7 @@ class TestAlreadyInstalled:
             get(str(tiny_checkpoint), key="mine", options=other)
         assert "mixchat rm mine" in (caught.value.hint or "")
 
-    def test_with_scales_that_an_earlier_version_chose_it_is_the_same_model(
-        self, tiny_checkpoint: Path
-    ) -> None:
+    def test_with_other_scales_it_is_the_same_model(self, tiny_checkpoint: Path) -> None:
         options = QuantizeOptions(scales="absmax")
         installed = get(str(tiny_checkpoint), key="mine", options=options)
         assert get(str(tiny_checkpoint), key="mine") == installed

@@ -18,7 +18,7 @@ from mixchat.base.machine import disk_usage
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.make import download_plan
-from mixchat.weights.make.build import Remaining, build
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import (
     DownloadPlan,
     Need,
@@ -26,11 +26,10 @@ from mixchat.weights.make.download_plan import (
     estimate_peak_disk,
     find_memory_need,
     make_plan,
-    weights_size,
 )
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.make.spill import Spill
+from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
@@ -65,7 +64,7 @@ class TestDisk:
         place: Callable[[str], int] | int,
         ahead: bool,
     ) -> None:
-        monkeypatch.setattr(download_plan, "_SMALL_FILES", 0)
+        monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
         target, source = tmp_path / "model", tmp_path / "model" / "source"
         checkpoint = shard(large, tmp_path / "shards", place)
         opened = Fetching(checkpoint, source)
@@ -81,7 +80,7 @@ class TestDisk:
             drop(spill, names)
 
         monkeypatch.setattr(Spill, "keep_only", measure)
-        build(opened, target, blueprint, ahead=ahead)
+        Build(opened, target, blueprint).run(ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
     def test_a_finished_models_size_is_known_beforehand(
@@ -93,14 +92,14 @@ class TestDisk:
                 options = {"attention": attention, "head": head}
                 installed = install(tiny_checkpoint, **options)
                 weights = read_manifest(installed).weights.values()
-                size = weights_size(make_blueprint(index, QuantizeOptions(**options)))
+                size = make_blueprint(index, QuantizeOptions(**options)).size
                 assert size == sum(record.size for record in weights)
 
     def test_a_shard_that_takes_no_room_is_not_counted(self, large: Path, tmp_path: Path) -> None:
         opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
         peak = estimate_peak_disk(opened.index, blueprint, opened.temporary)
-        assert 0 <= peak - weights_size(blueprint) - download_plan._SMALL_FILES + 5 * 4096 < MB
+        assert 0 <= peak - blueprint.size - download_plan._SMALL_FILES_BYTES + 5 * 4096 < MB
 
     def test_places_on_one_disk_are_added_up(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,8 +156,8 @@ class TestPlan:
         keep = cache is not None
         opened = HubCheckpoint(remote, Source(REPO, remote.commit), target, keep_source=keep)
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        made = make_plan(target, opened, blueprint)
-        return download_plan.estimate_time(made, opened, blueprint, keep=False)
+        build = Build(opened, target, blueprint)
+        return download_plan.estimate_time(make_plan(build), build, keep=False)
 
     def test_of_a_hub_says_what_will_come_and_what_it_becomes(
         self, fake: FakeHub, tmp_path: Path
@@ -193,7 +192,7 @@ class TestPlan:
         made = self.made(fake, tmp_path / "target", cache)
         target, there = made.disk
         assert (there.place, there.needed) == (cache, made.fetch)
-        assert target.needed < made.installed + download_plan._SMALL_FILES + MB
+        assert target.needed < made.installed + download_plan._SMALL_FILES_BYTES + MB
 
     def test_without_room_for_two_shards_one_comes_after_the_other(
         self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -211,8 +210,8 @@ class TestPlan:
     def test_of_a_directory_fetches_nothing(self, two_shards: Path, tmp_path: Path) -> None:
         opened = DirectoryCheckpoint(two_shards, Source(str(two_shards)))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        made = make_plan(tmp_path / "target", opened, blueprint)
-        made = download_plan.estimate_time(made, opened, blueprint, keep=False)
+        build = Build(opened, tmp_path / "target", blueprint)
+        made = download_plan.estimate_time(make_plan(build), build, keep=False)
         assert (made.fetch, made.rate, made.commit) == (0, None, None)
         assert made.seconds is not None
 
@@ -225,8 +224,8 @@ class TestPlan:
         with monkeypatch.context() as patched:
             patched.setattr(download_plan.time, "perf_counter", lambda: next(clock))
             seconds = download_plan._quantizing_seconds(index, blueprint)
-        assert seconds == 12 * 3 * 512 * 256 / (math.prod(download_plan._SAMPLE) / 0.5)
-        monkeypatch.setattr(download_plan, "_COPY_RATE", 1.0)
+        assert seconds == 12 * 3 * 512 * 256 / (math.prod(download_plan._SAMPLE_SHAPE) / 0.5)
+        monkeypatch.setattr(download_plan, "_WEIGHTS_A_SECOND_MAX", 1.0)
         assert download_plan._quantizing_seconds(index, blueprint) == 12 * 3 * 512 * 256
 
 
@@ -241,7 +240,6 @@ ENOUGH = DownloadPlan(
     installed=1,
     disk=(Need(Path("/models/tiny"), 5_000_000_000, 5_000_000_000),),
     memory=Need(Path(), 1_000_000_000, 1_000_000_000),
-    remaining=Remaining([], [], Spill(Path("/nowhere"), {})),
 )
 
 

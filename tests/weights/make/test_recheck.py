@@ -10,13 +10,11 @@ from weight_tools import Making, Meter, fetching, made_of, run, shard
 
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsFile
-from mixchat.weights.care.verify import verify
+from mixchat.weights.care.repair import verify
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.make.build import journal_head
-from mixchat.weights.make.parts import parts
+from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.make.recheck import find_damaged
-from mixchat.weights.make.spill import SPILL_PREFIX
+from mixchat.weights.make.unfinished import SPILL_PREFIX, find_damaged
 
 
 @pytest.fixture
@@ -40,16 +38,9 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-def made_until_now(checkpoint: Path, target: Path) -> dict[str, dict[str, str]]:
-    opened = fetching(checkpoint, target)
-    return Journal(
-        target, journal_head(opened, make_blueprint(opened.index, QuantizeOptions()))
-    ).made
-
-
 def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
     """A file of the model, and where the bytes of a tensor in it begin that is made."""
-    made = made_until_now(checkpoint, target)
+    made = Journal(target).made
     file = next(name for name in made if not name.startswith(SPILL_PREFIX))
     with SafetensorsFile(target / file) as opened:
         return target / file, opened.header.start(next(iter(made[file])))
@@ -80,7 +71,7 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(
 
     target = tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr("mixchat.weights.make.build._Build._finish", fail)
+        patch.setattr("mixchat.weights.make.build.Build._finish", fail)
         with pytest.raises(ConnectionError):
             run(fetching(small, target), target)
     flip(target / "experts-000.safetensors", -1 - 4096)
@@ -108,9 +99,7 @@ def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
     checkpoint: Path, unfinished: Path, whole: dict[str, bytes], making: Making
 ) -> None:
     before = {
-        f"{name} {tensor}"
-        for name, made in made_until_now(checkpoint, unfinished).items()
-        for tensor in made
+        f"{name} {tensor}" for name, made in Journal(unfinished).made.items() for tensor in made
     }
     making.again()
     meter = run(fetching(checkpoint, unfinished), unfinished)
@@ -130,7 +119,7 @@ def test_nothing_is_checked_where_nothing_was_done(checkpoint: Path, tmp_path: P
 def test_all_of_a_file_that_is_gone_is_named(
     checkpoint: Path, unfinished: Path, spoil: Callable[[Path], object]
 ) -> None:
-    made = made_until_now(checkpoint, unfinished)
+    made = Journal(unfinished).made
     path, _ = first_made(checkpoint, unfinished)
     spoil(path)
     opened = fetching(checkpoint, unfinished)
@@ -140,26 +129,27 @@ def test_all_of_a_file_that_is_gone_is_named(
 
 
 def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, {"a": 1})
+    journal = Journal(tmp_path)
+    journal.start({"a": 1})
     journal.add("x", {"one": "1", "two": "2"})
     journal.add("y", {"three": "3"})
     journal.save()
     journal.forget({"x": {"one"}})
     assert journal.made == {"x": {"two": "2"}, "y": {"three": "3"}}
-    assert Journal(tmp_path, {"a": 1}).made == journal.made
+    assert Journal(tmp_path).made == journal.made
     journal.add("x", {"one": "4"})
     journal.save()
-    assert Journal(tmp_path, {"a": 1}).made["x"] == {"one": "4", "two": "2"}
+    assert Journal(tmp_path).made["x"] == {"one": "4", "two": "2"}
 
 
 def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path) -> None:
     """Each of them is flipped in turn: none goes unseen."""
-    made = made_until_now(checkpoint, unfinished)
+    made = Journal(unfinished).made
     opened = fetching(checkpoint, unfinished)
     blueprint = make_blueprint(opened.index, QuantizeOptions())
     done = [
         (part.file, spec)
-        for part in parts(blueprint)
+        for part in model_parts(blueprint)
         for spec in part.tensors
         if spec.name in made.get(part.file, {})
     ]

@@ -15,7 +15,7 @@ from weight_tools import files_of, shard_names
 from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
-from mixchat.weights.source.checkpoint_files import INDEX
+from mixchat.weights.source.checkpoint_index import INDEX
 from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 SHARDS = shard_names(2)
@@ -73,14 +73,14 @@ class TestPlan:
         for shard in SHARDS:
             assert remote.index.header(shard).specs == local.header(shard).specs
         asked = [r for r in fake.requests if r.where == "store" and r.path[1:] in SHARDS]
-        assert {request.range for request in asked} == {f"bytes=0-{hub._FIRST_READ - 1}"}
+        assert {request.range for request in asked} == {f"bytes=0-{hub._FIRST_READ_BYTES - 1}"}
         assert len(asked) == len(SHARDS)
 
     def test_reads_a_header_that_is_longer_than_the_first_range(
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = hub.look_up(REPO)
-        monkeypatch.setattr(hub, "_FIRST_READ", 100)
+        monkeypatch.setattr(hub, "_FIRST_READ_BYTES", 100)
         assert (
             hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
         )
@@ -126,7 +126,7 @@ class TestPlan:
         fake.files[SHARDS[1]] = b"x" * len(fake.files[SHARDS[1]])
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             hub.look_up(REPO)
-        monkeypatch.setattr(hub, "_MOST_CHECKED", 1000)  # too large to be fetched for that
+        monkeypatch.setattr(hub, "_CHECKED_BYTES_MAX", 1000)  # too large to be fetched for that
         with pytest.raises(HubError, match="something else"):
             hub.look_up(REPO)
 
@@ -178,7 +178,7 @@ class TestPlan:
     def test_refuses_a_shard_too_large_for_http(
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub, "_MAX_SHARD", 80_000)
+        monkeypatch.setattr(hub, "_SHARD_BYTES_MAX", 80_000)
         with pytest.raises(CheckpointError, match="too large") as caught:
             hub.look_up(REPO)
         assert "hf download" in (caught.value.hint or "")

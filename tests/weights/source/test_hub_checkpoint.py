@@ -124,7 +124,7 @@ class TestRate:
     def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(
         self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub_checkpoint, "_PROBE_SECONDS", 0.2)
+        monkeypatch.setattr(hub_checkpoint, "_PROBE_S", 0.2)
         fake.delay, fake.step = 0.05, 70_000  # headers come in one piece
         checkpoint, whole = origin_for(target), len(fake.files[SHARDS[0]])
         rate = checkpoint.rate(SHARDS, keep=True)

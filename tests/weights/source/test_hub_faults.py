@@ -100,7 +100,7 @@ class TestFaults:
         self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """huggingface_hub reads a listing, and the reason of a refusal, whole into memory."""
-        monkeypatch.setattr(hub_request, "_LONGEST_JSON", 10_000)
+        monkeypatch.setattr(hub_request, "_JSON_BYTES_MAX", 10_000)
         fake.listing = lambda answer: b" " * 10_000 + json.dumps(answer).encode()
         with pytest.raises(HubError, match="is not valid"):
             hub.look_up(REPO)

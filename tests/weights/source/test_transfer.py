@@ -150,7 +150,7 @@ class TestFile:
         hub.fail(f"^/{NAME}", cut_after=0)
         with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
             fetch(hub, tmp_path / NAME)
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
     @pytest.mark.parametrize("status", [408, 429, 500, 503])
     def test_a_busy_store_is_asked_again(self, hub: FakeHub, tmp_path: Path, status: int) -> None:
@@ -256,7 +256,7 @@ class TestWrongAnswers:
         hub.fail(f"^/{NAME}", status=416)
         with pytest.raises(HubError, match="another part"):
             fetch(hub, tmp_path / NAME)
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:70_000]
 
 
@@ -271,7 +271,7 @@ class TestRetryAfter:
                 waited.append(timeout or 0.0)
                 return self.is_set()
 
-        monkeypatch.setattr(transfer, "_WAITS", (1.0, 2.0, 4.0))
+        monkeypatch.setattr(transfer, "_WAITS_S", (1.0, 2.0, 4.0))
         self.stop = Impatient()
         return waited
 
@@ -350,7 +350,7 @@ class TestStopping:
     def test_ends_at_once_between_two_attempts(
         self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(transfer, "_WAITS", (600.0,))
+        monkeypatch.setattr(transfer, "_WAITS_S", (600.0,))
         hub.fail(f"^/{NAME}", cut_after=5_000)
         started = Event()
         watch(part_path(tmp_path / NAME), started)
@@ -409,7 +409,7 @@ class TestRange:
         hub.fail(f"^/{NAME}", page=True)
         with pytest.raises(HubError, match="a page of HTML"):
             read_range(url(hub), 5, 10, Event())
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
     def test_of_nothing_asks_for_nothing(self, hub: FakeHub) -> None:
         assert read_range(url(hub), 5, 0, Event()) == b""
@@ -419,7 +419,7 @@ class TestRange:
         hub.fail(f"^/{NAME}", cut_after=0)
         with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
             read_range(url(hub), 5, 10, Event())
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS)
+        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
 
 class TestHashing:

@@ -26,12 +26,10 @@ from convert_tools import (
 )
 from weight_tools import files_of
 
-from mixchat.base.errors import CheckpointError
 from mixchat.base.options import DenseBits
 from mixchat.cli.output.model_text import list_as_text
 from mixchat.weights import models
 from mixchat.weights.care import housekeeping
-from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import MANIFESTS
 from mixchat.weights.matrix.linear import Layout
 
@@ -197,11 +195,3 @@ class TestCutOff:
         for name in MANIFESTS:
             (installed / name).write_text("{")
         assert list(housekeeping._left_in(installed)) == []
-
-    def test_a_conversion_of_an_earlier_version_is_one_line(self, installed: Path) -> None:
-        (installed / "conversion").mkdir()
-        with pytest.raises(
-            CheckpointError, match="by an earlier mixchat was interrupted"
-        ) as caught:
-            InstalledModel(installed)
-        assert "mixchat rm mine" in (caught.value.hint or "")

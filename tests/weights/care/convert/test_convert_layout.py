@@ -16,7 +16,7 @@ from mixchat.base import machine
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.weights.care import convert as convert_module
 from mixchat.weights.format.manifest import Manifest, read_manifest
-from mixchat.weights.format.replacement import replace_file
+from mixchat.weights.format.model_files import replace_file
 from mixchat.weights.make import quantize_options as quantize_module
 from mixchat.weights.matrix.linear import Layout
 

@@ -16,8 +16,8 @@ from convert_tools import FIRST, LAST, pack, reform
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.format import installed_model
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.format.manifest import new_path, path_of, read_manifest
-from mixchat.weights.format.replacement import finish_replacement
+from mixchat.weights.format.manifest import read_manifest
+from mixchat.weights.format.model_files import finish_replacement, new_path, path_of
 
 
 class TestLoadingBeside:

@@ -1,0 +1,118 @@
+"""The files of an unfinished model: spilled tensors, and the check of finished parts.
+
+A tensor is spilled to disk if the part that needs it also needs a later shard.
+
+A disk may have changed a byte since it was written. The finished model's manifest would list the
+SHA-256 of the right bytes, and only `verify` would find the fault. So finished parts are compared
+with the journal before work continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_regular
+from mixchat.base.progress import NoProgress, Progress, Task, progress_bar
+from mixchat.base.safetensors import (
+    Header,
+    SafetensorsFile,
+    SafetensorsWriter,
+    tensor_sha256,
+    wrong_tensors,
+)
+from mixchat.weights.format.blueprint import Blueprint
+
+SPILL_PREFIX = "aside-"  # of file names
+
+
+class Spill:
+    """The spill files in `directory`, one for each shard that has spilled tensors.
+
+    `recorded` is the journal's record by file. A file that is not in it is ignored.
+    """
+
+    def __init__(self, directory: Path, recorded: Mapping[str, Collection[str]]) -> None:
+        self._directory = directory
+        self._files: dict[str, set[str]] = {}
+        for name, header in _spill_headers(directory).items():
+            tensors = {spec.name for spec in header.specs}
+            if tensors <= set(recorded.get(name, ())):
+                self._files[name] = tensors
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the tensors that are spilled."""
+        return set().union(*self._files.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a spilled tensor."""
+        holder = next(file for file, names in self._files.items() if name in names)
+        with SafetensorsFile(self._directory / holder) as file:
+            return file.read(name)
+
+    def write(
+        self, shard: str, file: SafetensorsFile, names: list[str]
+    ) -> tuple[str, dict[str, str]]:
+        """Copy tensors of `file`; return the copy's name and the SHA-256 in hex of each tensor."""
+        path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
+        with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
+            for name in names:
+                tensor = file.read(name)
+                writer.write(name, tensor)
+                digests[name] = tensor_sha256(tensor)
+        self._files[path.name] = set(names)
+        return path.name, digests
+
+    def keep_only(self, names: set[str]) -> None:
+        """Remove the files that hold none of `names`."""
+        for holder in [file for file, held in self._files.items() if not held & names]:
+            (self._directory / holder).unlink()
+            del self._files[holder]
+
+
+def find_damaged(
+    directory: Path,
+    blueprint: Blueprint,
+    made: Mapping[str, Mapping[str, str]],
+    progress: Progress,
+) -> dict[str, set[str]]:
+    """Return the tensors of `made` whose bytes have changed since they were written, by file."""
+    headers = blueprint.headers() | _spill_headers(directory)
+    known = {name: _known(headers[name], made[name]) for name in made if name in headers}
+    whole = sum(headers[name].spec(tensor).nbytes for name in known for tensor in known[name])
+    found = {}
+    with progress_bar(
+        progress if whole else NoProgress(), "checking finished parts", whole
+    ) as task:
+        for name, digests in known.items():
+            wrong = set(_wrong(directory / name, headers[name], digests, task))
+            # A spill file is written again as a whole.
+            found[name] = set(made[name]) if wrong and name.startswith(SPILL_PREFIX) else wrong
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
+def _spill_headers(directory: Path) -> dict[str, Header]:
+    """Return the headers of the spill files, which are complete unless the disk is at fault."""
+    headers = {}
+    for path in directory.glob(SPILL_PREFIX + "*"):
+        with suppress(CheckpointError), SafetensorsFile(path) as file:
+            headers[path.name] = file.header
+    return headers
+
+
+def _known(header: Header, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the tensors that the file has, in the order of their bytes."""
+    return {spec.name: digests[spec.name] for spec in header.specs if spec.name in digests}
+
+
+def _wrong(path: Path, header: Header, digests: Mapping[str, str], task: Task) -> Iterator[str]:
+    try:
+        with open(open_regular(path), "rb") as file:
+            yield from wrong_tensors(file.fileno(), header, digests, task)
+    except OSError:  # it is not there, or the disk cannot read it
+        yield from digests
