@@ -77,7 +77,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from mixchat.weights.format.manifest import Source
         from mixchat.weights.make.build import Build
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+        from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
         target = tmp_path_factory.mktemp("installed") / "model"
         opened = DirectoryCheckpoint(checkpoint, Source("test"))

@@ -1,4 +1,4 @@
-"""What every room uses: errors, options, files, this machine.
+"""Things that every room uses, such as errors, options, files and this machine.
 
 - errors.py: the tree of errors, each with its exit code and hint
 - model_config.py: the shape of a model, with the keys of config.json, and its context
@@ -8,11 +8,11 @@
 - safetensors.py: the file format of weights
 - files.py: mixchat's own files, read with clear errors, written whole or not at all
 - output_file.py: files that a person names for output, never overwriting another file
-- lock.py: a lock between processes, for files that only one may write
+- lock.py: locks between processes, for files that only one may write
 - machine.py: this machine's processor, memory and disk
 - gpu.py: the GPUs that torch sees, their memory, streams and waits
 - cgroups.py: the limits of memory and CPU time that control groups set
-- interrupts.py: when Ctrl-C, SIGTERM and SIGHUP are handled
-- progress.py: long work: its progress, and work in a background thread
+- interrupts.py: the moment at which Ctrl-C, SIGTERM and SIGHUP take effect
+- progress.py: long work, its progress, and work in a background thread
 - sanitize.py: no control characters for the terminal
 """

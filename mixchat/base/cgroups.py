@@ -1,4 +1,4 @@
-"""The limits of memory and CPU time that control groups set: versions 1 and 2, at every level.
+"""The limits of memory and CPU time that control groups of versions 1 and 2 set, at every level.
 
 A process is in one group of each hierarchy, and the limits of that group and of all groups above
 it apply. In version 2 there is one hierarchy; in version 1 each controller ("memory", "cpu") may
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
-VERSION_2 = ""  # the hierarchy of version 2; those of version 1 are named by their controllers
+VERSION_2 = ""  # the hierarchy of version 2. In version 1 a controller names its hierarchy.
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """The names of a group's files about memory; `reclaimable` is a line of memory.stat."""
+    """The names of a group's files about memory. `reclaimable` is a line of memory.stat."""
 
     limits: tuple[str, ...]
     used: str
@@ -35,17 +35,17 @@ _MEMORY = {
 
 
 def memory_limit(process: Path = PROCESS) -> int | None:
-    """Return how many bytes this process's groups may use; None without a limit."""
+    """Return the bytes that this process's groups may use; None without a limit."""
     return _least(
         _limit(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
     )
 
 
 def memory_room(process: Path = PROCESS) -> int | None:
-    """Return how many bytes are left below every limit; None without a limit.
+    """Return the bytes that are left below every limit; None without a limit.
 
-    Pages of files that are cached but not in use count as free: the kernel drops them first.
-    With 5 of 8 GB used in a group, and 9 of 10 GB in the group above it: 1 GB.
+    Pages of files that are cached but not in use count as free, because the kernel drops them
+    first. If 5 of 8 GB are used in a group, and 9 of 10 GB in the group above it, 1 GB is left.
     """
     return _least(
         _room(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
@@ -53,15 +53,15 @@ def memory_room(process: Path = PROCESS) -> int | None:
 
 
 def cores(process: Path = PROCESS) -> int | None:
-    """Return how many cores the tightest quota of CPU time allows, rounded up; None without one."""
+    """Return the cores that the tightest quota of CPU time allows, rounded up; None without one."""
     return _least(_quota(group) for name in ("cpu", VERSION_2) for group in groups(process, name))
 
 
 def groups(process: Path, hierarchy: str) -> Iterator[Path]:
     """Yield the directories of the process's group and of each group above it that is mounted.
 
-    hierarchy: a controller of version 1, or `VERSION_2`. In a container the path of the group may
-    be one that only the host knows; then the mounted directory is the group.
+    hierarchy: a controller of version 1, or `VERSION_2`. In a container only the host may know the
+    path of the group. Then the mounted directory is the group.
     """
     path = _memberships(process).get(hierarchy)
     if path is None:
@@ -83,7 +83,7 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
 
 
 def _memberships(process: Path) -> dict[str, str]:
-    """Return the path of the process's group in each hierarchy: `4:cpu,cpuacct:/a/b`, `0::/a/b`."""
+    """Return the path of the process's group in each hierarchy, from `4:cpu,cpuacct:/a/b`."""
     found: dict[str, str] = {}
     for line in _lines(process / "cgroup"):
         _, _, rest = line.partition(":")
@@ -93,7 +93,7 @@ def _memberships(process: Path) -> dict[str, str]:
 
 
 def _mounts(process: Path, hierarchy: str) -> Iterator[tuple[str, Path]]:
-    """Yield each mounted group and its mount point; see proc_pid_mountinfo(5)."""
+    """Yield each mounted group and its mount point, as in proc_pid_mountinfo(5)."""
     for line in _lines(process / "mountinfo"):
         mount, _, filesystem = line.partition(" - ")
         kind, _, options = (*filesystem.split(" ", 2), "", "", "")[:3]
@@ -116,7 +116,7 @@ def _room(group: Path, files: _Memory) -> int | None:
 
 
 def _quota(group: Path) -> int | None:
-    """Return the cores of a group: version 2 has quota and period in one file, version 1 in two."""
+    """Return the cores of a group. Quota and period are in two files in version 1, in one in 2."""
     quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
     if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
         quota, period = int(pair[1]), int(pair[2])
@@ -128,7 +128,7 @@ def _least(numbers: Iterable[int | None]) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None where it is missing, a word or negative."""
+    """Return the number in a file; None if it is missing, a word or negative."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None
 
@@ -141,5 +141,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a path without escapes: mountinfo writes a space as `\\040`."""
+    """Return a path without escapes. mountinfo writes a space as `\\040`."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,6 +1,6 @@
-"""The tree of errors: each has its exit code and, usually, a hint that says what to do.
+"""The tree of errors. Each has its exit code and, usually, a hint that says what to do.
 
-Every error that a person can cause or cure is a `MixchatError`; the command line catches that class
+Every error that a person can cause or cure is a `MixchatError`. The command line catches that class
 in one place and prints `error: <message>` and the hint. Any other error that escapes is a bug.
 
 | exit code | meaning                                                          |
@@ -19,8 +19,8 @@ in one place and prints `error: <message>` and the hint. Any other error that es
 | 141       | the reader of the output went away (closed pipe)                 |
 """
 
-_LONGEST = 380  # characters of a message
-_LONGEST_FOREIGN = 200  # characters of a library's message
+_MESSAGE_LENGTH_MAX = 380  # characters
+_FOREIGN_LENGTH_MAX = 200  # characters of a library's message
 
 
 class MixchatError(Exception):
@@ -29,8 +29,12 @@ class MixchatError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        # A message may quote untrusted text of any length; its start says what is wrong.
-        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
+        # A message may quote untrusted text of any length. Its start says what is wrong.
+        super().__init__(
+            message
+            if len(message) <= _MESSAGE_LENGTH_MAX
+            else f"{message[:_MESSAGE_LENGTH_MAX]}..."
+        )
         self.hint = hint
 
 
@@ -81,7 +85,7 @@ class CheckpointError(MixchatError):
 
 
 class ResourceError(MixchatError):
-    """There is not enough disk or memory; the message says what is needed and what there is."""
+    """There is not enough disk or memory. The message has the needed and the free amount."""
 
     exit_code = 7
 
@@ -101,4 +105,4 @@ class NoCodeError(MixchatError):
 def short_message(message: object) -> str:
     """Return a library's message on one line, at most 200 characters long, to follow our own."""
     line = " ".join(str(message).split())
-    return line if len(line) <= _LONGEST_FOREIGN else line[: _LONGEST_FOREIGN - 1] + "\u2026"
+    return line if len(line) <= _FOREIGN_LENGTH_MAX else line[: _FOREIGN_LENGTH_MAX - 1] + "\u2026"

@@ -1,6 +1,6 @@
-"""mixchat's own files: read with a clear error for every fault, written whole or not at all.
+"""Reads mixchat's own files with clear errors, and writes them whole or not at all.
 
-A symbolic link is never one of them: reading refuses it (`follow=False`), writing replaces it.
+None of them is a symbolic link. Reading refuses a link (`follow=False`), writing replaces it.
 Anything that is neither a regular file nor a link (device, FIFO, socket, directory) is not touched.
 """
 
@@ -25,7 +25,7 @@ from mixchat.base.errors import (
 )
 from mixchat.base.quantities import format_size
 
-MAX_SIZE = 100_000_000  # bytes; small files of checkpoints and chats have fewer
+MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints and of chats
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A path cannot be written: the permissions are missing, or something else is there.
 NOT_WRITABLE = (
@@ -36,12 +36,12 @@ NOT_WRITABLE = (
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
-    errno.ELOOP,  # a link where a file of ours belongs
+    errno.ELOOP,  # a link in place of a file of ours
 )
 
 
 def write_error(error: OSError, path: Path, fault: str) -> MixchatError:
-    """Return the error for a file that cannot be written or removed; its class is the cause's."""
+    """Return the error, of the cause's class, for a file that cannot be written or removed."""
     kind = MixchatError
     if error.errno in DISK_FULL:
         kind = ResourceError
@@ -56,7 +56,7 @@ def open_regular(
     """Open a regular file and return its descriptor. Without `follow`, a link is refused.
 
     Opening a FIFO could wait forever for its other end, and a device may be anything. Raises
-    `OSError`, whose `strerror` says what is there instead.
+    `OSError`, whose `strerror` names what is there instead.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -82,8 +82,8 @@ def _not_regular(path: Path) -> OSError:
 def read_bytes(path: Path, *, follow: bool = True) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises `CheckpointError` where it cannot be read, or is far too large. mixchat's own files are
-    read without `follow`, so that nobody's link decides what is read.
+    Raises `CheckpointError` if it cannot be read, or is far too large. mixchat's own files are read
+    without `follow`, so that nobody's link decides which file is read.
     """
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
@@ -98,7 +98,7 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
 
 
 def require_regular(path: Path) -> None:
-    """Raise `CheckpointError` where there is no regular file that can be opened."""
+    """Raise `CheckpointError` unless there is a regular file that can be opened."""
     try:
         os.close(open_regular(path))
     except OSError as error:
@@ -106,26 +106,26 @@ def require_regular(path: Path) -> None:
 
 
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `CheckpointError` where there is none."""
+    """Return the object in a JSON file. Raises `CheckpointError` if there is none."""
     return json_object(read_bytes(path, follow=follow), str(path))
 
 
-def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Return an object in JSON, which messages call `where`. Raises `CheckpointError`."""
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """Return an object in JSON. Raises `CheckpointError`, which names the file."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON ({short_message(error)})") from None
+        raise CheckpointError(f"{name}: not JSON ({short_message(error)})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: not a JSON object")
+        raise CheckpointError(f"{name}: not a JSON object")
     return value
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically: it exists whole or not at all.
+    """Write a file whole or not at all.
 
-    For the files of a model, which one process writes: until the file is whole it has a temporary
-    name that the next attempt uses again. Raises `OSError`, and leaves nothing behind.
+    For the files of a model, which one process writes. Until the file is whole it has a temporary
+    name that the next attempt uses again. Raises `OSError`, and leaves no other file.
     """
     temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)
@@ -134,20 +134,21 @@ def write_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _replace(temporary, path)
+        _check_replaceable(path)
+        rename_durably(temporary, path)
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """Write a file as `write_file` does, safe for several processes of its owner.
+    """Write a file that only its owner can read, safe for several processes.
 
-    Nobody else can read it at any moment.
+    Raises as `write_file` does.
     """
     with open_private_file(path) as descriptor:
         write_all(descriptor, data)
 
 
 def read_all(descriptor: int, start: int, target: memoryview) -> int:
-    """Fill `target` from offset `start` on; return how many bytes there were before the end."""
+    """Fill `target` from offset `start` on; return the number of bytes before the file's end."""
     done = 0
     while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
         done += count
@@ -175,12 +176,13 @@ def open_private_file(path: Path) -> Iterator[int]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _replace(Path(name), path)
+        _check_replaceable(path)
+        rename_durably(Path(name), path)
 
 
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove a file where the work on it ends with an error."""
+    """Remove a file if the block ends with an error."""
     try:
         yield
     except BaseException:
@@ -189,13 +191,8 @@ def removed_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    _check_replaceable(path)
-    rename_durably(temporary, path)
-
-
 def _check_replaceable(path: Path) -> None:
-    """Raise `OSError` where something is there that is neither a regular file nor a link."""
+    """Raise `OSError` if something is there that is neither a regular file nor a link."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):

@@ -1,4 +1,4 @@
-"""All that is asked of a GPU's runtime: which GPUs there are, their memory, streams and waits.
+"""Asks a GPU's runtime for the GPUs, their memory, streams and waits.
 
 Torch has a module for each kind of device, with the same functions: `torch.cuda` for GPUs of NVIDIA
 and AMD. No other module names it, so that the suite can run all code for GPUs on another kind.
@@ -23,13 +23,13 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def count() -> int:
-    """Return how many GPUs torch sees; 0 where it can use none."""
+    """Return the number of GPUs that torch sees and can use."""
     runtime = _runtime()
     return int(runtime.device_count()) if runtime.is_available() else 0
 
 
 def use(device: torch.device) -> None:
-    """Make the GPU the current one of this thread: torch's default for all that names no index."""
+    """Make the GPU the current one of this thread, torch's default for calls without an index."""
     _runtime().set_device(device)
 
 
@@ -61,26 +61,26 @@ def release_unused(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Return when a GPU has done all it was told to do; other devices always have."""
+    """Wait until a GPU has done all its work. Other devices are done always."""
     if is_gpu(device):
         _runtime().synchronize(device)
 
 
 def streams(device: torch.device) -> Any:
-    """Return torch's module with the streams and events of a device, which do nothing on a CPU."""
+    """Return torch's module of a device's streams and events, which do nothing on a CPU."""
     return torch.get_device_module(device)
 
 
 def page_lock(block: torch.Tensor, device: torch.device) -> None:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
-    `torch.empty(pin_memory=True)` would round 24 GB up to 32. Where the system refuses (WSL2 limits
+    `torch.empty(pin_memory=True)` would round 24 GB up to 32. If the system refuses (WSL2 limits
     it), the tensor stays as it is, and copies are slower but right. The pages are unpinned when the
     tensor object is deleted.
     """
     runtime, address = _runtime().cudart(), block.data_ptr()
     if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
-        # CUDA reports the refusal once more, at this thread's next kernel: let it be this one.
+        # CUDA reports the refusal once more, at this thread's next kernel, which is this one.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
         return
@@ -91,7 +91,7 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return tensors of one device on the CPU. A GPU is waited for once, not once for each.
 
-    Those with the widest numbers come first, because each begins where the one before it ends.
+    The tensors with the widest numbers come first, because each begins where another ends.
     """
     if not is_gpu(tensors[0].device):
         return list(tensors)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: this module decides when a signal takes effect.
+"""Ctrl-C, SIGTERM and SIGHUP, and the moment at which each takes effect.
 
 A process goes through three states:
 
@@ -7,7 +7,8 @@ A process goes through three states:
   while a large library is loaded.
 - Ordinary code. A signal raises `KeyboardInterrupt` or `SystemExit(128 + number)`.
 - Code in `deferred`, whose bookkeeping must not be interrupted between two lines. A signal is
-  stored. `check` raises its exception where nothing is half done, and so does the block's end.
+  stored. `check`, called when nothing is half done, raises its exception, and so does the block's
+  end.
 
 SIGTERM and SIGHUP end the process within a second, except while something is being saved, or native
 code runs longer.
@@ -23,24 +24,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _SIGNALS = (signal.SIGINT, *_ENDING)
-_PATIENCE = 0.3  # seconds that the first Ctrl-C waits for the end of an answer
-_GRACE = 0.7  # seconds until a process that must end is ended
-_AGAIN = 0.01  # seconds until an exception that was swallowed is raised again
+_CTRL_C_TIMEOUT_S = 0.3  # until a first Ctrl-C that did not end the answer raises
+_END_TIMEOUT_S = 0.7  # until a process that must end is ended by force
+_RAISE_AGAIN_S = 0.01  # until an exception that was swallowed is raised again
 _MAIN = threading.main_thread().ident
 
 _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
 
 
-class _State:
-    """The state of the main thread; there is one, as there is one handler of each signal."""
+class _SignalState:
+    """The state of the main thread, which alone gets signals."""
 
-    deferred = 0  # how many `deferred` blocks it is in
-    saving = 0  # how many `saving` blocks it is in
+    deferred = 0  # the number of `deferred` blocks around it
+    saving = 0  # the number of `saving` blocks around it
     pending: int | None = None  # a signal that came in a `deferred` block
     ending: int | None = None  # the signal that ends the process
     swallowed = False  # whether the exception of `ending` was swallowed
@@ -49,17 +50,17 @@ class _State:
     terminal: list[Any] | None = None  # its attributes at the beginning
 
 
-_state = _State()
+_state = _SignalState()
 
 
 def use_defaults() -> None:
-    """Let a signal end the process at once. One that is ignored, as after `nohup`, stays so."""
+    """Let a signal end the process at once, unless it is ignored, as after `nohup`."""
     for number in _handled():
         signal.signal(number, signal.SIG_DFL)
 
 
 def install() -> None:
-    """Install our handlers. A signal that is ignored, as after `nohup`, stays so."""
+    """Install our handlers, except for a signal that is ignored, as after `nohup`."""
     _state.terminal = _terminal_attributes()
     if not isinstance(sys.unraisablehook, _RaiseAgain):
         sys.unraisablehook = _RaiseAgain(sys.unraisablehook)
@@ -69,7 +70,7 @@ def install() -> None:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Let a signal end the process at once in this block: for large imports, with nothing open."""
+    """Let a signal end the process at once in this block, which imports and opens nothing."""
     if not _is_main():
         yield
         return
@@ -85,14 +86,14 @@ def starting() -> Iterator[None]:
 def deferred() -> _Deferred:
     """Defer signals until the end of this block, or until `check` is called in it.
 
-    It does nothing in other threads than the main one, since they get no signals.
+    Only the main thread gets signals, and in other threads nothing is done.
     """
     return _Deferred()
 
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Do not end the process by force in this block; a signal still raises its exception."""
+    """Do not end the process by force in this block. A signal still raises its exception."""
     _state.saving += 1
     try:
         yield
@@ -101,7 +102,7 @@ def saving() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise the exception of a deferred signal. Call it only where nothing is half done."""
+    """Raise the exception of a deferred signal. Call it only when nothing is half done."""
     if _state.pending is not None and _is_main():
         number, _state.pending = _state.pending, None
         raise _exception(number)
@@ -118,7 +119,7 @@ def stopping(stop: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
-        _state.stop = None  # first of all: a signal that comes now is not for this answer
+        _state.stop = None  # first, because a signal that comes now is not for this answer
         _give_back(before)
 
 
@@ -137,12 +138,7 @@ class _Deferred:
             self._before = _take_ctrl_c()
             _state.deferred += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._main:
             return
         _state.deferred -= 1
@@ -162,7 +158,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif _state.ending is None:
         _state.ending = number
         _in_thread(_end_in_time)
-    elif not _state.swallowed:  # once is enough: a chat may just be saved
+    elif not _state.swallowed:  # once is enough, since a chat may just be saved
         return
     _state.swallowed = False
     if _state.pending not in _ENDING:
@@ -178,21 +174,21 @@ def _stop_answer() -> bool:
         return overdue is not _state.stop  # that answer has ended meanwhile
     if _state.stop is None or not _state.stop():
         return False
-    _in_thread(_lose_patience, _state.stop)
+    _in_thread(_repeat_ctrl_c, _state.stop)
     return True
 
 
-def _lose_patience(stop: Callable[[], bool]) -> None:
-    """Send Ctrl-C again where the answer that `stop` should end still runs."""
-    time.sleep(_PATIENCE)
+def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
+    """Send Ctrl-C again if the answer that `stop` should end still runs."""
+    time.sleep(_CTRL_C_TIMEOUT_S)
     if _state.stop is stop and _MAIN is not None:
         _state.overdue = stop
         signal.pthread_kill(_MAIN, signal.SIGINT)
 
 
 def _end_in_time() -> None:
-    """End the process where the main thread is stuck, or has lost the exception."""
-    time.sleep(_GRACE)
+    """End the process if the main thread is stuck, or has lost the exception."""
+    time.sleep(_END_TIMEOUT_S)
     while _state.saving:
         time.sleep(0.01)
     _restore_terminal()
@@ -202,7 +198,7 @@ def _end_in_time() -> None:
 class _RaiseAgain:
     """A hook for exceptions that were swallowed, as by a callback of the import system.
 
-    One of ours is raised again, a little later and elsewhere; `others` gets all other exceptions.
+    One of ours is raised again a little later. `others` gets all other exceptions.
     """
 
     def __init__(self, others: Callable[[Any], object]) -> None:
@@ -219,13 +215,13 @@ class _RaiseAgain:
 
 
 def _send_again(number: int) -> None:
-    time.sleep(_AGAIN)
+    time.sleep(_RAISE_AGAIN_S)
     if _MAIN is not None:
         signal.pthread_kill(_MAIN, number)
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
-    # Not `threading.Thread`: the handler may run while the main thread holds that module's locks.
+    # `threading.Thread` could wait for a lock that the main thread holds while the handler runs.
     with suppress(RuntimeError):  # the limit of threads is reached
         _thread.start_new_thread(work, arguments)
 
@@ -267,7 +263,7 @@ def _terminal_attributes() -> list[Any] | None:
 
 
 def _restore_terminal() -> None:
-    """Restore the terminal that an answer or a bar has changed, since the process ends by force."""
+    """Restore the terminal, which an answer or a bar has changed."""
     if _state.terminal is None:
         return
     import termios

@@ -1,4 +1,4 @@
-"""This machine's processor, memory and disk, and how much of them is free."""
+"""This machine's processor, memory and disk, and their free share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, by its affinity and its quota of CPU time."""
+    """Return the cores that this process may use, by its affinity and its quota of CPU time."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -45,14 +45,14 @@ class OtherPrograms:
         self._start = _times()
 
     def share(self) -> float:
-        """Return their part of the cores' time so far, 0 to 1; 0 where the system has no counts."""
+        """Return their share of the cores' time so far, 0 to 1; 0 if the system has no counts."""
         taken, idle, own = (now - before for now, before in zip(_times(), self._start, strict=True))
         whole = taken + idle
         return max(taken - own, 0.0) / whole if whole > 0 else 0.0
 
 
 def _times() -> tuple[float, float, float]:
-    """Return the seconds in which the cores worked, in which they did not, and for this process."""
+    """Return the seconds in which the cores worked, were idle, and worked for this process."""
     import psutil
 
     try:
@@ -82,8 +82,8 @@ def free_memory() -> int:
 def return_freed_memory() -> None:
     """Return memory to the system that the C library keeps after it was freed.
 
-    glibc keeps what was freed between blocks that are still in use: hundreds of megabytes after a
-    model. Other libraries have no such function.
+    After a model, glibc keeps hundreds of megabytes between blocks that are still in use. Other
+    libraries have no such function.
     """
     import ctypes
 
@@ -92,9 +92,10 @@ def return_freed_memory() -> None:
 
 
 def tightest_memory_limit() -> str | None:
-    """Return the name of the limit that leaves the least memory; None where the machine does.
+    """Return the limit that leaves the least memory, a "control group" or a `ulimit`.
 
-    It is "control group", which a container, systemd or a batch system sets, or a `ulimit`.
+    None if the machine itself leaves less. A container, systemd or a batch system sets a control
+    group.
     """
     free = _free_by_limit()
     tightest = min(free, key=free.__getitem__)
@@ -133,7 +134,7 @@ def nearest_existing(directory: Path) -> Path:
 
 
 def free_disk(directory: Path) -> int:
-    """Return how many bytes can be written below `directory`, which need not exist yet."""
+    """Return the bytes that can be written in `directory`, which need not exist yet."""
     return shutil.disk_usage(nearest_existing(directory)).free
 
 
@@ -143,7 +144,7 @@ def same_disk(one: Path, other: Path) -> bool:
 
 
 def disk_usage(path: Path) -> int:
-    """Return the bytes that a file, or all files in a directory, use; holes and links use none."""
+    """Return the bytes that a file, or all files in a directory, use. Holes and links use none."""
     if path.is_symlink() or not path.exists():
         return 0
     if path.is_file():

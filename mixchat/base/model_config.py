@@ -27,8 +27,8 @@ _POSITIVE_INTS = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-_MAX_EXPERTS = 100_000  # in all layers: beyond any model, and still quick to list
-# The values of transformers' MixtralConfig where a config.json says nothing.
+_MAX_EXPERTS = 100_000  # in all layers, more than any model has, and still quick to list
+# The values of transformers' MixtralConfig for keys that a config.json lacks.
 _DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -56,7 +56,7 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Read the keys of a config.json.
 
-        Raises `CheckpointError` where it is not a Mixtral, or a value is missing or impossible.
+        Raises `CheckpointError` if it is not a Mixtral, or a value is missing or impossible.
         """
         kind = raw.get("model_type")
         if kind != "mixtral":
@@ -90,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        """Read a config.json. Raises `CheckpointError` where it cannot be read, or is wrong."""
+        """Read a config.json. Raises `CheckpointError` if it cannot be read, or is wrong."""
         return cls.from_dict(read_json_object(path))
 
     def _check(self) -> None:
@@ -126,7 +126,7 @@ class Context:
     def of(cls, config: ModelConfig, tokens: int | None) -> Context:
         """Return a context of `tokens`, or of the default size for None.
 
-        Raises `UsageError` where the model cannot do that many.
+        Raises `UsageError` if the model cannot do that many.
         """
         largest = config.max_position_embeddings
         if tokens is None:
@@ -137,16 +137,16 @@ class Context:
 
     @property
     def usual_answer(self) -> int:
-        """Return how many tokens an answer may have where nobody says: some models never end."""
+        """Return the default length of an answer in tokens, since some models never end."""
         return self.tokens // _USUAL
 
     @property
     def longest_text(self) -> int:
-        """Return how many bytes a text may have; a longer one need not be read to its end."""
+        """Return the bytes that a text may have. A longer one need not be read to its end."""
         return self.tokens * BYTES_PER_TOKEN
 
     def check_text(self, text: str, name: str) -> None:
-        """Raise `PromptTooLongError` where a text cannot fit; its tokens would show it later."""
+        """Raise `PromptTooLongError` if a text cannot fit, before it is turned into tokens."""
         if len(text) > self.longest_text:
             raise self.text_too_long(name)
 
@@ -167,13 +167,13 @@ class Context:
 
 
 UNKNOWN_CONTEXT = Context(2**20, 2**20)
-"""In place of a context whose size is not known: no model is known to have a larger one."""
+"""A context of unknown size. No model is known to have a larger one."""
 
 
 def checkpoint_dtype(directory: Path) -> str | None:
     """Return the type of the checkpoint's weights in config.json ("float16"); None without one.
 
-    Raises `CheckpointError` where the file cannot be read.
+    Raises `CheckpointError` if the file cannot be read.
     """
     raw = read_json_object(directory / "config.json")
     value = raw.get("dtype", raw.get("torch_dtype"))
@@ -183,7 +183,7 @@ def checkpoint_dtype(directory: Path) -> str | None:
 def advised_sampling(directory: Path) -> dict[str, float]:
     """Return the sampling that generation_config.json recommends, by the names of mixchat's flags.
 
-    Empty where it recommends nothing. Raises `CheckpointError` where the file is not JSON.
+    Raises `CheckpointError` if the file is not JSON.
     """
     raw = _generation_config(directory)
     values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
@@ -197,10 +197,10 @@ def advised_sampling(directory: Path) -> dict[str, float]:
 
 
 def advised_length(directory: Path) -> int | None:
-    """Return the tokens of the longest answer by generation_config.json; None where it sets none.
+    """Return the tokens of the longest answer by generation_config.json; None if it sets none.
 
-    `max_length`, which includes the prompt, counts where `max_new_tokens` is missing. Raises
-    `CheckpointError` where the file is not JSON.
+    `max_length`, which includes the prompt, counts if `max_new_tokens` is missing. Raises
+    `CheckpointError` if the file is not JSON.
     """
     raw = _generation_config(directory)
     named = (raw.get(name) for name in ("max_new_tokens", "max_length"))
@@ -234,7 +234,7 @@ def _flag(values: dict[str, Any], key: str) -> bool:
 
 
 def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings of the rotary embedding under `key`; only the plain kind is supported."""
+    """Return the settings of a plain rotary embedding under `key`. Others are not supported."""
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")

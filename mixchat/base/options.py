@@ -23,7 +23,7 @@ _ADDRESS = re.compile(
 
 
 class DenseBits(NamedTuple):
-    """The bits of a weight of attention and of head, 16, 8 or 4; None: not requested."""
+    """The bits of a weight of attention and of head, 16, 8 or 4, or None if not requested."""
 
     attention: int | None = None
     head: int | None = None
@@ -33,9 +33,9 @@ class DenseBits(NamedTuple):
 class SamplingOptions:
     """The options of the sampler.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
-    filter off; `seed` None draws one. `presence_penalty` is taken off the logit of each token that
-    the answer has, `frequency_penalty` once for each time; `logit_bias` is added, by token.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
+    filter off. `seed` None draws a seed. `presence_penalty` is taken off the logit of each token
+    that the answer has, `frequency_penalty` once for each time. `logit_bias` is added, by token.
     """
 
     temperature: float = 0.7
@@ -51,9 +51,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class RequestedSampling:
-    """The options of sampling that a server is asked for, as above; None leaves one to the server.
+    """The options of sampling that a server is asked for, as above. None is not sent.
 
-    Only what was given is sent: many servers refuse an option that they do not have.
+    Many servers refuse an option that they do not have.
     """
 
     temperature: float | None = None
@@ -66,16 +66,20 @@ class RequestedSampling:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options of loading a model. None chooses from what the machine has.
+    """The options of loading a model. None chooses by the machine.
 
-    host_memory: RAM for experts; device_memory: all that may be taken on a GPU, one amount for all
-    of them or one for each; context_size: in tokens; kv_bits: bits of a number in the KV cache,
-    None for those of the model's own dtype; exact_prompts: compute batch-invariantly, so that a
-    prompt's tokens get the same bits as decoded ones; parallel: the conversations at once, each
-    with a KV cache of this context; speculation: verify several tokens in one
-    pass where text is repeated; device: torch's name, or several with commas
-    between them; cache_policy: a key of `experts.policies.POLICIES`; trace: a file that gets the
-    routing; workers: their addresses, HOST[:PORT]; key_file: the file of their key.
+    - host_memory: RAM for experts
+    - device_memory: memory to take on a GPU, one amount for all GPUs or one for each
+    - context_size: in tokens
+    - kv_bits: bits of a number in the KV cache, None for the model's dtype
+    - exact_prompts: compute batch-invariantly, so that a prompt's tokens get the bits of decode
+    - parallel: the conversations at once, each with a KV cache of this context
+    - speculation: verify several tokens in one pass if text is repeated
+    - device: torch's name, or several with commas between them
+    - cache_policy: a key of `experts.policies.POLICIES`
+    - trace: a file that gets the routing
+    - workers: their addresses, HOST[:PORT]
+    - key_file: the file of the workers' key
     """
 
     host_memory: MemoryBudget | None = None
@@ -93,7 +97,7 @@ class LoadOptions:
 
 
 def device_names(text: str) -> list[str]:
-    """Return the names in a list of devices. Raises `UsageError` where they do not go together."""
+    """Return the names in a list of devices. Raises `UsageError` if they do not go together."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if names.count(name) > 1:
@@ -115,7 +119,7 @@ class NetworkAddress:
 
     @classmethod
     def parse(cls, text: str, *, any_port: bool = False) -> NetworkAddress:
-        """Read `HOST`, `HOST:PORT` or `[IPV6]:PORT`; without a port it is `WORKER_PORT`.
+        """Read `HOST`, `HOST:PORT` or `[IPV6]:PORT`. The default port is `WORKER_PORT`.
 
         With `any_port` the port may be 0. Raises `UsageError` on anything else.
         """

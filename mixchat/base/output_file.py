@@ -1,8 +1,8 @@
-"""Files that a person names for output: a mistyped name must not overwrite another file.
+"""Files that a person names for output. A mistyped name must not overwrite another file.
 
-One rule for every flag: an existing file is replaced only where the same flag wrote it, which its
-first bytes show, or where it is empty. A link that a person names is followed. A pipe, or a device
-such as /dev/null or /dev/stdout, is written to where a stream is enough.
+An existing file is replaced only if the same flag wrote it, which its first bytes show, or if it is
+empty. A link that a person names is followed. A pipe, or a device such as /dev/null or /dev/stdout,
+is written to if a stream is enough.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import BinaryIO
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL, open_regular
 
-_HEAD = 4096  # bytes of a file that show which flag wrote it
+_HEAD_BYTES = 4096  # of a file, which show the flag that wrote it
 
 
 def _never(head: bytes) -> bool:
-    """Return False for every file: nothing is replaced, since a person may have edited it."""
+    """Return False for every file, since a person may have edited it."""
     return False
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """An output file that `flag` names; `ours` tells by its first bytes whether the flag wrote it.
+    """An output file that `flag` names. `ours` tells by its first bytes whether the flag wrote it.
 
-    With `streams` a pipe or a device can be used, too; without, the file is replaced as a whole.
-    Raises `UsageError`, with a hint, where the path cannot be used.
+    With `streams` a pipe or a device can be used, too. Without, the file is replaced as a whole.
+    Raises `UsageError`, with a hint, if the path cannot be used.
     """
 
     flag: str
@@ -52,7 +52,7 @@ class OutputFile:
         return self
 
     def write(self, data: bytes) -> None:
-        """Write all of `data`, or leave no file. Raises `ResourceError` where the disk is full."""
+        """Write all of `data`, or leave no file. Raises `ResourceError` if the disk is full."""
         with self.open() as file:
             self.write_first(file, data)
 
@@ -77,7 +77,7 @@ class OutputFile:
             raise self.write_error(error) from None
 
     def write_error(self, error: OSError) -> MixchatError:
-        """Return the error where the system refuses to write."""
+        """Return the error if the system refuses to write."""
         kind = ResourceError if error.errno in DISK_FULL else UsageError
         return kind(f"{self}: cannot be written ({error.strerror})")
 
@@ -90,7 +90,7 @@ class OutputFile:
         return f"{self.flag} {self.path}"
 
     def _mode(self) -> int | None:
-        """Return the mode of the file, links followed; None where there is none."""
+        """Return the mode of the file, links followed; None if there is none."""
         try:
             return os.stat(self.path).st_mode
         except FileNotFoundError:
@@ -107,7 +107,7 @@ class OutputFile:
         if not stat.S_ISREG(mode):
             return self.streams and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode))
         with open(open_regular(self.path), "rb") as file:
-            return self._is_ours(file.read(_HEAD))
+            return self._is_ours(file.read(_HEAD_BYTES))
 
     def _is_ours(self, head: bytes) -> bool:
         return not head or self.ours(head)
@@ -128,7 +128,7 @@ class OutputFile:
         new = os.O_CREAT | os.O_EXCL if mode is None else 0  # not what another process creates now
         descriptor = open_regular(self.place, os.O_RDWR | new, follow=False)
         try:
-            if not self._is_ours(os.pread(descriptor, _HEAD, 0)):
+            if not self._is_ours(os.pread(descriptor, _HEAD_BYTES, 0)):
                 raise self._taken()
             os.ftruncate(descriptor, 0)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Long work: its progress, reported to whatever shows it, and work in a background thread."""
+"""Long work, its progress, and work in a background thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Task(Protocol):
         """Move the bar by `amount` bytes."""
 
     def close(self) -> None:
-        """Remove the bar; closing it again does nothing."""
+        """Remove the bar. Closing it again does nothing."""
 
 
 class Progress(Protocol):
@@ -29,7 +29,7 @@ class Progress(Protocol):
         """Return a new bar named `what`, full at `total` bytes, of which `done` are done."""
 
     def note(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a line."""
 
 
 @contextmanager

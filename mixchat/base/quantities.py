@@ -15,7 +15,7 @@ _FEWEST = 10_000  # bytes that can be meant without a unit
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """An amount of memory: `300MB` is `size` bytes, `50%` is `fraction` of some whole."""
+    """An amount of memory, `size` bytes (300MB) or a `fraction` of some whole (50%)."""
 
     size: int | None = None
     fraction: float | None = None
@@ -53,7 +53,7 @@ class MemoryBudget:
         return str(self.size) if self.fraction is None else f"{100 * self.fraction:.6g}%"
 
     def of(self, whole: int) -> int:
-        """Return the budget in bytes; a fraction is taken of `whole` bytes."""
+        """Return the budget in bytes. A fraction is taken of `whole` bytes."""
         return int(self.fraction * whole) if self.fraction is not None else self.size or 0
 
 
@@ -85,7 +85,7 @@ def format_least(size: int) -> str:
 
 
 def format_size(size: int) -> str:
-    """Return `93405585408` bytes as `93.4 GB`: three digits, decimal units."""
+    """Return `93405585408` bytes as `93.4 GB`, with three digits and decimal units."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             value = size / factor
@@ -94,13 +94,13 @@ def format_size(size: int) -> str:
 
 
 def format_rates(low: float, high: float) -> str:
-    """Return `0.617` and `0.912` as `0.62 to 0.91`: two digits, one figure for equal ones."""
+    """Return `0.617` and `0.912` as `0.62 to 0.91`, with two digits, and equal rates as one."""
     texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
     return " to ".join(dict.fromkeys(texts))
 
 
 def format_times(low: float, high: float) -> str:
-    """Return `8.31` and `11.9` as `8 to 12 s`: two digits, one figure for equal ones."""
+    """Return `8.31` and `11.9` as `8 to 12 s`, with two digits, and equal times as one."""
     if high >= 59.5:
         return " to ".join(dict.fromkeys(map(format_time, (low, high))))
     texts = [f"{time:.0f}" if time >= 9.95 else f"{time:.2g}" for time in (low, high)]
@@ -108,7 +108,7 @@ def format_times(low: float, high: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Return `7200` as `2 hours ago`; less than a minute, or a time in the future, is `now`."""
+    """Return `7200` as `2 hours ago`. Less than a minute, or a time in the future, is `now`."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         count = int(seconds // length)
         if count >= 1:
@@ -117,7 +117,7 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Return `95` as `2 min`: seconds below a minute, minutes below two hours, else both."""
+    """Return `95` as `2 min`, in seconds below a minute, minutes below two hours, else both."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

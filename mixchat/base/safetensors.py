@@ -81,7 +81,7 @@ class Header:
 
     @property
     def beginning(self) -> bytes:
-        """Return the file's bytes before those of the tensors."""
+        """Return the file's bytes before the tensors."""
         return len(self._text).to_bytes(8, "little") + self._text
 
     @property
@@ -334,7 +334,7 @@ def wrong_tensors(
 
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:
-    """Return a file's bytes before those of these tensors, padded to a multiple of 4096."""
+    """Return a file's bytes before these tensors, padded to a multiple of 4096."""
     entries, end = {}, 0
     for spec in specs:
         entries[spec.name] = {

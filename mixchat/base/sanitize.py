@@ -1,4 +1,4 @@
-"""Removes from untrusted text what acts on a terminal: cursor moves, titles, bidi controls."""
+"""Removes cursor moves, titles and bidi controls, which act on a terminal, from untrusted text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _SURROGATES = range(0xD800, 0xE000)
 
 VISIBLE = dict.fromkeys(_BIDI, "\ufffd")
-"""For `str.translate`: replaces bidi controls where they must not be dropped."""
+"""For `str.translate`, which replaces bidi controls that must not be dropped."""
 
 _DROPPED = dict.fromkeys([*_C0, *_DEL_AND_C1, *_BIDI, *_SURROGATES])
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from mixchat.base.errors import UsageError
 
-_LONGEST_CONFIG = 10**6  # bytes
+_CONFIG_BYTES_MAX = 10**6
 
 
 def data_dir() -> Path:
-    """Return the directory of mixchat's data: `MIXCHAT_HOME`, else the system's own."""
+    """Return the directory of mixchat's data, `MIXCHAT_HOME` or the system's own."""
     if home := os.environ.get("MIXCHAT_HOME"):
         return Path(home).expanduser().absolute()
     import platformdirs
@@ -23,12 +23,12 @@ def data_dir() -> Path:
 
 
 def models_dir() -> Path:
-    """Return the directory in which each model has one of its own."""
+    """Return the directory with a directory for each model."""
     return data_dir() / "models"
 
 
 def config_file() -> Path:
-    """Return the file of settings: `MIXCHAT_CONFIG`, else config.toml in the system's place."""
+    """Return the file of settings, `MIXCHAT_CONFIG` or config.toml in the system's place."""
     if name := os.environ.get("MIXCHAT_CONFIG"):
         return Path(name).expanduser().absolute()
     import platformdirs
@@ -37,20 +37,20 @@ def config_file() -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings of a file; none where it is missing, unless `MIXCHAT_CONFIG` names it.
+    """Return the settings of a file, none if it is missing unless `MIXCHAT_CONFIG` names it.
 
-    Raises `UsageError` where it cannot be read, or is not TOML.
+    Raises `UsageError` if it cannot be read, or is not TOML.
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(_LONGEST_CONFIG + 1)
+            data = file.read(_CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         if os.environ.get("MIXCHAT_CONFIG"):
             raise UsageError(f"{path}: there is no such file (MIXCHAT_CONFIG names it)") from None
         return {}
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in its name
         raise UsageError(f"{path}: cannot be read ({_reason(error)})") from None
-    if len(data) > _LONGEST_CONFIG:
+    if len(data) > _CONFIG_BYTES_MAX:
         raise UsageError(f"{path}: too large for a file of settings")
     return _parse_config(path, data)
 

@@ -62,7 +62,7 @@ class ModelRef:
 
     @property
     def source_repo(self) -> str | None:
-        """Return the `repo` of its `Source`; None if only its journal names it."""
+        """Return the `repo` of its `Source`, or None if only its journal names it."""
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
     def find_source(self, unfinished: Source | None, revision: str | None = None) -> Source:

@@ -47,7 +47,7 @@ from mixchat.weights.format.manifest import Source, is_installed, read_manifest
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.upcycle import upcycle
 
 WINDOW = 512  # tokens

@@ -156,8 +156,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import Build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.checkpoint import CheckpointReader
-    from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+    from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
     checkpoint = DirectoryCheckpoint(copy, Source(str(copy)))
     blueprint = make_blueprint(checkpoint.index, QuantizeOptions())

@@ -159,7 +159,7 @@ def make_model(work: Path) -> Path:
     from mixchat.weights.format.manifest import Source
     from mixchat.weights.make.build import Build
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-    from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+    from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
     opened = DirectoryCheckpoint(checkpoint, Source("test"))

@@ -13,7 +13,7 @@ from mixchat.base.lock import exclusive_lock
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix import linear
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
 WHOLE_BLOCKS = {"intermediate_size": 128}

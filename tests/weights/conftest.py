@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from weight_tools import Making, files_of, quantize, shard
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make import build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 
 @pytest.fixture
@@ -83,3 +84,9 @@ def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
     build.Build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target
+
+
+@pytest.fixture
+def installed(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made` that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "installed"))

@@ -19,7 +19,7 @@ from mixchat.weights.make.download import DownloadRequest, download
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import resolve
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 Place = Callable[[str], int]
 

@@ -93,12 +93,12 @@ def convert(
     progress: Progress,
     calibrator: Calibrator | None = None,
 ) -> bool:
-    """Convert an installed model to the `target` of `find_target`; False if it is so already.
+    """Convert an installed model to the `target` of `find_target`.
 
-    `calibrator` makes experts anew. Files that an interrupted conversion has replaced are not
-    converted again. Raises `CheckpointError` if a file is not what the manifest says,
-    `ResourceError` if the disk has no room for one file more. After a failure the model can be
-    used, and the next call converts the rest.
+    Return False if it is so already. `calibrator` makes experts anew. Files that an interrupted
+    conversion has replaced are not converted again. Raises `CheckpointError` if a file is not what
+    the manifest says, `ResourceError` if the disk has no room for one file more. After a failure
+    the model can be used, and the next call converts the rest.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)
@@ -126,7 +126,7 @@ class _Converter:
         self._files = _files_that_change(self._old, self._new, self._remade)
 
     def run(self) -> bool:
-        """Convert the files that change; return whether there was anything to do."""
+        """Convert the files that change, and return whether there are any."""
         if not self._files:
             return self._rename_quantization()
         self._check_disk()
@@ -178,7 +178,7 @@ class _Converter:
         return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
     def _rewrite(self, name: str, path: Path, task: Task) -> dict[str, str]:
-        """Write a converted file; return the SHA-256 in hex of each of its tensors."""
+        """Write a converted file, and return the SHA-256 in hex of each of its tensors."""
         digests: dict[str, str] = {}
         with (
             SafetensorsFile(self._directory / name) as file,

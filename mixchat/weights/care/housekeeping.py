@@ -96,7 +96,7 @@ def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
 
 
 def _targets() -> list[Path]:
-    """Return the directories of models, and those of which only a lock is left."""
+    """Return the directories of models, also those with only a lock left."""
     try:
         entries = sorted(models_dir().iterdir())
     except OSError:

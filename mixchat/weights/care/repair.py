@@ -47,7 +47,7 @@ class Damage:
 
 
 def verify(directory: Path, progress: Progress) -> list[Damage]:
-    """Read every byte of an installed model; return everything that differs from the manifest.
+    """Read every byte of an installed model, and return all that differs from the manifest.
 
     Raises `CheckpointError` if neither the manifest nor its copy can be read, since then there is
     nothing to compare with.
@@ -105,7 +105,7 @@ def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterato
 
 
 def _damages_of(descriptor: int, name: str, header: Header, task: Task) -> Iterator[Damage]:
-    """Yield the damages of an open file, except those of its tensors."""
+    """Yield the damages of an open file, but not of its tensors."""
     if os.fstat(descriptor).st_size != header.size:
         yield Damage(name, SIZE)
     beginning = header.beginning

@@ -1,4 +1,4 @@
-"""The tensors of an installed model: their names, types and shapes, by file.
+"""The tensors of an installed model by file, with their names, types and shapes.
 
 An installed model is `shared.safetensors` (all that every token needs) and, for each layer, one
 `experts-LLL.safetensors`. Some of Mixtral's matrices are stored fused, because one large
@@ -41,7 +41,7 @@ def experts_file(layer: int) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The types of the matrices; `dtype` is the type of all other tensors.
+    """The types of the matrices. `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
     in 4 bits. `scales` says how the scales of the experts are chosen, and those in 4 bits of
@@ -189,7 +189,7 @@ class Blueprint:
 
     @property
     def head(self) -> LinearSpec | None:
-        """Return the output head; None if it is the embedding (tied, not quantized)."""
+        """Return the output head, or None if it is the embedding (tied, not quantized)."""
         if self.config.tie_word_embeddings and self.quantization.head == "none":
             return None
         config = self.config

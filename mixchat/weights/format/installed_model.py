@@ -17,7 +17,7 @@ from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manife
 from mixchat.weights.format.model_files import check_files, path_of
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
-Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content; None if it is missing
+Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content, None if it is missing
 
 
 def _stamp(path: Path) -> Stamp:
@@ -115,7 +115,7 @@ class InstalledModel:
     ) -> None:
         """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
 
-        An expert has `stride` bytes. With `direct`, the read goes past the page cache; then
+        An expert has `stride` bytes. With `direct`, the read goes past the page cache. Then
         `begin`, the block's address and its length have to be multiples of 4096.
         """
         start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin

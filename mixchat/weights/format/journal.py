@@ -40,7 +40,7 @@ class Journal:
 
     @property
     def source(self) -> Source | None:
-        """Return the source of the unfinished model; None if the journal does not say it."""
+        """Return the source of the unfinished model, or None if the journal does not say it."""
         try:
             source = Source(**(self.head or {})["source"])
         except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The manifest of an installed model, `mixchat.json`, written last: it marks a finished model.
+"""The manifest of an installed model, `mixchat.json`, written last to mark a finished model.
 
 {"format": 4,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
@@ -256,7 +256,7 @@ def _dumped(document: dict[str, Any]) -> bytes:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """Return the SHA-256 of a document's canonical form: keys sorted, no spaces."""
+    """Return the SHA-256 of a document with sorted keys and no spaces."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -52,7 +52,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 
 def replace_file(directory: Path, manifest: Manifest, name: str, written: Path) -> None:
-    """Replace a file of weights by `written`; `manifest` has the new record."""
+    """Replace a file of weights by `written`, of which `manifest` has the record."""
     new = new_path(directory, manifest, name)
     rename_durably(written, new)
     write_manifest(directory, manifest)

@@ -38,7 +38,7 @@ from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import COMPANION_FILES
 
-_CHECKPOINT = "checkpoint"  # in the journal: the tensors that were read of it
+_CHECKPOINT = "checkpoint"  # the tensors that were read of it, in the journal
 _SAVE_INTERVAL_S = 2.0
 _STOP_TIMEOUT_S = 0.3
 NO_PROGRESS = NoProgress()

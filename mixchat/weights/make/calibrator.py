@@ -1,9 +1,8 @@
-"""Calibration: the inputs of experts, recorded, and experts made anew for these inputs.
+"""Calibration records the inputs of experts, and makes experts anew for these inputs.
 
-The inputs are recorded while a model reads or writes text. Their directory has two files for each
-layer: `inputs-LLL`, the rows that its experts got, bf16 [N, D], and `selected-LLL`, the experts
-that the router chose for each, uint8 [N, K]. They have no header, because the model's config gives
-D and K.
+The inputs are recorded while a model reads or writes text. Each layer has two files. `inputs-LLL`
+has the rows that its experts got, bf16 [N, D], and `selected-LLL` the experts that the router chose
+for each, uint8 [N, K]. They have no header, because the model's config gives D and K.
 
 An expert learns from the rows of the tokens that chose it, and from a few of all tokens, because an
 expert that hardly any token chose must not be fitted to those alone. Each fifth window of the text
@@ -114,8 +113,8 @@ class ExpertInputs:
 class Calibrator:
     """Makes the parts of experts anew from the checkpoint. An expert's w2 comes after its w13.
 
-    reader: reads the checkpoint of which `check_checkpoint` has approved; window: the tokens that
-    were read or written in one piece.
+    `reader` reads the checkpoint that `check_checkpoint` has checked. `window` is the number of
+    tokens that were read or written in one piece.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Downloads a model: plans the download, checks that it fits, and builds or resumes it."""
+"""Downloads a model. Plans the download, checks that it fits, and builds or resumes it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def download(
 
 
 def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan | None:
-    """Return the plan of `download`; None if the model is installed. Fetches no weights."""
+    """Return the plan of `download`, or None if the model is installed. Fetches no weights."""
     if _find_installed(request):
         return None
     with _open_build(request, progress) as build:
@@ -131,7 +131,7 @@ def _discard_other_work(build: Build, progress: Progress) -> None:
 
 
 def _find_installed(request: DownloadRequest) -> Path | None:
-    """Return the model's directory if it is installed as requested; None if it is not installed.
+    """Return the model's directory if it is installed as requested, None if it is not installed.
 
     Raises `UsageError` if another model, or this one with other options, has its name.
     """
@@ -153,7 +153,7 @@ def _find_installed(request: DownloadRequest) -> Path | None:
 
 
 def _check_same(request: DownloadRequest, target: Path) -> None:
-    """Raise where the installed model is not the requested one, or is damaged."""
+    """Raise if the installed model is another than the requested one, or is damaged."""
     manifest = read_manifest(target)
     check_files(target, manifest)
     source, key, revision = manifest.source, request.ref.key, request.revision

@@ -1,4 +1,4 @@
-"""The plan of a download: the bytes, disk, memory and time that it will take."""
+"""The plan of a download, with the bytes, disk, memory and time that it takes."""
 
 from __future__ import annotations
 
@@ -167,10 +167,10 @@ def estimate_peak_disk(
     *,
     ahead: bool = True,
 ) -> int:
-    """Return the most bytes on disk during a build: model, spilled tensors and fetched shards.
+    """Return the most bytes on disk during a build, of model, spilled tensors and fetched shards.
 
-    `temporary` gives the bytes that a shard takes until it is released. Shards come in their order.
-    `ahead`: while one is quantized, the next one is fetched.
+    `temporary` gives the bytes that a shard takes until it is released. Shards come in their order,
+    with `ahead` one while the one before is quantized.
     """
     number_of = {shard: number for number, shard in enumerate(index.shards)}
     count = len(number_of)

@@ -54,9 +54,9 @@ _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
 class Outline:
     """A model's tensors, and the directory in which it is installed or will be.
 
-    disk: the needs of the download, none for an installed model; download: the plan of the
-    download, None for an installed model, or if only the hub knows it; arguments: of the
-    'mixchat download' that makes this model.
+    An installed model has no needs of `disk`. `download` is the plan of the download, None for an
+    installed model, or if only the hub knows it. `arguments` are for the 'mixchat download' that
+    makes this model.
     """
 
     name: str

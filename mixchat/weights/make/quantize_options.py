@@ -110,7 +110,7 @@ def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
-    """Return the model with experts in 3 bits; None if its checkpoint has them in 4 already."""
+    """Return the model with experts in 3 bits, or None if its checkpoint has them in 4 already."""
     stored = blueprint.quantization
     if stored.quant_type != "nf4" or stored.scales == "given":
         return None
@@ -118,14 +118,14 @@ def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
-    """Return the checkpoint's type ("fp16", "fp32") if it is rounded to bf16; None if not."""
+    """Return the checkpoint's type ("fp16", "fp32") if it is rounded to bf16."""
     if blueprint.quantization.dtype != torch.bfloat16 or index.dtypes <= {torch.bfloat16}:
         return None
     return "fp32" if torch.float32 in index.dtypes else "fp16"
 
 
 def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
-    """Return the type that holds all weights exactly; bf16 if fp16 is mixed with it."""
+    """Return the type that holds all weights exactly, or bf16 if fp16 is mixed with it."""
     if index.dtype == torch.float32:
         return torch.float32
     return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16

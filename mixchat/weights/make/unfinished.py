@@ -1,4 +1,4 @@
-"""The files of an unfinished model: spilled tensors, and the check of finished parts.
+"""The files of an unfinished model, with spilled tensors, and the check of finished parts.
 
 A tensor is spilled to disk if the part that needs it also needs a later shard.
 
@@ -58,7 +58,7 @@ class Spill:
     def write(
         self, shard: str, file: SafetensorsFile, names: list[str]
     ) -> tuple[str, dict[str, str]]:
-        """Copy tensors of `file`; return the copy's name and the SHA-256 in hex of each tensor."""
+        """Copy tensors of `file`, and return the copy's name and the SHA-256 of each tensor."""
         path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
         with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
             for name in names:

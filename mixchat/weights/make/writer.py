@@ -30,7 +30,7 @@ class ModelWriter:
         self._unnamed = False
 
     def write(self, part: ModelPart, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
-        """Write the tensors of a part; return the SHA-256 in hex of each, by name."""
+        """Write the tensors of a part, and return the SHA-256 in hex of each by name."""
         descriptor = self._open(part.file)
         header = self._headers[part.file]
         digests = {}

@@ -1,8 +1,8 @@
 """Checkpoints in a directory, on the hub, or built for the demo.
 
 - open_checkpoint.py: from a name and revision to an open checkpoint
-- checkpoint.py: all that checkpoints have in common
-- directory_checkpoint.py, hub_checkpoint.py, demo.py: the three of them
+- checkpoint.py: a checkpoint in a directory, and all that checkpoints have in common
+- hub_checkpoint.py, demo.py: checkpoints that are fetched or built
 - checkpoint_index.py: the files and tensors of a Hugging Face checkpoint
 - hub.py, hub_errors.py: looks up a checkpoint on the hub, and explains its errors
 - hub_request.py, transfer.py: bytes from the hub, resumed after an interruption

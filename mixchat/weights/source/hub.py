@@ -42,7 +42,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a commit on the hub: its size in bytes, and its SHA-256 if it is large (LFS).
+    """A file of a commit on the hub, with its size in bytes, and its SHA-256 if it is large (LFS).
 
     `git_sha1` is the hash by which git and huggingface_hub's cache name a small one.
     """
@@ -136,7 +136,7 @@ def fetch_small(file: RemoteFile) -> bytes:
 
 
 def cache_dir() -> Path:
-    """Return huggingface_hub's cache: `HF_HUB_CACHE`, or a directory below `HF_HOME`."""
+    """Return huggingface_hub's cache, `HF_HUB_CACHE` or a directory in `HF_HOME`."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

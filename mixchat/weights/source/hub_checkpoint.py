@@ -18,7 +18,7 @@ from mixchat.base.progress import Task
 from mixchat.base.safetensors import Header, SafetensorsFile
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
-from mixchat.weights.source.checkpoint import ShardReader, Stopped
+from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped
 from mixchat.weights.source.hub import HubListing, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.transfer import (
@@ -34,7 +34,7 @@ SOURCE_DIR = "source"
 _PROBE_S = 1.0  # to measure how fast the hub sends
 
 
-class HubCheckpoint:
+class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
     A shard is fetched to `source/` in `target` and removed when it is released. `close` removes the
@@ -66,7 +66,6 @@ class HubCheckpoint:
         return self._directory
 
     def close(self) -> None:
-        """Remove the small files, and the directories that nothing else is in."""
         for file in self._remote.small:
             (self._directory / file.path).unlink(missing_ok=True)
         with suppress(OSError):
@@ -147,7 +146,7 @@ class HubCheckpoint:
         return file.blob if self.cache else self._directory / file.path
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
-        """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache's layout asks; return it.
+        """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache has it, and return it.
 
         If something else has that name already it stays, and the blob is returned.
         """

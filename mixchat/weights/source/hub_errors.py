@@ -23,7 +23,7 @@ _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 
 
 def endpoint() -> str:
-    """Return the hub's address: `HF_ENDPOINT`, or its usual one. Raises `UsageError` if invalid.
+    """Return the hub's address, `HF_ENDPOINT` or its usual one. Raises `UsageError` if invalid.
 
     It is read at each call, because huggingface_hub reads it once, at import.
     """

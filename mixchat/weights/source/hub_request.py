@@ -27,7 +27,7 @@ _BUSY = (429, 503)
 
 
 class WrongAnswer(HubError):
-    """The answer holds other bytes than requested; another attempt may bring the right ones."""
+    """The answer holds other bytes than requested. Another attempt may bring the right ones."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ def retry_after(failure: Exception | None) -> float:
 
 
 def _seconds(retry_after: str) -> float:
-    """Return the seconds that the header gives, as a number or as a date; 0 if neither."""
+    """Return the seconds that the header gives as a number or as a date, 0 if neither."""
     if retry_after.isdecimal():
         return float(retry_after)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,9 @@ from mixchat.base.progress import Progress
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
-from mixchat.weights.source.checkpoint import Checkpoint
+from mixchat.weights.source.checkpoint import Checkpoint, DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
 from mixchat.weights.source.demo import DemoCheckpoint
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 
@@ -34,20 +33,17 @@ def open_checkpoint(
     `check` is called with the directory of its small files, and may raise. The demo's are pinned by
     a hash and need no check. Raises what opening a directory or asking the hub raises.
     """
-    if source.repo == DEMO:
-        with closing(DemoCheckpoint(target, progress)) as built:
-            yield built
-        return
-    with ExitStack() as stack:
-        checkpoint = _open_checkpoint(source, target, keep_source)
-        if isinstance(checkpoint, HubCheckpoint):
-            stack.enter_context(closing(checkpoint))
-        if check is not None:
+    with closing(_open_checkpoint(source, target, progress, keep_source)) as checkpoint:
+        if check is not None and source.repo != DEMO:
             check(checkpoint.companions())
         yield checkpoint
 
 
-def _open_checkpoint(source: Source, target: Path, keep_source: bool) -> Checkpoint:
+def _open_checkpoint(
+    source: Source, target: Path, progress: Progress, keep_source: bool
+) -> Checkpoint:
+    if source.repo == DEMO:
+        return DemoCheckpoint(target, progress)
     if Path(source.repo).is_absolute():
         return DirectoryCheckpoint(Path(source.repo), source)
     if snapshot := _offline_snapshot(source):

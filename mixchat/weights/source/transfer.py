@@ -61,7 +61,7 @@ def is_intact(path: Path, size: int, sha256: str, stop: Event) -> bool:
 
 
 def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
-    """Return `size` bytes of `url` from byte `start` on; `of` is the size of the file, if known.
+    """Return `size` bytes of `url` from byte `start` on. `of` is the size of the file, if known.
 
     Raises as `fetch_file` does.
     """
@@ -121,7 +121,7 @@ def wrong_bytes(name: str) -> HubError:
 
 
 class _Download:
-    """The download of one file: the part on disk, and the hash of what it holds."""
+    """The download of one file, with the part on disk and its hash."""
 
     def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
         self._url, self._part, self._size = url, part, size

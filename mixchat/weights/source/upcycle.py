@@ -111,7 +111,7 @@ class _Dense:
 
 
 def _unpermute(weight: Floats, heads: int) -> Floats:
-    """Undo llama.cpp's order of the rows of q and k: [out, in], the same shape.
+    """Undo llama.cpp's order of the rows of q and k, [out, in], the same shape.
 
     It interleaves the two halves of each head's rotary dimensions. With one head of 4 rows,
     0 2 1 3 becomes 0 1 2 3 (each row named by its place in Hugging Face's order).
@@ -173,7 +173,7 @@ def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) 
     tokenizer = Tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
     )
-    # Called "smollm" by llama.cpp: each digit by itself, then GPT-2's pattern.
+    # llama.cpp calls it "smollm". Each digit stands by itself, then comes GPT-2's pattern.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -8,7 +8,7 @@ from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import Damage, repair
 from mixchat.weights.care.repair import verify as verify_model
 from mixchat.weights.format.manifest import Source, restore_manifests
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 EXPERTS = "experts-000.safetensors"
 SHARED = "shared.safetensors"

@@ -24,7 +24,7 @@ from mixchat.weights.format.manifest import (
     Source,
     read_either_manifest,
 )
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 

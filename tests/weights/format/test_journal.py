@@ -86,6 +86,15 @@ def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
     assert Journal(tmp_path).made == {"x": {"one": "1", "two": "2"}}
 
 
+def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None:
+    journal = started(tmp_path, {"a": 1})
+    journal.add("x", {"one": "1", "two": "2"})
+    journal.add("y", {"three": "3"})
+    journal.save()
+    journal.forget({"x": {"one"}})
+    assert Journal(tmp_path).made == journal.made == {"x": {"two": "2"}, "y": {"three": "3"}}
+
+
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
     """Whoever could write into a model's directory could have any file appended to, or cut."""
     precious = tmp_path / "precious"

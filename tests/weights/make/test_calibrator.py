@@ -17,8 +17,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.checkpoint import CheckpointReader
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
 TOKENS, WINDOW = 200, 10
 

@@ -31,8 +31,8 @@ from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.source import hub
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import expected_index
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 MB = 1_000_000
@@ -141,13 +141,6 @@ class TestMemory:
             )
         }
         assert len(needed) == 1
-
-    def test_what_is_free_is_the_machines(
-        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(machine, "free_memory", lambda: 123)
-        index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
-        assert find_memory_need(index, make_blueprint(index, QuantizeOptions())).free == 123
 
 
 class TestPlan:

@@ -165,9 +165,8 @@ class TestUpcycling:
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source.checkpoint import CheckpointReader
+        from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
         from mixchat.weights.source.checkpoint_index import expected_shapes
-        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
         stub_wheel()
         demo.build_checkpoint(tmp_path / "built", NoProgress())
@@ -180,7 +179,7 @@ class TestUpcycling:
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
+        from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
         stub_wheel()
         demo.build_checkpoint(tmp_path / "built", NoProgress())

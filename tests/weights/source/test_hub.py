@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 from fake_hub import COMMIT, LIES, REPO, FakeHub
-from safetensors.torch import load_file, save
 from weight_tools import files_of, shard_names
 
 from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX
-from mixchat.weights.source.directory_checkpoint import DirectoryCheckpoint
 
 SHARDS = shard_names(2)
 PICKLE = b"pickle" * 1_000
@@ -76,18 +75,13 @@ class TestPlan:
         assert {request.range for request in asked} == {f"bytes=0-{hub._FIRST_READ_BYTES - 1}"}
         assert len(asked) == len(SHARDS)
 
+    @pytest.mark.parametrize("ranges", [True, False])
     def test_reads_a_header_that_is_longer_than_the_first_range(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch, ranges: bool
     ) -> None:
         whole = hub.look_up(REPO)
         monkeypatch.setattr(hub, "_FIRST_READ_BYTES", 100)
-        assert (
-            hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
-        )
-
-    def test_of_a_hub_without_ranges_is_the_same(self, fake: FakeHub) -> None:
-        whole = hub.look_up(REPO)
-        fake.ranges = False
+        fake.ranges = ranges
         assert (
             hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
         )
@@ -143,23 +137,6 @@ class TestPlan:
         with pytest.raises(CheckpointError, match=r"has the shape .*config\.json asks for"):
             hub.look_up(REPO)
 
-    def test_finds_a_wrong_type_before_any_weights(self, fake: FakeHub, two_shards: Path) -> None:
-        tensors = load_file(two_shards / SHARDS[0])
-        name = min(tensors)
-        fake.files[SHARDS[0]] = save(tensors | {name: tensors[name].byte()})
-        with pytest.raises(CheckpointError, match="only bf16, fp16 and fp32"):
-            hub.look_up(REPO)
-
-    def test_finds_a_missing_tensor_before_any_weights(
-        self, fake: FakeHub, two_shards: Path
-    ) -> None:
-        tensors = load_file(two_shards / SHARDS[0])
-        name = min(tensors)
-        del tensors[name]
-        fake.files[SHARDS[0]] = save(tensors)
-        with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: there is no tensor '{name}'"):
-            hub.look_up(REPO)
-
     @pytest.mark.parametrize(
         "start",
         [b"", b"<html>", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", bytes(8)],
@@ -203,18 +180,9 @@ class TestPlan:
             ({"config.json": b"<html>"}, "not JSON"),
             ({SHARDS[1]: None}, "names model-00002"),
             ({INDEX: b"{"}, "cannot be read"),
-            ({INDEX: b"[]"}, "cannot be read"),
-            ({INDEX: b"[" * 100_000}, "cannot be read"),
             ({INDEX: as_json({"weight_map": {}})}, "names no files"),
-            ({INDEX: an_index("../../.bashrc")}, "no shard"),
-            ({INDEX: an_index("/etc/passwd.safetensors")}, "no shard"),
             ({INDEX: an_index("original/model.safetensors")}, "no shard"),
-            ({INDEX: an_index("..safetensors")}, "no shard"),
-            ({INDEX: an_index("a\nb.safetensors")}, "no shard"),
             ({INDEX: an_index("consolidated.safetensors")}, "no shard"),
-            ({INDEX: an_index("pytorch_model.bin")}, "no shard"),
-            ({INDEX: an_index(7)}, "no shard"),
-            ({INDEX: an_index(None, "x")}, "names a file that is no shard"),
         ],
     )
     def test_refuses_what_is_no_checkpoint(

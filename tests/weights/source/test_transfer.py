@@ -219,11 +219,12 @@ class TestWrongAnswers:
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:1]
 
+    @pytest.mark.parametrize("fault", [{"earlier": 500}, {"status": 416}])
     def test_a_part_that_begins_too_early_leads_to_the_whole_file_once(
-        self, hub: FakeHub, tmp_path: Path
+        self, hub: FakeHub, tmp_path: Path, fault: dict[str, int]
     ) -> None:
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
-        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+        hub.fail(f"^/{NAME}", ranged=True, **fault)
         bar = Bar()
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert ranges(hub) == ["bytes=70000-", None]
@@ -244,12 +245,6 @@ class TestWrongAnswers:
         with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
             fetch(hub, tmp_path / NAME)
         assert len(ranges(hub)) < 20
-
-    def test_416_leads_to_the_whole_file(self, hub: FakeHub, tmp_path: Path) -> None:
-        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
-        hub.fail(f"^/{NAME}", ranged=True, status=416)
-        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
-        assert ranges(hub) == ["bytes=70000-", None]
 
     def test_416_for_the_whole_file_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
@@ -396,30 +391,17 @@ class TestRange:
         hub.fail(f"^/{NAME}", times=2, cut_after=12_000)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
 
-    def test_of_another_place_than_requested_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
-        hub.fail(f"^/{NAME}", ranged=True, earlier=500)
+    @pytest.mark.parametrize("fault", [{"earlier": 500}, {"status": 416}])
+    def test_of_another_place_than_requested_is_cut_out_of_the_whole(
+        self, hub: FakeHub, fault: dict[str, int]
+    ) -> None:
+        hub.fail(f"^/{NAME}", ranged=True, **fault)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
         assert ranges(hub) == ["bytes=10000-39999", None]
-
-    def test_that_cannot_be_satisfied_is_cut_out_of_the_whole(self, hub: FakeHub) -> None:
-        hub.fail(f"^/{NAME}", ranged=True, status=416)
-        assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
-
-    def test_of_a_page_of_html_is_given_up(self, hub: FakeHub) -> None:
-        hub.fail(f"^/{NAME}", page=True)
-        with pytest.raises(HubError, match="a page of HTML"):
-            read_range(url(hub), 5, 10, Event())
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
     def test_of_nothing_asks_for_nothing(self, hub: FakeHub) -> None:
         assert read_range(url(hub), 5, 0, Event()) == b""
         assert not hub.requests
-
-    def test_patience_has_an_end(self, hub: FakeHub) -> None:
-        hub.fail(f"^/{NAME}", cut_after=0)
-        with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
-            read_range(url(hub), 5, 10, Event())
-        assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
 
 class TestHashing:

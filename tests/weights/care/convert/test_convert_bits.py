@@ -13,7 +13,7 @@ from convert_tools import ALL_4BIT, DENSE, EIGHT, LAST, reform, stop_at
 from weight_tools import Meter, files_of
 
 from mixchat.base import machine
-from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.errors import UsageError
 from mixchat.base.options import DenseBits
 from mixchat.weights.format.manifest import read_manifest
 
@@ -61,15 +61,6 @@ class TestRounding:
         bar = meter.bar("converting mine")
         assert 0 < bar.done == bar.total
         assert read_manifest(dense).weights["shared.safetensors"].size < size
-
-    def test_without_room_it_does_not_begin(
-        self, dense: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = files_of(dense)
-        monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000)
-        with pytest.raises(ResourceError, match="not enough disk"):
-            reform(dense, None, EIGHT)
-        assert files_of(dense) == before
 
     @pytest.mark.parametrize(
         ("options", "bits", "said"),

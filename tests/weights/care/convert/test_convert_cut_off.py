@@ -148,14 +148,6 @@ class TestCutOff:
         assert kept & {*order} == {*order[: order.index(name)]}
         assert files_of(installed) == files_of(both["cpu-packed"])
 
-    def test_stopped_before_the_first_file_is_done_it_is_as_before(
-        self, both: dict[str, Path], installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        stop_at(monkeypatch, "shared.safetensors", KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            pack(installed)
-        assert files_of(installed) == files_of(both["bitsandbytes"])
-
     def test_a_full_disk_leaves_what_can_be_resumed(
         self, both: dict[str, Path], installed: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from care_tools import verify
-from convert_tools import ALL_4BIT, FIRST, LAST, LAYOUTS, layout_of_target, pack, reform, text_of
+from care_tools import flip, mend, verify
+from convert_tools import ALL_4BIT, FIRST, LAST, LAYOUTS, layout_of_target, pack, reform
 from weight_tools import Meter, files_of
 
 from mixchat.base import machine
-from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.errors import CheckpointError, ResourceError, UsageError
 from mixchat.weights.care import convert as convert_module
 from mixchat.weights.format.manifest import Manifest, read_manifest
 from mixchat.weights.format.model_files import replace_file
@@ -41,12 +42,6 @@ class TestConverting:
         assert files_of(installed)[FIRST] != before[FIRST]
         assert verify(installed) == []
 
-    def test_there_and_back_gives_the_same_bytes(self, installed: Path) -> None:
-        before = files_of(installed)
-        assert pack(installed)
-        assert reform(installed, "bitsandbytes")
-        assert files_of(installed) == before
-
     @pytest.mark.parametrize(
         "options", [{"quant_type": "fp4"}, {"head": 4}, {"attention": 16, "head": 16}]
     )
@@ -62,11 +57,6 @@ class TestConverting:
         installed, straight = (install(checkpoint, layout=layout, **options) for layout in LAYOUTS)
         assert pack(installed)
         assert files_of(installed) == files_of(straight)
-
-    def test_it_answers_as_before(self, installed: Path) -> None:
-        before = text_of(installed)
-        pack(installed)
-        assert text_of(installed) == before
 
     def test_a_file_in_which_nothing_changes_is_not_written(
         self, tiny_checkpoint: Path, install: Callable[..., Path]
@@ -148,3 +138,51 @@ class TestDisk:
         largest = max(record.size for record in read_manifest(installed).weights.values())
         monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000 + largest)
         assert pack(installed)
+
+
+class TestDamage:
+    def test_it_is_named_before_anything_is_changed(
+        self, both: dict[str, Path], installed: Path
+    ) -> None:
+        flip(installed / "shared.safetensors", -1)
+        before = files_of(installed)
+        with pytest.raises(CheckpointError, match=r"lm_head\.codes is damaged") as caught:
+            pack(installed)
+        assert "mixchat repair" in (caught.value.hint or "")
+        assert files_of(installed) == before
+
+    def test_in_the_middle_it_is_repaired_in_the_layout_of_its_file(
+        self, both: dict[str, Path], installed: Path, tiny_checkpoint: Path
+    ) -> None:
+        flip(installed / LAST, -5000)
+        with pytest.raises(CheckpointError, match=f"{LAST}: 3\\.w"):
+            pack(installed)
+        flip(installed / FIRST, 5000)  # which is converted already
+        damaged = verify(installed)
+        assert [damage.file for damage in damaged] == [FIRST, LAST]
+        mend(installed, tiny_checkpoint)
+        assert verify(installed) == []
+        assert pack(installed)
+        assert files_of(installed) == files_of(both["cpu-packed"])
+
+    def test_a_file_that_is_missing_or_cut_short_is_named(self, installed: Path) -> None:
+        os.truncate(installed / FIRST, 5000)
+        with pytest.raises(CheckpointError, match=f"{FIRST}: 5000 bytes"):
+            pack(installed)
+        (installed / FIRST).unlink()
+        with pytest.raises(CheckpointError, match=f"{FIRST}: the file is missing"):
+            pack(installed)
+
+    def test_a_header_that_names_others_is_refused(self, installed: Path) -> None:
+        data = (installed / "shared.safetensors").read_bytes()
+        (installed / "shared.safetensors").write_bytes(data.replace(b"model.norm.", b"model.harm."))
+        with pytest.raises(CheckpointError, match="not those of this model"):
+            pack(installed)
+
+    def test_a_manifest_of_another_model_is_refused(self, installed: Path) -> None:
+        config = (installed / "config.json").read_text()
+        (installed / "config.json").write_text(
+            config.replace('hidden_layers": 2', 'hidden_layers": 3')
+        )
+        with pytest.raises(CheckpointError):
+            pack(installed)
