@@ -29,7 +29,7 @@ def operations_per_token(blueprint: Blueprint) -> int:
     They leave out the head, which only the last token needs, and attention's own products.
     """
     config, expert = blueprint.config, blueprint.expert
-    each = sum(spec.rows * spec.columns for spec in (expert.w13, expert.w2))
+    each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
     experts = config.num_hidden_layers * config.num_experts_per_tok * each
     return 2 * (experts + sum(spec.rows * spec.columns for spec in _attention(blueprint)))
 

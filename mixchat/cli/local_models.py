@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatModels, Predict
     from mixchat.cli.model_provider import LineRequest
-    from mixchat.planning.prediction import Prediction
+    from mixchat.planning.plan import Prediction
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.output_constraint import OutputConstraint
 

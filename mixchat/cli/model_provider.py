@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn, ChatCache, ChatModels, Predict
-    from mixchat.planning.prediction import Prediction
+    from mixchat.planning.plan import Prediction
     from mixchat.serving.requests.lines import Begin
 
 

@@ -26,8 +26,8 @@ from mixchat.engine.environment import prepare_environment
 if TYPE_CHECKING:
     import torch
 
-    from mixchat.planning.calibration import Measurement
     from mixchat.planning.hardware import ToldMachine
+    from mixchat.planning.machine_speeds import Measurement
     from mixchat.planning.plan import MachinePlan
     from mixchat.planning.worker_split import WorkerOffer
     from mixchat.weights.format.blueprint import Blueprint
@@ -139,7 +139,7 @@ def _plan(
     from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
     from mixchat.planning.hardware import Machine
-    from mixchat.planning.plan import plan_form, plan_model
+    from mixchat.planning.plan import plan_model, plan_variant
     from mixchat.planning.torch_threads import choose_threads
     from mixchat.weights.make.quantize_options import in_3_bits
 
@@ -162,7 +162,7 @@ def _plan(
     if compared is None:
         return made
     compared = told.measurement(compared, other.computed, device)
-    return replace(made, in_3_bits=plan_form(device, other, compared))
+    return replace(made, in_3_bits=plan_variant(device, other, compared))
 
 
 class _Speeds:
@@ -178,7 +178,7 @@ class _Speeds:
 
     def of(self, device: torch.device, form: Blueprint) -> Measurement:
         """Return the saved measurement of a form, or measure this machine if it is outdated."""
-        from mixchat.planning.machine_speed import measure_machine, measuring_ends
+        from mixchat.planning.measuring import measure_machine, measuring_ends
 
         if (saved := self._saved(device, form)) is not None:
             return saved
@@ -195,8 +195,8 @@ class _Speeds:
         return saved
 
     def _saved(self, device: torch.device, form: Blueprint) -> Measurement | None:
-        from mixchat.planning.calibration import BUSY
-        from mixchat.planning.machine_speed import saved_measurement
+        from mixchat.planning.machine_speeds import BUSY
+        from mixchat.planning.measuring import saved_measurement
 
         saved = saved_measurement(form, self._outlined.directory, device)
         if saved is None or self._again:

@@ -29,7 +29,7 @@ from mixchat.experts.workers import torchrun
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.chat.terminal.active_chat import AfterTurn, Predict
-    from mixchat.planning.prediction import Prediction
+    from mixchat.planning.plan import Prediction
 
 # `run` has a parameter of the same name for each of these options of sampling.
 _SAMPLING = tuple(parameter.field for parameter in SAMPLING.values())

@@ -9,10 +9,10 @@
 - stats.py: counts of one answer
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
-- model.py: norm, attention, block, logits
+- model.py: norm, block, logits
+- attention.py: attention of a layer, and rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels
-- moe.py: the router
-- rope.py: rotary position embedding
+- moe.py: the router, and the steps of experts
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file, for the next run
 - report.py, report_path.py: what a run did with its experts, and the file of it

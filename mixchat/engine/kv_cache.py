@@ -16,6 +16,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import attention, pages
+from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
 from mixchat.kernels.program import Step
 
@@ -118,7 +119,7 @@ def new_cache(
 
     The kernel for CPUs takes bf16 and fp32 only.
     """
-    if device.type == "cpu" and dtype != torch.float16 and attention.available():
+    if device.type == "cpu" and dtype != torch.float16 and kernels_available():
         return PagedKVCache(config, capacity, bits or _bits(dtype))
     return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
 

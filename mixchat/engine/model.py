@@ -1,7 +1,6 @@
-"""The Mixtral transformer: from token ids to logits. It does not know where experts are.
+"""The transformer: from token ids to logits. It does not know where experts are.
 
-T = tokens of this call, P = tokens before them (in the cache), D = hidden_size, V = vocab_size,
-H = num_attention_heads, G = num_key_value_heads, h = head_dim.
+T = tokens of this call, P = tokens before them (in the cache), D = hidden_size, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -12,10 +11,14 @@ from typing import Protocol
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.engine.moe import SparseMoE
-from mixchat.engine.rope import RotaryEmbedding
+from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.attention import Attention, KVContext, RotaryEmbedding, SingleTokenContext
+from mixchat.engine.moe import Routing, SparseMoE
+from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
-from mixchat.weights.matrix.linear import Linear
+from mixchat.kernels.program import Stage, alone
+from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.matrix.linear import Linear, LinearSpec
 
 LAST = slice(-1, None)
 
@@ -23,19 +26,14 @@ AfterLayer = Callable[[int], object]
 Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, to rows [T, D]
 
 
-class KVContext(Protocol):
-    """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
+class ModelTensors(Protocol):
+    """The tensors of a model on the device that computes it, by their names."""
 
-    def positions(self, tokens: int) -> slice | torch.Tensor:
-        """Return the positions of the next T tokens in their sequences."""
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """Return a dense tensor."""
 
-    def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries."""
-
-    def advance(self, tokens: int) -> None:
-        """Count so many new tokens, after all layers have stored them."""
+    def linear(self, spec: LinearSpec) -> Linear:
+        """Return a matrix in this form, which may differ from the stored one."""
 
 
 class RMSNorm:
@@ -48,31 +46,9 @@ class RMSNorm:
         """Map x [T, D] to [T, D]."""
         return rows.rms_norm(x, self.weight, self.eps)
 
-
-class Attention:
-    """Causal grouped-query attention of one layer, over the cache and the new tokens."""
-
-    def __init__(
-        self,
-        layer: int,
-        config: ModelConfig,
-        qkv_proj: Linear,
-        o_proj: Linear,
-        rope: RotaryEmbedding,
-    ) -> None:
-        self._layer, self._config = layer, config
-        self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
-
-    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
-        """Map x [T, D] to [T, D]."""
-        config, tokens = self._config, x.shape[0]
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = self.qkv_proj(x, exact=exact)
-        qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
-        rotated = self.rope(qkv[:, : heads + groups], before.positions(tokens))  # [T, H + G, h]
-        queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        attended = before.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
-        return self.o_proj(attended.reshape(tokens, -1), exact=exact)
+    def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
+        """Return `__call__` for one token: a stage that maps x [1, D] to `out` [1, D]."""
+        return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
 
 
 class Block:
@@ -81,13 +57,54 @@ class Block:
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
     ) -> None:
-        self.attention_norm, self.attention = attention_norm, attention
-        self.moe_norm, self.moe = moe_norm, moe
+        self._attention_norm, self._attention = attention_norm, attention
+        self._moe_norm, self.moe = moe_norm, moe
+
+    @classmethod
+    def build(
+        cls,
+        layer: int,
+        used: Blueprint,
+        tensors: ModelTensors,
+        rope: RotaryEmbedding,
+        runner: ExpertRunner,
+    ) -> Block:
+        """Build a layer of the model that is computed as `used`."""
+        config = used.config
+        attention_norm, moe_norm = (
+            RMSNorm(tensors.tensor(spec), config.rms_norm_eps) for spec in used.norms(layer)
+        )
+        qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
+        attention = Attention(layer, config, qkv_proj, o_proj, rope)
+        gate = tensors.tensor(used.gate(layer))
+        moe = SparseMoE(layer, gate, config.num_experts_per_tok, runner)
+        return cls(attention_norm, attention, moe_norm, moe)
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self.attention_norm(x), before, exact=exact)
-        return x + self.moe(self.moe_norm(x), exact=exact)
+        x = x + self._attention(self._attention_norm(x), before, exact=exact)
+        return x + self.moe(self._moe_norm(x), exact=exact)
+
+    def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        """Return `__call__` for one token, without the experts: stages that fill `routing`."""
+        x, normed = context.x, context.normed
+        return [
+            self._attention_norm.stage(x, normed),
+            *self._attention.stages(context),
+            alone(rows.add_step(x, context.added, x)),
+            self._moe_norm.stage(x, normed),
+            self.moe.router_stage(routing, context),
+        ]
+
+    def expert_stages(
+        self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
+    ) -> list[Stage]:
+        """Return the stages behind the router, if all of the layer's experts are in memory."""
+        x = context.x
+        return [
+            *self.moe.expert_stages(routing, context, experts),
+            alone(rows.add_step(x, context.added, x)),
+        ]
 
 
 class SingleTokenDecoder(Protocol):
@@ -99,7 +116,7 @@ class SingleTokenDecoder(Protocol):
         """Map the token's row [1, D] to the one after all layers, which the next call overwrites.
 
         `after_layer` is called with the number of a layer, though not after each. Returns None
-        where it cannot be done for this cache.
+        if it cannot be done for this cache.
         """
 
 
@@ -144,8 +161,8 @@ class Model:
         """Return the logits [n, V] of the last token, or of others; the ids [T] join the cache.
 
         The ids are on the CPU. The cache must have room for them: P + T <= capacity. With `exact`
-        each token has the bits that it has in a call of its own, where all matrices can be computed
-        so (see `Linear`). `after_layer` is called after layers with their number.
+        each token has the bits that it has alone in a call, if all matrices can be computed so (see
+        `Linear`). `after_layer` is called after layers with their number.
         """
         x = self._embedding(ids)  # [T, D]
         decoded = None

@@ -5,10 +5,18 @@ T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.holder import ExpertRunner
-from mixchat.kernels import router
+from mixchat.experts.keys import ExpertKey
+from mixchat.kernels import router, rows
+from mixchat.kernels.program import Stage, alone, side_by_side
+from mixchat.weights.format.blueprint import Expert
+
+Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
 
 
 class SparseMoE:
@@ -18,13 +26,49 @@ class SparseMoE:
         self, layer: int, gate: torch.Tensor, experts_per_token: int, runner: ExpertRunner
     ) -> None:
         self._layer, self._experts_per_token, self.runner = layer, experts_per_token, runner
-        self.gate = gate.float().contiguous()  # [E, D]
+        self._gate = gate.float().contiguous()  # [E, D]
 
     def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
-        selected_experts, routing_weights = router.route(  # [T, K], [T, K]
-            hidden_states, self.gate, self._experts_per_token
+        routing = router.route(hidden_states, self._gate, self._experts_per_token)
+        return self.runner.run(self._layer, hidden_states, *routing, exact=exact)
+
+    @property
+    def keys(self) -> list[ExpertKey]:
+        """Return the keys of the layer's experts."""
+        return [ExpertKey(self._layer, expert) for expert in range(self._gate.shape[0])]
+
+    def empty_routing(self) -> Routing:
+        """Return room for the routing of one token."""
+        count = self._experts_per_token
+        return torch.empty(1, count, dtype=torch.int64), torch.empty(1, count)
+
+    def router_stage(self, routing: Routing, context: SingleTokenContext) -> Stage:
+        """Return the router for one token: a stage that fills `routing` for `normed`."""
+        return alone(router.route_step(context.normed, self._gate, *routing))
+
+    def expert_stages(
+        self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
+    ) -> list[Stage]:
+        """Return what a runner computes for one token: stages that map `normed` to `added`.
+
+        experts: the layer's E. In each run the addresses of the selected ones are looked up.
+        """
+        selected, weights = routing
+        outputs = context.tensor("outputs", 1, self._experts_per_token, context.x.shape[1])
+        stages, places = zip(
+            *(experts[0].stages(context.normed, row) for row in torch.split(outputs[0], 1)),
+            strict=True,
         )
-        return self.runner.run(
-            self._layer, hidden_states, selected_experts, routing_weights, exact=exact
-        )
+        addresses = torch.tensor([expert.addresses for expert in experts])
+        return [
+            alone(router.look_up_step(selected, addresses, torch.tensor(places))),
+            *side_by_side(stages),
+            alone(rows.weighted_sum_step(outputs, weights, context.added)),
+        ]
+
+    def run_routed(self, routing: Routing, context: SingleTokenContext) -> torch.Tensor:
+        """Let the runner compute one token: return what is to be added for `normed`."""
+        # Copies, because a runner may hold on to what it is given.
+        selected, weights = (tensor.clone() for tensor in routing)
+        return self.runner.run(self._layer, context.normed.clone(), selected, weights)

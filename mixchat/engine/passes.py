@@ -15,9 +15,10 @@ import torch
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
 from mixchat.base.progress import Note
+from mixchat.engine.attention import KVContext
 from mixchat.engine.cache_batch import CacheBatch
 from mixchat.engine.cached_prefix import CachedPrefix
-from mixchat.engine.model import LAST, AfterLayer, KVContext, Model
+from mixchat.engine.model import LAST, AfterLayer, Model
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 

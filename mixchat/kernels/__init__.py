@@ -1,17 +1,17 @@
 """Vector code for CPUs, written in Python and compiled by LLVM on the machine where it runs.
 
-Read emit.py first, then units.py, tile.py and coded.py: from single instructions to a product.
+Read emit.py first, then units.py, tile.py and quantized_matmul.py. They go from single instructions
+to a product.
 
 - emit.py: a small language for writing vector code in Python
 - arithmetic.py: functions of numbers that no single instruction computes
 - compile.py: compiles it to machine code of this CPU
 - object_cache.py: caches machine code from run to run
 - threads.py: runs it on several cores, with torch's threads
-- signature.py: the arguments of a kernel
-- program.py: many kernels in one call, without Python between them
+- program.py: the arguments of a kernel, and many kernels in one call, without Python between
 - units.py: turns codes into numbers and multiplies: AVX2, AVX-512, AVX-512 with bytes
 - tile.py: some rows of a matrix of codes times some tokens, in registers
-- coded.py: x times a matrix of 4-bit or 8-bit codes
+- quantized_matmul.py: x times a matrix of codes of 3, 4 or 8 bits
 - rows.py: norm, rotation, gating, weighted sums: a token's row in one pass
 - router.py: the best experts of a token
 - pages.py: keys and values in pages

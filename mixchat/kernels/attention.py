@@ -22,14 +22,12 @@ from mixchat.kernels.compile import (
     LANES,
     Compiled,
     InstructionSet,
-    available,
     compile_module,
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
-from mixchat.kernels.program import Step
-from mixchat.kernels.signature import Signature, copy_of
+from mixchat.kernels.program import Signature, Step, copy_of
 
 _KEYS = 64  # that are scored before their values are added
 _SPLIT = PAGE  # keys of one item of work
@@ -41,9 +39,6 @@ _NO_WINDOW = 2**30  # tokens
 _SIGNATURE = Signature(
     "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window"
 )
-
-
-__all__ = ["attend", "attend_steps", "available", "count_splits"]
 
 
 def attend(

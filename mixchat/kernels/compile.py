@@ -55,7 +55,7 @@ class Compiled:
         return self._functions[name]
 
 
-def available() -> bool:
+def kernels_available() -> bool:
     """Return whether this CPU can run kernels: they need AVX2."""
     return instruction_set() is not None
 

@@ -20,7 +20,7 @@ from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, reduced, store_fp32
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, vector
-from mixchat.kernels.signature import Signature
+from mixchat.kernels.program import Signature
 
 _GROUP = 32  # rows of one item of work
 _X_BYTES = 2**18  # of x in one item of work: they fit in the second-level cache

@@ -29,8 +29,7 @@ from llvmlite import ir
 from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
 from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
-from mixchat.kernels.program import Step
-from mixchat.kernels.signature import Arguments, Signature
+from mixchat.kernels.program import Arguments, Signature, Step
 
 Bits = Literal[32, 16, 8]
 PAGE = 512  # tokens: 2 MB of Mixtral in bf16, as much as a large page of memory

@@ -1,7 +1,7 @@
-"""Programs of kernels: many steps in one call, without Python between them.
+"""Kernels with their arguments, and programs of them: many steps in one call, without Python.
 
 For one token, Python takes as long to prepare a small kernel as the kernel takes, and the other
-threads fall asleep meanwhile. A program is prepared once; then all threads walk through it.
+threads fall asleep meanwhile. A program is prepared once. Then all threads walk through it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from llvmlite import ir
@@ -17,20 +18,71 @@ from llvmlite import ir
 from mixchat.kernels import threads
 from mixchat.kernels.compile import Compiled, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, i32, i64, void
-from mixchat.kernels.signature import Arguments, Numbers, Signature, copy_of
 from mixchat.kernels.threads import NativeFunction
 
-_SIGNATURE = Signature("steps", "groups", "count", "barrier", "team_size")
-_STEP = 16  # bytes in `steps`: the addresses of its function and of its arguments
-_GROUP = 24  # bytes in `groups`: where its parallel steps end, where it ends, threads that arrived
+Numbers = ctypes.Array[ctypes.c_int64]  # the arguments of a kernel
+
+
+def copy_of(numbers: Numbers) -> Numbers:
+    """Return the same arguments in another array."""
+    return type(numbers).from_buffer_copy(numbers)
+
+
+class Signature:
+    """The names of a kernel's arguments, in their order. Each is a 64-bit number.
+
+    The counter of `Function.each_item`, which starts at 0, comes before them.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._places = {name: place for place, name in enumerate(("next", *names))}
+        self._array: type[Numbers] = ctypes.c_int64 * len(self._places)
+
+    def numbers(self, **given: int) -> Numbers:
+        """Return an array with these arguments; the others are 0."""
+        array = self._array()
+        self.set(array, **given)
+        return array
+
+    def set(self, numbers: Numbers, **given: int) -> None:
+        """Replace some arguments."""
+        for name, number in given.items():
+            numbers[self._places[name]] = number
+
+    def address(self, numbers: Numbers, name: str) -> int:
+        """Return the address at which an argument lies."""
+        return ctypes.addressof(numbers) + 8 * self._places[name]
+
+    def read_by(self, function: Function) -> Arguments:
+        """Return the arguments as the function reads them."""
+        return Arguments(function, self._places)
+
+
+class Arguments:
+    """The arguments of a function that is being written."""
+
+    def __init__(self, function: Function, places: dict[str, int]) -> None:
+        self.function, self._places = function, places
+
+    def load(self, name: str, kind: Any) -> Value:
+        """Load an argument of this type, from the lowest of its 64 bits."""
+        return self.function.pointer.load(kind, 8 * self._places[name])
+
+    def number(self, name: str) -> Value:
+        """Load a 64-bit number."""
+        return self.load(name, i64)
+
+    def pointer(self, name: str) -> Pointer:
+        """Load an address."""
+        return self.function.address(self.number(name))
 
 
 @dataclass
 class Step:
     """A kernel with its arguments.
 
-    keeps: the tensors that the arguments point to, for they must live as long. threads: as many as
-    it pays to run it on alone; None for all.
+    keeps: the tensors that the arguments point to, which must live as long. threads: as many as
+    it pays to run the step on; None for all. A program does not read it.
     """
 
     function: NativeFunction
@@ -45,7 +97,7 @@ class Step:
         self.numbers[0] = 0
 
     def copy(self) -> Step:
-        """Return the same step with arguments of its own, for the same tensors."""
+        """Return the same step with another array of arguments, for the same tensors."""
         return replace(self, numbers=copy_of(self.numbers))
 
     def set(self, **given: int) -> None:
@@ -57,38 +109,54 @@ class Step:
         return self.signature.address(self.numbers, name)
 
 
-@dataclass
-class Group:
-    """Steps between two points at which all threads wait for each other.
+@dataclass(frozen=True)
+class Stage:
+    """Steps of a program between two points at which all threads wait for each other.
 
-    All threads share the work of the `parallel` steps, which do not need each other. Whoever is
-    ready last then runs the steps of `after` alone, one by one.
+    All threads share the work of the steps, which must not need each other. If the stage is
+    `alone`, one thread runs them, one after the other.
     """
 
-    parallel: Sequence[Step] = ()
-    after: Sequence[Step] = ()
+    steps: Sequence[Step]
+    alone: bool = False
 
-    @property
-    def steps(self) -> list[Step]:
-        """Return all steps, in order."""
-        return [*self.parallel, *self.after]
+
+def together(*steps: Step) -> Stage:
+    """Return the stage of steps whose work all threads share."""
+    return Stage(steps)
+
+
+def alone(*steps: Step) -> Stage:
+    """Return the stage of steps that one thread runs in this order."""
+    return Stage(steps, alone=True)
+
+
+def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
+    """Return stages that each have the steps of one stage of every part, whose kinds are alike."""
+    return [
+        Stage([step for stage in stages for step in stage.steps], alone=stages[0].alone)
+        for stages in zip(*parts, strict=True)
+    ]
+
+
+_SIGNATURE = Signature("steps", "stages", "count", "barrier", "team_size")
+_STEP_BYTES = 16  # in `steps`: the addresses of its function and of its arguments
+# In `stages`: the ends of its shared steps and of the steps alone, and the threads that arrived.
+_STAGE_BYTES = 24
 
 
 class Program:
-    """Groups of steps, to be run again and again."""
+    """Stages, to be run again and again."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self._steps = [step for group in groups for step in group.steps]
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._steps = [step for stage in stages for step in stage.steps]
         addresses = [(s.function.address, ctypes.addressof(s.numbers)) for s in self._steps]
-        ends, place = [], 0
-        for group in groups:
-            ends.append((place + len(group.parallel), place + len(group.steps), 0))
-            place += len(group.steps)
+        ends = _ends(stages)
         self._tables = torch.tensor(addresses), torch.tensor(ends)
         barrier, team_size = threads.team_functions() or (0, 0)
         self._numbers = _SIGNATURE.numbers(
             steps=self._tables[0].data_ptr(),
-            groups=self._tables[1].data_ptr(),
+            stages=self._tables[1].data_ptr(),
             count=len(ends),
             barrier=barrier,
             team_size=team_size,
@@ -103,6 +171,24 @@ class Program:
         _compiled().function("walk").run(self._numbers, torch.get_num_threads())
 
 
+def _ends(stages: Sequence[Stage]) -> list[list[int]]:
+    """Return the table `stages`: the thread that is ready last runs what follows alone.
+
+    For 2 shared steps, 1 alone, 3 alone and 1 shared: [[2, 6, 0], [7, 7, 0]].
+    """
+    ends: list[list[int]] = []
+    place = 0
+    for stage in stages:
+        place += len(stage.steps)
+        if not stage.alone:
+            ends.append([place, place, 0])
+        elif ends:
+            ends[-1][1] = place
+        else:
+            ends.append([0, place, 0])
+    return ends
+
+
 @functools.cache
 def _compiled() -> Compiled:
     instructions = instruction_set()
@@ -113,28 +199,28 @@ def _compiled() -> Compiled:
 
 
 class _Walk:
-    """The function `walk`, in which each thread goes through all groups."""
+    """The function `walk`, in which each thread goes through all stages."""
 
     def __init__(self, module: ir.Module) -> None:
         self._function = Function(module, "walk")
-        self._given: Arguments = _SIGNATURE.read_by(self._function)
+        self._given = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
         function, given = self._function, self._given
-        groups, start = given.pointer("groups"), function.constant(i64, 0)
-        threads = function.call_address(given.number("team_size"), i32).sign_extended(i64)
-        with function.loop(0, given.number("count"), 1, [start]) as (group, carried):
-            here, first = groups.plus(group * _GROUP), carried[0]
-            parallel_end, end = here.load(i64), here.load(i64, 8)
-            with function.loop(first, parallel_end, 1) as (step, _):
+        stages, start = given.pointer("stages"), function.constant(i64, 0)
+        team = function.call_address(given.number("team_size"), i32).sign_extended(i64)
+        with function.loop(0, given.number("count"), 1, [start]) as (stage, carried):
+            here, first = stages.plus(stage * _STAGE_BYTES), carried[0]
+            shared_end, end = here.load(i64), here.load(i64, 8)
+            with function.loop(first, shared_end, 1) as (step, _):
                 self._call(step)
             arrived = here.plus(16)
-            with function.when(arrived.take_next().compare("==", threads - 1)):
+            with function.when(arrived.take_next().compare("==", team - 1)):
                 # The counters of work start at 0 again the next time.
                 arrived.store(function.constant(i64, 0))
-                with function.loop(first, parallel_end, 1) as (step, _):
+                with function.loop(first, shared_end, 1) as (step, _):
                     self._arguments_of(step).store(function.constant(i64, 0))
-                with function.loop(parallel_end, end, 1) as (step, _):
+                with function.loop(shared_end, end, 1) as (step, _):
                     self._call(step)
                     self._arguments_of(step).store(function.constant(i64, 0))
             function.call_address(given.number("barrier"), void)
@@ -142,8 +228,10 @@ class _Walk:
         function.finish()
 
     def _call(self, step: Value) -> None:
-        kernel = self._given.pointer("steps").load(i64, step * _STEP)
+        kernel = self._given.pointer("steps").load(i64, step * _STEP_BYTES)
         self._function.call_address(kernel, void, self._arguments_of(step))
 
     def _arguments_of(self, step: Value) -> Pointer:
-        return self._function.address(self._given.pointer("steps").load(i64, step * _STEP + 8))
+        return self._function.address(
+            self._given.pointer("steps").load(i64, step * _STEP_BYTES + 8)
+        )

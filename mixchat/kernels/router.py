@@ -15,8 +15,7 @@ from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, exponential
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
-from mixchat.kernels.program import Step
-from mixchat.kernels.signature import Signature
+from mixchat.kernels.program import Signature, Step
 
 _MOST = 1024  # experts: their logits are on the stack
 _FEW = 4  # tokens that one thread finishes before a second one has started

@@ -28,8 +28,7 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
-from mixchat.kernels.program import Step
-from mixchat.kernels.signature import Signature
+from mixchat.kernels.program import Signature, Step
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started

@@ -10,7 +10,7 @@ from typing import Any
 
 from mixchat.kernels.arithmetic import as_fp32, store_fp32
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
-from mixchat.kernels.signature import Signature
+from mixchat.kernels.program import Signature
 from mixchat.kernels.units import Unit
 
 BAND = 32  # rows

@@ -12,29 +12,30 @@ from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
+from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
+from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.kv_cache import new_cache
-from mixchat.engine.model import Attention, Block, Embedding, Model, RMSNorm
-from mixchat.engine.moe import SparseMoE
+from mixchat.engine.model import Block, Embedding, Model, RMSNorm
 from mixchat.engine.prompt_cache import identity_of
-from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.recording import RecordingRunner
 from mixchat.experts.sharing import in_proportion
 from mixchat.experts.trace import TraceWriter
-from mixchat.kernels import attention, rows
+from mixchat.kernels import rows
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.planning.fitting import FreeMemory, fit_model
-from mixchat.planning.prediction import Prediction, predict_speed
+from mixchat.planning.plan import Prediction, predict_speed
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import DenseLinear, Linear
+from mixchat.weights.matrix.linear import DenseLinear, Linear, LinearSpec
 
 Wrap = Callable[[ExpertRunner], ExpertRunner]
 
@@ -106,7 +107,7 @@ def _assemble(
     used = fit.computed.computed_on(device)
     dtype = stored.quantization.dtype
     context = fit.context
-    arithmetic = used.expert.w13.arithmetic(device, exact=exact)
+    arithmetic = used.expert.gate_up.arithmetic(device, exact=exact)
     workers = connect_workers(installed, options, arithmetic, note)
     placement, here, copies = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
@@ -180,9 +181,9 @@ def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
     The kernels for CPUs can compute like that. Elsewhere a prompt has to be processed token by
     token for it.
     """
-    if device.type != "cpu" or not attention.available():
+    if device.type != "cpu" or not kernels_available():
         return False
-    matrices = (used.expert.w13, used.expert.w2, used.qkv(0), used.o(0))
+    matrices = (used.expert.gate_up, used.expert.down, used.qkv(0), used.o(0))
     return rows.can_compute(used.quantization.dtype, used.config.hidden_size) and all(
         matrix.can_be_exact for matrix in matrices
     )
@@ -212,29 +213,27 @@ def _build_model(
     context: int,
     device: torch.device,
 ) -> Model:
-    config, stored = installed.config, installed.blueprint
-    dtype = stored.quantization.dtype
+    config, tensors = used.config, _InstalledTensors(installed, device)
+    dtype = used.quantization.dtype
     rope = RotaryEmbedding(config.head_dim, config.rope_theta, context, dtype, device)
-
-    def block(layer: int) -> Block:
-        attention_norm, moe_norm = (
-            RMSNorm(installed.tensor(spec).to(device), config.rms_norm_eps)
-            for spec in stored.norms(layer)
-        )
-        qkv_proj = installed.linear(stored.qkv(layer), used.qkv(layer), device)
-        o_proj = installed.linear(stored.o(layer), used.o(layer), device)
-        gate = installed.tensor(stored.gate(layer)).to(device)
-        return Block(
-            attention_norm,
-            Attention(layer, config, qkv_proj, o_proj, rope),
-            moe_norm,
-            SparseMoE(layer, gate, config.num_experts_per_tok, runner),
-        )
-
     embedding, head = _embedding_and_head(installed, used, device)
-    norm = RMSNorm(installed.tensor(stored.norm).to(device), config.rms_norm_eps)
-    blocks = [block(layer) for layer in range(config.num_hidden_layers)]
+    norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
+    layers = range(config.num_hidden_layers)
+    blocks = [Block.build(layer, used, tensors, rope, runner) for layer in layers]
     return Model(config, embedding, blocks, norm, head)
+
+
+class _InstalledTensors:
+    """The shared tensors of an installed model, read to a device: `ModelTensors`."""
+
+    def __init__(self, installed: InstalledModel, device: torch.device) -> None:
+        self._installed, self._device = installed, device
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        return self._installed.tensor(spec).to(self._device)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        return self._installed.linear(spec, self._device)
 
 
 def _embedding_and_head(
@@ -246,5 +245,5 @@ def _embedding_and_head(
         table = installed.tensor(stored.embedding).to(device)
         head: Linear = DenseLinear(table)
         return lambda ids: functional.embedding(ids.to(device, non_blocking=True), table), head
-    head = installed.linear(stored.head, used.head, device)
+    head = installed.linear(used.head, device)
     return lambda ids: installed.rows(stored.embedding, ids).to(device, non_blocking=True), head

@@ -57,7 +57,7 @@ class ServedExperts:
             self._exact = hello.exact_prompts
             self._drop()
         self.follow_memory()
-        matrix = self._installed.blueprint.computed_on(self._device).expert.w13
+        matrix = self._installed.blueprint.computed_on(self._device).expert.gate_up
         return Welcome(self.slots, matrix.arithmetic(self._device, exact=self._exact))
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:

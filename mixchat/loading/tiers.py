@@ -26,7 +26,7 @@ from mixchat.experts.sharing import homes
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
-from mixchat.planning.machine_speed import measure_machine, saved_measurement
+from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
 
 

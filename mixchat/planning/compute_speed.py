@@ -17,14 +17,14 @@ from statistics import mean
 import torch
 
 from mixchat.base import gpu
+from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
-from mixchat.engine.model import Attention, Block, RMSNorm
-from mixchat.engine.moe import SparseMoE
-from mixchat.engine.rope import RotaryEmbedding
+from mixchat.engine.model import Block
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
-from mixchat.planning.calibration import interpolate
+from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import Linear, LinearSpec
 
@@ -91,7 +91,7 @@ class ExpertTimer:
         shape = (count, layout.stride)
         self._blocks = torch.full(shape, _FILLING, dtype=torch.uint8, device=device)
         self._turns = itertools.cycle([layout.build(block) for block in self._blocks])
-        self._columns, self._dtype = layout.w13.columns, blueprint.quantization.dtype
+        self._columns, self._dtype = layout.gate_up.columns, blueprint.quantization.dtype
         self._device, self._effort = device, effort
         self._one_row = self._rows(1)
 
@@ -154,15 +154,8 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
     config, dtype = blueprint.config, blueprint.quantization.dtype
     used = blueprint.computed_on(device)
     rope = RotaryEmbedding(config.head_dim, config.rope_theta, 2 * _CONTEXT, dtype, device)
-    norm = RMSNorm(torch.ones(config.hidden_size, dtype=dtype, device=device), 1e-5)
-    gate = torch.ones(config.num_local_experts, config.hidden_size, dtype=dtype, device=device)
-
-    def block() -> Block:
-        qkv, o = _filled(used.qkv(0), device), _filled(used.o(0), device)
-        moe = SparseMoE(0, gate, config.num_experts_per_tok, _NoExperts())
-        return Block(norm, Attention(0, config, qkv, o, rope), norm, moe)
-
-    blocks = [block() for _ in range(_COPIES)]
+    tensors, runner = _FilledTensors(device), _NoExperts()
+    blocks = [Block.build(0, used, tensors, rope, runner) for _ in range(_COPIES)]
     cache = new_cache(config, 2 * _CONTEXT, dtype, device)
     turns = itertools.cycle([(block, new_decoder(used, [block], cache)) for block in blocks])
     earlier = torch.ones(_CONTEXT, config.num_key_value_heads, config.head_dim, dtype=dtype)
@@ -201,11 +194,15 @@ class _NoExperts:
     def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
 
 
-def _filled(spec: LinearSpec, device: torch.device) -> Linear:
-    tensors = [
-        torch.full((tensor.nbytes,), _FILLING, dtype=torch.uint8, device=device)
-        .view(tensor.dtype)
-        .view(tensor.shape)
-        for tensor in spec.tensors
-    ]
-    return spec.build(tensors)
+class _FilledTensors:
+    """Tensors with `_FILLING` in each byte, instead of a model's: `ModelTensors`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        filled = torch.full((spec.nbytes,), _FILLING, dtype=torch.uint8, device=self._device)
+        return filled.view(spec.dtype).view(spec.shape)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        return spec.build([self.tensor(tensor) for tensor in spec.tensors])

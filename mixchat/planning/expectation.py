@@ -12,9 +12,8 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
-from mixchat.planning.calibration import MachineSpeeds, Measurement
-from mixchat.planning.hit_rate import expected_hit_rate
-from mixchat.planning.loads import layer_loads
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.weights.format.blueprint import Blueprint
 
 # Of what could be read while the cores compute, the part that is. Measured with
@@ -27,7 +26,7 @@ SLOWEST = 1.0
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """The parts of a model that cost time; `expert` and `head` in bytes, of one expert."""
 
     layers: int
@@ -135,7 +134,7 @@ def expect(
     uses = expected_distinct(blueprint.config, answers)
     costs = [
         token_cost(
-            shape_of(blueprint),
+            size_of(blueprint),
             speeds,
             str(device),
             hit_rate,
@@ -157,7 +156,7 @@ def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedR
 
 
 def token_cost(
-    shape: Shape,
+    shape: ModelSize,
     speeds: MachineSpeeds,
     device: str,
     hit_rate: float,
@@ -196,7 +195,7 @@ def token_cost(
 
 
 def moving_cost(
-    shape: Shape,
+    shape: ModelSize,
     speeds: MachineSpeeds,
     computing: float,
     *,
@@ -248,11 +247,11 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     return most / (len(layers) * config.num_experts_per_tok)
 
 
-def shape_of(blueprint: Blueprint) -> Shape:
+def size_of(blueprint: Blueprint) -> ModelSize:
     """Return the parts of a model that cost time."""
     config, head = blueprint.config, blueprint.head
     tensors = [blueprint.embedding] if head is None else head.tensors
-    return Shape(
+    return ModelSize(
         layers=config.num_hidden_layers,
         experts_per_token=config.num_experts_per_tok,
         expert=blueprint.expert.stride,

@@ -67,7 +67,7 @@ class FreeMemory:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """The places of a model in the free memory, with the requested options.
 
     computed: the model as it is in memory (see `fit_model`), in the layout of its files; context:
@@ -83,7 +83,7 @@ class Fit:
     demand: Demand
     placement: Placement
 
-    def with_more(self, tier: Tier, size: int) -> Fit:
+    def with_more(self, tier: Tier, size: int) -> MemoryPlan:
         """Return the fit with `size` bytes more in a tier; a budget for it grows as much.
 
         Of several GPUs the first one has more.
@@ -100,7 +100,7 @@ class Fit:
         return fit_model(self.blueprint, free, replace(options, device_memory=given))
 
 
-def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
+def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
     """Return where the model goes. Raises `UsageError` and `ResourceError` where it cannot.
 
     What has 8 bits keeps them in memory. On GPUs it is widened to 16, once, where all experts are
@@ -115,7 +115,9 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> F
     return _fit(blueprint, blueprint, free, options)
 
 
-def _fit(blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions) -> Fit:
+def _fit(
+    blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
+) -> MemoryPlan:
     context = Context.of(blueprint.config, options.context_size).tokens
     token = cache_bytes(blueprint.config, 1, blueprint.quantization.dtype, options.kv_bits)
     token *= options.parallel
@@ -128,7 +130,7 @@ def _fit(blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: L
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
     largest = min(room // token, blueprint.config.max_position_embeddings)
-    return Fit(blueprint, free, options, computed, context, largest, demand, placement)
+    return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from mixchat.base import gpu, machine
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.compute_speed import ROWS
-from mixchat.planning.fitting import Fit, FreeMemory
+from mixchat.planning.fitting import FreeMemory, MemoryPlan
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 # Of memory that is told, what other programs are taken to need: bytes, and a part of all at most.
@@ -88,7 +88,7 @@ class ToldMachine:
         """Return the model as it is downloaded on that machine."""
         return blueprint.in_layout("bitsandbytes") if self.gpus else blueprint
 
-    def measurable(self, fit: Fit, here: torch.device) -> Blueprint:
+    def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
         """Return the form of the model that can be measured on the device that computes here."""
         return fit.computed if here.type == self.device(here).type else fit.blueprint
 
@@ -150,7 +150,7 @@ def _free(size: int, taken: int) -> int:
 
 def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
     expert = computed.expert
-    weights = sum(linear.rows * linear.columns for linear in (expert.w13, expert.w2))
+    weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
     reading = expert.nbytes / GPU_MEMORY
     return {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
 

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mixchat.base import gpu
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.planning.calibration import Measurement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
-from mixchat.planning.fitting import Fit, Tier
+from mixchat.planning.fitting import MemoryPlan, Tier
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
+from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
+from mixchat.weights.format.blueprint import Blueprint
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
 _GPU_STEP = 8 * 10**9
 
 
 @dataclass(frozen=True)
-class More:
+class Upgrade:
     """A machine with `bytes` more of a tier: where the model goes then, and how fast it is."""
 
     tier: Tier
     bytes: int
-    fit: Fit
+    fit: MemoryPlan
     expected: Expectation
 
 
 @dataclass(frozen=True)
-class Form:
+class Variant:
     """The same model with experts of another type: where it goes then, and how fast it is."""
 
-    fit: Fit
+    fit: MemoryPlan
     expected: Expectation
 
 
@@ -53,14 +56,14 @@ class MachinePlan:
 
     machine: Machine
     device: torch.device
-    fit: Fit
+    fit: MemoryPlan
     measurement: Measurement
     expected: Expectation
     prompt: SpeedRange | None
     first_token: FirstToken | None
-    more: tuple[More, ...]
+    more: tuple[Upgrade, ...]
     spread: WorkerSplit | None = None
-    in_3_bits: Form | None = None
+    in_3_bits: Variant | None = None
     told: ToldMachine = NOTHING_TOLD
 
     @property
@@ -69,19 +72,19 @@ class MachinePlan:
         return bool(self.told.gpus) and not gpu.count()
 
 
-def _expected(device: torch.device, fit: Fit, measurement: Measurement) -> Expectation:
+def _expected(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
     return expect(fit.computed, device, measurement, fit.placement, fit.options.parallel)
 
 
-def plan_form(device: torch.device, fit: Fit, measurement: Measurement) -> Form:
+def plan_variant(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Variant:
     """Return what a download in this form would give."""
-    return Form(fit, _expected(device, fit, measurement))
+    return Variant(fit, _expected(device, fit, measurement))
 
 
 def plan_model(
     there: Machine,
     device: torch.device,
-    fit: Fit,
+    fit: MemoryPlan,
     measurement: Measurement,
     offers: Sequence[WorkerOffer] = (),
     uses: Mapping[ExpertKey, int] | None = None,
@@ -104,7 +107,7 @@ def plan_model(
     )
 
 
-def _more(device: torch.device, fit: Fit, measurement: Measurement) -> Iterator[More]:
+def _more(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Iterator[Upgrade]:
     """Yield the steps of memory that hold more experts than the ones before."""
     steps: list[tuple[Tier, int]] = [("host", step) for step in _RAM_STEPS]
     if fit.free.device is not None:
@@ -114,9 +117,39 @@ def _more(device: torch.device, fit: Fit, measurement: Measurement) -> Iterator[
         richer = fit.with_more(tier, step)
         expected = _expected(device, richer, measurement)
         if expected.cost is not None and _counts(richer.placement) not in seen:
-            yield More(tier, step, richer, expected)
+            yield Upgrade(tier, step, richer, expected)
             seen.add(_counts(richer.placement))
 
 
 def _counts(placement: Placement) -> tuple[int, ...]:
     return *placement.by_device, placement.host_slots
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The speed of a model, with the experts that its slots hold by now."""
+
+    blueprint: Blueprint
+    device: torch.device
+    measurement: Measurement
+    placement: Placement
+
+    def decode(self) -> SpeedRange | None:
+        """Return the speed of decoding; None where the disk is needed and was not measured."""
+        return expect(self.blueprint, self.device, self.measurement, self.placement).speed
+
+    def prompt(self, tokens: int, *, cold: bool) -> SpeedRange | None:
+        """Return the speed of a prompt; `cold`: all experts come from disk."""
+        placement = None if cold else self.placement
+        return prompt_speed(self.blueprint, self.device, self.measurement, placement, tokens)
+
+
+def predict_speed(
+    blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
+) -> Prediction | None:
+    """Return the prediction for a loaded model, by the saved measurement.
+
+    None where this machine was never measured for a model of its shape; `mixchat plan` does that.
+    """
+    saved = saved_measurement(blueprint, directory, device)
+    return None if saved is None else Prediction(blueprint, device, saved, placement)

@@ -9,15 +9,15 @@ import torch
 
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
     expected_distinct,
     held_together,
     moving_cost,
-    shape_of,
+    size_of,
 )
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 PROMPT = 20  # tokens of a short prompt
@@ -105,7 +105,7 @@ def prompt_cost(
     measured.
     """
     config, name = blueprint.config, str(device)
-    one, shape = speeds.expert_time(name, 1), shape_of(blueprint)
+    one, shape = speeds.expert_time(name, 1), size_of(blueprint)
     computing, uses = shape.head / shape.expert * one, 0.0
     for start in range(0, prompt, PREFILL_CHUNK):
         tokens = min(PREFILL_CHUNK, prompt - start)

@@ -11,18 +11,17 @@ import torch
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import (
     Expectation,
-    Shape,
+    ModelSize,
     TokenCost,
     held_together,
     moving_cost,
-    shape_of,
+    size_of,
     speed_range,
 )
-from mixchat.planning.hit_rate import expected_hit_rate
-from mixchat.planning.loads import Loads, layer_loads
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.routing import Loads, expected_hit_rate, layer_loads
 from mixchat.weights.format.blueprint import Blueprint
 
 
@@ -79,9 +78,7 @@ def spread_model(
     hit_rate = expected_hit_rate(config, sum(placement.by_device), here)
     host_hit_rate = expected_hit_rate(config, held_here, here)
     costs = [
-        spread_cost(
-            shape_of(blueprint), speeds, str(device), loads, offers, hit_rate, host_hit_rate
-        )
+        spread_cost(size_of(blueprint), speeds, str(device), loads, offers, hit_rate, host_hit_rate)
         for speeds in measurement.in_use
     ]
     at_home = _uses_here(loads) / (config.num_hidden_layers * config.num_experts_per_tok)
@@ -98,7 +95,7 @@ def spread_model(
 
 
 def spread_cost(
-    shape: Shape,
+    shape: ModelSize,
     speeds: MachineSpeeds,
     device: str,
     loads: Loads,

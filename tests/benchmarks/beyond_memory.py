@@ -40,7 +40,7 @@ from mixchat.base import machine
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.planning.calibration import Measurement
+    from mixchat.planning.machine_speeds import Measurement
 
 GIB = 2**30
 PEER = Path(__file__).with_name("peer_child.py")
@@ -144,7 +144,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     from mixchat.loading.loader import load_engine
     from mixchat.planning.disk_speed import measure_disk
     from mixchat.planning.expectation import expect
-    from mixchat.planning.machine_speed import saved_measurement
+    from mixchat.planning.measuring import saved_measurement
     from mixchat.weights.format.installed_model import InstalledModel
 
     if depth is not None:
@@ -201,7 +201,7 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
 
 def with_disk(measured: Measurement, bandwidth: float) -> Measurement:
     """Return the measurement as it would be if reads in use had so many bytes a second."""
-    from mixchat.planning.calibration import IN_USE
+    from mixchat.planning.machine_speeds import IN_USE
 
     disk = bandwidth / IN_USE
     typical = replace(measured.typical, disk_bandwidth=disk, disk_bandwidth_idle=disk)
@@ -212,7 +212,7 @@ def calibrate(model: Path) -> None:
     """Measure the machine, as `mixchat plan` does."""
     prepare_environment()
     from mixchat.experts.memory import CPU
-    from mixchat.planning.machine_speed import measure_machine
+    from mixchat.planning.measuring import measure_machine
     from mixchat.planning.torch_threads import choose_threads
     from mixchat.weights.format.installed_model import InstalledModel
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes, Policy
 from mixchat.experts.trace import Trace
-from mixchat.planning.hit_rate import Replay, Visit, replay_visits, synthetic_trace, visits
+from mixchat.planning.routing import Replay, Visit, replay_visits, synthetic_trace, visits
 
 NAMES = [*POLICIES, "lfu", "belady"]
 FRACTIONS = (0.25, 0.5, 0.75)

@@ -186,7 +186,10 @@ def copied(source: Path, target: Path) -> Path:
 
 def rounded_bits(blueprint: Blueprint, rounded: str) -> float:
     """Return the bits a weight of what is rounded. Of a layer's equal experts, one is counted."""
-    specs, layers = [blueprint.expert.w13, blueprint.expert.w2], blueprint.config.num_hidden_layers
+    specs, layers = (
+        [blueprint.expert.gate_up, blueprint.expert.down],
+        blueprint.config.num_hidden_layers,
+    )
     if rounded == "all":
         specs += [blueprint.qkv(0), blueprint.o(0)]
     nbytes = layers * sum(tensor.nbytes for spec in specs for tensor in spec.tensors)

@@ -174,7 +174,7 @@ def prompt_table(seconds: dict[int, float]) -> Iterator[str]:
 
 
 def main() -> None:
-    from mixchat.planning.calibration import interpolate
+    from mixchat.planning.machine_speeds import interpolate
 
     parts = (1, *HOLDERS)
     rounds = [{part: slice_seconds(part, [0])[0] for part in parts} for _ in range(ROUNDS)]

@@ -9,7 +9,7 @@ from routing_traces import A, B, C, keys, trace, traces, used
 
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.trace import Trace, TraceWriter
-from mixchat.planning.hit_rate import Counts
+from mixchat.planning.routing import Counts
 
 
 def test_lfu_gives_up_first_what_was_used_least() -> None:

@@ -17,9 +17,9 @@ from mixchat.base import machine
 from mixchat.cli import plan as plan_command
 from mixchat.cli.output import plan_text
 from mixchat.loading import workers
-from mixchat.planning import fitting, machine_speed, torch_threads
-from mixchat.planning.calibration import MachineSpeeds
-from mixchat.planning.machine_speed import SAMPLES
+from mixchat.planning import fitting, measuring, torch_threads
+from mixchat.planning.machine_speeds import MachineSpeeds
+from mixchat.planning.measuring import SAMPLES
 from mixchat.planning.worker_split import WorkerOffer
 
 GB = 10**9
@@ -38,8 +38,8 @@ def measured(monkeypatch):
         calls.append(blueprint.expert.stride)
         return SPEEDS
 
-    monkeypatch.setattr(machine_speed, "calibrate", measure)
-    monkeypatch.setattr(machine_speed, "MOST_SECONDS", 1e6)  # however busy this machine is
+    monkeypatch.setattr(measuring, "take_sample", measure)
+    monkeypatch.setattr(measuring, "MOST_SECONDS", 1e6)  # however busy this machine is
     monkeypatch.setattr(fitting, "free_on", lambda device: int(14.5 * GB))
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: None)
     monkeypatch.setattr(machine, "total_memory", lambda: 16 * GB)
@@ -261,7 +261,7 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days, perf_counter=time.perf_counter)
-    for module in (machine_speed, plan_text, plan_command):
+    for module in (measuring, plan_text, plan_command):
         monkeypatch.setattr(module, "time", clock)
 
 
@@ -271,7 +271,7 @@ def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypat
     assert "(now), 3 samples; --measure measures again" in sections(run())["This machine"]
     at(monkeypatch, 3.5)
     slower = dataclasses.replace(SPEEDS, layer_seconds=0.01)
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: slower)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: slower)
     made = json.loads(run("--json").stdout)
     assert (made["measured_at"], made["samples"]) == (1.7e9, SAMPLES)
     assert re.search(
@@ -333,10 +333,10 @@ def test_a_second_form_is_left_out_if_the_first_took_all_the_time(run, measured,
         clock.now += 30
         return SPEEDS
 
-    for module in (machine_speed, plan_command):
+    for module in (measuring, plan_command):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(machine_speed, "MOST_SECONDS", 20)
-    monkeypatch.setattr(machine_speed, "calibrate", measure_slowly)
+    monkeypatch.setattr(measuring, "MOST_SECONDS", 20)
+    monkeypatch.setattr(measuring, "take_sample", measure_slowly)
     done = run()
     assert clock.now == 30
     assert "With experts in fewer bits" not in sections(done)
@@ -377,7 +377,7 @@ def test_a_prompt_and_the_first_token_are_ranges_too(run, measured, monkeypatch)
         )
         for seconds, disk in ((0.001, 4e9), (0.004, 3e9), (0.02, 2e9))
     )
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
     expected = sections(run())["What to expect"]
     assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
     assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
@@ -392,7 +392,7 @@ def test_the_verdict_is_in_words(run, measured, monkeypatch):
     for factor, words in ((0.1, "faster than you read"), (10, "much slower than you read")):
         seconds = {"cpu": {1: 0.003 * factor, 8: 0.005 * factor, 512: 0.2 * factor}}
         changed = dataclasses.replace(SPEEDS, expert_seconds=seconds, layer_seconds=0.001 * factor)
-        monkeypatch.setattr(machine_speed, "calibrate", lambda *_, it=changed, **how: it)
+        monkeypatch.setattr(measuring, "take_sample", lambda *_, it=changed, **how: it)
         monkeypatch.setattr(fitting, "free_on", lambda device: 64 * GB)
         _, speed, _ = sections(run("--measure"))["Verdict"].splitlines()
         assert speed.endswith(words)
@@ -448,7 +448,7 @@ def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monk
     blind = dataclasses.replace(
         SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
     )
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: blind)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: blind)
     told = ("--ram", "10GB", "--disk-speed", "1.5 GB/s", "--free-disk", "100GB")
     shown = sections(run(*told))
     assert "This machine" not in shown
@@ -469,7 +469,7 @@ def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monk
     same = dataclasses.replace(
         SPEEDS, disk_bandwidth=1.5e9, disk_bandwidth_idle=1.5e9, disk_bandwidth_fresh=1.5e9
     )
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: same)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: same)
     there = json.loads(run("--json").stdout)
     for key in ("fit", "cost", "held", "tokens_per_second", "what_more_buys", "first_token"):
         assert found[key] == there[key]
@@ -551,7 +551,7 @@ def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
     samples = itertools.cycle(
         dataclasses.replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)
     )
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: next(samples))
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
     done = sections(run())
     assert re.search(r"speed +0.6 to 0.8 tok/s, ", done["Verdict"])
     assert re.search(r"decode +0.6 to 0.8 tok/s: a token takes ", done["What to expect"])
@@ -619,7 +619,7 @@ def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch)
     blind = dataclasses.replace(
         SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
     )
-    monkeypatch.setattr(machine_speed, "calibrate", lambda *_, **how: blind)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: blind)
     found = sections(run())
     assert "unknown, because the disk could not be measured" in found["What to expect"]
     assert "not measured" in found["This machine"]

@@ -18,7 +18,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine.batch import Batch, Prompt
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.form.constraint import CompiledConstraint, ConstraintCompiler
@@ -122,7 +122,7 @@ def test_every_finished_answer_to_200_generated_schemas_is_valid(
     assert finished >= 190
 
 
-@pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+@pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
     "form",
@@ -166,7 +166,7 @@ def answered(engine: Engine, *prompts: Prompt) -> list[tuple[list[int], Exceptio
     return [(answer.ids[answer.prompt_tokens :], answer.error) for answer in answers]
 
 
-@pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+@pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(
     model: Path, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:

@@ -15,11 +15,11 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 # Forms of an installed model, of its KV cache, and how many of its experts are held at once.
 KINDS: dict[str, tuple[dict[str, Any], LoadOptions, int | None]] = {

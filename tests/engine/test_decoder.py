@@ -14,12 +14,12 @@ from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import Part
 from mixchat.experts.recording import RecordingRunner
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Program
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 SHAPE = {"intermediate_size": 128, "head_dim": 32, "num_local_experts": 5}
 # Forms of an installed model and of its cache: each takes other ways through the kernels.

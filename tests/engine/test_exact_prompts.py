@@ -15,7 +15,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import PREFILL_CHUNK, Engine
 from mixchat.engine.passes import Part
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import chunks_are_exact, load_engine
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "no packed layout": ({"intermediate_size": 96}, {}, None),
 }
 
-needs_kernels = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+needs_kernels = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 
 @pytest.fixture(scope="module")

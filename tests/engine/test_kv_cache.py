@@ -16,7 +16,7 @@ from mixchat.engine.kv_cache import (
     cache_bytes,
     new_cache,
 )
-from mixchat.kernels import attention
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ CONFIG = ModelConfig.from_dict(
         "rope_theta": 1e6,
     }
 )
-needs_kernel = pytest.mark.skipif(not attention.available(), reason="the kernel needs AVX2")
+needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 
 def paged(bits: int) -> KVCache:
@@ -116,10 +116,10 @@ def test_the_bytes_of_a_full_cache() -> None:
 
 
 def test_the_device_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = PagedKVCache if attention.available() else TensorKVCache
+    expected = PagedKVCache if kernels_available() else TensorKVCache
     assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is expected
     assert type(new_cache(CONFIG, 10, torch.bfloat16, torch.device("meta"))) is TensorKVCache
-    monkeypatch.setattr(attention, "available", lambda: False)
+    monkeypatch.setattr(kv_cache, "kernels_available", lambda: False)
     assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is TensorKVCache
 
 
@@ -129,7 +129,7 @@ def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(
 ) -> None:
     """In a prefill, between the keys and the values, or a page and its address: each turn failed
     from then on."""
-    monkeypatch.setattr(attention, "available", lambda: kernel)
+    monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
 
     def text() -> list[int]:
         sampling = SamplingOptions(temperature=0)

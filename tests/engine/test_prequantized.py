@@ -105,11 +105,11 @@ def test_no_code_is_changed(
         layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
         installed.read_expert(1, 2, block)
-        w13, w2 = layout._views(block)
+        gate_up, down = layout._views(block)
         prefix = "model.layers.1.block_sparse_moe.experts.2."
         parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3")]
-        assert torch.equal(w13[1], torch.cat(parts))
-        assert torch.equal(w2[1], source[f"{prefix}w2.weight"].flatten())
+        assert torch.equal(gate_up[1], torch.cat(parts))
+        assert torch.equal(down[1], source[f"{prefix}w2.weight"].flatten())
         gate = installed.blueprint.gate(0)
         expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
         assert torch.equal(installed.tensor(gate), expected)

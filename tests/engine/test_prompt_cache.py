@@ -21,6 +21,7 @@ from mixchat.engine import kv_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
 from mixchat.engine.prompt_cache import PromptCache
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
 GREEDY = SamplingOptions(temperature=0)
@@ -34,7 +35,7 @@ def open_engine(
     request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Open:
     """Loads the tiny model, or another one, with a cache of the one kind or the other."""
-    monkeypatch.setattr(kv_cache.attention, "available", lambda: request.param)
+    monkeypatch.setattr(kv_cache, "kernels_available", lambda: request.param)
 
     def opened(model: Path = tiny_model, **options: Any) -> Engine:
         return load_engine(model, LoadOptions(device="cpu", **options))
@@ -228,9 +229,9 @@ def test_a_file_of_other_bits_is_refused(open_engine: Open, tmp_path: Path) -> N
 def test_a_file_of_the_other_kind_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
 ) -> None:
-    monkeypatch.setattr(kv_cache.attention, "available", lambda: kernel)
+    monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
     saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
-    monkeypatch.setattr(kv_cache.attention, "available", lambda: not kernel)
+    monkeypatch.setattr(kv_cache, "kernels_available", lambda: not kernel)
     other = load_engine(tiny_model, LoadOptions(device="cpu"))
     refused(tmp_path / "f", other, "another kind of KV cache")
 
@@ -412,7 +413,7 @@ def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
 def caches(bits: int) -> list[KVCache]:
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     tensors = TensorKVCache(CONFIG, 2000, dtype, CPU, quantized=bits == 8)
-    kernel = kv_cache.attention.available()
+    kernel = kernels_available()
     return [tensors, PagedKVCache(CONFIG, 2000, bits)] if kernel else [tensors]
 
 

@@ -21,7 +21,7 @@ from mixchat.engine.passes import Part
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.recording import RecordingRunner
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
 GREEDY = SamplingOptions(temperature=0)
@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     "exact prompts": ({}, {}, LoadOptions(exact_prompts=True)),
 }
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 
 class Always(Speculation):

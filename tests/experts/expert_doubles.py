@@ -16,7 +16,7 @@ from mixchat.experts.policies import Passes
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def runner(
     workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
-    layout = "cpu-packed" if coded.available() else "bitsandbytes"
+    layout = "cpu-packed" if kernels_available() else "bitsandbytes"
     store = ExpertStore(
         source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert_of,

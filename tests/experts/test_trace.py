@@ -163,7 +163,7 @@ def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None
 
 
 def test_traces_and_replays_need_no_torch() -> None:
-    code = "import sys, mixchat.experts.trace, mixchat.planning.hit_rate as s\n"
+    code = "import sys, mixchat.experts.trace, mixchat.planning.routing as s\n"
     code += "s.replay(s.synthetic_trace(tokens=3), 9, 'lru'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

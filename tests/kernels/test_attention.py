@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mixchat.kernels import attention, pages
-from mixchat.kernels.compile import InstructionSet, instruction_set
+from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_available
 from mixchat.kernels.pages import PAGE, Bits, CacheShape, store
 
-pytestmark = pytest.mark.skipif(not attention.available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 SHAPES = [(32, 8, 128), (9, 3, 64), (4, 4, 10), (6, 2, 33), (48, 1, 16)]  # heads, groups, head_dim
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mixchat.kernels import dense
-from mixchat.kernels.compile import InstructionSet, available, instruction_set
+from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_available
 
-pytestmark = pytest.mark.skipif(not available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 
 @pytest.fixture(params=["avx512", "avx2"])

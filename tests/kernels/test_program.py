@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mixchat.kernels import coded, rows, threads
-from mixchat.kernels.program import Group, Program, Step
+from mixchat.kernels import rows, threads
+from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.program import Program, Stage, Step, alone, side_by_side, together
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 COLUMNS = 4096
 
@@ -38,15 +39,16 @@ def zeros(count: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("_threads", "_way")
-def test_each_step_is_run_once_in_each_run_and_finds_the_group_before_it_done() -> None:
+def test_each_step_is_run_once_in_each_run_and_finds_the_stage_before_it_done() -> None:
     one, numbers = torch.ones(64, COLUMNS), [zeros(64) for _ in range(4)]
     doubled = [zeros(64), zeros(64)]
     program = Program(
         [
-            Group(after=[add(numbers[0], one, numbers[0]), add(numbers[0], one, numbers[0])]),
-            Group([add(numbers[0], numbers[0], doubled[0]), add(numbers[0], one, doubled[1])]),
-            Group([add(doubled[0], doubled[1], numbers[1])], [add(numbers[1], one, numbers[2])]),
-            Group([add(numbers[2], one, numbers[3])]),
+            alone(add(numbers[0], one, numbers[0]), add(numbers[0], one, numbers[0])),
+            together(add(numbers[0], numbers[0], doubled[0]), add(numbers[0], one, doubled[1])),
+            together(add(doubled[0], doubled[1], numbers[1])),
+            alone(add(numbers[1], one, numbers[2])),
+            together(add(numbers[2], one, numbers[3])),
         ]
     )
     for turn in range(1, 200):
@@ -55,11 +57,13 @@ def test_each_step_is_run_once_in_each_run_and_finds_the_group_before_it_done() 
 
 
 @pytest.mark.usefixtures("_threads", "_way")
-def test_the_steps_after_a_group_run_one_by_one() -> None:
+def test_the_steps_of_stages_alone_run_one_by_one() -> None:
     """Each has one item of work: were they shared, a thread would begin one before its time."""
     total, one = zeros(), torch.ones(1, COLUMNS)
     doubling = [add(total, total, total) for _ in range(12)]
-    program = Program([Group([add(one, one, zeros())], [add(total, one, total), *doubling])])
+    some, others = doubling[:5], doubling[5:]
+    stages = [together(add(one, one, zeros())), alone(add(total, one, total), *some)]
+    program = Program([*stages, alone(*others)])
     for turn in range(50):
         total.zero_()
         program.run()
@@ -70,11 +74,18 @@ def test_the_steps_after_a_group_run_one_by_one() -> None:
 def test_an_argument_can_be_changed_between_two_runs() -> None:
     one, two, out = torch.ones(1, COLUMNS), 2 * torch.ones(1, COLUMNS), zeros()
     step = add(one, one, out)
-    program = Program([Group([step])])
+    program = Program([together(step)])
     program.run()
     step.set(x=two.data_ptr())
     program.run()
     assert (out == 3).all()
+
+
+def test_parts_side_by_side_have_their_steps_in_the_same_stages() -> None:
+    one, out = torch.ones(1, COLUMNS), zeros()
+    first, second, third, fourth = (add(one, one, out) for _ in range(4))
+    parts = [[alone(first), together(second)], [alone(third), together(fourth)]]
+    assert side_by_side(parts) == [Stage([first, third], alone=True), Stage([second, fourth])]
 
 
 def test_a_step_alone_can_be_run_again() -> None:

@@ -15,8 +15,8 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.experts.placement import Demand
 from mixchat.loading.loader import load_engine
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 GREEDY = SamplingOptions(temperature=0)

@@ -31,7 +31,7 @@ from mixchat.loading import tiers
 from mixchat.loading.loader import choose_devices
 from mixchat.planning.compute_speed import Effort, layer_probe
 from mixchat.planning.fitting import FreeMemory
-from mixchat.planning.machine_speed import calibrate, calibration_key
+from mixchat.planning.measuring import measurement_key, take_sample
 from mixchat.planning.plan import Machine
 
 PLACES = {
@@ -272,9 +272,9 @@ def test_planning_looks_at_a_gpu_and_measures_it(
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     there = Machine.now(tmp_path, [device])
     assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
-    assert "paper:0: GPU on paper" in calibration_key(blueprint, tmp_path, device)
+    assert "paper:0: GPU on paper" in measurement_key(blueprint, tmp_path, device)
     little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
-    found = calibrate(blueprint, tmp_path, device, layer_probe(blueprint, device), effort=little)
+    found = take_sample(blueprint, tmp_path, device, layer_probe(blueprint, device), effort=little)
     assert set(found.expert_seconds) == {"cpu", "paper:0"}
     assert found.copy_bandwidth is not None
     assert found.copy_bandwidth > 0

@@ -43,8 +43,8 @@ from mixchat.experts.workers.messages import Hello
 from mixchat.loading import loader, tiers
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
-from mixchat.planning import expectation, prediction
-from mixchat.planning.calibration import Measurement
+from mixchat.planning import expectation, plan
+from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.plan import Machine
 
 
@@ -568,7 +568,7 @@ def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
 ) -> None:
     (sample,) = speeds(copy=1e9, expert=1e-3).samples
     known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))
-    monkeypatch.setattr(prediction, "saved_measurement", lambda *_: known)
+    monkeypatch.setattr(plan, "saved_measurement", lambda *_: known)
     directory, blueprint = case("nf4").directory, case("nf4").blueprint
     for name, placement in {
         "two over RAM for all": Placement(3, EXPERTS, EXPERTS, other_slots=(2,)),

@@ -25,7 +25,7 @@ from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
-from mixchat.planning.calibration import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -270,7 +270,7 @@ def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
     tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with InstalledModel(tiny_model) as installed:
-        packed = installed.blueprint.expert.w13.packed
+        packed = installed.blueprint.expert.gate_up.packed
     other = "bitsandbytes" if packed else "cpu-packed"
     assert installed.blueprint.in_layout(other).expert != installed.blueprint.expert
     monkeypatch.setattr(Blueprint, "computed_on", lambda self, device: self.in_layout(other))

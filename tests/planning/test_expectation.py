@@ -13,16 +13,16 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
 from mixchat.experts.trace import Trace
-from mixchat.planning import hit_rate
-from mixchat.planning.calibration import IN_USE, MachineSpeeds, Measurement
+from mixchat.planning import routing
 from mixchat.planning.expectation import (
     SpeedRange,
     TokenCost,
     busiest_share,
     expect,
-    shape_of,
+    size_of,
 )
-from mixchat.planning.hit_rate import Replay, replay, synthetic_trace
+from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
+from mixchat.planning.routing import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
@@ -110,8 +110,8 @@ def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too() -> N
 
 def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for at every plan, several times: that takes a tenth of a second each."""
-    hit_rate.expected_hit_rate.cache_clear()
-    hit_rate._paper_trace.cache_clear()
+    routing.expected_hit_rate.cache_clear()
+    routing._paper_trace.cache_clear()
     replayed: list[int] = []
     made: list[int] = []
 
@@ -123,8 +123,8 @@ def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch
         made.append(tokens)
         return synthetic_trace(*shape, tokens=tokens)
 
-    monkeypatch.setattr(hit_rate, "replay", counted_replay)
-    monkeypatch.setattr(hit_rate, "synthetic_trace", counted_trace)
+    monkeypatch.setattr(routing, "replay", counted_replay)
+    monkeypatch.setattr(routing, "synthetic_trace", counted_trace)
     for slots in (100, 101, 100):
         hit_rates(BLUEPRINT, CPU, on_cpu(slots))
     assert sum(replayed) <= 2 * 400
@@ -219,7 +219,7 @@ def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use() -> Non
     slow_experts = replace(SPEEDS, expert_seconds={"cpu": {1: 0.01, 1000: 0.01}}, layer_seconds=0.0)
     known = Measurement(0.0, (slow_experts,))
     costs = [expect(BLUEPRINT, CPU, known, on_cpu(256), answers).cost for answers in (1, 2)]
-    shape = shape_of(BLUEPRINT)
+    shape = size_of(BLUEPRINT)
     head = 0.01 * shape.head / shape.expert
     assert [cost and cost.seconds for cost in costs] == [
         pytest.approx(32 * 0.01 * distinct + head, rel=0.01) for distinct in (2, 3.5)

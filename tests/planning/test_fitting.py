@@ -9,14 +9,14 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand
-from mixchat.planning.fitting import Fit, FreeMemory, fit_model
+from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
 MODEL = ModelConfig.from_dict(MIXTRAL)
 
 
-def fitted(model: ModelConfig, context_size: int | None = None) -> Fit:
+def fitted(model: ModelConfig, context_size: int | None = None) -> MemoryPlan:
     blueprint = Blueprint(model, Quantization())
     return fit_model(blueprint, FreeMemory(64 * 10**9), LoadOptions(context_size=context_size))
 

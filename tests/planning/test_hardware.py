@@ -7,9 +7,9 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.hardware import GPU_BUS, Machine, OtherGPU, ToldMachine
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 

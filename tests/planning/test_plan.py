@@ -19,18 +19,17 @@ from mixchat.cli.output.plan_json import plan_as_dict
 from mixchat.cli.output.plan_text import plan_as_text
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
-from mixchat.planning import fitting, machine_speed
-from mixchat.planning.calibration import MachineSpeeds, Measurement
+from mixchat.planning import fitting, measuring
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine, OtherGPU
-from mixchat.planning.machine_speed import (
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.measuring import (
     SAMPLES,
     measure_machine,
     measurement_file,
     saved_measurement,
 )
-from mixchat.planning.plan import MachinePlan, plan_model
-from mixchat.planning.prediction import predict_speed
+from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -338,7 +337,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         measured.append(device)
         return SPEEDS if device == CPU else GPU_SPEEDS
 
-    monkeypatch.setattr(machine_speed, "calibrate", measure)
+    monkeypatch.setattr(measuring, "take_sample", measure)
     return measured
 
 
@@ -365,7 +364,7 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(
     assert counted == []
     measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
-    key = machine_speed.calibration_key(BLUEPRINT, home, CPU)
+    key = measuring.measurement_key(BLUEPRINT, home, CPU)
     content = {"format": 3, "machines": {key: asdict(measured(SPEEDS, slow))}}
     measurement_file().write_text(json.dumps(content))
     found = on_cpu(14.5, SPEEDS, slow)

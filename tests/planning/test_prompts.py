@@ -8,8 +8,8 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import expected_distinct
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.prompts import (
     PROMPT,
     FirstToken,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.planning.calibration import MachineSpeeds
-from mixchat.planning.expectation import OVERLAP, Shape, TokenCost, token_cost
+from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, token_cost
+from mixchat.planning.machine_speeds import MachineSpeeds
 
 # 8 uses of experts a token. A head as large as three experts.
-SHAPE = Shape(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
+SHAPE = ModelSize(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
 CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 GPU = dataclasses.replace(
     CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}

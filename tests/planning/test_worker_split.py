@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.planning.calibration import MachineSpeeds, Measurement
-from mixchat.planning.expectation import Shape, TokenCost, token_cost
-from mixchat.planning.hit_rate import expected_hit_rate
-from mixchat.planning.loads import layer_loads
+from mixchat.planning.expectation import ModelSize, TokenCost, token_cost
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_cost, spread_model
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
@@ -25,7 +24,7 @@ from mixchat.weights.make.outline import MIXTRAL
 CPU = torch.device("cpu")
 BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
 SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-SHAPE = Shape(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
+SHAPE = ModelSize(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
 
 
 def config(layers: int, experts: int, chosen: int) -> Any:

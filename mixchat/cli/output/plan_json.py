@@ -12,7 +12,7 @@ from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import TokenCost
-    from mixchat.planning.plan import Form, MachinePlan, More
+    from mixchat.planning.plan import MachinePlan, Upgrade, Variant
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
@@ -71,7 +71,7 @@ def _assumed(plan: MachinePlan) -> dict[str, float] | None:
     return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
 
 
-def _form_as_dict(form: Form) -> dict[str, Any]:
+def _form_as_dict(form: Variant) -> dict[str, Any]:
     expected = form.expected
     return {
         "kept_bytes": form.fit.blueprint.size,
@@ -105,7 +105,7 @@ def _spread_as_dict(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
     }
 
 
-def _more_as_dict(more: More) -> dict[str, Any]:
+def _more_as_dict(more: Upgrade) -> dict[str, Any]:
     return {
         "tier": more.tier,
         "bytes": more.bytes,

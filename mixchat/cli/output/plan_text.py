@@ -17,15 +17,15 @@ from mixchat.base.quantities import (
 from mixchat.cli.output import download_text
 from mixchat.cli.output.plan_verdict import count_text, gpus_text, speed_text, verdict
 from mixchat.cli.output.table import aligned
-from mixchat.planning.calibration import IN_USE
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
+from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
-    from mixchat.planning.calibration import Measurement
     from mixchat.planning.expectation import Expectation, TokenCost
-    from mixchat.planning.plan import Form, MachinePlan
+    from mixchat.planning.machine_speeds import Measurement
+    from mixchat.planning.plan import MachinePlan, Variant
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
@@ -204,7 +204,7 @@ def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
         yield "together", f"{speed_text(expected.together)} of {expected.answers} answers at once"
 
 
-def _in_3_bits(plan: MachinePlan, form: Form) -> Iterator[tuple[str, str]]:
+def _in_3_bits(plan: MachinePlan, form: Variant) -> Iterator[tuple[str, str]]:
     """Compare what a download gives by default with `--expert-bits 3`."""
     for bits, fit, expected in (
         ("4 bits", plan.fit, plan.expected),

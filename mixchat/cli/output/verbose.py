@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats, SpeculationStats
     from mixchat.experts.stats import ExpertStats
-    from mixchat.planning.prediction import Prediction
+    from mixchat.planning.plan import Prediction
 
 
 class VerboseReport:

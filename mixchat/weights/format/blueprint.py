@@ -24,9 +24,18 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
-from mixchat.kernels import coded, rows
+from mixchat.kernels import rows
+from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.program import Stage, alone, together
 from mixchat.weights.matrix.blocks import BLOCKSIZE
-from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, Scales
+from mixchat.weights.matrix.linear import (
+    Layout,
+    Linear,
+    LinearSpec,
+    QuantType,
+    Scales,
+    as_packed,
+)
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -73,30 +82,56 @@ class Quantization:
 class Expert:
     """One expert, which is a function of x [n, D]. `exact` is as in `Linear`."""
 
-    w13: Linear
-    w2: Linear
+    gate_up: Linear
+    down: Linear
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Return w2(silu(w1 x) * w3 x), [n, D]."""
-        return self.w2(rows.swiglu(self.w13(x, exact=exact)), exact=exact)
+        return self.down(rows.swiglu(self.gate_up(x, exact=exact)), exact=exact)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Return the addresses of codes and absmax of both matrices, which are packed."""
+        return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
+
+    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
+        """Return `__call__` as stages that map a row x [1, D] to `out` [1, D].
+
+        Also returns the places of `addresses` in the stages: other addresses that are written
+        there make them compute another expert of the same form.
+        """
+        up, down = as_packed(self.gate_up), as_packed(self.down)
+        gate_up = torch.empty(1, up.rows, dtype=x.dtype)
+        gated = torch.empty(1, up.rows // 2, dtype=x.dtype)
+        round_x, project_up = up.steps(x, gate_up)
+        round_gated, project_down = down.steps(gated, out)
+        stages = [
+            alone(round_x),
+            together(project_up),
+            together(rows.swiglu_step(gate_up, gated)),
+            together(round_gated),
+            together(project_down),
+        ]
+        products = project_up, project_down
+        return stages, [step.address(name) for step in products for name in ("codes", "absmax")]
 
 
 @dataclass(frozen=True)
 class ExpertSpec:
     """The block of bytes of one expert. Its matrices take `nbytes`, the block takes `stride`."""
 
-    w13: LinearSpec
-    w2: LinearSpec
+    gate_up: LinearSpec
+    down: LinearSpec
 
     @cached_property
     def nbytes(self) -> int:
         """Return the bytes of the matrices."""
-        return sum(spec.nbytes for spec in (*self.w13.tensors, *self.w2.tensors))
+        return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
 
     @property
     def packed(self) -> tuple[bool, bool]:
-        """Return whether w13 and w2 have the packed layout."""
-        return self.w13.packed, self.w2.packed
+        """Return whether gate_up and down have the packed layout."""
+        return self.gate_up.packed, self.down.packed
 
     @cached_property
     def stride(self) -> int:
@@ -107,7 +142,7 @@ class ExpertSpec:
         """Return the block as tensors of a safetensors file, which allows no holes between them."""
         specs = [
             replace(spec, name=f"{expert}.{spec.name}")
-            for spec in (*self.w13.tensors, *self.w2.tensors)
+            for spec in (*self.gate_up.tensors, *self.down.tensors)
         ]
         padding = self.stride - self.nbytes
         if padding:
@@ -116,21 +151,21 @@ class ExpertSpec:
 
     def build(self, block: torch.Tensor) -> Expert:
         """Return the expert over a block of `stride` bytes, which is used in place."""
-        w13, w2 = self._views(block)
-        return Expert(self.w13.build(w13), self.w2.build(w2))
+        gate_up, down = self._views(block)
+        return Expert(self.gate_up.build(gate_up), self.down.build(down))
 
     def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
         """Rewrite the block in place from this layout to the layout of `to`."""
-        w13, w2 = self._views(block)
-        self.w13.convert(w13, to.w13)
-        self.w2.convert(w2, to.w2)
+        gate_up, down = self._views(block)
+        self.gate_up.convert(gate_up, to.gate_up)
+        self.down.convert(down, to.down)
 
     def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         views, start = [], 0
-        for spec in (*self.w13.tensors, *self.w2.tensors):
+        for spec in (*self.gate_up.tensors, *self.down.tensors):
             views.append(block[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
             start += spec.nbytes
-        split = len(self.w13.tensors)
+        split = len(self.gate_up.tensors)
         return views[:split], views[split:]
 
 
@@ -161,17 +196,17 @@ class Blueprint:
     def all_in_layout_of(self, used: ExpertSpec) -> bool:
         """Return whether the experts of all layers have the layout of `used`."""
         layers = range(self.config.num_hidden_layers)
-        return all(self.expert_of(layer).w13.layout == used.w13.layout for layer in layers)
+        return all(self.expert_of(layer).gate_up.layout == used.gate_up.layout for layer in layers)
 
     @cached_property
     def expert(self) -> ExpertSpec:
         """Return an expert's block, as `quantization` has it."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
-        w2 = "nf4" if kind == "nf3" else kind
+        down = "nf4" if kind == "nf3" else kind
         return ExpertSpec(
-            w13=replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales),
-            w2=replace(self._linear("w2", hidden, inner, w2), scales=scales),
+            gate_up=replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales),
+            down=replace(self._linear("w2", hidden, inner, down), scales=scales),
         )
 
     def qkv(self, layer: int) -> LinearSpec:
@@ -194,6 +229,13 @@ class Blueprint:
             return None
         config = self.config
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
+
+    @cached_property
+    def shared_matrices(self) -> dict[str, LinearSpec]:
+        """Return the matrices of attention and head by their names."""
+        layers = range(self.config.num_hidden_layers)
+        specs = [spec for layer in layers for spec in (self.qkv(layer), self.o(layer))]
+        return {spec.name: spec for spec in (*specs, self.head) if spec is not None}
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """Return the weights of a layer's norms before attention and before the experts."""
@@ -270,7 +312,7 @@ class Blueprint:
 
     def computed_on(self, device: torch.device) -> Blueprint:
         """Return the same model with its codes in the layout that this device computes fastest."""
-        packed = device.type == "cpu" and coded.available()
+        packed = device.type == "cpu" and kernels_available()
         return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:

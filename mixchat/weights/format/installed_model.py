@@ -93,11 +93,12 @@ class InstalledModel:
         """Read rows [n, ...] of a shared tensor to the CPU. Their numbers [n] may repeat."""
         return self._shared.read_rows(spec.name, numbers)
 
-    def linear(self, spec: LinearSpec, target: LinearSpec, device: torch.device) -> Linear:
-        """Read a shared linear map to `device`, its codes in the layout of `target`.
+    def linear(self, target: LinearSpec, device: torch.device) -> Linear:
+        """Read the shared linear map of the name of `target` to `device`, in its layout.
 
         8 bits are widened if `target` is dense.
         """
+        spec = self.blueprint.shared_matrices[target.name]
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
         if spec.quant_type != target.quant_type:
             plain = replace(spec, layout="bitsandbytes")

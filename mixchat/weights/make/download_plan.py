@@ -217,8 +217,8 @@ def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
 def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
     """Return how many seconds this machine quantizes all experts, by trying some weights."""
     layout = blueprint.expert
-    weights = layout.w13.rows * layout.w13.columns + layout.w2.rows * layout.w2.columns
-    spec = replace(layout.w2, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])
+    weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
+    spec = replace(layout.down, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])
     if index.quant_type(expert_tensor(0, 0, "w1")):
         spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
     sample = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).to(

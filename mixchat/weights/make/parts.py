@@ -123,7 +123,7 @@ def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> ModelPar
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
     layout, file = blueprint.expert_of(layer), experts_file(layer)
     specs = tuple(layout.tensors(expert))
-    cut = len(layout.w13.tensors)
+    cut = len(layout.gate_up.tensors)
     w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))
-    yield ModelPart(file, specs[:cut], (w1, w3), layout.w13, (layer, expert))
-    yield ModelPart(file, specs[cut:], (w2,), layout.w2, (layer, expert))
+    yield ModelPart(file, specs[:cut], (w1, w3), layout.gate_up, (layer, expert))
+    yield ModelPart(file, specs[cut:], (w2,), layout.down, (layer, expert))

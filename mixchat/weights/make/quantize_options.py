@@ -8,7 +8,7 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout, QuantType, Scales
 from mixchat.weights.source.checkpoint_index import (
@@ -44,7 +44,7 @@ class QuantizeOptions:
 
 def best_layout() -> Layout:
     """Return the layout that this machine computes with. A GPU reads bitsandbytes' own."""
-    if gpu.count() or not coded.available():
+    if gpu.count() or not kernels_available():
         return "bitsandbytes"
     return "cpu-packed"
 

@@ -17,10 +17,10 @@ from torch.nn import functional
 from mixchat.base import gpu
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import TensorSpec
-from mixchat.kernels import coded, dense, rows
+from mixchat.kernels import dense, quantized_matmul, rows
 from mixchat.kernels.compile import instruction_set, multiplies_bf16
 from mixchat.kernels.program import Step
-from mixchat.kernels.units import MANY, Bits, unit_for
+from mixchat.kernels.units import MANY, Bits, level_tables, unit_for
 from mixchat.weights.matrix import int8, nf3, nf4
 from mixchat.weights.matrix.blocks import BLOCKSIZE, RowsOf, absmax_size, can_pack, dequantize
 from mixchat.weights.matrix.bnb_format import Quantized4bit
@@ -160,6 +160,11 @@ class PackedLinear:
         self._levels, self._bits = _level_tables(spec.quant_type), _CODES[spec.quant_type].BITS
 
     @property
+    def rows(self) -> int:
+        """Return R, without rows of zeros."""
+        return self._rows
+
+    @property
     def addresses(self) -> tuple[int, int]:
         """Return the addresses of codes and absmax."""
         return self._codes.data_ptr(), self._absmax.data_ptr()
@@ -170,7 +175,7 @@ class PackedLinear:
         The second one needs the first. They do not keep the matrix alive. None has rows of zeros.
         """
         assert out.shape[-1] == self._shape[0]
-        return coded.matmul_steps(
+        return quantized_matmul.matmul_steps(
             x,
             self._codes,
             self._absmax,
@@ -181,7 +186,7 @@ class PackedLinear:
         )
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        result = coded.packed_matmul(
+        result = quantized_matmul.packed_matmul(
             x,
             self._codes,
             self._absmax,
@@ -195,11 +200,17 @@ class PackedLinear:
         return result[..., : self._rows].contiguous()  # without those of zeros
 
 
+def as_packed(matrix: Linear) -> PackedLinear:
+    """Return a matrix that is known to be packed."""
+    assert isinstance(matrix, PackedLinear)
+    return matrix
+
+
 @functools.cache
 def _level_tables(quant_type: QuantType) -> torch.Tensor | None:
     """Return the levels in the form that the kernel reads: the same for every matrix."""
     levels = _LEVELS.get(quant_type)
-    return None if levels is None else coded.level_tables(levels)
+    return None if levels is None else level_tables(levels)
 
 
 @dataclass(frozen=True)

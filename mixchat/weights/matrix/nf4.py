@@ -8,7 +8,7 @@ A `layout` is one of two orders of the same codes:
 
 - "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
   one value a block, in the same order. `quantize_4bit` writes it, and every device can read it.
-- "cpu-packed": the kernel for CPUs (`kernels/coded.py`) reads it, and bitsandbytes' own kernel
+- "cpu-packed": the kernel for CPUs (`kernels/`) reads it, and so does bitsandbytes' own kernel
   for AVX512-BF16. Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
   row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes: the first 32 codes in the low
   nibbles, the other 32 in the high ones. `absmax` is transposed: [columns / 64, rows].

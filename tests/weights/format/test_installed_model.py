@@ -146,7 +146,7 @@ def test_a_model_in_fp4_opens(installed: Path) -> None:
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
     edit_manifest(installed, quantization={**quantization, "quant_type": "fp4"})
     with InstalledModel(installed) as model:
-        assert model.blueprint.expert.w13.quant_type == "fp4"
+        assert model.blueprint.expert.gate_up.quant_type == "fp4"
         assert model.blueprint.gate(0).dtype == model.blueprint.quantization.dtype
 
 

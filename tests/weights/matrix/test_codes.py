@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError
-from mixchat.kernels.compile import available
+from mixchat.kernels.compile import kernels_available
 from mixchat.weights.matrix import blocks, encode, int8, nf3
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
@@ -18,7 +18,7 @@ from mixchat.weights.matrix.int8 import encode_int8
 from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, RowsLinear
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
-needs_kernel = pytest.mark.skipif(not available(), reason="the kernel needs AVX2")
+needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 each_layout = pytest.mark.parametrize(
     "layout", ["bitsandbytes", pytest.param("cpu-packed", marks=needs_kernel)]
 )

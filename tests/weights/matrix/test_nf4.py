@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError
-from mixchat.kernels import coded
+from mixchat.kernels.compile import kernels_available
 from mixchat.weights.matrix import nf4
 from mixchat.weights.matrix.blocks import absmax_size
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.encode import encode_nf4
 from mixchat.weights.matrix.linear import Layout, LinearSpec, QuantType
 
-needs_kernel = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
+needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 each_type = pytest.mark.parametrize("kind", ["nf4", "fp4"])
 QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4}

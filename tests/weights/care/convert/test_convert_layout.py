@@ -117,7 +117,7 @@ class TestNothingToDo:
         self, installed: Path, monkeypatch: pytest.MonkeyPatch, best: Layout
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(quantize_module.coded, "available", lambda: best == "cpu-packed")
+        monkeypatch.setattr(quantize_module, "kernels_available", lambda: best == "cpu-packed")
         assert layout_of_target(installed, None) == best
         assert layout_of_target(installed, "bitsandbytes") == "bitsandbytes"
 

@@ -20,7 +20,6 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
 from mixchat.kernels.compile import KERNELS
-from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.compute_speed import (
     SAMPLE_EFFORT,
     Copy,
@@ -29,6 +28,7 @@ from mixchat.planning.compute_speed import (
     layer_probe,
 )
 from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 _FORMAT = 3  # of machine.json; a file of another format is measured again
@@ -42,7 +42,7 @@ def saved_measurement(
 ) -> Measurement | None:
     """Return the saved measurement for a model of this shape in `directory`, if there is one."""
     return load_measurement(
-        measurement_file(), calibration_key(blueprint, directory, device), device
+        measurement_file(), measurement_key(blueprint, directory, device), device
     )
 
 
@@ -58,19 +58,19 @@ def measure_machine(
 
     until: when to end, as `measuring_ends` returns it. A busy machine gets fewer samples by then.
     """
-    key, layer = calibration_key(blueprint, directory, device), layer_probe(blueprint, device)
+    key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint, device)
     until = measuring_ends() if until is None else until
     effort = replace(SAMPLE_EFFORT, until=until)
 
     def sample() -> MachineSpeeds:
-        return calibrate(blueprint, directory, device, layer, effort=effort)
+        return take_sample(blueprint, directory, device, layer, effort=effort)
 
     place = machine.nearest_existing(directory)
     return measure_and_save(measurement_file(), key, place, sample, until)
 
 
 @torch.inference_mode()
-def calibrate(
+def take_sample(
     blueprint: Blueprint,
     directory: Path,
     device: torch.device,
@@ -105,10 +105,10 @@ def calibrate(
     return MachineSpeeds(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
 
 
-def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
-    """Return all that a calibration depends on, as a line."""
+def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
+    """Return all that a measurement depends on, as a line."""
     layout = blueprint.computed_on(CPU).expert
-    w13, qkv = layout.w13, blueprint.qkv(0)
+    gate_up, qkv = layout.gate_up, blueprint.qkv(0)
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
@@ -118,8 +118,8 @@ def calibration_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"kernels {KERNELS}",
             f"{device}: {accelerator}",
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
-            f"experts {w13.rows}x{w13.columns} {w13.quant_type} {w13.dtype} "
-            f"{'packed' if w13.packed else 'plain'} {layout.stride}",
+            f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
+            f"{'packed' if gate_up.packed else 'plain'} {layout.stride}",
             f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
         )
     )

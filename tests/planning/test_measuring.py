@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mixchat.base import machine
-from mixchat.planning import machine_speed
+from mixchat.planning import measuring
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates
-from mixchat.planning.machine_speed import calibrate
+from mixchat.planning.measuring import take_sample
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -72,7 +72,7 @@ def blueprint(tiny_model: Path) -> Blueprint:
 
 
 def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_path: Path) -> None:
-    result = calibrate(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds) == {"cpu"}
     assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
     assert all(seconds > 0 for seconds in result.expert_seconds["cpu"].values())
@@ -88,7 +88,7 @@ def test_figures_are_those_of_what_ran(
     blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
 ) -> None:
     taking(0.0005)
-    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     seconds = result.expert_seconds["cpu"]
     assert seconds[1] == pytest.approx(0.0005, rel=0.05)
     assert seconds[8] == pytest.approx(0.004, rel=0.05)
@@ -100,7 +100,7 @@ def test_a_fast_cpu_is_measured_with_all_counts_of_rows(
     blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
 ) -> None:
     taking(0)
-    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
 
 
@@ -118,7 +118,7 @@ def test_a_layer_is_measured_where_it_is_computed(
         assert torch.is_inference_mode_enabled()
         clock.sleep(0.004)
 
-    result = calibrate(blueprint, tmp_path, device, layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, device, layer, effort=QUICK)
     assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
 
 
@@ -128,7 +128,7 @@ def test_the_first_time_when_much_is_set_up_does_not_count(
     """Kernels that were compiled meanwhile made a plan promise 0.01 tokens a second."""
     taking(0)
     pauses = itertools.chain([5.0], itertools.repeat(0.004))
-    result = calibrate(
+    result = take_sample(
         blueprint,
         tmp_path,
         CPU,
@@ -145,7 +145,7 @@ def test_a_figure_is_the_mean_of_what_came(
     taking(0)
     pauses = itertools.cycle([0.001, 0.001, 0.001, 0.009])
     effort = dataclasses.replace(QUICK, seconds=0.1)
-    result = calibrate(blueprint, tmp_path, CPU, lambda: clock.sleep(next(pauses)), effort=effort)
+    result = take_sample(blueprint, tmp_path, CPU, lambda: clock.sleep(next(pauses)), effort=effort)
     assert result.layer_seconds == pytest.approx(0.003, rel=0.05)
 
 
@@ -173,13 +173,13 @@ def test_measuring_a_busy_machine_has_an_end(
         return DiskRates(2e9, 3e9, 1e9)
 
     monkeypatch.setattr(Expert, "__call__", compute)
-    monkeypatch.setattr(machine_speed, "time", clock)
-    monkeypatch.setattr(machine_speed, "measure_disk", read)
-    monkeypatch.setattr(machine_speed, "layer_probe", lambda *given: lambda: clock.sleep(each))
-    made = machine_speed.measure_machine(blueprint, tmp_path, CPU)
+    monkeypatch.setattr(measuring, "time", clock)
+    monkeypatch.setattr(measuring, "measure_disk", read)
+    monkeypatch.setattr(measuring, "layer_probe", lambda *given: lambda: clock.sleep(each))
+    made = measuring.measure_machine(blueprint, tmp_path, CPU)
     assert len(made.samples) == samples
     once = 9 * each  # what is computed is tried twice, for the first time does not count
-    assert clock.now < max(machine_speed.MOST_SECONDS, once + 0.1)
+    assert clock.now < max(measuring.MOST_SECONDS, once + 0.1)
     if samples == 1:
         assert tries == {"expert": 4, "disk": 1}
 
@@ -194,7 +194,7 @@ def test_another_device_is_measured_beside_the_cpu(
         copied.append((target.data_ptr(), target.nbytes, source.nbytes))
         clock.sleep(0.001)
 
-    result = calibrate(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
     stride = blueprint.expert.stride
     assert set(result.expert_seconds) == {"cpu", "cpu:0"}
     assert result.copy_bandwidth is not None
@@ -215,7 +215,7 @@ def test_experts_larger_than_the_caches_are_computed_in_turn(
         return x
 
     monkeypatch.setattr(Expert, "__call__", watch)
-    calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
 
 
@@ -237,11 +237,11 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
         rows.append(len(x))
         return x
 
-    monkeypatch.setattr("mixchat.planning.machine_speed.measure_disk", measure_disk)
+    monkeypatch.setattr("mixchat.planning.measuring.measure_disk", measure_disk)
     monkeypatch.setattr(Expert, "__call__", watch)
     for file_bytes in (1, 10**6):
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
-        result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=effort)
+        result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=effort)
         assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
         assert result.disk_bandwidth_fresh == 1e9
     stride = blueprint.expert.stride
@@ -252,7 +252,7 @@ def test_without_room_all_but_the_disk_is_measured(
     blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
-    result = calibrate(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)
     assert result.memory_bandwidth > 0
     assert set(result.expert_seconds["cpu"]) >= {1, 8}

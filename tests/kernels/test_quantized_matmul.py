@@ -4,20 +4,20 @@ import functools
 
 import pytest
 import torch
-from coded_tools import AnyCodes, error, random
+from matmul_tools import AnyCodes, error, random
 
-from mixchat.kernels import coded, units
-from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set
+from mixchat.kernels import quantized_matmul, units
+from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
 from mixchat.kernels.units import BYTES, MANY, VNNI, WORDS, Bits, Unit, unit_for
 from mixchat.weights.matrix import nf3, nf4
 from mixchat.weights.matrix.blocks import dequantize
 from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4, "nf3": encode_nf3}
 LEVELS = {
-    kind: coded.level_tables(levels) for kind, levels in (nf4.LEVELS | {"nf3": nf3.LEVELS}).items()
+    kind: units.level_tables(levels) for kind, levels in (nf4.LEVELS | {"nf3": nf3.LEVELS}).items()
 }
 KINDS = list(LEVELS)
 
@@ -34,13 +34,13 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("the CPU has no AVX-512")
     if request.param.endswith("bytes") and not has_feature(VNNI[instructions]):
         pytest.skip("the CPU does not multiply bytes")
-    monkeypatch.setattr(coded, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: instructions)
 
     def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
         table = BYTES if request.param.endswith("bytes") else WORDS
         return table[instructions, bits]
 
-    monkeypatch.setattr(coded, "unit_for", unit_for)
+    monkeypatch.setattr(quantized_matmul, "unit_for", unit_for)
     return request.param
 
 
@@ -61,7 +61,9 @@ class Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         levels = LEVELS[self.kind]
-        return coded.packed_matmul(x, self.codes, self.absmax, levels, self.shape, self.bits)
+        return quantized_matmul.packed_matmul(
+            x, self.codes, self.absmax, levels, self.shape, self.bits
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +118,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
         pytest.skip("the CPU multiplies bytes with one of them only")
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     wide = matrix(x)
-    monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: "avx2")
     assert torch.equal(matrix(x), wide)
 
 
@@ -126,8 +128,10 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
 ) -> None:
     """With AVX2 the CPU decides about it: this one would only ever try one of the two."""
     matrix, x = Matrix(96, 256, kind), random(11, 256, seed=1)
-    monkeypatch.setattr(coded, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(coded, "_compiled", coded._compiled.__wrapped__)  # without its cache
+    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(
+        quantized_matmul, "_compiled", quantized_matmul._compiled.__wrapped__
+    )  # without its cache
     results = []
     for has in (True, False):
         monkeypatch.setattr(units, "has_feature", lambda name, has=has: has)

@@ -29,15 +29,13 @@ from mixchat.kernels.arithmetic import as_fp32
 from mixchat.kernels.compile import (
     Compiled,
     InstructionSet,
-    available,
     compile_module,
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
-from mixchat.kernels.program import Step
-from mixchat.kernels.signature import copy_of
+from mixchat.kernels.program import Step, copy_of
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
-from mixchat.kernels.units import Bits, Unit, level_tables, unit_for
+from mixchat.kernels.units import Bits, Unit, unit_for
 
 _STREAMS = 2  # bands that are read at once where there is one token; with more, memory gave less
 # Bytes that a stream goes through in one item of work, if enough items are left for each thread.
@@ -45,8 +43,6 @@ _STREAMS = 2  # bands that are read at once where there is one token; with more,
 _STREAM_BYTES, _ITEMS = 2**20, 8
 _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
-
-__all__ = ["available", "level_tables", "matmul_steps", "packed_matmul"]
 
 
 def packed_matmul(
@@ -136,7 +132,7 @@ def _run_length(rows: int, band_bytes: int) -> int:
 @functools.cache
 def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
     """Compile both functions for x in bf16 (`bf16`) or fp32."""
-    module = ir.Module("coded")
+    module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _STREAMS, 1)
     tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths()]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from mixchat.base import machine
-from mixchat.planning import machine_speed
-from mixchat.planning.calibration import MachineSpeeds, Measurement
-from mixchat.planning.machine_speed import (
+from mixchat.planning import measuring
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.measuring import (
     SAMPLES,
-    calibration_key,
     load_measurement,
     measure_and_save,
+    measurement_key,
 )
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_name", lambda: MADE.cpu)
     monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.others)
     monkeypatch.setattr(
-        machine_speed,
+        measuring,
         "time",
         SimpleNamespace(time=lambda: MADE.measured_at, perf_counter=time.perf_counter),
     )
@@ -195,30 +195,30 @@ def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path: Path) 
 def test_the_key_names_what_a_result_depends_on(
     blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = calibration_key(blueprint, tmp_path, CPU)
-    assert key == calibration_key(blueprint, tmp_path / "below", CPU)
+    key = measurement_key(blueprint, tmp_path, CPU)
+    assert key == measurement_key(blueprint, tmp_path / "below", CPU)
     larger = dataclasses.replace(
         blueprint, config=dataclasses.replace(blueprint.config, hidden_size=128)
     )
     keys = {
         key,
-        calibration_key(larger, tmp_path, CPU),
-        calibration_key(blueprint, Path("/proc"), CPU),
-        calibration_key(blueprint, tmp_path, OTHER),
+        measurement_key(larger, tmp_path, CPU),
+        measurement_key(blueprint, Path("/proc"), CPU),
+        measurement_key(blueprint, tmp_path, OTHER),
     }
     for module, name, value in (
         (machine, "cpu_name", "another"),
         (machine, "usable_cores", 77),
         (torch, "get_num_threads", 77),
         (torch.backends.cpu, "get_cpu_capability", "none"),
-        (machine_speed, "version", "0.0"),
+        (measuring, "version", "0.0"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_, value=value: value)
-            keys.add(calibration_key(blueprint, tmp_path, CPU))
+            keys.add(measurement_key(blueprint, tmp_path, CPU))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "0.0")
-        keys.add(calibration_key(blueprint, tmp_path, CPU))
+        keys.add(measurement_key(blueprint, tmp_path, CPU))
     assert len(keys) == 10
 
 

@@ -6,16 +6,16 @@ vectors in halves.
 
 import pytest
 import torch
-from coded_tools import AnyCodes, error, random
+from matmul_tools import AnyCodes, error, random
 
-from mixchat.kernels import coded
-from mixchat.kernels.compile import instruction_set
+from mixchat.kernels import quantized_matmul
+from mixchat.kernels.compile import instruction_set, kernels_available
 from mixchat.kernels.emit import Value, i16, i32, vector
 from mixchat.kernels.units import WORDS, Avx512Int8
 from mixchat.weights.matrix import int8
 from mixchat.weights.matrix.linear import LinearSpec
 
-pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernel needs AVX2")
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 WITHIN = 7e-5  # of the result: x has 15 bits and a sign
 TOKENS = (1, 2, 3, 4, 7, 8, 13, 16, 33, 70)
@@ -40,7 +40,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "emulated":
         monkeypatch.setitem(WORDS, (instruction_set(), 8), Emulated)
     else:
-        monkeypatch.setattr(coded, "instruction_set", lambda: request.param)
+        monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: request.param)
     return request.param
 
 
@@ -58,7 +58,7 @@ class Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = int8.to_packed_layout(self.codes, self.absmax, *self.shape)
-        return coded.packed_matmul(x, *packed, None, self.shape, int8.BITS)
+        return quantized_matmul.packed_matmul(x, *packed, None, self.shape, int8.BITS)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576)])
@@ -79,7 +79,7 @@ def test_the_product_is_that_of_the_exact_matrix(
 def test_a_token_has_the_same_bits_alone_and_among_others(
     unit: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coded, "_X_BYTES", 1)  # an item of work has 8 tokens
+    monkeypatch.setattr(quantized_matmul, "_X_BYTES", 1)  # an item of work has 8 tokens
     matrix, x = Matrix(160, 192), random(70, 192, seed=1)
     together = matrix(x)
     assert torch.equal(together, torch.cat([matrix(row) for row in x.split(1)]))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mixchat.planning.calibration import IN_USE, MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
 
 KNOWN = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 

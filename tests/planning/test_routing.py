@@ -11,7 +11,7 @@ from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.trace import Trace
-from mixchat.planning.hit_rate import Counts, replay, sharing, synthetic_trace
+from mixchat.planning.routing import Counts, replay, sharing, synthetic_trace
 
 TOKENS = 4000
 

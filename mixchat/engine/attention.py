@@ -1,0 +1,161 @@
+"""Attention of one layer, and the rotary position embedding.
+
+T = tokens of this call, D = hidden_size, H = num_attention_heads, G = num_key_value_heads,
+h = head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.engine.kv_cache import PagedKVCache
+from mixchat.kernels import rows
+from mixchat.kernels.program import Stage, Step, alone, together
+from mixchat.weights.matrix.linear import Linear, as_packed
+
+
+class RotaryEmbedding:
+    """Rotates pairs (i, i + h / 2) of a head by the angle position * theta ** (-2i / h).
+
+    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order.
+    """
+
+    def __init__(
+        self, head_dim: int, theta: float, context: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequencies = 1.0 / theta**exponents  # [h / 2]
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
+        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
+        # Both are [context, h]. `sin` has the sign, so that a rotation is one roll and no negation.
+        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
+
+    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """Rotate x [T, heads, h], whose tokens are at these T positions."""
+        return rows.rotate(x, self._cos[positions], self._sin[positions])
+
+    def set_position(self, step: Step, position: int) -> None:
+        """Let a step of `rows.rotate_step` rotate one token, which is at `position`."""
+        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
+
+
+class KVContext(Protocol):
+    """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
+
+    def positions(self, tokens: int) -> slice | torch.Tensor:
+        """Return the positions of the next T tokens in their sequences."""
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries."""
+
+    def advance(self, tokens: int) -> None:
+        """Count so many new tokens, after all layers have stored them."""
+
+
+class SingleTokenContext:
+    """The tensors and steps with which all layers compute the next token of a cache.
+
+    A tensor is made once. Every layer and every token writes to it anew. Of the hidden states
+    [1, D], `x` is read and added to by each part, `normed` is what a part gets, and `added` what it
+    adds.
+    """
+
+    def __init__(self, cache: PagedKVCache, hidden_size: int, dtype: torch.dtype) -> None:
+        self._cache, self._dtype = cache, dtype
+        self.x, self.normed, self.added = (
+            torch.empty(1, hidden_size, dtype=dtype) for _ in range(3)
+        )
+        self._tensors: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._rotations: dict[RotaryEmbedding, Step] = {}
+        self._attention: tuple[Step, Step, Step] | None = None
+        self._layers: dict[int, tuple[Step, Step, Step]] = {}
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """Return the tensor of this name and shape, in the type of the hidden states."""
+        if (name, shape) not in self._tensors:
+            self._tensors[name, shape] = torch.empty(shape, dtype=self._dtype)
+        return self._tensors[name, shape]
+
+    def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return the step that rotates x to the token's position."""
+        if rope not in self._rotations:
+            self._rotations[rope] = rows.rotate_step(x, out)
+        return self._rotations[rope]
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> tuple[Step, Step, Step]:
+        """Return `KVContext.attend` as steps that write `out`; each needs the one before it."""
+        if self._attention is None:
+            self._attention = self._cache.steps(queries, keys, values, out)
+        store, attend, merge = self._attention
+        self._layers[layer] = store.copy(), attend.copy(), merge.copy()
+        return self._layers[layer]
+
+    def set_place(self, cache: PagedKVCache) -> None:
+        """Let all steps compute the next token of this cache."""
+        for rope, step in self._rotations.items():
+            rope.set_position(step, cache.length)
+        for layer, steps in self._layers.items():
+            cache.set_place(steps, layer)
+
+
+class Attention:
+    """Causal grouped-query attention of one layer, over the cache and the new tokens."""
+
+    def __init__(
+        self,
+        layer: int,
+        config: ModelConfig,
+        qkv_proj: Linear,
+        o_proj: Linear,
+        rope: RotaryEmbedding,
+    ) -> None:
+        self._layer, self._config = layer, config
+        self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
+
+    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
+        config, tokens = self._config, x.shape[0]
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        qkv = self._qkv_proj(x, exact=exact)
+        qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        rotated = self._rope(qkv[:, : heads + groups], before.positions(tokens))  # [T, H + G, h]
+        queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
+        attended = before.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
+        return self._o_proj(attended.reshape(tokens, -1), exact=exact)
+
+    def stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return `__call__` for one token: stages that map `normed` to `added`."""
+        config = self._config
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        qkv = context.tensor("qkv", 1, heads + 2 * groups, config.head_dim)
+        rotated = context.tensor("rotated", 1, heads + groups, config.head_dim)
+        attended = context.tensor("attended", 1, heads, config.head_dim)
+        round_x, project = as_packed(self._qkv_proj).steps(context.normed, qkv.view(1, -1))
+        rotate = context.rotate(self._rope, qkv[:, : heads + groups], rotated)
+        queries, keys = rotated[:, :heads], rotated[:, heads:]
+        store, attend, merge = context.attend(
+            self._layer, queries, keys, qkv[:, heads + groups :], attended
+        )
+        o_proj = as_packed(self._o_proj)
+        round_attended, project_out = o_proj.steps(attended.view(1, -1), context.added)
+        return [
+            alone(round_x),
+            together(project),
+            alone(rotate, store),
+            together(attend),
+            together(merge),
+            alone(round_attended),
+            together(project_out),
+        ]
