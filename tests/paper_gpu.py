@@ -37,7 +37,7 @@ import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from mixchat.base import gpu
-from mixchat.weights.matrix import nf4
+from mixchat.weights.matrix.nf4 import FourBitCodes
 
 KIND = "paper"
 DEVICES = 3
@@ -419,18 +419,21 @@ RUNTIME = _install()
 @contextlib.contextmanager
 def in_place_of_cuda() -> Iterator[PaperRuntime]:
     """Let mixchat take paper GPUs for those of CUDA, of which there is one, with 4 GB free."""
-    matmul = nf4.bitsandbytes_matmul
+    matmul = FourBitCodes.matmul
 
-    def on_paper(x: Any, codes: Any, absmax: Any, shape: Any, quant_type: Any) -> Any:
+    def on_paper(
+        kind: FourBitCodes, x: Any, codes: Any, absmax: Any, shape: Any, *, exact: bool = False
+    ) -> Any:
         if not isinstance(x, PaperTensor):
-            return matmul(x, codes, absmax, shape, quant_type)
+            return matmul(kind, x, codes, absmax, shape, exact=exact)
+        absmax = absmax.float()
         _check_memories("matmul_4bit", [x, codes, absmax])
         RUNTIME.launch(x.device, views=False)
-        weight = nf4.dequantize(codes.inner, absmax.inner, shape, x.dtype, quant_type)
+        weight = kind.dequantize(codes.inner, absmax.inner, shape, x.dtype)
         return _placed(torch.nn.functional.linear(x.inner, weight), x.device)
 
     RUNTIME.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "KIND", KIND)
-        patch.setattr(nf4, "bitsandbytes_matmul", on_paper)
+        patch.setattr(FourBitCodes, "matmul", on_paper)
         yield RUNTIME

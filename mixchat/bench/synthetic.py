@@ -35,7 +35,8 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.make.outline import MIXTRAL
-from mixchat.weights.make.quantize_options import best_layout, expert_type
+from mixchat.weights.make.quantize_options import best_layout
+from mixchat.weights.matrix.linear import type_of_bits
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits.
     """
     config = {**MIXTRAL, "num_hidden_layers": layers}
-    kind = expert_type(expert_bits)
+    kind = type_of_bits(expert_bits)
     quantization = Quantization(kind, best_layout(), attention="int8", head="int8")
     blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
     directory.mkdir(parents=True)

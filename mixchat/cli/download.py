@@ -86,9 +86,10 @@ def download(
         raise UsageError("--expert-bits 16 leaves the attention and the head unquantized, too")
     prepare_environment()
     from mixchat.weights.make.download import DownloadRequest
-    from mixchat.weights.make.quantize_options import QuantizeOptions, expert_type
+    from mixchat.weights.make.quantize_options import QuantizeOptions
+    from mixchat.weights.matrix.linear import type_of_bits
 
-    options = QuantizeOptions(expert_type(int(expert_bits or 4)), *bits)
+    options = QuantizeOptions(type_of_bits(int(expert_bits or 4)), *bits)
     if revision is not None:
         checked(revision, "--revision")
     request = DownloadRequest(ref, options, revision, keep_source, check=check_text)

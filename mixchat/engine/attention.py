@@ -14,7 +14,8 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import PagedKVCache
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together
-from mixchat.weights.matrix.linear import Linear, as_packed
+from mixchat.weights.matrix.linear import as_packed
+from mixchat.weights.matrix.quant_type import Linear
 
 
 class RotaryEmbedding:

@@ -18,7 +18,8 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.weights.format.blueprint import Blueprint, Expert
-from mixchat.weights.matrix.linear import Linear, LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear
 
 LAST = slice(-1, None)
 

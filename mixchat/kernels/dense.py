@@ -1,8 +1,9 @@
-"""x times a dense matrix, each row of x by itself: many rows give the same bits as one alone.
+"""x times a dense matrix: by torch, or by a kernel that computes each row of x by itself.
 
-torch adds up the products of one token and of many in different orders. Here each number of the
-result is the sum of a vector of fp32 numbers, to which products are added from the first column to
-the last. So the result depends neither on other tokens or rows nor on the count of threads.
+torch adds up the products of one token and of many in different orders. In the kernel each number
+of the result is the sum of a vector of fp32 numbers, to which products are added from the first
+column to the last. So the result depends neither on other tokens or rows nor on the count of
+threads, and many rows give the same bits as one alone.
 
 N = tokens, R = rows (out features), C = columns (in features).
 """
@@ -10,18 +11,29 @@ N = tokens, R = rows (out features), C = columns (in features).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from llvmlite import ir
+from torch.nn import functional
 
 from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, reduced, store_fp32
-from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.compile import (
+    LANES,
+    Compiled,
+    InstructionSet,
+    compile_module,
+    instruction_set,
+    multiplies_bf16,
+)
 from mixchat.kernels.emit import Function, Value, f32, vector
 from mixchat.kernels.program import Signature
 
+_MANY = 32  # tokens from which on it pays to widen the weights to fp32
+_WIDENED = 2**23  # weights that are widened at once
 _GROUP = 32  # rows of one item of work
 _X_BYTES = 2**18  # of x in one item of work: they fit in the second-level cache
 # Rows and tokens that are computed at once, the most first: as many as there are registers for.
@@ -35,11 +47,49 @@ _AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 
 
-def can_multiply(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `exact_matmul` can be used for these."""
-    columns = weight.shape[1]
-    alike = x.device.type == "cpu" and x.dtype == weight.dtype and x.shape[-1] == columns
-    return alike and rows.can_compute(x.dtype, columns)
+def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+    """Return x [..., C] times the transposed weight [R, C]: [..., R], the fastest way there is.
+
+    With `exact`, each row of x has the bits that it has alone, if the kernel takes it.
+    """
+    tokens, columns = x.shape[:-1].numel(), weight.shape[1]
+    alike = x.dtype == weight.dtype and x.shape[-1] == columns
+    if (exact or tokens == 1) and alike and rows.can_compute(x.dtype, columns, x.device.type):
+        return exact_matmul(x, weight)
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return functional.linear(x, weight)
+    if tokens == 1:
+        with _without_onednn():
+            return functional.linear(x, weight)
+    # Hardly any CPU has instructions for fp16.
+    if tokens >= _MANY and (x.dtype == torch.float16 or not multiplies_bf16()):
+        return _in_fp32(x, weight)
+    return functional.linear(x, weight)
+
+
+def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute in fp32: on CPUs without instructions for 16 bits it is up to four times as fast.
+
+    Some rows at a time, to have no fp32 copy of the whole matrix in memory.
+    """
+    wide, height = x.float(), max(1, _WIDENED // weight.shape[1])
+    pieces = (functional.linear(wide, piece.float()) for piece in torch.split(weight, height))
+    return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Compute without oneDNN.
+
+    For one token in bf16, torch's own product is as fast as memory can be read. oneDNN's is half as
+    fast on CPUs with AVX512-BF16. `torch.backends.mkldnn.flags` warns about GPUs.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llvmlite import ir
@@ -35,7 +35,7 @@ from mixchat.kernels.compile import (
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.program import Step, copy_of
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
-from mixchat.kernels.units import Bits, Unit, unit_for
+from mixchat.kernels.units import Unit, UnitSet
 
 _STREAMS = 2  # bands that are read at once where there is one token; with more, memory gave less
 # Bytes that a stream goes through in one item of work, if enough items are left for each thread.
@@ -45,55 +45,50 @@ _X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def packed_matmul(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    levels: torch.Tensor | None,
-    shape: tuple[int, int],
-    bits: Bits,
-    *,
-    exact: bool = False,
-) -> torch.Tensor:
-    """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R] in the type of x.
+class QuantizedMatrix(NamedTuple):
+    """A matrix [R, C] in the layout "cpu-packed": R is a multiple of 32, C of 64.
 
-    x: fp32 or bf16 (other types are computed as fp32), on the CPU. codes: R * C codes of
-    `bits` bits and absmax: bf16 [C / 64 * R], in the layout "cpu-packed". levels: a result of
-    `level_tables`; None for 8-bit codes. R is a multiple of 32, C of 64.
-
-    Each row of x is computed by itself. With 3 and 4 bits its result depends on the others through
-    their count: many rows are rounded more coarsely than few. With `exact`, many are computed as
-    one is, and with 8-bit codes they always are.
+    codes: of `units.bits` bits; absmax: bf16 [C / 64 * R]. levels: the numbers that codes stand
+    for, a result of `level_tables`; None if codes are numbers themselves.
     """
-    rows, columns = shape
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    levels: torch.Tensor | None
+    shape: tuple[int, int]
+    units: UnitSet
+
+
+def quantized_matmul(
+    x: torch.Tensor, matrix: QuantizedMatrix, *, exact: bool = False
+) -> torch.Tensor:
+    """Return x [..., C] times the transposed matrix: [..., R] in the type of x, on the CPU.
+
+    fp32 or bf16; other types are computed as fp32. Each row of x is computed by itself. With 3 and
+    4 bits its result depends on the others through their count: many rows are rounded more coarsely
+    than few. With `exact`, many are computed as one is, and with 8-bit codes they always are.
+    """
+    rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
     flat = rounded.reshape(-1, columns).contiguous()
     out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
-    for step in matmul_steps(flat, codes, absmax, levels, shape, bits, out, exact=exact):
+    for step in quantized_matmul_steps(flat, matrix, out, exact=exact):
         step.run()
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def matmul_steps(
-    flat: torch.Tensor,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    levels: torch.Tensor | None,
-    shape: tuple[int, int],
-    bits: Bits,
-    out: torch.Tensor,
-    *,
-    exact: bool = False,
+def quantized_matmul_steps(
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, *, exact: bool = False
 ) -> tuple[Step, Step]:
-    """Return the steps of `packed_matmul` for x [N, C], contiguous, which write `out` [N, R].
+    """Return `quantized_matmul` as steps for x [N, C], contiguous, which write `out` [N, R].
 
     The second one needs the first. They do not keep codes and absmax alive.
     """
-    rows, columns = shape
+    codes, absmax, levels, (rows, columns), units = matrix
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
-    unit = unit_for(instructions, bits, 1 if exact else tokens)
+    unit = units.unit_for(instructions, 1 if exact else tokens)
     size = unit.x_type.width // 8
     # One allocation instead of three, which would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
@@ -112,7 +107,7 @@ def matmul_steps(
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
-        run=_run_length(rows, columns * BAND * bits // 8),
+        run=_run_length(rows, columns * BAND * units.bits // 8),
     )
     compiled = _compiled(instructions, unit, bf16)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))

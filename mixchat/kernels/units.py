@@ -23,14 +23,13 @@ times the sum of x over the block, which is known beforehand: the sums start at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from mixchat.kernels.compile import InstructionSet, has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
-Bits = Literal[3, 4, 8]
 MANY = 16  # tokens from which on x has 8 bits, on CPUs where that is faster
 LINE = 32  # bytes
 # The CPU's feature with which one instruction multiplies and adds to the sums. Bytes need it.
@@ -347,28 +346,31 @@ class Avx2Int8(_Int8, _Avx2Words):
     _widths, unrolled = (2, 1), 2
 
 
-WORDS: dict[tuple[InstructionSet, Bits], type[Unit]] = {
-    ("avx512", 3): Avx512ThreeBits,
-    ("avx512", 4): Avx512,
-    ("avx512", 8): Avx512Int8,
-    ("avx2", 3): Avx2ThreeBits,
-    ("avx2", 4): Avx2,
-    ("avx2", 8): Avx2Int8,
-}
-BYTES: dict[tuple[InstructionSet, Bits], type[Unit]] = {
-    ("avx512", 3): Avx512ThreeBitsBytes,
-    ("avx512", 4): Avx512Bytes,
-    ("avx2", 3): Avx2ThreeBitsBytes,
-    ("avx2", 4): Avx2Bytes,
-}
+class UnitSet(NamedTuple):
+    """The units for codes of so many bits: with x in words, and in bytes if there are some."""
+
+    bits: int
+    words: dict[InstructionSet, type[Unit]]
+    bytes: dict[InstructionSet, type[Unit]]
+
+    def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
+        """Return the unit for so many tokens: for many, bytes, if the CPU has VNNI."""
+        if tokens >= MANY and instructions in self.bytes and has_feature(VNNI[instructions]):
+            return self.bytes[instructions]
+        return self.words[instructions]
 
 
-def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
-    """Return the unit for such codes and so many tokens: for many, bytes, if the CPU has VNNI."""
-    some = instructions, bits
-    if tokens >= MANY and some in BYTES and has_feature(VNNI[instructions]):
-        return BYTES[some]
-    return WORDS[some]
+THREE_BITS = UnitSet(
+    3,
+    words={"avx512": Avx512ThreeBits, "avx2": Avx2ThreeBits},
+    bytes={"avx512": Avx512ThreeBitsBytes, "avx2": Avx2ThreeBitsBytes},
+)
+FOUR_BITS = UnitSet(
+    4,
+    words={"avx512": Avx512, "avx2": Avx2},
+    bytes={"avx512": Avx512Bytes, "avx2": Avx2Bytes},
+)
+EIGHT_BITS = UnitSet(8, words={"avx512": Avx512Int8, "avx2": Avx2Int8}, bytes={})
 
 
 def level_tables(levels: torch.Tensor) -> torch.Tensor:

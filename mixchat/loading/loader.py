@@ -35,7 +35,8 @@ from mixchat.planning.plan import Prediction, predict_speed
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import DenseLinear, Linear, LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import DenseLinear, Linear
 
 Wrap = Callable[[ExpertRunner], ExpertRunner]
 

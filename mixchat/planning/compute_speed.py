@@ -26,7 +26,8 @@ from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint, Expert
-from mixchat.weights.matrix.linear import Linear, LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear
 
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
 

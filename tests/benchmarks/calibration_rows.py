@@ -34,8 +34,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mixchat.base.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.make.calibrator import FOLD
-from mixchat.weights.matrix import encode, gptq
-from mixchat.weights.matrix.linear import LinearSpec, QuantType
+from mixchat.weights.matrix import encode
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Inputs, QuantType, Way
 from mixchat.weights.source import demo
 
 WINDOW = 256  # tokens
@@ -112,7 +113,7 @@ def record(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[Key, torch.Te
     return {key: torch.cat(parts) for key, parts in rows.items()}
 
 
-def rounded(kind: QuantType, weight: torch.Tensor, inputs: gptq.Inputs | None) -> torch.Tensor:
+def rounded(kind: QuantType, weight: torch.Tensor, inputs: Inputs | None) -> torch.Tensor:
     """The matrix with codes of this type."""
     spec = LinearSpec("w", *weight.shape, kind, "bitsandbytes", torch.bfloat16, "search")
     return spec.build(spec.encode(weight, inputs))(torch.eye(weight.shape[1])).T.contiguous()
@@ -152,7 +153,7 @@ class Ways:
         def make(key: Key, weight: torch.Tensor) -> torch.Tensor:
             rows, _ = self._some(key, ratio)
             with before():
-                inputs = gptq.Inputs(rows, rows[:: len(rows) // 128 + 1], lambda *_: None)
+                inputs = Inputs(rows, rows[:: len(rows) // 128 + 1], lambda *_: None)
                 return rounded(TYPES[bits][key[1]], weight, inputs)
 
         return make
@@ -160,13 +161,13 @@ class Ways:
     def calibrated(self, bits: int, ratio: float) -> Round:
         self.taken.clear()
 
-        def note(way: gptq.Way, *_: float) -> None:
+        def note(way: Way, *_: float) -> None:
             self.taken[way] += 1
 
         def make(key: Key, weight: torch.Tensor) -> torch.Tensor:
             rows, windows = self._some(key, ratio)
             last = windows % FOLD == FOLD - 1
-            inputs = gptq.Inputs(rows[~last], rows[last], note)
+            inputs = Inputs(rows[~last], rows[last], note)
             return rounded(TYPES[bits][key[1]], weight, inputs)
 
         return make

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import bitsandbytes.functional as bnb
 import torch
 
-from mixchat.weights.matrix import nf4
-from mixchat.weights.matrix.encode import BLOCKSIZE, encode_nf4
+from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
 REPEATS = 5
 BITSANDBYTES_PIECE = 2**23  # weights; it takes some 18 bytes of temporary memory for each
@@ -36,8 +36,8 @@ def by_bitsandbytes(weight: torch.Tensor) -> Coded:
 
 CODERS: dict[str, Callable[[torch.Tensor], Coded]] = {
     "bitsandbytes": by_bitsandbytes,
-    "absmax": encode_nf4,
-    "search": lambda weight: encode_nf4(weight, search=True),
+    "absmax": NF4.codes,
+    "search": lambda weight: NF4.codes(weight, search=True),
 }
 
 
@@ -45,9 +45,7 @@ def relative_error(weight: torch.Tensor, coded: Coded) -> float:
     """Over the first rows only, which are enough for three digits."""
     rows = weight[:512]
     codes = coded[0][: rows.numel() // 2]
-    levels = nf4.LEVELS["nf4"][torch.stack((codes >> 4, codes & 0xF), dim=-1).int()].view(
-        -1, BLOCKSIZE
-    )
+    levels = NF4.levels[torch.stack((codes >> 4, codes & 0xF), dim=-1).int()].view(-1, BLOCKSIZE)
     decoded = levels * coded[1][: len(levels)].float().unsqueeze(-1)
     return ((decoded.view_as(rows) - rows.float()).norm() / rows.float().norm()).item()
 

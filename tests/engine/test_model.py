@@ -14,9 +14,8 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
-from mixchat.weights.matrix import nf3, nf4
-from mixchat.weights.matrix.blocks import dequantize
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+from mixchat.weights.matrix.nf3 import NF3
+from mixchat.weights.matrix.nf4 import NF4
 
 CPU = LoadOptions(device="cpu")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -103,17 +102,14 @@ def by_bitsandbytes(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 def in_4_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     """An expert's matrix taken to NF4 and back; searched scales are tested by the definition."""
-    codes, scales = encode_nf4(weight, search=True)
-    shape = (weight.shape[0], weight.shape[1])
-    return nf4.dequantize(codes, scales.float(), shape, torch.float32)
+    return NF4.dequantize(*NF4.codes(weight, search=True), tuple(weight.shape), torch.float32)
 
 
 def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     """w1 and w3 taken to NF3 and back, w2 to NF4."""
     if ".w2." in name:
         return in_4_bits(weight, name)
-    shape = (weight.shape[0], weight.shape[1])
-    return dequantize(nf3.rows_of, *encode_nf3(weight), shape, torch.float32)
+    return NF3.dequantize(*NF3.codes(weight), tuple(weight.shape), torch.float32)
 
 
 TAKEN = {

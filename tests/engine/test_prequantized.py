@@ -18,7 +18,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.matrix import linear
+from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
@@ -165,6 +165,6 @@ def test_nothing_of_it_is_searched_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("quantized a second time")
 
-    monkeypatch.setattr(linear, "encode_nf4", refuse)
+    monkeypatch.setattr(NF4, "codes", refuse)
     with InstalledModel(install(quantized)) as installed:
         assert installed.manifest.quantization["scales"] == "given"

@@ -1,4 +1,4 @@
-"""The dense product that computes each token alike, however many are computed with it."""
+"""Dense products: by torch, and by the kernel that computes each token alike."""
 
 import pytest
 import torch
@@ -6,13 +6,11 @@ import torch
 from mixchat.kernels import dense
 from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_available
 
-pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
-
 
 @pytest.fixture(params=["avx512", "avx2"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InstructionSet:
-    if request.param == "avx512" and instruction_set() != "avx512":
-        pytest.skip("the CPU has no AVX-512")
+    if not kernels_available() or (request.param, instruction_set()) == ("avx512", "avx2"):
+        pytest.skip(f"the CPU has no {request.param}")
     monkeypatch.setattr(dense, "instruction_set", lambda: request.param)
     return request.param
 
@@ -54,9 +52,42 @@ def test_what_is_no_number_stays_with_its_token(instructions: InstructionSet) ->
     assert finite.tolist() == [True, True, False, True, True]
 
 
-def test_other_types_and_odd_widths_are_left_to_torch() -> None:
-    assert not dense.can_multiply(torch.ones(1, 20), torch.ones(4, 20))
-    assert not dense.can_multiply(torch.ones(1, 32).half(), torch.ones(4, 32).half())
-    assert not dense.can_multiply(torch.ones(1, 32), torch.ones(4, 32).bfloat16())
-    assert dense.can_multiply(torch.ones(1, 64), torch.ones(4, 64))
-    assert not dense.can_multiply(torch.ones(1, 32), torch.ones(4, 64))
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.ones(3, 20), torch.ones(4, 20)),
+        (torch.ones(3, 32).half(), torch.ones(4, 32).half()),
+    ],
+)
+def test_other_types_and_odd_widths_are_left_to_torch(
+    x: torch.Tensor, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "exact_matmul", None)
+    assert torch.equal(dense.dense_matmul(x, weight, exact=True), x @ weight.T)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_product_is_right_to_rounding_whichever_way_is_taken(
+    native: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "multiplies_bf16", lambda: native)
+    monkeypatch.setattr(dense, "_WIDENED", 1000)  # three rows at a time
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 300, generator=generator).to(dtype)
+    x = torch.randn(tokens, 300, generator=generator).to(dtype)
+    result = dense.dense_matmul(x, weight)
+    assert result.dtype == dtype
+    exact = x.double() @ weight.double().T
+    within = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
+    assert (result.double() - exact).norm() < within * exact.norm()
+
+
+def test_onednn_is_switched_on_again() -> None:
+    before = torch._C._get_mkldnn_enabled()
+    weight = torch.ones(4, 8, dtype=torch.bfloat16)
+    dense.dense_matmul(torch.ones(1, 8, dtype=torch.bfloat16), weight)
+    with pytest.raises(RuntimeError):
+        dense.dense_matmul(torch.ones(1, 9, dtype=torch.bfloat16), weight)
+    assert torch._C._get_mkldnn_enabled() == before

@@ -1,90 +1,115 @@
-"""The kernel against the dequantized product in double precision, for each set of instructions."""
+"""The kernel against the dequantized product in double precision, for each set of instructions.
 
-import functools
+The unit of AVX-512 for 8-bit codes is tested on every CPU: its one instruction is emulated, and
+LLVM cuts its vectors in halves.
+"""
+
+from typing import Any
 
 import pytest
 import torch
-from matmul_tools import AnyCodes, error, random
 
-from mixchat.kernels import quantized_matmul, units
+from mixchat.kernels import quantized_matmul as kernel
+from mixchat.kernels import units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
-from mixchat.kernels.units import BYTES, MANY, VNNI, WORDS, Bits, Unit, unit_for
-from mixchat.weights.matrix import nf3, nf4
-from mixchat.weights.matrix.blocks import dequantize
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
+from mixchat.kernels.emit import Value, i16, i32, vector
+from mixchat.kernels.quantized_matmul import QuantizedMatrix
+from mixchat.kernels.units import EIGHT_BITS, MANY, VNNI, Avx512Int8, Unit, UnitSet
+from mixchat.weights.matrix.int8 import INT8
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.nf3 import NF3
+from mixchat.weights.matrix.nf4 import FP4, NF4
+from mixchat.weights.matrix.quant_type import BlockCodes
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
-QUANTIZE = {"nf4": encode_nf4, "fp4": nf4.encode_fp4, "nf3": encode_nf3}
-LEVELS = {
-    kind: units.level_tables(levels) for kind, levels in (nf4.LEVELS | {"nf3": nf3.LEVELS}).items()
-}
-KINDS = list(LEVELS)
+TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, INT8)}
+each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
+WAYS = ["avx512", "avx2", "avx512 bytes", "avx2 bytes", "emulated"]
 
 
-# The most that a product may be off the exact one: by the bits that x has.
-WITHIN = {"avx512": 3e-4, "avx2": 3e-4, "avx512 bytes": 1.2e-2, "avx2 bytes": 1.2e-2}
+class Emulated(Avx512Int8):
+    """The unit for AVX-512, in instructions of any CPU."""
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        wide = vector(i32, 32)
+        pairs = x.broadcast(16).bits_as(vector(i16, 32))
+        products = levels.sign_extended(wide) * pairs.sign_extended(wide)
+        even, odd = (products.shuffled([*range(first, 32, 2)]) for first in (0, 1))
+        return sums + even + odd
 
 
-@pytest.fixture(params=list(WITHIN))
+@pytest.fixture(params=WAYS)
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each unit that this CPU has, for any count of tokens."""
-    instructions, *_ = request.param.split()
+    way = request.param
+    kind = request.node.callspec.params.get("kind", NF4)
+    instructions, *_ = way.split()
+    if way == "emulated" and kind is not INT8:
+        pytest.skip("only 8-bit codes have an emulated unit")
+    if way.endswith("bytes") and kind is INT8:
+        pytest.skip("8-bit codes have no unit for bytes")
+    if way.endswith("bytes") and not has_feature(VNNI[instructions]):
+        pytest.skip("the CPU does not multiply bytes")
     if instructions == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    if request.param.endswith("bytes") and not has_feature(VNNI[instructions]):
-        pytest.skip("the CPU does not multiply bytes")
-    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: instructions)
+    if way == "emulated":
+        monkeypatch.setitem(EIGHT_BITS.words, instruction_set(), Emulated)
+        return way
 
-    def unit_for(instructions: InstructionSet, bits: Bits, tokens: int) -> type[Unit]:
-        table = BYTES if request.param.endswith("bytes") else WORDS
-        return table[instructions, bits]
+    def unit_for(self: UnitSet, instructions: InstructionSet, tokens: int) -> type[Unit]:
+        return (self.bytes if way.endswith("bytes") else self.words)[instructions]
 
-    monkeypatch.setattr(quantized_matmul, "unit_for", unit_for)
-    return request.param
+    monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(UnitSet, "unit_for", unit_for)
+    return way
+
+
+def within(unit: str, kind: BlockCodes) -> float:
+    """Return how far a product may be off the exact one, by the bits that x has."""
+    if kind is INT8:
+        return 7e-5
+    return 1.2e-2 if unit.endswith("bytes") else 3e-4
+
+
+def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator)
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm())
 
 
 class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
-    def __init__(self, rows: int, columns: int, kind: str = "nf4") -> None:
-        codes, absmax = QUANTIZE[kind](random(rows, columns).bfloat16())
-        shape = self.shape = (rows, columns)
-        self.kind, how = kind, (nf3 if kind == "nf3" else nf4)
-        if kind == "nf3":
-            self.exact = dequantize(nf3.rows_of, codes, absmax, shape, torch.float32).double()
-        else:
-            wide = absmax.float()
-            self.exact = nf4.dequantize(codes, wide, shape, torch.float32, kind).double()
-        self.bits = how.BITS
-        self.codes, self.absmax = how.to_packed_layout(codes, absmax, rows, columns)
+    def __init__(self, rows: int, columns: int, kind: BlockCodes = NF4) -> None:
+        shape = rows, columns
+        codes, absmax = kind.codes(random(*shape).bfloat16())
+        self.exact = kind.dequantize(codes, absmax, shape, torch.float32).double()
+        packed = kind.to_packed_layout(codes, absmax, *shape)
+        self.packed = QuantizedMatrix(*packed, kind.level_table, shape, kind.units)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        levels = LEVELS[self.kind]
-        return quantized_matmul.packed_matmul(
-            x, self.codes, self.absmax, levels, self.shape, self.bits
-        )
+        return kernel.quantized_matmul(x, self.packed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_type
 # The last one has streams of several bands, and an item of work that is not whole.
 @pytest.mark.parametrize("shape", [(32, 64), (160, 192), (96, 1536), (256, 576), (4768, 64)])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 13, 70])
 def test_the_product_is_that_of_the_dequantized_matrix(
-    unit: str,
-    threads: int,
-    kind: str,
-    shape: tuple[int, int],
-    tokens: int,
+    unit: str, threads: int, kind: BlockCodes, shape: tuple[int, int]
 ) -> None:
-    matrix, x = Matrix(*shape, kind), random(tokens, shape[1], seed=1)
-    expected = x.double() @ matrix.exact.T
-    assert error(matrix(x), expected) < WITHIN[unit]
-    # In bf16 it is the rounding of the result that counts.
-    rounded = x.bfloat16()
-    expected = rounded.double() @ matrix.exact.T
-    assert error(matrix(rounded), expected.bfloat16().double()) < 1e-3 + WITHIN[unit]
-    assert matrix(rounded).dtype == torch.bfloat16
+    matrix = Matrix(*shape, kind)
+    for tokens in (1, 2, 3, 7, 8, 13, 70):
+        x = random(tokens, shape[1], seed=1)
+        for numbers in (x, x.bfloat16(), x.half()):
+            result, expected = matrix(numbers), numbers.double() @ matrix.exact.T
+            assert (result.dtype, result.shape) == (numbers.dtype, (tokens, shape[0]))
+            # In 16 bits it is the rounding of the result that counts.
+            rounded = expected.to(numbers.dtype).double()
+            assert error(result, rounded) < within(unit, kind) + (1e-3 if numbers is not x else 0)
 
 
 def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
@@ -93,45 +118,52 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
         pytest.skip("that is for speed")
     matrix, x = Matrix(256, 1024), random(4, 1024, seed=1)
     expected = x.double() @ matrix.exact.T
-    codes, absmax = nf4.to_bitsandbytes_layout(matrix.codes, matrix.absmax, *matrix.shape)
-    levels = nf4.LEVELS["nf4"].bfloat16().double()
+    packed = matrix.packed
+    codes, absmax = NF4.to_bitsandbytes_layout(packed.codes, packed.absmax, 256, 1024)
+    levels = NF4.levels.bfloat16().double()
     both = torch.stack((codes >> 4, codes & 15), dim=-1).view(256, 1024 // 64, 64).int()
     rounded = levels[both] * absmax.double().view(256, -1, 1)
     assert error(matrix(x), expected) < error(x.double() @ rounded.view(256, 1024).T, expected) / 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_alone_has_the_result_that_it_has_among_others(unit: str, kind: str) -> None:
-    matrix, x = Matrix(160, 192, kind), random(29, 192, seed=1)
-    alone = torch.cat([matrix(row) for row in x.split(1)])
-    assert torch.equal(matrix(x), alone)
+@each_type
+def test_a_token_alone_has_the_result_that_it_has_among_others(
+    unit: str, threads: int, kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_X_BYTES", 1)  # an item of work has 8 tokens
+    matrix, x = Matrix(160, 192, kind), random(70, 192, seed=1)
+    together = matrix(x)
+    assert torch.equal(together, torch.cat([matrix(row) for row in x.split(1)]))
+    assert torch.equal(together[5:38], matrix(x[5:38]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_type
 @pytest.mark.parametrize("tokens", [5, 29])
 def test_both_sets_of_instructions_give_the_same_bits(
-    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    kind: BlockCodes, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if instruction_set() != "avx512":
-        pytest.skip("the CPU has no AVX-512")
-    if tokens >= MANY and len({has_feature(name) for name in VNNI.values()}) == 2:
-        pytest.skip("the CPU multiplies bytes with one of them only")
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
-    wide = matrix(x)
-    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: "avx2")
-    assert torch.equal(matrix(x), wide)
+    result = matrix(x)
+    if kind is INT8:
+        monkeypatch.setitem(EIGHT_BITS.words, instruction_set(), Emulated)
+    elif instruction_set() != "avx512":
+        pytest.skip("the CPU has no AVX-512")
+    elif tokens >= MANY and len({has_feature(name) for name in VNNI.values()}) == 2:
+        pytest.skip("the CPU multiplies bytes with one of them only")
+    else:
+        monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
+    assert torch.equal(matrix(x), result)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [NF3, NF4, FP4], ids=["nf3", "nf4", "fp4"])
 def test_any_count_of_tokens_at_once_gives_the_same_bits(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With AVX2 the CPU decides about it: this one would only ever try one of the two."""
     matrix, x = Matrix(96, 256, kind), random(11, 256, seed=1)
-    monkeypatch.setattr(quantized_matmul, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(
-        quantized_matmul, "_compiled", quantized_matmul._compiled.__wrapped__
-    )  # without its cache
+    uncached = kernel._compiled.__wrapped__
+    monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(kernel, "_compiled", uncached)
     results = []
     for has in (True, False):
         monkeypatch.setattr(units, "has_feature", lambda name, has=has: has)
@@ -139,33 +171,76 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("some", [units.THREE_BITS, units.FOUR_BITS], ids=["3", "4"])
 @pytest.mark.parametrize("instructions", VNNI)
 @pytest.mark.parametrize("can", [True, False])
-def test_many_tokens_are_multiplied_as_bytes_where_the_cpu_can(
-    bits: Bits, instructions: InstructionSet, can: bool, monkeypatch: pytest.MonkeyPatch
+def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
+    some: UnitSet, instructions: InstructionSet, can: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = {VNNI[instructions]: can}
     monkeypatch.setattr(units, "has_feature", features.__getitem__)
-    few, many = (unit_for(instructions, bits, tokens) for tokens in (MANY - 1, MANY))
-    assert few is WORDS[instructions, bits]
-    assert many is (BYTES[instructions, bits] if can else few)
+    few, many = (some.unit_for(instructions, tokens) for tokens in (MANY - 1, MANY))
+    assert few is some.words[instructions]
+    assert many is (some.bytes[instructions] if can else few)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_largest_possible_sum_does_not_overflow(unit: str, kind: str) -> None:
-    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33}[kind]  # the level 1 everywhere
+@each_type
+@pytest.mark.parametrize("value", [1.0, -1.0, 3e38])
+def test_the_largest_possible_sum_does_not_overflow(
+    unit: str, kind: BlockCodes, value: float
+) -> None:
+    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33, "int8": 127}[kind.name]  # 1 everywhere
     matrix = Matrix(32, 64, kind)
-    matrix.codes.fill_(largest)
-    matrix.absmax.fill_(1)
-    for value in (1.0, -1.0):
-        result = matrix(torch.full((1, 64), value))
-        torch.testing.assert_close(result, torch.full((1, 32), 64 * value), rtol=1e-6, atol=0)
+    matrix.packed.absmax.fill_(2**-7)
+    for code, sign in ((largest, 1), (-127, -1)) if kind is INT8 else ((largest, 1),):
+        matrix.packed.codes.fill_(code)
+        expected = torch.full((5, 32), sign * 64 * value * 2**-7)
+        torch.testing.assert_close(matrix(torch.full((5, 64), value)), expected, rtol=1e-6, atol=0)
 
 
-class TestFourBits(AnyCodes):
-    Matrix, within = Matrix, WITHIN.__getitem__
+@each_type
+def test_blocks_of_very_different_size_keep_their_precision(unit: str, kind: BlockCodes) -> None:
+    """One large number in x must not cost the others their digits: models have such."""
+    matrix, x = Matrix(64, 256, kind), random(2, 256, seed=1)
+    x[:, 64:128] *= 1e4
+    x[:, 128:192] *= 1e-4
+    assert error(matrix(x), x.double() @ matrix.exact.T) < within(unit, kind)
+    x[:, 64:128] = 0
+    assert error(matrix(x), x.double() @ matrix.exact.T) < within(unit, kind)
 
 
-class TestThreeBits(AnyCodes):
-    Matrix, within = functools.partial(Matrix, kind="nf3"), WITHIN.__getitem__
+@each_type
+def test_zeros_give_zeros(unit: str, kind: BlockCodes) -> None:
+    assert torch.equal(Matrix(32, 128, kind)(torch.zeros(2, 128)), torch.zeros(2, 32))
+
+
+@each_type
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_visible_and_to_its_token(
+    unit: str, kind: BlockCodes, bad: float, dtype: torch.dtype
+) -> None:
+    matrix, x = Matrix(32, 128, kind), random(3, 128, seed=1).to(dtype)
+    good = matrix(x)
+    x[1, 77] = bad
+    result = matrix(x)
+    assert not result[1].isfinite().any()
+    assert torch.equal(result[::2], good[::2])
+
+
+@each_type
+def test_the_shape_and_type_of_x_are_kept(unit: str, kind: BlockCodes) -> None:
+    matrix = Matrix(32, 64, kind)
+    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 32)
+    assert matrix(random(1, 64)[0]).shape == (32,)
+    assert matrix(random(0, 64)).shape == (0, 32)
+    assert matrix(random(6, 128)[:, ::2]).shape == (6, 32)
+    assert matrix(random(1, 64).half()).dtype == torch.float16
+
+
+def test_a_map_of_8_bits_is_exact_without_being_asked_for_it() -> None:
+    spec = LinearSpec("w", 96, 128, "int8", "cpu-packed", torch.bfloat16)
+    assert spec.can_be_exact
+    linear: Any = spec.build(spec.encode(random(96, 128)))
+    x = random(40, 128, seed=1).bfloat16()
+    assert torch.equal(linear(x), torch.cat([linear(row) for row in x.split(1)]))

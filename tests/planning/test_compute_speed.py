@@ -13,7 +13,8 @@ from mixchat.planning import compute_speed
 from mixchat.planning.compute_speed import layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import Linear, LinearSpec, QuantType
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 CPU = torch.device("cpu")
 

@@ -40,8 +40,9 @@ from mixchat.weights.format.model_files import (
 )
 from mixchat.weights.make.calibrator import Calibrator
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.quantize_options import best_layout, bits_of
-from mixchat.weights.matrix.linear import Layout, QuantType
+from mixchat.weights.make.quantize_options import best_layout
+from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
+from mixchat.weights.matrix.quant_type import QuantType
 
 _MANIFESTS_BYTES = 4_000_000
 
@@ -76,11 +77,11 @@ def find_target(
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
     """Return the type that a part gets. Raises `UsageError` if a conversion cannot give it."""
-    has = bits_of(stored)
+    has = TYPES[stored].bits
     if bits in (None, has):
         return stored
     if (has, bits) == (16, 8):
-        return "int8"
+        return type_of_bits(8)
     raise UsageError(
         f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to 8",
         hint="Download the model again, under another name (--name) or after 'mixchat rm'.",

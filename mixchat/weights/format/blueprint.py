@@ -27,15 +27,14 @@ from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
 from mixchat.kernels import rows
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Stage, alone, together
-from mixchat.weights.matrix.blocks import BLOCKSIZE
 from mixchat.weights.matrix.linear import (
+    TYPES,
     Layout,
-    Linear,
     LinearSpec,
-    QuantType,
     Scales,
     as_packed,
 )
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, Linear, QuantType
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -54,9 +53,7 @@ class Quantization:
 
     The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
     in 4 bits. `scales` says how the scales of the experts are chosen, and those in 4 bits of
-    attention and head, which are searched if the experts are calibrated. If the experts are "nf3",
-    their w2 is "nf4", because 3 bits cost most there. For a tenth more bytes the demo model loses a
-    third less.
+    attention and head, which are searched if the experts are calibrated.
     """
 
     quant_type: QuantType = "nf4"
@@ -203,7 +200,7 @@ class Blueprint:
         """Return an expert's block, as `quantization` has it."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
-        down = "nf4" if kind == "nf3" else kind
+        down = TYPES[kind].down_type or kind
         return ExpertSpec(
             gate_up=replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales),
             down=replace(self._linear("w2", hidden, inner, down), scales=scales),
@@ -325,11 +322,10 @@ class Blueprint:
         A head in 8 bits stays so if the config ties it to the embedding. Dense, it would be the
         embedding, which is another matrix.
         """
-        stored = self.quantization
-        attention: QuantType = "none" if stored.attention == "int8" else stored.attention
-        head: QuantType = stored.head
-        if head == "int8" and not self.config.tie_word_embeddings:
-            head = "none"
+        stored, head = self.quantization, self.quantization.head
+        if not self.config.tie_word_embeddings:
+            head = _widened(head)
+        attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
@@ -341,3 +337,7 @@ class Blueprint:
 def layer_prefix(layer: int) -> str:
     """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
+
+
+def _widened(quant_type: QuantType) -> QuantType:
+    return "none" if TYPES[quant_type].widened_on_gpu else quant_type

@@ -15,7 +15,8 @@ from mixchat.base.safetensors import SafetensorsFile, TensorSpec
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
 from mixchat.weights.format.model_files import check_files, path_of
-from mixchat.weights.matrix.linear import Linear, LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear
 
 Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content, None if it is missing
 

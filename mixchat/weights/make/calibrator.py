@@ -30,8 +30,7 @@ from mixchat.kernels import rows
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.matrix.gptq import Inputs, Way
-from mixchat.weights.matrix.linear import DenseLinear
+from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Way
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 

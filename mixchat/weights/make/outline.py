@@ -21,10 +21,9 @@ from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
     QuantizeOptions,
-    expert_bits,
-    expert_type,
     make_blueprint,
 )
+from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -91,14 +90,14 @@ def outline(
     with suppress(ModelNotFoundError):
         directory = models.installed_directory(ref.name)
         source, found = _installed(ref.name, directory)
-        if bits not in (None, expert_bits(found.blueprint.quantization.quant_type)):
+        if bits not in (None, TYPES[found.blueprint.quantization.quant_type].bits):
             target = models_dir() / f"{directory.name.rpartition('--')[2]}-{bits}bit"
             flags += ["--name", target.name]
         elif free_disk is None:
             return found
     journal = Journal(target)
     source = source or ref.find_source(journal.source)
-    options = QuantizeOptions() if bits is None else QuantizeOptions(expert_type(bits))
+    options = QuantizeOptions() if bits is None else QuantizeOptions(type_of_bits(bits))
     made = _before_download(source, journal, target, options, free_disk, progress)
     arguments = (ref.name if ref.source_repo else source.repo, *flags)
     return replace(made, name=ref.name, arguments=arguments)

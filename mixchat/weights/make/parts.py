@@ -20,8 +20,8 @@ from mixchat.weights.format.blueprint import (
     experts_file,
     layer_prefix,
 )
-from mixchat.weights.matrix.gptq import Inputs
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, expert_tensor
 
 

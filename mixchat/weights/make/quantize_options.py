@@ -10,7 +10,8 @@ from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
-from mixchat.weights.matrix.linear import Layout, QuantType, Scales
+from mixchat.weights.matrix.linear import Layout, Scales, type_of_bits
+from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import (
     CheckpointIndex,
     attention_tensors,
@@ -22,8 +23,6 @@ from mixchat.weights.source.checkpoint_index import (
 # A larger model loses less.
 DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.146, 0.063), "nf3": (0.486, 0.195)}
 DENSE_BITS = 8  # of attention and head, unless others are requested
-_DENSE_TYPES: dict[int, QuantType] = {16: "none", 8: "int8"}
-_EXPERT_TYPES: dict[int, QuantType] = {16: "none", 4: "nf4", 3: "nf3"}
 
 
 @dataclass(frozen=True)
@@ -49,26 +48,6 @@ def best_layout() -> Layout:
     return "cpu-packed"
 
 
-def expert_type(bits: int) -> QuantType:
-    """Return the type of experts in 16 bits (unquantized), 4 or 3."""
-    return _EXPERT_TYPES[bits]
-
-
-def expert_bits(quant_type: QuantType) -> int:
-    """Return the bits of experts of this type, as `expert_type` reads them."""
-    return next((bits for bits, kind in _EXPERT_TYPES.items() if kind == quant_type), 4)
-
-
-def dense_type(bits: int, quant_type: QuantType) -> QuantType:
-    """Return the type of attention or head in so many bits, if the experts are `quant_type`."""
-    return _DENSE_TYPES.get(bits, "fp4" if quant_type == "fp4" else "nf4")
-
-
-def bits_of(quant_type: QuantType) -> int:
-    """Return the bits of attention or head of this type, as `dense_type` reads them."""
-    return next((bits for bits, kind in _DENSE_TYPES.items() if kind == quant_type), 4)
-
-
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
@@ -88,7 +67,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
                 raise _has_4_bits(index, part)
             return given_4bit
         default = 16 if options.quant_type == "none" else DENSE_BITS
-        return dense_type(bits or default, quant_type)
+        return type_of_bits(bits or default, quant_type)
 
     quantization = Quantization(
         quant_type=quant_type,

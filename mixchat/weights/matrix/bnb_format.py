@@ -22,14 +22,10 @@ from typing import Any
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix import nf4
-from mixchat.weights.matrix.blocks import BLOCKSIZE
-from mixchat.weights.matrix.nf4 import FourBit
+from mixchat.weights.matrix.nf4 import FOUR_BIT, FourBit, round_absmax
+from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
-_STATES: dict[FourBit, str] = {
-    "nf4": "quant_state.bitsandbytes__nf4",
-    "fp4": "quant_state.bitsandbytes__fp4",
-}
+_STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
 _MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
@@ -58,7 +54,7 @@ class Quantized4bit:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32), as bitsandbytes does."""
         shape = (self.rows, self.columns)
-        return nf4.dequantize(self.codes, self.absmax.float(), shape, dtype, self.quant_type)
+        return FOUR_BIT[self.quant_type].dequantize(self.codes, self.absmax, shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class _Nested:
 
 
 @dataclass(frozen=True)
-class _State:
+class _QuantState:
     """The values of the JSON object that neither names nor shapes tell."""
 
     blocksize: int
@@ -126,7 +122,7 @@ def read_matrix(
     matrix = _Components(name, read, available)
     state = _read_state(matrix, kind, [rows, columns])
     _check_table(matrix, kind)
-    codes = _read_codes(matrix, nf4.codes_size(rows, columns))
+    codes = _read_codes(matrix, FOUR_BIT[kind].codes_size(rows, columns))
     absmax = _read_absmax(matrix, state, rows * columns)
     return Quantized4bit(kind, rows, columns, codes, absmax)
 
@@ -158,7 +154,7 @@ class _Components:
         return tensor
 
 
-def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _State:
+def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _QuantState:
     name = f"{matrix.name}.{_STATES[kind]}"
     raw = _parse(name, matrix.read(name))
 
@@ -176,7 +172,7 @@ def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _State:
     nested = _nested(raw, check) if raw.keys() >= _NESTED_KEYS else None
     if nested is None and any(f"{matrix.name}.{part}" in matrix.available for part in _NESTED):
         raise CheckpointError(f"{name}: does not describe the nested absmax that is there")
-    return _State(raw["blocksize"], nested)
+    return _QuantState(raw["blocksize"], nested)
 
 
 def _nested(raw: dict[str, Any], check: Callable[[str, bool], None]) -> _Nested:
@@ -205,7 +201,7 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 
 def _check_table(matrix: _Components, kind: FourBit) -> None:
     numbers = matrix.numbers("quant_map", torch.float32, 16)
-    standard = nf4.LEVELS[kind]
+    standard = FOUR_BIT[kind].levels
     # Not bit by bit: devices round the table differently, and the kernels have their own tables.
     if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
         raise CheckpointError(f"{matrix.name}.quant_map: not the table of {kind}")
@@ -224,14 +220,14 @@ def _read_codes(matrix: _Components, size: int) -> torch.Tensor:
     return codes.reshape(-1).view(torch.uint8)
 
 
-def _read_absmax(matrix: _Components, state: _State, weights: int) -> torch.Tensor:
+def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch.Tensor:
     """Read the absmax in fp32, one for each 64 weights."""
     count = -(-weights // state.blocksize)
     if state.nested is None:
         absmax = matrix.numbers("absmax", torch.float32, count)
     else:
         absmax = _unnest(matrix, state.nested, count)
-    if not torch.isfinite(nf4.round_absmax(absmax)).all():
+    if not torch.isfinite(round_absmax(absmax)).all():
         raise CheckpointError(f"{matrix.name}.absmax: holds a scale that is too large")
     if state.blocksize == BLOCKSIZE:
         return absmax

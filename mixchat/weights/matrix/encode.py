@@ -1,25 +1,22 @@
-"""Encodes a matrix in NF4 on the CPU: bitsandbytes' result, but faster, or with better scales.
+"""Encodes a matrix in codes of levels on the CPU, as bitsandbytes does or with better scales.
 
-A block is 64 weights that share one scale. The code of a weight stands for the NF4 level nearest to
+A block is 64 weights that share one scale. The code of a weight stands for the level nearest to
 weight / scale.
 
-- By default the scale is absmax, the largest magnitude of the block. The result is bitsandbytes',
-  bit for bit. bitsandbytes makes a binary search for each weight. Here the code of a weight is the
-  count of the boundaries below it: 15 comparisons, each one fast pass of numpy.
+- By default the scale is absmax, the largest magnitude of the block. For NF4 the result has
+  bitsandbytes' bits. bitsandbytes makes a binary search for each weight. Here the code of a weight
+  is the count of the boundaries below it: 15 comparisons, each one fast pass of numpy.
 - With `search`, the scale is absmax times the best of 32 factors, if that lowers the squared error
   of the block. The error is a sum over the block's weights, and each summand depends only on
   weight / absmax and on the factor. A table holds these summands, a row for each step of
   weight / absmax and a column for each factor, and `embedding_bag` adds up its rows. Half of the
-  factors are negative: the levels are not symmetric, and some blocks fit their mirror image better.
-  Readers need not know of it: a weight is its level times its scale, as always. Experts get such
-  scales.
-- With `inputs`, three ways are tried: searched scales; weighted scales, for which each weight's
-  squared error counts as much as the inputs of its column are large; and the same scales with
-  weights that are rounded for the least error of products with the inputs (`gptq.py`). The way with
-  the least error of products with other inputs, which were held out, is taken. So codes that fit
-  the noise of few inputs are not.
-
-NF3 always searches: from absmax its error would be half as large again.
+  factors are negative, because some blocks fit the mirror image of the levels better. Readers need
+  not know of it. A weight is its level times its scale, as always.
+- With `inputs`, three ways are tried. They are searched scales, weighted scales (a weight's squared
+  error counts as much as the inputs of its column are large), and weighted scales with weights that
+  are rounded for the least error of products with the inputs (`gptq.py`). The way with the least
+  error of products with other inputs, which were held out, is taken. So codes that fit the noise of
+  few inputs are not.
 
 N = weights, B = blocks (of 64 weights), C = columns, F = factors (32), S = rows of the table
 (1025).
@@ -30,24 +27,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 import torch
 
-from mixchat.weights.matrix import nf3, nf4
-from mixchat.weights.matrix.blocks import BLOCKSIZE, absmax_size, in_blocks
-from mixchat.weights.matrix.gptq import (
+from mixchat.weights.matrix.gptq import inverse_factor, mean_squares, round_columns, sum_of_squares
+from mixchat.weights.matrix.quant_type import (
+    BLOCKSIZE,
+    Encoded,
     Inputs,
     Way,
-    inverse_factor,
-    mean_squares,
-    round_columns,
-    sum_of_squares,
+    absmax_size,
+    in_blocks,
 )
 
-Searched = Literal["nf4", "nf3"]
-Coded = tuple[torch.Tensor, torch.Tensor]  # codes, one a byte [B, 64], and scales [B]
 Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
 _PIECE = 2**19  # weights in one pass: between passes the threads wait for Python's lock
@@ -56,8 +49,11 @@ _STEPS = 512  # of the table, from 0 to 1
 _MARGIN = 1e-5  # in a block's squared error, where absmax is 1: more than rounding can add
 
 
-class Levels:
-    """The levels of a type, and the factors that the search tries."""
+class Grid:
+    """The levels of a type, rising, and the 32 factors that the search tries: 16 and their mirror.
+
+    They go from `smallest` to `largest`.
+    """
 
     def __init__(self, levels: torch.Tensor, smallest: float, largest: float) -> None:
         self.levels = levels
@@ -83,66 +79,41 @@ class Levels:
         return (scaled - self.factors * self.levels[codes.int()]).square()
 
 
-LEVELS: dict[Searched, Levels] = {
-    "nf4": Levels(nf4.LEVELS["nf4"], 0.86, 1.36),
-    "nf3": Levels(nf3.LEVELS, 0.60, 1.20),
-}
-
-
-def encode_nf4(
-    weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (uint8 [ceil(N / 2)]) and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
-
-    weight: [rows, C], any float type, finite; rounded to bf16 first, which makes absmax exact.
-    Codes are in bitsandbytes' order: row after row, the even weight in the high nibble.
-
-    With `search` no block's squared error, before the product of level
-    and scale is rounded, is larger than without; a last block of fewer than 64 weights has absmax
-    for its scale. A block's result depends neither on its neighbours nor on the count of threads.
-    """
-    codes, scales = _encode("nf4", weight, search, inputs, _two_a_byte, BLOCKSIZE // 2)
-    return codes[: (weight.numel() + 1) // 2], scales
-
-
-def encode_nf3(
-    weight: torch.Tensor, *, inputs: Inputs | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and scales as `nf3.py` has them; for the rest, see `encode_nf4`."""
-
-    def pack(codes: torch.Tensor) -> torch.Tensor:
-        return nf3.pack(codes.view(-1, 8)).view(-1)
-
-    return _encode("nf3", weight, True, inputs, pack, BLOCKSIZE * nf3.BITS // 8)
-
-
-def _encode(
-    kind: Searched,
+def encode(
+    grid: Grid,
     weight: torch.Tensor,
-    search: bool,
-    inputs: Inputs | None,
     pack: Pack,
-    size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return packed codes, of `size` bytes a block, and scales [B]."""
+    *,
+    search: bool = False,
+    inputs: Inputs | None = None,
+) -> Encoded:
+    """Return packed codes, flat, and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
+
+    weight: [rows, C], any float type, finite; rounded to bf16 first, which makes absmax exact. A
+    last block of fewer than 64 weights is filled up with zeros.
+
+    With `search` no block's squared error, before the product of level and scale is rounded, is
+    larger than without. A short last block has absmax for its scale. A block's result depends
+    neither on its neighbours nor on the count of threads.
+    """
     if inputs is None:
-        codes, scales = _rounded(kind, weight, search, None, pack, size)
+        codes, scales = _rounded(grid, weight, search, None, pack)
         return codes.view(-1), scales
-    codes, scales = _best(kind, weight, inputs)
-    return pack(codes), scales
+    codes, scales = _best(grid, weight, inputs)
+    return pack(codes).view(-1), scales
 
 
-def _best(kind: Searched, weight: torch.Tensor, inputs: Inputs) -> Coded:
+def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
     """Return the codes with the least error of products that were held out; if alike, plain ones.
 
     All ways are judged by rows that none has seen. The winner is taken as it was judged: to round
     again for all rows would take as long again, and its result would be unjudged.
     """
-    best: Coded | None = None
+    best: Encoded | None = None
     taken: Way = "plain"
     errors: dict[Way, float] = {}
-    for way, coded in _ways(kind, weight, inputs.fit):
-        errors[way] = _product_error(kind, weight, coded, inputs.held_out)
+    for way, coded in _ways(grid, weight, inputs.fit):
+        errors[way] = _product_error(grid, weight, coded, inputs.held_out)
         if best is None or errors[way] < errors[taken]:
             best, taken = coded, way
     assert best is not None
@@ -150,44 +121,40 @@ def _best(kind: Searched, weight: torch.Tensor, inputs: Inputs) -> Coded:
     return best
 
 
-def _ways(
-    kind: Searched, weight: torch.Tensor, inputs: torch.Tensor
-) -> Iterator[tuple[Way, Coded]]:
+def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[Way, Encoded]]:
     """Yield the codes and scales of each way; C has to be a multiple of 64 for GPTQ."""
-    yield "plain", _rounded(kind, weight, True, None)
-    codes, scales = _rounded(kind, weight, True, mean_squares(inputs))
+    yield "plain", _rounded(grid, weight, True, None)
+    codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
     yield "weighted", (codes, scales)
     if weight.shape[-1] % BLOCKSIZE == 0:
         factor = inverse_factor(inputs)
-        codes = round_columns(weight, scales.float(), LEVELS[kind].levels, factor)
+        codes = round_columns(weight, scales.float(), grid.levels, factor)
         yield "gptq", (codes, scales)
 
 
-def _product_error(
-    kind: Searched, weight: torch.Tensor, coded: Coded, inputs: torch.Tensor
-) -> float:
+def _product_error(grid: Grid, weight: torch.Tensor, coded: Encoded, inputs: torch.Tensor) -> float:
     """Return the sum of the squared errors of the products with inputs [m, C]."""
     codes, scales = coded
-    values = LEVELS[kind].levels[codes.int()].mul_(scales.float().unsqueeze(-1))
+    values = grid.levels[codes.int()].mul_(scales.float().unsqueeze(-1))
     wrong = values.view(-1)[: weight.numel()].view(weight.shape).sub_(weight)
     return sum_of_squares(wrong, inputs)
 
 
 def _rounded(
-    kind: Searched,
+    grid: Grid,
     weight: torch.Tensor,
     search: bool,
     importance: torch.Tensor | None,
     pack: Pack = lambda codes: codes,
-    size: int = BLOCKSIZE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes [B, size], each the nearest to its weight, and scales [B].
+) -> Encoded:
+    """Return codes [B, bytes of a block], each the nearest to its weight, and scales [B].
 
     importance: of each column [C], fp32; pack: applied to each piece, so that codes that take a
     byte each are never there for the whole matrix.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
+    size = pack(torch.zeros(1, BLOCKSIZE, dtype=torch.uint8)).numel()
     codes = torch.empty(count, size, dtype=torch.uint8)
     scales = torch.empty(count, dtype=torch.bfloat16)
 
@@ -198,7 +165,7 @@ def _rounded(
             places = torch.arange(number * _PIECE, number * _PIECE + len(some)) % columns
             each = in_blocks(importance[places])
         separate = torch.empty(len(packed), BLOCKSIZE, dtype=torch.uint8)
-        _quantize_piece(LEVELS[kind], some, separate, made, search=search, importance=each)
+        _quantize_piece(grid, some, separate, made, search=search, importance=each)
         packed.copy_(pack(separate).view(packed.shape))
 
     pieces = torch.split(flat, _PIECE)
@@ -236,7 +203,7 @@ def _work_alone() -> None:
 
 @torch.inference_mode()  # a caller's holds for its own thread only
 def _quantize_piece(
-    grid: Levels,
+    grid: Grid,
     weight: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -266,14 +233,8 @@ def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scaled, absmax
 
 
-def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
-    """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble: [32 B]."""
-    pairs = codes.numpy().view("<u2").reshape(-1)  # even + 256 * odd
-    return torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))  # keeps the low byte
-
-
 def _search(
-    grid: Levels,
+    grid: Grid,
     scaled: torch.Tensor,
     absmax: torch.Tensor,
     codes: torch.Tensor,
@@ -294,9 +255,7 @@ def _search(
     torch.where(better.unsqueeze(-1), trial_wide, wide, out=wide)
 
 
-def _best_factor(
-    grid: Levels, scaled: torch.Tensor, importance: torch.Tensor | None
-) -> torch.Tensor:
+def _best_factor(grid: Grid, scaled: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     """Return the factor [B] with the least squared error by the table."""
     steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)  # rounded to the nearest
     errors = torch.nn.functional.embedding_bag(
@@ -306,7 +265,7 @@ def _best_factor(
 
 
 def _squared_error(
-    grid: Levels,
+    grid: Grid,
     scaled: torch.Tensor,
     ratio: torch.Tensor,
     codes: torch.Tensor,

@@ -16,30 +16,14 @@ R = rows, C = columns, n = inputs, B = blocks of 64 weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
 
-from mixchat.weights.matrix.blocks import BLOCKSIZE
+from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
-Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
 _PIECE = 4096  # rows that are widened or multiplied at once
 _PRIOR = 32  # inputs whose columns are alike, beside those that there are
 _TINY = 1e-38
-
-
-class Inputs(NamedTuple):
-    """Rows that a matrix is multiplied with, which it then suits.
-
-    fit: rows [n, C] for which each way is tried; held_out: others [m, C], which decide between the
-    ways; chosen: is called with the way that was taken, and with the sum of squared errors of the
-    products with `held_out`, in that way and in the plain one.
-    """
-
-    fit: torch.Tensor
-    held_out: torch.Tensor
-    chosen: Callable[[Way, float, float], object]
 
 
 def shrinkage(rows: int, columns: int) -> float:

@@ -9,61 +9,80 @@ A code is an integer from -127 to 127, and a weight is code / 127 times the scal
   (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes. `absmax` is
   transposed: [columns / 64, rows].
 
-Where whole blocks make up a row, rows of zeros fill up the last band in both layouts, so that a
-head of 32002 rows can be packed, too: S rows are stored (`stored_rows`).
+If whole blocks make up a row, rows of zeros fill up the last band in both layouts, so that a head
+of 32002 rows can be packed, too. S rows are stored (`stored_rows`).
 
 N = weights, R = rows, C = columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from mixchat.kernels.units import Bits
-from mixchat.weights.matrix.blocks import (
-    BAND,
+from mixchat.kernels.tile import BAND
+from mixchat.kernels.units import EIGHT_BITS
+from mixchat.weights.matrix.encode import each_in_threads
+from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,
+    Encoded,
+    Inputs,
+    RowCodes,
     absmax_size,
-    dequantized_rows,
     in_blocks,
     transposed,
 )
-from mixchat.weights.matrix.encode import each_in_threads
 
-BITS: Bits = 8
-LARGEST = 127  # code
+_LARGEST = 127  # code
 _PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
 
 
-def stored_rows(rows: int, columns: int) -> int:
-    """Return the count of rows that are stored, with those of zeros."""
-    return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
+class _Int8(RowCodes):
+    name, bits, units, codes_dtype = "int8", 8, EIGHT_BITS, torch.int8
+    for_experts, widened_on_gpu = False, True
+
+    def stored_rows(self, rows: int, columns: int) -> int:
+        """Return the count of rows that are stored, with the rows of zeros."""
+        return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
+
+    def codes_size(self, rows: int, columns: int) -> int:
+        return rows * columns
+
+    def codes(
+        self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
+    ) -> Encoded:
+        """Return int8 codes [S * C] and absmax. A code is the nearest for the rounded absmax."""
+        flat = weight.detach().reshape(-1)
+        rows, columns = weight.shape
+        stored = self.stored_rows(rows, columns)
+        codes = flat.new_zeros(stored * columns, dtype=torch.int8)
+        absmax = flat.new_zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
+        each_in_threads(
+            _encode_piece,
+            torch.split(flat, _PIECE),
+            torch.split(codes[: len(flat)], _PIECE),
+            torch.split(absmax[: absmax_size(rows, columns)], _PIECE // BLOCKSIZE),
+        )
+        return codes, absmax
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes / _LARGEST
+
+    def to_packed_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        packed = torch.empty_like(codes)
+        _lines(packed, columns).copy_(_pairs(codes, columns))
+        return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+
+    def to_bitsandbytes_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        flat = torch.empty_like(codes)
+        _pairs(flat, columns).copy_(_lines(codes, columns))
+        return flat, transposed(absmax, columns // BLOCKSIZE, rows)
 
 
-def codes_size(rows: int, columns: int) -> int:
-    """Return the bytes of the codes of so many rows, which are those that are stored."""
-    return rows * columns
-
-
-def encode_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (int8 [S * C]) and absmax (bf16, one a block), in the layout "bitsandbytes".
-
-    weight: [R, C], any float type, finite. A code is the nearest for the rounded absmax.
-    """
-    flat = weight.detach().reshape(-1)
-    rows, columns = weight.shape
-    stored = stored_rows(rows, columns)
-    codes = flat.new_zeros(stored * columns, dtype=torch.int8)
-    absmax = flat.new_zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
-    each_in_threads(
-        _encode_piece,
-        torch.split(flat, _PIECE),
-        torch.split(codes[: len(flat)], _PIECE),
-        torch.split(absmax[: absmax_size(rows, columns)], _PIECE // BLOCKSIZE),
-    )
-    return codes, absmax
+INT8 = _Int8()
 
 
 @torch.inference_mode()  # a caller's holds for its own thread only
@@ -73,36 +92,8 @@ def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tenso
     absmax.copy_(blocks.abs().amax(-1))
     scale = absmax.float().unsqueeze(-1)
     scaled = blocks / scale.masked_fill_(scale == 0, 1)
-    scaled.mul_(LARGEST).round_().clamp_(-LARGEST, LARGEST)
+    scaled.mul_(_LARGEST).round_().clamp_(-_LARGEST, _LARGEST)
     codes.copy_(scaled.view(-1)[: len(weight)])
-
-
-def rows_of(
-    codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    """Yield the matrix of this shape as `dtype`, some rows at a time. Layout "bitsandbytes"."""
-    return dequantized_rows(codes, absmax, shape, dtype, BITS, lambda some: some / LARGEST)
-
-
-def to_packed_layout(
-    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device.
-
-    rows: as many as are stored.
-    """
-    packed = torch.empty_like(codes)
-    _lines(packed, columns).copy_(_pairs(codes, columns))
-    return packed, transposed(absmax, rows, columns // BLOCKSIZE)
-
-
-def to_bitsandbytes_layout(
-    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; as `to_packed_layout`."""
-    flat = torch.empty_like(codes)
-    _pairs(flat, columns).copy_(_lines(codes, columns))
-    return flat, transposed(absmax, columns // BLOCKSIZE, rows)
 
 
 def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:

@@ -28,31 +28,142 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from mixchat.kernels.units import Bits
-from mixchat.weights.matrix.blocks import BAND, BLOCKSIZE, transposed
+from mixchat.kernels.tile import BAND
+from mixchat.kernels.units import FOUR_BITS
+from mixchat.weights.matrix.encode import Grid, encode
+from mixchat.weights.matrix.quant_type import (
+    BLOCKSIZE,
+    BlockCodes,
+    Encoded,
+    Inputs,
+    Shape,
+    transposed,
+)
 
 FourBit = Literal["nf4", "fp4"]
-BITS: Bits = 4
 _CHUNK = 2**23  # weights: bounds the temporary tensors, quantize_4bit's to about 150 MB
 
+
+class FourBitCodes(BlockCodes):
+    """Codes of a type that bitsandbytes has; `levels` are in its order of the codes."""
+
+    bits, units = 4, FOUR_BITS
+    name: FourBit
+    levels: torch.Tensor
+
+    def codes_size(self, rows: int, columns: int) -> int:
+        return (rows * columns + 1) // 2
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: Shape,
+        *,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        if x.device.type == "cpu" and shape[1] % BLOCKSIZE:
+            # bitsandbytes' AVX512 kernel is wrong here: it starts a new block with each row.
+            weight = self.dequantize(codes, absmax, shape, x.dtype)
+            return torch.nn.functional.linear(x, weight)
+        state = self._quant_state(absmax, shape, x.dtype)
+        result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
+        return result
+
+    def dequantize(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+    ) -> torch.Tensor:
+        # As one long row: on a CPU, bitsandbytes reads wrong blocks if there are 16, 32, 48, 80,
+        # ... columns, and compiles a kernel first if their count is odd.
+        state = self._quant_state(absmax, (1, 2 * codes.numel()), dtype)
+        flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
+        return flat.view(-1)[: shape[0] * shape[1]].view(shape)
+
+    def _quant_state(self, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype) -> Any:
+        """Return bitsandbytes' description of a matrix, which becomes `dtype` when computed."""
+        return _functional().QuantState(
+            absmax=absmax.float(),
+            shape=torch.Size(shape),
+            code=_levels_on(self, absmax.device),
+            blocksize=BLOCKSIZE,
+            quant_type=self.name,
+            dtype=dtype,
+        )
+
+    def to_packed_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        packed = torch.empty_like(codes)
+        for old, new in _bands(codes, packed, columns):
+            nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
+            bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
+            lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
+            new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
+        return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+
+    def to_bitsandbytes_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        flat = torch.empty_like(codes)
+        for old, new in _bands(codes, flat, columns):
+            packed = old.view(-1, BAND)
+            lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
+            nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
+            new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
+        return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+
+
 # fmt: off
-LEVELS: dict[FourBit, torch.Tensor] = {  # as bitsandbytes has them, in the order of the codes
-    "nf4": torch.tensor([
+class _NF4(FourBitCodes):
+    name = "nf4"
+    levels = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]),
-    "fp4": torch.tensor([
+    ])
+    # fmt: on
+
+    def __init__(self) -> None:
+        self._grid = Grid(self.levels, 0.86, 1.36)
+
+    def codes(
+        self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
+    ) -> Encoded:
+        codes, scales = encode(self._grid, weight, _two_a_byte, search=search, inputs=inputs)
+        return codes[: self.codes_size(*weight.shape)], scales
+
+
+# fmt: off
+class _FP4(FourBitCodes):
+    name = "fp4"
+    levels = torch.tensor([
         0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
         0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
         0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
         -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
-    ]),
-}
-# fmt: on
+    ])
+    # fmt: on
+
+    def codes(
+        self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
+    ) -> Encoded:
+        """Needed for the dense matrices of a checkpoint whose other matrices are FP4."""
+        flat = weight.to(torch.bfloat16).reshape(-1)
+        pieces = [
+            _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
+            for piece in torch.split(flat, _CHUNK)
+        ]
+        codes = torch.cat([piece.view(-1) for piece, _ in pieces])
+        return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
+
+
+NF4, FP4 = _NF4(), _FP4()
+FOUR_BIT: dict[FourBit, FourBitCodes] = {"nf4": NF4, "fp4": FP4}
 
 
 @functools.cache
@@ -67,55 +178,15 @@ def _functional() -> Any:
     return _package().functional
 
 
-def stored_rows(rows: int, columns: int) -> int:
-    """Return the count of rows that are stored: no more than there are."""
-    return rows
+@functools.cache
+def _levels_on(kind: FourBitCodes, device: torch.device) -> torch.Tensor:
+    return kind.levels.to(device)
 
 
-def codes_size(rows: int, columns: int) -> int:
-    """Return the bytes of a matrix's codes."""
-    return (rows * columns + 1) // 2
-
-
-def encode_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (uint8) and absmax (bf16) of a matrix in FP4, in the layout "bitsandbytes".
-
-    weight: [rows, columns], any float type. Needed for the dense matrices of a checkpoint whose
-    other matrices are FP4. For NF4 there is `encode_nf4`.
-    """
-    flat = weight.to(torch.bfloat16).reshape(-1)
-    pieces = [
-        _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
-        for piece in torch.split(flat, _CHUNK)
-    ]
-    codes = torch.cat([piece.view(-1) for piece, _ in pieces])
-    return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
-
-
-def to_packed_layout(
-    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "bitsandbytes" to "cpu-packed"; new tensors, same device."""
-    packed = torch.empty_like(codes)
-    for old, new in _bands(codes, packed, columns):
-        nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
-        bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
-        lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
-        new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
-    return packed, transposed(absmax, rows, columns // BLOCKSIZE)
-
-
-def to_bitsandbytes_layout(
-    codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder codes and absmax from "cpu-packed" to "bitsandbytes"; new tensors, same device."""
-    flat = torch.empty_like(codes)
-    for old, new in _bands(codes, flat, columns):
-        packed = old.view(-1, BAND)
-        lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
-        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
-        new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
-    return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
+    """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble: [B, 32]."""
+    pairs = codes.numpy().view("<u2")  # even + 256 * odd
+    return torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))  # keeps the low byte
 
 
 def _bands(
@@ -135,57 +206,3 @@ def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
     quantized themselves (no "double quantization") are bf16 numbers already.
     """
     return absmax.to(torch.bfloat16)
-
-
-def _quant_state(
-    absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, quant_type: FourBit
-) -> Any:
-    """Return bitsandbytes' description of a matrix, which becomes `dtype` when it is computed."""
-    return _functional().QuantState(
-        absmax=absmax,
-        shape=torch.Size(shape),
-        code=_levels_on(quant_type, absmax.device),
-        blocksize=BLOCKSIZE,
-        quant_type=quant_type,
-        dtype=dtype,
-    )
-
-
-@functools.cache
-def _levels_on(quant_type: FourBit, device: torch.device) -> torch.Tensor:
-    return LEVELS[quant_type].to(device)
-
-
-def bitsandbytes_matmul(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    quant_type: FourBit,
-) -> torch.Tensor:
-    """Return x [..., C] times the transposed matrix of `shape` [R, C]: [..., R].
-
-    absmax: fp32. Layout "bitsandbytes".
-    """
-    if x.device.type == "cpu" and shape[1] % BLOCKSIZE:
-        # bitsandbytes' AVX512 kernel is wrong here: it starts a new block with each row.
-        weight = dequantize(codes, absmax, shape, x.dtype, quant_type)
-        return torch.nn.functional.linear(x, weight)
-    state = _quant_state(absmax, shape, x.dtype, quant_type)
-    result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
-    return result
-
-
-def dequantize(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    quant_type: FourBit = "nf4",
-) -> torch.Tensor:
-    """Return the matrix of this shape as `dtype`; absmax fp32. Layout "bitsandbytes"."""
-    # As one long row: on a CPU, bitsandbytes reads wrong blocks where there are 16, 32, 48, 80, ...
-    # columns, and compiles a kernel first where their count is odd.
-    state = _quant_state(absmax, (1, 2 * codes.numel()), dtype, quant_type)
-    flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
-    return flat.view(-1)[: shape[0] * shape[1]].view(shape)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.blocks import absmax_size
 from mixchat.weights.matrix.bnb_format import (
     Quantized4bit,
     component_names,
@@ -22,6 +21,7 @@ from mixchat.weights.matrix.bnb_format import (
     quant_type,
     read_matrix,
 )
+from mixchat.weights.matrix.quant_type import absmax_size
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"

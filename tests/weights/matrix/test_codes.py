@@ -1,8 +1,7 @@
-"""8-bit and 3-bit codes alike, in both layouts, against what they stand for in double precision."""
+"""Codes of every type, in both layouts, against what they stand for in double precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,11 +10,14 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError
 from mixchat.kernels.compile import kernels_available
-from mixchat.weights.matrix import blocks, encode, int8, nf3
+from mixchat.weights.format import manifest
+from mixchat.weights.matrix import encode, int8, nf4, quant_type
 from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
-from mixchat.weights.matrix.int8 import encode_int8
-from mixchat.weights.matrix.linear import Layout, Linear, LinearSpec, QuantType, RowsLinear
+from mixchat.weights.matrix.int8 import INT8
+from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, type_of_bits
+from mixchat.weights.matrix.nf3 import NF3
+from mixchat.weights.matrix.nf4 import FP4, NF4
+from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear, QuantType
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
@@ -26,16 +28,12 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, to
 TOKENS = (1, 2, 7, 16, 33)
 SHAPES = ((64, 128), (96, 64), (40, 128), (64, 96), (5, 6), (3, 65), (1, 1))
 
-Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
 
 @dataclass(frozen=True)
 class Kind:
     """A type of codes; `numbers` gives what codes stand for, in double precision and no hurry."""
 
-    name: QuantType
-    module: ModuleType
-    encode: Encode
+    type: BlockCodes
     numbers: Callable[[torch.Tensor], list[float]]
     packed_error: float  # of the product of a few tokens
     prompt_error: float  # of that of many
@@ -47,7 +45,7 @@ def numbers_of_int8(codes: torch.Tensor) -> list[float]:
 
 def numbers_of_nf3(codes: torch.Tensor) -> list[float]:
     """The docstring of `nf3.py`, byte by byte."""
-    found, levels = [], nf3.LEVELS.tolist()
+    found, levels = [], NF3.levels.tolist()
     for one, two, three in codes.view(-1, 3).tolist():
         rest = one // 64 + two // 64 * 4 + three // 64 * 16
         for byte in (one, two, three, rest):
@@ -55,13 +53,23 @@ def numbers_of_nf3(codes: torch.Tensor) -> list[float]:
     return found
 
 
+def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]:
+    """Return the levels of the high half of each byte and of the low one."""
+    numbers = levels.tolist()
+    return lambda codes: [
+        numbers[code] for byte in codes.tolist() for code in (byte // 16, byte % 16)
+    ]
+
+
 KINDS = [
-    Kind("int8", int8, encode_int8, numbers_of_int8, 2e-4, 2e-4),
-    Kind("nf3", nf3, encode_nf3, numbers_of_nf3, 4e-4, 1.2e-2),
+    Kind(INT8, numbers_of_int8, 2e-4, 2e-4),
+    Kind(NF3, numbers_of_nf3, 4e-4, 1.2e-2),
+    Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
+    Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
 ]
 
 
-@pytest.fixture(params=KINDS, ids=[kind.name for kind in KINDS])
+@pytest.fixture(params=KINDS, ids=[kind.type.name for kind in KINDS])
 def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
@@ -81,29 +89,25 @@ def exact(
 
 
 def spec(kind: Kind, layout: Layout, rows: int = 64, columns: int = 128) -> LinearSpec:
-    return LinearSpec("w", rows, columns, kind.name, layout, torch.bfloat16)
+    return LinearSpec("w", rows, columns, kind.type.name, layout, torch.bfloat16)
 
 
 def build(kind: Kind, linear: LinearSpec, seed: int = 0) -> tuple[Linear, torch.Tensor]:
     """A map with random weights, and its matrix in double precision."""
     weight = random(linear.rows, linear.columns, seed)
-    codes, absmax = kind.encode(weight)
+    codes, absmax = kind.type.codes(weight)
     return linear.build(linear.encode(weight)), exact(kind, codes, absmax, weight.shape)
 
 
 def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(200, 33)
-    codes, absmax = kind.encode(weight)
-    matrix = blocks.dequantize(kind.module.rows_of, codes, absmax, (200, 33), torch.float32)
-    for module in (blocks, int8, encode):
+    whole = kind.type.codes(weight)
+    matrix = kind.type.dequantize(*whole, (200, 33), torch.float32)
+    for module in (quant_type, int8, encode):
         monkeypatch.setattr(module, "_PIECE", 128)
-    again = kind.encode(weight)
-    assert torch.equal(codes, again[0])
-    assert torch.equal(absmax, again[1])
-    assert len(list(kind.module.rows_of(codes, absmax, (200, 33), torch.float32))) == 4
-    assert torch.equal(
-        blocks.dequantize(kind.module.rows_of, codes, absmax, (200, 33), torch.float32), matrix
-    )
+    monkeypatch.setattr(nf4, "_CHUNK", 128)
+    assert all(map(torch.equal, kind.type.codes(weight), whole))
+    assert torch.equal(kind.type.dequantize(*whole, (200, 33), torch.float32), matrix)
 
 
 @each_dtype
@@ -111,8 +115,8 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
 def test_dequantizing_is_the_definition_to_rounding(
     kind: Kind, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    codes, absmax = kind.encode(random(*shape))
-    result = blocks.dequantize(kind.module.rows_of, codes, absmax, shape, dtype)
+    codes, absmax = kind.type.codes(random(*shape))
+    result = kind.type.dequantize(codes, absmax, shape, dtype)
     assert result.dtype == dtype
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22}[dtype]
     expected = exact(kind, codes, absmax, shape)
@@ -123,17 +127,17 @@ def test_dequantizing_is_the_definition_to_rounding(
 @given(st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -> None:
     rows, columns = 32 * bands, 64 * blocks
-    codes, absmax = kind.encode(random(rows, columns, seed))
-    packed = kind.module.to_packed_layout(codes, absmax, rows, columns)
-    again = kind.module.to_bitsandbytes_layout(*packed, rows, columns)
+    codes, absmax = kind.type.codes(random(rows, columns, seed))
+    packed = kind.type.to_packed_layout(codes, absmax, rows, columns)
+    again = kind.type.to_bitsandbytes_layout(*packed, rows, columns)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], absmax)
 
 
 def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
-    codes, _ = kind.encode(torch.zeros(32, 192))
-    _, scales = kind.module.to_packed_layout(codes, absmax, 32, 192)
+    codes, _ = kind.type.codes(torch.zeros(32, 192))
+    _, scales = kind.type.to_packed_layout(codes, absmax, 32, 192)
     assert scales[:3].tolist() == [0, 3, 6]
     assert scales[32:35].tolist() == [1, 4, 7]
 
@@ -205,9 +209,9 @@ def test_what_is_no_number_stays_visible_and_to_its_token(
 def test_dequantizing_piece_by_piece_gives_the_rows_in_order(
     kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "_PIECE", 64 * 128)  # 64 rows at a time
+    monkeypatch.setattr(quant_type, "_PIECE", 64 * 128)  # 64 rows at a time
     linear, matrix = build(kind, spec(kind, "bitsandbytes", 200, 128))
-    assert isinstance(linear, RowsLinear)
+    assert isinstance(linear, PlainLinear)
     x = random(2, 128, seed=1)
     torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=1e-4, atol=1e-4)
 
@@ -224,7 +228,20 @@ def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) ->
     torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=0.01, atol=0.01)
 
 
-def test_a_part_in_4_bits_cannot_be_taken_over_as_it_is(kind: Kind) -> None:
-    part = Quantized4bit("nf4", 64, 128, *encode_nf4(random(64, 128)))
-    with pytest.raises(CheckpointError, match=rf"^w: a part of it is nf4, not {kind.name}$"):
-        spec(kind, "bitsandbytes").stack_quantized([part])
+@pytest.mark.parametrize(("part", "whole"), [("nf4", "int8"), ("nf4", "nf3"), ("fp4", "nf4")])
+def test_a_part_of_another_type_is_refused(part: QuantType, whole: QuantType) -> None:
+    parts = [Quantized4bit(part, 64, 128, *TYPES[part].codes(random(64, 128)))]
+    linear = LinearSpec("w", 64, 128, whole, "bitsandbytes", torch.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"^w: a part of it is {part}, not {whole}$"):
+        linear.stack_quantized(parts)
+
+
+def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
+    assert all(kind.name == name for name, kind in TYPES.items())
+    experts = {name for name, kind in TYPES.items() if kind.for_experts}
+    assert set(manifest._QUANTIZATION["quant_type"]) == experts
+
+
+def test_a_type_is_found_by_its_bits() -> None:
+    assert [type_of_bits(bits) for bits in (16, 8, 4, 3)] == ["none", "int8", "nf4", "nf3"]
+    assert [type_of_bits(4, kind) for kind in ("nf3", "fp4", "none")] == ["nf4", "fp4", "nf4"]

@@ -5,13 +5,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.weights.matrix import encode, nf4
-from mixchat.weights.matrix.blocks import BLOCKSIZE
-from mixchat.weights.matrix.encode import encode_nf4
+from mixchat.weights.matrix import encode
+from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
 each_way = pytest.mark.parametrize("search", [False, True])
 
-LEVELS = nf4.LEVELS["nf4"]
+LEVELS = NF4.levels
 BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
@@ -27,7 +27,7 @@ def from_bits(bits: np.ndarray) -> torch.Tensor:
 
 
 def assert_as_bitsandbytes(weight: torch.Tensor) -> None:
-    codes, absmax = encode_nf4(weight)
+    codes, absmax = NF4.codes(weight)
     rounded = weight.to(torch.bfloat16)
     expected, state = bnb.quantize_4bit(rounded, blocksize=BLOCKSIZE, quant_type="nf4")
     assert torch.equal(codes, expected.view(-1))
@@ -99,7 +99,7 @@ def test_every_type_is_rounded_to_bf16_first(dtype: torch.dtype, shape: tuple[in
 
 def test_a_transposed_matrix_is_coded_by_its_rows() -> None:
     weight = random_weight(96, 65)
-    for one, other in zip(encode_nf4(weight.T), encode_nf4(weight.T.contiguous()), strict=True):
+    for one, other in zip(NF4.codes(weight.T), NF4.codes(weight.T.contiguous()), strict=True):
         assert torch.equal(one, other)
 
 
@@ -108,14 +108,14 @@ def test_neither_pieces_nor_threads_nor_neighbours_change_a_block(
     monkeypatch: pytest.MonkeyPatch, search: bool
 ) -> None:
     weight = random_weight(63, 193)
-    codes, scales = encode_nf4(weight, search=search)
+    codes, scales = NF4.codes(weight, search=search)
     monkeypatch.setattr(encode, "_PIECE", 7 * BLOCKSIZE)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    again = encode_nf4(weight, search=search)
+    again = NF4.codes(weight, search=search)
     assert torch.equal(codes, again[0])
     assert torch.equal(scales, again[1])
     for block in range(0, 189, 17):
-        alone = encode_nf4(weight.view(1, -1)[:, block * 64 : (block + 1) * 64], search=search)
+        alone = NF4.codes(weight.view(1, -1)[:, block * 64 : (block + 1) * 64], search=search)
         assert torch.equal(alone[0], codes[block * 32 : (block + 1) * 32])
         assert torch.equal(alone[1], scales[block : block + 1])
 
@@ -123,16 +123,16 @@ def test_neither_pieces_nor_threads_nor_neighbours_change_a_block(
 @each_way
 def test_a_parameter_is_quantized_also_in_inference_mode(search: bool) -> None:
     weight = torch.nn.Parameter(random_weight(3, 64))
-    outside = encode_nf4(weight, search=search)
+    outside = NF4.codes(weight, search=search)
     with torch.inference_mode():
-        inside = encode_nf4(weight, search=search)
+        inside = NF4.codes(weight, search=search)
     assert torch.equal(outside[0], inside[0])
     assert torch.equal(outside[1], inside[1])
 
 
 def test_the_count_of_threads_stays_what_it_was() -> None:
     before = torch.get_num_threads()
-    encode_nf4(random_weight(2, 64))
+    NF4.codes(random_weight(2, 64))
     assert torch.get_num_threads() == before
 
 
@@ -143,15 +143,15 @@ def test_the_count_of_threads_stays_what_it_was() -> None:
 @example(np.full(64, 0x7F7F, np.uint16))
 def test_no_block_of_any_weights_is_worse_for_the_search(bits: np.ndarray) -> None:
     weight = from_bits(bits).view(1, -1)
-    plain = squared_errors(weight, *encode_nf4(weight))
-    searched = squared_errors(weight, *encode_nf4(weight, search=True))
+    plain = squared_errors(weight, *NF4.codes(weight))
+    searched = squared_errors(weight, *NF4.codes(weight, search=True))
     assert (searched <= plain).all()
 
 
 def test_the_search_lowers_the_error_of_normal_weights_by_a_tenth() -> None:
     weight = random_weight(256, 1024)
-    plain = squared_errors(weight, *encode_nf4(weight))
-    searched = squared_errors(weight, *encode_nf4(weight, search=True))
+    plain = squared_errors(weight, *NF4.codes(weight))
+    searched = squared_errors(weight, *NF4.codes(weight, search=True))
     assert (searched <= plain).all()
     assert searched.sum().sqrt() < 0.905 * plain.sum().sqrt()
 
@@ -159,7 +159,7 @@ def test_the_search_lowers_the_error_of_normal_weights_by_a_tenth() -> None:
 def test_the_search_comes_near_the_best_of_all_scales() -> None:
     """Against 1,000 scales a block: a squared error within 3% over all, and 25% in each block."""
     weight = random_weight(1, 400 * BLOCKSIZE).view(-1, BLOCKSIZE)
-    searched = squared_errors(weight, *encode_nf4(weight, search=True))
+    searched = squared_errors(weight, *NF4.codes(weight, search=True))
     absmax = weight.float().abs().amax(-1, keepdim=True)
     best = torch.full((400,), torch.inf)
     for factor in torch.linspace(0.7, 1.5, 500):
@@ -174,14 +174,14 @@ def test_the_search_finds_the_scale_of_weights_that_are_levels() -> None:
     """Blocks whose largest weight is the level 0.72 of their scale, of either sign: no error."""
     levels = LEVELS[1:15].repeat(5)[:BLOCKSIZE]
     weight = torch.stack((levels, -levels)).to(torch.bfloat16)
-    plain = squared_errors(weight, *encode_nf4(weight))
-    searched = squared_errors(weight, *encode_nf4(weight, search=True))
+    plain = squared_errors(weight, *NF4.codes(weight))
+    searched = squared_errors(weight, *NF4.codes(weight, search=True))
     assert (searched < 0.1 * plain).all()
 
 
 def test_bitsandbytes_decodes_the_scales_of_the_search_negative_ones_too() -> None:
     weight = random_weight(32, 128)
-    codes, scales = encode_nf4(weight, search=True)
+    codes, scales = NF4.codes(weight, search=True)
     assert (scales < 0).any()
     assert (scales > 0).any()
     _, state = bnb.quantize_4bit(weight.float(), blocksize=BLOCKSIZE, quant_type="nf4")

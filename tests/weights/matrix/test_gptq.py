@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mixchat.weights.matrix import encode, gptq, nf3, nf4
-from mixchat.weights.matrix.blocks import dequantize
-from mixchat.weights.matrix.encode import encode_nf3, encode_nf4
-from mixchat.weights.matrix.gptq import Inputs, Way
+from mixchat.weights.matrix import gptq
+from mixchat.weights.matrix.nf3 import NF3
+from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.quant_type import BlockCodes, Inputs, Way
 
-ENCODE = {"nf4": encode_nf4, "nf3": encode_nf3}
+each_type = pytest.mark.parametrize("kind", [NF4, NF3], ids=["nf4", "nf3"])
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -28,13 +28,6 @@ def halves(rows: torch.Tensor, chosen: list[Way] | None = None) -> Inputs:
     ways = [] if chosen is None else chosen
     half = (len(rows) + 1) // 2
     return Inputs(rows[:half], rows[half:], lambda way, *_: ways.append(way))
-
-
-def dequantized(kind: str, made: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int]):
-    codes, scales = made
-    if kind == "nf3":
-        return dequantize(nf3.rows_of, codes, scales, shape, torch.float32)
-    return nf4.dequantize(codes, scales.float(), shape, torch.float32)
 
 
 def slowly(
@@ -62,65 +55,65 @@ def slowly(
     return codes.view(-1, 64)
 
 
-@pytest.mark.parametrize("kind", ENCODE)
-def test_it_is_least_squares_for_the_columns_that_are_left(kind: str) -> None:
+@each_type
+def test_it_is_least_squares_for_the_columns_that_are_left(kind: BlockCodes) -> None:
     weight, inputs = random(16, 128), alike(300, 128)
-    levels = encode.LEVELS[kind].levels  # type: ignore[index]
-    _, scales = encode._rounded(kind, weight, True, None)  # type: ignore[arg-type]
+    levels = kind.levels
+    _, scales = kind.codes(weight, search=True)
     fast = gptq.round_columns(weight, scales.float(), levels, gptq.inverse_factor(inputs))
     assert (fast != slowly(weight, scales.float(), levels, inputs)).float().mean() < 0.005
 
 
-@pytest.mark.parametrize("kind", ENCODE)
+@each_type
 @pytest.mark.parametrize("shape", [(64, 256), (48, 192), (32, 64), (40, 100), (7, 65)])
 def test_products_with_the_inputs_and_with_others_like_them_get_better(
-    kind: str, shape: tuple[int, int]
+    kind: BlockCodes, shape: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     weight, every = random(*shape).bfloat16(), alike(2000, shape[1])
     inputs, others = every[::2], every[1::2]
 
     def error(made: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> float:
-        apart = dequantized(kind, made, shape) - weight.float()
+        apart = kind.dequantize(*made, shape, torch.float32) - weight.float()
         return float((apart @ rows.T).norm())
 
-    plain, fitted = ENCODE[kind](weight), ENCODE[kind](weight, inputs=halves(inputs))
+    plain, fitted = kind.codes(weight), kind.codes(weight, inputs=halves(inputs))
     bound = 0.75 if shape[1] % 64 == 0 else 0.97
     for rows in (inputs, others):
         assert error(fitted, rows) < bound * error(plain, rows)
 
 
-@pytest.mark.parametrize("kind", ENCODE)
-def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm(kind: str) -> None:
+@each_type
+def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm(kind: BlockCodes) -> None:
     weight = random(32, 128).bfloat16()
     weight[3] = 0
     weight[5, :64] = 0
     unused = alike(100, 128)
     unused[:, 10:20] = 0
     for inputs in (alike(3, 128), torch.zeros(5, 128), unused):
-        codes, scales = ENCODE[kind](weight, inputs=halves(inputs))
-        matrix = dequantized(kind, (codes, scales), (32, 128))
+        codes, scales = kind.codes(weight, inputs=halves(inputs))
+        matrix = kind.dequantize(codes, scales, (32, 128), torch.float32)
         assert matrix.isfinite().all()
         assert not matrix[3].any()
         assert (matrix - weight.float()).norm() < 0.5 * weight.float().norm()
 
 
-@pytest.mark.parametrize("kind", ENCODE)
+@each_type
 @pytest.mark.parametrize("count", [8, 32, 128])
 @pytest.mark.parametrize("going_together", [False, True])
 def test_products_with_others_like_few_inputs_get_no_worse(
-    kind: str, count: int, going_together: bool
+    kind: BlockCodes, count: int, going_together: bool
 ) -> None:
     """GPTQ fitted the noise of few inputs: its codes made other products up to twice as wrong."""
     every = (alike if going_together else random)(1000 + count, 256, 1)
     weight = random(64, 256).bfloat16()
 
     def error(made: tuple[torch.Tensor, torch.Tensor]) -> float:
-        apart = dequantized(kind, made, (64, 256)) - weight.float()
+        apart = kind.dequantize(*made, (64, 256), torch.float32) - weight.float()
         return float((apart @ every[count:].T).norm())
 
-    plain = encode_nf3(weight) if kind == "nf3" else encode_nf4(weight, search=True)
-    fitted = ENCODE[kind](weight, inputs=halves(every[:count]))
+    plain = kind.codes(weight, search=True)
+    fitted = kind.codes(weight, inputs=halves(every[:count]))
     assert error(fitted) < 1.01 * error(plain)
 
 
@@ -129,7 +122,7 @@ def test_codes_that_lose_on_what_was_held_out_are_not_taken() -> None:
     weight, chosen = random(64, 128).bfloat16(), list[Way]()
     rows = alike(200, 128)
     rows[100:] = random(100, 128) * rows[:100].square().mean(0).rsqrt()
-    made = encode_nf4(weight, inputs=halves(rows, chosen))
-    plain = encode_nf4(weight, search=True)
+    made = NF4.codes(weight, inputs=halves(rows, chosen))
+    plain = NF4.codes(weight, search=True)
     assert chosen == ["plain"]
     assert all(torch.equal(one, other) for one, other in zip(made, plain, strict=True))

@@ -6,8 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.weights.matrix import int8
-from mixchat.weights.matrix.blocks import dequantize
+from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import Layout, LinearSpec
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -37,8 +36,8 @@ def spec(layout: Layout, rows: int = 64, columns: int = 128) -> LinearSpec:
 def assert_coded(weight: torch.Tensor) -> None:
     """Check that each scale is the largest magnitude in bf16, and each code the nearest."""
     flat = weight.reshape(-1).double()
-    codes, absmax = int8.encode_int8(weight)
-    stored = int8.stored_rows(*weight.shape) * weight.shape[1]
+    codes, absmax = INT8.codes(weight)
+    stored = INT8.stored_rows(*weight.shape) * weight.shape[1]
     assert (codes.dtype, codes.shape) == (torch.int8, (stored,))
     assert absmax.shape == (-(-stored // 64),)
     largest = torch.stack([block.abs().max() for block in weight.reshape(-1).split(64)])
@@ -78,7 +77,7 @@ def test_weights_of_every_type_and_shape_are_coded(
 
 def test_a_scale_that_was_rounded_down_keeps_the_largest_weight_at_127() -> None:
     weight = torch.full((1, 64), 1.0001)  # 1 in bf16: 127.01 codes
-    codes, absmax = int8.encode_int8(weight)
+    codes, absmax = INT8.codes(weight)
     assert codes[:64].tolist() == [127] * 64
     assert absmax[0] == 1
 
@@ -86,24 +85,24 @@ def test_a_scale_that_was_rounded_down_keeps_the_largest_weight_at_127() -> None
 def test_a_block_of_zeros_gives_zeros() -> None:
     weight = random(2, 64)
     weight[1] = 0
-    codes, absmax = int8.encode_int8(weight)
+    codes, absmax = INT8.codes(weight)
     assert not codes[64:128].any()
     assert absmax[1] == 0
-    again = dequantize(int8.rows_of, codes, absmax, (2, 64), torch.float32)
+    again = INT8.dequantize(codes, absmax, (2, 64), torch.float32)
     assert torch.equal(again[1], torch.zeros(64))
 
 
 def test_8_bits_cost_less_than_a_hundredth_of_a_weight() -> None:
     weight = random(256, 1024)
-    again = dequantize(int8.rows_of, *int8.encode_int8(weight), (256, 1024), torch.float32)
+    again = INT8.dequantize(*INT8.codes(weight), (256, 1024), torch.float32)
     assert (again - weight).norm() < 0.006 * weight.norm()
 
 
 def test_a_parameter_is_encoded_also_in_inference_mode() -> None:
     weight = torch.nn.Parameter(random(3, 64))
-    outside, before = int8.encode_int8(weight), torch.get_num_threads()
+    outside, before = INT8.codes(weight), torch.get_num_threads()
     with torch.inference_mode():
-        inside = int8.encode_int8(weight)
+        inside = INT8.codes(weight)
     assert torch.equal(outside[0], inside[0])
     assert torch.equal(outside[1], inside[1])
     assert torch.get_num_threads() == before
@@ -115,7 +114,7 @@ def test_a_code_lies_where_the_layout_says() -> None:
     codes, absmax = torch.zeros(64 * 64, dtype=torch.int8), torch.zeros(64, dtype=torch.bfloat16)
     codes[35 * 64 + 10] = -5
     absmax[35] = 1
-    packed, scales = int8.to_packed_layout(codes, absmax, 64, 64)
+    packed, scales = INT8.to_packed_layout(codes, absmax, 64, 64)
     assert packed.nonzero().tolist() == [[(32 + 5) * 64 + 6]]
     assert packed.min() == -5
     assert scales.nonzero().tolist() == [[35]]
@@ -145,5 +144,5 @@ def test_the_whole_matrix_is_dequantized_to_the_type_of_dense_ones() -> None:
     weight = random(40, 66)
     whole = linear.dequantized(linear.encode(weight))
     assert whole.dtype == torch.bfloat16
-    expected = exact(*int8.encode_int8(weight), (40, 66))
+    expected = exact(*INT8.codes(weight), (40, 66))
     torch.testing.assert_close(whole.double(), expected, rtol=2**-8, atol=0)

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.weights.matrix import nf3
-from mixchat.weights.matrix.blocks import dequantize
-from mixchat.weights.matrix.encode import encode_nf3
+from mixchat.weights.matrix.nf3 import NF3
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +35,7 @@ def test_a_code_lies_where_the_layout_says() -> None:
     levels = torch.full((64, 64), 0, dtype=torch.uint8)
     levels[35, 13] = 5
     codes = nf3.pack(levels.view(-1, 8)).view(-1)
-    packed, _ = nf3.to_packed_layout(codes, torch.zeros(64, dtype=torch.bfloat16), 64, 64)
+    packed, _ = NF3.to_packed_layout(codes, torch.zeros(64, dtype=torch.bfloat16), 64, 64)
     place = 32 * 64 * 3 // 8 + 96 + 2 * 32 + 7
     assert packed.nonzero().tolist() == [[place]]
     assert packed[place] == 5
@@ -45,14 +44,14 @@ def test_a_code_lies_where_the_layout_says() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_weights_that_are_levels_are_kept(sign: int) -> None:
     """All levels occur in each block, in either direction: the scale is found within a step."""
-    weight = sign * nf3.LEVELS.repeat(4, 8).bfloat16() * 3
-    codes, scales = encode_nf3(weight)
-    again = dequantize(nf3.rows_of, codes, scales, (4, 64), torch.float32)
+    weight = sign * NF3.levels.repeat(4, 8).bfloat16() * 3
+    codes, scales = NF3.codes(weight)
+    again = NF3.dequantize(codes, scales, (4, 64), torch.float32)
     assert (again - weight).abs().max() < 0.05 * 3
 
 
 def test_3_bits_cost_a_sixth_of_normal_weights() -> None:
     """The best of 8 levels and of all scales for blocks of 64 normal numbers leaves 0.164."""
     weight = random(256, 1024)
-    again = dequantize(nf3.rows_of, *encode_nf3(weight), (256, 1024), torch.float32)
+    again = NF3.dequantize(*NF3.codes(weight), (256, 1024), torch.float32)
     assert 0.160 < (again - weight).norm() / weight.norm() < 0.168

@@ -1,0 +1,288 @@
+"""The bases of quantization types: one object for each type says all that depends on it.
+
+`DENSE` is here. Codes of 3, 4 and 8 bits are in `nf3.py`, `nf4.py` and `int8.py`, and `TYPES` in
+`linear.py` lists all types.
+
+N = weights, B = blocks of 64 weights, R = rows (out features), C = columns (in features).
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch.nn import functional
+
+from mixchat.base.safetensors import TensorSpec
+from mixchat.kernels import rows as row_kernels
+from mixchat.kernels.dense import dense_matmul
+from mixchat.kernels.tile import BAND, BLOCK
+from mixchat.kernels.units import UnitSet, level_tables
+
+BLOCKSIZE = BLOCK  # weights that share a scale
+_PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
+
+QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]  # the names
+Shape = tuple[int, int]  # R, C
+Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
+Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
+
+
+class Inputs(NamedTuple):
+    """Rows that a matrix is multiplied with, which its codes then suit.
+
+    fit: rows [n, C] for which each way is tried. held_out: others [m, C], which decide between the
+    ways. chosen: called with the way that was taken, and with the sum of squared errors of the
+    products with `held_out`, in that way and in the plain one.
+    """
+
+    fit: torch.Tensor
+    held_out: torch.Tensor
+    chosen: Callable[[Way, float, float], object]
+
+
+class Linear(Protocol):
+    """A map from [..., C] to [..., R].
+
+    `exact` means batch invariant: if `LinearSpec.can_be_exact`, a token's result has the same bits
+    however many are computed with it. One alone is always computed like that.
+    """
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
+
+
+class QuantizationType(ABC):
+    """A type of matrices: its tensors, how they are made of weights, and how they are computed.
+
+    bits: of a weight. for_experts: whether experts can have it. down_type: the type of their down
+    projection, if it is another one. widened_on_gpu: whether a GPU with room computes with it as a
+    dense matrix.
+    """
+
+    name: QuantType
+    bits: int
+    for_experts = True
+    down_type: QuantType | None = None
+    widened_on_gpu = False
+
+    def stored_rows(self, rows: int, columns: int) -> int:
+        """Return the count of rows that the tensors hold."""
+        return rows
+
+    def can_pack(self, rows: int, columns: int) -> bool:
+        """Return whether a matrix of this shape has the layout of the kernel for CPUs."""
+        return False
+
+    def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
+        """Return whether the map of `build` can compute batch-invariantly on a CPU."""
+        return False
+
+    @abstractmethod
+    def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
+        """Return the tensors that hold a matrix, in order. `dtype` is the type of dense ones."""
+
+    @abstractmethod
+    def encode(
+        self, weight: torch.Tensor, dtype: torch.dtype, *, search: bool, inputs: Inputs | None
+    ) -> list[torch.Tensor]:
+        """Return the tensors that hold `weight` [R, C], in the layout that every device reads.
+
+        search: whether scales are searched. inputs: codes are chosen for the least error of
+        products with them. A type that cannot do that ignores both.
+        """
+
+    @abstractmethod
+    def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
+        """Return the map over these tensors, which are used in place; layout as `encode`."""
+
+
+class DenseLinear:
+    """A dense matrix: weight [R, C]."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        return dense_matmul(x, self._weight, exact=exact)
+
+
+class _Dense(QuantizationType):
+    name, bits = "none", 16
+
+    def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
+        return row_kernels.can_compute(dtype, columns)
+
+    def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
+        return [TensorSpec(f"{name}.weight", dtype, shape)]
+
+    def encode(
+        self, weight: torch.Tensor, dtype: torch.dtype, *, search: bool, inputs: Inputs | None
+    ) -> list[torch.Tensor]:
+        return [weight.to(dtype)]
+
+    def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
+        return DenseLinear(tensors[0])
+
+
+DENSE = _Dense()
+
+
+class BlockCodes(QuantizationType):
+    """Codes with one scale (`absmax`, bf16) for each block of 64 weights, in two layouts.
+
+    "bitsandbytes": row after row. "cpu-packed": the kernel for CPUs reads it. 32 rows, a band, lie
+    interleaved, and `absmax` is transposed: [C / 64, R]. Both hold the same numbers in as many
+    bytes, so one turns into the other without loss.
+
+    units: of the kernel. levels: the numbers that codes stand for, -1 to 1; None if codes are
+    numbers themselves.
+    """
+
+    units: UnitSet
+    levels: torch.Tensor | None = None
+    codes_dtype = torch.uint8
+
+    @functools.cached_property
+    def level_table(self) -> torch.Tensor | None:
+        """Return the levels in the form that the kernel reads."""
+        return None if self.levels is None else level_tables(self.levels)
+
+    def can_pack(self, rows: int, columns: int) -> bool:
+        return rows % BAND == 0 and columns % BLOCKSIZE == 0
+
+    def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
+        """Return absmax and codes: absmax first keeps it aligned."""
+        rows, columns = self.stored_rows(*shape), shape[1]
+        scales, size = absmax_size(rows, columns), self.codes_size(rows, columns)
+        return [
+            TensorSpec(f"{name}.absmax", torch.bfloat16, (scales,)),
+            TensorSpec(f"{name}.codes", self.codes_dtype, (size,)),
+        ]
+
+    def encode(
+        self, weight: torch.Tensor, dtype: torch.dtype, *, search: bool, inputs: Inputs | None
+    ) -> list[torch.Tensor]:
+        codes, absmax = self.codes(weight, search=search, inputs=inputs)
+        return [absmax, codes]
+
+    def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
+        absmax, codes = tensors
+        return PlainLinear(self, codes, absmax, shape)
+
+    @abstractmethod
+    def codes_size(self, rows: int, columns: int) -> int:
+        """Return the bytes of the codes of so many stored rows."""
+
+    @abstractmethod
+    def codes(
+        self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
+    ) -> Encoded:
+        """Return flat codes and absmax of a matrix on the CPU. Layout "bitsandbytes".
+
+        weight: [R, C], any float type, finite.
+        """
+
+    @abstractmethod
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: Shape,
+        *,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        """Return x [..., C] times the transposed matrix: [..., R]. Layout "bitsandbytes"."""
+
+    @abstractmethod
+    def dequantize(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the matrix as `dtype`. Layout "bitsandbytes"."""
+
+    @abstractmethod
+    def to_packed_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        """Reorder from "bitsandbytes" to "cpu-packed"; new tensors, same device. Stored rows."""
+
+    @abstractmethod
+    def to_bitsandbytes_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        """Reorder from "cpu-packed" to "bitsandbytes"; as `to_packed_layout`."""
+
+
+class PlainLinear:
+    """Codes in the layout "bitsandbytes": right on every device, slow on a CPU."""
+
+    def __init__(
+        self, kind: BlockCodes, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape
+    ) -> None:
+        self._kind, self._codes, self._absmax, self._shape = kind, codes, absmax, shape
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        return self._kind.matmul(x, self._codes, self._absmax, self._shape, exact=exact)
+
+
+class RowCodes(BlockCodes):
+    """Codes that are turned into some dense rows at a time, to multiply by them."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of codes before their scale, fp32."""
+
+    def rows_of(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
+        """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
+        rows, columns = shape
+        # Blocks continue from row to row; with 64 rows, one ends.
+        size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
+        scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
+        for number, scale in enumerate(scales):
+            start, end = number * size, min((number + 1) * size, rows * columns)
+            whole = start + len(scale) * BLOCKSIZE  # the end of the last block
+            some = self.decode(codes[start * self.bits // 8 : whole * self.bits // 8])
+            blocks = in_blocks(some[: end - start]) * scale.float().unsqueeze(-1)
+            yield blocks.view(-1)[: end - start].view(-1, columns).to(dtype)
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: Shape,
+        *,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        pieces = self.rows_of(codes, absmax, shape, x.dtype)
+        return torch.cat([dense_matmul(x, piece, exact=exact) for piece in pieces], dim=-1)
+
+    def dequantize(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+    ) -> torch.Tensor:
+        weight = torch.empty(shape, dtype=dtype, device=codes.device)
+        start = 0
+        for rows in self.rows_of(codes, absmax, shape, dtype):
+            weight[start : start + len(rows)] = rows
+            start += len(rows)
+        return weight
+
+
+def absmax_size(rows: int, columns: int) -> int:
+    """Return the count of a matrix's scales."""
+    return -(-rows * columns // BLOCKSIZE)
+
+
+def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the numbers [N] as blocks [B, 64], the last one filled up with zeros."""
+    return functional.pad(numbers, (0, -len(numbers) % BLOCKSIZE)).view(-1, BLOCKSIZE)
+
+
+def transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return scales that lie as [height, width] in the order of [width, height]; a new tensor."""
+    return absmax.view(height, width).T.contiguous().view(-1)
