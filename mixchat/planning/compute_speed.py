@@ -1,8 +1,8 @@
 """Measures how fast experts and layers are computed, and experts copied.
 
-All figures are means of a few repetitions: a token is the sum of many, and where other programs
-take the cores now and then, medians know nothing of it (they promised 2.9 times the speed). Weights
-are random or constant, because no kernel's time depends on their numbers.
+All figures are means of a few repetitions. A token is the sum of many, and medians miss it if other
+programs take the cores now and then (they promised 2.9 times the speed). Weights are constant,
+because no kernel's time depends on their numbers.
 """
 
 from __future__ import annotations
@@ -41,15 +41,12 @@ _COPIES = 4  # layers in turn, so that no cache of the CPU holds one
 
 @dataclass(frozen=True)
 class Effort:
-    """The amounts to measure. `seconds`: the least time for a figure; some take many times that.
+    """The amounts to measure. A figure that is begun after `until` is the result of one try."""
 
-    until: when to end, by `time.perf_counter`. A figure that is begun later is that of one try.
-    """
-
-    file_bytes: int = 512_000_000  # of the file to read where no model is, at least four experts
+    file_bytes: int = 512_000_000  # of the file to read if no model is there, at least four experts
     pool_bytes: int = 256_000_000  # of experts computed in turn, so that no CPU cache holds them
-    seconds: float = 0.25
-    until: float = math.inf
+    seconds: float = 0.25  # for a figure at least; some take many times that
+    until: float = math.inf  # when to end, by `time.perf_counter`
 
     @property
     def is_over(self) -> bool:
@@ -57,19 +54,19 @@ class Effort:
         return time.perf_counter() >= self.until
 
 
-SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several calibrations
-_MOST_FOR_THREADS = 10.0  # seconds, of which an idle machine takes three
+SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several samples
+_MAX_THREADS_S = 10.0  # to measure counts of threads, which takes an idle machine three seconds
 
 
 @torch.inference_mode()
 def thread_seconds(
     blueprint: Blueprint, counts: Sequence[int], effort: Effort = Effort()
 ) -> dict[int, float]:
-    """Return seconds of one expert for one row by count of threads: the best of two rounds.
+    """Return seconds of one expert for one row by count of threads, the best of two rounds.
 
     On a busy machine there may be one round. Afterwards torch uses as many threads as before.
     """
-    effort = replace(effort, until=time.perf_counter() + _MOST_FOR_THREADS)
+    effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
     before, experts = torch.get_num_threads(), ExpertTimer(blueprint, CPU, effort)
     seconds = dict.fromkeys(counts, math.inf)
     try:
@@ -186,7 +183,7 @@ class _NoExperts:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        selected_experts.tolist()  # as every runner has to: a GPU is waited for here
+        selected_experts.tolist()  # as every runner does, which waits for a GPU
         return hidden_states
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
@@ -196,7 +193,7 @@ class _NoExperts:
 
 
 class _FilledTensors:
-    """Tensors with `_FILLING` in each byte, instead of a model's: `ModelTensors`."""
+    """Tensors with `_FILLING` in each byte, instead of a model's (`ModelTensors`)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -25,30 +25,26 @@ from mixchat.experts.memory import CPU
 from mixchat.experts.sources import AT_ONCE, STEP
 from mixchat.experts.store import new_block
 
-_PIECE = 2**24  # bytes that are synced at once
+_SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
 _EXPERTS = "experts-*.safetensors"
-_FEWEST = 32  # blocks of a model; fewer would be read again and again, out of some cache
+_MIN_BLOCKS = 32  # of a model; fewer would be read again and again, out of some cache
+_F_NOCACHE = 48  # the command of macOS's fcntl(2) that keeps a file out of the page cache
+
+Places = list[tuple[int, int]]  # to read a block from: a file's descriptor, and the offset
 
 
 class DiskRates(NamedTuple):
     """Bytes a second.
 
-    busy: while the cores compute; idle: while they do not; fresh: as idle, into memory that was not
-    used before. In a cold start the system clears such memory page by page. On a machine whose host
-    gives it only then, that took up to eight times as long as reading.
+    In a cold start the system clears fresh memory page by page. On a machine whose host gives it
+    only then, that took up to eight times as long as reading.
     """
 
-    busy: float
-    idle: float
-    fresh: float
-
-
-_F_NOCACHE = 48  # the command of macOS's fcntl(2) that keeps a file out of the page cache
-
-# Places to read a block from: a file's descriptor, and the offset.
-Places = list[tuple[int, int]]
+    busy: float  # while the cores compute
+    idle: float  # while they do not
+    fresh: float  # as idle, into memory that was not used before
 
 
 def measure_disk(
@@ -61,16 +57,17 @@ def measure_disk(
 ) -> DiskRates | None:
     """Return bytes a second, busy with `work` done meanwhile; None if they are not measurable.
 
-    All are of the faster way to read: through the page cache, or past it (O_DIRECT). It reads
-    blocks of `block` bytes, about `seconds` a figure: experts of the model in `directory`, or else
-    a file of up to `size` bytes that it writes there. A machine's host still holds what was just
-    written, and gives that several times as fast as what nobody has read for long. `until`: when
-    to end, by `time.perf_counter`, if at least one block was read for each figure.
+    All are of the faster way to read, through the page cache or past it (O_DIRECT). Blocks of
+    `block` bytes are read for about `seconds` a figure. They are experts of the model in
+    `directory`, or else a file of up to `size` bytes that is written there. A machine's host still
+    holds what was just written, and gives it several times as fast as what nobody has read for
+    long. It ends at `until`, by `time.perf_counter`, if at least one block was read for each
+    figure.
     """
     try:
         with ExitStack() as stack:
             places = stack.enter_context(_installed(directory, block))
-            if len(places) < _FEWEST:
+            if len(places) < _MIN_BLOCKS:
                 block, places = stack.enter_context(
                     _written(directory, block, size, seconds, until)
                 )
@@ -99,7 +96,7 @@ def _installed(directory: Path, block: int) -> Iterator[Places]:
 def _written(
     directory: Path, block: int, size: int, seconds: float, until: float
 ) -> Iterator[tuple[int, Places]]:
-    """Yield the blocks of a file that is written for it, and their size; none without room."""
+    """Yield the size of the blocks of a file that is written for it, and the blocks, if any fit."""
     # A tenth of what is free, so that nobody else runs out of disk.
     size = min(size, machine.free_disk(directory) // 10)
     if size < block:
@@ -117,7 +114,7 @@ def _written(
 
 
 def _drops_pages() -> bool:
-    """Return whether the page cache can drop a file's pages; macOS's only takes none at all."""
+    """Return whether the page cache can drop a file's pages. On macOS it only takes none at all."""
     return hasattr(os, "posix_fadvise")
 
 
@@ -126,8 +123,8 @@ def _starts(size: int, block: int) -> range:
 
 
 def _fill(fd: int, size: int, until: float) -> int:
-    """Write up to `size` bytes to the disk, fewer if that takes longer; return how many."""
-    piece = memoryview(os.urandom(min(size, _PIECE)))  # random: some disks compress
+    """Write up to `size` bytes to the disk until a time, and return how many."""
+    piece = memoryview(os.urandom(min(size, _SYNC_BYTES)))  # random, because some disks compress
     written = 0
     while written < size and (not written or time.perf_counter() < until):
         written += os.write(fd, piece[: size - written])
@@ -151,7 +148,7 @@ class _Disk:
         # Each time others, and none again before all were read.
         self._places = cycle(random.sample(places, len(places)))
         self._fds = {fd for fd, _ in places}
-        # Large pages, where the environment asks for them, and aligned, as the slots of experts.
+        # Large pages, if the environment asks for them, and aligned, as the slots of experts.
         memory = torch.zeros(block + ALIGNMENT, dtype=torch.uint8)
         skipped = -memory.data_ptr() % ALIGNMENT
         # Filled, so that the system gives no page while time is taken.
@@ -175,12 +172,12 @@ class _Disk:
             if self._is_over or (has_tried_all and time.perf_counter() > until):
                 break
         direct = max(busy, key=lambda way: harmonic_mean(busy[way]))
-        # Of the time that as many bytes take each: a slow round is a part of it.
-        beside, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
-        return DiskRates(beside, alone, self._fresh_rate(direct))
+        # Each round reads as many bytes, so a slow one weighs as much as it takes time.
+        computing, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
+        return DiskRates(computing, alone, self._fresh_rate(direct))
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
-        # As in use: other threads read, the main one computes.
+        # As in use, other threads read and the main one computes.
         with ThreadPoolExecutor(1) as pool:
             rate = pool.submit(self._rate, direct)
             while not rate.done():
@@ -190,7 +187,7 @@ class _Disk:
     def _fresh_rate(self, direct: bool) -> float:
         """Return bytes a second into fresh memory.
 
-        It takes longer than the others: the first memory is often what was just given back.
+        It takes longer than the others, because the first memory is often what was just given back.
         """
         most = machine.free_memory() // 8  # as much again may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
@@ -215,9 +212,9 @@ class _Disk:
         return done / spent
 
     def _read(self, fd: int, start: int, target: memoryview) -> float:
-        """Read a block that is not in the page cache; return the seconds that took.
+        """Read a block that is not in the page cache, and return the seconds that took.
 
-        As experts are read: in steps, several at once.
+        It reads in steps, several at once, as experts are read.
         """
         if _drops_pages():
             os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
@@ -232,7 +229,7 @@ class _Disk:
         return time.perf_counter() - started
 
     def _ways(self) -> list[bool]:
-        """Return the ways to read: past the page cache, or through it, as far as they can be."""
+        """Return whether to read past the page cache, for each way that is possible here."""
         if not _drops_pages():
             return [True]
         try:

@@ -1,4 +1,4 @@
-"""Predicts how fast a model will be, out of what was measured and what fits where."""
+"""Predicts how fast a model decodes, from what was measured and what fits where."""
 
 from __future__ import annotations
 
@@ -16,57 +16,52 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.weights.format.blueprint import Blueprint
 
-# Of what could be read while the cores compute, the part that is. Measured with
-# `tests/benchmarks/beyond_memory.py`: prefetching does not start early enough for all of it.
+# The part that is read of what could be read while the cores compute. Prefetching does not start
+# early enough for all of it, as `tests/benchmarks/beyond_memory.py` measures.
 OVERLAP = 0.5
-# Tokens a second. 238 words a minute are read (Brysbaert 2019, doi 10.1016/j.jml.2019.104047), of
-# some 1.3 tokens each; with less than the other figure, 200 words take four minutes.
+# Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
+# of some 1.3 tokens each. Below the other figure, 200 words take four minutes.
 READING = 5.0
 SLOWEST = 1.0
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The parts of a model that cost time; `expert` and `head` in bytes, of one expert."""
+    """The parts of a model that cost time."""
 
     layers: int
     experts_per_token: int
-    expert: int
-    head: int
+    expert: int  # bytes of one
+    head: int  # bytes
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """The seconds of one decoded token, or of a prompt, and their parts.
+    """The seconds of one decoded token, or of a prompt, and their parts."""
 
-    computing: the layers, the chosen experts, the head; copying: of `copied` experts from RAM to a
-    GPU; reading: of `read` experts from disk, with nothing beside it; slowed: the part of its speed
-    that the disk has while the cores compute; waiting: for workers, beyond what is computed here.
-    """
-
-    computing: float
-    copying: float
-    reading: float
+    computing: float  # seconds for the layers, the chosen experts and the head
+    copying: float  # seconds for `copied` experts from RAM to a GPU
+    reading: float  # seconds for `read` experts from an idle disk
     copied: float
     read: float
-    slowed: float = 1.0
-    waiting: float = 0.0
+    slowed: float = 1.0  # the part of its speed that the disk has while the cores compute
+    waiting: float = 0.0  # seconds for workers, longer than this machine computes
 
     @property
     def hidden(self) -> float:
-        """Return the seconds saved because moving and computing run side by side."""
-        beside = self.computing * self.slowed + self.waiting
-        return OVERLAP * min(beside, self.copying + self.reading)
+        """Return the seconds saved because moving and computing run at the same time."""
+        overlapping = self.computing * self.slowed + self.waiting
+        return OVERLAP * min(overlapping, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
-        """Return all of them."""
+        """Return the seconds in all."""
         return self.computing + self.waiting + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second by the slowest sample of a measurement, and by the fastest; of one answer."""
+    """Tokens a second of one answer, by the slowest and by the fastest sample of a measurement."""
 
     low: float
     high: float
@@ -88,18 +83,15 @@ class SpeedRange:
 class Expectation:
     """The speed of a model in decoding, with a placement of its experts.
 
-    Hit rates, 0 to 1, are those of the slots, and of the slots with RAM behind them; together they
-    hold `held` different experts. cost: by the typical figures of all samples; speed: of each
-    answer, by each sample. Both are None where the disk is needed and was not measured. answers:
-    how many are generated at once.
+    `cost` and `speed` are None if the disk is needed and was not measured.
     """
 
-    held: int
-    hit_rate: float
-    host_hit_rate: float
-    cost: TokenCost | None
-    speed: SpeedRange | None
-    answers: int = 1
+    held: int  # different experts in the slots and in RAM behind them
+    hit_rate: float  # of the slots, 0 to 1
+    host_hit_rate: float  # of the slots and RAM together
+    cost: TokenCost | None  # by the typical figures of all samples
+    speed: SpeedRange | None  # of each answer
+    answers: int = 1  # generated at once
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -122,10 +114,9 @@ def expect(
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
 
-    answers: those that are generated at once, each of which gets a token in each pass. The GPUs are
-    taken to be as fast as `device`, and as near to RAM. All compute side by side, and bring experts
-    up side by side, so that the one with the most of a token's experts counts. They share the disk.
-    Rows are taken to travel in no time.
+    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`, and as near to
+    RAM. They compute and bring experts up at the same time, so the one with the most of a token's
+    experts decides. They share the disk. Sending rows counts as no time.
     """
     held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
@@ -149,14 +140,18 @@ def expect(
     return Expectation(held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
 
-def speed_range(costs: Sequence[TokenCost | None], measured_at: float) -> SpeedRange | None:
-    """Return the range of speeds with these costs of a token; None where none is known."""
+def speed_range(
+    costs: Sequence[TokenCost | None], measured_at: float, tokens: int = 1
+) -> SpeedRange | None:
+    """Return the range of speeds with these costs of so many tokens; None if no cost is known."""
     seconds = [cost.seconds for cost in costs if cost is not None]
-    return SpeedRange(1 / max(seconds), 1 / min(seconds), measured_at) if seconds else None
+    if not seconds:
+        return None
+    return SpeedRange(tokens / max(seconds), tokens / min(seconds), measured_at)
 
 
 def token_cost(
-    shape: ModelSize,
+    size: ModelSize,
     speeds: MachineSpeeds,
     device: str,
     hit_rate: float,
@@ -168,34 +163,28 @@ def token_cost(
 ) -> TokenCost | None:
     """Return the cost of a decoded token of each of several answers on `device`.
 
-    hit_rate: uses of experts that the slots hold; host_hit_rate: uses of those that the slots or
-    RAM behind them hold; busiest: of a layer's chosen experts, those of the GPU that has the most.
-    All 0 to 1. uses: the experts of a layer that the answers use together, None for one answer.
-    None where the disk is needed and was not measured.
+    The slots hold the part `hit_rate` of the experts used, and together with RAM they hold
+    `host_hit_rate`. The busiest GPU has the part `busiest` of a layer's chosen experts. `uses` is
+    how many experts of a layer all answers use together, None for one answer. Returns None if the
+    disk is needed and was not measured.
     """
     one = speeds.expert_time(device, 1)
     # More rows slow the other matrices as much as those of experts.
     slower = speeds.expert_time(device, answers) / one
-    uses = uses or float(shape.experts_per_token)
-    expert = speeds.expert_time(device, answers * shape.experts_per_token / uses)
-    uses *= shape.layers
+    uses = uses or float(size.experts_per_token)
+    expert = speeds.expert_time(device, answers * size.experts_per_token / uses)
+    uses *= size.layers
     computing = (
-        slower * shape.layers * speeds.layer_seconds
+        slower * size.layers * speeds.layer_seconds
         + uses * busiest * expert
-        + slower * shape.head / shape.expert * one
+        + slower * size.head / size.expert * one
     )
-    return moving_cost(
-        shape,
-        speeds,
-        computing,
-        missing=uses * (1 - hit_rate),
-        read=uses * (1 - host_hit_rate),
-        busiest=busiest,
-    )
+    missing, read = uses * (1 - hit_rate), uses * (1 - host_hit_rate)
+    return moving_cost(size, speeds, computing, missing=missing, read=read, busiest=busiest)
 
 
 def moving_cost(
-    shape: ModelSize,
+    size: ModelSize,
     speeds: MachineSpeeds,
     computing: float,
     *,
@@ -203,10 +192,10 @@ def moving_cost(
     read: float,
     busiest: float = 1.0,
 ) -> TokenCost | None:
-    """Return the cost of computing for so long, with so many experts missing in the slots.
+    """Return the cost of computing for so long, if so many experts are missing in the slots.
 
-    read: of these, the experts to read; busiest: the part of the missing ones that the GPU with the
-    most brings up, 0 to 1. None where the disk is needed and was not measured.
+    `read` of them come from disk, and the busiest GPU brings up the part `busiest` of them. Returns
+    None if the disk is needed and was not measured.
     """
     if read and speeds.disk_bandwidth is None:
         return None
@@ -215,8 +204,8 @@ def moving_cost(
     alone = max(speeds.disk_bandwidth_idle or busy, busy)
     return TokenCost(
         computing=computing,
-        copying=copied * busiest * shape.expert / (speeds.copy_bandwidth or 1.0),
-        reading=read * shape.expert / alone,
+        copying=copied * busiest * size.expert / (speeds.copy_bandwidth or 1.0),
+        reading=read * size.expert / alone,
         copied=copied,
         read=read,
         slowed=busy / alone if read else 1.0,
@@ -226,7 +215,7 @@ def moving_cost(
 def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
     """Return how many different experts the slots and RAM behind them can hold."""
     slots, behind = sum(placement.by_device), placement.host_slots
-    # An expert whose layout on the GPU is not that of the file cannot come down into RAM: the
+    # If the layout on the GPU is not the file's, experts cannot come down into RAM. Then the
     # experts on the GPU are in RAM, too.
     apart = blueprint.expert == blueprint.computed_on(device).expert
     return min(slots + behind if apart else max(slots, behind), placement.experts)
@@ -235,14 +224,14 @@ def held_together(blueprint: Blueprint, device: torch.device, placement: Placeme
 def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     """Return the part of a token's experts of a layer, 0 to 1, that the busiest GPU has on average.
 
-    slots: those of each GPU. With 4 of 8 experts on each of two, both of a token's are on the same
-    one 3 times in 7, so that the busiest has 1.43 of 2.
+    `slots` are the counts of each GPU. With 4 of 8 experts on each of two, both of a token's
+    experts are on the same GPU 3 times in 7, so the busiest has 1.43 of 2.
     """
     if len(slots) == 1:
         return 1.0
     layers, experts = range(config.num_hidden_layers), range(config.num_local_experts)
-    home = homes((ExpertKey(*key) for key in product(layers, experts)), slots)
-    held = [{key for key in home if home[key] == number} for number in range(len(slots))]
+    owner = homes((ExpertKey(*key) for key in product(layers, experts)), slots)
+    held = [{key for key in owner if owner[key] == number} for number in range(len(slots))]
     most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
     return most / (len(layers) * config.num_experts_per_tok)
 
@@ -260,9 +249,9 @@ def size_of(blueprint: Blueprint) -> ModelSize:
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Return the experts of a layer that so many tokens use together, each choosing by chance.
+    """Return how many experts of a layer so many tokens use together, each choosing by chance.
 
-    Of 8 experts, 2 a token: 2 for one token, 3.5 for two, 7.97 for 20.
+    Of 8 experts with 2 a token, one token uses 2, two tokens use 3.5, and 20 tokens use 7.97.
     """
     experts = config.num_local_experts
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)

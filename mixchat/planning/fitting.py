@@ -1,4 +1,4 @@
-"""Fits a model into memory: the same function plans and loads."""
+"""Fits a model into memory. The same function plans and loads."""
 
 from __future__ import annotations
 
@@ -32,20 +32,16 @@ Tier = Literal["host", "device"]
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Bytes that can be taken: in RAM, and on the GPU that computes; None where the CPU does.
-
-    limit: the limit that allows less RAM than is free, as `machine.tightest_memory_limit` names it;
-    others: the bytes on other GPUs, by their names.
-    """
+    """Bytes that can be taken."""
 
     host: int
-    device: int | None = None
-    limit: str | None = None
-    others: Mapping[str, int] = field(default_factory=dict)
+    device: int | None = None  # on the GPU that computes; None if the CPU does
+    limit: str | None = None  # what allows less RAM than is free, by `tightest_memory_limit`
+    others: Mapping[str, int] = field(default_factory=dict)  # on other GPUs, by their names
 
     @classmethod
     def now(cls, devices: Sequence[torch.device]) -> FreeMemory:
-        """Return the free memory of this machine, where these devices compute."""
+        """Return the free memory of this machine if these devices compute."""
         first, *others = devices
         on_first = None if first == CPU else free_on(first)
         on_others = {str(device): free_on(device) for device in others}
@@ -68,23 +64,19 @@ class FreeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The places of a model in the free memory, with the requested options.
-
-    computed: the model as it is in memory (see `fit_model`), in the layout of its files; context:
-    its tokens; largest_context: the tokens with which the least of experts still fits.
-    """
+    """The places of a model in the free memory, with the requested options."""
 
     blueprint: Blueprint
     free: FreeMemory
     options: LoadOptions
-    computed: Blueprint
-    context: int
-    largest_context: int
+    computed: Blueprint  # the model as it is in memory, in the layout of its files
+    context: int  # tokens
+    largest_context: int  # tokens with which the fewest experts still fit
     demand: Demand
     placement: Placement
 
     def with_more(self, tier: Tier, size: int) -> MemoryPlan:
-        """Return the fit with `size` bytes more in a tier; a budget for it grows as much.
+        """Return the plan with `size` bytes more in a tier. A budget for it grows as much.
 
         Of several GPUs the first one has more.
         """
@@ -101,17 +93,17 @@ class MemoryPlan:
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
-    """Return where the model goes. Raises `UsageError` and `ResourceError` where it cannot.
+    """Return where the model goes. Raises `UsageError` and `ResourceError` if it cannot.
 
-    What has 8 bits keeps them in memory. On GPUs it is widened to 16, once, where all experts are
-    in their memory all the same: to compute with 8 bits there, they are widened for each token.
+    Matrices of 8 bits keep them in memory. A GPU would widen them for each token. So they are
+    widened to 16 bits once if all experts fit into the GPUs' memory nevertheless.
     """
     wide = blueprint.widened()
     if free.device is not None and wide != blueprint:
         with suppress(ResourceError, UsageError):  # it does not fit so
-            fit = _fit(blueprint, wide, free, options)
-            if sum(fit.placement.by_device) == blueprint.expert_count:
-                return fit
+            plan = _fit(blueprint, wide, free, options)
+            if sum(plan.placement.by_device) == blueprint.expert_count:
+                return plan
     return _fit(blueprint, blueprint, free, options)
 
 
@@ -134,10 +126,7 @@ def _fit(
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
-    """Return where experts go that a worker holds, without the rest of the model.
-
-    Raises as `fit_model` does.
-    """
+    """Return where a worker's experts go, without the rest of the model. Raises as `fit_model`."""
     expert = blueprint.expert.stride
     demand = Demand(shared=0, context=0, expert=expert, experts=blueprint.expert_count)
     return _place(demand, free, options)
@@ -163,7 +152,7 @@ def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
 def _room_for_context(
     demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
 ) -> int:
-    """Return the bytes for the context beside the fewest experts that the options allow."""
+    """Return the bytes that the fewest experts that the options allow leave for the context."""
     least = MIN_SLOTS
     if free.device is not None:
         first = free.rooms(options.device_memory)[0]

@@ -1,4 +1,4 @@
-"""The hardware that a plan is for: this machine, or what a person tells about another one."""
+"""The hardware that a plan is for, this machine or one that a person describes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mixchat.planning.fitting import FreeMemory, MemoryPlan
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-# Of memory that is told, what other programs are taken to need: bytes, and a part of all at most.
+# The memory of a described machine that other programs need: bytes, and a part of all at most.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
-# The speeds of a GPU that is told about, and that is not here to be measured: those of a cheap card
-# for a PC. Bytes a second of its memory and of the bus to it, operations a second, and the seconds
-# to start the kernels of a layer.
+# The speeds of a described GPU, which is not here to be measured, are a cheap card's for a PC. They
+# are bytes a second of its memory and of the bus to it, operations a second, and the seconds to
+# start the kernels of a layer.
 GPU_MEMORY, GPU_BUS, GPU_COMPUTE = 3e11, 1.2e10, 2e13
 _STARTING = 2e-4
 
 
 @dataclass(frozen=True)
 class OtherGPU:
-    """A GPU beside the first one: torch's name for the device, its name for people, its bytes."""
+    """A GPU that is not the first one."""
 
-    device: str
-    name: str
-    memory: int
+    device: str  # torch's name
+    name: str  # for people
+    memory: int  # bytes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware, in bytes; `gpu` and `gpu_memory` are None where the CPU computes."""
+    """The hardware, in bytes. `gpu` and `gpu_memory` are None if the CPU computes."""
 
     cpu: str
     cores: int
@@ -67,7 +67,7 @@ class Machine:
 class ToldMachine:
     """The figures that a person tells about a machine, in bytes and bytes a second.
 
-    Those that are None, or nothing, are this machine's. So is the speed of the CPU.
+    Figures that are None, or nothing, are this machine's. So is the speed of the CPU.
     """
 
     ram: int | None = None
@@ -81,7 +81,7 @@ class ToldMachine:
         return self != NOTHING_TOLD
 
     def device(self, here: torch.device) -> torch.device:
-        """Return the device that computes, beside the one that does so here."""
+        """Return the device that computes there, if `here` does so on this machine."""
         return torch.device(gpu.KIND, 0) if self.gpus else here
 
     def layout(self, blueprint: Blueprint) -> Blueprint:
@@ -89,7 +89,7 @@ class ToldMachine:
         return blueprint.in_layout("bitsandbytes") if self.gpus else blueprint
 
     def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
-        """Return the form of the model that can be measured on the device that computes here."""
+        """Return the form of the model that the device `here` can measure."""
         return fit.computed if here.type == self.device(here).type else fit.blueprint
 
     def machine(self, here: Machine) -> Machine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import median
@@ -12,43 +12,43 @@ from typing import Any
 
 from mixchat.base.quantities import format_age
 
-_LIFETIME = 30 * 86400  # seconds that a measurement is trusted
-_CALMS_DOWN = 600  # seconds that a busy machine is given before it is measured again
-BUSY = 0.2  # of the cores that other programs take
-# Of the disk's measured speed, what reads into slots have: these take nearly all memory, so that
-# many are made of small pages. Measured with `tests/benchmarks/beyond_memory.py`: 0.7 to 0.95.
+_LIFETIME_S = 30 * 86400  # a measurement is trusted for so long
+_BUSY_LIFETIME_S = 600  # a busy machine is measured again after so long
+BUSY = 0.2  # of the cores' time that other programs take
+# The part of the disk's measured speed that reads into slots have. Slots take nearly all memory, so
+# many are made of small pages. `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
 IN_USE = 0.85
-_STEADY = 1.5  # times as fast as the slowest sample may the fastest one be
+_MAX_SPREAD = 1.5  # of a steady machine: the fastest sample's speed over the slowest sample's
+# The figures that are one number each. The disk's are None if it could not be measured, for lack of
+# room or of the right to write.
+_FIGURES = (
+    "disk_bandwidth",
+    "disk_bandwidth_idle",
+    "disk_bandwidth_fresh",
+    "memory_bandwidth",
+    "copy_bandwidth",
+    "layer_seconds",
+)
 
 
 @dataclass(frozen=True)
 class MachineSpeeds:
-    """One sample of the figures, in bytes a second and seconds.
+    """One sample of the figures, in bytes a second and seconds."""
 
-    disk_bandwidth: of experts read one after the other while the CPU computes others, and
-    disk_bandwidth_idle while it does not; disk_bandwidth_fresh: as idle, into memory that was not
-    used before. All three are None where the disk could not be measured, for lack of room or of the
-    right to write.
-    memory_bandwidth: at which the CPU computes experts of one row that lie in RAM.
-    copy_bandwidth: from page-locked RAM to the device; None for a CPU.
-    expert_seconds: for "cpu" and the device, by count of rows.
-    layer_seconds: for all of a layer but its experts, one token, on the device.
-    """
-
-    disk_bandwidth: float | None
-    disk_bandwidth_idle: float | None
-    disk_bandwidth_fresh: float | None
-    memory_bandwidth: float
-    copy_bandwidth: float | None
-    expert_seconds: dict[str, dict[int, float]]
-    layer_seconds: float
+    disk_bandwidth: float | None  # of experts in a row, while the CPU computes others
+    disk_bandwidth_idle: float | None  # while the CPU does not compute
+    disk_bandwidth_fresh: float | None  # idle, into memory that was not used before
+    memory_bandwidth: float  # at which the CPU computes experts of one row that are in RAM
+    copy_bandwidth: float | None  # from page-locked RAM to the device; None for a CPU
+    expert_seconds: dict[str, dict[int, float]]  # for "cpu" and the device, by count of rows
+    layer_seconds: float  # for all of a layer but its experts, one token, on the device
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> MachineSpeeds:
-        """Read what `dataclasses.asdict` wrote; other keys do no harm.
+        """Read what `dataclasses.asdict` wrote. Other keys do no harm.
 
-        Raises one of several errors where a figure is missing or impossible, or where the figures
-        are not those of exactly these devices.
+        Raises one of several errors if a figure is missing or impossible, or if the figures are not
+        of exactly these devices.
         """
         seconds = {
             device: {int(rows): _figure(seconds) for rows, seconds in by_rows.items()}
@@ -56,15 +56,9 @@ class MachineSpeeds:
         }
         if set(seconds) != devices or any(len(by_rows) < 2 for by_rows in seconds.values()):
             raise ValueError
-        return cls(
-            disk_bandwidth=_figure(entry["disk_bandwidth"]),
-            disk_bandwidth_idle=_figure(entry["disk_bandwidth_idle"]),
-            disk_bandwidth_fresh=_figure(entry["disk_bandwidth_fresh"]),
-            memory_bandwidth=_figure(entry["memory_bandwidth"]),
-            copy_bandwidth=_figure(entry["copy_bandwidth"]) if len(devices) > 1 else None,
-            expert_seconds=seconds,
-            layer_seconds=_figure(entry["layer_seconds"]),
-        )
+        needed = [name for name in _FIGURES if name != "copy_bandwidth" or len(devices) > 1]
+        figures = dict.fromkeys(_FIGURES) | {name: _figure(entry[name]) for name in needed}
+        return cls(expert_seconds=seconds, **figures)  # type: ignore[arg-type]
 
     @property
     def in_use(self) -> MachineSpeeds:
@@ -93,31 +87,22 @@ class MachineSpeeds:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Samples that were taken one after the other, when (seconds since 1970), and on what.
+    """Samples that were taken one after the other."""
 
-    cpu: its name; directory: on the disk that was read; others: the part of the cores' time, 0 to
-    1, that other programs took meanwhile.
-    """
-
-    measured_at: float
+    measured_at: float  # seconds since 1970
     samples: tuple[MachineSpeeds, ...]
     cpu: str = ""
-    directory: str = ""
-    others: float = 0.0
+    directory: str = ""  # on the disk that was read
+    others: float = 0.0  # the part of the cores' time that other programs took, 0 to 1
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
-        """Read what `dataclasses.asdict` wrote, for these devices; None where it is damaged."""
+        """Read what `dataclasses.asdict` wrote for these devices; None if it is damaged."""
         try:
             samples = tuple(MachineSpeeds.from_dict(sample, devices) for sample in entry["samples"])
-            found = cls(
-                _figure(entry["measured_at"]),
-                samples,
-                str(entry["cpu"]),
-                str(entry["directory"]),
-                float(entry["others"]),
-            )
-            datetime.fromtimestamp(found.measured_at)  # which is to be shown
+            measured_at, others = _figure(entry["measured_at"]), float(entry["others"])
+            found = cls(measured_at, samples, str(entry["cpu"]), str(entry["directory"]), others)
+            datetime.fromtimestamp(measured_at)  # `plan` shows it
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
             return None
         return found if samples else None
@@ -131,7 +116,7 @@ class Measurement:
     def busy(self) -> bool:
         """Return whether other programs wanted the cores or the memory meanwhile."""
         speeds = [sample.memory_bandwidth for sample in self.samples]
-        return self.others > BUSY or max(speeds) > _STEADY * min(speeds)
+        return self.others > BUSY or max(speeds) > _MAX_SPREAD * min(speeds)
 
     def outdated(self, now: float) -> str | None:
         """Return why to measure again, as the end of a sentence; None if there is no reason.
@@ -139,43 +124,33 @@ class Measurement:
         A machine that was busy is given some time first.
         """
         age = now - self.measured_at
-        if age > _LIFETIME:
+        if age > _LIFETIME_S:
             return f"the last time was {format_age(age)}"
-        if self.busy and age > _CALMS_DOWN:
+        if self.busy and age > _BUSY_LIFETIME_S:
             return f"it was busy the last time, {format_age(age)}"
         return None
 
     @property
     def in_use(self) -> tuple[MachineSpeeds, ...]:
-        """Return the typical figures and then those of each sample, as tokens have the disk."""
+        """Return the typical figures and then each sample, with the disk as tokens have it."""
         return tuple(one.in_use for one in (self.typical, *self.samples))
 
     @property
     def typical(self) -> MachineSpeeds:
-        """Return the median of each figure."""
-        samples = self.samples
-        first = samples[0]
-        return MachineSpeeds(
-            disk_bandwidth=_median(sample.disk_bandwidth for sample in samples),
-            disk_bandwidth_idle=_median(sample.disk_bandwidth_idle for sample in samples),
-            disk_bandwidth_fresh=_median(sample.disk_bandwidth_fresh for sample in samples),
-            memory_bandwidth=median(sample.memory_bandwidth for sample in samples),
-            copy_bandwidth=_median(sample.copy_bandwidth for sample in samples),
-            expert_seconds={
-                device: _medians([sample.expert_seconds[device] for sample in samples])
-                for device in first.expert_seconds
-            },
-            layer_seconds=median(sample.layer_seconds for sample in samples),
-        )
-
-
-def _median(figures: Iterable[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
-    return median(known) if known else None
+        """Return the median of each figure, and of seconds for the counts that every sample has."""
+        figures: dict[str, Any] = {}
+        for name in _FIGURES:
+            values = [getattr(sample, name) for sample in self.samples]
+            known = [value for value in values if value is not None]
+            figures[name] = median(known) if known else None
+        seconds = {
+            device: _medians([sample.expert_seconds[device] for sample in self.samples])
+            for device in self.samples[0].expert_seconds
+        }
+        return MachineSpeeds(expert_seconds=seconds, **figures)
 
 
 def _medians(samples: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Return medians by count of rows, of the counts that every sample has."""
     counts = set.intersection(*(set(sample) for sample in samples))
     return {rows: median(sample[rows] for sample in samples) for rows in sorted(counts)}
 
@@ -191,7 +166,7 @@ def interpolate(seconds: dict[int, float], rows: float) -> float:
 
 
 def _figure(value: Any) -> float:
-    """Return a speed or a time. Raises `ValueError` or `TypeError` on what cannot be one."""
+    """Return a speed or a time. Raises `ValueError` or `TypeError` if it cannot be one."""
     if not 0 < value < math.inf:
         raise ValueError
     return float(value)

@@ -1,4 +1,4 @@
-"""Measures how fast this machine is for a model, and remembers that in machine.json."""
+"""Measures how fast this machine is for a model, and remembers the figures in machine.json."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ from mixchat.planning.disk_speed import measure_disk
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 3  # of machine.json; a file of another format is measured again
+_FORMAT = 3  # of machine.json; entries of another format are measured again
 SAMPLES = 3  # of a measurement
 MOST_SECONDS = 20.0  # that measuring takes, unless one try of each figure takes longer
-_MOST_RESULTS = 32  # in machine.json: the numbers of some disks change with every start
+_MAX_ENTRIES = 32  # in machine.json, because the numbers of some disks change with every start
 
 
 def saved_measurement(
     blueprint: Blueprint, directory: Path, device: torch.device
 ) -> Measurement | None:
     """Return the saved measurement for a model of this shape in `directory`, if there is one."""
-    return load_measurement(
-        measurement_file(), measurement_key(blueprint, directory, device), device
-    )
+    key = measurement_key(blueprint, directory, device)
+    return load_measurement(measurement_file(), key, device)
 
 
 def measuring_ends() -> float:
@@ -54,9 +53,9 @@ def measuring_ends() -> float:
 def measure_machine(
     blueprint: Blueprint, directory: Path, device: torch.device, until: float | None = None
 ) -> Measurement:
-    """Measure this machine, and save that in place of what was known.
+    """Measure this machine, and save the result in place of what was known.
 
-    until: when to end, as `measuring_ends` returns it. A busy machine gets fewer samples by then.
+    It ends at `until`, as `measuring_ends` returns it. A busy machine gets fewer samples by then.
     """
     key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint, device)
     until = measuring_ends() if until is None else until
@@ -81,9 +80,9 @@ def take_sample(
 ) -> MachineSpeeds:
     """Take one sample for a model of this shape, computed on `device`.
 
-    layer: computes all of a layer but its experts, for one token. directory: the model's, on the
-    disk to be measured. Where it is not installed a file is written there that never has a name: it
-    is gone with the process, however that ends. Torch uses as many threads as it was set to before.
+    `layer` computes all of a layer but its experts, for one token. The disk of `directory`, the
+    model's, is measured. If no model is there, a file is written that never has a name. It is gone
+    with the process, however that ends. Torch uses as many threads as it was set to before.
     """
     stride = blueprint.expert.stride
     host = ExpertTimer(blueprint, CPU, effort)
@@ -131,7 +130,7 @@ def measurement_file() -> Path:
 
 
 def load_measurement(path: Path, key: str, device: torch.device) -> Measurement | None:
-    """Return the measurement that `path` has under `key`; None where it is missing or damaged."""
+    """Return the measurement that `path` has under `key`; None if it is missing or damaged."""
     return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
 
 
@@ -144,9 +143,9 @@ def measure_and_save(
 ) -> Measurement:
     """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.
 
-    directory: the one whose disk is measured; until: no sample is begun that would end later.
-    A damaged file is replaced, and one that cannot be written is ignored. A measurement without
-    figures of the disk is not saved, because there may be room the next time.
+    The disk of `directory` is measured. No sample begins that would end after `until`. A damaged
+    file is replaced, and one that cannot be written is ignored. A measurement without figures of
+    the disk is not saved, because there may be room the next time.
     """
     now, others = time.time(), machine.OtherPrograms()
     started, samples = time.perf_counter(), [sample()]
@@ -162,9 +161,9 @@ def measure_and_save(
 
 
 def _save(path: Path, key: str, measured: Measurement) -> None:
-    # Read only now: another process may have measured meanwhile.
+    # Read only now, because another process may have measured meanwhile.
     others = [(other, entry) for other, entry in _read(path).items() if other != key]
-    machines = dict([*others[1 - _MOST_RESULTS :], (key, asdict(measured))])
+    machines = dict([*others[1 - _MAX_ENTRIES :], (key, asdict(measured))])
     content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +171,7 @@ def _save(path: Path, key: str, measured: Measurement) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the entries of the file; none where it is missing, damaged or of another format."""
+    """Return the entries of the file; none if it is missing, damaged or of another format."""
     try:
         content = read_json_object(path, follow=False)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Plans a model on a machine before it is loaded: what fits where, and how fast it will be."""
+"""Plans a model on a machine before it is loaded, and predicts its speed once it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
 from mixchat.weights.format.blueprint import Blueprint
 
-_RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that one might add
+_RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that a person might add
 _GPU_STEP = 8 * 10**9
 
 
@@ -46,25 +46,21 @@ class Variant:
 class MachinePlan:
     """A model on a machine: where it goes, how fast it will be, and what more memory would give.
 
-    told: what is told about the machine, and not measured. device: the one that computes all but
-    experts. expected: with as many answers at once as the options of the fit say. prompt: the speed
-    of a prompt of `LONG_PROMPT` tokens; both it and first_token are of one answer, and None if the
-    disk is needed and could not be measured. spread: one answer at a time with workers, None if
-    there are none; all else is without them. in_3_bits: the same with experts in 3 bits; None if
-    they cannot be, are not compared or are installed.
+    `prompt` and `first_token` are of one answer. Both are None if the disk is needed and could not
+    be measured. Only `spread` counts workers.
     """
 
     machine: Machine
-    device: torch.device
+    device: torch.device  # computes all but experts
     fit: MemoryPlan
     measurement: Measurement
-    expected: Expectation
-    prompt: SpeedRange | None
+    expected: Expectation  # with as many answers at once as the options of `fit` say
+    prompt: SpeedRange | None  # of `LONG_PROMPT` tokens
     first_token: FirstToken | None
     more: tuple[Upgrade, ...]
-    spread: WorkerSplit | None = None
-    in_3_bits: Variant | None = None
-    told: ToldMachine = NOTHING_TOLD
+    spread: WorkerSplit | None = None  # one answer at a time with workers
+    in_3_bits: Variant | None = None  # None if impossible, not compared, or installed already
+    told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
 
     @property
     def gpu_is_assumed(self) -> bool:
@@ -91,7 +87,7 @@ def plan_model(
 ) -> MachinePlan:
     """Return the plan for a model that fits on a machine that was measured.
 
-    offers: those of workers; uses: how often each expert was used, if that is known.
+    `offers` come from workers. `uses` is how often each expert was used, if that is known.
     """
     computed, placement = fit.computed, fit.placement
     return MachinePlan(
@@ -102,12 +98,12 @@ def plan_model(
         _expected(device, fit, measurement),
         prompt_speed(computed, device, measurement, placement),
         first_token(fit.blueprint, device, measurement),
-        tuple(_more(device, fit, measurement)),
+        tuple(_upgrades(device, fit, measurement)),
         spread_model(computed, device, measurement, placement, offers, uses) if offers else None,
     )
 
 
-def _more(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Iterator[Upgrade]:
+def _upgrades(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Iterator[Upgrade]:
     """Yield the steps of memory that hold more experts than the ones before."""
     steps: list[tuple[Tier, int]] = [("host", step) for step in _RAM_STEPS]
     if fit.free.device is not None:
@@ -127,7 +123,7 @@ def _counts(placement: Placement) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The speed of a model, with the experts that its slots hold by now."""
+    """The speed of a loaded model, with the experts that its slots hold by now."""
 
     blueprint: Blueprint
     device: torch.device
@@ -135,11 +131,11 @@ class Prediction:
     placement: Placement
 
     def decode(self) -> SpeedRange | None:
-        """Return the speed of decoding; None where the disk is needed and was not measured."""
+        """Return the speed of decoding; None if the disk is needed and was not measured."""
         return expect(self.blueprint, self.device, self.measurement, self.placement).speed
 
     def prompt(self, tokens: int, *, cold: bool) -> SpeedRange | None:
-        """Return the speed of a prompt; `cold`: all experts come from disk."""
+        """Return the speed of a prompt. If it is `cold`, all experts come from disk."""
         placement = None if cold else self.placement
         return prompt_speed(self.blueprint, self.device, self.measurement, placement, tokens)
 
@@ -149,7 +145,7 @@ def predict_speed(
 ) -> Prediction | None:
     """Return the prediction for a loaded model, by the saved measurement.
 
-    None where this machine was never measured for a model of its shape; `mixchat plan` does that.
+    None if this machine was never measured for a model of its shape, which `mixchat plan` does.
     """
     saved = saved_measurement(blueprint, directory, device)
     return None if saved is None else Prediction(blueprint, device, saved, placement)

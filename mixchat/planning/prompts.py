@@ -16,30 +16,27 @@ from mixchat.planning.expectation import (
     held_together,
     moving_cost,
     size_of,
+    speed_range,
 )
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 PROMPT = 20  # tokens of a short prompt
-LONG_PROMPT = 512  # and of a long one
+LONG_PROMPT = 512  # tokens of a long prompt
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The seconds until the first token of a prompt of `PROMPT` tokens, all of the model on disk.
+    """The seconds until the first token of a prompt of `PROMPT` tokens, with all of it on disk."""
 
-    starting: to read what all tokens share, before the prompt; prompt: the cost of its tokens; low,
-    high: all of it by the fastest sample of a measurement, and by the slowest.
-    """
-
-    starting: float
+    starting: float  # to read what all tokens share, before the prompt
     prompt: TokenCost
-    low: float
-    high: float
+    low: float  # all of it by the fastest sample of a measurement
+    high: float  # and by the slowest
 
     @property
     def seconds(self) -> float:
-        """Return all of them, by the typical figures."""
+        """Return the seconds in all, by the typical figures."""
         return self.starting + self.prompt.seconds
 
 
@@ -48,8 +45,8 @@ def first_token(
 ) -> FirstToken | None:
     """Return the cost of a prompt of so many tokens while nothing is in memory.
 
-    It is that of one GPU: with several only the disk counts, which they share. None where the disk
-    was not measured.
+    It is the cost on one GPU, because with several only the disk counts, which they share. Returns
+    None if the disk was not measured.
     """
     parts = [
         (blueprint.shared_size / speeds.disk_bandwidth_fresh, cost)
@@ -72,21 +69,18 @@ def prompt_speed(
 ) -> SpeedRange | None:
     """Return the tokens a second of a prompt of so many tokens, once the slots hold experts.
 
-    placement: None where nothing holds any yet. None where the disk is needed and was not measured.
+    With no placement, nothing holds any yet. Returns None if the disk is needed and was not
+    measured.
     """
     missing = read = 1.0
-    cold = placement is None
     if placement is not None:
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - held_together(blueprint, device, placement) / placement.experts
     costs = [
         prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
-        for speeds in (one.cold if cold else one.in_use for one in measurement.samples)
+        for speeds in (one.cold if placement is None else one.in_use for one in measurement.samples)
     ]
-    seconds = [cost.seconds for cost in costs if cost is not None]
-    if not seconds:
-        return None
-    return SpeedRange(prompt / max(seconds), prompt / min(seconds), measurement.measured_at)
+    return speed_range(costs, measurement.measured_at, prompt)
 
 
 def prompt_cost(
@@ -100,13 +94,12 @@ def prompt_cost(
 ) -> TokenCost | None:
     """Return the cost of a prompt of so many tokens, computed in chunks.
 
-    missing: of the experts that it uses, those that no slot holds; read: those that come from disk;
-    both 0 to 1. Each chunk brings them in again. None where the disk is needed and was not
-    measured.
+    No slot holds the part `missing` of the experts used, and the part `read` comes from disk, 0 to
+    1. Each chunk brings them in again. Returns None if the disk is needed and was not measured.
     """
     config, name = blueprint.config, str(device)
-    one, shape = speeds.expert_time(name, 1), size_of(blueprint)
-    computing, uses = shape.head / shape.expert * one, 0.0
+    one, size = speeds.expert_time(name, 1), size_of(blueprint)
+    computing, uses = size.head / size.expert * one, 0.0
     for start in range(0, prompt, PREFILL_CHUNK):
         tokens = min(PREFILL_CHUNK, prompt - start)
         distinct = expected_distinct(config, tokens)
@@ -116,4 +109,4 @@ def prompt_cost(
         layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
         computing += config.num_hidden_layers * layer
         uses += config.num_hidden_layers * distinct
-    return moving_cost(shape, speeds, computing, missing=uses * missing, read=uses * read)
+    return moving_cost(size, speeds, computing, missing=uses * missing, read=uses * read)

@@ -1,4 +1,4 @@
-"""A router's choices on average: the hit rates of caches, and the loads of several holders.
+"""Follows a router's choices, on average: hit rates of caches, and loads of several holders.
 
 Hit rates come from a routing trace that is replayed without a model.
 """
@@ -21,11 +21,10 @@ from mixchat.experts.policies import POLICIES, Passes, Policy
 from mixchat.experts.sharing import share
 from mixchat.experts.trace import Trace
 
-# Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do
-# not count.
+# Tokens of the trace for an expected hit rate. The first ones fill the cache and do not count.
 _TOKENS, _COLD = 300, 100
-# The chance that two tokens in a row share an expert, in three of 32 layers: the middle of table 5
-# of the Mixtral paper (arXiv 2401.04088), for texts of many kinds. Of random choices it is 13/28.
+# The chance that two tokens in a row share an expert, in three of 32 layers. It is the middle of
+# table 5 of the Mixtral paper (arXiv 2401.04088), for texts of many kinds. By chance it is 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
 
 
@@ -47,7 +46,7 @@ def synthetic_trace(
     """Return a trace of `tokens` decode steps that repeat experts as often as Mixtral does.
 
     Every expert is as likely as every other, and two tokens in a row share one or more with the
-    probability `sharing`; beyond that there is no memory, as there would be in a real text.
+    probability `sharing`. A real text would have a longer memory.
     """
     assert 2 * experts_per_token <= experts, "any two tokens share experts"
     generator = random.Random(seed)
@@ -64,9 +63,9 @@ def _chain(
 ) -> list[list[int]]:
     """Return sets of experts, each sharing with the one before with the probability `share`.
 
-    Whether it shares is drawn first, then the set, uniformly among those that share or do not. As
-    "shares with" is symmetric, a step from a to b is as likely as one from b to a: the sets, and
-    with them the experts, stay uniformly distributed.
+    Whether it shares is drawn first, then the set, uniformly among the sets that do. "Shares with"
+    is symmetric, so a step from a to b is as likely as one from b to a. So the sets, and with them
+    the experts, stay uniformly distributed.
     """
     chain = [generator.sample(range(experts), choices)]
     while len(chain) < tokens:
@@ -120,7 +119,7 @@ def visits(trace: Trace) -> list[Visit]:
 
 
 def replay(trace: Trace, slots: int, policy: str) -> Replay:
-    """Return what a cache with so many slots does in a trace; `policy` is a name of `POLICIES`."""
+    """Return what a cache with so many slots does in a trace, by this name of `POLICIES`."""
     passes = Passes(trace.layers)
     return replay_visits(visits(trace), slots, POLICIES[policy](passes), passes)
 
@@ -147,9 +146,9 @@ def replay_visits(trace: Iterable[Visit], slots: int, policy: Policy, passes: Pa
 def expected_hit_rate(
     config: ModelConfig, slots: int, among: frozenset[ExpertKey] | None = None
 ) -> float:
-    """Return the hit rate, 0 to 1, of so many slots in texts like those of the Mixtral paper.
+    """Return the hit rate, 0 to 1, of so many slots in texts like the Mixtral paper's.
 
-    among: the experts that use the slots; others are held elsewhere. None stands for all.
+    Only the experts `among` use the slots, because others are on workers. None stands for all.
     """
     layers, experts = config.num_hidden_layers, config.num_local_experts
     total = layers * experts if among is None else len(among)
@@ -161,7 +160,7 @@ def expected_hit_rate(
     if among is not None:
         trace = _only(among, trace)
     cold = replace(trace, forwards=trace.forwards[:_COLD])
-    # The cache does the same in both, so that the difference is that of the rest of the trace.
+    # The cache does the same in both, so the difference belongs to the rest of the trace.
     whole, filling = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
     hits, misses = whole.hits - filling.hits, whole.misses - filling.misses
     return hits / (hits + misses)
@@ -184,20 +183,21 @@ def _paper_trace(layers: int, experts: int, experts_per_token: int) -> Trace:
     return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)
 
 
-_MOST_CHOICES = 1000  # of a router for a token that are gone through one by one
+_MAX_CHOICES = 1000  # of a router for a token that are gone through one by one
 
-# The counts of a layer's experts that each holder computes for a token, this machine first; and in
-# how many layers they are these, on average.
+# By the counts of a layer's experts that each holder computes for a token, this machine first, the
+# number of layers that have these counts on average.
 Loads = Mapping[tuple[int, ...], float]
 
 
 def layer_loads(
     config: ModelConfig, held: Sequence[Set[ExpertKey]]
 ) -> dict[tuple[int, ...], float]:
-    """Return how many experts each holder computes in a layer, where every choice is as likely.
+    """Return how many experts each holder computes in a layer, if every choice is as likely.
 
-    held: the experts of each holder, at least one for each expert. For two holders of four of eight
-    experts each, in one layer, 2 experts a token: {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
+    `held` are the experts of each holder, and each expert has at least one. With two holders of
+    four of eight experts each, one layer and 2 experts a token, the result is {(2, 0): 6/28,
+    (1, 1): 16/28, (0, 2): 6/28}.
     """
     choices = _choices(config.num_local_experts, config.num_experts_per_tok)
     times: Counter[tuple[int, ...]] = Counter()
@@ -211,8 +211,8 @@ def layer_loads(
 
 
 def _choices(experts: int, chosen: int) -> list[tuple[int, ...]]:
-    """Return all choices of a router, or some of them where there are too many."""
-    if math.comb(experts, chosen) <= _MOST_CHOICES:
+    """Return all choices of a router, or some of them if there are too many."""
+    if math.comb(experts, chosen) <= _MAX_CHOICES:
         return list(combinations(range(experts), chosen))
     generator = random.Random(0)
-    return [tuple(generator.sample(range(experts), chosen)) for _ in range(_MOST_CHOICES)]
+    return [tuple(generator.sample(range(experts), chosen)) for _ in range(_MAX_CHOICES)]

@@ -1,4 +1,4 @@
-"""Chooses how many threads torch uses; where several counts are possible, measures them once."""
+"""Chooses how many threads torch uses. If several counts are possible, it measures them once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mixchat.kernels.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
 from mixchat.weights.format.blueprint import Blueprint
 
-# Bytes. A matrix of such an expert takes some 50 microseconds: threads gain little from sharing it,
-# and lose ten times as much in waiting for each other where another program wants a core too.
+# Bytes. A matrix of such an expert takes some 50 microseconds. Threads gain little from sharing it,
+# and lose ten times as much in waiting for each other if another program wants a core, too.
 SMALL_EXPERT = 4_000_000
-_WORTH = 1.05  # how many times as fast as torch's own count another one has to be
+_MIN_GAIN = 1.05  # times the speed of torch's own count that another one needs
 
 Measure = Callable[[Sequence[int]], Mapping[int, float]]  # seconds by count
 
@@ -37,16 +37,13 @@ def choose_threads(blueprint: Blueprint) -> None:
         torch.set_num_threads(1)
         return
     counts = candidates(physical, machine.usable_cores())
-
-    def measure(counts: Sequence[int]) -> Mapping[int, float]:
-        return thread_seconds(blueprint, counts)
-
+    measure = functools.partial(thread_seconds, blueprint)
     torch.set_num_threads(known_or_best(data_dir() / "threads.json", counts, measure))
 
 
 @functools.cache
 def _cores() -> int:
-    """Return how many cores torch sees: as many threads it uses until another count is set."""
+    """Return how many cores torch sees, which are its threads until another count is set."""
     return torch.get_num_threads()
 
 
@@ -54,8 +51,8 @@ def candidates(physical: int, usable: int) -> list[int]:
     """Return the counts worth a try; the first one is torch's own.
 
     Torch uses as many threads as there are `physical` cores. A core may run two threads, which
-    makes more cores `usable`; some cores may be too slow to help; and a container may get less time
-    than its cores have. With 8 cores of two threads: 8, 16, 6.
+    makes more cores `usable`. Some cores may be too slow to help. A container may get less time
+    than its cores have. With 8 cores of two threads the counts are 8, 16 and 6.
     """
     counts = [min(physical, usable), usable]
     if physical >= 4:
@@ -83,7 +80,7 @@ def known_or_best(path: Path, counts: Sequence[int], measure: Measure) -> int:
 
 def _best(first: int, seconds: Mapping[int, float]) -> int:
     fastest = min(seconds, key=seconds.__getitem__)
-    return fastest if seconds[fastest] * _WORTH < seconds[first] else first
+    return fastest if seconds[fastest] * _MIN_GAIN < seconds[first] else first
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -27,32 +27,24 @@ from mixchat.weights.format.blueprint import Blueprint
 
 @dataclass(frozen=True)
 class WorkerOffer:
-    """A worker's room for experts, and its speed.
-
-    expert_seconds: for an expert with one row; round_trip: seconds for a row to get there and for
-    an output to come back, with no time to compute it.
-    """
+    """A worker's room for experts, and its speed."""
 
     address: str
     slots: int
-    expert_seconds: float
-    round_trip: float
+    expert_seconds: float  # for an expert with one row
+    round_trip: float  # seconds for a row to get there and an output to come back, not computing
 
 
 @dataclass(frozen=True)
 class WorkerSplit:
-    """A model's experts on this machine and on workers, and the speed of the model then.
-
-    held: how many experts each worker holds, on_workers: how many different ones; here: how many
-    this machine holds, `copies` of them beside a worker. `expected.held` are all that are held.
-    """
+    """A model's experts on this machine and on workers, and the speed of the model then."""
 
     offers: tuple[WorkerOffer, ...]
-    held: tuple[int, ...]
-    on_workers: int
-    here: int
-    copies: int
-    expected: Expectation
+    held: tuple[int, ...]  # experts on each worker
+    on_workers: int  # different experts on all workers
+    here: int  # experts on this machine
+    copies: int  # of `here`, experts that a worker holds, too
+    expected: Expectation  # whose `held` counts all machines
 
 
 def spread_model(
@@ -65,8 +57,8 @@ def spread_model(
 ) -> WorkerSplit:
     """Return where experts go and how fast decoding is, with at least one worker.
 
-    placement: of this machine alone, whose GPUs are taken for one; uses: how often each expert was
-    used, if that is known.
+    The placement is of this machine alone, whose GPUs count as one. `uses` is how often each expert
+    was used, if that is known.
     """
     config = blueprint.config
     slots = [sum(placement.by_device), *(offer.slots for offer in offers)]
@@ -77,16 +69,17 @@ def spread_model(
     loads = layer_loads(config, [here, *there])
     hit_rate = expected_hit_rate(config, sum(placement.by_device), here)
     host_hit_rate = expected_hit_rate(config, held_here, here)
+    size, name = size_of(blueprint), str(device)
     costs = [
-        spread_cost(size_of(blueprint), speeds, str(device), loads, offers, hit_rate, host_hit_rate)
+        spread_cost(size, speeds, name, loads, offers, hit_rate, host_hit_rate)
         for speeds in measurement.in_use
     ]
-    at_home = _uses_here(loads) / (config.num_hidden_layers * config.num_experts_per_tok)
+    computed_here = _uses_here(loads) / (config.num_hidden_layers * config.num_experts_per_tok)
     copies = len(here & on_workers)
     expected = Expectation(
         held_here - copies + len(on_workers),
-        1 - at_home * (1 - hit_rate),
-        1 - at_home * (1 - host_hit_rate),
+        1 - computed_here * (1 - hit_rate),
+        1 - computed_here * (1 - host_hit_rate),
         costs[0],
         speed_range(costs, measurement.measured_at),
     )
@@ -95,7 +88,7 @@ def spread_model(
 
 
 def spread_cost(
-    shape: ModelSize,
+    size: ModelSize,
     speeds: MachineSpeeds,
     device: str,
     loads: Loads,
@@ -105,8 +98,8 @@ def spread_cost(
 ) -> TokenCost | None:
     """Return the cost of a decoded token, most of which runs on `device`.
 
-    Rows go out first, this machine computes meanwhile, and then waits for the slowest worker.
-    Hit rates are those of the experts that this machine computes, as in `token_cost`.
+    Rows go out first. This machine computes meanwhile, and then waits for the slowest worker. The
+    hit rates count the experts that this machine computes, as in `token_cost`.
     """
     one = speeds.expert_time(device, 1)
     here = _uses_here(loads)
@@ -114,26 +107,17 @@ def spread_cost(
         layers * max(_slowest(counts[1:], offers) - counts[0] * one, 0.0)
         for counts, layers in loads.items()
     )
-    cost = moving_cost(
-        shape,
-        speeds,
-        shape.layers * speeds.layer_seconds + (here + shape.head / shape.expert) * one,
-        missing=here * (1 - hit_rate),
-        read=here * (1 - host_hit_rate),
-    )
+    computing = size.layers * speeds.layer_seconds + (here + size.head / size.expert) * one
+    missing, read = here * (1 - hit_rate), here * (1 - host_hit_rate)
+    cost = moving_cost(size, speeds, computing, missing=missing, read=read)
     return cost and replace(cost, waiting=waiting)
 
 
 def _slowest(counts: Sequence[int], offers: Sequence[WorkerOffer]) -> float:
-    """Return the seconds until the last worker has sent what it computes; 0 where none does."""
-    return max(
-        (
-            offer.round_trip + count * offer.expert_seconds
-            for count, offer in zip(counts, offers, strict=True)
-            if count
-        ),
-        default=0.0,
-    )
+    """Return the seconds until the last worker has sent what it computes; 0 if none computes."""
+    pairs = zip(counts, offers, strict=True)
+    times = [offer.round_trip + n * offer.expert_seconds for n, offer in pairs if n]
+    return max(times, default=0.0)
 
 
 def _uses_here(loads: Loads) -> float:
