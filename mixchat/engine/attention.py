@@ -44,7 +44,7 @@ class RotaryEmbedding:
 
 
 class KVContext(Protocol):
-    """The tokens before those of a pass: a `KVCache`, or those of several sequences together."""
+    """The tokens before a pass, in a `KVCache` or in the caches of several sequences together."""
 
     def positions(self, tokens: int) -> slice | torch.Tensor:
         """Return the positions of the next T tokens in their sequences."""
@@ -52,7 +52,7 @@ class KVContext(Protocol):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries."""
+        """Store a layer's keys and values [T, G, h]; return the attention [T, H, h] of queries."""
 
     def advance(self, tokens: int) -> None:
         """Count so many new tokens, after all layers have stored them."""
@@ -96,7 +96,7 @@ class SingleTokenContext:
         values: torch.Tensor,
         out: torch.Tensor,
     ) -> tuple[Step, Step, Step]:
-        """Return `KVContext.attend` as steps that write `out`; each needs the one before it."""
+        """Return `KVContext.attend` as steps that write `out`. Each needs the one before it."""
         if self._attention is None:
             self._attention = self._cache.steps(queries, keys, values, out)
         store, attend, merge = self._attention
@@ -137,7 +137,7 @@ class Attention:
         return self._o_proj(attended.reshape(tokens, -1), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token: stages that map `normed` to `added`."""
+        """Return `__call__` for one token as stages that map `normed` to `added`."""
         config = self._config
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = context.tensor("qkv", 1, heads + 2 * groups, config.head_dim)

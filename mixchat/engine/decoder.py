@@ -1,6 +1,6 @@
-"""Decoding: the layers for one token as programs of kernels.
+"""Decodes the layers for one token as programs of kernels.
 
-A program joins the stages that the parts of a `Block` state beside their `__call__`. They are the
+A program joins the stages that the parts of a `Block` state next to their `__call__`. They are the
 same kernels, so the result has the same bits. It saves the time that Python takes between them. If
 all experts are in memory, one program goes through all layers. Else it ends with the router of a
 layer, whose runner has to bring some.
@@ -23,7 +23,7 @@ from mixchat.weights.format.blueprint import Blueprint, Expert
 
 
 class Decoder:
-    """Computes the layers for the next token of a cache: a `SingleTokenDecoder`.
+    """Computes the layers for the next token of a cache (a `SingleTokenDecoder`).
 
     It takes this cache, and others of the same capacity and form.
     """
@@ -50,7 +50,7 @@ class Decoder:
         return self._context.x
 
     def _run_from(self, start: int) -> int:
-        """Compute layers up to the first whose experts have to be brought; return its end."""
+        """Compute layers up to the first whose experts have to be brought, and return its end."""
         # It keeps the memory of these experts until the program has ended.
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
@@ -68,7 +68,7 @@ class Decoder:
 
 
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
-    """Return the decoder of a model that computes `used`; None if kernels cannot do it all."""
+    """Return the decoder of a model that computes `used`, or None if kernels cannot do it all."""
     config, dtype = used.config, used.quantization.dtype
     columns = config.hidden_size, config.intermediate_size, config.head_dim // 2
     matrices = used.qkv(0), used.o(0), used.expert.gate_up, used.expert.down

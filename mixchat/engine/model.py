@@ -1,4 +1,4 @@
-"""The transformer: from token ids to logits. It does not know where experts are.
+"""The transformer, from token ids to logits. It does not know where experts are.
 
 T = tokens of this call, P = tokens before them (in the cache), D = hidden_size, V = vocab_size.
 """
@@ -48,12 +48,12 @@ class RMSNorm:
         return rows.rms_norm(x, self.weight, self.eps)
 
     def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
-        """Return `__call__` for one token: a stage that maps x [1, D] to `out` [1, D]."""
+        """Return `__call__` for one token as a stage that maps x [1, D] to `out` [1, D]."""
         return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
 
 
 class Block:
-    """One layer: attention, then the experts. Each reads the normed x, and is added to x."""
+    """One layer, attention and then the experts. Each reads the normed x, and is added to x."""
 
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
@@ -87,7 +87,7 @@ class Block:
         return x + self.moe(self._moe_norm(x), exact=exact)
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, without the experts: stages that fill `routing`."""
+        """Return `__call__` for one token up to the router, as stages that fill `routing`."""
         x, normed = context.x, context.normed
         return [
             self._attention_norm.stage(x, normed),
@@ -100,7 +100,7 @@ class Block:
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
     ) -> list[Stage]:
-        """Return the stages behind the router, if all of the layer's experts are in memory."""
+        """Return the stages after the router, if all of the layer's experts are in memory."""
         x = context.x
         return [
             *self.moe.expert_stages(routing, context, experts),
@@ -159,9 +159,9 @@ class Model:
         logits_of: slice | list[int] = LAST,
         after_layer: AfterLayer = lambda layer: None,
     ) -> torch.Tensor:
-        """Return the logits [n, V] of the last token, or of others; the ids [T] join the cache.
+        """Return the logits [n, V] of the last token, or of others. The ids [T] join the cache.
 
-        The ids are on the CPU. The cache must have room for them: P + T <= capacity. With `exact`
+        The ids are on the CPU. The cache must have room for P + T tokens. With `exact`
         each token has the bits that it has alone in a call, if all matrices can be computed so (see
         `Linear`). `after_layer` is called after layers with their number.
         """
@@ -171,7 +171,7 @@ class Model:
             decoded = self._decoder.run(x, before, after_layer)
         x = self._through_blocks(x, before, exact, after_layer) if decoded is None else decoded
         logits = self._head(self._norm(x[logits_of]), exact=exact)
-        before.advance(ids.shape[0])  # last: an interrupted pass leaves the cache as it was
+        before.advance(ids.shape[0])  # last, so that an interrupted pass leaves the cache as it was
         return logits
 
     def _through_blocks(

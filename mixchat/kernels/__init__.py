@@ -1,4 +1,4 @@
-"""Vector code for CPUs, written in Python and compiled by LLVM on the machine where it runs.
+"""Vector code for CPUs, written in Python and compiled by LLVM on the machine that runs it.
 
 Read emit.py first, then units.py, tile.py and quantized_matmul.py. They go from single instructions
 to a product.

@@ -8,12 +8,12 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, vector
 
 _LOG2_E = 1.4426950408889634
 _LEAST = -126.0  # the exponent of the least normal float
-# The Taylor series of 2^x, for x from -1/2 to 1/2: the next term would be 2e-8 of the result.
+# The Taylor series of 2^x, for x from -1/2 to 1/2. The next term would be 2e-8 of the result.
 _SERIES = (1.0, 0.6931471806, 0.2402265070, 0.0555041087, 0.0096181291, 0.0013333558, 0.0001540353)
 
 
 def exponential(function: Function, x: Value) -> Value:
-    """Return e^x for floats x <= 0, with a relative error of 3e-7; 0 where it is below e^-87."""
+    """Return e^x for floats x <= 0, with a relative error of 3e-7, and 0 below e^-87."""
     integers = _as_many(i32, x)
     power = x * _LOG2_E
     is_normal = power.compare(">", _LEAST)
@@ -23,7 +23,7 @@ def exponential(function: Function, x: Value) -> Value:
     result = function.constant(x.type, _SERIES[-1])
     for factor in reversed(_SERIES[:-1]):
         result = function.multiply_add(result, rest, function.constant(x.type, factor))
-    # A float times 2^n: n is added to its exponent, which begins at bit 23.
+    # To multiply a float by 2^n, n is added to its exponent, which begins at bit 23.
     bits = result.bits_as(integers) + (whole.as_integer(integers) << 23)
     return is_normal.choose(bits.bits_as(x.type), 0.0)
 
@@ -39,7 +39,7 @@ def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None
 
 
 def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None:
-    """Store fp32 numbers in a tensor, from its number `place` on; rounded if it is in `bf16`."""
+    """Store fp32 numbers in a tensor, from its number `place` on, rounded if it is in `bf16`."""
     if bf16:
         pointer.store(rounded_to_bf16(value), place * 2)
     else:
@@ -47,7 +47,7 @@ def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None
 
 
 def rounded_to_bf16(value: Value) -> Value:
-    """Round fp32 to the nearest bf16, ties to even; return its bits (i16). NaN stays NaN."""
+    """Round fp32 to the nearest bf16, ties to even, and return its bits (i16). NaN stays NaN."""
     bits = value.bits_as(_as_many(i32, value))
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
@@ -69,6 +69,6 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
 
 
 def _as_many(element: Any, value: Value) -> Any:
-    """Return the type of a vector of `element`, as long as the value; or `element` for a number."""
+    """Return the type of a vector of `element`, as long as the value, or `element` for a number."""
     count = getattr(value.type, "count", None)
     return element if count is None else vector(element, count)

@@ -1,8 +1,8 @@
 """Attention of new tokens over a cache in pages, at the speed at which memory can be read.
 
 Everything is computed in fp32. `attend` computes an online softmax (Milakov & Gimelshein,
-arXiv:1805.02867) over 512 keys in each item of work; `merge` combines these parts. A row is a pair
-of new token and head. Each row is computed by itself: its result does not depend on the others.
+arXiv:1805.02867) over 512 keys in each item of work. `merge` combines these parts. A row is a pair
+of new token and head. Each row is computed by itself, so its result does not depend on the others.
 
 T = new tokens, P = tokens before them, H = heads, G = groups (of R = H / G heads), h = head_dim.
 """
@@ -34,7 +34,7 @@ _SPLIT = PAGE  # keys of one item of work
 _ROWS = 32  # of one item of work, unless one token has more
 _TILE = 4  # rows that are computed at once
 _VECTORS = 2  # of keys, or of a value's numbers, that are computed at once
-_MASKED, _LOWEST = -3e38, -1e38  # scores; e^(masked - lowest) is 0
+_MASKED, _LOWEST = -3e38, -1e38  # scores, of which e^(masked - lowest) is 0
 _NO_WINDOW = 2**30  # tokens
 _SIGNATURE = Signature(
     "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window"
@@ -47,7 +47,7 @@ def attend(
     """Return the attention [T, H, h] of `queries` [T, H, h] over the cache, in their type.
 
     fp32 or bf16. The cache holds the keys and values of these tokens already. A token attends to
-    itself and all before it; with a sliding window, to the last `window` of these. `pages` as for
+    itself and all before it, with a sliding window to the last `window` of these. `pages` as for
     `store`.
     """
     queries = queries.contiguous()
@@ -66,7 +66,7 @@ def attend_steps(
     window: int | None,
     most_keys: int,
 ) -> tuple[Step, Step]:
-    """Return the steps of `attend`, for at most so many keys; the second one needs the first.
+    """Return the steps of `attend`, for at most so many keys. The second one needs the first.
 
     `pages`, their address, `past` and `splits`, by `count_splits`, are still to be set.
     """
@@ -104,13 +104,13 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
     """Compile the functions for new tokens in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("attention")
-    _Attend(module, shape, LANES[instructions], bf16).write()
+    _AttendKernel(module, shape, LANES[instructions], bf16).write()
     _write_merge(module, shape, LANES[instructions], bf16)
     return compile_module(module, instructions)
 
 
-class _Attend:
-    """The function `attend`: some rows of a group over one split, which is up to `_SPLIT` keys.
+class _AttendKernel:
+    """The function `attend`, for some rows of a group and one split of up to `_SPLIT` keys.
 
     For each row and split it stores largest score, sum of weights and weighted sum of values, which
     are width + 2 floats, for `merge`.
@@ -176,7 +176,7 @@ class _Attend:
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
 
     def _unpacked(self, words: Value) -> list[Value]:
-        """Return the numbers in the words, as floats: those in the low bits first."""
+        """Return the numbers in the words, as floats, the numbers in the low bits first."""
         if self.shape.bits == 32:
             return [words.bits_as(self.floats)]
         if self.shape.bits == 16:
@@ -190,18 +190,18 @@ class _Attend:
     def _tiles(
         self, rows: Value
     ) -> Iterator[tuple[int, AbstractContextManager[tuple[Value, list[Value]]]]]:
-        """Divide the rows into tiles: yield the rows of a tile, and a loop over such tiles."""
+        """Divide the rows into tiles. Yield the rows of a tile, and a loop over such tiles."""
         whole = rows // _TILE * _TILE
         yield _TILE, self.function.loop(0, whole, _TILE)
         yield 1, self.function.loop(whole, rows, 1)
 
     def _score(self, page: Pointer, here: Value, rows: Value) -> None:
-        """Compute the scores: queries times keys."""
+        """Compute the scores, which are queries times keys."""
         function, shape, lanes = self.function, self.shape, self.lanes
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
         block_bytes = words * KEY_BLOCK * 4
-        # Keys and values of a token have as many bytes: while keys are read, values are prefetched.
+        # Keys and values of a token have as many bytes. While keys are read, values are prefetched.
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
@@ -248,7 +248,7 @@ class _Attend:
             token = past + first + row // shape.shared
             scores = []
             for number in range(count):
-                # The distance back from the token: 0 is the token itself.
+                # The distance back from the token, which is 0 for the token itself.
                 back = (token - key - number * lanes).narrowed(i32).broadcast(lanes) - steps
                 seen = back.compare(">=", 0) & back.compare("<", window)
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)

@@ -12,7 +12,7 @@ import torch
 from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
-# Increase it when kernels become faster or slower, or are compiled differently: then earlier
+# Increase it when kernels become faster or slower, or are compiled differently. Then earlier
 # measurements and cached machine code are no longer used.
 KERNELS = 5
 InstructionSet = Literal["avx512", "avx2"]
@@ -27,7 +27,7 @@ _FULL_WIDTH = "-prefer-256-bit"
 
 @functools.cache
 def instruction_set() -> InstructionSet | None:
-    """Return the best instruction set that kernels are written for; None if the CPU has none.
+    """Return the best instruction set that kernels are written for, or None if the CPU has none.
 
     As with torch's kernels, `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
     """
@@ -56,7 +56,7 @@ class Compiled:
 
 
 def kernels_available() -> bool:
-    """Return whether this CPU can run kernels: they need AVX2."""
+    """Return whether this CPU can run kernels, which need AVX2."""
     return instruction_set() is not None
 
 
@@ -67,7 +67,7 @@ def has_feature(name: str) -> bool:
 
 
 def multiplies_bf16() -> bool:
-    """Return whether torch multiplies bf16 matrices at full speed here; assumed if it is no x86."""
+    """Return whether torch multiplies bf16 matrices at full speed here. Only x86 is examined."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     native = has_feature("avx512bf16") or has_feature("amx-bf16")
@@ -102,7 +102,7 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
 
 
 def _optimize(parsed: Any, machine: Any) -> None:
-    # Loops are unrolled and vectorized as they are written; LLVM's own choices cost registers.
+    # Loops are unrolled and vectorized as they are written. LLVM's own choices cost registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)

@@ -1,4 +1,4 @@
-"""x times a dense matrix: by torch, or by a kernel that computes each row of x by itself.
+"""x times a dense matrix, by torch or by a kernel that computes each row of x by itself.
 
 torch adds up the products of one token and of many in different orders. In the kernel each number
 of the result is the sum of a vector of fp32 numbers, to which products are added from the first
@@ -35,20 +35,20 @@ from mixchat.kernels.program import Signature
 _MANY = 32  # tokens from which on it pays to widen the weights to fp32
 _WIDENED = 2**23  # weights that are widened at once
 _GROUP = 32  # rows of one item of work
-_X_BYTES = 2**18  # of x in one item of work: they fit in the second-level cache
-# Rows and tokens that are computed at once, the most first: as many as there are registers for.
+_X_BYTES = 2**18  # of x in one item of work, which fit in the second-level cache
+# Rows and tokens that are computed at once, the most first, as many as there are registers for.
 _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "avx512": ((8, 1), (3, 1)),
     "avx2": ((4, 1), (2, 1)),
 }
-# Bytes: how early weights are prefetched. The CPU's own prefetcher stops at the end of each page;
-# without this, one token in bf16 took 10% longer than with torch's own product.
+# How many bytes early weights are prefetched. The CPU's own prefetcher stops at the end of each
+# page. Without this, one token in bf16 took 10% longer than with torch's own product.
 _AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 
 
 def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-    """Return x [..., C] times the transposed weight [R, C]: [..., R], the fastest way there is.
+    """Return x [..., C] times the transposed weight [R, C], the fastest way there is.
 
     With `exact`, each row of x has the bits that it has alone, if the kernel takes it.
     """
@@ -68,7 +68,7 @@ def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) 
 
 
 def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute in fp32: on CPUs without instructions for 16 bits it is up to four times as fast.
+    """Compute in fp32, which is up to four times as fast on CPUs without instructions for 16 bits.
 
     Some rows at a time, to have no fp32 copy of the whole matrix in memory.
     """
@@ -93,7 +93,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x [..., C] times the transposed weight [R, C]: [..., R].
+    """Return x [..., C] times the transposed weight [R, C].
 
     fp32 or bf16, added up in fp32. Each row of x is computed as it would be alone.
     """
@@ -128,7 +128,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _DenseTile:
-    """A function for the product of some rows with some tokens; the sums fit in registers."""
+    """A function for the product of some rows with some tokens, whose sums fit in registers."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16
@@ -147,7 +147,7 @@ class _DenseTile:
                 for number in range(self.tokens)
             ]
             further = column + _AHEAD // size
-            # This tile reads the bytes behind the end of a row anyway.
+            # This tile reads the bytes after the end of a row anyway.
             behind = further + columns * (self.rows - 1)
             further = further.compare("<", columns).choose(further, behind)
             for number in range(self.rows):
@@ -164,7 +164,7 @@ class _DenseTile:
 
 
 def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
-    """Write `multiply`: an item of work is `_GROUP` rows and one chunk of tokens."""
+    """Write `multiply`. An item of work is `_GROUP` rows and one chunk of tokens."""
     function = Function(module, "multiply")
     given = _SIGNATURE.read_by(function)
     height, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))

@@ -1,7 +1,7 @@
-"""A small language for writing vector code in Python: values with operators, pointers, loops.
+"""A small language for writing vector code in Python, with values, pointers and loops.
 
-The Python code runs once, and what it does with values is written down as instructions: `a + b`
-adds nothing, it writes an addition. The result is a module of LLVM's intermediate representation,
+The Python code runs once, and what it does with values is written down as instructions. `a + b`
+adds nothing but writes an addition. The result is a module of LLVM's intermediate representation,
 which `compile.py` turns into machine code. A function that doubles n numbers, 8 at a time:
 
     function = Function(module, "double", numbers=1)
@@ -88,21 +88,21 @@ class Value:
         return self._binary(other, "shl")
 
     def __rshift__(self, other: int) -> Value:
-        """Shift to the right; zeros are shifted in from the left."""
+        """Shift to the right, with zeros from the left."""
         return self._binary(other, "lshr")
 
     def __neg__(self) -> Value:
         return self * -1
 
     def compare(self, operator: str, other: Value | float) -> Value:
-        """Return a bit, or a vector of bits. `operator` is <, <=, ==, ...; integers are signed."""
+        """Return a bit, or a vector of bits, by an operator like <= or ==. Integers are signed."""
         right = self._function.constant(self.type, other).raw
         if self._is_float:
             return self._wrap(self._builder.fcmp_ordered(operator, self.raw, right))
         return self._wrap(self._builder.icmp_signed(operator, self.raw, right))
 
     def choose(self, yes: Value, no: Value | float) -> Value:
-        """Return `yes` where this bit is set, else `no`."""
+        """Return `yes` if this bit is set, else `no`."""
         other = self._function.constant(yes.type, no)
         return self._wrap(self._builder.select(self.raw, yes.raw, other.raw))
 
@@ -127,11 +127,11 @@ class Value:
         return self._wrap(self._builder.sitofp(self.raw, kind))
 
     def as_integer(self, kind: Any) -> Value:
-        """Convert floats to signed integers; digits after the point are dropped."""
+        """Convert floats to signed integers, without the digits after the point."""
         return self._wrap(self._builder.fptosi(self.raw, kind))
 
     def arithmetic_shift(self, bits: int) -> Value:
-        """Shift to the right; copies of the sign bit are shifted in from the left."""
+        """Shift to the right, with copies of the sign bit from the left."""
         return self._binary(bits, "ashr")
 
     def broadcast(self, count: int) -> Value:
@@ -141,7 +141,7 @@ class Value:
         return self._wrap(first).shuffled([0] * count)
 
     def shuffled(self, places: Sequence[int], other: Value | None = None) -> Value:
-        """Return the elements at these places of this vector and, behind it, `other`."""
+        """Return the elements at these places of this vector followed by `other`."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
         mask = ir.Constant(vector(i32, len(places)), list(places))
         return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
@@ -164,33 +164,33 @@ class Pointer:
         return Pointer(self._function, moved)
 
     def load(self, kind: Any, offset: Value | int = 0) -> Value:
-        """Load a value of this type; it need not be aligned."""
+        """Load a value of this type, which need not be aligned."""
         address = self._builder.bitcast(self.plus(offset).raw, kind.as_pointer())
         return Value(self._function, self._builder.load(address, align=1))
 
     def store(self, value: Value, offset: Value | int = 0) -> None:
-        """Store the value; it need not be aligned."""
+        """Store the value, which need not be aligned."""
         address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
         self._builder.store(value.raw, address, align=1)
 
     def prefetch(self, offset: Value | int) -> None:
-        """Prefetch the line into the first cache; an address that does not exist does no harm."""
+        """Prefetch the line into the first cache. An address that does not exist does no harm."""
         read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
         self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
-        """Add one to the 64-bit number there, atomically; return the old number."""
+        """Add one to the 64-bit number there, atomically, and return the old number."""
         address = self._builder.bitcast(self.raw, i64.as_pointer())
         return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
 
 
 class Function:
-    """A function that is being written; it takes a pointer and `numbers` 64-bit integers."""
+    """A function that is being written. It takes a pointer and `numbers` 64-bit integers."""
 
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
         kind = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
         self.raw = ir.Function(module, kind, name)
-        # Vectors for which there is no register lie on the stack. Its start is a matter of luck in
+        # Vectors that have no register lie on the stack. Its start is a matter of luck in
         # each process, and a vector that is in two cache lines takes longer to load.
         self.raw.attributes.add("nounwind")  # llvmlite writes no alignment without an attribute
         self.raw.attributes.alignstack = _CACHE_LINE
@@ -201,7 +201,7 @@ class Function:
         self.numbers = [Value(self, number) for number in rest]
 
     def constant(self, kind: Any, number: Value | float | Sequence[int]) -> Value:
-        """Return the number as a constant of this type; a `Value` as it is."""
+        """Return the number as a constant of this type, or a `Value` as it is."""
         if isinstance(number, Value):
             return number
         if not isinstance(kind, ir.VectorType):
@@ -214,7 +214,7 @@ class Function:
         return Pointer(self, self.builder.inttoptr(number.raw, _byte_pointer))
 
     def call(self, name: str, returns: Any, *arguments: Value | Pointer) -> Value:
-        """Call one of LLVM's own functions; many of them stand for an instruction of the CPU."""
+        """Call one of LLVM's own functions. Many of them stand for an instruction of the CPU."""
         raw = [argument.raw for argument in arguments]
         function = self._module.globals.get(name)
         if function is None:
@@ -223,11 +223,11 @@ class Function:
         return Value(self, self.builder.call(function, raw))
 
     def maximum(self, one: Value, other: Value) -> Value:
-        """Return the larger of two numbers, place by place; signed if they are integers."""
+        """Return the larger of two numbers, place by place. Integers are signed."""
         return one.compare(">", other).choose(one, other)
 
     def minimum(self, one: Value, other: Value) -> Value:
-        """Return the smaller of two numbers, place by place; signed if they are integers."""
+        """Return the smaller of two numbers, place by place. Integers are signed."""
         return one.compare("<", other).choose(one, other)
 
     def multiply_add(self, one: Value, other: Value, third: Value) -> Value:
@@ -267,7 +267,7 @@ class Function:
     ) -> Iterator[tuple[Value, list[Value]]]:
         """Loop over what is written inside, as Python does over range(start, end, step).
 
-        Yields the counter, and a list of the values carried from one turn to the next: each turn
+        Yields the counter, and a list of the values carried from one turn to the next. Each turn
         replaces its elements. After the loop the list holds the values of the last turn.
         """
         builder = self.builder
@@ -302,7 +302,7 @@ class Function:
     def each_item(self, counter: Pointer, count: Value) -> Iterator[Value]:
         """Run what is written inside once for each item of work, a number below `count`.
 
-        Threads that run this function together share the items: each takes the next free one, so
+        Threads that run this function together share the items. Each takes the next free one, so
         that a fast core does more of them than a slow one.
         """
         builder = self.builder

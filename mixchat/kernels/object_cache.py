@@ -1,4 +1,4 @@
-"""A cache of machine code in files; compiling it takes half a second at each start."""
+"""A cache of machine code in files, because compiling takes half a second at each start."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ObjectCache:
     """The machine code of one module, for one CPU and one compiler.
 
     A file is a SHA-256 and the code that it belongs to. A user who can write the file, its
-    directory or one above can run code as the user who reads it. Where others than the owner and
+    directory or one above can run code as the user who reads it. If others than the owner and
     root can do so, the cache is not used, and the code is compiled at each start.
     """
 
     def __init__(self, source: str, target: str, directory: Path | None = None) -> None:
-        """`source`: the module's text; `target`: everything else that the code depends on."""
+        """`source` is the module's text, `target` everything else that the code depends on."""
         key = "\0".join((source, target, llvmlite.__version__))
         self._directory = data_dir() / "kernels" if directory is None else directory
         self._name = f"{hashlib.sha256(key.encode()).hexdigest()}.o"
@@ -50,7 +50,7 @@ class ObjectCache:
         return code if hashlib.sha256(code).digest() == digest else None
 
     def save(self, code: bytes) -> None:
-        """Write the code if that is possible; remove the oldest files if there are too many."""
+        """Write the code if that is possible, and remove the oldest files if there are too many."""
         with contextlib.suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _trusted_directory(self._directory):
@@ -68,9 +68,9 @@ class ObjectCache:
 
 @contextlib.contextmanager
 def _trusted_directory(directory: Path) -> Iterator[int]:
-    """Open the directory. Raises `PermissionError` where another user may change it or one above.
+    """Open the directory. Raises `PermissionError` if another user may change it or one above.
 
-    A link in its own place is not followed; links above it are resolved first.
+    If it is a link itself, it is not followed. Links above it are resolved first.
     """
     above = directory.parent.resolve(strict=True)
     place = os.open(above / directory.name, os.O_RDONLY | os.O_DIRECTORY | _LINKS_REFUSED)
@@ -94,7 +94,7 @@ def _read_trusted(name: str, place: int) -> bytes:
 
 
 def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
-    """Raise `PermissionError` where another user than this one and root can change it."""
+    """Raise `PermissionError` if another user than this one and root can change it."""
     writable = status.st_mode & (_above_writable(status) if above else _OTHERS)
     if status.st_uid not in (os.geteuid(), 0) or writable:
         raise PermissionError(errno.EPERM, "others can write here")
@@ -103,8 +103,8 @@ def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
 def _above_writable(status: os.stat_result) -> int:
     """Return the bits that let others replace files in a directory.
 
-    In a sticky one, as /tmp is, others can make files but not replace ours. Where each user has a
-    group of their own, many systems make all directories writable for that group.
+    In a sticky one, as /tmp is, others can make files but not replace ours. If each user has a
+    private group, many systems make all directories writable for that group.
     """
     if status.st_mode & stat.S_ISVTX:
         return 0
@@ -112,7 +112,7 @@ def _above_writable(status: os.stat_result) -> int:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether a group is the user's own: it has the user's name and no other member."""
+    """Return whether a group has the user's name and no other member."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:

@@ -7,10 +7,10 @@ its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits)
 - values: for each word of tokens (1, 2 or 4 of them) vectors, a number of the head in each lane.
 
 Shifts unpack a word without moving numbers between lanes. With 8 bits each key and each value has a
-scale of its own, behind the values.
+scale, after the values.
 
-For instance bf16, h = 128, token 37 of a page: its key's numbers 6 and 7 are the word 3 of block 2,
-lane 5; its value's number 6 is the upper half of word 18, lane 6.
+With bf16 and h = 128, take token 37 of a page. Its key's numbers 6 and 7 are the word 3 of block 2,
+lane 5. Its value's number 6 is the upper half of word 18, lane 6.
 
 T = new tokens, P = tokens before them, H = heads, G = groups, h = head_dim.
 """
@@ -32,7 +32,7 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
 from mixchat.kernels.program import Arguments, Signature, Step
 
 Bits = Literal[32, 16, 8]
-PAGE = 512  # tokens: 2 MB of Mixtral in bf16, as much as a large page of memory
+PAGE = 512  # tokens, 2 MB of Mixtral in bf16, as much as a large page of memory
 KEY_BLOCK = 16  # tokens whose keys lie side by side
 _WIDTH = 32  # h is padded to a multiple of this
 _LARGEST = 127  # of signed 8-bit numbers
@@ -41,7 +41,7 @@ _SIGNATURE = Signature("pages", "keys", "values", "past", "tokens")
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The layout of keys and values in a page; `bits` is the size of a stored number."""
+    """The layout of keys and values in a page. `bits` is the size of a stored number."""
 
     heads: int
     groups: int
@@ -70,7 +70,7 @@ class CacheShape:
 
     @property
     def scales_at(self) -> int:
-        """Return the offset of the keys' scales, in bytes; behind them are the values' scales."""
+        """Return the offset of the keys' scales, in bytes. The values' scales follow."""
         return 2 * self.values_at
 
     @property
@@ -87,9 +87,9 @@ class CacheShape:
 def store(
     shape: CacheShape, pages: torch.Tensor, past: int, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Store keys and values [T, G, h], fp32 or bf16, behind the first `past` tokens.
+    """Store keys and values [T, G, h], fp32 or bf16, after the first `past` tokens.
 
-    pages: int64, the addresses of a layer's pages, which hold zeros at first.
+    `pages`, int64, are the addresses of a layer's pages, which hold zeros at first.
     """
     step = store_step(shape, keys.contiguous(), values.contiguous())
     step.set(pages=pages.data_ptr(), past=past)
@@ -115,11 +115,11 @@ def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) 
 def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("pages")
-    _Store(module, shape, bf16).write()
+    _StoreKernel(module, shape, bf16).write()
     return compile_module(module, instructions)
 
 
-class _Store:
+class _StoreKernel:
     """The function `store`, which goes number by number. An item of work is a token."""
 
     def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
@@ -153,7 +153,7 @@ class _Store:
     def _encoded(
         self, source: Pointer, first: Value, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """Loop over a head's numbers: yield the place of each, and the number as it is stored."""
+        """Loop over a head's numbers, and yield the place of each and how it is stored."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
         with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
             number = as_fp32(source, first + place, self._bf16)
@@ -164,7 +164,7 @@ class _Store:
             yield place, stored
 
     def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
-        """Store the scale of a head's numbers; return the factor that they are multiplied with."""
+        """Store the scale of a head's numbers, and return the factor by which they are stored."""
         function, zero = self.function, self.function.constant(f32, 0.0)
         with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
             number = as_fp32(source, first + place, self._bf16)

@@ -1,4 +1,4 @@
-"""Kernels with their arguments, and programs of them: many steps in one call, without Python.
+"""Kernels with their arguments, and programs of many steps in one call, without Python.
 
 For one token, Python takes as long to prepare a small kernel as the kernel takes, and the other
 threads fall asleep meanwhile. A program is prepared once. Then all threads walk through it.
@@ -39,7 +39,7 @@ class Signature:
         self._array: type[Numbers] = ctypes.c_int64 * len(self._places)
 
     def numbers(self, **given: int) -> Numbers:
-        """Return an array with these arguments; the others are 0."""
+        """Return an array with these arguments. The others are 0."""
         array = self._array()
         self.set(array, **given)
         return array
@@ -79,17 +79,13 @@ class Arguments:
 
 @dataclass
 class Step:
-    """A kernel with its arguments.
-
-    keeps: the tensors that the arguments point to, which must live as long. threads: as many as
-    it pays to run the step on; None for all. A program does not read it.
-    """
+    """A kernel with its arguments."""
 
     function: NativeFunction
     signature: Signature
     numbers: Numbers
-    keeps: tuple[torch.Tensor | None, ...]
-    threads: int | None = None
+    keeps: tuple[torch.Tensor | None, ...]  # that the arguments point to, which must live as long
+    threads: int | None = None  # that `run` uses, None for all
 
     def run(self) -> None:
         """Run it now, and wait for it."""
@@ -140,8 +136,8 @@ def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
 
 
 _SIGNATURE = Signature("steps", "stages", "count", "barrier", "team_size")
-_STEP_BYTES = 16  # in `steps`: the addresses of its function and of its arguments
-# In `stages`: the ends of its shared steps and of the steps alone, and the threads that arrived.
+_STEP_BYTES = 16  # in `steps`, for the addresses of its function and of its arguments
+# In `stages`, for the ends of the shared steps and of the others, and the threads that arrived.
 _STAGE_BYTES = 24
 
 
@@ -172,9 +168,9 @@ class Program:
 
 
 def _ends(stages: Sequence[Stage]) -> list[list[int]]:
-    """Return the table `stages`: the thread that is ready last runs what follows alone.
+    """Return the table `stages`, in which the thread that is ready last runs what follows alone.
 
-    For 2 shared steps, 1 alone, 3 alone and 1 shared: [[2, 6, 0], [7, 7, 0]].
+    For 2 shared steps, 1 alone, 3 alone and 1 shared it is [[2, 6, 0], [7, 7, 0]].
     """
     ends: list[list[int]] = []
     place = 0

@@ -6,9 +6,9 @@ integers, in blocks of 64 columns with a scale for each. Then `multiply` turns t
 integers (`units.py`), adds the products up exactly, and turns only the sum over a block into a
 float, times the scales of the weights and of x (`tile.py`).
 
-For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign: the error against a product in
+For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16
-costs. For many tokens the limit is computing and not memory; there x has 7 bits and a sign if the
+costs. For many tokens the limit is computing and not memory. Then x has 7 bits and a sign if the
 CPU multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
 9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 2e-5, while rounding the
 weights has cost 6e-3.
@@ -37,36 +37,32 @@ from mixchat.kernels.program import Step, copy_of
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Unit, UnitSet
 
-_STREAMS = 2  # bands that are read at once where there is one token; with more, memory gave less
+_STREAMS = 2  # bands that are read at once if there is one token; with more, memory was slower
 # Bytes that a stream goes through in one item of work, if enough items are left for each thread.
 # Its start is read more slowly, before the CPU has found out what will be read next.
 _STREAM_BYTES, _ITEMS = 2**20, 8
-_X_BYTES = 2**19  # of x in one item of work: they fit in the second-level cache
+_X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class QuantizedMatrix(NamedTuple):
-    """A matrix [R, C] in the layout "cpu-packed": R is a multiple of 32, C of 64.
+    """A matrix in the layout "cpu-packed"."""
 
-    codes: of `units.bits` bits; absmax: bf16 [C / 64 * R]. levels: the numbers that codes stand
-    for, a result of `level_tables`; None if codes are numbers themselves.
-    """
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    levels: torch.Tensor | None
-    shape: tuple[int, int]
+    codes: torch.Tensor  # of `units.bits` bits
+    absmax: torch.Tensor  # bf16 [C / 64 * R]
+    levels: torch.Tensor | None  # a result of `level_tables`; None if codes are numbers themselves
+    shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of 64
     units: UnitSet
 
 
 def quantized_matmul(
     x: torch.Tensor, matrix: QuantizedMatrix, *, exact: bool = False
 ) -> torch.Tensor:
-    """Return x [..., C] times the transposed matrix: [..., R] in the type of x, on the CPU.
+    """Return x [..., C] times the transposed matrix, [..., R] in the type of x, on the CPU.
 
-    fp32 or bf16; other types are computed as fp32. Each row of x is computed by itself. With 3 and
-    4 bits its result depends on the others through their count: many rows are rounded more coarsely
-    than few. With `exact`, many are computed as one is, and with 8-bit codes they always are.
+    Types but fp32 and bf16 are computed as fp32. Each row of x is computed by itself. With 3 and 4
+    bits its result depends on the count of rows, because many are rounded more coarsely than few.
+    With `exact`, many are computed as one is, and with 8-bit codes they always are.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -119,7 +115,7 @@ def quantized_matmul_steps(
 
 
 def _run_length(rows: int, band_bytes: int) -> int:
-    """Return how many bands, one behind the other, are a stream's part of an item of work."""
+    """Return how many bands in a row are a stream's part of an item of work."""
     most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
@@ -136,7 +132,7 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Com
 
 
 def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
-    """Write `round_x`: x as integers, and a scale for each block. An item of work is a token."""
+    """Write `round_x`, x as integers and a scale for each block. An item of work is a token."""
     function = Function(module, "round_x")
     given = SIGNATURE.read_by(function)
     x, x_integers = given.pointer("x"), given.pointer("x_integers")
@@ -170,7 +166,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
 def _largest(function: Function, pieces: Sequence[Value]) -> Value:
     """Return the largest magnitude.
 
-    Without the sign, the bits of floats have the order of the floats. NaN comes last: it becomes
+    Without the sign, the bits of floats have the order of the floats. NaN comes last. It becomes
     the scale, and so every result is NaN.
     """
     lanes = pieces[0].type.count
@@ -180,7 +176,7 @@ def _largest(function: Function, pieces: Sequence[Value]) -> Value:
 
 
 def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
-    """Write `multiply`: an item of work is `_STREAMS` runs of bands and one chunk of tokens."""
+    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens."""
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
     rows, tokens, chunk, run = (given.number(name) for name in ("rows", "tokens", "chunk", "run"))

@@ -1,4 +1,4 @@
-"""The router's choice: the best experts of each token, and the softmax over their logits.
+"""The router's choice, which is the best experts of each token and the softmax over their logits.
 
 T = tokens, D = columns, E = experts, K = experts of a token.
 """
@@ -17,10 +17,10 @@ from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_mod
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.program import Signature, Step
 
-_MOST = 1024  # experts: their logits are on the stack
+_MAX_EXPERTS = 1024  # because their logits are on the stack
 _FEW = 4  # tokens that one thread finishes before a second one has started
-# No expert is chosen twice: all others are above `_START`, however low their logits are. As in
-# torch, NaN is above all numbers.
+# No expert is chosen twice, because all others are above `_START`, however low their logits are. As
+# in torch, NaN is above all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
     "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "choices"
@@ -29,17 +29,17 @@ _LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 
 
 def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Return whether the kernel takes these; `route` falls back to torch for others."""
+    """Return whether the kernel takes these. `route` falls back to torch for others."""
     experts, columns = gate.shape
-    return rows.can_compute(x.dtype, columns, x.device.type) and experts <= _MOST
+    return rows.can_compute(x.dtype, columns, x.device.type) and experts <= _MAX_EXPERTS
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the experts [T, K], int64, with the largest logits x gate^T, and the softmax over
     these logits [T, K], fp32.
 
-    x [T, D]; gate [E, D], fp32. All is computed in fp32: rounding the logits could change which
-    expert comes second. Of equal logits the kernel takes the first.
+    With x [T, D] and gate [E, D], fp32. All is computed in fp32, because rounding the logits could
+    change which expert comes second. Of equal logits the kernel takes the first.
     """
     if not can_route(x, gate):
         router_logits = functional.linear(x.float(), gate)  # [T, E]
@@ -55,7 +55,7 @@ def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tens
 def route_step(
     x: torch.Tensor, gate: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
 ) -> Step:
-    """Return `route` as a step that writes experts and weights; x is contiguous."""
+    """Return `route` as a step that writes experts and weights. x is contiguous."""
     tokens, choices = experts.shape
     logits = torch.empty(tokens, gate.shape[0])
     numbers = _SIGNATURE.numbers(
@@ -77,8 +77,8 @@ def route_step(
 def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
     """Return a step that writes, for each chosen expert, the numbers that a table has for it.
 
-    experts: int64 [K]; table: int64 [E, n]; targets: int64 [K, n], the addresses to write to. All
-    are contiguous, and so are the tensors that they point into.
+    All are int64 and contiguous. `experts` [K] are the chosen ones, `table` has a row [E, n] for
+    each expert, and `targets` [K, n] are the addresses to write to.
     """
     numbers = _LOOK_UP.numbers(
         experts=experts.data_ptr(),
@@ -102,7 +102,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 def _write_look_up(module: ir.Module) -> None:
-    """Write `look_up`: all of it is one item of work."""
+    """Write `look_up`, which is one item of work."""
     function = Function(module, "look_up")
     given = _LOOK_UP.read_by(function)
     experts, table, targets = (given.pointer(name) for name in ("experts", "table", "targets"))
@@ -119,12 +119,12 @@ def _write_look_up(module: ir.Module) -> None:
 
 
 class _Route:
-    """A function that routes token after token: a token is an item of work."""
+    """A function that routes token after token. A token is an item of work."""
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
         self._function, self._lanes, self._bf16 = Function(module, "route"), lanes, bf16
         self._given = _SIGNATURE.read_by(self._function)
-        self._ranks = self._function.scratch(_MOST * 4)
+        self._ranks = self._function.scratch(_MAX_EXPERTS * 4)
 
     def write(self) -> None:
         function, given = self._function, self._given
@@ -150,7 +150,7 @@ class _Route:
         return function.total(sums[0])
 
     def _rank(self, logit: Value) -> Value:
-        """Return the number by which an expert is chosen: its logit, or a finite one for NaN."""
+        """Return the number by which an expert is chosen, its logit or a finite number for NaN."""
         finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
         return logit.compare("==", logit).choose(finite, _NO_NUMBER)
 
@@ -169,7 +169,7 @@ class _Route:
         given.pointer("weights").store(logit, place * 4)
 
     def _soften(self, first: Value, choices: Value) -> None:
-        """Turn logits into weights; the first is the largest."""
+        """Turn logits into weights. The first logit is the largest."""
         function, weights = self._function, self._given.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)

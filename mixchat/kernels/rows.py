@@ -1,10 +1,10 @@
 """The operations on a token's row between the matrices, each in one pass over the row.
 
 A token has few numbers, but torch takes four to nine operations for what is one here. While the
-weights stream through the caches, each operation has to bring its code and data back: 20 us in
-place of 2. The kernels compute in fp32 and round once, unless a docstring says more.
+weights stream through the caches, each operation has to bring its code and data back, which takes
+20 us in place of 2. The kernels compute in fp32 and round once, unless a docstring says more.
 
-Each function computes the same formula in torch where its kernel does not take the rows.
+Each function computes the same formula in torch if its kernel does not take the rows.
 
 T = tokens, D = columns, K = experts of a token, h = head_dim.
 """
@@ -66,7 +66,7 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return x [T, heads, h] times cos [T, h], plus x with its halves swapped times sin [T, h].
 
-    The numbers of a token's heads lie one behind the other.
+    The numbers of a token's heads follow one another.
     """
     tokens, heads, width = x.shape
     if not can_compute(x.dtype, width // 2, x.device.type):
@@ -84,7 +84,7 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [T, D] for gate and up side by side: [T, 2 * D]."""
+    """Return silu(gate) * up [T, D] for gate and up side by side, [T, 2 * D]."""
     columns = gate_up.shape[-1] // 2
     if not can_compute(gate_up.dtype, columns, gate_up.device.type):
         gate, up = gate_up.chunk(2, dim=-1)
@@ -117,7 +117,7 @@ def weighted_sum_step(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor)
 
 
 def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return x + other [T, D] as a step, for tensors that are contiguous; torch has the sum."""
+    """Return x + other [T, D] as a step, for tensors that are contiguous."""
     return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
 
 
@@ -141,7 +141,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _Rows(ABC):
-    """A function that computes row after row: a token is an item of work."""
+    """A function that computes row after row. A token is an item of work."""
 
     name: str
 

@@ -25,7 +25,7 @@ class NativeFunction:
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads, of which this is one, and wait for all of them.
 
-        Each is called with the address of `arguments`; the function itself shares out the work.
+        Each is called with the address of `arguments`. The function itself shares out the work.
         """
         where = ctypes.addressof(arguments)
         if threads == 1:
@@ -42,7 +42,7 @@ class NativeFunction:
 
 
 def team_functions() -> tuple[int, int] | None:
-    """Return the addresses of two functions for the threads of a run; None without OpenMP.
+    """Return the addresses of two functions for the threads of a run, or None without OpenMP.
 
     At the first one they wait for each other, the second one returns their count, 32 bits.
     """
@@ -56,9 +56,9 @@ def team_functions() -> tuple[int, int] | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch has loaded; None if there is none.
+    """Return the OpenMP library that torch has loaded, or None.
 
-    A second library would have threads of its own, which compete with torch's.
+    A second library's threads would compete with torch's.
     """
     try:
         maps = Path("/proc/self/maps").read_text()

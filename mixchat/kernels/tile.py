@@ -1,7 +1,7 @@
 """The product of some rows of a matrix of codes with some tokens, in the CPU's registers.
 
 A band is 32 rows, which lie interleaved in the layout "cpu-packed". A block is 64 columns, whose
-weights share a scale (`absmax`) in each row; x has a scale for each block too (`x_scales`).
+weights share a scale (`absmax`) in each row. x has a scale for each block, too (`x_scales`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mixchat.kernels.units import Unit
 
 BAND = 32  # rows
 BLOCK = 64  # columns
-_AHEAD = 4  # blocks: how early their scales, which lie far apart, are prefetched
-# Bytes: how early codes are prefetched. The CPU's own prefetcher stops at the end of each page, and
-# the products with several tokens fill the time in which the CPU would look ahead itself.
+_AHEAD = 4  # blocks early, scales are prefetched, which lie far apart
+# How many bytes early codes are prefetched. The CPU's own prefetcher stops at the end of each page,
+# and the products with several tokens fill the time in which the CPU would look ahead itself.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
 
@@ -39,11 +39,11 @@ SIGNATURE = Signature(
 
 
 class Tile:
-    """A function for the product of `bands` bands with `tokens` tokens; the sums fit in registers.
+    """A function for the product of some bands with some tokens, whose sums fit in registers.
 
     In each block products of integers are added up, without rounding. The sum is multiplied with
     both scales and added to the result as a float. The function's numbers are the first band, the
-    first token, and how many bands the bands lie apart; its other arguments are `SIGNATURE`.
+    first token, and how many bands the bands lie apart. Its other arguments are `SIGNATURE`.
     """
 
     def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
@@ -115,7 +115,7 @@ class Tile:
         return columns * (BAND * self._unit.bits // 8)
 
     def _starts(self, block: Value) -> list[Value]:
-        """Return the first values of the sums: minus what the unit's offset will add to them."""
+        """Return the first values of the sums, minus what the unit's offset will add to them."""
         unit, whole = self._unit, vector(i32, self._unit.lanes)
         if not unit.offset:
             count = self.bands * self.tokens * self._parts

@@ -1,23 +1,23 @@
-"""Ways to turn codes into numbers and to multiply them: their instructions, the bits of x.
+"""Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-The numbers are integers: the levels that the codes stand for (-1 to 1, times `largest_level`) and
-x (scaled to at most `largest_x`). A unit reads some columns of 32 rows in the layout "cpu-packed".
-It turns the codes into levels, and adds their products with x to sums of 32 bits, one for each row.
-Codes of 3 and 4 bits are looked up in a table; those of 8 bits are their levels themselves. "Words"
-have 16 bits. The sum over a block of 64 columns never overflows:
+The numbers are integers. They are the levels that the codes stand for (-1 to 1, times
+`largest_level`) and x (scaled to at most `largest_x`). A unit reads some columns of 32 rows in the
+layout "cpu-packed". It turns the codes into levels, and adds their products with x to sums of 32
+bits, one for each row. Codes of 3 and 4 bits are looked up in a table. 8-bit codes are their levels
+themselves. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
 
 3 and 4 bits have the same way in all but the first step. A line is 32 bytes for a pair of columns,
-with two codes in a byte: of a row 0 to 15 in its low bits, of a row 16 to 31 above them. With 4
+with two codes in a byte. A row 0 to 15 has its low bits, a row 16 to 31 the bits above them. With 4
 bits the line is what lies in memory. With 3 bits, three lines in memory hold 6 bits of each byte,
 and the two bits left over in each of them make up a fourth line. Bits that are no part of a code
 may remain above it, because the table is repeated.
 
-The instruction for bytes takes unsigned levels: 128 is added to each. So a sum is too large by 128
-times the sum of x over the block, which is known beforehand: the sums start at minus that.
+The instruction for bytes takes unsigned levels, so 128 is added to each. So a sum is too large by
+128 times the sum of x over the block. That is known beforehand, so the sums start at minus that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import torch
 from mixchat.kernels.compile import InstructionSet, has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
-MANY = 16  # tokens from which on x has 8 bits, on CPUs where that is faster
+MANY = 16  # tokens from which on x has 8 bits, on CPUs that gain by it
 LINE = 32  # bytes
 # The CPU's feature with which one instruction multiplies and adds to the sums. Bytes need it.
 VNNI: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
-_BYTES_AT = 32  # bytes: in the table, the levels as words come before the levels as bytes
+_BYTES_AT = 32  # bytes of the table with the levels as words, before the levels as bytes
 
 
 class Unit(ABC):
@@ -66,14 +66,14 @@ class Unit(ABC):
         """Load the codes of `columns` columns, and return their levels.
 
         Each list has a vector of levels for each vector of sums. A lane, one row, has as many
-        levels as 32 bits of x have numbers; the first list is for the first of them, and so on.
+        levels as 32 bits of x have numbers. The first list is for the first of them, and so on.
         """
 
     @abstractmethod
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """Return the sums plus, lane by lane, the products of the levels with x.
 
-        `x`: one number of 32 bits, in which lie as many numbers of x as a lane has levels.
+        `x` is one number of 32 bits, in which lie as many numbers of x as a lane has levels.
         """
 
     def in_order(self, sums: list[Value]) -> list[Value]:
@@ -82,7 +82,7 @@ class Unit(ABC):
 
 
 class _Words(Unit):
-    """Adds both products of each pair of words; with VNNI, LLVM makes one instruction of it."""
+    """Adds both products of each pair of words. With VNNI, LLVM makes one instruction of it."""
 
     _multiply: ClassVar[str]
 
@@ -105,7 +105,7 @@ class _Avx2Words(_Words):
 
 
 class _Lookup(Unit):
-    """Looks codes up in a table; `shift` is how far apart the two codes of a byte are."""
+    """Looks codes up in a table. `shift` is how far apart the two codes of a byte are."""
 
     shift: ClassVar[int] = 4
 
@@ -114,17 +114,17 @@ class _Lookup(Unit):
         return [self.line(codes, place)]
 
     def line(self, codes: Pointer, place: Value) -> Value:
-        """Load a line: as bytes, unless the unit wants another type."""
+        """Load a line as bytes, unless the unit wants another type."""
         return codes.load(vector(i8, LINE), place)
 
     def shifted(self, line: Value, by: int) -> Value:
-        """Return a line, or two, with its bits shifted right; above them can be any."""
+        """Return a line, or two, with its bits shifted right. Any bits can be above them."""
         words = vector(i16, line.type.count // 2)
         return (line.bits_as(words) >> by).bits_as(line.type)
 
 
 class _ThreeBits(_Lookup):
-    """Takes lines out of 3 bits: the two bits left over in three lines are a fourth one."""
+    """Takes lines out of 3 bits. The two bits left over in three lines are a fourth one."""
 
     bits, columns, shift = 3, 8, 3
 
@@ -141,7 +141,7 @@ class _ThreeBits(_Lookup):
 
 
 class Avx512(_Lookup, _Avx512Words):
-    """AVX-512: one instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
+    """AVX-512. One instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
 
     _widths, unrolled = (8, 4, 3, 2, 1), 4
 
@@ -173,7 +173,7 @@ class Avx512(_Lookup, _Avx512Words):
 class _Avx2Order(Unit):
     """Has vectors of rows 0-3 and 8-11, of rows 4-7 and 12-15, and the same from row 16 on.
 
-    That is what AVX2 gives where it interleaves two vectors, for it does so in each half alone.
+    AVX2 gives that when it interleaves two vectors, for it does so in each half alone.
     """
 
     def in_order(self, sums: list[Value]) -> list[Value]:
@@ -187,7 +187,7 @@ class _Avx2Order(Unit):
 
 
 def _interleaved(one: Value, other: Value) -> list[Value]:
-    """Return the numbers of two vectors by turns, in two vectors; see `_Avx2Order`."""
+    """Return the numbers of two vectors by turns, in two vectors, for `_Avx2Order`."""
     count = one.type.count
     half, quarter = count // 2, count // 4
     mixed = []
@@ -198,7 +198,7 @@ def _interleaved(one: Value, other: Value) -> list[Value]:
 
 
 class Avx2(_Avx2Order, _Lookup, _Avx2Words):
-    """AVX2: looks up the low and the high bytes of the levels, and puts them together to words."""
+    """AVX2. It looks up the low and the high bytes of the levels, and joins them to words."""
 
     unrolled = 2
 
@@ -233,7 +233,7 @@ class Avx2(_Avx2Order, _Lookup, _Avx2Words):
 
 
 class _Bytes(_Lookup):
-    """Looks up levels of 8 bits, for x in 8 bits: four products in an instruction and lane."""
+    """Looks up levels of 8 bits, for x in 8 bits, with four products in an instruction and lane."""
 
     columns = 4
     x_type, largest_x, largest_level, offset = i8, 127, 127, 128
@@ -269,7 +269,7 @@ class _Bytes(_Lookup):
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """Add all four products of each lane."""
-        # LLVM 20 declares the operands as 32-bit numbers; later versions accept that.
+        # LLVM 20 declares the operands as 32-bit numbers. Later versions accept that.
         kind = vector(i32, self.lanes)
         return self.function.call(
             self._multiply, kind, sums, levels.bits_as(kind), x.broadcast(self.lanes)
@@ -277,7 +277,7 @@ class _Bytes(_Lookup):
 
 
 class Avx512Bytes(_Bytes):
-    """AVX-512 with x in 8 bits: twice as fast as words."""
+    """AVX-512 with x in 8 bits, twice as fast as words."""
 
     lanes, _widths, unrolled = 16, (8, 4, 3, 2, 1), 1
     _look_up, _multiply = "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx512.vpdpbusd.512"
@@ -288,7 +288,7 @@ class Avx512Bytes(_Bytes):
 
 
 class Avx2Bytes(_Avx2Order, _Bytes):
-    """AVX2 with x in 8 bits: 1.7 times as fast as words."""
+    """AVX2 with x in 8 bits, 1.7 times as fast as words."""
 
     lanes, _widths, unrolled = 8, (2, 1), 1
     _look_up, _multiply = "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.vpdpbusd.256"
@@ -319,7 +319,7 @@ class Avx2ThreeBitsBytes(_ThreeBits, Avx2Bytes):
 
 
 class _Int8(_Words):
-    """8-bit codes: loaded as words, with their sign."""
+    """8-bit codes, loaded as words with their sign."""
 
     bits, largest_x, largest_level = 8, 32767, 127
 
@@ -347,14 +347,14 @@ class Avx2Int8(_Int8, _Avx2Words):
 
 
 class UnitSet(NamedTuple):
-    """The units for codes of so many bits: with x in words, and in bytes if there are some."""
+    """The units for codes of so many bits, with x in words and perhaps in bytes."""
 
     bits: int
     words: dict[InstructionSet, type[Unit]]
     bytes: dict[InstructionSet, type[Unit]]
 
     def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
-        """Return the unit for so many tokens: for many, bytes, if the CPU has VNNI."""
+        """Return the unit for so many tokens. Many are bytes if the CPU has VNNI."""
         if tokens >= MANY and instructions in self.bytes and has_feature(VNNI[instructions]):
             return self.bytes[instructions]
         return self.words[instructions]
@@ -374,9 +374,9 @@ EIGHT_BITS = UnitSet(8, words={"avx512": Avx512Int8, "avx2": Avx2Int8}, bytes={}
 
 
 def level_tables(levels: torch.Tensor) -> torch.Tensor:
-    """Return the table that units read: uint8, words then bytes.
+    """Return the table that units read, uint8, for 16 or 8 levels, fp32, -1 to 1.
 
-    levels: fp32, -1 to 1, 16 or 8 of them.
+    It has the levels as words, then as bytes.
     """
     sixteen = levels.repeat(16 // len(levels))
     words = (sixteen * Unit.largest_level).round().to(torch.int16).view(torch.uint8)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.engine.model import Attention, Block
+from mixchat.engine.attention import Attention
+from mixchat.engine.model import Block
 from mixchat.planning import compute_speed
 from mixchat.planning.compute_speed import layer_probe
 from mixchat.weights.format.blueprint import Blueprint

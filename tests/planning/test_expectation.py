@@ -69,12 +69,6 @@ def test_hit_rates_grow_with_slots_up_to_all() -> None:
     assert all(rate < 1 for rate in rates[:-1])
 
 
-def test_on_a_cpu_both_hit_rates_are_those_of_the_slots() -> None:
-    rate, host_rate = hit_rates(BLUEPRINT, CPU, on_cpu(192))
-    assert rate == host_rate
-    assert 0.65 < rate < 0.85
-
-
 def test_a_hit_rate_is_that_of_a_cache_that_is_warm() -> None:
     """A tenth of a long trace is cold, a third of this one would be: that third does not count."""
     long = replay(synthetic_trace(tokens=3000, seed=5), 192, "layered").decode.hit_rate
@@ -87,11 +81,6 @@ def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does() -> None:
     assert host_rate == hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]
     assert held_together(BLUEPRINT, GPU, Placement(100, 92, 256)) == 192
     assert held_together(BLUEPRINT, GPU, Placement(200, 92, 256)) == 256
-
-
-def test_ram_that_holds_all_leaves_nothing_to_the_disk() -> None:
-    rate, host_rate = hit_rates(BLUEPRINT, GPU, Placement(100, 256, 256))
-    assert rate < host_rate == 1.0
 
 
 def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs() -> None:
@@ -178,14 +167,6 @@ def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
     spread = Placement(100, 56, 256, other_slots=(60, 40))
     assert hit_rates(BLUEPRINT, GPU, spread) == hit_rates(BLUEPRINT, GPU, Placement(200, 56, 256))
     assert held_together(BLUEPRINT, GPU, spread) == 256
-
-
-def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
-    blind = replace(
-        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
-    assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(192)) is None
-    assert decode_cost(BLUEPRINT, CPU, blind, on_cpu(256)) is not None
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 Such a matrix `X` (a name that ends in ".weight") is several tensors:
 
     X                    the codes: [bytes, 1] in U8, or the same bytes as another type
-    X.absmax             a scale for each block of weights: F32, or U8 where it is nested
+    X.absmax             a scale for each block of weights: F32, or U8 if it is nested
     X.quant_map          F32 [16], the numbers that the codes stand for
     X.nested_absmax      F32, a scale for each block of the nested absmax ("double quantization")
     X.nested_quant_map   F32 [256], the numbers that the nested absmax stands for
     X.quant_state.bitsandbytes__nf4   or __fp4: a JSON object in U8, with shape, block sizes, ...
 
-All of it is untrusted: whatever is wrong with it ends as one line that names the tensor.
+All of it is untrusted. Whatever is wrong with it ends as one line that names the tensor.
 """
 
 from __future__ import annotations
@@ -28,28 +28,25 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE
 _STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
-_MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
+_MAX_STATE = 4096  # bytes of JSON, of which bitsandbytes writes less than 200
 _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
 _BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
 _FLOATS = ("bfloat16", "float16", "float32")
-# The values of `bnb_4bit_quant_storage`: the bytes are the same, only their type differs.
+# The values of `bnb_4bit_quant_storage`. The bytes are the same, only their type differs.
 _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
 _MAX_OFFSET = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class Quantized4bit:
-    """A matrix in 4 bits: codes uint8 in the layout "bitsandbytes", absmax one per 64 weights.
-
-    Both are flat; absmax is fp32 as bitsandbytes would compute with it, or bf16.
-    """
+    """A matrix in 4 bits, with flat codes and scales in the layout "bitsandbytes"."""
 
     quant_type: FourBit
     rows: int
     columns: int
-    codes: torch.Tensor
-    absmax: torch.Tensor
+    codes: torch.Tensor  # uint8
+    absmax: torch.Tensor  # one per 64 weights, fp32 as bitsandbytes computes with it, or bf16
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32), as bitsandbytes does."""
@@ -79,8 +76,8 @@ def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
 
     `available` are all names of the checkpoint, as a set or a dictionary.
     """
-    beside = (f"{name}.{part}" for part in _COMPONENTS)
-    return (name, *(part for part in beside if part in available))
+    others = (f"{name}.{part}" for part in _COMPONENTS)
+    return (name, *(other for other in others if other in available))
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
@@ -89,9 +86,9 @@ def is_quantized(name: str, available: Collection[str]) -> bool:
 
 
 def quant_type(name: str, available: Collection[str]) -> FourBit | None:
-    """Return the type of the matrix `name`, from the names alone; None where it is dense.
+    """Return the type of the matrix `name`, from the names alone, or None if it is dense.
 
-    Raises `CheckpointError` where it is quantized, but to neither NF4 nor FP4, or to both.
+    Raises `CheckpointError` if it is quantized, but to neither NF4 nor FP4, or to both.
     """
     if not is_quantized(name, available):
         return None
@@ -113,8 +110,8 @@ def read_matrix(
 ) -> Quantized4bit:
     """Read and check the quantized matrix `name` of shape [rows, columns].
 
-    `read` gives a tensor by its name. It must not check for NaN: codes can be stored as a float
-    type. Raises `CheckpointError` with one line where anything is not as bitsandbytes writes it.
+    `read` gives a tensor by its name. It must not check for NaN, because codes can be stored as a
+    float type. Raises `CheckpointError` with one line if anything is not as bitsandbytes writes it.
     """
     kind = quant_type(name, available)
     if kind is None:
@@ -142,7 +139,7 @@ class _Components:
         return self.get(name)
 
     def numbers(self, part: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Read the component `part`: `count` finite numbers of this type."""
+        """Read the component `part`, `count` finite numbers of this type."""
         name = f"{self.name}.{part}"
         tensor = self.read(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
@@ -202,7 +199,7 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 def _check_table(matrix: _Components, kind: FourBit) -> None:
     numbers = matrix.numbers("quant_map", torch.float32, 16)
     standard = FOUR_BIT[kind].levels
-    # Not bit by bit: devices round the table differently, and the kernels have their own tables.
+    # Not bit by bit, because devices round the table differently, and kernels have other tables.
     if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
         raise CheckpointError(f"{matrix.name}.quant_map: not the table of {kind}")
 
@@ -231,7 +228,7 @@ def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch
         raise CheckpointError(f"{matrix.name}.absmax: holds a scale that is too large")
     if state.blocksize == BLOCKSIZE:
         return absmax
-    # A scale of a larger block is that of each smaller block within it.
+    # Each smaller block has the scale of the larger block around it.
     return absmax.repeat_interleave(state.blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]
 
 
@@ -244,6 +241,6 @@ def _unnest(matrix: _Components, nested: _Nested, count: int) -> torch.Tensor:
     numbers = matrix.numbers("nested_quant_map", torch.float32, 256)
     scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
     wide = scales.repeat_interleave(nested.blocksize)[:count]
-    # In `nested.dtype`, as bitsandbytes does it: not fp32 if saved after a run on a CPU.
+    # In `nested.dtype`, as bitsandbytes does it, which is not fp32 if saved after a run on a CPU.
     absmax = (numbers[codes.int()] * wide).to(nested.dtype)
     return absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()

@@ -5,7 +5,7 @@ weight / scale.
 
 - By default the scale is absmax, the largest magnitude of the block. For NF4 the result has
   bitsandbytes' bits. bitsandbytes makes a binary search for each weight. Here the code of a weight
-  is the count of the boundaries below it: 15 comparisons, each one fast pass of numpy.
+  is the count of the boundaries below it, by 15 comparisons, each one fast pass of numpy.
 - With `search`, the scale is absmax times the best of 32 factors, if that lowers the squared error
   of the block. The error is a sum over the block's weights, and each summand depends only on
   weight / absmax and on the factor. A table holds these summands, a row for each step of
@@ -43,16 +43,16 @@ from mixchat.weights.matrix.quant_type import (
 
 Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
-_PIECE = 2**19  # weights in one pass: between passes the threads wait for Python's lock
-_MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for that lock
+_PIECE = 2**19  # weights in one pass; between passes the threads wait for Python's lock
+_MAX_THREADS = 6  # of about 13 MB each, because more would mostly wait for that lock
 _STEPS = 512  # of the table, from 0 to 1
-_MARGIN = 1e-5  # in a block's squared error, where absmax is 1: more than rounding can add
+_MARGIN = 1e-5  # in the squared error of a block with absmax 1, more than rounding can add
 
 
 class Grid:
-    """The levels of a type, rising, and the 32 factors that the search tries: 16 and their mirror.
+    """The levels of a type, rising, and the 32 factors that the search tries.
 
-    They go from `smallest` to `largest`.
+    16 factors go from `smallest` to `largest`, and 16 are their negatives.
     """
 
     def __init__(self, levels: torch.Tensor, smallest: float, largest: float) -> None:
@@ -62,7 +62,7 @@ class Grid:
         self.factors = torch.cat((factors, -factors))  # [F]
 
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Return the codes uint8, one a byte: the count of boundaries below each weight."""
+        """Return the codes uint8, one a byte, which count the boundaries below each weight."""
         values = scaled.numpy()
         count = np.zeros(values.shape, np.uint8)
         above = np.empty(values.shape, np.bool_)
@@ -89,8 +89,8 @@ def encode(
 ) -> Encoded:
     """Return packed codes, flat, and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
 
-    weight: [rows, C], any float type, finite; rounded to bf16 first, which makes absmax exact. A
-    last block of fewer than 64 weights is filled up with zeros.
+    `weight` [rows, C] is of any float type and finite. It is rounded to bf16 first, which makes
+    absmax exact. A last block of fewer than 64 weights is filled up with zeros.
 
     With `search` no block's squared error, before the product of level and scale is rounded, is
     larger than without. A short last block has absmax for its scale. A block's result depends
@@ -104,9 +104,9 @@ def encode(
 
 
 def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
-    """Return the codes with the least error of products that were held out; if alike, plain ones.
+    """Return the codes with the least error of products that were held out, plain ones if alike.
 
-    All ways are judged by rows that none has seen. The winner is taken as it was judged: to round
+    All ways are judged by rows that none has seen. The winner is taken as it was judged. To round
     again for all rows would take as long again, and its result would be unjudged.
     """
     best: Encoded | None = None
@@ -122,7 +122,7 @@ def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
 
 
 def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[Way, Encoded]]:
-    """Yield the codes and scales of each way; C has to be a multiple of 64 for GPTQ."""
+    """Yield the codes and scales of each way. C has to be a multiple of 64 for GPTQ."""
     yield "plain", _rounded(grid, weight, True, None)
     codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
     yield "weighted", (codes, scales)
@@ -149,8 +149,8 @@ def _rounded(
 ) -> Encoded:
     """Return codes [B, bytes of a block], each the nearest to its weight, and scales [B].
 
-    importance: of each column [C], fp32; pack: applied to each piece, so that codes that take a
-    byte each are never there for the whole matrix.
+    `importance` is of each column [C], fp32. `pack` is applied to each piece, so that codes that
+    take a byte each are never there for the whole matrix.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
@@ -183,7 +183,7 @@ def _rounded(
 def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> None:
     """Call `work` with the first of all `pieces`, with the second, and so on, in some threads.
 
-    torch's own threads would wait for each other after every operation: long if cores are busy.
+    torch's own threads would wait for each other after every operation, and long if cores are busy.
     """
     threads = torch.get_num_threads()
     try:
@@ -194,9 +194,9 @@ def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> Non
 
 
 def _work_alone() -> None:
-    """Keep torch from using threads of its own in this one: they would only wait for each other.
+    """Keep torch from starting threads in this one, which would only wait for each other.
 
-    torch also gives this count to threads that start later: `each_in_threads` restores the old one.
+    torch also gives this count to threads that start later. `each_in_threads` restores the old one.
     """
     torch.set_num_threads(1)
 
@@ -241,14 +241,14 @@ def _search(
     scales: torch.Tensor,
     importance: torch.Tensor | None,
 ) -> None:
-    """Replace codes and scales of absmax by better ones, in the blocks where there are some."""
+    """Replace codes and scales of absmax by better ones, in the blocks that have some."""
     unit = absmax.clamp(min=_TINY)  # `scaled` is weight / unit
     trial = (absmax * _best_factor(grid, scaled, importance)).to(torch.bfloat16)
     ratio = trial.float() / unit
     trial_codes = grid.nearest(scaled * (1.0 / ratio).unsqueeze(-1))
     error = _squared_error(grid, scaled, absmax / unit, codes, importance)
     trial_error = _squared_error(grid, scaled, ratio, trial_codes, importance)
-    # Where the trial is 0 or infinite this compares 0 with 0, or NaN: not better.
+    # If the trial is 0 or infinite, this compares 0 with 0, or NaN, which is not better.
     better = trial_error < error - _MARGIN * (1 if importance is None else importance.amax(-1))
     torch.where(better, trial, scales, out=scales)
     wide, trial_wide = codes.view(torch.int64), trial_codes.view(torch.int64)  # 8 at once
@@ -271,7 +271,7 @@ def _squared_error(
     codes: torch.Tensor,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the sum over a block of (scaled - ratio * level)^2: [B]. Codes [B, 64], ratio [B].
+    """Return the sum [B] over a block of (scaled - ratio * level)^2. Codes [B, 64], ratio [B].
 
     With `importance` [B, 64], each summand times its own.
     """

@@ -1,13 +1,13 @@
-"""GPTQ: rounds a matrix so that its products with given inputs change little, not its weights.
+"""Rounds a matrix by GPTQ, so that its products with given inputs change little.
 
 Columns are rounded one after the other. What rounding a column changes in the products is made up
-for in the columns behind it, as far as the inputs of both go together. With H the mean of x x^T
+for in the columns after it, as far as the inputs of both go together. With H the mean of x x^T
 over the inputs x, and U the upper triangle of inverse(H) = U^T U, an error e in column i changes
 column j > i by -e * U[i, j] / U[i, i]. GPTQ is due to Frantar et al. (arXiv:2210.17323).
 
 The scales are chosen before, for the least error weighted by H's diagonal (`encode.py`).
 
-With few rows for its columns, H is mostly noise, and error feedback follows the noise: the products
+With few rows for its columns, H is mostly noise, and error feedback follows the noise. The products
 with other inputs get worse. So H is shrunk toward its diagonal, the more the fewer the rows are.
 
 R = rows, C = columns, n = inputs, B = blocks of 64 weights.
@@ -22,12 +22,12 @@ import torch
 from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
 _PIECE = 4096  # rows that are widened or multiplied at once
-_PRIOR = 32  # inputs whose columns are alike, beside those that there are
+_PRIOR = 32  # inputs whose columns are alike, added to the given ones
 _TINY = 1e-38
 
 
 def shrinkage(rows: int, columns: int) -> float:
-    """Return by how much H of so many inputs is shrunk: 0 leaves it, 1 leaves its diagonal alone.
+    """Return by how much H of so many inputs is shrunk. 0 leaves it, 1 leaves its diagonal alone.
 
     It is .91 for a quarter of a row a column, .71 for one, .45 for four. On the demo's matrices it
     was best or within 3% of the best of several formulas and of Ledoit and Wolf's estimate, which
@@ -51,10 +51,10 @@ def inverse_factor(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
-    """Return the mean square of each column of inputs [n, C]: H's diagonal, fp32 [C].
+    """Return the mean square of each column of inputs [n, C], which is H's diagonal, fp32 [C].
 
     It is drawn toward the mean of all columns, as if some more inputs were like that, which counts
-    if inputs are few. None is less than a thousandth of the mean: no column is given up.
+    if inputs are few. None is less than a thousandth of the mean, so no column is given up.
     """
     squares = torch.zeros(inputs.shape[1])
     for piece in torch.split(inputs, _PIECE):
@@ -74,7 +74,7 @@ def round_columns(
 ) -> torch.Tensor:
     """Return codes, one a byte [B, 64], of weight [R, C] with C a multiple of 64.
 
-    scales: fp32 [B]; levels: fp32, rising; factor: U.
+    `scales` [B] and `levels`, which rise, are fp32. `factor` is U.
     """
     rows, columns = weight.shape
     boundaries = (levels[1:] + levels[:-1]) / 2

@@ -1,7 +1,7 @@
 """8-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
 A code is an integer from -127 to 127, and a weight is code / 127 times the scale of its block:
-`absmax`, the largest magnitude in the block, rounded to bf16. Blocks and scales lie as those of
+`absmax`, the largest magnitude in the block, rounded to bf16. Blocks and scales lie as in
 `nf4.py`, and the layouts have the same names, with one code a byte:
 
 - "bitsandbytes": row after row. (The name is NF4's; bitsandbytes has no part in it.)
@@ -33,7 +33,7 @@ from mixchat.weights.matrix.quant_type import (
 )
 
 _LARGEST = 127  # code
-_PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
+_PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
 
 
 class _Int8(RowCodes):
@@ -97,7 +97,7 @@ def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tenso
 
 
 def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a view of "bitsandbytes": [S / 32, C / 2, 32 rows], a pair of codes an element."""
+    """Return a view of "bitsandbytes", [S / 32, C / 2, 32 rows], a pair of codes an element."""
     return codes.view(torch.int16).view(-1, BAND, columns // 2).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Linear maps y = x W^T, dense or of codes: the form in which a matrix is stored and computed.
+"""Linear maps y = x W^T, dense or of codes, and the form in which a matrix is stored.
 
 R = rows (out features), C = columns (in features).
 """
@@ -48,20 +48,18 @@ Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
 def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
-    """Return the type with weights of so many bits: `preferred` if it has as many."""
+    """Return the type with weights of so many bits, `preferred` if it has as many."""
     if TYPES[preferred].bits == bits:
         return preferred
     return next(name for name, kind in TYPES.items() if kind.bits == bits)
 
 
 class PackedLinear:
-    """Codes in the layout of the kernel for CPUs: as fast as memory can be read.
-
-    rows: R, without the rows of zeros that some types store.
-    """
+    """Codes in the layout of the kernel for CPUs, which is as fast as memory can be read."""
 
     def __init__(self, matrix: QuantizedMatrix, rows: int) -> None:
-        self._matrix, self.rows = matrix, rows
+        self._matrix = matrix
+        self.rows = rows  # R, without the rows of zeros that some types store
 
     @property
     def addresses(self) -> tuple[int, int]:
@@ -89,18 +87,14 @@ def as_packed(matrix: Linear) -> PackedLinear:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The form in which a matrix is stored.
-
-    dtype: the type of a dense matrix. layout: the one requested for a matrix of codes; `packed`
-    says whether the matrix gets it.
-    """
+    """The form in which a matrix is stored."""
 
     name: str
     rows: int
     columns: int
     quant_type: QuantType
-    layout: Layout
-    dtype: torch.dtype
+    layout: Layout  # requested for codes, which get it if they are `packed`
+    dtype: torch.dtype  # of a dense matrix
     scales: Scales = "absmax"
 
     @property
@@ -116,7 +110,7 @@ class LinearSpec:
 
     @property
     def stored_rows(self) -> int:
-        """Return the count of rows that `tensors` hold: with 8 bits, some more can be of zeros."""
+        """Return the count of rows that `tensors` hold. With 8 bits, some more can be of zeros."""
         return TYPES[self.quant_type].stored_rows(self.rows, self.columns)
 
     @property
@@ -127,7 +121,7 @@ class LinearSpec:
         return kind
 
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
-        """Return a name for how many rows are computed there: if it is equal, so are the bits.
+        """Return a name for how many rows are computed there. If it is equal, so are the bits.
 
         The kernels add up integers, so they do not depend on the width of a CPU's registers.
         """
@@ -148,7 +142,7 @@ class LinearSpec:
     def encode(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C].
 
-        inputs: codes of 3 or 4 bits are chosen for the least error of products with them.
+        Codes of 3 or 4 bits are chosen for the least error of products with the inputs.
         """
         kind, search = TYPES[self.quant_type], self.scales == "search"
         return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs))
@@ -156,7 +150,7 @@ class LinearSpec:
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other, as they are.
 
-        Their rows add up to R, each has C columns. No code changes; absmax is rounded to bf16.
+        Their rows add up to R, each has C columns. No code changes. absmax is rounded to bf16.
         Raises `CheckpointError` if one is of another type than this, or if one above another does
         not end with a whole block.
         """

@@ -3,12 +3,12 @@
 A code is an index into a table of 8 levels from -1 to 1. A weight is its level times the scale of
 its block, which is chosen for the least error (`encode.py`) and can be negative.
 
-The levels are those that leave the least error in blocks of 64 normal numbers with such scales,
-found by Lloyd's algorithm: 0.164 of the weights' norm. They are not symmetric, because a scale has
-a sign: the best symmetric ones leave 0.171, and the quantiles of a normal with a zero, made as
-NF4's, 0.172.
+The levels leave the least error in blocks of 64 normal numbers with such scales, as found by
+Lloyd's algorithm. It is 0.164 of the weights' norm. They are not symmetric, because a scale has a
+sign. The best symmetric ones leave 0.171, and the quantiles of a normal with a zero, made as NF4's,
+0.172.
 
-Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six: 3 bits and 3 bits above
+Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six, 3 bits and 3 bits above
 them. The two highest bits of all three hold the last two codes, z = c6 + 8 * c7:
 
     c0 + 8 * c1 + 64 * (z & 3),  c2 + 8 * c3 + 64 * (z >> 2 & 3),  c4 + 8 * c5 + 64 * (z >> 4)
@@ -51,7 +51,7 @@ _PIECE = 2**21  # weights whose codes are reordered at once
 class _NF3(RowCodes):
     name, bits, units = "nf3", _BITS, THREE_BITS
     levels = torch.tensor([-0.8042, -0.4888, -0.256, -0.0527, 0.1437, 0.3527, 0.6081, 1.0])
-    # 3 bits cost most in the down projection: for a tenth more bytes the demo loses a third less.
+    # 3 bits cost most in the down projection. For a tenth more bytes the demo loses a third less.
     down_type = "nf4"
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _NF3(RowCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Always search: from absmax the error would be half as large again."""
+        """Always search, because from absmax the error would be half as large again."""
         return encode(self._grid, weight, _pack_blocks, search=True, inputs=inputs)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ NF3 = _NF3()
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Return codes [..., 8], uint8 and one a byte, as three bytes: [..., 3]."""
+    """Return codes [..., 8], uint8 and one a byte, as three bytes [..., 3]."""
     pairs = codes[..., ::2] | codes[..., 1::2] << 3  # [..., 4]
     rest = pairs[..., 3:] >> torch.tensor([0, 2, 4], dtype=torch.uint8, device=codes.device)
     packed: torch.Tensor = pairs[..., :3] | rest << 6
@@ -120,6 +120,6 @@ def _pack_blocks(codes: torch.Tensor) -> torch.Tensor:
 def _bands(
     old: torch.Tensor, new: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Split both into pieces of some bands: bounds the temporary tensors."""
+    """Split both into pieces of some bands, which bounds the temporary tensors."""
     size = max(1, _PIECE // (columns * BAND)) * BAND * columns * _BITS // 8
     return zip(torch.split(old, size), torch.split(new, size), strict=True)

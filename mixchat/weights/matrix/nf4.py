@@ -1,7 +1,7 @@
 """4-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
-A code is an index into a table of 16 levels from -1 to 1: NF4's, or FP4's (three bits of a float
-and a sign), which occurs only in checkpoints that were quantized elsewhere. A weight is its level
+A code is an index into a table of 16 levels from -1 to 1, NF4's or FP4's (three bits of a float
+and a sign). FP4 occurs only in checkpoints that were quantized elsewhere. A weight is its level
 times the scale of its block.
 
 A `layout` is one of two orders of the same codes:
@@ -10,12 +10,12 @@ A `layout` is one of two orders of the same codes:
   one value a block, in the same order. `quantize_4bit` writes it, and every device can read it.
 - "cpu-packed": the kernel for CPUs (`kernels/`) reads it, and so does bitsandbytes' own kernel
   for AVX512-BF16. Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
-  row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes: the first 32 codes in the low
-  nibbles, the other 32 in the high ones. `absmax` is transposed: [columns / 64, rows].
+  row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes, the first 32 codes in the low
+  nibbles, the other 32 in the high ones. `absmax` is transposed, [columns / 64, rows].
 
 Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
-`absmax` is stored in bf16: the largest weight of a block of bf16 weights is a bf16 number. Scales
-from elsewhere are rounded by `round_absmax`.
+`absmax` is stored in bf16, because the largest weight of a block of bf16 weights is a bf16 number.
+Scales from elsewhere are rounded by `round_absmax`.
 
 NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314).
 """
@@ -44,11 +44,11 @@ from mixchat.weights.matrix.quant_type import (
 )
 
 FourBit = Literal["nf4", "fp4"]
-_CHUNK = 2**23  # weights: bounds the temporary tensors, quantize_4bit's to about 150 MB
+_CHUNK = 2**23  # weights, so that quantize_4bit's temporary tensors take about 150 MB at most
 
 
 class FourBitCodes(BlockCodes):
-    """Codes of a type that bitsandbytes has; `levels` are in its order of the codes."""
+    """Codes of a type that bitsandbytes has. `levels` are in its order of the codes."""
 
     bits, units = 4, FOUR_BITS
     name: FourBit
@@ -67,7 +67,7 @@ class FourBitCodes(BlockCodes):
         exact: bool = False,
     ) -> torch.Tensor:
         if x.device.type == "cpu" and shape[1] % BLOCKSIZE:
-            # bitsandbytes' AVX512 kernel is wrong here: it starts a new block with each row.
+            # bitsandbytes' AVX512 kernel is wrong here. It starts a new block with each row.
             weight = self.dequantize(codes, absmax, shape, x.dtype)
             return torch.nn.functional.linear(x, weight)
         state = self._quant_state(absmax, shape, x.dtype)
@@ -77,8 +77,8 @@ class FourBitCodes(BlockCodes):
     def dequantize(
         self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
     ) -> torch.Tensor:
-        # As one long row: on a CPU, bitsandbytes reads wrong blocks if there are 16, 32, 48, 80,
-        # ... columns, and compiles a kernel first if their count is odd.
+        # As one long row, because on a CPU bitsandbytes reads wrong blocks if there are 16, 32, 48,
+        # 80, ... columns, and compiles a kernel first if their count is odd.
         state = self._quant_state(absmax, (1, 2 * codes.numel()), dtype)
         flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
         return flat.view(-1)[: shape[0] * shape[1]].view(shape)
@@ -184,7 +184,7 @@ def _levels_on(kind: FourBitCodes, device: torch.device) -> torch.Tensor:
 
 
 def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
-    """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble: [B, 32]."""
+    """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble, [B, 32]."""
     pairs = codes.numpy().view("<u2")  # even + 256 * odd
     return torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))  # keeps the low byte
 
@@ -192,14 +192,14 @@ def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
 def _bands(
     old: torch.Tensor, new: torch.Tensor, columns: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Split both into pieces of some rows, a multiple of 32: bounds temporary tensors to 16 MB."""
+    """Split both into pieces of some bands, so that temporary tensors take 16 MB at most."""
     rows = max(BAND, _CHUNK // columns // BAND * BAND)
     size = rows * columns // 2
     return zip(torch.split(old, size), torch.split(new, size), strict=True)
 
 
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """Round scales to bf16, as they are stored; this changes one by 1 part in 256 at most.
+    """Round scales to bf16, as they are stored. This changes one by 1 part in 256 at most.
 
     Nothing else of a quantized checkpoint changes. The packed kernel reads bf16, and bitsandbytes
     itself rounds so on CPUs that have it. Scales that were taken from bf16 weights and not

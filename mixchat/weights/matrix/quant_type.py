@@ -1,4 +1,4 @@
-"""The bases of quantization types: one object for each type says all that depends on it.
+"""The bases of quantization types. One object for each type says all that depends on it.
 
 `DENSE` is here. Codes of 3, 4 and 8 bits are in `nf3.py`, `nf4.py` and `int8.py`, and `TYPES` in
 `linear.py` lists all types.
@@ -23,7 +23,7 @@ from mixchat.kernels.tile import BAND, BLOCK
 from mixchat.kernels.units import UnitSet, level_tables
 
 BLOCKSIZE = BLOCK  # weights that share a scale
-_PIECE = 2**18  # weights: their temporary tensors, of some MB, fit in the caches
+_PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]  # the names
 Shape = tuple[int, int]  # R, C
@@ -32,41 +32,33 @@ Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for giv
 
 
 class Inputs(NamedTuple):
-    """Rows that a matrix is multiplied with, which its codes then suit.
+    """Rows that a matrix is multiplied with, which its codes then suit."""
 
-    fit: rows [n, C] for which each way is tried. held_out: others [m, C], which decide between the
-    ways. chosen: called with the way that was taken, and with the sum of squared errors of the
-    products with `held_out`, in that way and in the plain one.
-    """
-
-    fit: torch.Tensor
-    held_out: torch.Tensor
+    fit: torch.Tensor  # rows [n, C] for which each way is tried
+    held_out: torch.Tensor  # others [m, C], which decide between the ways
+    # Called with the way that was taken, and with the sum of squared errors of the products with
+    # `held_out`, in that way and in the plain one.
     chosen: Callable[[Way, float, float], object]
 
 
 class Linear(Protocol):
     """A map from [..., C] to [..., R].
 
-    `exact` means batch invariant: if `LinearSpec.can_be_exact`, a token's result has the same bits
-    however many are computed with it. One alone is always computed like that.
+    `exact` means batch invariant. A token's result then has the same bits however many are computed
+    with it, if `LinearSpec.can_be_exact`. One alone is always computed like that.
     """
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
 
 
 class QuantizationType(ABC):
-    """A type of matrices: its tensors, how they are made of weights, and how they are computed.
-
-    bits: of a weight. for_experts: whether experts can have it. down_type: the type of their down
-    projection, if it is another one. widened_on_gpu: whether a GPU with room computes with it as a
-    dense matrix.
-    """
+    """A type of matrices, with its tensors, how they are made of weights, and how they compute."""
 
     name: QuantType
-    bits: int
-    for_experts = True
-    down_type: QuantType | None = None
-    widened_on_gpu = False
+    bits: int  # of a weight
+    for_experts = True  # whether experts can have it
+    down_type: QuantType | None = None  # of experts' down projection, if it is another one
+    widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 
     def stored_rows(self, rows: int, columns: int) -> int:
         """Return the count of rows that the tensors hold."""
@@ -90,17 +82,17 @@ class QuantizationType(ABC):
     ) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C], in the layout that every device reads.
 
-        search: whether scales are searched. inputs: codes are chosen for the least error of
+        With `search`, scales are searched. With `inputs`, codes are chosen for the least error of
         products with them. A type that cannot do that ignores both.
         """
 
     @abstractmethod
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        """Return the map over these tensors, which are used in place; layout as `encode`."""
+        """Return the map over these tensors of `encode`, which are used in place."""
 
 
 class DenseLinear:
-    """A dense matrix: weight [R, C]."""
+    """A dense matrix [R, C]."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
@@ -133,16 +125,13 @@ DENSE = _Dense()
 class BlockCodes(QuantizationType):
     """Codes with one scale (`absmax`, bf16) for each block of 64 weights, in two layouts.
 
-    "bitsandbytes": row after row. "cpu-packed": the kernel for CPUs reads it. 32 rows, a band, lie
-    interleaved, and `absmax` is transposed: [C / 64, R]. Both hold the same numbers in as many
-    bytes, so one turns into the other without loss.
-
-    units: of the kernel. levels: the numbers that codes stand for, -1 to 1; None if codes are
-    numbers themselves.
+    The layout "bitsandbytes" goes row after row. The kernel for CPUs reads "cpu-packed". In it, 32
+    rows, a band, lie interleaved, and `absmax` is transposed, [C / 64, R]. Both hold the same
+    numbers in as many bytes, so one turns into the other without loss.
     """
 
-    units: UnitSet
-    levels: torch.Tensor | None = None
+    units: UnitSet  # of the kernel
+    levels: torch.Tensor | None = None  # -1 to 1; None if codes are numbers themselves
     codes_dtype = torch.uint8
 
     @functools.cached_property
@@ -154,7 +143,7 @@ class BlockCodes(QuantizationType):
         return rows % BAND == 0 and columns % BLOCKSIZE == 0
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
-        """Return absmax and codes: absmax first keeps it aligned."""
+        """Return absmax and codes. absmax comes first, so that it is aligned."""
         rows, columns = self.stored_rows(*shape), shape[1]
         scales, size = absmax_size(rows, columns), self.codes_size(rows, columns)
         return [
@@ -182,7 +171,7 @@ class BlockCodes(QuantizationType):
     ) -> Encoded:
         """Return flat codes and absmax of a matrix on the CPU. Layout "bitsandbytes".
 
-        weight: [R, C], any float type, finite.
+        `weight` [R, C] is of any float type and finite.
         """
 
     @abstractmethod
@@ -195,7 +184,7 @@ class BlockCodes(QuantizationType):
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Return x [..., C] times the transposed matrix: [..., R]. Layout "bitsandbytes"."""
+        """Return x [..., C] times the transposed matrix, [..., R]. Layout "bitsandbytes"."""
 
     @abstractmethod
     def dequantize(
@@ -207,17 +196,17 @@ class BlockCodes(QuantizationType):
     def to_packed_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "bitsandbytes" to "cpu-packed"; new tensors, same device. Stored rows."""
+        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors, with all stored rows."""
 
     @abstractmethod
     def to_bitsandbytes_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "cpu-packed" to "bitsandbytes"; as `to_packed_layout`."""
+        """Reorder from "cpu-packed" to "bitsandbytes", as `to_packed_layout`."""
 
 
 class PlainLinear:
-    """Codes in the layout "bitsandbytes": right on every device, slow on a CPU."""
+    """Codes in the layout "bitsandbytes", which are right on every device and slow on a CPU."""
 
     def __init__(
         self, kind: BlockCodes, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape
@@ -240,7 +229,7 @@ class RowCodes(BlockCodes):
     ) -> Iterator[torch.Tensor]:
         """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
         rows, columns = shape
-        # Blocks continue from row to row; with 64 rows, one ends.
+        # Blocks continue from row to row. With 64 rows, one ends.
         size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
         scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
         for number, scale in enumerate(scales):
@@ -284,5 +273,5 @@ def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return scales that lie as [height, width] in the order of [width, height]; a new tensor."""
+    """Return scales that lie as [height, width] in the order [width, height], in a new tensor."""
     return absmax.view(height, width).T.contiguous().view(-1)
