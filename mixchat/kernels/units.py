@@ -81,7 +81,7 @@ class Unit(ABC):
         return sums
 
 
-class _Words(Unit):
+class _WordUnit(Unit):
     """Adds both products of each pair of words. With VNNI, LLVM makes one instruction of it."""
 
     _multiply: ClassVar[str]
@@ -96,11 +96,11 @@ class _Words(Unit):
         return sums + self.function.call(self._multiply, vector(i32, self.lanes), levels, pairs)
 
 
-class _Avx512Words(_Words):
+class _Avx512Words(_WordUnit):
     lanes, _multiply = 16, "llvm.x86.avx512.pmaddw.d.512"
 
 
-class _Avx2Words(_Words):
+class _Avx2Words(_WordUnit):
     lanes, _multiply = 8, "llvm.x86.avx2.pmadd.wd"
 
 
@@ -318,7 +318,7 @@ class Avx2ThreeBitsBytes(_ThreeBits, Avx2Bytes):
     """3-bit codes with AVX2, x in 8 bits."""
 
 
-class _Int8(_Words):
+class _Int8(_WordUnit):
     """8-bit codes, loaded as words with their sign."""
 
     bits, largest_x, largest_level = 8, 32767, 127

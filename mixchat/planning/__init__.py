@@ -1,4 +1,4 @@
-"""Plans a model on this machine: what fits where, and how fast it will be.
+"""Plans a model on this machine, with what fits into its memory and how fast it will be.
 
 `Machine` (the hardware) and the options give a `MemoryPlan`. The memory plan and a `Measurement`
 give a `MachinePlan`.

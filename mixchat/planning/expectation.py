@@ -1,4 +1,4 @@
-"""Predicts how fast a model decodes, from what was measured and what fits where."""
+"""Predicts how fast a model decodes, from what was measured and what memory holds."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Expectation:
     `cost` and `speed` are None if the disk is needed and was not measured.
     """
 
-    held: int  # different experts in the slots and in RAM behind them
+    held: int  # different experts in the slots and in RAM
     hit_rate: float  # of the slots, 0 to 1
     host_hit_rate: float  # of the slots and RAM together
     cost: TokenCost | None  # by the typical figures of all samples
@@ -169,7 +169,7 @@ def token_cost(
     disk is needed and was not measured.
     """
     one = speeds.expert_time(device, 1)
-    # More rows slow the other matrices as much as those of experts.
+    # More rows slow all matrices alike.
     slower = speeds.expert_time(device, answers) / one
     uses = uses or float(size.experts_per_token)
     expert = speeds.expert_time(device, answers * size.experts_per_token / uses)
@@ -213,7 +213,7 @@ def moving_cost(
 
 
 def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
-    """Return how many different experts the slots and RAM behind them can hold."""
+    """Return how many different experts the slots and RAM can hold together."""
     slots, behind = sum(placement.by_device), placement.host_slots
     # If the layout on the GPU is not the file's, experts cannot come down into RAM. Then the
     # experts on the GPU are in RAM, too.

@@ -93,7 +93,7 @@ class MemoryPlan:
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
-    """Return where the model goes. Raises `UsageError` and `ResourceError` if it cannot.
+    """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot.
 
     Matrices of 8 bits keep them in memory. A GPU would widen them for each token. So they are
     widened to 16 bits once if all experts fit into the GPUs' memory nevertheless.
@@ -126,7 +126,7 @@ def _fit(
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
-    """Return where a worker's experts go, without the rest of the model. Raises as `fit_model`."""
+    """Return the places of a worker's experts. Raises as `fit_model`."""
     expert = blueprint.expert.stride
     demand = Demand(shared=0, context=0, expert=expert, experts=blueprint.expert_count)
     return _place(demand, free, options)

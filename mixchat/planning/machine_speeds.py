@@ -119,7 +119,7 @@ class Measurement:
         return self.others > BUSY or max(speeds) > _MAX_SPREAD * min(speeds)
 
     def outdated(self, now: float) -> str | None:
-        """Return why to measure again, as the end of a sentence; None if there is no reason.
+        """Return why to measure again, as the end of a sentence, or None without a reason.
 
         A machine that was busy is given some time first.
         """

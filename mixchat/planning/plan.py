@@ -26,7 +26,7 @@ _GPU_STEP = 8 * 10**9
 
 @dataclass(frozen=True)
 class Upgrade:
-    """A machine with `bytes` more of a tier: where the model goes then, and how fast it is."""
+    """A machine with `bytes` more of a tier, and the places and the speed of the model there."""
 
     tier: Tier
     bytes: int
@@ -36,7 +36,7 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class Variant:
-    """The same model with experts of another type: where it goes then, and how fast it is."""
+    """The same model with experts of another type, with its places and its speed."""
 
     fit: MemoryPlan
     expected: Expectation
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class MachinePlan:
-    """A model on a machine: where it goes, how fast it will be, and what more memory would give.
+    """A model on a machine, with its places, its speed, and what more memory would give.
 
     `prompt` and `first_token` are of one answer. Both are None if the disk is needed and could not
     be measured. Only `spread` counts workers.
@@ -64,7 +64,7 @@ class MachinePlan:
 
     @property
     def gpu_is_assumed(self) -> bool:
-        """Return whether the speeds of the GPU are those of a cheap card, for none is here."""
+        """Return whether the GPU counts as a cheap card, because none is here."""
         return bool(self.told.gpus) and not gpu.count()
 
 

@@ -104,7 +104,7 @@ def prompt_cost(
         tokens = min(PREFILL_CHUNK, prompt - start)
         distinct = expected_distinct(config, tokens)
         rows = math.ceil(tokens * config.num_experts_per_tok / distinct)
-        # More rows slow the other matrices as much as those of experts.
+        # More rows slow all matrices alike.
         slower = speeds.expert_time(name, tokens) / one
         layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
         computing += config.num_hidden_layers * layer

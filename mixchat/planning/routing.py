@@ -93,7 +93,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Replay:
-    """The uses in forward passes of several tokens, and in those of one."""
+    """The uses in forward passes of several tokens, and in passes of one."""
 
     prefill: Counts = field(default_factory=Counts)
     decode: Counts = field(default_factory=Counts)

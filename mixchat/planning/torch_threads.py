@@ -63,7 +63,7 @@ def candidates(physical: int, usable: int) -> list[int]:
 def known_or_best(path: Path, counts: Sequence[int], measure: Measure) -> int:
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
-    It is not measured at each start, because with another count results may be rounded differently.
+    It measures only once, because with another count results may be rounded differently.
     """
     if len(counts) == 1:
         return counts[0]

@@ -55,7 +55,7 @@ def spread_model(
     offers: Sequence[WorkerOffer],
     uses: Mapping[ExpertKey, int] | None = None,
 ) -> WorkerSplit:
-    """Return where experts go and how fast decoding is, with at least one worker.
+    """Return the split of experts and the speed of decoding, with at least one worker.
 
     The placement is of this machine alone, whose GPUs count as one. `uses` is how often each expert
     was used, if that is known.

@@ -36,7 +36,7 @@ _LARGEST = 127  # code
 _PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
 
 
-class _Int8(RowCodes):
+class _Int8Codes(RowCodes):
     name, bits, units, codes_dtype = "int8", 8, EIGHT_BITS, torch.int8
     for_experts, widened_on_gpu = False, True
 
@@ -82,7 +82,7 @@ class _Int8(RowCodes):
         return flat, transposed(absmax, columns // BLOCKSIZE, rows)
 
 
-INT8 = _Int8()
+INT8 = _Int8Codes()
 
 
 @torch.inference_mode()  # a caller's holds for its own thread only

@@ -48,7 +48,7 @@ _GROUP = 8  # codes
 _PIECE = 2**21  # weights whose codes are reordered at once
 
 
-class _NF3(RowCodes):
+class _NF3Codes(RowCodes):
     name, bits, units = "nf3", _BITS, THREE_BITS
     levels = torch.tensor([-0.8042, -0.4888, -0.256, -0.0527, 0.1437, 0.3527, 0.6081, 1.0])
     # 3 bits cost most in the down projection. For a tenth more bytes the demo loses a third less.
@@ -94,7 +94,7 @@ class _NF3(RowCodes):
         return flat, transposed(absmax, columns // BLOCKSIZE, rows)
 
 
-NF3 = _NF3()
+NF3 = _NF3Codes()
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

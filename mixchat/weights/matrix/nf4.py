@@ -118,7 +118,7 @@ class FourBitCodes(BlockCodes):
 
 
 # fmt: off
-class _NF4(FourBitCodes):
+class _NF4Codes(FourBitCodes):
     name = "nf4"
     levels = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -139,7 +139,7 @@ class _NF4(FourBitCodes):
 
 
 # fmt: off
-class _FP4(FourBitCodes):
+class _FP4Codes(FourBitCodes):
     name = "fp4"
     levels = torch.tensor([
         0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
@@ -162,7 +162,7 @@ class _FP4(FourBitCodes):
         return codes, round_absmax(torch.cat([state.absmax for _, state in pieces]))
 
 
-NF4, FP4 = _NF4(), _FP4()
+NF4, FP4 = _NF4Codes(), _FP4Codes()
 FOUR_BIT: dict[FourBit, FourBitCodes] = {"nf4": NF4, "fp4": FP4}
 
 

@@ -101,7 +101,7 @@ class DenseLinear:
         return dense_matmul(x, self._weight, exact=exact)
 
 
-class _Dense(QuantizationType):
+class _DenseType(QuantizationType):
     name, bits = "none", 16
 
     def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
@@ -119,7 +119,7 @@ class _Dense(QuantizationType):
         return DenseLinear(tensors[0])
 
 
-DENSE = _Dense()
+DENSE = _DenseType()
 
 
 class BlockCodes(QuantizationType):
