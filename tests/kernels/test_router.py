@@ -58,7 +58,7 @@ def test_what_it_cannot_compute_is_left_to_torch() -> None:
     assert router.can_route(torch.empty(1, 64), gate)
     assert not router.can_route(torch.empty(1, 64, device="meta"), gate)
     assert not router.can_route(torch.empty(1, 60), torch.empty(8, 60))
-    assert not router.can_route(torch.empty(1, 64), torch.empty(router._MOST + 1, 64))
+    assert not router.can_route(torch.empty(1, 64), torch.empty(router._MAX_EXPERTS + 1, 64))
     torch.manual_seed(0)
     x, gate = torch.randn(5, 60), torch.randn(8, 60)
     logits, best = (x.double() @ gate.double().T).topk(2, dim=-1)

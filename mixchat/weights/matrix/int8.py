@@ -29,7 +29,6 @@ from mixchat.weights.matrix.quant_type import (
     RowCodes,
     absmax_size,
     in_blocks,
-    transposed,
 )
 
 _LARGEST = 127  # code
@@ -67,19 +66,12 @@ class _Int8Codes(RowCodes):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         return codes / _LARGEST
 
-    def to_packed_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        packed = torch.empty_like(codes)
-        _lines(packed, columns).copy_(_pairs(codes, columns))
-        return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        pairs = codes.view(torch.int16)  # of codes
+        return pairs.view(-1, BAND, columns // 2).transpose(1, 2)
 
-    def to_bitsandbytes_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        flat = torch.empty_like(codes)
-        _pairs(flat, columns).copy_(_lines(codes, columns))
-        return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        return codes.view(torch.int16).view(-1, columns // 2, BAND).transpose(1, 2)
 
 
 INT8 = _Int8Codes()
@@ -94,13 +86,3 @@ def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tenso
     scaled = blocks / scale.masked_fill_(scale == 0, 1)
     scaled.mul_(_LARGEST).round_().clamp_(-_LARGEST, _LARGEST)
     codes.copy_(scaled.view(-1)[: len(weight)])
-
-
-def _pairs(codes: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a view of "bitsandbytes", [S / 32, C / 2, 32 rows], a pair of codes an element."""
-    return codes.view(torch.int16).view(-1, BAND, columns // 2).transpose(1, 2)
-
-
-def _lines(codes: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a view of "cpu-packed", in the shape of `_pairs`."""
-    return codes.view(torch.int16).view(-1, columns // 2, BAND)

@@ -27,8 +27,6 @@ N = weights, R = rows, C = columns, G = groups of eight codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from mixchat.kernels.tile import BAND
@@ -40,12 +38,10 @@ from mixchat.weights.matrix.quant_type import (
     Inputs,
     RowCodes,
     absmax_size,
-    transposed,
 )
 
 _BITS = 3
 _GROUP = 8  # codes
-_PIECE = 2**21  # weights whose codes are reordered at once
 
 
 class _NF3Codes(RowCodes):
@@ -71,27 +67,16 @@ class _NF3Codes(RowCodes):
         levels = self.levels.to(codes.device)
         return levels[unpack(codes.view(-1, _BITS)).view(-1).int()]
 
-    def to_packed_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        packed = torch.empty_like(codes)
-        for old, new in _bands(codes, packed, columns):
-            # [bands, half, row in it, group of columns, pair of columns, column in it]
-            separate = unpack(old.view(-1, _BITS)).view(-1, 2, BAND // 2, columns // _GROUP, 4, 2)
-            together = separate.permute(0, 3, 2, 5, 4, 1).reshape(-1, _GROUP)
-            new.view(-1, _BITS, BAND).copy_(pack(together).view(-1, BAND, _BITS).transpose(1, 2))
-        return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        # [bands, half, row in it, group of columns, pair of columns, column in it]
+        separate = unpack(codes.view(-1, _BITS)).view(-1, 2, BAND // 2, columns // _GROUP, 4, 2)
+        together = separate.permute(0, 3, 2, 5, 4, 1).reshape(-1, _GROUP)
+        return pack(together).view(-1, BAND, _BITS).transpose(1, 2)
 
-    def to_bitsandbytes_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        flat = torch.empty_like(codes)
-        for old, new in _bands(codes, flat, columns):
-            together = unpack(old.view(-1, _BITS, BAND).transpose(1, 2))  # [n * C / 8, 32, 8]
-            separate = together.view(-1, columns // _GROUP, BAND // 2, 2, 4, 2)
-            separate = separate.permute(0, 5, 2, 1, 4, 3)
-            new.view(-1, _BITS).copy_(pack(separate.reshape(-1, _GROUP)))
-        return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        together = unpack(codes.view(-1, _BITS, BAND).transpose(1, 2))  # [n * C / 8, 32, 8]
+        separate = together.view(-1, columns // _GROUP, BAND // 2, 2, 4, 2)
+        return pack(separate.permute(0, 5, 2, 1, 4, 3).reshape(-1, _GROUP))
 
 
 NF3 = _NF3Codes()
@@ -115,11 +100,3 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 def _pack_blocks(codes: torch.Tensor) -> torch.Tensor:
     """Return codes [B, 64], one a byte, as [B, 24]."""
     return pack(codes.view(-1, BLOCKSIZE // _GROUP, _GROUP)).flatten(1)
-
-
-def _bands(
-    old: torch.Tensor, new: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Split both into pieces of some bands, which bounds the temporary tensors."""
-    size = max(1, _PIECE // (columns * BAND)) * BAND * columns * _BITS // 8
-    return zip(torch.split(old, size), torch.split(new, size), strict=True)

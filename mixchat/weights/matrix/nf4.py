@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -40,7 +39,6 @@ from mixchat.weights.matrix.quant_type import (
     Encoded,
     Inputs,
     Shape,
-    transposed,
 )
 
 FourBit = Literal["nf4", "fp4"]
@@ -94,27 +92,17 @@ class FourBitCodes(BlockCodes):
             dtype=dtype,
         )
 
-    def to_packed_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        packed = torch.empty_like(codes)
-        for old, new in _bands(codes, packed, columns):
-            nibbles = torch.stack((old >> 4, old & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
-            bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
-            lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
-            new.copy_((lines[:, 0] | (lines[:, 1] << 4)).view(-1))
-        return packed, transposed(absmax, rows, columns // BLOCKSIZE)
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
+        bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
+        lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
+        return lines[:, 0] | (lines[:, 1] << 4)
 
-    def to_bitsandbytes_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        flat = torch.empty_like(codes)
-        for old, new in _bands(codes, flat, columns):
-            packed = old.view(-1, BAND)
-            lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
-            nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
-            new.copy_((nibbles[:, 0] << 4) | nibbles[:, 1])
-        return flat, transposed(absmax, columns // BLOCKSIZE, rows)
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        packed = codes.view(-1, BAND)
+        lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
+        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
+        return (nibbles[:, 0] << 4) | nibbles[:, 1]
 
 
 # fmt: off
@@ -187,15 +175,6 @@ def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
     """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble, [B, 32]."""
     pairs = codes.numpy().view("<u2")  # even + 256 * odd
     return torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))  # keeps the low byte
-
-
-def _bands(
-    old: torch.Tensor, new: torch.Tensor, columns: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Split both into pieces of some bands, so that temporary tensors take 16 MB at most."""
-    rows = max(BAND, _CHUNK // columns // BAND * BAND)
-    size = rows * columns // 2
-    return zip(torch.split(old, size), torch.split(new, size), strict=True)
 
 
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:

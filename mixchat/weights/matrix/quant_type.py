@@ -23,6 +23,7 @@ from mixchat.kernels.tile import BAND, BLOCK
 from mixchat.kernels.units import UnitSet, level_tables
 
 BLOCKSIZE = BLOCK  # weights that share a scale
+_REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]  # the names
@@ -193,16 +194,40 @@ class BlockCodes(QuantizationType):
         """Return the matrix as `dtype`. Layout "bitsandbytes"."""
 
     @abstractmethod
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return the codes of some bands in the order of "cpu-packed", in any shape and type."""
+
+    @abstractmethod
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return packed codes of some bands in the order of "bitsandbytes", as `packed`."""
+
     def to_packed_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
         """Reorder from "bitsandbytes" to "cpu-packed" into new tensors, with all stored rows."""
+        scales = _transposed(absmax, rows, columns // BLOCKSIZE)
+        return self._reordered(self.packed, codes, columns), scales
 
-    @abstractmethod
     def to_bitsandbytes_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
         """Reorder from "cpu-packed" to "bitsandbytes", as `to_packed_layout`."""
+        scales = _transposed(absmax, columns // BLOCKSIZE, rows)
+        return self._reordered(self.unpacked, codes, columns), scales
+
+    def _reordered(
+        self,
+        reorder: Callable[[torch.Tensor, int], torch.Tensor],
+        codes: torch.Tensor,
+        columns: int,
+    ) -> torch.Tensor:
+        """Reorder some bands at a time, which bounds the temporary tensors."""
+        result = torch.empty_like(codes)
+        size = max(1, _REORDERED // (columns * BAND)) * BAND * columns * self.bits // 8
+        for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
+            made = reorder(old, columns)
+            new.view(made.dtype).view(made.shape).copy_(made)
+        return result
 
 
 class PlainLinear:
@@ -272,6 +297,6 @@ def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
     return functional.pad(numbers, (0, -len(numbers) % BLOCKSIZE)).view(-1, BLOCKSIZE)
 
 
-def transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return scales that lie as [height, width] in the order [width, height], in a new tensor."""
     return absmax.view(height, width).T.contiguous().view(-1)

@@ -134,6 +134,16 @@ def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -
     assert torch.equal(again[1], absmax)
 
 
+def test_bands_are_packed_in_pieces_without_a_seam(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, absmax = kind.type.codes(random(160, 64))
+    whole, _ = kind.type.to_packed_layout(codes, absmax, 160, 64)
+    monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 64)
+    assert torch.equal(kind.type.to_packed_layout(codes, absmax, 160, 64)[0], whole)
+    assert torch.equal(kind.type.to_bitsandbytes_layout(whole, absmax, 160, 64)[0], codes)
+
+
 def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
     codes, _ = kind.type.codes(torch.zeros(32, 192))
