@@ -7,8 +7,8 @@ from statistics import mean
 
 import pytest
 import torch
+from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import homes
@@ -24,20 +24,6 @@ from mixchat.planning.expectation import (
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
 from mixchat.planning.routing import Replay, replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
-
-CPU = torch.device("cpu")
-GPU = torch.device("cpu:0")  # another device by its name
-CONFIG = ModelConfig.from_dict(MIXTRAL)
-# As both devices compute it here, so that what leaves the "GPU" can go into RAM.
-BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-GPU_SPEEDS = replace(
-    SPEEDS,
-    copy_bandwidth=2e10,
-    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 64: 4e-4}},
-    layer_seconds=1e-4,
-)
 
 
 def on_cpu(slots: int) -> Placement:

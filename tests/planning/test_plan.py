@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from planning_tools import BLUEPRINT, CPU, GPU, GPU_SPEEDS, SPEEDS, measured, without_disk
 
 from mixchat.base.errors import ResourceError, UsageError
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.cli.output.plan_json import plan_as_dict
@@ -27,22 +27,10 @@ from mixchat.planning.measuring import (
 from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.planning.worker_split import WorkerOffer
-from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.outline import MIXTRAL, Outline
+from mixchat.weights.make.outline import Outline
 
 GB = 10**9
-CPU = torch.device("cpu")
-GPU = torch.device("cpu:0")  # another device by its name
-# As both devices compute it here, so that what leaves the "GPU" can go into RAM.
-BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-GPU_SPEEDS = replace(
-    SPEEDS,
-    copy_bandwidth=2e10,
-    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}},
-    layer_seconds=1e-4,
-)
 
 
 def machine(ram: float, gpu: float | None = None) -> Machine:
@@ -50,10 +38,6 @@ def machine(ram: float, gpu: float | None = None) -> Machine:
     name = None if gpu is None else "a GPU"
     free = FreeMemory(int(ram * GB), device)
     return Machine("a CPU", 8, 64 * GB, free, 500 * GB, name, device)
-
-
-def measured(*samples: MachineSpeeds) -> Measurement:
-    return Measurement(1.7e9, samples)
 
 
 def planned(
@@ -288,9 +272,7 @@ def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within() -> No
 
 
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed() -> None:
-    blind = replace(
-        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
+    blind = without_disk(SPEEDS)
     found = on_cpu(14.5, blind)
     assert found.expected.speed is None
     assert (found.expected.cost, found.first_token) == (None, None)

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS, measured, without_disk
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.engine.generate import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import expected_distinct
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.prompts import (
     PROMPT,
     FirstToken,
@@ -17,26 +17,9 @@ from mixchat.planning.prompts import (
     prompt_cost,
     prompt_speed,
 )
-from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
 
-CPU = torch.device("cpu")
-GPU = torch.device("cpu:0")  # another device by its name
-CONFIG = ModelConfig.from_dict(MIXTRAL)
-BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
-SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-GPU_SPEEDS = replace(
-    SPEEDS,
-    copy_bandwidth=2e10,
-    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 64: 4e-4}},
-    layer_seconds=1e-4,
-)
-BLIND = replace(SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None)
+BLIND = without_disk(SPEEDS)
 ALL, HALF = Placement(256, 0, 256), Placement(128, 0, 256)
-
-
-def measured(*samples: MachineSpeeds) -> Measurement:
-    return Measurement(1.7e9, samples)
 
 
 def cold_start(
@@ -54,9 +37,9 @@ def test_distinct_experts_of_several_tokens(tokens: int, experts: float) -> None
 
 def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
     found = cold_start(SPEEDS)
-    assert found.starting == pytest.approx(BLUEPRINT.shared_size / 1e9)
+    assert found.starting == pytest.approx(BLUEPRINT.shared_size / 3e9)
     assert 254 < found.prompt.read < 256
-    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 1e9)
+    assert found.prompt.reading == pytest.approx(found.prompt.read * BLUEPRINT.expert.stride / 3e9)
     # Six rows an expert, of which each takes 3 ms and 2/7 ms for each row after the first.
     experts = found.prompt.read * (0.003 + 5 * 0.002 / 7)
     assert experts < found.prompt.computing < experts + 0.3
@@ -73,11 +56,11 @@ def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read() -> None:
 def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
     found = cold_start(GPU_SPEEDS, GPU)
     assert found.prompt.copied == found.prompt.read
-    assert found.prompt.copying == pytest.approx(found.prompt.reading * 1e9 / 2e10)
+    assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
 
 
 def test_the_first_token_is_a_range_over_the_samples() -> None:
-    slow = replace(SPEEDS, disk_bandwidth_fresh=5e8)
+    slow = replace(SPEEDS, disk_bandwidth_fresh=1e9)
     found = first_token(BLUEPRINT, CPU, measured(SPEEDS, slow, SPEEDS))
     assert found is not None
     assert (found.low, found.high) == (cold_start(SPEEDS).seconds, cold_start(slow).seconds)

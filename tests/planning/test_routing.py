@@ -1,6 +1,10 @@
+"""Hit rates of synthetic routing, and the loads of several holders of experts."""
+
 import math
 from collections import Counter
-from itertools import combinations, pairwise, product
+from itertools import pairwise, product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +15,7 @@ from mixchat.experts.cache import ExpertCache
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.trace import Trace
-from mixchat.planning.routing import Counts, replay, sharing, synthetic_trace
+from mixchat.planning.routing import Counts, layer_loads, replay, sharing, synthetic_trace
 
 TOKENS = 4000
 
@@ -129,7 +133,28 @@ def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic:
     assert replay(synthetic, 64, "lru").decode.hit_rate == pytest.approx(expected, abs=0.005)
 
 
-def test_pairs_that_share_are_13_of_28() -> None:
-    pairs = list(combinations(range(8), 2))
-    assert sum(not {0, 1}.isdisjoint(pair) for pair in pairs) == 13
-    assert len(pairs) == 28
+def config(layers: int, experts: int, chosen: int) -> Any:
+    return SimpleNamespace(
+        num_hidden_layers=layers, num_local_experts=experts, num_experts_per_tok=chosen
+    )
+
+
+def experts(*numbers: int, layers: int = 1) -> set[ExpertKey]:
+    return {ExpertKey(layer, expert) for layer in range(layers) for expert in numbers}
+
+
+def test_both_experts_of_a_token_fall_to_one_of_two_holders_in_12_of_28_choices() -> None:
+    loads = layer_loads(config(1, 8, 2), [experts(0, 1, 2, 3), experts(4, 5, 6, 7)])
+    shares = {(2, 0): 6, (1, 1): 16, (0, 2): 6}
+    assert loads == {counts: pytest.approx(n / 28) for counts, n in shares.items()}
+
+
+def test_with_copies_of_all_each_of_two_holders_computes_one_of_them() -> None:
+    everything = experts(*range(8), layers=2)
+    assert layer_loads(config(2, 8, 2), [everything, everything]) == {(1, 1): pytest.approx(2)}
+
+
+def test_a_model_with_too_many_choices_is_sampled() -> None:
+    loads = layer_loads(config(1, 128, 8), [experts(*range(64)), experts(*range(64, 128))])
+    assert sum(loads.values()) == pytest.approx(1)
+    assert sum(n * counts[0] for counts, n in loads.items()) == pytest.approx(4, rel=0.05)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from planning_tools import CPU, GPU, SPEEDS, without_disk
 
 from mixchat.base import machine
 from mixchat.planning import measuring
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.measuring import (
     SAMPLES,
     load_measurement,
@@ -22,10 +23,6 @@ from mixchat.planning.measuring import (
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
-CPU = torch.device("cpu")
-OTHER = torch.device("cpu:0")  # another device by its name
-KNOWN = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-
 
 @pytest.fixture
 def blueprint(tiny_model: Path) -> Blueprint:
@@ -34,7 +31,7 @@ def blueprint(tiny_model: Path) -> Blueprint:
 
 
 PLACE = Path("/models")
-MADE = Measurement(1.7e9, (KNOWN,) * SAMPLES, "a CPU", str(PLACE), 0.1)
+MADE = Measurement(1.7e9, (SPEEDS,) * SAMPLES, "a CPU", str(PLACE), 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path: Path) -> None:
     path = tmp_path / "new" / "machine.json"
-    samples = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
+    samples = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
     left = iter(samples)
     made = measure_and_save(path, "here", PLACE, lambda: next(left))
     assert made == dataclasses.replace(MADE, samples=tuple(samples))
@@ -61,8 +58,8 @@ def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_pa
 def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
     """A measurement that a busy machine had spoiled stayed for good."""
     path = tmp_path / "machine.json"
-    measure_and_save(path, "here", PLACE, lambda: KNOWN)
-    slower = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
+    measure_and_save(path, "here", PLACE, lambda: SPEEDS)
+    slower = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
     made = measure_and_save(path, "here", PLACE, lambda: slower)
     assert made.samples == (slower,) * SAMPLES
     assert load_measurement(path, "here", CPU) == made
@@ -71,14 +68,14 @@ def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
 def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
-    known = dataclasses.replace(KNOWN, copy_bandwidth=2e10, expert_seconds=seconds)
+    known = dataclasses.replace(SPEEDS, copy_bandwidth=2e10, expert_seconds=seconds)
     made = measure_and_save(path, "here", PLACE, lambda: known)
     assert load_measurement(path, "here", torch.device("cuda")) == made
 
 
 def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    results = [dataclasses.replace(KNOWN, memory_bandwidth=1e9 + index) for index in range(40)]
+    results = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + index) for index in range(40)]
     made = [
         measure_and_save(path, str(index), PLACE, lambda result=result: result)  # type: ignore[misc]
         for index, result in enumerate(results)
@@ -86,18 +83,18 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> N
     assert load_measurement(path, "39", CPU) == made[39]
     assert load_measurement(path, "8", CPU) == made[8]
     assert load_measurement(path, "7", CPU) is None
-    assert load_measurement(path, "39", OTHER) is None
+    assert load_measurement(path, "39", GPU) is None
 
 
 def entry(**changes: Any) -> str:
-    sample = {**dataclasses.asdict(KNOWN), **changes}
+    sample = {**dataclasses.asdict(SPEEDS), **changes}
     made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
     return json.dumps({"format": 3, "machines": {"here": made}})
 
 
 def undated() -> str:
     """The first format had one sample and no date."""
-    return json.dumps({"format": 1, "machines": {"here": dataclasses.asdict(KNOWN)}})
+    return json.dumps({"format": 1, "machines": {"here": dataclasses.asdict(SPEEDS)}})
 
 
 DAMAGED = [
@@ -144,7 +141,7 @@ def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path: Path, tex
     path = tmp_path / "machine.json"
     path.write_text(text)
     assert load_measurement(path, "here", CPU) is None
-    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
     assert load_measurement(path, "here", CPU) == MADE
 
 
@@ -152,7 +149,7 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
     path, precious = tmp_path / "machine.json", tmp_path / "precious"
     precious.write_text(entry())
     path.symlink_to(precious)
-    other = dataclasses.replace(KNOWN, memory_bandwidth=1e9)
+    other = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
     assert measure_and_save(path, "here", PLACE, lambda: other).typical == other
     assert precious.read_text() == entry()
     assert not path.is_symlink()
@@ -163,18 +160,16 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
 
 def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    partly = dataclasses.replace(
-        KNOWN, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
+    partly = without_disk(SPEEDS)
     assert measure_and_save(path, "here", PLACE, lambda: partly).typical == partly
     assert not path.exists()
-    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
 
 
 def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "machine.json"
-    assert measure_and_save(path, "here", PLACE, lambda: KNOWN) == MADE
+    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
 
 
 def test_the_key_names_what_a_result_depends_on(
@@ -189,7 +184,7 @@ def test_the_key_names_what_a_result_depends_on(
         key,
         measurement_key(larger, tmp_path, CPU),
         measurement_key(blueprint, Path("/proc"), CPU),
-        measurement_key(blueprint, tmp_path, OTHER),
+        measurement_key(blueprint, tmp_path, GPU),
     }
     for module, name, value in (
         (machine, "cpu_name", "another"),

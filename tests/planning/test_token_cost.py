@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planning_tools import without_disk
 
 from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, token_cost
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 # 8 uses of experts a token. A head as large as three experts.
-SHAPE = ModelSize(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
+SIZE = ModelSize(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
 CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 GPU = dataclasses.replace(
     CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}
@@ -19,7 +20,7 @@ rates = st.floats(0, 1)
 
 
 def cost(speeds: MachineSpeeds, device: str, hit_rate: float, host_hit_rate: float) -> TokenCost:
-    found = token_cost(SHAPE, speeds, device, hit_rate, host_hit_rate)
+    found = token_cost(SIZE, speeds, device, hit_rate, host_hit_rate)
     assert found is not None
     return found
 
@@ -62,11 +63,9 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
 
 
 def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost() -> None:
-    blind = dataclasses.replace(
-        CPU, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
+    blind = without_disk(CPU)
     assert cost(blind, "cpu", 1, 1) == cost(CPU, "cpu", 1, 1)
-    assert token_cost(SHAPE, blind, "cpu", hit_rate=0.5, host_hit_rate=0.5) is None
+    assert token_cost(SIZE, blind, "cpu", hit_rate=0.5, host_hit_rate=0.5) is None
 
 
 @given(rates, rates, rates, st.sampled_from([CPU, GPU]))

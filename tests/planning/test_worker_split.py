@@ -1,30 +1,23 @@
 """The speed with workers: what is expected of a layer is the mean over all choices of a router."""
 
-import dataclasses
 from collections.abc import Sequence, Set
 from itertools import combinations, pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planning_tools import BLUEPRINT, CPU, GPU, GPU_SPEEDS, SPEEDS, without_disk
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import ModelSize, TokenCost, token_cost
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_cost, spread_model
-from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
 
-CPU = torch.device("cpu")
-BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization()).computed_on(CPU)
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-SHAPE = ModelSize(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
+SIZE = ModelSize(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
 
 
 def config(layers: int, experts: int, chosen: int) -> Any:
@@ -45,8 +38,8 @@ def offer(slots: int = 256, expert_seconds: float = 0.003, round_trip: float = 2
 
 
 def cost(held: Sequence[Set[ExpertKey]], *offers: WorkerOffer, **model: Any) -> TokenCost:
-    loads = layer_loads(config(SHAPE.layers, 8, 2), held)
-    found = spread_cost(SHAPE, SPEEDS, "cpu", loads, offers, 1, 1)
+    loads = layer_loads(config(SIZE.layers, 8, 2), held)
+    found = spread_cost(SIZE, SPEEDS, "cpu", loads, offers, 1, 1)
     assert found is not None
     return found
 
@@ -84,25 +77,6 @@ def brute_force_waiting(
     return sum(waits) / len(waits)
 
 
-def test_both_experts_of_a_token_fall_to_one_of_two_holders_in_12_of_28_choices() -> None:
-    loads = layer_loads(config(1, 8, 2), halves())
-    assert loads == {
-        key: pytest.approx(n / 28) for key, n in {(2, 0): 6, (1, 1): 16, (0, 2): 6}.items()
-    }
-
-
-def test_with_copies_of_all_each_of_two_holders_computes_one_of_them() -> None:
-    everything = {ExpertKey(layer, e) for layer in range(2) for e in range(8)}
-    assert layer_loads(config(2, 8, 2), [everything, everything]) == {(1, 1): pytest.approx(2)}
-
-
-def test_a_model_with_too_many_choices_is_sampled() -> None:
-    held = [{ExpertKey(0, e) for e in part} for part in (range(64), range(64, 128))]
-    loads = layer_loads(config(1, 128, 8), held)
-    assert sum(loads.values()) == pytest.approx(1)
-    assert sum(n * counts[0] for counts, n in loads.items()) == pytest.approx(4, rel=0.05)
-
-
 parts = st.lists(st.sets(st.integers(0, 7)), min_size=1, max_size=3)
 times = st.floats(1e-4, 1e-2)
 
@@ -124,8 +98,8 @@ def test_without_workers_it_is_the_cost_of_a_machine_alone() -> None:
     everything = {ExpertKey(layer, e) for layer in range(2) for e in range(8)}
     loads = layer_loads(config(2, 8, 2), [everything])
     for hit_rate, host_hit_rate in product((0, 0.4, 1), repeat=2):
-        assert spread_cost(SHAPE, SPEEDS, "cpu", loads, (), hit_rate, host_hit_rate) == token_cost(
-            SHAPE, SPEEDS, "cpu", hit_rate, host_hit_rate
+        assert spread_cost(SIZE, SPEEDS, "cpu", loads, (), hit_rate, host_hit_rate) == token_cost(
+            SIZE, SPEEDS, "cpu", hit_rate, host_hit_rate
         )
 
 
@@ -158,17 +132,14 @@ def test_what_nobody_holds_is_read_by_this_machine() -> None:
     assert (found.here, found.held, found.on_workers, found.copies) == (64, (64, 32), 96, 0)
     assert found.expected.held == 160
     assert found.expected.cost is not None
-    at_home = 64 * 160 / 256  # uses of this machine's experts, of which it holds 64 of 160
-    assert 0.3 * at_home < found.expected.cost.read < 0.7 * at_home
+    used_here = 64 * 160 / 256  # uses of this machine's experts, of which it holds 64 of 160
+    assert 0.3 * used_here < found.expected.cost.read < 0.7 * used_here
     assert found.expected.hit_rate == pytest.approx(1 - found.expected.cost.read / 64)
 
 
 def test_behind_a_gpu_ram_holds_what_neither_it_nor_a_worker_has() -> None:
-    gpu = torch.device("cpu:0")  # another device by its name
-    seconds = {"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}}
-    speeds = dataclasses.replace(SPEEDS, copy_bandwidth=2e10, expert_seconds=seconds)
-    known = Measurement(0.0, (speeds,))
-    found = spread_model(BLUEPRINT, gpu, known, Placement(60, 256, 256), [offer(100)])
+    known = Measurement(0.0, (GPU_SPEEDS,))
+    found = spread_model(BLUEPRINT, GPU, known, Placement(60, 256, 256), [offer(100)])
     assert (found.here, found.held, found.copies, found.expected.held) == (156, (100,), 0, 256)
     assert found.expected.cost is not None
     assert found.expected.cost.read == 0
@@ -182,9 +153,7 @@ def test_a_slow_worker_makes_it_slower_than_none_where_all_fits_here() -> None:
 
 
 def test_without_figures_of_the_disk_only_what_needs_no_disk_is_known() -> None:
-    blind = dataclasses.replace(
-        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
+    blind = without_disk(SPEEDS)
     assert spread(64, offer(64), speeds=blind).expected.speed is None
     assert spread(128, offer(128), speeds=blind).expected.speed is not None
 

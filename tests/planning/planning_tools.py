@@ -1,0 +1,32 @@
+"""A model and a machine that the tests of plans share."""
+
+from dataclasses import replace
+
+import torch
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.make.outline import MIXTRAL
+
+CPU = torch.device("cpu")
+GPU = torch.device("cpu:0")  # another device by its name
+CONFIG = ModelConfig.from_dict(MIXTRAL)
+# As both devices compute it here, so that what leaves the "GPU" can go into RAM.
+BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+GPU_SPEEDS = replace(
+    SPEEDS,
+    copy_bandwidth=2e10,
+    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}},
+    layer_seconds=1e-4,
+)
+
+
+def without_disk(speeds: MachineSpeeds) -> MachineSpeeds:
+    """Return the figures of a machine whose disk could not be measured."""
+    return replace(speeds, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None)
+
+
+def measured(*samples: MachineSpeeds) -> Measurement:
+    return Measurement(1.7e9, samples)
