@@ -15,6 +15,6 @@
 - rope.py: rotary position embedding
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file, for the next run
-- report.py, report_path.py: what a run did with its experts, and the file of it
+- report.py: the report of a run's experts, and the file of it
 - environment.py: settings that torch reads when it is loaded
 """

@@ -1,4 +1,4 @@
-"""The report of what a run did with its experts, to look at or to save as JSON."""
+"""The report of a run's experts, and the JSON file in which it is saved."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
+from mixchat.base.settings import data_dir
 from mixchat.experts.keys import ExpertKey
 
 if TYPE_CHECKING:
@@ -95,6 +96,27 @@ def report_of(engine: Engine, model: str) -> ExpertReport:
 def slots_in_words(slots: Mapping[str, int]) -> str:
     """Return counts of slots by tier as `12 RAM slots, 8 worker slots`."""
     return ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
+
+
+def report_path(name: str) -> Path:
+    """Return the path for a model's name as given to `mixchat run -m`.
+
+    Raises as `mixchat.weights.models.resolve` does.
+    """
+    from mixchat.weights.models import resolve
+
+    return report_path_by_key(resolve(name).key)
+
+
+def newest_report_path() -> Path | None:
+    """Return the path of the report that was written last; None without one."""
+    paths = (data_dir() / "stats").glob("*.json")
+    return max(paths, key=lambda path: path.lstat().st_mtime_ns, default=None)
+
+
+def report_path_by_key(key: str) -> Path:
+    """Return the path for the key of an installed model: the name of its directory."""
+    return data_dir() / "stats" / f"{key}.json"
 
 
 def save_report(path: Path, report: ExpertReport) -> None:
