@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from mixchat.base.errors import PromptTooLongError
 from mixchat.base.model_config import BYTES_PER_TOKEN, Context
-from mixchat.chat.answer import Answer, Reason
+from mixchat.chat.answer import Answer, AnswerLimits, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
-from mixchat.engine.cached_prefix import shared_beginning
-from mixchat.text.detokenizer import Detokenizer, StopStrings
+from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -87,8 +86,6 @@ class EngineBackend:
         return EngineReply(
             self._generated(turn, prompt_ids, self._start_constraint(start), on_prefill),
             self._start_answer(turn, prompt_ids),
-            self.template.stop_ids,
-            self.longest_answer(turn.max_tokens),
             turn.before,
             first,
         )
@@ -154,7 +151,13 @@ class EngineBackend:
             context = prompt_ids
         elif turn.before is not None:
             context = self._ids_of(turn.before)
-        return Answer(Detokenizer(self.tokenizer, context), StopStrings(turn.stop))
+        limits = AnswerLimits(
+            self.template.stop_ids,
+            turn.stop,
+            self.longest_answer(turn.max_tokens),
+            self.context.tokens - len(prompt_ids),
+        )
+        return Answer(Detokenizer(self.tokenizer, context), limits)
 
     def _start_constraint(self, start: Sequence[int]) -> Constraint | None:
         if self._form is None:
@@ -163,6 +166,8 @@ class EngineBackend:
 
     def _unread(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt the engine has to process."""
+        from mixchat.engine.passes import shared_beginning
+
         held, _ = self.engine.held()
         return max(len(prompt_ids) - shared_beginning(held, prompt_ids), 1)
 
@@ -174,29 +179,21 @@ class EngineReply:
         self,
         ids: Generator[int, None, None],
         answer: Answer,
-        stop_ids: frozenset[int],
-        limit: int | None,
         before: Message | None,
         first: int,
     ) -> None:
         self.first, self._ids = first, ids
         self._answer, self._before = answer, before
-        self._stop_ids, self._limit = stop_ids, limit
 
     @property
     def reason(self) -> Reason:
         return self._answer.reason
 
     def texts(self) -> Iterator[str]:
-        answer = self._answer
         for token in self._ids:
-            if token in self._stop_ids:
-                yield "".join(answer.end("stop"))
+            yield self._answer.add(token)
+            if self._answer.has_ended:
                 return
-            yield "".join(answer.add(token))
-            if answer.cut:
-                return
-        yield "".join(answer.run_out(self._limit))
 
     def message(self) -> Message | None:
         return self._answer.message(self._before)

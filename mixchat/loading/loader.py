@@ -13,8 +13,9 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
 from mixchat.base.settings import models_dir
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.generate import PREFILL_CHUNK, Engine
+from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, Embedding, Model, RMSNorm
 from mixchat.engine.moe import SparseMoE

@@ -12,7 +12,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
-from mixchat.engine.passes import Part
+from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.kernels.program import Program
@@ -101,7 +101,7 @@ def test_with_all_experts_in_memory_their_runner_is_not_asked(
     before = engine.experts.stats.copy()
     monkeypatch.setattr(type(engine.experts), "run", None)
     engine.forget()
-    engine.passes.compute([Part(engine.sequences[0], PROMPT[:1])])
+    engine.passes.compute([SequenceTokens(engine.sequences[0], PROMPT[:1])])
     since = engine.experts.stats.since(before)
     layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
     assert since.hits.total() == layers * choices

@@ -12,8 +12,9 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.passes import Part
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
+from mixchat.engine.generate import Engine
+from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.kernels import coded
 from mixchat.loading.loader import chunks_are_exact, load_engine
@@ -74,7 +75,7 @@ def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor
         if start >= TOKENS:
             break
         logits = engine.passes.compute(
-            [Part(engine.sequences[0], ids[start : start + chunk])], exact=True
+            [SequenceTokens(engine.sequences[0], ids[start : start + chunk])], exact=True
         )
         start += chunk
     _, cache = engine.held()
@@ -103,7 +104,7 @@ def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_t
     decoded = read(engine, [1])
     ways = [*((1, (chunk,)) for chunk in CHUNKS), (2, (7,)), (2, (2048,)), (2, (33, 1, 5))]
     # Where only one by one is exact, so it is read: then many ways are the same.
-    for count, chunks in {(count, at_most(engine._chunk, chunks)) for count, chunks in ways}:
+    for count, chunks in {(count, at_most(engine.prefill_chunk, chunks)) for count, chunks in ways}:
         threads(count)
         assert same(read(engine, list(chunks)), decoded), (count, chunks)
 
@@ -114,7 +115,7 @@ def test_kernels_read_a_prompt_in_long_chunks_all_the_same(
     models: Callable[[str], Path], kind: str
 ) -> None:
     engine = load_engine(models(kind), LoadOptions(device="cpu", exact_prompts=True))
-    assert engine._chunk == PREFILL_CHUNK
+    assert engine.prefill_chunk == PREFILL_CHUNK
 
 
 @needs_kernels

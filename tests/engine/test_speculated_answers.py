@@ -17,7 +17,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, Model
-from mixchat.engine.passes import Part
+from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.recording import RecordingRunner
@@ -145,10 +145,12 @@ def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(
     ids = [choose.randrange(3, 97) for _ in range(64)]
     torch.set_num_threads(threads)
     try:
-        logits = torch.cat([one.passes.compute([Part(one.sequences[0], [token])]) for token in ids])
+        logits = torch.cat(
+            [one.passes.compute([SequenceTokens(one.sequences[0], [token])]) for token in ids]
+        )
         held = many.sequences[0]
-        many.passes.compute([Part(held, ids[:16])], exact=True)
-        verified = many.passes.compute([Part(held, ids[16:17], ids[17:])], exact=True)
+        many.passes.compute([SequenceTokens(held, ids[:16])], exact=True)
+        verified = many.passes.compute([SequenceTokens(held, ids[16:17], ids[17:])], exact=True)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(verified, logits[16:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.engine.generate import PREFILL_CHUNK
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import expected_distinct

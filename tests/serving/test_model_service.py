@@ -118,7 +118,7 @@ def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_
 def test_a_long_prompt_tells_its_progress(
     model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("mixchat.engine.chunk_sizer.PREFILL_CHUNK", 10)
     waiter = Waiter(model_service(), job(29))
     waiter.result()
     progress = [event for event in waiter.events if isinstance(event, Reading)]
