@@ -99,7 +99,7 @@ def test_an_empty_cache_takes_no_memory(kind: type[KVCache]) -> None:
         if isinstance(cache, PagedKVCache):
             return sum(page.nbytes for pages in cache._pages for page in pages)
         assert isinstance(cache, TensorKVCache)
-        return sum(layer.nbytes for layers in cache._numbers.values() for layer in layers)
+        return sum(layer.nbytes for layers in cache._stored.values() for layer in layers)
 
     cache = kind(16)
     assert held(cache) == 0
