@@ -1,4 +1,4 @@
-"""The engine as what answers a conversation: fits it into the context, and remembers token ids."""
+"""A backend that answers with an engine: fits a conversation into the context, as token ids."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
-# Fractions of the context, as divisors. Old turns are left out where less room is left than the
-# answer may need: --max-tokens, but at most 1/2, or 1/8 without it. Then they are left out until
+# Fractions of the context, as divisors. Old turns are left out if less room is left than the answer
+# may need. That is --max-tokens, but at most 1/2, or 1/8 without it. Turns are then left out until
 # 1/4 is free, because all that stays has to be prefilled again, which should be rare.
-_MOST, _LEAST, _ROOM = 2, 8, 4
+_MAX_NEEDED_DIVISOR, _DEFAULT_NEEDED_DIVISOR, _FREED_DIVISOR = 2, 8, 4
 
 
 class EngineBackend:
     """A `Backend`.
 
-    `advised_tokens` is the length of answers that the model's makers advise; each answer has the
-    `form`, if one is given.
+    advised_tokens: the length of answers that the model's makers advise. form: the form of each
+    answer, if there is one.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class EngineBackend:
         return self.tokenizer.encode(answer.content) if answer.ids is None else answer.ids
 
     def _fitted(self, turn: Turn, start: Sequence[int]) -> tuple[list[int], int]:
-        """Return the prompt's ids, with the `start` of an answer behind them, and the number of the
-        first message that is in it."""
+        """Return the prompt's ids and the `start` of an answer, and the number of the first message
+        in the prompt."""
         first, size, messages = turn.first, self.engine.context_size, turn.messages
         later = turn.questions_after_first()
         while (known := _tokens_at_least(messages[first:])) > size:  # it need not be encoded
@@ -121,20 +121,21 @@ class EngineBackend:
             first = later.pop(0)
         whole = [*self.template.encode([*turn.system, *messages[first:]]), *start]
         limit = turn.max_tokens
-        least = min(limit, size // _MOST) if limit else size // _LEAST
-        room = max(least, size // _ROOM)
-        if turn.overflow == "stop" or len(whole) + max(least, 1) <= size:
+        default = size // _DEFAULT_NEEDED_DIVISOR
+        needed = min(limit, size // _MAX_NEEDED_DIVISOR) if limit else default
+        if turn.overflow == "stop" or len(whole) + max(needed, 1) <= size:
             return whole, first
+        freed = max(needed, size // _FREED_DIVISOR)
         for at in later:
             ids = [*self.template.encode([*turn.system, *messages[at:]]), *start]
-            if len(ids) + room <= size or (at == later[-1] and len(ids) < size):
+            if len(ids) + freed <= size or (at == later[-1] and len(ids) < size):
                 return ids, at
         return whole, first  # not even the last question fits
 
     def _too_long(
         self, turn: Turn, first: int, start: Sequence[int], tokens: int
     ) -> PromptTooLongError:
-        """Return the error for a prompt that does not fit; its hint says if old turns could go."""
+        """Return the error for a prompt that does not fit. Its hint says if old turns could go."""
         error, asked = self.context.prompt_too_long(tokens), turn.messages
         if len(asked) - first == 1:
             return error
@@ -144,8 +145,8 @@ class EngineBackend:
         return error
 
     def _start_answer(self, turn: Turn, prompt_ids: Sequence[int]) -> Answer:
-        # A completion, or an answer that is continued, starts in the middle of a text: its spaces
-        # depend on what comes before.
+        # A completion, or an answer that is continued, starts in the middle of a text, and its
+        # spaces depend on the text before.
         context: Sequence[int] = ()
         if self.template.continues_prompt:
             context = prompt_ids
@@ -173,7 +174,7 @@ class EngineBackend:
 
 
 class EngineReply:
-    """A `Reply` of an engine, which generates `ids`."""
+    """A `Reply` of an engine, which generates `ids`. before: the answer that is continued."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class EngineReply:
 
 
 def _tokens_at_least(messages: Sequence[Message]) -> int:
-    """Return how many tokens these have at least, without encoding them."""
+    """Return the least number of tokens that these can have, without encoding them."""
     return sum(
         len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
         for message in messages
