@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tools import answer, cache_content
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
@@ -38,21 +39,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
 needs_kernels = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
 
 
-@pytest.fixture(scope="module")
-def models(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """Return the installed model of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def model(kind: str) -> Path:
-        if kind not in made:
-            shape, how, _ = KINDS[kind]
-            checkpoint = make_checkpoint(**{"intermediate_size": 128, **shape})
-            made[kind] = install(checkpoint, **how)
-        return made[kind]
-
-    return model
+@pytest.fixture
+def models(model_of: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return the installed model of a kind."""
+    return lambda kind: model_of({"intermediate_size": 128, **KINDS[kind][0]}, KINDS[kind][1])
 
 
 @pytest.fixture
@@ -67,8 +57,8 @@ def ids_of(count: int) -> list[int]:
     return torch.randint(3, 97, (count,), generator=generator).tolist()
 
 
-def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Return each layer's cache of `TOKENS` tokens read in these chunks, and the last logits."""
+def read(engine: Engine, chunks: list[int]) -> list[torch.Tensor]:
+    """Return the cache's content after `TOKENS` tokens in these chunks, and the last logits."""
     engine.forget()
     ids, start = ids_of(TOKENS), 0
     for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
@@ -78,15 +68,11 @@ def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor
             [SequenceTokens(engine.sequences[0], ids[start : start + chunk])], exact=True
         )
         start += chunk
-    _, cache = engine.held()
-    layers = range(engine.config.num_hidden_layers)
-    return [cache.content(layer, TOKENS) for layer in layers], logits
+    return [*cache_content(engine), logits]
 
 
-def same(one: Any, other: Any) -> bool:
-    contents = zip(one[0], other[0], strict=True)
-    equal = (torch.equal(a[name], b[name]) for a, b in contents for name in a)
-    return all(equal) and torch.equal(one[1], other[1])
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def at_most(most: int, chunks: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,11 +144,6 @@ def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:
     assert same(read(few, [64]), read(everywhere, [1]))
 
 
-def answer(engine: Engine, prompt: list[int], tokens: int = 12) -> list[int]:
-    ids = engine.generate(prompt, sampling=FREE, stop_ids=set(), max_tokens=tokens)
-    return list(ids)
-
-
 def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -171,18 +152,18 @@ def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     options = LoadOptions(device="cpu", exact_prompts=True)
     model, prompt = models("nf4"), ids_of(40)
     engine = load_engine(model, options)
-    first = answer(engine, prompt)
+    first = answer(engine, prompt, FREE)
     PromptCache(tmp_path / "saved", engine).save()
     longer = [*prompt, *first, *ids_of(20)]
-    expected = answer(engine, longer)
+    expected = answer(engine, longer, FREE)
     assert engine.stats.reused_tokens == len(prompt) + len(first) - 1
     resumed = load_engine(model, options)
-    assert answer(resumed, longer) == expected
+    assert answer(resumed, longer, FREE) == expected
     assert resumed.stats.reused_tokens == 0
     from_file = load_engine(model, options)
     assert PromptCache(tmp_path / "saved", from_file).load() == len(prompt) + len(first) - 1
-    assert answer(from_file, longer) == expected
-    assert same((read(resumed, [64])), (read(engine, [1])))
+    assert answer(from_file, longer, FREE) == expected
+    assert same(read(resumed, [64]), read(engine, [1]))
 
 
 @pytest.mark.parametrize("exact", [True, False])

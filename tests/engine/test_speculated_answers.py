@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import engine_tools
 import pytest
 import torch
+from engine_tools import GREEDY, cache_content
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
@@ -24,7 +26,6 @@ from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
 
-GREEDY = SamplingOptions(temperature=0)
 # Cold enough for random models to repeat themselves now and then.
 SAMPLED = SamplingOptions(temperature=0.1, seed=7)
 PENALIZED = SamplingOptions(temperature=0.1, seed=7, repeat_penalty=1.1, top_p=0.9, min_p=0.05)
@@ -52,22 +53,11 @@ class Always(Speculation):
         return True
 
 
-@pytest.fixture(scope="module")
-def models(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """Return the installed model of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def model(kind: str) -> Path:
-        if kind not in made:
-            shape, how, _ = KINDS[kind]
-            made[kind] = install(
-                make_checkpoint(std=0.1, **{"intermediate_size": 128, **shape}), **how
-            )
-        return made[kind]
-
-    return model
+@pytest.fixture
+def models(model_of: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return the installed model of a kind."""
+    shape = {"std": 0.1, "intermediate_size": 128}
+    return lambda kind: model_of({**shape, **KINDS[kind][0]}, KINDS[kind][1])
 
 
 @pytest.fixture
@@ -102,21 +92,15 @@ LOOPING = 2 * [17, 19, 72, 79, 94, 25, 31, 19]
 def answer(
     engine: Engine, prompt: Sequence[int], sampling: SamplingOptions, **how: Any
 ) -> list[int]:
-    given = {"stop_ids": {2}, "max_tokens": 40, **how}
-    return list(engine.generate(prompt, sampling=sampling, **given))
-
-
-def content(engine: Engine) -> list[torch.Tensor]:
-    """Return the keys and values of the tokens that the cache holds, as far as blocks are whole."""
-    ids, cache = engine.held()
-    whole = len(ids) // 16 * 16
-    layers = range(engine.config.num_hidden_layers)
-    return [tensor for layer in layers for tensor in cache.content(layer, whole).values()]
+    return engine_tools.answer(engine, prompt, sampling, **{"max_tokens": 40, **how})
 
 
 def same_state(one: Engine, other: Engine) -> bool:
-    pairs = zip(content(one), content(other), strict=True)
-    return one.held()[0] == other.held()[0] and all(torch.equal(a, b) for a, b in pairs)
+    """Return whether caches have the same tokens, and the same bits in whole blocks."""
+    ids = one.held()[0]
+    whole = len(ids) // 16 * 16
+    pairs = zip(cache_content(one, whole), cache_content(other, whole), strict=True)
+    return ids == other.held()[0] and all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
