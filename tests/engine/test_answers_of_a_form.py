@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine_tools
 import pytest
 import torch
 from jsonschema import Draft202012Validator
@@ -72,15 +73,10 @@ def compiled(tokenizer: Any) -> Callable[[OutputConstraint], CompiledConstraint]
 def answer(
     engine: Engine, form: CompiledConstraint | None, seed: int, most: int = 400, **options: Any
 ) -> list[int]:
-    return list(
-        engine.generate(
-            PROMPT,
-            sampling=SamplingOptions(seed=seed, **{"temperature": 1.0, **options}),
-            stop_ids={STOP},
-            max_tokens=most,
-            constraint=None if form is None else form.start(),
-        )
-    )
+    sampling = SamplingOptions(seed=seed, **{"temperature": 1.0, **options})
+    constraint = None if form is None else form.start()
+    given = {"stop_ids": {STOP}, "max_tokens": most, "constraint": constraint}
+    return engine_tools.answer(engine, PROMPT, sampling, **given)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.3}])

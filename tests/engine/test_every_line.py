@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from engine_tools import answer
 
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine import generate
 from mixchat.experts import cache, fetcher, mover
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
@@ -52,20 +52,17 @@ def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(
 ) -> None:
     monkeypatch.setattr(mover, "_IDLE", 0)  # so that its thread is started again and again
 
-    def answer(engine: generate.Engine) -> list[int]:
-        greedy = SamplingOptions(temperature=0)
-        return list(engine.generate(PROMPT, sampling=greedy, stop_ids=set(), max_tokens=TOKENS))
-
-    expected = answer(load_engine(tiny_model, LoadOptions(device="cpu")))
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    expected = answer(engine, PROMPT, max_tokens=TOKENS)
     two = MemoryBudget(size=2 * InstalledModel(tiny_model).blueprint.expert.stride)
     engine = load_engine(tiny_model, LoadOptions(device="cpu", host_memory=two))
     assert engine.experts.slots == 2
     for line in itertools.count():
         engine.forget()
         with ctrl_c_at(line) as pressed:
-            answer(engine)
+            answer(engine, PROMPT, max_tokens=TOKENS)
         if not pressed:
             break
         engine.forget()
-        assert answer(engine) == expected, pressed
+        assert answer(engine, PROMPT, max_tokens=TOKENS) == expected, pressed
     assert line > 200

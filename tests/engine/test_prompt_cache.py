@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from test_kv_cache import CONFIG, CPU, needs_kernel
 
 from mixchat.base import files
-from mixchat.base.errors import CheckpointError, MixchatError, ResourceError, UsageError
+from mixchat.base.errors import CheckpointError, MixchatError, ResourceError
 from mixchat.base.options import LoadOptions
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine import kv_cache
@@ -215,56 +214,46 @@ def test_a_file_of_the_other_kind_is_refused(
     refused(tmp_path / "f", other, "another kind of KV cache")
 
 
+DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"format": 2}, "another version"),
+    ({"format": True, "model": None}, "another model"),
+    ({"model": "0" * 64}, "another model"),
+    ({"cache": ["pages"]}, "another kind"),
+    ({"tokens": 22}, "its tensors do not match"),
+    ({"tokens": 2**30}, "its tensors do not match"),
+    *(({"tokens": n}, "count of tokens is wrong") for n in (2**70, 0, -1, True, "23", None)),
+    ({"more": "x" * 5000}, "its description is missing"),
+]
+TENSORS: list[tuple[dict[str, torch.Tensor], str]] = [
+    *(
+        (
+            {"mixchat_prompt_cache": torch.tensor(list(text), dtype=torch.uint8)},
+            "its description is missing",
+        )
+        for text in (b"[]", b"{", b"\xff\xfe", b"[" * 4000, b"9" * 4096, b"null")
+    ),
+    ({"0.keys": torch.zeros(2, 16, 32, dtype=torch.uint8)}, "its tensors do not match"),
+    ({"1.values": torch.zeros(3, 5)}, "its tensors do not match"),
+    ({"2.keys": torch.zeros(1)}, "its tensors do not match"),
+    ({"ids": torch.zeros(23, dtype=torch.int32)}, "its tensors do not match"),
+    ({"ids": torch.zeros(1, 23, dtype=torch.int64)}, "its tensors do not match"),
+]
+
+
 @pytest.mark.parametrize(
-    ("about", "message"),
-    [
-        ({"format": 2}, "another version"),
-        ({"format": True, "model": None}, "another model"),
-        ({"model": "0" * 64}, "another model"),
-        ({"cache": ["pages"]}, "another kind"),
-        ({"tokens": 22}, "its tensors do not match"),
-        ({"tokens": 2**30}, "its tensors do not match"),
-        ({"tokens": 2**70}, "count of tokens is wrong"),
-        ({"tokens": 0}, "count of tokens is wrong"),
-        ({"tokens": -1}, "count of tokens is wrong"),
-        ({"tokens": True}, "count of tokens is wrong"),
-        ({"tokens": "23"}, "count of tokens is wrong"),
-        ({"tokens": None}, "count of tokens is wrong"),
-        ({"more": "x" * 5000}, "its description is missing"),
-    ],
+    ("about", "tensors", "message"),
+    [*((about, {}, said) for about, said in DESCRIPTIONS), *((None, *one) for one in TENSORS)],
 )
-def test_what_a_file_says_of_itself_is_checked(
-    open_engine: Open, tmp_path: Path, about: dict[str, Any], message: str
+def test_a_file_that_does_not_fit_its_description_or_its_reader_is_refused(
+    open_engine: Open,
+    tmp_path: Path,
+    about: dict[str, Any] | None,
+    tensors: dict[str, torch.Tensor],
+    message: str,
 ) -> None:
     saved(tmp_path / "f", open_engine())
-    rewritten(tmp_path / "f", about)
+    rewritten(tmp_path / "f", about, **tensors)
     refused(tmp_path / "f", open_engine(), message)
-
-
-@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff\xfe", b"[" * 4000, b"9" * 4096, b"null"])
-def test_text_that_is_no_object_is_refused(open_engine: Open, tmp_path: Path, text: bytes) -> None:
-    saved(tmp_path / "f", open_engine())
-    bad = torch.tensor(list(text), dtype=torch.uint8)
-    rewritten(tmp_path / "f", mixchat_prompt_cache=bad)
-    refused(tmp_path / "f", open_engine(), "its description is missing")
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"0.keys": torch.zeros(2, 16, 32, dtype=torch.uint8)},
-        {"1.values": torch.zeros(3, 5)},
-        {"2.keys": torch.zeros(1)},
-        {"ids": torch.zeros(23, dtype=torch.int32)},
-        {"ids": torch.zeros(1, 23, dtype=torch.int64)},
-    ],
-)
-def test_tensors_of_another_shape_or_type_are_refused(
-    open_engine: Open, tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
-    saved(tmp_path / "f", open_engine())
-    rewritten(tmp_path / "f", **tensors)
-    refused(tmp_path / "f", open_engine(), "its tensors do not match")
 
 
 def test_a_file_that_was_changed_right_is_taken(open_engine: Open, tmp_path: Path) -> None:
@@ -272,26 +261,6 @@ def test_a_file_that_was_changed_right_is_taken(open_engine: Open, tmp_path: Pat
     saved(tmp_path / "f", open_engine())
     rewritten(tmp_path / "f", {})
     assert PromptCache(tmp_path / "f", open_engine()).load() == 23
-
-
-def test_only_its_owner_reads_it_at_any_time(
-    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modes = []
-
-    def look(temporary: Path, path: Path) -> None:
-        modes.append(stat.S_IMODE(temporary.stat().st_mode))
-        os.replace(temporary, path)
-
-    monkeypatch.setattr(files, "rename_durably", look)
-    path = tmp_path / "f"
-    path.touch(0o644)
-    before = os.umask(0)
-    try:
-        saved(path, open_engine())
-    finally:
-        os.umask(before)
-    assert [*modes, stat.S_IMODE(path.stat().st_mode)] == [0o600, 0o600]
 
 
 def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path: Path) -> None:
@@ -306,15 +275,6 @@ def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path:
     assert not link.is_symlink()
     assert target.read_bytes() == before
     assert PromptCache(link, open_engine()).load() == 23
-
-
-def test_what_is_no_regular_file_is_not_replaced(open_engine: Open, tmp_path: Path) -> None:
-    """A device's node was replaced by a file, as root."""
-    os.mkfifo(tmp_path / "f")
-    with pytest.raises(UsageError, match="is not a regular file"):
-        saved(tmp_path / "f", open_engine())
-    assert (tmp_path / "f").is_fifo()
-    assert os.listdir(tmp_path) == ["f"]
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -353,13 +313,6 @@ def test_writing_that_fails_leaves_what_was_there(
     error.__traceback__ = error.__context__ = None  # it lives on, and would keep the engine
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"] * there
     assert PromptCache(path, engine).save()
-
-
-def test_a_directory_that_is_gone_is_one_clear_line(open_engine: Open, tmp_path: Path) -> None:
-    engine = open_engine()
-    answer(engine, PROMPT)
-    with pytest.raises(UsageError, match="cannot be written"):
-        PromptCache(tmp_path / "gone" / "f", engine).save()
 
 
 def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
