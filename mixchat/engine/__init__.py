@@ -1,20 +1,18 @@
 """The model: prefill, decode, sampling.
 
-- generate.py: prefill, decode, and the KV cache reused between turns
-- batch.py: several answers at once
+- generate.py: the engine, a loaded model that answers prompts
+- batch.py: the answer loop, of one answer or several at once
+- passes.py: passes through the model, over sequences with their caches
 - chunk_sizer.py: how many tokens of prompts a pass takes
-- passes.py: passes through the model, of one sequence or of several
-- cached_prefix.py: the tokens whose keys and values a cache holds
-- cache_batch.py: the caches of several sequences
-- stats.py: counts of one answer
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: norm, attention, block, logits
 - decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router
 - rope.py: rotary position embedding
-- kv_cache.py: keys and values, and what new tokens see of them
+- kv_cache.py: keys and values, and the attention of new tokens to them
 - prompt_cache.py: the KV cache in a file, for the next run
-- report.py: the report of a run's experts, and the file of it
+- stats.py: counts of one answer
+- report.py: the report of a run's experts, and its file
 - environment.py: settings that torch reads when it is loaded
 """

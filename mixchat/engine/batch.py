@@ -27,6 +27,7 @@ _MIN_SHARED_TO_WAIT = 16  # tokens that another prompt of the pass computes
 _MIN_SHARED_TO_COPY = 4  # tokens; all prompts of a model share their first ones
 
 OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
+_Pass = list[tuple["BatchedAnswer", SequenceTokens]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,29 @@ class BatchedAnswer:
     def cancel(self) -> None:
         """End the answer, before the next pass at the latest."""
         self.is_cancelled = True
+
+    def take_verified(self) -> bool:
+        """Take the logits after the last token, if an earlier pass computed them.
+
+        The token joins the cache only here, when the next one is wanted. So an answer that ends
+        leaves the cache as without speculation.
+        """
+        if self.prefix is None or not self.generated_tokens:
+            return False
+        logits = self.proposals.take(self.ids[-1])
+        if logits is None:
+            return False
+        with interrupts.deferred():
+            self.prefix.add(self.ids[-1:])
+            self.prefix.cache.advance(1)
+        self.logits = logits
+        return True
+
+    def last_token(self, *, propose: bool) -> SequenceTokens:
+        """Return the last token, which is not computed yet, and a proposal if there is one."""
+        assert self.prefix is not None
+        proposal = self.proposals.propose(self.ids, self.tokens_left - 1) if propose else []
+        return SequenceTokens(self.prefix, self.ids[-1:], proposal)
 
 
 class Batch:
@@ -152,7 +176,7 @@ class Batch:
 
     def _compute(self, answers: Sequence[BatchedAnswer]) -> list[BatchedAnswer]:
         """Compute the logits of the next tokens. Return the answers that were in the pass."""
-        verified = [answer for answer in answers if self._take_verified(answer)]
+        verified = [answer for answer in answers if answer.take_verified()]
         if verified:
             return verified
         parts = self._next_pass(answers)
@@ -168,29 +192,10 @@ class Batch:
                 answer.error = error
         return computed
 
-    def _take_verified(self, answer: BatchedAnswer) -> bool:
-        """Take the logits after the last token, if an earlier pass computed them.
-
-        The token joins the cache only here, when the next one is wanted. So an answer that ends
-        leaves the cache as without speculation.
-        """
-        if answer.prefix is None or not answer.generated_tokens:
-            return False
-        logits = answer.proposals.take(answer.ids[-1])
-        if logits is None:
-            return False
-        with interrupts.deferred():
-            answer.prefix.add(answer.ids[-1:])
-            answer.prefix.cache.advance(1)
-        answer.logits = logits[0]
-        return True
-
-    def _next_pass(
-        self, answers: Sequence[BatchedAnswer]
-    ) -> list[tuple[BatchedAnswer, SequenceTokens]]:
+    def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
         """Return the last token of each answer, and tokens of the prompts that came first."""
         alone = len(answers) == 1
-        parts = [(one, self._last_token(one, alone)) for one in answers if one.generated_tokens]
+        parts = [(one, one.last_token(propose=alone)) for one in answers if one.generated_tokens]
         room = self._sizer.choose(decodes=bool(parts))
         reading: list[BatchedAnswer] = []
         for answer in answers:
@@ -206,14 +211,7 @@ class Batch:
             parts.append((answer, SequenceTokens(answer.prefix, ids)))
         return parts
 
-    def _last_token(self, answer: BatchedAnswer, alone: bool) -> SequenceTokens:
-        """Return the last token, which is not computed yet, with a proposal if it is alone."""
-        assert answer.prefix is not None
-        most = answer.tokens_left - 1
-        proposal = answer.proposals.propose(answer.ids, most) if alone else []
-        return SequenceTokens(answer.prefix, answer.ids[-1:], proposal)
-
-    def _run_pass(self, parts: Sequence[tuple[BatchedAnswer, SequenceTokens]]) -> None:
+    def _run_pass(self, parts: _Pass) -> None:
         """Compute a pass, and store the logits of the answers whose next token can be sampled."""
         decodes = any(answer.generated_tokens for answer, _ in parts)
         start = time.perf_counter()
@@ -225,20 +223,16 @@ class Batch:
         seconds = time.perf_counter() - start
         prompt_tokens = sum(len(part.ids) for one, part in parts if not one.generated_tokens)
         self._sizer.add(prompt_tokens, seconds, decodes=decodes)
-        row = 0
-        for answer, part in parts:
-            rows = logits[row : row + 1 + len(part.proposal)]
-            row += len(rows)
+        counts = [1 + len(part.proposal) for _, part in parts]
+        for (answer, part), rows in zip(parts, logits.split(counts), strict=True):
             if not answer.generated_tokens:
                 answer.tokens_read += len(part.ids)
             elif len(parts) == 1:
-                rows = answer.proposals.put(part.proposal, rows, seconds)
+                answer.proposals.put(part.proposal, rows, seconds)
             if answer.tokens_read == answer.tokens_to_read:
                 answer.logits = rows[0]
 
-    def _after_layer(
-        self, parts: Sequence[tuple[BatchedAnswer, SequenceTokens]]
-    ) -> Callable[[int], None]:
+    def _after_layer(self, parts: _Pass) -> Callable[[int], None]:
         """Return a function that reports the progress of prompts, and ends a useless pass.
 
         Of 100 tokens, a layer of 32 counts as 3.
@@ -273,26 +267,33 @@ class Batch:
     def _begin(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:
         """Give an answer a cache. Return False if it waits to copy a prompt of this pass."""
         prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
-        best = max(self._sequences, key=lambda prefix: prefix.shared_with(prompt))
-        shared = best.shared_with(prompt)
-        worth = shared + _MIN_SHARED_TO_WAIT
-        if self._shares and any(shared_beginning(one.ids, prompt) >= worth for one in reading):
-            return False
-        prefix = self._free[0]
-        if not self._shares:
+        if self._shares:
+            best = max(self._sequences, key=lambda prefix: prefix.shared_with(prompt))
+            enough = best.shared_with(prompt) + _MIN_SHARED_TO_WAIT
+            if any(shared_beginning(one.ids, prompt) >= enough for one in reading):
+                return False
+            prefix = self._share(best, prompt)
+        else:
+            prefix = self._free[0]
             prefix.cut(0)
-        elif shared >= _MIN_SHARED_TO_COPY:
-            # A cache that would lose most of its tokens is copied, if there is another.
-            others = [one for one in self._free if one is not best]
-            in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
-            prefix = best if in_place else others[0]
-            if not in_place and shared > prefix.shared_with(prompt):
-                prefix.copy_from(best, shared)
         answer.stats.reused_tokens = prefix.shared_with(prompt)
         prefix.cut(answer.stats.reused_tokens)
         self._free.remove(prefix)
         answer.prefix = prefix
         return True
+
+    def _share(self, best: CachedPrefix, prompt: Sequence[int]) -> CachedPrefix:
+        """Return the free cache for a prompt that begins like the tokens in `best`."""
+        shared = best.shared_with(prompt)
+        if shared < _MIN_SHARED_TO_COPY:
+            return self._free[0]
+        # A cache that would lose most of its tokens is copied, if there is another.
+        others = [one for one in self._free if one is not best]
+        if best in self._free and (2 * shared >= len(best.ids) or not others):
+            return best
+        if shared > others[0].shared_with(prompt):
+            others[0].copy_from(best, shared)
+        return others[0]
 
     def _remove(self, answer: BatchedAnswer) -> None:
         self._answers.remove(answer)

@@ -92,7 +92,7 @@ class Proposals:
         self._text = bytearray()  # the tokens so far as bytes, which are searched fast
 
     def take(self, token: int) -> torch.Tensor | None:
-        """Return the logits [1, V] after the next token, None if it was not proposed."""
+        """Return the logits [V] after the next token, None if it was not proposed."""
         if not self._verified or self._verified[0][0] != token:
             self._verified.clear()
             return None
@@ -113,22 +113,21 @@ class Proposals:
         following = islice(cycle(ids[end : end + count]), count)
         return list(takewhile(lambda token: token not in self._stop_ids, following))
 
-    def put(self, proposal: Sequence[int], logits: torch.Tensor, seconds: float) -> torch.Tensor:
-        """Note a pass over one token and its proposal. Return the first of its logits [1, V].
+    def put(self, proposal: Sequence[int], logits: torch.Tensor, seconds: float) -> None:
+        """Note a pass over one token and its proposal.
 
         logits: the logits after each of its tokens, [1 + n, V].
         """
         if self._speculation is None:
-            return logits
+            return
         if not proposal:
             self._speculation.add_single(seconds)
-            return logits
+            return
         self._speculation.add_verifying(seconds)
         self.stats.single_seconds = self._speculation.single_seconds
         self.stats.passes += 1
         self.stats.proposed += len(proposal)
-        self._verified = [(token, logits[n : n + 1]) for n, token in enumerate(proposal, start=1)]
-        return logits[:1]
+        self._verified = [(token, logits[n]) for n, token in enumerate(proposal, start=1)]
 
     def _find(self, ids: Sequence[int]) -> int | None:
         """Return the end of the last place where the last tokens were before."""

@@ -1,4 +1,4 @@
-"""Ctrl-C at each line of the bookkeeping: where there are fewer slots than experts, that hung."""
+"""Ctrl-C at each line of the bookkeeping, which hung with fewer slots than experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHERE = {module.__file__ for module in (cache, fetcher, mover)}
 
 @contextlib.contextmanager
 def ctrl_c_at(line: int) -> Iterator[list[str]]:
-    """Presses Ctrl-C before the line that is the given one of those carried out; where that was."""
+    """Press Ctrl-C before the line of this number that is carried out, and yield its place."""
     lines, pressed = itertools.count(), list[str]()
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

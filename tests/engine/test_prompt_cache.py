@@ -172,7 +172,7 @@ def test_a_bit_flipped_anywhere_is_refused(open_engine: Open, tmp_path: Path, bi
 def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(
     open_engine: Open, tmp_path: Path
 ) -> None:
-    """A NaN behind what is valid would still be multiplied with."""
+    """A NaN after the valid tokens would still be multiplied with."""
     path = tmp_path / "f"
     expected = saved(path, open_engine())
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Speculation: answers are byte for byte those without it, and so is what the cache holds."""
+"""Answers and caches have the same bits with speculation as without it."""
 
 import itertools
 import random
@@ -203,7 +203,7 @@ def test_it_ends_like_an_answer_without_it(pair: Callable[..., tuple[Engine, Eng
         assert same_state(*engines)
 
 
-@pytest.mark.parametrize("room", range(1, 20))
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 12, 19])
 def test_it_fills_the_context_to_the_last_token(
     pair: Callable[..., tuple[Engine, Engine]], room: int
 ) -> None:
@@ -215,11 +215,11 @@ def test_it_fills_the_context_to_the_last_token(
     assert same_state(*engines)
 
 
-@pytest.mark.parametrize("taken", range(1, 40, 3))
+@pytest.mark.parametrize("taken", [1, 2, 7, 16, 25, 37])
 def test_an_answer_that_is_dropped_leaves_the_cache_as_without_it(
     pair: Callable[..., tuple[Engine, Engine]], taken: int
 ) -> None:
-    """A stop string ends an answer so: what was verified behind it belongs to no text."""
+    """A stop string ends an answer so. Tokens that were verified after it belong to no text."""
     engines = pair("nf4")
     for engine in engines:
         ids = engine.generate(LOOPING, sampling=GREEDY, stop_ids=set())
