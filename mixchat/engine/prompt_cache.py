@@ -82,8 +82,8 @@ class PromptCache:
 
 
 def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
-    about = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
-    return json.dumps(about | ({"exact": True} if engine.exact_prompts else {})).encode()
+    fields = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
+    return json.dumps(fields | ({"exact": True} if engine.exact_prompts else {})).encode()
 
 
 def _specs(cache: KVCache, tokens: int, description: int) -> list[TensorSpec]:
@@ -145,19 +145,19 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     """Return how many tokens the file has. Raises `CheckpointError` if its header is wrong."""
-    about = _read_description(file)
-    if about.get("format") != _FORMAT:
+    fields = _read_description(file)
+    if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
-    if about.get("model") != engine.identity:
+    if fields.get("model") != engine.identity:
         raise CheckpointError(f"{file.path} was written for another model")
-    if about.get("cache") != cache.form:
+    if fields.get("cache") != cache.form:
         raise CheckpointError(
             f"{file.path} was written for another kind of KV cache, not {cache.form}"
         )
-    if about.get("exact", False) != engine.exact_prompts:
+    if fields.get("exact", False) != engine.exact_prompts:
         written = "not written" if engine.exact_prompts else "written"
         raise CheckpointError(f"{file.path} was {written} with --exact-prompts")
-    tokens = about.get("tokens")
+    tokens = fields.get("tokens")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
     if file.header.specs != _specs(cache, tokens, file.header.spec(_DESCRIPTION).nbytes):
@@ -167,10 +167,10 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
 
 def _read_description(file: SafetensorsFile) -> dict[str, Any]:
     """Return the JSON that describes the file. Raises `CheckpointError` if there is none."""
-    header, about = file.header, None
+    header, fields = file.header, None
     if _DESCRIPTION in header and header.spec(_DESCRIPTION).nbytes <= _MAX_DESCRIPTION_BYTES:
         with suppress(ValueError, RecursionError):
-            about = json.loads(bytes(tensor_bytes(file.read(_DESCRIPTION))))
-    if not isinstance(about, dict):
+            fields = json.loads(bytes(tensor_bytes(file.read(_DESCRIPTION))))
+    if not isinstance(fields, dict):
         raise CheckpointError(f"{file.path} is damaged (its description is missing)")
-    return about
+    return fields

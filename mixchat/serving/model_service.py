@@ -7,8 +7,7 @@ computes, and there should not be two sets of them.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -50,7 +49,7 @@ class ModelService:
     ) -> None:
         self._shared_prefix = shared_prefix
         self.name, self.tokenizer, self.template = name, tokenizer, template
-        self._waiting = deque[RunningJob]()
+        self._waiting: list[RunningJob] = []
         self._running: list[RunningJob] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -125,12 +124,12 @@ class ModelService:
         batch = engine.new_batch(shared_prefix=self._shared_prefix)
         while self._wait(batch):
             try:
-                for job in self._next_jobs(batch):
+                while (job := self._take_next_job(batch)) is not None:
                     self._begin(job, batch)
                 self._step(engine, batch)
             except Exception as error:  # a fault of ours: nobody may wait for ever
-                for job in tuple(self._running):
-                    self._end(job, Failed(error))
+                for failed in tuple(self._running):
+                    self._end(failed, Failed(error))
                 batch = engine.new_batch(shared_prefix=self._shared_prefix)
 
     def _wait(self, batch: Batch) -> bool:
@@ -141,16 +140,13 @@ class ModelService:
             )
             return bool(self._waiting or batch.size)
 
-    def _next_jobs(self, batch: Batch) -> Iterator[RunningJob]:
-        """Yield the jobs that begin now, and those that were cancelled while they waited."""
-        while True:
-            with self._changed:
-                job = self._next_job(batch)
-                if job is None:
-                    return
+    def _take_next_job(self, batch: Batch) -> RunningJob | None:
+        with self._changed:
+            job = self._next_job(batch)
+            if job is not None:
                 self._waiting.remove(job)
                 self._running.append(job)
-            yield job
+            return job
 
     def _next_job(self, batch: Batch) -> RunningJob | None:
         """Return a job that was cancelled, else the first one that can begin, if there is room.
