@@ -224,7 +224,7 @@ class Batch:
         prompt_tokens = sum(len(part.ids) for one, part in parts if not one.generated_tokens)
         self._sizer.add(prompt_tokens, seconds, decodes=decodes)
         counts = [1 + len(part.proposal) for _, part in parts]
-        for (answer, part), rows in zip(parts, logits.split(counts), strict=True):
+        for (answer, part), rows in zip(parts, torch.split(logits, counts), strict=True):
             if not answer.generated_tokens:
                 answer.tokens_read += len(part.ids)
             elif len(parts) == 1:

@@ -228,6 +228,7 @@ def test_a_cancelled_answer_leaves_and_its_cache_serves_the_next_one(
     finish(batch)
     assert said(late) == alone(load(), prompt)
     assert answers[1].generated_tokens < 10
+    assert answers[1].tokens_read == answers[1].tokens_to_read  # also after its cache was reused
     assert answers[0].generated_tokens == 30
 
 
