@@ -91,9 +91,9 @@ def run(batch: Batch, waiting: Sequence[AnswerRequest], seed: int = 0) -> list[l
     return [said(answer) for answer in answers]
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    torch.set_num_threads(request.param)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
@@ -109,13 +109,22 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(2))
 def test_an_answer_is_the_one_that_its_prompt_gets_alone(
-    load: Callable[..., Engine], kind: str, seed: int, small_pieces: None, threads: None
+    load: Callable[..., Engine], kind: str, seed: int, small_pieces: None
 ) -> None:
     prompts = [prompt_of(20 * seed + n) for n in range(12)]
     one = load(kind, speculation=False)
     expected = [alone(one, prompt) for prompt in prompts]
     assert run(load(kind).new_batch(), prompts, seed) == expected
     assert len({tuple(answer) for answer in expected}) == len(prompts)
+
+
+def test_answers_are_the_same_on_two_threads(
+    load: Callable[..., Engine], request: pytest.FixtureRequest
+) -> None:
+    prompts = [prompt_of(n) for n in range(4)]
+    expected = [alone(load(), prompt) for prompt in prompts]
+    request.getfixturevalue("two_threads")
+    assert run(load().new_batch(), prompts) == expected
 
 
 def test_a_long_prompt_is_read_between_the_tokens_of_others(
