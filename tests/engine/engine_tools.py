@@ -9,8 +9,17 @@ import torch
 
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.generate import Engine
+from mixchat.engine.speculation import Speculation
 
 GREEDY = SamplingOptions(temperature=0)
+
+
+class Always(Speculation):
+    """Speculation that never stops, however slow it is."""
+
+    @property
+    def pays(self) -> bool:
+        return True
 
 
 def answer(

@@ -10,7 +10,7 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
-from engine_tools import GREEDY, cache_content
+from engine_tools import GREEDY, Always, cache_content
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
@@ -20,7 +20,7 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, Model
 from mixchat.engine.passes import SequenceTokens
-from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels import coded
@@ -43,14 +43,6 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
 }
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="the kernels need AVX2")
-
-
-class Always(Speculation):
-    """Speculation that never stops, however slow it is."""
-
-    @property
-    def pays(self) -> bool:
-        return True
 
 
 @pytest.fixture
